@@ -1,0 +1,45 @@
+# Two commands do all the set-up: `make demo` and `make test`, on a bare machine with Python 3.11 or later.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.examples
+	$(BIN)/python -m examples.demo
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.steps
+
+# Each extra is a stamp in the virtual environment, renewed when what it installs changes.
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; sys.exit("zgraph needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.examples: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) --editable '.[examples]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) --editable '.[test,lint,examples]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) --editable '.[bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,33 @@
+"""The passes, in one explicit tuple. Pure rewrites of graphs: no torch, no clock, no environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from zgraph.passes.all_gather import AllGather
+from zgraph.passes.all_reduce import AllReduce
+from zgraph.passes.base import Context, Numerics, Pass
+from zgraph.passes.broadcast import Broadcast
+from zgraph.passes.bucket import Bucket
+from zgraph.passes.canonicalize import Canonicalize
+from zgraph.passes.dce import DeadCode
+from zgraph.passes.partition import Partition
+from zgraph.passes.pipeline import Pipeline
+from zgraph.passes.planning import make_plan
+from zgraph.passes.prefetch import Prefetch
+from zgraph.passes.recipes import MIXED, RECIPES
+from zgraph.passes.reduce_scatter import ReduceScatter
+from zgraph.passes.release import Release
+
+ALL: tuple[type[Pass], ...] = (
+    Canonicalize, Partition, Bucket, Broadcast, AllGather, ReduceScatter, AllReduce, Release, Prefetch, DeadCode,
+)  # fmt: skip
+
+BY_NAME: Mapping[str, type[Pass]] = {kind.name: kind for kind in ALL}
+
+__all__ = ["ALL", "BY_NAME", "MIXED", "RECIPES", "Context", "Numerics", "Pass", "Pipeline", "make_plan", "parse_recipe"]
+
+
+def parse_recipe(text: str) -> Pipeline:
+    """The pipeline that a recipe writes. Raises RecipeError (with a caret) or ContractError."""
+    return Pipeline.parse(text, BY_NAME)

@@ -1,0 +1,1 @@
+"""What passes ask about a graph before they change it: dependencies, memory sharing, order."""

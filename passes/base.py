@@ -1,0 +1,53 @@
+"""What a pass is: a frozen dataclass whose fields are its options, a contract, and one pure `run`."""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from zgraph.ir import Axis, DType, Graph
+
+
+class Numerics(enum.Enum):
+    """What a pass does to numbers."""
+
+    exact = "exact"
+    reassociates = "reassociates"
+    approximate = "approximate"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What passes may know beside the graph: data, never a clock, a device or the environment.
+
+    Args:
+        mesh: the mesh axes that the model is sharded over; empty for one rank.
+        reduce_dtype: the dtype in which gradients are summed over ranks; None keeps the gradient's own.
+        hints: a number for each symbolic size, as seen at capture.
+    """
+
+    mesh: tuple[Axis, ...] = ()
+    reduce_dtype: DType | None = None
+    hints: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass(abc.ABC):
+    """A rewrite of graphs. Subclasses add fields (options), the four class variables, and `run`.
+
+    `requires` and `provides` are the contract: words for what the graph must have gone through before, and what it
+    has gone through after. `conflicts` must not have been provided before.
+    """
+
+    name: ClassVar[str]
+    numerics: ClassVar[Numerics] = Numerics.exact
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    conflicts: ClassVar[frozenset[str]] = frozenset()
+
+    @abc.abstractmethod
+    def run(self, graph: Graph, context: Context) -> Graph:
+        """The rewritten graph. Pure: the same graph and context always give the same result."""

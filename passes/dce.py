@@ -1,0 +1,35 @@
+"""Drop nodes that nothing needs and that have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from zgraph.ir import Graph, Node
+from zgraph.ir.ops import is_pure
+from zgraph.passes.base import Context, Pass
+
+
+@dataclass(frozen=True)
+class DeadCode(Pass):
+    """Drop nodes that nothing needs and that have no effect."""
+
+    name: ClassVar[str] = "dce"
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        return sweep(graph, lambda node: is_pure(graph, node))
+
+
+def sweep(graph: Graph, removable: Callable[[Node], bool]) -> Graph:
+    """The graph without the removable nodes whose results nothing reads, and without ops that it then never uses."""
+    needed = set(graph.output_names)
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        if removable(node) and not any(r.name in needed for r in node.results):
+            continue
+        needed.update(v.name for v in node.operands)
+        kept.append(node)
+    used = {n.op for n in kept}
+    foreign = {name: row for name, row in graph.foreign.items() if name in used}
+    return replace(graph, nodes=tuple(reversed(kept)), foreign=foreign)

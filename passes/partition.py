@@ -1,0 +1,275 @@
+"""State where parameters, gradients and inputs live, and put a reshard where they must be elsewhere.
+
+Stage 3 on two ranks, `%w` the weight, `%g` its gradient:
+
+    param %w: f32[64, 32] "lin.weight"              param %w: f32[64, 32]<S0> "lin.weight" stage=3
+    fwd %y = aten.mm.default(%x, %w)          ->    fwd %w_full: f32[64, 32]<R> = reshard(%w)
+    bwd %g = aten.mm.default(%xt, %t)               fwd %y: ...<V> = aten.mm.default(%x, %w_full)
+                                                    bwd %g: ...<V> = aten.mm.default(%xt, %t)
+                                                    bwd %g_mean: f32[64, 32]<S0> = reshard(%g)
+
+The stage is nothing but this statement (the source of the stages: Rajbhandari et al., ZeRO, SC 2020, section 5):
+
+    stage   parameter at rest   gathered for                       gradient
+    0       R                   -                                  V -> R as it is made
+    1       S0                  forward, kept until its last use   V -> S0 when the step ends
+    2       S0                  as 1                               V -> S0 as it is made
+    3       S0                  forward, and again for backward    as 2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from zgraph.ir import (
+    Arg,
+    Builder,
+    Graph,
+    Input,
+    InputKind,
+    Node,
+    Origin,
+    Output,
+    OutputKind,
+    Phase,
+    Placement,
+    Replicate,
+    Shard,
+    TensorType,
+    Type,
+    Value,
+    Varying,
+)
+from zgraph.ir.graph import map_values
+from zgraph.ir.ops import views
+from zgraph.passes.base import Context, Numerics, Pass
+
+CASTS = frozenset({"aten._to_copy.default"})
+
+
+@dataclass(frozen=True)
+class Partition(Pass):
+    """State where parameters, gradients and inputs live, and put a reshard where they must be elsewhere."""
+
+    stage: int = 3
+
+    name: ClassVar[str] = "partition"
+    numerics: ClassVar[Numerics] = Numerics.reassociates
+    provides: ClassVar[frozenset[str]] = frozenset({"placed"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"placed"})
+
+    def __post_init__(self) -> None:
+        if self.stage not in range(4):
+            raise ValueError(f"stage must be 0, 1, 2 or 3, not {self.stage}")
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        return _Partitioner(graph, context, self.stage).run()
+
+
+class _Partitioner:
+    """One run of the pass: walks the nodes in order, with what each captured value has become."""
+
+    def __init__(self, graph: Graph, context: Context, stage: int) -> None:
+        mesh = tuple(a for a in context.mesh if a.size > 1)
+        self.source, self.context = graph, context
+        self.graph = replace(graph, mesh=mesh)
+        self.builder = Builder(self.graph, Partition.name)
+        self.sharded = bool(mesh)
+        self.mutated = {o.target for o in graph.outputs if o.kind is OutputKind.mutation}
+        self.inputs = {i.value.name: self.place(i, stage) for i in graph.inputs}
+        self.env: dict[Phase, dict[str, Value]] = {p: {} for p in Phase}
+        self.derived: set[str] = set()
+        self.nodes: list[Node] = []
+        self.late: list[Node] = []
+
+    def run(self) -> Graph:
+        grads: dict[str, list[int]] = {}
+        for index, output in enumerate(self.source.outputs):
+            if output.kind is OutputKind.grad and output.value is not None and self.is_param(output.target):
+                grads.setdefault(output.value.name, []).append(index)
+        outputs = list(self.source.outputs)
+        for entry in self.source.inputs:
+            self.reduce_all(entry.value.name, entry.value.name in grads, grads, outputs)
+        for node in self.source.nodes:
+            placed = self.rewrite(node)
+            self.nodes.append(placed)
+            for result in node.results:
+                self.reduce_all(result.name, result.name in grads, grads, outputs)
+        final = [o if o.kind is OutputKind.grad and self.is_param(o.target) else self.relabel(o) for o in outputs]
+        inputs = tuple(self.inputs[i.value.name] for i in self.source.inputs)
+        return replace(self.graph, inputs=inputs, nodes=(*self.nodes, *self.late), outputs=tuple(final))
+
+    def is_param(self, name: str) -> bool:
+        return name in self.inputs and self.inputs[name].kind is InputKind.param
+
+    # --- where things live at rest -----------------------------------------------------------------------------
+
+    def place(self, entry: Input, default_stage: int) -> Input:
+        kind = entry.value.type
+        if not isinstance(kind, TensorType):
+            return entry
+        if entry.kind is not InputKind.param:
+            same = entry.kind is InputKind.constant or (
+                entry.kind is InputKind.buffer and entry.value.name not in self.mutated
+            )
+            return replace(entry, value=replace(entry.value, type=self.at(kind, Replicate() if same else Varying())))
+        stage = default_stage if entry.stage is None else entry.stage
+        rest = kind.contiguous(entry.master)
+        rest = self.at(rest, Shard(0) if stage > 0 and self.sharded else Replicate())
+        return replace(entry, value=replace(entry.value, type=rest), stage=stage, master=None)
+
+    def at(self, kind: TensorType, placement: Placement) -> TensorType:
+        return kind.at(placement) if self.sharded else kind
+
+    # --- uses --------------------------------------------------------------------------------------------------
+
+    def rewrite(self, node: Node) -> Node:
+        """The node on placed values; whatever it needs of parameters is gathered just before it."""
+        env = {v.name: self.needed(v, node) for v in node.operands}
+        kinds = [v.type for v in env.values() if isinstance(v.type, TensorType)]
+        foreign = self.source.foreign[node.op]
+        varies = foreign.random or any(isinstance(p, Varying) for k in kinds for p in k.placement)
+        results = tuple(Value(r.name, self.placed_type(r.type, varies)) for r in node.results)
+        tensors = [v for v in node.operands if isinstance(v.type, TensorType)]
+        if node.phase is Phase.forward and tensors and all(self.comes_again(v.name) for v in tensors):
+            if node.op in CASTS or views(self.source, node):
+                self.derived.update(r.name for r in results)
+        for result in results:
+            self.env[node.phase][result.name] = result
+        return replace(node.substitute(env), results=results)
+
+    def placed_type(self, kind: Type, varies: bool) -> Type:
+        return self.at(kind, Varying() if varies else Replicate()) if isinstance(kind, TensorType) else kind
+
+    def comes_again(self, name: str) -> bool:
+        """Whether the backward gets this value of the forward from a second gather, not by keeping it."""
+        return name in self.derived or (self.is_param(name) and self.inputs[name].stage == 3 and self.sharded)
+
+    def needed(self, value: Value, user: Node) -> Value:
+        """What `user` must read for the captured `value`."""
+        here = self.env[user.phase]
+        if value.name in here:
+            return here[value.name]
+        again = user.phase is Phase.backward and self.comes_again(value.name)
+        if not again and user.phase is Phase.backward and value.name in self.env[Phase.forward]:
+            return self.env[Phase.forward][value.name]
+        if self.is_param(value.name):
+            here[value.name] = self.whole(self.inputs[value.name], value.tensor, user)
+        elif again:
+            here[value.name] = self.derive_again(value, user)
+        else:
+            here[value.name] = self.whole_buffer(self.inputs[value.name], user)
+        return here[value.name]
+
+    def whole(self, entry: Input, kind: TensorType, user: Node) -> Value:
+        """The parameter as compute wants it: cast from its master, then gathered."""
+        current, origin = entry.value, user.origin
+        stem = f"{entry.value.name}_{'again' if user.phase is Phase.backward else 'full'}"
+        if current.tensor.dtype is not kind.dtype:
+            current = self.emit("cast", current, f"{entry.value.name}_cast", user.phase, origin, dtype=kind.dtype)
+        if self.sharded and isinstance(current.tensor.placement[0], Shard):
+            keep = {"keep": True} if entry.stage in (1, 2) else {}
+            current = self.reshard(current, Replicate(), stem, user.phase, origin, self.nodes, keep)
+        return current
+
+    def whole_buffer(self, entry: Input, user: Node) -> Value:
+        """A buffer that the forward changes is the first rank's on every rank."""
+        value = entry.value
+        if not (self.sharded and entry.kind is InputKind.buffer and value.name in self.mutated):
+            return value
+        return self.reshard(
+            value, Replicate(), f"{value.name}_root", user.phase, user.origin, self.nodes, {"reduce": "root"}
+        )
+
+    def derive_again(self, value: Value, user: Node) -> Value:
+        """Repeat, in the backward, the cheap ops that made `value` from gathered parameters."""
+        node = self.source.producers[value.name]
+        env = {v.name: self.needed(v, user) for v in node.operands}
+        again = [replace(self.forward_value(r), name=self.builder.fresh(f"{r.name}_again")) for r in node.results]
+        origin = self.builder.origin(node.origin)
+        args = tuple(map_values(a, env) for a in node.args)
+        self.nodes.append(replace(node, args=args, results=tuple(again), phase=user.phase, origin=origin))
+        made = dict(zip((r.name for r in node.results), again, strict=True))
+        self.env[user.phase].update(made)
+        return made[value.name]
+
+    def forward_value(self, value: Value) -> Value:
+        return self.env[Phase.forward][value.name]
+
+    # --- gradients ---------------------------------------------------------------------------------------------
+
+    def reduce_all(self, name: str, wanted: bool, grads: dict[str, list[int]], outputs: list[Output]) -> None:
+        for index in grads[name] if wanted else ():
+            outputs[index] = self.reduce(outputs[index])
+
+    def reduce(self, output: Output) -> Output:
+        """The chain from a raw gradient to the gradient at rest."""
+        assert output.value is not None
+        raw, entry = output.value, self.inputs[output.target]
+        known = self.env[Phase.backward].get(raw.name) or self.env[Phase.forward].get(raw.name)
+        value = known or self.inputs[raw.name].value
+        producer = self.source.producers.get(raw.name)
+        origin = producer.origin if producer else Origin()
+        stage, target, rest = entry.stage or 0, entry.target, entry.value.tensor
+        if not self.sharded:
+            if value.tensor.dtype is not rest.dtype:
+                value = self.emit("cast", value, f"{raw.name}_cast", Phase.backward, origin, dtype=rest.dtype)
+            elif self.shares(raw, producer):
+                value = self.emit("copy", value, f"{raw.name}_own", Phase.backward, origin)
+            return replace(output, value=value)
+        value = self.as_varying(value)
+        wanted = self.context.reduce_dtype or value.tensor.dtype
+        if value.tensor.dtype is not wanted:
+            value = self.emit("cast", value, f"{raw.name}_cast", Phase.backward, origin, dtype=wanted)
+        phase, into = (Phase.update, self.late) if stage == 1 else (Phase.backward, self.nodes)
+        if stage < 2:
+            value = self.emit("accumulate", value, f"{raw.name}_sum", phase, origin, into=into, target=target)
+        placement = Shard(0) if stage > 0 else Replicate()
+        value = self.reshard(value, placement, f"{raw.name}_mean", phase, origin, into, {})
+        if value.tensor.dtype is not rest.dtype:
+            value = self.emit("cast", value, f"{raw.name}_rest", phase, origin, into=into, dtype=rest.dtype)
+        return replace(output, value=value, phase=phase)
+
+    def as_varying(self, value: Value) -> Value:
+        """A gradient that does not depend on the batch is each rank's own like any other."""
+        if isinstance(value.tensor.placement[0], Varying):
+            return value
+        moved = replace(value, type=value.tensor.at(Varying()))
+        self.nodes[:] = [
+            replace(n, results=tuple(moved if r.name == value.name else r for r in n.results)).substitute(
+                {value.name: moved}
+            )
+            for n in self.nodes
+        ]
+        self.env[Phase.backward][value.name] = moved
+        return moved
+
+    def shares(self, raw: Value, producer: Node | None) -> bool:
+        """Whether the gradient may share memory with something else."""
+        uses = sum(o.value is not None and o.value.name == raw.name for o in self.source.outputs)
+        return producer is None or uses > 1 or bool(views(self.source, producer))
+
+    # --- making nodes ------------------------------------------------------------------------------------------
+
+    def emit(self, op: str, value: Value, stem: str, phase: Phase, origin: Origin, into: list[Node] | None = None,
+             **options: Arg) -> Value:  # fmt: skip
+        node = self.builder.node(op, (value,), stem, phase, origin, **options)
+        (self.nodes if into is None else into).append(node)
+        return node.results[0]
+
+    def reshard(self, value: Value, placement: Placement, stem: str, phase: Phase, origin: Origin, into: list[Node],
+                options: dict[str, Arg]) -> Value:  # fmt: skip
+        result = self.builder.value(stem, value.tensor.contiguous().at(placement))
+        into.append(self.builder.typed("reshard", (value,), (result,), phase, origin, **options))
+        return result
+
+    def relabel(self, output: Output) -> Output:
+        """An output of the captured graph as the value that it has become."""
+        if output.value is None:
+            return output
+        name = output.value.name
+        for phase in (Phase.backward, Phase.forward):
+            if phase.rank <= output.phase.rank and name in self.env[phase]:
+                return replace(output, value=self.env[phase][name])
+        return replace(output, value=self.inputs[name].value)

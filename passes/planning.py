@@ -1,0 +1,55 @@
+"""The last step: a scheduled graph becomes a plan, with every value's last use known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from zgraph.ir import Graph, InputKind, Instruction, Node, Phase, Plan, Program, TensorType, Value
+from zgraph.passes.no_sync import without_sync
+
+
+def make_plan(graph: Graph) -> Plan:
+    """The programs of a graph whose passes have all run."""
+    forward = graph.phase_nodes(Phase.forward)
+    outputs = [o.value for o in graph.outputs if o.phase is Phase.forward]
+    saved = _saved(graph, forward)
+    absent = (InputKind.tangent, InputKind.constant)
+    arguments = [i.value for i in graph.inputs if i.kind not in absent]
+    plan_forward = _program("forward", arguments, forward, [*outputs, *saved])
+    tangents = [i.value for i in graph.inputs if i.kind is InputKind.tangent]
+    if not any(o.phase is not Phase.forward for o in graph.outputs):
+        return Plan(graph, plan_forward, None, None, ())
+    return Plan(
+        graph, plan_forward, _backward("backward", graph, saved, tangents),
+        _backward("unsynced", without_sync(graph), saved, tangents), saved,
+    )  # fmt: skip
+
+
+def _backward(name: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]) -> Program:
+    nodes = [n for n in graph.nodes if n.phase is not Phase.forward]
+    results = [o.value for o in graph.outputs if o.phase is not Phase.forward]
+    return _program(name, [*saved, *tangents], nodes, results)
+
+
+def _saved(graph: Graph, forward: Iterable[Node]) -> tuple[Value, ...]:
+    """Values of the forward, and inputs of the call, that the backward reads or returns; tensors first."""
+    live_here = {r.name: r for n in forward for r in n.results}
+    kinds = (InputKind.input, InputKind.buffer)
+    live_here.update((i.value.name, i.value) for i in graph.inputs if i.kind in kinds)
+    read = [v for n in graph.nodes if n.phase is not Phase.forward for v in n.operands]
+    read += [o.value for o in graph.outputs if o.phase is not Phase.forward and o.value is not None]
+    found = dict.fromkeys(live_here[v.name] for v in read if v.name in live_here)
+    return tuple(sorted(found, key=lambda v: not isinstance(v.type, TensorType)))
+
+
+def _program(name: str, arguments: Iterable[Value], nodes: Iterable[Node], results: Iterable[Value | None]) -> Program:
+    """Instructions with each value freed after its last use; what is returned is never freed."""
+    wanted = list(results)
+    alive = {v.name for v in wanted if v is not None}
+    instructions: list[Instruction] = []
+    for node in reversed(list(nodes)):
+        touched = dict.fromkeys(v.name for v in (*node.operands, *node.results))
+        frees = tuple(n for n in touched if n not in alive)
+        alive.update(touched)
+        instructions.append(Instruction(node, frees))
+    return Program(name, tuple(arguments), tuple(reversed(instructions)), tuple(wanted))

@@ -1,0 +1,32 @@
+"""Lower reshards of gradients into shards to reduce-scatters.
+
+    bwd %g_mean: f32[64, 32]<S0> = reshard(%g)
+->
+    bwd %g_mean_start: future f32[64, 32]<S0> = reduce_scatter_start(%g)
+    bwd %g_mean: f32[64, 32]<S0> = wait(%g_mean_start)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from zgraph.ir import Graph, Node, Shard, Varying
+from zgraph.passes.base import Context, Numerics, Pass
+from zgraph.passes.lowering import lower, placement_change
+
+
+@dataclass(frozen=True)
+class ReduceScatter(Pass):
+    """Lower reshards of gradients into shards to reduce-scatters."""
+
+    name: ClassVar[str] = "reduce-scatter"
+    numerics: ClassVar[Numerics] = Numerics.reassociates
+    requires: ClassVar[frozenset[str]] = frozenset({"placed"})
+    provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        def wanted(node: Node) -> bool:
+            return placement_change(node) == (Varying(), Shard(0))
+
+        return lower(graph, wanted, "reduce_scatter_start", self.name)

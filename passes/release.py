@@ -1,0 +1,57 @@
+"""Release gathered memory after its last use.
+
+fwd %w_full: f32[64, 32]<R> = wait(%w_full_start)
+fwd %wt: f32[32, 64]<R> = aten.t.default(%w_full)
+fwd %y: f32[4, 32]<V> = aten.mm.default(%x, %wt)
+fwd release(%w_full)                                    <- put here, after the last use of the memory
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from zgraph.ir import Builder, Graph, Node, Value
+from zgraph.passes.analysis.memory import Memory
+from zgraph.passes.base import Context, Pass
+
+
+@dataclass(frozen=True)
+class Release(Pass):
+    """Release gathered memory after its last use."""
+
+    name: ClassVar[str] = "release"
+    requires: ClassVar[frozenset[str]] = frozenset({"gathered"})
+    provides: ClassVar[frozenset[str]] = frozenset({"released"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"released"})
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        builder = Builder(graph, self.name)
+        memory = Memory(graph)
+        last, returned = memory.last_uses(), memory.returned()
+        after: dict[int, list[Value]] = {}
+        for value in gathered_values(graph):
+            roots = memory.roots(value.name)
+            if not roots & returned:
+                after.setdefault(max(last[r] for r in roots), []).append(value)
+        nodes: list[Node] = []
+        for position, node in enumerate(graph.nodes):
+            nodes.append(node)
+            for value in after.get(position, ()):
+                nodes.append(builder.node("release", (value,), "", node.phase, node.origin))
+        return graph.with_nodes(nodes)
+
+
+def gathered_values(graph: Graph) -> list[Value]:
+    """The values that all-gathers delivered, and those unpacked from them: one a piece of memory."""
+    found: list[Value] = []
+    flats: set[str] = set()
+    for node in graph.nodes:
+        if node.op == "wait":
+            start = graph.producers.get(node.operands[0].name)
+            if start is not None and start.op == "all_gather_start":
+                found.append(node.results[0])
+                flats.add(node.name)
+        elif node.op == "unpack" and node.operands[0].name in flats:
+            found.extend(node.results)
+    return found

@@ -1,0 +1,242 @@
+"""How each of zgraph's own ops runs on this rank. One maker an op: from a node to the callable that executes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from zgraph.aten import TO_TORCH
+from zgraph.ir import DType, Node, Shard, TensorType
+from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
+from zgraph.runtime import torch_private
+
+if TYPE_CHECKING:
+    from zgraph.runtime.session import Session
+
+Execute = Callable[..., Any]
+
+
+class Future:
+    """A collective under way: what to wait for, and how to get the result once it is there."""
+
+    __slots__ = ("finish", "held", "name", "work")
+
+    def __init__(self, name: str, work: dist.Work | None, held: Any, finish: Callable[[], torch.Tensor]) -> None:
+        self.name, self.work, self.held, self.finish = name, work, held, finish
+
+
+def all_gather_start(node: Node, session: Session) -> Execute:
+    """Every rank sends its chunk once to every other, into memory that becomes the whole tensor."""
+    group, num_ranks = session.group, session.num_ranks
+    kind = node.results[0].tensor
+    shape, numel = _shape(kind), _numel(kind)
+    key = object() if node.option("keep") else None
+
+    def execute(chunk: torch.Tensor) -> Future:
+        if key is not None and (kept := session.kept_copy(key)) is not None:
+            return Future(node.name, None, None, lambda: kept)
+        out = chunk.new_empty(chunk.numel() * num_ranks)
+        work = torch_private.all_gather(out, chunk, group)
+
+        def finish() -> torch.Tensor:
+            whole = out[:numel].view(shape)
+            if key is not None:
+                session.keep_copy(key, whole)
+            return whole
+
+        return Future(node.name, work, chunk, finish)
+
+    return execute
+
+
+def reduce_scatter_start(node: Node, session: Session) -> Execute:
+    """The mean over the ranks, each rank keeping its chunk.
+
+    NCCL has it. gloo runs a reduce-scatter as an all-reduce, twice the bytes; here each rank sends every other rank
+    the chunk that is the other's, and sums what it receives in the order of the ranks.
+    """
+    group, num_ranks = session.group, session.num_ranks
+    pad = _padder(node.operands[0].tensor, num_ranks)
+    native = dist.get_backend(group) != "gloo"
+
+    def start_native(whole: torch.Tensor) -> Future:
+        padded = pad(whole)
+        out = padded.new_empty(padded.numel() // num_ranks)
+        work = torch_private.reduce_scatter(out, padded, dist.ReduceOp.AVG, group)
+        return Future(node.name, work, padded, lambda: out)
+
+    def start_exchange(whole: torch.Tensor) -> Future:
+        padded = pad(whole)
+        received = torch.empty_like(padded)
+        work = dist.all_to_all_single(received, padded, group=group, async_op=True)
+
+        def finish() -> torch.Tensor:
+            parts = received.view(num_ranks, -1)
+            total = torch.add(parts[0], parts[1])
+            for part in parts[2:]:
+                total.add_(part)
+            return total.div_(num_ranks)
+
+        return Future(node.name, work, padded, finish)
+
+    return start_native if native else start_exchange
+
+
+def all_reduce_start(node: Node, session: Session) -> Execute:
+    """The mean over the ranks, on every rank."""
+    group, num_ranks = session.group, session.num_ranks
+    shape = _shape(node.results[0].tensor)
+
+    def execute(own: torch.Tensor) -> Future:
+        mean = torch.div(own, num_ranks).contiguous().view(-1)
+        work = dist.all_reduce(mean, group=group, async_op=True)
+        return Future(node.name, work, None, lambda: mean.view(shape))
+
+    return execute
+
+
+def broadcast_start(node: Node, session: Session) -> Execute:
+    """The first rank's value, on every rank."""
+    group = session.group
+
+    def execute(own: torch.Tensor) -> Future:
+        copy = own.clone(memory_format=torch.contiguous_format)
+        work = dist.broadcast(copy, dist.get_global_rank(group, 0), group=group, async_op=True)
+        return Future(node.name, work, None, lambda: copy)
+
+    return execute
+
+
+def wait(node: Node, session: Session) -> Execute:
+    """The result of a start, once it is there."""
+
+    def execute(future: Future) -> torch.Tensor:
+        if future.work is not None:
+            session.peers.wait(future.work, future.name)
+        future.held = None
+        return future.finish()
+
+    return execute
+
+
+def pack(node: Node, session: Session) -> Execute:
+    """One bucket of several tensors. Shards that lie side by side already are not copied."""
+    kinds = [v.tensor for v in node.operands]
+    layout = bucket_layout(kinds, session.num_ranks)
+    if isinstance(kinds[0].placement[0], Shard):
+
+        def join(*chunks: torch.Tensor) -> torch.Tensor:
+            joined = _side_by_side(chunks, layout)
+            return _concatenated(chunks, layout) if joined is None else joined
+
+        return join
+    fillers = [_filler(k, session.num_ranks) for k in kinds]
+
+    def execute(*tensors: torch.Tensor) -> torch.Tensor:
+        bucket = tensors[0].new_zeros(session.num_ranks, layout.part_numel)
+        for tensor, offset, chunk, fill in zip(tensors, layout.offsets, layout.chunks, fillers, strict=True):
+            fill(bucket[:, offset : offset + chunk], tensor)
+        return bucket.view(-1)
+
+    return execute
+
+
+def unpack(node: Node, session: Session) -> Execute:
+    """The members of a bucket: views of it where it is a rank's part, copies where it is the whole."""
+    kinds = [r.tensor for r in node.results]
+    layout, num_ranks = bucket_layout(kinds, session.num_ranks), session.num_ranks
+    spans = list(zip(layout.offsets, layout.chunks, strict=True))
+    if isinstance(kinds[0].placement[0], Shard):
+        return lambda bucket: [bucket[o : o + c] for o, c in spans]
+    wanted = [(_numel(k), _shape(k)) for k in kinds]
+
+    def execute(bucket: torch.Tensor) -> list[torch.Tensor]:
+        parts = bucket.view(num_ranks, -1)
+        return [
+            parts[:, offset : offset + chunk].reshape(-1)[:numel].view(shape)
+            for (offset, chunk), (numel, shape) in zip(spans, wanted, strict=True)
+        ]
+
+    return execute
+
+
+def cast(node: Node, session: Session) -> Execute:
+    dtype = node.option("dtype")
+    assert isinstance(dtype, DType)
+    wanted = TO_TORCH[dtype]
+    return lambda tensor: tensor.to(wanted, memory_format=torch.contiguous_format)
+
+
+def copy(node: Node, session: Session) -> Execute:
+    return lambda tensor: tensor.clone(memory_format=torch.contiguous_format)
+
+
+def accumulate(node: Node, session: Session) -> Execute:
+    target = node.option("target")
+    assert isinstance(target, str)
+    return lambda gradient: session.take_held(target, gradient)
+
+
+MAKERS: Mapping[str, Callable[[Node, Session], Execute]] = {
+    "all_gather_start": all_gather_start, "reduce_scatter_start": reduce_scatter_start,
+    "all_reduce_start": all_reduce_start, "broadcast_start": broadcast_start, "wait": wait, "pack": pack,
+    "unpack": unpack, "cast": cast, "copy": copy, "accumulate": accumulate,
+}  # fmt: skip
+"""`release` has none: the executor drops the value, and with its last reference goes the memory."""
+
+
+def _shape(kind: TensorType) -> tuple[int, ...]:
+    return tuple(int(d) for d in kind.shape)
+
+
+def _numel(kind: TensorType) -> int:
+    return int(kind.numel)
+
+
+def _filler(kind: TensorType, num_ranks: int) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Writes a tensor into its columns of a bucket, one row a rank. What is padding there must be zero already."""
+
+    def fill_evenly(columns: torch.Tensor, tensor: torch.Tensor) -> None:
+        columns.copy_(tensor.reshape(num_ranks, -1))
+
+    def fill(columns: torch.Tensor, tensor: torch.Tensor) -> None:
+        flat, chunk = tensor.reshape(-1), columns.shape[1]
+        for row, piece in zip(columns, flat.split(chunk), strict=False):
+            row[: piece.numel()].copy_(piece)
+
+    return fill_evenly if is_even(kind.shape, num_ranks) else fill
+
+
+def _padder(kind: TensorType, num_ranks: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A tensor as one dimension with room for equal chunks; no copy where it is dense and divides."""
+    if is_even(kind.shape, num_ranks):
+        return lambda tensor: tensor.reshape(-1)
+    fill = _filler(kind, num_ranks)
+    (chunk,) = bucket_layout([kind], num_ranks).chunks
+
+    def pad(tensor: torch.Tensor) -> torch.Tensor:
+        padded = tensor.new_zeros(num_ranks, chunk)
+        fill(padded, tensor)
+        return padded.view(-1)
+
+    return pad
+
+
+def _side_by_side(chunks: tuple[torch.Tensor, ...], layout: BucketLayout) -> torch.Tensor | None:
+    """The chunks as one view, where they lie in memory as the bucket wants them."""
+    first = chunks[0]
+    start, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for chunk, offset in zip(chunks, layout.offsets, strict=True):
+        if chunk.untyped_storage().data_ptr() != storage or chunk.storage_offset() != start + offset:
+            return None
+    return first.as_strided((layout.part_numel,), (1,), start)
+
+
+def _concatenated(chunks: tuple[torch.Tensor, ...], layout: BucketLayout) -> torch.Tensor:
+    part = chunks[0].new_zeros(layout.part_numel)
+    for chunk, offset in zip(chunks, layout.offsets, strict=True):
+        part[offset : offset + chunk.numel()].copy_(chunk)
+    return part

@@ -1,0 +1,133 @@
+"""From a program of a plan to a Python function: straight-line code, each value dropped after its last use.
+
+The generated source can be read: `link(...).source`. It calls ATen ops and the callables of `collectives`.
+"""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from zgraph.aten import resolve, to_torch
+from zgraph.ir import Arg, Instruction, Node, Plan, Program, Value
+from zgraph.runtime.collectives import MAKERS
+
+if TYPE_CHECKING:
+    from zgraph.runtime.session import Session
+
+Runner = Callable[[list[Any]], list[Any]]
+
+_PLAIN = (bool, int, str, type(None))
+
+
+def link(program: Program, plan: Plan, session: Session, resident: Mapping[str, Any]) -> Runner:
+    """The program as a function from a list of arguments, which it empties, to a list of results.
+
+    Args:
+        program: one program of `plan`.
+        plan: the whole plan.
+        session: the state that collectives and accumulation work on.
+        resident: the memory of parameters and constants, by the name of their value.
+    """
+    writer = _Writer(program, plan, session, resident)
+    source = writer.source()
+    label = f"<zgraph {plan.graph.name} {plan.fingerprint} {program.name}>"
+    linecache.cache[label] = (len(source), None, source.splitlines(True), label)
+    exec(compile(source, label, "exec"), writer.names)
+    run: Runner = writer.names[program.name]
+    run.source = source  # type: ignore[attr-defined]
+    return run
+
+
+class _Writer:
+    """Writes one program as source, with the names that the source refers to."""
+
+    def __init__(self, program: Program, plan: Plan, session: Session, resident: Mapping[str, Any]) -> None:
+        self.program, self.plan, self.session = program, plan, session
+        self.foreign = plan.graph.foreign
+        self.names: dict[str, Any] = {}
+        self.locals: dict[str, str] = {}
+        self.resident = plan.resident
+        for name, memory in resident.items():
+            self.names[self.local(name)] = memory
+
+    def source(self) -> str:
+        program = self.program
+        lines = [f"def {program.name}(args):"]
+        arguments = [
+            f"_{i}" if v.name in self.resident else self.local(v.name) for i, v in enumerate(program.arguments)
+        ]
+        if arguments:
+            lines.append(f"    {', '.join(arguments)}, = args")
+        lines.append("    args.clear()")
+        if dead := self.unused():
+            lines.append(f"    del {', '.join(dead)}")
+        for instruction in program.instructions:
+            lines.extend(f"    {line}" for line in self.instruction(instruction))
+        results = ", ".join("None" if v is None else self.local(v.name) for v in program.results)
+        lines.append(f"    return [{results}]")
+        return "\n".join(lines) + "\n"
+
+    def unused(self) -> list[str]:
+        """Arguments that nothing reads."""
+        read = {v.name for i in self.program.instructions for v in i.node.operands}
+        read |= {v.name for v in self.program.results if v is not None}
+        names = [v.name for v in self.program.arguments]
+        return [self.local(n) for n in names if n not in read and n not in self.resident]
+
+    def instruction(self, instruction: Instruction) -> list[str]:
+        node = instruction.node
+        frees = [self.local(n) for n in instruction.frees if n not in self.resident]
+        lines = [] if node.op == "release" else [self.call(node)]
+        return lines + ([f"del {', '.join(frees)}"] if frees else [])
+
+    def call(self, node: Node) -> str:
+        if row := self.foreign.get(node.op):
+            function = self.constant(resolve(node.op), node.op)
+            parts = [self.argument(a) for a in node.args] + [f"{k}={self.argument(a)}" for k, a in node.kwargs]
+            multi = row.multi
+        else:
+            function = self.constant(MAKERS[node.op](node, self.session), f"{node.op}_{node.name}")
+            parts = [self.local(v.name) for v in node.operands]
+            multi = len(node.results) > 1
+        call = f"{function}({', '.join(parts)})"
+        results = ", ".join(self.local(r.name) for r in node.results)
+        return f"{results}{',' if multi else ''} = {call}" if results else call
+
+    def argument(self, arg: Arg) -> str:
+        if isinstance(arg, Value):
+            return self.local(arg.name)
+        if isinstance(arg, tuple):
+            return "[" + ", ".join(self.argument(a) for a in arg) + "]"
+        if isinstance(arg, _PLAIN):
+            return repr(arg)
+        return self.constant(to_torch(arg, self.session.device, self.no_value), str(arg))
+
+    @staticmethod
+    def no_value(value: Value) -> Any:
+        raise AssertionError(f"%{value.name} is no constant")
+
+    def local(self, name: str) -> str:
+        """The Python name of a value."""
+        if name not in self.locals:
+            self.locals[name] = self.unique("v_" + re.sub(r"\W", "_", name))
+        return self.locals[name]
+
+    def constant(self, thing: Any, hint: str) -> str:
+        """A global name for `thing`."""
+        stem = "k_" + re.sub(r"\W", "_", hint)
+        if self.names.get(stem) is thing:
+            return stem
+        name = self.unique(stem)
+        self.names[name] = thing
+        return name
+
+    def unique(self, stem: str) -> str:
+        taken: Sequence[str] = (*self.names, *self.locals.values()) if stem in self.names else ()
+        name, count = stem, 1
+        while name in self.names or name in taken:
+            count += 1
+            name = f"{stem}_{count}"
+        return name

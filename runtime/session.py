@@ -1,0 +1,157 @@
+"""One compiled model at run time: its shards, its peers, and what lives from one call to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zgraph.errors import PeerError
+from zgraph.ir import OutputKind, Phase, Plan
+from zgraph.runtime.executor import Runner, link
+from zgraph.runtime.peers import Peers
+from zgraph.runtime.shards import ShardStore, Slot
+
+
+class Session:
+    """The state that linked programs work on.
+
+    Args:
+        store: the parameters at rest.
+        group: the ranks that share the model; None for one rank.
+        name: a name for the model that is the same on all ranks and used for no other.
+    """
+
+    def __init__(self, store: ShardStore, group: dist.ProcessGroup | None, name: str) -> None:
+        self.store, self.device, self.num_ranks = store, store.device, store.num_ranks
+        self._group = group
+        self._peers = Peers(group, name) if group is not None else None
+        self.syncs = True
+        self.plans: list[Plan] = []
+        self._held: dict[str, torch.Tensor] = {}
+        self._kept: dict[object, tuple[int, torch.Tensor]] = {}
+        self._agreed: set[tuple[object, ...]] = set()
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        assert self._group is not None, "a plan for one rank has no collectives"
+        return self._group
+
+    @property
+    def peers(self) -> Peers:
+        assert self._peers is not None, "a plan for one rank waits for nobody"
+        return self._peers
+
+    # --- linking -----------------------------------------------------------------------------------------------
+
+    def link(self, plan: Plan, constants: Mapping[str, torch.Tensor], text: str) -> tuple[Runner, Runner | None]:
+        """The runners of a plan's forward and backward, once all ranks have agreed on it.
+
+        Raises:
+            PlanMismatchError: the ranks compiled different plans.
+        """
+        self._agree(plan, text)
+        resident: dict[str, Any] = {}
+        for entry in plan.graph.inputs:
+            if entry.target in self.store.slots and entry.value.name in plan.resident:
+                resident[entry.value.name] = self.store.slots[entry.target].rest
+            elif entry.target in constants and entry.value.name in plan.resident:
+                resident[entry.value.name] = constants[entry.target].to(self.device)
+        self.plans.append(plan)
+        forward = self._guarded(link(plan.forward, plan, self, resident))
+        if plan.backward is None or plan.unsynced is None:
+            return forward, None
+        synced = link(plan.backward, plan, self, resident)
+        unsynced = link(plan.unsynced, plan, self, resident)
+        return forward, self._guarded(self._backward(plan, synced, unsynced))
+
+    def _agree(self, plan: Plan, text: str) -> None:
+        """Compare the plan with the peers', unless its collectives are those of a plan that they have agreed on.
+
+        The first plan of each kind must be the same text everywhere. Later ones may come on some ranks alone (a new
+        sequence length): they are safe as long as what goes over the wire, and when, stays the same.
+        """
+        wire = (
+            plan.backward is not None,
+            *((n.op, n.phase, n.operands[0].tensor.shape, n.operands[0].tensor.dtype) for n in plan.collectives),
+        )
+        if self._peers is None or wire in self._agreed:
+            return
+        self.peers.agree("program", text)
+        self._agreed.add(wire)
+
+    def _guarded(self, run: Runner) -> Runner:
+        """`run`, telling the peers if it fails."""
+
+        def guarded(args: list[Any]) -> list[Any]:
+            try:
+                return run(args)
+            except PeerError:
+                raise
+            except BaseException as error:
+                self.fail(error)
+                raise
+
+        return guarded
+
+    def begin_call(self) -> None:
+        """A new call of the model begins: what was said of earlier ones is past."""
+        if self._peers is not None:
+            self._peers.call += 1
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the peers that this rank cannot go on."""
+        if self._peers is not None and not isinstance(error, PeerError):
+            self._peers.fail(error)
+
+    # --- gradients ---------------------------------------------------------------------------------------------
+
+    def _backward(self, plan: Plan, synced: Runner, unsynced: Runner) -> Runner:
+        """Runs the backward that is due, and puts the parameters' gradients where they belong."""
+        names = {i.value.name: i.target for i in plan.graph.params}
+        outputs = [o for o in plan.graph.outputs if o.phase is not Phase.forward]
+        slots: list[Slot | None] = [
+            self.store.slots[names[o.target]] if o.kind is OutputKind.grad and o.target in names else None
+            for o in outputs
+        ]
+        held_targets = {n.option("target") for n in plan.graph.nodes if n.op == "accumulate"}
+
+        def backward(args: list[Any]) -> list[Any]:
+            syncs = self.syncs
+            results = (synced if syncs else unsynced)(args)
+            if syncs:
+                self._kept.clear()
+            for index, slot in enumerate(slots):
+                if slot is None or results[index] is None:
+                    continue
+                if not syncs and slot.name in held_targets:
+                    self._hold(slot.name, results[index])
+                else:
+                    slot.accumulate(results[index])
+                results[index] = None
+            return results
+
+        return backward
+
+    def _hold(self, target: str, gradient: torch.Tensor) -> None:
+        held = self._held.get(target)
+        self._held[target] = gradient if held is None else held + gradient
+
+    def take_held(self, target: str, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient with what backwards under no_sync left for it, which is forgotten."""
+        held = self._held.pop(target, None)
+        return gradient if held is None else held + gradient
+
+    # --- gathered copies that may stay -------------------------------------------------------------------------
+
+    def kept_copy(self, key: object) -> torch.Tensor | None:
+        """A whole parameter gathered earlier under no_sync, unless a shard has been written to since."""
+        version, copy = self._kept.get(key, (None, None))
+        return copy if version == self.store.version else None
+
+    def keep_copy(self, key: object, whole: torch.Tensor) -> None:
+        """Keep a gathered parameter for the next micro-step, if this one does not end the step."""
+        if not self.syncs:
+            self._kept[key] = (self.store.version, whole)

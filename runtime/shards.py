@@ -1,0 +1,223 @@
+"""Parameters at rest: this rank's shards side by side in flat buffers, seen from outside as DTensors.
+
+While the model runs, each parameter is represented by a *stand-in*: a parameter of full shape whose memory has been
+freed. torch.compile looks at its metadata only; what computes is the gathered value that the plan makes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from zgraph.ir.layout import ALIGN_BYTES, chunk_numel, chunk_rows, local_rows
+from zgraph.runtime import torch_private
+from zgraph.runtime.materialise import materialise
+
+
+@dataclass
+class Slot:
+    """One parameter, wherever in the model it is used.
+
+    Args:
+        name: its first name in the model.
+        stage: its ZeRO stage; None leaves it to the recipe.
+        parameter: what the model holds at rest.
+        stand_in: what the model holds while it runs; `parameter` itself where that can serve.
+        rest: this rank's memory of it: its padded chunk in one dimension, or the whole tensor where it is replicated.
+        homes: every `_parameters` dictionary and key that holds it.
+    """
+
+    name: str
+    stage: int | None
+    parameter: nn.Parameter
+    stand_in: nn.Parameter
+    rest: torch.Tensor
+    homes: list[tuple[dict[str, nn.Parameter | None], str]] = field(default_factory=list)
+
+    @property
+    def is_sharded(self) -> bool:
+        return isinstance(self.parameter, DTensor) and isinstance(self.parameter.placements[0], Shard)
+
+    def accumulate(self, gradient: torch.Tensor) -> None:
+        """Add to `.grad` what a backward made: a padded chunk where the parameter is sharded, else the whole."""
+        parameter = self.parameter
+        local = self.local_part(gradient) if self.is_sharded else gradient
+        if parameter.grad is not None:
+            held = parameter.grad
+            (held._local_tensor if isinstance(held, DTensor) else held).add_(local)
+        elif isinstance(parameter, DTensor):
+            parameter.grad = DTensor.from_local(
+                local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+                stride=parameter.stride(),
+            )  # fmt: skip
+        else:
+            parameter.grad = local
+        torch_private.run_grad_hooks(parameter)
+
+    def local_part(self, chunk: torch.Tensor) -> torch.Tensor:
+        """The part of a padded chunk that this rank really holds, in the shape of its shard."""
+        local = self.parameter._local_tensor  # type: ignore[attr-defined]
+        return chunk[: local.numel()].view(local.shape)
+
+
+class ShardStore:
+    """All parameters of a model at rest.
+
+    Args:
+        model: whose parameters to take. It is changed in place.
+        mesh: the mesh axis to shard over; None for one rank, where everything stays whole.
+        stages: the stage of each parameter by name; None for what the recipe decides.
+        default_stage: the stage that the recipe decides.
+        param_dtype: the dtype to compute in; None computes in the parameters' own.
+        device: where the shards live.
+    """
+
+    def __init__(
+        self, model: nn.Module, mesh: DeviceMesh | None, stages: dict[str, int | None], default_stage: int,
+        param_dtype: torch.dtype | None, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.model, self.mesh, self.param_dtype, self.device = model, mesh, param_dtype, device
+        self.num_ranks = mesh.size() if mesh is not None else 1
+        self.rank = mesh.get_local_rank() if mesh is not None else 0
+        self.flats: list[torch.Tensor] = []
+        self.slots: dict[str, Slot] = {}
+        found = _homes(model)
+        shards = {
+            name: self.num_ranks > 1 and p.dim() > 0 and (default_stage if stages[name] is None else stages[name]) != 0
+            for name, (p, _) in found.items()
+        }
+        self.any_sharded = any(shards.values())
+        chunks = self._allocate({n: p for n, (p, _) in found.items() if shards[n]})
+        for name, (parameter, homes) in found.items():
+            if parameter.is_meta:
+                parameter = materialise(model, name, device)
+            stage = stages[name] if parameter.dim() > 0 else 0
+            if shards[name]:
+                slot = self._shard(name, stage, parameter, chunks[name])
+            else:
+                slot = self._replicate(name, stage, parameter)
+            slot.homes = homes
+            self.slots[name] = slot
+        self._by_swap = [s for s in self.slots.values() if s.stand_in is not s.parameter]
+        self._put(at_rest=True)
+
+    # --- running -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def stand_ins(self) -> Iterator[None]:
+        """The model with stand-ins in the place of its parameters."""
+        for slot in self._by_swap:
+            if slot.stand_in.requires_grad != slot.parameter.requires_grad:
+                slot.stand_in.requires_grad_(slot.parameter.requires_grad)
+        self._put(at_rest=False)
+        try:
+            yield
+        finally:
+            self._put(at_rest=True)
+
+    def _put(self, *, at_rest: bool) -> None:
+        for slot in self._by_swap:
+            held = slot.parameter if at_rest else slot.stand_in
+            for home, key in slot.homes:
+                home[key] = held
+
+    @property
+    def version(self) -> int:
+        """Grows whenever a shard is written to."""
+        return sum(flat._version for flat in self.flats)
+
+    def moved(self) -> str | None:
+        """The name of a parameter whose memory is no longer this store's (`model.to()` was called, say)."""
+        for slot in list(self.slots.values())[:1]:
+            local = slot.parameter._local_tensor if isinstance(slot.parameter, DTensor) else slot.parameter
+            if slot.is_sharded and local.numel() and local.data_ptr() != slot.rest.data_ptr():
+                return slot.name
+        return None
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes of parameters that this rank holds at rest."""
+        whole = [s.rest for s in self.slots.values() if not s.is_sharded]
+        return sum(t.numel() * t.element_size() for t in (*self.flats, *whole))
+
+    # --- taking the model's parameters -------------------------------------------------------------------------
+
+    def _allocate(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Each parameter's chunk: views of one flat buffer a dtype, in the order of the model."""
+        offsets: dict[torch.dtype, int] = {}
+        places: dict[str, tuple[torch.dtype, int, int]] = {}
+        for name, parameter in parameters.items():
+            dtype = parameter.dtype
+            align = max(1, ALIGN_BYTES // dtype.itemsize)
+            start = -(-offsets.get(dtype, 0) // align) * align
+            numel = chunk_numel(tuple(parameter.shape), self.num_ranks)
+            places[name] = (dtype, start, numel)
+            offsets[dtype] = start + numel
+        flats = {d: torch.zeros(numel, dtype=d, device=self.device) for d, numel in offsets.items()}
+        self.flats.extend(flats.values())
+        return {name: flats[d][start : start + numel] for name, (d, start, numel) in places.items()}
+
+    def _shard(self, name: str, stage: int | None, parameter: nn.Parameter, chunk: torch.Tensor) -> Slot:
+        """Keep this rank's rows in `chunk`, and free the whole."""
+        assert self.mesh is not None
+        shape, stride = parameter.shape, _dense_stride(parameter.shape)
+        rows = local_rows(shape[0], self.num_ranks, self.rank)
+        local = chunk[: rows * math.prod(shape[1:])].view(rows, *shape[1:])
+        start = self.rank * chunk_rows(shape[0], self.num_ranks)
+        local.copy_(self.from_first_rank(parameter.detach())[start : start + rows])
+        dtensor = DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        at_rest = nn.Parameter(dtensor, parameter.requires_grad)
+        return Slot(name, stage, at_rest, self._hollow(shape, parameter), chunk)
+
+    def _replicate(self, name: str, stage: int | None, parameter: nn.Parameter) -> Slot:
+        """Keep the parameter whole, the first rank's values everywhere; a DTensor too if others are."""
+        whole = parameter.detach()
+        if self.num_ranks > 1:
+            whole.copy_(self.from_first_rank(whole))
+        casts = self.param_dtype is not None and parameter.is_floating_point() and parameter.dtype != self.param_dtype
+        stand_in = self._hollow(parameter.shape, parameter) if casts else parameter
+        at_rest = parameter
+        if self.any_sharded:
+            assert self.mesh is not None
+            dtensor = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
+            at_rest = nn.Parameter(dtensor, parameter.requires_grad)
+        return Slot(name, stage, at_rest, stand_in, whole)
+
+    def _hollow(self, shape: torch.Size, parameter: nn.Parameter) -> nn.Parameter:
+        """A parameter of this shape, in the dtype to compute in, without memory."""
+        dtype = self.param_dtype if self.param_dtype and parameter.is_floating_point() else parameter.dtype
+        hollow = torch.empty(shape, dtype=dtype, device=self.device)
+        hollow.untyped_storage().resize_(0)
+        return nn.Parameter(hollow, parameter.requires_grad)
+
+    def from_first_rank(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first rank's values of `tensor`, dense and on this store's device."""
+        assert self.mesh is not None
+        dense = tensor.to(self.device).contiguous()
+        group = self.mesh.get_group()
+        dist.broadcast(dense, dist.get_global_rank(group, 0), group=group)
+        return dense
+
+
+def _homes(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[tuple[dict[str, nn.Parameter | None], str]]]]:
+    """Every parameter under its first name, with every place that holds it: tied weights have several."""
+    found: dict[int, tuple[str, nn.Parameter, list[tuple[dict[str, nn.Parameter | None], str]]]] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{prefix}.{key}" if prefix else key
+                found.setdefault(id(parameter), (name, parameter, []))[2].append((module._parameters, key))
+    return {name: (parameter, homes) for name, parameter, homes in found.values()}
+
+
+def _dense_stride(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))

@@ -1,0 +1,38 @@
+"""The private corners of torch that the runtime needs, in one place. Tried on torch 2.13.0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter: Callable[..., dist.Work] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather(out: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to gather equal parts into `out`: named all_gather_single since torch 2.13."""
+    return _gather(out, own, group=group, async_op=True)
+
+
+def reduce_scatter(out: torch.Tensor, whole: torch.Tensor, op: Any, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to reduce and scatter equal parts: named reduce_scatter_single since torch 2.13."""
+    return _scatter(out, whole, op=op, group=group, async_op=True)
+
+
+def store() -> dist.Store:
+    """The key-value store that the processes of this job met in."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that runs now was called with retain_graph=True."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def run_grad_hooks(parameter: torch.Tensor) -> None:
+    """Run what `register_post_accumulate_grad_hook` registered."""
+    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+        hook(parameter)

@@ -1,0 +1,107 @@
+"""The way for a forward that cannot be captured as one graph: everything is gathered, and it runs eagerly."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd import Variable
+
+from zgraph.ir.layout import chunk_numel
+from zgraph.runtime import torch_private
+from zgraph.runtime.session import Session
+from zgraph.runtime.shards import Slot
+
+
+def run_whole(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    """`forward` with every parameter whole from its beginning to the end of the backward.
+
+    Gradients are averaged over the ranks when the backward ends.
+    """
+    warnings.warn(
+        "fullgraph=False: all parameters are gathered for the length of a call and the model runs eagerly; memory at "
+        "the peak is that of the whole model. Make the forward one graph to have it compiled.",
+        stacklevel=3,
+    )
+    whole = _Whole(session)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        whole.gather()
+        result = forward(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            whole.free()
+        return result
+
+    return call
+
+
+class _Whole:
+    """The stand-ins of a session, filled for as long as somebody may read them."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.slots = list(session.store.slots.values())
+        self.waiting = False
+        for slot in self.slots:
+            if slot.stand_in.requires_grad:
+                slot.stand_in.register_post_accumulate_grad_hook(lambda _: self.at_end())
+
+    def gather(self) -> None:
+        for slot in self.slots:
+            if slot.stand_in is slot.parameter or slot.stand_in.untyped_storage().nbytes():
+                continue
+            with torch.no_grad():
+                slot.stand_in.untyped_storage().resize_(slot.stand_in.numel() * slot.stand_in.element_size())
+                slot.stand_in.copy_(self.full(slot))
+
+    def full(self, slot: Slot) -> torch.Tensor:
+        if not slot.is_sharded:
+            return slot.rest
+        chunk = slot.rest.to(slot.stand_in.dtype)
+        out = chunk.new_empty(chunk.numel() * self.session.num_ranks)
+        work = torch_private.all_gather(out, chunk, self.session.group)
+        self.session.peers.wait(work, slot.name)
+        return out[: slot.stand_in.numel()].view(slot.stand_in.shape)
+
+    def free(self) -> None:
+        for slot in self.slots:
+            if slot.stand_in is not slot.parameter and slot.is_sharded:
+                slot.stand_in.untyped_storage().resize_(0)
+
+    def at_end(self) -> None:
+        """Have the gradients reduced when the backward that runs now is over."""
+        if not self.waiting:
+            self.waiting = True
+            Variable._execution_engine.queue_callback(self.reduce)  # type: ignore[attr-defined]
+
+    def reduce(self) -> None:
+        self.waiting = False
+        if not self.session.syncs:
+            return
+        with torch.no_grad():
+            for slot in self.slots:
+                gradient = slot.stand_in.grad
+                if self.session.num_ranks == 1 and slot.stand_in is slot.parameter:
+                    continue
+                if gradient is None:
+                    continue
+                slot.stand_in.grad = None
+                slot.accumulate(self.mean(slot, gradient).to(slot.rest.dtype))
+        self.free()
+
+    def mean(self, slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
+        num_ranks = self.session.num_ranks
+        if num_ranks == 1:
+            return gradient
+        total = gradient.div(num_ranks).contiguous()
+        self.session.peers.wait(dist.all_reduce(total, group=self.session.group, async_op=True), slot.name)
+        if not slot.is_sharded:
+            return total
+        chunk = chunk_numel(tuple(slot.stand_in.shape), num_ranks)
+        own = total.new_zeros(chunk)
+        piece = total.view(-1)[self.session.store.rank * chunk : (self.session.store.rank + 1) * chunk]
+        own[: piece.numel()].copy_(piece)
+        return own

@@ -1,0 +1,27 @@
+"""zgraph: a declarative graph compiler for memory-sharded (ZeRO) training on PyTorch.
+
+    model = zgraph.compile(model, stage=3)
+
+The public names below are loaded when they are first used, so that the torch-free parts (`zgraph.ir`,
+`zgraph.passes`, `zgraph.cost`) can be imported without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from zgraph.api import compile, no_sync, recipe, report
+    from zgraph.capture import trace
+
+__all__ = ["compile", "no_sync", "recipe", "report", "trace"]
+
+_HOMES = {"compile": "zgraph.api", "no_sync": "zgraph.api", "recipe": "zgraph.api", "report": "zgraph.api",
+          "trace": "zgraph.capture"}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'zgraph' has no attribute {name!r}")

@@ -1,0 +1,379 @@
+"""`zgraph.compile`: the one place that wires capture, passes and runtime together."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from typing import Any, TypeVar, overload
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils import _pytree as pytree
+
+from zgraph.aten import FROM_TORCH
+from zgraph.capture import Compiled, Frontend, ParamInfo
+from zgraph.capture.torch_private import compiled_backward_node
+from zgraph.config import environment
+from zgraph.errors import AlreadyCompiledError, BackwardTwiceError, EscapedParameterError, UsageError
+from zgraph.ir import Axis, Graph, print_graph, verify
+from zgraph.passes import MIXED, RECIPES, Context, Pipeline, make_plan, parse_recipe
+from zgraph.passes.instruments import Dump, Log, Step, Verify
+from zgraph.reporting import Entry, Report, make_entry
+from zgraph.runtime import Session, ShardStore
+from zgraph.runtime.loading import check_state_dict
+from zgraph.runtime.materialise import materialise_buffers
+from zgraph.runtime.torch_private import keeps_graph
+from zgraph.runtime.whole import run_whole
+
+M = TypeVar("M")
+Stage = int | Callable[[str], int]
+
+_ATTRIBUTE = "_zgraph"
+_serial = count()
+
+
+class CompiledModel:
+    """What `zgraph.compile` attached to a model."""
+
+    def __init__(self, model: nn.Module, session: Session, recipe: str, context: Context) -> None:
+        self.model, self.session, self.recipe, self.context = model, session, recipe, context
+        self.pipeline = _enabled(parse_recipe(recipe))
+        self.entries: list[Entry] = []
+
+    def compile_graph(self, graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> Compiled:
+        """A captured graph through the passes, planned, agreed on and linked."""
+        settings = environment()
+        log = Log()
+        instruments: list[Any] = [log]
+        if settings.verify:
+            verify(graph)
+        if settings.verify == 2:
+            instruments.append(Verify())
+        if settings.dump:
+            instruments.append(Dump(settings.dump / f"rank{self.session.store.rank}"))
+        graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
+        final = self.pipeline.run(graph, replace(self.context, hints=hints), instruments)
+        if settings.verify:
+            verify(final)
+        plan = make_plan(final)
+        forward, backward = self.session.link(plan, constants, print_graph(graph, origins=False))
+        self.entries.append(make_entry(plan, log.steps, hints))
+        return Compiled(plan, forward, backward)
+
+    @property
+    def report(self) -> Report:
+        store = self.session.store
+        buffers = sum(b.numel() * b.element_size() for b in self.model.buffers())
+        whole = sum(s.parameter.numel() * s.parameter.element_size() for s in store.slots.values())
+        return Report(
+            type(self.model).__name__, str(self.pipeline), store.num_ranks, whole, store.rest_bytes, buffers,
+            tuple(self.entries),
+        )  # fmt: skip
+
+
+@overload
+def compile(model: M, **options: Any) -> M: ...
+@overload
+def compile(model: None = None, **options: Any) -> Callable[[M], M]: ...
+def compile(
+    model: Any = None, *, stage: Stage = 3, mesh: DeviceMesh | None = None, param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None, passes: str | None = None, fullgraph: bool = True,
+    dynamic: bool | None = None,
+) -> Any:  # fmt: skip
+    """Shard a model over the ranks and compile its training step, in place.
+
+    The model stays the same object of the same class with the same parameter names; its parameters become DTensors
+    (plain tensors on one rank or where all are stage 0). Any torch optimizer, scheduler, `clip_grad_norm_` and
+    `torch.distributed.checkpoint` work on it. The first rank's parameters and buffers are taken on every rank.
+
+    Args:
+        model: a module; or a module class, whose instances are then compiled when they are made. Without it, a
+            decorator with these options is returned.
+        stage: the ZeRO stage, 0 to 3, or a function from a parameter's name to its stage.
+        mesh: a mesh of one axis to shard over; by default all ranks. Without a process group there is one rank.
+        param_dtype: dtype to compute in, with masters in the parameters' own dtype; floating-point inputs are cast.
+        reduce_dtype: dtype in which gradients are averaged over ranks; by default the dtype that they come in.
+        passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that).
+        fullgraph: False lets a forward through that cannot be captured as one graph: everything is gathered for the
+            length of the call and runs eagerly, with a warning.
+        dynamic: as in `torch.compile`: None learns which sizes change, True takes them all as symbols at once.
+
+    Returns:
+        The model, the class, or a decorator.
+
+    Raises:
+        UsageError: an option means nothing, or the model cannot be sharded as asked.
+        AlreadyCompiledError: the model, or a part of it, is compiled already.
+        RecipeError, ContractError: the recipe does not parse or does not fit together.
+        PlanMismatchError: the ranks have different models or options.
+    """
+    options = {
+        "stage": stage, "mesh": mesh, "param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "passes": passes,
+        "fullgraph": fullgraph, "dynamic": dynamic,
+    }  # fmt: skip
+    if model is None:
+        return functools.partial(compile, **options)
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        return _compile_class(model, options)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"zgraph.compile takes a module or a module class, not {type(model).__name__}")
+    _check(model, stage, mesh, param_dtype, reduce_dtype)
+    default_stage = stage if isinstance(stage, int) else 3
+    recipe = passes if passes is not None else (RECIPES[stage] if isinstance(stage, int) else MIXED)
+    parse_recipe(recipe)
+    stages = {n: None if isinstance(stage, int) else _stage_of(stage, n) for n, _ in model.named_parameters()}
+    mesh = _mesh(model, mesh)
+    group = mesh.get_group() if mesh is not None and mesh.size() > 1 else None
+    name = f"zgraph/{type(model).__name__}/{next(_serial)}"
+    if group is not None and default_stage:
+        _check_optimizers(model)
+    session = _shard(
+        model, mesh if group is not None else None, group, stages, default_stage, param_dtype, recipe, name
+    )
+    context = Context(
+        mesh=(Axis("shard", session.num_ranks),) if session.num_ranks > 1 else (),
+        reduce_dtype=FROM_TORCH[reduce_dtype] if reduce_dtype is not None else None,
+    )
+    compiled = CompiledModel(model, session, recipe, context)
+    forward = model.forward
+    if fullgraph:
+        forward = Frontend(_param_infos(session), lambda: {id(b): n for n, b in model.named_buffers()},
+                           compiled.compile_graph, type(model).__name__).wrap(forward, dynamic)  # fmt: skip
+    else:
+        forward = run_whole(forward, session)
+    model.__dict__[_ATTRIBUTE] = compiled
+    model.__dict__["forward"] = _guard(forward, session, param_dtype)
+    model.register_load_state_dict_pre_hook(functools.partial(check_state_dict, session.store))
+    return model
+
+
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Accumulate gradients without averaging them over the ranks, for all but the last micro-step of a step.
+
+    Gradients of stages 0 and 1 stay on the rank, whole, until the first backward outside. Those of stages 2 and 3 are
+    reduced in every micro-step all the same: not to hold them whole is what these stages are for. Whole parameters of
+    stages 1 and 2 are gathered once for all micro-steps.
+
+    Raises:
+        UsageError: the model is not compiled.
+    """
+    session = compiled_model(model).session
+    before, session.syncs = session.syncs, False
+    try:
+        yield
+    finally:
+        session.syncs = before
+
+
+def report(model: nn.Module) -> Report:
+    """What was compiled, and why: the recipe, what each pass changed, bytes at rest, at the peak and on the wire.
+
+    Raises:
+        UsageError: the model is not compiled.
+    """
+    return compiled_model(model).report
+
+
+def recipe(stage: int) -> str:
+    """The recipe of a ZeRO stage, to edit and pass as `zgraph.compile(model, passes=...)`.
+
+    Raises:
+        UsageError: there is no such stage.
+    """
+    if stage not in RECIPES:
+        raise UsageError(f"stage must be 0, 1, 2 or 3, not {stage!r}")
+    return RECIPES[stage]
+
+
+def compiled_model(model: nn.Module) -> CompiledModel:
+    """What `compile` attached to the model. Raises UsageError if it is not compiled."""
+    found = model.__dict__.get(_ATTRIBUTE) if isinstance(model, nn.Module) else None
+    if not isinstance(found, CompiledModel):
+        raise UsageError(f"this {type(model).__name__} is not compiled; call zgraph.compile(model) first")
+    return found
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def _check(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtypes: torch.dtype | None) -> None:
+    if isinstance(stage, bool) or not (callable(stage) or stage in RECIPES):
+        raise UsageError(f"stage must be 0, 1, 2 or 3, or a function from a parameter's name to one, not {stage!r}")
+    for module_name, module in model.named_modules():
+        if _ATTRIBUTE in module.__dict__:
+            what = f"its part {module_name}" if module_name else "it"
+            raise AlreadyCompiledError(
+                f"this {type(model).__name__} cannot be compiled: {what} is compiled already. Compile the outermost "
+                "module once, and build a new model to compile it otherwise."
+            )
+    if mesh is not None and mesh.ndim != 1:
+        raise UsageError(f"mesh must have one axis, not {mesh.ndim}; pass mesh['name'] to choose one")
+    for dtype in dtypes:
+        if dtype is not None and not dtype.is_floating_point:
+            raise UsageError(f"param_dtype and reduce_dtype must be floating-point dtypes, not {dtype}")
+    for name, parameter in model.named_parameters():
+        if parameter.layout is not torch.strided or parameter.dtype not in FROM_TORCH:
+            raise UsageError(f"the parameter {name} is {parameter.layout} {parameter.dtype}, which cannot be sharded")
+    devices = {p.device for p in model.parameters()} - {torch.device("meta")}
+    if len(devices) > 1:
+        raise UsageError(f"the model's parameters are on {', '.join(map(str, devices))}; move it to one device first")
+
+
+def _check_optimizers(model: nn.Module) -> None:
+    """An optimizer made before holds parameters that are about to be replaced: it would train nothing."""
+    ours = {id(p) for p in model.parameters()}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.optim.Optimizer):  # isinstance would ask dead weak proxies
+            if any(id(p) in ours for group in found.param_groups for p in group["params"]):
+                raise UsageError(
+                    f"a {type(found).__name__} already holds this model's parameters, which are about to be sharded; "
+                    "make the optimizer after zgraph.compile"
+                )
+
+
+def _stage_of(stage: Callable[[str], int], name: str) -> int:
+    found = stage(name)
+    if isinstance(found, bool) or found not in RECIPES:
+        raise UsageError(f"stage must be 0, 1, 2 or 3, but the function gave {found!r} for the parameter {name}")
+    return found
+
+
+def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
+    if mesh is not None or not dist.is_initialized():
+        return mesh
+    kind = next((p.device.type for p in model.parameters() if not p.is_meta), None)
+    if kind is None:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu" and dist.get_backend() == "nccl":
+        raise UsageError("the model is on the CPU, but the process group is NCCL's; move the model to its GPU first")
+    return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("shard",))
+
+
+def _enabled(pipeline: Pipeline) -> Pipeline:
+    disabled = environment().disable
+    kept = Pipeline(tuple(p for p in pipeline.passes if p.name not in disabled))
+    kept.check()
+    return kept
+
+
+# --- wiring ------------------------------------------------------------------------------------------------------
+
+
+def _compile_class(kind: type[nn.Module], options: dict[str, Any]) -> type[nn.Module]:
+    """The class, whose instances (not those of its subclasses) are compiled at the end of `__init__`."""
+    make = kind.__init__
+
+    @functools.wraps(make)
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if type(self) is kind:
+            compile(self, **options)
+
+    kind.__init__ = init  # type: ignore[method-assign]
+    return kind
+
+
+def _shard(
+    model: nn.Module, mesh: DeviceMesh | None, group: dist.ProcessGroup | None, stages: dict[str, int | None],
+    default_stage: int, param_dtype: torch.dtype | None, recipe: str, name: str,
+) -> Session:  # fmt: skip
+    """Compare the models of all ranks, then shard."""
+    if group is not None:
+        from zgraph.runtime.peers import Peers
+
+        lines = [f"recipe {recipe}, param_dtype {param_dtype}"]
+        lines += [f"{n}: {tuple(p.shape)} {p.dtype} stage {stages[n]}" for n, p in model.named_parameters()]
+        lines += [f"{n}: {tuple(b.shape)} {b.dtype} buffer" for n, b in model.named_buffers()]
+        Peers(group, name).agree("model", "\n".join(lines))
+    device = next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh))
+    store = ShardStore(model, mesh, stages, default_stage, param_dtype, device)
+    materialise_buffers(model, device)
+    if group is not None:
+        for buffer in model.buffers():
+            buffer.detach().copy_(store.from_first_rank(buffer))
+    return Session(store, group, name)
+
+
+def _default_device(mesh: DeviceMesh | None) -> torch.device:
+    kind = mesh.device_type if mesh is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _param_infos(session: Session) -> dict[int, ParamInfo]:
+    infos = {}
+    for slot in session.store.slots.values():
+        at_rest, computed = slot.rest.dtype, slot.stand_in.dtype
+        master = FROM_TORCH[at_rest] if at_rest != computed else None
+        infos[id(slot.stand_in)] = ParamInfo(slot.name, slot.stage, master)
+    return infos
+
+
+def _guard(forward: Callable[..., Any], session: Session, param_dtype: torch.dtype | None) -> Callable[..., Any]:
+    """The model's new `forward`: stand-ins in place for its length, peers told of failures, misuse caught."""
+    hollow = {id(s.stand_in): s.name for s in session.store.slots.values() if s.stand_in is not s.parameter}
+
+    def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
+        if moved := session.store.moved():
+            raise UsageError(
+                f"the memory of {moved} was replaced after zgraph.compile (by model.to(), .cuda() or .half()?); move or "
+                "convert the model before it is compiled"
+            )
+        if param_dtype is not None:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _cast(t, param_dtype), (args, kwargs))
+        session.begin_call()
+        try:
+            with session.store.stand_ins():
+                result = forward(*args, **kwargs)
+            _watch_outputs(result, hollow)
+        except BaseException as error:
+            session.fail(error)
+            raise
+        return result
+
+    return zgraph_forward
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _watch_outputs(result: Any, hollow: Mapping[int, str]) -> None:
+    """Catch a parameter that escapes, and a second backward through what the first has freed."""
+    watched: set[Any] = set()
+    for leaf in pytree.tree_leaves(result):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if name := hollow.get(id(leaf)):
+            raise EscapedParameterError(
+                f"the forward returned the parameter {name}, whose gathered memory is gone after the call; return a "
+                "clone of it"
+            )
+        node = compiled_backward_node(leaf) if leaf.requires_grad else None
+        if node is not None and node not in watched:
+            watched.add(node)
+            node.register_prehook(_once())
+
+
+def _once() -> Callable[[Any], None]:
+    spent = False
+
+    def check(_gradients: Any) -> None:
+        nonlocal spent
+        if spent:
+            raise BackwardTwiceError(
+                "this is the second backward through the same forward, whose saved values the first one freed; call "
+                "the first with retain_graph=True, or run the forward again"
+            )
+        spent = not keeps_graph()
+
+    return check
+
+
+__all__ = ["CompiledModel", "Step", "compile", "compiled_model", "no_sync", "recipe", "report"]

@@ -1,0 +1,91 @@
+"""Capture under fake tensors: the graph of a model of any size, on a machine without room for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from zgraph.aten import FROM_TORCH
+from zgraph.capture.frontend import Frontend, ParamInfo
+from zgraph.errors import CaptureError
+from zgraph.ir import DType, Graph
+
+Stage = Callable[[str], int | None]
+
+
+def trace(
+    model: nn.Module, *args: Any, param_dtype: torch.dtype | None = None, stage: Stage | None = None,
+    dynamic: bool | None = None, **kwargs: Any,
+) -> Graph:  # fmt: skip
+    """The graph of one training step of `model`, captured under fake tensors: no memory, no process group.
+
+    Args:
+        model: a module, on the meta device or any other; it is not changed.
+        args, kwargs: what its forward is called with; only shapes and dtypes matter.
+        param_dtype: dtype to compute in, as in `zgraph.compile`.
+        stage: a function from a parameter's name to the stage that its input is marked with, or None.
+        dynamic: as in `torch.compile`.
+
+    Raises:
+        GraphBreakError, CaptureError: as `zgraph.compile` does at the first call.
+    """
+    caught: list[Graph] = []
+
+    def catch(graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> NoReturn:
+        caught.append(graph)
+        raise _Caught
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.device("cpu"):
+        infos: dict[int, ParamInfo] = {}
+        homes: list[tuple[dict[str, Any], str, Any]] = []
+        fakes: dict[int, torch.Tensor] = {}
+        for prefix, module in model.named_modules():
+            for tensors in (module._parameters, module._buffers):
+                for key, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    name = f"{prefix}.{key}" if prefix else key
+                    if id(tensor) not in fakes:
+                        fakes[id(tensor)] = fake = _fake(tensor, param_dtype if tensors is module._parameters else None)
+                        if isinstance(tensor, nn.Parameter):
+                            infos[id(fake)] = ParamInfo(name, stage(name) if stage else None, _master(tensor, fake))
+                    homes.append((tensors, key, tensor))
+        inputs = pytree.tree_map_only(torch.Tensor, lambda t: _fake(t, param_dtype), (args, kwargs))
+        try:
+            for tensors, key, tensor in homes:
+                tensors[key] = fakes[id(tensor)]
+            front = Frontend(infos, lambda: {id(b): n for n, b in model.named_buffers()}, catch, type(model).__name__)
+            with torch.enable_grad():
+                front.wrap(model.forward, dynamic)(*inputs[0], **inputs[1])
+        except _Caught:
+            pass
+        finally:
+            for tensors, key, tensor in homes:
+                tensors[key] = tensor
+            torch._dynamo.reset()
+    del mode
+    if not caught:
+        raise CaptureError("the forward was run, but nothing was captured: it holds no tensor operation")
+    return caught[0]
+
+
+class _Caught(CaptureError):
+    """Ends the compilation once the graph is there."""
+
+
+def _fake(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A fake tensor on the CPU with the metadata of `tensor`."""
+    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=wanted, device="cpu")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, tensor.requires_grad)
+    return fake
+
+
+def _master(tensor: torch.Tensor, fake: torch.Tensor) -> DType | None:
+    return FROM_TORCH[tensor.dtype] if tensor.dtype != fake.dtype else None

@@ -1,0 +1,273 @@
+"""The way in and out of torch.compile: joint graphs come in, two opaque halves that run a plan go back.
+
+AOTAutograd keeps doing what it does well: aliasing, mutation, saved tensors, several forwards before one backward.
+The halves are modules with the placeholders and outputs that it expects, whose body is one call to a runner.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from zgraph.aten import TO_TORCH
+from zgraph.capture import torch_private
+from zgraph.capture.importer import Importer, Leaf
+from zgraph.errors import CaptureError, GraphBreakError, ZgraphError
+from zgraph.ir import DType, Graph, InputKind, Plan, TensorType, Value
+
+_serial = count()
+
+Runner = Callable[[list[Any]], Sequence[Any]]
+"""Takes its arguments in a list that it empties as it goes, and returns its results."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParamInfo:
+    """What capture must know of a parameter: its name, its stage, and its dtype at rest if it is another."""
+
+    name: str
+    stage: int | None = None
+    master: DType | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What compiling one captured graph gives: its plan, and the runners of its two halves."""
+
+    plan: Plan
+    forward: Runner
+    backward: Runner | None = None
+
+
+Compiler = Callable[[Graph, Mapping[str, torch.Tensor], Mapping[str, int]], Compiled]
+"""From a captured graph, the constants in it and the hints for its symbols to what runs it."""
+
+
+class Frontend:
+    """Captures the calls of one function and has each different one compiled.
+
+    Args:
+        params: what each parameter's stand-in, by `id`, is.
+        buffers: gives the name of each buffer that the model has at present, by `id`.
+        compiler: called with each captured graph.
+        name: what the graphs are called.
+    """
+
+    def __init__(
+        self, params: Mapping[int, ParamInfo], buffers: Callable[[], Mapping[int, str]], compiler: Compiler, name: str
+    ) -> None:
+        self.params, self.buffers, self.compiler, self.name = params, buffers, compiler, name
+
+    def wrap(self, function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+        """`function`, captured and compiled at its first call and whenever its guards fail.
+
+        The result raises, beside what `function` itself raises:
+            GraphBreakError: it cannot be captured as one graph.
+            CaptureError: it runs, but zgraph cannot take what was captured.
+        """
+        compiled = torch.compile(_apart(function), backend=self._backend, fullgraph=True, dynamic=dynamic)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if why := torch_private.dynamo_is_off():
+                raise CaptureError(f"torch.compile is switched off, so nothing can be captured: {why}; switch it on")
+            try:
+                return compiled(*args, **kwargs)
+            except torch_private.BackendCompilerFailed as error:
+                inner = error.inner_exception
+                if isinstance(inner, ZgraphError):
+                    raise inner.with_traceback(None) from None
+                raise
+            except (torch_private.Unsupported, torch_private.UserError) as error:
+                raise _graph_break(error) from None
+            except torch_private.FailOnRecompileLimitHit as error:
+                raise CaptureError(
+                    "the forward was captured anew too often; pass dynamic=True to zgraph.compile, or raise "
+                    f"torch._dynamo.config.recompile_limit: {_first_line(error)}"
+                ) from None
+
+        return call
+
+    def _backend(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        buffers = self.buffers()
+        leaves = {index: self._leaf(example, buffers) for index, example in enumerate(examples)}
+        capture = _OneCapture(self, leaves)
+        return torch_private.aot_autograd(  # type: ignore[no-any-return]
+            fw_compiler=capture.runner_of, bw_compiler=capture.runner_of, partition_fn=capture.partition,
+            inference_compiler=capture.inference,
+        )(gm, examples)  # fmt: skip
+
+    def _leaf(self, example: Any, buffers: Mapping[int, str]) -> Leaf:
+        if info := self.params.get(id(example)):
+            return InputKind.param, info.name, info.stage, info.master
+        if name := buffers.get(id(example)):
+            return InputKind.buffer, name, None, None
+        return InputKind.input, "", None, None
+
+
+class _OneCapture:
+    """The compilation of one captured function: AOTAutograd calls its methods back."""
+
+    def __init__(self, frontend: Frontend, leaves: Mapping[int, Leaf]) -> None:
+        self.frontend, self.leaves = frontend, leaves
+
+    def partition(
+        self, joint: fx.GraphModule, _inputs: Any, *, num_fwd_outputs: int, **_: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """The joint graph, compiled, as the two halves that AOTAutograd asks for."""
+        compiled = self._compile(joint, num_fwd_outputs)
+        assert compiled.backward is not None
+        plan = compiled.plan
+        saved = _SavedNodes(joint, plan)
+        outputs = joint.graph.output_node()
+        descs = outputs.meta.get("desc")
+        first, second = outputs.args[0][:num_fwd_outputs], outputs.args[0][num_fwd_outputs:]  # type: ignore[index]
+        placeholders = joint.graph.find_nodes(op="placeholder")
+        tangents = {i.value.name for i in plan.graph.inputs if i.kind is InputKind.tangent}
+        forward = _opaque(
+            compiled.forward, "zgraph_forward",
+            [(p.name, p.meta) for p in placeholders if p.name not in tangents],
+            [*(_meta(o) for o in first), *(meta for _, meta in saved.tensors), *(meta for _, meta in saved.scalars)],
+            descs and [*descs[:num_fwd_outputs], *([None] * len(plan.saved))],
+        )  # fmt: skip
+        backward = _opaque(
+            _backward_runner(compiled.backward, len(saved.tensors), len(saved.scalars)), "zgraph_backward",
+            [*saved.scalars, *saved.tensors, *((p.name, p.meta) for p in placeholders if p.name in tangents)],
+            [_meta(o) for o in second], descs and descs[num_fwd_outputs:],
+        )  # fmt: skip
+        return forward, backward
+
+    def inference(self, gm: fx.GraphModule, _examples: Sequence[Any]) -> Callable[..., Any]:
+        """A graph without a backward, compiled."""
+        return _boxed(self._compile(gm, None).forward)
+
+    def runner_of(self, gm: fx.GraphModule, _examples: Sequence[Any]) -> Callable[..., Any]:
+        """The runner inside an opaque half."""
+        (call,) = (n for n in gm.graph.nodes if n.op == "call_function" and n.target is not operator.getitem)
+        return _boxed(call.target)
+
+    def _compile(self, gm: fx.GraphModule, num_forward_outputs: int | None) -> Compiled:
+        for index in torch_private.output_aliases():
+            kind, target = self.leaves.get(index, (InputKind.input, ""))[:2]
+            if kind is InputKind.param:
+                raise CaptureError(
+                    f"the forward returns the parameter {target} or a view of it, whose gathered memory is gone after "
+                    "the call; return a clone of it"
+                )
+        importer = Importer(gm, self.leaves, num_forward_outputs, self.frontend.name)
+        graph = importer.run()
+        with torch_private.without_modes(), torch.no_grad():
+            return self.frontend.compiler(graph, importer.constants, importer.hints)
+
+
+class _SavedNodes:
+    """The saved values as AOTAutograd wants to see them: tensors apart from scalars, each with a fake value."""
+
+    def __init__(self, joint: fx.GraphModule, plan: Plan) -> None:
+        self.metas = {n.name: n.meta for n in joint.graph.nodes}
+        self.mode = torch_private.fake_mode_of(joint)
+        device = next(
+            (v.device for n in joint.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)),
+            torch.device("cpu"),
+        )
+        self.device = device
+        self.tensors = [self._entry(v) for v in plan.saved if isinstance(v.type, TensorType)]
+        self.scalars = [self._entry(v) for v in plan.saved if not isinstance(v.type, TensorType)]
+
+    def _entry(self, value: Value) -> tuple[str, dict[str, Any]]:
+        if value.name in self.metas and "val" in self.metas[value.name]:
+            return value.name, self.metas[value.name]
+        kind = value.tensor
+        with self.mode:
+            fake = torch.empty([int(d) for d in kind.shape], dtype=TO_TORCH[kind.dtype], device=self.device)
+        return value.name, {"val": fake}
+
+
+def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` behind a code object of its own.
+
+    torch.compile counts recompilations by code object: without this, all models of one class would share one limit.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    code = forward.__code__.replace(co_name=f"zgraph_forward_{next(_serial)}")
+    return types.FunctionType(code, forward.__globals__, code.co_name, forward.__defaults__, forward.__closure__)
+
+
+def _backward_runner(run: Runner, num_tensors: int, num_scalars: int) -> Runner:
+    """AOTAutograd hands over scalars, then tensors, then tangents; the plan has tensors, then scalars, first."""
+
+    def zgraph_backward(args: list[Any]) -> Sequence[Any]:
+        args[: num_scalars + num_tensors] = (
+            *args[num_scalars : num_scalars + num_tensors],
+            *args[:num_scalars],
+        )
+        return run(args)
+
+    return zgraph_backward
+
+
+def _opaque(run: Runner, name: str, inputs: Sequence[tuple[str, dict[str, Any]]], outputs: Sequence[Any],
+            descs: Any) -> fx.GraphModule:  # fmt: skip
+    """A module with these placeholders and outputs, whose body is one call of `run`."""
+
+    def body(*args: Any) -> Sequence[Any]:
+        return run(list(args))
+
+    body.__name__ = name
+    body.zgraph_runner = run  # type: ignore[attr-defined]
+    graph = fx.Graph()
+    placeholders = []
+    for label, meta in inputs:
+        node = graph.placeholder(label)
+        node.meta = dict(meta)
+        placeholders.append(node)
+    call = graph.call_function(body, tuple(placeholders))
+    results: list[Any] = []
+    for index, meta in enumerate(outputs):
+        if meta is None:
+            results.append(None)
+            continue
+        item = graph.call_function(operator.getitem, (call, index))
+        item.meta = dict(meta)
+        results.append(item)
+    output = graph.output(tuple(results))
+    output.meta = {"desc": descs} if descs else {}
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def _meta(output: Any) -> dict[str, Any] | None:
+    return output.meta if isinstance(output, fx.Node) else None
+
+
+def _boxed(run: Any) -> Callable[..., Any]:
+    """`run` under the calling convention by which AOTAutograd lets go of its references to the arguments."""
+    target = getattr(run, "zgraph_runner", run)
+
+    def boxed(args: list[Any]) -> Sequence[Any]:
+        return target(args)  # type: ignore[no-any-return]
+
+    boxed._boxed_call = True  # type: ignore[attr-defined]
+    return boxed
+
+
+def _graph_break(error: Exception) -> GraphBreakError:
+    frame = next(iter(reversed(getattr(error, "real_stack", None) or ())), None)
+    where = f"\n  at {frame.filename}:{frame.lineno}\n    {frame.line}" if frame is not None else ""
+    return GraphBreakError(
+        f"the forward cannot be captured as one graph: {_first_line(error)}{where}\n"
+        "  Remedy: take the line out of the forward (a print, a data-dependent branch, .item()), or pass fullgraph=False "
+        "to zgraph.compile, which gathers all parameters for the length of the call."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,289 @@
+"""From an FX graph of ATen ops, forward and backward together, to a graph of the IR."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from zgraph.aten import FROM_TORCH, effects, from_torch, op_name
+from zgraph.capture import torch_private
+from zgraph.errors import CaptureError
+from zgraph.ir import (
+    DType,
+    Foreign,
+    Graph,
+    Input,
+    InputKind,
+    Node,
+    NoneType,
+    Origin,
+    Output,
+    OutputKind,
+    Phase,
+    ScalarType,
+    TensorType,
+    Type,
+    Value,
+)
+from zgraph.ir.symbols import Dim, simplify, symbol
+
+Leaf = tuple[InputKind, str, int | None, DType | None]
+"""What the importer is told of an input: its kind, its name in the model, its stage, its dtype at rest."""
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_MAX_NAME = 60
+_TORCH = str(Path(torch.__file__).parent)
+
+
+class Importer:
+    """Translates one FX graph.
+
+    Args:
+        gm: the FX graph, values in `meta["val"]`.
+        leaves: what is known of the inputs, by their position among the captured function's inputs.
+        num_forward_outputs: how many outputs come first and belong to the forward; None if all do.
+        name: the graph's name.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, leaves: Mapping[int, Leaf], num_forward_outputs: int | None, name: str
+    ) -> None:
+        self.gm, self.leaves, self.num_forward_outputs, self.name = gm, leaves, num_forward_outputs, name
+        self.values: dict[fx.Node, Value] = {}
+        self.results: dict[fx.Node, tuple[Value, ...]] = {}
+        self.foreign: dict[str, Foreign] = {}
+        self.inputs: list[Input] = []
+        self.nodes: list[Node] = []
+        self.by_index: dict[int, str] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self.hints: dict[str, int] = {}
+        self.phases = self._phases()
+
+    def run(self) -> Graph:
+        """The graph.
+
+        Raises:
+            CaptureError: for an op or argument that the IR has no form for, with the user's file and line.
+        """
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                self._input(node)
+            elif node.op == "get_attr":
+                self._constant(node)
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op != "output":
+                raise self._error(node, f"has an FX node of kind {node.op}")
+        nodes = sorted(self.nodes, key=lambda n: n.phase.rank)
+        return Graph(self.name, tuple(self.inputs), tuple(nodes), self._outputs(), foreign=self.foreign)
+
+    # --- phases ------------------------------------------------------------------------------------------------
+
+    def _phases(self) -> dict[fx.Node, Phase]:
+        """A node is forward if a forward output needs it, or if the forward traced it and no tangent is behind it."""
+        nodes = list(self.gm.graph.nodes)
+        if self.num_forward_outputs is None:
+            return dict.fromkeys(nodes, Phase.forward)
+        needed: set[fx.Node] = set()
+        todo = [o for o in self._output_nodes()[: self.num_forward_outputs] if isinstance(o, fx.Node)]
+        while todo:
+            node = todo.pop()
+            if node not in needed:
+                needed.add(node)
+                todo.extend(node.all_input_nodes)
+        behind_tangent: set[fx.Node] = set()
+        phases: dict[fx.Node, Phase] = {}
+        for node in nodes:
+            if _is_tangent(node) or any(i in behind_tangent for i in node.all_input_nodes):
+                behind_tangent.add(node)
+            traced_forward = node.meta.get("partitioner_tag") != "is_backward" and node not in behind_tangent
+            phases[node] = Phase.forward if node in needed or traced_forward else Phase.backward
+        return phases
+
+    def _output_nodes(self) -> Sequence[Any]:
+        return self.gm.graph.output_node().args[0]  # type: ignore[return-value]
+
+    # --- inputs ------------------------------------------------------------------------------------------------
+
+    def _input(self, node: fx.Node) -> None:
+        value = self._define(node, node.meta["val"], node.name)
+        index = torch_private.input_index(node)
+        if index is None and not _is_tangent(node):
+            index = len(self.inputs)
+        kind, target, stage, master = InputKind.tangent, "", None, None
+        if not _is_tangent(node) and index is not None:
+            kind, target, stage, master = self.leaves.get(index, (InputKind.input, "", None, None))
+            self.by_index[index] = value.name
+        if isinstance(size := node.meta["val"], torch.SymInt) and size.node.hint is not None:
+            self.hints[str(size.node.expr)] = int(size.node.hint)
+        self.inputs.append(Input(kind, value, target, stage, master))
+
+    def _constant(self, node: fx.Node) -> None:
+        """A tensor that the model's code made while it was traced."""
+        name = str(node.target)
+        constant = self.gm
+        for part in name.split("."):
+            constant = getattr(constant, part)
+        if not isinstance(constant, torch.Tensor):
+            raise self._error(node, f"uses {name}, a {type(constant).__name__} that is no tensor")
+        self.constants[name] = constant
+        value = self._define(node, node.meta.get("val", constant), node.name)
+        self.inputs.append(Input(InputKind.constant, value, name))
+
+    # --- nodes -------------------------------------------------------------------------------------------------
+
+    def _call(self, node: fx.Node) -> None:
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0] in self.results:
+            source, index = node.args[0], node.args[1]
+            assert isinstance(index, int)
+            self.values[node] = self.results[source][index]
+            return
+        name = op_name(node.target)
+        if name is None:
+            raise self._error(
+                node, f"uses {node.target}, which zgraph cannot take into a graph; write it with ATen ops"
+            )
+        made = node.meta.get("val")
+        multi = isinstance(made, tuple | list)
+        if multi:
+            picked = {u.args[1]: u.name for u in node.users if u.target is operator.getitem}
+            results = tuple(
+                Value(picked.get(i, f"{node.name}.{i}"), self._type(item, node)) for i, item in enumerate(made)
+            )
+            self.results[node] = results
+        else:
+            results = (self._define(node, made, node.name),)
+        if name not in self.foreign:
+            self.foreign[name] = effects(node.target, name, multi=multi)
+        try:
+            args = tuple(from_torch(a, self._value) for a in node.args)
+            kwargs = tuple((k, from_torch(a, self._value)) for k, a in sorted(node.kwargs.items()))
+        except (TypeError, KeyError) as error:
+            raise self._error(node, f"calls {name} with an argument that has no form in the IR: {error}") from None
+        self.nodes.append(Node(name, args, results, kwargs, self.phases[node], origin_of(node)))
+
+    def _value(self, node: fx.Node) -> Value:
+        return self.values[node]
+
+    def _define(self, node: fx.Node, made: Any, name: str) -> Value:
+        value = Value(name, self._type(made, node))
+        self.values[node] = value
+        return value
+
+    def _type(self, made: Any, node: fx.Node) -> Type:
+        match made:
+            case None:
+                return NoneType()
+            case torch.Tensor():
+                if made.layout is not torch.strided:
+                    raise self._error(node, f"makes a {made.layout} tensor; zgraph takes strided ones (sparse=False)")
+                return tensor_type(made)
+            case torch.SymInt() | torch.SymFloat() | torch.SymBool():
+                kind = type(made).__name__.removeprefix("Sym").lower()
+                return ScalarType(kind, size_of(made) if kind == "int" else None)
+            case bool() | int() | float():
+                return ScalarType(type(made).__name__)
+        raise self._error(node, f"makes a {type(made).__name__}, which has no form in the IR")
+
+    # --- outputs -----------------------------------------------------------------------------------------------
+
+    def _outputs(self) -> tuple[Output, ...]:
+        node = self.gm.graph.output_node()
+        outputs, descs = self._output_nodes(), node.meta.get("desc") or [None] * len(self._output_nodes())
+        split = len(outputs) if self.num_forward_outputs is None else self.num_forward_outputs
+        return tuple(
+            self._output(found, desc, Phase.forward if position < split else Phase.backward)
+            for position, (found, desc) in enumerate(zip(outputs, descs, strict=True))
+        )
+
+    def _output(self, found: Any, desc: Any, phase: Phase) -> Output:
+        value = self.values[found] if isinstance(found, fx.Node) else None
+        mutated, grad_of = torch_private.mutation_target(desc), torch_private.grad_target(desc)
+        if mutated is not None:
+            kind, target = self.leaves.get(mutated, (InputKind.input, ""))[:2]
+            if kind is InputKind.param:
+                raise CaptureError(
+                    f"the forward changes the parameter {target} in place; make the changed value a new tensor, or "
+                    "change the parameter outside of the forward"
+                )
+            return Output(OutputKind.mutation, value, self.by_index[mutated], phase)
+        if grad_of is not None:
+            return Output(OutputKind.grad, value, self.by_index[grad_of], phase)
+        return Output(OutputKind.output, value, phase=phase)
+
+    def _error(self, node: fx.Node, message: str) -> CaptureError:
+        origin = origin_of(node)
+        where = f"\n  at {origin.file}:{origin.line}" if origin.file else ""
+        module = f" in {origin.module}" if origin.module else ""
+        return CaptureError(f"the model{module} {message}{where}")
+
+
+def tensor_type(tensor: torch.Tensor) -> TensorType:
+    """The type of a (fake) tensor, without asking it anything that would add a guard."""
+    shape = tuple(size_of(s) for s in tensor.shape)
+    strides = tuple(size_of(s) for s in tensor.stride())
+    return TensorType(FROM_TORCH[tensor.dtype], shape, None if _is_contiguous(shape, strides) else strides)
+
+
+def _is_contiguous(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> bool:
+    if any(s == 0 for s in shape):
+        return True
+    expected: Dim = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected = expected * size
+    return True
+
+
+def size_of(size: Any) -> Dim:
+    """A size as an int or as an expression over the IR's own symbols."""
+    if isinstance(size, int):
+        return size
+    return _translate(size.node.expr)
+
+
+def _translate(expr: sympy.Expr) -> Dim:
+    if isinstance(expr, sympy.Integer):
+        return int(expr)
+    if isinstance(expr, sympy.Symbol):
+        return symbol(expr.name)
+    args = [_translate(a) for a in expr.args]
+    match type(expr).__name__:
+        case "Add" | "Mul" | "Pow":
+            return simplify(expr.func(*args))
+        case "FloorDiv" | "CleanDiv" | "IntTrueDiv":
+            return simplify(sympy.floor(sympy.sympify(args[0]) / args[1]))
+        case "CeilDiv" | "CeilToInt":
+            return simplify(sympy.ceiling(sympy.sympify(args[0]) / (args[1] if len(args) > 1 else 1)))
+        case "Mod" | "PythonMod":
+            return simplify(sympy.Mod(*args))
+        case "Max" | "Min":
+            return simplify(getattr(sympy, type(expr).__name__)(*args))
+    return symbol(re.sub(r"\W+", "_", str(expr))[:_MAX_NAME])
+
+
+def origin_of(node: fx.Node) -> Origin:
+    """The module path and the user's file and line that a node comes from."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    module = ""
+    if stack:
+        path = str(list(stack.values())[-1][0])
+        path = re.sub(r"^L\['\w+'\]\.?(__self__\.?)?", "", path)
+        path = path.replace("_modules['", "").replace("']", "").replace("['", ".")
+        module = re.sub(r"@\d+$", "", path)
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if not f[0].startswith(_TORCH)]
+    file, line = frames[-1] if frames else ("", "0")
+    return Origin(module, file, int(line), "")
+
+
+def _is_tangent(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "tangents" in str(node.target)

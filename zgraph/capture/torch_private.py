@@ -1,0 +1,76 @@
+"""The private corners of torch that capture needs, in one place. Tried on torch 2.13.0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
+from torch._functorch._aot_autograd import descriptors
+from torch._guards import TracingContext
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+__all__ = [
+    "BackendCompilerFailed", "FailOnRecompileLimitHit", "Unsupported", "UserError", "aot_autograd",
+    "compiled_backward_node", "dynamo_is_off", "fake_mode_of", "grad_target", "input_index", "mutation_target",
+    "output_aliases", "without_modes",
+]  # fmt: skip
+
+
+def input_index(placeholder: torch.fx.Node) -> int | None:
+    """The position among the captured function's inputs; None for a tangent or an input that AOTAutograd made."""
+    return _plain_index(placeholder.meta.get("desc"))
+
+
+def grad_target(desc: Any) -> int | None:
+    """The position of the input whose gradient an output is; None for an output that is no gradient."""
+    return _plain_index(desc.grad_of) if isinstance(desc, descriptors.GradAOTOutput) else None
+
+
+def mutation_target(desc: Any) -> int | None:
+    """The position of the input whose new value an output is; None for any other output."""
+    return _plain_index(desc.mutated_input) if isinstance(desc, descriptors.InputMutationAOTOutput) else None
+
+
+def _plain_index(desc: Any) -> int | None:
+    return desc.idx if isinstance(desc, descriptors.PlainAOTInput) else None
+
+
+def output_aliases() -> list[int]:
+    """Positions of the inputs that the captured function returns, or returns views of."""
+    context = TracingContext.try_get()
+    meta = context.fw_metadata if context is not None else None
+    return [o.base_idx for o in meta.output_info if isinstance(o.base_idx, int)] if meta is not None else []
+
+
+def fake_mode_of(gm: torch.fx.GraphModule) -> Any:
+    """The fake tensor mode that the graph was traced under."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if isinstance(value := node.meta.get("val"), torch._subclasses.FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def dynamo_is_off() -> str | None:
+    """Why torch.compile would run a function eagerly now; None where it would capture it."""
+    if torch._dynamo.config.disable:
+        return "torch._dynamo.config.disable (or TORCHDYNAMO_DISABLE / TORCH_COMPILE_DISABLE) is set"
+    stance = torch._dynamo.eval_frame._stance.stance
+    if stance not in ("default", "fail_on_recompile"):
+        return f"torch.compiler.set_stance({stance!r}) is in force"
+    return None
+
+
+def compiled_backward_node(tensor: torch.Tensor) -> Any:
+    """The autograd node of AOTAutograd's compiled backward behind an output; None if it is not close by."""
+    todo, seen = [tensor.grad_fn], 0
+    while todo and seen < 16:
+        node, seen = todo.pop(0), seen + 1
+        if node is None:
+            continue
+        if node.name().startswith("CompiledFunction"):
+            return node
+        todo.extend(following for following, _ in node.next_functions)
+    return None

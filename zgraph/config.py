@@ -1,0 +1,38 @@
+"""What the environment may set, declared once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from zgraph.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The environment variables that zgraph reads.
+
+    Args:
+        dump: ZGRAPH_DUMP, a folder for one `.zir` file a pass.
+        verify: ZGRAPH_VERIFY, 0 never verifies, 1 verifies what was captured and the result, 2 after every pass.
+        disable: ZGRAPH_DISABLE, names of passes to leave out, separated by commas.
+    """
+
+    dump: Path | None = None
+    verify: int = 1
+    disable: frozenset[str] = frozenset()
+
+
+def environment() -> Environment:
+    """The environment as it is now.
+
+    Raises:
+        UsageError: a variable has a value that means nothing.
+    """
+    level = os.environ.get("ZGRAPH_VERIFY", "1")
+    if level not in ("0", "1", "2"):
+        raise UsageError(f"ZGRAPH_VERIFY must be 0, 1 or 2, not {level!r}")
+    dump = os.environ.get("ZGRAPH_DUMP")
+    disable = frozenset(filter(None, (name.strip() for name in os.environ.get("ZGRAPH_DISABLE", "").split(","))))
+    return Environment(Path(dump) if dump else None, int(level), disable)

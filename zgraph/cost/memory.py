@@ -1,0 +1,145 @@
+"""Bytes alive over a step, from the plan alone: every value's birth and death is in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from zgraph.ir import OPS, Graph, InputKind, Instruction, OutputKind, Phase, Plan, Replicate, Shard, TensorType, Type
+from zgraph.ir.layout import chunk_numel
+from zgraph.ir.ops import views
+from zgraph.ir.symbols import evaluate
+
+ALLOCATION_BYTES = 64
+"""Allocators round up to this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes alive while one instruction runs, by category; nothing of what lies at rest is counted."""
+
+    node: str
+    phase: str
+    bytes_by_category: Mapping[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes_by_category.values())
+
+
+@dataclass(frozen=True)
+class MemoryCurve:
+    """Bytes alive over one step, above what lies at rest."""
+
+    moments: tuple[Moment, ...]
+
+    @property
+    def peak(self) -> Moment:
+        """The first moment with the most bytes alive."""
+        return max(self.moments, key=lambda m: m.total_bytes, default=Moment("", "", {}))
+
+
+def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
+    """Walk the forward and the backward of a plan with its births and deaths.
+
+    Outputs of the forward are taken to be dropped by the caller before the backward, unless the backward needs them;
+    the inputs of the call are the caller's and not counted.
+
+    Args:
+        plan: the plan.
+        hints: a number for each symbolic size.
+    """
+    walk = _Walk(plan, hints)
+    walk.run(plan.forward.instructions)
+    saved = {v.name for v in plan.saved}
+    walk.drop(v.name for v in plan.forward.results if v is not None and v.name not in saved)
+    if plan.backward is not None:
+        walk.run(plan.backward.instructions)
+    return MemoryCurve(tuple(walk.moments))
+
+
+class _Walk:
+    """Storages alive, as references from live names to the storages that they lie in."""
+
+    def __init__(self, plan: Plan, hints: Mapping[str, int]) -> None:
+        self.graph: Graph = plan.graph
+        self.hints = hints
+        self.categories = _categories(plan)
+        self.roots: dict[str, frozenset[str]] = {}
+        self.references: Counter[str] = Counter()
+        self.alive: dict[str, int] = {}
+        self.by_category: Counter[str] = Counter()
+        self.moments: list[Moment] = []
+
+    def run(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
+            node = instruction.node
+            shared = frozenset(r for name in views(self.graph, node) for r in self.roots.get(name, ()))
+            is_view = bool(views(self.graph, node))
+            for result in node.results:
+                if not is_view:
+                    self.allocate(result.name, result.type)
+                self.roots[result.name] = shared if is_view else frozenset((result.name,))
+                self.references.update(self.roots[result.name])
+            scratch = OPS[node.op].scratch_bytes(node, self.graph.num_ranks) if node.op in OPS else 0
+            if scratch:
+                self.alive[f"{node.name}#"] = scratch
+                self.by_category["buckets"] += scratch
+            self.moments.append(Moment(node.name, node.phase.value, dict(self.by_category)))
+            if node.op == "wait":
+                self.free(f"{node.operands[0].name}#", "buckets")
+            self.drop(instruction.frees)
+
+    def allocate(self, name: str, kind: Type) -> None:
+        size = local_bytes(kind, self.graph.num_ranks, self.hints)
+        self.alive[name] = size
+        self.by_category[self.categories.get(name, "temporaries")] += size
+
+    def drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            for root in self.roots.pop(name, ()):
+                self.references[root] -= 1
+                if self.references[root] == 0:
+                    self.free(root, self.categories.get(root, "temporaries"))
+
+    def free(self, root: str, category: str) -> None:
+        self.by_category[category] -= self.alive.pop(root, 0)
+
+
+def local_bytes(kind: Type, num_ranks: int, hints: Mapping[str, int]) -> int:
+    """Bytes of one rank's part of a value, rounded up as allocators do."""
+    if not isinstance(kind, TensorType):
+        return 0
+    placement = kind.placement[0] if kind.placement else Replicate()
+    if isinstance(placement, Shard):
+        numel = chunk_numel(kind.shape, num_ranks)
+    elif kind.future:
+        numel = chunk_numel(kind.shape, num_ranks) * num_ranks
+    elif kind.strides is not None:
+        sizes = [evaluate(d, hints) for d in kind.shape]
+        strides = [evaluate(d, hints) for d in kind.strides]
+        numel = 1 + sum((s - 1) * st for s, st in zip(sizes, strides, strict=True)) if all(sizes) else 0
+    else:
+        numel = evaluate(kind.numel, hints)
+    return -(-numel * kind.dtype.itemsize // ALLOCATION_BYTES) * ALLOCATION_BYTES
+
+
+def _categories(plan: Plan) -> dict[str, str]:
+    """What each value that is born in the step is for."""
+    found: dict[str, str] = {}
+    for node in plan.graph.nodes:
+        for result in node.results:
+            if node.op in ("all_gather_start", "unpack") and isinstance(result.type, TensorType):
+                placement = result.type.placement
+                found[result.name] = "gathered" if placement == (Replicate(),) else "gradients"
+            elif node.op in OPS and node.op not in ("cast", "wait"):
+                found[result.name] = "buckets"
+    for value in plan.saved:
+        found.setdefault(value.name, "activations")
+    inputs = {i.value.name for i in plan.graph.inputs if i.kind is InputKind.param}
+    for output in plan.graph.outputs:
+        if output.kind is OutputKind.grad and output.value is not None and output.target in inputs:
+            if output.phase is not Phase.forward:
+                found[output.value.name] = "gradients"
+    return found

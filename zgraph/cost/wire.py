@@ -1,0 +1,26 @@
+"""Bytes that the collectives of a plan put on the wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zgraph.ir import OPS, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What one kind of collective does in one step: how often, and the bytes that one rank sends in all."""
+
+    op: str
+    phase: str
+    num_calls: int
+    sent_bytes: int
+
+
+def traffic(plan: Plan) -> tuple[Traffic, ...]:
+    """The collectives of one step, by kind and phase, in the order in which they first occur."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for node in plan.collectives:
+        sent = OPS[node.op].wire_bytes(node, plan.graph.num_ranks)
+        found.setdefault((node.op, node.phase.value), []).append(sent)
+    return tuple(Traffic(op, phase, len(sent), sum(sent)) for (op, phase), sent in found.items())

@@ -1,0 +1,81 @@
+"""Every error that zgraph raises on purpose: one class a kind of mistake, each message naming its remedy."""
+
+from __future__ import annotations
+
+
+class ZgraphError(Exception):
+    """The base of all of zgraph's errors, so that `except ZgraphError` catches what zgraph means to say."""
+
+
+class UsageError(ZgraphError, ValueError):
+    """An argument of a public function has a value that means nothing (a stage outside 0..3, say)."""
+
+
+class AlreadyCompiledError(UsageError):
+    """`zgraph.compile` was called on a model that is compiled already, or holds a part that is."""
+
+
+class TextError(ZgraphError, ValueError):
+    """Text that does not parse. The message shows the line and a caret under the place.
+
+    Args:
+        message: what is wrong, and what would be right.
+        text: the line at fault, or "" where there is none to show.
+        column: 0-based column of the fault in `text`.
+        line: 1-based number of the line, or 0 for a text of one line.
+    """
+
+    def __init__(self, message: str, text: str = "", column: int = 0, line: int = 0) -> None:
+        self.column, self.line = column, line
+        where = f"line {line}: " if line else ""
+        shown = text if len(text) <= 160 else text[max(0, column - 80) : column + 80]
+        caret = column if len(text) <= 160 else min(column, 80)
+        super().__init__(f"{where}{message}" + (f"\n  {shown}\n  {' ' * caret}^" if text else ""))
+
+
+class RecipeError(TextError):
+    """A recipe (a pipeline of passes written as text) that does not parse, or names what does not exist."""
+
+
+class ZirError(TextError):
+    """A `.zir` text that does not parse."""
+
+
+class ContractError(ZgraphError):
+    """The passes of a recipe do not fit together: one needs what none before it provides."""
+
+
+class VerifyError(ZgraphError):
+    """A graph breaks a rule of the IR. The message names the rule, the op, its source and the pass that made it."""
+
+
+class InterpretError(ZgraphError):
+    """The reference interpreter was given inputs that do not fit the graph."""
+
+
+class CaptureError(ZgraphError):
+    """The model cannot be captured as zgraph needs it."""
+
+
+class GraphBreakError(CaptureError):
+    """The model's forward cannot be captured as one graph. The message points at the line that breaks it."""
+
+
+class PlanMismatchError(ZgraphError):
+    """The ranks compiled different programs. Raised on every rank before any of them runs."""
+
+
+class PeerError(ZgraphError):
+    """Another rank failed or is gone; this rank cannot go on without it."""
+
+
+class BackwardTwiceError(ZgraphError, RuntimeError):
+    """A second backward through a graph whose saved values the first one has freed."""
+
+
+class EscapedParameterError(ZgraphError):
+    """The forward returned a parameter, or a view of one, whose gathered memory is gone after the call."""
+
+
+class StateDictError(ZgraphError, RuntimeError):
+    """A state dict that does not fit the model. Nothing was loaded."""

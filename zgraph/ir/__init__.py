@@ -1,0 +1,42 @@
+"""The IR: typed values, one table of ops, immutable graphs, their text, and what makes one valid. No torch here."""
+
+from zgraph.ir.builder import Builder
+from zgraph.ir.graph import (
+    Arg,
+    Foreign,
+    Graph,
+    Input,
+    InputKind,
+    Node,
+    Origin,
+    Output,
+    OutputKind,
+    Phase,
+    Token,
+    Value,
+)
+from zgraph.ir.ops import OPS, Op
+from zgraph.ir.parser import parse_graph
+from zgraph.ir.plan import Instruction, Plan, Program
+from zgraph.ir.printer import fingerprint, print_graph, print_node
+from zgraph.ir.types import (
+    Axis,
+    DType,
+    NoneType,
+    Partial,
+    Placement,
+    Replicate,
+    ScalarType,
+    Shard,
+    TensorType,
+    Type,
+    Varying,
+)
+from zgraph.ir.verifier import verify
+
+__all__ = [
+    "OPS", "Arg", "Axis", "Builder", "DType", "Foreign", "Graph", "Input", "InputKind", "Instruction", "Node",
+    "NoneType", "Op", "Origin", "Output", "OutputKind", "Partial", "Phase", "Placement", "Plan", "Program", "Replicate",
+    "ScalarType", "Shard", "TensorType", "Token", "Type", "Value", "Varying", "fingerprint", "parse_graph",
+    "print_graph", "print_node", "verify",
+]  # fmt: skip

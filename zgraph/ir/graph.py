@@ -1,0 +1,239 @@
+"""The graph: an immutable list of nodes in SSA form, with typed inputs and outputs and a phase on each node."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from zgraph.ir.types import Axis, DType, TensorType, Type
+
+__all__ = [
+    "Arg", "Foreign", "Graph", "Input", "InputKind", "Node", "Origin", "Output", "OutputKind", "Phase", "Token",
+    "Value", "map_values", "values_in",
+]  # fmt: skip
+
+
+class Phase(enum.Enum):
+    """When a node runs: in the forward, in the backward, or once a step after the last backward."""
+
+    forward = "fwd"
+    backward = "bwd"
+    update = "upd"
+
+    @property
+    def rank(self) -> int:
+        return _PHASES.index(self)
+
+
+_PHASES = (Phase.forward, Phase.backward, Phase.update)
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One SSA value: a name, unique in its graph, and a type."""
+
+    name: str
+    type: Type
+
+    @property
+    def tensor(self) -> TensorType:
+        """The type, where it must be a tensor's."""
+        if not isinstance(self.type, TensorType):
+            raise TypeError(f"%{self.name} is {self.type}, not a tensor")
+        return self.type
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A constant of the host framework that zgraph passes through by name: a device, layout or memory format."""
+
+    kind: str
+    name: str
+
+
+Arg = Value | DType | Token | int | float | bool | str | None | tuple["Arg", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a node comes from: the module path, the user's file and line, and the pass that put it there."""
+
+    module: str = ""
+    file: str = ""
+    line: int = 0
+    made_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One op applied to arguments, giving zero or more results."""
+
+    op: str
+    args: tuple[Arg, ...]
+    results: tuple[Value, ...]
+    kwargs: tuple[tuple[str, Arg], ...] = ()
+    phase: Phase = Phase.forward
+    origin: Origin = Origin()
+
+    @property
+    def name(self) -> str:
+        """The name of the first result, or the op's where there is none: what errors and reports call the node."""
+        return self.results[0].name if self.results else self.op
+
+    @property
+    def operands(self) -> tuple[Value, ...]:
+        """Every value the node reads, in order, repeats kept."""
+        return tuple(values_in((self.args, tuple(a for _, a in self.kwargs))))
+
+    def option(self, key: str) -> Arg:
+        """The keyword argument `key`, or None."""
+        return dict(self.kwargs).get(key)
+
+    def substitute(self, env: Mapping[str, Value]) -> Node:
+        """The node reading `env[name]` wherever it read the value called `name`."""
+        if not any(v.name in env for v in self.operands):
+            return self
+        args = tuple(map_values(a, env) for a in self.args)
+        return replace(self, args=args, kwargs=tuple((k, map_values(a, env)) for k, a in self.kwargs))
+
+
+class InputKind(enum.Enum):
+    param = "param"
+    buffer = "buffer"
+    input = "input"
+    tangent = "tangent"
+    constant = "constant"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """An input of the graph.
+
+    Args:
+        kind: what it is. Tangents feed the backward, everything else the forward.
+        value: the SSA value.
+        target: the name in the model of a parameter, buffer or lifted constant.
+        stage: for a parameter, the ZeRO stage wanted for it; None leaves it to the recipe.
+        master: for a parameter, the dtype it has at rest where that is not the dtype it is computed with.
+    """
+
+    kind: InputKind
+    value: Value
+    target: str = ""
+    stage: int | None = None
+    master: DType | None = None
+
+
+class OutputKind(enum.Enum):
+    output = "output"
+    mutation = "mutation"
+    grad = "grad"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """An output of the graph, in the order the host framework wants them.
+
+    `value` is None for an output that does not exist (no gradient). `target` names the input whose new value (a
+    mutation) or whose gradient this is.
+    """
+
+    kind: OutputKind
+    value: Value | None
+    target: str = ""
+    phase: Phase = Phase.forward
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """What is known of an op that is not zgraph's own, read off its schema at capture.
+
+    Args:
+        views: positions of arguments that the results may share memory with.
+        writes: positions of arguments that it writes to.
+        random: it draws from the random number generator.
+        multi: it returns a tuple or list, one result an element.
+        opaque: its effects are unknown, so it is neither moved, merged nor removed.
+    """
+
+    views: tuple[int, ...] = ()
+    writes: tuple[int, ...] = ()
+    random: bool = False
+    multi: bool = False
+    opaque: bool = False
+
+    @property
+    def is_pure(self) -> bool:
+        return not (self.writes or self.random or self.opaque)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A program over typed values. Nodes are in an order that runs: forward, then backward, then update."""
+
+    name: str
+    inputs: tuple[Input, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    mesh: tuple[Axis, ...] = ()
+    foreign: Mapping[str, Foreign] = field(default_factory=dict)
+
+    def with_nodes(self, nodes: list[Node] | tuple[Node, ...]) -> Graph:
+        """The graph with `nodes` in the place of its own."""
+        return replace(self, nodes=tuple(nodes))
+
+    @property
+    def params(self) -> tuple[Input, ...]:
+        return tuple(i for i in self.inputs if i.kind is InputKind.param)
+
+    @cached_property
+    def producers(self) -> Mapping[str, Node]:
+        """The node that defines each value, by the value's name (inputs have none)."""
+        return {r.name: n for n in self.nodes for r in n.results}
+
+    @cached_property
+    def users(self) -> Mapping[str, tuple[int, ...]]:
+        """Positions of the nodes that read each value, by the value's name."""
+        users: dict[str, list[int]] = {}
+        for position, node in enumerate(self.nodes):
+            for name in dict.fromkeys(v.name for v in node.operands):
+                users.setdefault(name, []).append(position)
+        return {name: tuple(at) for name, at in users.items()}
+
+    @cached_property
+    def output_names(self) -> frozenset[str]:
+        return frozenset(o.value.name for o in self.outputs if o.value is not None)
+
+    def phase_nodes(self, phase: Phase) -> tuple[Node, ...]:
+        return tuple(n for n in self.nodes if n.phase is phase)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks along all axes together; 1 without a mesh."""
+        count = 1
+        for axis in self.mesh:
+            count *= axis.size
+        return count
+
+
+def values_in(arg: Arg) -> Iterator[Value]:
+    """The values inside an argument, depth first."""
+    if isinstance(arg, Value):
+        yield arg
+    elif isinstance(arg, tuple):
+        for item in arg:
+            yield from values_in(item)
+
+
+def map_values(arg: Arg, env: Mapping[str, Value]) -> Arg:
+    """The argument with `env[name]` in the place of each value called `name`."""
+    if isinstance(arg, Value):
+        return env.get(arg.name, arg)
+    if isinstance(arg, tuple):
+        return tuple(map_values(item, env) for item in arg)
+    return arg

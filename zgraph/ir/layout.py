@@ -1,0 +1,68 @@
+"""How a tensor is cut into shards, and how shards lie side by side in a bucket. One rule, used everywhere.
+
+A tensor sharded on its dim 0 over N ranks is cut as `torch.chunk` cuts it: ceil(d0 / N) rows a rank, the last ranks
+get fewer or none. In buffers each rank's part is padded to the same number of elements, its *chunk*, so that every
+rank sends as much as every other. A bucket is the chunks of its members one after the other, each starting at a
+multiple of 16 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from zgraph.ir.symbols import Dim, simplify
+from zgraph.ir.types import TensorType
+
+ALIGN_BYTES = 16
+
+
+def chunk_rows(rows: int, num_ranks: int) -> int:
+    """Rows of a full chunk of a tensor with `rows` rows."""
+    return -(-rows // num_ranks)
+
+
+def local_rows(rows: int, num_ranks: int, rank: int) -> int:
+    """Rows that `rank` really holds, padding left out."""
+    chunk = chunk_rows(rows, num_ranks)
+    return max(0, min(chunk, rows - chunk * rank))
+
+
+def chunk_numel(shape: tuple[Dim, ...], num_ranks: int) -> int:
+    """Elements of one rank's padded chunk. A tensor without dims counts as one row."""
+    rows, *rest = shape or (1,)
+    return chunk_rows(concrete(rows), num_ranks) * math.prod(concrete(d) for d in rest)
+
+
+def is_even(shape: tuple[Dim, ...], num_ranks: int) -> bool:
+    """Whether dim 0 divides, so that the chunks of all ranks end to end are the tensor itself."""
+    return concrete((shape or (1,))[0]) % num_ranks == 0
+
+
+def concrete(dim: Dim) -> int:
+    """`dim` as an int. Only parameters are sharded, and their sizes are always known."""
+    value = simplify(dim)
+    if not isinstance(value, int):
+        raise TypeError(f"a sharded tensor must have known sizes, not {dim}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class BucketLayout:
+    """Where each member's chunk starts in one rank's part of a bucket, and how long that part is, in elements."""
+
+    offsets: tuple[int, ...]
+    chunks: tuple[int, ...]
+    part_numel: int
+
+
+def bucket_layout(members: Iterable[TensorType], num_ranks: int) -> BucketLayout:
+    """The layout of a bucket of `members`, which share one dtype."""
+    offsets, chunks, end = [], [], 0
+    for member in members:
+        align = max(1, ALIGN_BYTES // member.dtype.itemsize)
+        offsets.append(-(-end // align) * align)
+        chunks.append(chunk_numel(member.shape, num_ranks))
+        end = offsets[-1] + chunks[-1]
+    return BucketLayout(tuple(offsets), tuple(chunks), end)

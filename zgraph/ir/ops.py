@@ -1,0 +1,198 @@
+"""The table of zgraph's own ops: one row an op, everything that the rest of the compiler asks about it.
+
+ATen ops are not here: a graph declares those it uses, with the effects read off their schemas (`graph.Foreign`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from zgraph.ir.graph import Graph, Node
+from zgraph.ir.layout import bucket_layout, chunk_numel
+from zgraph.ir.types import DType, Partial, Replicate, Shard, TensorType, Type, Varying
+
+Lane = Literal["compute", "comm"]
+TypeRule = Callable[[Node, int], tuple[Type, ...]]
+
+
+class TypeRuleError(ValueError):
+    """The operands of an op do not fit it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One row.
+
+    Args:
+        name: the op's name in text.
+        doc: one line of what it does.
+        rule: from a node and the number of ranks to the types its results must have; raises TypeRuleError.
+        lane: which lane runs it.
+        wire_bytes: bytes this rank sends, from a node and the number of ranks.
+        scratch_bytes: bytes it needs beside operands and results while it runs.
+        views: whether its results share memory with its operands.
+        pure: running it has no effect but its results, the same each time.
+        consumes: it ends the life of its operands.
+        recomputable: it may be run again instead of keeping its result.
+    """
+
+    name: str
+    doc: str
+    rule: TypeRule
+    lane: Lane = "compute"
+    wire_bytes: Callable[[Node, int], int] = lambda node, num_ranks: 0
+    scratch_bytes: Callable[[Node, int], int] = lambda node, num_ranks: 0
+    views: Callable[[Node], bool] = lambda node: False
+    pure: bool = True
+    consumes: bool = False
+    recomputable: bool = False
+
+
+def tensor(node: Node, index: int = 0) -> TensorType:
+    """The tensor type of the node's operand number `index`."""
+    found = node.operands[index].type
+    if not isinstance(found, TensorType):
+        raise TypeRuleError(f"operand {index} is {found}, not a tensor")
+    return found
+
+
+def _one(node: Node) -> TensorType:
+    if len(node.operands) != 1:
+        raise TypeRuleError(f"takes one operand, not {len(node.operands)}")
+    return tensor(node)
+
+
+def _placed(kind: TensorType, *allowed: type) -> TensorType:
+    if kind.future or len(kind.placement) != 1 or not isinstance(kind.placement[0], allowed):
+        names = " or ".join(a.__name__ for a in allowed)
+        raise TypeRuleError(f"its operand must be placed {names}, not {kind}")
+    return kind
+
+
+def padded_bytes(kind: TensorType, num_ranks: int) -> int:
+    """Bytes of the whole tensor with every rank's chunk padded to the same size."""
+    return chunk_numel(kind.shape, num_ranks) * num_ranks * kind.dtype.itemsize
+
+
+def _gathered(node: Node, _: int) -> tuple[Type, ...]:
+    return (_placed(_one(node), Shard).at(Replicate()).contiguous().promised(),)
+
+
+def _scattered(node: Node, _: int) -> tuple[Type, ...]:
+    return (_placed(_one(node), Varying, Partial).at(Shard(0)).contiguous().promised(),)
+
+
+def _summed(node: Node, _: int) -> tuple[Type, ...]:
+    return (_placed(_one(node), Varying, Partial).at(Replicate()).contiguous().promised(),)
+
+
+def _broadcast(node: Node, _: int) -> tuple[Type, ...]:
+    return (_placed(_one(node), Varying).at(Replicate()).contiguous().promised(),)
+
+
+def _waited(node: Node, _: int) -> tuple[Type, ...]:
+    kind = _one(node)
+    if not kind.future:
+        raise TypeRuleError(f"waits for a future, not for {kind}")
+    return (kind.delivered(),)
+
+
+def _resharded(node: Node, _: int) -> tuple[Type, ...]:
+    """Placement may become anything; everything else of each operand stays."""
+    results = []
+    for value, result in zip(node.operands, node.results, strict=True):
+        kind, made = tensor(replace(node, args=(value,), kwargs=())), result.type
+        if not isinstance(made, TensorType) or kind.placement == made.placement:
+            raise TypeRuleError(f"must change the placement of %{value.name}")
+        results.append(kind.contiguous().at(*made.placement))
+    return tuple(results)
+
+
+def _packed(node: Node, num_ranks: int) -> tuple[Type, ...]:
+    kinds = [tensor(node, i) for i in range(len(node.operands))]
+    if len({(k.dtype, k.placement) for k in kinds}) != 1:
+        raise TypeRuleError("packs tensors of one dtype and one placement")
+    numel = bucket_layout(kinds, num_ranks).part_numel * num_ranks
+    return (TensorType(kinds[0].dtype, (numel,), placement=kinds[0].placement),)
+
+
+def _unpacked(node: Node, num_ranks: int) -> tuple[Type, ...]:
+    flat = _one(node)
+    members = [r.type for r in node.results if isinstance(r.type, TensorType)]
+    if len(members) != len(node.results) or any(m.dtype is not flat.dtype for m in members):
+        raise TypeRuleError(f"unpacks into tensors of {flat.dtype.value}")
+    if bucket_layout(members, num_ranks).part_numel * num_ranks != flat.numel:
+        raise TypeRuleError("its results do not fill its operand")
+    return tuple(m.contiguous().at(*flat.placement) for m in members)
+
+
+def _cast(node: Node, _: int) -> tuple[Type, ...]:
+    dtype = node.option("dtype")
+    if not isinstance(dtype, DType):
+        raise TypeRuleError("needs dtype=")
+    return (_one(node).contiguous(dtype),)
+
+
+def _accumulated(node: Node, _: int) -> tuple[Type, ...]:
+    if not isinstance(node.option("target"), str):
+        raise TypeRuleError("needs target=, the name of the parameter")
+    return (_one(node),)
+
+
+def _released(node: Node, _: int) -> tuple[Type, ...]:
+    _one(node)
+    return ()
+
+
+def _ring(node: Node, num_ranks: int) -> int:
+    """(N - 1) / N of the whole: what a ring all-gather or reduce-scatter sends from each rank."""
+    return padded_bytes(tensor(node), num_ranks) // num_ranks * (num_ranks - 1)
+
+
+def _received(node: Node, num_ranks: int) -> int:
+    """A reduce-scatter by exchange holds what the other ranks send until it is summed."""
+    return padded_bytes(tensor(node), num_ranks) if num_ranks > 1 else 0
+
+
+def _is_sharded(node: Node) -> bool:
+    return isinstance(tensor(node).placement[0], Shard)
+
+
+_ROWS = (
+    Op("reshard", "Change the placement of one or more values; a lowering pass decides by which collective.",
+       _resharded),
+    Op("all_gather_start", "Begin to collect the shards of all ranks into the whole tensor.", _gathered, "comm", _ring,
+       pure=False),
+    Op("reduce_scatter_start", "Begin to average over the ranks, each rank keeping its shard.", _scattered, "comm",
+       _ring, scratch_bytes=_received, pure=False),
+    Op("all_reduce_start", "Begin to average over the ranks, every rank keeping the whole.", _summed, "comm",
+       lambda node, n: 2 * _ring(node, n), pure=False),
+    Op("broadcast_start", "Begin to copy the first rank's value to every rank.", _broadcast, "comm", _ring, pure=False),
+    Op("wait", "Deliver what a start promised.", _waited, views=lambda node: True, pure=False),
+    Op("pack", "Lay tensors out as one bucket: chunk r of it is chunk r of each, one after the other.", _packed),
+    Op("unpack", "Take a bucket apart again.", _unpacked, views=_is_sharded),
+    Op("cast", "Change the dtype.", _cast, recomputable=True),
+    Op("copy", "A dense copy with memory of its own.", lambda node, _: (_one(node).contiguous(),)),
+    Op("accumulate", "Add the gradients that backwards under no_sync left on this rank for the parameter `target`.",
+       _accumulated, views=lambda node: True, pure=False),
+    Op("release", "End the life of a value: its memory is free from here on.", _released, pure=False, consumes=True),
+)  # fmt: skip
+
+OPS: Mapping[str, Op] = {op.name: op for op in _ROWS}
+
+
+def views(graph: Graph, node: Node) -> tuple[str, ...]:
+    """Names of the values whose memory the results of `node` may share."""
+    if op := OPS.get(node.op):
+        return tuple(v.name for v in node.operands) if op.views(node) else ()
+    positions = graph.foreign[node.op].views
+    return tuple(v.name for i in positions if i < len(node.args) for v in Node("", (node.args[i],), ()).operands)
+
+
+def is_pure(graph: Graph, node: Node) -> bool:
+    """Whether running the node has no effect but its results, the same each time."""
+    if op := OPS.get(node.op):
+        return op.pure
+    return graph.foreign[node.op].is_pure

@@ -1,0 +1,346 @@
+"""From `.zir` text back to a graph. `parse_graph(print_graph(g)) == g` for every graph."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+from zgraph.errors import ZirError
+from zgraph.ir.graph import (
+    Arg,
+    Foreign,
+    Graph,
+    Input,
+    InputKind,
+    Node,
+    Origin,
+    Output,
+    OutputKind,
+    Phase,
+    Token,
+    Value,
+)
+from zgraph.ir.symbols import Dim, parse_dim
+from zgraph.ir.types import (
+    Axis,
+    DType,
+    NoneType,
+    Partial,
+    Placement,
+    Replicate,
+    ScalarType,
+    Shard,
+    TensorType,
+    Type,
+    Varying,
+)
+
+_T = TypeVar("_T")
+_WORD = re.compile(r"[A-Za-z_][\w.\-]*")
+_NAME = re.compile(r"[\w.]+")
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_NUMBER = re.compile(r"-?(?:inf\b|\d+(?:\.\d*)?(?:e[+-]?\d+)?)")
+_PLACEMENTS: dict[str, Placement] = {"R": Replicate(), "P": Partial(), "V": Varying()}
+_DTYPES = {d.value: d for d in DType}
+_MAX_DEPTH = 32
+
+
+def parse_graph(text: str) -> Graph:
+    """Read a graph.
+
+    Raises:
+        ZirError: with the line, and a caret under what is wrong in it.
+    """
+    return _Reader(text).graph()
+
+
+class _Line:
+    """A cursor over one line."""
+
+    def __init__(self, text: str, number: int) -> None:
+        self.text, self.number, self.at = text, number, 0
+
+    def error(self, message: str) -> ZirError:
+        return ZirError(message, self.text, self.at, self.number)
+
+    def space(self) -> None:
+        while self.at < len(self.text) and self.text[self.at] == " ":
+            self.at += 1
+
+    def peek(self, literal: str) -> bool:
+        self.space()
+        return self.text.startswith(literal, self.at)
+
+    def accept(self, literal: str) -> bool:
+        if self.peek(literal):
+            self.at += len(literal)
+            return True
+        return False
+
+    def expect(self, literal: str) -> None:
+        if not self.accept(literal):
+            raise self.error(f"expected {literal!r}")
+
+    def match(self, pattern: re.Pattern[str], what: str) -> str:
+        self.space()
+        if not (found := pattern.match(self.text, self.at)):
+            raise self.error(f"expected {what}")
+        self.at = found.end()
+        return found.group()
+
+    def word(self, what: str = "a word") -> str:
+        return self.match(_WORD, what)
+
+    def integer(self) -> int:
+        return int(self.match(re.compile(r"-?\d{1,19}"), "an integer"))
+
+    def string(self) -> str:
+        start = self.at
+        try:
+            return str(json.loads(self.match(_STRING, "a string in double quotes")))
+        except json.JSONDecodeError:
+            self.at = start
+            raise self.error("expected a string in double quotes") from None
+
+    def one_of(self, choices: dict[str, _T], what: str) -> _T:
+        start = self.at
+        word = self.word(what)
+        if word not in choices:
+            self.at = start
+            raise self.error(f"expected {what}, one of {', '.join(choices)}")
+        return choices[word]
+
+    def end(self) -> None:
+        self.space()
+        if self.at != len(self.text):
+            raise self.error("unexpected text after the end")
+
+    @property
+    def done(self) -> bool:
+        self.space()
+        return self.at >= len(self.text)
+
+    def listed(self, close: str, item: Callable[[], _T]) -> tuple[_T, ...]:
+        """Items separated by commas up to `close`, which is taken too."""
+        items: list[_T] = []
+        while not self.accept(close):
+            if items:
+                self.expect(",")
+            items.append(item())
+        return tuple(items)
+
+    def dims(self, closers: str) -> tuple[Dim, ...]:
+        """Sizes separated by commas, up to one of `closers`, which is left."""
+        start, depth, found = self.at, 0, []
+        while self.at < len(self.text):
+            char = self.text[self.at]
+            if depth == 0 and char in closers + ",":
+                if piece := self.text[start : self.at].strip():
+                    found.append(self.dim(piece))
+                if char != ",":
+                    return tuple(found)
+                start = self.at + 1
+            depth += (char == "(") - (char == ")")
+            self.at += 1
+        raise self.error(f"expected one of {closers!r}")
+
+    def dim(self, text: str) -> Dim:
+        try:
+            return int(text) if text.isdigit() and len(text) < 20 else parse_dim(text)
+        except ZirError as error:
+            raise self.error(str(error).splitlines()[0]) from None
+
+    def type(self) -> Type:
+        future = self.accept("future ")
+        word = self.word("a type")
+        if word == "none":
+            return NoneType()
+        if not self.peek("["):
+            if word not in ("int", "float", "bool"):
+                raise self.error(f"{word!r} is not a type")
+            if not self.accept("("):
+                return ScalarType(word)
+            exprs = self.dims(")")
+            self.expect(")")
+            if len(exprs) != 1:
+                raise self.error("expected one expression")
+            return ScalarType(word, exprs[0])
+        if word not in _DTYPES:
+            raise self.error(f"{word!r} is not a dtype; the dtypes are {', '.join(_DTYPES)}")
+        self.expect("[")
+        shape = self.dims("|]")
+        strides = self.dims("]") if self.accept("|") else None
+        self.expect("]")
+        placement = self.listed(">", self.placement) if self.accept("<") else ()
+        space = self.word("a memory space") if self.accept("@") else "device"
+        return TensorType(_DTYPES[word], shape, strides, placement, space, future)
+
+    def placement(self) -> Placement:
+        word = self.word("a placement")
+        if word in _PLACEMENTS:
+            return _PLACEMENTS[word]
+        if word[0] == "S" and word[1:].isdigit() and len(word) < 4:
+            return Shard(int(word[1:]))
+        raise self.error(f"{word!r} is not a placement: R, V, P, or S and a dim")
+
+    def origin(self) -> Origin:
+        module, file, number = "", "", 0
+        if self.accept("@"):
+            module = self.string()
+            if self.peek('"'):
+                file = self.string()
+                self.expect(":")
+                number = self.integer()
+        return Origin(module, file, number, self.word("the name of a pass") if self.accept("by ") else "")
+
+
+class _Reader:
+    """Reads the lines of one graph, with the values defined so far."""
+
+    def __init__(self, text: str) -> None:
+        self.lines = [_Line(t, n) for n, t in enumerate(text.splitlines(), 1) if t.strip() and t.strip()[0] != "#"]
+        self.values: dict[str, Value] = {}
+        self.phases = {p.value: p for p in Phase}
+
+    def graph(self) -> Graph:
+        if not self.lines:
+            raise ZirError('the text is empty; a graph begins with: graph "name"')
+        head, *body = self.lines
+        name, mesh = self.head(head)
+        foreign: dict[str, Foreign] = {}
+        inputs: list[Input] = []
+        nodes: list[Node] = []
+        outputs: list[Output] = []
+        kinds = {k.value: k for k in InputKind}
+        for line in body:
+            start = line.at
+            word = line.word("op, an input kind, a phase or return")
+            if word == "op":
+                op, row = self.declaration(line)
+                foreign[op] = row
+            elif word in kinds:
+                inputs.append(self.input(line, kinds[word]))
+            elif word in self.phases:
+                nodes.append(self.node(line, self.phases[word]))
+            elif word == "return":
+                outputs.append(self.output(line))
+            else:
+                line.at = start
+                raise line.error(f"expected op, {', '.join([*kinds, *self.phases])} or return")
+            line.end()
+        return Graph(name, tuple(inputs), tuple(nodes), tuple(outputs), mesh, foreign)
+
+    def head(self, line: _Line) -> tuple[str, tuple[Axis, ...]]:
+        line.expect("graph")
+        name = line.string()
+        mesh: tuple[Axis, ...] = ()
+        if line.accept("mesh("):
+
+            def axis() -> Axis:
+                axis_name = line.word("the name of a mesh axis")
+                line.expect("=")
+                return Axis(axis_name, line.integer())
+
+            mesh = line.listed(")", axis)
+        line.end()
+        return name, mesh
+
+    def declaration(self, line: _Line) -> tuple[str, Foreign]:
+        name, positions, flags = line.word("the name of an op"), {"views": (), "writes": ()}, set[str]()
+        while not line.done:
+            start = line.at
+            word = line.word("an effect")
+            if word in positions and line.accept("("):
+                positions[word] = line.listed(")", line.integer)  # type: ignore[assignment]
+            elif word in ("random", "multi", "opaque"):
+                flags.add(word)
+            else:
+                line.at = start
+                raise line.error("expected views(...), writes(...), random, multi or opaque")
+        return name, Foreign(**positions, **{f: f in flags for f in ("random", "multi", "opaque")})  # type: ignore[arg-type]
+
+    def define(self, line: _Line) -> Value:
+        line.expect("%")
+        start = line.at
+        name = line.match(_NAME, "a name")
+        if name in self.values:
+            line.at = start
+            raise line.error(f"%{name} is defined twice")
+        line.expect(":")
+        value = Value(name, line.type())
+        self.values[name] = value
+        return value
+
+    def use(self, line: _Line) -> Value:
+        line.expect("%")
+        start = line.at
+        name = line.match(_NAME, "a name")
+        if name not in self.values:
+            line.at = start
+            raise line.error(f"%{name} is not defined above this line")
+        return self.values[name]
+
+    def input(self, line: _Line, kind: InputKind) -> Input:
+        value = self.define(line)
+        target = line.string() if line.peek('"') else ""
+        stage = line.integer() if line.accept("stage=") else None
+        master = line.one_of(_DTYPES, "a dtype") if line.accept("master=") else None
+        return Input(kind, value, target, stage, master)
+
+    def output(self, line: _Line) -> Output:
+        phase = line.one_of(self.phases, "a phase")
+        kind = line.one_of({k.value: k for k in OutputKind}, "a kind of output")
+        target = line.string() if line.peek('"') else ""
+        return Output(kind, None if line.accept("none") else self.use(line), target, phase)
+
+    def node(self, line: _Line, phase: Phase) -> Node:
+        results: list[Value] = []
+        if line.peek("%"):
+            results.append(self.define(line))
+            while line.accept(","):
+                results.append(self.define(line))
+            line.expect("=")
+        op = line.word("the name of an op")
+        line.expect("(")
+        args: list[Arg] = []
+        kwargs: list[tuple[str, Arg]] = []
+
+        def one() -> None:
+            if key := re.compile(r" *([A-Za-z_]\w*)=").match(line.text, line.at):
+                line.at = key.end()
+                kwargs.append((key.group(1), self.arg(line)))
+            else:
+                args.append(self.arg(line))
+
+        line.listed(")", one)
+        return Node(op, tuple(args), tuple(results), tuple(kwargs), phase, line.origin())
+
+    def arg(self, line: _Line, depth: int = 0) -> Arg:
+        if depth > _MAX_DEPTH:
+            raise line.error(f"lists nest deeper than {_MAX_DEPTH}")
+        if line.peek("%"):
+            return self.use(line)
+        if line.accept("["):
+            return line.listed("]", lambda: self.arg(line, depth + 1))
+        if line.peek('"'):
+            return line.string()
+        line.space()
+        if _NUMBER.match(line.text, line.at):
+            number = line.match(_NUMBER, "a number")
+            return float(number) if any(c in number for c in ".en") else int(number)
+        start = line.at
+        word = line.word("an argument")
+        constants: dict[str, Arg] = {"none": None, "true": True, "false": False, "nan": math.nan, "inf": math.inf}
+        if word in constants:
+            return constants[word]
+        if word in _DTYPES:
+            return _DTYPES[word]
+        if line.accept("("):
+            token = Token(word, line.string())
+            line.expect(")")
+            return token
+        line.at = start
+        raise line.error("expected a value, number, string, list, dtype or constant")

@@ -1,0 +1,156 @@
+"""What a value is: dtype, shape, placement on the mesh, memory space, and whether it is still on its way."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, replace
+
+from zgraph.ir.symbols import Dim, render
+
+__all__ = [
+    "Axis", "DType", "NoneType", "Partial", "Placement", "Replicate", "ScalarType", "Shard", "TensorType", "Type",
+    "Varying",
+]  # fmt: skip
+
+
+class DType(enum.Enum):
+    """An element type. Its value is its name in text; `itemsize` is in bytes."""
+
+    f64 = "f64"
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    f8e4m3 = "f8e4m3"
+    f8e5m2 = "f8e5m2"
+    c64 = "c64"
+    c128 = "c128"
+    i64 = "i64"
+    i32 = "i32"
+    i16 = "i16"
+    i8 = "i8"
+    u8 = "u8"
+    u16 = "u16"
+    u32 = "u32"
+    u64 = "u64"
+    bool = "bool"
+
+    @property
+    def itemsize(self) -> int:
+        digits = "".join(c for c in self.value.split("e")[0] if c.isdigit())
+        return int(digits) // 8 if digits else 1
+
+    @property
+    def is_floating(self) -> bool:
+        return self.value[0] in "fb" and self is not DType.bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """Every rank of the axis holds the same, whole value."""
+
+    def __str__(self) -> str:
+        return "R"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rank r of the axis holds chunk r of tensor dim `dim`: ceil(size / N) rows each, the last ones shorter."""
+
+    dim: int
+
+    def __str__(self) -> str:
+        return f"S{self.dim}"
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """The value meant is the sum of what the ranks of the axis hold."""
+
+    def __str__(self) -> str:
+        return "P"
+
+
+@dataclass(frozen=True, slots=True)
+class Varying:
+    """Each rank of the axis has a value of its own: what is computed from its part of the batch."""
+
+    def __str__(self) -> str:
+        return "V"
+
+
+Placement = Replicate | Shard | Partial | Varying
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of the device mesh: its name and how many ranks lie along it."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """The type of a tensor value.
+
+    `shape` is the global shape; for a placement of `Varying` it is each rank's own. `strides` is None where the
+    tensor is contiguous. `placement` has one entry a mesh axis (none where the graph has no mesh). `future` marks a
+    value that a start op promises and a `wait` delivers.
+    """
+
+    dtype: DType
+    shape: tuple[Dim, ...]
+    strides: tuple[Dim, ...] | None = None
+    placement: tuple[Placement, ...] = ()
+    space: str = "device"
+    future: bool = False
+
+    def __str__(self) -> str:
+        dims = ", ".join(render(d) for d in self.shape)
+        strides = "" if self.strides is None else " | " + ", ".join(render(d) for d in self.strides)
+        placement = f"<{', '.join(map(str, self.placement))}>" if self.placement else ""
+        space = "" if self.space == "device" else f"@{self.space}"
+        return f"{'future ' if self.future else ''}{self.dtype.value}[{dims}{strides}]{placement}{space}"
+
+    @property
+    def numel(self) -> Dim:
+        return math.prod(self.shape)
+
+    def at(self, *placement: Placement) -> TensorType:
+        """The same tensor at another placement."""
+        return replace(self, placement=placement)
+
+    def contiguous(self, dtype: DType | None = None) -> TensorType:
+        """The same shape and placement laid out densely, in `dtype` if one is given."""
+        return replace(self, dtype=dtype or self.dtype, strides=None)
+
+    def promised(self) -> TensorType:
+        """The future of this type."""
+        return replace(self, future=True)
+
+    def delivered(self) -> TensorType:
+        """What waiting for this future gives."""
+        return replace(self, future=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarType:
+    """A number outside a tensor: `kind` is int, float or bool; `expr` its symbolic value where it is known."""
+
+    kind: str
+    expr: Dim | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.expr is None else f"{self.kind}({render(self.expr)})"
+
+
+@dataclass(frozen=True, slots=True)
+class NoneType:
+    """The type of a result slot that an op leaves empty (a gradient that was masked out, say)."""
+
+    def __str__(self) -> str:
+        return "none"
+
+
+Type = TensorType | ScalarType | NoneType

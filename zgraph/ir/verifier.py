@@ -1,0 +1,184 @@
+"""What a valid graph is: SSA, phases, effects, types, placements, futures, lifetimes. One rule, one function."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from zgraph.errors import VerifyError
+from zgraph.ir.graph import Graph, Input, InputKind, Node, OutputKind, Phase
+from zgraph.ir.ops import OPS, TypeRuleError, views
+from zgraph.ir.printer import print_node
+from zgraph.ir.types import Partial, Replicate, Shard, TensorType, Varying
+
+Fault = tuple[int | None, str]
+"""Position of the node at fault (None: the graph as a whole) and what is wrong."""
+
+
+def verify(graph: Graph) -> None:
+    """Check every rule.
+
+    Raises:
+        VerifyError: for the first rule broken, with the op, the lines around it, the user's source line and the pass.
+    """
+    for rule in RULES:
+        for position, message in rule(graph):
+            raise VerifyError(_describe(graph, rule.__name__, position, message))
+
+
+def ssa(graph: Graph) -> Iterator[Fault]:
+    """Every value is defined once, before it is used, and always carries the type it was defined with."""
+    defined = {i.value.name: i.value for i in graph.inputs}
+    if len(defined) != len(graph.inputs):
+        yield None, "two inputs share a name"
+    for position, node in enumerate(graph.nodes):
+        for value in node.operands:
+            if value.name not in defined:
+                yield position, f"reads %{value.name}, which nothing above it defines"
+            elif defined[value.name].type != value.type:
+                yield position, f"reads %{value.name} as {value.type}, but it is {defined[value.name].type}"
+        for result in node.results:
+            if result.name in defined:
+                yield position, f"defines %{result.name}, which is defined already"
+            defined[result.name] = result
+    for output in graph.outputs:
+        if output.value is not None and defined.get(output.value.name) != output.value:
+            yield None, f"returns %{output.value.name}, which nothing defines with that type"
+
+
+def phases(graph: Graph) -> Iterator[Fault]:
+    """Forward comes before backward, backward before update, and the forward reads no tangent."""
+    tangents = {i.value.name for i in graph.inputs if i.kind is InputKind.tangent}
+    last = 0
+    for position, node in enumerate(graph.nodes):
+        if node.phase.rank < last:
+            yield position, f"is in phase {node.phase.value}, but stands after a later phase"
+        last = max(last, node.phase.rank)
+        if node.phase is Phase.forward and any(v.name in tangents for v in node.operands):
+            yield position, "is in the forward but reads a tangent"
+    ready = {n.name: node.phase.rank for node in graph.nodes for n in node.results}
+    for output in graph.outputs:
+        if output.value is not None and ready.get(output.value.name, 0) > output.phase.rank:
+            yield None, f"returns %{output.value.name} in phase {output.phase.value}, before it is made"
+
+
+def known_ops(graph: Graph) -> Iterator[Fault]:
+    """Every op is one of zgraph's own or declared by the graph."""
+    for position, node in enumerate(graph.nodes):
+        if node.op not in OPS and node.op not in graph.foreign:
+            yield position, f"{node.op} is neither an op of zgraph's nor declared with: op {node.op}"
+
+
+def types(graph: Graph) -> Iterator[Fault]:
+    """The results of zgraph's own ops have the types that the ops table demands."""
+    for position, node in enumerate(graph.nodes):
+        if op := OPS.get(node.op):
+            try:
+                wanted = op.rule(node, graph.num_ranks)
+            except (TypeRuleError, TypeError, ValueError, IndexError) as error:
+                yield position, f"{node.op}: {error}"
+                continue
+            if (got := tuple(r.type for r in node.results)) != wanted:
+                yield position, f"gives {_list(got)}, but {node.op} makes {_list(wanted)} of these operands"
+
+
+def placements(graph: Graph) -> Iterator[Fault]:
+    """One placement a mesh axis on every tensor; an op that is not zgraph's own sees only whole or own values."""
+    rank = len(graph.mesh)
+    for entry in graph.inputs:
+        if isinstance(entry.value.type, TensorType) and len(entry.value.type.placement) != rank:
+            yield None, f"the input %{entry.value.name} has {len(entry.value.type.placement)} placements, not {rank}"
+    for position, node in enumerate(graph.nodes):
+        for result in node.results:
+            if isinstance(result.type, TensorType) and len(result.type.placement) != rank:
+                yield position, f"%{result.name} has {len(result.type.placement)} placements for {rank} mesh axes"
+        if node.op in OPS:
+            continue
+        kinds = [v.type for v in node.operands if isinstance(v.type, TensorType)]
+        if any(isinstance(p, Shard | Partial) for k in kinds for p in k.placement):
+            yield position, f"{node.op} computes on one rank alone, so a sharded or partial operand must be resharded"
+        varies = any(isinstance(p, Varying) for k in kinds for p in k.placement)
+        for result in node.results:
+            if isinstance(result.type, TensorType) and varies and Replicate() in result.type.placement:
+                yield position, f"%{result.name} is called replicated, but it is made of values that vary"
+
+
+def futures(graph: Graph) -> Iterator[Fault]:
+    """Every future is waited for exactly once, in its own phase, and read by nothing else."""
+    waited = Counter(v.name for n in graph.nodes if n.op == "wait" for v in n.operands)
+    for position, node in enumerate(graph.nodes):
+        for value in node.operands:
+            if isinstance(value.type, TensorType) and value.type.future and node.op != "wait":
+                yield position, f"reads the future %{value.name} without waiting for it"
+            elif node.op == "wait" and (start := graph.producers.get(value.name)) and start.phase is not node.phase:
+                yield position, f"waits in {node.phase.value} for what {start.phase.value} started"
+        for result in node.results:
+            if isinstance(result.type, TensorType) and result.type.future and waited[result.name] != 1:
+                yield position, f"the future %{result.name} is waited for {waited[result.name]} times, not once"
+
+
+def lifetimes(graph: Graph) -> Iterator[Fault]:
+    """Nothing reads a released value, or one that shares its memory, after the release."""
+    roots: dict[str, frozenset[str]] = {}
+    released: dict[str, str] = {}
+
+    def memory(name: str) -> frozenset[str]:
+        return roots.get(name, frozenset((name,)))
+
+    for position, node in enumerate(graph.nodes):
+        for value in node.operands:
+            if gone := memory(value.name) & released.keys():
+                yield position, f"reads %{value.name}, whose memory was released by {released[min(gone)]}"
+        if node.op in OPS and OPS[node.op].consumes:
+            released.update({m: f"{node.op}(%{v.name})" for v in node.operands for m in memory(v.name)})
+            continue
+        shared = frozenset().union(*(memory(name) for name in views(graph, node)))
+        for result in node.results:
+            roots[result.name] = shared or frozenset((result.name,))
+    for output in graph.outputs:
+        if output.value is not None and memory(output.value.name) & released.keys():
+            yield None, f"returns %{output.value.name}, whose memory was released"
+
+
+def gradients(graph: Graph) -> Iterator[Fault]:
+    """A parameter's gradient has the shape and dtype that the parameter has at rest."""
+    by_name: dict[str, Input] = {i.value.name: i for i in graph.inputs}
+    for output in graph.outputs:
+        if output.kind is not OutputKind.grad or output.value is None or output.target not in by_name:
+            continue
+        kind, target = output.value.type, by_name[output.target].value.type
+        if isinstance(kind, TensorType) and isinstance(target, TensorType) and _extent(kind) != _extent(target):
+            yield None, f"the gradient of %{output.target} is {kind}, but it is {target}"
+
+
+RULES: tuple[Callable[[Graph], Iterator[Fault]], ...] = (
+    ssa, phases, known_ops, types, placements, futures, lifetimes, gradients,
+)  # fmt: skip
+
+
+def _extent(kind: TensorType) -> tuple[object, ...]:
+    return kind.shape, kind.dtype
+
+
+def _list(kinds: tuple[object, ...]) -> str:
+    return ", ".join(map(str, kinds)) or "nothing"
+
+
+def _describe(graph: Graph, rule: str, position: int | None, message: str) -> str:
+    if position is None:
+        return f"[{rule}] {message}"
+    node = graph.nodes[position]
+    lines = [f"[{rule}] {_title(node)} {message}", ""]
+    for i in range(max(0, position - 2), min(len(graph.nodes), position + 3)):
+        text = print_node(graph.nodes[i], origins=False)
+        lines.append(f"  {'>' if i == position else ' '} {text if len(text) <= 160 else text[:157] + '...'}")
+    origin = node.origin
+    if origin.file:
+        lines.append(f"  from {origin.file}:{origin.line}" + (f" in {origin.module}" if origin.module else ""))
+    if origin.made_by:
+        lines.append(f"  put there by the pass {origin.made_by}")
+    return "\n".join(lines)
+
+
+def _title(node: Node) -> str:
+    return f"%{node.results[0].name}" if node.results else node.op

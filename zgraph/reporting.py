@@ -1,0 +1,136 @@
+"""What `zgraph.report(model)` shows: the recipe, what each pass changed, bytes at rest, at the peak, on the wire."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from zgraph.cost import MemoryCurve, Traffic, simulate_memory, traffic
+from zgraph.ir import Plan
+from zgraph.passes.instruments import Step
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One captured graph: its plan, what the passes did to it, and what a step of it costs."""
+
+    plan: Plan
+    steps: tuple[Step, ...]
+    memory: MemoryCurve
+    traffic: tuple[Traffic, ...]
+
+    @property
+    def kind(self) -> str:
+        return "training" if self.plan.backward is not None else "inference"
+
+
+def make_entry(plan: Plan, steps: Sequence[Step], hints: Mapping[str, int]) -> Entry:
+    """The entry of a plan."""
+    return Entry(plan, tuple(steps), simulate_memory(plan, hints), traffic(plan))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compiled. Prints as a table; its fields are the numbers.
+
+    Args:
+        model: the name of the model's class.
+        recipe: the pipeline that ran.
+        num_ranks: ranks that the model is sharded over.
+        whole_bytes: bytes of all parameters, unsharded.
+        rest_bytes: bytes of parameters that this rank holds at rest.
+        buffer_bytes: bytes of the model's buffers, which every rank holds.
+        entries: one for each captured graph, in the order of capture.
+    """
+
+    model: str
+    recipe: str
+    num_ranks: int
+    whole_bytes: int
+    rest_bytes: int
+    buffer_bytes: int
+    entries: tuple[Entry, ...]
+
+    @property
+    def step_peak_bytes(self) -> int:
+        """The most bytes alive at once in a step above what lies at rest, over all captured graphs."""
+        return max((e.memory.peak.total_bytes for e in self.entries), default=0)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank sends in a training step (of the first training graph captured)."""
+        first = next((e for e in self.entries if e.plan.backward is not None), None)
+        return sum(t.sent_bytes for t in first.traffic) if first else 0
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [self._rest()]
+        for entry in self.entries:
+            parts += [Text(), _passes(entry), _peak(entry)]
+            if entry.traffic:
+                parts.append(_wire(entry, self.whole_bytes))
+        if not self.entries:
+            parts.append(Text("Nothing captured yet: the first call of the model does that.", style="dim"))
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=110, color_system=None)
+        console.print(self)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    def _rest(self) -> Table:
+        table = Table(title=f"{self.model} on {self.num_ranks} rank{'s' * (self.num_ranks > 1)}", title_justify="left")
+        table.add_column("at rest, per rank")
+        table.add_column("bytes", justify="right")
+        table.add_row("recipe", self.recipe)
+        table.add_row("parameters, whole", mebibytes(self.whole_bytes))
+        table.add_row("parameters, this rank", mebibytes(self.rest_bytes))
+        table.add_row("with AdamW's two moments", mebibytes(3 * self.rest_bytes))
+        table.add_row("buffers", mebibytes(self.buffer_bytes))
+        return table
+
+
+def mebibytes(num_bytes: int) -> str:
+    """Bytes for people: 1 MiB and more in MiB, less in KiB."""
+    return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.1f} KiB"
+
+
+def _passes(entry: Entry) -> Table:
+    table = Table(
+        title=f"{entry.plan.graph.name}: {entry.kind} graph, plan {entry.plan.fingerprint}", title_justify="left"
+    )
+    table.add_column("pass")
+    table.add_column("changed")
+    table.add_column("nodes", justify="right")
+    table.add_column("ms", justify="right")
+    for step in entry.steps:
+        table.add_row(step.text, step.summary, str(step.num_nodes), f"{step.seconds * 1e3:.0f}")
+    return table
+
+
+def _peak(entry: Entry) -> Text:
+    peak = entry.memory.peak
+    shares = ", ".join(
+        f"{name} {mebibytes(size)}"
+        for name, size in sorted(peak.bytes_by_category.items(), key=lambda i: -i[1])
+        if size
+    )
+    return Text(f"peak above rest {mebibytes(peak.total_bytes)} at %{peak.node} ({peak.phase}): {shares}")
+
+
+def _wire(entry: Entry, whole_bytes: int) -> Table:
+    table = Table()
+    table.add_column("collective, per step")
+    table.add_column("phase")
+    table.add_column("calls", justify="right")
+    table.add_column("sent per rank", justify="right")
+    table.add_column("of the model", justify="right")
+    for row in entry.traffic:
+        share = f"{row.sent_bytes / whole_bytes:.2f}" if whole_bytes else ""
+        table.add_row(row.op, row.phase, str(row.num_calls), mebibytes(row.sent_bytes), share)
+    return table
