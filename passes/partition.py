@@ -169,7 +169,7 @@ class _Partitioner:
         if current.tensor.dtype is not kind.dtype:
             current = self.emit("cast", current, f"{entry.value.name}_cast", user.phase, origin, dtype=kind.dtype)
         if self.sharded and isinstance(current.tensor.placement[0], Shard):
-            keep = {"keep": True} if entry.stage in (1, 2) else {}
+            keep: dict[str, Arg] = {"keep": True} if entry.stage in (1, 2) else {}
             current = self.reshard(current, Replicate(), stem, user.phase, origin, self.nodes, keep)
         return current
 

@@ -164,7 +164,7 @@ class _Recipe:
                 key, value = self.option(kind)
                 options[key] = value
         try:
-            return kind(**options)  # type: ignore[arg-type]
+            return kind(**options)
         except ValueError as error:
             raise self.error(str(error), start) from None
 

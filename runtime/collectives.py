@@ -60,7 +60,7 @@ def reduce_scatter_start(node: Node, session: Session) -> Execute:
     """
     group, num_ranks = session.group, session.num_ranks
     pad = _padder(node.operands[0].tensor, num_ranks)
-    native = dist.get_backend(group) != "gloo"
+    native = session.device.type != "cpu"
 
     def start_native(whole: torch.Tensor) -> Future:
         padded = pad(whole)
@@ -204,7 +204,7 @@ def _filler(kind: TensorType, num_ranks: int) -> Callable[[torch.Tensor, torch.T
 
     def fill(columns: torch.Tensor, tensor: torch.Tensor) -> None:
         flat, chunk = tensor.reshape(-1), columns.shape[1]
-        for row, piece in zip(columns, flat.split(chunk), strict=False):
+        for row, piece in zip(columns, torch.split(flat, chunk), strict=False):
             row[: piece.numel()].copy_(piece)
 
     return fill_evenly if is_even(kind.shape, num_ranks) else fill

@@ -12,13 +12,14 @@ import time
 import zlib
 from datetime import timedelta
 from functools import lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from zgraph.errors import PeerError, PlanMismatchError, ZgraphError
 from zgraph.runtime import torch_private
+from zgraph.runtime.torch_private import Store
 
 BEAT_SECONDS = 0.5
 GONE_AFTER_SECONDS = 3.0
@@ -29,7 +30,7 @@ _FIRST_NAP, _LONGEST_NAP = 2e-5, 1e-3
 class Heartbeat(threading.Thread):
     """Writes a growing number to the store, so that others can tell a busy rank from one that is gone."""
 
-    def __init__(self, store: dist.Store, rank: int) -> None:
+    def __init__(self, store: Store, rank: int) -> None:
         super().__init__(name="zgraph-heartbeat", daemon=True)
         self.store, self.rank = store, rank
         self.start()
@@ -46,13 +47,16 @@ class Heartbeat(threading.Thread):
 
 
 @lru_cache(maxsize=1)
-def _heartbeat(store: dist.Store, rank: int) -> Heartbeat:
+def _heartbeat(store: Store, rank: int) -> Heartbeat:
     return Heartbeat(store, rank)
 
 
 @lru_cache(maxsize=16)
-def _control_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    return dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
+def _control_group(ranks: tuple[int, ...], store: Store) -> dist.ProcessGroup:
+    """A gloo group of these ranks, one for each time that the job's processes met (`store` tells the times apart)."""
+    group = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 class Peers:
@@ -61,15 +65,16 @@ class Peers:
     Args:
         group: their process group.
         name: a name for the model that is the same on all of them and used for no other.
+        device: where the data is that they exchange. On the CPU a wait polls; a GPU's stream waits by itself.
     """
 
-    def __init__(self, group: dist.ProcessGroup, name: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, name: str, device: torch.device) -> None:
         self.group, self.name = group, name
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.rank = dist.get_rank()
         self.store = torch_private.store()
-        self.control = _control_group(self.ranks)
-        self.polls = dist.get_backend(group) == "gloo"
+        self.control = _control_group(self.ranks, self.store)
+        self.polls = device.type == "cpu"
         self.call = 0
         self.compared = 0
         _heartbeat(self.store, self.rank)
@@ -182,7 +187,8 @@ class Peers:
         """What differs between the first rank's text and that of the first rank that differs from it."""
         keys = [f"{self.name}/text/{self.compared}/{r}" for r in (self.ranks[0], different[0])]
         if self.rank in (self.ranks[0], different[0]):
-            self.store.set(keys[self.rank == different[0]], zlib.compress(text.encode()))
+            packed: Any = zlib.compress(text.encode())
+            self.store.set(keys[self.rank == different[0]], packed)
         self.store.wait(keys, timedelta(seconds=30))
         ours, theirs = (zlib.decompress(self.store.get(k)).decode().splitlines() for k in keys)
         pairs = [*zip(ours, theirs, strict=False), (f"{len(ours)} lines", f"{len(theirs)} lines")]

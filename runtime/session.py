@@ -27,7 +27,7 @@ class Session:
     def __init__(self, store: ShardStore, group: dist.ProcessGroup | None, name: str) -> None:
         self.store, self.device, self.num_ranks = store, store.device, store.num_ranks
         self._group = group
-        self._peers = Peers(group, name) if group is not None else None
+        self._peers = Peers(group, name, store.device) if group is not None else None
         self.syncs = True
         self.plans: list[Plan] = []
         self._held: dict[str, torch.Tensor] = {}

@@ -106,6 +106,7 @@ class ShardStore:
                 slot = self._replicate(name, stage, parameter)
             slot.homes = homes
             self.slots[name] = slot
+        self._whole = [s.rest for s in self.slots.values() if not s.is_sharded]
         self._by_swap = [s for s in self.slots.values() if s.stand_in is not s.parameter]
         self._put(at_rest=True)
 
@@ -131,8 +132,8 @@ class ShardStore:
 
     @property
     def version(self) -> int:
-        """Grows whenever a shard is written to."""
-        return sum(flat._version for flat in self.flats)
+        """Grows whenever a parameter at rest is written to."""
+        return sum(flat._version for flat in self.flats) + sum(t._version for t in self._whole)
 
     def moved(self) -> str | None:
         """The name of a parameter whose memory is no longer this store's (`model.to()` was called, say)."""
@@ -145,8 +146,7 @@ class ShardStore:
     @property
     def rest_bytes(self) -> int:
         """Bytes of parameters that this rank holds at rest."""
-        whole = [s.rest for s in self.slots.values() if not s.is_sharded]
-        return sum(t.numel() * t.element_size() for t in (*self.flats, *whole))
+        return sum(t.numel() * t.element_size() for t in (*self.flats, *self._whole))
 
     # --- taking the model's parameters -------------------------------------------------------------------------
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store, _get_default_store
+
+__all__ = ["Store", "all_gather", "keeps_graph", "reduce_scatter", "run_grad_hooks", "store"]
 
 _gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter: Callable[..., dist.Work] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -22,9 +25,9 @@ def reduce_scatter(out: torch.Tensor, whole: torch.Tensor, op: Any, group: dist.
     return _scatter(out, whole, op=op, group=group, async_op=True)
 
 
-def store() -> dist.Store:
+def store() -> Store:
     """The key-value store that the processes of this job met in."""
-    return dist.distributed_c10d._get_default_store()
+    return _get_default_store()
 
 
 def keeps_graph() -> bool:
@@ -34,5 +37,6 @@ def keeps_graph() -> bool:
 
 def run_grad_hooks(parameter: torch.Tensor) -> None:
     """Run what `register_post_accumulate_grad_hook` registered."""
-    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+    hooks: dict[int, Callable[[torch.Tensor], None]] | None = parameter._post_accumulate_grad_hooks
+    for hook in (hooks or {}).values():
         hook(parameter)

@@ -47,7 +47,9 @@ class _Whole:
         self.waiting = False
         for slot in self.slots:
             if slot.stand_in.requires_grad:
-                slot.stand_in.register_post_accumulate_grad_hook(lambda _: self.at_end())
+                slot.stand_in.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    lambda _: self.at_end()
+                )
 
     def gather(self) -> None:
         for slot in self.slots:
@@ -75,7 +77,7 @@ class _Whole:
         """Have the gradients reduced when the backward that runs now is over."""
         if not self.waiting:
             self.waiting = True
-            Variable._execution_engine.queue_callback(self.reduce)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(self.reduce)
 
     def reduce(self) -> None:
         self.waiting = False

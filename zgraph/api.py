@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
-from typing import Any, TypeVar, overload
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -20,14 +20,20 @@ from zgraph.aten import FROM_TORCH
 from zgraph.capture import Compiled, Frontend, ParamInfo
 from zgraph.capture.torch_private import compiled_backward_node
 from zgraph.config import environment
-from zgraph.errors import AlreadyCompiledError, BackwardTwiceError, EscapedParameterError, UsageError
+from zgraph.errors import (
+    AlreadyCompiledError,
+    BackwardTwiceError,
+    EscapedParameterError,
+    StaleParametersError,
+    UsageError,
+)
 from zgraph.ir import Axis, Graph, print_graph, verify
 from zgraph.passes import MIXED, RECIPES, Context, Pipeline, make_plan, parse_recipe
 from zgraph.passes.instruments import Dump, Log, Step, Verify
 from zgraph.reporting import Entry, Report, make_entry
 from zgraph.runtime import Session, ShardStore
 from zgraph.runtime.loading import check_state_dict
-from zgraph.runtime.materialise import materialise_buffers
+from zgraph.runtime.materialise import check_initialisable, materialise_buffers
 from zgraph.runtime.torch_private import keeps_graph
 from zgraph.runtime.whole import run_whole
 
@@ -77,10 +83,22 @@ class CompiledModel:
         )  # fmt: skip
 
 
+class Options(TypedDict, total=False):
+    """The options of `compile`, for type checkers."""
+
+    stage: Stage
+    mesh: DeviceMesh | None
+    param_dtype: torch.dtype | None
+    reduce_dtype: torch.dtype | None
+    passes: str | None
+    fullgraph: bool
+    dynamic: bool | None
+
+
 @overload
-def compile(model: M, **options: Any) -> M: ...
+def compile(model: M, **options: Unpack[Options]) -> M: ...
 @overload
-def compile(model: None = None, **options: Any) -> Callable[[M], M]: ...
+def compile(model: None = None, **options: Unpack[Options]) -> Callable[[M], M]: ...
 def compile(
     model: Any = None, *, stage: Stage = 3, mesh: DeviceMesh | None = None, param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None, passes: str | None = None, fullgraph: bool = True,
@@ -113,7 +131,7 @@ def compile(
         RecipeError, ContractError: the recipe does not parse or does not fit together.
         PlanMismatchError: the ranks have different models or options.
     """
-    options = {
+    options: Options = {
         "stage": stage, "mesh": mesh, "param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "passes": passes,
         "fullgraph": fullgraph, "dynamic": dynamic,
     }  # fmt: skip
@@ -129,7 +147,8 @@ def compile(
     parse_recipe(recipe)
     stages = {n: None if isinstance(stage, int) else _stage_of(stage, n) for n, _ in model.named_parameters()}
     mesh = _mesh(model, mesh)
-    group = mesh.get_group() if mesh is not None and mesh.size() > 1 else None
+    mesh = mesh if mesh is not None and mesh.size() > 1 else None
+    group = mesh.get_group() if mesh is not None else None
     name = f"zgraph/{type(model).__name__}/{next(_serial)}"
     if group is not None and default_stage:
         _check_optimizers(model)
@@ -149,7 +168,9 @@ def compile(
         forward = run_whole(forward, session)
     model.__dict__[_ATTRIBUTE] = compiled
     model.__dict__["forward"] = _guard(forward, session, param_dtype)
-    model.register_load_state_dict_pre_hook(functools.partial(check_state_dict, session.store))
+    model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+        functools.partial(check_state_dict, session.store)
+    )
     return model
 
 
@@ -266,7 +287,7 @@ def _enabled(pipeline: Pipeline) -> Pipeline:
 # --- wiring ------------------------------------------------------------------------------------------------------
 
 
-def _compile_class(kind: type[nn.Module], options: dict[str, Any]) -> type[nn.Module]:
+def _compile_class(kind: type[nn.Module], options: Options) -> type[nn.Module]:
     """The class, whose instances (not those of its subclasses) are compiled at the end of `__init__`."""
     make = kind.__init__
 
@@ -285,14 +306,15 @@ def _shard(
     default_stage: int, param_dtype: torch.dtype | None, recipe: str, name: str,
 ) -> Session:  # fmt: skip
     """Compare the models of all ranks, then shard."""
+    device = next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh))
+    check_initialisable(model)
     if group is not None:
         from zgraph.runtime.peers import Peers
 
         lines = [f"recipe {recipe}, param_dtype {param_dtype}"]
         lines += [f"{n}: {tuple(p.shape)} {p.dtype} stage {stages[n]}" for n, p in model.named_parameters()]
         lines += [f"{n}: {tuple(b.shape)} {b.dtype} buffer" for n, b in model.named_buffers()]
-        Peers(group, name).agree("model", "\n".join(lines))
-    device = next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh))
+        Peers(group, name, device).agree("model", "\n".join(lines))
     store = ShardStore(model, mesh, stages, default_stage, param_dtype, device)
     materialise_buffers(model, device)
     if group is not None:
@@ -322,8 +344,8 @@ def _guard(forward: Callable[..., Any], session: Session, param_dtype: torch.dty
     def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
         if moved := session.store.moved():
             raise UsageError(
-                f"the memory of {moved} was replaced after zgraph.compile (by model.to(), .cuda() or .half()?); move or "
-                "convert the model before it is compiled"
+                f"the memory of {moved} was replaced after zgraph.compile (by model.to(), .cuda() or .half()?); move "
+                "or convert the model before it is compiled"
             )
         if param_dtype is not None:
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _cast(t, param_dtype), (args, kwargs))
@@ -331,7 +353,7 @@ def _guard(forward: Callable[..., Any], session: Session, param_dtype: torch.dty
         try:
             with session.store.stand_ins():
                 result = forward(*args, **kwargs)
-            _watch_outputs(result, hollow)
+            _watch_outputs(result, hollow, session.store)
         except BaseException as error:
             session.fail(error)
             raise
@@ -344,8 +366,8 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _watch_outputs(result: Any, hollow: Mapping[int, str]) -> None:
-    """Catch a parameter that escapes, and a second backward through what the first has freed."""
+def _watch_outputs(result: Any, hollow: Mapping[int, str], store: ShardStore) -> None:
+    """Catch a parameter that escapes, and a backward that comes too often or too late."""
     watched: set[Any] = set()
     for leaf in pytree.tree_leaves(result):
         if not isinstance(leaf, torch.Tensor):
@@ -358,11 +380,12 @@ def _watch_outputs(result: Any, hollow: Mapping[int, str]) -> None:
         node = compiled_backward_node(leaf) if leaf.requires_grad else None
         if node is not None and node not in watched:
             watched.add(node)
-            node.register_prehook(_once())
+            node.register_prehook(_once(store))
 
 
-def _once() -> Callable[[Any], None]:
-    spent = False
+def _once(store: ShardStore) -> Callable[[Any], None]:
+    """A check that runs at the beginning of the backward of one call."""
+    spent, version = False, store.version
 
     def check(_gradients: Any) -> None:
         nonlocal spent
@@ -370,6 +393,11 @@ def _once() -> Callable[[Any], None]:
             raise BackwardTwiceError(
                 "this is the second backward through the same forward, whose saved values the first one freed; call "
                 "the first with retain_graph=True, or run the forward again"
+            )
+        if store.version != version:
+            raise StaleParametersError(
+                "parameters were changed (by optimizer.step() or load_state_dict?) between this forward and its "
+                "backward, which would compute with the new ones; run the backward first, or the forward again"
             )
         spent = not keeps_graph()
 

@@ -66,7 +66,8 @@ def effects(target: Any, name: str, *, multi: bool) -> Foreign:
     """What the schema of an op says about its effects. An op outside ATen keeps effects that no schema tells."""
     if not isinstance(target, torch._ops.OpOverload):
         return Foreign(multi=multi)
-    views, writes = [], []
+    views: list[int] = []
+    writes: list[int] = []
     for position, argument in enumerate(target._schema.arguments):
         if argument.alias_info is not None:
             (writes if argument.alias_info.is_write else views).append(position)

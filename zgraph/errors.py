@@ -73,6 +73,10 @@ class BackwardTwiceError(ZgraphError, RuntimeError):
     """A second backward through a graph whose saved values the first one has freed."""
 
 
+class StaleParametersError(ZgraphError, RuntimeError):
+    """A backward came after its forward's parameters had been changed."""
+
+
 class EscapedParameterError(ZgraphError):
     """The forward returned a parameter, or a view of one, whose gathered memory is gone after the call."""
 

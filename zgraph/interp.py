@@ -75,10 +75,10 @@ class Interpreter:
         for rank in range(num_ranks):
             if row.random:
                 torch.random.set_rng_state(states[rank])
-            made = function(
-                *(to_torch(a, _CPU, lambda v, r=rank: env[v.name][r]) for a in node.args),
-                **{k: to_torch(a, _CPU, lambda v, r=rank: env[v.name][r]) for k, a in node.kwargs},
-            )
+            own = {v.name: env[v.name][rank] for v in node.operands}
+            args = [to_torch(a, _CPU, lambda v: own[v.name]) for a in node.args]  # noqa: B023 - used at once
+            kwargs = {k: to_torch(a, _CPU, lambda v: own[v.name]) for k, a in node.kwargs}  # noqa: B023
+            made = function(*args, **kwargs)
             if row.random:
                 states[rank] = torch.random.get_rng_state()
             by_rank.append(list(made) if row.multi else [made])

@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable
 
 from zgraph.ir import OPS, Graph, Node
+from zgraph.ir.graph import values_in
 from zgraph.passes.analysis.memory import Memory
 
 Priority = Callable[[int, Node], float]
@@ -27,16 +28,10 @@ def dependencies(graph: Graph) -> list[set[int]]:
         before = {producer[v.name] for v in node.operands if v.name in producer}
         touched = {root for v in node.operands for root in memory.roots(v.name)}
         before |= {writer[root] for root in touched if root in writer}
+        for root in _written(graph, memory, node):
+            before |= readers.get(root, set())
+            writer[root] = position
         foreign = graph.foreign.get(node.op)
-        ends = node.op in OPS and OPS[node.op].consumes
-        if ends or (foreign and foreign.writes):
-            written = touched if ends else {
-                root for i in foreign.writes for v in Node("", (node.args[i],), ()).operands
-                for root in memory.roots(v.name)
-            }  # fmt: skip
-            for root in written:
-                before |= readers.get(root, set())
-                writer[root] = position
         if foreign and (foreign.random or foreign.opaque):
             if chained is not None:
                 before.add(chained)
@@ -46,6 +41,15 @@ def dependencies(graph: Graph) -> list[set[int]]:
         before.discard(position)
         needs.append(before)
     return needs
+
+
+def _written(graph: Graph, memory: Memory, node: Node) -> set[str]:
+    """The storages that a node writes to, or frees."""
+    if node.op in OPS:
+        arguments = node.args if OPS[node.op].consumes else ()
+    else:
+        arguments = tuple(node.args[i] for i in graph.foreign[node.op].writes)
+    return {root for value in values_in(arguments) for root in memory.roots(value.name)}
 
 
 def reorder(graph: Graph, priority: Priority) -> Graph:

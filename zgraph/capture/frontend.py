@@ -98,7 +98,7 @@ class Frontend:
         buffers = self.buffers()
         leaves = {index: self._leaf(example, buffers) for index, example in enumerate(examples)}
         capture = _OneCapture(self, leaves)
-        return torch_private.aot_autograd(  # type: ignore[no-any-return]
+        return torch_private.aot_autograd(
             fw_compiler=capture.runner_of, bw_compiler=capture.runner_of, partition_fn=capture.partition,
             inference_compiler=capture.inference,
         )(gm, examples)  # fmt: skip
@@ -127,7 +127,8 @@ class _OneCapture:
         saved = _SavedNodes(joint, plan)
         outputs = joint.graph.output_node()
         descs = outputs.meta.get("desc")
-        first, second = outputs.args[0][:num_fwd_outputs], outputs.args[0][num_fwd_outputs:]  # type: ignore[index]
+        nodes: list[Any] = list(outputs.args[0])  # type: ignore[arg-type]
+        first, second = nodes[:num_fwd_outputs], nodes[num_fwd_outputs:]
         placeholders = joint.graph.find_nodes(op="placeholder")
         tangents = {i.value.name for i in plan.graph.inputs if i.kind is InputKind.tangent}
         forward = _opaque(
@@ -264,8 +265,8 @@ def _graph_break(error: Exception) -> GraphBreakError:
     where = f"\n  at {frame.filename}:{frame.lineno}\n    {frame.line}" if frame is not None else ""
     return GraphBreakError(
         f"the forward cannot be captured as one graph: {_first_line(error)}{where}\n"
-        "  Remedy: take the line out of the forward (a print, a data-dependent branch, .item()), or pass fullgraph=False "
-        "to zgraph.compile, which gathers all parameters for the length of the call."
+        "  Remedy: take the line out of the forward (a print, a data-dependent branch, .item()), or pass "
+        "fullgraph=False to zgraph.compile, which gathers all parameters for the length of the call."
     )
 
 

@@ -147,12 +147,10 @@ class Importer:
             return
         name = op_name(node.target)
         if name is None:
-            raise self._error(
-                node, f"uses {node.target}, which zgraph cannot take into a graph; write it with ATen ops"
-            )
+            raise self._error(node, f"uses {node.target}, which has no form in the IR; write it with ATen ops")
         made = node.meta.get("val")
         multi = isinstance(made, tuple | list)
-        if multi:
+        if isinstance(made, tuple | list):
             picked = {u.args[1]: u.name for u in node.users if u.target is operator.getitem}
             results = tuple(
                 Value(picked.get(i, f"{node.name}.{i}"), self._type(item, node)) for i, item in enumerate(made)

@@ -6,7 +6,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from zgraph.ir import OPS, Graph, InputKind, Instruction, OutputKind, Phase, Plan, Replicate, Shard, TensorType, Type
+from zgraph.ir import (
+    OPS,
+    Graph,
+    InputKind,
+    Instruction,
+    OutputKind,
+    Phase,
+    Plan,
+    Replicate,
+    Shard,
+    TensorType,
+    Type,
+    Value,
+)
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import views
 from zgraph.ir.symbols import evaluate
@@ -44,7 +57,7 @@ def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
     """Walk the forward and the backward of a plan with its births and deaths.
 
     Outputs of the forward are taken to be dropped by the caller before the backward, unless the backward needs them;
-    the inputs of the call are the caller's and not counted.
+    the inputs of the call are the caller's and not counted. Tangents are: autograd makes one for every output.
 
     Args:
         plan: the plan.
@@ -55,6 +68,7 @@ def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
     saved = {v.name for v in plan.saved}
     walk.drop(v.name for v in plan.forward.results if v is not None and v.name not in saved)
     if plan.backward is not None:
+        walk.adopt(i.value for i in plan.graph.inputs if i.kind is InputKind.tangent)
         walk.run(plan.backward.instructions)
     return MemoryCurve(tuple(walk.moments))
 
@@ -90,6 +104,13 @@ class _Walk:
             if node.op == "wait":
                 self.free(f"{node.operands[0].name}#", "buckets")
             self.drop(instruction.frees)
+
+    def adopt(self, values: Iterable[Value]) -> None:
+        """Values that come from outside and live until the plan frees them."""
+        for value in values:
+            self.allocate(value.name, value.type)
+            self.roots[value.name] = frozenset((value.name,))
+            self.references[value.name] += 1
 
     def allocate(self, name: str, kind: Type) -> None:
         size = local_bytes(kind, self.graph.num_ranks, self.hints)

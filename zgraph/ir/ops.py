@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from zgraph.ir.graph import Graph, Node
+from zgraph.ir.graph import Graph, Node, values_in
 from zgraph.ir.layout import bucket_layout, chunk_numel
 from zgraph.ir.types import DType, Partial, Replicate, Shard, TensorType, Type, Varying
 
@@ -188,7 +188,7 @@ def views(graph: Graph, node: Node) -> tuple[str, ...]:
     if op := OPS.get(node.op):
         return tuple(v.name for v in node.operands) if op.views(node) else ()
     positions = graph.foreign[node.op].views
-    return tuple(v.name for i in positions if i < len(node.args) for v in Node("", (node.args[i],), ()).operands)
+    return tuple(v.name for v in values_in(tuple(node.args[i] for i in positions if i < len(node.args))))
 
 
 def is_pure(graph: Graph, node: Node) -> bool:

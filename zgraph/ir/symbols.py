@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 
 from zgraph.errors import ZirError
 
-Dim = int | sympy.Expr
+Dim: TypeAlias = int | sympy.Expr
 
 _CALLS: Mapping[str, Callable[..., Any]] = {
     "floor": sympy.floor, "ceiling": sympy.ceiling, "Mod": sympy.Mod, "Max": sympy.Max, "Min": sympy.Min,

@@ -40,10 +40,6 @@ class DType(enum.Enum):
         digits = "".join(c for c in self.value.split("e")[0] if c.isdigit())
         return int(digits) // 8 if digits else 1
 
-    @property
-    def is_floating(self) -> bool:
-        return self.value[0] in "fb" and self is not DType.bool
-
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
