@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zgraph.errors import VerifyError
-from zgraph.ir import Graph, print_graph, verify
+from zgraph.errors import VerifyError, ZirError
+from zgraph.ir import Graph, parse_graph, print_graph, verify
 from zgraph.passes.base import Pass
 from zgraph.passes.pipeline import print_pass
 
@@ -44,12 +44,14 @@ class Log:
 
 @dataclass(frozen=True)
 class Verify:
-    """Verifies the graph after every pass, and names the pass that broke it."""
+    """Verifies the graph after every pass, and that its text reads back to it; names the pass that broke it."""
 
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
         try:
             verify(after)
-        except VerifyError as error:
+            if parse_graph(print_graph(after)) != after:
+                raise VerifyError("[text] the graph's text does not read back to the graph")
+        except (VerifyError, ZirError) as error:
             raise VerifyError(f"after the pass {step.name}: {error}") from None
 
 

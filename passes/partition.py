@@ -84,21 +84,28 @@ class _Partitioner:
         self.late: list[Node] = []
 
     def run(self) -> Graph:
-        grads: dict[str, list[int]] = {}
+        made_in_backward = {r.name for n in self.source.phase_nodes(Phase.backward) for r in n.results}
+        due: dict[str, list[int]] = {}
+        early: list[int] = []
         for index, output in enumerate(self.source.outputs):
-            if output.kind is OutputKind.grad and output.value is not None and self.is_param(output.target):
-                grads.setdefault(output.value.name, []).append(index)
+            if self.is_param_grad(output) and output.value is not None:
+                if output.value.name in made_in_backward:
+                    due.setdefault(output.value.name, []).append(index)
+                else:
+                    early.append(index)
         outputs = list(self.source.outputs)
-        for entry in self.source.inputs:
-            self.reduce_all(entry.value.name, entry.value.name in grads, grads, outputs)
         for node in self.source.nodes:
-            placed = self.rewrite(node)
-            self.nodes.append(placed)
-            for result in node.results:
-                self.reduce_all(result.name, result.name in grads, grads, outputs)
-        final = [o if o.kind is OutputKind.grad and self.is_param(o.target) else self.relabel(o) for o in outputs]
+            if node.phase is Phase.backward and early:
+                self.reduce_all(early, outputs)
+            self.nodes.append(self.rewrite(node))
+            self.reduce_all([index for result in node.results for index in due.get(result.name, ())], outputs)
+        self.reduce_all(early, outputs)
+        final = tuple(o if self.is_param_grad(o) else self.relabel(o) for o in outputs)
         inputs = tuple(self.inputs[i.value.name] for i in self.source.inputs)
-        return replace(self.graph, inputs=inputs, nodes=(*self.nodes, *self.late), outputs=tuple(final))
+        return replace(self.graph, inputs=inputs, nodes=(*self.nodes, *self.late), outputs=final)
+
+    def is_param_grad(self, output: Output) -> bool:
+        return output.kind is OutputKind.grad and self.is_param(output.target)
 
     def is_param(self, name: str) -> bool:
         return name in self.inputs and self.inputs[name].kind is InputKind.param
@@ -199,18 +206,19 @@ class _Partitioner:
 
     # --- gradients ---------------------------------------------------------------------------------------------
 
-    def reduce_all(self, name: str, wanted: bool, grads: dict[str, list[int]], outputs: list[Output]) -> None:
-        for index in grads[name] if wanted else ():
+    def reduce_all(self, indices: list[int], outputs: list[Output]) -> None:
+        """Put the chains of these gradients here, and forget the indices."""
+        for index in indices:
             outputs[index] = self.reduce(outputs[index])
+        indices.clear()
 
     def reduce(self, output: Output) -> Output:
         """The chain from a raw gradient to the gradient at rest."""
         assert output.value is not None
         raw, entry = output.value, self.inputs[output.target]
-        known = self.env[Phase.backward].get(raw.name) or self.env[Phase.forward].get(raw.name)
-        value = known or self.inputs[raw.name].value
         producer = self.source.producers.get(raw.name)
         origin = producer.origin if producer else Origin()
+        value = self.needed(raw, Node("", (), (), phase=Phase.backward, origin=origin))
         stage, target, rest = entry.stage or 0, entry.target, entry.value.tensor
         if not self.sharded:
             if value.tensor.dtype is not rest.dtype:
@@ -218,7 +226,8 @@ class _Partitioner:
             elif self.shares(raw, producer):
                 value = self.emit("copy", value, f"{raw.name}_own", Phase.backward, origin)
             return replace(output, value=value)
-        value = self.as_varying(value)
+        if not isinstance(value.tensor.placement[0], Varying):
+            value = self.as_varying(value, origin)
         wanted = self.context.reduce_dtype or value.tensor.dtype
         if value.tensor.dtype is not wanted:
             value = self.emit("cast", value, f"{raw.name}_cast", Phase.backward, origin, dtype=wanted)
@@ -231,24 +240,17 @@ class _Partitioner:
             value = self.emit("cast", value, f"{raw.name}_rest", phase, origin, into=into, dtype=rest.dtype)
         return replace(output, value=value, phase=phase)
 
-    def as_varying(self, value: Value) -> Value:
-        """A gradient that does not depend on the batch is each rank's own like any other."""
-        if isinstance(value.tensor.placement[0], Varying):
-            return value
-        moved = replace(value, type=value.tensor.at(Varying()))
-        self.nodes[:] = [
-            replace(n, results=tuple(moved if r.name == value.name else r for r in n.results)).substitute(
-                {value.name: moved}
-            )
-            for n in self.nodes
-        ]
-        self.env[Phase.backward][value.name] = moved
-        return moved
+    def as_varying(self, value: Value, origin: Origin) -> Value:
+        """A gradient that does not depend on the batch, as each rank's own like any other."""
+        result = self.builder.value(f"{value.name}_own", value.tensor.contiguous().at(Varying()))
+        self.nodes.append(self.builder.typed("copy", (value,), (result,), Phase.backward, origin))
+        return result
 
     def shares(self, raw: Value, producer: Node | None) -> bool:
         """Whether the gradient may share memory with something else."""
         uses = sum(o.value is not None and o.value.name == raw.name for o in self.source.outputs)
-        return producer is None or uses > 1 or bool(views(self.source, producer))
+        made_here = producer is not None and producer.phase is Phase.backward
+        return not made_here or uses > 1 or bool(producer and views(self.source, producer))
 
     # --- making nodes ------------------------------------------------------------------------------------------
 
@@ -269,7 +271,7 @@ class _Partitioner:
         if output.value is None:
             return output
         name = output.value.name
-        for phase in (Phase.backward, Phase.forward):
-            if phase.rank <= output.phase.rank and name in self.env[phase]:
-                return replace(output, value=self.env[phase][name])
-        return replace(output, value=self.inputs[name].value)
+        if output.phase is Phase.forward:
+            known = self.env[Phase.forward].get(name)
+            return replace(output, value=known or self.inputs[name].value)
+        return replace(output, value=self.needed(output.value, Node("", (), (), phase=Phase.backward)))

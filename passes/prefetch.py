@@ -1,4 +1,4 @@
-"""Start gathers ahead of their use, and wait for reductions only when the next one has begun.
+"""Start gathers ahead of their use, and wait for reductions late.
 
 fwd %a = wait(%a_start)                        fwd %b_start = all_gather_start(%b_shard)
 fwd %y = aten.mm.default(%x, %a)         ->    fwd %a = wait(%a_start)
@@ -21,7 +21,7 @@ _REDUCTIONS = ("reduce_scatter_start", "all_reduce_start")
 
 @dataclass(frozen=True)
 class Prefetch(Pass):
-    """Start gathers ahead of their use, and wait for reductions only when the next one has begun.
+    """Start gathers ahead of their use, and wait for reductions late.
 
     Args:
         depth: how many collectives of a kind may be under way beside the one waited for. 0 changes nothing.
@@ -57,12 +57,17 @@ class Prefetch(Pass):
         return moved
 
     def _reductions(self, graph: Graph) -> dict[int, float]:
-        """The wait of a reduction, with what follows from it, comes just after the start `depth` behind it."""
+        """The wait of a reduction, with what follows from it, comes just after the start `depth` behind it.
+
+        An all-reduce holds nothing but its result, which stays in any case: its wait comes last of all.
+        """
         moved: dict[int, float] = {}
+        end = float(len(graph.nodes))
         starts = [p for p, node in enumerate(graph.nodes) if node.op in _REDUCTIONS]
         for index, start in enumerate(starts):
             behind = index + self.depth
-            until = starts[behind] + 0.5 if behind < len(starts) else float(len(graph.nodes))
+            in_place = graph.nodes[start].op == "all_reduce_start"
+            until = end if in_place or behind >= len(starts) else starts[behind] + 0.5
             for position in _followers(graph, start):
                 moved[position] = until
         return moved

@@ -6,7 +6,9 @@ no comparison can ever be mistaken for a gather.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import itertools
 import threading
 import time
 import zlib
@@ -33,17 +35,23 @@ class Heartbeat(threading.Thread):
     def __init__(self, store: Store, rank: int) -> None:
         super().__init__(name="zgraph-heartbeat", daemon=True)
         self.store, self.rank = store, rank
+        self.over = threading.Event()
         self.start()
+        atexit.register(self.stop)
 
     def run(self) -> None:
-        count = 0
-        while True:
+        for count in itertools.count():
             try:
                 self.store.set(f"zgraph/beat/{self.rank}", str(count))
             except (RuntimeError, ValueError):
                 return  # the store closed with the job
-            count += 1
-            time.sleep(BEAT_SECONDS)
+            if self.over.wait(BEAT_SECONDS):
+                return
+
+    def stop(self) -> None:
+        """End before the interpreter does: a thread cut off inside the store's C++ code would abort the process."""
+        self.over.set()
+        self.join(5 * BEAT_SECONDS)
 
 
 @lru_cache(maxsize=1)
@@ -52,11 +60,9 @@ def _heartbeat(store: Store, rank: int) -> Heartbeat:
 
 
 @lru_cache(maxsize=16)
-def _control_group(ranks: tuple[int, ...], store: Store) -> dist.ProcessGroup:
-    """A gloo group of these ranks, one for each time that the job's processes met (`store` tells the times apart)."""
-    group = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+def _control_group(ranks: tuple[int, ...], store: Store) -> torch_private.ControlGroup:
+    """The group on which these ranks compare, one for each time that the job met (`store` tells the times apart)."""
+    return torch_private.ControlGroup(store, "zgraph/control/" + "_".join(map(str, ranks)), ranks, dist.get_rank())
 
 
 class Peers:
@@ -160,7 +166,7 @@ class Peers:
         self.compared += 1
         digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
         found = torch.empty(len(self.ranks) * digest.numel(), dtype=torch.uint8)
-        work = torch_private.all_gather(found, digest, self.control)
+        work = self.control.all_gather(found, digest)
         began = time.monotonic()
         try:
             while not work.is_completed():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
 from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import torch
@@ -41,7 +41,7 @@ M = TypeVar("M")
 Stage = int | Callable[[str], int]
 
 _ATTRIBUTE = "_zgraph"
-_serial = count()
+_serials: Counter[tuple[int, ...]] = Counter()
 
 
 class CompiledModel:
@@ -149,7 +149,7 @@ def compile(
     mesh = _mesh(model, mesh)
     mesh = mesh if mesh is not None and mesh.size() > 1 else None
     group = mesh.get_group() if mesh is not None else None
-    name = f"zgraph/{type(model).__name__}/{next(_serial)}"
+    name = _name(model, group)
     if group is not None and default_stage:
         _check_optimizers(model)
     session = _shard(
@@ -275,6 +275,13 @@ def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
     if kind == "cpu" and dist.get_backend() == "nccl":
         raise UsageError("the model is on the CPU, but the process group is NCCL's; move the model to its GPU first")
     return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("shard",))
+
+
+def _name(model: nn.Module, group: dist.ProcessGroup | None) -> str:
+    """A name that all ranks of the group give this model: its members compile the same models in the same order."""
+    ranks = tuple(dist.get_process_group_ranks(group)) if group is not None else ()
+    _serials[ranks] += 1
+    return f"zgraph/{'_'.join(map(str, ranks))}/{type(model).__name__}/{_serials[ranks]}"
 
 
 def _enabled(pipeline: Pipeline) -> Pipeline:

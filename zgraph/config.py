@@ -15,7 +15,8 @@ class Environment:
 
     Args:
         dump: ZGRAPH_DUMP, a folder for one `.zir` file a pass.
-        verify: ZGRAPH_VERIFY, 0 never verifies, 1 verifies what was captured and the result, 2 after every pass.
+        verify: ZGRAPH_VERIFY, 0 never verifies, 1 verifies what was captured and the result, 2 after every
+            pass, with the round trip of the graph's text.
         disable: ZGRAPH_DISABLE, names of passes to leave out, separated by commas.
     """
 

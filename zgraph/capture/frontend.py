@@ -7,6 +7,7 @@ The halves are modules with the placeholders and outputs that it expects, whose 
 from __future__ import annotations
 
 import operator
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -263,8 +264,10 @@ def _boxed(run: Any) -> Callable[..., Any]:
 def _graph_break(error: Exception) -> GraphBreakError:
     frame = next(iter(reversed(getattr(error, "real_stack", None) or ())), None)
     where = f"\n  at {frame.filename}:{frame.lineno}\n    {frame.line}" if frame is not None else ""
+    detail = re.search(r"Developer debug context: (.+)", str(error))
     return GraphBreakError(
-        f"the forward cannot be captured as one graph: {_first_line(error)}{where}\n"
+        f"the forward cannot be captured as one graph: {_first_line(error)}"
+        f"{f' ({detail.group(1)})' if detail else ''}{where}\n"
         "  Remedy: take the line out of the forward (a print, a data-dependent branch, .item()), or pass "
         "fullgraph=False to zgraph.compile, which gathers all parameters for the length of the call."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -32,13 +33,13 @@ from zgraph.ir import (
     Type,
     Value,
 )
-from zgraph.ir.symbols import Dim, simplify, symbol
+from zgraph.ir.symbols import Dim, is_readable, simplify, symbol
 
 Leaf = tuple[InputKind, str, int | None, DType | None]
 """What the importer is told of an input: its kind, its name in the model, its stage, its dtype at rest."""
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_MAX_NAME = 60
+_MAX_NAME = 40
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -246,7 +247,8 @@ def size_of(size: Any) -> Dim:
     """A size as an int or as an expression over the IR's own symbols."""
     if isinstance(size, int):
         return size
-    return _translate(size.node.expr)
+    translated = _translate(size.node.expr)
+    return translated if is_readable(translated) else _opaque_symbol(size.node.expr)
 
 
 def _translate(expr: sympy.Expr) -> Dim:
@@ -266,7 +268,13 @@ def _translate(expr: sympy.Expr) -> Dim:
             return simplify(sympy.Mod(*args))
         case "Max" | "Min":
             return simplify(getattr(sympy, type(expr).__name__)(*args))
-    return symbol(re.sub(r"\W+", "_", str(expr))[:_MAX_NAME])
+    return _opaque_symbol(expr)
+
+
+def _opaque_symbol(expr: sympy.Expr) -> Dim:
+    """A symbol that stands for an expression of which only the name matters."""
+    digest = hashlib.sha256(str(expr).encode()).hexdigest()[:8]
+    return symbol(f"{re.sub(r'[^A-Za-z0-9]+', '_', str(expr))[:_MAX_NAME].strip('_')}_{digest}")
 
 
 def origin_of(node: fx.Node) -> Origin:

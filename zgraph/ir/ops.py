@@ -68,6 +68,8 @@ def _placed(kind: TensorType, *allowed: type) -> TensorType:
     if kind.future or len(kind.placement) != 1 or not isinstance(kind.placement[0], allowed):
         names = " or ".join(a.__name__ for a in allowed)
         raise TypeRuleError(f"its operand must be placed {names}, not {kind}")
+    if isinstance(kind.placement[0], Shard) and kind.placement[0].dim != 0:
+        raise TypeRuleError(f"its operand must be sharded on dim 0, not {kind}")
     return kind
 
 
@@ -135,6 +137,14 @@ def _cast(node: Node, _: int) -> tuple[Type, ...]:
     return (_one(node).contiguous(dtype),)
 
 
+def _copied(node: Node, _: int) -> tuple[Type, ...]:
+    kind = _one(node).contiguous()
+    made = node.results[0].type if node.results else kind
+    if isinstance(made, TensorType) and kind.placement == (Replicate(),) and made.placement == (Varying(),):
+        return (kind.at(Varying()),)
+    return (kind,)
+
+
 def _accumulated(node: Node, _: int) -> tuple[Type, ...]:
     if not isinstance(node.option("target"), str):
         raise TypeRuleError("needs target=, the name of the parameter")
@@ -157,7 +167,7 @@ def _received(node: Node, num_ranks: int) -> int:
 
 
 def _is_sharded(node: Node) -> bool:
-    return isinstance(tensor(node).placement[0], Shard)
+    return any(isinstance(p, Shard) for p in tensor(node).placement)
 
 
 _ROWS = (
@@ -174,7 +184,7 @@ _ROWS = (
     Op("pack", "Lay tensors out as one bucket: chunk r of it is chunk r of each, one after the other.", _packed),
     Op("unpack", "Take a bucket apart again.", _unpacked, views=_is_sharded),
     Op("cast", "Change the dtype.", _cast, recomputable=True),
-    Op("copy", "A dense copy with memory of its own.", lambda node, _: (_one(node).contiguous(),)),
+    Op("copy", "A dense copy with memory of its own; of a replicated value each rank may take its own.", _copied),
     Op("accumulate", "Add the gradients that backwards under no_sync left on this rank for the parameter `target`.",
        _accumulated, views=lambda node: True, pure=False),
     Op("release", "End the life of a value: its memory is free from here on.", _released, pure=False, consumes=True),

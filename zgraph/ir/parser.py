@@ -43,6 +43,8 @@ _WORD = re.compile(r"[A-Za-z_][\w.\-]*")
 _NAME = re.compile(r"[\w.]+")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _NUMBER = re.compile(r"-?(?:inf\b|\d+(?:\.\d*)?(?:e[+-]?\d+)?)")
+_INTEGER = re.compile(r"-?\d{1,19}")
+_MAX_DIGITS = 400
 _PLACEMENTS: dict[str, Placement] = {"R": Replicate(), "P": Partial(), "V": Varying()}
 _DTYPES = {d.value: d for d in DType}
 _MAX_DEPTH = 32
@@ -61,10 +63,10 @@ class _Line:
     """A cursor over one line."""
 
     def __init__(self, text: str, number: int) -> None:
-        self.text, self.number, self.at = text, number, 0
+        self.text, self.line, self.at = text, number, 0
 
-    def error(self, message: str) -> ZirError:
-        return ZirError(message, self.text, self.at, self.number)
+    def error(self, message: str, at: int | None = None) -> ZirError:
+        return ZirError(message, self.text, self.at if at is None else at, self.line)
 
     def space(self) -> None:
         while self.at < len(self.text) and self.text[self.at] == " ":
@@ -95,9 +97,17 @@ class _Line:
         return self.match(_WORD, what)
 
     def integer(self) -> int:
-        return int(self.match(re.compile(r"-?\d{1,19}"), "an integer"))
+        return int(self.match(_INTEGER, "an integer of at most 19 digits"))
+
+    def number(self) -> int | float:
+        text = self.match(_NUMBER, "a number")
+        if len(text) > _MAX_DIGITS:
+            self.at -= len(text)
+            raise self.error(f"a number has at most {_MAX_DIGITS} digits")
+        return float(text) if any(c in text for c in ".en") else int(text)
 
     def string(self) -> str:
+        self.space()
         start = self.at
         try:
             return str(json.loads(self.match(_STRING, "a string in double quotes")))
@@ -106,6 +116,7 @@ class _Line:
             raise self.error("expected a string in double quotes") from None
 
     def one_of(self, choices: dict[str, _T], what: str) -> _T:
+        self.space()
         start = self.at
         word = self.word(what)
         if word not in choices:
@@ -139,7 +150,7 @@ class _Line:
             char = self.text[self.at]
             if depth == 0 and char in closers + ",":
                 if piece := self.text[start : self.at].strip():
-                    found.append(self.dim(piece))
+                    found.append(self.dim(piece, self.text.index(piece, start)))
                 if char != ",":
                     return tuple(found)
                 start = self.at + 1
@@ -147,29 +158,32 @@ class _Line:
             self.at += 1
         raise self.error(f"expected one of {closers!r}")
 
-    def dim(self, text: str) -> Dim:
+    def dim(self, text: str, start: int) -> Dim:
         try:
-            return int(text) if text.isdigit() and len(text) < 20 else parse_dim(text)
+            return int(text) if text.isdigit() and len(text) < 19 else parse_dim(text)
         except ZirError as error:
-            raise self.error(str(error).splitlines()[0]) from None
+            raise self.error(str(error).splitlines()[0], start) from None
 
     def type(self) -> Type:
         future = self.accept("future ")
+        self.space()
+        start = self.at
         word = self.word("a type")
-        if word == "none":
+        if word == "none" and not future:
             return NoneType()
         if not self.peek("["):
-            if word not in ("int", "float", "bool"):
-                raise self.error(f"{word!r} is not a type")
+            if word not in ("int", "float", "bool") or future:
+                raise self.error(f"{'future ' if future else ''}{word} is not a type", start)
             if not self.accept("("):
                 return ScalarType(word)
+            inside = self.at
             exprs = self.dims(")")
             self.expect(")")
             if len(exprs) != 1:
-                raise self.error("expected one expression")
+                raise self.error("expected one expression", inside)
             return ScalarType(word, exprs[0])
         if word not in _DTYPES:
-            raise self.error(f"{word!r} is not a dtype; the dtypes are {', '.join(_DTYPES)}")
+            raise self.error(f"{word} is not a dtype; the dtypes are {', '.join(_DTYPES)}", start)
         self.expect("[")
         shape = self.dims("|]")
         strides = self.dims("]") if self.accept("|") else None
@@ -179,12 +193,14 @@ class _Line:
         return TensorType(_DTYPES[word], shape, strides, placement, space, future)
 
     def placement(self) -> Placement:
+        self.space()
+        start = self.at
         word = self.word("a placement")
         if word in _PLACEMENTS:
             return _PLACEMENTS[word]
         if word[0] == "S" and word[1:].isdigit() and len(word) < 4:
             return Shard(int(word[1:]))
-        raise self.error(f"{word!r} is not a placement: R, V, P, or S and a dim")
+        raise self.error(f"{word} is not a placement: R, V, P, or S and a dim", start)
 
     def origin(self) -> Origin:
         module, file, number = "", "", 0
@@ -238,15 +254,20 @@ class _Reader:
         name = line.string()
         mesh: tuple[Axis, ...] = ()
         if line.accept("mesh("):
-
-            def axis() -> Axis:
-                axis_name = line.word("the name of a mesh axis")
-                line.expect("=")
-                return Axis(axis_name, line.integer())
-
-            mesh = line.listed(")", axis)
+            mesh = line.listed(")", lambda: self.axis(line))
+            if len({a.name for a in mesh}) < len(mesh):
+                raise line.error("two mesh axes share a name")
         line.end()
         return name, mesh
+
+    def axis(self, line: _Line) -> Axis:
+        name = line.word("the name of a mesh axis")
+        line.expect("=")
+        line.space()
+        start = line.at
+        if (size := line.integer()) < 1:
+            raise line.error("a mesh axis has at least 1 rank", start)
+        return Axis(name, size)
 
     def declaration(self, line: _Line) -> tuple[str, Foreign]:
         name, positions, flags = line.word("the name of an op"), {"views": (), "writes": ()}, set[str]()
@@ -329,8 +350,7 @@ class _Reader:
             return line.string()
         line.space()
         if _NUMBER.match(line.text, line.at):
-            number = line.match(_NUMBER, "a number")
-            return float(number) if any(c in number for c in ".en") else int(number)
+            return line.number()
         start = line.at
         word = line.word("an argument")
         constants: dict[str, Arg] = {"none": None, "true": True, "false": False, "nan": math.nan, "inf": math.inf}

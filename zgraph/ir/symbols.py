@@ -21,9 +21,14 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
     ast.Div: lambda a, b: sympy.sympify(a) / b, ast.Pow: lambda a, b: a**b,
 }  # fmt: skip
-_MAX_LENGTH = 2000
+_MAX_LENGTH = 1000
+_MAX_NODES = 120
 _MAX_EXPONENT = 8
-_MAX_BASE = 2**32
+_MAX_NUMBER = 2**63
+_MAX_ARGUMENTS = 4
+_MAX_COMPARISONS = 4
+_MAX_MOD_OPERATIONS = 16
+_HELP = "a size has integers, names, + - * / **, floor, ceiling, Mod, Max, Min and Abs"
 
 
 def symbol(name: str) -> sympy.Symbol:
@@ -45,17 +50,24 @@ def render(dim: Dim) -> str:
 def parse_dim(text: str) -> Dim:
     """The size that `text` writes: integers, names, + - * / **, floor, ceiling, Mod, Max, Min, Abs.
 
+    Sympy simplifies what it builds, and some small texts make it do so for minutes; the limits here keep every answer
+    well under a second.
+
     Raises:
         ZirError: anything else. Nothing in the text is ever evaluated as Python.
     """
-    if len(text) > _MAX_LENGTH:
-        raise ZirError(f"a size of {len(text)} characters is longer than the {_MAX_LENGTH} allowed")
+    size = _read(text)
+    if size != _read(render(size)):
+        raise ZirError("this size is too large, or too involved, to be written and read back", text)
+    return size
+
+
+def is_readable(dim: Dim) -> bool:
+    """Whether `parse_dim` reads back what `render` writes for `dim`."""
     try:
-        return simplify(_build(ast.parse(text.strip(), mode="eval").body, text))
-    except (SyntaxError, RecursionError, TypeError, ValueError, ZeroDivisionError, MemoryError) as error:
-        if isinstance(error, ZirError):
-            raise
-        raise ZirError(f"not a size: {error}", text) from None
+        return bool(parse_dim(render(dim)) == dim)
+    except ZirError:
+        return False
 
 
 def evaluate(dim: Dim, hints: Mapping[str, int]) -> int:
@@ -65,9 +77,28 @@ def evaluate(dim: Dim, hints: Mapping[str, int]) -> int:
     return int(dim.subs({s: hints.get(str(s), 1) for s in dim.free_symbols}))
 
 
+def _read(text: str) -> Dim:
+    if len(text) > _MAX_LENGTH:
+        raise ZirError(f"a size of {len(text)} characters is longer than the {_MAX_LENGTH} allowed")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        nodes = list(ast.walk(tree))
+        comparisons = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "id", "") in ("Max", "Min")]
+        if len(nodes) > _MAX_NODES or len(comparisons) > _MAX_COMPARISONS:
+            raise ZirError("this size is too involved", text)
+        size = simplify(_build(tree, text))
+    except (SyntaxError, RecursionError, TypeError, ValueError, ZeroDivisionError, MemoryError) as error:
+        if isinstance(error, ZirError):
+            raise
+        raise ZirError(f"not a size: {error}", text) from None
+    if not isinstance(size, int) and (size.is_integer is False or size.is_number):
+        raise ZirError(f"{size} is no whole number", text)
+    return size
+
+
 def _build(node: ast.expr, text: str) -> Any:
     match node:
-        case ast.Constant(value=int(number)) if not isinstance(number, bool) and abs(number) < 2**63:
+        case ast.Constant(value=int(number)) if not isinstance(number, bool) and number < _MAX_NUMBER:
             return sympy.Integer(number)
         case ast.Name(id=name):
             return symbol(name)
@@ -75,11 +106,16 @@ def _build(node: ast.expr, text: str) -> Any:
             return -_build(operand, text)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             a, b = _build(left, text), _build(right, text)
-            if isinstance(op, ast.Pow) and not (b.is_Integer and abs(b) <= _MAX_EXPONENT):
-                raise ZirError(f"an exponent in a size must be an integer up to {_MAX_EXPONENT}", text)
-            if isinstance(op, ast.Pow) and a.is_Number and abs(a) > _MAX_BASE:
-                raise ZirError(f"a number raised to a power in a size must be at most {_MAX_BASE}", text)
+            if isinstance(op, ast.Pow) and not (a.is_Symbol and b.is_Integer and 0 < b <= _MAX_EXPONENT):
+                raise ZirError(f"a power in a size is a name to an integer up to {_MAX_EXPONENT}", text)
+            if isinstance(op, ast.Div) and b.is_zero:
+                raise ZirError("a size divided by zero", text)
             return _OPERATORS[type(op)](a, b)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _CALLS:
-            return _CALLS[name](*(_build(a, text) for a in args))
-    raise ZirError("a size has integers, names, + - * / **, floor, ceiling, Mod, Max, Min and Abs", text)
+            if not 0 < len(args) <= _MAX_ARGUMENTS:
+                raise ZirError(f"{name} takes 1 to {_MAX_ARGUMENTS} arguments", text)
+            built = [_build(a, text) for a in args]
+            if name == "Mod" and any(a.count_ops() > _MAX_MOD_OPERATIONS or a.has(sympy.Pow) for a in built):
+                raise ZirError("the operands of Mod are too involved", text)
+            return _CALLS[name](*built)
+    raise ZirError(_HELP, text)

@@ -56,6 +56,9 @@ def phases(graph: Graph) -> Iterator[Fault]:
         last = max(last, node.phase.rank)
         if node.phase is Phase.forward and any(v.name in tangents for v in node.operands):
             yield position, "is in the forward but reads a tangent"
+    for output in graph.outputs:
+        if output.phase is Phase.forward and output.value is not None and output.value.name in tangents:
+            yield None, f"returns the tangent %{output.value.name} from the forward"
     ready = {n.name: node.phase.rank for node in graph.nodes for n in node.results}
     for output in graph.outputs:
         if output.value is not None and ready.get(output.value.name, 0) > output.phase.rank:
@@ -97,6 +100,11 @@ def placements(graph: Graph) -> Iterator[Fault]:
         kinds = [v.type for v in node.operands if isinstance(v.type, TensorType)]
         if any(isinstance(p, Shard | Partial) for k in kinds for p in k.placement):
             yield position, f"{node.op} computes on one rank alone, so a sharded or partial operand must be resharded"
+        for result in node.results:
+            if isinstance(result.type, TensorType) and any(
+                isinstance(p, Shard | Partial) for p in result.type.placement
+            ):
+                yield position, f"%{result.name} is called {result.type}, but {node.op} computes on one rank alone"
         varies = any(isinstance(p, Varying) for k in kinds for p in k.placement)
         for result in node.results:
             if isinstance(result.type, TensorType) and varies and Replicate() in result.type.placement:
@@ -113,7 +121,13 @@ def futures(graph: Graph) -> Iterator[Fault]:
             elif node.op == "wait" and (start := graph.producers.get(value.name)) and start.phase is not node.phase:
                 yield position, f"waits in {node.phase.value} for what {start.phase.value} started"
         for result in node.results:
-            if isinstance(result.type, TensorType) and result.type.future and waited[result.name] != 1:
+            if not (isinstance(result.type, TensorType) and result.type.future):
+                continue
+            if node.op not in OPS:
+                yield position, f"%{result.name} is called a future, but {node.op} starts nothing"
+            if result.name in graph.output_names:
+                yield position, f"the future %{result.name} is returned"
+            if waited[result.name] != 1:
                 yield position, f"the future %{result.name} is waited for {waited[result.name]} times, not once"
 
 
@@ -140,19 +154,22 @@ def lifetimes(graph: Graph) -> Iterator[Fault]:
             yield None, f"returns %{output.value.name}, whose memory was released"
 
 
-def gradients(graph: Graph) -> Iterator[Fault]:
-    """A parameter's gradient has the shape and dtype that the parameter has at rest."""
+def targets(graph: Graph) -> Iterator[Fault]:
+    """A gradient or a new value belongs to an input, and has its shape and dtype."""
     by_name: dict[str, Input] = {i.value.name: i for i in graph.inputs}
     for output in graph.outputs:
-        if output.kind is not OutputKind.grad or output.value is None or output.target not in by_name:
+        if output.kind is OutputKind.output or output.value is None:
+            continue
+        if output.target not in by_name:
+            yield None, f'returns a {output.kind.value} of "{output.target}", which is no input'
             continue
         kind, target = output.value.type, by_name[output.target].value.type
         if isinstance(kind, TensorType) and isinstance(target, TensorType) and _extent(kind) != _extent(target):
-            yield None, f"the gradient of %{output.target} is {kind}, but it is {target}"
+            yield None, f"the {output.kind.value} of %{output.target} is {kind}, but it is {target}"
 
 
 RULES: tuple[Callable[[Graph], Iterator[Fault]], ...] = (
-    ssa, phases, known_ops, types, placements, futures, lifetimes, gradients,
+    ssa, phases, known_ops, types, placements, futures, lifetimes, targets,
 )  # fmt: skip
 
 
