@@ -40,11 +40,12 @@ class ControlGroup:
 
     def __init__(self, store: Store, name: str, ranks: Sequence[int], rank: int) -> None:
         prefixed = PrefixStore(name, store)
-        self._group = ProcessGroupGloo(prefixed, ranks.index(rank), len(ranks), timeout=timedelta(minutes=30))
+        self._group: Any = ProcessGroupGloo(prefixed, ranks.index(rank), len(ranks), timeout=timedelta(minutes=30))
 
     def all_gather(self, out: torch.Tensor, own: torch.Tensor) -> dist.Work:
         """Begin to gather equal parts into `out`."""
-        return self._group.allgather([list(out.view(-1, own.numel()))], [own])
+        work: dist.Work = self._group.allgather([list(out.view(-1, own.numel()))], [own])
+        return work
 
 
 def keeps_graph() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,33 +13,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils import _pytree as pytree
 
 from zgraph.aten import FROM_TORCH
+from zgraph.calls import guard
 from zgraph.capture import Compiled, Frontend, ParamInfo
-from zgraph.capture.torch_private import compiled_backward_node
+from zgraph.checks import ATTRIBUTE, Stage, check_optimizers, check_options, stage_of
 from zgraph.config import environment
-from zgraph.errors import (
-    AlreadyCompiledError,
-    BackwardTwiceError,
-    EscapedParameterError,
-    StaleParametersError,
-    UsageError,
-)
+from zgraph.errors import UsageError
 from zgraph.ir import Axis, Graph, print_graph, verify
 from zgraph.passes import MIXED, RECIPES, Context, Pipeline, make_plan, parse_recipe
-from zgraph.passes.instruments import Dump, Log, Step, Verify
+from zgraph.passes.instruments import Dump, Log, Verify
 from zgraph.reporting import Entry, Report, make_entry
 from zgraph.runtime import Session, ShardStore
 from zgraph.runtime.loading import check_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
-from zgraph.runtime.torch_private import keeps_graph
 from zgraph.runtime.whole import run_whole
 
 M = TypeVar("M")
-Stage = int | Callable[[str], int]
 
-_ATTRIBUTE = "_zgraph"
 _serials: Counter[tuple[int, ...]] = Counter()
 
 
@@ -63,12 +53,13 @@ class CompiledModel:
             instruments.append(Verify())
         if settings.dump:
             instruments.append(Dump(settings.dump / f"rank{self.session.store.rank}"))
+        text = print_graph(graph, origins=False)
         graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
         final = self.pipeline.run(graph, replace(self.context, hints=hints), instruments)
         if settings.verify:
             verify(final)
         plan = make_plan(final)
-        forward, backward = self.session.link(plan, constants, print_graph(graph, origins=False))
+        forward, backward = self.session.link(plan, constants, text)
         self.entries.append(make_entry(plan, log.steps, hints))
         return Compiled(plan, forward, backward)
 
@@ -141,17 +132,17 @@ def compile(
         return _compile_class(model, options)
     if not isinstance(model, nn.Module):
         raise UsageError(f"zgraph.compile takes a module or a module class, not {type(model).__name__}")
-    _check(model, stage, mesh, param_dtype, reduce_dtype)
+    check_options(model, stage, mesh, param_dtype, reduce_dtype)
     default_stage = stage if isinstance(stage, int) else 3
     recipe = passes if passes is not None else (RECIPES[stage] if isinstance(stage, int) else MIXED)
     parse_recipe(recipe)
-    stages = {n: None if isinstance(stage, int) else _stage_of(stage, n) for n, _ in model.named_parameters()}
+    stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     mesh = _mesh(model, mesh)
     mesh = mesh if mesh is not None and mesh.size() > 1 else None
     group = mesh.get_group() if mesh is not None else None
     name = _name(model, group)
     if group is not None and default_stage:
-        _check_optimizers(model)
+        check_optimizers(model)
     session = _shard(
         model, mesh if group is not None else None, group, stages, default_stage, param_dtype, recipe, name
     )
@@ -166,8 +157,8 @@ def compile(
                            compiled.compile_graph, type(model).__name__).wrap(forward, dynamic)  # fmt: skip
     else:
         forward = run_whole(forward, session)
-    model.__dict__[_ATTRIBUTE] = compiled
-    model.__dict__["forward"] = _guard(forward, session, param_dtype)
+    model.__dict__[ATTRIBUTE] = compiled
+    model.__dict__["forward"] = guard(forward, session, param_dtype)
     model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
         functools.partial(check_state_dict, session.store)
     )
@@ -215,55 +206,13 @@ def recipe(stage: int) -> str:
 
 def compiled_model(model: nn.Module) -> CompiledModel:
     """What `compile` attached to the model. Raises UsageError if it is not compiled."""
-    found = model.__dict__.get(_ATTRIBUTE) if isinstance(model, nn.Module) else None
+    found = model.__dict__.get(ATTRIBUTE) if isinstance(model, nn.Module) else None
     if not isinstance(found, CompiledModel):
         raise UsageError(f"this {type(model).__name__} is not compiled; call zgraph.compile(model) first")
     return found
 
 
-# --- checks ------------------------------------------------------------------------------------------------------
-
-
-def _check(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtypes: torch.dtype | None) -> None:
-    if isinstance(stage, bool) or not (callable(stage) or stage in RECIPES):
-        raise UsageError(f"stage must be 0, 1, 2 or 3, or a function from a parameter's name to one, not {stage!r}")
-    for module_name, module in model.named_modules():
-        if _ATTRIBUTE in module.__dict__:
-            what = f"its part {module_name}" if module_name else "it"
-            raise AlreadyCompiledError(
-                f"this {type(model).__name__} cannot be compiled: {what} is compiled already. Compile the outermost "
-                "module once, and build a new model to compile it otherwise."
-            )
-    if mesh is not None and mesh.ndim != 1:
-        raise UsageError(f"mesh must have one axis, not {mesh.ndim}; pass mesh['name'] to choose one")
-    for dtype in dtypes:
-        if dtype is not None and not dtype.is_floating_point:
-            raise UsageError(f"param_dtype and reduce_dtype must be floating-point dtypes, not {dtype}")
-    for name, parameter in model.named_parameters():
-        if parameter.layout is not torch.strided or parameter.dtype not in FROM_TORCH:
-            raise UsageError(f"the parameter {name} is {parameter.layout} {parameter.dtype}, which cannot be sharded")
-    devices = {p.device for p in model.parameters()} - {torch.device("meta")}
-    if len(devices) > 1:
-        raise UsageError(f"the model's parameters are on {', '.join(map(str, devices))}; move it to one device first")
-
-
-def _check_optimizers(model: nn.Module) -> None:
-    """An optimizer made before holds parameters that are about to be replaced: it would train nothing."""
-    ours = {id(p) for p in model.parameters()}
-    for found in gc.get_objects():
-        if issubclass(type(found), torch.optim.Optimizer):  # isinstance would ask dead weak proxies
-            if any(id(p) in ours for group in found.param_groups for p in group["params"]):
-                raise UsageError(
-                    f"a {type(found).__name__} already holds this model's parameters, which are about to be sharded; "
-                    "make the optimizer after zgraph.compile"
-                )
-
-
-def _stage_of(stage: Callable[[str], int], name: str) -> int:
-    found = stage(name)
-    if isinstance(found, bool) or found not in RECIPES:
-        raise UsageError(f"stage must be 0, 1, 2 or 3, but the function gave {found!r} for the parameter {name}")
-    return found
+# --- wiring --------------------------------------------------------------------------------------------------------
 
 
 def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
@@ -344,71 +293,4 @@ def _param_infos(session: Session) -> dict[int, ParamInfo]:
     return infos
 
 
-def _guard(forward: Callable[..., Any], session: Session, param_dtype: torch.dtype | None) -> Callable[..., Any]:
-    """The model's new `forward`: stand-ins in place for its length, peers told of failures, misuse caught."""
-    hollow = {id(s.stand_in): s.name for s in session.store.slots.values() if s.stand_in is not s.parameter}
-
-    def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
-        if moved := session.store.moved():
-            raise UsageError(
-                f"the memory of {moved} was replaced after zgraph.compile (by model.to(), .cuda() or .half()?); move "
-                "or convert the model before it is compiled"
-            )
-        if param_dtype is not None:
-            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _cast(t, param_dtype), (args, kwargs))
-        session.begin_call()
-        try:
-            with session.store.stand_ins():
-                result = forward(*args, **kwargs)
-            _watch_outputs(result, hollow, session.store)
-        except BaseException as error:
-            session.fail(error)
-            raise
-        return result
-
-    return zgraph_forward
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _watch_outputs(result: Any, hollow: Mapping[int, str], store: ShardStore) -> None:
-    """Catch a parameter that escapes, and a backward that comes too often or too late."""
-    watched: set[Any] = set()
-    for leaf in pytree.tree_leaves(result):
-        if not isinstance(leaf, torch.Tensor):
-            continue
-        if name := hollow.get(id(leaf)):
-            raise EscapedParameterError(
-                f"the forward returned the parameter {name}, whose gathered memory is gone after the call; return a "
-                "clone of it"
-            )
-        node = compiled_backward_node(leaf) if leaf.requires_grad else None
-        if node is not None and node not in watched:
-            watched.add(node)
-            node.register_prehook(_once(store))
-
-
-def _once(store: ShardStore) -> Callable[[Any], None]:
-    """A check that runs at the beginning of the backward of one call."""
-    spent, version = False, store.version
-
-    def check(_gradients: Any) -> None:
-        nonlocal spent
-        if spent:
-            raise BackwardTwiceError(
-                "this is the second backward through the same forward, whose saved values the first one freed; call "
-                "the first with retain_graph=True, or run the forward again"
-            )
-        if store.version != version:
-            raise StaleParametersError(
-                "parameters were changed (by optimizer.step() or load_state_dict?) between this forward and its "
-                "backward, which would compute with the new ones; run the backward first, or the forward again"
-            )
-        spent = not keeps_graph()
-
-    return check
-
-
-__all__ = ["CompiledModel", "Step", "compile", "compiled_model", "no_sync", "recipe", "report"]
+__all__ = ["CompiledModel", "compile", "compiled_model", "no_sync", "recipe", "report"]

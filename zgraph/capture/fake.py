@@ -67,7 +67,6 @@ def trace(
         finally:
             for tensors, key, tensor in homes:
                 tensors[key] = tensor
-            torch._dynamo.reset()
     del mode
     if not caught:
         raise CaptureError("the forward was run, but nothing was captured: it holds no tensor operation")

@@ -183,13 +183,26 @@ class Importer:
             case torch.Tensor():
                 if made.layout is not torch.strided:
                     raise self._error(node, f"makes a {made.layout} tensor; zgraph takes strided ones (sparse=False)")
-                return tensor_type(made)
+                shape = tuple(self._size(s) for s in made.shape)
+                strides = tuple(self._size(s) for s in made.stride())
+                return TensorType(FROM_TORCH[made.dtype], shape, None if _is_contiguous(shape, strides) else strides)
             case torch.SymInt() | torch.SymFloat() | torch.SymBool():
                 kind = type(made).__name__.removeprefix("Sym").lower()
-                return ScalarType(kind, size_of(made) if kind == "int" else None)
+                return ScalarType(kind, self._size(made) if kind == "int" else None)
             case bool() | int() | float():
                 return ScalarType(type(made).__name__)
         raise self._error(node, f"makes a {type(made).__name__}, which has no form in the IR")
+
+    def _size(self, size: Any) -> Dim:
+        """A size as an int or as an expression over the IR's own symbols. Asks nothing that would add a guard."""
+        if isinstance(size, int):
+            return size
+        translated = _translate(size.node.expr)
+        if not is_readable(translated):
+            translated = _opaque_symbol(size.node.expr)
+            if size.node.hint is not None:
+                self.hints[str(translated)] = int(size.node.hint)
+        return translated
 
     # --- outputs -----------------------------------------------------------------------------------------------
 
@@ -224,13 +237,6 @@ class Importer:
         return CaptureError(f"the model{module} {message}{where}")
 
 
-def tensor_type(tensor: torch.Tensor) -> TensorType:
-    """The type of a (fake) tensor, without asking it anything that would add a guard."""
-    shape = tuple(size_of(s) for s in tensor.shape)
-    strides = tuple(size_of(s) for s in tensor.stride())
-    return TensorType(FROM_TORCH[tensor.dtype], shape, None if _is_contiguous(shape, strides) else strides)
-
-
 def _is_contiguous(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> bool:
     if any(s == 0 for s in shape):
         return True
@@ -241,14 +247,6 @@ def _is_contiguous(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> bool:
                 return False
             expected = expected * size
     return True
-
-
-def size_of(size: Any) -> Dim:
-    """A size as an int or as an expression over the IR's own symbols."""
-    if isinstance(size, int):
-        return size
-    translated = _translate(size.node.expr)
-    return translated if is_readable(translated) else _opaque_symbol(size.node.expr)
 
 
 def _translate(expr: sympy.Expr) -> Dim:
@@ -274,7 +272,7 @@ def _translate(expr: sympy.Expr) -> Dim:
 def _opaque_symbol(expr: sympy.Expr) -> Dim:
     """A symbol that stands for an expression of which only the name matters."""
     digest = hashlib.sha256(str(expr).encode()).hexdigest()[:8]
-    return symbol(f"{re.sub(r'[^A-Za-z0-9]+', '_', str(expr))[:_MAX_NAME].strip('_')}_{digest}")
+    return symbol(f"u_{re.sub(r'[^A-Za-z0-9]+', '_', str(expr))[:_MAX_NAME].strip('_')}_{digest}")
 
 
 def origin_of(node: fx.Node) -> Origin:

@@ -24,6 +24,8 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
 _MAX_LENGTH = 1000
 _MAX_NODES = 120
 _MAX_EXPONENT = 8
+_MAX_SUM_EXPONENT = 3
+_MAX_SUM_OPERATIONS = 8
 _MAX_NUMBER = 2**63
 _MAX_ARGUMENTS = 4
 _MAX_COMPARISONS = 4
@@ -96,6 +98,15 @@ def _read(text: str) -> Dim:
     return size
 
 
+def _is_small_power(base: Any, exponent: Any) -> bool:
+    if not (exponent.is_Integer and exponent > 0):
+        return False
+    if base.is_Symbol:
+        return bool(exponent <= _MAX_EXPONENT)
+    involved = base.has(sympy.Pow, sympy.Mod, sympy.Max, sympy.Min)
+    return bool(exponent <= _MAX_SUM_EXPONENT and base.count_ops() <= _MAX_SUM_OPERATIONS and not involved)
+
+
 def _build(node: ast.expr, text: str) -> Any:
     match node:
         case ast.Constant(value=int(number)) if not isinstance(number, bool) and number < _MAX_NUMBER:
@@ -106,8 +117,12 @@ def _build(node: ast.expr, text: str) -> Any:
             return -_build(operand, text)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             a, b = _build(left, text), _build(right, text)
-            if isinstance(op, ast.Pow) and not (a.is_Symbol and b.is_Integer and 0 < b <= _MAX_EXPONENT):
-                raise ZirError(f"a power in a size is a name to an integer up to {_MAX_EXPONENT}", text)
+            if isinstance(op, ast.Pow) and not _is_small_power(a, b):
+                raise ZirError(
+                    f"a power in a size is a name to an integer up to {_MAX_EXPONENT}, or a short sum to one up to "
+                    f"{_MAX_SUM_EXPONENT}",
+                    text,
+                )
             if isinstance(op, ast.Div) and b.is_zero:
                 raise ZirError("a size divided by zero", text)
             return _OPERATORS[type(op)](a, b)

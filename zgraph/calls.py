@@ -1,0 +1,81 @@
+"""What surrounds each call of a compiled model: stand-ins in place, peers told of failures, misuse caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from zgraph.capture.torch_private import compiled_backward_node
+from zgraph.errors import BackwardTwiceError, EscapedParameterError, StaleParametersError, UsageError
+from zgraph.runtime import Session, ShardStore
+from zgraph.runtime.torch_private import keeps_graph
+
+
+def guard(forward: Callable[..., Any], session: Session, param_dtype: torch.dtype | None) -> Callable[..., Any]:
+    """The model's new `forward`: stand-ins in place for its length, peers told of failures, misuse caught."""
+    hollow = {id(s.stand_in): s.name for s in session.store.slots.values() if s.stand_in is not s.parameter}
+
+    def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
+        if moved := session.store.moved():
+            raise UsageError(
+                f"the memory of {moved} was replaced after zgraph.compile (by model.to(), .cuda() or .half()?); move "
+                "or convert the model before it is compiled"
+            )
+        if param_dtype is not None:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _cast(t, param_dtype), (args, kwargs))
+        session.begin_call()
+        try:
+            with session.store.stand_ins():
+                result = forward(*args, **kwargs)
+            _watch_outputs(result, hollow, session.store)
+        except BaseException as error:
+            session.fail(error)
+            raise
+        return result
+
+    return zgraph_forward
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _watch_outputs(result: Any, hollow: Mapping[int, str], store: ShardStore) -> None:
+    """Catch a parameter that escapes, and a backward that comes too often or too late."""
+    watched: set[Any] = set()
+    for leaf in pytree.tree_leaves(result):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if name := hollow.get(id(leaf)):
+            raise EscapedParameterError(
+                f"the forward returned the parameter {name}, whose gathered memory is gone after the call; return a "
+                "clone of it"
+            )
+        node = compiled_backward_node(leaf) if leaf.requires_grad else None
+        if node is not None and node not in watched:
+            watched.add(node)
+            node.register_prehook(_once(store))
+
+
+def _once(store: ShardStore) -> Callable[[Any], None]:
+    """A check that runs at the beginning of the backward of one call."""
+    spent, version = False, store.version
+
+    def check(_gradients: Any) -> None:
+        nonlocal spent
+        if spent:
+            raise BackwardTwiceError(
+                "this is the second backward through the same forward, whose saved values the first one freed; call "
+                "the first with retain_graph=True, or run the forward again"
+            )
+        if store.version != version:
+            raise StaleParametersError(
+                "parameters were changed (by optimizer.step() or load_state_dict?) between this forward and its "
+                "backward, which would compute with the new ones; run the backward first, or the forward again"
+            )
+        spent = not keeps_graph()
+
+    return check

@@ -1,0 +1,61 @@
+"""What `zgraph.compile` refuses, before it changes anything."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from zgraph.aten import FROM_TORCH
+from zgraph.errors import AlreadyCompiledError, UsageError
+from zgraph.passes import RECIPES
+
+Stage = int | Callable[[str], int]
+
+ATTRIBUTE = "_zgraph"
+"""Where a compiled model keeps what `zgraph.compile` attached to it."""
+
+
+def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtypes: torch.dtype | None) -> None:
+    if isinstance(stage, bool) or not (callable(stage) or stage in RECIPES):
+        raise UsageError(f"stage must be 0, 1, 2 or 3, or a function from a parameter's name to one, not {stage!r}")
+    for module_name, module in model.named_modules():
+        if ATTRIBUTE in module.__dict__:
+            what = f"its part {module_name}" if module_name else "it"
+            raise AlreadyCompiledError(
+                f"this {type(model).__name__} cannot be compiled: {what} is compiled already. Compile the outermost "
+                "module once, and build a new model to compile it otherwise."
+            )
+    if mesh is not None and mesh.ndim != 1:
+        raise UsageError(f"mesh must have one axis, not {mesh.ndim}; pass mesh['name'] to choose one")
+    for dtype in dtypes:
+        if dtype is not None and not dtype.is_floating_point:
+            raise UsageError(f"param_dtype and reduce_dtype must be floating-point dtypes, not {dtype}")
+    for name, parameter in model.named_parameters():
+        if parameter.layout is not torch.strided or parameter.dtype not in FROM_TORCH:
+            raise UsageError(f"the parameter {name} is {parameter.layout} {parameter.dtype}, which cannot be sharded")
+    devices = {p.device for p in model.parameters()} - {torch.device("meta")}
+    if len(devices) > 1:
+        raise UsageError(f"the model's parameters are on {', '.join(map(str, devices))}; move it to one device first")
+
+
+def check_optimizers(model: nn.Module) -> None:
+    """An optimizer made before holds parameters that are about to be replaced: it would train nothing."""
+    ours = {id(p) for p in model.parameters()}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.optim.Optimizer):  # isinstance would ask dead weak proxies
+            if any(id(p) in ours for group in found.param_groups for p in group["params"]):
+                raise UsageError(
+                    f"a {type(found).__name__} already holds this model's parameters, which are about to be sharded; "
+                    "make the optimizer after zgraph.compile"
+                )
+
+
+def stage_of(stage: Callable[[str], int], name: str) -> int:
+    found = stage(name)
+    if isinstance(found, bool) or found not in RECIPES:
+        raise UsageError(f"stage must be 0, 1, 2 or 3, but the function gave {found!r} for the parameter {name}")
+    return found
