@@ -86,8 +86,10 @@ def print_pass(step: Pass) -> str:
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as `16MiB`, `512KiB` or `1024`. Raises ValueError for anything else."""
-    if found := re.fullmatch(r"(\d+(?:\.\d+)?) ?(KiB|MiB|GiB)", text):
+    if found := re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?) ?(KiB|MiB|GiB)", text):
         return int(float(found.group(1)) * _UNITS[found.group(2)])
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise ValueError(f"{text[:40]} is no size such as 16MiB")
     return int(text)
 
 
@@ -161,17 +163,19 @@ class _Recipe:
             while not self.accept(")"):
                 if options and not self.accept(","):
                     raise self.error("expected a comma or a closing parenthesis")
-                key, value = self.option(kind)
+                key, value = self.option(kind, options)
                 options[key] = value
         try:
             return kind(**options)
         except ValueError as error:
             raise self.error(str(error), start) from None
 
-    def option(self, kind: type[Pass]) -> tuple[str, Option]:
+    def option(self, kind: type[Pass], given: Mapping[str, Option]) -> tuple[str, Option]:
         fields = {f.name: f for f in dataclasses.fields(kind)}
         key = self.match(_WORD, "the name of an option")
         start = self.at - len(key)
+        if key in given:
+            raise self.error(f"{key} is given twice", start)
         if key not in fields:
             near = get_close_matches(key, fields, 1)
             have = f"its options are {', '.join(fields)}" if fields else "it has none"

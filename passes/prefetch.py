@@ -43,7 +43,7 @@ class Prefetch(Pass):
         return reorder(graph, lambda position, _: priority.get(position, position))
 
     def _gathers(self, graph: Graph) -> dict[int, float]:
-        """A gather starts, with what it needs, just before the wait of the gather `depth` before it."""
+        """A gather starts, with what it needs, just before the wait of the gather `depth` before it (or the first)."""
         moved: dict[int, float] = {}
         position_of = {n.name: p for p, n in enumerate(graph.nodes) if n.results}
         waits: list[tuple[object, int]] = []
@@ -51,8 +51,10 @@ class Prefetch(Pass):
             if node.op not in _GATHERS:
                 continue
             ahead = [at for phase, at in waits if phase is node.phase]
-            if len(ahead) >= self.depth:
-                moved.update((p, ahead[-self.depth] - 0.5) for p in (*_feeders(graph, node, position_of), position))
+            if ahead:
+                moved.update(
+                    (p, ahead[-self.depth :][0] - 0.5) for p in (*_feeders(graph, node, position_of), position)
+                )
             waits.append((node.phase, graph.users[node.name][0]))
         return moved
 

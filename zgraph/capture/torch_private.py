@@ -1,4 +1,4 @@
-"""The private corners of torch that capture needs, in one place. Tried on torch 2.13.0."""
+"""The private corners of torch that capture needs, in one place. Tried on torch 2.11.0 and 2.13.0."""
 
 from __future__ import annotations
 

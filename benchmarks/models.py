@@ -1,0 +1,92 @@
+"""The models that are trained, and the data they are trained on. Both depend on seeds only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+
+from benchmarks.errors import UnknownName
+
+BATCH_SIZE = 4
+SEQUENCE_LENGTH = 128
+SEED = 0
+
+
+def llama_tiny() -> PretrainedConfig:
+    return LlamaConfig(
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=256,
+        use_cache=False,
+    )
+
+
+def llama_30m() -> PretrainedConfig:
+    """29,893,120 parameters, embedding and head apart."""
+    return LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=4096,
+        use_cache=False,
+    )
+
+
+def gpt2_4l() -> PretrainedConfig:
+    """GPT-2 small in width and vocabulary, 4 layers instead of 12, no dropout."""
+    return GPT2Config(n_layer=4, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named model configuration."""
+
+    name: str
+    config: Callable[[], PretrainedConfig]
+
+
+PRESETS = (Preset("llama-tiny", llama_tiny), Preset("llama-30m", llama_30m), Preset("gpt2-4l", gpt2_4l))
+NAMES = tuple(preset.name for preset in PRESETS)
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name. Raises UnknownName."""
+    for candidate in PRESETS:
+        if candidate.name == name:
+            return candidate
+    raise UnknownName(f"no model preset is called {name!r}", f"Use one of: {', '.join(NAMES)}")
+
+
+def build(name: str, device: torch.device) -> nn.Module:
+    """The model of a preset, in fp32 and training mode; the same numbers in every process."""
+    torch.manual_seed(SEED)
+    model: nn.Module = AutoModelForCausalLM.from_config(preset(name).config(), dtype=torch.float32)  # type: ignore[no-untyped-call]
+    model.loss_type = "ForCausalLM"  # type: ignore[assignment]  # GPT-2's look-up of it breaks a captured graph
+    return model.train().to(device)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a decoder, in order: the longest ModuleList in it."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max((list(stack) for stack in stacks), key=len)
+
+
+def batch(name: str, *, step: int, rank: int, device: torch.device) -> Tensor:
+    """Token ids, [BATCH_SIZE, SEQUENCE_LENGTH] int64, different for each step and rank.
+
+    Every row counts upwards from a random token, so that the loss falls within a few steps and a rank that
+    misses the others' gradients shows in it.
+    """
+    vocab_size: int = preset(name).config().vocab_size
+    generator = torch.Generator().manual_seed(SEED + 4096 * step + rank)
+    first = torch.randint(vocab_size, (BATCH_SIZE, 1), generator=generator)
+    return ((first + torch.arange(SEQUENCE_LENGTH)) % vocab_size).to(device)

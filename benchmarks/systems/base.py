@@ -1,0 +1,68 @@
+"""What a system under measurement is: a name, a stage, and a function that makes a model train its way."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.errors import NotInstalled
+
+LEARNING_RATE = 1e-3
+
+Step = Callable[[Tensor], Tensor]
+"""One training step on a batch of token ids, from forward to cleared gradients. Returns the detached loss."""
+
+
+class Role(StrEnum):
+    """What a system is measured for."""
+
+    ZGRAPH = "zgraph"
+    PEER = "peer"
+    COMPUTE = "compute"
+    """The work of one rank with nothing sent: the floor under everybody's step."""
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the benchmark.
+
+    stage: the ZeRO stage it amounts to (0: nothing sharded, 3: parameters too).
+    prepare: takes the whole model, the same on every rank and on its device already, and returns the step.
+        The process group is up by then, except for the role COMPUTE.
+    needs: the package it imports; `extra` is how one installs it.
+    """
+
+    name: str
+    role: Role
+    stage: int
+    prepare: Callable[[nn.Module, torch.device], Step]
+    needs: str = "torch"
+    extra: str = "torch"
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.role is not Role.COMPUTE
+
+    def require(self) -> None:
+        """Raises NotInstalled if its package is not importable."""
+        if importlib.util.find_spec(self.needs) is None:
+            raise NotInstalled("not installed", f"pip install {self.extra}")
+
+
+def adamw_step(model: nn.Module) -> Step:
+    """The plain PyTorch training step, for every system that lets one write it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+
+    def step(tokens: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
