@@ -1,4 +1,4 @@
-"""Lower reshards of buffers that the forward changes into broadcasts from the first rank.
+"""Lower reshards of buffers' new values into broadcasts from the first rank.
 
     fwd %mean_root: f32[8]<R> = reshard(%mean, reduce="root")
 ->
@@ -18,7 +18,7 @@ from zgraph.passes.lowering import lower
 
 @dataclass(frozen=True)
 class Broadcast(Pass):
-    """Lower reshards of buffers that the forward changes into broadcasts from the first rank."""
+    """Lower reshards of buffers' new values into broadcasts from the first rank."""
 
     name: ClassVar[str] = "broadcast"
     requires: ClassVar[frozenset[str]] = frozenset({"placed"})

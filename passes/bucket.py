@@ -71,7 +71,7 @@ class Bucket(Pass):
 
 
 def _is_gather(node: Node) -> bool:
-    return isinstance(node.operands[0].tensor.placement[0], Shard) or node.option("reduce") == "root"
+    return isinstance(node.operands[0].tensor.placement[0], Shard)
 
 
 def _merged(nodes: list[Node]) -> Node:

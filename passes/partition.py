@@ -15,11 +15,14 @@ The stage is nothing but this statement (the source of the stages: Rajbhandari e
     1       S0                  forward, kept until its last use   V -> S0 when the step ends
     2       S0                  as 1                               V -> S0 as it is made
     3       S0                  forward, and again for backward    as 2
+
+Buffers are replicated. Where the forward changes one (BatchNorm's running mean), the first rank's new value is taken on
+every rank, so that all ranks evaluate alike and any of them may save it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from zgraph.ir import (
@@ -50,9 +53,13 @@ CASTS = frozenset({"aten._to_copy.default"})
 
 @dataclass(frozen=True)
 class Partition(Pass):
-    """State where parameters, gradients and inputs live, and put a reshard where they must be elsewhere."""
+    """State where parameters, gradients and inputs live, and put a reshard where they must be elsewhere.
 
-    stage: int = 3
+    Args:
+        stage: the stage of the parameters that do not have one of their own.
+    """
+
+    stage: int = field(default=3, metadata={"always_printed": True})
 
     name: ClassVar[str] = "partition"
     numerics: ClassVar[Numerics] = Numerics.reassociates
@@ -76,10 +83,10 @@ class _Partitioner:
         self.graph = replace(graph, mesh=mesh)
         self.builder = Builder(self.graph, Partition.name)
         self.sharded = bool(mesh)
-        self.mutated = {o.target for o in graph.outputs if o.kind is OutputKind.mutation}
         self.inputs = {i.value.name: self.place(i, stage) for i in graph.inputs}
         self.env: dict[Phase, dict[str, Value]] = {p: {} for p in Phase}
         self.derived: set[str] = set()
+        self.shared: set[str] = set()
         self.nodes: list[Node] = []
         self.late: list[Node] = []
 
@@ -98,9 +105,10 @@ class _Partitioner:
             if node.phase is Phase.backward and early:
                 self.reduce_all(early, outputs)
             self.nodes.append(self.rewrite(node))
+            self.share_buffers(node, outputs)
             self.reduce_all([index for result in node.results for index in due.get(result.name, ())], outputs)
         self.reduce_all(early, outputs)
-        final = tuple(o if self.is_param_grad(o) else self.relabel(o) for o in outputs)
+        final = tuple(o if self.is_param_grad(o) or self.is_buffer(o) else self.relabel(o) for o in outputs)
         inputs = tuple(self.inputs[i.value.name] for i in self.source.inputs)
         return replace(self.graph, inputs=inputs, nodes=(*self.nodes, *self.late), outputs=final)
 
@@ -117,9 +125,7 @@ class _Partitioner:
         if not isinstance(kind, TensorType):
             return entry
         if entry.kind is not InputKind.param:
-            same = entry.kind is InputKind.constant or (
-                entry.kind is InputKind.buffer and entry.value.name not in self.mutated
-            )
+            same = entry.kind in (InputKind.constant, InputKind.buffer)
             return replace(entry, value=replace(entry.value, type=self.at(kind, Replicate() if same else Varying())))
         stage = default_stage if entry.stage is None else entry.stage
         rest = kind.contiguous(entry.master)
@@ -166,7 +172,7 @@ class _Partitioner:
         elif again:
             here[value.name] = self.derive_again(value, user)
         else:
-            here[value.name] = self.whole_buffer(self.inputs[value.name], user)
+            here[value.name] = self.inputs[value.name].value
         return here[value.name]
 
     def whole(self, entry: Input, kind: TensorType, user: Node) -> Value:
@@ -179,15 +185,6 @@ class _Partitioner:
             keep: dict[str, Arg] = {"keep": True} if entry.stage in (1, 2) else {}
             current = self.reshard(current, Replicate(), stem, user.phase, origin, self.nodes, keep)
         return current
-
-    def whole_buffer(self, entry: Input, user: Node) -> Value:
-        """A buffer that the forward changes is the first rank's on every rank."""
-        value = entry.value
-        if not (self.sharded and entry.kind is InputKind.buffer and value.name in self.mutated):
-            return value
-        return self.reshard(
-            value, Replicate(), f"{value.name}_root", user.phase, user.origin, self.nodes, {"reduce": "root"}
-        )
 
     def derive_again(self, value: Value, user: Node) -> Value:
         """Repeat, in the backward, the cheap ops that made `value` from gathered parameters."""
@@ -203,6 +200,28 @@ class _Partitioner:
 
     def forward_value(self, value: Value) -> Value:
         return self.env[Phase.forward][value.name]
+
+    # --- buffers -----------------------------------------------------------------------------------------------
+
+    def is_buffer(self, output: Output) -> bool:
+        """Whether an output is a buffer's new value, already placed."""
+        known = output.kind is OutputKind.mutation and self.inputs[output.target].kind is InputKind.buffer
+        return known and output.value is not None and output.value.name in self.shared
+
+    def share_buffers(self, node: Node, outputs: list[Output]) -> None:
+        """A buffer's new value, made by `node` from each rank's own part of the batch, is the first rank's for all."""
+        made = {r.name for r in node.results}
+        for index, output in enumerate(self.source.outputs):
+            if output.kind is not OutputKind.mutation or output.value is None or output.value.name not in made:
+                continue
+            value = self.env[node.phase][output.value.name]
+            entry = self.inputs[output.target]
+            if entry.kind is InputKind.buffer and Varying() in value.tensor.placement:
+                value = self.reshard(
+                    value, Replicate(), f"{value.name}_root", node.phase, node.origin, self.nodes, {"reduce": "root"}
+                )
+                outputs[index] = replace(output, value=value)
+                self.shared.add(value.name)
 
     # --- gradients ---------------------------------------------------------------------------------------------
 

@@ -75,11 +75,11 @@ class Pipeline:
 
 
 def print_pass(step: Pass) -> str:
-    """A pass as the recipe writes it: its name, and the options that are not at their default."""
+    """A pass as the recipe writes it: its name, and the options that are not at their default or always shown."""
     options = [
         f"{f.name}={_print_option(f.name, getattr(step, f.name))}"
         for f in dataclasses.fields(step)
-        if getattr(step, f.name) != f.default
+        if getattr(step, f.name) != f.default or f.metadata.get("always_printed")
     ]
     return step.name + (f"({', '.join(options)})" if options else "")
 

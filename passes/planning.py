@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from zgraph.errors import ContractError
 from zgraph.ir import Graph, InputKind, Instruction, Node, Phase, Plan, Program, TensorType, Value
 from zgraph.passes.no_sync import without_sync
 
 
 def make_plan(graph: Graph) -> Plan:
-    """The programs of a graph whose passes have all run."""
+    """The programs of a graph whose passes have all run.
+
+    Raises:
+        ContractError: the recipe left a reshard without a collective to carry it out.
+    """
+    for node in graph.nodes:
+        if node.op == "reshard":
+            raise ContractError(
+                f"nothing in the recipe carries out the reshard of %{node.operands[0].name} from "
+                f"{node.operands[0].type} to {node.results[0].type}; add all-gather, reduce-scatter, all-reduce and "
+                "broadcast after partition"
+            )
     forward = graph.phase_nodes(Phase.forward)
     outputs = [o.value for o in graph.outputs if o.phase is Phase.forward]
     saved = _saved(graph, forward)

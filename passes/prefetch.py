@@ -15,8 +15,7 @@ from zgraph.ir import Graph, Node
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.base import Context, Pass
 
-_GATHERS = ("all_gather_start", "broadcast_start")
-_REDUCTIONS = ("reduce_scatter_start", "all_reduce_start")
+_REDUCTIONS = ("reduce_scatter_start", "all_reduce_start", "broadcast_start")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Prefetch(Pass):
         position_of = {n.name: p for p, n in enumerate(graph.nodes) if n.results}
         waits: list[tuple[object, int]] = []
         for position, node in enumerate(graph.nodes):
-            if node.op not in _GATHERS:
+            if node.op != "all_gather_start":
                 continue
             ahead = [at for phase, at in waits if phase is node.phase]
             if ahead:
@@ -61,14 +60,14 @@ class Prefetch(Pass):
     def _reductions(self, graph: Graph) -> dict[int, float]:
         """The wait of a reduction, with what follows from it, comes just after the start `depth` behind it.
 
-        An all-reduce holds nothing but its result, which stays in any case: its wait comes last of all.
+        An all-reduce or broadcast holds nothing but its result, which stays in any case: its wait comes last of all.
         """
         moved: dict[int, float] = {}
         end = float(len(graph.nodes))
         starts = [p for p, node in enumerate(graph.nodes) if node.op in _REDUCTIONS]
         for index, start in enumerate(starts):
             behind = index + self.depth
-            in_place = graph.nodes[start].op == "all_reduce_start"
+            in_place = graph.nodes[start].op != "reduce_scatter_start"
             until = end if in_place or behind >= len(starts) else starts[behind] + 0.5
             for position in _followers(graph, start):
                 moved[position] = until

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+_LOWER = "broadcast,all-gather,reduce-scatter,all-reduce"
+"""Every stage lowers every kind of reshard: a scalar parameter is not sharded whatever the stage, so its gradient is
+all-reduced."""
+
 RECIPES: Mapping[int, str] = {
-    0: "canonicalize,partition(stage=0),bucket,broadcast,all-reduce,prefetch,dce",
-    1: "canonicalize,partition(stage=1),bucket,broadcast,all-gather,reduce-scatter,release,prefetch,dce",
-    2: "canonicalize,partition(stage=2),bucket,broadcast,all-gather,reduce-scatter,release,prefetch,dce",
-    3: "canonicalize,partition(stage=3),bucket,broadcast,all-gather,reduce-scatter,release,prefetch,dce",
+    stage: f"canonicalize,partition(stage={stage}),bucket,{_LOWER},release,prefetch,dce" for stage in range(4)
 }
 
-MIXED = "canonicalize,partition,bucket,broadcast,all-gather,reduce-scatter,all-reduce,release,prefetch,dce"
-"""For a stage given per parameter."""
+MIXED = RECIPES[3]
+"""For a stage given per parameter: what `partition` is told counts for no parameter then."""

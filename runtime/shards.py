@@ -60,7 +60,8 @@ class Slot:
             )  # fmt: skip
         else:
             parameter.grad = local
-        torch_private.run_grad_hooks(parameter)
+        if self.stand_in is not parameter:  # autograd runs the hooks of what it saw itself
+            torch_private.run_grad_hooks(parameter)
 
     def local_part(self, chunk: torch.Tensor) -> torch.Tensor:
         """The part of a padded chunk that this rank really holds, in the shape of its shard."""
