@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from zgraph.errors import ContractError
 from zgraph.ir import Graph, InputKind, Instruction, Node, Phase, Plan, Program, TensorType, Value
+from zgraph.passes.absent import absent_tangents, without_tangents
 from zgraph.passes.no_sync import without_sync
 
 
@@ -31,10 +32,20 @@ def make_plan(graph: Graph) -> Plan:
     tangents = [i.value for i in graph.inputs if i.kind is InputKind.tangent]
     if not any(o.phase is not Phase.forward for o in graph.outputs):
         return Plan(graph, plan_forward, None, None, ())
+    zeros = absent_tangents(graph)
+    lean = without_tangents(graph, zeros) if zeros else None
     return Plan(
-        graph, plan_forward, _backward("backward", graph, saved, tangents),
-        _backward("unsynced", without_sync(graph), saved, tangents), saved,
+        graph, plan_forward, *_both_backwards("", graph, saved, tangents), saved, zeros if lean else frozenset(),
+        _both_backwards("lean_", lean, saved, tangents) if lean else None,
     )  # fmt: skip
+
+
+def _both_backwards(
+    prefix: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]
+) -> tuple[Program, Program]:
+    """The backward of a graph, synced and not."""
+    synced = _backward(f"{prefix}backward", graph, saved, tangents)
+    return synced, _backward(f"{prefix}unsynced", without_sync(graph), saved, tangents)
 
 
 def _backward(name: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]) -> Program:

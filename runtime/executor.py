@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from zgraph.aten import resolve, to_torch
 from zgraph.ir import Arg, Instruction, Node, Plan, Program, Value
+from zgraph.runtime import torch_private
 from zgraph.runtime.collectives import MAKERS
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class _Writer:
 
     def call(self, node: Node) -> str:
         if row := self.foreign.get(node.op):
-            function = self.constant(resolve(node.op), node.op)
+            function = self.constant(torch_private.direct(resolve(node.op)), node.op)
             parts = [self.argument(a) for a in node.args] + [f"{k}={self.argument(a)}" for k, a in node.kwargs]
             multi = row.multi
         else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Session:
         self._group = group
         self._peers = Peers(group, name, store.device) if group is not None else None
         self.syncs = True
+        self.lean_call = False
         self.plans: list[Plan] = []
         self._held: dict[str, torch.Tensor] = {}
         self._kept: dict[object, tuple[int, torch.Tensor]] = {}
@@ -60,12 +62,24 @@ class Session:
             elif entry.target in constants and entry.value.name in plan.resident:
                 resident[entry.value.name] = constants[entry.target].to(self.device)
         self.plans.append(plan)
-        forward = self._guarded(link(plan.forward, plan, self, resident))
+        run_forward = link(plan.forward, plan, self, resident)
+
+        def forward(args: list[Any]) -> list[Any]:
+            self.lean_call = plan.lean is not None
+            return run_forward(args)
+
+        guarded = self._guarded(forward)
         if plan.backward is None or plan.unsynced is None:
-            return forward, None
-        synced = link(plan.backward, plan, self, resident)
-        unsynced = link(plan.unsynced, plan, self, resident)
-        return forward, self._guarded(self._backward(plan, synced, unsynced))
+            return guarded, None
+        programs = {(True, False): plan.backward, (False, False): plan.unsynced}
+        if plan.lean:
+            programs |= {(True, True): plan.lean[0], (False, True): plan.lean[1]}
+
+        @cache
+        def runner(syncs: bool, lean: bool) -> Runner:
+            return link(programs[syncs, lean], plan, self, resident)
+
+        return guarded, self._guarded(self._backward(plan, runner))
 
     def _agree(self, plan: Plan, text: str) -> None:
         """Compare the plan with the peers', unless its collectives are those of a plan that they have agreed on.
@@ -108,8 +122,13 @@ class Session:
 
     # --- gradients ---------------------------------------------------------------------------------------------
 
-    def _backward(self, plan: Plan, synced: Runner, unsynced: Runner) -> Runner:
-        """Runs the backward that is due, and puts the parameters' gradients where they belong."""
+    def _backward(self, plan: Plan, runner: Callable[[bool, bool], Runner]) -> Runner:
+        """Runs the backward that is due, and puts the parameters' gradients where they belong.
+
+        Args:
+            plan: the plan.
+            runner: gives the backward that syncs or not, and that takes absent tangents as zero or not.
+        """
         names = {i.value.name: i.target for i in plan.graph.params}
         outputs = [o for o in plan.graph.outputs if o.phase is not Phase.forward]
         slots: list[Slot | None] = [
@@ -118,9 +137,13 @@ class Session:
         ]
         held_targets = {n.option("target") for n in plan.graph.nodes if n.op == "accumulate"}
 
+        assert plan.backward is not None
+        absent_at = [i for i, v in enumerate(plan.backward.arguments) if v.name in plan.absent]
+
         def backward(args: list[Any]) -> list[Any]:
             syncs = self.syncs
-            results = (synced if syncs else unsynced)(args)
+            lean = bool(absent_at) and all(args[i] is None for i in absent_at)
+            results = runner(syncs, lean)(args)
             if syncs:
                 self._kept.clear()
             for index, slot in enumerate(slots):

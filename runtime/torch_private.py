@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store, _get_default_store
 
-__all__ = ["ControlGroup", "Store", "all_gather", "keeps_graph", "reduce_scatter", "run_grad_hooks", "store"]
+__all__ = ["ControlGroup", "Store", "all_gather", "direct", "keeps_graph", "reduce_scatter", "run_grad_hooks", "store"]
 
 _gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter: Callable[..., dist.Work] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -46,6 +46,12 @@ class ControlGroup:
         """Begin to gather equal parts into `out`."""
         work: dist.Work = self._group.allgather([list(out.view(-1, own.numel()))], [own])
         return work
+
+
+def direct(op: Callable[..., Any]) -> Callable[..., Any]:
+    """What an ATen op calls, without the Python frame around it."""
+    inner: Callable[..., Any] = getattr(op, "_op", op)
+    return inner
 
 
 def keeps_graph() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from zgraph.capture.torch_private import compiled_backward_node
 from zgraph.errors import BackwardTwiceError, EscapedParameterError, StaleParametersError, UsageError
-from zgraph.runtime import Session, ShardStore
+from zgraph.runtime import Session
 from zgraph.runtime.torch_private import keeps_graph
 
 
@@ -30,7 +31,7 @@ def guard(forward: Callable[..., Any], session: Session, param_dtype: torch.dtyp
         try:
             with session.store.stand_ins():
                 result = forward(*args, **kwargs)
-            _watch_outputs(result, hollow, session.store)
+            _watch_outputs(result, hollow, session)
         except BaseException as error:
             session.fail(error)
             raise
@@ -43,7 +44,7 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _watch_outputs(result: Any, hollow: Mapping[int, str], store: ShardStore) -> None:
+def _watch_outputs(result: Any, hollow: Mapping[int, str], session: Session) -> None:
     """Catch a parameter that escapes, and a backward that comes too often or too late."""
     watched: set[Any] = set()
     for leaf in pytree.tree_leaves(result):
@@ -57,14 +58,19 @@ def _watch_outputs(result: Any, hollow: Mapping[int, str], store: ShardStore) ->
         node = compiled_backward_node(leaf) if leaf.requires_grad else None
         if node is not None and node not in watched:
             watched.add(node)
-            node.register_prehook(_once(store))
+            node.register_prehook(_before_backward(weakref.ref(node), session))
 
 
-def _once(store: ShardStore) -> Callable[[Any], None]:
-    """A check that runs at the beginning of the backward of one call."""
-    spent, version = False, store.version
+def _before_backward(node: weakref.ref[Any], session: Session) -> Callable[[Any], None]:
+    """What happens at the beginning of the backward of one call: checks, and the choice of the lean backward.
 
-    def check(_gradients: Any) -> None:
+    If only the loss is differentiated, and the plan has a backward for that, autograd need not make zeros for the other
+    outputs.
+    """
+    store = session.store
+    spent, version, lean = False, store.version, session.lean_call
+
+    def check(gradients: tuple[torch.Tensor | None, ...]) -> None:
         nonlocal spent
         if spent:
             raise BackwardTwiceError(
@@ -77,5 +83,8 @@ def _once(store: ShardStore) -> Callable[[Any], None]:
                 "backward, which would compute with the new ones; run the backward first, or the forward again"
             )
         spent = not keeps_graph()
+        present = [g for g in gradients if g is not None]
+        if (context := node()) is not None:
+            context.materialize_grads = not (lean and len(present) == 1 and present[0].dim() == 0)
 
     return check

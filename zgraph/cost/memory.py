@@ -57,7 +57,7 @@ def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
     """Walk the forward and the backward of a plan with its births and deaths.
 
     Outputs of the forward are taken to be dropped by the caller before the backward, unless the backward needs them;
-    the inputs of the call are the caller's and not counted. Tangents are: autograd makes one for every output.
+    the inputs of the call are the caller's and not counted. Tangents are, unless they are likely to be absent.
 
     Args:
         plan: the plan.
@@ -68,8 +68,9 @@ def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
     saved = {v.name for v in plan.saved}
     walk.drop(v.name for v in plan.forward.results if v is not None and v.name not in saved)
     if plan.backward is not None:
-        walk.adopt(i.value for i in plan.graph.inputs if i.kind is InputKind.tangent)
-        walk.run(plan.backward.instructions)
+        tangents = [i.value for i in plan.graph.inputs if i.kind is InputKind.tangent]
+        walk.adopt(t for t in tangents if t.name not in plan.absent)
+        walk.run((plan.lean[0] if plan.lean else plan.backward).instructions)
     return MemoryCurve(tuple(walk.moments))
 
 
