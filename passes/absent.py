@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from zgraph.ir import Graph, InputKind, Node, OutputKind, Phase, TensorType, Value
 from zgraph.ir.ops import is_pure, views
+from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.dce import sweep
 
 FACTORS = frozenset(
@@ -42,8 +43,8 @@ def absent_tangents(graph: Graph) -> frozenset[str]:
 def without_tangents(graph: Graph, absent: frozenset[str]) -> Graph | None:
     """The graph with the tangents `absent` taken as zero.
 
-    None where nothing is gained, or where an op reads a zero that it cannot do without, or a parameter's gradient
-    would be zero: collectives must stay the same on every rank, whatever each rank differentiates.
+    None where an op reads a zero that it cannot do without, where two gradients would share memory, or where a
+    parameter's would be zero: collectives must stay the same on every rank, whatever each rank differentiates.
     """
     zero, same = set(absent), dict[str, Value]()
     kept: list[Node] = []
@@ -72,7 +73,18 @@ def without_tangents(graph: Graph, absent: frozenset[str]) -> Graph | None:
         outputs.append(replace(output, value=value))
     inputs = tuple(i for i in graph.inputs if i.value.name not in absent)
     lean = replace(graph, inputs=inputs, nodes=tuple(kept), outputs=tuple(outputs))
-    return sweep(lean, lambda node: is_pure(graph, node))
+    lean = sweep(lean, lambda node: is_pure(graph, node))
+    return None if _gradients_share_memory(lean) else lean
+
+
+def _gradients_share_memory(graph: Graph) -> bool:
+    """Whether a gradient lies in memory that is not its own: a sum that was left out may have been what parted two."""
+    memory = Memory(graph)
+    kept = [o.value for o in graph.outputs if o.kind is OutputKind.grad and o.value is not None]
+    kept += [v for n in graph.nodes if n.op == "accumulate" for v in n.operands]
+    roots = [root for value in kept for root in memory.roots(value.name)]
+    made = {r.name for n in graph.nodes if n.phase is not Phase.forward for r in n.results}
+    return len(set(roots)) < len(roots) or not made.issuperset(roots)
 
 
 def _other_summand(node: Node, zeros: list[bool]) -> Value | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,34 +15,49 @@ from zgraph.ir.layout import chunk_rows
 from zgraph.runtime.shards import ShardStore
 
 
-def check_state_dict(
-    store: ShardStore, module: nn.Module, state: MutableMapping[str, Any], prefix: str, metadata: dict[str, Any],
-    strict: bool, *_: Any,
-) -> None:  # fmt: skip
-    """A pre-hook of `load_state_dict`: refuses what does not fit, and shards whole tensors where shards are held.
+def checked_loading(model: nn.Module, store: ShardStore) -> Callable[..., Any]:
+    """The model's `load_state_dict`, which refuses what does not fit before anything is loaded."""
+    load = model.load_state_dict
+
+    def load_state_dict(state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        check_state_dict(model, state_dict, strict=strict, assign=assign)
+        return load(state_dict, strict=strict)
+
+    return load_state_dict
+
+
+def check_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool, assign: bool) -> None:
+    """Compare a state dict with the model.
 
     Raises:
-        StateDictError: with every entry that is missing, unexpected or misshapen. Nothing was loaded.
+        StateDictError: with every entry that is misshapen and, if `strict`, missing or unexpected.
     """
-    wanted = {prefix + n: t for n, t in module.state_dict().items() if isinstance(t, torch.Tensor)}
+    wanted = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    given = [name for name in state if isinstance(state[name], torch.Tensor)]
     problems = [
-        f"{name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if isinstance(state.get(name), torch.Tensor) and state[name].shape != tensor.shape
+        f"{name} has shape {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in given
+        if name in wanted and state[name].shape != wanted[name].shape
     ]
     if strict:
-        given = [n for n in state if n.startswith(prefix) and isinstance(state[n], torch.Tensor)]
         problems += [f"{name} is missing" + _near(name, given) for name in wanted if name not in state]
         problems += [f"{name} is not part of the model" for name in given if name not in wanted]
-    if metadata.get("assign_to_params_buffers"):
+    if assign:
         problems.append("assign=True would replace the shards; load with assign=False")
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
-        raise StateDictError(f"the state dict does not fit; nothing was loaded. {len(problems)} problems:\n  {shown}")
-    for name, tensor in wanted.items():
-        if isinstance(tensor, DTensor) and isinstance(state.get(name), torch.Tensor):
-            if not isinstance(state[name], DTensor):
-                state[name] = _like(tensor, state[name], store)
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise StateDictError(f"the state dict does not fit; nothing was loaded. {count}:\n  {shown}")
+
+
+def place_state_dict(
+    store: ShardStore, module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """A pre-hook of `load_state_dict`: whole tensors become shards where shards are held."""
+    for name, tensor in module.state_dict(prefix=prefix).items():
+        given = state.get(name)
+        if isinstance(tensor, DTensor) and isinstance(given, torch.Tensor) and not isinstance(given, DTensor):
+            state[name] = _like(tensor, given, store)
 
 
 def _like(held: DTensor, whole: torch.Tensor, store: ShardStore) -> DTensor:

@@ -1,7 +1,6 @@
 """What ranks tell each other beside their data: that they live, that they failed, and what they compiled.
 
-Heartbeats and failures go through the job's key-value store; plans are compared on a gloo group of their own, so that
-no comparison can ever be mistaken for a gather.
+All of it goes through the job's key-value store, so that no comparison can ever be mistaken for a gather.
 """
 
 from __future__ import annotations
@@ -12,20 +11,22 @@ import itertools
 import threading
 import time
 import zlib
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from zgraph.errors import PeerError, PlanMismatchError, ZgraphError
+from zgraph.errors import PeerError, PlanMismatchError
 from zgraph.runtime import torch_private
 from zgraph.runtime.torch_private import Store
 
 BEAT_SECONDS = 0.5
 GONE_AFTER_SECONDS = 3.0
 ASK_AFTER_SECONDS = 0.5
+LINGER_SECONDS = 1.0
 _FIRST_NAP, _LONGEST_NAP = 2e-5, 1e-3
 
 
@@ -59,12 +60,6 @@ def _heartbeat(store: Store, rank: int) -> Heartbeat:
     return Heartbeat(store, rank)
 
 
-@lru_cache(maxsize=16)
-def _control_group(ranks: tuple[int, ...], store: Store) -> torch_private.ControlGroup:
-    """The group on which these ranks compare, one for each time that the job met (`store` tells the times apart)."""
-    return torch_private.ControlGroup(store, "zgraph/control/" + "_".join(map(str, ranks)), ranks, dist.get_rank())
-
-
 class Peers:
     """The ranks that train one model together.
 
@@ -79,7 +74,6 @@ class Peers:
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.rank = dist.get_rank()
         self.store = torch_private.store()
-        self.control = _control_group(self.ranks, self.store)
         self.polls = device.type == "cpu"
         self.call = 0
         self.compared = 0
@@ -93,13 +87,11 @@ class Peers:
         Raises:
             PeerError: a peer failed or is gone; the message says which.
         """
+        if self.polls:
+            self._poll(work, what)
         try:
-            if self.polls:
-                self._poll(work, what)
             work.wait()
         except RuntimeError as error:
-            if isinstance(error, ZgraphError):
-                raise
             self._blame(what, error)
 
     def _poll(self, work: dist.Work, what: str) -> None:
@@ -111,28 +103,36 @@ class Peers:
                 asked = time.monotonic()
                 self.raise_failure()
                 if not told:
-                    self.store.set(self._key("waiting"), f"rank {self.rank} waits for {what}")
+                    self._write(self._key("waiting"), f"rank {self.rank} waits for {what}")
                     told = True
 
     def _blame(self, what: str, error: Exception) -> NoReturn:
+        """Find out who is to blame for a broken connection, tell the others, and raise."""
         gone = self.gone()
-        self.raise_failure()
         if gone:
             names = ", ".join(f"rank {r}" for r in gone)
-            raise PeerError(
+            blame = PeerError(
                 f"{names} of {list(self.ranks)} {'is' if len(gone) == 1 else 'are'} gone: rank {self.rank} waited for "
                 f"{what} and the connection broke. Start the job again from its last checkpoint."
-            ) from None
-        raise PeerError(f"rank {self.rank} waited for {what} and the communication failed: {error}") from None
+            )
+        else:
+            blame = PeerError(f"rank {self.rank} waited for {what} and the communication failed: {error}")
+        self.fail(blame)
+        time.sleep(LINGER_SECONDS)  # the store may end with this process: let the others read first
+        raise blame from None
 
     def gone(self) -> list[int]:
-        """Ranks whose heart does not beat any more."""
-        try:
-            first = self._beats()
-            time.sleep(GONE_AFTER_SECONDS)
-            second = self._beats()
-        except RuntimeError:
-            return [self.ranks[0]]  # the store itself is gone, and with it the rank that kept it
+        """Ranks whose heart does not beat any more.
+
+        Raises:
+            PeerError: another rank has found out already.
+        """
+        first = self._beats()
+        until = time.monotonic() + GONE_AFTER_SECONDS
+        while time.monotonic() < until:
+            self.raise_failure()
+            time.sleep(BEAT_SECONDS / 4)
+        second = self._beats()
         return [r for r in self.ranks if r != self.rank and first[r] == second[r]]
 
     def _beats(self) -> dict[int, bytes]:
@@ -156,52 +156,65 @@ class Peers:
 
     # --- agreement ---------------------------------------------------------------------------------------------
 
+    def begin_call(self) -> None:
+        """A new call of the model begins: what was said of earlier ones is past."""
+        self.call += 1
+        self.compared = 0
+
     def agree(self, what: str, text: str) -> None:
-        """Check that every rank has the same `text`.
+        """Check that every rank has the same `text`: each writes its digest, the first rank reads them and rules.
 
         Raises:
             PlanMismatchError: on every rank, with the first line that differs.
             PeerError: a peer failed before it came to compare.
         """
         self.compared += 1
-        digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
-        found = torch.empty(len(self.ranks) * digest.numel(), dtype=torch.uint8)
-        work = self.control.all_gather(found, digest)
-        began = time.monotonic()
-        try:
-            while not work.is_completed():
-                time.sleep(_LONGEST_NAP)
-                if time.monotonic() - began > ASK_AFTER_SECONDS:
-                    began = time.monotonic()
-                    self.raise_failure()
-                    if waiting := self._read(self._key("waiting")).decode():
-                        raise PlanMismatchError(
-                            f"rank {self.rank} compiled a new {what}, but {waiting} in one compiled before. Give every "
-                            "rank inputs of the same kind and shape in the same step, or pass dynamic=True."
-                        )
-            work.wait()
-        except RuntimeError as error:
-            if isinstance(error, ZgraphError):
-                raise
-            self._blame(f"the comparison of the {what}", error)
-        digests = found.view(len(self.ranks), -1)
-        different = [r for r, d in zip(self.ranks, digests, strict=True) if not torch.equal(d, digests[0])]
-        if different:
-            raise PlanMismatchError(self._difference(what, text, different))
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        digests = [self._key(f"digest/{self.compared}/{r}") for r in self.ranks]
+        ruling = self._key(f"ruling/{self.compared}")
+        self._write(digests[self.ranks.index(self.rank)], digest)
+        if self.rank == self.ranks[0]:
+            self._await(digests, what)
+            different = [r for r, key in zip(self.ranks, digests, strict=True) if self._read(key).decode() != digest]
+            self._write(ruling, str(different[0]) if different else "same")
+        self._await([ruling], what)
+        if (found := self._read(ruling).decode()) != "same":
+            raise PlanMismatchError(self._difference(what, text, int(found)))
 
-    def _difference(self, what: str, text: str, different: list[int]) -> str:
+    def _await(self, keys: list[str], what: str) -> None:
+        """Wait until all these keys are there, unless a peer fails, or computes where it should compare."""
+        nap, asked, heard, silent = _FIRST_NAP, time.monotonic(), self._beats(), 0.0
+        while not self._are_there(keys):
+            time.sleep(nap)
+            nap = min(nap * 1.5, 20 * _LONGEST_NAP)
+            if time.monotonic() - asked < ASK_AFTER_SECONDS:
+                continue
+            asked = time.monotonic()
+            self.raise_failure()
+            if waiting := self._read(self._key("waiting")).decode():
+                raise PlanMismatchError(
+                    f"rank {self.rank} compiled a new {what}, but {waiting} in one compiled before. Give every rank "
+                    "inputs of the same kind and shape in the same step, or pass dynamic=True."
+                )
+            beats = self._beats()
+            stopped = [r for r in self.ranks if r != self.rank and heard[r] and beats[r] == heard[r]]
+            silent, heard = (silent + ASK_AFTER_SECONDS, heard) if stopped else (0.0, beats)
+            if silent > GONE_AFTER_SECONDS:
+                self._blame(f"the comparison of the {what}", TimeoutError("no answer"))
+
+    def _difference(self, what: str, text: str, different: int) -> str:
         """What differs between the first rank's text and that of the first rank that differs from it."""
-        keys = [f"{self.name}/text/{self.compared}/{r}" for r in (self.ranks[0], different[0])]
-        if self.rank in (self.ranks[0], different[0]):
-            packed: Any = zlib.compress(text.encode())
-            self.store.set(keys[self.rank == different[0]], packed)
-        self.store.wait(keys, timedelta(seconds=30))
-        ours, theirs = (zlib.decompress(self.store.get(k)).decode().splitlines() for k in keys)
+        pair = (self.ranks[0], different)
+        keys = [self._key(f"text/{self.compared}/{r}") for r in pair]
+        if self.rank in pair:
+            self._write(keys[pair.index(self.rank)], zlib.compress(text.encode()))
+        self._await(keys, what)
+        ours, theirs = (zlib.decompress(self._read(k)).decode().splitlines() for k in keys)
         pairs = [*zip(ours, theirs, strict=False), (f"{len(ours)} lines", f"{len(theirs)} lines")]
         first, second = next((a, b) for a, b in pairs if a != b)
         return (
             f"the ranks have a different {what}. First difference:\n"
-            f"  rank {self.ranks[0]}: {_short(first)}\n  rank {different[0]}: {_short(second)}\n"
+            f"  rank {self.ranks[0]}: {_short(first)}\n  rank {different}: {_short(second)}\n"
             "  Remedy: build the same model from the same configuration on every rank, and give every rank inputs of "
             "the same kind and shape (or pass dynamic=True for sizes that differ)."
         )
@@ -209,8 +222,33 @@ class Peers:
     def _key(self, word: str) -> str:
         return f"{self.name}/{self.call}/{word}"
 
+    # --- the store ---------------------------------------------------------------------------------------------
+
+    def _are_there(self, keys: list[str]) -> bool:
+        with _store_errors():
+            return self.store.check(keys)
+
     def _read(self, key: str) -> bytes:
-        return bytes(self.store.get(key)) if self.store.check([key]) else b""
+        """What is under a key; nothing if it is not there."""
+        with _store_errors():
+            return bytes(self.store.get(key)) if self.store.check([key]) else b""
+
+    def _write(self, key: str, value: str | bytes) -> None:
+        packed: Any = value
+        with _store_errors():
+            self.store.set(key, packed)
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    """The store ends with the process that keeps it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(
+            f"the job's key-value store does not answer ({error}): the process that keeps it (the first rank, or the "
+            "launcher) is gone. Start the job again from its last checkpoint."
+        ) from None
 
 
 def _short(line: str) -> str:

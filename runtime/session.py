@@ -113,7 +113,7 @@ class Session:
     def begin_call(self) -> None:
         """A new call of the model begins: what was said of earlier ones is past."""
         if self._peers is not None:
-            self._peers.call += 1
+            self._peers.begin_call()
 
     def fail(self, error: BaseException) -> None:
         """Tell the peers that this rank cannot go on."""

@@ -134,13 +134,13 @@ class ShardStore:
     @property
     def version(self) -> int:
         """Grows whenever a parameter at rest is written to."""
-        return sum(flat._version for flat in self.flats) + sum(t._version for t in self._whole)
+        return sum(t._version for t in self.flats) + sum(s.parameter._version for s in self.slots.values())
 
     def moved(self) -> str | None:
         """The name of a parameter whose memory is no longer this store's (`model.to()` was called, say)."""
-        for slot in list(self.slots.values())[:1]:
+        for slot in self.slots.values():
             local = slot.parameter._local_tensor if isinstance(slot.parameter, DTensor) else slot.parameter
-            if slot.is_sharded and local.numel() and local.data_ptr() != slot.rest.data_ptr():
+            if local.data_ptr() != slot.rest.data_ptr() and local.numel():
                 return slot.name
         return None
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store, _get_default_store
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
-__all__ = ["ControlGroup", "Store", "all_gather", "direct", "keeps_graph", "reduce_scatter", "run_grad_hooks", "store"]
+__all__ = ["Store", "all_gather", "direct", "keeps_graph", "reduce_scatter", "run_grad_hooks", "store"]
 
 _gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter: Callable[..., dist.Work] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -29,23 +28,6 @@ def reduce_scatter(out: torch.Tensor, whole: torch.Tensor, op: Any, group: dist.
 def store() -> Store:
     """The key-value store that the processes of this job met in."""
     return _get_default_store()
-
-
-class ControlGroup:
-    """A gloo group made of its members alone.
-
-    `dist.new_group` names groups by how many each process knows, which differs between processes that are members of
-    different meshes; here the name is given.
-    """
-
-    def __init__(self, store: Store, name: str, ranks: Sequence[int], rank: int) -> None:
-        prefixed = PrefixStore(name, store)
-        self._group: Any = ProcessGroupGloo(prefixed, ranks.index(rank), len(ranks), timeout=timedelta(minutes=30))
-
-    def all_gather(self, out: torch.Tensor, own: torch.Tensor) -> dist.Work:
-        """Begin to gather equal parts into `out`."""
-        work: dist.Work = self._group.allgather([list(out.view(-1, own.numel()))], [own])
-        return work
 
 
 def direct(op: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,13 +19,13 @@ from zgraph.calls import guard
 from zgraph.capture import Compiled, Frontend, ParamInfo
 from zgraph.checks import ATTRIBUTE, Stage, check_optimizers, check_options, stage_of
 from zgraph.config import environment
-from zgraph.errors import UsageError
+from zgraph.errors import ContractError, UsageError
 from zgraph.ir import Axis, Graph, print_graph, verify
 from zgraph.passes import MIXED, RECIPES, Context, Pipeline, make_plan, parse_recipe
 from zgraph.passes.instruments import Dump, Log, Verify
 from zgraph.reporting import Entry, Report, make_entry
 from zgraph.runtime import Session, ShardStore
-from zgraph.runtime.loading import check_state_dict
+from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
 from zgraph.runtime.whole import run_whole
 
@@ -135,12 +135,14 @@ def compile(
     check_options(model, stage, mesh, param_dtype, reduce_dtype)
     default_stage = stage if isinstance(stage, int) else 3
     recipe = passes if passes is not None else (RECIPES[stage] if isinstance(stage, int) else MIXED)
-    parse_recipe(recipe)
+    pipeline = parse_recipe(recipe)
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     mesh = _mesh(model, mesh)
     mesh = mesh if mesh is not None and mesh.size() > 1 else None
     group = mesh.get_group() if mesh is not None else None
-    name = _name(model, group)
+    if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
+        raise ContractError(f"the recipe {recipe!r} places nothing on the {mesh.size()} ranks; add partition to it")
+    name = _name(group)
     if group is not None and default_stage:
         check_optimizers(model)
     session = _shard(
@@ -159,8 +161,9 @@ def compile(
         forward = run_whole(forward, session)
     model.__dict__[ATTRIBUTE] = compiled
     model.__dict__["forward"] = guard(forward, session, param_dtype)
+    model.__dict__["load_state_dict"] = checked_loading(model, session.store)
     model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-        functools.partial(check_state_dict, session.store)
+        functools.partial(place_state_dict, session.store)
     )
     return model
 
@@ -226,11 +229,11 @@ def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
     return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("shard",))
 
 
-def _name(model: nn.Module, group: dist.ProcessGroup | None) -> str:
+def _name(group: dist.ProcessGroup | None) -> str:
     """A name that all ranks of the group give this model: its members compile the same models in the same order."""
     ranks = tuple(dist.get_process_group_ranks(group)) if group is not None else ()
     _serials[ranks] += 1
-    return f"zgraph/{'_'.join(map(str, ranks))}/{type(model).__name__}/{_serials[ranks]}"
+    return f"zgraph/{'_'.join(map(str, ranks))}/{_serials[ranks]}"
 
 
 def _enabled(pipeline: Pipeline) -> Pipeline:
@@ -289,7 +292,8 @@ def _param_infos(session: Session) -> dict[int, ParamInfo]:
     for slot in session.store.slots.values():
         at_rest, computed = slot.rest.dtype, slot.stand_in.dtype
         master = FROM_TORCH[at_rest] if at_rest != computed else None
-        infos[id(slot.stand_in)] = ParamInfo(slot.name, slot.stage, master)
+        hollow = slot.stand_in is not slot.parameter
+        infos[id(slot.stand_in)] = ParamInfo(slot.name, slot.stage, master, hollow)
     return infos
 
 

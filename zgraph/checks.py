@@ -20,7 +20,7 @@ ATTRIBUTE = "_zgraph"
 
 
 def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtypes: torch.dtype | None) -> None:
-    if isinstance(stage, bool) or not (callable(stage) or stage in RECIPES):
+    if not (callable(stage) or _is_stage(stage)):
         raise UsageError(f"stage must be 0, 1, 2 or 3, or a function from a parameter's name to one, not {stage!r}")
     for module_name, module in model.named_modules():
         if ATTRIBUTE in module.__dict__:
@@ -42,6 +42,10 @@ def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtyp
         raise UsageError(f"the model's parameters are on {', '.join(map(str, devices))}; move it to one device first")
 
 
+def _is_stage(stage: object) -> bool:
+    return isinstance(stage, int) and not isinstance(stage, bool) and stage in RECIPES
+
+
 def check_optimizers(model: nn.Module) -> None:
     """An optimizer made before holds parameters that are about to be replaced: it would train nothing."""
     ours = {id(p) for p in model.parameters()}
@@ -56,6 +60,6 @@ def check_optimizers(model: nn.Module) -> None:
 
 def stage_of(stage: Callable[[str], int], name: str) -> int:
     found = stage(name)
-    if isinstance(found, bool) or found not in RECIPES:
+    if not _is_stage(found):
         raise UsageError(f"stage must be 0, 1, 2 or 3, but the function gave {found!r} for the parameter {name}")
     return found

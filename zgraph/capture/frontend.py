@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -20,8 +20,9 @@ from torch import fx, nn
 from zgraph.aten import TO_TORCH
 from zgraph.capture import torch_private
 from zgraph.capture.importer import Importer, Leaf
-from zgraph.errors import CaptureError, GraphBreakError, ZgraphError
-from zgraph.ir import DType, Graph, InputKind, Plan, TensorType, Value
+from zgraph.errors import CaptureError, EscapedParameterError, GraphBreakError, ZgraphError
+from zgraph.ir import DType, Graph, InputKind, Phase, Plan, TensorType, Value
+from zgraph.ir.ops import views
 
 _serial = count()
 
@@ -31,11 +32,15 @@ Runner = Callable[[list[Any]], Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class ParamInfo:
-    """What capture must know of a parameter: its name, its stage, and its dtype at rest if it is another."""
+    """What capture must know of a parameter: its name, its stage, its dtype at rest if that is another.
+
+    `hollow` says that what is traced in its place has no memory, so that nothing may escape with it.
+    """
 
     name: str
     stage: int | None = None
     master: DType | None = None
+    hollow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +160,27 @@ class _OneCapture:
         return _boxed(call.target)
 
     def _compile(self, gm: fx.GraphModule, num_forward_outputs: int | None) -> Compiled:
-        for index in torch_private.output_aliases():
-            kind, target = self.leaves.get(index, (InputKind.input, ""))[:2]
-            if kind is InputKind.param:
-                raise CaptureError(
-                    f"the forward returns the parameter {target} or a view of it, whose gathered memory is gone after "
-                    "the call; return a clone of it"
-                )
         importer = Importer(gm, self.leaves, num_forward_outputs, self.frontend.name)
         graph = importer.run()
+        _check_escapes(graph, {info.name for info in self.frontend.params.values() if info.hollow})
         with torch_private.without_modes(), torch.no_grad():
             return self.frontend.compiler(graph, importer.constants, importer.hints)
+
+
+def _check_escapes(graph: Graph, hollow: Set[str]) -> None:
+    """Refuse a forward that returns a parameter or a view of one: its gathered memory is gone after the call."""
+    params = {i.value.name: i.target for i in graph.params if i.target in hollow}
+    for output in graph.outputs:
+        todo = [output.value.name] if output.value is not None and output.phase is Phase.forward else []
+        while todo:
+            name = todo.pop()
+            if name in params:
+                raise EscapedParameterError(
+                    f"the forward returns the parameter {params[name]} or a view of it, whose gathered memory is gone "
+                    "after the call; return a clone of it"
+                )
+            if name in graph.producers:
+                todo.extend(views(graph, graph.producers[name]))
 
 
 class _SavedNodes:

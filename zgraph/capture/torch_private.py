@@ -9,13 +9,12 @@ import torch._dynamo
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
 from torch._functorch._aot_autograd import descriptors
-from torch._guards import TracingContext
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 __all__ = [
     "BackendCompilerFailed", "FailOnRecompileLimitHit", "Unsupported", "UserError", "aot_autograd",
     "compiled_backward_node", "dynamo_is_off", "fake_mode_of", "grad_target", "input_index", "mutation_target",
-    "output_aliases", "without_modes",
+    "without_modes",
 ]  # fmt: skip
 
 
@@ -36,13 +35,6 @@ def mutation_target(desc: Any) -> int | None:
 
 def _plain_index(desc: Any) -> int | None:
     return desc.idx if isinstance(desc, descriptors.PlainAOTInput) else None
-
-
-def output_aliases() -> list[int]:
-    """Positions of the inputs that the captured function returns, or returns views of."""
-    context = TracingContext.try_get()
-    meta = context.fw_metadata if context is not None else None
-    return [o.base_idx for o in meta.output_info if isinstance(o.base_idx, int)] if meta is not None else []
 
 
 def fake_mode_of(gm: torch.fx.GraphModule) -> Any:
