@@ -116,7 +116,7 @@ def wait(node: Node, session: Session) -> Execute:
     def execute(future: Future) -> torch.Tensor:
         if future.work is not None:
             session.peers.wait(future.work, future.name)
-        future.held = None
+        future.held = future.work = None
         return future.finish()
 
     return execute

@@ -31,6 +31,7 @@ def run_whole(forward: Callable[..., Any], session: Session) -> Callable[..., An
     def call(*args: Any, **kwargs: Any) -> Any:
         whole.gather()
         result = forward(*args, **kwargs)
+        whole.share_buffers()
         if not torch.is_grad_enabled():
             whole.free()
         return result
@@ -45,6 +46,7 @@ class _Whole:
         self.session = session
         self.slots = list(session.store.slots.values())
         self.waiting = False
+        self.version = -1
         for slot in self.slots:
             if slot.stand_in.requires_grad:
                 slot.stand_in.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -52,12 +54,15 @@ class _Whole:
                 )
 
     def gather(self) -> None:
+        """Fill the stand-ins, unless they hold the present values already."""
+        if self.version == self.session.store.version:
+            return
         for slot in self.slots:
-            if slot.stand_in is slot.parameter or slot.stand_in.untyped_storage().nbytes():
-                continue
-            with torch.no_grad():
-                slot.stand_in.untyped_storage().resize_(slot.stand_in.numel() * slot.stand_in.element_size())
-                slot.stand_in.copy_(self.full(slot))
+            if slot.stand_in is not slot.parameter:
+                with torch.no_grad():
+                    slot.stand_in.untyped_storage().resize_(slot.stand_in.numel() * slot.stand_in.element_size())
+                    slot.stand_in.copy_(self.full(slot))
+        self.version = self.session.store.version
 
     def full(self, slot: Slot) -> torch.Tensor:
         if not slot.is_sharded:
@@ -68,7 +73,15 @@ class _Whole:
         self.session.peers.wait(work, slot.name)
         return out[: slot.stand_in.numel()].view(slot.stand_in.shape)
 
+    def share_buffers(self) -> None:
+        """What a forward in training made of the buffers on the first rank is taken on every rank."""
+        if self.session.num_ranks > 1 and self.session.store.model.training:
+            with torch.no_grad():
+                for buffer in self.session.store.model.buffers():
+                    buffer.copy_(self.session.store.from_first_rank(buffer))
+
     def free(self) -> None:
+        self.version = -1
         for slot in self.slots:
             if slot.stand_in is not slot.parameter and slot.is_sharded:
                 slot.stand_in.untyped_storage().resize_(0)
@@ -83,16 +96,23 @@ class _Whole:
         self.waiting = False
         if not self.session.syncs:
             return
-        with torch.no_grad():
-            for slot in self.slots:
-                gradient = slot.stand_in.grad
-                if self.session.num_ranks == 1 and slot.stand_in is slot.parameter:
-                    continue
-                if gradient is None:
-                    continue
-                slot.stand_in.grad = None
-                slot.accumulate(self.mean(slot, gradient).to(slot.rest.dtype))
+        if self.session.num_ranks > 1 or any(s.stand_in is not s.parameter for s in self.slots):
+            with torch.no_grad():
+                for slot in self.used():
+                    gradient = slot.stand_in.grad
+                    slot.stand_in.grad = None
+                    whole = torch.zeros_like(slot.stand_in) if gradient is None else gradient
+                    slot.accumulate(self.mean(slot, whole).to(slot.rest.dtype))
         self.free()
+
+    def used(self) -> list[Slot]:
+        """The parameters that have a gradient on any rank: each rank may have gone another way through the forward."""
+        mine = torch.tensor([s.stand_in.grad is not None for s in self.slots], dtype=torch.uint8)
+        if self.session.num_ranks > 1:
+            mine = mine.to(self.session.device)
+            work = dist.all_reduce(mine, dist.ReduceOp.MAX, group=self.session.group, async_op=True)
+            self.session.peers.wait(work, "which parameters have gradients")
+        return [slot for slot, has in zip(self.slots, mine.tolist(), strict=True) if has]
 
     def mean(self, slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
         num_ranks = self.session.num_ranks

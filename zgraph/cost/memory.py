@@ -11,6 +11,7 @@ from zgraph.ir import (
     Graph,
     InputKind,
     Instruction,
+    Node,
     OutputKind,
     Phase,
     Plan,
@@ -23,6 +24,9 @@ from zgraph.ir import (
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import views
 from zgraph.ir.symbols import evaluate
+
+_SENDS_IN_PLACE = ("all_gather_start", "reduce_scatter_start")
+"""Collectives that read their operand until they are waited for. The others copy it first."""
 
 ALLOCATION_BYTES = 64
 """Allocators round up to this."""
@@ -97,14 +101,23 @@ class _Walk:
                     self.allocate(result.name, result.type)
                 self.roots[result.name] = shared if is_view else frozenset((result.name,))
                 self.references.update(self.roots[result.name])
-            scratch = OPS[node.op].scratch_bytes(node, self.graph.num_ranks) if node.op in OPS else 0
-            if scratch:
-                self.alive[f"{node.name}#"] = scratch
-                self.by_category["buckets"] += scratch
+            if node.op in OPS and OPS[node.op].lane == "comm":
+                self.start(node)
             self.moments.append(Moment(node.name, node.phase.value, dict(self.by_category)))
             if node.op == "wait":
-                self.free(f"{node.operands[0].name}#", "buckets")
+                self.drop((_in_flight(node.operands[0].name),))
+                self.free(_in_flight(node.operands[0].name), "buckets")
             self.drop(instruction.frees)
+
+    def start(self, node: Node) -> None:
+        """Until its wait, a collective holds its scratch memory and what it sends."""
+        scratch = _rounded(OPS[node.op].scratch_bytes(node, self.graph.num_ranks))
+        self.alive[_in_flight(node.name)] = scratch
+        self.by_category["buckets"] += scratch
+        if node.op in _SENDS_IN_PLACE:
+            sent = frozenset(root for v in node.operands for root in self.roots.get(v.name, ()))
+            self.roots[_in_flight(node.name)] = sent
+            self.references.update(sent)
 
     def adopt(self, values: Iterable[Value]) -> None:
         """Values that come from outside and live until the plan frees them."""
@@ -144,7 +157,16 @@ def local_bytes(kind: Type, num_ranks: int, hints: Mapping[str, int]) -> int:
         numel = 1 + sum((s - 1) * st for s, st in zip(sizes, strides, strict=True)) if all(sizes) else 0
     else:
         numel = evaluate(kind.numel, hints)
-    return -(-numel * kind.dtype.itemsize // ALLOCATION_BYTES) * ALLOCATION_BYTES
+    return _rounded(numel * kind.dtype.itemsize)
+
+
+def _rounded(num_bytes: int) -> int:
+    return -(-num_bytes // ALLOCATION_BYTES) * ALLOCATION_BYTES
+
+
+def _in_flight(start: str) -> str:
+    """A name, which no value has, for what the collective of that name holds."""
+    return f"{start}#"
 
 
 def _categories(plan: Plan) -> dict[str, str]:
@@ -152,7 +174,9 @@ def _categories(plan: Plan) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in plan.graph.nodes:
         for result in node.results:
-            if node.op in ("all_gather_start", "unpack") and isinstance(result.type, TensorType):
+            if node.op in ("reduce_scatter_start", "all_reduce_start"):
+                found[result.name] = "gradients"
+            elif node.op in ("all_gather_start", "unpack") and isinstance(result.type, TensorType):
                 placement = result.type.placement
                 found[result.name] = "gathered" if placement == (Replicate(),) else "gradients"
             elif node.op in OPS and node.op not in ("cast", "wait"):

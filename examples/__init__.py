@@ -1,0 +1,1 @@
+"""Programs that show zgraph at work: `python -m examples.demo`, `python -m examples.finetune_smollm2`."""

@@ -1,0 +1,15 @@
+"""The one pool of workers of the session."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from .pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Four processes joined by gloo."""
+    pool = Pool()
+    yield pool
+    pool.stop()

@@ -1,0 +1,67 @@
+"""Memory at rest: stage 3 with AdamW holds 12 bytes a parameter, divided by the number of ranks."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+
+import pytest
+import torch
+import transformers as hf
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+import zgraph
+
+from .pool import Pool
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the different storages behind tensors."""
+    storages = {}
+    for tensor in tensors:
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def live_tensors() -> list[torch.Tensor]:
+    """Every tensor that Python can reach, except fake ones."""
+    gc.collect()
+    return [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter, DTensor) and not t.is_meta]
+
+
+def bytes_at_rest(mesh: DeviceMesh, stage: int) -> tuple[int, int, int, int]:
+    """Parameters of the model; bytes of what training needs at rest, of all live tensors, and that the report tells."""
+    before = storage_bytes(live_tensors())
+    model = hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            vocab_size=4001,
+            use_cache=False,
+        )
+    )
+    num_parameters = sum(p.numel() for p in model.parameters())
+    model = zgraph.compile(model, stage=stage, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.randint(4001, (1, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    held += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    alive = storage_bytes(live_tensors()) - before
+    return num_parameters, storage_bytes(held), alive, zgraph.report(model).rest_bytes
+
+
+@pytest.mark.parametrize(("num_ranks", "stage"), [(4, 3), (3, 2), (2, 1)])
+def test_bytes_at_rest(pool: Pool, num_ranks: int, stage: int) -> None:
+    for num_parameters, held, alive, told in pool.run(bytes_at_rest, num_ranks, stage):
+        least = 12 * num_parameters / num_ranks
+        assert 0.99 * least <= held <= 1.01 * least
+        assert alive <= 1.01 * least, "something beside parameters and optimizer state is alive"
+        assert told == pytest.approx(least / 3, rel=0.01)

@@ -1,0 +1,161 @@
+"""The reference interpreter's own rules, on graphs small enough to know the answer."""
+
+import pytest
+import torch
+
+from tests.interp.ranks import same_bits
+from zgraph.errors import InterpretError
+from zgraph.interp import Interpreter, mean, whole
+from zgraph.ir import parse_graph
+
+HEAD = """graph "g" mesh(shard=3)
+op aten.add.Tensor
+op aten.bernoulli.p random
+op aten.split.Tensor views(0) multi
+param %w: f32[4, 2]<S0> "w"
+param %b: f32[5]<S0> "b"
+input %x: f32[4, 2]<V>
+input %y: f32[5]<V>
+"""
+W, B = torch.arange(8.0).view(4, 2), torch.arange(5.0) + 10
+INPUTS = {
+    "w": W,
+    "b": B,
+    "x": [torch.full((4, 2), float(r)) for r in range(3)],
+    "y": [torch.arange(5.0) * r for r in range(3)],
+}
+
+
+def run(lines: str, **changed: object) -> list:
+    return Interpreter().run(parse_graph(HEAD + lines), INPUTS | changed)
+
+
+def test_a_shard_is_a_padded_chunk():
+    (found,) = run("return fwd output %w\n")
+    assert [t.tolist() for t in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 0, 0, 0]]
+    output = parse_graph(HEAD + "return fwd output %w\n").outputs[0]
+    assert all(torch.equal(t, W) for t in whole(output, found))
+
+
+def test_a_gather_gives_every_rank_the_whole():
+    (found,) = run(
+        "fwd %s: future f32[5]<R> = all_gather_start(%b)\nfwd %f: f32[5]<R> = wait(%s)\nreturn fwd output %f\n"
+    )
+    assert all(torch.equal(t, B) for t in found)
+    assert len({t.data_ptr() for t in found}) == 3
+
+
+@pytest.mark.parametrize(
+    ("op", "placement"), [("all_reduce_start", "R"), ("reduce_scatter_start", "S0"), ("broadcast_start", "R")]
+)
+def test_reductions_average_and_a_broadcast_copies(op, placement):
+    lines = (
+        f"fwd %s: future f32[5]<{placement}> = {op}(%y)\nfwd %f: f32[5]<{placement}> = wait(%s)\nreturn fwd output %f\n"
+    )
+    output = parse_graph(HEAD + lines).outputs[0]
+    wanted = torch.zeros(5) if op == "broadcast_start" else torch.arange(5.0)
+    assert all(torch.equal(t, wanted) for t in whole(output, run(lines)[0]))
+
+
+def test_a_reshard_means_what_its_collective_does():
+    lines = "fwd %f: f32[5]<R> = reshard(%y)\nfwd %g: f32[5]<S0> = reshard(%y)\n"
+    lines += 'fwd %h: f32[5]<R> = reshard(%y, reduce="root")\nfwd %i: f32[5]<R> = reshard(%b)\n'
+    mean_, shard, root, gathered = run(lines + "".join(f"return fwd output %{v}\n" for v in "fghi"))
+    assert torch.equal(mean_[2], torch.arange(5.0))
+    assert torch.equal(torch.cat(shard)[:5], torch.arange(5.0))
+    assert torch.equal(root[2], torch.zeros(5))
+    assert torch.equal(gathered[2], B)
+
+
+@pytest.mark.parametrize("placement", ["S0", "V", "R"])
+def test_what_is_packed_comes_apart_again(placement):
+    a, b = {"S0": ("w", "b"), "V": ("x", "y"), "R": ("wf", "bf")}[placement]
+    lines = "fwd %wf: f32[4, 2]<R> = reshard(%w)\nfwd %bf: f32[5]<R> = reshard(%b)\n" if placement == "R" else ""
+    lines += f"fwd %p: f32[18]<{placement}> = pack(%{a}, %{b})\n"
+    lines += f"fwd %c: f32[4, 2]<{placement}>, %d: f32[5]<{placement}> = unpack(%p)\n"
+    before_a, before_b, after_a, after_b, flat = run(
+        lines + "".join(f"return fwd output %{v}\n" for v in (a, b, "c", "d", "p"))
+    )
+    assert all(map(same_bits, before_a + before_b, after_a + after_b))
+    assert {t.numel() for t in flat} == {6 if placement == "S0" else 18}
+
+
+def test_a_packed_gather_is_the_gather_of_its_members():
+    lines = "fwd %p: f32[18]<S0> = pack(%w, %b)\nfwd %s: future f32[18]<R> = all_gather_start(%p)\n"
+    lines += "fwd %f: f32[18]<R> = wait(%s)\nfwd %c: f32[4, 2]<R>, %d: f32[5]<R> = unpack(%f)\n"
+    c, d = run(lines + "return fwd output %c\nreturn fwd output %d\n")
+    assert all(torch.equal(t, W) for t in c)
+    assert all(torch.equal(t, B) for t in d)
+
+
+def test_what_is_released_is_poisoned():
+    lines = "fwd %c: f32[5]<V> = copy(%y)\nfwd %i: i64[5]<V> = cast(%y, dtype=i64)\nfwd release(%c)\nfwd release(%i)\n"
+    floats, whole_numbers, kept = run(lines + "".join(f"return fwd output %{v}\n" for v in "ciy"))
+    assert all(t.isnan().all() for t in floats)
+    assert all((t == -1).all() for t in whole_numbers)
+    assert torch.equal(kept[1], torch.arange(5.0))
+
+
+def test_each_rank_draws_numbers_of_its_own_again_and_again():
+    lines = "fwd %r: f32[4, 2]<V> = aten.bernoulli.p(%x, 0.5)\nfwd %q: f32[4, 2]<V> = aten.bernoulli.p(%x, 0.5)\n"
+    lines += "return fwd output %r\nreturn fwd output %q\n"
+    before = torch.get_rng_state()
+    first, second = run(lines)
+    assert torch.equal(torch.get_rng_state(), before)
+    again = run(lines)[0]
+    assert all(map(torch.equal, first, again))
+    assert not all(map(torch.equal, first, second))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_an_op_with_several_results():
+    lines = "fwd %a: f32[2, 2]<V>, %c: f32[2, 2]<V> = aten.split.Tensor(%x, 2)\n"
+    found = run(lines + "return fwd output %c\nreturn fwd output none\n")
+    assert [t.shape for t in found[0]] == [(2, 2)] * 3
+    assert found[1] is None
+
+
+def test_held_gradients_are_added_once():
+    graph = parse_graph(HEAD + 'bwd %s: f32[5]<V> = accumulate(%y, target="b")\nreturn bwd output %s\n')
+    interpreter = Interpreter()
+    interpreter.held["b"] = [torch.ones(5) * 100] * 3
+    (first,) = interpreter.run(graph, INPUTS)
+    (second,) = interpreter.run(graph, INPUTS)
+    assert torch.equal(first[1], torch.arange(5.0) + 100)
+    assert torch.equal(second[1], torch.arange(5.0))
+
+
+def test_inputs_are_never_changed():
+    lines = "fwd release(%y)\nfwd release(%b)\nreturn fwd output %w\n"
+    given = {k: v.clone() if isinstance(v, torch.Tensor) else [t.clone() for t in v] for k, v in INPUTS.items()}
+    Interpreter().run(parse_graph(HEAD + lines), given)
+    assert all(map(torch.equal, given["y"], INPUTS["y"]))
+    assert torch.equal(given["b"], B)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"w": torch.zeros(4, 3)}, r"%w was given with shape \(4, 3\), but it is f32\[4, 2\]<S0>"),
+        ({"w": torch.zeros(8)}, "%w was given with shape"),
+        ({"x": [torch.zeros(4, 2)] * 2}, "%x was given for 2 ranks, not 3"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(changed, words):
+    with pytest.raises(InterpretError, match=words):
+        run("return fwd output %w\n", **changed)
+
+
+def test_a_missing_input_and_a_wrong_number_of_ranks_are_refused():
+    graph = parse_graph(HEAD)
+    with pytest.raises(InterpretError, match="the input %b is missing"):
+        Interpreter().run(graph, {"w": W})
+    with pytest.raises(InterpretError, match="the graph is for 3 ranks, not 2"):
+        Interpreter(2).run(graph, INPUTS)
+
+
+def test_the_mean_is_taken_in_the_order_of_the_ranks():
+    large, one = torch.tensor([1e8]), torch.tensor([1.0])
+    assert mean([large, one, -large]).item() == 0
+    assert mean([large, -large, one]).item() == pytest.approx(1 / 3)
+    assert torch.equal(large, torch.tensor([1e8]))

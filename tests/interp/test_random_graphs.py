@@ -1,0 +1,59 @@
+"""Random graphs give the same numbers whatever passes do to them, to the last bit."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.interp.ranks import Reference, context, differences
+from tests.ir.strategies import FOREIGN, graphs
+from zgraph.aten import effects, resolve
+from zgraph.ir import OPS, DType, Graph, InputKind, verify
+from zgraph.passes import RECIPES, parse_recipe
+from zgraph.passes.absent import without_tangents
+from zgraph.passes.analysis.order import reorder
+
+recipes = st.sampled_from([parse_recipe(text) for text in RECIPES.values()])
+ranks = st.integers(1, 4)
+
+
+def test_the_strategy_knows_the_effects_of_its_ops():
+    for name, row in FOREIGN.items():
+        assert effects(resolve(name), name, multi=row.multi) == row
+
+
+@settings(max_examples=150, deadline=None)
+@given(graphs(), recipes, ranks, st.sampled_from([None, None, DType.f32, DType.f64]))
+def test_every_pass_keeps_the_numbers(graph, pipeline, num_ranks, reduce_dtype):
+    Reference(graph, num_ranks).check(pipeline, reduce_dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(graphs(), recipes, ranks, st.randoms(use_true_random=False))
+def test_any_order_that_dependencies_allow_keeps_the_numbers(graph, pipeline, num_ranks, random):
+    reference = Reference(graph, num_ranks)
+    after = pipeline.run(graph, context(num_ranks))
+    priority = [random.random() for _ in after.nodes]
+    mixed = reorder(after, lambda position, node: priority[position])
+    assert not differences(reference.expected(mixed, None), reference.run(mixed))
+
+
+@settings(max_examples=100, deadline=None)
+@given(graphs(), recipes, ranks, st.data())
+def test_tangents_left_out_are_zeros(graph, pipeline, num_ranks, data):
+    tangents = [i.value.name for i in graph.inputs if i.kind is InputKind.tangent]
+    absent = frozenset(data.draw(st.sets(st.sampled_from(tangents), min_size=1)))
+    after = pipeline.run(graph, context(num_ranks))
+    lean = without_tangents(after, absent)
+    if lean is None:
+        return
+    verify(lean)
+    assert collectives(lean) == collectives(after)
+    reference = Reference(graph, num_ranks)
+    for name in absent:
+        reference.values[name] = [t * 0 for t in reference.values[name]]
+    wanted, found = reference.run(after), reference.run(lean)
+    for a, b in zip(wanted, found, strict=True):
+        assert a is b is None or all((x == (0 if b is None else b[rank])).all() for rank, x in enumerate(a))
+
+
+def collectives(graph: Graph) -> list[str]:
+    return [n.op for n in graph.nodes if n.op in OPS and OPS[n.op].lane == "comm"]

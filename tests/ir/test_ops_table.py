@@ -1,0 +1,214 @@
+"""Every row of the ops table says all that the compiler asks of it, and every other table has the row too."""
+
+import pytest
+
+from zgraph.interp import RULES
+from zgraph.ir import OPS, Graph, Node, TensorType, parse_graph, print_graph, verify
+from zgraph.ir.ops import TypeRuleError, is_pure, views
+from zgraph.runtime.collectives import MAKERS
+
+VALUES = """graph "g" mesh(shard=2)
+op aten.mm.default
+op aten.t.default views(0)
+op aten.bernoulli.p random
+param %s: f32[4, 2]<S0> "s"
+param %s2: f32[3]<S0> "s2"
+param %sd: f64[4, 2]<S0> "sd"
+param %s1: f32[4, 2]<S1> "s1"
+input %v: f32[4, 2]<V>
+input %v2: f32[3]<V>
+input %r: f32[4, 2]<R>
+input %bucket: f32[14]<R>
+input %b: f32[10]<S0>
+input %n: int
+fwd %f: future f32[4, 2]<R> = all_gather_start(%s)
+"""
+
+# For each op a node that its type rule takes, and nodes that it does not.
+NODES = {
+    "reshard": (
+        "%a: f32[4, 2]<R>, %c: f32[3]<R> = reshard(%s, %s2)",
+        "%a: f32[4, 2]<S0> = reshard(%s)",
+        "%a: f32[4, 2]<R> = reshard(%s, %s2)",
+        "%a: int = reshard(%n)",
+    ),
+    "all_gather_start": (
+        "%a: future f32[4, 2]<R> = all_gather_start(%s)",
+        "%a: future f32[4, 2]<R> = all_gather_start(%v)",
+        "%a: future f32[4, 2]<R> = all_gather_start(%s1)",
+        "%a: future f32[4, 2]<R> = all_gather_start(%s, %s)",
+        "%a: f32[4, 2]<R> = all_gather_start(%s)",
+    ),
+    "reduce_scatter_start": (
+        "%a: future f32[4, 2]<S0> = reduce_scatter_start(%v)",
+        "%a: future f32[4, 2]<S0> = reduce_scatter_start(%s)",
+        "%a: future f32[4, 2]<S0> = reduce_scatter_start(%n)",
+        "%a: future f32[4, 2]<R> = reduce_scatter_start(%v)",
+    ),
+    "all_reduce_start": (
+        "%a: future f32[4, 2]<R> = all_reduce_start(%v)",
+        "%a: future f32[4, 2]<R> = all_reduce_start(%s)",
+        "%a: future f32[4, 2]<R> = all_reduce_start(%f)",
+    ),
+    "broadcast_start": (
+        "%a: future f32[4, 2]<R> = broadcast_start(%v)",
+        "%a: future f32[4, 2]<R> = broadcast_start(%s)",
+    ),
+    "wait": (
+        "%a: f32[4, 2]<R> = wait(%f)",
+        "%a: f32[4, 2]<R> = wait(%r)",
+        "%a: int = wait(%n)",
+        "%a: future f32[4, 2]<R> = wait(%f)",
+    ),
+    "pack": (
+        "%a: f32[12]<S0> = pack(%s, %s2)",
+        "%a: f32[12]<S0> = pack(%s, %sd)",
+        "%a: f32[12]<S0> = pack(%s, %v2)",
+        "%a: f32[11]<S0> = pack(%s, %s2)",
+        "%a: f32[0]<S0> = pack()",
+    ),
+    "unpack": (
+        "%a: f32[4, 2]<S0>, %c: f32[1]<S0> = unpack(%b)",
+        "%a: f32[4, 2]<S0>, %c: f64[1]<S0> = unpack(%b)",
+        "%a: f32[4, 2]<S0>, %c: f32[9]<S0> = unpack(%b)",
+        "%a: f32[4, 2]<R>, %c: f32[1]<R> = unpack(%b)",
+        "%a: f32[4, 2]<S0>, %c: int = unpack(%b)",
+    ),
+    "cast": (
+        "%a: bf16[4, 2]<S0> = cast(%s, dtype=bf16)",
+        "%a: bf16[4, 2]<S0> = cast(%s)",
+        "%a: bf16[4, 2]<S0> = cast(%s, dtype=f64)",
+        '%a: bf16[4, 2]<S0> = cast(%s, dtype="bf16")',
+    ),
+    "copy": (
+        "%a: f32[4, 2]<V> = copy(%v)",
+        "%a: f32[4, 2]<S0> = copy(%v)",
+        "%a: f32[2, 4]<V> = copy(%v)",
+        "%a: f32[4, 2]<V> = copy()",
+    ),
+    "accumulate": (
+        '%a: f32[4, 2]<V> = accumulate(%v, target="s")',
+        "%a: f32[4, 2]<V> = accumulate(%v)",
+        '%a: f64[4, 2]<V> = accumulate(%v, target="s")',
+    ),
+    "release": (
+        "release(%r)",
+        "release(%n)",
+        "release(%r, %v)",
+        "%a: f32[4, 2]<R> = release(%r)",
+    ),
+}  # fmt: skip
+
+each_op = pytest.mark.parametrize("name", OPS)
+
+
+def node(line: str) -> tuple[Graph, Node]:
+    graph = parse_graph(f"{VALUES}fwd {line}\n")
+    return graph, graph.nodes[-1]
+
+
+def good(name: str) -> tuple[Graph, Node]:
+    return node(NODES[name][0])
+
+
+def test_the_cases_are_those_of_the_table():
+    assert set(NODES) == set(OPS)
+
+
+@each_op
+def test_a_row_has_its_own_name_and_a_line_of_doc(name):
+    op = OPS[name]
+    assert op.name == name
+    assert op.doc.endswith(".")
+    assert "\n" not in op.doc
+    assert op.lane in ("compute", "comm")
+
+
+@each_op
+def test_the_type_rule_takes_a_good_node(name):
+    graph, made = good(name)
+    assert OPS[name].rule(made, graph.num_ranks) == tuple(r.type for r in made.results)
+
+
+@pytest.mark.parametrize("line", [line for _, *bad in NODES.values() for line in bad])
+def test_the_type_rule_refuses_a_bad_node(line):
+    graph, made = node(line)
+    try:
+        wanted = OPS[made.op].rule(made, graph.num_ranks)
+    except (TypeRuleError, ValueError):
+        return
+    assert wanted != tuple(r.type for r in made.results)
+
+
+@each_op
+def test_the_costs_are_numbers(name):
+    graph, made = good(name)
+    sent, scratch = OPS[name].wire_bytes(made, graph.num_ranks), OPS[name].scratch_bytes(made, graph.num_ranks)
+    assert isinstance(sent, int)
+    assert isinstance(scratch, int)
+    assert (sent > 0) == (OPS[name].lane == "comm")
+    assert scratch >= 0
+
+
+@each_op
+def test_only_collectives_promise(name):
+    _, made = good(name)
+    promised = [isinstance(r.type, TensorType) and r.type.future for r in made.results]
+    assert all(promised) == any(promised) or not promised
+    assert any(promised) == (OPS[name].lane == "comm")
+
+
+@each_op
+def test_it_can_be_interpreted_and_executed(name):
+    assert name in RULES or name == "accumulate"
+    assert (name in MAKERS) or name in ("release", "reshard")
+
+
+@each_op
+def test_it_comes_back_from_text(name):
+    graph, _ = good(name)
+    assert parse_graph(print_graph(graph)) == graph
+
+
+@each_op
+def test_views_and_purity_can_be_asked(name):
+    graph, made = good(name)
+    operands = {v.name for v in made.operands}
+    assert set(views(graph, made)) <= operands
+    assert is_pure(graph, made) == OPS[name].pure
+    assert not (OPS[name].pure and (OPS[name].lane == "comm" or OPS[name].consumes))
+
+
+def test_views_and_purity_of_foreign_ops_are_those_declared():
+    graph, made = node("%a: f32[2, 4]<V> = aten.t.default(%v)")
+    assert views(graph, made) == ("v",)
+    assert is_pure(graph, made)
+    graph, made = node("%a: f32[4, 2]<V> = aten.bernoulli.p(%v, 0.5)")
+    assert views(graph, made) == ()
+    assert not is_pure(graph, made)
+
+
+def test_an_unpacked_shard_is_a_view_and_an_unpacked_whole_is_not():
+    graph, made = good("unpack")
+    assert views(graph, made) == ("b",)
+    graph, made = node("%a: f32[4, 2]<R>, %c: f32[3]<R> = unpack(%bucket)")
+    assert views(graph, made) == ()
+    unplaced = parse_graph(
+        'graph "g"\ninput %x: f32[8]\nfwd %a: f32[4], %b: f32[4] = unpack(%x)\nreturn fwd output %a\n'
+    )
+    verify(unplaced)
+
+
+@pytest.mark.parametrize(
+    ("line", "sent_bytes"),
+    [
+        ("%a: future f32[4, 2]<R> = all_gather_start(%s)", 16),
+        ("%a: future f32[3]<R> = all_gather_start(%s2)", 8),  # 4 rows with its padding
+        ("%a: future f32[4, 2]<S0> = reduce_scatter_start(%v)", 16),
+        ("%a: future f32[4, 2]<R> = all_reduce_start(%v)", 32),
+    ],
+)
+def test_bytes_on_the_wire(line, sent_bytes):
+    _, made = node(line)
+    assert OPS[made.op].wire_bytes(made, 2) == sent_bytes
+    assert OPS[made.op].wire_bytes(made, 1) == 0

@@ -1,0 +1,158 @@
+"""One invalid graph for each way to break each rule: the error names the rule and the value, and shows the line."""
+
+import time
+
+import pytest
+
+from zgraph.errors import VerifyError
+from zgraph.ir import (
+    DType,
+    Graph,
+    Input,
+    InputKind,
+    Node,
+    Output,
+    OutputKind,
+    TensorType,
+    Value,
+    parse_graph,
+    verify,
+)  # fmt: skip
+from zgraph.ir.verifier import RULES
+
+HEAD = """graph "g" mesh(shard=2)
+op aten.mm.default
+op aten.t.default views(0)
+op some.op views(1, 2)
+param %w: f32[4]<S0> "w"
+buffer %b: f32[9]<V> "b"
+input %x: f32[4]<V>
+input %n: int
+tangent %t: f32[4]<V>
+"""
+
+GATHER = """fwd %f: future f32[4]<R> = all_gather_start(%w)
+fwd %full: f32[4]<R> = wait(%f)
+"""
+
+# The rule, what the message must say, and the lines after HEAD; the line at fault is marked with !.
+FAULTS = [
+    ("ssa", "%y reads %y", "!fwd %y: f32[4]<V> = copy(%y)"),
+    ("phases", "%z is in phase fwd, but stands after", "bwd %y: f32[4]<V> = copy(%x)\n!fwd %z: f32[4]<V> = copy(%x)"),
+    ("phases", "%z is in phase bwd, but stands after", "upd %y: f32[4]<V> = copy(%x)\n!bwd %z: f32[4]<V> = copy(%x)"),
+    ("phases", "%y is in the forward but reads a tangent", "!fwd %y: f32[4]<V> = copy(%t)"),
+    ("phases", "returns %y in phase fwd, before", "bwd %y: f32[4]<V> = copy(%x)\nreturn fwd output %y"),
+    ("phases", "returns the tangent %t", "return fwd output %t"),
+    ("known_ops", "%y aten.nope is neither", "!fwd %y: f32[4]<V> = aten.nope(%x)"),
+    ("types", "%y gives f32[9]<V>, but copy makes f32[4]<V>", "!fwd %y: f32[9]<V> = copy(%x)"),
+    ("types", "%y all_gather_start: its operand", "!fwd %y: future f32[4]<R> = all_gather_start(%x)"),
+    ("types", "copy: takes one operand", "!fwd %y: f32[4]<V> = copy(%x, %x)"),
+    ("types", "%y cast: operand 0 is int", "!fwd %y: f32[9] = cast(%n, dtype=f32)"),
+    ("types", "%y gives f32[4]<V>, but release makes nothing", "!fwd %y: f32[4]<V> = release(%x)"),
+    ("placements", "the input %z has 0 placements, not 1", "input %z: f32[9]"),
+    ("placements", "%y has 2 placements for 1", "!fwd %y: f32[4]<V, V> = aten.t.default(%x)"),
+    ("placements", "sharded or partial operand", "!fwd %y: f32[4]<V> = aten.mm.default(%x, %w)"),
+    ("placements", "%y is called replicated", "!fwd %y: f32[4]<R> = aten.t.default(%x)"),
+    ("placements", "%y is called f32[4]<S0>", "!fwd %y: f32[4]<S0> = aten.t.default(%x)"),
+    ("placements", "%y is called f32[4]<P>", "!fwd %y: f32[4]<P> = aten.t.default(%x)"),
+    ("futures", "reads the future %f without waiting", GATHER + "!fwd %y: f32[4]<R> = aten.t.default(%f)"),
+    ("futures", "%f is waited for 0 times", "!fwd %f: future f32[4]<R> = all_gather_start(%w)"),
+    ("futures", "%f is waited for 2 times",
+     "!fwd %f: future f32[4]<R> = all_gather_start(%w)\nfwd %y: f32[4]<R> = wait(%f)\nfwd %z: f32[4]<R> = wait(%f)"),
+    ("futures", "%y waits in bwd for what fwd started",
+     "fwd %f: future f32[4]<R> = all_gather_start(%w)\n!bwd %y: f32[4]<R> = wait(%f)"),
+    ("futures", "%f is returned",
+     "!fwd %f: future f32[4]<R> = all_gather_start(%w)\nfwd %y: f32[4]<R> = wait(%f)\nreturn fwd output %f"),
+    ("futures", "%y is called a future",
+     "!fwd %y: future f32[4]<V> = aten.t.default(%x)\nfwd %z: f32[4]<V> = wait(%y)"),
+    ("lifetimes", "reads %full, whose memory was released by release(%full)",
+     GATHER + "fwd release(%full)\n!fwd %y: f32[4]<R> = copy(%full)"),
+    ("lifetimes", "reads %full", GATHER + "fwd release(%full)\n!fwd release(%full)"),
+    ("lifetimes", "reads %view", GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%full)\n"
+     "!fwd %y: f32[4]<R> = copy(%view)"),
+    ("lifetimes", "reads %full", GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%view)\n"
+     "!fwd %y: f32[4]<R> = copy(%full)"),
+    ("lifetimes", "reads %either", GATHER + "fwd %either: f32[4]<V> = some.op(%n, %x, %full)\n"
+     "fwd release(%full)\n!fwd %y: f32[4]<V> = copy(%either)"),
+    ("lifetimes", "returns %view, whose memory was released",
+     GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%full)\nreturn fwd output %view"),
+    ("targets", "the grad of %w is f32[9]<V>, but it is f32[4]<S0>",
+     "bwd %g: f32[9]<V> = copy(%b)\nreturn bwd grad \"w\" %g"),
+    ("targets", "the grad of %w is f64[4]<V>, but it is f32[4]<S0>",
+     "bwd %g: f64[4]<V> = cast(%x, dtype=f64)\nreturn bwd grad \"w\" %g"),
+    ("targets", 'grad of "nothing"', 'return bwd grad "nothing" %x'),
+    ("targets", 'mutation of "model.b"', 'return fwd mutation "model.b" %b'),
+    ("targets", "the mutation of %b is f32[4]<V>", 'return fwd mutation "b" %x'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "words", "lines"), FAULTS, ids=[f"{rule}-{words}" for rule, words, _ in FAULTS])
+def test_an_invalid_graph_is_refused(rule, words, lines):
+    with pytest.raises(VerifyError) as caught:
+        verify(parse_graph(HEAD + lines.replace("!", "")))
+    message = str(caught.value)
+    assert message.startswith(f"[{rule}] ")
+    assert words in message.splitlines()[0]
+    if marked := [line for line in lines.splitlines() if line.startswith("!")]:
+        assert "  > " + marked[0].removeprefix("!") in message.splitlines()
+
+
+X, OTHER = Value("x", TensorType(DType.f32, (4,))), Value("x", TensorType(DType.f32, (9,)))
+Y = Value("y", X.type)
+
+UNWRITABLE = {  # faults that the parser refuses before the verifier could
+    "two inputs share a name": Graph("g", (Input(InputKind.input, X), Input(InputKind.input, X))),
+    "reads %y, which nothing above it defines": Graph("g", (), (Node("copy", (Y,), (X,)),)),
+    "reads %x as f32[9], but it is f32[4]": Graph("g", (Input(InputKind.input, X),), (Node("copy", (OTHER,), (Y,)),)),
+    "defines %x, which is defined already": Graph("g", (Input(InputKind.input, X),), (Node("copy", (X,), (X,)),)),
+    "returns %y, which nothing defines": Graph("g", (), (), (Output(OutputKind.output, Y),)),
+    "returns %x, which nothing defines with that type": Graph(
+        "g", (Input(InputKind.input, X),), (), (Output(OutputKind.output, OTHER),)
+    ),
+}
+
+
+@pytest.mark.parametrize("words", UNWRITABLE)
+def test_an_invalid_graph_made_by_hand_is_refused(words):
+    with pytest.raises(VerifyError) as caught:
+        verify(UNWRITABLE[words])
+    assert str(caught.value).startswith("[ssa] ")
+    assert words in str(caught.value)
+
+
+def test_every_rule_has_a_graph_that_breaks_it():
+    assert {rule.__name__ for rule in RULES} == {rule for rule, _, _ in FAULTS}
+
+
+def test_what_the_faults_are_made_of_is_valid():
+    verify(parse_graph(HEAD + GATHER + 'fwd release(%full)\nbwd %g: f32[4]<V> = copy(%t)\nreturn bwd grad "w" %g\n'))
+
+
+def test_the_error_says_where_the_node_comes_from():
+    text = HEAD + 'fwd %y: f32[9]<V> = copy(%x) @ "layers.3.mlp" "model.py":12 by all-gather\n'
+    with pytest.raises(VerifyError) as caught:
+        verify(parse_graph(text))
+    assert "from model.py:12 in layers.3.mlp" in str(caught.value)
+    assert "put there by the pass all-gather" in str(caught.value)
+
+
+def test_a_big_graph_is_verified_fast_and_its_error_is_short():
+    lines = [f"fwd %v{i + 1}: f32[4]<V> = aten.mm.default(%v{i}, %x)" for i in range(10_000)]
+    lines[0] = lines[0].replace("%v0", "%x")
+    began = time.process_time()
+    verify(parse_graph(HEAD + "\n".join(lines)))
+    assert time.process_time() - began < 10
+    lines[5000] = "fwd %v5001: f32[9]<V> = copy(%v5000)" + ' @ "m" "' + "long/" * 100 + '.py":1'
+    with pytest.raises(VerifyError) as caught:
+        verify(parse_graph(HEAD + "\n".join(lines)))
+    shown = str(caught.value).splitlines()
+    assert len(shown) < 30
+    assert sum("%v" in line for line in shown) == 6  # the first line and a window of five
+    assert shown[0].startswith("[types] %v5001 ")
+
+
+def test_a_long_line_is_cut():
+    text = HEAD + "fwd %y: f32[9]<V> = copy(%x, " + ", ".join(["1"] * 1000) + ")\n"
+    with pytest.raises(VerifyError) as caught:
+        verify(parse_graph(text))
+    assert max(map(len, str(caught.value).splitlines())) < 200

@@ -1,0 +1,67 @@
+"""What the report says of memory is what a profiler measures, and it can be printed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import zgraph
+from zgraph.reporting import Report
+
+from .nets import Mlp, built, llama, rows
+
+
+def measured_peak_bytes(model: nn.Module, ids: torch.Tensor) -> int:
+    """The most bytes alive at once, above what was alive before, in a forward and a backward."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        model(input_ids=ids, labels=ids).loss.backward()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize(("num_rows", "length"), [(2, 32), (4, 128)], ids=["weights-rule", "activations-rule"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_predicted_peak_is_the_measured_one(stage: int, num_rows: int, length: int) -> None:
+    model = zgraph.compile(built(lambda: llama(128, 4, 1000)), stage=stage)
+    ids = torch.randint(1000, (num_rows, length))
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+    measured = measured_peak_bytes(model, ids)
+    assert zgraph.report(model).step_peak_bytes == pytest.approx(measured, rel=0.05)
+
+
+def report_of(stage: int) -> Report:
+    model = zgraph.compile(built(Mlp), stage=stage)
+    model(*rows(0)).backward()
+    with torch.no_grad():
+        model(*rows(0))
+    return zgraph.report(model)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_report_prints(stage: int, capsys: pytest.CaptureFixture[str]) -> None:
+    report = report_of(stage)
+    print(report)
+    text = capsys.readouterr().out
+    for word in ("Mlp on 1 rank", f"partition(stage={stage})", "training graph", "inference graph", "peak above rest"):
+        assert word in text
+
+
+def test_the_reports_numbers() -> None:
+    report = report_of(3)
+    num_bytes = 4 * sum(p.numel() for p in Mlp().parameters())
+    assert report.num_ranks == 1
+    assert report.whole_bytes == report.rest_bytes == num_bytes
+    assert report.buffer_bytes == 0
+    assert report.sent_bytes == 0
+    assert [e.kind for e in report.entries] == ["training", "inference"]
+
+
+def test_a_report_before_the_first_call_says_so() -> None:
+    assert "Nothing captured yet" in str(zgraph.report(zgraph.compile(built(Mlp))))
