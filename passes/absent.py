@@ -80,9 +80,11 @@ def without_tangents(graph: Graph, absent: frozenset[str]) -> Graph | None:
 def _gradients_share_memory(graph: Graph) -> bool:
     """Whether a gradient lies in memory that is not its own: a sum that was left out may have been what parted two."""
     memory = Memory(graph)
+    reduced = {r.name for n in graph.nodes if n.op == "unpack" for r in n.results}
     kept = [o.value for o in graph.outputs if o.kind is OutputKind.grad and o.value is not None]
-    kept += [v for n in graph.nodes if n.op == "accumulate" for v in n.operands]
-    roots = [root for value in kept for root in memory.roots(value.name)]
+    raw = [v for v in kept if v.name not in reduced]  # members of a bucket do not overlap
+    raw += [v for n in graph.nodes if n.op == "accumulate" for v in n.operands]
+    roots = [root for value in raw for root in memory.roots(value.name)]
     made = {r.name for n in graph.nodes if n.phase is not Phase.forward for r in n.results}
     return len(set(roots)) < len(roots) or not made.issuperset(roots)
 

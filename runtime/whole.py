@@ -78,7 +78,7 @@ class _Whole:
         if self.session.num_ranks > 1 and self.session.store.model.training:
             with torch.no_grad():
                 for buffer in self.session.store.model.buffers():
-                    buffer.copy_(self.session.store.from_first_rank(buffer))
+                    buffer.data.copy_(self.session.store.from_first_rank(buffer))  # unseen by autograd, which saved it
 
     def free(self) -> None:
         self.version = -1

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import torch
@@ -21,7 +22,7 @@ from zgraph.checks import ATTRIBUTE, Stage, check_optimizers, check_options, sta
 from zgraph.config import environment
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir import Axis, Graph, print_graph, verify
-from zgraph.passes import MIXED, RECIPES, Context, Pipeline, make_plan, parse_recipe
+from zgraph.passes import BY_NAME, MIXED, RECIPES, Context, Pipeline, make_plan, parse_recipe
 from zgraph.passes.instruments import Dump, Log, Verify
 from zgraph.reporting import Entry, Report, make_entry
 from zgraph.runtime import Session, ShardStore
@@ -238,6 +239,10 @@ def _name(group: dist.ProcessGroup | None) -> str:
 
 def _enabled(pipeline: Pipeline) -> Pipeline:
     disabled = environment().disable
+    for name in disabled - BY_NAME.keys():
+        near = get_close_matches(name, BY_NAME, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the passes are {', '.join(BY_NAME)}"
+        raise UsageError(f"ZGRAPH_DISABLE names {name}, which is no pass; {hint}")
     kept = Pipeline(tuple(p for p in pipeline.passes if p.name not in disabled))
     kept.check()
     return kept

@@ -280,6 +280,8 @@ def _graph_break(error: Exception) -> GraphBreakError:
     frame = next(iter(reversed(getattr(error, "real_stack", None) or ())), None)
     where = f"\n  at {frame.filename}:{frame.lineno}\n    {frame.line}" if frame is not None else ""
     detail = re.search(r"Developer debug context: (.+)", str(error))
+    if detail and detail.group(1).startswith("raised exception "):
+        return GraphBreakError(f"the forward {detail.group(1)}{where}")
     return GraphBreakError(
         f"the forward cannot be captured as one graph: {_first_line(error)}"
         f"{f' ({detail.group(1)})' if detail else ''}{where}\n"
