@@ -139,8 +139,8 @@ def work(rank: Rank, job: Job) -> None:
     report = zgraph.report(model)
     rank.tell(
         f"Loss on held-out pages, after: {after:.3f}\n"
-        f"Parameters: {mebibytes(report.whole_bytes)}; {mebibytes(report.rest_bytes)} at rest on a rank, which sends "
-        f"{mebibytes(report.sent_bytes)} a step.\n"
+        f"At rest on a rank: {mebibytes(report.rest_bytes)} of {mebibytes(report.whole_bytes)} of parameters; sent per "
+        f"step: {mebibytes(report.sent_bytes)}\n"
     )
     save({"model": model.state_dict()}, checkpoint_id=job.checkpoint)
 

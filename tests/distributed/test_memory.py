@@ -8,8 +8,10 @@ from collections.abc import Iterable
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 import zgraph
 
@@ -31,10 +33,8 @@ def live_tensors() -> list[torch.Tensor]:
     return [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter, DTensor) and not t.is_meta]
 
 
-def bytes_at_rest(mesh: DeviceMesh, stage: int) -> tuple[int, int, int, int]:
-    """Parameters of the model; bytes of what training needs at rest, of all live tensors, and that the report tells."""
-    before = storage_bytes(live_tensors())
-    model = hf.LlamaForCausalLM(
+def llama() -> nn.Module:
+    return hf.LlamaForCausalLM(
         hf.LlamaConfig(
             hidden_size=192,
             intermediate_size=512,
@@ -45,6 +45,12 @@ def bytes_at_rest(mesh: DeviceMesh, stage: int) -> tuple[int, int, int, int]:
             use_cache=False,
         )
     )
+
+
+def bytes_at_rest(mesh: DeviceMesh, stage: int) -> tuple[int, int, int, int]:
+    """Parameters of the model; bytes of what training needs at rest, of all live tensors, and that the report tells."""
+    before = storage_bytes(live_tensors())
+    model = llama()
     num_parameters = sum(p.numel() for p in model.parameters())
     model = zgraph.compile(model, stage=stage, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -65,3 +71,25 @@ def test_bytes_at_rest(pool: Pool, num_ranks: int, stage: int) -> None:
         assert 0.99 * least <= held <= 1.01 * least
         assert alive <= 1.01 * least, "something beside parameters and optimizer state is alive"
         assert told == pytest.approx(least / 3, rel=0.01)
+
+
+def peak_bytes(mesh: DeviceMesh, stage: int) -> tuple[int, int]:
+    """The most bytes that a step has alive above rest: predicted, and measured."""
+    model = zgraph.compile(llama(), stage=stage, mesh=mesh)
+    ids = torch.randint(4001, (2, 64))
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        model(input_ids=ids, labels=ids).loss.backward()
+    alive = peak = 0
+    for event in sorted(prof.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return zgraph.report(model).step_peak_bytes, peak
+
+
+@pytest.mark.parametrize(("num_ranks", "stage"), [(2, 3), (3, 2), (2, 1), (2, 0)])
+def test_the_predicted_peak_is_the_measured_one(pool: Pool, num_ranks: int, stage: int) -> None:
+    for predicted, measured in pool.run(peak_bytes, num_ranks, stage):
+        assert predicted == pytest.approx(measured, rel=0.05)
