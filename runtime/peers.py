@@ -24,7 +24,7 @@ from zgraph.runtime import torch_private
 from zgraph.runtime.torch_private import Store
 
 BEAT_SECONDS = 0.5
-GONE_AFTER_SECONDS = 3.0
+GONE_AFTER_SECONDS = 5.0
 ASK_AFTER_SECONDS = 0.5
 LINGER_SECONDS = 1.0
 _FIRST_NAP, _LONGEST_NAP = 2e-5, 1e-3
@@ -92,7 +92,7 @@ class Peers:
         try:
             work.wait()
         except RuntimeError as error:
-            self._blame(what, error)
+            self._blame(what, error, self.gone())
 
     def _poll(self, work: dist.Work, what: str) -> None:
         nap, asked, told = _FIRST_NAP, time.monotonic(), False
@@ -106,9 +106,8 @@ class Peers:
                     self._write(self._key("waiting"), f"rank {self.rank} waits for {what}")
                     told = True
 
-    def _blame(self, what: str, error: Exception) -> NoReturn:
-        """Find out who is to blame for a broken connection, tell the others, and raise."""
-        gone = self.gone()
+    def _blame(self, what: str, error: Exception, gone: list[int]) -> NoReturn:
+        """Tell the others who is gone, or what failed, and raise."""
         if gone:
             names = ", ".join(f"rank {r}" for r in gone)
             blame = PeerError(
@@ -200,7 +199,9 @@ class Peers:
             stopped = [r for r in self.ranks if r != self.rank and heard[r] and beats[r] == heard[r]]
             silent, heard = (silent + ASK_AFTER_SECONDS, heard) if stopped else (0.0, beats)
             if silent > GONE_AFTER_SECONDS:
-                self._blame(f"the comparison of the {what}", TimeoutError("no answer"))
+                silent = 0.0
+                if gone := self.gone():  # a rank may only have been too busy to beat
+                    self._blame(f"the comparison of the {what}", TimeoutError("no answer"), gone)
 
     def _difference(self, what: str, text: str, different: int) -> str:
         """What differs between the first rank's text and that of the first rank that differs from it."""

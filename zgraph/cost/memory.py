@@ -22,7 +22,7 @@ from zgraph.ir import (
     Value,
 )
 from zgraph.ir.layout import chunk_numel
-from zgraph.ir.ops import views
+from zgraph.ir.ops import is_copied, views
 from zgraph.ir.symbols import evaluate
 
 _SENDS_IN_PLACE = ("all_gather_start", "reduce_scatter_start")
@@ -97,15 +97,16 @@ class _Walk:
             shared = frozenset(r for name in views(self.graph, node) for r in self.roots.get(name, ()))
             is_view = bool(views(self.graph, node))
             for result in node.results:
-                if not is_view:
+                if not is_view and node.op != "reduce_scatter_start":
                     self.allocate(result.name, result.type)
                 self.roots[result.name] = shared if is_view else frozenset((result.name,))
                 self.references.update(self.roots[result.name])
             if node.op in OPS and OPS[node.op].lane == "comm":
                 self.start(node)
+            if node.op == "wait":
+                self.finish(node.operands[0])
             self.moments.append(Moment(node.name, node.phase.value, dict(self.by_category)))
             if node.op == "wait":
-                self.drop((_in_flight(node.operands[0].name),))
                 self.free(_in_flight(node.operands[0].name), "buckets")
             self.drop(instruction.frees)
 
@@ -114,10 +115,17 @@ class _Walk:
         scratch = _rounded(OPS[node.op].scratch_bytes(node, self.graph.num_ranks))
         self.alive[_in_flight(node.name)] = scratch
         self.by_category["buckets"] += scratch
-        if node.op in _SENDS_IN_PLACE:
+        if node.op in _SENDS_IN_PLACE and not is_copied(node, self.graph.num_ranks):
             sent = frozenset(root for v in node.operands for root in self.roots.get(v.name, ()))
             self.roots[_in_flight(node.name)] = sent
             self.references.update(sent)
+
+    def finish(self, future: Value) -> None:
+        """A collective lets go of what it sent; a reduce-scatter sums what it received into a shard."""
+        self.drop((_in_flight(future.name),))
+        start = self.graph.producers[future.name]
+        if start.op == "reduce_scatter_start":
+            self.allocate(future.name, future.type)
 
     def adopt(self, values: Iterable[Value]) -> None:
         """Values that come from outside and live until the plan frees them."""

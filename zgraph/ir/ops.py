@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from zgraph.ir.graph import Graph, Node, values_in
-from zgraph.ir.layout import bucket_layout, chunk_numel
+from zgraph.ir.layout import bucket_layout, chunk_numel, is_even
 from zgraph.ir.types import DType, Partial, Replicate, Shard, TensorType, Type, Varying
 
 Lane = Literal["compute", "comm"]
@@ -161,9 +161,16 @@ def _ring(node: Node, num_ranks: int) -> int:
     return padded_bytes(tensor(node), num_ranks) // num_ranks * (num_ranks - 1)
 
 
+def is_copied(node: Node, num_ranks: int) -> bool:
+    """Whether a reduce-scatter cannot send its operand as it lies: it is not dense, or needs padding."""
+    kind = tensor(node)
+    return node.op == "reduce_scatter_start" and (kind.strides is not None or not is_even(kind.shape, num_ranks))
+
+
 def _received(node: Node, num_ranks: int) -> int:
-    """A reduce-scatter by exchange holds what the other ranks send until it is summed."""
-    return padded_bytes(tensor(node), num_ranks) if num_ranks > 1 else 0
+    """A reduce-scatter by exchange holds what the ranks send until it is summed, and a copy of what cannot be sent."""
+    whole = padded_bytes(tensor(node), num_ranks) if num_ranks > 1 else 0
+    return 2 * whole if is_copied(node, num_ranks) else whole
 
 
 def _is_sharded(node: Node) -> bool:
