@@ -1,6 +1,10 @@
 """What all tests share."""
 
 import logging
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`, which is not installed
 
 
 def pytest_collection_finish() -> None:
