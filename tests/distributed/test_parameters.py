@@ -1,5 +1,7 @@
 """Parameters of every kind: tied, uneven, frozen, unused, with a stage of their own, on the meta device."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import zgraph
 
+from . import zoo
 from .lockstep import Lockstep, assert_same
 from .nets import Mlp, Odd, Tied, built, rows, words
 from .pool import Pool
@@ -137,3 +140,30 @@ def test_a_model_built_on_meta(pool: Pool, num_ranks: int, stage: int) -> None:
         assert sums == answers[0][0]
         assert is_usual, "the first rank's seed must give the values of a model built on the CPU"
         assert losses[-1] < losses[0]
+
+
+def build_llama_on_meta(mesh: DeviceMesh, stage: int) -> tuple[float, bool, bool]:
+    """The sum of all parameters, whether buffers are as built on the CPU, and whether training brings the loss down."""
+    with torch.device("meta"):
+        model = zoo.MODELS["llama"]()
+    torch.manual_seed(mesh.get_local_rank())
+    model = zgraph.compile(model, stage=stage, mesh=mesh)
+    usual = dict(zoo.builder("llama")().named_buffers())
+    same_buffers = all(torch.equal(b, usual[n]) for n, b in model.named_buffers())
+    total = sum(p.full_tensor().double().sum().item() for p in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(**zoo.batch("llama", mesh.get_local_rank())).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    usual_start = abs(losses[0] - math.log(zoo.VOCABULARY)) < 0.5
+    return total, same_buffers, usual_start and losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_hugging_face_model_built_on_meta(pool: Pool, stage: int) -> None:
+    answers = pool.run(build_llama_on_meta, 2, stage)
+    assert answers == [(answers[0][0], True, True)] * 2

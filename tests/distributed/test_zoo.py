@@ -3,6 +3,8 @@
 import pytest
 from torch.distributed.device_mesh import DeviceMesh
 
+import zgraph
+
 from . import zoo
 from .lockstep import Lockstep, assert_same
 from .pool import Pool
@@ -25,6 +27,7 @@ def train(mesh: DeviceMesh, name: str, stage: int) -> tuple[float, float]:
     pair = Lockstep(mesh, zoo.builder(name), stage=stage)
     for step in range(NUM_STEPS):
         pair.step(zoo.batch(name, 100 * step + pair.rank))
+    assert len(zgraph.report(pair.ours.model).entries) == 1, "inputs of one shape are captured once"
     return pair.errors
 
 

@@ -159,3 +159,5 @@ def test_the_mean_is_taken_in_the_order_of_the_ranks():
     assert mean([large, one, -large]).item() == 0
     assert mean([large, -large, one]).item() == pytest.approx(1 / 3)
     assert torch.equal(large, torch.tensor([1e8]))
+    tiny = torch.tensor([1e-45])
+    assert torch.equal(mean([tiny, tiny, tiny]), tiny)  # divided once, at the end

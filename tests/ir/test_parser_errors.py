@@ -47,6 +47,7 @@ LINES = [
     (CALL + "(%x, device(^cpu))", "string"),
     (CALL + "(%x) ^by", "after the end"),
     (CALL + "(%x) @ ^model", "string"),
+    (CALL + '(%x) @ ^"\\q"', "string"),
     (CALL + '(%x) @ "m" "f.py" ^3', "':'"),
     ("return ^now output %x", "phase"),
     ("return fwd ^bogus %x", "kind of output"),
