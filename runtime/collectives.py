@@ -12,11 +12,13 @@ from zgraph.aten import TO_TORCH
 from zgraph.ir import DType, Node, Shard, TensorType
 from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
 from zgraph.runtime import torch_private
+from zgraph.runtime.lanes import Transfer
 
 if TYPE_CHECKING:
     from zgraph.runtime.session import Session
 
 Execute = Callable[..., Any]
+Work = dist.Work | Transfer
 
 
 class Future:
@@ -24,13 +26,13 @@ class Future:
 
     __slots__ = ("finish", "held", "name", "work")
 
-    def __init__(self, name: str, work: dist.Work | None, held: Any, finish: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, name: str, work: Work | None, held: Any, finish: Callable[[], torch.Tensor | None]) -> None:
         self.name, self.work, self.held, self.finish = name, work, held, finish
 
 
 def all_gather_start(node: Node, session: Session) -> Execute:
     """Every rank sends its chunk once to every other, into memory that becomes the whole tensor."""
-    group, num_ranks = session.group, session.num_ranks
+    num_ranks = session.num_ranks
     kind = node.results[0].tensor
     shape, numel = _shape(kind), _numel(kind)
     key = object() if node.option("keep") else None
@@ -38,11 +40,14 @@ def all_gather_start(node: Node, session: Session) -> Execute:
     def execute(chunk: torch.Tensor) -> Future:
         if key is not None and (kept := session.kept_copy(key)) is not None:
             return Future(node.name, None, None, lambda: kept)
-        out = chunk.new_empty(chunk.numel() * num_ranks)
-        work = torch_private.all_gather(out, chunk, group)
+        out = chunk.new_empty(num_ranks, chunk.numel())
+        if session.lane is not None:
+            work: Work = session.lane.all_gather(out.unbind(), chunk)
+        else:
+            work = torch_private.all_gather(out.view(-1), chunk, session.group)
 
         def finish() -> torch.Tensor:
-            whole = out[:numel].view(shape)
+            whole = out.view(-1)[:numel].view(shape)
             if key is not None:
                 session.keep_copy(key, whole)
             return whole
@@ -53,47 +58,37 @@ def all_gather_start(node: Node, session: Session) -> Execute:
 
 
 def reduce_scatter_start(node: Node, session: Session) -> Execute:
-    """The mean over the ranks, each rank keeping its chunk.
-
-    NCCL has it. gloo runs a reduce-scatter as an all-reduce, twice the bytes; here each rank sends every other rank
-    the chunk that is the other's, and sums what it receives in the order of the ranks.
-    """
-    group, num_ranks = session.group, session.num_ranks
+    """The mean over the ranks, each rank keeping its chunk."""
+    num_ranks = session.num_ranks
     pad = _padder(node.operands[0].tensor, num_ranks)
-    native = session.device.type != "cpu"
 
-    def start_native(whole: torch.Tensor) -> Future:
-        padded = pad(whole)
-        out = padded.new_empty(padded.numel() // num_ranks)
-        work = torch_private.reduce_scatter(out, padded, dist.ReduceOp.AVG, group)
+    def execute(whole: torch.Tensor) -> Future:
+        padded = pad(whole).view(num_ranks, -1)
+        if session.lane is not None:
+            transfer = session.lane.reduce_scatter(padded.unbind())
+            return Future(node.name, transfer, padded, lambda: transfer.result)
+        out = torch.empty_like(padded[0])
+        work = torch_private.reduce_scatter(out, padded.view(-1), dist.ReduceOp.AVG, session.group)
         return Future(node.name, work, padded, lambda: out)
 
-    def start_exchange(whole: torch.Tensor) -> Future:
-        padded = pad(whole)
-        received = torch.empty_like(padded)
-        work = dist.all_to_all_single(received, padded, group=group, async_op=True)
-
-        def finish() -> torch.Tensor:
-            parts = received.view(num_ranks, -1)
-            total = torch.add(parts[0], parts[1])
-            for part in parts[2:]:
-                total.add_(part)
-            return total.div_(num_ranks)
-
-        return Future(node.name, work, padded, finish)
-
-    return start_native if native else start_exchange
+    return execute
 
 
 def all_reduce_start(node: Node, session: Session) -> Execute:
     """The mean over the ranks, on every rank."""
-    group, num_ranks = session.group, session.num_ranks
-    shape = _shape(node.results[0].tensor)
+    num_ranks = session.num_ranks
+    kind = node.results[0].tensor
+    shape, numel = _shape(kind), _numel(kind)
+    pad, is_padded = _padder(kind, num_ranks), not is_even(kind.shape, num_ranks)
 
     def execute(own: torch.Tensor) -> Future:
-        mean = torch.div(own, num_ranks).contiguous().view(-1)
-        work = dist.all_reduce(mean, group=group, async_op=True)
-        return Future(node.name, work, None, lambda: mean.view(shape))
+        if session.lane is not None:
+            mean = pad(own) if is_padded else own.clone(memory_format=torch.contiguous_format).view(-1)
+            work: Work = session.lane.all_reduce(mean.view(num_ranks, -1).unbind())
+        else:
+            mean = torch.div(own, num_ranks).contiguous().view(-1)
+            work = dist.all_reduce(mean, group=session.group, async_op=True)
+        return Future(node.name, work, None, lambda: mean[:numel].view(shape))
 
     return execute
 
@@ -113,7 +108,7 @@ def broadcast_start(node: Node, session: Session) -> Execute:
 def wait(node: Node, session: Session) -> Execute:
     """The result of a start, once it is there."""
 
-    def execute(future: Future) -> torch.Tensor:
+    def execute(future: Future) -> torch.Tensor | None:
         if future.work is not None:
             session.peers.wait(future.work, future.name)
         future.held = future.work = None

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from zgraph.errors import PeerError, PlanMismatchError
 from zgraph.runtime import torch_private
+from zgraph.runtime.lanes import Transfer
 from zgraph.runtime.torch_private import Store
 
 BEAT_SECONDS = 0.5
@@ -81,7 +82,7 @@ class Peers:
 
     # --- waiting -----------------------------------------------------------------------------------------------
 
-    def wait(self, work: dist.Work, what: str) -> None:
+    def wait(self, work: dist.Work | Transfer, what: str) -> None:
         """Wait for a collective, unless a peer fails meanwhile.
 
         Raises:
@@ -94,11 +95,14 @@ class Peers:
         except RuntimeError as error:
             self._blame(what, error, self.gone())
 
-    def _poll(self, work: dist.Work, what: str) -> None:
+    def _poll(self, work: dist.Work | Transfer, what: str) -> None:
         nap, asked, told = _FIRST_NAP, time.monotonic(), False
         while not work.is_completed():
-            time.sleep(nap)
-            nap = min(nap * 1.5, _LONGEST_NAP)
+            if isinstance(work, Transfer):
+                work.over.wait(ASK_AFTER_SECONDS)
+            else:
+                time.sleep(nap)
+                nap = min(nap * 1.5, _LONGEST_NAP)
             if time.monotonic() - asked > ASK_AFTER_SECONDS:
                 asked = time.monotonic()
                 self.raise_failure()
@@ -179,6 +183,13 @@ class Peers:
         self._await([ruling], what)
         if (found := self._read(ruling).decode()) != "same":
             raise PlanMismatchError(self._difference(what, text, int(found)))
+
+    def exchange(self, what: str, word: str) -> list[str]:
+        """The word of every rank, in their order."""
+        keys = [self._key(f"{what}/{r}") for r in self.ranks]
+        self._write(keys[self.ranks.index(self.rank)], word)
+        self._await(keys, what)
+        return [self._read(k).decode() for k in keys]
 
     def _await(self, keys: list[str], what: str) -> None:
         """Wait until all these keys are there, unless a peer fails, or computes where it should compare."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from zgraph.errors import PeerError
 from zgraph.ir import OutputKind, Phase, Plan
 from zgraph.runtime.executor import Runner, link
+from zgraph.runtime.lanes import Hosts, Lane, host_name
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.shards import ShardStore, Slot
 
@@ -29,6 +31,11 @@ class Session:
         self.store, self.device, self.num_ranks = store, store.device, store.num_ranks
         self._group = group
         self._peers = Peers(group, name, store.device) if group is not None else None
+        self._is_broken = False
+        self._lane: Lane | None = None
+        if self._peers is not None and self.device.type == "cpu":
+            self._hosts = Hosts.of(self._peers.exchange("host", host_name()))
+            self._lane = self._open_lane()
         self.syncs = True
         self.lean_call = False
         self.plans: list[Plan] = []
@@ -45,6 +52,23 @@ class Session:
     def peers(self) -> Peers:
         assert self._peers is not None, "a plan for one rank waits for nobody"
         return self._peers
+
+    @property
+    def lane(self) -> Lane | None:
+        """Where collectives run on CPUs; None where the process group's own backend has what is needed."""
+        return self._lane
+
+    def _open_lane(self) -> Lane:
+        peers = self.peers
+        try:
+            lane = Lane(peers.store, f"{peers.name}/lane/{peers.call}", self.store.rank, self._hosts)
+        except RuntimeError as error:
+            raise PeerError(
+                f"rank {peers.rank} cannot connect to its peers {list(peers.ranks)}: {error}. After an error all ranks "
+                "must go on alike; start the job again from its last checkpoint."
+            ) from None
+        weakref.finalize(self, lane.close)
+        return lane
 
     # --- linking -----------------------------------------------------------------------------------------------
 
@@ -102,8 +126,6 @@ class Session:
         def guarded(args: list[Any]) -> list[Any]:
             try:
                 return run(args)
-            except PeerError:
-                raise
             except BaseException as error:
                 self.fail(error)
                 raise
@@ -112,11 +134,17 @@ class Session:
 
     def begin_call(self) -> None:
         """A new call of the model begins: what was said of earlier ones is past."""
-        if self._peers is not None:
-            self._peers.begin_call()
+        if self._peers is None:
+            return
+        self._peers.begin_call()
+        if self._is_broken and self._lane is not None:
+            self._lane.close()  # what was under way when the last call failed is lost, on all ranks
+            self._lane = self._open_lane()
+        self._is_broken = False
 
     def fail(self, error: BaseException) -> None:
         """Tell the peers that this rank cannot go on."""
+        self._is_broken = True
         if self._peers is not None and not isinstance(error, PeerError):
             self._peers.fail(error)
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from datetime import timedelta
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-__all__ = ["Store", "all_gather", "direct", "keeps_graph", "reduce_scatter", "run_grad_hooks", "store"]
+__all__ = [
+    "Messenger",
+    "Store",
+    "all_gather",
+    "direct",
+    "keeps_graph",
+    "messenger",
+    "reduce_scatter",
+    "run_grad_hooks",
+    "store",
+]
 
 _gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter: Callable[..., dist.Work] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -28,6 +39,20 @@ def reduce_scatter(out: torch.Tensor, whole: torch.Tensor, op: Any, group: dist.
 def store() -> Store:
     """The key-value store that the processes of this job met in."""
     return _get_default_store()
+
+
+class Messenger(Protocol):
+    """What a gloo group can do beside its collectives; torch's stubs leave it out."""
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> dist.Work: ...
+
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> dist.Work: ...
+
+
+def messenger(store: Store, name: str, rank: int, num_ranks: int, timeout: timedelta) -> Messenger:
+    """A gloo group of its own, with connections between all its ranks."""
+    group = dist.ProcessGroupGloo(PrefixStore(name, store), rank, num_ranks, timeout)
+    return cast(Messenger, group)
 
 
 def direct(op: Callable[..., Any]) -> Callable[..., Any]:

@@ -86,7 +86,7 @@ class Report:
     def _rest(self) -> Table:
         table = Table(title=f"{self.model} on {self.num_ranks} rank{'s' * (self.num_ranks > 1)}", title_justify="left")
         table.add_column("at rest, per rank")
-        table.add_column("bytes", justify="right")
+        table.add_column("bytes", justify="right", overflow="fold")
         table.add_row("recipe", self.recipe)
         table.add_row("parameters, whole", mebibytes(self.whole_bytes))
         table.add_row("parameters, this rank", mebibytes(self.rest_bytes))

@@ -84,12 +84,20 @@ def peak_bytes(mesh: DeviceMesh, stage: int) -> tuple[int, int]:
         loss.backward()
         return loss
 
+    gc.collect()  # what an earlier job left must not be freed in the measured step
     live = measure(lambda: step, warmup=2, device=torch.device("cpu"))
     gradients = storage_bytes(p.grad for p in model.parameters())
     return zgraph.report(model).step_peak_bytes, live.peak_bytes - live.rest_bytes + gradients
 
 
-@pytest.mark.parametrize(("num_ranks", "stage"), [(3, 2), (2, 1), (2, 0)])
+@pytest.mark.parametrize(("num_ranks", "stage"), [(2, 3), (3, 3), (3, 2), (2, 1)])
 def test_the_predicted_peak_is_the_measured_one(pool: Pool, num_ranks: int, stage: int) -> None:
     for predicted, measured in pool.run(peak_bytes, num_ranks, stage):
         assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_the_predicted_peak_of_stage_0(pool: Pool) -> None:
+    """What two all-reduces receive is counted in full; on a fast network they may never be under way together."""
+    received = 2 * 4 * 4001 * 192 // 2
+    for predicted, measured in pool.run(peak_bytes, 2, 0):
+        assert 0.95 * (predicted - received) <= measured <= 1.05 * predicted

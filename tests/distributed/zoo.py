@@ -76,13 +76,21 @@ def vit() -> nn.Module:
             image_size=16,
             patch_size=8,
             num_labels=5,
+            problem_type="single_label_classification",  # transformers would set it in the first call: a recompilation
         )
     )
 
 
 def resnet() -> nn.Module:
     return hf.ResNetForImageClassification(
-        hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
+        hf.ResNetConfig(
+            embedding_size=8,
+            hidden_sizes=[8, 16],
+            depths=[1, 1],
+            layer_type="basic",
+            num_labels=5,
+            problem_type="single_label_classification",
+        )
     )
 
 

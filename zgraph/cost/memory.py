@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from heapq import nlargest
 
 from zgraph.ir import (
     OPS,
@@ -22,7 +23,7 @@ from zgraph.ir import (
     Value,
 )
 from zgraph.ir.layout import chunk_numel
-from zgraph.ir.ops import is_copied, views
+from zgraph.ir.ops import is_copied, padded_bytes, views
 from zgraph.ir.symbols import evaluate
 
 _SENDS_IN_PLACE = ("all_gather_start", "reduce_scatter_start")
@@ -30,6 +31,9 @@ _SENDS_IN_PLACE = ("all_gather_start", "reduce_scatter_start")
 
 ALLOCATION_BYTES = 64
 """Allocators round up to this."""
+
+NUM_SERVED = 2
+"""Collectives that the runtime works on at once; those started later wait in line, and take no scratch memory yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ class _Walk:
         self.references: Counter[str] = Counter()
         self.alive: dict[str, int] = {}
         self.by_category: Counter[str] = Counter()
+        self.scratch: dict[str, int] = {}
         self.moments: list[Moment] = []
 
     def run(self, instructions: Iterable[Instruction]) -> None:
@@ -97,35 +102,40 @@ class _Walk:
             shared = frozenset(r for name in views(self.graph, node) for r in self.roots.get(name, ()))
             is_view = bool(views(self.graph, node))
             for result in node.results:
-                if not is_view and node.op != "reduce_scatter_start":
+                if not is_view:
                     self.allocate(result.name, result.type)
                 self.roots[result.name] = shared if is_view else frozenset((result.name,))
                 self.references.update(self.roots[result.name])
             if node.op in OPS and OPS[node.op].lane == "comm":
                 self.start(node)
             if node.op == "wait":
-                self.finish(node.operands[0])
-            self.moments.append(Moment(node.name, node.phase.value, dict(self.by_category)))
-            if node.op == "wait":
-                self.free(_in_flight(node.operands[0].name), "buckets")
+                self.finish(_in_flight(node.operands[0].name))
+                self.scratch.pop(node.operands[0].name, None)
+            self.moments.append(self.moment(node))
             self.drop(instruction.frees)
 
     def start(self, node: Node) -> None:
-        """Until its wait, a collective holds its scratch memory and what it sends."""
-        scratch = _rounded(OPS[node.op].scratch_bytes(node, self.graph.num_ranks))
-        self.alive[_in_flight(node.name)] = scratch
-        self.by_category["buckets"] += scratch
+        """Until its wait, a collective holds what it sends, in place or as a copy, and its scratch memory."""
+        num_ranks = self.graph.num_ranks
+        self.scratch[node.name] = _rounded(OPS[node.op].scratch_bytes(node, num_ranks))
+        copied = _rounded(padded_bytes(node.operands[0].tensor, num_ranks)) if is_copied(node, num_ranks) else 0
+        self.alive[_in_flight(node.name)] = copied
+        self.by_category["buckets"] += copied
         if node.op in _SENDS_IN_PLACE and not is_copied(node, self.graph.num_ranks):
             sent = frozenset(root for v in node.operands for root in self.roots.get(v.name, ()))
             self.roots[_in_flight(node.name)] = sent
             self.references.update(sent)
 
-    def finish(self, future: Value) -> None:
-        """A collective lets go of what it sent; a reduce-scatter sums what it received into a shard."""
-        self.drop((_in_flight(future.name),))
-        start = self.graph.producers[future.name]
-        if start.op == "reduce_scatter_start":
-            self.allocate(future.name, future.type)
+    def finish(self, start: str) -> None:
+        """A collective that is over lets go of what it sent."""
+        self.drop((start,))
+        self.free(start, "buckets")
+
+    def moment(self, node: Node) -> Moment:
+        """What is alive now. Of the collectives under way the oldest two are served, and have scratch memory."""
+        by_category = Counter(self.by_category)
+        by_category["buckets"] += sum(nlargest(NUM_SERVED, self.scratch.values()))
+        return Moment(node.name, node.phase.value, dict(by_category))
 
     def adopt(self, values: Iterable[Value]) -> None:
         """Values that come from outside and live until the plan frees them."""

@@ -167,10 +167,14 @@ def is_copied(node: Node, num_ranks: int) -> bool:
     return node.op == "reduce_scatter_start" and (kind.strides is not None or not is_even(kind.shape, num_ranks))
 
 
-def _received(node: Node, num_ranks: int) -> int:
-    """A reduce-scatter by exchange holds what the ranks send until it is summed, and a copy of what cannot be sent."""
-    whole = padded_bytes(tensor(node), num_ranks) if num_ranks > 1 else 0
-    return 2 * whole if is_copied(node, num_ranks) else whole
+def _landing(num_chunks: int) -> Callable[[Node, int], int]:
+    """Room for what all peers but `num_chunks` of them send of one chunk, until it is summed."""
+
+    def scratch_bytes(node: Node, num_ranks: int) -> int:
+        chunk = padded_bytes(tensor(node), num_ranks) // num_ranks
+        return max(num_ranks - 1 - num_chunks, 0) * chunk
+
+    return scratch_bytes
 
 
 def _is_sharded(node: Node) -> bool:
@@ -183,9 +187,9 @@ _ROWS = (
     Op("all_gather_start", "Begin to collect the shards of all ranks into the whole tensor.", _gathered, "comm", _ring,
        pure=False),
     Op("reduce_scatter_start", "Begin to average over the ranks, each rank keeping its shard.", _scattered, "comm",
-       _ring, scratch_bytes=_received, pure=False),
+       _ring, scratch_bytes=_landing(1), pure=False),
     Op("all_reduce_start", "Begin to average over the ranks, every rank keeping the whole.", _summed, "comm",
-       lambda node, n: 2 * _ring(node, n), pure=False),
+       lambda node, n: 2 * _ring(node, n), scratch_bytes=_landing(0), pure=False),
     Op("broadcast_start", "Begin to copy the first rank's value to every rank.", _broadcast, "comm", _ring, pure=False),
     Op("wait", "Deliver what a start promised.", _waited, views=lambda node: True, pure=False),
     Op("pack", "Lay tensors out as one bucket: chunk r of it is chunk r of each, one after the other.", _packed),

@@ -1,0 +1,298 @@
+"""Collectives on CPUs: gloo's connections, with a schedule of our own on top.
+
+gloo's all-gather copies through a hidden buffer, and its reduce-scatter sends twice what it must. A receiver there asks
+for data with a small message, which queues behind what its own side is sending on that connection: an exchange may
+end up running one direction after the other. So each direction has connections of its own here, receives are posted
+before sends, and everything is sent from and received into the memory where it belongs.
+
+Ranks on several hosts cross between hosts first and share within the host afterwards (the other way round when they
+reduce), so that every byte crosses the slow link once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from zgraph.runtime.torch_private import Store, messenger
+
+CONNECT_TIMEOUT = timedelta(minutes=1)
+WAIT_TIMEOUT = timedelta(minutes=30)
+NUM_POSTED = 2
+_AT_ONCE = timedelta(milliseconds=1)
+_LAST_TAG = 2**31 - 1
+
+Works = list[dist.Work]
+Phases = Generator[Works, None, torch.Tensor]
+"""A collective: it posts a phase, yields what to wait for, goes on when that is over, and returns what it made."""
+
+
+class Transfer:
+    """A collective under way."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.result: torch.Tensor | None = None
+        self.error: BaseException | None = None
+
+    def is_completed(self) -> bool:
+        return self.over.is_set()
+
+    def wait(self) -> None:
+        """Wait until it is over. Raises what went wrong."""
+        self.over.wait()
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Which ranks share a host: row h holds the ranks of host h, each row as many."""
+
+    rows: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Hosts:
+        """The hosts of ranks that run on the hosts of these names; each rank its own where hosts are of unequal size.
+
+        >>> Hosts.of(["a", "a", "b", "b"]).rows
+        ((0, 1), (2, 3))
+        >>> Hosts.of(["a", "a", "b"]).rows
+        ((0,), (1,), (2,))
+        """
+        rows = [tuple(r for r, n in enumerate(names) if n == name) for name in dict.fromkeys(names)]
+        if len({len(row) for row in rows}) > 1:
+            rows = [(rank,) for rank in range(len(names))]
+        return cls(tuple(rows))
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """The number of a rank's host, and its place there."""
+        return next((h, row.index(rank)) for h, row in enumerate(self.rows) if rank in row)
+
+
+def host_name() -> str:
+    """A name that processes share if they run on one host, with one network."""
+    network = os.readlink("/proc/self/ns/net") if os.path.exists("/proc/self/ns/net") else ""
+    return f"{socket.gethostname()} {network}"
+
+
+class Lane:
+    """Runs collectives between ranks, one after the other, in a thread of its own.
+
+    Args:
+        store: where the ranks meet.
+        name: a name that is the same on all ranks and used for no other lane.
+        rank: this rank, among those of the lane.
+        hosts: which ranks share a host.
+
+    Raises:
+        RuntimeError: a peer did not come within a minute.
+    """
+
+    def __init__(self, store: Store, name: str, rank: int, hosts: Hosts) -> None:
+        self.rank, self.hosts = rank, hosts
+        self.num_ranks = sum(len(row) for row in hosts.rows)
+        self.host, self.place = hosts.place(rank)
+        self.mates = hosts.rows[self.host]
+        self.column = tuple(row[self.place] for row in hosts.rows)
+        self._upwards, self._downwards = (
+            messenger(store, f"{name}/{way}", rank, self.num_ranks, CONNECT_TIMEOUT) for way in ("up", "down")
+        )
+        self._counts = itertools.count()
+        self._line = _Line()
+        self._thread = threading.Thread(target=self._line.serve, name=f"zgraph-{name}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, also if it waits for a peer that will not answer. The lane is of no use afterwards."""
+        if not self._thread.is_alive():
+            return
+        self._line.close()
+        self._thread.join(0.1)
+        if self._thread.is_alive():
+            for group in (self._upwards, self._downwards):
+                with suppress(RuntimeError):  # a receive that times out makes gloo close the connections of its group
+                    group.recv([torch.empty(1)], (self.rank + 1) % self.num_ranks, _LAST_TAG).wait(_AT_ONCE)
+            self._thread.join()
+        del self._upwards, self._downwards
+
+    # --- collectives ---------------------------------------------------------------------------------------------
+
+    def all_gather(self, slots: Sequence[torch.Tensor], own: torch.Tensor) -> Transfer:
+        """Fill slot r with what rank r has.
+
+        Args:
+            slots: one dense tensor a rank, as large as `own`.
+            own: what this rank has. It is copied to its slot, and must not change until the transfer is over.
+        """
+        slots[self.rank].copy_(own)
+        return self._line.join(self._gather(slots, next(self._counts)))
+
+    def reduce_scatter(self, chunks: Sequence[torch.Tensor]) -> Transfer:
+        """The mean over the ranks of the chunk that is this rank's: summed in the order of the ranks of each host,
+        then in the order of the hosts. It is the transfer's result.
+
+        Args:
+            chunks: for each rank what this rank adds to its mean. They must not change until the transfer is over.
+        """
+        return self._line.join(self._reduce(chunks, next(self._counts)))
+
+    def all_reduce(self, chunks: Sequence[torch.Tensor]) -> Transfer:
+        """Put the mean over the ranks in the place of `chunks`: one dense tensor a rank, all of one size."""
+        return self._line.join(self._reduce_and_gather(chunks, next(self._counts), next(self._counts)))
+
+    def _gather(self, slots: Sequence[torch.Tensor], count: int) -> Phases:
+        others = [r for r in (*self.column, *self.mates) if r != self.rank]
+        yield self._exchange(count, [(slots[r], r, 0) for r in others], [(slots[self.rank], r, 0) for r in others])
+        mates = [(r, p) for p, r in enumerate(self.mates) if r != self.rank]
+        rows = [row for h, row in enumerate(self.hosts.rows) if h != self.host]
+        if mates and rows:
+            yield self._exchange(
+                count,
+                [(slots[row[p]], r, 1 + h) for r, p in mates for h, row in enumerate(rows)],
+                [(slots[row[self.place]], r, 1 + h) for r, _ in mates for h, row in enumerate(rows)],
+            )
+        return slots[self.rank]
+
+    def _reduce(self, chunks: Sequence[torch.Tensor], count: int) -> Phases:
+        rows = self.hosts.rows
+        sums = [chunks[row[self.place]] for row in rows]
+        if len(self.mates) > 1:
+            parts = [[own if r == self.rank else torch.empty_like(own) for r in self.mates] for own in sums]
+            mates = [(r, p) for p, r in enumerate(self.mates) if r != self.rank]
+            yield self._exchange(
+                count,
+                [(parts[h][p], r, 1 + h) for r, p in mates for h in range(len(rows))],
+                [(chunks[row[p]], r, 1 + h) for r, p in mates for h, row in enumerate(rows)],
+            )
+            sums = [_sum(p, self.place) for p in parts]
+            del parts
+        total = sums[self.host]
+        if len(rows) > 1:
+            across = [total if r == self.rank else torch.empty_like(total) for r in self.column]
+            others = [(h, r) for h, r in enumerate(self.column) if r != self.rank]
+            yield self._exchange(count, [(across[h], r, 0) for h, r in others], [(sums[h], r, 0) for h, r in others])
+            total = _sum(across, self.host)
+        return total.div_(self.num_ranks)
+
+    def _reduce_and_gather(self, chunks: Sequence[torch.Tensor], first: int, second: int) -> Phases:
+        chunks[self.rank].copy_((yield from self._reduce(chunks, first)))
+        return (yield from self._gather(chunks, second))
+
+    # --- messages ------------------------------------------------------------------------------------------------
+
+    def _exchange(
+        self, count: int, receive: list[tuple[torch.Tensor, int, int]], send: list[tuple[torch.Tensor, int, int]]
+    ) -> Works:
+        """Post messages, each a tensor, the peer, and a number that tells messages of one pair in one collective apart.
+
+        Args:
+            count: the number of the collective.
+            receive: where to put what comes.
+            send: what goes.
+        """
+        num_tags = len(self.hosts.rows) + 1
+        first = count % (_LAST_TAG // num_tags) * num_tags
+        works: Works = []
+        for tensor, peer, number in receive:
+            if tensor.numel():
+                group = self._upwards if peer < self.rank else self._downwards
+                works.append(group.recv([tensor], peer, first + number))
+        for tensor, peer, number in send:
+            if tensor.numel():
+                group = self._upwards if self.rank < peer else self._downwards
+                works.append(group.send([tensor], peer, first + number))
+        return works
+
+
+class _Line:
+    """Transfers that are not over, in their order. The first few are posted, so that the wire never idles; the rest are
+    not, so that the memory they receive into is not taken before its time.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._is_closed = False
+
+    def join(self, phases: Phases) -> Transfer:
+        """Stand in line."""
+        job = _Job(phases)
+        with self._changed:
+            self._jobs.append(job)
+            if len(self._jobs) <= NUM_POSTED:
+                job.post()
+            self._changed.notify()
+        return job.transfer
+
+    def close(self) -> None:
+        """No more is served when those in line are."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+
+    def serve(self) -> None:
+        """Finish one after the other until the line is closed."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._is_closed)
+                if not self._jobs:
+                    return
+                job = self._jobs[0]
+            job.finish()
+            with self._changed:
+                del job  # and with it the memory that it holds
+                self._jobs.popleft()
+                if len(self._jobs) >= NUM_POSTED:
+                    self._jobs[NUM_POSTED - 1].post()
+
+
+class _Job:
+    """A transfer and the phases that are left of it."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases, self.transfer = phases, Transfer()
+        self.works: Works = []
+
+    def post(self) -> None:
+        """Post the first phase, or the next."""
+        try:
+            self.works = next(self.phases)
+        except StopIteration as end:
+            self._end(end.value, None)
+        except BaseException as error:  # whoever waits for the transfer raises it
+            self._end(None, error)
+
+    def finish(self) -> None:
+        """Wait for what is posted, and do the rest."""
+        while not self.transfer.is_completed():
+            try:
+                while self.works:  # each holds memory: none may outlive the transfer
+                    self.works.pop().wait(WAIT_TIMEOUT)
+            except BaseException as error:
+                self._end(None, error)
+            else:
+                self.post()
+
+    def _end(self, result: torch.Tensor | None, error: BaseException | None) -> None:
+        self.works.clear()
+        self.transfer.result, self.transfer.error = result, error
+        self.transfer.over.set()
+
+
+def _sum(parts: Sequence[torch.Tensor], own: int) -> torch.Tensor:
+    """The sum of two or more parts in their order. It takes the place of one of them, but not of the part `own`."""
+    total = torch.add(parts[0], parts[1], out=parts[0 if own else 1])
+    for part in parts[2:]:
+        total.add_(part)
+    return total
