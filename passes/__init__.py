@@ -18,9 +18,11 @@ from zgraph.passes.prefetch import Prefetch
 from zgraph.passes.recipes import MIXED, RECIPES
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
+from zgraph.passes.schedule import Schedule
 
 ALL: tuple[type[Pass], ...] = (
-    Canonicalize, Partition, Bucket, Broadcast, AllGather, ReduceScatter, AllReduce, Release, Prefetch, DeadCode,
+    Canonicalize, Partition, Bucket, Broadcast, AllGather, ReduceScatter, AllReduce, Release, Prefetch, Schedule,
+    DeadCode,
 )  # fmt: skip
 
 BY_NAME: Mapping[str, type[Pass]] = {kind.name: kind for kind in ALL}

@@ -6,8 +6,10 @@ import abc
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import ClassVar
 
+from zgraph.cost import CostTable, hardware
 from zgraph.ir import Axis, DType, Graph
 
 
@@ -19,6 +21,14 @@ class Numerics(enum.Enum):
     approximate = "approximate"
 
 
+@cache
+def default_costs() -> CostTable:
+    """Costs where nothing is known: processors, each behind a gigabit link. What is planned for a slow network loses
+    nothing on a fast one.
+    """
+    return CostTable(hardware=hardware("cpu"), per_host=1)
+
+
 @dataclass(frozen=True)
 class Context:
     """What passes may know beside the graph: data, never a clock, a device or the environment.
@@ -27,11 +37,15 @@ class Context:
         mesh: the mesh axes that the model is sharded over; empty for one rank.
         reduce_dtype: the dtype in which gradients are summed over ranks; None keeps the gradient's own.
         hints: a number for each symbolic size, as seen at capture.
+        costs: what ops and collectives take on the hardware at hand.
+        step_bytes: bytes that a step may have alive on one rank above what lies at rest; None sets no limit.
     """
 
     mesh: tuple[Axis, ...] = ()
     reduce_dtype: DType | None = None
     hints: Mapping[str, int] = field(default_factory=dict)
+    costs: CostTable = field(default_factory=default_costs)
+    step_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,18 @@ class VerifyError(ZgraphError):
     """A graph breaks a rule of the IR. The message names the rule, the op, its source and the pass that made it."""
 
 
+class HardwareError(ZgraphError):
+    """There is no such hardware profile, or it does not fit what is asked of it."""
+
+
+class BudgetError(ZgraphError):
+    """A plan does not fit the memory budget. The message says which is the smallest that it fits."""
+
+
+class SimulationError(ZgraphError):
+    """A plan that would deadlock, or whose lanes touch a buffer in no order. The message names the instructions."""
+
+
 class InterpretError(ZgraphError):
     """The reference interpreter was given inputs that do not fit the graph."""
 

@@ -1,6 +1,15 @@
-"""What a plan costs: bytes over the step, bytes on the wire. No torch here."""
+"""What a plan costs: bytes over the step, bytes on the wire, time on given hardware. No torch here."""
 
+from zgraph.cost.hardware import Device, Hardware, Link, hardware, known
 from zgraph.cost.memory import MemoryCurve, Moment, simulate_memory
+from zgraph.cost.network import Network, Quote
+from zgraph.cost.simulator import Span, Stall, Timeline, simulate
+from zgraph.cost.table import CostTable, Line, load_table, save_table, signature
 from zgraph.cost.wire import Traffic, traffic
+from zgraph.cost.work import Work, work
 
-__all__ = ["MemoryCurve", "Moment", "Traffic", "simulate_memory", "traffic"]
+__all__ = [
+    "CostTable", "Device", "Hardware", "Line", "Link", "MemoryCurve", "Moment", "Network", "Quote", "Span", "Stall",
+    "Timeline", "Traffic", "Work", "hardware", "known", "load_table", "save_table", "signature", "simulate",
+    "simulate_memory", "traffic", "work",
+]  # fmt: skip

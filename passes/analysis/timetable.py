@@ -1,0 +1,293 @@
+"""When to start each transfer, exactly: the longest path for a fixed order, and a search over orders on top of it.
+
+Computing runs its ops in a fixed order. One lane carries transfers in an order of its own. A transfer may start after a
+given op, and an op may wait for it. While a transfer holds memory that is not needed yet, there must be room for it.
+
+For fixed orders, starting every transfer as soon as there is room is optimal. What it holds ends at a fixed op, and
+later transfers start later anyhow, so that starting it early takes no room from them: each may be placed at its
+earliest in turn, and no placement is faster.
+
+Of all fastest placements the latest is taken: it holds memory for the least time. What starts late for no reason but
+the clock starts `slack` of its own duration early, because clocks are wrong.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+MAX_WORK = 400_000
+"""Ops and transfers that a search walks over in all: large problems are searched less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One collective.
+
+    Args:
+        us: what it takes on the lane.
+        first: it may start before the op of this number, not earlier.
+        due: the op of this number waits for it; the number of ops if only the end of the step does.
+        num_bytes: what it holds from its start until op `until` begins, beyond what that op needs anyhow.
+        until: as above; at most `due` for a gather, whose memory counts among the op's own from then on.
+    """
+
+    us: float
+    first: int
+    due: int
+    num_bytes: int = 0
+    until: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A step to schedule.
+
+    Args:
+        compute_us: what each op takes, in order.
+        room: bytes that may be held beside each op.
+        transfers: all of them, in no particular order.
+    """
+
+    compute_us: tuple[float, ...]
+    room: tuple[int, ...]
+    transfers: tuple[Transfer, ...]
+
+    @property
+    def num_ops(self) -> int:
+        return len(self.compute_us)
+
+    @property
+    def lower_bound_us(self) -> float:
+        """The largest of: all computing, all transfers, and the critical path if memory and the lane were free."""
+        begins = list(accumulate(self.compute_us, initial=0.0))
+        ends = begins[-1]
+        tails = [begins[t.first] + t.us + begins[-1] - begins[t.due] for t in self.transfers]
+        return max([ends, sum(t.us for t in self.transfers), *tails])
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """A placement of every transfer.
+
+    Args:
+        order: the transfers' numbers in the order of the lane.
+        starts: for each transfer (by its number) the op before which it is started.
+        begins_us: when the lane begins it.
+        ops_us: when each op begins; the last entry is when the last one ends.
+        makespan_us: when all is over.
+        stalls: op, the transfer that it waits for, and for how long.
+    """
+
+    order: tuple[int, ...]
+    starts: tuple[int, ...]
+    begins_us: tuple[float, ...]
+    ops_us: tuple[float, ...]
+    makespan_us: float
+    stalls: tuple[tuple[int, int, float], ...]
+
+
+def evaluate(problem: Problem, order: Sequence[int]) -> Timetable | None:
+    """The fastest timetable with this order of the lane; None if no placement has room."""
+    starts = earliest_starts(problem, order)
+    return None if starts is None else run(problem, order, starts)
+
+
+def earliest_starts(problem: Problem, order: Sequence[int]) -> tuple[int, ...] | None:
+    """For each transfer the earliest op before which it may start; None if no placement has room."""
+    room = _Room(problem.room)
+    starts = [0] * len(order)
+    earliest = 0
+    for number in order:
+        transfer = problem.transfers[number]
+        earliest = max(earliest, transfer.first)
+        if transfer.num_bytes and transfer.until > earliest:
+            earliest = max(earliest, room.last_below(transfer.num_bytes, transfer.until) + 1)
+        if earliest > transfer.due:
+            return None
+        if transfer.num_bytes and transfer.until > earliest:
+            room.take(transfer.num_bytes, earliest, transfer.until)
+        starts[number] = earliest
+    return tuple(starts)
+
+
+def run(problem: Problem, order: Sequence[int], starts: Sequence[int]) -> Timetable:
+    """The clock: ops and transfers one after the other, each when what it needs is there."""
+    num_ops = problem.num_ops
+    waits: list[list[int]] = [[] for _ in range(num_ops + 1)]
+    for number, transfer in enumerate(problem.transfers):
+        waits[transfer.due].append(number)
+    begins, ends = [0.0] * len(order), [0.0] * len(order)
+    ops: list[float] = []
+    stalls: list[tuple[int, int, float]] = []
+    now = lane_free = 0.0
+    upcoming = 0
+    for op in range(num_ops + 1):
+        while upcoming < len(order) and starts[order[upcoming]] <= op:
+            number = order[upcoming]
+            begins[number] = max(now, lane_free)
+            ends[number] = lane_free = begins[number] + problem.transfers[number].us
+            upcoming += 1
+        last = max(waits[op], key=lambda n: ends[n], default=None)
+        if last is not None and ends[last] > now:
+            stalls.append((op, last, ends[last] - now))
+            now = ends[last]
+        ops.append(now)
+        if op < num_ops:
+            now += problem.compute_us[op]
+    return Timetable(tuple(order), tuple(starts), tuple(begins), tuple(ops), now, tuple(stalls))
+
+
+def delayed(problem: Problem, found: Timetable, slack: float = 0.0) -> Timetable:
+    """The same timetable with every start as late as the clock allows: as fast, with the least memory held."""
+    latest = [0.0] * len(found.order)
+    limit = float("inf")
+    for number in reversed(found.order):
+        transfer = problem.transfers[number]
+        limit = min(limit, found.ops_us[transfer.due]) - transfer.us
+        limit = latest[number] = max(limit, found.begins_us[number])
+    starts = list(found.starts)
+    ceiling = problem.num_ops
+    for number in reversed(found.order):
+        transfer = problem.transfers[number]
+        at_us = latest[number] - slack * transfer.us
+        op = max(bisect_right(found.ops_us, at_us) - 1, found.starts[number])
+        ceiling = starts[number] = min(op, transfer.due, ceiling)
+    return run(problem, found.order, starts)
+
+
+def first_use_order(problem: Problem) -> tuple[int, ...]:
+    """Transfers in the order in which they are needed; those that nothing waits for, when they can first start."""
+    num_ops, transfers = problem.num_ops, problem.transfers
+    return tuple(sorted(range(len(transfers)), key=lambda n: _position(transfers[n], num_ops)))
+
+
+def _position(transfer: Transfer, num_ops: int) -> tuple[int, int]:
+    return (transfer.first, 1) if transfer.due == num_ops else (transfer.due, 0)
+
+
+def latest_first_order(problem: Problem) -> tuple[int, ...]:
+    """Whenever the lane is free: what must go now to be in time, else what can go without being waited for.
+
+    Gathers that have time let reductions pass, which frees memory and leaves less for the end of the step.
+    """
+    transfers = problem.transfers
+    clock = list(accumulate(problem.compute_us, initial=0.0))
+    needed = [n for n in first_use_order(problem) if transfers[n].due < problem.num_ops]
+    free = [n for n in first_use_order(problem) if transfers[n].due == problem.num_ops]
+    latest: dict[int, float] = {}
+    limit = float("inf")
+    for number in reversed(needed):
+        limit = latest[number] = min(limit, clock[transfers[number].due]) - transfers[number].us
+    order: list[int] = []
+    now, i, j = 0.0, 0, 0
+    while i < len(needed) or j < len(free):
+        if j < len(free):
+            candidate = free[j]
+            begin = max(now, clock[transfers[candidate].first])
+            if i == len(needed) or (
+                begin + transfers[candidate].us <= latest[needed[i]] or clock[transfers[needed[i]].first] > begin
+            ):
+                order.append(candidate)
+                now, j = begin + transfers[candidate].us, j + 1
+                continue
+        number = needed[i]
+        order.append(number)
+        now, i = max(now, clock[transfers[number].first]) + transfers[number].us, i + 1
+    return tuple(order)
+
+
+def search(problem: Problem, effort: int = 200) -> Timetable | None:
+    """The best timetable found: first-use order, latest-first order, and swaps around what computing waits for.
+
+    Never slower than first-use order. `effort` bounds how many orders are tried beyond those two.
+    """
+    tried = [
+        evaluate(problem, order) for order in dict.fromkeys((first_use_order(problem), latest_first_order(problem)))
+    ]
+    found = [t for t in tried if t is not None]
+    if not found:
+        return None
+    best = min(found, key=lambda t: t.makespan_us)
+    bound = problem.lower_bound_us
+    effort = min(effort, MAX_WORK // (1 + problem.num_ops + len(problem.transfers)))
+    improved = True
+    while improved and effort > 0 and best.makespan_us > bound * (1 + 1e-9):
+        improved = False
+        for order in _neighbours(best):
+            effort -= 1
+            candidate = evaluate(problem, order)
+            if candidate is not None and candidate.makespan_us < best.makespan_us - 1e-9:
+                best, improved = candidate, True
+                break
+            if effort <= 0:
+                break
+    return best
+
+
+def _neighbours(timetable: Timetable) -> Iterator[tuple[int, ...]]:
+    """Orders in which a transfer that something waits for goes before one of those that went before it, longest wait
+    first."""
+    place = {number: at for at, number in enumerate(timetable.order)}
+    for _, number, _ in sorted(timetable.stalls, key=lambda s: -s[2]):
+        at = place[number]
+        for to in range(at - 1, max(at - 9, -1), -1):
+            order = list(timetable.order)
+            order.insert(to, order.pop(at))
+            yield tuple(order)
+    for at in range(len(timetable.order) - 1):
+        order = list(timetable.order)
+        order[at], order[at + 1] = order[at + 1], order[at]
+        yield tuple(order)
+
+
+class _Room:
+    """Bytes left beside each op, with the two questions that placing asks, each in logarithmic time.
+
+    A segment tree of minima with lazy subtraction.
+    """
+
+    def __init__(self, room: Sequence[int]) -> None:
+        self.size = 1 << max(len(room) - 1, 0).bit_length()
+        self.low = [0] * self.size + [*room] + [2**62] * (self.size - len(room))
+        for node in range(self.size - 1, 0, -1):
+            self.low[node] = min(self.low[2 * node], self.low[2 * node + 1])
+        self.taken = [0] * (2 * self.size)
+
+    def take(self, num_bytes: int, begin: int, end: int) -> None:
+        """Take bytes beside the ops from `begin` to before `end`."""
+        left, right = begin + self.size, end + self.size
+        first, last = left, right - 1
+        while left < right:
+            if left & 1:
+                self._lower(left, num_bytes)
+                left += 1
+            if right & 1:
+                right -= 1
+                self._lower(right, num_bytes)
+            left, right = left >> 1, right >> 1
+        for leaf in (first, last):
+            node = leaf >> 1
+            while node:
+                self.low[node] = min(self.low[2 * node], self.low[2 * node + 1]) - self.taken[node]
+                node >>= 1
+
+    def _lower(self, node: int, num_bytes: int) -> None:
+        self.low[node] -= num_bytes
+        if node < self.size:
+            self.taken[node] += num_bytes
+
+    def last_below(self, num_bytes: int, end: int) -> int:
+        """The last op before `end` that has less room than `num_bytes`; -1 if none has."""
+        return self._last_below(1, 0, self.size, num_bytes, end)
+
+    def _last_below(self, node: int, begin: int, stop: int, num_bytes: int, end: int) -> int:
+        if begin >= end or self.low[node] >= num_bytes:
+            return -1
+        if node >= self.size:
+            return begin
+        middle, needed = (begin + stop) // 2, num_bytes + self.taken[node]
+        found = self._last_below(2 * node + 1, middle, stop, needed, end)
+        return found if found >= 0 else self._last_below(2 * node, begin, middle, needed, end)

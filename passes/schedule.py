@@ -1,0 +1,224 @@
+"""Place starts and waits so that communication hides behind computing, within the memory there is.
+
+    fwd %a_start = all_gather_start(%a)            fwd %a_start = all_gather_start(%a)
+    fwd %a_full = wait(%a_start)                   fwd %b_start = all_gather_start(%b)
+    fwd %y = aten.mm.default(%x, %a_full)    ->    fwd %a_full = wait(%a_start)
+    fwd %b_start = all_gather_start(%b)            fwd %y = aten.mm.default(%x, %a_full)
+    fwd %b_full = wait(%b_start)                   fwd %b_full = wait(%b_start)
+
+The costs of ops and collectives come with the context. For a given order of the collectives the placement is exact
+(`analysis/timetable.py`), and a search tries other orders.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from zgraph.cost import simulate_memory
+from zgraph.errors import BudgetError
+from zgraph.ir import OPS, Graph, Node, Phase
+from zgraph.ir.ops import is_copied, padded_bytes
+from zgraph.passes.analysis.order import dependencies, reorder
+from zgraph.passes.analysis.timetable import Problem, Timetable, Transfer, delayed, run, search
+from zgraph.passes.base import Context, Pass
+from zgraph.passes.planning import make_plan
+
+
+@dataclass(frozen=True)
+class Schedule(Pass):
+    """Place starts and waits so that communication hides behind computing, within the memory there is.
+
+    Without a memory budget, collectives may hold what the step's peak leaves free at other times, and `num_ahead` of
+    the largest of them on top of the peak.
+
+    Args:
+        num_ahead: as above.
+        slack: a collective starts this many of its own durations before the clock says it must, and a reduction is
+            waited for as many after the clock says that it is over. Clocks are wrong.
+        effort: how many orders of the collectives are tried beyond the two plain ones.
+    """
+
+    num_ahead: int = 2
+    slack: float = 4.0
+    effort: int = 200
+
+    name: ClassVar[str] = "schedule"
+    requires: ClassVar[frozenset[str]] = frozenset({"lowered"})
+
+    def __post_init__(self) -> None:
+        if self.num_ahead < 0 or self.slack < 0 or self.effort < 0:
+            raise ValueError("num_ahead, slack and effort must be 0 or more")
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        step = Step(graph, context)
+        if not step.collectives:
+            return graph
+        problem = step.problem(self.num_ahead)
+        found = search(problem, self.effort)
+        assert found is not None, "without waits before the end there is always room"
+        found, waits = step.waits(problem, delayed(problem, found, self.slack), self.slack)
+        return step.placed(found, waits)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A start with the nodes that only prepare it and those that only take its result apart, as positions."""
+
+    start: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    is_gather: bool
+
+
+class Step:
+    """A lowered graph as a scheduling problem: ops of the compute lane in their order, and collectives between them."""
+
+    def __init__(self, graph: Graph, context: Context) -> None:
+        self.graph, self.context = graph, context
+        self.collectives = _collectives(graph)
+        moving = {p for c in self.collectives for p in (c.start, *c.before, *c.after)}
+        self.ops = [p for p in range(len(graph.nodes)) if p not in moving]
+        self.op_at = {p: i for i, p in enumerate(self.ops)}
+        self.phase_end = {phase: sum(graph.nodes[p].phase.rank <= phase.rank for p in self.ops) for phase in Phase}
+        self.transfers = [self._transfer(c, needs) for c, needs in zip(self.collectives, self._needs(), strict=True)]
+
+    def problem(self, num_ahead: int) -> Problem:
+        """The problem, with the room that the budget leaves."""
+        hints, costs = self.context.hints, self.context.costs
+        us = [costs.node_us(self.graph, self.graph.nodes[p], hints) for p in self.ops]
+        for collective, transfer in zip(self.collectives, self.transfers, strict=True):
+            at = min(transfer.due if collective.is_gather else transfer.first, len(us) - 1)
+            extra = (*collective.before, *collective.after)
+            us[at] += sum(costs.node_us(self.graph, self.graph.nodes[p], hints) for p in extra)
+        return Problem(tuple(us), self._room(num_ahead), tuple(self.transfers))
+
+    def _room(self, num_ahead: int) -> tuple[int, ...]:
+        curve = simulate_memory(make_plan(self.canonical()), self.context.hints)
+        held = {(m.phase, m.node): m.total_bytes for m in curve.moments}
+        used: list[int] = []
+        for position in self.ops:
+            node = self.graph.nodes[position]
+            used.append(held.get((node.phase.value, node.name), used[-1] if used else 0))
+        if self.context.step_bytes is None:
+            largest = sorted((t.num_bytes for t in self.transfers), reverse=True)[:num_ahead]
+            limit = max(used, default=0) + sum(largest)
+        else:
+            limit = self.context.step_bytes
+            if (peak := curve.peak.total_bytes) > limit:
+                missing = peak - limit
+                raise BudgetError(
+                    f"the memory budget leaves {limit:,} bytes for a step, which needs {peak:,} at %{curve.peak.node}: "
+                    f"the smallest budget that holds it is {missing:,} bytes more; or shard over more ranks, take a "
+                    "smaller batch, or a higher stage"
+                )
+        return tuple(max(limit - u, 0) for u in used)
+
+    def canonical(self) -> Graph:
+        """Every gather where it is used, and every reduction waited for at once."""
+        problem = Problem((0.0,) * len(self.ops), (0,) * len(self.ops), tuple(self.transfers))
+        starts = [t.due if c.is_gather else t.first for c, t in zip(self.collectives, self.transfers, strict=True)]
+        order = sorted(range(len(starts)), key=lambda n: (starts[n], self.collectives[n].start))
+        waits = {n: starts[n] for n, c in enumerate(self.collectives) if not c.is_gather}
+        return self.placed(run(problem, order, starts), waits)
+
+    def waits(self, problem: Problem, found: Timetable, slack: float) -> tuple[Timetable, dict[int, int]]:
+        """For each reduction the op before which it is waited for: when it is over, or earlier if its memory is needed.
+
+        A wait that comes before the reduction is over holds up computing: the timetable is made anew with it.
+        """
+        waits: dict[int, int] = {}
+        held = [0] * (problem.num_ops + 1)
+        for number, transfer in enumerate(problem.transfers):
+            until = transfer.due
+            if not self.collectives[number].is_gather:
+                over_us = found.begins_us[number] + (1 + slack) * transfer.us
+                until = waits[number] = max(min(bisect_left(found.ops_us, over_us), until), found.starts[number])
+            held[found.starts[number]] += transfer.num_bytes
+            held[until] -= transfer.num_bytes
+        first_out = sorted(waits, key=lambda n: (waits[n], n))
+        used, is_forced = 0, False
+        for op in range(problem.num_ops):
+            used += held[op]
+            for number in first_out:
+                if used <= problem.room[op]:
+                    break
+                if found.starts[number] < op < waits[number]:
+                    num_bytes = problem.transfers[number].num_bytes
+                    held[waits[number]] += num_bytes
+                    used -= num_bytes
+                    waits[number], is_forced = op, True
+        if is_forced:
+            sooner = tuple(replace(t, due=min(t.due, waits.get(n, t.due))) for n, t in enumerate(problem.transfers))
+            found = run(replace(problem, transfers=sooner), found.order, found.starts)
+        return found, waits
+
+    def placed(self, timetable: Timetable, waits: dict[int, int]) -> Graph:
+        """The graph with every start and wait where the timetable has it.
+
+        Args:
+            timetable: for each collective the op before which it starts.
+            waits: for reductions, the op before which they are waited for.
+        """
+        priority: dict[int, float] = {p: float(i) for i, p in enumerate(self.ops)}
+        step = 0.4 / (1 + len(self.collectives))
+        for rank, number in enumerate(timetable.order):
+            collective = self.collectives[number]
+            at = timetable.starts[number] - 0.9 + rank * step
+            priority.update(dict.fromkeys((*collective.before, collective.start), at))
+            until = self.transfers[number].due - 0.4 if collective.is_gather else waits[number] - 0.45 + rank * step / 9
+            priority.update(dict.fromkeys(collective.after, max(at, until)))
+        return reorder(self.graph, lambda position, _: priority[position])
+
+    def _needs(self) -> list[int]:
+        """For each collective, the number of the first op that it may start before."""
+        before = dependencies(self.graph)
+        first: dict[int, int] = {}
+        for position in range(len(self.graph.nodes)):
+            found = 0
+            for other in before[position]:
+                found = max(found, self.op_at[other] + 1 if other in self.op_at else first.get(other, 0))
+            first[position] = found
+        return [first[c.start] for c in self.collectives]
+
+    def _transfer(self, collective: Collective, first: int) -> Transfer:
+        graph, node = self.graph, self.graph.nodes[collective.start]
+        begin = self.phase_end[Phase.forward] if node.phase is not Phase.forward else 0
+        first, end = max(first, begin), self.phase_end[node.phase]
+        whole = padded_bytes(node.operands[0].tensor, graph.num_ranks)
+        us = self.context.costs.transfer_us(graph, node)
+        if not collective.is_gather:
+            kept = whole * (2 if is_copied(node, graph.num_ranks) else 1) if node.op == "reduce_scatter_start" else 0
+            return Transfer(us, first, end, kept, first)
+        results = [r for p in collective.after for r in graph.nodes[p].results]
+        users = [self.op_at[u] for r in results for u in graph.users.get(r.name, ()) if u in self.op_at]
+        due = min(users, default=end)
+        return Transfer(us, min(first, due), due, whole, due)
+
+
+def _collectives(graph: Graph) -> list[Collective]:
+    position_of = {r.name: p for p, n in enumerate(graph.nodes) for r in n.results}
+    found = []
+    for position, node in enumerate(graph.nodes):
+        if node.op not in OPS or OPS[node.op].lane != "comm":
+            continue
+        before: list[int] = []
+        todo: list[Node] = [node]
+        while todo:
+            for value in todo.pop().operands:
+                maker = graph.producers.get(value.name)
+                if maker is not None and maker.op in ("cast", "pack") and len(graph.users[maker.results[0].name]) == 1:
+                    before.append(position_of[value.name])
+                    todo.append(maker)
+        after: list[int] = []
+        todo = [node]
+        while todo:
+            for result in todo.pop().results:
+                for user in graph.users.get(result.name, ()):
+                    follower = graph.nodes[user]
+                    if follower.op in ("wait", "unpack") or (follower.op == "cast" and node.op != "all_gather_start"):
+                        after.append(user)
+                        todo.append(follower)
+        found.append(Collective(position, tuple(before), tuple(after), node.op == "all_gather_start"))
+    return found

@@ -1,0 +1,167 @@
+"""Hardware profiles: what a device computes, remembers and sends. They are files that a user can read and write.
+
+A name says how many hosts of how many devices: `8x8-h100` is 8 hosts of 8 H100s, `h100` one host as the file has it.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from zgraph.errors import HardwareError
+
+FOLDER = Path(__file__).parent / "profiles"
+THIS_MACHINE = "this-machine"
+_NAME = re.compile(r"(?:(?P<hosts>\d+)x(?P<devices>\d+)-)?(?P<name>[a-z0-9][a-z0-9.-]*)")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Link(_Frozen):
+    """A way between devices, seen from one of them, in one direction."""
+
+    bytes_per_s: float = Field(gt=0, description="what large messages reach, not the label on the cable")
+    latency_us: float = Field(ge=0, description="one message of no size, software included")
+
+
+class Device(_Frozen):
+    """One accelerator, or the cores that one rank has."""
+
+    memory_bytes: int = Field(gt=0)
+    memory_bytes_per_s: float = Field(gt=0, description="what a large copy reaches, reads and writes counted")
+    peak_flops: Mapping[str, float] = Field(description="the data sheet's dense matmul rate by dtype")
+    matmul_flops: Mapping[str, float] = Field(description="the best rate that matmuls were measured at, by dtype")
+    matmul_half_flop: float = Field(ge=0, description="a matmul of this many FLOP reaches half of that rate")
+    launch_us: float = Field(ge=0, description="what the smallest op takes")
+
+    def rate(self, dtype: str) -> float:
+        """The matmul rate of a dtype; that of fp32 where the profile has none."""
+        return self.matmul_flops.get(dtype) or self.matmul_flops["f32"]
+
+
+class Hardware(_Frozen):
+    """A cluster: hosts of equal devices, links within a host and between hosts.
+
+    `between` is each device's share of its host's network. `host_link` is the way to the host's memory.
+    `overlap_slowdown` is how much longer computing takes while a transfer is under way: on GPUs the collectives take
+    multiprocessors and memory bandwidth, on CPUs they take the cores.
+    """
+
+    name: str
+    source: str = ""
+    device: Device
+    devices_per_host: int = Field(8, gt=0)
+    num_hosts: int = Field(1, gt=0)
+    within: Link
+    between: Link
+    host_link: Link
+    overlap_slowdown: float = Field(1.0, ge=1.0)
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_hosts * self.devices_per_host
+
+    def shaped(self, num_hosts: int, devices_per_host: int) -> Hardware:
+        """The same devices and links in another number."""
+        return self.model_copy(update={"num_hosts": num_hosts, "devices_per_host": devices_per_host})
+
+    def spread(self, num_ranks: int) -> tuple[int, int]:
+        """How many hosts, and ranks on each, `num_ranks` take: full hosts first.
+
+        Raises:
+            HardwareError: they do not fill hosts evenly.
+        """
+        each = min(num_ranks, self.devices_per_host)
+        if num_ranks % each:
+            raise HardwareError(
+                f"{num_ranks} ranks do not fill hosts of {self.devices_per_host} devices; take a multiple of "
+                f"{self.devices_per_host}, or say how they lie: 'HOSTSxDEVICES-{self.name}'"
+            )
+        return num_ranks // each, each
+
+
+def known() -> tuple[str, ...]:
+    """The names of the built-in profiles."""
+    return tuple(sorted(p.stem for p in FOLDER.glob("*.toml")))
+
+
+def hardware(name: str) -> Hardware:
+    """The profile of a name like `h100` or `16x8-a100-80`, or of a file.
+
+    Raises:
+        HardwareError: there is no such profile, or the file is none.
+    """
+    if name.endswith(".toml"):
+        return load(Path(name))
+    match = _NAME.fullmatch(name)
+    stem = match["name"] if match else name
+    path = this_machine_path() if stem == THIS_MACHINE else FOLDER / f"{stem}.toml"
+    if match is None or not path.exists():
+        raise HardwareError(_unknown(name, stem))
+    found = load(path)
+    if match["hosts"] is None:
+        return found
+    num_hosts, devices = int(match["hosts"]), int(match["devices"])
+    if not num_hosts or not devices:
+        raise HardwareError(f"{name!r} has no devices; write HOSTSxDEVICES-NAME, as in 2x8-h100")
+    return found.shaped(num_hosts, devices)
+
+
+def load(path: Path) -> Hardware:
+    """Read a profile.
+
+    Raises:
+        HardwareError: the file is missing or no profile; every problem is named.
+    """
+    try:
+        return Hardware.model_validate(tomllib.loads(path.read_text()))
+    except OSError as error:
+        raise HardwareError(f"cannot read the hardware profile {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise HardwareError(f"{path} is no TOML: {error}") from None
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise HardwareError(f"{path} is no hardware profile: {problems}") from None
+
+
+def save(profile: Hardware, path: Path) -> None:
+    """Write a profile that `load` reads back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(_lines(profile.model_dump(), "")) + "\n")
+
+
+def this_machine_path() -> Path:
+    """Where the profile of this machine lies once it has been measured."""
+    return Path.home() / ".cache" / "zgraph" / f"{THIS_MACHINE}.toml"
+
+
+def _lines(fields: Mapping[str, object], table: str) -> Iterator[str]:
+    """TOML: plain fields first, then the tables."""
+    if table:
+        yield f"\n[{table}]"
+    for key, value in fields.items():
+        if isinstance(value, str):
+            yield f'{key} = "{value}"'
+        elif not isinstance(value, Mapping):
+            yield f"{key} = {value!r}"
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _lines(value, f"{table}.{key}" if table else key)
+
+
+def _unknown(name: str, stem: str) -> str:
+    if stem == THIS_MACHINE:
+        return f"this machine has not been measured; call zgraph.profile_machine() first ({this_machine_path()})"
+    near = get_close_matches(stem, known(), 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return (
+        f"no hardware is called {name!r}; {hint}the profiles are {', '.join(known())} and {THIS_MACHINE}, alone or as "
+        "HOSTSxDEVICES-NAME (16x8-a100-80); or give the path of a .toml file"
+    )

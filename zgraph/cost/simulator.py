@@ -1,0 +1,162 @@
+"""One step of a plan on a clock: which lane runs what when, and what computing waits for.
+
+Two lanes, as on the hardware. The compute lane runs the plan's instructions in order. A start hands its collective to
+the communication lane, which runs them in the order in which they were started. A wait holds the compute lane until
+its collective is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from zgraph.cost.memory import MemoryCurve, simulate_memory
+from zgraph.cost.table import CostTable
+from zgraph.errors import SimulationError
+from zgraph.ir import OPS, Graph, Instruction, Node, Plan
+from zgraph.ir.graph import values_in
+from zgraph.ir.ops import views
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that runs on a lane from `start_us` to `end_us`."""
+
+    lane: str
+    node: str
+    op: str
+    phase: str
+    start_us: float
+    end_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """Computing waits at `node` for the collective `start`."""
+
+    node: str
+    start: str
+    phase: str
+    start_us: float
+    us: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One step of a plan.
+
+    `step_us` ends with the backward: the optimizer is not in the plan. `memory` has a moment for each instruction.
+    """
+
+    spans: tuple[Span, ...]
+    stalls: tuple[Stall, ...]
+    step_us: float
+    memory: MemoryCurve
+    busy_us: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def exposed_us(self) -> float:
+        """Time that computing waits for communication."""
+        return sum(s.us for s in self.stalls)
+
+    @property
+    def lower_bound_us(self) -> float:
+        """No order can be faster than all computing, or all communication."""
+        return max(self.busy_us.values(), default=0.0)
+
+
+def simulate(plan: Plan, costs: CostTable, hints: Mapping[str, int]) -> Timeline:
+    """Run one training step (or one forward, where there is no backward) on the clock.
+
+    Raises:
+        SimulationError: the plan would deadlock, or touches a buffer that a collective is using.
+    """
+    clock = _Clock(plan.graph, costs, hints)
+    clock.run(plan.forward.instructions)
+    if plan.backward is not None:
+        clock.run((plan.lean[0] if plan.lean else plan.backward).instructions)
+    clock.end()
+    busy: dict[str, float] = {"compute": 0.0, "comm": 0.0}
+    for span in clock.spans:
+        busy[span.lane] += span.end_us - span.start_us
+    memory = simulate_memory(plan, hints)
+    return Timeline(tuple(clock.spans), tuple(clock.stalls), clock.now, memory, busy)
+
+
+class _Clock:
+    def __init__(self, graph: Graph, costs: CostTable, hints: Mapping[str, int]) -> None:
+        self.graph, self.costs, self.hints = graph, costs, hints
+        self.now = self.lane_free = 0.0
+        self.spans: list[Span] = []
+        self.stalls: list[Stall] = []
+        self.over_at: dict[str, float] = {}
+        self.roots: dict[str, frozenset[str]] = {}
+        self.sending: dict[str, str] = {}
+        self.slowdown = costs.hardware.overlap_slowdown
+
+    def run(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
+            node = instruction.node
+            shared = frozenset(r for name in views(self.graph, node) for r in self.root(name))
+            for result in node.results:
+                self.roots[result.name] = shared or frozenset((result.name,))
+            if instruction.lane == "comm":
+                self.start(node)
+            elif node.op == "wait":
+                self.wait(node)
+            else:
+                self.compute(node)
+
+    def start(self, node: Node) -> None:
+        us = self.costs.transfer_us(self.graph, node)
+        begin = max(self.now, self.lane_free)
+        self.lane_free = begin + us
+        self.over_at[node.results[0].name] = self.lane_free
+        self.spans.append(Span("comm", node.name, node.op, node.phase.value, begin, self.lane_free))
+        for root in self.root(node.operands[0].name):
+            self.sending[root] = node.name
+
+    def wait(self, node: Node) -> None:
+        future = node.operands[0].name
+        over_at = self.over_at.pop(future, None)
+        if over_at is None:
+            raise SimulationError(
+                f"deadlock: {node.name} ({node.phase.value}) waits for {future}, which no earlier instruction starts"
+            )
+        if over_at > self.now:
+            self.stalls.append(Stall(node.name, future, node.phase.value, self.now, over_at - self.now))
+            self.now = over_at
+        self.sending = {root: start for root, start in self.sending.items() if start != future}
+
+    def compute(self, node: Node) -> None:
+        self.check(node)
+        us = self.costs.node_us(self.graph, node, self.hints)
+        if not us:
+            return
+        overlapped = min(max(self.lane_free - self.now, 0.0) / self.slowdown, us)
+        end = self.now + us + overlapped * (self.slowdown - 1)
+        self.spans.append(Span("compute", node.name, node.op, node.phase.value, self.now, end))
+        self.now = end
+
+    def check(self, node: Node) -> None:
+        """Nothing may write to, or free, what a collective is sending."""
+        if not self.sending:
+            return
+        if node.op in OPS:
+            touched = node.operands if OPS[node.op].consumes else ()
+        else:
+            touched = tuple(values_in(tuple(node.args[i] for i in self.graph.foreign[node.op].writes)))
+        for value in touched:
+            for root in self.root(value.name):
+                if root in self.sending:
+                    raise SimulationError(
+                        f"unordered access: {node.name} ({node.op}) writes %{value.name} while {self.sending[root]} "
+                        "may still be sending it; put its wait before"
+                    )
+
+    def end(self) -> None:
+        if self.over_at:
+            raise SimulationError(f"nothing waits for {', '.join(sorted(self.over_at))}: the step would never end")
+
+    def root(self, name: str) -> frozenset[str]:
+        return self.roots.get(name) or frozenset((name,))

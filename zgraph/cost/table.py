@@ -1,0 +1,115 @@
+"""What each node of a graph takes: measured where it was measured, a roofline and alpha-beta models elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from zgraph.cost.hardware import Hardware
+from zgraph.cost.network import Network
+from zgraph.cost.work import work
+from zgraph.errors import HardwareError
+from zgraph.ir import OPS, Graph, Node, TensorType, Type
+from zgraph.ir.ops import padded_bytes
+from zgraph.ir.symbols import evaluate
+
+_COLLECTIVES = {
+    "all_gather_start": "all_gather",
+    "reduce_scatter_start": "reduce_scatter",
+    "all_reduce_start": "all_reduce",
+    "broadcast_start": "broadcast",
+}
+
+
+class Line(BaseModel):
+    """A collective's time as a straight line in its bytes, fitted to what was measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    latency_us: float = Field(ge=0)
+    bytes_per_s: float = Field(gt=0, description="bytes that one rank sends")
+
+
+class CostTable(BaseModel):
+    """Costs of one kind of hardware, with measurements on top.
+
+    Args:
+        hardware: the profile that answers for whatever was not measured.
+        per_host: ranks that share a host; 0 takes full hosts.
+        ops: microseconds by `signature`.
+        transfers: lines by collective (all_gather, ...).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    hardware: Hardware
+    per_host: int = 0
+    ops: Mapping[str, float] = {}
+    transfers: Mapping[str, Line] = {}
+
+    def node_us(self, graph: Graph, node: Node, hints: Mapping[str, int]) -> float:
+        """What a node of the compute lane takes, in microseconds."""
+        measured = self.ops.get(signature(node, hints)) if self.ops else None
+        return measured if measured is not None else self.roofline_us(graph, node, hints)
+
+    def roofline_us(self, graph: Graph, node: Node, hints: Mapping[str, int]) -> float:
+        """The larger of computing and moving memory (Williams, Waterman, Patterson: "Roofline", 2009).
+
+        The matmul rate falls for small ones: FLOP / (FLOP + half) of the best rate.
+        """
+        done = work(graph, node)
+        flop, num_bytes = evaluate(done.flop, hints), evaluate(done.num_bytes, hints)
+        if not flop and not num_bytes:
+            return 0.0
+        device = self.hardware.device
+        computing = (flop + device.matmul_half_flop) / device.rate(done.dtype) if flop else 0.0
+        return device.launch_us + 1e6 * max(computing, num_bytes / device.memory_bytes_per_s)
+
+    def transfer_us(self, graph: Graph, start: Node) -> float:
+        """What a collective takes on the wire once it has begun, in microseconds."""
+        kind = _COLLECTIVES[start.op]
+        num_ranks = graph.num_ranks
+        if line := self.transfers.get(kind):
+            return line.latency_us + 1e6 * OPS[start.op].wire_bytes(start, num_ranks) / line.bytes_per_s
+        whole = padded_bytes(start.operands[0].tensor, num_ranks)
+        return self.network(num_ranks).quote(kind, whole).us
+
+    def network(self, num_ranks: int) -> Network:
+        """The links among `num_ranks` ranks."""
+        if self.per_host:
+            return Network(self.hardware, num_ranks, self.per_host)
+        return Network.of(self.hardware, num_ranks)
+
+
+def signature(node: Node, hints: Mapping[str, int]) -> str:
+    """What a measurement of a node holds for: the op and the types of its operands, sizes as numbers."""
+    return f"{node.op}({', '.join(_text(v.type, hints) for v in node.operands)})"
+
+
+def _text(kind: Type, hints: Mapping[str, int]) -> str:
+    if not isinstance(kind, TensorType):
+        return str(kind)
+    shape = "x".join(str(evaluate(d, hints)) for d in kind.shape)
+    strides = "" if kind.strides is None else "|" + "x".join(str(evaluate(d, hints)) for d in kind.strides)
+    return f"{kind.dtype.value}[{shape}{strides}]"
+
+
+def save_table(table: CostTable, path: Path) -> None:
+    """Write a table that `load_table` reads back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(table.model_dump_json(indent=1))
+
+
+def load_table(path: Path) -> CostTable:
+    """Read a table.
+
+    Raises:
+        HardwareError: the file is missing or no cost table.
+    """
+    try:
+        return CostTable.model_validate_json(path.read_text())
+    except OSError as error:
+        raise HardwareError(f"cannot read the cost table {path}: {error.strerror}") from None
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+        raise HardwareError(f"{path} is no cost table: {problems}; write one with zgraph.profile") from None
