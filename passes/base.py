@@ -38,14 +38,21 @@ class Context:
         reduce_dtype: the dtype in which gradients are summed over ranks; None keeps the gradient's own.
         hints: a number for each symbolic size, as seen at capture.
         costs: what ops and collectives take on the hardware at hand.
-        step_bytes: bytes that a step may have alive on one rank above what lies at rest; None sets no limit.
+        memory_budget: bytes that one rank may have alive; None sets no limit.
+        rest_bytes: bytes of them that lie at rest: parameters, the optimizer's state, buffers.
     """
 
     mesh: tuple[Axis, ...] = ()
     reduce_dtype: DType | None = None
     hints: Mapping[str, int] = field(default_factory=dict)
     costs: CostTable = field(default_factory=default_costs)
-    step_bytes: int | None = None
+    memory_budget: int | None = None
+    rest_bytes: int = 0
+
+    @property
+    def step_bytes(self) -> int | None:
+        """Bytes that a step may have alive above what lies at rest; None sets no limit."""
+        return None if self.memory_budget is None else self.memory_budget - self.rest_bytes
 
 
 @dataclass(frozen=True)

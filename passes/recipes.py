@@ -9,7 +9,8 @@ _LOWER = "broadcast,all-gather,reduce-scatter,all-reduce"
 all-reduced."""
 
 RECIPES: Mapping[int, str] = {
-    stage: f"canonicalize,partition(stage={stage}),bucket,{_LOWER},release,schedule,dce" for stage in range(4)
+    stage: f"canonicalize,partition(stage={stage}),{'keep,' if stage == 3 else ''}bucket,{_LOWER},release,schedule,dce"
+    for stage in range(4)
 }
 
 MIXED = RECIPES[3]

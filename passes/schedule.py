@@ -14,16 +14,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 from zgraph.cost import simulate_memory
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Graph, Node, Phase
 from zgraph.ir.ops import is_copied, padded_bytes
+from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.analysis.order import dependencies, reorder
 from zgraph.passes.analysis.timetable import Problem, Timetable, Transfer, delayed, run, search
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.planning import make_plan
+
+NUM_ROUNDS = 4
+"""How often the search begins anew, with the waits that memory forced on the last result."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,19 @@ class Schedule(Pass):
         if not step.collectives:
             return graph
         problem = step.problem(self.num_ahead)
-        found = search(problem, self.effort)
-        assert found is not None, "without waits before the end there is always room"
-        found, waits = step.waits(problem, delayed(problem, found, self.slack), self.slack)
-        return step.placed(found, waits)
+        best: tuple[Timetable, dict[int, int]] | None = None
+        for _ in range(NUM_ROUNDS):
+            found = search(problem, self.effort)
+            if found is None:
+                break
+            sooner, timetable, waits = step.waits(problem, delayed(problem, found, self.slack), self.slack)
+            if best is None or timetable.makespan_us < best[0].makespan_us:
+                best = timetable, waits
+            if sooner == problem:
+                break
+            problem = sooner
+        assert best is not None, "there is always room for collectives that run when they are needed"
+        return step.placed(*best)
 
 
 @dataclass(frozen=True)
@@ -86,34 +100,61 @@ class Step:
 
     def problem(self, num_ahead: int) -> Problem:
         """The problem, with the room that the budget leaves."""
+        return self.problem_in(self.room(num_ahead))
+
+    def problem_in(self, room: tuple[int, ...]) -> Problem:
+        """The problem with this room beside each op."""
         hints, costs = self.context.hints, self.context.costs
         us = [costs.node_us(self.graph, self.graph.nodes[p], hints) for p in self.ops]
         for collective, transfer in zip(self.collectives, self.transfers, strict=True):
             at = min(transfer.due if collective.is_gather else transfer.first, len(us) - 1)
             extra = (*collective.before, *collective.after)
             us[at] += sum(costs.node_us(self.graph, self.graph.nodes[p], hints) for p in extra)
-        return Problem(tuple(us), self._room(num_ahead), tuple(self.transfers))
+        return Problem(tuple(us), room, tuple(self.transfers))
 
-    def _room(self, num_ahead: int) -> tuple[int, ...]:
+    def room(self, num_ahead: int) -> tuple[int, ...]:
+        """Bytes that collectives may hold beside each op, where all run exactly when they are needed.
+
+        Raises:
+            BudgetError: even so the step does not fit the budget.
+        """
         curve = simulate_memory(make_plan(self.canonical()), self.context.hints)
         held = {(m.phase, m.node): m.total_bytes for m in curve.moments}
         used: list[int] = []
         for position in self.ops:
             node = self.graph.nodes[position]
             used.append(held.get((node.phase.value, node.name), used[-1] if used else 0))
-        if self.context.step_bytes is None:
+        limit, peak = self.context.step_bytes, curve.peak
+        if limit is None:
             largest = sorted((t.num_bytes for t in self.transfers), reverse=True)[:num_ahead]
-            limit = max(used, default=0) + sum(largest)
-        else:
-            limit = self.context.step_bytes
-            if (peak := curve.peak.total_bytes) > limit:
-                missing = peak - limit
-                raise BudgetError(
-                    f"the memory budget leaves {limit:,} bytes for a step, which needs {peak:,} at %{curve.peak.node}: "
-                    f"the smallest budget that holds it is {missing:,} bytes more; or shard over more ranks, take a "
-                    "smaller batch, or a higher stage"
-                )
+            limit = peak.total_bytes + sum(largest)
+        elif peak.total_bytes > limit:
+            raise BudgetError(
+                f"a memory budget of {self.context.memory_budget:,} bytes cannot hold this step: with "
+                f"{self.context.rest_bytes:,} at rest and {peak.total_bytes:,} at its peak (%{peak.node}, "
+                f"{peak.phase}), {self.context.rest_bytes + peak.total_bytes:,} is the smallest that can; or shard "
+                "over more ranks, or make the batch smaller"
+            )
         return tuple(max(limit - u, 0) for u in used)
+
+    def uses(self, name: str) -> tuple[int, int]:
+        """The first and the last op that touch the memory in which the value called `name` was delivered."""
+        (root,) = self._memory.roots(name)
+        return self._uses[root]
+
+    @cached_property
+    def _memory(self) -> Memory:
+        return Memory(self.graph)
+
+    @cached_property
+    def _uses(self) -> dict[str, tuple[int, int]]:
+        found: dict[str, tuple[int, int]] = {}
+        for number, position in enumerate(self.ops):
+            node = self.graph.nodes[position]
+            for value in node.operands if node.op != "release" else ():
+                for root in self._memory.roots(value.name):
+                    found[root] = (found.get(root, (number, number))[0], number)
+        return found
 
     def canonical(self) -> Graph:
         """Every gather where it is used, and every reduction waited for at once."""
@@ -123,10 +164,12 @@ class Step:
         waits = {n: starts[n] for n, c in enumerate(self.collectives) if not c.is_gather}
         return self.placed(run(problem, order, starts), waits)
 
-    def waits(self, problem: Problem, found: Timetable, slack: float) -> tuple[Timetable, dict[int, int]]:
+    def waits(self, problem: Problem, found: Timetable, slack: float) -> tuple[Problem, Timetable, dict[int, int]]:
         """For each reduction the op before which it is waited for: when it is over, or earlier if its memory is needed.
 
-        A wait that comes before the reduction is over holds up computing: the timetable is made anew with it.
+        Returns:
+            The problem, where the reductions whose memory is needed are due then; the timetable with these waits; and
+            the waits.
         """
         waits: dict[int, int] = {}
         held = [0] * (problem.num_ops + 1)
@@ -138,21 +181,19 @@ class Step:
             held[found.starts[number]] += transfer.num_bytes
             held[until] -= transfer.num_bytes
         first_out = sorted(waits, key=lambda n: (waits[n], n))
-        used, is_forced = 0, False
+        used, transfers = 0, list(problem.transfers)
         for op in range(problem.num_ops):
             used += held[op]
             for number in first_out:
                 if used <= problem.room[op]:
                     break
                 if found.starts[number] < op < waits[number]:
-                    num_bytes = problem.transfers[number].num_bytes
-                    held[waits[number]] += num_bytes
-                    used -= num_bytes
-                    waits[number], is_forced = op, True
-        if is_forced:
-            sooner = tuple(replace(t, due=min(t.due, waits.get(n, t.due))) for n, t in enumerate(problem.transfers))
-            found = run(replace(problem, transfers=sooner), found.order, found.starts)
-        return found, waits
+                    held[waits[number]] += transfers[number].num_bytes
+                    used -= transfers[number].num_bytes
+                    waits[number] = op
+                    transfers[number] = replace(transfers[number], due=op)
+        sooner = replace(problem, transfers=tuple(transfers))
+        return sooner, run(sooner, found.order, found.starts), waits
 
     def placed(self, timetable: Timetable, waits: dict[int, int]) -> Graph:
         """The graph with every start and wait where the timetable has it.
@@ -195,6 +236,14 @@ class Step:
         users = [self.op_at[u] for r in results for u in graph.users.get(r.name, ()) if u in self.op_at]
         due = min(users, default=end)
         return Transfer(us, min(first, due), due, whole, due)
+
+
+def lower_bound_us(graph: Graph, context: Context) -> float:
+    """A time below which no schedule of this graph can go, whatever the memory: all computing, all communication, or
+    the longest way through both."""
+    step = Step(graph, context)
+    room = (0,) * len(step.ops)
+    return step.problem_in(room).lower_bound_us if step.ops else 0.0
 
 
 def _collectives(graph: Graph) -> list[Collective]:

@@ -235,3 +235,37 @@ def _concatenated(chunks: tuple[torch.Tensor, ...], layout: BucketLayout) -> tor
     for chunk, offset in zip(chunks, layout.offsets, strict=True):
         part[offset : offset + chunk.numel()].copy_(chunk)
     return part
+
+
+def exchange(kind: str, session: Session, numel: int, count: int) -> Callable[[], None]:
+    """Collectives of a whole of `numel` fp32 numbers each, one behind the other: it returns when all are over.
+
+    Args:
+        kind: all_gather, reduce_scatter or all_reduce.
+        session: whose ranks take part.
+        numel: divided evenly over the ranks, rounded down.
+        count: how many.
+    """
+    num_ranks, lane, group = session.num_ranks, session.lane, session.group
+    whole = torch.zeros(num_ranks, numel // num_ranks, device=session.device)
+    own = torch.zeros(numel // num_ranks, device=session.device)
+
+    def start() -> Work:
+        if lane is not None:
+            if kind == "all_gather":
+                return lane.all_gather(whole.unbind(), own)
+            return lane.reduce_scatter(whole.unbind()) if kind == "reduce_scatter" else lane.all_reduce(whole.unbind())
+        if kind == "all_gather":
+            return torch_private.all_gather(whole.view(-1), own, group)
+        if kind == "reduce_scatter":
+            return torch_private.reduce_scatter(own, whole.view(-1), dist.ReduceOp.AVG, group)
+        work: dist.Work = dist.all_reduce(whole, group=group, async_op=True)
+        return work
+
+    def run() -> None:
+        for work in [start() for _ in range(count)]:
+            session.peers.wait(work, kind)
+        if session.device.type != "cpu":
+            torch.cuda.synchronize()
+
+    return run

@@ -16,6 +16,7 @@ from zgraph.runtime import torch_private
 from zgraph.runtime.collectives import MAKERS
 
 if TYPE_CHECKING:
+    from zgraph.runtime.recorder import Recorder
     from zgraph.runtime.session import Session
 
 Runner = Callable[[list[Any]], list[Any]]
@@ -23,7 +24,9 @@ Runner = Callable[[list[Any]], list[Any]]
 _PLAIN = (bool, int, str, type(None))
 
 
-def link(program: Program, plan: Plan, session: Session, resident: Mapping[str, Any]) -> Runner:
+def link(
+    program: Program, plan: Plan, session: Session, resident: Mapping[str, Any], recorder: Recorder | None = None
+) -> Runner:
     """The program as a function from a list of arguments, which it empties, to a list of results.
 
     Args:
@@ -31,8 +34,9 @@ def link(program: Program, plan: Plan, session: Session, resident: Mapping[str, 
         plan: the whole plan.
         session: the state that collectives and accumulation work on.
         resident: the memory of parameters and constants, by the name of their value.
+        recorder: if given, it is told after every instruction.
     """
-    writer = _Writer(program, plan, session, resident)
+    writer = _Writer(program, plan, session, resident, recorder)
     source = writer.source()
     label = f"<zgraph {plan.graph.name} {plan.fingerprint} {program.name}>"
     linecache.cache[label] = (len(source), None, source.splitlines(True), label)
@@ -45,8 +49,10 @@ def link(program: Program, plan: Plan, session: Session, resident: Mapping[str, 
 class _Writer:
     """Writes one program as source, with the names that the source refers to."""
 
-    def __init__(self, program: Program, plan: Plan, session: Session, resident: Mapping[str, Any]) -> None:
-        self.program, self.plan, self.session = program, plan, session
+    def __init__(
+        self, program: Program, plan: Plan, session: Session, resident: Mapping[str, Any], recorder: Recorder | None
+    ) -> None:
+        self.program, self.plan, self.session, self.recorder = program, plan, session, recorder
         self.foreign = plan.graph.foreign
         self.names: dict[str, Any] = {}
         self.locals: dict[str, str] = {}
@@ -65,8 +71,14 @@ class _Writer:
         lines.append("    args.clear()")
         if dead := self.unused():
             lines.append(f"    del {', '.join(dead)}")
+        mark = ""
+        if self.recorder is not None:
+            begin, mark = self.constant(self.recorder.begin, "begin"), self.constant(self.recorder.mark, "mark")
+            lines.append(f"    {begin}({self.constant(program.instructions, 'instructions')})")
         for instruction in program.instructions:
             lines.extend(f"    {line}" for line in self.instruction(instruction))
+            if mark:
+                lines.append(f"    {mark}()")
         results = ", ".join("None" if v is None else self.local(v.name) for v in program.results)
         lines.append(f"    return [{results}]")
         return "\n".join(lines) + "\n"

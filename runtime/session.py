@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from zgraph.errors import PeerError
-from zgraph.ir import OutputKind, Phase, Plan
+from zgraph.ir import OutputKind, Phase, Plan, Program
 from zgraph.runtime.executor import Runner, link
 from zgraph.runtime.lanes import Hosts, Lane, host_name
 from zgraph.runtime.peers import Peers
+from zgraph.runtime.recorder import Recorder
 from zgraph.runtime.shards import ShardStore, Slot
 
 
@@ -38,6 +39,7 @@ class Session:
             self._lane = self._open_lane()
         self.syncs = True
         self.lean_call = False
+        self.recorder: Recorder | None = None
         self.plans: list[Plan] = []
         self._held: dict[str, torch.Tensor] = {}
         self._kept: dict[object, tuple[int, torch.Tensor]] = {}
@@ -86,11 +88,14 @@ class Session:
             elif entry.target in constants and entry.value.name in plan.resident:
                 resident[entry.value.name] = constants[entry.target].to(self.device)
         self.plans.append(plan)
-        run_forward = link(plan.forward, plan, self, resident)
+
+        @cache
+        def runner(program: Program, recorder: Recorder | None) -> Runner:
+            return link(program, plan, self, resident, recorder)
 
         def forward(args: list[Any]) -> list[Any]:
             self.lean_call = plan.lean is not None
-            return run_forward(args)
+            return runner(plan.forward, self.recorder)(args)
 
         guarded = self._guarded(forward)
         if plan.backward is None or plan.unsynced is None:
@@ -99,11 +104,10 @@ class Session:
         if plan.lean:
             programs |= {(True, True): plan.lean[0], (False, True): plan.lean[1]}
 
-        @cache
-        def runner(syncs: bool, lean: bool) -> Runner:
-            return link(programs[syncs, lean], plan, self, resident)
+        def backward(syncs: bool, lean: bool) -> Runner:
+            return runner(programs[syncs, lean], self.recorder)
 
-        return guarded, self._guarded(self._backward(plan, runner))
+        return guarded, self._guarded(self._backward(plan, backward))
 
     def _agree(self, plan: Plan, text: str) -> None:
         """Compare the plan with the peers', unless its collectives are those of a plan that they have agreed on.
@@ -147,6 +151,10 @@ class Session:
         self._is_broken = True
         if self._peers is not None and not isinstance(error, PeerError):
             self._peers.fail(error)
+
+    def synchronize(self) -> None:
+        """Wait for the peers to come here too."""
+        dist.barrier(self.group)
 
     # --- gradients ---------------------------------------------------------------------------------------------
 

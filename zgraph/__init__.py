@@ -14,11 +14,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from zgraph.api import compile, no_sync, recipe, report
     from zgraph.capture import trace
+    from zgraph.profiling import profile
 
-__all__ = ["compile", "no_sync", "recipe", "report", "trace"]
+__all__ = ["compile", "no_sync", "profile", "recipe", "report", "trace"]
 
-_HOMES = {"compile": "zgraph.api", "no_sync": "zgraph.api", "recipe": "zgraph.api", "report": "zgraph.api",
-          "trace": "zgraph.capture"}  # fmt: skip
+_HOMES = {
+    "compile": "zgraph.api",
+    "no_sync": "zgraph.api",
+    "profile": "zgraph.profiling",
+    "recipe": "zgraph.api",
+    "report": "zgraph.api",
+    "trace": "zgraph.capture",
+}
 
 
 def __getattr__(name: str) -> Any:

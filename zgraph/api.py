@@ -29,6 +29,7 @@ from zgraph.runtime import Session, ShardStore
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
 from zgraph.runtime.whole import run_whole
+from zgraph.target import Target, cost_table, num_bytes
 
 M = TypeVar("M")
 
@@ -42,6 +43,7 @@ class CompiledModel:
         self.model, self.session, self.recipe, self.context = model, session, recipe, context
         self.pipeline = _enabled(parse_recipe(recipe))
         self.entries: list[Entry] = []
+        self.hints: dict[str, int] = {}
 
     def compile_graph(self, graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> Compiled:
         """A captured graph through the passes, planned, agreed on and linked."""
@@ -56,12 +58,14 @@ class CompiledModel:
             instruments.append(Dump(settings.dump / f"rank{self.session.store.rank}"))
         text = print_graph(graph, origins=False)
         graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
-        final = self.pipeline.run(graph, replace(self.context, hints=hints), instruments)
+        self.hints.update(hints)
+        context = replace(self.context, hints=hints)
+        final = self.pipeline.run(graph, context, instruments)
         if settings.verify:
             verify(final)
         plan = make_plan(final)
         forward, backward = self.session.link(plan, constants, text)
-        self.entries.append(make_entry(plan, log.steps, hints))
+        self.entries.append(make_entry(plan, log.steps, context))
         return Compiled(plan, forward, backward)
 
     @property
@@ -82,6 +86,8 @@ class Options(TypedDict, total=False):
     mesh: DeviceMesh | None
     param_dtype: torch.dtype | None
     reduce_dtype: torch.dtype | None
+    hardware: Target | None
+    memory_budget: int | str | None
     passes: str | None
     fullgraph: bool
     dynamic: bool | None
@@ -93,8 +99,8 @@ def compile(model: M, **options: Unpack[Options]) -> M: ...
 def compile(model: None = None, **options: Unpack[Options]) -> Callable[[M], M]: ...
 def compile(
     model: Any = None, *, stage: Stage = 3, mesh: DeviceMesh | None = None, param_dtype: torch.dtype | None = None,
-    reduce_dtype: torch.dtype | None = None, passes: str | None = None, fullgraph: bool = True,
-    dynamic: bool | None = None,
+    reduce_dtype: torch.dtype | None = None, hardware: Target | None = None, memory_budget: int | str | None = None,
+    passes: str | None = None, fullgraph: bool = True, dynamic: bool | None = None,
 ) -> Any:  # fmt: skip
     """Shard a model over the ranks and compile its training step, in place.
 
@@ -109,6 +115,11 @@ def compile(
         mesh: a mesh of one axis to shard over; by default all ranks. Without a process group there is one rank.
         param_dtype: dtype to compute in, with masters in the parameters' own dtype; floating-point inputs are cast.
         reduce_dtype: dtype in which gradients are averaged over ranks; by default the dtype that they come in.
+        hardware: what to plan for: a profile's name (`h100`), a table measured by `zgraph.profile`, or the path of
+            either; by default what fits the device.
+        memory_budget: bytes, or a size such as "12GiB", that one rank may have alive: parameters, AdamW's two moments,
+            buffers, and the step's peak. Stage 3 keeps gathered parameters from forward to backward as far as it
+            allows. By default they are gathered again.
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that).
         fullgraph: False lets a forward through that cannot be captured as one graph: everything is gathered for the
             length of the call and runs eagerly, with a warning.
@@ -121,11 +132,12 @@ def compile(
         UsageError: an option means nothing, or the model cannot be sharded as asked.
         AlreadyCompiledError: the model, or a part of it, is compiled already.
         RecipeError, ContractError: the recipe does not parse or does not fit together.
+        HardwareError: there is no such hardware.
         PlanMismatchError: the ranks have different models or options.
     """
     options: Options = {
-        "stage": stage, "mesh": mesh, "param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "passes": passes,
-        "fullgraph": fullgraph, "dynamic": dynamic,
+        "stage": stage, "mesh": mesh, "param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "hardware": hardware,
+        "memory_budget": memory_budget, "passes": passes, "fullgraph": fullgraph, "dynamic": dynamic,
     }  # fmt: skip
     if model is None:
         return functools.partial(compile, **options)
@@ -138,6 +150,8 @@ def compile(
     recipe = passes if passes is not None else (RECIPES[stage] if isinstance(stage, int) else MIXED)
     pipeline = parse_recipe(recipe)
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
+    costs = cost_table(hardware, next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh)))
+    budget = num_bytes(memory_budget) if memory_budget is not None else None
     mesh = _mesh(model, mesh)
     mesh = mesh if mesh is not None and mesh.size() > 1 else None
     group = mesh.get_group() if mesh is not None else None
@@ -152,6 +166,9 @@ def compile(
     context = Context(
         mesh=(Axis("shard", session.num_ranks),) if session.num_ranks > 1 else (),
         reduce_dtype=FROM_TORCH[reduce_dtype] if reduce_dtype is not None else None,
+        costs=costs,
+        memory_budget=budget,
+        rest_bytes=3 * session.store.rest_bytes + sum(b.numel() * b.element_size() for b in model.buffers()),
     )
     compiled = CompiledModel(model, session, recipe, context)
     forward = model.forward

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from zgraph.cost import MemoryCurve, Traffic, simulate_memory, traffic
+from zgraph.cost import MemoryCurve, Timeline, Traffic, simulate, traffic
 from zgraph.ir import Plan
+from zgraph.passes.base import Context
 from zgraph.passes.instruments import Step
+from zgraph.passes.schedule import lower_bound_us
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,24 @@ class Entry:
     steps: tuple[Step, ...]
     memory: MemoryCurve
     traffic: tuple[Traffic, ...]
+    timeline: Timeline
+    lower_bound_us: float
 
     @property
     def kind(self) -> str:
         return "training" if self.plan.backward is not None else "inference"
 
+    @property
+    def gap(self) -> float:
+        """How much longer the predicted step is than the lower bound: 0.02 is 2 %."""
+        return self.timeline.step_us / self.lower_bound_us - 1 if self.lower_bound_us else 0.0
 
-def make_entry(plan: Plan, steps: Sequence[Step], hints: Mapping[str, int]) -> Entry:
+
+def make_entry(plan: Plan, steps: Sequence[Step], context: Context) -> Entry:
     """The entry of a plan."""
-    return Entry(plan, tuple(steps), simulate_memory(plan, hints), traffic(plan))
+    timeline = simulate(plan, context.costs, context.hints)
+    bound = max(lower_bound_us(plan.graph, context), timeline.lower_bound_us)
+    return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound)
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class Report:
         for entry in self.entries:
             parts += [Text(), _passes(entry), _peak(entry)]
             if entry.traffic:
-                parts.append(_wire(entry, self.whole_bytes))
+                parts += [_wire(entry, self.whole_bytes), _time(entry)]
         if not self.entries:
             parts.append(Text("Nothing captured yet: the first call of the model does that.", style="dim"))
         return Group(*parts)
@@ -121,6 +132,30 @@ def _peak(entry: Entry) -> Text:
         if size
     )
     return Text(f"peak above rest {mebibytes(peak.total_bytes)} at %{peak.node} ({peak.phase}): {shares}")
+
+
+NUM_STALLS = 5
+
+
+def _time(entry: Entry) -> Text:
+    """Predicted time, the bound below which no order can go, and what computing waits for."""
+    timeline = entry.timeline
+    text = Text(
+        f"predicted step {_milliseconds(timeline.step_us)}, lower bound {_milliseconds(entry.lower_bound_us)}, gap "
+        f"{entry.gap:.1%}: computing {_milliseconds(timeline.busy_us['compute'])}, communication "
+        f"{_milliseconds(timeline.busy_us['comm'])}, of which {_milliseconds(timeline.exposed_us)} exposed"
+    )
+    stalls = sorted(timeline.stalls, key=lambda s: -s.us)
+    for stall in stalls[:NUM_STALLS]:
+        text.append(f"\n  {_milliseconds(stall.us)} ({stall.phase}) {stall.node} waits for {stall.start}")
+    if len(stalls) > NUM_STALLS:
+        rest = sum(s.us for s in stalls[NUM_STALLS:])
+        text.append(f"\n  {_milliseconds(rest)} in {len(stalls) - NUM_STALLS} more waits")
+    return text
+
+
+def _milliseconds(us: float) -> str:
+    return f"{us / 1e3:,.1f} ms" if us >= 100 else f"{us:,.1f} us"
 
 
 def _wire(entry: Entry, whole_bytes: int) -> Table:

@@ -97,7 +97,7 @@ def evaluate(problem: Problem, order: Sequence[int]) -> Timetable | None:
 
 def earliest_starts(problem: Problem, order: Sequence[int]) -> tuple[int, ...] | None:
     """For each transfer the earliest op before which it may start; None if no placement has room."""
-    room = _Room(problem.room)
+    room = Room(problem.room)
     starts = [0] * len(order)
     earliest = 0
     for number in order:
@@ -243,7 +243,7 @@ def _neighbours(timetable: Timetable) -> Iterator[tuple[int, ...]]:
         yield tuple(order)
 
 
-class _Room:
+class Room:
     """Bytes left beside each op, with the two questions that placing asks, each in logarithmic time.
 
     A segment tree of minima with lazy subtraction.

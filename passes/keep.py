@@ -1,0 +1,96 @@
+"""Keep gathered parameters from the forward to the backward where the memory budget has room for them.
+
+    fwd %w_full = reshard(%w)                      fwd %w_full = reshard(%w)
+    ...                                      ->    ...
+    bwd %w_again = reshard(%w)                     bwd %dx = aten.mm.default(%t, %w_full)
+    bwd %dx = aten.mm.default(%t, %w_again)
+
+Every byte kept is a byte that is not sent again. The last layers come first: they are needed again soonest, and hold
+their memory for the shortest time. Without a budget nothing is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from zgraph.ir import Graph, Node, Phase, Replicate, Value
+from zgraph.ir.ops import padded_bytes
+from zgraph.passes.all_gather import AllGather
+from zgraph.passes.all_reduce import AllReduce
+from zgraph.passes.analysis.timetable import Room
+from zgraph.passes.base import Context, Pass
+from zgraph.passes.broadcast import Broadcast
+from zgraph.passes.dce import DeadCode
+from zgraph.passes.reduce_scatter import ReduceScatter
+from zgraph.passes.release import Release
+from zgraph.passes.schedule import Step
+
+
+@dataclass(frozen=True)
+class Keep(Pass):
+    """Keep gathered parameters from the forward to the backward where the memory budget has room for them.
+
+    Args:
+        num_ahead: room is left for this many of the largest collectives, so that they can run ahead.
+    """
+
+    num_ahead: int = 2
+
+    name: ClassVar[str] = "keep"
+    requires: ClassVar[frozenset[str]] = frozenset({"placed"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"lowered"})
+
+    def __post_init__(self) -> None:
+        if self.num_ahead < 0:
+            raise ValueError("num_ahead must be 0 or more")
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        pairs = _gathered_twice(graph)
+        if context.step_bytes is None or not pairs:
+            return graph
+        kept = self._affordable(graph, context, pairs)
+        renamed = {again.results[0].name: full.results[0] for full, again in kept}
+        again = {second.name for _, second in kept}
+        nodes = [n.substitute(renamed) for n in graph.nodes if n.name not in again]
+        return DeadCode().run(graph.with_nodes(nodes), context)
+
+    def _affordable(self, graph: Graph, context: Context, pairs: list[tuple[Node, Node]]) -> list[tuple[Node, Node]]:
+        lowered = graph
+        for lowering in (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), Release()):
+            lowered = lowering.run(lowered, context)
+        step = Step(lowered, context)
+        largest = sorted((t.num_bytes for t in step.transfers), reverse=True)[: self.num_ahead]
+        room = Room([max(r - sum(largest), 0) for r in step.room(0)])
+        kept = []
+        for full, again in sorted(pairs, key=lambda pair: step.uses(pair[1].name)):
+            begin, end = step.uses(full.name)[1] + 1, step.uses(again.name)[0]
+            num_bytes = padded_bytes(full.operands[0].tensor, graph.num_ranks)
+            if room.last_below(num_bytes, end) < begin:
+                room.take(num_bytes, begin, end)
+                kept.append((full, again))
+        return kept
+
+
+def _gathered_twice(graph: Graph) -> list[tuple[Node, Node]]:
+    """The gathers of one parameter in the forward and in the backward."""
+    forward: dict[str, Node] = {}
+    pairs = []
+    for node in graph.nodes:
+        if node.op != "reshard" or node.results[0].tensor.placement != (Replicate(),):
+            continue
+        source = _source(graph, node.operands[0])
+        if node.phase is Phase.forward:
+            forward[source] = node
+        elif source in forward and forward[source].results[0].type == node.results[0].type:
+            pairs.append((forward[source], node))
+    return pairs
+
+
+def _source(graph: Graph, value: Value) -> str:
+    """The parameter that a value is, or is cast from."""
+    maker = graph.producers.get(value.name)
+    while maker is not None and maker.op == "cast":
+        value = maker.operands[0]
+        maker = graph.producers.get(value.name)
+    return value.name

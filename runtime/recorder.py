@@ -1,0 +1,59 @@
+"""What each instruction of a program takes on the device at hand."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+
+from zgraph.ir import Instruction, Node
+
+
+class Recorder:
+    """Collects the time between an instruction and the one before it, run by run.
+
+    Args:
+        device: where the program runs. On a GPU, events on its stream are compared after the step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type != "cpu"
+        self._runs: list[tuple[Sequence[Instruction], list[int | torch.Event]]] = []
+
+    def begin(self, instructions: Sequence[Instruction]) -> None:
+        """A program begins."""
+        self._runs.append((instructions, []))
+        self.mark()
+
+    def mark(self) -> None:
+        """An instruction is done."""
+        self._runs[-1][1].append(self._now())
+
+    def _now(self) -> int | torch.Event:
+        if not self.on_gpu:
+            return time.perf_counter_ns()
+        event = torch.Event(device="cuda", enable_timing=True)
+        event.record()
+        return event
+
+    def medians_us(self) -> list[tuple[Node, float]]:
+        """Each instruction of every recorded program, with its median time over the runs."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        taken: dict[int, list[float]] = defaultdict(list)
+        nodes: dict[int, Node] = {}
+        for instructions, times in self._runs:
+            for instruction, before, after in zip(instructions, times, times[1:], strict=False):
+                taken[id(instruction)].append(_us(before, after))
+                nodes[id(instruction)] = instruction.node
+        return [(nodes[key], median(found)) for key, found in taken.items()]
+
+
+def _us(before: int | torch.Event, after: int | torch.Event) -> float:
+    if isinstance(before, int) and isinstance(after, int):
+        return (after - before) / 1e3
+    assert isinstance(before, torch.Event)
+    return 1e3 * before.elapsed_time(after)  # type: ignore[arg-type]
