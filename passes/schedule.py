@@ -53,7 +53,7 @@ class Schedule(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     def __post_init__(self) -> None:
-        if self.num_ahead < 0 or self.slack < 0 or self.effort < 0:
+        if self.num_ahead < 0 or self.effort < 0 or not 0 <= self.slack < float("inf"):
             raise ValueError("num_ahead, slack and effort must be 0 or more")
 
     def run(self, graph: Graph, context: Context) -> Graph:

@@ -50,7 +50,11 @@ class Golden:
     @property
     def context(self) -> Context:
         reduce_dtype = self.options.get("reduce_dtype")
-        return Context((Axis("shard", int(self.options["ranks"])),), DType(reduce_dtype) if reduce_dtype else None)
+        return Context(
+            (Axis("shard", int(self.options["ranks"])),),
+            DType(reduce_dtype) if reduce_dtype else None,
+            memory_budget=int(self.options["budget"]) if "budget" in self.options else None,
+        )
 
     def run(self) -> Graph:
         graph = parse_graph(self.before)
