@@ -12,6 +12,7 @@ the token bucket is long (64 MB) on purpose: with a short one, packets drop and 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from benchmarks.errors import HostsUnavailable
 
 BURST = "512k"
 QUEUE_LIMIT = "64m"
+PAYLOAD_SHARE = 0.956
 SUBNET = "10.66.0"
 INTERFACE = "eth0"
 
@@ -69,6 +71,20 @@ def emulated(num_hosts: int, rate: str) -> Iterator[list[Host]]:
             _plug(name, switch, port=f"port{index}", address=f"{SUBNET}.{index + 1}/24", rate=rate)
             hosts.append(Host(("ip", "netns", "exec", name), INTERFACE, counts_bytes=True))
         yield hosts
+
+
+def link_bytes_per_s(rate: str) -> float:
+    """Payload that a link of this rate (as tc spells it) carries in a second: the limit counts headers too.
+
+    >>> round(link_bytes_per_s("1gbit") / 1e6, 1)
+    119.5
+
+    Raises HostsUnavailable for what is no rate.
+    """
+    found = re.fullmatch(r"([\d.]+)(k|m|g)bit", rate)
+    if found is None:
+        raise HostsUnavailable(f"{rate!r} is no rate", "Write it as tc does: 300mbit, 1gbit, 10gbit")
+    return float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]] / 8 * PAYLOAD_SHARE
 
 
 def sent_bytes(interface: str) -> int:

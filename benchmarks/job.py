@@ -43,6 +43,7 @@ class RankReport:
     step_s: seconds of each measured step.
     losses: of the same steps, on this rank's own batches.
     sent_bytes: during all measured steps together.
+    outlook: what the system had predicted, if it predicts.
     """
 
     num_parameters: int
@@ -51,6 +52,7 @@ class RankReport:
     sent_bytes: int | None = None
     rest_bytes: int | None = None
     peak_bytes: int | None = None
+    outlook: dict[str, float] | None = None
 
     def write(self, folder: Path, rank: int) -> None:
         _report_file(folder, rank).write_text(json.dumps(asdict(self)))

@@ -67,6 +67,10 @@ class Row:
     sent_ratio, zero_ratio: sent_bytes over the bytes of all parameters, and what ZeRO counts for the stage.
     rest_bytes, peak_bytes: of the rank that holds most.
     final_loss: at the last step, mean over ranks.
+    bound_s, vs_bound: the larger of computing alone (plain eager, in the same run) and the bytes sent over the rate
+        of the link; and step time over it.
+    predicted_s, exposed_s, predicted_exposed_s, gap: as in `Outlook`, means over ranks and rounds; for systems that
+        predict.
     """
 
     system: str
@@ -84,13 +88,33 @@ class Row:
     rest_bytes: int | None = None
     peak_bytes: int | None = None
     final_loss: float | None = None
+    bound_s: float | None = None
+    vs_bound: float | None = None
+    predicted_s: float | None = None
+    exposed_s: float | None = None
+    predicted_exposed_s: float | None = None
+    gap: float | None = None
     rounds_step_s: tuple[tuple[float, ...], ...] = ()
 
 
-def rows(records: Sequence[Record], world_size: int) -> list[Row]:
-    """One row a record, in the same order."""
+def rows(records: Sequence[Record], world_size: int, link_bytes_per_s: float | None = None) -> list[Row]:
+    """One row a record, in the same order.
+
+    link_bytes_per_s: what the link between hosts carries in each direction; None if nothing limits it.
+    """
     peers = [record for record in records if record.system.role is Role.PEER and record.rounds]
-    return [_row(record, peers, world_size) for record in records]
+    alone = [median(r.round_medians_s) for r in records if r.system.role is Role.COMPUTE and r.rounds]
+    found = [_row(record, peers, world_size) for record in records]
+    return [_bounded(row, alone[0] if alone else None, link_bytes_per_s) for row in found]
+
+
+def _bounded(row: Row, alone_s: float | None, link_bytes_per_s: float | None) -> Row:
+    """The row with the time that no system that sends these bytes can beat."""
+    if row.step_s is None or alone_s is None or row.role is Role.COMPUTE:
+        return row
+    wire_s = row.sent_bytes / link_bytes_per_s if row.sent_bytes and link_bytes_per_s else 0.0
+    bound_s = max(alone_s, wire_s)
+    return replace(row, bound_s=bound_s, vs_bound=row.step_s / bound_s)
 
 
 def zero_ratio(stage: int, world_size: int) -> float:
@@ -140,6 +164,10 @@ def _row(record: Record, peers: Sequence[Record], world_size: int) -> Row:
         sent_ratio=None if sent is None else sent / (BYTES_PER_PARAMETER * reports[0].num_parameters),
         zero_ratio=zero_ratio(system.stage, world_size) if system.is_distributed else 0.0,
         final_loss=fmean(report.losses[-1] for report in reports),
+        predicted_s=_outlook(record, "step_s"),
+        exposed_s=_outlook(record, "measured_exposed_s"),
+        predicted_exposed_s=_outlook(record, "exposed_s"),
+        gap=_outlook(record, "gap"),
         rounds_step_s=tuple(tuple(steps_of_round) for steps_of_round in steps),
     )
 
@@ -152,6 +180,12 @@ def _ratio(record: Record, peers: Sequence[Record]) -> float | None:
     # Not strict: one of the two may have failed in a later round.
     pairs = zip(record.round_medians_s, best.round_medians_s, strict=False)
     return median(own / other for own, other in pairs)
+
+
+def _outlook(record: Record, key: str) -> float | None:
+    """Mean over rounds and ranks of what the system predicted, or measured of itself."""
+    found = [report.outlook[key] for reports in record.rounds for report in reports if report.outlook is not None]
+    return fmean(found) if found else None
 
 
 def _sent_bytes(record: Record) -> float | None:

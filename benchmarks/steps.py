@@ -20,7 +20,7 @@ from rich.console import Console
 from benchmarks import models
 from benchmarks.campaign import Campaign, Order
 from benchmarks.errors import BenchmarkError
-from benchmarks.hosts import emulated, loopback
+from benchmarks.hosts import emulated, link_bytes_per_s, loopback
 from benchmarks.job import Job, Measure
 from benchmarks.results import environment, rows
 from benchmarks.systems import select
@@ -74,7 +74,8 @@ def main(
         memory = campaign.measure_memory() if with_memory else []
         for link in [None] if hosts is HostKind.LOOPBACK else rate or [DEFAULT_RATE]:
             with loopback(world) if link is None else emulated(world, link) as places:
-                table = rows(campaign.measure_steps(places, memory), world)
+                limit = None if link is None else link_bytes_per_s(link)
+                table = rows(campaign.measure_steps(places, memory), world, limit)
             where = "loopback" if link is None else f"emulated hosts at {link}"
             title = f"{model}, {world} ranks on {where}, {batch}, fp32, {rounds} rounds of {steps} steps"
             Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(steps_table(title, table))

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from benchmarks import hosts, memory, models
 from benchmarks.job import Job, Measure, RankReport
 from benchmarks.systems import BY_NAME, System
+from benchmarks.systems.zgraph_stages import CalibratedStep
 
 Floats = tuple[float, ...]
 NumberedStep = Callable[[int], Tensor]
@@ -53,12 +55,15 @@ def _device(job: Job) -> torch.device:
 
 def _measure(job: Job, system: System, rank: int, device: torch.device, interface: str | None) -> RankReport:
     num_parameters = 0
+    predicts: list[CalibratedStep] = []
 
     def prepare() -> NumberedStep:
         nonlocal num_parameters
         model = models.build(job.model, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         step = system.prepare(model, device)
+        if isinstance(step, CalibratedStep):
+            predicts.append(step)
         return lambda index: step(models.batch(job.model, step=index, rank=rank, device=device))
 
     if job.measure is Measure.MEMORY:
@@ -67,11 +72,14 @@ def _measure(job: Job, system: System, rank: int, device: torch.device, interfac
     step = prepare()
     for index in range(job.num_warmup):
         step(index)
+    for predicting in predicts:
+        predicting.begin()
     sent_before = _sent_bytes(interface)
     step_s, losses = _time(step, range(job.num_warmup, job.num_warmup + job.num_steps), device)
     sent_after = _sent_bytes(interface)
     sent = None if sent_before is None or sent_after is None else sent_after - sent_before
-    return RankReport(num_parameters, step_s, losses, sent)
+    outlook = asdict(predicts[0].outlook()) if predicts else None
+    return RankReport(num_parameters, step_s, losses, sent, outlook=outlook)
 
 
 def _time(step: NumberedStep, indices: range, device: torch.device) -> tuple[Floats, Floats]:

@@ -17,6 +17,12 @@ from zgraph.ir import Graph, Node, Shard
 from zgraph.ir.ops import padded_bytes
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.base import Context, Pass
+from zgraph.passes.outlook import makespan_us
+
+LATENCIES = 20
+"""A bucket's bytes take this many times as long as its latency."""
+SMALLEST_BYTES = 64 << 10
+LARGEST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -24,19 +30,35 @@ class Bucket(Pass):
     """Merge reshards of small values into buckets; large ones move alone, without a copy.
 
     Args:
-        max_bytes: a bucket is full at this size, padding counted.
-        pack_below_bytes: values of at least this size are left alone.
+        max_bytes: a bucket is full at this size, padding counted. 0 leaves it to the costs: as large as makes the
+            latency of a collective small beside its bytes, or larger or smaller if the step is faster then.
+        pack_below_bytes: values of at least this size are left alone. 0 leaves it to the costs: a value is packed if
+            its bytes take less time than the latency that packing saves it.
     """
 
-    max_bytes: int = 4 << 20
-    pack_below_bytes: int = 512 << 10
+    max_bytes: int = 0
+    pack_below_bytes: int = 0
 
     name: ClassVar[str] = "bucket"
     requires: ClassVar[frozenset[str]] = frozenset({"placed"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        groups = [g for g in self.groups(graph) if len(g) > 1]
+        latency_bytes = _latency_bytes(graph, context)
+        below = self.pack_below_bytes or max(latency_bytes, SMALLEST_BYTES)
+        if self.max_bytes:
+            return self.merged(graph, self.groups(graph, self.max_bytes, below))
+        usual = min(max(LATENCIES * latency_bytes, 2 * below), LARGEST_BYTES)
+        choices: dict[Hashable, list[list[int]]] = {}
+        for max_bytes in (usual, usual // 4, 4 * usual):
+            groups = self.groups(graph, max_bytes, below)
+            choices.setdefault(tuple(map(tuple, groups)), groups)
+        graphs = [self.merged(graph, groups) for groups in choices.values()]
+        return min(graphs, key=lambda g: makespan_us(g, context)) if len(graphs) > 1 else graphs[0]
+
+    def merged(self, graph: Graph, groups: list[list[int]]) -> Graph:
+        """The graph with each group of reshards as one."""
+        groups = [group for group in groups if len(group) > 1]
         if not groups:
             return graph
         bucket_of = {position: group for group in groups for position in group}
@@ -52,22 +74,31 @@ class Bucket(Pass):
                 priority.append(group[0] if _is_gather(node) else position)
         return reorder(graph.with_nodes(nodes), lambda position, _: priority[position])
 
-    def groups(self, graph: Graph) -> list[list[int]]:
+    def groups(self, graph: Graph, max_bytes: int, below_bytes: int) -> list[list[int]]:
         """Positions of the reshards that go together, each group in program order."""
         full: list[list[int]] = []
         filling: dict[Hashable, tuple[list[int], int]] = {}
         for position, node in enumerate(graph.nodes):
             size = padded_bytes(node.operands[0].tensor, graph.num_ranks) if node.op == "reshard" else 0
-            if node.op != "reshard" or len(node.results) > 1 or size >= self.pack_below_bytes:
+            if node.op != "reshard" or len(node.results) > 1 or size >= below_bytes:
                 continue
             kind = node.operands[0].tensor
             key = (node.phase, kind.dtype, kind.placement, node.results[0].tensor.placement, node.kwargs)
             group, filled = filling.get(key, ([], 0))
-            if filled + size > self.max_bytes and group:
+            if filled + size > max_bytes and group:
                 full.append(group)
                 group, filled = [], 0
             filling[key] = ([*group, position], filled + size)
         return full + [group for group, _ in filling.values()]
+
+
+def _latency_bytes(graph: Graph, context: Context) -> int:
+    """The whole that a gather would move in the time that its latency takes."""
+    if graph.num_ranks == 1:
+        return 0
+    network = context.costs.gather_line(graph.num_ranks)
+    sent = network.latency_us * network.bytes_per_s / 1e6
+    return int(sent * graph.num_ranks / (graph.num_ranks - 1))
 
 
 def _is_gather(node: Node) -> bool:

@@ -16,15 +16,10 @@ from typing import ClassVar
 
 from zgraph.ir import Graph, Node, Phase, Replicate, Value
 from zgraph.ir.ops import padded_bytes
-from zgraph.passes.all_gather import AllGather
-from zgraph.passes.all_reduce import AllReduce
 from zgraph.passes.analysis.timetable import Room
 from zgraph.passes.base import Context, Pass
-from zgraph.passes.broadcast import Broadcast
 from zgraph.passes.dce import DeadCode
-from zgraph.passes.reduce_scatter import ReduceScatter
-from zgraph.passes.release import Release
-from zgraph.passes.schedule import Step
+from zgraph.passes.outlook import lowered
 
 
 @dataclass(frozen=True)
@@ -56,10 +51,7 @@ class Keep(Pass):
         return DeadCode().run(graph.with_nodes(nodes), context)
 
     def _affordable(self, graph: Graph, context: Context, pairs: list[tuple[Node, Node]]) -> list[tuple[Node, Node]]:
-        lowered = graph
-        for lowering in (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), Release()):
-            lowered = lowering.run(lowered, context)
-        step = Step(lowered, context)
+        step = lowered(graph, context)
         largest = sorted((t.num_bytes for t in step.transfers), reverse=True)[: self.num_ahead]
         room = Room([max(r - sum(largest), 0) for r in step.room(0)])
         kept = []

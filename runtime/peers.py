@@ -68,6 +68,8 @@ class Peers:
         group: their process group.
         name: a name for the model that is the same on all of them and used for no other.
         device: where the data is that they exchange. On the CPU a wait polls; a GPU's stream waits by itself.
+
+    `waited_s` counts the seconds that this process has stood still in waits: on the CPU, communication not hidden.
     """
 
     def __init__(self, group: dist.ProcessGroup, name: str, device: torch.device) -> None:
@@ -76,6 +78,7 @@ class Peers:
         self.rank = dist.get_rank()
         self.store = torch_private.store()
         self.polls = device.type == "cpu"
+        self.waited_s = 0.0
         self.call = 0
         self.compared = 0
         _heartbeat(self.store, self.rank)
@@ -88,12 +91,14 @@ class Peers:
         Raises:
             PeerError: a peer failed or is gone; the message says which.
         """
+        began = time.perf_counter()
         if self.polls:
             self._poll(work, what)
         try:
             work.wait()
         except RuntimeError as error:
             self._blame(what, error, self.gone())
+        self.waited_s += time.perf_counter() - began
 
     def _poll(self, work: dist.Work | Transfer, what: str) -> None:
         nap, asked, told = _FIRST_NAP, time.monotonic(), False

@@ -18,6 +18,22 @@ Step = Callable[[Tensor], Tensor]
 """One training step on a batch of token ids, from forward to cleared gradients. Returns the detached loss."""
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What a system said beforehand of its step, and the part of it that only it can measure.
+
+    step_s: predicted, optimizer included.
+    exposed_s: predicted time that computing waits for communication.
+    measured_exposed_s: the same as it came.
+    gap: how much longer the predicted step is than the lower bound of its schedule.
+    """
+
+    step_s: float
+    exposed_s: float
+    measured_exposed_s: float
+    gap: float
+
+
 class Role(StrEnum):
     """What a system is measured for."""
 

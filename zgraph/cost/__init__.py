@@ -1,5 +1,6 @@
 """What a plan costs: bytes over the step, bytes on the wire, time on given hardware. No torch here."""
 
+from zgraph.cost.forms import NUM_RANKS, StepForm, closed_form
 from zgraph.cost.hardware import Device, Hardware, Link, hardware, known
 from zgraph.cost.memory import MemoryCurve, Moment, simulate_memory
 from zgraph.cost.network import Network, Quote
@@ -9,7 +10,30 @@ from zgraph.cost.wire import Traffic, traffic
 from zgraph.cost.work import Work, work
 
 __all__ = [
-    "CostTable", "Device", "Hardware", "Line", "Link", "MemoryCurve", "Moment", "Network", "Quote", "Span", "Stall",
-    "Timeline", "Traffic", "Work", "hardware", "known", "load_table", "save_table", "signature", "simulate",
-    "simulate_memory", "traffic", "work",
-]  # fmt: skip
+    "NUM_RANKS",
+    "CostTable",
+    "Device",
+    "Hardware",
+    "Line",
+    "Link",
+    "MemoryCurve",
+    "Moment",
+    "Network",
+    "Quote",
+    "Span",
+    "Stall",
+    "StepForm",
+    "Timeline",
+    "Traffic",
+    "Work",
+    "closed_form",
+    "hardware",
+    "known",
+    "load_table",
+    "save_table",
+    "signature",
+    "simulate",
+    "simulate_memory",
+    "traffic",
+    "work",
+]

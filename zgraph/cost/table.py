@@ -74,6 +74,15 @@ class CostTable(BaseModel):
         whole = padded_bytes(start.operands[0].tensor, num_ranks)
         return self.network(num_ranks).quote(kind, whole).us
 
+    def gather_line(self, num_ranks: int) -> Line:
+        """What an all-gather takes as a line in the bytes that a rank sends: measured, or through two sizes."""
+        if line := self.transfers.get("all_gather"):
+            return line
+        network, large = self.network(num_ranks), 1e9
+        latency_us, large_us = network.quote("all_gather", 0.0).us, network.quote("all_gather", large).us
+        sent = large * (num_ranks - 1) / num_ranks
+        return Line(latency_us=latency_us, bytes_per_s=1e6 * sent / (large_us - latency_us))
+
     def network(self, num_ranks: int) -> Network:
         """The links among `num_ranks` ranks."""
         if self.per_host:

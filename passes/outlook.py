@@ -1,0 +1,27 @@
+"""What would become of a graph whose reshards are not lowered yet: for passes that choose between several."""
+
+from __future__ import annotations
+
+from zgraph.ir import Graph
+from zgraph.passes.all_gather import AllGather
+from zgraph.passes.all_reduce import AllReduce
+from zgraph.passes.analysis.timetable import evaluate, first_use_order, latest_first_order
+from zgraph.passes.base import Context
+from zgraph.passes.broadcast import Broadcast
+from zgraph.passes.reduce_scatter import ReduceScatter
+from zgraph.passes.release import Release
+from zgraph.passes.schedule import Step
+
+
+def lowered(graph: Graph, context: Context) -> Step:
+    """The graph with every reshard lowered, as a scheduling problem."""
+    for lowering in (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), Release()):
+        graph = lowering.run(graph, context)
+    return Step(graph, context)
+
+
+def makespan_us(graph: Graph, context: Context, num_ahead: int = 2) -> float:
+    """The time of a step with the better of the two plain orders of its collectives."""
+    problem = lowered(graph, context).problem(num_ahead)
+    orders = (first_use_order(problem), latest_first_order(problem))
+    return min(t.makespan_us for t in (evaluate(problem, order) for order in orders) if t is not None)
