@@ -110,6 +110,7 @@ class Step:
             at = min(transfer.due if collective.is_gather else transfer.first, len(us) - 1)
             extra = (*collective.before, *collective.after)
             us[at] += sum(costs.node_us(self.graph, self.graph.nodes[p], hints) for p in extra)
+            us[at] += costs.start_us(self.graph.nodes[collective.start], hints)
         return Problem(tuple(us), room, tuple(self.transfers))
 
     def room(self, num_ahead: int) -> tuple[int, ...]:

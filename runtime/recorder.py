@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean
 
 import torch
 
@@ -39,8 +39,8 @@ class Recorder:
         event.record()
         return event
 
-    def medians_us(self) -> list[tuple[Node, float]]:
-        """Each instruction of every recorded program, with its median time over the runs."""
+    def means_us(self) -> list[tuple[Node, float]]:
+        """Each instruction of every recorded program, with its mean time over the runs."""
         if self.on_gpu:
             torch.cuda.synchronize()
         taken: dict[int, list[float]] = defaultdict(list)
@@ -49,7 +49,7 @@ class Recorder:
             for instruction, before, after in zip(instructions, times, times[1:], strict=False):
                 taken[id(instruction)].append(_us(before, after))
                 nodes[id(instruction)] = instruction.node
-        return [(nodes[key], median(found)) for key, found in taken.items()]
+        return [(nodes[key], fmean(found)) for key, found in taken.items()]
 
 
 def _us(before: int | torch.Event, after: int | torch.Event) -> float:

@@ -15,7 +15,6 @@ from torch import nn
 from zgraph.api import compiled_model
 from zgraph.cost import CostTable, Line, save_table, signature
 from zgraph.errors import UsageError
-from zgraph.ir import OPS
 from zgraph.runtime import Session
 from zgraph.runtime.collectives import exchange
 from zgraph.runtime.recorder import Recorder
@@ -37,7 +36,7 @@ def profile(
     Args:
         model: a compiled model.
         step: one training step of it: forward and backward, no optimizer. It is run `num_steps` + 2 times.
-        num_steps: steps that are measured; medians are taken over them, means over the ranks.
+        num_steps: steps that are measured; means are taken over them, and over the ranks.
         path: where to save the table as JSON, if anywhere. The first rank writes it.
 
     Raises:
@@ -68,12 +67,12 @@ def profile(
 
 
 def _ops_us(recorder: Recorder, hints: Mapping[str, int]) -> dict[str, float]:
-    """Microseconds by signature: the median over the nodes that share it."""
+    """Microseconds by signature: the mean over the nodes that share it, some of which run beside a transfer."""
     found: dict[str, list[float]] = defaultdict(list)
-    for node, us in recorder.medians_us():
-        if node.op not in OPS or (OPS[node.op].lane == "compute" and node.op not in ("wait", "release")):
+    for node, us in recorder.means_us():
+        if node.op not in ("wait", "release"):
             found[signature(node, hints)].append(us)
-    return {key: median(values) for key, values in sorted(found.items())}
+    return {key: mean(values) for key, values in sorted(found.items())}
 
 
 def _transfers(session: Session, num_rounds: int) -> dict[str, tuple[float, float]]:

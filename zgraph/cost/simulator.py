@@ -108,6 +108,7 @@ class _Clock:
                 self.compute(node)
 
     def start(self, node: Node) -> None:
+        self.now += self.costs.start_us(node, self.hints)
         us = self.costs.transfer_us(self.graph, node)
         begin = max(self.now, self.lane_free)
         self.lane_free = begin + us

@@ -65,6 +65,10 @@ class CostTable(BaseModel):
         computing = (flop + device.matmul_half_flop) / device.rate(done.dtype) if flop else 0.0
         return device.launch_us + 1e6 * max(computing, num_bytes / device.memory_bytes_per_s)
 
+    def start_us(self, start: Node, hints: Mapping[str, int]) -> float:
+        """What it takes the compute lane to hand a collective over: nothing where it was not measured."""
+        return self.ops.get(signature(start, hints), 0.0) if self.ops else 0.0
+
     def transfer_us(self, graph: Graph, start: Node) -> float:
         """What a collective takes on the wire once it has begun, in microseconds."""
         kind = _COLLECTIVES[start.op]

@@ -1,0 +1,99 @@
+"""Collectives on lanes: on one host, and on hosts of two ranks each, what arrives is what was sent."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from zgraph.runtime import torch_private
+from zgraph.runtime.lanes import Hosts, Lane
+
+from .pool import Pool
+
+LAYOUTS = {
+    "flat": (4, ["a", "a", "a", "a"]),
+    "apart": (3, ["a", "b", "c"]),
+    "two by two": (4, ["a", "a", "b", "b"]),
+    "in turns": (4, ["a", "b", "a", "b"]),
+}
+
+
+def open_lane(mesh: DeviceMesh, name: str, hosts: list[str]) -> Lane:
+    return Lane(torch_private.store(), f"test/{name}", mesh.get_local_rank(), Hosts.of(hosts))
+
+
+def run_all(mesh: DeviceMesh, name: str, hosts: list[str], numel: int) -> list[bool]:
+    """Several collectives of each kind, all under way at once."""
+    lane, rank, num_ranks = open_lane(mesh, f"{name}/{numel}", hosts), mesh.get_local_rank(), len(hosts)
+    whole = [torch.arange(float(num_ranks * numel)).view(num_ranks, numel) * (r + 1) for r in range(num_ranks)]
+    mean = torch.stack(whole).mean(0)
+    jobs = []
+    for _ in range(3):
+        gathered = torch.zeros(num_ranks, numel)
+        jobs.append(
+            (lane.all_gather(gathered.unbind(), whole[0][rank]), lambda t, g=gathered: torch.equal(g, whole[0]))
+        )
+        scattered = lane.reduce_scatter(whole[rank].clone().unbind())
+        jobs.append((scattered, lambda t: torch.allclose(t.result, mean[rank])))
+        reduced = whole[rank].clone()
+        jobs.append((lane.all_reduce(reduced.unbind()), lambda t, r=reduced: torch.allclose(r, mean)))
+    for transfer, _ in jobs:
+        transfer.wait()
+    lane.close()
+    return [check(transfer) for transfer, check in jobs]
+
+
+@pytest.mark.parametrize("numel", [1, 1000, 70_000])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_arrives_is_what_was_sent(pool: Pool, layout: str, numel: int) -> None:
+    num_ranks, hosts = LAYOUTS[layout]
+    assert pool.run(run_all, num_ranks, layout, hosts, numel) == [[True] * 9] * num_ranks
+
+
+def sums(mesh: DeviceMesh) -> list[float]:
+    """Large and small numbers, whose sum depends on the order."""
+    lane = open_lane(mesh, "order", ["a"] * 3)
+    mine = [1e8, 1.0, -1e8][mesh.get_local_rank()]
+    chunks = torch.full((3, 1), mine)
+    lane.all_reduce(chunks.unbind()).wait()
+    lane.close()
+    return chunks.view(-1).tolist()
+
+
+def test_sums_are_taken_in_the_order_of_the_ranks(pool: Pool) -> None:
+    assert pool.run(sums, 3) == [[0.0] * 3] * 3
+
+
+def left_alone(mesh: DeviceMesh) -> str:
+    """The second rank closes its lane; the first waits for it."""
+    lane = open_lane(mesh, "alone", ["a", "b"])
+    group = mesh.get_group()
+    dist.barrier(group)
+    outcome = "closed"
+    if mesh.get_local_rank() == 0:
+        transfer = lane.all_gather(torch.zeros(2, 4).unbind(), torch.zeros(4))
+        try:
+            transfer.wait()
+        except RuntimeError as error:
+            outcome = type(error).__name__
+    lane.close()
+    return outcome
+
+
+def test_a_closed_lane_is_an_error_for_those_who_wait(pool: Pool) -> None:
+    assert pool.run(left_alone, 2) == ["RuntimeError", "closed"]
+
+
+def closed_in_flight(mesh: DeviceMesh) -> bool:
+    """Closing does not wait for a peer that never sends."""
+    lane = open_lane(mesh, "in flight", ["a", "b"])
+    dist.barrier(mesh.get_group())
+    if mesh.get_local_rank() == 0:
+        transfer = lane.all_gather(torch.zeros(2, 4).unbind(), torch.zeros(4))
+        lane.close()
+        return transfer.error is not None
+    return True
+
+
+def test_closing_ends_what_is_under_way(pool: Pool) -> None:
+    assert pool.run(closed_in_flight, 2) == [True, True]
