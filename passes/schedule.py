@@ -13,6 +13,7 @@ The costs of ops and collectives come with the context. For a given order of the
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -26,6 +27,9 @@ from zgraph.passes.analysis.order import dependencies, reorder
 from zgraph.passes.analysis.timetable import Problem, Timetable, Transfer, delayed, run, search
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.planning import make_plan
+
+BEFORE_STARTS, AFTER_STARTS = 0.95, 0.45
+"""Where a wait goes before an op: after what starts there, unless its memory is needed."""
 
 NUM_ROUNDS = 4
 """How often the search begins anew, with the waits that memory forced on the last result."""
@@ -61,7 +65,7 @@ class Schedule(Pass):
         if not step.collectives:
             return graph
         problem = step.problem(self.num_ahead)
-        best: tuple[Timetable, dict[int, int]] | None = None
+        best: tuple[Timetable, dict[int, float]] | None = None
         for _ in range(NUM_ROUNDS):
             found = search(problem, self.effort)
             if found is None:
@@ -120,11 +124,17 @@ class Step:
             BudgetError: even so the step does not fit the budget.
         """
         curve = simulate_memory(make_plan(self.canonical()), self.context.hints)
-        held = {(m.phase, m.node): m.total_bytes for m in curve.moments}
-        used: list[int] = []
-        for position in self.ops:
-            node = self.graph.nodes[position]
-            used.append(held.get((node.phase.value, node.name), used[-1] if used else 0))
+        number = {(self.graph.nodes[p].phase.value, self.graph.nodes[p].name): i for i, p in enumerate(self.ops)}
+        used = [0] * len(self.ops)
+        at = most = 0
+        for moment in curve.moments:  # what is moved between two ops counts for both
+            here = number.get((moment.phase, moment.node))
+            most = max(most, moment.total_bytes)
+            if here is not None:
+                used[at], used[here] = max(used[at], most), max(used[here], most)
+                at, most = here, moment.total_bytes
+        if used:
+            used[at] = max(used[at], most)
         limit, peak = self.context.step_bytes, curve.peak
         if limit is None:
             largest = sorted((t.num_bytes for t in self.transfers), reverse=True)[:num_ahead]
@@ -162,10 +172,10 @@ class Step:
         problem = Problem((0.0,) * len(self.ops), (0,) * len(self.ops), tuple(self.transfers))
         starts = [t.due if c.is_gather else t.first for c, t in zip(self.collectives, self.transfers, strict=True)]
         order = sorted(range(len(starts)), key=lambda n: (starts[n], self.collectives[n].start))
-        waits = {n: starts[n] for n, c in enumerate(self.collectives) if not c.is_gather}
+        waits = {n: starts[n] - AFTER_STARTS for n, c in enumerate(self.collectives) if not c.is_gather}
         return self.placed(run(problem, order, starts), waits)
 
-    def waits(self, problem: Problem, found: Timetable, slack: float) -> tuple[Problem, Timetable, dict[int, int]]:
+    def waits(self, problem: Problem, found: Timetable, slack: float) -> tuple[Problem, Timetable, dict[int, float]]:
         """For each reduction the op before which it is waited for: when it is over, or earlier if its memory is needed.
 
         Returns:
@@ -188,20 +198,22 @@ class Step:
             for number in first_out:
                 if used <= problem.room[op]:
                     break
-                if found.starts[number] < op < waits[number]:
+                if found.starts[number] <= op < waits[number]:
                     held[waits[number]] += transfers[number].num_bytes
                     used -= transfers[number].num_bytes
                     waits[number] = op
                     transfers[number] = replace(transfers[number], due=op)
         sooner = replace(problem, transfers=tuple(transfers))
-        return sooner, run(sooner, found.order, found.starts), waits
+        usual = [t.due for t in self.transfers]
+        places = {n: op - (BEFORE_STARTS if transfers[n].due < usual[n] else AFTER_STARTS) for n, op in waits.items()}
+        return sooner, run(sooner, found.order, found.starts), places
 
-    def placed(self, timetable: Timetable, waits: dict[int, int]) -> Graph:
+    def placed(self, timetable: Timetable, waits: Mapping[int, float]) -> Graph:
         """The graph with every start and wait where the timetable has it.
 
         Args:
             timetable: for each collective the op before which it starts.
-            waits: for reductions, the op before which they are waited for.
+            waits: for reductions, where they are waited for, among the ops' numbers.
         """
         priority: dict[int, float] = {p: float(i) for i, p in enumerate(self.ops)}
         step = 0.4 / (1 + len(self.collectives))
@@ -209,7 +221,7 @@ class Step:
             collective = self.collectives[number]
             at = timetable.starts[number] - 0.9 + rank * step
             priority.update(dict.fromkeys((*collective.before, collective.start), at))
-            until = self.transfers[number].due - 0.4 if collective.is_gather else waits[number] - 0.45 + rank * step / 9
+            until = self.transfers[number].due - 0.4 if collective.is_gather else waits[number] + rank * step / 9
             priority.update(dict.fromkeys(collective.after, max(at, until)))
         return reorder(self.graph, lambda position, _: priority[position])
 
@@ -236,7 +248,8 @@ class Step:
         results = [r for p in collective.after for r in graph.nodes[p].results]
         users = [self.op_at[u] for r in results for u in graph.users.get(r.name, ()) if u in self.op_at]
         due = min(users, default=end)
-        return Transfer(us, min(first, due), due, whole, due)
+        prepared = whole // graph.num_ranks if collective.before else 0
+        return Transfer(us, min(first, due), due, whole + prepared, due)
 
 
 def lower_bound_us(graph: Graph, context: Context) -> float:

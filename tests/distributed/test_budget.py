@@ -13,7 +13,7 @@ from zgraph.errors import BudgetError, HardwareError, UsageError
 from .lockstep import Lockstep, assert_same
 from .nets import Mlp, built, rows
 from .pool import Pool
-from .test_memory import llama
+from .test_memory import llama, storage_bytes
 
 
 def sent_and_losses(mesh: DeviceMesh, budget: str | None) -> tuple[float, list[float]]:
@@ -53,16 +53,16 @@ def peak(mesh: DeviceMesh, budget: int) -> tuple[float, int]:
 
     gc.collect()
     live = measure(lambda: step, warmup=2, device=torch.device("cpu"))
-    gradients = sum(p.grad.to_local().untyped_storage().nbytes() for p in model.parameters())
+    gradients = storage_bytes(p.grad for p in model.parameters())
     report = zgraph.report(model)
     rest = 3 * report.rest_bytes + report.buffer_bytes
     return report.sent_bytes / report.whole_bytes, rest + live.peak_bytes - live.rest_bytes + gradients
 
 
-@pytest.mark.parametrize("budget", [32_600_000, 34_000_000, 38_000_000, 60_000_000])
+@pytest.mark.parametrize("budget", [26_700_000, 27_500_000, 29_000_000, 32_000_000, 60_000_000])
 def test_the_budget_holds(pool: Pool, budget: int) -> None:
     for _, alive in pool.run(peak, 2, budget):
-        assert alive <= budget
+        assert alive <= budget + 64, "the loss is the caller's"
 
 
 def too_small(mesh: DeviceMesh, budget: int) -> str:
@@ -78,7 +78,7 @@ def test_a_budget_that_cannot_hold_names_the_smallest_that_can(pool: Pool) -> No
     assert first == second
     smallest = int(first.split(" is the smallest that can")[0].split()[-1].replace(",", ""))
     assert 20_000_000 < smallest < 40_000_000
-    assert pool.run(peak, 2, smallest)[0][1] <= smallest
+    assert pool.run(peak, 2, smallest)[0][1] <= smallest + 64, "the loss is the caller's"
 
 
 def refused(mesh: DeviceMesh) -> list[str]:
