@@ -145,7 +145,8 @@ class Lane:
         Args:
             chunks: for each rank what this rank adds to its mean. They must not change until the transfer is over.
         """
-        return self._line.join(self._reduce(chunks, next(self._counts)))
+        out = torch.empty_like(chunks[self.rank])
+        return self._line.join(self._reduce(chunks, out, next(self._counts)))
 
     def all_reduce(self, chunks: Sequence[torch.Tensor]) -> Transfer:
         """Put the mean over the ranks in the place of `chunks`: one dense tensor a rank, all of one size."""
@@ -164,11 +165,18 @@ class Lane:
             )
         return slots[self.rank]
 
-    def _reduce(self, chunks: Sequence[torch.Tensor], count: int) -> Phases:
+    def _reduce(self, chunks: Sequence[torch.Tensor], out: torch.Tensor | None, count: int) -> Phases:
+        """`out` is where what comes from the first peer lands, and in the end the mean."""
         rows = self.hosts.rows
+
+        def landing(like: torch.Tensor) -> torch.Tensor:
+            nonlocal out
+            taken, out = out, None
+            return torch.empty_like(like) if taken is None else taken
+
         sums = [chunks[row[self.place]] for row in rows]
         if len(self.mates) > 1:
-            parts = [[own if r == self.rank else torch.empty_like(own) for r in self.mates] for own in sums]
+            parts = [[own if r == self.rank else landing(own) for r in self.mates] for own in sums]
             mates = [(r, p) for p, r in enumerate(self.mates) if r != self.rank]
             yield self._exchange(
                 count,
@@ -179,14 +187,14 @@ class Lane:
             del parts
         total = sums[self.host]
         if len(rows) > 1:
-            across = [total if r == self.rank else torch.empty_like(total) for r in self.column]
+            across = [total if r == self.rank else landing(total) for r in self.column]
             others = [(h, r) for h, r in enumerate(self.column) if r != self.rank]
             yield self._exchange(count, [(across[h], r, 0) for h, r in others], [(sums[h], r, 0) for h, r in others])
             total = _sum(across, self.host)
         return total.div_(self.num_ranks)
 
     def _reduce_and_gather(self, chunks: Sequence[torch.Tensor], first: int, second: int) -> Phases:
-        chunks[self.rank].copy_((yield from self._reduce(chunks, first)))
+        chunks[self.rank].copy_((yield from self._reduce(chunks, None, first)))
         return (yield from self._gather(chunks, second))
 
     # --- messages ------------------------------------------------------------------------------------------------

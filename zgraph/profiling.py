@@ -10,14 +10,17 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import torch
 from torch import nn
 
 from zgraph.api import compiled_model
-from zgraph.cost import CostTable, Line, save_table, signature
+from zgraph.cost import CostTable, Hardware, Line, save_table, signature
+from zgraph.cost.hardware import THIS_MACHINE, save, this_machine_path
 from zgraph.errors import UsageError
 from zgraph.runtime import Session
 from zgraph.runtime.collectives import exchange
 from zgraph.runtime.recorder import Recorder
+from zgraph.target import cost_table
 
 SIZES = (1 << 14, 1 << 20, 1 << 22)
 NUM_IN_A_ROW = 4
@@ -116,3 +119,53 @@ def _agreed(
     }
     lines = {kind: (mean(a[1][kind][0] for a in answers), mean(a[1][kind][1] for a in answers)) for kind in transfers}
     return all_ops, lines
+
+
+def profile_machine(path: str | Path | None = None) -> Hardware:
+    """Measure one device of this machine: matmul rates, memory bandwidth, the smallest op. Saved as `this-machine`.
+
+    The links are those of the built-in profile: `zgraph.profile` measures them, where there are peers to send to.
+
+    Args:
+        path: where to save the profile instead.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    base = cost_table(None, device).hardware
+    rates = {name: _matmul_rate(dtype, device) for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16))}
+    source = torch.zeros(1 << 25, device=device)
+    target = torch.empty_like(source)
+    copying_s = _seconds(lambda: target.copy_(source), on_gpu)
+    tiny = torch.zeros(1, device=device)
+    measured = {
+        "memory_bytes_per_s": 2 * source.numel() * source.element_size() / copying_s,
+        "matmul_flops": rates,
+        "launch_us": 1e6 * _seconds(lambda: tiny.add_(1.0), on_gpu),
+    }
+    found = base.model_copy(
+        update={
+            "name": THIS_MACHINE,
+            "source": "measured by zgraph.profile_machine",
+            "device": base.device.model_copy(update=measured),
+        }
+    )
+    save(found, Path(path) if path is not None else this_machine_path())
+    return found
+
+
+def _matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+    """FLOP a second of a square matmul."""
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / _seconds(lambda: a @ a, device.type != "cpu")
+
+
+def _seconds(run: Callable[[], Any], on_gpu: bool, num_rounds: int = 7) -> float:
+    """The median time of one run, after two to warm up."""
+    taken = []
+    for _ in range(num_rounds + NUM_WARMUPS):
+        began = time.perf_counter()
+        run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    return median(taken[NUM_WARMUPS:])

@@ -158,7 +158,7 @@ def _lines(fields: Mapping[str, object], table: str) -> Iterator[str]:
 
 def _unknown(name: str, stem: str) -> str:
     if stem == THIS_MACHINE:
-        return f"this machine has not been measured; call zgraph.profile_machine() first ({this_machine_path()})"
+        return f"this machine has not been measured; call zgraph.profile_machine(), which writes {this_machine_path()}"
     near = get_close_matches(stem, known(), 1)
     hint = f"did you mean {near[0]}? " if near else ""
     return (
