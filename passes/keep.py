@@ -52,8 +52,8 @@ class Keep(Pass):
 
     def _affordable(self, graph: Graph, context: Context, pairs: list[tuple[Node, Node]]) -> list[tuple[Node, Node]]:
         step = lowered(graph, context)
-        largest = sorted((t.num_bytes for t in step.transfers), reverse=True)[: self.num_ahead]
-        room = Room([max(r - sum(largest), 0) for r in step.room(0)])
+        ahead_bytes = step.ahead_bytes(self.num_ahead)
+        room = Room([max(r - ahead_bytes, 0) for r in step.room(0)])
         kept = []
         for full, again in sorted(pairs, key=lambda pair: step.uses(pair[1].name)):
             begin, end = step.uses(full.name)[1] + 1, step.uses(again.name)[0]

@@ -16,6 +16,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from heapq import nlargest
 from typing import ClassVar
 
 from zgraph.cost import simulate_memory
@@ -137,8 +138,7 @@ class Step:
             used[at] = max(used[at], most)
         limit, peak = self.context.step_bytes, curve.peak
         if limit is None:
-            largest = sorted((t.num_bytes for t in self.transfers), reverse=True)[:num_ahead]
-            limit = peak.total_bytes + sum(largest)
+            limit = peak.total_bytes + self.ahead_bytes(num_ahead)
         elif peak.total_bytes > limit:
             raise BudgetError(
                 f"a memory budget of {self.context.memory_budget:,} bytes cannot hold this step: with "
@@ -147,6 +147,10 @@ class Step:
                 "over more ranks, or make the batch smaller"
             )
         return tuple(max(limit - u, 0) for u in used)
+
+    def ahead_bytes(self, num_ahead: int) -> int:
+        """What the largest `num_ahead` of the collectives hold."""
+        return sum(nlargest(num_ahead, (t.num_bytes for t in self.transfers)))
 
     def uses(self, name: str) -> tuple[int, int]:
         """The first and the last op that touch the memory in which the value called `name` was delivered."""

@@ -47,7 +47,7 @@ def profile(
     """
     compiled = compiled_model(model)
     session = compiled.session
-    for _ in range(2):
+    for _ in range(NUM_WARMUPS):
         step()
     session.recorder = Recorder(session.device)
     try:

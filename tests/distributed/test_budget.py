@@ -1,19 +1,16 @@
 """A memory budget: what it lets stay, that it holds, and what is said where it cannot."""
 
-import gc
-
 import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
-from benchmarks.memory import measure
 from zgraph.errors import BudgetError, HardwareError, UsageError
 
 from .lockstep import Lockstep, assert_same
 from .nets import Mlp, built, rows
 from .pool import Pool
-from .test_memory import llama, storage_bytes
+from .test_memory import llama, measured_peak
 
 
 def sent_and_losses(mesh: DeviceMesh, budget: str | None) -> tuple[float, list[float]]:
@@ -43,20 +40,10 @@ def test_what_there_is_room_for_is_not_sent_again(pool: Pool) -> None:
 def peak(mesh: DeviceMesh, budget: int) -> tuple[float, int]:
     """Bytes sent over those of the model, and the most bytes alive, with those that AdamW would hold."""
     model = zgraph.compile(llama(), stage=3, mesh=mesh, memory_budget=budget)
-    ids = torch.randint(4001, (2, 64))
-
-    def step(_: int) -> torch.Tensor:
-        model.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        return loss
-
-    gc.collect()
-    live = measure(lambda: step, warmup=2, device=torch.device("cpu"))
-    gradients = storage_bytes(p.grad for p in model.parameters())
+    measured = measured_peak(model)
     report = zgraph.report(model)
     rest = 3 * report.rest_bytes + report.buffer_bytes
-    return report.sent_bytes / report.whole_bytes, rest + live.peak_bytes - live.rest_bytes + gradients
+    return report.sent_bytes / report.whole_bytes, rest + measured
 
 
 @pytest.mark.parametrize("budget", [26_700_000, 27_500_000, 29_000_000, 32_000_000, 60_000_000])
