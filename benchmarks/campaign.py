@@ -44,8 +44,8 @@ class Campaign:
     say: Callable[[str], None]
 
     def measure_memory(self) -> list[Record]:
-        """Launch each system once, for the bytes live."""
-        records = [Record(system) for system in self.systems]
+        """Launch each system once, for the bytes live; not those that plan with what they measure on the hosts."""
+        records = [Record(system) for system in self.systems if not system.predicts]
         with loopback(self.job.world_size) as hosts:
             for record in records:
                 self._attempt(record, Measure.MEMORY, hosts)
@@ -54,10 +54,14 @@ class Campaign:
     def measure_steps(self, hosts: Sequence[Host], memory: Sequence[Record]) -> list[Record]:
         """Launch each system `num_rounds` times on these hosts; one that fails is not launched again.
 
-        memory: what `measure_memory` returned, which goes into the new records, or nothing.
+        memory: what `measure_memory` returned, which goes into the new records, or nothing. If there is something,
+            the bytes live of systems that predict them are measured here.
         """
         known = {record.system.name: record for record in memory}
         records = [known.get(system.name, Record(system)).without_rounds() for system in self.systems]
+        for record in records:
+            if memory and record.system.predicts:
+                self._attempt(record, Measure.MEMORY, hosts)
         for record in self._ordered(records):
             if Measure.TIME not in record.errors:
                 self._attempt(record, Measure.TIME, hosts)

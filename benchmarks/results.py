@@ -70,7 +70,7 @@ class Row:
     bound_s, vs_bound: the larger of computing alone (plain eager, in the same run) and the bytes sent over the rate
         of the link; and step time over it.
     predicted_s, exposed_s, predicted_exposed_s, gap: as in `Outlook`, means over ranks and rounds; for systems that
-        predict.
+        predict. predicted_peak_bytes belongs to peak_bytes: both come from the launch that counted bytes.
     """
 
     system: str
@@ -94,6 +94,7 @@ class Row:
     exposed_s: float | None = None
     predicted_exposed_s: float | None = None
     gap: float | None = None
+    predicted_peak_bytes: int | None = None
     rounds_step_s: tuple[tuple[float, ...], ...] = ()
 
 
@@ -146,6 +147,7 @@ def _row(record: Record, peers: Sequence[Record], world_size: int) -> Row:
         error="; ".join(dict.fromkeys(record.errors.values())) or None,
         rest_bytes=record.rest_bytes,
         peak_bytes=record.peak_bytes,
+        predicted_peak_bytes=max((int(r.outlook["peak_bytes"]) for r in record.memory if r.outlook), default=None),
     )
     if not record.rounds:
         return row

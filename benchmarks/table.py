@@ -25,6 +25,7 @@ COLUMNS = (
     "ZeRO\n/ 4Ψ",
     "at rest\nMB",
     "peak\nMB",
+    "predicted\npeak",
     "final\nloss",
 )
 
@@ -63,6 +64,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _number(row.zero_ratio, 3),
         _number(_mega(row.rest_bytes), 1),
         _number(_mega(row.peak_bytes), 1),
+        _number(_mega(row.predicted_peak_bytes), 1),
         _number(row.final_loss, 5),
     )
 

@@ -68,7 +68,8 @@ def _measure(job: Job, system: System, rank: int, device: torch.device, interfac
 
     if job.measure is Measure.MEMORY:
         live = memory.measure(prepare, warmup=job.num_warmup, device=device)
-        return RankReport(num_parameters, rest_bytes=live.rest_bytes, peak_bytes=live.peak_bytes)
+        outlook = asdict(predicts[0].outlook()) if predicts else None
+        return RankReport(num_parameters, rest_bytes=live.rest_bytes, peak_bytes=live.peak_bytes, outlook=outlook)
     step = prepare()
     for index in range(job.num_warmup):
         step(index)

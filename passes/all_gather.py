@@ -18,7 +18,14 @@ from zgraph.passes.lowering import lower, placement_change
 
 @dataclass(frozen=True)
 class AllGather(Pass):
-    """Lower reshards from shards to the whole into all-gathers."""
+    """Lower reshards from shards to the whole into all-gathers.
+
+    Args:
+        grouped: a bucket is one call that moves its members from and to where they lie; else they are packed, but
+            where the context says that the runtime groups calls.
+    """
+
+    grouped: bool = False
 
     name: ClassVar[str] = "all-gather"
     requires: ClassVar[frozenset[str]] = frozenset({"placed"})
@@ -28,4 +35,4 @@ class AllGather(Pass):
         def wanted(node: Node) -> bool:
             return placement_change(node) == (Shard(0), Replicate())
 
-        return lower(graph, wanted, "all_gather_start", self.name)
+        return lower(graph, wanted, "all_gather_start", self.name, grouped=self.grouped or context.groups_calls)

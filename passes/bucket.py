@@ -13,7 +13,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from zgraph.ir import Graph, Node, Shard
+from zgraph.ir import Graph, Node
 from zgraph.ir.ops import padded_bytes
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.base import Context, Pass
@@ -79,7 +79,7 @@ class Bucket(Pass):
         full: list[list[int]] = []
         filling: dict[Hashable, tuple[list[int], int]] = {}
         for position, node in enumerate(graph.nodes):
-            size = padded_bytes(node.operands[0].tensor, graph.num_ranks) if node.op == "reshard" else 0
+            size = padded_bytes(node.operands[0].tensor, graph.num_shards) if node.op == "reshard" else 0
             if node.op != "reshard" or len(node.results) > 1 or size >= below_bytes:
                 continue
             kind = node.operands[0].tensor
@@ -94,15 +94,15 @@ class Bucket(Pass):
 
 def _latency_bytes(graph: Graph, context: Context) -> int:
     """The whole that a gather would move in the time that its latency takes."""
-    if graph.num_ranks == 1:
+    if graph.num_shards == 1:
         return 0
-    network = context.costs.gather_line(graph.num_ranks)
+    network = context.costs.gather_line(graph.mesh)
     sent = network.latency_us * network.bytes_per_s / 1e6
-    return int(sent * graph.num_ranks / (graph.num_ranks - 1))
+    return int(sent * graph.num_shards / (graph.num_shards - 1))
 
 
 def _is_gather(node: Node) -> bool:
-    return isinstance(node.operands[0].tensor.placement[0], Shard)
+    return node.operands[0].tensor.is_sharded
 
 
 def _merged(nodes: list[Node]) -> Node:

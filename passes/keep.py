@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zgraph.ir import Graph, Node, Phase, Replicate, Value
+from zgraph.ir import Graph, Node, Phase, Value
 from zgraph.ir.ops import padded_bytes
 from zgraph.passes.analysis.timetable import Room
 from zgraph.passes.base import Context, Pass
@@ -57,7 +57,7 @@ class Keep(Pass):
         kept = []
         for full, again in sorted(pairs, key=lambda pair: step.uses(pair[1].name)):
             begin, end = step.uses(full.name)[1] + 1, step.uses(again.name)[0]
-            num_bytes = padded_bytes(full.operands[0].tensor, graph.num_ranks)
+            num_bytes = padded_bytes(full.operands[0].tensor, graph.num_shards)
             if room.last_below(num_bytes, end) < begin:
                 room.take(num_bytes, begin, end)
                 kept.append((full, again))
@@ -69,7 +69,7 @@ def _gathered_twice(graph: Graph) -> list[tuple[Node, Node]]:
     forward: dict[str, Node] = {}
     pairs = []
     for node in graph.nodes:
-        if node.op != "reshard" or node.results[0].tensor.placement != (Replicate(),):
+        if node.op != "reshard" or not _is_gather(node):
             continue
         source = _source(graph, node.operands[0])
         if node.phase is Phase.forward:
@@ -77,6 +77,10 @@ def _gathered_twice(graph: Graph) -> list[tuple[Node, Node]]:
         elif source in forward and forward[source].results[0].type == node.results[0].type:
             pairs.append((forward[source], node))
     return pairs
+
+
+def _is_gather(node: Node) -> bool:
+    return node.operands[0].tensor.is_sharded and not node.results[0].tensor.is_sharded
 
 
 def _source(graph: Graph, value: Value) -> str:

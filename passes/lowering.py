@@ -1,4 +1,4 @@
-"""What the lowering passes share: a reshard becomes pack, start, wait, unpack."""
+"""What the lowering passes share: a reshard becomes pack, start, wait, unpack; or one grouped start, and waits."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ from zgraph.ir import Builder, Graph, Node, Placement
 
 
 def placement_change(node: Node) -> tuple[Placement, Placement] | None:
-    """From and to which placement a reshard goes; None for any other op."""
+    """From and to which placement along the shard axis a reshard goes; None for any other op."""
     if node.op != "reshard":
         return None
-    return node.operands[0].tensor.placement[0], node.results[0].tensor.placement[0]
+    return node.operands[0].tensor.placement[-1], node.results[0].tensor.placement[-1]
 
 
-def lower(graph: Graph, wanted: Callable[[Node], bool], collective: str, made_by: str) -> Graph:
-    """Every reshard that is `wanted` as a `collective` and what it needs around it."""
+def lower(
+    graph: Graph, wanted: Callable[[Node], bool], collective: str, made_by: str, *, grouped: bool = False
+) -> Graph:
+    """Every reshard that is `wanted` as a `collective` and what it needs around it.
+
+    Args:
+        graph: the graph.
+        wanted: which reshards.
+        collective: the op that starts it.
+        made_by: the pass.
+        grouped: a bucket is one call that moves its members from and to where they lie, without a copy.
+    """
     builder = Builder(graph, made_by)
     nodes: list[Node] = []
     for node in graph.nodes:
         if node.op == "reshard" and wanted(node):
-            nodes.extend(_lowered(node, collective, builder))
+            nodes.extend((_grouped if grouped else _lowered)(node, collective, builder))
         else:
             nodes.append(node)
     return graph.with_nodes(nodes)
@@ -42,3 +52,11 @@ def _lowered(node: Node, collective: str, builder: Builder) -> Iterator[Node]:
         yield builder.typed("unpack", waited.results, node.results, phase, origin)
     else:
         yield builder.typed("wait", start.results, node.results, phase, origin)
+
+
+def _grouped(node: Node, collective: str, builder: Builder) -> Iterator[Node]:
+    options = {key: value for key, value in node.kwargs if key == "keep"}
+    start = builder.node(collective, node.operands, f"{node.name}_start", node.phase, node.origin, **options)
+    yield start
+    for future, result in zip(start.results, node.results, strict=True):
+        yield builder.typed("wait", (future,), (result,), node.phase, node.origin)

@@ -133,7 +133,12 @@ class _Partitioner:
         return replace(entry, value=replace(entry.value, type=rest), stage=stage, master=None)
 
     def at(self, kind: TensorType, placement: Placement) -> TensorType:
-        return kind.at(placement) if self.sharded else kind
+        return kind.at(*self.everywhere(placement)) if self.sharded else kind
+
+    def everywhere(self, placement: Placement) -> tuple[Placement, ...]:
+        """A placement along the shard axis with what goes with it along the others: shards are replicated there."""
+        others = Replicate() if isinstance(placement, Shard) else placement
+        return (*[others] * (len(self.graph.mesh) - 1), placement)
 
     # --- uses --------------------------------------------------------------------------------------------------
 
@@ -142,7 +147,7 @@ class _Partitioner:
         env = {v.name: self.needed(v, node) for v in node.operands}
         kinds = [v.type for v in env.values() if isinstance(v.type, TensorType)]
         foreign = self.source.foreign[node.op]
-        varies = foreign.random or any(isinstance(p, Varying) for k in kinds for p in k.placement)
+        varies = foreign.random or any(k.varies for k in kinds)
         results = tuple(Value(r.name, self.placed_type(r.type, varies)) for r in node.results)
         tensors = [v for v in node.operands if isinstance(v.type, TensorType)]
         if node.phase is Phase.forward and tensors and all(self.comes_again(v.name) for v in tensors):
@@ -181,7 +186,7 @@ class _Partitioner:
         stem = f"{entry.value.name}_{'again' if user.phase is Phase.backward else 'full'}"
         if current.tensor.dtype is not kind.dtype:
             current = self.emit("cast", current, f"{entry.value.name}_cast", user.phase, origin, dtype=kind.dtype)
-        if self.sharded and isinstance(current.tensor.placement[0], Shard):
+        if self.sharded and current.tensor.is_sharded:
             keep: dict[str, Arg] = {"keep": True} if entry.stage in (1, 2) else {}
             current = self.reshard(current, Replicate(), stem, user.phase, origin, self.nodes, keep)
         return current
@@ -216,7 +221,7 @@ class _Partitioner:
                 continue
             value = self.env[node.phase][output.value.name]
             entry = self.inputs[output.target]
-            if entry.kind is InputKind.buffer and Varying() in value.tensor.placement:
+            if entry.kind is InputKind.buffer and value.tensor.varies:
                 value = self.reshard(
                     value, Replicate(), f"{value.name}_root", node.phase, node.origin, self.nodes, {"reduce": "root"}
                 )
@@ -245,7 +250,7 @@ class _Partitioner:
             elif self.shares(raw, producer):
                 value = self.emit("copy", value, f"{raw.name}_own", Phase.backward, origin)
             return replace(output, value=value)
-        if not isinstance(value.tensor.placement[0], Varying):
+        if not value.tensor.varies:
             value = self.as_varying(value, origin)
         wanted = self.context.reduce_dtype or value.tensor.dtype
         if value.tensor.dtype is not wanted:
@@ -261,7 +266,7 @@ class _Partitioner:
 
     def as_varying(self, value: Value, origin: Origin) -> Value:
         """A gradient that does not depend on the batch, as each rank's own like any other."""
-        result = self.builder.value(f"{value.name}_own", value.tensor.contiguous().at(Varying()))
+        result = self.builder.value(f"{value.name}_own", self.at(value.tensor.contiguous(), Varying()))
         self.nodes.append(self.builder.typed("copy", (value,), (result,), Phase.backward, origin))
         return result
 
@@ -281,7 +286,7 @@ class _Partitioner:
 
     def reshard(self, value: Value, placement: Placement, stem: str, phase: Phase, origin: Origin, into: list[Node],
                 options: dict[str, Arg]) -> Value:  # fmt: skip
-        result = self.builder.value(stem, value.tensor.contiguous().at(placement))
+        result = self.builder.value(stem, self.at(value.tensor.contiguous(), placement))
         into.append(self.builder.typed("reshard", (value,), (result,), phase, origin, **options))
         return result
 

@@ -18,7 +18,14 @@ from zgraph.passes.lowering import lower, placement_change
 
 @dataclass(frozen=True)
 class ReduceScatter(Pass):
-    """Lower reshards of gradients into shards to reduce-scatters."""
+    """Lower reshards of gradients into shards to reduce-scatters.
+
+    Args:
+        grouped: a bucket is one call that moves its members from and to where they lie; else they are packed, but
+            where the context says that the runtime groups calls.
+    """
+
+    grouped: bool = False
 
     name: ClassVar[str] = "reduce-scatter"
     numerics: ClassVar[Numerics] = Numerics.reassociates
@@ -29,4 +36,4 @@ class ReduceScatter(Pass):
         def wanted(node: Node) -> bool:
             return placement_change(node) == (Varying(), Shard(0))
 
-        return lower(graph, wanted, "reduce_scatter_start", self.name)
+        return lower(graph, wanted, "reduce_scatter_start", self.name, grouped=self.grouped or context.groups_calls)

@@ -22,7 +22,7 @@ from typing import ClassVar
 from zgraph.cost import simulate_memory
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Graph, Node, Phase
-from zgraph.ir.ops import is_copied, padded_bytes
+from zgraph.ir.ops import is_copied, moved_bytes, padded_bytes
 from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.analysis.order import dependencies, reorder
 from zgraph.passes.analysis.timetable import Problem, Timetable, Transfer, delayed, run, search
@@ -244,15 +244,18 @@ class Step:
         graph, node = self.graph, self.graph.nodes[collective.start]
         begin = self.phase_end[Phase.forward] if node.phase is not Phase.forward else 0
         first, end = max(first, begin), self.phase_end[node.phase]
-        whole = padded_bytes(node.operands[0].tensor, graph.num_ranks)
+        whole = moved_bytes(node, graph.mesh)
         us = self.context.costs.transfer_us(graph, node)
         if not collective.is_gather:
-            kept = whole * (2 if is_copied(node, graph.num_ranks) else 1) if node.op == "reduce_scatter_start" else 0
+            kept = 0
+            if node.op == "reduce_scatter_start":
+                copied = [v.tensor for v in node.operands if is_copied(v.tensor, graph.mesh)]
+                kept = whole + sum(padded_bytes(kind, graph.num_shards) for kind in copied)
             return Transfer(us, first, end, kept, first)
         results = [r for p in collective.after for r in graph.nodes[p].results]
         users = [self.op_at[u] for r in results for u in graph.users.get(r.name, ()) if u in self.op_at]
         due = min(users, default=end)
-        prepared = whole // graph.num_ranks if collective.before else 0
+        prepared = whole // graph.num_shards if collective.before else 0
         return Transfer(us, min(first, due), due, whole + prepared, due)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from zgraph.aten import TO_TORCH
-from zgraph.ir import DType, Node, Shard, TensorType
+from zgraph.ir import DType, Node, TensorType
 from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
 from zgraph.runtime import torch_private
 from zgraph.runtime.lanes import Transfer
@@ -30,46 +31,62 @@ class Future:
         self.name, self.work, self.held, self.finish = name, work, held, finish
 
 
+def _one_or_all(futures: list[Future]) -> Any:
+    """What a start gives: its future, or a list of them where it moves several tensors."""
+    return futures if len(futures) > 1 else futures[0]
+
+
+def _item(made: list[torch.Tensor], index: int) -> torch.Tensor:
+    """What a collective has put into its list by now; the list lets go of it."""
+    result, made[index] = made[index], torch.empty(0)
+    return result
+
+
 def all_gather_start(node: Node, session: Session) -> Execute:
-    """Every rank sends its chunk once to every other, into memory that becomes the whole tensor."""
-    num_ranks = session.num_ranks
-    kind = node.results[0].tensor
-    shape, numel = _shape(kind), _numel(kind)
-    key = object() if node.option("keep") else None
+    """Every rank sends its chunks once to every other, into memory that becomes the whole tensors."""
+    num_shards = session.num_shards
+    wanted = [(_shape(r.tensor), _numel(r.tensor)) for r in node.results]
+    keys = [object() if node.option("keep") else None for _ in node.results]
 
-    def execute(chunk: torch.Tensor) -> Future:
-        if key is not None and (kept := session.kept_copy(key)) is not None:
-            return Future(node.name, None, None, lambda: kept)
-        out = chunk.new_empty(num_ranks, chunk.numel())
+    def execute(*chunks: torch.Tensor) -> Any:
+        kept = [k for key in keys if key is not None and (k := session.kept_copy(key)) is not None]
+        if len(kept) == len(keys):
+            return _one_or_all([Future(node.name, None, None, partial(_item, kept, i)) for i in range(len(kept))])
+        outs = [chunk.new_empty(num_shards, chunk.numel()) for chunk in chunks]
         if session.lane is not None:
-            work: Work = session.lane.all_gather(out.unbind(), chunk)
+            work: Work = session.lane.all_gather(*((o.unbind(), c) for o, c in zip(outs, chunks, strict=True)))
         else:
-            work = torch_private.all_gather(out.view(-1), chunk, session.group)
+            pairs = [(out.view(-1), chunk) for out, chunk in zip(outs, chunks, strict=True)]
+            work = torch_private.all_gathers(pairs, session.shard_group)
 
-        def finish() -> torch.Tensor:
-            whole = out.view(-1)[:numel].view(shape)
-            if key is not None:
+        def finish(index: int) -> torch.Tensor:
+            shape, numel = wanted[index]
+            whole = _item(outs, index).view(-1)[:numel].view(shape)
+            if (key := keys[index]) is not None:
                 session.keep_copy(key, whole)
             return whole
 
-        return Future(node.name, work, chunk, finish)
+        return _one_or_all([Future(node.name, work, c, partial(finish, i)) for i, c in enumerate(chunks)])
 
     return execute
 
 
 def reduce_scatter_start(node: Node, session: Session) -> Execute:
-    """The mean over the ranks, each rank keeping its chunk."""
-    num_ranks = session.num_ranks
-    pad = _padder(node.operands[0].tensor, num_ranks)
+    """The means over the ranks, each rank keeping its chunks."""
+    num_shards = session.num_shards
+    pads = [_padder(v.tensor, num_shards) for v in node.operands]
 
-    def execute(whole: torch.Tensor) -> Future:
-        padded = pad(whole).view(num_ranks, -1)
+    def execute(*wholes: torch.Tensor) -> Any:
+        padded = [pad(whole).view(num_shards, -1) for pad, whole in zip(pads, wholes, strict=True)]
         if session.lane is not None:
-            transfer = session.lane.reduce_scatter(padded.unbind())
-            return Future(node.name, transfer, padded, lambda: transfer.result)
-        out = torch.empty_like(padded[0])
-        work = torch_private.reduce_scatter(out, padded.view(-1), dist.ReduceOp.AVG, session.group)
-        return Future(node.name, work, padded, lambda: out)
+            transfer = session.lane.reduce_scatter(*(p.unbind() for p in padded))
+            work: Work = transfer
+            outs: list[torch.Tensor] = transfer.result
+        else:
+            outs = [torch.empty_like(p[0]) for p in padded]
+            pairs = [(out, p.view(-1)) for out, p in zip(outs, padded, strict=True)]
+            work = torch_private.reduce_scatters(pairs, session.shard_group, session.copy_group)
+        return _one_or_all([Future(node.name, work, p, partial(_item, outs, i)) for i, p in enumerate(padded)])
 
     return execute
 
@@ -120,18 +137,18 @@ def wait(node: Node, session: Session) -> Execute:
 def pack(node: Node, session: Session) -> Execute:
     """One bucket of several tensors. Shards that lie side by side already are not copied."""
     kinds = [v.tensor for v in node.operands]
-    layout = bucket_layout(kinds, session.num_ranks)
-    if isinstance(kinds[0].placement[0], Shard):
+    layout = bucket_layout(kinds, session.num_shards)
+    if kinds[0].is_sharded:
 
         def join(*chunks: torch.Tensor) -> torch.Tensor:
             joined = _side_by_side(chunks, layout)
             return _concatenated(chunks, layout) if joined is None else joined
 
         return join
-    fillers = [_filler(k, session.num_ranks) for k in kinds]
+    fillers = [_filler(k, session.num_shards) for k in kinds]
 
     def execute(*tensors: torch.Tensor) -> torch.Tensor:
-        bucket = tensors[0].new_zeros(session.num_ranks, layout.part_numel)
+        bucket = tensors[0].new_zeros(session.num_shards, layout.part_numel)
         for tensor, offset, chunk, fill in zip(tensors, layout.offsets, layout.chunks, fillers, strict=True):
             fill(bucket[:, offset : offset + chunk], tensor)
         return bucket.view(-1)
@@ -142,14 +159,14 @@ def pack(node: Node, session: Session) -> Execute:
 def unpack(node: Node, session: Session) -> Execute:
     """The members of a bucket: views of it where it is a rank's part, copies where it is the whole."""
     kinds = [r.tensor for r in node.results]
-    layout, num_ranks = bucket_layout(kinds, session.num_ranks), session.num_ranks
+    layout, num_shards = bucket_layout(kinds, session.num_shards), session.num_shards
     spans = list(zip(layout.offsets, layout.chunks, strict=True))
-    if isinstance(kinds[0].placement[0], Shard):
+    if kinds[0].is_sharded:
         return lambda bucket: [bucket[o : o + c] for o, c in spans]
     wanted = [(_numel(k), _shape(k)) for k in kinds]
 
     def execute(bucket: torch.Tensor) -> list[torch.Tensor]:
-        parts = bucket.view(num_ranks, -1)
+        parts = bucket.view(num_shards, -1)
         return [
             parts[:, offset : offset + chunk].reshape(-1)[:numel].view(shape)
             for (offset, chunk), (numel, shape) in zip(spans, wanted, strict=True)
@@ -246,20 +263,23 @@ def exchange(kind: str, session: Session, numel: int, count: int) -> Callable[[]
         numel: divided evenly over the ranks, rounded down.
         count: how many.
     """
-    num_ranks, lane, group = session.num_ranks, session.lane, session.group
-    whole = torch.zeros(num_ranks, numel // num_ranks, device=session.device)
-    own = torch.zeros(numel // num_ranks, device=session.device)
+    num_parts = session.num_ranks if kind == "all_reduce" else session.num_shards
+    lane = session.lane
+    whole = torch.zeros(num_parts, numel // num_parts, device=session.device)
+    own = torch.zeros(numel // num_parts, device=session.device)
 
     def start() -> Work:
-        if lane is not None:
-            if kind == "all_gather":
-                return lane.all_gather(whole.unbind(), own)
-            return lane.reduce_scatter(whole.unbind()) if kind == "reduce_scatter" else lane.all_reduce(whole.unbind())
         if kind == "all_gather":
-            return torch_private.all_gather(whole.view(-1), own, group)
+            if lane is not None:
+                return lane.all_gather((whole.unbind(), own))
+            return torch_private.all_gathers([(whole.view(-1), own)], session.shard_group)
         if kind == "reduce_scatter":
-            return torch_private.reduce_scatter(own, whole.view(-1), dist.ReduceOp.AVG, group)
-        work: dist.Work = dist.all_reduce(whole, group=group, async_op=True)
+            if lane is not None:
+                return lane.reduce_scatter(whole.unbind())
+            return torch_private.reduce_scatters([(own, whole.view(-1))], session.shard_group, session.copy_group)
+        if lane is not None:
+            return lane.all_reduce(whole.unbind())
+        work: dist.Work = dist.all_reduce(whole, group=session.group, async_op=True)
         return work
 
     def run() -> None:

@@ -6,7 +6,7 @@ end up running one direction after the other. So each direction has connections 
 before sends, and everything is sent from and received into the memory where it belongs.
 
 Ranks on several hosts cross between hosts first and share within the host afterwards (the other way round when they
-reduce), so that every byte crosses the slow link once.
+reduce), so that every byte crosses the slow link once. Where each host has all shards, gathers stay within it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,17 +33,18 @@ NUM_POSTED = 2
 _AT_ONCE = timedelta(milliseconds=1)
 _LAST_TAG = 2**31 - 1
 
+T = TypeVar("T")
 Works = list[dist.Work]
-Phases = Generator[Works, None, torch.Tensor]
+Phases = Generator[Works, None, T]
 """A collective: it posts a phase, yields what to wait for, goes on when that is over, and returns what it made."""
 
 
 class Transfer:
-    """A collective under way."""
+    """A collective under way. What it made is in the list `result` when it is over."""
 
     def __init__(self) -> None:
         self.over = threading.Event()
-        self.result: torch.Tensor | None = None
+        self.result: list[torch.Tensor] = []
         self.error: BaseException | None = None
 
     def is_completed(self) -> bool:
@@ -75,6 +77,15 @@ class Hosts:
             rows = [(rank,) for rank in range(len(names))]
         return cls(tuple(rows))
 
+    @classmethod
+    def rows_of(cls, num_ranks: int, each: int) -> Hosts:
+        """Ranks in rows of `each`, one after the other.
+
+        >>> Hosts.rows_of(4, 2).rows
+        ((0, 1), (2, 3))
+        """
+        return cls(tuple(tuple(range(first, first + each)) for first in range(0, num_ranks, each)))
+
     def place(self, rank: int) -> tuple[int, int]:
         """The number of a rank's host, and its place there."""
         return next((h, row.index(rank)) for h, row in enumerate(self.rows) if rank in row)
@@ -94,13 +105,15 @@ class Lane:
         name: a name that is the same on all ranks and used for no other lane.
         rank: this rank, among those of the lane.
         hosts: which ranks share a host.
+        each_has_all: tensors are sharded within each host, and each host has all shards; else they are sharded over
+            all ranks.
 
     Raises:
         RuntimeError: a peer did not come within a minute.
     """
 
-    def __init__(self, store: Store, name: str, rank: int, hosts: Hosts) -> None:
-        self.rank, self.hosts = rank, hosts
+    def __init__(self, store: Store, name: str, rank: int, hosts: Hosts, *, each_has_all: bool = False) -> None:
+        self.rank, self.hosts, self.each_has_all = rank, hosts, each_has_all
         self.num_ranks = sum(len(row) for row in hosts.rows)
         self.host, self.place = hosts.place(rank)
         self.mates = hosts.rows[self.host]
@@ -128,31 +141,74 @@ class Lane:
 
     # --- collectives ---------------------------------------------------------------------------------------------
 
-    def all_gather(self, slots: Sequence[torch.Tensor], own: torch.Tensor) -> Transfer:
-        """Fill slot r with what rank r has.
+    def all_gather(self, *tensors: tuple[Sequence[torch.Tensor], torch.Tensor]) -> Transfer:
+        """Fill the slots of tensors with what each rank has.
 
         Args:
-            slots: one dense tensor a rank, as large as `own`.
-            own: what this rank has. It is copied to its slot, and must not change until the transfer is over.
+            tensors: for each tensor one dense slot a shard, and what this rank has, as large. That is copied to its
+                slot, and must not change until the transfer is over.
         """
-        slots[self.rank].copy_(own)
-        return self._line.join(self._gather(slots, next(self._counts)))
+        for slots, own in tensors:
+            slots[self.shard].copy_(own)
+        gather = self._share if self.each_has_all else self._gather
+        return self._line.join(_together([gather(slots, next(self._counts)) for slots, _ in tensors]))
 
-    def reduce_scatter(self, chunks: Sequence[torch.Tensor]) -> Transfer:
-        """The mean over the ranks of the chunk that is this rank's: summed in the order of the ranks of each host,
-        then in the order of the hosts. It is the transfer's result.
+    def reduce_scatter(self, *tensors: Sequence[torch.Tensor]) -> Transfer:
+        """The means over the ranks of the chunks that are this rank's: summed in the order of the ranks of each host,
+        then in the order of the hosts. They are the transfer's result.
 
         Args:
-            chunks: for each rank what this rank adds to its mean. They must not change until the transfer is over.
+            tensors: for each tensor its chunks, one a shard. They must not change until the transfer is over.
         """
-        out = torch.empty_like(chunks[self.rank])
-        return self._line.join(self._reduce(chunks, out, next(self._counts)))
+        return self._line.join(_together([self._reduced(chunks) for chunks in tensors]))
 
     def all_reduce(self, chunks: Sequence[torch.Tensor]) -> Transfer:
         """Put the mean over the ranks in the place of `chunks`: one dense tensor a rank, all of one size."""
-        return self._line.join(self._reduce_and_gather(chunks, next(self._counts), next(self._counts)))
+        return self._line.join(_together([self._reduce_and_gather(chunks, next(self._counts), next(self._counts))]))
 
-    def _gather(self, slots: Sequence[torch.Tensor], count: int) -> Phases:
+    @property
+    def shard(self) -> int:
+        """Which part of a sharded tensor is this rank's."""
+        return self.place if self.each_has_all else self.rank
+
+    def _reduced(self, chunks: Sequence[torch.Tensor]) -> Phases[torch.Tensor]:
+        out = torch.empty_like(chunks[self.shard])
+        if not self.each_has_all:
+            return self._reduce(chunks, out, next(self._counts))
+        return self._reduce_copies(chunks, out, [next(self._counts) for _ in range(3)])
+
+    def _share(self, slots: Sequence[torch.Tensor], count: int) -> Phases[torch.Tensor]:
+        """A gather within the host."""
+        mates = [(p, r) for p, r in enumerate(self.mates) if r != self.rank]
+        yield self._exchange(count, [(slots[p], r, 0) for p, r in mates], [(slots[self.place], r, 0) for _, r in mates])
+        return slots[self.place]
+
+    def _reduce_copies(
+        self, chunks: Sequence[torch.Tensor], out: torch.Tensor, counts: Sequence[int]
+    ) -> Phases[torch.Tensor]:
+        """A sum within the host, then one over the hosts, each rank of a column summing a piece of it."""
+        total = yield from self._sum_of(self.mates, chunks, out, counts[0])
+        pieces = torch.tensor_split(total, len(self.column))
+        summed = yield from self._sum_of(self.column, pieces, torch.empty_like(pieces[self.host]), counts[1])
+        pieces[self.host].copy_(summed)
+        others = [(h, r) for h, r in enumerate(self.column) if r != self.rank]
+        own = pieces[self.host]
+        yield self._exchange(counts[2], [(pieces[h], r, 0) for h, r in others], [(own, r, 0) for _, r in others])
+        return total.div_(self.num_ranks)
+
+    def _sum_of(
+        self, ranks: Sequence[int], pieces: Sequence[torch.Tensor], out: torch.Tensor, count: int
+    ) -> Phases[torch.Tensor]:
+        """The sum over `ranks` of the piece that is this one's, in `out` or in memory of its own."""
+        at, spare = ranks.index(self.rank), iter([out])
+        own = pieces[at]
+        parts = [own if i == at else next(spare, None) for i in range(len(ranks))]
+        landed = [torch.empty_like(own) if p is None else p for p in parts]
+        others = [(i, r) for i, r in enumerate(ranks) if r != self.rank]
+        yield self._exchange(count, [(landed[i], r, 0) for i, r in others], [(pieces[i], r, 0) for i, r in others])
+        return _sum(landed, at)
+
+    def _gather(self, slots: Sequence[torch.Tensor], count: int) -> Phases[torch.Tensor]:
         others = [r for r in (*self.column, *self.mates) if r != self.rank]
         yield self._exchange(count, [(slots[r], r, 0) for r in others], [(slots[self.rank], r, 0) for r in others])
         mates = [(r, p) for p, r in enumerate(self.mates) if r != self.rank]
@@ -165,7 +221,7 @@ class Lane:
             )
         return slots[self.rank]
 
-    def _reduce(self, chunks: Sequence[torch.Tensor], out: torch.Tensor | None, count: int) -> Phases:
+    def _reduce(self, chunks: Sequence[torch.Tensor], out: torch.Tensor | None, count: int) -> Phases[torch.Tensor]:
         """`out` is where what comes from the first peer lands, and in the end the mean."""
         rows = self.hosts.rows
 
@@ -193,7 +249,7 @@ class Lane:
             total = _sum(across, self.host)
         return total.div_(self.num_ranks)
 
-    def _reduce_and_gather(self, chunks: Sequence[torch.Tensor], first: int, second: int) -> Phases:
+    def _reduce_and_gather(self, chunks: Sequence[torch.Tensor], first: int, second: int) -> Phases[torch.Tensor]:
         chunks[self.rank].copy_((yield from self._reduce(chunks, None, first)))
         return (yield from self._gather(chunks, second))
 
@@ -233,7 +289,7 @@ class _Line:
         self._changed = threading.Condition()
         self._is_closed = False
 
-    def join(self, phases: Phases) -> Transfer:
+    def join(self, phases: Phases[list[torch.Tensor]]) -> Transfer:
         """Stand in line."""
         job = _Job(phases)
         with self._changed:
@@ -268,7 +324,7 @@ class _Line:
 class _Job:
     """A transfer and the phases that are left of it."""
 
-    def __init__(self, phases: Phases) -> None:
+    def __init__(self, phases: Phases[list[torch.Tensor]]) -> None:
         self.phases, self.transfer = phases, Transfer()
         self.works: Works = []
 
@@ -279,7 +335,7 @@ class _Job:
         except StopIteration as end:
             self._end(end.value, None)
         except BaseException as error:  # whoever waits for the transfer raises it
-            self._end(None, error)
+            self._end([], error)
 
     def finish(self) -> None:
         """Wait for what is posted, and do the rest."""
@@ -288,14 +344,31 @@ class _Job:
                 while self.works:  # each holds memory: none may outlive the transfer
                     self.works.pop().wait(WAIT_TIMEOUT)
             except BaseException as error:
-                self._end(None, error)
+                self._end([], error)
             else:
                 self.post()
 
-    def _end(self, result: torch.Tensor | None, error: BaseException | None) -> None:
+    def _end(self, result: list[torch.Tensor], error: BaseException | None) -> None:
         self.works.clear()
-        self.transfer.result, self.transfer.error = result, error
+        self.transfer.result[:] = result
+        self.transfer.error = error
         self.transfer.over.set()
+
+
+def _together(parts: Sequence[Phases[torch.Tensor]]) -> Phases[list[torch.Tensor]]:
+    """Collectives phase by phase side by side, and what each of them made."""
+    made: dict[int, torch.Tensor] = {}
+    while len(made) < len(parts):
+        works: Works = []
+        for number, part in enumerate(parts):
+            if number not in made:
+                try:
+                    works += next(part)
+                except StopIteration as end:
+                    made[number] = end.value
+        if works or len(made) < len(parts):
+            yield works
+    return [made[number] for number in range(len(parts))]
 
 
 def _sum(parts: Sequence[torch.Tensor], own: int) -> torch.Tensor:

@@ -63,8 +63,8 @@ def place_state_dict(
 def _like(held: DTensor, whole: torch.Tensor, store: ShardStore) -> DTensor:
     """A whole tensor placed as `held` is."""
     local = whole.to(held._local_tensor.device)
-    if isinstance(held.placements[0], Shard):
-        start = store.rank * chunk_rows(whole.shape[0], store.num_ranks)
+    if isinstance(held.placements[-1], Shard):
+        start = store.shard * chunk_rows(whole.shape[0], store.num_shards)
         local = local[start : start + held._local_tensor.shape[0]]
     return DTensor.from_local(
         local, held.device_mesh, held.placements, run_check=False, shape=held.shape, stride=held.stride()

@@ -24,18 +24,22 @@ class Session:
 
     Args:
         store: the parameters at rest.
-        group: the ranks that share the model; None for one rank.
+        group: the ranks that share the model; None for one rank. Where several hold the same shard, the store's mesh
+            says which.
         name: a name for the model that is the same on all ranks and used for no other.
     """
 
     def __init__(self, store: ShardStore, group: dist.ProcessGroup | None, name: str) -> None:
-        self.store, self.device, self.num_ranks = store, store.device, store.num_ranks
+        self.store, self.device = store, store.device
+        self.num_ranks, self.num_shards = store.num_ranks, store.num_shards
         self._group = group
+        self._has_copies = self.num_ranks > self.num_shards
         self._peers = Peers(group, name, store.device) if group is not None else None
         self._is_broken = False
         self._lane: Lane | None = None
         if self._peers is not None and self.device.type == "cpu":
-            self._hosts = Hosts.of(self._peers.exchange("host", host_name()))
+            names = self._peers.exchange("host", host_name())
+            self._hosts = Hosts.of(names) if not self._has_copies else Hosts.rows_of(self.num_ranks, self.num_shards)
             self._lane = self._open_lane()
         self.syncs = True
         self.lean_call = False
@@ -51,6 +55,18 @@ class Session:
         return self._group
 
     @property
+    def shard_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the shards of one copy of the model, this one among them."""
+        assert self.store.mesh is not None
+        return self.store.mesh.get_group(1) if self._has_copies else self.group
+
+    @property
+    def copy_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same shard; None where this is the only one."""
+        assert self.store.mesh is not None
+        return self.store.mesh.get_group(0) if self._has_copies else None
+
+    @property
     def peers(self) -> Peers:
         assert self._peers is not None, "a plan for one rank waits for nobody"
         return self._peers
@@ -63,7 +79,8 @@ class Session:
     def _open_lane(self) -> Lane:
         peers = self.peers
         try:
-            lane = Lane(peers.store, f"{peers.name}/lane/{peers.call}", self.store.rank, self._hosts)
+            name = f"{peers.name}/lane/{peers.call}"
+            lane = Lane(peers.store, name, self.store.rank, self._hosts, each_has_all=self._has_copies)
         except RuntimeError as error:
             raise PeerError(
                 f"rank {peers.rank} cannot connect to its peers {list(peers.ranks)}: {error}. After an error all ranks "
@@ -117,7 +134,7 @@ class Session:
         """
         wire = (
             plan.backward is not None,
-            *((n.op, n.phase, n.operands[0].tensor.shape, n.operands[0].tensor.dtype) for n in plan.collectives),
+            *((n.op, n.phase, *((v.tensor.shape, v.tensor.dtype) for v in n.operands)) for n in plan.collectives),
         )
         if self._peers is None or wire in self._agreed:
             return

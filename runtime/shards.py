@@ -44,7 +44,7 @@ class Slot:
 
     @property
     def is_sharded(self) -> bool:
-        return isinstance(self.parameter, DTensor) and isinstance(self.parameter.placements[0], Shard)
+        return isinstance(self.parameter, DTensor) and isinstance(self.parameter.placements[-1], Shard)
 
     def accumulate(self, gradient: torch.Tensor) -> None:
         """Add to `.grad` what a backward made: a padded chunk where the parameter is sharded, else the whole."""
@@ -74,7 +74,8 @@ class ShardStore:
 
     Args:
         model: whose parameters to take. It is changed in place.
-        mesh: the mesh axis to shard over; None for one rank, where everything stays whole.
+        mesh: the ranks, sharded over its last axis; None for one rank, where everything stays whole.
+        group: all ranks of the mesh.
         stages: the stage of each parameter by name; None for what the recipe decides.
         default_stage: the stage that the recipe decides.
         param_dtype: the dtype to compute in; None computes in the parameters' own.
@@ -82,12 +83,14 @@ class ShardStore:
     """
 
     def __init__(
-        self, model: nn.Module, mesh: DeviceMesh | None, stages: dict[str, int | None], default_stage: int,
-        param_dtype: torch.dtype | None, device: torch.device,
+        self, model: nn.Module, mesh: DeviceMesh | None, group: dist.ProcessGroup | None, stages: dict[str, int | None],
+        default_stage: int, param_dtype: torch.dtype | None, device: torch.device,
     ) -> None:  # fmt: skip
-        self.model, self.mesh, self.param_dtype, self.device = model, mesh, param_dtype, device
+        self.model, self.mesh, self.group, self.param_dtype, self.device = model, mesh, group, param_dtype, device
         self.num_ranks = mesh.size() if mesh is not None else 1
-        self.rank = mesh.get_local_rank() if mesh is not None else 0
+        self.num_shards = mesh.size(-1) if mesh is not None else 1
+        self.rank = dist.get_rank(group) if mesh is not None else 0
+        self.shard = self.rank % self.num_shards
         self.flats: list[torch.Tensor] = []
         self.slots: dict[str, Slot] = {}
         found = _homes(model)
@@ -159,7 +162,7 @@ class ShardStore:
             dtype = parameter.dtype
             align = max(1, ALIGN_BYTES // dtype.itemsize)
             start = -(-offsets.get(dtype, 0) // align) * align
-            numel = chunk_numel(tuple(parameter.shape), self.num_ranks)
+            numel = chunk_numel(tuple(parameter.shape), self.num_shards)
             places[name] = (dtype, start, numel)
             offsets[dtype] = start + numel
         flats = {d: torch.zeros(numel, dtype=d, device=self.device) for d, numel in offsets.items()}
@@ -170,11 +173,12 @@ class ShardStore:
         """Keep this rank's rows in `chunk`, and free the whole."""
         assert self.mesh is not None
         shape, stride = parameter.shape, _dense_stride(parameter.shape)
-        rows = local_rows(shape[0], self.num_ranks, self.rank)
+        rows = local_rows(shape[0], self.num_shards, self.shard)
         local = chunk[: rows * math.prod(shape[1:])].view(rows, *shape[1:])
-        start = self.rank * chunk_rows(shape[0], self.num_ranks)
+        start = self.shard * chunk_rows(shape[0], self.num_shards)
         local.copy_(self.from_first_rank(parameter.detach())[start : start + rows])
-        dtensor = DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        placement = [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
+        dtensor = DTensor.from_local(local, self.mesh, placement, run_check=False, shape=shape, stride=stride)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         at_rest = nn.Parameter(dtensor, parameter.requires_grad)
         return Slot(name, stage, at_rest, self._hollow(shape, parameter), chunk)
@@ -189,7 +193,7 @@ class ShardStore:
         at_rest = parameter
         if self.any_sharded:
             assert self.mesh is not None
-            dtensor = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
+            dtensor = DTensor.from_local(whole, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
             at_rest = nn.Parameter(dtensor, parameter.requires_grad)
         return Slot(name, stage, at_rest, stand_in, whole)
 
@@ -202,10 +206,9 @@ class ShardStore:
 
     def from_first_rank(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first rank's values of `tensor`, dense and on this store's device."""
-        assert self.mesh is not None
+        assert self.group is not None
         dense = tensor.to(self.device).contiguous()
-        group = self.mesh.get_group()
-        dist.broadcast(dense, dist.get_global_rank(group, 0), group=group)
+        dist.broadcast(dense, dist.get_global_rank(self.group, 0), group=self.group)
         return dense
 
 

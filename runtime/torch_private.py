@@ -2,38 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 __all__ = [
     "Messenger",
     "Store",
-    "all_gather",
+    "all_gathers",
     "direct",
     "keeps_graph",
     "messenger",
-    "reduce_scatter",
+    "reduce_scatters",
     "run_grad_hooks",
     "store",
+    "whole_group",
 ]
 
 _gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter: Callable[..., dist.Work] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-
-def all_gather(out: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Begin to gather equal parts into `out`: named all_gather_single since torch 2.13."""
-    return _gather(out, own, group=group, async_op=True)
+Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Where each result goes, and what this rank gives for it."""
 
 
-def reduce_scatter(out: torch.Tensor, whole: torch.Tensor, op: Any, group: dist.ProcessGroup) -> dist.Work:
-    """Begin to reduce and scatter equal parts: named reduce_scatter_single since torch 2.13."""
-    return _scatter(out, whole, op=op, group=group, async_op=True)
+def all_gathers(pairs: Pairs, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to gather equal parts of one tensor or more, in one call: named single since torch 2.13."""
+    if len(pairs) == 1:
+        return _gather(*pairs[0], group=group, async_op=True)
+    grouped: Any = group
+    together = getattr(grouped, "all_gather_single_coalesced", None) or grouped.allgather_into_tensor_coalesced
+    made: dist.Work = together([out for out, _ in pairs], [own for _, own in pairs])
+    return made
+
+
+def reduce_scatters(pairs: Pairs, group: dist.ProcessGroup, copies: dist.ProcessGroup | None) -> dist.Work:
+    """Begin to average and scatter equal parts of one tensor or more, in one call, then over the holders of copies."""
+    if len(pairs) == 1:
+        work = _scatter(*pairs[0], op=dist.ReduceOp.AVG, group=group, async_op=True)
+    else:
+        grouped: Any = group
+        together = getattr(grouped, "reduce_scatter_single_coalesced", None) or grouped.reduce_scatter_tensor_coalesced
+        options = dist.ReduceScatterOptions()
+        options.reduceOp = cast(Any, dist.ReduceOp.AVG)
+        work = cast(dist.Work, together([out for out, _ in pairs], [whole for _, whole in pairs], options))
+    if copies is None:
+        return work
+    # the second step waits for the first on a stream of its own, so that computing waits for neither
+    with torch.cuda.stream(_side_stream(pairs[0][0].device)):
+        work.wait()
+        works = [dist.all_reduce(out, dist.ReduceOp.AVG, group=copies, async_op=True) for out, _ in pairs]
+    last: dist.Work = works[-1]
+    return last
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """All ranks of a mesh, in their order."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        return cast(dist.ProcessGroup, dist.group.WORLD)
+    return mesh._flatten().get_group()
 
 
 def store() -> Store:

@@ -68,8 +68,8 @@ class _Whole:
         if not slot.is_sharded:
             return slot.rest
         chunk = slot.rest.to(slot.stand_in.dtype)
-        out = chunk.new_empty(chunk.numel() * self.session.num_ranks)
-        work = torch_private.all_gather(out, chunk, self.session.group)
+        out = chunk.new_empty(chunk.numel() * self.session.num_shards)
+        work = torch_private.all_gathers([(out, chunk)], self.session.shard_group)
         self.session.peers.wait(work, slot.name)
         return out[: slot.stand_in.numel()].view(slot.stand_in.shape)
 
@@ -122,8 +122,9 @@ class _Whole:
         self.session.peers.wait(dist.all_reduce(total, group=self.session.group, async_op=True), slot.name)
         if not slot.is_sharded:
             return total
-        chunk = chunk_numel(tuple(slot.stand_in.shape), num_ranks)
+        chunk = chunk_numel(tuple(slot.stand_in.shape), self.session.num_shards)
         own = total.new_zeros(chunk)
-        piece = total.view(-1)[self.session.store.rank * chunk : (self.session.store.rank + 1) * chunk]
+        shard = self.session.store.shard
+        piece = total.view(-1)[shard * chunk : (shard + 1) * chunk]
         own[: piece.numel()].copy_(piece)
         return own

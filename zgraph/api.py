@@ -28,6 +28,7 @@ from zgraph.reporting import Entry, Report, make_entry
 from zgraph.runtime import Session, ShardStore
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
+from zgraph.runtime.torch_private import whole_group
 from zgraph.runtime.whole import run_whole
 from zgraph.target import Target, cost_table, num_bytes
 
@@ -112,7 +113,9 @@ def compile(
         model: a module; or a module class, whose instances are then compiled when they are made. Without it, a
             decorator with these options is returned.
         stage: the ZeRO stage, 0 to 3, or a function from a parameter's name to its stage.
-        mesh: a mesh of one axis to shard over; by default all ranks. Without a process group there is one rank.
+        mesh: a mesh of one axis to shard over; by default all ranks. Over a mesh of two, parameters are sharded along
+            the second axis (within a host, say) and replicated along the first. Without a process group there is one
+            rank.
         param_dtype: dtype to compute in, with masters in the parameters' own dtype; floating-point inputs are cast.
         reduce_dtype: dtype in which gradients are averaged over ranks; by default the dtype that they come in.
         hardware: what to plan for: a profile's name (`h100`), a table measured by `zgraph.profile`, or the path of
@@ -154,7 +157,7 @@ def compile(
     budget = num_bytes(memory_budget) if memory_budget is not None else None
     mesh = _mesh(model, mesh)
     mesh = mesh if mesh is not None and mesh.size() > 1 else None
-    group = mesh.get_group() if mesh is not None else None
+    group = whole_group(mesh) if mesh is not None else None
     if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
         raise ContractError(f"the recipe {recipe!r} places nothing on the {mesh.size()} ranks; add partition to it")
     name = _name(group)
@@ -164,11 +167,12 @@ def compile(
         model, mesh if group is not None else None, group, stages, default_stage, param_dtype, recipe, name
     )
     context = Context(
-        mesh=(Axis("shard", session.num_ranks),) if session.num_ranks > 1 else (),
+        mesh=_axes(session),
         reduce_dtype=FROM_TORCH[reduce_dtype] if reduce_dtype is not None else None,
         costs=costs,
         memory_budget=budget,
         rest_bytes=3 * session.store.rest_bytes + sum(b.numel() * b.element_size() for b in model.buffers()),
+        groups_calls=session.device.type != "cpu",
     )
     compiled = CompiledModel(model, session, recipe, context)
     forward = model.forward
@@ -237,6 +241,8 @@ def compiled_model(model: nn.Module) -> CompiledModel:
 
 
 def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
+    if mesh is not None and mesh.ndim == 2 and mesh.size(0) == 1:
+        return mesh[mesh.mesh_dim_names[1]] if mesh.mesh_dim_names else mesh
     if mesh is not None or not dist.is_initialized():
         return mesh
     kind = next((p.device.type for p in model.parameters() if not p.is_meta), None)
@@ -245,6 +251,13 @@ def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
     if kind == "cpu" and dist.get_backend() == "nccl":
         raise UsageError("the model is on the CPU, but the process group is NCCL's; move the model to its GPU first")
     return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("shard",))
+
+
+def _axes(session: Session) -> tuple[Axis, ...]:
+    if session.num_ranks == 1:
+        return ()
+    copies = session.num_ranks // session.num_shards
+    return (*[Axis("replicate", copies)] * (copies > 1), Axis("shard", session.num_shards))
 
 
 def _name(group: dist.ProcessGroup | None) -> str:
@@ -296,7 +309,7 @@ def _shard(
         lines += [f"{n}: {tuple(p.shape)} {p.dtype} stage {stages[n]}" for n, p in model.named_parameters()]
         lines += [f"{n}: {tuple(b.shape)} {b.dtype} buffer" for n, b in model.named_buffers()]
         Peers(group, name, device).agree("model", "\n".join(lines))
-    store = ShardStore(model, mesh, stages, default_stage, param_dtype, device)
+    store = ShardStore(model, mesh, group, stages, default_stage, param_dtype, device)
     materialise_buffers(model, device)
     if group is not None:
         for buffer in model.buffers():

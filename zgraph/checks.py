@@ -29,8 +29,8 @@ def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtyp
                 f"this {type(model).__name__} cannot be compiled: {what} is compiled already. Compile the outermost "
                 "module once, and build a new model to compile it otherwise."
             )
-    if mesh is not None and mesh.ndim != 1:
-        raise UsageError(f"mesh must have one axis, not {mesh.ndim}; pass mesh['name'] to choose one")
+    if mesh is not None:
+        _check_mesh(mesh)
     for dtype in dtypes:
         if dtype is not None and not dtype.is_floating_point:
             raise UsageError(f"param_dtype and reduce_dtype must be floating-point dtypes, not {dtype}")
@@ -40,6 +40,20 @@ def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtyp
     devices = {p.device for p in model.parameters()} - {torch.device("meta")}
     if len(devices) > 1:
         raise UsageError(f"the model's parameters are on {', '.join(map(str, devices))}; move it to one device first")
+
+
+def _check_mesh(mesh: DeviceMesh) -> None:
+    if mesh.ndim not in (1, 2):
+        raise UsageError(
+            f"mesh must have one axis, or two of which the second is sharded over, not {mesh.ndim}; pass mesh['name'] "
+            "to choose one"
+        )
+    ranks = mesh.mesh.flatten().tolist()
+    if mesh.ndim == 2 and (mesh.size(1) == 1 or ranks != sorted(ranks)):
+        raise UsageError(
+            f"a mesh of two axes needs two ranks or more along the second, and ranks that ascend row by row, not "
+            f"{mesh.mesh.tolist()}; for whole copies only, pass the first axis alone with stage=0"
+        )
 
 
 def _is_stage(stage: object) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from zgraph.aten import TO_TORCH, resolve, to_torch
 from zgraph.errors import InterpretError
-from zgraph.ir import DType, Graph, Input, Node, Output, Shard, TensorType
+from zgraph.ir import Axis, DType, Graph, Input, Mesh, Node, Output, TensorType, num_ranks, num_shards
 from zgraph.ir.layout import bucket_layout, chunk_numel
 
 Ranks = list[Any]
@@ -46,33 +46,33 @@ class Interpreter:
         Raises:
             InterpretError: an input is missing or has another shape than the graph says.
         """
-        num_ranks = self.num_ranks or graph.num_ranks
-        if graph.mesh and graph.num_ranks != num_ranks:
-            raise InterpretError(f"the graph is for {graph.num_ranks} ranks, not {num_ranks}")
-        states = [torch.Generator().manual_seed(self.seed + rank).get_state() for rank in range(num_ranks)]
-        env = {i.value.name: _placed(i, inputs, num_ranks) for i in graph.inputs}
+        mesh = graph.mesh or (Axis("all", self.num_ranks or 1),)
+        if self.num_ranks not in (0, num_ranks(mesh)):
+            raise InterpretError(f"the graph is for {graph.num_ranks} ranks, not {self.num_ranks}")
+        states = [torch.Generator().manual_seed(self.seed + rank).get_state() for rank in range(num_ranks(mesh))]
+        env = {i.value.name: _placed(i, inputs, mesh) for i in graph.inputs}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for node in graph.nodes:
                 operands = [env[v.name] for v in node.operands]
                 for name, value in zip(
-                    (r.name for r in node.results), self._execute(graph, node, operands, env, num_ranks, states),
+                    (r.name for r in node.results), self._execute(graph, node, operands, env, mesh, states),
                     strict=True,
                 ):  # fmt: skip
                     env[name] = value
         return [None if o.value is None else env[o.value.name] for o in graph.outputs]
 
     def _execute(
-        self, graph: Graph, node: Node, operands: list[Ranks], env: Mapping[str, Ranks], num_ranks: int,
+        self, graph: Graph, node: Node, operands: list[Ranks], env: Mapping[str, Ranks], mesh: Mesh,
         states: list[torch.Tensor],
     ) -> Sequence[Ranks]:  # fmt: skip
         if rule := RULES.get(node.op):
-            return rule(node, operands, num_ranks)
+            return rule(node, operands, mesh)
         if node.op == "accumulate":
             return [self._accumulate(node, operands[0])]
         row = graph.foreign[node.op]
         function = resolve(node.op)
         by_rank = []
-        for rank in range(num_ranks):
+        for rank in range(num_ranks(mesh)):
             if row.random:
                 torch.random.set_rng_state(states[rank])
             own = {v.name: env[v.name][rank] for v in node.operands}
@@ -82,7 +82,7 @@ class Interpreter:
             if row.random:
                 states[rank] = torch.random.get_rng_state()
             by_rank.append(list(made) if row.multi else [made])
-        return [[by_rank[r][i] for r in range(num_ranks)] for i in range(len(node.results))]
+        return [[ranks[i] for ranks in by_rank] for i in range(len(node.results))]
 
     def _accumulate(self, node: Node, gradients: Ranks) -> Ranks:
         held = self.held.pop(str(node.option("target")), None)
@@ -92,7 +92,7 @@ class Interpreter:
 def whole(output: Output, ranks: Ranks) -> Ranks:
     """An output's value as whole tensors: the shards put together again, or each rank's own."""
     kind = output.value.type if output.value is not None else None
-    if isinstance(kind, TensorType) and kind.placement and isinstance(kind.placement[0], Shard):
+    if isinstance(kind, TensorType) and kind.is_sharded:
         return [_joined(ranks, kind)] * len(ranks)
     return ranks
 
@@ -108,31 +108,36 @@ def mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
 # --- values on ranks ---------------------------------------------------------------------------------------------
 
 
-def _placed(entry: Input, inputs: Mapping[str, Any], num_ranks: int) -> Ranks:
+def _placed(entry: Input, inputs: Mapping[str, Any], mesh: Mesh) -> Ranks:
     name, kind = entry.value.name, entry.value.type
     if name not in inputs:
         raise InterpretError(f"the input %{name} is missing; the graph has {', '.join(sorted(inputs))} given")
     given = inputs[name]
-    values = given if isinstance(given, list) else [given] * num_ranks
-    if len(values) != num_ranks:
-        raise InterpretError(f"%{name} was given for {len(values)} ranks, not {num_ranks}")
+    values = given if isinstance(given, list) else [given] * num_ranks(mesh)
+    if len(values) != num_ranks(mesh):
+        raise InterpretError(f"%{name} was given for {len(values)} ranks, not {num_ranks(mesh)}")
     if not isinstance(kind, TensorType):
         return values
     for value in values:
         sizes = [d for d in kind.shape if isinstance(d, int)]
         if value.dim() != len(kind.shape) or (len(sizes) == len(kind.shape) and list(value.shape) != sizes):
             raise InterpretError(f"%{name} was given with shape {tuple(value.shape)}, but it is {kind}")
-    if kind.placement and isinstance(kind.placement[0], Shard):
-        return _cut(values[0].to(TO_TORCH[kind.dtype]), kind, num_ranks)
+    if kind.is_sharded:
+        return _cut(values[0].to(TO_TORCH[kind.dtype]), kind, mesh)
     return [v.clone() for v in values]
 
 
-def _cut(tensor: torch.Tensor, kind: TensorType, num_ranks: int) -> Ranks:
-    """The padded chunks of a whole tensor, one a rank."""
-    chunk = chunk_numel(kind.shape, num_ranks)
-    padded = tensor.new_zeros(chunk * num_ranks)
+def _cut(tensor: torch.Tensor, kind: TensorType, mesh: Mesh) -> Ranks:
+    """The padded chunks of a whole tensor, one a rank: the same ones for all that differ in other axes only."""
+    pieces = _pieces(tensor, kind, num_shards(mesh))
+    return [pieces[rank % len(pieces)].clone() for rank in range(num_ranks(mesh))]
+
+
+def _pieces(tensor: torch.Tensor, kind: TensorType, count: int) -> list[torch.Tensor]:
+    chunk = chunk_numel(kind.shape, count)
+    padded = tensor.new_zeros(chunk * count)
     padded[: tensor.numel()] = tensor.reshape(-1)
-    return [padded[r * chunk : (r + 1) * chunk].clone() for r in range(num_ranks)]
+    return list(torch.split(padded, chunk)) if chunk else [padded] * count
 
 
 def _joined(chunks: Ranks, kind: TensorType) -> torch.Tensor:
@@ -143,70 +148,71 @@ def _joined(chunks: Ranks, kind: TensorType) -> torch.Tensor:
 
 # --- zgraph's own ops --------------------------------------------------------------------------------------------
 
-Rule = Callable[[Node, list[Ranks], int], Sequence[Ranks]]
+Rule = Callable[[Node, list[Ranks], Mesh], Sequence[Ranks]]
 
 
-def _change(ranks: Ranks, old: TensorType, new: TensorType, root: bool, num_ranks: int) -> Ranks:
+def _change(ranks: Ranks, old: TensorType, new: TensorType, root: bool, mesh: Mesh) -> Ranks:
     """A value at another placement."""
-    if isinstance(old.placement[0], Shard):
-        return [_joined(ranks, old) for _ in range(num_ranks)]
+    if old.is_sharded:
+        count = num_shards(mesh)
+        return [_joined(ranks[r - r % count : r - r % count + count], old) for r in range(len(ranks))]
     if root:
-        return [ranks[0].clone() for _ in range(num_ranks)]
+        return [ranks[0].clone() for _ in ranks]
     average = mean(ranks)
-    return _cut(average, new, num_ranks) if isinstance(new.placement[0], Shard) else [average] * num_ranks
+    return _cut(average, new, mesh) if new.is_sharded else [average] * len(ranks)
 
 
-def _reshard(node: Node, operands: list[Ranks], num_ranks: int) -> Sequence[Ranks]:
+def _reshard(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
     root = node.option("reduce") == "root" or node.op == "broadcast_start"
     return [
-        _change(ranks, v.tensor, r.tensor, root, num_ranks)
+        _change(ranks, v.tensor, r.tensor, root, mesh)
         for ranks, v, r in zip(operands, node.operands, node.results, strict=True)
     ]
 
 
-def _same(node: Node, operands: list[Ranks], num_ranks: int) -> Sequence[Ranks]:
+def _same(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
     return operands
 
 
-def _pack(node: Node, operands: list[Ranks], num_ranks: int) -> Sequence[Ranks]:
+def _pack(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
     kinds = [v.tensor for v in node.operands]
-    layout = bucket_layout(kinds, num_ranks)
-    sharded = isinstance(kinds[0].placement[0], Shard)
+    layout = bucket_layout(kinds, num_shards(mesh))
+    sharded = kinds[0].is_sharded
     packed = []
-    for rank in range(num_ranks):
-        bucket = operands[0][rank].new_zeros(1 if sharded else num_ranks, layout.part_numel)
+    for rank in range(num_ranks(mesh)):
+        bucket = operands[0][rank].new_zeros(1 if sharded else num_shards(mesh), layout.part_numel)
         for ranks, kind, offset, chunk in zip(operands, kinds, layout.offsets, layout.chunks, strict=True):
-            rows = [ranks[rank]] if sharded else _cut(ranks[rank], kind, num_ranks)
+            rows = [ranks[rank]] if sharded else _pieces(ranks[rank], kind, num_shards(mesh))
             for row, piece in zip(bucket, rows, strict=True):
                 row[offset : offset + chunk] = piece
         packed.append(bucket.view(-1))
     return [packed]
 
 
-def _unpack(node: Node, operands: list[Ranks], num_ranks: int) -> Sequence[Ranks]:
+def _unpack(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
     kinds = [r.tensor for r in node.results]
-    layout = bucket_layout(kinds, num_ranks)
+    layout = bucket_layout(kinds, num_shards(mesh))
     members: list[Ranks] = []
     for kind, offset, chunk in zip(kinds, layout.offsets, layout.chunks, strict=True):
-        if isinstance(kind.placement[0], Shard):
+        if kind.is_sharded:
             members.append([bucket[offset : offset + chunk].clone() for bucket in operands[0]])
         else:
-            spans = [b.view(num_ranks, -1)[:, offset : offset + chunk] for b in operands[0]]
+            spans = [b.view(num_shards(mesh), -1)[:, offset : offset + chunk] for b in operands[0]]
             members.append([_joined(list(span), kind) for span in spans])
     return members
 
 
-def _cast(node: Node, operands: list[Ranks], num_ranks: int) -> Sequence[Ranks]:
+def _cast(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
     dtype = node.option("dtype")
     assert isinstance(dtype, DType)
     return [[t.to(TO_TORCH[dtype], memory_format=torch.contiguous_format) for t in operands[0]]]
 
 
-def _copy(node: Node, operands: list[Ranks], num_ranks: int) -> Sequence[Ranks]:
+def _copy(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
     return [[t.clone(memory_format=torch.contiguous_format) for t in operands[0]]]
 
 
-def _release(node: Node, operands: list[Ranks], num_ranks: int) -> Sequence[Ranks]:
+def _release(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
     """Poison what is released, so that whoever reads it after all gets nonsense."""
     for tensor in itertools.chain(*operands):
         tensor.fill_(torch.nan if tensor.is_floating_point() else -1)

@@ -82,7 +82,12 @@ def _transfers(session: Session, num_rounds: int) -> dict[str, tuple[float, floa
     """For each kind of collective its latency in microseconds and the bytes a rank sends in a second."""
     if session.num_ranks == 1:
         return {}
-    share = (session.num_ranks - 1) / session.num_ranks
+    ranks, shards = session.num_ranks, session.num_shards
+    shares = {
+        "all_gather": (shards - 1) / shards,
+        "reduce_scatter": (shards - 1) / shards + 2 * (ranks - shards) / (ranks * shards),
+        "all_reduce": 2 * (ranks - 1) / ranks,
+    }
     lines = {}
     for kind in _COLLECTIVES:
         points = []
@@ -94,8 +99,7 @@ def _transfers(session: Session, num_rounds: int) -> dict[str, tuple[float, floa
                 begin = time.perf_counter()
                 run()
                 taken.append(time.perf_counter() - begin)
-            sent = num_bytes * share * (2 if kind == "all_reduce" else 1)
-            points.append((sent, 1e6 * median(taken[NUM_WARMUPS:]) / NUM_IN_A_ROW))
+            points.append((num_bytes * shares[kind], 1e6 * median(taken[NUM_WARMUPS:]) / NUM_IN_A_ROW))
         lines[kind] = _line(points)
     return lines
 

@@ -26,12 +26,14 @@ class Outlook:
     exposed_s: predicted time that computing waits for communication.
     measured_exposed_s: the same as it came.
     gap: how much longer the predicted step is than the lower bound of its schedule.
+    peak_bytes: predicted, with all that lies at rest.
     """
 
     step_s: float
     exposed_s: float
     measured_exposed_s: float
     gap: float
+    peak_bytes: int
 
 
 class Role(StrEnum):
@@ -48,6 +50,7 @@ class System:
     """One row of the benchmark.
 
     stage: the ZeRO stage it amounts to (0: nothing sharded, 3: parameters too).
+    predicts: whether its step has an `outlook`.
     prepare: takes the whole model, the same on every rank and on its device already, and returns the step.
         The process group is up by then, except for the role COMPUTE.
     needs: the package it imports; `extra` is how one installs it.
@@ -59,6 +62,7 @@ class System:
     prepare: Callable[[nn.Module, torch.device], Step]
     needs: str = "torch"
     extra: str = "torch"
+    predicts: bool = False
 
     @property
     def is_distributed(self) -> bool:

@@ -71,13 +71,15 @@ class CalibratedStep:
     def outlook(self) -> Outlook:
         """What was predicted for a step, and what computing waited for since `begin`."""
         import zgraph
+        from zgraph.api import compiled_model
 
         (entry,) = zgraph.report(self.model).entries
         return Outlook(
             step_s=entry.timeline.step_us / 1e6 + self.optimizer_s,
             exposed_s=entry.timeline.exposed_us / 1e6,
-            measured_exposed_s=(self._waited_s() - self.waited_before_s) / self.num_steps,
+            measured_exposed_s=(self._waited_s() - self.waited_before_s) / max(self.num_steps, 1),
             gap=entry.gap,
+            peak_bytes=compiled_model(self.model).context.rest_bytes + entry.memory.peak.total_bytes,
         )
 
     def _waited_s(self) -> float:
@@ -98,7 +100,7 @@ ZGRAPH = (
     *(
         System(
             f"zgraph stage {stage}{name}, calibrated", Role.ZGRAPH, stage,
-            partial(prepare_calibrated, stage=stage, **options), "zgraph", "zgraph",
+            partial(prepare_calibrated, stage=stage, **options), "zgraph", "zgraph", True,
         )
         for stage, name, options in (
             (0, "", {}), (1, "", {}), (2, "", {}), (3, "", {}), (3, f" in {BUDGET}", {"memory_budget": BUDGET}),

@@ -95,7 +95,7 @@ def test_what_is_left_at_the_end_are_gradients():
     ids=str,
 )
 def test_bytes_of_one_ranks_part(kind, num_bytes):
-    assert local_bytes(kind, 2, {"s0": 5}) == num_bytes
+    assert local_bytes(kind, (Axis("shard", 2),), {"s0": 5}) == num_bytes
 
 
 @settings(max_examples=60, deadline=None)

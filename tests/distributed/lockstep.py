@@ -60,21 +60,23 @@ class Lockstep:
     """The same steps of both.
 
     Args:
-        mesh: the ranks.
+        mesh: the ranks, in a line.
         build: makes the model, with the same values every time.
         make_optimizer: called for each of the two.
         ddp_options: for DistributedDataParallel.
         around_forward: makes a context that every forward runs in.
+        grid: the same ranks as a mesh of two axes, for zgraph.
         options: for `zgraph.compile`.
     """
 
     def __init__(
         self, mesh: DeviceMesh, build: Callable[[], nn.Module], make_optimizer: MakeOptimizer = adamw,
-        ddp_options: dict[str, Any] | None = None, around_forward: Context = nullcontext, **options: Any,
+        ddp_options: dict[str, Any] | None = None, around_forward: Context = nullcontext,
+        grid: DeviceMesh | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.rank = mesh.get_local_rank()
         reference = ddp(build(), mesh, **(ddp_options or {}))
-        model = zgraph.compile(build(), mesh=mesh, **options)
+        model = zgraph.compile(build(), mesh=grid or mesh, **options)
         self.reference = Side(reference, make_optimizer(reference.parameters()), reference.no_sync, around_forward)
         self.ours = Side(model, make_optimizer(model.parameters()), lambda: zgraph.no_sync(model), around_forward)
         self.sides = (self.reference, self.ours)
@@ -125,10 +127,10 @@ def gradient_error(reference: nn.Module, model: nn.Module) -> float:
 
 def own_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The rows of `whole` that this rank holds of `like`."""
-    if not (isinstance(like, DTensor) and isinstance(like.placements[0], Shard)):
+    if not (isinstance(like, DTensor) and isinstance(like.placements[-1], Shard)):
         return whole
-    rows = whole.chunk(like.device_mesh.size(), 0)
-    rank = like.device_mesh.get_local_rank()
+    mesh = like.device_mesh
+    rows, rank = whole.chunk(mesh.size(mesh.ndim - 1), 0), mesh.get_local_rank(mesh.ndim - 1)
     return rows[rank] if rank < len(rows) else whole[:0]
 
 

@@ -31,10 +31,10 @@ def run_all(mesh: DeviceMesh, name: str, hosts: list[str], numel: int) -> list[b
     for _ in range(3):
         gathered = torch.zeros(num_ranks, numel)
         jobs.append(
-            (lane.all_gather(gathered.unbind(), whole[0][rank]), lambda t, g=gathered: torch.equal(g, whole[0]))
+            (lane.all_gather((gathered.unbind(), whole[0][rank])), lambda t, g=gathered: torch.equal(g, whole[0]))
         )
         scattered = lane.reduce_scatter(whole[rank].clone().unbind())
-        jobs.append((scattered, lambda t: torch.allclose(t.result, mean[rank])))
+        jobs.append((scattered, lambda t: torch.allclose(t.result[0], mean[rank])))
         reduced = whole[rank].clone()
         jobs.append((lane.all_reduce(reduced.unbind()), lambda t, r=reduced: torch.allclose(r, mean)))
     for transfer, _ in jobs:
@@ -48,6 +48,32 @@ def run_all(mesh: DeviceMesh, name: str, hosts: list[str], numel: int) -> list[b
 def test_what_arrives_is_what_was_sent(pool: Pool, layout: str, numel: int) -> None:
     num_ranks, hosts = LAYOUTS[layout]
     assert pool.run(run_all, num_ranks, layout, hosts, numel) == [[True] * 9] * num_ranks
+
+
+def run_rows(mesh: DeviceMesh, numel: int) -> list[bool]:
+    """Two rows of two ranks, each row with all shards; two tensors in one call."""
+    rank, place = mesh.get_local_rank(), mesh.get_local_rank() % 2
+    lane = Lane(torch_private.store(), f"test/rows/{numel}", rank, Hosts.rows_of(4, 2), each_has_all=True)
+    whole = [torch.arange(2.0 * numel).view(2, numel) * (r + 1) for r in range(4)]
+    mean = torch.stack(whole).mean(0)
+    slots = [torch.zeros(2, numel), torch.zeros(2, numel)]
+    gather = lane.all_gather((slots[0].unbind(), whole[0][place]), (slots[1].unbind(), whole[1][place]))
+    scatter = lane.reduce_scatter(whole[rank].clone().unbind(), (whole[rank] * 2).unbind())
+    reduced = torch.full((4, numel), float(rank))
+    share = lane.all_reduce(reduced.unbind())
+    for transfer in (gather, scatter, share):
+        transfer.wait()
+    lane.close()
+    return [
+        torch.equal(slots[0], whole[0]) and torch.equal(slots[1], whole[1]),
+        all(torch.allclose(r, k * mean[place]) for k, r in zip((1, 2), scatter.result, strict=True)),
+        bool((reduced == 1.5).all()),
+    ]
+
+
+@pytest.mark.parametrize("numel", [1, 3, 50_001])
+def test_rows_that_each_have_all_shards(pool: Pool, numel: int) -> None:
+    assert pool.run(run_rows, 4, numel) == [[True] * 3] * 4
 
 
 def sums(mesh: DeviceMesh) -> list[float]:
@@ -71,7 +97,7 @@ def left_alone(mesh: DeviceMesh) -> str:
     dist.barrier(group)
     outcome = "closed"
     if mesh.get_local_rank() == 0:
-        transfer = lane.all_gather(torch.zeros(2, 4).unbind(), torch.zeros(4))
+        transfer = lane.all_gather((torch.zeros(2, 4).unbind(), torch.zeros(4)))
         try:
             transfer.wait()
         except RuntimeError as error:
@@ -89,7 +115,7 @@ def closed_in_flight(mesh: DeviceMesh) -> bool:
     lane = open_lane(mesh, "in flight", ["a", "b"])
     dist.barrier(mesh.get_group())
     if mesh.get_local_rank() == 0:
-        transfer = lane.all_gather(torch.zeros(2, 4).unbind(), torch.zeros(4))
+        transfer = lane.all_gather((torch.zeros(2, 4).unbind(), torch.zeros(4)))
         lane.close()
         return transfer.error is not None
     return True

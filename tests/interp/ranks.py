@@ -17,8 +17,10 @@ SIZE = 6
 """What a symbolic size is taken to be."""
 
 
-def context(num_ranks: int, reduce_dtype: DType | None = None) -> Context:
-    return Context(mesh=(Axis("shard", num_ranks),), reduce_dtype=reduce_dtype)
+def context(num_ranks: int, reduce_dtype: DType | None = None, num_copies: int = 1) -> Context:
+    """Ranks in a line, or in rows (as many as `num_copies`) that all hold the same shards."""
+    rows = (Axis("replicate", num_copies),) if num_copies > 1 else ()
+    return Context(mesh=(*rows, Axis("shard", num_ranks // num_copies)), reduce_dtype=reduce_dtype)
 
 
 class Reference:
@@ -80,10 +82,10 @@ class Reference:
             found.append(ranks)
         return found
 
-    def check(self, pipeline: Pipeline, reduce_dtype: DType | None = None) -> None:
+    def check(self, pipeline: Pipeline, reduce_dtype: DType | None = None, num_copies: int = 1) -> None:
         """The graph after each pass gives the numbers of the captured one, to the last bit."""
         steps = Steps()
-        pipeline.run(self.captured, context(self.num_ranks, reduce_dtype), [steps])
+        pipeline.run(self.captured, context(self.num_ranks, reduce_dtype, num_copies), [steps])
         for name, graph in steps.graphs:
             wrong = differences(self.expected(graph, reduce_dtype), self.run(graph))
             assert not wrong, f"after {name}: " + "\n".join(wrong)

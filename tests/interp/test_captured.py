@@ -29,6 +29,11 @@ def test_every_pass_keeps_the_numbers(name, stage, num_ranks):
 
 
 @each_stage
+def test_shards_that_several_ranks_hold_keep_the_numbers(stage):
+    reference("tied", 4).check(parse_recipe(RECIPES[stage]), num_copies=2)
+
+
+@each_stage
 @pytest.mark.parametrize("reduce_dtype", [DType.f32, DType.f64])
 def test_gradients_are_averaged_in_the_dtype_asked_for(stage, reduce_dtype):
     reference("bf16", 3).check(parse_recipe(RECIPES[stage]), reduce_dtype)

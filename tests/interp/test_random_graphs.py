@@ -27,6 +27,13 @@ def test_every_pass_keeps_the_numbers(graph, pipeline, num_ranks, reduce_dtype):
 
 
 @settings(max_examples=60, deadline=None)
+@given(graphs(), recipes, st.sampled_from([(4, 2), (6, 2), (6, 3)]))
+def test_shards_that_several_ranks_hold_keep_the_numbers(graph, pipeline, shape):
+    num_ranks, num_copies = shape
+    Reference(graph, num_ranks).check(pipeline, num_copies=num_copies)
+
+
+@settings(max_examples=60, deadline=None)
 @given(graphs(), recipes, ranks, st.randoms(use_true_random=False))
 def test_any_order_that_dependencies_allow_keeps_the_numbers(graph, pipeline, num_ranks, random):
     reference = Reference(graph, num_ranks)

@@ -3,7 +3,7 @@
 import pytest
 
 from zgraph.interp import RULES
-from zgraph.ir import OPS, Graph, Node, TensorType, parse_graph, print_graph, verify
+from zgraph.ir import OPS, Axis, Graph, Node, TensorType, parse_graph, print_graph, verify
 from zgraph.ir.ops import TypeRuleError, is_pure, views
 from zgraph.runtime.collectives import MAKERS
 
@@ -127,14 +127,14 @@ def test_a_row_has_its_own_name_and_a_line_of_doc(name):
 @each_op
 def test_the_type_rule_takes_a_good_node(name):
     graph, made = good(name)
-    assert OPS[name].rule(made, graph.num_ranks) == tuple(r.type for r in made.results)
+    assert OPS[name].rule(made, graph.mesh) == tuple(r.type for r in made.results)
 
 
 @pytest.mark.parametrize("line", [line for _, *bad in NODES.values() for line in bad])
 def test_the_type_rule_refuses_a_bad_node(line):
     graph, made = node(line)
     try:
-        wanted = OPS[made.op].rule(made, graph.num_ranks)
+        wanted = OPS[made.op].rule(made, graph.mesh)
     except (TypeRuleError, ValueError):
         return
     assert wanted != tuple(r.type for r in made.results)
@@ -143,7 +143,7 @@ def test_the_type_rule_refuses_a_bad_node(line):
 @each_op
 def test_the_costs_are_numbers(name):
     graph, made = good(name)
-    sent, scratch = OPS[name].wire_bytes(made, graph.num_ranks), OPS[name].scratch_bytes(made, graph.num_ranks)
+    sent, scratch = OPS[name].wire_bytes(made, graph.mesh), OPS[name].scratch_bytes(made, graph.mesh)
     assert isinstance(sent, int)
     assert isinstance(scratch, int)
     assert (sent > 0) == (OPS[name].lane == "comm")
@@ -210,5 +210,37 @@ def test_an_unpacked_shard_is_a_view_and_an_unpacked_whole_is_not():
 )
 def test_bytes_on_the_wire(line, sent_bytes):
     _, made = node(line)
-    assert OPS[made.op].wire_bytes(made, 2) == sent_bytes
-    assert OPS[made.op].wire_bytes(made, 1) == 0
+    assert OPS[made.op].wire_bytes(made, (Axis("shard", 2),)) == sent_bytes
+    assert OPS[made.op].wire_bytes(made, (Axis("shard", 1),)) == 0
+
+
+ROWS = """graph "g" mesh(replicate=2, shard=2)
+param %s: f32[4, 2]<R, S0> "s"
+param %t: f32[3]<R, S0> "t"
+param %d: f64[3]<R, S0> "d"
+input %v: f32[4, 2]<V, V>
+input %w: f32[4, 2]<R, V>
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "sent_bytes"),
+    [
+        ("%a: future f32[4, 2]<R, R> = all_gather_start(%s)", 16),
+        ("%a: future f32[4, 2]<R, R>, %b: future f32[3]<R, R> = all_gather_start(%s, %t)", 24),
+        ("%a: future f32[4, 2]<R, S0> = reduce_scatter_start(%v)", 32),  # 16 to its row, 16 to its column
+        ("%a: future f32[4, 2]<R, R> = all_reduce_start(%v)", 48),
+    ],
+)
+def test_bytes_on_the_wire_where_two_ranks_hold_a_shard(line, sent_bytes):
+    graph = parse_graph(f"{ROWS}fwd {line}\n")
+    (made,) = graph.nodes
+    assert OPS[made.op].rule(made, graph.mesh) == tuple(r.type for r in made.results)
+    assert OPS[made.op].wire_bytes(made, graph.mesh) == sent_bytes
+
+
+@pytest.mark.parametrize("operands", ["%s, %d", "%s, %v", ""])
+def test_a_grouped_call_moves_tensors_of_one_dtype_and_placement(operands):
+    graph = parse_graph(f"{ROWS}fwd %a: future f32[4, 2]<R, R> = all_gather_start({operands})\n")
+    with pytest.raises(TypeRuleError):
+        OPS["all_gather_start"].rule(graph.nodes[0], graph.mesh)

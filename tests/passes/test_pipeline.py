@@ -20,6 +20,7 @@ OPTIONS = {
     "max_bytes": st.integers(0, 2**50),
     "pack_below_bytes": st.integers(0, 2**50),
     "num_ahead": st.integers(0, 9),
+    "grouped": st.booleans(),
     "effort": st.integers(0, 1000),
     "slack": st.sampled_from([0.0, 0.5, 1.25, 8.0]),
 }

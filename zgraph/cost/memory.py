@@ -12,15 +12,16 @@ from zgraph.ir import (
     Graph,
     InputKind,
     Instruction,
+    Mesh,
     Node,
     OutputKind,
     Phase,
     Plan,
-    Replicate,
-    Shard,
     TensorType,
     Type,
     Value,
+    num_ranks,
+    num_shards,
 )
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import is_copied, padded_bytes, views
@@ -116,15 +117,17 @@ class _Walk:
 
     def start(self, node: Node) -> None:
         """Until its wait, a collective holds what it sends, in place or as a copy, and its scratch memory."""
-        num_ranks = self.graph.num_ranks
-        self.scratch[node.name] = _rounded(OPS[node.op].scratch_bytes(node, num_ranks))
-        copied = _rounded(padded_bytes(node.operands[0].tensor, num_ranks)) if is_copied(node, num_ranks) else 0
-        self.alive[_in_flight(node.name)] = copied
-        self.by_category["buckets"] += copied
-        if node.op in _SENDS_IN_PLACE and not is_copied(node, self.graph.num_ranks):
-            sent = frozenset(root for v in node.operands for root in self.roots.get(v.name, ()))
-            self.roots[_in_flight(node.name)] = sent
-            self.references.update(sent)
+        graph = self.graph
+        self.scratch[node.name] = _rounded(OPS[node.op].scratch_bytes(node, graph.mesh))
+        for value, result in zip(node.operands, node.results, strict=True):
+            name = _in_flight(result.name)
+            if node.op == "reduce_scatter_start" and is_copied(value.tensor, graph.mesh):
+                self.alive[name] = _rounded(padded_bytes(value.tensor, graph.num_shards))
+                self.by_category["buckets"] += self.alive[name]
+            elif node.op in _SENDS_IN_PLACE:
+                sent = self.roots.get(value.name, frozenset())
+                self.roots[name] = sent
+                self.references.update(sent)
 
     def finish(self, start: str) -> None:
         """A collective that is over lets go of what it sent."""
@@ -145,7 +148,7 @@ class _Walk:
             self.references[value.name] += 1
 
     def allocate(self, name: str, kind: Type) -> None:
-        size = local_bytes(kind, self.graph.num_ranks, self.hints)
+        size = local_bytes(kind, self.graph.mesh, self.hints)
         self.alive[name] = size
         self.by_category[self.categories.get(name, "temporaries")] += size
 
@@ -160,15 +163,14 @@ class _Walk:
         self.by_category[category] -= self.alive.pop(root, 0)
 
 
-def local_bytes(kind: Type, num_ranks: int, hints: Mapping[str, int]) -> int:
+def local_bytes(kind: Type, mesh: Mesh, hints: Mapping[str, int]) -> int:
     """Bytes of one rank's part of a value, rounded up as allocators do."""
     if not isinstance(kind, TensorType):
         return 0
-    placement = kind.placement[0] if kind.placement else Replicate()
-    if isinstance(placement, Shard):
-        numel = chunk_numel(kind.shape, num_ranks)
+    if kind.is_sharded:
+        numel = chunk_numel(kind.shape, num_shards(mesh))
     elif kind.future:
-        numel = chunk_numel(kind.shape, num_ranks) * num_ranks
+        numel = chunk_numel(kind.shape, num_ranks(mesh)) * num_ranks(mesh)
     elif kind.strides is not None:
         sizes = [evaluate(d, hints) for d in kind.shape]
         strides = [evaluate(d, hints) for d in kind.strides]
@@ -195,8 +197,7 @@ def _categories(plan: Plan) -> dict[str, str]:
             if node.op in ("reduce_scatter_start", "all_reduce_start"):
                 found[result.name] = "gradients"
             elif node.op in ("all_gather_start", "unpack") and isinstance(result.type, TensorType):
-                placement = result.type.placement
-                found[result.name] = "gathered" if placement == (Replicate(),) else "gradients"
+                found[result.name] = "gradients" if result.type.is_sharded else "gathered"
             elif node.op in OPS and node.op not in ("cast", "wait"):
                 found[result.name] = "buckets"
     for value in plan.saved:

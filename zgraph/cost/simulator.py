@@ -112,10 +112,10 @@ class _Clock:
         us = self.costs.transfer_us(self.graph, node)
         begin = max(self.now, self.lane_free)
         self.lane_free = begin + us
-        self.over_at[node.results[0].name] = self.lane_free
+        self.over_at.update((r.name, self.lane_free) for r in node.results)
         self.spans.append(Span("comm", node.name, node.op, node.phase.value, begin, self.lane_free))
-        for root in self.root(node.operands[0].name):
-            self.sending[root] = node.name
+        for value, result in zip(node.operands, node.results, strict=True):
+            self.sending.update(dict.fromkeys(self.root(value.name), result.name))
 
     def wait(self, node: Node) -> None:
         future = node.operands[0].name

@@ -11,8 +11,8 @@ from zgraph.cost.hardware import Hardware
 from zgraph.cost.network import Network
 from zgraph.cost.work import work
 from zgraph.errors import HardwareError
-from zgraph.ir import OPS, Graph, Node, TensorType, Type
-from zgraph.ir.ops import padded_bytes
+from zgraph.ir import OPS, Axis, Graph, Mesh, Node, TensorType, Type, num_ranks, num_shards
+from zgraph.ir.ops import moved_bytes
 from zgraph.ir.symbols import evaluate
 
 _COLLECTIVES = {
@@ -72,26 +72,37 @@ class CostTable(BaseModel):
     def transfer_us(self, graph: Graph, start: Node) -> float:
         """What a collective takes on the wire once it has begun, in microseconds."""
         kind = _COLLECTIVES[start.op]
-        num_ranks = graph.num_ranks
         if line := self.transfers.get(kind):
-            return line.latency_us + 1e6 * OPS[start.op].wire_bytes(start, num_ranks) / line.bytes_per_s
-        whole = padded_bytes(start.operands[0].tensor, num_ranks)
-        return self.network(num_ranks).quote(kind, whole).us
+            return line.latency_us + 1e6 * OPS[start.op].wire_bytes(start, graph.mesh) / line.bytes_per_s
+        whole = moved_bytes(start, graph.mesh)
+        if kind in ("all_reduce", "broadcast"):
+            return self.network((Axis("all", graph.num_ranks),)).quote(kind, whole).us
+        us = self.network(graph.mesh).quote(kind, whole).us
+        if kind == "reduce_scatter" and graph.num_ranks > graph.num_shards:
+            us += self._copies(graph.mesh).quote("all_reduce", whole / graph.num_shards).us
+        return us
 
-    def gather_line(self, num_ranks: int) -> Line:
+    def gather_line(self, mesh: Mesh) -> Line:
         """What an all-gather takes as a line in the bytes that a rank sends: measured, or through two sizes."""
         if line := self.transfers.get("all_gather"):
             return line
-        network, large = self.network(num_ranks), 1e9
+        network, large = self.network(mesh), 1e9
         latency_us, large_us = network.quote("all_gather", 0.0).us, network.quote("all_gather", large).us
-        sent = large * (num_ranks - 1) / num_ranks
+        sent = large * (network.num_ranks - 1) / network.num_ranks
         return Line(latency_us=latency_us, bytes_per_s=1e6 * sent / (large_us - latency_us))
 
-    def network(self, num_ranks: int) -> Network:
-        """The links among `num_ranks` ranks."""
+    def network(self, mesh: Mesh) -> Network:
+        """The links among the ranks of one shard axis."""
+        count = num_shards(mesh)
         if self.per_host:
-            return Network(self.hardware, num_ranks, self.per_host)
-        return Network.of(self.hardware, num_ranks)
+            return Network(self.hardware, count, min(self.per_host, count))
+        return Network.of(self.hardware, count)
+
+    def _copies(self, mesh: Mesh) -> Network:
+        """The links among the ranks that hold the same shard."""
+        count = num_ranks(mesh) // num_shards(mesh)
+        each = max((self.per_host or self.hardware.devices_per_host) // num_shards(mesh), 1)
+        return Network(self.hardware, count, each if count % each == 0 else 1)
 
 
 def signature(node: Node, hints: Mapping[str, int]) -> str:

@@ -21,6 +21,6 @@ def traffic(plan: Plan) -> tuple[Traffic, ...]:
     """The collectives of one step, by kind and phase, in the order in which they first occur."""
     found: dict[tuple[str, str], list[int]] = {}
     for node in plan.collectives:
-        sent = OPS[node.op].wire_bytes(node, plan.graph.num_ranks)
+        sent = OPS[node.op].wire_bytes(node, plan.graph.mesh)
         found.setdefault((node.op, node.phase.value), []).append(sent)
     return tuple(Traffic(op, phase, len(sent), sum(sent)) for (op, phase), sent in found.items())

@@ -22,6 +22,7 @@ from zgraph.ir.printer import fingerprint, print_graph, print_node
 from zgraph.ir.types import (
     Axis,
     DType,
+    Mesh,
     NoneType,
     Partial,
     Placement,
@@ -31,12 +32,14 @@ from zgraph.ir.types import (
     TensorType,
     Type,
     Varying,
+    num_ranks,
+    num_shards,
 )
 from zgraph.ir.verifier import verify
 
 __all__ = [
-    "OPS", "Arg", "Axis", "Builder", "DType", "Foreign", "Graph", "Input", "InputKind", "Instruction", "Node",
-    "NoneType", "Op", "Origin", "Output", "OutputKind", "Partial", "Phase", "Placement", "Plan", "Program", "Replicate",
-    "ScalarType", "Shard", "TensorType", "Token", "Type", "Value", "Varying", "fingerprint", "parse_graph",
-    "print_graph", "print_node", "verify",
+    "OPS", "Arg", "Axis", "Builder", "DType", "Foreign", "Graph", "Input", "InputKind", "Instruction", "Mesh",
+    "Node", "NoneType", "Op", "Origin", "Output", "OutputKind", "Partial", "Phase", "Placement", "Plan", "Program",
+    "Replicate", "ScalarType", "Shard", "TensorType", "Token", "Type", "Value", "Varying", "fingerprint", "num_ranks",
+    "num_shards", "parse_graph", "print_graph", "print_node", "verify",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ class Builder:
 
     def __init__(self, graph: Graph, made_by: str = "") -> None:
         self._names = {i.value.name for i in graph.inputs} | set(graph.producers)
-        self._num_ranks = graph.num_ranks
+        self._mesh = graph.mesh
         self._made_by = made_by
 
     def fresh(self, stem: str) -> str:
@@ -40,7 +40,7 @@ class Builder:
         """A node of one of zgraph's own ops, with the results that its type rule gives, named after `stem`."""
         node = Node(op, tuple(args), (), tuple(options.items()), phase, self.origin(origin))
         return Node(
-            op, node.args, tuple(self.value(stem, t) for t in OPS[op].rule(node, self._num_ranks)), node.kwargs, phase,
+            op, node.args, tuple(self.value(stem, t) for t in OPS[op].rule(node, self._mesh)), node.kwargs, phase,
             node.origin,
         )  # fmt: skip
 

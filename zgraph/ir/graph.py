@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from zgraph.ir.types import Axis, DType, TensorType, Type
+from zgraph.ir.types import Axis, DType, TensorType, Type, num_ranks, num_shards
 
 __all__ = [
     "Arg", "Foreign", "Graph", "Input", "InputKind", "Node", "Origin", "Output", "OutputKind", "Phase", "Token",
@@ -215,10 +215,12 @@ class Graph:
     @property
     def num_ranks(self) -> int:
         """Ranks along all axes together; 1 without a mesh."""
-        count = 1
-        for axis in self.mesh:
-            count *= axis.size
-        return count
+        return num_ranks(self.mesh)
+
+    @property
+    def num_shards(self) -> int:
+        """Parts that a sharded tensor is cut into; 1 without a mesh."""
+        return num_shards(self.mesh)
 
 
 def values_in(arg: Arg) -> Iterator[Value]:

@@ -11,10 +11,21 @@ from typing import Literal
 
 from zgraph.ir.graph import Graph, Node, values_in
 from zgraph.ir.layout import bucket_layout, chunk_numel, is_even
-from zgraph.ir.types import DType, Partial, Replicate, Shard, TensorType, Type, Varying
+from zgraph.ir.types import (
+    DType,
+    Mesh,
+    Partial,
+    Replicate,
+    Shard,
+    TensorType,
+    Type,
+    Varying,
+    num_ranks,
+    num_shards,
+)
 
 Lane = Literal["compute", "comm"]
-TypeRule = Callable[[Node, int], tuple[Type, ...]]
+TypeRule = Callable[[Node, Mesh], tuple[Type, ...]]
 
 
 class TypeRuleError(ValueError):
@@ -28,9 +39,9 @@ class Op:
     Args:
         name: the op's name in text.
         doc: one line of what it does.
-        rule: from a node and the number of ranks to the types its results must have; raises TypeRuleError.
+        rule: from a node and the mesh to the types its results must have; raises TypeRuleError.
         lane: which lane runs it.
-        wire_bytes: bytes this rank sends, from a node and the number of ranks.
+        wire_bytes: bytes this rank sends, from a node and the mesh.
         scratch_bytes: bytes it needs beside operands and results while it runs.
         views: whether its results share memory with its operands.
         pure: running it has no effect but its results, the same each time.
@@ -42,8 +53,8 @@ class Op:
     doc: str
     rule: TypeRule
     lane: Lane = "compute"
-    wire_bytes: Callable[[Node, int], int] = lambda node, num_ranks: 0
-    scratch_bytes: Callable[[Node, int], int] = lambda node, num_ranks: 0
+    wire_bytes: Callable[[Node, Mesh], int] = lambda node, mesh: 0
+    scratch_bytes: Callable[[Node, Mesh], int] = lambda node, mesh: 0
     views: Callable[[Node], bool] = lambda node: False
     pure: bool = True
     consumes: bool = False
@@ -64,44 +75,56 @@ def _one(node: Node) -> TensorType:
     return tensor(node)
 
 
+def _moved(node: Node, change: Callable[[TensorType], TensorType], *allowed: type) -> tuple[Type, ...]:
+    """What a collective promises of each of its operands: `change` says how it is placed then."""
+    if not node.operands:
+        raise TypeRuleError("takes one operand or more")
+    kinds = [tensor(node, i) for i in range(len(node.operands))]
+    if len({k.dtype for k in kinds}) > 1:
+        raise TypeRuleError("moves tensors of one dtype")
+    return tuple(change(_placed(k, *allowed)).contiguous().promised() for k in kinds)
+
+
 def _placed(kind: TensorType, *allowed: type) -> TensorType:
-    if kind.future or len(kind.placement) != 1 or not isinstance(kind.placement[0], allowed):
+    if kind.future or not kind.placement or not isinstance(kind.placement[-1], allowed):
         names = " or ".join(a.__name__ for a in allowed)
         raise TypeRuleError(f"its operand must be placed {names}, not {kind}")
-    if isinstance(kind.placement[0], Shard) and kind.placement[0].dim != 0:
+    if isinstance(kind.placement[-1], Shard) and kind.placement[-1].dim != 0:
         raise TypeRuleError(f"its operand must be sharded on dim 0, not {kind}")
     return kind
 
 
-def padded_bytes(kind: TensorType, num_ranks: int) -> int:
-    """Bytes of the whole tensor with every rank's chunk padded to the same size."""
-    return chunk_numel(kind.shape, num_ranks) * num_ranks * kind.dtype.itemsize
+def padded_bytes(kind: TensorType, num_parts: int) -> int:
+    """Bytes of the whole tensor cut into chunks that are padded to the same size."""
+    return chunk_numel(kind.shape, num_parts) * num_parts * kind.dtype.itemsize
 
 
-def _gathered(node: Node, _: int) -> tuple[Type, ...]:
-    return (_placed(_one(node), Shard).at(Replicate()).contiguous().promised(),)
+def moved_bytes(node: Node, mesh: Mesh) -> int:
+    """Bytes of the whole of what a collective moves, padding counted."""
+    num_parts = num_ranks(mesh) if node.op == "all_reduce_start" else num_shards(mesh)
+    return sum(padded_bytes(tensor(node, i), num_parts) for i in range(len(node.operands)))
 
 
-def _scattered(node: Node, _: int) -> tuple[Type, ...]:
-    return (_placed(_one(node), Varying, Partial).at(Shard(0)).contiguous().promised(),)
+def _gathered(node: Node, _: Mesh) -> tuple[Type, ...]:
+    return _moved(node, lambda kind: kind.at(*kind.placement[:-1], Replicate()), Shard)
 
 
-def _summed(node: Node, _: int) -> tuple[Type, ...]:
-    return (_placed(_one(node), Varying, Partial).at(Replicate()).contiguous().promised(),)
+def _scattered(node: Node, _: Mesh) -> tuple[Type, ...]:
+    return _moved(node, lambda kind: kind.reduced().at(*kind.reduced().placement[:-1], Shard(0)), Varying, Partial)
 
 
-def _broadcast(node: Node, _: int) -> tuple[Type, ...]:
-    return (_placed(_one(node), Varying).at(Replicate()).contiguous().promised(),)
+def _shared(node: Node, _: Mesh) -> tuple[Type, ...]:
+    return _moved(node, TensorType.reduced, Varying, Partial)
 
 
-def _waited(node: Node, _: int) -> tuple[Type, ...]:
+def _waited(node: Node, _: Mesh) -> tuple[Type, ...]:
     kind = _one(node)
     if not kind.future:
         raise TypeRuleError(f"waits for a future, not for {kind}")
     return (kind.delivered(),)
 
 
-def _resharded(node: Node, _: int) -> tuple[Type, ...]:
+def _resharded(node: Node, _: Mesh) -> tuple[Type, ...]:
     """Placement may become anything; everything else of each operand stays."""
     results = []
     for value, result in zip(node.operands, node.results, strict=True):
@@ -112,85 +135,100 @@ def _resharded(node: Node, _: int) -> tuple[Type, ...]:
     return tuple(results)
 
 
-def _packed(node: Node, num_ranks: int) -> tuple[Type, ...]:
+def _packed(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     kinds = [tensor(node, i) for i in range(len(node.operands))]
     if len({(k.dtype, k.placement) for k in kinds}) != 1:
         raise TypeRuleError("packs tensors of one dtype and one placement")
-    numel = bucket_layout(kinds, num_ranks).part_numel * num_ranks
+    numel = bucket_layout(kinds, num_shards(mesh)).part_numel * num_shards(mesh)
     return (TensorType(kinds[0].dtype, (numel,), placement=kinds[0].placement),)
 
 
-def _unpacked(node: Node, num_ranks: int) -> tuple[Type, ...]:
+def _unpacked(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     flat = _one(node)
     members = [r.type for r in node.results if isinstance(r.type, TensorType)]
     if len(members) != len(node.results) or any(m.dtype is not flat.dtype for m in members):
         raise TypeRuleError(f"unpacks into tensors of {flat.dtype.value}")
-    if bucket_layout(members, num_ranks).part_numel * num_ranks != flat.numel:
+    if bucket_layout(members, num_shards(mesh)).part_numel * num_shards(mesh) != flat.numel:
         raise TypeRuleError("its results do not fill its operand")
     return tuple(m.contiguous().at(*flat.placement) for m in members)
 
 
-def _cast(node: Node, _: int) -> tuple[Type, ...]:
+def _cast(node: Node, _: Mesh) -> tuple[Type, ...]:
     dtype = node.option("dtype")
     if not isinstance(dtype, DType):
         raise TypeRuleError("needs dtype=")
     return (_one(node).contiguous(dtype),)
 
 
-def _copied(node: Node, _: int) -> tuple[Type, ...]:
+def _copied(node: Node, _: Mesh) -> tuple[Type, ...]:
     kind = _one(node).contiguous()
     made = node.results[0].type if node.results else kind
-    if isinstance(made, TensorType) and kind.placement == (Replicate(),) and made.placement == (Varying(),):
-        return (kind.at(Varying()),)
+    if isinstance(made, TensorType) and made.varies and all(isinstance(p, Replicate) for p in kind.placement):
+        return (kind.at(*(Varying() for _ in kind.placement)),)
     return (kind,)
 
 
-def _accumulated(node: Node, _: int) -> tuple[Type, ...]:
+def _accumulated(node: Node, _: Mesh) -> tuple[Type, ...]:
     if not isinstance(node.option("target"), str):
         raise TypeRuleError("needs target=, the name of the parameter")
     return (_one(node),)
 
 
-def _released(node: Node, _: int) -> tuple[Type, ...]:
+def _released(node: Node, _: Mesh) -> tuple[Type, ...]:
     _one(node)
     return ()
 
 
-def _ring(node: Node, num_ranks: int) -> int:
-    """(N - 1) / N of the whole: what a ring all-gather or reduce-scatter sends from each rank."""
-    return padded_bytes(tensor(node), num_ranks) // num_ranks * (num_ranks - 1)
+def is_copied(kind: TensorType, mesh: Mesh) -> bool:
+    """Whether a reduce-scatter cannot send this as it lies: it is not dense, or needs padding."""
+    return kind.strides is not None or not is_even(kind.shape, num_shards(mesh))
 
 
-def is_copied(node: Node, num_ranks: int) -> bool:
-    """Whether a reduce-scatter cannot send its operand as it lies: it is not dense, or needs padding."""
-    kind = tensor(node)
-    return node.op == "reduce_scatter_start" and (kind.strides is not None or not is_even(kind.shape, num_ranks))
+def _part(num_bytes: int, num_parts: int) -> int:
+    """(N - 1) / N of it: what a ring all-gather or reduce-scatter sends from each rank."""
+    return num_bytes // num_parts * (num_parts - 1)
 
 
-def _landing(num_chunks: int) -> Callable[[Node, int], int]:
-    """Room for what all peers but `num_chunks` of them send of one chunk, until it is summed."""
+def _gather_sends(node: Node, mesh: Mesh) -> int:
+    return _part(moved_bytes(node, mesh), num_shards(mesh))
 
-    def scratch_bytes(node: Node, num_ranks: int) -> int:
-        chunk = padded_bytes(tensor(node), num_ranks) // num_ranks
-        return max(num_ranks - 1 - num_chunks, 0) * chunk
 
-    return scratch_bytes
+def _scatter_sends(node: Node, mesh: Mesh) -> int:
+    """To the ranks of this one's shard axis, and the sums to those that hold the same shard."""
+    whole, count = moved_bytes(node, mesh), num_shards(mesh)
+    return _part(whole, count) + 2 * _part(whole // count, num_ranks(mesh) // count)
+
+
+def _share_sends(node: Node, mesh: Mesh) -> int:
+    return (2 if node.op == "all_reduce_start" else 1) * _part(moved_bytes(node, mesh), num_ranks(mesh))
+
+
+def _scatter_lands(node: Node, mesh: Mesh) -> int:
+    """Room for what all peers but one send of one chunk, until it is summed; and for sums of others that hold it."""
+    chunk = moved_bytes(node, mesh) // num_shards(mesh)
+    return max(num_shards(mesh) - 2, 0) * chunk + (chunk if num_ranks(mesh) > num_shards(mesh) else 0)
+
+
+def _share_lands(node: Node, mesh: Mesh) -> int:
+    """Room for what all peers send of one chunk, until it is summed."""
+    return _part(moved_bytes(node, mesh), num_ranks(mesh))
 
 
 def _is_sharded(node: Node) -> bool:
-    return any(isinstance(p, Shard) for p in tensor(node).placement)
+    return tensor(node).is_sharded
 
 
 _ROWS = (
     Op("reshard", "Change the placement of one or more values; a lowering pass decides by which collective.",
        _resharded),
-    Op("all_gather_start", "Begin to collect the shards of all ranks into the whole tensor.", _gathered, "comm", _ring,
-       pure=False),
+    Op("all_gather_start", "Begin to collect the shards of all ranks into the whole tensor.", _gathered, "comm",
+       _gather_sends, pure=False),
     Op("reduce_scatter_start", "Begin to average over the ranks, each rank keeping its shard.", _scattered, "comm",
-       _ring, scratch_bytes=_landing(1), pure=False),
-    Op("all_reduce_start", "Begin to average over the ranks, every rank keeping the whole.", _summed, "comm",
-       lambda node, n: 2 * _ring(node, n), scratch_bytes=_landing(0), pure=False),
-    Op("broadcast_start", "Begin to copy the first rank's value to every rank.", _broadcast, "comm", _ring, pure=False),
+       _scatter_sends, scratch_bytes=_scatter_lands, pure=False),
+    Op("all_reduce_start", "Begin to average over the ranks, every rank keeping the whole.", _shared, "comm",
+       _share_sends, scratch_bytes=_share_lands, pure=False),
+    Op("broadcast_start", "Begin to copy the first rank's value to every rank.", _shared, "comm", _share_sends,
+       pure=False),
     Op("wait", "Deliver what a start promised.", _waited, views=lambda node: True, pure=False),
     Op("pack", "Lay tensors out as one bucket: chunk r of it is chunk r of each, one after the other.", _packed),
     Op("unpack", "Take a bucket apart again.", _unpacked, views=_is_sharded),

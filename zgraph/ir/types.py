@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from zgraph.ir.symbols import Dim, render
 
 __all__ = [
-    "Axis", "DType", "NoneType", "Partial", "Placement", "Replicate", "ScalarType", "Shard", "TensorType", "Type",
-    "Varying",
+    "Axis", "DType", "Mesh", "NoneType", "Partial", "Placement", "Replicate", "ScalarType", "Shard", "TensorType",
+    "Type", "Varying", "num_ranks", "num_shards",
 ]  # fmt: skip
 
 
@@ -86,6 +86,20 @@ class Axis:
     size: int
 
 
+Mesh = tuple[Axis, ...]
+"""The axes of a device mesh. Tensors are sharded along the last; ranks along the others hold the same shards."""
+
+
+def num_ranks(mesh: Mesh) -> int:
+    """Ranks along all axes together; 1 without a mesh."""
+    return math.prod(axis.size for axis in mesh)
+
+
+def num_shards(mesh: Mesh) -> int:
+    """Parts that a sharded tensor is cut into: the ranks of the last axis."""
+    return mesh[-1].size if mesh else 1
+
+
 @dataclass(frozen=True, slots=True)
 class TensorType:
     """The type of a tensor value.
@@ -113,9 +127,23 @@ class TensorType:
     def numel(self) -> Dim:
         return math.prod(self.shape)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank of the last mesh axis holds a part of it."""
+        return bool(self.placement) and isinstance(self.placement[-1], Shard)
+
+    @property
+    def varies(self) -> bool:
+        """Whether ranks have values of their own."""
+        return Varying() in self.placement
+
     def at(self, *placement: Placement) -> TensorType:
         """The same tensor at another placement."""
         return replace(self, placement=placement)
+
+    def reduced(self) -> TensorType:
+        """The same tensor with what the ranks had of their own averaged: alike on all of them."""
+        return self.at(*(Replicate() if isinstance(p, Varying | Partial) else p for p in self.placement))
 
     def contiguous(self, dtype: DType | None = None) -> TensorType:
         """The same shape and placement laid out densely, in `dtype` if one is given."""

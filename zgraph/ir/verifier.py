@@ -77,7 +77,7 @@ def types(graph: Graph) -> Iterator[Fault]:
     for position, node in enumerate(graph.nodes):
         if op := OPS.get(node.op):
             try:
-                wanted = op.rule(node, graph.num_ranks)
+                wanted = op.rule(node, graph.mesh)
             except (TypeRuleError, TypeError, ValueError, IndexError) as error:
                 yield position, f"{node.op}: {error}"
                 continue
