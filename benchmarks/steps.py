@@ -27,7 +27,7 @@ from benchmarks.systems import select
 from benchmarks.table import steps_table
 
 DEFAULT_RATE = "1gbit"
-PIPE_WIDTH = 190
+PIPE_WIDTH = 225
 """Columns of the table where there is no terminal to ask."""
 
 

@@ -60,6 +60,8 @@ class CalibratedStep:
             rehearsal(input_ids=tokens, labels=tokens).loss.backward()
 
         table = zgraph.profile(rehearsal, step)
+        del rehearsal, step
+        torch.compiler.reset()  # which remembers what it compiled, with its memory
         self.model = zgraph.compile(self.model, hardware=table, **self.options)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
         self.is_planned = True
