@@ -17,12 +17,13 @@ from zgraph.passes.pipeline import Pipeline
 from zgraph.passes.planning import make_plan
 from zgraph.passes.prefetch import Prefetch
 from zgraph.passes.recipes import MIXED, RECIPES
+from zgraph.passes.recompute import Recompute
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
 from zgraph.passes.schedule import Schedule
 
 ALL: tuple[type[Pass], ...] = (
-    Canonicalize, Partition, Keep, Bucket, Broadcast, AllGather, ReduceScatter, AllReduce, Release, Prefetch,
+    Canonicalize, Partition, Recompute, Keep, Bucket, Broadcast, AllGather, ReduceScatter, AllReduce, Release, Prefetch,
     Schedule, DeadCode,
 )  # fmt: skip
 

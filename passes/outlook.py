@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from zgraph.cost import simulate_memory
 from zgraph.ir import Graph
 from zgraph.passes.all_gather import AllGather
 from zgraph.passes.all_reduce import AllReduce
 from zgraph.passes.analysis.timetable import evaluate, first_use_order, latest_first_order
 from zgraph.passes.base import Context
 from zgraph.passes.broadcast import Broadcast
+from zgraph.passes.planning import make_plan
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
 from zgraph.passes.schedule import Step
@@ -15,9 +17,19 @@ from zgraph.passes.schedule import Step
 
 def lowered(graph: Graph, context: Context) -> Step:
     """The graph with every reshard lowered, as a scheduling problem."""
+    return Step(_lower(graph, context), context)
+
+
+def peak_bytes(graph: Graph, context: Context) -> int:
+    """Bytes alive at the peak of a step whose collectives all run where they are needed."""
+    plan = make_plan(_lower(graph, context), only_synced=True)
+    return simulate_memory(plan, context.hints).peak.total_bytes
+
+
+def _lower(graph: Graph, context: Context) -> Graph:
     for lowering in (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), Release()):
         graph = lowering.run(graph, context)
-    return Step(graph, context)
+    return graph
 
 
 def makespan_us(graph: Graph, context: Context, num_ahead: int = 2) -> float:

@@ -10,8 +10,12 @@ from zgraph.passes.absent import absent_tangents, without_tangents
 from zgraph.passes.no_sync import without_sync
 
 
-def make_plan(graph: Graph) -> Plan:
+def make_plan(graph: Graph, *, only_synced: bool = False) -> Plan:
     """The programs of a graph whose passes have all run.
+
+    Args:
+        graph: the graph.
+        only_synced: leave the backwards under no_sync out, for those who only look at the step.
 
     Raises:
         ContractError: the recipe left a reshard without a collective to carry it out.
@@ -33,10 +37,11 @@ def make_plan(graph: Graph) -> Plan:
     if not any(o.phase is not Phase.forward for o in graph.outputs):
         return Plan(graph, plan_forward, None, None, ())
     zeros = absent_tangents(graph)
+    backwards = _synced_backward if only_synced else _both_backwards
     lean = without_tangents(graph, zeros) if zeros else None
     return Plan(
-        graph, plan_forward, *_both_backwards("", graph, saved, tangents), saved, zeros if lean else frozenset(),
-        _both_backwards("lean_", lean, saved, tangents) if lean else None,
+        graph, plan_forward, *backwards("", graph, saved, tangents), saved, zeros if lean else frozenset(),
+        backwards("lean_", lean, saved, tangents) if lean else None,
     )  # fmt: skip
 
 
@@ -46,6 +51,14 @@ def _both_backwards(
     """The backward of a graph, synced and not."""
     synced = _backward(f"{prefix}backward", graph, saved, tangents)
     return synced, _backward(f"{prefix}unsynced", without_sync(graph), saved, tangents)
+
+
+def _synced_backward(
+    prefix: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]
+) -> tuple[Program, Program]:
+    """The backward that syncs, twice."""
+    synced = _backward(f"{prefix}backward", graph, saved, tangents)
+    return synced, synced
 
 
 def _backward(name: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]) -> Program:

@@ -8,8 +8,10 @@ _LOWER = "broadcast,all-gather,reduce-scatter,all-reduce"
 """Every stage lowers every kind of reshard: a scalar parameter is not sharded whatever the stage, so its gradient is
 all-reduced."""
 
+_KEEP = ("", "", "", "keep,")
+
 RECIPES: Mapping[int, str] = {
-    stage: f"canonicalize,partition(stage={stage}),{'keep,' if stage == 3 else ''}bucket,{_LOWER},release,schedule,dce"
+    stage: f"canonicalize,partition(stage={stage}),recompute,{_KEEP[stage]}bucket,{_LOWER},release,schedule,dce"
     for stage in range(4)
 }
 

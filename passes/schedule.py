@@ -124,7 +124,7 @@ class Step:
         Raises:
             BudgetError: even so the step does not fit the budget.
         """
-        curve = simulate_memory(make_plan(self.canonical()), self.context.hints)
+        curve = simulate_memory(make_plan(self.canonical(), only_synced=True), self.context.hints)
         number = {(self.graph.nodes[p].phase.value, self.graph.nodes[p].name): i for i, p in enumerate(self.ops)}
         used = [0] * len(self.ops)
         at = most = 0

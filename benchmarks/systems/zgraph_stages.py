@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import time
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.systems.base import LEARNING_RATE, Outlook, Role, Step, System, adamw_step
+
+if TYPE_CHECKING:
+    from zgraph.cost import CostTable
 
 BUDGET = "650MB"
 """What ZeRO-3 of a peer takes at its peak for the 30 M Llama; zgraph keeps gathered parameters in what is left."""
@@ -53,18 +56,22 @@ class CalibratedStep:
     def _plan(self, tokens: Tensor) -> None:
         import zgraph
 
+        table = self._measured(tokens)
+        torch.compiler.reset()  # which remembers what it compiled, with its memory
+        self.model = zgraph.compile(self.model, hardware=table, **self.options)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
+        self.is_planned = True
+
+    def _measured(self, tokens: Tensor) -> CostTable:
+        import zgraph
+
         rehearsal: nn.Module = zgraph.compile(copy.deepcopy(self.model), **self.options)
 
         def step() -> None:
             rehearsal.zero_grad()
             rehearsal(input_ids=tokens, labels=tokens).loss.backward()
 
-        table = zgraph.profile(rehearsal, step)
-        del rehearsal, step
-        torch.compiler.reset()  # which remembers what it compiled, with its memory
-        self.model = zgraph.compile(self.model, hardware=table, **self.options)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
-        self.is_planned = True
+        return zgraph.profile(rehearsal, step)
 
     def begin(self) -> None:
         """What follows is measured."""

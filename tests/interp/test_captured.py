@@ -28,6 +28,14 @@ def test_every_pass_keeps_the_numbers(name, stage, num_ranks):
     reference(name, num_ranks).check(parse_recipe(RECIPES[stage]))
 
 
+@each_model
+@each_stage
+@pytest.mark.parametrize("keep_bytes", [1, 700, 5000])
+def test_what_is_computed_again_has_the_same_numbers(name, stage, keep_bytes):
+    recipe = RECIPES[stage].replace("recompute", f"recompute(keep_bytes={keep_bytes})")
+    reference(name, 2).check(parse_recipe(recipe))
+
+
 @each_stage
 def test_shards_that_several_ranks_hold_keep_the_numbers(stage):
     reference("tied", 4).check(parse_recipe(RECIPES[stage]), num_copies=2)

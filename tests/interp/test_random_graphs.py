@@ -26,6 +26,13 @@ def test_every_pass_keeps_the_numbers(graph, pipeline, num_ranks, reduce_dtype):
     Reference(graph, num_ranks).check(pipeline, reduce_dtype)
 
 
+@settings(max_examples=150, deadline=None)
+@given(graphs(), st.sampled_from(list(RECIPES)), ranks, st.integers(1, 600))
+def test_what_is_computed_again_has_the_same_numbers(graph, stage, num_ranks, keep_bytes):
+    recipe = RECIPES[stage].replace("recompute", f"recompute(keep_bytes={keep_bytes})")
+    Reference(graph, num_ranks).check(parse_recipe(recipe))
+
+
 @settings(max_examples=60, deadline=None)
 @given(graphs(), recipes, st.sampled_from([(4, 2), (6, 2), (6, 3)]))
 def test_shards_that_several_ranks_hold_keep_the_numbers(graph, pipeline, shape):

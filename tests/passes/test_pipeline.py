@@ -21,6 +21,7 @@ OPTIONS = {
     "pack_below_bytes": st.integers(0, 2**50),
     "num_ahead": st.integers(0, 9),
     "grouped": st.booleans(),
+    "keep_bytes": st.integers(0, 2**50),
     "effort": st.integers(0, 1000),
     "slack": st.sampled_from([0.0, 0.5, 1.25, 8.0]),
 }

@@ -166,7 +166,9 @@ class Importer:
             kwargs = tuple((k, from_torch(a, self._value)) for k, a in sorted(node.kwargs.items()))
         except (TypeError, KeyError) as error:
             raise self._error(node, f"calls {name} with an argument that has no form in the IR: {error}") from None
-        self.nodes.append(Node(name, args, results, kwargs, self.phases[node], origin_of(node)))
+        phase = self.phases[node]
+        region = torch_private.checkpoint_region(node) if phase is Phase.forward else 0
+        self.nodes.append(Node(name, args, results, kwargs, phase, origin_of(node), region))
 
     def _value(self, node: fx.Node) -> Value:
         return self.values[node]

@@ -10,11 +10,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
 from torch._functorch._aot_autograd import descriptors
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "BackendCompilerFailed", "FailOnRecompileLimitHit", "Unsupported", "UserError", "aot_autograd",
-    "compiled_backward_node", "dynamo_is_off", "fake_mode_of", "grad_target", "input_index", "mutation_target",
-    "without_modes",
+    "checkpoint_region", "compiled_backward_node", "dynamo_is_off", "fake_mode_of", "grad_target", "input_index",
+    "mutation_target", "without_modes",
 ]  # fmt: skip
 
 
@@ -35,6 +36,13 @@ def mutation_target(desc: Any) -> int | None:
 
 def _plain_index(desc: Any) -> int | None:
     return desc.idx if isinstance(desc, descriptors.PlainAOTInput) else None
+
+
+def checkpoint_region(node: torch.fx.Node) -> int:
+    """The number, from 1, of the `torch.utils.checkpoint` region that wants a node computed again; 0 for none."""
+    if node.meta.get("recompute") not in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE):
+        return 0
+    return int(node.meta.get("ac_graph_id", 0)) + 1
 
 
 def fake_mode_of(gm: torch.fx.GraphModule) -> Any:

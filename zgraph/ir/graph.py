@@ -71,7 +71,10 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One op applied to arguments, giving zero or more results."""
+    """One op applied to arguments, giving zero or more results.
+
+    `checkpoint` numbers the region of the forward that the user wants computed again; 0 for none.
+    """
 
     op: str
     args: tuple[Arg, ...]
@@ -79,6 +82,7 @@ class Node:
     kwargs: tuple[tuple[str, Arg], ...] = ()
     phase: Phase = Phase.forward
     origin: Origin = Origin()
+    checkpoint: int = 0
 
     @property
     def name(self) -> str:

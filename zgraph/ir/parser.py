@@ -337,7 +337,8 @@ class _Reader:
                 args.append(self.arg(line))
 
         line.listed(")", one)
-        return Node(op, tuple(args), tuple(results), tuple(kwargs), phase, line.origin())
+        checkpoint = line.integer() if line.accept("checkpoint=") else 0
+        return Node(op, tuple(args), tuple(results), tuple(kwargs), phase, line.origin(), checkpoint)
 
     def arg(self, line: _Line, depth: int = 0) -> Arg:
         if depth > _MAX_DEPTH:

@@ -41,6 +41,8 @@ def print_node(node: Node, *, origins: bool = True) -> str:
     results = ", ".join(f"%{r.name}: {r.type}" for r in node.results)
     args = [print_arg(a) for a in node.args] + [f"{k}={print_arg(a)}" for k, a in node.kwargs]
     body = f"{node.phase.value} {results}{' = ' if results else ''}{node.op}({', '.join(args)})"
+    if node.checkpoint:
+        body += f" checkpoint={node.checkpoint}"
     return body + (_origin(node.origin) if origins else "")
 
 
