@@ -32,7 +32,7 @@ from zgraph.passes.outlook import peak_bytes
 MIN_NODES = 24
 """Parts of the model with fewer nodes are taken together with the next."""
 
-MAX_TRIALS = 8
+MAX_TRIALS = 12
 """How often the step's memory is simulated to find how many bytes may be kept."""
 
 
@@ -58,38 +58,51 @@ class Recompute(Pass):
             return graph
         forward = Forward(graph, context)
         if self.keep_bytes:
-            return forward.keeping(forward.choices(self.keep_bytes))
-        most = forward.choices(None)
-        first = forward.keeping(most)
-        if limit is None:
-            return first
-        return _fitting(forward, most, first, limit)
+            return forward.keeping(forward.choices(self.keep_bytes, exactly=True))
+        return forward.keeping(forward.choices(None)) if limit is None else _fitting(forward, limit)
 
 
-def _fitting(forward: Forward, most: list[Choice], first: Graph, limit: int) -> Graph:
+@dataclass(frozen=True)
+class _Trial:
+    """Bytes kept, the graph that keeps them, and its peak."""
+
+    kept_bytes: int
+    graph: Graph
+    peak_bytes: int
+
+
+def _fitting(forward: Forward, limit: int) -> Graph:
     """The graph that keeps the most bytes with its peak within `limit`; the one with the lowest peak if none is."""
-    context = forward.context
-    peak = peak_bytes(first, context)
-    if peak <= limit:
-        return first
-    kept = sum(c.num_bytes for c in most)
-    best, best_peak, fits = first, peak, 0
-    too_many, enough = kept, 0
-    target = kept - (peak - limit)
-    for _ in range(MAX_TRIALS):
-        choices = forward.choices(max(target, 0))
-        made, kept = forward.keeping(choices), sum(c.num_bytes for c in choices)
-        peak = peak_bytes(made, context)
-        if peak <= limit and kept > fits:
-            best, best_peak, fits = made, peak, kept
-        elif not fits and peak < best_peak:
-            best, best_peak = made, peak
-        too_many, enough = (too_many, max(enough, target)) if peak <= limit else (min(too_many, target), enough)
-        if target <= 0 or too_many - enough <= limit // 200:
+
+    def trial(choices: list[Choice]) -> _Trial:
+        graph = forward.keeping(choices)
+        return _Trial(sum(c.num_bytes for c in choices), graph, peak_bytes(graph, forward.context))
+
+    if peak_bytes(forward.graph, forward.context) <= limit:
+        return forward.graph
+    over = lowest = trial(forward.choices(None))
+    fits = over if over.peak_bytes <= limit else None
+    num_trials, factor = 0, 1
+    while fits is None and over.kept_bytes > 0 and num_trials < MAX_TRIALS:
+        found = trial(forward.choices(max(over.kept_bytes - factor * max(over.peak_bytes - limit, 1), 0)))
+        lowest = min(lowest, found, key=lambda t: t.peak_bytes)
+        if found.peak_bytes <= limit:
+            fits = found
+        elif found.kept_bytes == over.kept_bytes:
+            break  # no choice keeps less
+        else:
+            over, factor = found, 2 * factor
+        num_trials += 1
+    if fits is None or fits is over:
+        return lowest.graph
+    while num_trials < MAX_TRIALS and over.kept_bytes - fits.kept_bytes > limit // 200:
+        found = trial(forward.choices((over.kept_bytes + fits.kept_bytes) // 2))
+        if found.kept_bytes <= fits.kept_bytes:
             break
-        step = target - (peak - limit)
-        target = step if enough < step < too_many else (too_many + enough) // 2
-    return best
+        over, fits = (over, found) if found.peak_bytes <= limit else (found, fits)
+        num_trials += 1
+    exact = trial(forward.choices(fits.kept_bytes, exactly=True))
+    return exact.graph if exact.peak_bytes <= limit else fits.graph
 
 
 class Forward:
@@ -219,8 +232,12 @@ class Forward:
 
     # --- choosing ------------------------------------------------------------------------------------------------
 
-    def choices(self, keep_bytes: int | None) -> list[Choice]:
-        """A choice for each block, which together keep at most `keep_bytes` if they can, at the least time."""
+    def choices(self, keep_bytes: int | None, *, exactly: bool = False) -> list[Choice]:
+        """A choice for each block, which together keep at most `keep_bytes` if they can, at the least time.
+
+        Blocks take corners of their hulls, the cheapest bytes first, early layers before late ones. `exactly` solves
+        the last block to give way for the bytes that this leaves over.
+        """
         corners = [_frontier(block) for block, _ in self.blocks]
         at = [0] * len(corners)
         kept = sum(c[0].num_bytes for c in corners if c)
@@ -238,7 +255,7 @@ class Forward:
             kept -= corners[number][step].num_bytes - corners[number][step + 1].num_bytes
             at[number], last = step + 1, number
         found = [c[a] if c else _nothing(b) for a, c, (b, _) in zip(at, corners, self.blocks, strict=True)]
-        if last is not None and kept < keep_bytes:
+        if exactly and last is not None and kept < keep_bytes:
             block, _ = self.blocks[last]
             found[last] = _within(block, found[last].num_bytes + keep_bytes - kept) or found[last]
         return found
@@ -299,7 +316,8 @@ class _Writer:
         args = tuple(map_values(a, env) for a in node.args)
         kwargs = tuple((k, map_values(a, env)) for k, a in node.kwargs)
         origin = self.builder.origin(node.origin)
-        self.nodes.append(replace(node, args=args, kwargs=kwargs, results=results, phase=Phase.backward, origin=origin, checkpoint=0))
+        copied = replace(node, args=args, kwargs=kwargs, results=results, phase=Phase.backward, origin=origin)
+        self.nodes.append(replace(copied, checkpoint=0))
         self.made.update((old.name, new) for old, new in zip(node.results, results, strict=True))
 
     def gathered(self, value: Value) -> Value:

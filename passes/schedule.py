@@ -64,6 +64,7 @@ class Schedule(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         step = Step(graph, context)
         if not step.collectives:
+            step.room(0)  # raises where the budget does not hold
             return graph
         problem = step.problem(self.num_ahead)
         best: tuple[Timetable, dict[int, float]] | None = None

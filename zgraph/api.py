@@ -20,6 +20,7 @@ from zgraph.calls import guard
 from zgraph.capture import Compiled, Frontend, ParamInfo
 from zgraph.checks import ATTRIBUTE, Stage, check_optimizers, check_options, stage_of
 from zgraph.config import environment
+from zgraph.cost.workspace import NUM_THREADS
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir import Axis, Graph, print_graph, verify
 from zgraph.passes import BY_NAME, MIXED, RECIPES, Context, Pipeline, make_plan, parse_recipe
@@ -59,6 +60,8 @@ class CompiledModel:
             instruments.append(Dump(settings.dump / f"rank{self.session.store.rank}"))
         text = print_graph(graph, origins=False)
         graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
+        if self.session.device.type == "cpu":
+            hints = {**hints, NUM_THREADS: torch.get_num_threads()}
         self.hints.update(hints)
         context = replace(self.context, hints=hints)
         final = self.pipeline.run(graph, context, instruments)

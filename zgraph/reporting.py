@@ -11,15 +11,22 @@ from rich.table import Table
 from rich.text import Text
 
 from zgraph.cost import MemoryCurve, Timeline, Traffic, simulate, traffic
+from zgraph.cost.memory import alive_at_peak
+from zgraph.cost.work import work
 from zgraph.ir import Plan
+from zgraph.ir.symbols import evaluate
 from zgraph.passes.base import Context
 from zgraph.passes.instruments import Step
 from zgraph.passes.schedule import lower_bound_us
+from zgraph.viz import memory_chart
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One captured graph: its plan, what the passes did to it, and what a step of it costs."""
+    """One captured graph: its plan, what the passes did to it, and what a step of it costs.
+
+    `at_peak` has what is alive at the peak, each with its category and bytes; `flop` is what one rank's matmuls do.
+    """
 
     plan: Plan
     steps: tuple[Step, ...]
@@ -27,6 +34,8 @@ class Entry:
     traffic: tuple[Traffic, ...]
     timeline: Timeline
     lower_bound_us: float
+    at_peak: tuple[tuple[str, str, int], ...]
+    flop: int
 
     @property
     def kind(self) -> str:
@@ -42,7 +51,9 @@ def make_entry(plan: Plan, steps: Sequence[Step], context: Context) -> Entry:
     """The entry of a plan."""
     timeline = simulate(plan, context.costs, context.hints)
     bound = max(lower_bound_us(plan.graph, context), timeline.lower_bound_us)
-    return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound)
+    at_peak = tuple(alive_at_peak(plan, context.hints))
+    flop = sum(int(evaluate(work(plan.graph, n).flop, context.hints)) for n in plan.graph.nodes)
+    return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, at_peak, flop)
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,11 @@ class Report:
     def step_peak_bytes(self) -> int:
         """The most bytes alive at once in a step above what lies at rest, over all captured graphs."""
         return max((e.memory.peak.total_bytes for e in self.entries), default=0)
+
+    @property
+    def flop(self) -> int:
+        """FLOP of this rank's matmuls in a training step (of the first training graph captured)."""
+        return next((e.flop for e in self.entries if e.plan.backward is not None), 0)
 
     @property
     def sent_bytes(self) -> int:
@@ -124,6 +140,9 @@ def _passes(entry: Entry) -> Table:
     return table
 
 
+NUM_VALUES = 6
+
+
 def _peak(entry: Entry) -> Text:
     peak = entry.memory.peak
     shares = ", ".join(
@@ -131,7 +150,10 @@ def _peak(entry: Entry) -> Text:
         for name, size in sorted(peak.bytes_by_category.items(), key=lambda i: -i[1])
         if size
     )
-    return Text(f"peak above rest {mebibytes(peak.total_bytes)} at %{peak.node} ({peak.phase}): {shares}")
+    text = Text(f"peak above rest {mebibytes(peak.total_bytes)} at %{peak.node} ({peak.phase}): {shares}\n")
+    text.append_text(memory_chart(entry.memory)).append("\nlargest at the peak: ")
+    names = [f"%{name} {mebibytes(size)} ({kind})" for name, kind, size in entry.at_peak[:NUM_VALUES]]
+    return text.append(", ".join(names))
 
 
 NUM_STALLS = 5

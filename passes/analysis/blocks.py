@@ -16,8 +16,8 @@ from itertools import pairwise
 
 import networkx as nx
 
-MAX_BRANCHES = 400
-"""Cuts that the search between two corners may take; the better corner is good enough for blocks that need more."""
+MAX_WORK = 20_000
+"""Cuts that the search between two corners may take, times the makers of the block."""
 
 
 _THERE, _ABSENT = ("side", 0), ("side", 1)
@@ -172,7 +172,7 @@ def _between(block: Block, high: Choice, low: Choice) -> list[Choice]:
 def within(block: Block, max_bytes: int) -> Choice | None:
     """The choice with the lowest time that keeps at most `max_bytes`; None if there is none.
 
-    Exact, unless the search takes more than MAX_BRANCHES cuts: then the best that it found.
+    Exact, unless the search takes more than MAX_WORK: then the best that it found.
     """
     return _Search(block, max_bytes).run()
 
@@ -183,7 +183,7 @@ class _Search:
     def __init__(self, block: Block, max_bytes: int) -> None:
         self.block, self.max_bytes = block, max_bytes
         self.best: Choice | None = None
-        self.left = MAX_BRANCHES
+        self.left = MAX_WORK
 
     def run(self) -> Choice | None:
         for corner in frontier(self.block):
@@ -203,7 +203,7 @@ class _Search:
         if held > self.max_bytes:
             return
         corners = frontier(block)
-        self.left -= 1 + len(corners)
+        self.left -= (1 + 2 * len(corners)) * len(block.makers)
         if not corners:
             return
         for corner in corners:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tests.ir.strategies import graphs
 from zgraph.cost import simulate_memory
 from zgraph.cost.memory import ALLOCATION_BYTES, Moment, local_bytes
+from zgraph.cost.workspace import NUM_THREADS, workspace_bytes
 from zgraph.ir import Axis, DType, Graph, Replicate, ScalarType, Shard, TensorType, parse_graph
 from zgraph.ir.symbols import symbol
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
@@ -134,3 +135,26 @@ def test_gathering_for_each_use_needs_the_least():
         plan = make_plan(alone.run(deep(6), Context((Axis("shard", 4),))))
         peaks.append(simulate_memory(plan, {}).peak.total_bytes)
     assert peaks[3] < min(peaks[:3])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_dense", "num_threads", "forward_bytes", "backward_bytes"),
+    [  # as torch's allocator was asked for them
+        ((4, 4, 17, 16), False, 1, 2380, 2312 + 68),
+        ((4, 4, 17, 16), True, 2, 4760, 17408 + 4624 + 68),
+        ((2, 4, 300, 16), False, 1, 81408, 153600 + 256),
+        ((2, 4, 1000, 64), True, 1, 591872, 2048000 + 1048576 + 1024),
+    ],
+)
+def test_what_attention_on_processors_takes(sizes, is_dense, num_threads, forward_bytes, backward_bytes):
+    batch, heads, tokens, size = sizes
+    kind = f"f32[{batch}, {heads}, {tokens}, {size}"
+    kind += "]" if is_dense else f" | {tokens * heads * size}, {size}, {heads * size}, 1]"
+    name = "aten._scaled_dot_product_flash_attention_for_cpu"
+    graph = parse_graph(
+        f'graph "g"\nop {name}.default multi\nop {name}_backward.default multi\ninput %q: {kind}\n'
+        f"fwd %o: {kind}, %l: f32[{batch}, {tokens}, {heads}] = {name}.default(%q, %q, %q)\n"
+        f"fwd %a: {kind}, %b: {kind}, %c: {kind} = {name}_backward.default(%q, %q, %q, %q, %o, %l, 0.0, false)\n"
+    )
+    hints = {NUM_THREADS: num_threads}
+    assert [workspace_bytes(n, hints) for n in graph.nodes] == [forward_bytes, backward_bytes]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from heapq import nlargest
 
+from zgraph.cost.workspace import workspace_bytes
 from zgraph.ir import (
     OPS,
     Graph,
@@ -72,7 +73,21 @@ def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
         plan: the plan.
         hints: a number for each symbolic size.
     """
-    walk = _Walk(plan, hints)
+    return MemoryCurve(tuple(_walked(plan, hints).moments))
+
+
+def alive_at_peak(plan: Plan, hints: Mapping[str, int]) -> list[tuple[str, str, int]]:
+    """What is alive at the peak: the value that each storage is named after, its category and its bytes, largest
+    first. Scratch memory of collectives is not among them."""
+    walk = _walked(plan, hints)
+    peak = max(range(len(walk.moments)), key=lambda i: walk.moments[i].total_bytes, default=-1)
+    again = _walked(plan, hints, watched=peak)
+    found = [(name, again.categories.get(name, "temporaries"), size) for name, size in again.snapshot.items() if size]
+    return sorted(found, key=lambda item: (-item[2], item[0]))
+
+
+def _walked(plan: Plan, hints: Mapping[str, int], watched: int = -1) -> _Walk:
+    walk = _Walk(plan, hints, watched)
     walk.run(plan.forward.instructions)
     saved = {v.name for v in plan.saved}
     walk.drop(v.name for v in plan.forward.results if v is not None and v.name not in saved)
@@ -80,14 +95,19 @@ def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
         tangents = [i.value for i in plan.graph.inputs if i.kind is InputKind.tangent]
         walk.adopt(t for t in tangents if t.name not in plan.absent)
         walk.run((plan.lean[0] if plan.lean else plan.backward).instructions)
-    return MemoryCurve(tuple(walk.moments))
+    return walk
 
 
 class _Walk:
-    """Storages alive, as references from live names to the storages that they lie in."""
+    """Storages alive, as references from live names to the storages that they lie in.
 
-    def __init__(self, plan: Plan, hints: Mapping[str, int]) -> None:
+    `snapshot` is what is alive at the moment of the number `watched`.
+    """
+
+    def __init__(self, plan: Plan, hints: Mapping[str, int], watched: int = -1) -> None:
         self.graph: Graph = plan.graph
+        self.watched = watched
+        self.snapshot: dict[str, int] = {}
         self.hints = hints
         self.categories = _categories(plan)
         self.roots: dict[str, frozenset[str]] = {}
@@ -112,6 +132,8 @@ class _Walk:
             if node.op == "wait":
                 self.finish(_in_flight(node.operands[0].name))
                 self.scratch.pop(node.operands[0].name, None)
+            if len(self.moments) == self.watched:
+                self.snapshot = dict(self.alive)
             self.moments.append(self.moment(node))
             self.drop(instruction.frees)
 
@@ -138,6 +160,7 @@ class _Walk:
         """What is alive now. Of the collectives under way the oldest two are served, and have scratch memory."""
         by_category = Counter(self.by_category)
         by_category["buckets"] += sum(nlargest(NUM_SERVED, self.scratch.values()))
+        by_category["temporaries"] += workspace_bytes(node, self.hints)
         return Moment(node.name, node.phase.value, dict(by_category))
 
     def adopt(self, values: Iterable[Value]) -> None:
