@@ -40,6 +40,7 @@ class Context:
         costs: what ops and collectives take on the hardware at hand.
         memory_budget: bytes that one rank may have alive; None sets no limit.
         rest_bytes: bytes of them that lie at rest: parameters, the optimizer's state, buffers.
+        update_bytes: bytes that the optimizer's step has alive above them: gradients, and what it takes to compute.
         groups_calls: whether the runtime can move many tensors in one call, from and to where they lie. Buckets are
             packed where it cannot.
     """
@@ -50,6 +51,7 @@ class Context:
     costs: CostTable = field(default_factory=default_costs)
     memory_budget: int | None = None
     rest_bytes: int = 0
+    update_bytes: int = 0
     groups_calls: bool = False
 
     @property

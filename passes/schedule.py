@@ -19,7 +19,7 @@ from functools import cached_property
 from heapq import nlargest
 from typing import ClassVar
 
-from zgraph.cost import simulate_memory
+from zgraph.cost import Moment, simulate_memory
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Graph, Node, Phase
 from zgraph.ir.ops import is_copied, moved_bytes, padded_bytes
@@ -140,14 +140,20 @@ class Step:
         limit, peak = self.context.step_bytes, curve.peak
         if limit is None:
             limit = peak.total_bytes + self.ahead_bytes(num_ahead)
-        elif peak.total_bytes > limit:
-            raise BudgetError(
-                f"a memory budget of {self.context.memory_budget:,} bytes cannot hold this step: with "
-                f"{self.context.rest_bytes:,} at rest and {peak.total_bytes:,} at its peak (%{peak.node}, "
-                f"{peak.phase}), {self.context.rest_bytes + peak.total_bytes:,} is the smallest that can; or shard "
-                "over more ranks, or make the batch smaller"
-            )
+        elif max(peak.total_bytes, self.context.update_bytes) > limit:
+            raise self._too_small(peak)
         return tuple(max(limit - u, 0) for u in used)
+
+    def _too_small(self, peak: Moment) -> BudgetError:
+        context = self.context
+        highest, where = peak.total_bytes, f"%{peak.node}, {peak.phase}"
+        if context.update_bytes > highest:
+            highest, where = context.update_bytes, "the optimizer's step"
+        return BudgetError(
+            f"a memory budget of {context.memory_budget:,} bytes cannot hold this step: with {context.rest_bytes:,} at "
+            f"rest and {highest:,} at its peak ({where}), {context.rest_bytes + highest:,} is the smallest that can; "
+            "or shard over more ranks, or make the batch smaller"
+        )
 
     def ahead_bytes(self, num_ahead: int) -> int:
         """What the largest `num_ahead` of the collectives hold."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -151,6 +152,16 @@ class ShardStore:
     def rest_bytes(self) -> int:
         """Bytes of parameters that this rank holds at rest."""
         return sum(t.numel() * t.element_size() for t in (*self.flats, *self._whole))
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes that the step of a torch.optim.AdamW has alive above rest: the gradients, and what it computes with. On
+        a processor that is two tensors as large as a shard, and one as large as the shard before it; on a GPU, which
+        takes all at once, as much as all shards."""
+        sizes = [s.rest.numel() * s.rest.element_size() for s in self.slots.values() if s.parameter.requires_grad]
+        if self.device.type != "cpu":
+            return 2 * sum(sizes)
+        return sum(sizes) + max((2 * size + last for last, size in pairwise([0, *sizes])), default=0)
 
     # --- taking the model's parameters -------------------------------------------------------------------------
 

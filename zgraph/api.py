@@ -79,7 +79,7 @@ class CompiledModel:
         whole = sum(s.parameter.numel() * s.parameter.element_size() for s in store.slots.values())
         return Report(
             type(self.model).__name__, str(self.pipeline), store.num_ranks, whole, store.rest_bytes, buffers,
-            tuple(self.entries),
+            store.update_bytes, tuple(self.entries),
         )  # fmt: skip
 
 
@@ -175,6 +175,7 @@ def compile(
         costs=costs,
         memory_budget=budget,
         rest_bytes=3 * session.store.rest_bytes + sum(b.numel() * b.element_size() for b in model.buffers()),
+        update_bytes=session.store.update_bytes,
         groups_calls=session.device.type != "cpu",
     )
     compiled = CompiledModel(model, session, recipe, context)

@@ -67,6 +67,7 @@ class Report:
         whole_bytes: bytes of all parameters, unsharded.
         rest_bytes: bytes of parameters that this rank holds at rest.
         buffer_bytes: bytes of the model's buffers, which every rank holds.
+        update_bytes: bytes that the optimizer's step has alive above what lies at rest.
         entries: one for each captured graph, in the order of capture.
     """
 
@@ -76,12 +77,18 @@ class Report:
     whole_bytes: int
     rest_bytes: int
     buffer_bytes: int
+    update_bytes: int
     entries: tuple[Entry, ...]
 
     @property
     def step_peak_bytes(self) -> int:
-        """The most bytes alive at once in a step above what lies at rest, over all captured graphs."""
+        """The most bytes alive at once in a forward and backward above what lies at rest, over all captured graphs."""
         return max((e.memory.peak.total_bytes for e in self.entries), default=0)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive at once on this rank in a training step with AdamW, whatever they are for."""
+        return 3 * self.rest_bytes + self.buffer_bytes + max(self.step_peak_bytes, self.update_bytes)
 
     @property
     def flop(self) -> int:
@@ -119,6 +126,8 @@ class Report:
         table.add_row("parameters, this rank", mebibytes(self.rest_bytes))
         table.add_row("with AdamW's two moments", mebibytes(3 * self.rest_bytes))
         table.add_row("buffers", mebibytes(self.buffer_bytes))
+        table.add_row("above that, in AdamW's step", mebibytes(self.update_bytes))
+        table.add_row("peak of a training step", mebibytes(self.peak_bytes))
         return table
 
 

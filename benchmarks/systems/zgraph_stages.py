@@ -80,7 +80,6 @@ class CalibratedStep:
     def outlook(self) -> Outlook:
         """What was predicted for a step, and what computing waited for since `begin`."""
         import zgraph
-        from zgraph.api import compiled_model
 
         (entry,) = zgraph.report(self.model).entries
         return Outlook(
@@ -88,7 +87,7 @@ class CalibratedStep:
             exposed_s=entry.timeline.exposed_us / 1e6,
             measured_exposed_s=(self._waited_s() - self.waited_before_s) / max(self.num_steps, 1),
             gap=entry.gap,
-            peak_bytes=compiled_model(self.model).context.rest_bytes + entry.memory.peak.total_bytes,
+            peak_bytes=zgraph.report(self.model).peak_bytes,
         )
 
     def _waited_s(self) -> float:

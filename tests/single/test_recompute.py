@@ -106,7 +106,7 @@ class Trained:
         (entry,) = self.report.entries
         self.at_rest = 3 * self.report.rest_bytes + self.report.buffer_bytes
         self.peak = self.at_rest + live.peak_bytes - live.rest_bytes
-        self.predicted = self.at_rest + entry.memory.peak.total_bytes
+        self.predicted = self.report.peak_bytes
         self.num_again = sum("recompute" in n.origin.made_by for n in entry.plan.graph.nodes)
 
 

@@ -1,52 +1,96 @@
-"""Memory that ops take and give back while they run, where it is not negligible.
+"""Memory that ops take and give back while they run on processors, where it is not negligible.
 
-Read off what torch 2.13's allocator is asked for by its attention on processors (`cpu_flash_attention` and its
-backward): queries go in pieces of 32, 64 or 256, keys in pieces of 512, with one buffer a thread.
+Read off what torch 2.13's allocator is asked for. Attention works on 32, 64 or 256 queries by 512 keys at a time, with
+one buffer a thread (`cpu_flash_attention` and its backward); dropout and softmax are made of several steps there;
+convolutions bring what they read into a layout of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from zgraph.ir import Node, TensorType
 from zgraph.ir.symbols import evaluate
 
 NUM_THREADS = "num_threads"
-"""A hint of this name says how many threads the kernels of a processor use; 1 where there is none."""
+"""A hint of this name is there where kernels run on processors, and says how many threads they use."""
 
-_FORWARD = "aten._scaled_dot_product_flash_attention_for_cpu"
-_BACKWARD = f"{_FORWARD}_backward"
 _KEY_PIECE = 512
-_ACCUMULATED_BYTES = 4
+_FLOAT_BYTES = 4
+_FEW_BYTES = 512
+"""Scalars and rows that come along."""
+
+Hints = Mapping[str, int]
+Kinds = Sequence[TensorType]
 
 
-def workspace_bytes(node: Node, hints: Mapping[str, int]) -> int:
+def workspace_bytes(node: Node, hints: Hints) -> int:
     """Bytes that a node's op takes beside its operands and results while it runs."""
-    packet = ".".join(node.op.split(".")[:2])
-    if packet not in (_FORWARD, _BACKWARD):
+    if NUM_THREADS not in hints:
         return 0
-    kinds = [v.tensor for v in node.operands if isinstance(v.type, TensorType)]
-    threads = hints.get(NUM_THREADS, 1)
-    if packet == _FORWARD:
-        _, _, num_queries, size = _sizes(kinds[0], hints)
-        queries, keys = _pieces(num_queries, _sizes(kinds[1], hints)[2])
-        return threads * queries * (keys + size + 2) * _ACCUMULATED_BYTES
-    gradient = kinds[0]
-    batch, heads, num_queries, size = _sizes(gradient, hints)
-    queries, keys = _pieces(num_queries, _sizes(kinds[2], hints)[2])
-    found = (threads * 2 * queries * keys + queries) * _ACCUMULATED_BYTES
+    rule = _RULES.get(".".join(node.op.split(".")[:2]))
+    return rule([v.type for v in node.operands if isinstance(v.type, TensorType)], hints) if rule else 0
+
+
+def _attention(kinds: Kinds, hints: Hints) -> int:
+    query, key = kinds[:2]
+    queries, keys = _pieces(query, key, hints)
+    return hints[NUM_THREADS] * queries * (keys + evaluate(query.shape[3], hints) + 2) * _FLOAT_BYTES
+
+
+def _attention_backward(kinds: Kinds, hints: Hints) -> int:
+    gradient, _, key = kinds[:3]
+    queries, keys = _pieces(gradient, key, hints)
+    buffers = (hints[NUM_THREADS] * 2 * queries * keys + queries) * _FLOAT_BYTES
+    _, heads, num_queries, size = (evaluate(d, hints) for d in gradient.shape)
     tokens_first = (num_queries * heads * size, size, heads * size, 1)
     strides = None if gradient.strides is None else tuple(evaluate(s, hints) for s in gradient.strides)
-    if strides != tokens_first:  # it is copied into the layout that the kernel reads
-        found += batch * heads * num_queries * size * gradient.dtype.itemsize
-    return found
+    return buffers + (0 if strides == tokens_first else _bytes(gradient, hints))
 
 
-def _sizes(kind: TensorType, hints: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(evaluate(d, hints) for d in kind.shape)
-
-
-def _pieces(num_queries: int, num_keys: int) -> tuple[int, int]:
+def _pieces(query: TensorType, key: TensorType, hints: Hints) -> tuple[int, int]:
     """Queries and keys that one thread works on at a time."""
+    num_queries, num_keys = evaluate(query.shape[2], hints), evaluate(key.shape[2], hints)
     piece = 256 if num_queries >= 768 else 64 if num_queries >= 192 else 32
     return min(piece, num_queries), min(_KEY_PIECE, num_keys)
+
+
+def _first(kinds: Kinds, hints: Hints) -> int:
+    """A tensor like the first operand."""
+    return _bytes(kinds[0], hints) + _FEW_BYTES
+
+
+def _softmax(kinds: Kinds, hints: Hints) -> int:
+    """Which rows are all masked."""
+    return _bytes(kinds[0], hints) // kinds[0].dtype.itemsize + _FEW_BYTES
+
+
+def _strided(kinds: Kinds, hints: Hints) -> int:
+    """A dense copy of the first operand if it is not dense."""
+    return _bytes(kinds[0], hints) if kinds[0].strides is not None else 0
+
+
+def _convolution(kinds: Kinds, hints: Hints) -> int:
+    """The input, or the weight, in another layout."""
+    return max(_bytes(kind, hints) for kind in kinds[:2])
+
+
+def _convolution_backward(kinds: Kinds, hints: Hints) -> int:
+    """The gradient, and the input or the weight, in another layout."""
+    return _bytes(kinds[0], hints) + max(_bytes(kind, hints) for kind in kinds[1:3]) + _FEW_BYTES
+
+
+def _bytes(kind: TensorType, hints: Hints) -> int:
+    return evaluate(kind.numel, hints) * kind.dtype.itemsize
+
+
+_RULES: Mapping[str, Callable[[Kinds, Hints], int]] = {
+    "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "aten.native_dropout": _first,
+    "aten.native_dropout_backward": _first,
+    "aten._safe_softmax": _softmax,
+    "aten.embedding_dense_backward": _strided,
+    "aten.convolution": _convolution,
+    "aten.convolution_backward": _convolution_backward,
+}
