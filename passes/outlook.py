@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zgraph.cost import simulate_memory
+from zgraph.cost import MemoryCurve, simulate_memory
 from zgraph.ir import Graph
 from zgraph.passes.all_gather import AllGather
 from zgraph.passes.all_reduce import AllReduce
@@ -22,8 +22,12 @@ def lowered(graph: Graph, context: Context) -> Step:
 
 def peak_bytes(graph: Graph, context: Context) -> int:
     """Bytes alive at the peak of a step whose collectives all run where they are needed."""
-    plan = make_plan(_lower(graph, context), only_synced=True)
-    return simulate_memory(plan, context.hints).peak.total_bytes
+    return step_memory(graph, context).peak.total_bytes
+
+
+def step_memory(graph: Graph, context: Context) -> MemoryCurve:
+    """Bytes alive over a step whose collectives all run where they are needed."""
+    return simulate_memory(make_plan(_lower(graph, context), only_synced=True), context.hints)
 
 
 def _lower(graph: Graph, context: Context) -> Graph:

@@ -260,6 +260,26 @@ class Forward:
             found[last] = _within(block, found[last].num_bytes + keep_bytes - kept) or found[last]
         return found
 
+    def choices_at(self, us_per_byte: float) -> list[Choice]:
+        """A choice for each block: bytes are kept that save more time than this price."""
+        found = []
+        for block, _ in self.blocks:
+            corners = _frontier(block)
+            best = min(corners, key=lambda c: c.us + us_per_byte * c.num_bytes, default=None)
+            found.append(best or _nothing(block))
+        return found
+
+    def prices(self) -> list[float]:
+        """Prices in ascending order, one between any two at which a block's choice changes, and one above all."""
+        slopes = sorted(
+            {
+                (low.us - high.us) / (high.num_bytes - low.num_bytes)
+                for block, _ in self.blocks
+                for high, low in pairwise(_frontier(block))
+            }
+        )
+        return [(a + b) / 2 for a, b in pairwise(slopes)] + [2 * slopes[-1] + 1.0] if slopes else [1.0]
+
     # --- the graph -----------------------------------------------------------------------------------------------
 
     def keeping(self, choices: Sequence[Choice]) -> Graph:

@@ -14,13 +14,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from zgraph.api import compile, no_sync, recipe, report
     from zgraph.capture import trace
+    from zgraph.plans import plan
     from zgraph.profiling import profile, profile_machine
 
-__all__ = ["compile", "no_sync", "profile", "profile_machine", "recipe", "report", "trace"]
+__all__ = ["compile", "no_sync", "plan", "profile", "profile_machine", "recipe", "report", "trace"]
 
 _HOMES = {
     "compile": "zgraph.api",
     "no_sync": "zgraph.api",
+    "plan": "zgraph.plans",
     "profile": "zgraph.profiling",
     "profile_machine": "zgraph.profiling",
     "recipe": "zgraph.api",
