@@ -124,8 +124,9 @@ def compile(
         hardware: what to plan for: a profile's name (`h100`), a table measured by `zgraph.profile`, or the path of
             either; by default what fits the device.
         memory_budget: bytes, or a size such as "12GiB", that one rank may have alive: parameters, AdamW's two moments,
-            buffers, and the step's peak. Stage 3 keeps gathered parameters from forward to backward as far as it
-            allows. By default they are gathered again.
+            buffers, and the step's peak. What does not fit is computed again in the backward; stage 3 keeps gathered
+            parameters from forward to backward as far as there is room. By default all of the forward is kept, and
+            parameters are gathered again.
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that).
         fullgraph: False lets a forward through that cannot be captured as one graph: everything is gathered for the
             length of the call and runs eagerly, with a warning.
@@ -140,6 +141,8 @@ def compile(
         RecipeError, ContractError: the recipe does not parse or does not fit together.
         HardwareError: there is no such hardware.
         PlanMismatchError: the ranks have different models or options.
+
+    The first call raises BudgetError if even with all computed again the step does not fit the budget.
     """
     options: Options = {
         "stage": stage, "mesh": mesh, "param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "hardware": hardware,

@@ -68,6 +68,50 @@ def test_a_budget_that_cannot_hold_names_the_smallest_that_can(pool: Pool) -> No
     assert pool.run(peak, 2, smallest)[0][1] <= smallest + 64, "the loss is the caller's"
 
 
+def trained(mesh: DeviceMesh, stage: int, budget: int | None) -> tuple[list[float], int, int, int]:
+    """Losses, the bytes alive at the peak of a step with AdamW's moments, those predicted, and nodes that run again."""
+    torch.manual_seed(0)
+    model = zgraph.compile(llama(), stage=stage, mesh=mesh, memory_budget=budget)
+    ids = torch.randint(4001, (2, 64), generator=torch.Generator().manual_seed(mesh.get_local_rank()))
+    losses = []
+    for _ in range(2):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+        model.zero_grad()
+    report = zgraph.report(model)
+    (entry,) = report.entries
+    again = sum(n.origin.made_by == "recompute" for n in entry.plan.graph.nodes)
+    alive = 3 * report.rest_bytes + report.buffer_bytes + measured_peak(model)
+    return losses, alive, report.peak_bytes, again
+
+
+def refusal(mesh: DeviceMesh, stage: int) -> int:
+    """The smallest budget, as the error says."""
+    model = zgraph.compile(llama(), stage=stage, mesh=mesh, memory_budget=1_000_000)
+    ids = torch.randint(4001, (2, 64))
+    with pytest.raises(BudgetError) as caught:
+        model(input_ids=ids, labels=ids)
+    return int(str(caught.value).split(" is the smallest that can")[0].split()[-1].replace(",", ""))
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_tight_budget_trains_the_same(pool: Pool, stage: int) -> None:
+    roomy = pool.run(trained, 2, stage, None)
+    (smallest, other) = pool.run(refusal, 2, stage)
+    assert smallest == other
+    assert smallest < roomy[0][2]
+    for budget in (smallest, (smallest + roomy[0][2]) // 2):
+        for rank, (losses, alive, predicted, again) in enumerate(pool.run(trained, 2, stage, budget)):
+            assert losses == roomy[rank][0]
+            assert alive <= budget + 64, "the loss is the caller's"
+            assert predicted <= budget
+            assert again > 0
+
+
 def refused(mesh: DeviceMesh) -> list[str]:
     said = []
     for options in ({"hardware": "h10"}, {"memory_budget": "lots"}, {"memory_budget": 0}, {"hardware": "no.json"}):

@@ -1,0 +1,46 @@
+"""What training Llama-3 70B takes on 8, 64 and 128 GPUs, planned on this machine: python -m benchmarks.plans"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import zgraph
+from benchmarks.policies import LLAMA_3_70B
+from benchmarks.results import environment
+
+CLUSTERS = ("1x8-h100", "8x8-h100", "16x8-h100")
+
+
+def main(
+    hardware: Annotated[list[str] | None, typer.Option(help="A profile; may repeat.")] = None,
+    sequence: Annotated[int, typer.Option(min=1, help="Tokens of the one sequence of each rank.")] = 4096,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
+) -> None:
+    """Plan all four stages, in bf16 with masters and AdamW in fp32, and print a table for each cluster."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_3_70B))
+    tokens = torch.zeros(1, sequence, dtype=torch.int64)
+    began = time.perf_counter()
+    found = []
+    for name in hardware or CLUSTERS:
+        plan = zgraph.plan(model, input_ids=tokens, labels=tokens, hardware=name, param_dtype=torch.bfloat16)
+        Console(width=None if Console().is_terminal else 150).print(plan)
+        found.append({"hardware": name, **asdict(plan)})
+    seconds = time.perf_counter() - began
+    typer.echo(f"{len(found)} plans of {len(found[0]['stages'])} stages in {seconds:.0f} s")
+    if json_file is not None:
+        whole = {"environment": environment(), "sequence": sequence, "seconds": seconds, "plans": found}
+        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
