@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import ClassVar
 
@@ -52,11 +52,9 @@ class Recompute(Pass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        limit = context.step_bytes
-        is_marked = any(n.checkpoint for n in graph.nodes)
-        if not graph.phase_nodes(Phase.backward) or not (self.keep_bytes or limit is not None or is_marked):
+        limit, forward = context.step_bytes, Forward(graph, context)
+        if not forward.needed or not (self.keep_bytes or limit is not None or forward.is_marked):
             return graph
-        forward = Forward(graph, context)
         if self.keep_bytes:
             return forward.keeping(forward.choices(self.keep_bytes, exactly=True))
         return forward.keeping(forward.choices(None)) if limit is None else _fitting(forward, limit)
@@ -78,7 +76,7 @@ def _fitting(forward: Forward, limit: int) -> Graph:
         graph = forward.keeping(choices)
         return _Trial(sum(c.num_bytes for c in choices), graph, peak_bytes(graph, forward.context))
 
-    if peak_bytes(forward.graph, forward.context) <= limit:
+    if not forward.is_marked and peak_bytes(forward.graph, forward.context) <= limit:
         return forward.graph
     over = lowest = trial(forward.choices(None))
     fits = over if over.peak_bytes <= limit else None
@@ -117,10 +115,15 @@ class Forward:
         self.there = self._there_anyhow()
         self.again = _gathers_again(graph)
         self.changed = {o.target for o in graph.outputs if o.kind is OutputKind.mutation}
+        self.is_marked = any(n.checkpoint for n in self.nodes)
         self.parts = self._parts()
         self.part_of = {p: number for number, part in enumerate(self.parts) for p in part}
         self.crossing = self._crossing()
-        self.blocks = [self._block(number) for number in range(len(self.parts))]
+
+    @cached_property
+    def blocks(self) -> list[tuple[Block, tuple[str, ...]]]:
+        """The problems, each with the names of its values."""
+        return [self._block(number) for number in range(len(self.parts))]
 
     # --- the problem ---------------------------------------------------------------------------------------------
 
@@ -138,14 +141,15 @@ class Forward:
         return frozenset(gathered | late)
 
     def _parts(self) -> list[list[int]]:
-        """Positions of the forward's nodes, one list a block: a layer, or small parts together."""
+        """Positions of the forward's nodes, one list a block: a layer, a marked region, or small parts together."""
         parts: list[list[int]] = []
-        last = None
+        last = ""
         for position, node in enumerate(self.nodes):
-            key = _layer(node.origin.module)
-            if not parts or (key != last and len(parts[-1]) >= MIN_NODES):
+            layer = _layer(node.origin.module)
+            is_same_region = position > 0 and 0 < node.checkpoint == self.nodes[position - 1].checkpoint
+            if not parts or (layer != last and len(parts[-1]) >= MIN_NODES and not is_same_region):
                 parts.append([])
-            last = key
+            last = layer
             parts[-1].append(position)
         if len(parts) > 1 and len(parts[-1]) < MIN_NODES:
             parts[-2].extend(parts.pop())
@@ -215,12 +219,14 @@ class Forward:
         us = self.context.costs.node_us(self.graph, node, self.context.hints)
         for value in node.operands:
             maker = self.graph.producers.get(value.name)
-            if maker is not None and self._is_gather_anew(maker) and self.again.get(_source(self.graph, maker)) is None:
+            if maker is None or not self.is_gathered_anew(maker):
+                continue
+            if _source(self.graph, maker) not in self.again:
                 line = self.context.costs.gather_line(self.graph.mesh)
                 us += line.latency_us + 1e6 * padded_bytes(value.tensor, self.graph.num_shards) / line.bytes_per_s
         return us
 
-    def _is_gather_anew(self, node: Node) -> bool:
+    def is_gathered_anew(self, node: Node) -> bool:
         """Whether a node gathers a parameter that does not stay until the backward."""
         return node.op == "reshard" and node.operands[0].tensor.is_sharded and not node.option("keep")
 
@@ -343,7 +349,7 @@ class _Writer:
     def gathered(self, value: Value) -> Value:
         """The backward's own gather of a parameter, moved here if it stands further down, or a new one."""
         maker = self.graph.producers.get(value.name)
-        if maker is None or not self.forward._is_gather_anew(maker):
+        if maker is None or not self.forward.is_gathered_anew(maker):
             return value
         source = _source(self.graph, maker)
         found = self.forward.again.get(source)
