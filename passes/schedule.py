@@ -254,10 +254,10 @@ class Step:
         whole = moved_bytes(node, graph.mesh)
         us = self.context.costs.transfer_us(graph, node)
         if not collective.is_gather:
-            kept = 0
+            kept = OPS[node.op].scratch_bytes(node, graph.mesh)
             if node.op == "reduce_scatter_start":
                 copied = [v.tensor for v in node.operands if is_copied(v.tensor, graph.mesh)]
-                kept = whole + sum(padded_bytes(kind, graph.num_shards) for kind in copied)
+                kept += whole + sum(padded_bytes(kind, graph.num_shards) for kind in copied)
             return Transfer(us, first, end, kept, first)
         results = [r for p in collective.after for r in graph.nodes[p].results]
         users = [self.op_at[u] for r in results for u in graph.users.get(r.name, ()) if u in self.op_at]
