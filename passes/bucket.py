@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from zgraph.ir import Graph, Node
 from zgraph.ir.ops import padded_bytes
+from zgraph.passes.analysis.gathers import is_gather
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.outlook import makespan_us
@@ -71,7 +72,7 @@ class Bucket(Pass):
                 priority.append(position)
             elif position == group[-1]:
                 nodes.append(_merged([graph.nodes[p] for p in group]))
-                priority.append(group[0] if _is_gather(node) else position)
+                priority.append(group[0] if is_gather(node) else position)
         return reorder(graph.with_nodes(nodes), lambda position, _: priority[position])
 
     def groups(self, graph: Graph, max_bytes: int, below_bytes: int) -> list[list[int]]:
@@ -99,10 +100,6 @@ def _latency_bytes(graph: Graph, context: Context) -> int:
     network = context.costs.gather_line(graph.mesh)
     sent = network.latency_us * network.bytes_per_s / 1e6
     return int(sent * graph.num_shards / (graph.num_shards - 1))
-
-
-def _is_gather(node: Node) -> bool:
-    return node.operands[0].tensor.is_sharded
 
 
 def _merged(nodes: list[Node]) -> Node:

@@ -14,8 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zgraph.ir import Graph, Node, Phase, Value
+from zgraph.ir import Graph, Node, Phase
 from zgraph.ir.ops import padded_bytes
+from zgraph.passes.analysis.gathers import gathered, is_gather
 from zgraph.passes.analysis.timetable import Room
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.dce import DeadCode
@@ -69,24 +70,11 @@ def _gathered_twice(graph: Graph) -> list[tuple[Node, Node]]:
     forward: dict[str, Node] = {}
     pairs = []
     for node in graph.nodes:
-        if node.op != "reshard" or not _is_gather(node):
+        if not is_gather(node):
             continue
-        source = _source(graph, node.operands[0])
+        source = gathered(graph, node)
         if node.phase is Phase.forward:
             forward[source] = node
         elif source in forward and forward[source].results[0].type == node.results[0].type:
             pairs.append((forward[source], node))
     return pairs
-
-
-def _is_gather(node: Node) -> bool:
-    return node.operands[0].tensor.is_sharded and not node.results[0].tensor.is_sharded
-
-
-def _source(graph: Graph, value: Value) -> str:
-    """The parameter that a value is, or is cast from."""
-    maker = graph.producers.get(value.name)
-    while maker is not None and maker.op == "cast":
-        value = maker.operands[0]
-        maker = graph.producers.get(value.name)
-    return value.name

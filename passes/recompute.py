@@ -25,6 +25,7 @@ from zgraph.ir import Builder, Graph, Node, OutputKind, Phase, Value
 from zgraph.ir.graph import map_values
 from zgraph.ir.ops import OPS, is_pure, padded_bytes, views
 from zgraph.passes.analysis.blocks import Block, Choice, Maker, frontier, within
+from zgraph.passes.analysis.gathers import gathered, is_gather
 from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.outlook import peak_bytes
@@ -52,9 +53,13 @@ class Recompute(Pass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        limit, forward = context.step_bytes, Forward(graph, context)
-        if not forward.needed or not (self.keep_bytes or limit is not None or forward.is_marked):
+        limit = context.step_bytes
+        is_marked = any(n.checkpoint for n in graph.nodes)
+        if not graph.phase_nodes(Phase.backward) or not (self.keep_bytes or limit is not None or is_marked):
             return graph
+        if limit is not None and not (self.keep_bytes or is_marked) and peak_bytes(graph, context) <= limit:
+            return graph
+        forward = Forward(graph, context)
         if self.keep_bytes:
             return forward.keeping(forward.choices(self.keep_bytes, exactly=True))
         return forward.keeping(forward.choices(None)) if limit is None else _fitting(forward, limit)
@@ -76,8 +81,6 @@ def _fitting(forward: Forward, limit: int) -> Graph:
         graph = forward.keeping(choices)
         return _Trial(sum(c.num_bytes for c in choices), graph, peak_bytes(graph, forward.context))
 
-    if not forward.is_marked and peak_bytes(forward.graph, forward.context) <= limit:
-        return forward.graph
     over = lowest = trial(forward.choices(None))
     fits = over if over.peak_bytes <= limit else None
     num_trials, factor = 0, 1
@@ -115,7 +118,6 @@ class Forward:
         self.there = self._there_anyhow()
         self.again = _gathers_again(graph)
         self.changed = {o.target for o in graph.outputs if o.kind is OutputKind.mutation}
-        self.is_marked = any(n.checkpoint for n in self.nodes)
         self.parts = self._parts()
         self.part_of = {p: number for number, part in enumerate(self.parts) for p in part}
         self.crossing = self._crossing()
@@ -135,10 +137,7 @@ class Forward:
     def _there_anyhow(self) -> frozenset[str]:
         """Values that live until the backward whatever is chosen, or that come from a gather of the backward."""
         late = {o.value.name for o in self.graph.outputs if o.phase is not Phase.forward and o.value is not None}
-        gathered = {
-            r.name for n in self.nodes if n.op == "reshard" and n.operands[0].tensor.is_sharded for r in n.results
-        }
-        return frozenset(gathered | late)
+        return frozenset(late | {r.name for n in self.nodes if is_gather(n) for r in n.results})
 
     def _parts(self) -> list[list[int]]:
         """Positions of the forward's nodes, one list a block: a layer, a marked region, or small parts together."""
@@ -221,14 +220,14 @@ class Forward:
             maker = self.graph.producers.get(value.name)
             if maker is None or not self.is_gathered_anew(maker):
                 continue
-            if _source(self.graph, maker) not in self.again:
+            if gathered(self.graph, maker) not in self.again:
                 line = self.context.costs.gather_line(self.graph.mesh)
                 us += line.latency_us + 1e6 * padded_bytes(value.tensor, self.graph.num_shards) / line.bytes_per_s
         return us
 
     def is_gathered_anew(self, node: Node) -> bool:
         """Whether a node gathers a parameter that does not stay until the backward."""
-        return node.op == "reshard" and node.operands[0].tensor.is_sharded and not node.option("keep")
+        return is_gather(node) and not node.option("keep")
 
     def _bytes(self, name: str) -> int:
         roots = sorted(self.memory.roots(name))
@@ -337,7 +336,7 @@ class _Writer:
         return self.made[value.name]
 
     def copy(self, node: Node) -> None:
-        env = {v.name: self.made.get(v.name) or self.gathered(v) for v in node.operands}
+        env = {v.name: self.made.get(v.name) or self.from_gather(v) for v in node.operands}
         results = tuple(Value(self.builder.fresh(f"{r.name}_again"), r.type) for r in node.results)
         args = tuple(map_values(a, env) for a in node.args)
         kwargs = tuple((k, map_values(a, env)) for k, a in node.kwargs)
@@ -346,12 +345,12 @@ class _Writer:
         self.nodes.append(replace(copied, checkpoint=0))
         self.made.update((old.name, new) for old, new in zip(node.results, results, strict=True))
 
-    def gathered(self, value: Value) -> Value:
+    def from_gather(self, value: Value) -> Value:
         """The backward's own gather of a parameter, moved here if it stands further down, or a new one."""
         maker = self.graph.producers.get(value.name)
         if maker is None or not self.forward.is_gathered_anew(maker):
             return value
-        source = _source(self.graph, maker)
+        source = gathered(self.graph, maker)
         found = self.forward.again.get(source)
         if found is not None:
             if found.name not in self.moved:
@@ -376,16 +375,7 @@ class _Writer:
 
 def _gathers_again(graph: Graph) -> Mapping[str, Node]:
     """The backward's gathers of parameters, by the parameter's name."""
-    nodes = [n for n in graph.phase_nodes(Phase.backward) if n.op == "reshard" and n.operands[0].tensor.is_sharded]
-    return {_source(graph, n): n for n in nodes}
-
-
-def _source(graph: Graph, gather: Node) -> str:
-    """The parameter that a node gathers, or gathers a cast of."""
-    value = gather.operands[0]
-    while (maker := graph.producers.get(value.name)) is not None and maker.op == "cast":
-        value = maker.operands[0]
-    return value.name
+    return {gathered(graph, n): n for n in graph.phase_nodes(Phase.backward) if is_gather(n)}
 
 
 def _layer(module: str) -> str:

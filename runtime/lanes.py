@@ -150,8 +150,7 @@ class Lane:
         """
         for slots, own in tensors:
             slots[self.shard].copy_(own)
-        gather = self._share if self.each_has_all else self._gather
-        return self._line.join(_together([gather(slots, next(self._counts)) for slots, _ in tensors]))
+        return self._line.join(_together([self._gathered(slots, next(self._counts)) for slots, _ in tensors]))
 
     def reduce_scatter(self, *tensors: Sequence[torch.Tensor]) -> Transfer:
         """The means over the ranks of the chunks that are this rank's: summed in the order of the ranks of each host,
@@ -171,17 +170,21 @@ class Lane:
         """Which part of a sharded tensor is this rank's."""
         return self.place if self.each_has_all else self.rank
 
+    def _gathered(self, slots: Sequence[torch.Tensor], count: int) -> Phases[torch.Tensor]:
+        return self._share(self.mates, slots, count) if self.each_has_all else self._gather(slots, count)
+
     def _reduced(self, chunks: Sequence[torch.Tensor]) -> Phases[torch.Tensor]:
         out = torch.empty_like(chunks[self.shard])
         if not self.each_has_all:
             return self._reduce(chunks, out, next(self._counts))
         return self._reduce_copies(chunks, out, [next(self._counts) for _ in range(3)])
 
-    def _share(self, slots: Sequence[torch.Tensor], count: int) -> Phases[torch.Tensor]:
-        """A gather within the host."""
-        mates = [(p, r) for p, r in enumerate(self.mates) if r != self.rank]
-        yield self._exchange(count, [(slots[p], r, 0) for p, r in mates], [(slots[self.place], r, 0) for _, r in mates])
-        return slots[self.place]
+    def _share(self, ranks: Sequence[int], slots: Sequence[torch.Tensor], count: int) -> Phases[torch.Tensor]:
+        """A gather among `ranks`, one slot each."""
+        own = slots[ranks.index(self.rank)]
+        others = [(i, r) for i, r in enumerate(ranks) if r != self.rank]
+        yield self._exchange(count, [(slots[i], r, 0) for i, r in others], [(own, r, 0) for _, r in others])
+        return own
 
     def _reduce_copies(
         self, chunks: Sequence[torch.Tensor], out: torch.Tensor, counts: Sequence[int]
@@ -191,13 +194,11 @@ class Lane:
         pieces = torch.tensor_split(total, len(self.column))
         summed = yield from self._sum_of(self.column, pieces, torch.empty_like(pieces[self.host]), counts[1])
         pieces[self.host].copy_(summed)
-        others = [(h, r) for h, r in enumerate(self.column) if r != self.rank]
-        own = pieces[self.host]
-        yield self._exchange(counts[2], [(pieces[h], r, 0) for h, r in others], [(own, r, 0) for _, r in others])
+        yield from self._share(self.column, pieces, counts[2])
         return total.div_(self.num_ranks)
 
     def _sum_of(
-        self, ranks: Sequence[int], pieces: Sequence[torch.Tensor], out: torch.Tensor, count: int
+        self, ranks: Sequence[int], pieces: Sequence[torch.Tensor], out: torch.Tensor | None, count: int
     ) -> Phases[torch.Tensor]:
         """The sum over `ranks` of the piece that is this one's, in `out` or in memory of its own."""
         at, spare = ranks.index(self.rank), iter([out])
@@ -243,10 +244,7 @@ class Lane:
             del parts
         total = sums[self.host]
         if len(rows) > 1:
-            across = [total if r == self.rank else landing(total) for r in self.column]
-            others = [(h, r) for h, r in enumerate(self.column) if r != self.rank]
-            yield self._exchange(count, [(across[h], r, 0) for h, r in others], [(sums[h], r, 0) for h, r in others])
-            total = _sum(across, self.host)
+            total = yield from self._sum_of(self.column, sums, out, count)
         return total.div_(self.num_ranks)
 
     def _reduce_and_gather(self, chunks: Sequence[torch.Tensor], first: int, second: int) -> Phases[torch.Tensor]:

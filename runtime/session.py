@@ -38,8 +38,10 @@ class Session:
         self._is_broken = False
         self._lane: Lane | None = None
         if self._peers is not None and self.device.type == "cpu":
-            names = self._peers.exchange("host", host_name())
-            self._hosts = Hosts.of(names) if not self._has_copies else Hosts.rows_of(self.num_ranks, self.num_shards)
+            if self._has_copies:
+                self._hosts = Hosts.rows_of(self.num_ranks, self.num_shards)
+            else:
+                self._hosts = Hosts.of(self._peers.exchange("host", host_name()))
             self._lane = self._open_lane()
         self.syncs = True
         self.lean_call = False

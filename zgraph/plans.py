@@ -8,14 +8,13 @@ gradients have theirs.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -28,8 +27,9 @@ from zgraph.errors import UsageError
 from zgraph.ir import Axis, Graph, InputKind, Phase
 from zgraph.passes import RECIPES, Context, Pipeline, make_plan, parse_recipe
 from zgraph.passes.outlook import step_memory
-from zgraph.passes.recompute import Forward
+from zgraph.passes.recompute import Forward, Recompute
 from zgraph.target import Target, cost_table, num_bytes
+from zgraph.viz import as_text
 
 MARGIN = 0.06
 """The share of a device's memory that a plan without a budget leaves free: for the driver, for communication, and for
@@ -133,10 +133,7 @@ class TrainingPlan:
         return Group(table, Text(self.reason))
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=150, color_system=None)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        return as_text(self, width=150)
 
 
 def plan(
@@ -234,14 +231,15 @@ def _shortened(lengths: dict[nn.ModuleList, int]) -> Iterator[None]:
 # --- one stage -----------------------------------------------------------------------------------------------------
 
 
-class _Trial:
+class _Member:
     """One graph of the family at one stage, with all blocks keeping what is worth a price."""
 
     def __init__(self, graph: Graph, stage: int, context: Context) -> None:
         self.context = context
-        head, _, tail = RECIPES[stage].partition("recompute,")
-        self.tail = parse_recipe(f"{head}{tail}").passes[len(parse_recipe(head.rstrip(",")).passes) :]
-        self.placed = parse_recipe(head.rstrip(",")).run(graph, context)
+        passes = parse_recipe(RECIPES[stage]).passes
+        at = next(i for i, step in enumerate(passes) if step.name == Recompute.name)
+        self.tail = Pipeline(passes[at + 1 :])
+        self.placed = Pipeline(passes[:at]).run(graph, context)
         self.forward = Forward(self.placed, context)
 
     def graph(self, us_per_byte: float | None) -> Graph:
@@ -264,7 +262,7 @@ class _Trial:
 
     def figures(self, us_per_byte: float | None) -> tuple[float, float, float, float]:
         """Microseconds of the step and of what is exposed, bytes sent, and FLOP."""
-        scheduled = Pipeline(self.tail).run(self.graph(us_per_byte), self.context)
+        scheduled = self.tail.run(self.graph(us_per_byte), self.context)
         whole = make_plan(scheduled, only_synced=True)
         timeline = simulate(whole, self.context.costs, self.context.hints)
         sent = sum(t.sent_bytes for t in traffic(whole))
@@ -288,7 +286,7 @@ class _Trial:
 def _stage_plan(family: Family, stage: int, num_ranks: int, costs: CostTable, budget: int) -> StagePlan:
     mesh = (Axis("shard", num_ranks),) if num_ranks > 1 else ()
     context = Context(mesh=mesh, costs=costs, groups_calls=True)
-    base, *longer = (_Trial(g, stage, context) for g in (family.base, *family.longer))
+    base, *longer = (_Member(g, stage, context) for g in (family.base, *family.longer))
     trials = (base, *longer)
 
     def grown(figures: Sequence[Sequence[float]]) -> list[float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -18,15 +18,12 @@ from zgraph.ir.symbols import evaluate
 from zgraph.passes.base import Context
 from zgraph.passes.instruments import Step
 from zgraph.passes.schedule import lower_bound_us
-from zgraph.viz import memory_chart
+from zgraph.viz import as_text, memory_chart
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One captured graph: its plan, what the passes did to it, and what a step of it costs.
-
-    `at_peak` has what is alive at the peak, each with its category and bytes; `flop` is what one rank's matmuls do.
-    """
+    """One captured graph: its plan, what the passes did to it, and what a step of it costs."""
 
     plan: Plan
     steps: tuple[Step, ...]
@@ -34,8 +31,17 @@ class Entry:
     traffic: tuple[Traffic, ...]
     timeline: Timeline
     lower_bound_us: float
-    at_peak: tuple[tuple[str, str, int], ...]
-    flop: int
+    hints: Mapping[str, int]
+
+    @cached_property
+    def at_peak(self) -> list[tuple[str, str, int]]:
+        """What is alive at the peak, each with its category and bytes."""
+        return alive_at_peak(self.plan, self.hints, self.memory)
+
+    @cached_property
+    def flop(self) -> int:
+        """What one rank's matmuls do in a step."""
+        return sum(int(evaluate(work(self.plan.graph, n).flop, self.hints)) for n in self.plan.graph.nodes)
 
     @property
     def kind(self) -> str:
@@ -51,9 +57,7 @@ def make_entry(plan: Plan, steps: Sequence[Step], context: Context) -> Entry:
     """The entry of a plan."""
     timeline = simulate(plan, context.costs, context.hints)
     bound = max(lower_bound_us(plan.graph, context), timeline.lower_bound_us)
-    at_peak = tuple(alive_at_peak(plan, context.hints))
-    flop = sum(int(evaluate(work(plan.graph, n).flop, context.hints)) for n in plan.graph.nodes)
-    return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, at_peak, flop)
+    return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, context.hints)
 
 
 @dataclass(frozen=True)
@@ -112,10 +116,7 @@ class Report:
         return Group(*parts)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=110, color_system=None)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        return as_text(self, width=110)
 
     def _rest(self) -> Table:
         table = Table(title=f"{self.model} on {self.num_ranks} rank{'s' * (self.num_ranks > 1)}", title_justify="left")

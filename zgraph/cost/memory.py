@@ -76,13 +76,12 @@ def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
     return MemoryCurve(tuple(_walked(plan, hints).moments))
 
 
-def alive_at_peak(plan: Plan, hints: Mapping[str, int]) -> list[tuple[str, str, int]]:
-    """What is alive at the peak: the value that each storage is named after, its category and its bytes, largest
-    first. Scratch memory of collectives is not among them."""
-    walk = _walked(plan, hints)
-    peak = max(range(len(walk.moments)), key=lambda i: walk.moments[i].total_bytes, default=-1)
-    again = _walked(plan, hints, watched=peak)
-    found = [(name, again.categories.get(name, "temporaries"), size) for name, size in again.snapshot.items() if size]
+def alive_at_peak(plan: Plan, hints: Mapping[str, int], curve: MemoryCurve) -> list[tuple[str, str, int]]:
+    """What is alive at the peak of a plan's curve: the value that each storage is named after, its category and its
+    bytes, largest first. Scratch memory of collectives is not among them."""
+    peak = max(range(len(curve.moments)), key=lambda i: curve.moments[i].total_bytes, default=-1)
+    walk = _walked(plan, hints, watched=peak)
+    found = [(name, walk.categories.get(name, "temporaries"), size) for name, size in walk.snapshot.items() if size]
     return sorted(found, key=lambda item: (-item[2], item[0]))
 
 

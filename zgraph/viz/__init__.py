@@ -1,5 +1,6 @@
 """Pictures of plans for the terminal."""
 
 from zgraph.viz.curve import memory_chart
+from zgraph.viz.text import as_text
 
-__all__ = ["memory_chart"]
+__all__ = ["as_text", "memory_chart"]
