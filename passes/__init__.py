@@ -11,7 +11,10 @@ from zgraph.passes.broadcast import Broadcast
 from zgraph.passes.bucket import Bucket
 from zgraph.passes.canonicalize import Canonicalize
 from zgraph.passes.dce import DeadCode
+from zgraph.passes.fit import Fit
+from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.keep import Keep
+from zgraph.passes.offload import Offload
 from zgraph.passes.partition import Partition
 from zgraph.passes.pipeline import Pipeline
 from zgraph.passes.planning import make_plan
@@ -23,8 +26,8 @@ from zgraph.passes.release import Release
 from zgraph.passes.schedule import Schedule
 
 ALL: tuple[type[Pass], ...] = (
-    Canonicalize, Partition, Recompute, Keep, Bucket, Broadcast, AllGather, ReduceScatter, AllReduce, Release, Prefetch,
-    Schedule, DeadCode,
+    Canonicalize, Partition, Recompute, Offload, Fit, Keep, Bucket, Broadcast, AllGather, ReduceScatter, AllReduce,
+    HostCopies, Release, Prefetch, Schedule, DeadCode,
 )  # fmt: skip
 
 BY_NAME: Mapping[str, type[Pass]] = {kind.name: kind for kind in ALL}

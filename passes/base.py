@@ -43,6 +43,7 @@ class Context:
         update_bytes: bytes that the optimizer's step has alive above them: gradients, and what it takes to compute.
         groups_calls: whether the runtime can move many tensors in one call, from and to where they lie. Buckets are
             packed where it cannot.
+        offloads: whether values of the forward may wait for the backward in the host's memory.
     """
 
     mesh: tuple[Axis, ...] = ()
@@ -53,6 +54,7 @@ class Context:
     rest_bytes: int = 0
     update_bytes: int = 0
     groups_calls: bool = False
+    offloads: bool = False
 
     @property
     def step_bytes(self) -> int | None:

@@ -18,6 +18,7 @@ from zgraph.ir.ops import padded_bytes
 from zgraph.passes.analysis.gathers import is_gather
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.base import Context, Pass
+from zgraph.passes.lowering import placement_change
 from zgraph.passes.outlook import makespan_us
 
 LATENCIES = 20
@@ -72,7 +73,7 @@ class Bucket(Pass):
                 priority.append(position)
             elif position == group[-1]:
                 nodes.append(_merged([graph.nodes[p] for p in group]))
-                priority.append(group[0] if is_gather(node) else position)
+                priority.append(group[0] if is_gather(graph, node) else position)
         return reorder(graph.with_nodes(nodes), lambda position, _: priority[position])
 
     def groups(self, graph: Graph, max_bytes: int, below_bytes: int) -> list[list[int]]:
@@ -80,11 +81,13 @@ class Bucket(Pass):
         full: list[list[int]] = []
         filling: dict[Hashable, tuple[list[int], int]] = {}
         for position, node in enumerate(graph.nodes):
-            size = padded_bytes(node.operands[0].tensor, graph.num_shards) if node.op == "reshard" else 0
-            if node.op != "reshard" or len(node.results) > 1 or size >= below_bytes:
+            if placement_change(node) is None or len(node.results) > 1:
                 continue
             kind = node.operands[0].tensor
-            key = (node.phase, kind.dtype, kind.placement, node.results[0].tensor.placement, node.kwargs)
+            size = padded_bytes(kind, graph.num_shards)
+            if size >= below_bytes:
+                continue
+            key = (node.phase, kind.dtype, kind.placement, kind.space, node.results[0].tensor.placement, node.kwargs)
             group, filled = filling.get(key, ([], 0))
             if filled + size > max_bytes and group:
                 full.append(group)

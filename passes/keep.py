@@ -70,7 +70,7 @@ def _gathered_twice(graph: Graph) -> list[tuple[Node, Node]]:
     forward: dict[str, Node] = {}
     pairs = []
     for node in graph.nodes:
-        if not is_gather(node):
+        if not is_gather(graph, node):
             continue
         source = gathered(graph, node)
         if node.phase is Phase.forward:

@@ -8,8 +8,8 @@ from zgraph.ir import Builder, Graph, Node, Placement
 
 
 def placement_change(node: Node) -> tuple[Placement, Placement] | None:
-    """From and to which placement along the shard axis a reshard goes; None for any other op."""
-    if node.op != "reshard":
+    """From and to which placement along the shard axis a reshard goes; None where that does not change."""
+    if node.op != "reshard" or node.operands[0].tensor.placement == node.results[0].tensor.placement:
         return None
     return node.operands[0].tensor.placement[-1], node.results[0].tensor.placement[-1]
 

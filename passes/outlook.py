@@ -9,6 +9,7 @@ from zgraph.passes.all_reduce import AllReduce
 from zgraph.passes.analysis.timetable import evaluate, first_use_order, latest_first_order
 from zgraph.passes.base import Context
 from zgraph.passes.broadcast import Broadcast
+from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.planning import make_plan
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
@@ -31,7 +32,7 @@ def step_memory(graph: Graph, context: Context) -> MemoryCurve:
 
 
 def _lower(graph: Graph, context: Context) -> Graph:
-    for lowering in (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), Release()):
+    for lowering in (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), HostCopies(), Release()):
         graph = lowering.run(graph, context)
     return graph
 

@@ -16,6 +16,10 @@ The stage is nothing but this statement (the source of the stages: Rajbhandari e
     2       S0                  as 1                               V -> S0 as it is made
     3       S0                  forward, and again for backward    as 2
 
+What the user offloads lies on the host: the gradient is moved there as soon as it is reduced, for an optimizer that
+works there on the master copy; a parameter, too, is brought from there whenever it is gathered, in the dtype that it is
+computed with.
+
 Buffers are replicated. Where the forward changes one (BatchNorm's running mean), the first rank's new value is taken on
 every rank, so that all ranks evaluate alike and any of them may save it.
 """
@@ -26,6 +30,8 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from zgraph.ir import (
+    DEVICE,
+    HOST,
     Arg,
     Builder,
     Graph,
@@ -128,9 +134,11 @@ class _Partitioner:
             same = entry.kind in (InputKind.constant, InputKind.buffer)
             return replace(entry, value=replace(entry.value, type=self.at(kind, Replicate() if same else Varying())))
         stage = default_stage if entry.stage is None else entry.stage
-        rest = kind.contiguous(entry.master)
+        rest = kind.contiguous(None if entry.offload else entry.master)
         rest = self.at(rest, Shard(0) if stage > 0 and self.sharded else Replicate())
-        return replace(entry, value=replace(entry.value, type=rest), stage=stage, master=None)
+        rest = rest.on(HOST if entry.offload == "parameters" else DEVICE)
+        master = entry.master if entry.offload else None
+        return replace(entry, value=replace(entry.value, type=rest), stage=stage, master=master)
 
     def at(self, kind: TensorType, placement: Placement) -> TensorType:
         return kind.at(*self.everywhere(placement)) if self.sharded else kind
@@ -162,7 +170,14 @@ class _Partitioner:
 
     def comes_again(self, name: str) -> bool:
         """Whether the backward gets this value of the forward from a second gather, not by keeping it."""
-        return name in self.derived or (self.is_param(name) and self.inputs[name].stage == 3 and self.sharded)
+        if name in self.derived:
+            return True
+        entry = self.inputs.get(name)
+        return entry is not None and self.is_param(name) and entry.stage == 3 and self.is_elsewhere(entry)
+
+    def is_elsewhere(self, entry: Input) -> bool:
+        """Whether a parameter must be brought to where it is computed with."""
+        return self.sharded or entry.value.tensor.is_on_host
 
     def needed(self, value: Value, user: Node) -> Value:
         """What `user` must read for the captured `value`."""
@@ -181,7 +196,7 @@ class _Partitioner:
         return here[value.name]
 
     def whole(self, entry: Input, kind: TensorType, user: Node) -> Value:
-        """The parameter as compute wants it: cast from its master, then gathered."""
+        """The parameter as compute wants it: cast from its master, then gathered, from the host if it lies there."""
         current, origin = entry.value, user.origin
         stem = f"{entry.value.name}_{'again' if user.phase is Phase.backward else 'full'}"
         if current.tensor.dtype is not kind.dtype:
@@ -189,6 +204,8 @@ class _Partitioner:
         if self.sharded and current.tensor.is_sharded:
             keep: dict[str, Arg] = {"keep": True} if entry.stage in (1, 2) else {}
             current = self.reshard(current, Replicate(), stem, user.phase, origin, self.nodes, keep)
+        elif current.tensor.is_on_host:
+            current = self.move(current, DEVICE, stem, user.phase, origin, self.nodes)
         return current
 
     def derive_again(self, value: Value, user: Node) -> Value:
@@ -243,12 +260,14 @@ class _Partitioner:
         producer = self.source.producers.get(raw.name)
         origin = producer.origin if producer else Origin()
         value = self.needed(raw, Node("", (), (), phase=Phase.backward, origin=origin))
-        stage, target, rest = entry.stage or 0, entry.target, entry.value.tensor
+        stage, target, rest = entry.stage or 0, entry.target, entry.master or entry.value.tensor.dtype
         if not self.sharded:
-            if value.tensor.dtype is not rest.dtype:
-                value = self.emit("cast", value, f"{raw.name}_cast", Phase.backward, origin, dtype=rest.dtype)
+            if value.tensor.dtype is not rest:
+                value = self.emit("cast", value, f"{raw.name}_cast", Phase.backward, origin, dtype=rest)
             elif self.shares(raw, producer):
                 value = self.emit("copy", value, f"{raw.name}_own", Phase.backward, origin)
+            if entry.offload:
+                value = self.move(value, HOST, f"{raw.name}_host", Phase.backward, origin, self.nodes)
             return replace(output, value=value)
         if not value.tensor.varies:
             value = self.as_varying(value, origin)
@@ -260,8 +279,10 @@ class _Partitioner:
             value = self.emit("accumulate", value, f"{raw.name}_sum", phase, origin, into=into, target=target)
         placement = Shard(0) if stage > 0 else Replicate()
         value = self.reshard(value, placement, f"{raw.name}_mean", phase, origin, into, {})
-        if value.tensor.dtype is not rest.dtype:
-            value = self.emit("cast", value, f"{raw.name}_rest", phase, origin, into=into, dtype=rest.dtype)
+        if value.tensor.dtype is not rest:
+            value = self.emit("cast", value, f"{raw.name}_rest", phase, origin, into=into, dtype=rest)
+        if entry.offload:
+            value = self.move(value, HOST, f"{raw.name}_host", phase, origin, into)
         return replace(output, value=value, phase=phase)
 
     def as_varying(self, value: Value, origin: Origin) -> Value:
@@ -286,8 +307,16 @@ class _Partitioner:
 
     def reshard(self, value: Value, placement: Placement, stem: str, phase: Phase, origin: Origin, into: list[Node],
                 options: dict[str, Arg]) -> Value:  # fmt: skip
-        result = self.builder.value(stem, self.at(value.tensor.contiguous(), placement))
+        result = self.builder.value(stem, self.at(value.tensor.contiguous(), placement).on(DEVICE))
         into.append(self.builder.typed("reshard", (value,), (result,), phase, origin, **options))
+        return result
+
+    def move(self, value: Value, space: str, stem: str, phase: Phase, origin: Origin, into: list[Node]) -> Value:
+        """The value in another memory space, laid out densely."""
+        if value.tensor.strides is not None:
+            value = self.emit("copy", value, f"{stem}_dense", phase, origin, into=into)
+        result = self.builder.value(stem, value.tensor.on(space))
+        into.append(self.builder.typed("reshard", (value,), (result,), phase, origin))
         return result
 
     def relabel(self, output: Output) -> Output:

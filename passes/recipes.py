@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_LOWER = "broadcast,all-gather,reduce-scatter,all-reduce"
+_LOWER = "broadcast,all-gather,reduce-scatter,all-reduce,host-copies"
 """Every stage lowers every kind of reshard: a scalar parameter is not sharded whatever the stage, so its gradient is
 all-reduced."""
 
 _KEEP = ("", "", "", "keep,")
 
 RECIPES: Mapping[int, str] = {
-    stage: f"canonicalize,partition(stage={stage}),recompute,{_KEEP[stage]}bucket,{_LOWER},release,schedule,dce"
+    stage: f"canonicalize,partition(stage={stage}),fit,{_KEEP[stage]}bucket,{_LOWER},release,schedule,dce"
     for stage in range(4)
 }
 

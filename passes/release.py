@@ -1,4 +1,4 @@
-"""Release gathered memory after its last use.
+"""Release memory that was gathered, or brought back from the host, after its last use.
 
 fwd %w_full: f32[64, 32]<R> = wait(%w_full_start)
 fwd %wt: f32[32, 64]<R> = aten.t.default(%w_full)
@@ -18,7 +18,7 @@ from zgraph.passes.base import Context, Pass
 
 @dataclass(frozen=True)
 class Release(Pass):
-    """Release gathered memory after its last use."""
+    """Release memory that was gathered, or brought back from the host, after its last use."""
 
     name: ClassVar[str] = "release"
     requires: ClassVar[frozenset[str]] = frozenset({"gathered"})
@@ -43,13 +43,13 @@ class Release(Pass):
 
 
 def gathered_values(graph: Graph) -> list[Value]:
-    """The values that all-gathers delivered, and those unpacked from them: one a piece of memory."""
+    """The values that all-gathers and reloads delivered, and those unpacked from them: one a piece of memory."""
     found: list[Value] = []
     flats: set[str] = set()
     for node in graph.nodes:
         if node.op == "wait":
             start = graph.producers.get(node.operands[0].name)
-            if start is not None and start.op == "all_gather_start":
+            if start is not None and start.op in ("all_gather_start", "reload_start"):
                 found.append(node.results[0])
                 flats.add(node.name)
         elif node.op == "unpack" and node.operands[0].name in flats:

@@ -20,8 +20,9 @@ from heapq import nlargest
 from typing import ClassVar
 
 from zgraph.cost import Moment, simulate_memory
+from zgraph.cost.memory import local_bytes
 from zgraph.errors import BudgetError
-from zgraph.ir import OPS, Graph, Node, Phase
+from zgraph.ir import OPS, Graph, Node, Phase, Value
 from zgraph.ir.ops import is_copied, moved_bytes, padded_bytes
 from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.analysis.order import dependencies, reorder
@@ -82,9 +83,14 @@ class Schedule(Pass):
         return step.placed(*best)
 
 
+BRINGS = frozenset({"all_gather_start", "reload_start"})
+"""Starts of what an op needs; the others take away what no op needs any more."""
+
+
 @dataclass(frozen=True)
 class Collective:
-    """A start with the nodes that only prepare it and those that only take its result apart, as positions."""
+    """A start (of a collective or a copy) with the nodes that only prepare it and those that only take its result
+    apart, as positions."""
 
     start: int
     before: tuple[int, ...]
@@ -93,7 +99,8 @@ class Collective:
 
 
 class Step:
-    """A lowered graph as a scheduling problem: ops of the compute lane in their order, and collectives between them."""
+    """A lowered graph as a scheduling problem: ops of the compute lane in their order, collectives and copies between
+    them."""
 
     def __init__(self, graph: Graph, context: Context) -> None:
         self.graph, self.context = graph, context
@@ -200,7 +207,7 @@ class Step:
             if not self.collectives[number].is_gather:
                 over_us = found.begins_us[number] + (1 + slack) * transfer.us
                 until = waits[number] = max(min(bisect_left(found.ops_us, over_us), until), found.starts[number])
-            held[found.starts[number]] += transfer.num_bytes
+            held[transfer.first if transfer.frees else found.starts[number]] += transfer.num_bytes
             held[until] -= transfer.num_bytes
         first_out = sorted(waits, key=lambda n: (waits[n], n))
         used, transfers = 0, list(problem.transfers)
@@ -251,19 +258,39 @@ class Step:
         graph, node = self.graph, self.graph.nodes[collective.start]
         begin = self.phase_end[Phase.forward] if node.phase is not Phase.forward else 0
         first, end = max(first, begin), self.phase_end[node.phase]
-        whole = moved_bytes(node, graph.mesh)
-        us = self.context.costs.transfer_us(graph, node)
+        us, lane = self.context.costs.transfer_us(graph, node, self.context.hints), OPS[node.op].lane
         if not collective.is_gather:
-            kept = OPS[node.op].scratch_bytes(node, graph.mesh)
-            if node.op == "reduce_scatter_start":
-                copied = [v.tensor for v in node.operands if is_copied(v.tensor, graph.mesh)]
-                kept += whole + sum(padded_bytes(kind, graph.num_shards) for kind in copied)
-            return Transfer(us, first, end, kept, first)
+            if node.op == "offload_start":
+                first = max(first, min(self._last_use(node.operands[0]) + 1, end))
+            return Transfer(us, first, end, self._taken_bytes(node), first, lane)
         results = [r for p in collective.after for r in graph.nodes[p].results]
         users = [self.op_at[u] for r in results for u in graph.users.get(r.name, ()) if u in self.op_at]
         due = min(users, default=end)
-        prepared = whole // graph.num_shards if collective.before else 0
-        return Transfer(us, min(first, due), due, whole + prepared, due)
+        return Transfer(us, min(first, due), due, self._brought_bytes(collective, node), due, lane)
+
+    def _last_use(self, value: Value) -> int:
+        """The last op that touches the memory of a value; -1 if none does."""
+        return max((self._uses.get(root, (0, -1))[1] for root in self._memory.roots(value.name)), default=-1)
+
+    def _taken_bytes(self, node: Node) -> int:
+        """What a reduction or a copy to the host holds until it is over."""
+        mesh, hints = self.graph.mesh, self.context.hints
+        if node.op == "offload_start":
+            return local_bytes(node.operands[0].type, mesh, hints)
+        kept = OPS[node.op].scratch_bytes(node, mesh)
+        if node.op == "reduce_scatter_start":
+            copied = [v.tensor for v in node.operands if is_copied(v.tensor, mesh)]
+            kept += moved_bytes(node, mesh) + sum(padded_bytes(kind, self.graph.num_shards) for kind in copied)
+        return kept
+
+    def _brought_bytes(self, collective: Collective, node: Node) -> int:
+        """What a gather or a copy from the host holds before it is needed."""
+        mesh, hints = self.graph.mesh, self.context.hints
+        if node.op == "reload_start":
+            return local_bytes(node.results[0].type, mesh, hints)
+        whole = moved_bytes(node, mesh)
+        prepared = whole // self.graph.num_shards if collective.before else 0
+        return whole + max(prepared, OPS[node.op].scratch_bytes(node, mesh))
 
 
 def lower_bound_us(graph: Graph, context: Context) -> float:
@@ -278,7 +305,7 @@ def _collectives(graph: Graph) -> list[Collective]:
     position_of = {r.name: p for p, n in enumerate(graph.nodes) for r in n.results}
     found = []
     for position, node in enumerate(graph.nodes):
-        if node.op not in OPS or OPS[node.op].lane != "comm":
+        if node.op not in OPS or OPS[node.op].lane == "compute":
             continue
         before: list[int] = []
         todo: list[Node] = [node]
@@ -294,8 +321,8 @@ def _collectives(graph: Graph) -> list[Collective]:
             for result in todo.pop().results:
                 for user in graph.users.get(result.name, ()):
                     follower = graph.nodes[user]
-                    if follower.op in ("wait", "unpack") or (follower.op == "cast" and node.op != "all_gather_start"):
+                    if follower.op in ("wait", "unpack") or (follower.op == "cast" and node.op not in BRINGS):
                         after.append(user)
                         todo.append(follower)
-        found.append(Collective(position, tuple(before), tuple(after), node.op == "all_gather_start"))
+        found.append(Collective(position, tuple(before), tuple(after), node.op in BRINGS))
     return found

@@ -13,6 +13,7 @@ from zgraph.aten import TO_TORCH
 from zgraph.ir import DType, Node, TensorType
 from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
 from zgraph.runtime import torch_private
+from zgraph.runtime.host import Copy
 from zgraph.runtime.lanes import Transfer
 
 if TYPE_CHECKING:
@@ -23,11 +24,13 @@ Work = dist.Work | Transfer
 
 
 class Future:
-    """A collective under way: what to wait for, and how to get the result once it is there."""
+    """A collective or a copy under way: what to wait for, and how to get the result once it is there."""
 
     __slots__ = ("finish", "held", "name", "work")
 
-    def __init__(self, name: str, work: Work | None, held: Any, finish: Callable[[], torch.Tensor | None]) -> None:
+    def __init__(
+        self, name: str, work: Work | Copy | None, held: Any, finish: Callable[[], torch.Tensor | None]
+    ) -> None:
         self.name, self.work, self.held, self.finish = name, work, held, finish
 
 
@@ -42,8 +45,50 @@ def _item(made: list[torch.Tensor], index: int) -> torch.Tensor:
     return result
 
 
+def offload_start(node: Node, session: Session) -> Execute:
+    """A copy in the host's memory."""
+    host = session.host
+
+    def execute(tensor: torch.Tensor) -> Future:
+        copied, work = host.offload(tensor)
+        return Future(node.name, work, tensor, lambda: copied)
+
+    return execute
+
+
+def reload_start(node: Node, session: Session) -> Execute:
+    """A copy on the device of what lies on the host."""
+    host = session.host
+
+    def execute(tensor: torch.Tensor) -> Future:
+        copied, work = host.reload(tensor)
+        return Future(node.name, work, tensor, lambda: copied)
+
+    return execute
+
+
 def all_gather_start(node: Node, session: Session) -> Execute:
-    """Every rank sends its chunks once to every other, into memory that becomes the whole tensors."""
+    """Every rank sends its chunks once to every other, into memory that becomes the whole tensors.
+
+    Chunks on the host are brought to the device first, on the lane of copies: what computes waits for neither.
+    """
+    if node.operands[0].tensor.is_on_host:
+        return _gather_from_host(node, session)
+    return _gather(node, session)
+
+
+def _gather_from_host(node: Node, session: Session) -> Execute:
+    gather, host = _gather(node, session), session.host
+
+    def execute(*chunks: torch.Tensor) -> Any:
+        pairs = [host.reload(chunk) for chunk in chunks]
+        with host.after(copy for _, copy in pairs):
+            return gather(*(chunk for chunk, _ in pairs))
+
+    return execute
+
+
+def _gather(node: Node, session: Session) -> Execute:
     num_shards = session.num_shards
     wanted = [(_shape(r.tensor), _numel(r.tensor)) for r in node.results]
     keys = [object() if node.option("keep") else None for _ in node.results]
@@ -123,10 +168,12 @@ def broadcast_start(node: Node, session: Session) -> Execute:
 
 
 def wait(node: Node, session: Session) -> Execute:
-    """The result of a start, once it is there."""
+    """The result of a start, once what computes can see it."""
 
     def execute(future: Future) -> torch.Tensor | None:
-        if future.work is not None:
+        if isinstance(future.work, Copy):
+            future.work.wait()
+        elif future.work is not None:
             session.peers.wait(future.work, future.name)
         future.held = future.work = None
         return future.finish()
@@ -194,7 +241,8 @@ def accumulate(node: Node, session: Session) -> Execute:
 
 MAKERS: Mapping[str, Callable[[Node, Session], Execute]] = {
     "all_gather_start": all_gather_start, "reduce_scatter_start": reduce_scatter_start,
-    "all_reduce_start": all_reduce_start, "broadcast_start": broadcast_start, "wait": wait, "pack": pack,
+    "all_reduce_start": all_reduce_start, "broadcast_start": broadcast_start, "offload_start": offload_start,
+    "reload_start": reload_start, "wait": wait, "pack": pack,
     "unpack": unpack, "cast": cast, "copy": copy, "accumulate": accumulate,
 }  # fmt: skip
 """`release` has none: the executor drops the value, and with its last reference goes the memory."""

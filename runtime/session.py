@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from zgraph.errors import PeerError
 from zgraph.ir import OutputKind, Phase, Plan, Program
 from zgraph.runtime.executor import Runner, link
+from zgraph.runtime.host import HostMemory
 from zgraph.runtime.lanes import Hosts, Lane, host_name
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.recorder import Recorder
@@ -72,6 +73,11 @@ class Session:
     def peers(self) -> Peers:
         assert self._peers is not None, "a plan for one rank waits for nobody"
         return self._peers
+
+    @cached_property
+    def host(self) -> HostMemory:
+        """The host's memory, for what is offloaded."""
+        return HostMemory(self.device)
 
     @property
     def lane(self) -> Lane | None:

@@ -57,6 +57,10 @@ class BudgetError(ZgraphError):
     """A plan does not fit the memory budget. The message says which is the smallest that it fits."""
 
 
+class OffloadError(ZgraphError):
+    """What is to be offloaded does not fit where it is to go. Nothing was moved."""
+
+
 class SimulationError(ZgraphError):
     """A plan that would deadlock, or whose lanes touch a buffer in no order. The message names the instructions."""
 

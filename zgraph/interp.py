@@ -153,6 +153,8 @@ Rule = Callable[[Node, list[Ranks], Mesh], Sequence[Ranks]]
 
 def _change(ranks: Ranks, old: TensorType, new: TensorType, root: bool, mesh: Mesh) -> Ranks:
     """A value at another placement."""
+    if old.placement == new.placement:
+        return [r.clone() for r in ranks]
     if old.is_sharded:
         count = num_shards(mesh)
         return [_joined(ranks[r - r % count : r - r % count + count], old) for r in range(len(ranks))]
@@ -221,8 +223,8 @@ def _release(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
 
 RULES: Mapping[str, Rule] = {
     "reshard": _reshard, "all_gather_start": _reshard, "reduce_scatter_start": _reshard, "all_reduce_start": _reshard,
-    "broadcast_start": _reshard, "wait": _same, "pack": _pack, "unpack": _unpack, "cast": _cast, "copy": _copy,
-    "release": _release,
+    "broadcast_start": _reshard, "offload_start": _reshard, "reload_start": _reshard, "wait": _same, "pack": _pack,
+    "unpack": _unpack, "cast": _cast, "copy": _copy, "release": _release,
 }  # fmt: skip
 
 __all__ = ["RULES", "Interpreter", "mean", "whole"]

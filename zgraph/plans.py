@@ -26,8 +26,9 @@ from zgraph.cost.work import work
 from zgraph.errors import UsageError
 from zgraph.ir import Axis, Graph, InputKind, Phase
 from zgraph.passes import RECIPES, Context, Pipeline, make_plan, parse_recipe
+from zgraph.passes.analysis.forward import Forward
+from zgraph.passes.fit import Fit
 from zgraph.passes.outlook import step_memory
-from zgraph.passes.recompute import Forward, Recompute
 from zgraph.target import Target, cost_table, num_bytes
 from zgraph.viz import as_text
 
@@ -237,7 +238,7 @@ class _Member:
     def __init__(self, graph: Graph, stage: int, context: Context) -> None:
         self.context = context
         passes = parse_recipe(RECIPES[stage]).passes
-        at = next(i for i, step in enumerate(passes) if step.name == Recompute.name)
+        at = next(i for i, step in enumerate(passes) if step.name == Fit.name)
         self.tail = Pipeline(passes[at + 1 :])
         self.placed = Pipeline(passes[:at]).run(graph, context)
         self.forward = Forward(self.placed, context)

@@ -175,8 +175,11 @@ def _time(entry: Entry) -> Text:
     text = Text(
         f"predicted step {_milliseconds(timeline.step_us)}, lower bound {_milliseconds(entry.lower_bound_us)}, gap "
         f"{entry.gap:.1%}: computing {_milliseconds(timeline.busy_us['compute'])}, communication "
-        f"{_milliseconds(timeline.busy_us['comm'])}, of which {_milliseconds(timeline.exposed_us)} exposed"
+        f"{_milliseconds(timeline.busy_us['comm'])}, "
     )
+    if copies := timeline.busy_us["d2h"] + timeline.busy_us["h2d"]:
+        text.append(f"copies to the host and back {_milliseconds(copies)}, ")
+    text.append(f"of which {_milliseconds(timeline.exposed_us)} exposed")
     stalls = sorted(timeline.stalls, key=lambda s: -s.us)
     for stall in stalls[:NUM_STALLS]:
         text.append(f"\n  {_milliseconds(stall.us)} ({stall.phase}) {stall.node} waits for {stall.start}")

@@ -1,11 +1,13 @@
 """When to start each transfer, exactly: the longest path for a fixed order, and a search over orders on top of it.
 
-Computing runs its ops in a fixed order. One lane carries transfers in an order of its own. A transfer may start after a
-given op, and an op may wait for it. While a transfer holds memory that is not needed yet, there must be room for it.
+Computing runs its ops in a fixed order. A lane carries transfers in an order of its own; there is one for collectives,
+and one for copies to the host and for those from it. A transfer may start after a given op, and an op may wait for it.
+While a transfer holds memory that is not needed yet, there must be room for it.
 
 For fixed orders, starting every transfer as soon as there is room is optimal. What it holds ends at a fixed op, and
 later transfers start later anyhow, so that starting it early takes no room from them: each may be placed at its
-earliest in turn, and no placement is faster.
+earliest in turn, and no placement is faster. Where several lanes compete for room, those first in the common order
+have it.
 
 Of all fastest placements the latest is taken: it holds memory for the least time. What starts late for no reason but
 the clock starts `slack` of its own duration early, because clocks are wrong.
@@ -14,6 +16,7 @@ the clock starts `slack` of its own duration early, because clocks are wrong.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,7 +34,10 @@ class Transfer:
         first: it may start before the op of this number, not earlier.
         due: the op of this number waits for it; the number of ops if only the end of the step does.
         num_bytes: what it holds from its start until op `until` begins, beyond what that op needs anyhow.
-        until: as above; at most `due` for a gather, whose memory counts among the op's own from then on.
+        until: as above; at most `due` for a gather, whose memory counts among the op's own from then on. What takes
+            memory away (a reduction, a copy to the host) holds it from `first` on, whenever it starts: `until` is
+            `first` then.
+        lane: which lane carries it.
     """
 
     us: float
@@ -39,6 +45,12 @@ class Transfer:
     due: int
     num_bytes: int = 0
     until: int = 0
+    lane: str = "comm"
+
+    @property
+    def frees(self) -> bool:
+        """Whether it takes memory away: the sooner it starts, the better."""
+        return self.until <= self.first
 
 
 @dataclass(frozen=True)
@@ -61,11 +73,14 @@ class Problem:
 
     @property
     def lower_bound_us(self) -> float:
-        """The largest of: all computing, all transfers, and the critical path if memory and the lane were free."""
+        """The largest of: all computing, all of a lane, and the critical path if memory and the lanes were free."""
         begins = list(accumulate(self.compute_us, initial=0.0))
         ends = begins[-1]
         tails = [begins[t.first] + t.us + begins[-1] - begins[t.due] for t in self.transfers]
-        return max([ends, sum(t.us for t in self.transfers), *tails])
+        lanes: dict[str, float] = defaultdict(float)
+        for transfer in self.transfers:
+            lanes[transfer.lane] += transfer.us
+        return max([ends, *lanes.values(), *tails])
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class Timetable:
     """A placement of every transfer.
 
     Args:
-        order: the transfers' numbers in the order of the lane.
+        order: the transfers' numbers in an order that each lane keeps to.
         starts: for each transfer (by its number) the op before which it is started.
         begins_us: when the lane begins it.
         ops_us: when each op begins; the last entry is when the last one ends.
@@ -90,7 +105,7 @@ class Timetable:
 
 
 def evaluate(problem: Problem, order: Sequence[int]) -> Timetable | None:
-    """The fastest timetable with this order of the lane; None if no placement has room."""
+    """The fastest timetable with this order of the lanes; None if no placement has room."""
     starts = earliest_starts(problem, order)
     return None if starts is None else run(problem, order, starts)
 
@@ -99,17 +114,21 @@ def earliest_starts(problem: Problem, order: Sequence[int]) -> tuple[int, ...] |
     """For each transfer the earliest op before which it may start; None if no placement has room."""
     room = Room(problem.room)
     starts = [0] * len(order)
-    earliest = 0
+    last: dict[str, int] = {}
     for number in order:
         transfer = problem.transfers[number]
-        earliest = max(earliest, transfer.first)
+        earliest = max(last.get(transfer.lane, 0), transfer.first)
         if transfer.num_bytes and transfer.until > earliest:
             earliest = max(earliest, room.last_below(transfer.num_bytes, transfer.until) + 1)
         if earliest > transfer.due:
             return None
-        if transfer.num_bytes and transfer.until > earliest:
+        if transfer.frees and earliest > transfer.first:
+            if room.last_below(transfer.num_bytes, earliest) >= transfer.first:
+                return None
+            room.take(transfer.num_bytes, transfer.first, earliest)
+        elif transfer.num_bytes and transfer.until > earliest:
             room.take(transfer.num_bytes, earliest, transfer.until)
-        starts[number] = earliest
+        starts[number] = last[transfer.lane] = earliest
     return tuple(starts)
 
 
@@ -122,14 +141,16 @@ def run(problem: Problem, order: Sequence[int], starts: Sequence[int]) -> Timeta
     begins, ends = [0.0] * len(order), [0.0] * len(order)
     ops: list[float] = []
     stalls: list[tuple[int, int, float]] = []
-    now = lane_free = 0.0
-    upcoming = 0
+    now = 0.0
+    free: dict[str, float] = {}
+    before: list[list[int]] = [[] for _ in range(num_ops + 1)]
+    for number in order:
+        before[starts[number]].append(number)
     for op in range(num_ops + 1):
-        while upcoming < len(order) and starts[order[upcoming]] <= op:
-            number = order[upcoming]
-            begins[number] = max(now, lane_free)
-            ends[number] = lane_free = begins[number] + problem.transfers[number].us
-            upcoming += 1
+        for number in before[op]:
+            transfer = problem.transfers[number]
+            begins[number] = max(now, free.get(transfer.lane, 0.0))
+            ends[number] = free[transfer.lane] = begins[number] + transfer.us
         last = max(waits[op], key=lambda n: ends[n], default=None)
         if last is not None and ends[last] > now:
             stalls.append((op, last, ends[last] - now))
@@ -141,20 +162,22 @@ def run(problem: Problem, order: Sequence[int], starts: Sequence[int]) -> Timeta
 
 
 def delayed(problem: Problem, found: Timetable, slack: float = 0.0) -> Timetable:
-    """The same timetable with every start as late as the clock allows: as fast, with the least memory held."""
+    """The same timetable with all that takes memory started as late as the clock allows: as fast, holding least."""
     latest = [0.0] * len(found.order)
-    limit = float("inf")
+    limits: dict[str, float] = {}
     for number in reversed(found.order):
         transfer = problem.transfers[number]
-        limit = min(limit, found.ops_us[transfer.due]) - transfer.us
-        limit = latest[number] = max(limit, found.begins_us[number])
+        limit = min(limits.get(transfer.lane, float("inf")), found.ops_us[transfer.due]) - transfer.us
+        limits[transfer.lane] = latest[number] = max(limit, found.begins_us[number])
     starts = list(found.starts)
-    ceiling = problem.num_ops
+    ceilings: dict[str, int] = {}
     for number in reversed(found.order):
         transfer = problem.transfers[number]
         at_us = latest[number] - slack * transfer.us
-        op = max(bisect_right(found.ops_us, at_us) - 1, found.starts[number])
-        ceiling = starts[number] = min(op, transfer.due, ceiling)
+        op = (
+            found.starts[number] if transfer.frees else max(bisect_right(found.ops_us, at_us) - 1, found.starts[number])
+        )
+        ceilings[transfer.lane] = starts[number] = min(op, transfer.due, ceilings.get(transfer.lane, problem.num_ops))
     return run(problem, found.order, starts)
 
 
@@ -165,7 +188,7 @@ def first_use_order(problem: Problem) -> tuple[int, ...]:
 
 
 def _position(transfer: Transfer, num_ops: int) -> tuple[int, int]:
-    return (transfer.first, 1) if transfer.due == num_ops else (transfer.due, 0)
+    return (transfer.first, 1) if transfer.frees or transfer.due == num_ops else (transfer.due, 0)
 
 
 def latest_first_order(problem: Problem) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ def test_the_clock():
     assert [(s.node, s.start, s.us) for s in timeline.stalls] == [("af", "as", 8), ("m", "rs", 4)]
     assert timeline.step_us == 40
     assert timeline.exposed_us == 12
-    assert timeline.busy_us == {"compute": 28, "comm": 24}
+    assert timeline.busy_us == {"compute": 28, "comm": 24, "d2h": 0, "h2d": 0}
     assert timeline.lower_bound_us == 28
 
 

@@ -73,12 +73,12 @@ class Reference:
         """What `after` must give: what the captured graph gave, gradients averaged and buffers the first rank's."""
         kinds = {i.value.name: i for i in after.inputs}
         found: list[Ranks | None] = []
-        for output, ranks in zip(self.captured.outputs, self.raw, strict=True):
+        for output, ranks, made in zip(self.captured.outputs, self.raw, after.outputs, strict=True):
             target = kinds.get(output.target)
             if ranks is not None and after.mesh and target is not None:
                 ranks = _over_ranks(output, ranks, target, reduce_dtype)
             if ranks is not None and output.kind is OutputKind.grad and target.kind is InputKind.param:
-                ranks = [r.to(TO_TORCH[target.value.tensor.dtype]) for r in ranks]
+                ranks = [r.to(TO_TORCH[made.value.tensor.dtype]) for r in ranks]
             found.append(ranks)
         return found
 

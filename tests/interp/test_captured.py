@@ -1,12 +1,13 @@
 """Really captured training steps give, after each pass of each stage, the numbers they gave before, to the last bit."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
 from tests.interp.models import NAMES, ConvNet, captured
-from tests.interp.ranks import Reference
+from tests.interp.ranks import Reference, context
 from zgraph.interp import Interpreter
 from zgraph.ir import DType, Graph, InputKind, OutputKind, TensorType, parse_graph, print_graph, verify
 from zgraph.passes import RECIPES, parse_recipe
@@ -32,8 +33,30 @@ def test_every_pass_keeps_the_numbers(name, stage, num_ranks):
 @each_stage
 @pytest.mark.parametrize("keep_bytes", [1, 700, 5000])
 def test_what_is_computed_again_has_the_same_numbers(name, stage, keep_bytes):
-    recipe = RECIPES[stage].replace("recompute", f"recompute(keep_bytes={keep_bytes})")
+    recipe = RECIPES[stage].replace("fit", f"recompute(keep_bytes={keep_bytes})")
     reference(name, 2).check(parse_recipe(recipe))
+
+
+@each_model
+@each_stage
+@pytest.mark.parametrize("keep_bytes", [0, 700])
+def test_what_is_offloaded_has_the_same_numbers(name, stage, keep_bytes):
+    moved = f"recompute(keep_bytes={keep_bytes}),offload(num_bytes=1000000,min_bytes=1)"
+    pipeline = parse_recipe(RECIPES[stage].replace("fit", moved))
+    reference(name, 2).check(pipeline)
+    after = pipeline.run(captured(name), context(2))
+    assert any(n.op == "offload_start" for n in after.nodes)
+    assert any(n.op == "reload_start" for n in after.nodes)
+
+
+@each_model
+@each_stage
+@pytest.mark.parametrize("offload", ["optimizer", "parameters"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_offloaded_parameters_give_the_same_numbers(name, stage, offload, num_ranks):
+    graph = captured(name)
+    inputs = tuple(replace(i, offload=offload) if i.kind is InputKind.param else i for i in graph.inputs)
+    Reference(replace(graph, inputs=inputs), num_ranks).check(parse_recipe(RECIPES[stage]))
 
 
 @each_stage

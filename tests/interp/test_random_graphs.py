@@ -29,7 +29,16 @@ def test_every_pass_keeps_the_numbers(graph, pipeline, num_ranks, reduce_dtype):
 @settings(max_examples=150, deadline=None)
 @given(graphs(), st.sampled_from(list(RECIPES)), ranks, st.integers(1, 600))
 def test_what_is_computed_again_has_the_same_numbers(graph, stage, num_ranks, keep_bytes):
-    recipe = RECIPES[stage].replace("recompute", f"recompute(keep_bytes={keep_bytes})")
+    recipe = RECIPES[stage].replace("fit", f"recompute(keep_bytes={keep_bytes})")
+    Reference(graph, num_ranks).check(parse_recipe(recipe))
+
+
+@settings(max_examples=150, deadline=None)
+@given(graphs(), st.sampled_from(list(RECIPES)), ranks, st.integers(1, 600), st.sampled_from([0, 200]))
+def test_what_is_offloaded_has_the_same_numbers(graph, stage, num_ranks, num_bytes, keep_bytes):
+    recipe = RECIPES[stage].replace(
+        "fit", f"recompute(keep_bytes={keep_bytes}),offload(num_bytes={num_bytes},min_bytes=1)"
+    )
     Reference(graph, num_ranks).check(parse_recipe(recipe))
 
 

@@ -55,7 +55,8 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 @st.composite
 def graphs(draw: Draw, max_params: int = 4, max_ops: int = 8) -> Graph:
-    """A captured training step: some parameters have a stage or a master of their own, some get no gradient."""
+    """A captured training step: some parameters have a stage or a master of their own, some are
+    offloaded, some get no gradient."""
     sketch = _Sketch(draw)
     for _ in range(draw(st.integers(1, max_params))):
         sketch.param()
@@ -115,7 +116,8 @@ class _Sketch:
         value = Value(self.name("param"), TensorType(dtype, self.draw(st.sampled_from(SHAPES))))
         stage = self.draw(st.sampled_from((None, None, 0, 1, 2, 3)))
         master = DType.f32 if dtype is DType.bf16 and self.chance(50) else None
-        self.inputs.append(Input(InputKind.param, value, f"model.{value.name}", stage, master))
+        offload = self.draw(st.sampled_from(["optimizer", "parameters"])) if self.chance(20) else ""
+        self.inputs.append(Input(InputKind.param, value, f"model.{value.name}", stage, master, offload))
         self.readable.append(value)
 
     # --- nodes -------------------------------------------------------------------------------------------------

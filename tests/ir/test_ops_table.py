@@ -4,7 +4,7 @@ import pytest
 
 from zgraph.interp import RULES
 from zgraph.ir import OPS, Axis, Graph, Node, TensorType, parse_graph, print_graph, verify
-from zgraph.ir.ops import TypeRuleError, is_pure, views
+from zgraph.ir.ops import LANES, TypeRuleError, is_pure, views
 from zgraph.runtime.collectives import MAKERS
 
 VALUES = """graph "g" mesh(shard=2)
@@ -17,6 +17,8 @@ param %sd: f64[4, 2]<S0> "sd"
 param %s1: f32[4, 2]<S1> "s1"
 input %v: f32[4, 2]<V>
 input %v2: f32[3]<V>
+input %h: f32[4, 2]<V>@host
+param %sh: f32[4, 2]<S0>@host "sh"
 input %r: f32[4, 2]<R>
 input %bucket: f32[14]<R>
 input %b: f32[10]<S0>
@@ -29,12 +31,14 @@ NODES = {
     "reshard": (
         "%a: f32[4, 2]<R>, %c: f32[3]<R> = reshard(%s, %s2)",
         "%a: f32[4, 2]<S0> = reshard(%s)",
+        "%a: f32[4, 2]<V>@host = reshard(%h)",
         "%a: f32[4, 2]<R> = reshard(%s, %s2)",
         "%a: int = reshard(%n)",
     ),
     "all_gather_start": (
         "%a: future f32[4, 2]<R> = all_gather_start(%s)",
         "%a: future f32[4, 2]<R> = all_gather_start(%v)",
+        "%a: future f32[4, 2]<R>@host = all_gather_start(%sh)",
         "%a: future f32[4, 2]<R> = all_gather_start(%s1)",
         "%a: future f32[4, 2]<R> = all_gather_start(%s, %s)",
         "%a: f32[4, 2]<R> = all_gather_start(%s)",
@@ -54,6 +58,19 @@ NODES = {
         "%a: future f32[4, 2]<R> = broadcast_start(%v)",
         "%a: future f32[4, 2]<R> = broadcast_start(%s)",
     ),
+    "offload_start": (
+        "%a: future f32[4, 2]<V>@host = offload_start(%v)",
+        "%a: future f32[4, 2]<V> = offload_start(%v)",
+        "%a: future f32[4, 2]<V>@host = offload_start(%h)",
+        "%a: f32[4, 2]<V>@host = offload_start(%v)",
+        "%a: future f32[4, 2]<R>@host = offload_start(%f)",
+    ),
+    "reload_start": (
+        "%a: future f32[4, 2]<V> = reload_start(%h)",
+        "%a: future f32[4, 2]<V>@host = reload_start(%h)",
+        "%a: future f32[4, 2]<V> = reload_start(%v)",
+        "%a: future f32[4, 2]<V> = reload_start(%h, %h)",
+    ),
     "wait": (
         "%a: f32[4, 2]<R> = wait(%f)",
         "%a: f32[4, 2]<R> = wait(%r)",
@@ -63,6 +80,7 @@ NODES = {
     "pack": (
         "%a: f32[12]<S0> = pack(%s, %s2)",
         "%a: f32[12]<S0> = pack(%s, %sd)",
+        "%a: f32[16]<S0> = pack(%s, %sh)",
         "%a: f32[12]<S0> = pack(%s, %v2)",
         "%a: f32[11]<S0> = pack(%s, %s2)",
         "%a: f32[0]<S0> = pack()",
@@ -121,7 +139,7 @@ def test_a_row_has_its_own_name_and_a_line_of_doc(name):
     assert op.name == name
     assert op.doc.endswith(".")
     assert "\n" not in op.doc
-    assert op.lane in ("compute", "comm")
+    assert op.lane in LANES
 
 
 @each_op
@@ -151,11 +169,11 @@ def test_the_costs_are_numbers(name):
 
 
 @each_op
-def test_only_collectives_promise(name):
+def test_only_what_leaves_the_compute_lane_promises(name):
     _, made = good(name)
     promised = [isinstance(r.type, TensorType) and r.type.future for r in made.results]
     assert all(promised) == any(promised) or not promised
-    assert any(promised) == (OPS[name].lane == "comm")
+    assert any(promised) == (OPS[name].lane != "compute")
 
 
 @each_op
@@ -176,7 +194,7 @@ def test_views_and_purity_can_be_asked(name):
     operands = {v.name for v in made.operands}
     assert set(views(graph, made)) <= operands
     assert is_pure(graph, made) == OPS[name].pure
-    assert not (OPS[name].pure and (OPS[name].lane == "comm" or OPS[name].consumes))
+    assert not (OPS[name].pure and (OPS[name].lane != "compute" or OPS[name].consumes))
 
 
 def test_views_and_purity_of_foreign_ops_are_those_declared():

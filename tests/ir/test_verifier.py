@@ -55,6 +55,10 @@ FAULTS = [
     ("placements", "%y is called replicated", "!fwd %y: f32[4]<R> = aten.t.default(%x)"),
     ("placements", "%y is called f32[4]<S0>", "!fwd %y: f32[4]<S0> = aten.t.default(%x)"),
     ("placements", "%y is called f32[4]<P>", "!fwd %y: f32[4]<P> = aten.t.default(%x)"),
+    ("spaces", "%y aten.t.default computes on the device, but %h",
+     "fwd %f: future f32[4]<V>@host = offload_start(%x)\nfwd %h: f32[4]<V>@host = wait(%f)\n"
+     "!fwd %y: f32[4]<V> = aten.t.default(%h)"),
+    ("spaces", "%y aten.t.default computes on the device, but %y", "!fwd %y: f32[4]<V>@host = aten.t.default(%x)"),
     ("futures", "reads the future %f without waiting", GATHER + "!fwd %y: f32[4]<R> = aten.t.default(%f)"),
     ("futures", "%f is waited for 0 times", "!fwd %f: future f32[4]<R> = all_gather_start(%w)"),
     ("futures", "%f is waited for 2 times",

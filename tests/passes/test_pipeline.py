@@ -22,6 +22,8 @@ OPTIONS = {
     "num_ahead": st.integers(0, 9),
     "grouped": st.booleans(),
     "keep_bytes": st.integers(0, 2**50),
+    "num_bytes": st.integers(0, 2**50),
+    "min_bytes": st.integers(0, 2**50),
     "effort": st.integers(0, 1000),
     "slack": st.sampled_from([0.0, 0.5, 1.25, 8.0]),
 }

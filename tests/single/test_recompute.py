@@ -136,7 +136,7 @@ def test_half_of_the_activations_cost_little():
     flop, kept = [], 0
     for keep_bytes in (1 << 40, 0):
         torch.compiler.reset()
-        recipe = zgraph.recipe(3).replace("recompute", f"recompute(keep_bytes={keep_bytes or kept // 2})")
+        recipe = zgraph.recipe(3).replace("fit", f"recompute(keep_bytes={keep_bytes or kept // 2})")
         model = zgraph.compile(llama(), passes=recipe)
         model(**batch("llama", 0)).loss.backward()
         (entry,) = zgraph.report(model).entries

@@ -188,6 +188,7 @@ class _SavedNodes:
 
     def __init__(self, joint: fx.GraphModule, plan: Plan) -> None:
         self.metas = {n.name: n.meta for n in joint.graph.nodes}
+        self.producers = plan.graph.producers
         self.mode = torch_private.fake_mode_of(joint)
         device = next(
             (v.device for n in joint.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)),
@@ -201,9 +202,22 @@ class _SavedNodes:
         if value.name in self.metas and "val" in self.metas[value.name]:
             return value.name, self.metas[value.name]
         kind = value.tensor
+        if kind.is_on_host and (source := self._offloaded(value)) is not None:
+            with self.mode:
+                return value.name, {"val": source.to("cpu")}
         with self.mode:
             fake = torch.empty([int(d) for d in kind.shape], dtype=TO_TORCH[kind.dtype], device=self.device)
         return value.name, {"val": fake}
+
+    def _offloaded(self, value: Value) -> Any:
+        """The fake tensor of the device that a value of the host is a copy of."""
+        node = self.producers.get(value.name)
+        while node is not None and node.op in ("wait", "offload_start"):
+            name = node.operands[0].name
+            if "val" in self.metas.get(name, {}):
+                return self.metas[name]["val"]
+            node = self.producers.get(name)
+        return None
 
 
 def _apart(function: Callable[..., Any]) -> Callable[..., Any]:

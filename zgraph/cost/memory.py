@@ -9,6 +9,7 @@ from heapq import nlargest
 
 from zgraph.cost.workspace import workspace_bytes
 from zgraph.ir import (
+    HOST,
     OPS,
     Graph,
     InputKind,
@@ -21,15 +22,14 @@ from zgraph.ir import (
     TensorType,
     Type,
     Value,
-    num_ranks,
     num_shards,
 )
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import is_copied, padded_bytes, views
 from zgraph.ir.symbols import evaluate
 
-_SENDS_IN_PLACE = ("all_gather_start", "reduce_scatter_start")
-"""Collectives that read their operand until they are waited for. The others copy it first."""
+_SENDS_IN_PLACE = ("all_gather_start", "reduce_scatter_start", "offload_start", "reload_start")
+"""Starts that read their operand until they are waited for. The others copy it first."""
 
 ALLOCATION_BYTES = 64
 """Allocators round up to this."""
@@ -40,11 +40,15 @@ NUM_SERVED = 2
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Bytes alive while one instruction runs, by category; nothing of what lies at rest is counted."""
+    """Bytes alive while one instruction runs, by category; nothing of what lies at rest is counted.
+
+    `host_bytes` lie in the host's memory, all others in the device's.
+    """
 
     node: str
     phase: str
     bytes_by_category: Mapping[str, int]
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -61,6 +65,11 @@ class MemoryCurve:
     def peak(self) -> Moment:
         """The first moment with the most bytes alive."""
         return max(self.moments, key=lambda m: m.total_bytes, default=Moment("", "", {}))
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """The most bytes alive at once in the host's memory."""
+        return max((m.host_bytes for m in self.moments), default=0)
 
 
 def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
@@ -123,10 +132,10 @@ class _Walk:
             is_view = bool(views(self.graph, node))
             for result in node.results:
                 if not is_view:
-                    self.allocate(result.name, result.type)
+                    self.allocate(result.name, result.type, padded=instruction.lane == "comm")
                 self.roots[result.name] = shared if is_view else frozenset((result.name,))
                 self.references.update(self.roots[result.name])
-            if node.op in OPS and OPS[node.op].lane == "comm":
+            if node.op in OPS and OPS[node.op].lane != "compute":
                 self.start(node)
             if node.op == "wait":
                 self.finish(_in_flight(node.operands[0].name))
@@ -160,7 +169,8 @@ class _Walk:
         by_category = Counter(self.by_category)
         by_category["buckets"] += sum(nlargest(NUM_SERVED, self.scratch.values()))
         by_category["temporaries"] += workspace_bytes(node, self.hints)
-        return Moment(node.name, node.phase.value, dict(by_category))
+        host_bytes = by_category.pop(HOST, 0)
+        return Moment(node.name, node.phase.value, dict(by_category), host_bytes)
 
     def adopt(self, values: Iterable[Value]) -> None:
         """Values that come from outside and live until the plan frees them."""
@@ -169,8 +179,14 @@ class _Walk:
             self.roots[value.name] = frozenset((value.name,))
             self.references[value.name] += 1
 
-    def allocate(self, name: str, kind: Type) -> None:
-        size = local_bytes(kind, self.graph.mesh, self.hints)
+    def allocate(self, name: str, kind: Type, *, padded: bool = False) -> None:
+        """A value is born; with room for equal chunks of all ranks where a collective makes it `padded`."""
+        if padded and isinstance(kind, TensorType) and not kind.is_sharded:
+            size = _rounded(padded_bytes(kind, self.graph.num_ranks))
+        else:
+            size = local_bytes(kind, self.graph.mesh, self.hints)
+        if isinstance(kind, TensorType) and kind.is_on_host:
+            self.categories[name] = HOST
         self.alive[name] = size
         self.by_category[self.categories.get(name, "temporaries")] += size
 
@@ -191,8 +207,6 @@ def local_bytes(kind: Type, mesh: Mesh, hints: Mapping[str, int]) -> int:
         return 0
     if kind.is_sharded:
         numel = chunk_numel(kind.shape, num_shards(mesh))
-    elif kind.future:
-        numel = chunk_numel(kind.shape, num_ranks(mesh)) * num_ranks(mesh)
     elif kind.strides is not None:
         sizes = [evaluate(d, hints) for d in kind.shape]
         strides = [evaluate(d, hints) for d in kind.strides]
@@ -214,17 +228,19 @@ def _in_flight(start: str) -> str:
 def _categories(plan: Plan) -> dict[str, str]:
     """What each value that is born in the step is for."""
     found: dict[str, str] = {}
+    inputs = {i.value.name for i in plan.graph.inputs if i.kind is InputKind.param}
     for node in plan.graph.nodes:
         for result in node.results:
             if node.op in ("reduce_scatter_start", "all_reduce_start"):
                 found[result.name] = "gradients"
             elif node.op in ("all_gather_start", "unpack") and isinstance(result.type, TensorType):
                 found[result.name] = "gradients" if result.type.is_sharded else "gathered"
+            elif node.op == "reload_start":
+                found[result.name] = "gathered" if node.operands[0].name in inputs else "activations"
             elif node.op in OPS and node.op not in ("cast", "wait"):
                 found[result.name] = "buckets"
     for value in plan.saved:
         found.setdefault(value.name, "activations")
-    inputs = {i.value.name for i in plan.graph.inputs if i.kind is InputKind.param}
     for output in plan.graph.outputs:
         if output.kind is OutputKind.grad and output.value is not None and output.target in inputs:
             if output.phase is not Phase.forward:

@@ -1,8 +1,8 @@
 """One step of a plan on a clock: which lane runs what when, and what computing waits for.
 
-Two lanes, as on the hardware. The compute lane runs the plan's instructions in order. A start hands its collective to
-the communication lane, which runs them in the order in which they were started. A wait holds the compute lane until
-its collective is over.
+Four lanes, as on the hardware. The compute lane runs the plan's instructions in order. A start hands its collective to
+the communication lane, or its copy to the one of its direction; each runs what it is given in the order in which it was
+started. A wait holds the compute lane until that is over.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from zgraph.cost.table import CostTable
 from zgraph.errors import SimulationError
 from zgraph.ir import OPS, Graph, Instruction, Node, Plan
 from zgraph.ir.graph import values_in
-from zgraph.ir.ops import views
+from zgraph.ir.ops import LANES, views
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """Computing waits at `node` for the collective `start`."""
+    """Computing waits at `node` for the collective or copy `start`."""
 
     node: str
     start: str
@@ -56,12 +56,12 @@ class Timeline:
 
     @property
     def exposed_us(self) -> float:
-        """Time that computing waits for communication."""
+        """Time that computing waits for communication or copies."""
         return sum(s.us for s in self.stalls)
 
     @property
     def lower_bound_us(self) -> float:
-        """No order can be faster than all computing, or all communication."""
+        """No order can be faster than the busiest lane."""
         return max(self.busy_us.values(), default=0.0)
 
 
@@ -76,7 +76,7 @@ def simulate(plan: Plan, costs: CostTable, hints: Mapping[str, int]) -> Timeline
     if plan.backward is not None:
         clock.run((plan.lean[0] if plan.lean else plan.backward).instructions)
     clock.end()
-    busy: dict[str, float] = {"compute": 0.0, "comm": 0.0}
+    busy: dict[str, float] = dict.fromkeys(LANES, 0.0)
     for span in clock.spans:
         busy[span.lane] += span.end_us - span.start_us
     memory = simulate_memory(plan, hints)
@@ -86,7 +86,8 @@ def simulate(plan: Plan, costs: CostTable, hints: Mapping[str, int]) -> Timeline
 class _Clock:
     def __init__(self, graph: Graph, costs: CostTable, hints: Mapping[str, int]) -> None:
         self.graph, self.costs, self.hints = graph, costs, hints
-        self.now = self.lane_free = 0.0
+        self.now = 0.0
+        self.lane_free: dict[str, float] = dict.fromkeys(LANES, 0.0)
         self.spans: list[Span] = []
         self.stalls: list[Stall] = []
         self.over_at: dict[str, float] = {}
@@ -100,20 +101,19 @@ class _Clock:
             shared = frozenset(r for name in views(self.graph, node) for r in self.root(name))
             for result in node.results:
                 self.roots[result.name] = shared or frozenset((result.name,))
-            if instruction.lane == "comm":
-                self.start(node)
+            if instruction.lane != "compute":
+                self.start(node, instruction.lane)
             elif node.op == "wait":
                 self.wait(node)
             else:
                 self.compute(node)
 
-    def start(self, node: Node) -> None:
+    def start(self, node: Node, lane: str) -> None:
         self.now += self.costs.start_us(node, self.hints)
-        us = self.costs.transfer_us(self.graph, node)
-        begin = max(self.now, self.lane_free)
-        self.lane_free = begin + us
-        self.over_at.update((r.name, self.lane_free) for r in node.results)
-        self.spans.append(Span("comm", node.name, node.op, node.phase.value, begin, self.lane_free))
+        begin = max(self.now, self.lane_free[lane])
+        end = self.lane_free[lane] = begin + self.costs.transfer_us(self.graph, node, self.hints)
+        self.over_at.update((r.name, end) for r in node.results)
+        self.spans.append(Span(lane, node.name, node.op, node.phase.value, begin, end))
         for value, result in zip(node.operands, node.results, strict=True):
             self.sending.update(dict.fromkeys(self.root(value.name), result.name))
 
@@ -134,13 +134,13 @@ class _Clock:
         us = self.costs.node_us(self.graph, node, self.hints)
         if not us:
             return
-        overlapped = min(max(self.lane_free - self.now, 0.0) / self.slowdown, us)
+        overlapped = min(max(max(self.lane_free.values()) - self.now, 0.0) / self.slowdown, us)
         end = self.now + us + overlapped * (self.slowdown - 1)
         self.spans.append(Span("compute", node.name, node.op, node.phase.value, self.now, end))
         self.now = end
 
     def check(self, node: Node) -> None:
-        """Nothing may write to, or free, what a collective is sending."""
+        """Nothing may write to, or free, what a collective or a copy is reading."""
         if not self.sending:
             return
         if node.op in OPS:

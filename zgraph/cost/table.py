@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zgraph.cost.hardware import Hardware
+from zgraph.cost.memory import local_bytes
 from zgraph.cost.network import Network
 from zgraph.cost.work import work
 from zgraph.errors import HardwareError
@@ -21,6 +22,7 @@ _COLLECTIVES = {
     "all_reduce_start": "all_reduce",
     "broadcast_start": "broadcast",
 }
+_COPIES = {"offload_start": "offload", "reload_start": "reload"}
 
 
 class Line(BaseModel):
@@ -38,7 +40,7 @@ class CostTable(BaseModel):
         hardware: the profile that answers for whatever was not measured.
         per_host: ranks that share a host; 0 takes full hosts.
         ops: microseconds by `signature`.
-        transfers: lines by collective (all_gather, ...).
+        transfers: lines by collective (all_gather, ...) or copy (offload, reload).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,8 +71,27 @@ class CostTable(BaseModel):
         """What it takes the compute lane to hand a collective over: nothing where it was not measured."""
         return self.ops.get(signature(start, hints), 0.0) if self.ops else 0.0
 
-    def transfer_us(self, graph: Graph, start: Node) -> float:
-        """What a collective takes on the wire once it has begun, in microseconds."""
+    def transfer_us(self, graph: Graph, start: Node, hints: Mapping[str, int]) -> float:
+        """What a collective or a copy takes on its lane once it has begun, in microseconds."""
+        if start.op in _COPIES:
+            return self.copy_us(local_bytes(start.operands[0].type, graph.mesh, hints), start.op)
+        staged = self.copy_us(OPS[start.op].scratch_bytes(start, graph.mesh)) if _is_staged(start) else 0.0
+        return staged + self._wire_us(graph, start)
+
+    def copy_us(self, num_bytes: int, op: str = "reload_start") -> float:
+        """What a copy between the device and its host takes, in microseconds."""
+        if line := self.transfers.get(_COPIES[op]):
+            return line.latency_us + 1e6 * num_bytes / line.bytes_per_s
+        link = self.hardware.host_link
+        return link.latency_us + 1e6 * num_bytes / link.bytes_per_s
+
+    @property
+    def latency_bytes(self) -> float:
+        """What a copy to the host moves in the time that its latency takes."""
+        link = self.hardware.host_link
+        return link.latency_us * link.bytes_per_s / 1e6
+
+    def _wire_us(self, graph: Graph, start: Node) -> float:
         kind = _COLLECTIVES[start.op]
         if line := self.transfers.get(kind):
             return line.latency_us + 1e6 * OPS[start.op].wire_bytes(start, graph.mesh) / line.bytes_per_s
@@ -103,6 +124,11 @@ class CostTable(BaseModel):
         count = num_ranks(mesh) // num_shards(mesh)
         each = max((self.per_host or self.hardware.devices_per_host) // num_shards(mesh), 1)
         return Network(self.hardware, count, each if count % each == 0 else 1)
+
+
+def _is_staged(start: Node) -> bool:
+    """Whether a gather takes its shards from the host."""
+    return start.op == "all_gather_start" and start.operands[0].tensor.is_on_host
 
 
 def signature(node: Node, hints: Mapping[str, int]) -> str:

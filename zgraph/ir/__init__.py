@@ -20,6 +20,8 @@ from zgraph.ir.parser import parse_graph
 from zgraph.ir.plan import Instruction, Plan, Program
 from zgraph.ir.printer import fingerprint, print_graph, print_node
 from zgraph.ir.types import (
+    DEVICE,
+    HOST,
     Axis,
     DType,
     Mesh,
@@ -38,8 +40,8 @@ from zgraph.ir.types import (
 from zgraph.ir.verifier import verify
 
 __all__ = [
-    "OPS", "Arg", "Axis", "Builder", "DType", "Foreign", "Graph", "Input", "InputKind", "Instruction", "Mesh",
-    "Node", "NoneType", "Op", "Origin", "Output", "OutputKind", "Partial", "Phase", "Placement", "Plan", "Program",
-    "Replicate", "ScalarType", "Shard", "TensorType", "Token", "Type", "Value", "Varying", "fingerprint", "num_ranks",
-    "num_shards", "parse_graph", "print_graph", "print_node", "verify",
+    "DEVICE", "HOST", "OPS", "Arg", "Axis", "Builder", "DType", "Foreign", "Graph", "Input", "InputKind", "Instruction",
+    "Mesh", "Node", "NoneType", "Op", "Origin", "Output", "OutputKind", "Partial", "Phase", "Placement", "Plan",
+    "Program", "Replicate", "ScalarType", "Shard", "TensorType", "Token", "Type", "Value", "Varying", "fingerprint",
+    "num_ranks", "num_shards", "parse_graph", "print_graph", "print_node", "verify",
 ]  # fmt: skip

@@ -123,7 +123,9 @@ class Input:
         value: the SSA value.
         target: the name in the model of a parameter, buffer or lifted constant.
         stage: for a parameter, the ZeRO stage wanted for it; None leaves it to the recipe.
-        master: for a parameter, the dtype it has at rest where that is not the dtype it is computed with.
+        master: for a parameter, the dtype of its master copy where that is not the dtype it is computed with.
+        offload: for a parameter, what of it lies on the host: nothing; `optimizer`: its master, gradient and optimizer
+            state, while a copy to compute with stays on the device; `parameters`: that copy too.
     """
 
     kind: InputKind
@@ -131,6 +133,7 @@ class Input:
     target: str = ""
     stage: int | None = None
     master: DType | None = None
+    offload: str = ""
 
 
 class OutputKind(enum.Enum):

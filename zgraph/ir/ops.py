@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from zgraph.ir.graph import Graph, Node, values_in
 from zgraph.ir.layout import bucket_layout, chunk_numel, is_even
 from zgraph.ir.types import (
+    DEVICE,
+    HOST,
     DType,
     Mesh,
     Partial,
@@ -24,7 +26,11 @@ from zgraph.ir.types import (
     num_shards,
 )
 
-Lane = Literal["compute", "comm"]
+Lane = Literal["compute", "comm", "d2h", "h2d"]
+"""What runs an op: computing, the network, or copies from the device to its host and back."""
+
+LANES: tuple[Lane, ...] = get_args(Lane)
+
 TypeRule = Callable[[Node, Mesh], tuple[Type, ...]]
 
 
@@ -106,7 +112,8 @@ def moved_bytes(node: Node, mesh: Mesh) -> int:
 
 
 def _gathered(node: Node, _: Mesh) -> tuple[Type, ...]:
-    return _moved(node, lambda kind: kind.at(*kind.placement[:-1], Replicate()), Shard)
+    """Onto the device, from wherever the shards lie."""
+    return _moved(node, lambda kind: kind.at(*kind.placement[:-1], Replicate()).on(DEVICE), Shard)
 
 
 def _scattered(node: Node, _: Mesh) -> tuple[Type, ...]:
@@ -117,6 +124,18 @@ def _shared(node: Node, _: Mesh) -> tuple[Type, ...]:
     return _moved(node, TensorType.reduced, Varying, Partial)
 
 
+def _copied_to(space: str) -> TypeRule:
+    """The operand, whole as it lies, in another memory space."""
+
+    def rule(node: Node, _: Mesh) -> tuple[Type, ...]:
+        kind = _one(node)
+        if kind.future or kind.space == space:
+            raise TypeRuleError(f"copies to the {space} what does not lie there, not {kind}")
+        return (kind.on(space).promised(),)
+
+    return rule
+
+
 def _waited(node: Node, _: Mesh) -> tuple[Type, ...]:
     kind = _one(node)
     if not kind.future:
@@ -125,22 +144,23 @@ def _waited(node: Node, _: Mesh) -> tuple[Type, ...]:
 
 
 def _resharded(node: Node, _: Mesh) -> tuple[Type, ...]:
-    """Placement may become anything; everything else of each operand stays."""
+    """Placement and memory space may become anything; everything else of each operand stays."""
     results = []
     for value, result in zip(node.operands, node.results, strict=True):
         kind, made = tensor(replace(node, args=(value,), kwargs=())), result.type
-        if not isinstance(made, TensorType) or kind.placement == made.placement:
-            raise TypeRuleError(f"must change the placement of %{value.name}")
-        results.append(kind.contiguous().at(*made.placement))
+        if not isinstance(made, TensorType) or (kind.placement, kind.space) == (made.placement, made.space):
+            raise TypeRuleError(f"must change the placement or the memory space of %{value.name}")
+        same = kind if kind.placement == made.placement else kind.contiguous()
+        results.append(same.at(*made.placement).on(made.space))
     return tuple(results)
 
 
 def _packed(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     kinds = [tensor(node, i) for i in range(len(node.operands))]
-    if len({(k.dtype, k.placement) for k in kinds}) != 1:
-        raise TypeRuleError("packs tensors of one dtype and one placement")
+    if len({(k.dtype, k.placement, k.space) for k in kinds}) != 1:
+        raise TypeRuleError("packs tensors of one dtype, one placement and one memory space")
     numel = bucket_layout(kinds, num_shards(mesh)).part_numel * num_shards(mesh)
-    return (TensorType(kinds[0].dtype, (numel,), placement=kinds[0].placement),)
+    return (TensorType(kinds[0].dtype, (numel,), placement=kinds[0].placement, space=kinds[0].space),)
 
 
 def _unpacked(node: Node, mesh: Mesh) -> tuple[Type, ...]:
@@ -150,7 +170,7 @@ def _unpacked(node: Node, mesh: Mesh) -> tuple[Type, ...]:
         raise TypeRuleError(f"unpacks into tensors of {flat.dtype.value}")
     if bucket_layout(members, num_shards(mesh)).part_numel * num_shards(mesh) != flat.numel:
         raise TypeRuleError("its results do not fill its operand")
-    return tuple(m.contiguous().at(*flat.placement) for m in members)
+    return tuple(m.contiguous().at(*flat.placement).on(flat.space) for m in members)
 
 
 def _cast(node: Node, _: Mesh) -> tuple[Type, ...]:
@@ -214,21 +234,28 @@ def _share_lands(node: Node, mesh: Mesh) -> int:
     return _part(moved_bytes(node, mesh), num_ranks(mesh))
 
 
+def _staged(node: Node, mesh: Mesh) -> int:
+    """Shards that lie on the host go to the device first."""
+    return moved_bytes(node, mesh) // num_shards(mesh) if tensor(node).is_on_host else 0
+
+
 def _is_sharded(node: Node) -> bool:
     return tensor(node).is_sharded
 
 
 _ROWS = (
-    Op("reshard", "Change the placement of one or more values; a lowering pass decides by which collective.",
+    Op("reshard", "Change the placement or the memory space of values; a lowering pass decides how.",
        _resharded),
     Op("all_gather_start", "Begin to collect the shards of all ranks into the whole tensor.", _gathered, "comm",
-       _gather_sends, pure=False),
+       _gather_sends, scratch_bytes=_staged, pure=False),
     Op("reduce_scatter_start", "Begin to average over the ranks, each rank keeping its shard.", _scattered, "comm",
        _scatter_sends, scratch_bytes=_scatter_lands, pure=False),
     Op("all_reduce_start", "Begin to average over the ranks, every rank keeping the whole.", _shared, "comm",
        _share_sends, scratch_bytes=_share_lands, pure=False),
     Op("broadcast_start", "Begin to copy the first rank's value to every rank.", _shared, "comm", _share_sends,
        pure=False),
+    Op("offload_start", "Begin to copy a value from the device to its host.", _copied_to(HOST), "d2h", pure=False),
+    Op("reload_start", "Begin to copy a value from the host to its device.", _copied_to(DEVICE), "h2d", pure=False),
     Op("wait", "Deliver what a start promised.", _waited, views=lambda node: True, pure=False),
     Op("pack", "Lay tensors out as one bucket: chunk r of it is chunk r of each, one after the other.", _packed),
     Op("unpack", "Take a bucket apart again.", _unpacked, views=_is_sharded),

@@ -25,6 +25,8 @@ from zgraph.ir.graph import (
 )
 from zgraph.ir.symbols import Dim, parse_dim
 from zgraph.ir.types import (
+    DEVICE,
+    HOST,
     Axis,
     DType,
     NoneType,
@@ -47,6 +49,8 @@ _INTEGER = re.compile(r"-?\d{1,19}")
 _MAX_DIGITS = 400
 _PLACEMENTS: dict[str, Placement] = {"R": Replicate(), "P": Partial(), "V": Varying()}
 _DTYPES = {d.value: d for d in DType}
+_SPACES = {space: space for space in (DEVICE, HOST)}
+_OFFLOADS = {what: what for what in ("optimizer", "parameters")}
 _MAX_DEPTH = 32
 
 
@@ -189,7 +193,7 @@ class _Line:
         strides = self.dims("]") if self.accept("|") else None
         self.expect("]")
         placement = self.listed(">", self.placement) if self.accept("<") else ()
-        space = self.word("a memory space") if self.accept("@") else "device"
+        space = self.one_of(_SPACES, "a memory space") if self.accept("@") else DEVICE
         return TensorType(_DTYPES[word], shape, strides, placement, space, future)
 
     def placement(self) -> Placement:
@@ -309,7 +313,8 @@ class _Reader:
         target = line.string() if line.peek('"') else ""
         stage = line.integer() if line.accept("stage=") else None
         master = line.one_of(_DTYPES, "a dtype") if line.accept("master=") else None
-        return Input(kind, value, target, stage, master)
+        offload = line.one_of(_OFFLOADS, "what is offloaded") if line.accept("offload=") else ""
+        return Input(kind, value, target, stage, master, offload)
 
     def output(self, line: _Line) -> Output:
         phase = line.one_of(self.phases, "a phase")

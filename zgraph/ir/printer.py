@@ -81,6 +81,7 @@ def _input(entry: Input) -> str:
     parts += [json.dumps(entry.target)] if entry.target else []
     parts += [f"stage={entry.stage}"] if entry.stage is not None else []
     parts += [f"master={entry.master.value}"] if entry.master is not None else []
+    parts += [f"offload={entry.offload}"] if entry.offload else []
     return " ".join(parts)
 
 

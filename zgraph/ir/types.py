@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from zgraph.ir.symbols import Dim, render
 
 __all__ = [
-    "Axis", "DType", "Mesh", "NoneType", "Partial", "Placement", "Replicate", "ScalarType", "Shard", "TensorType",
-    "Type", "Varying", "num_ranks", "num_shards",
+    "DEVICE", "HOST", "Axis", "DType", "Mesh", "NoneType", "Partial", "Placement", "Replicate", "ScalarType", "Shard",
+    "TensorType", "Type", "Varying", "num_ranks", "num_shards",
 ]  # fmt: skip
 
 
@@ -100,27 +100,32 @@ def num_shards(mesh: Mesh) -> int:
     return mesh[-1].size if mesh else 1
 
 
+DEVICE, HOST = "device", "host"
+"""The memory spaces: of the device, where ops compute; of the host, where values wait."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorType:
     """The type of a tensor value.
 
     `shape` is the global shape; for a placement of `Varying` it is each rank's own. `strides` is None where the
-    tensor is contiguous. `placement` has one entry a mesh axis (none where the graph has no mesh). `future` marks a
-    value that a start op promises and a `wait` delivers.
+    tensor is contiguous. `placement` has one entry a mesh axis (none where the graph has no mesh). `space` is the
+    memory that it lies in: the device's, where ops compute, or the host's. `future` marks a value that a start op
+    promises and a `wait` delivers.
     """
 
     dtype: DType
     shape: tuple[Dim, ...]
     strides: tuple[Dim, ...] | None = None
     placement: tuple[Placement, ...] = ()
-    space: str = "device"
+    space: str = DEVICE
     future: bool = False
 
     def __str__(self) -> str:
         dims = ", ".join(render(d) for d in self.shape)
         strides = "" if self.strides is None else " | " + ", ".join(render(d) for d in self.strides)
         placement = f"<{', '.join(map(str, self.placement))}>" if self.placement else ""
-        space = "" if self.space == "device" else f"@{self.space}"
+        space = "" if self.space == DEVICE else f"@{self.space}"
         return f"{'future ' if self.future else ''}{self.dtype.value}[{dims}{strides}]{placement}{space}"
 
     @property
@@ -144,6 +149,15 @@ class TensorType:
     def reduced(self) -> TensorType:
         """The same tensor with what the ranks had of their own averaged: alike on all of them."""
         return self.at(*(Replicate() if isinstance(p, Varying | Partial) else p for p in self.placement))
+
+    def on(self, space: str) -> TensorType:
+        """The same tensor in another memory space."""
+        return replace(self, space=space)
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether it lies in the host's memory."""
+        return self.space == HOST
 
     def contiguous(self, dtype: DType | None = None) -> TensorType:
         """The same shape and placement laid out densely, in `dtype` if one is given."""

@@ -9,7 +9,7 @@ from zgraph.errors import VerifyError
 from zgraph.ir.graph import Graph, Input, InputKind, Node, OutputKind, Phase
 from zgraph.ir.ops import OPS, TypeRuleError, views
 from zgraph.ir.printer import print_node
-from zgraph.ir.types import Partial, Replicate, Shard, TensorType, Varying
+from zgraph.ir.types import DEVICE, Partial, Replicate, Shard, TensorType, Varying
 
 Fault = tuple[int | None, str]
 """Position of the node at fault (None: the graph as a whole) and what is wrong."""
@@ -111,6 +111,16 @@ def placements(graph: Graph) -> Iterator[Fault]:
                 yield position, f"%{result.name} is called replicated, but it is made of values that vary"
 
 
+def spaces(graph: Graph) -> Iterator[Fault]:
+    """Ops that compute read and make values on the device."""
+    for position, node in enumerate(graph.nodes):
+        if node.op in OPS:
+            continue
+        for value in (*node.operands, *node.results):
+            if isinstance(value.type, TensorType) and value.type.space != DEVICE:
+                yield position, f"{node.op} computes on the device, but %{value.name} is {value.type}; reload it first"
+
+
 def futures(graph: Graph) -> Iterator[Fault]:
     """Every future is waited for exactly once, in its own phase, and read by nothing else."""
     waited = Counter(v.name for n in graph.nodes if n.op == "wait" for v in n.operands)
@@ -155,7 +165,7 @@ def lifetimes(graph: Graph) -> Iterator[Fault]:
 
 
 def targets(graph: Graph) -> Iterator[Fault]:
-    """A gradient or a new value belongs to an input, and has its shape and dtype."""
+    """A gradient or a new value belongs to an input, and has its shape and dtype, or its master's dtype."""
     by_name: dict[str, Input] = {i.value.name: i for i in graph.inputs}
     for output in graph.outputs:
         if output.kind is OutputKind.output or output.value is None:
@@ -163,18 +173,17 @@ def targets(graph: Graph) -> Iterator[Fault]:
         if output.target not in by_name:
             yield None, f'returns a {output.kind.value} of "{output.target}", which is no input'
             continue
-        kind, target = output.value.type, by_name[output.target].value.type
-        if isinstance(kind, TensorType) and isinstance(target, TensorType) and _extent(kind) != _extent(target):
+        entry = by_name[output.target]
+        kind, target = output.value.type, entry.value.type
+        if not isinstance(kind, TensorType) or not isinstance(target, TensorType):
+            continue
+        if kind.shape != target.shape or kind.dtype not in (target.dtype, entry.master):
             yield None, f"the {output.kind.value} of %{output.target} is {kind}, but it is {target}"
 
 
 RULES: tuple[Callable[[Graph], Iterator[Fault]], ...] = (
-    ssa, phases, known_ops, types, placements, futures, lifetimes, targets,
+    ssa, phases, known_ops, types, placements, spaces, futures, lifetimes, targets,
 )  # fmt: skip
-
-
-def _extent(kind: TensorType) -> tuple[object, ...]:
-    return kind.shape, kind.dtype
 
 
 def _list(kinds: tuple[object, ...]) -> str:

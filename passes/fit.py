@@ -1,0 +1,144 @@
+"""Make the step fit the memory budget at the least time: each value is kept, computed again, or moved to the host.
+
+    fwd %a = aten.mm.default(%x, %w)               fwd %a = aten.mm.default(%x, %w)
+    fwd %b = aten.silu.default(%a)           ->    fwd %b = aten.silu.default(%a)
+    ...                                            fwd %a_host = reshard(%a)               moved: the copies are hidden
+    bwd %d = ...(%a, %b)                           bwd %a_back = reshard(%a_host)
+                                                   bwd %b_again = aten.silu.default(%a_back)      computed again: cheap
+                                                   bwd %d = ...(%a_back, %b_again)
+
+What moving costs depends on what the schedule can hide, so several amounts are tried: none, what the link carries while
+the forward computes, twice that, and all. For each, as many bytes are kept as the budget has room for, chosen at the
+least time (`analysis/forward.py`); then the schedule says which is fastest. Whether a graph fits is not believed but
+simulated. Regions that the user put under `torch.utils.checkpoint` are always computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from zgraph.ir import Graph, Phase
+from zgraph.passes.analysis.forward import Forward
+from zgraph.passes.base import Context, Pass
+from zgraph.passes.offload import Saved
+from zgraph.passes.outlook import makespan_us, peak_bytes
+
+MAX_TRIALS = 12
+"""How often the step's memory is simulated to find how many bytes may be kept."""
+
+PRECISION = 200
+"""The search ends when it knows the bytes to this part of the limit."""
+
+
+@dataclass(frozen=True)
+class Fit(Pass):
+    """Make the step fit the memory budget at the least time: each value is kept, computed again, or moved to the host.
+
+    Without a budget all is kept but for what the user marked.
+    """
+
+    name: ClassVar[str] = "fit"
+    requires: ClassVar[frozenset[str]] = frozenset({"placed"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"lowered"})
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        limit = context.step_bytes
+        is_marked = any(n.checkpoint for n in graph.nodes)
+        if not graph.phase_nodes(Phase.backward) or not (limit is not None or is_marked):
+            return graph
+        if limit is not None and not is_marked and peak_bytes(graph, context) <= limit:
+            return graph
+        forward = Forward(graph, context)
+        if limit is None:
+            return forward.keeping(forward.choices(None))
+        fitter = _Fitter(forward, limit)
+        found = [fitter.best(move_bytes) for move_bytes in fitter.shares()]
+        fitting = [t.graph for t in found if t.peak_bytes <= limit]
+        if not fitting:
+            return min(found, key=lambda t: t.peak_bytes).graph
+        return min(fitting, key=lambda g: makespan_us(g, context)) if len(fitting) > 1 else fitting[0]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What is kept (on the device or on the host) and how much of it may be moved; the graph, and its peak."""
+
+    kept_bytes: int
+    move_bytes: int
+    graph: Graph
+    peak_bytes: int
+
+
+class _Fitter:
+    """Finds, for an amount that may be moved to the host, the graph that computes the least again."""
+
+    def __init__(self, forward: Forward, limit: int) -> None:
+        self.forward, self.limit = forward, limit
+
+    def shares(self) -> list[int]:
+        """Amounts to try: none, what the link hides behind the forward, twice that, all."""
+        forward, context = self.forward, self.forward.context
+        if not context.offloads:
+            return [0]
+        us = sum(context.costs.node_us(forward.graph, n, context.hints) for n in forward.nodes)
+        hidden = int(us / 1e6 * context.costs.hardware.host_link.bytes_per_s)
+        everything = sum(Saved(forward.graph, context).num_bytes.values())
+        return sorted({0, *(h for h in (hidden, 2 * hidden) if h < everything), everything})
+
+    def trial(self, keep_bytes: int | None, move_bytes: int, *, exactly: bool = False) -> _Trial:
+        forward = self.forward
+        choices = forward.choices(keep_bytes, exactly=exactly)
+        graph = forward.keeping(choices)
+        if move_bytes:
+            saved = Saved(graph, forward.context)
+            graph = saved.offloading(saved.first(move_bytes))
+        return _Trial(sum(c.num_bytes for c in choices), move_bytes, graph, peak_bytes(graph, forward.context))
+
+    def best(self, move_bytes: int) -> _Trial:
+        """The graph that moves at most so much and computes the least again; the one with the lowest peak if none
+        fits."""
+        most = self.trial(None, move_bytes)
+        if most.peak_bytes > self.limit:
+            return self.keeping_most(most)
+        return self.moving_least(most) if move_bytes else most
+
+    def keeping_most(self, most: _Trial) -> _Trial:
+        """The graph that keeps the most, where not all of it can be kept."""
+        over = lowest = most
+        fits: _Trial | None = None
+        num_trials, factor = 0, 1
+        while fits is None and over.kept_bytes > 0 and num_trials < MAX_TRIALS:
+            wanted = over.kept_bytes - factor * max(over.peak_bytes - self.limit, 1)
+            found = self.trial(max(wanted, 0), most.move_bytes)
+            lowest = min(lowest, found, key=lambda t: t.peak_bytes)
+            if found.peak_bytes <= self.limit:
+                fits = found
+            elif found.kept_bytes == over.kept_bytes:
+                break  # no choice keeps less
+            else:
+                over, factor = found, 2 * factor
+            num_trials += 1
+        if fits is None:
+            return lowest
+        while num_trials < MAX_TRIALS and over.kept_bytes - fits.kept_bytes > self.limit // PRECISION:
+            found = self.trial((over.kept_bytes + fits.kept_bytes) // 2, most.move_bytes)
+            if found.kept_bytes <= fits.kept_bytes:
+                break
+            over, fits = (over, found) if found.peak_bytes <= self.limit else (found, fits)
+            num_trials += 1
+        exact = self.trial(fits.kept_bytes, most.move_bytes, exactly=True)
+        return exact if exact.peak_bytes <= self.limit else fits
+
+    def moving_least(self, most: _Trial) -> _Trial:
+        """The graph that moves the least, where nothing needs to be computed again."""
+        fits, low = most, 0
+        for _ in range(MAX_TRIALS):
+            if fits.move_bytes - low <= self.limit // PRECISION:
+                break
+            found = self.trial(None, (low + fits.move_bytes) // 2)
+            if found.peak_bytes <= self.limit:
+                fits = found
+            else:
+                low = found.move_bytes
+        return fits

@@ -1,0 +1,200 @@
+"""Memory of the host that a device's values wait in, and the lanes of copies to and from it.
+
+On GPUs the memory is pinned, and each direction has a stream of its own: copies run beside computing, in the order of
+events.
+On processors, where device and host are the same memory, it is taken apart from torch's allocator, so that what is
+counted as the device's is what the plan says; a thread copies in each direction.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future as Promise
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zgraph.errors import OffloadError
+
+PAGE_BYTES = mmap.PAGESIZE
+
+
+class HostPool:
+    """Blocks of the host's memory, kept for the next of their size when their tensor dies.
+
+    Args:
+        device: whose values will lie there; its copies need pinned memory if it is a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pins = device.type == "cuda"
+        self.alive_bytes = 0
+        self.held_bytes = 0
+        self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
+
+    def empty(self, size: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> torch.Tensor:
+        """An uninitialised tensor in the host's memory.
+
+        Args:
+            size: its shape.
+            dtype: its element type.
+            stride: in elements; None lays it out densely.
+
+        Raises:
+            OffloadError: the host has no memory left.
+        """
+        numel = _extent(size, stride)
+        if numel == 0:
+            return torch.empty(tuple(size), dtype=dtype)
+        num_bytes = -(-numel * dtype.itemsize // PAGE_BYTES) * PAGE_BYTES
+        block = self._take(num_bytes)
+        window = (ctypes.c_char * num_bytes).from_buffer(block)
+        weakref.finalize(window, self._give_back, block).atexit = False
+        self.alive_bytes += num_bytes
+        flat = torch.frombuffer(window, dtype=dtype, count=numel)
+        return flat.view(tuple(size)) if stride is None else flat.as_strided(tuple(size), tuple(stride))
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor with the shape, dtype and strides of another."""
+        return self.empty(tensor.size(), tensor.dtype, tensor.stride())
+
+    def _take(self, num_bytes: int) -> mmap.mmap:
+        if free := self._free[num_bytes]:
+            return free.pop()
+        try:
+            block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise OffloadError(
+                f"the host has no {num_bytes:,} bytes left for what is offloaded ({error.strerror}); "
+                f"{self.held_bytes:,} are in use for it. Offload less, or use fewer ranks a host."
+            ) from None
+        block.madvise(mmap.MADV_DONTFORK)
+        if self.pins:
+            _pin(block, num_bytes)
+        self.held_bytes += num_bytes
+        return block
+
+    def _give_back(self, block: mmap.mmap) -> None:
+        self.alive_bytes -= len(block)
+        self._free[len(block)].append(block)
+
+
+def _extent(size: Sequence[int], stride: Sequence[int] | None) -> int:
+    """Elements between the first and the last of a tensor, both counted."""
+    if any(s == 0 for s in size):
+        return 0
+    if stride is None:
+        numel = 1
+        for s in size:
+            numel *= s
+        return numel
+    return 1 + sum((s - 1) * st for s, st in zip(size, stride, strict=True))
+
+
+def _pin(block: mmap.mmap, num_bytes: int) -> None:
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    if int(runtime.cudaHostRegister(address, num_bytes, 0)):
+        raise OffloadError(
+            f"the driver cannot pin {num_bytes:,} bytes of the host's memory; raise the limit of locked memory "
+            "(ulimit -l), or offload less"
+        )
+
+
+def available_bytes() -> int:
+    """What the host's memory still has room for: of the machine, and of the control group that the process runs in."""
+    found = [1 << 62]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            found.append(int(line.split()[1]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            found.append(int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # no control group, or an older kind: the machine's own figure stands
+    return min(found)
+
+
+class Copy:
+    """A copy under way."""
+
+    def __init__(self, done: torch.cuda.Event | Promise[None]) -> None:
+        self._done = done
+
+    def wait(self) -> None:
+        """What computes from here on sees the copy: the stream waits for it, or the processor does."""
+        if isinstance(self._done, Promise):
+            self._done.result()
+        else:
+            self._done.wait()
+
+    def synchronize(self) -> None:
+        """The host sees the copy."""
+        if isinstance(self._done, Promise):
+            self._done.result()
+        else:
+            self._done.synchronize()
+
+
+class CopyLane:
+    """Copies in one direction, one after the other, beside computing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._thread = ThreadPoolExecutor(1, "zgraph-copies") if self.stream is None else None
+
+    def start(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
+        """Begin to copy. Both must stay alive until the copy has been waited for."""
+        if self.stream is None:
+            assert self._thread is not None
+            return Copy(self._thread.submit(_copy, target, source))
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self.stream)
+        return Copy(event)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    with torch.no_grad():
+        target.copy_(source)
+
+
+class HostMemory:
+    """The host's memory as one device sees it: blocks, and a lane of copies in each direction."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = HostPool(device)
+        self.to_host, self.to_device = CopyLane(device), CopyLane(device)
+
+    def offload(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Copy]:
+        """Begin to copy a tensor of the device to the host."""
+        target = self.pool.empty_like(tensor)
+        return target, self.to_host.start(target, tensor)
+
+    @contextmanager
+    def after(self, copies: Iterable[Copy]) -> Iterator[None]:
+        """What is started here begins once these copies to the device are over; what computes does not wait."""
+        if self.device.type == "cuda":
+            with torch.cuda.stream(self.to_device.stream):
+                yield
+            return
+        for copy in copies:
+            copy.wait()
+        yield
+
+    def reload(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Copy]:
+        """Begin to copy a tensor of the host to the device."""
+        target = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device)
+        return target, self.to_device.start(target, tensor)
