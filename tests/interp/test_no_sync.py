@@ -20,7 +20,7 @@ def check_two_micro_steps(captured: Graph, recipe: str, num_ranks: int, reduce_d
     second = first.next_batch()
     after = parse_recipe(recipe).run(captured, context(num_ranks, reduce_dtype))
     targets = {i.value.name: i.target for i in after.params}
-    rest = {i.value.name: TO_TORCH[i.value.tensor.dtype] for i in after.params}
+    rest = {i.value.name: TO_TORCH[i.master or i.value.tensor.dtype] for i in after.params}
     held_targets = {n.option("target") for n in after.nodes if n.op == "accumulate"}
 
     def is_held(output: Output) -> bool:
