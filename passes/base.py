@@ -7,10 +7,12 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from zgraph.cost import CostTable, hardware
 from zgraph.ir import Axis, DType, Graph
+
+Choice = Literal["never", "auto", "always"]
 
 
 class Numerics(enum.Enum):
@@ -43,7 +45,9 @@ class Context:
         update_bytes: bytes that the optimizer's step has alive above them: gradients, and what it takes to compute.
         groups_calls: whether the runtime can move many tensors in one call, from and to where they lie. Buckets are
             packed where it cannot.
-        offloads: whether values of the forward may wait for the backward in the host's memory.
+        recomputes: whether values of the forward are computed again in the backward: where the budget asks for it,
+            never, or always.
+        offloads: whether they wait for the backward in the host's memory, likewise.
     """
 
     mesh: tuple[Axis, ...] = ()
@@ -54,7 +58,8 @@ class Context:
     rest_bytes: int = 0
     update_bytes: int = 0
     groups_calls: bool = False
-    offloads: bool = False
+    recomputes: Choice = "auto"
+    offloads: Choice = "never"
 
     @property
     def step_bytes(self) -> int | None:

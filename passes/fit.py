@@ -27,6 +27,8 @@ from zgraph.passes.outlook import makespan_us, peak_bytes
 MAX_TRIALS = 12
 """How often the step's memory is simulated to find how many bytes may be kept."""
 
+NO_LIMIT = 1 << 62
+
 PRECISION = 200
 """The search ends when it knows the bytes to this part of the limit."""
 
@@ -35,7 +37,7 @@ PRECISION = 200
 class Fit(Pass):
     """Make the step fit the memory budget at the least time: each value is kept, computed again, or moved to the host.
 
-    Without a budget all is kept but for what the user marked.
+    Without a budget all is kept, but for what the user marked or always wants to have moved or computed again.
     """
 
     name: ClassVar[str] = "fit"
@@ -43,16 +45,13 @@ class Fit(Pass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        limit = context.step_bytes
-        is_marked = any(n.checkpoint for n in graph.nodes)
-        if not graph.phase_nodes(Phase.backward) or not (limit is not None or is_marked):
+        limit = NO_LIMIT if context.step_bytes is None else context.step_bytes
+        is_wanted = any(n.checkpoint for n in graph.nodes) or "always" in (context.recomputes, context.offloads)
+        if not graph.phase_nodes(Phase.backward) or (limit == NO_LIMIT and not is_wanted):
             return graph
-        if limit is not None and not is_marked and peak_bytes(graph, context) <= limit:
+        if not is_wanted and peak_bytes(graph, context) <= limit:
             return graph
-        forward = Forward(graph, context)
-        if limit is None:
-            return forward.keeping(forward.choices(None))
-        fitter = _Fitter(forward, limit)
+        fitter = _Fitter(Forward(graph, context), limit)
         found = [fitter.best(move_bytes) for move_bytes in fitter.shares()]
         fitting = [t.graph for t in found if t.peak_bytes <= limit]
         if not fitting:
@@ -62,8 +61,9 @@ class Fit(Pass):
 
 @dataclass(frozen=True)
 class _Trial:
-    """What is kept (on the device or on the host) and how much of it may be moved; the graph, and its peak."""
+    """How much may be kept (None: all) and how much of it moved; what is kept then; the graph, and its peak."""
 
+    keep_bytes: int | None
     kept_bytes: int
     move_bytes: int
     graph: Graph
@@ -79,11 +79,13 @@ class _Fitter:
     def shares(self) -> list[int]:
         """Amounts to try: none, what the link hides behind the forward, twice that, all."""
         forward, context = self.forward, self.forward.context
-        if not context.offloads:
+        if context.offloads == "never":
             return [0]
         us = sum(context.costs.node_us(forward.graph, n, context.hints) for n in forward.nodes)
         hidden = int(us / 1e6 * context.costs.hardware.host_link.bytes_per_s)
         everything = sum(Saved(forward.graph, context).num_bytes.values())
+        if context.offloads == "always":
+            return [everything]
         return sorted({0, *(h for h in (hidden, 2 * hidden) if h < everything), everything})
 
     def trial(self, keep_bytes: int | None, move_bytes: int, *, exactly: bool = False) -> _Trial:
@@ -93,15 +95,17 @@ class _Fitter:
         if move_bytes:
             saved = Saved(graph, forward.context)
             graph = saved.offloading(saved.first(move_bytes))
-        return _Trial(sum(c.num_bytes for c in choices), move_bytes, graph, peak_bytes(graph, forward.context))
+        kept_bytes = sum(c.num_bytes for c in choices)
+        return _Trial(keep_bytes, kept_bytes, move_bytes, graph, peak_bytes(graph, forward.context))
 
     def best(self, move_bytes: int) -> _Trial:
         """The graph that moves at most so much and computes the least again; the one with the lowest peak if none
         fits."""
-        most = self.trial(None, move_bytes)
+        context = self.forward.context
+        most = self.trial(0 if context.recomputes == "always" else None, move_bytes)
         if most.peak_bytes > self.limit:
-            return self.keeping_most(most)
-        return self.moving_least(most) if move_bytes else most
+            return self.keeping_most(most) if context.recomputes == "auto" else most
+        return self.moving_least(most) if move_bytes and context.offloads == "auto" else most
 
     def keeping_most(self, most: _Trial) -> _Trial:
         """The graph that keeps the most, where not all of it can be kept."""
@@ -136,7 +140,7 @@ class _Fitter:
         for _ in range(MAX_TRIALS):
             if fits.move_bytes - low <= self.limit // PRECISION:
                 break
-            found = self.trial(None, (low + fits.move_bytes) // 2)
+            found = self.trial(fits.keep_bytes, (low + fits.move_bytes) // 2)
             if found.peak_bytes <= self.limit:
                 fits = found
             else:

@@ -264,7 +264,7 @@ class _Partitioner:
         if not self.sharded:
             if value.tensor.dtype is not rest:
                 value = self.emit("cast", value, f"{raw.name}_cast", Phase.backward, origin, dtype=rest)
-            elif self.shares(raw, producer):
+            elif self.shares(raw, producer) and not entry.offload:
                 value = self.emit("copy", value, f"{raw.name}_own", Phase.backward, origin)
             if entry.offload:
                 value = self.move(value, HOST, f"{raw.name}_host", Phase.backward, origin, self.nodes)
@@ -312,9 +312,9 @@ class _Partitioner:
         return result
 
     def move(self, value: Value, space: str, stem: str, phase: Phase, origin: Origin, into: list[Node]) -> Value:
-        """The value in another memory space, laid out densely."""
-        if value.tensor.strides is not None:
-            value = self.emit("copy", value, f"{stem}_dense", phase, origin, into=into)
+        """The value in another memory space."""
+        if any(stride == 0 for stride in value.tensor.strides or ()):
+            value = self.emit("copy", value, f"{stem}_dense", phase, origin, into=into)  # elements that share memory
         result = self.builder.value(stem, value.tensor.on(space))
         into.append(self.builder.typed("reshard", (value,), (result,), phase, origin))
         return result

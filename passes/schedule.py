@@ -159,7 +159,7 @@ class Step:
         return BudgetError(
             f"a memory budget of {context.memory_budget:,} bytes cannot hold this step: with {context.rest_bytes:,} at "
             f"rest and {highest:,} at its peak ({where}), {context.rest_bytes + highest:,} is the smallest that can; "
-            "or shard over more ranks, or make the batch smaller"
+            "offload the optimizer or the parameters (offload=), shard over more ranks, or make the batch smaller"
         )
 
     def ahead_bytes(self, num_ahead: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -124,6 +125,11 @@ def available_bytes() -> int:
     return min(found)
 
 
+def ranks_here() -> int:
+    """Ranks on this host, as launchers tell it; 0 if they do not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+
+
 class Copy:
     """A copy under way."""
 
@@ -164,6 +170,11 @@ class CopyLane:
             event.record(self.stream)
         return Copy(event)
 
+    def synchronize(self) -> None:
+        """The host sees all copies that were started."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     with torch.no_grad():
@@ -177,6 +188,20 @@ class HostMemory:
         self.device = device
         self.pool = HostPool(device)
         self.to_host, self.to_device = CopyLane(device), CopyLane(device)
+
+    def require(self, num_bytes: int, what: str) -> None:
+        """Make sure that the host has room, before anything is moved.
+
+        Raises:
+            OffloadError: it has not, if every rank of this host takes as much.
+        """
+        free = available_bytes() // max(ranks_here(), 1)
+        if num_bytes > free:
+            raise OffloadError(
+                f"{what} need {num_bytes:,} bytes of the host's memory for each rank, but only {free:,} are free for "
+                "each; offload less, shard over more hosts, or keep the optimizer's state on disk "
+                "(zgraph.optim.AdamW(..., state='disk'))"
+            )
 
     def offload(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Copy]:
         """Begin to copy a tensor of the device to the host."""

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from zgraph.errors import StateDictError
 from zgraph.ir.layout import chunk_rows
+from zgraph.runtime import torch_private
 from zgraph.runtime.shards import ShardStore
 
 
@@ -66,9 +67,7 @@ def _like(held: DTensor, whole: torch.Tensor, store: ShardStore) -> DTensor:
     if isinstance(held.placements[-1], Shard):
         start = store.shard * chunk_rows(whole.shape[0], store.num_shards)
         local = local[start : start + held._local_tensor.shape[0]]
-    return DTensor.from_local(
-        local, held.device_mesh, held.placements, run_check=False, shape=held.shape, stride=held.stride()
-    )
+    return torch_private.dtensor(local, held.device_mesh, held.placements, held.shape, held.stride())
 
 
 def _near(name: str, given: list[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,10 +74,10 @@ class Session:
         assert self._peers is not None, "a plan for one rank waits for nobody"
         return self._peers
 
-    @cached_property
+    @property
     def host(self) -> HostMemory:
         """The host's memory, for what is offloaded."""
-        return HostMemory(self.device)
+        return self.store.host
 
     @property
     def lane(self) -> Lane | None:
@@ -109,7 +109,7 @@ class Session:
         resident: dict[str, Any] = {}
         for entry in plan.graph.inputs:
             if entry.target in self.store.slots and entry.value.name in plan.resident:
-                resident[entry.value.name] = self.store.slots[entry.target].rest
+                resident[entry.value.name] = self.store.slots[entry.target].working
             elif entry.target in constants and entry.value.name in plan.resident:
                 resident[entry.value.name] = constants[entry.target].to(self.device)
         self.plans.append(plan)
@@ -205,6 +205,8 @@ class Session:
             syncs = self.syncs
             lean = bool(absent_at) and all(args[i] is None for i in absent_at)
             results = runner(syncs, lean)(args)
+            if any(slot is not None and slot.offload for slot in slots):
+                self.host.to_host.synchronize()  # the optimizer reads gradients from here on
             if syncs:
                 self._kept.clear()
             for index, slot in enumerate(slots):

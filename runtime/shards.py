@@ -1,5 +1,8 @@
 """Parameters at rest: this rank's shards side by side in flat buffers, seen from outside as DTensors.
 
+What the user offloads lies in the host's memory: the masters, for an optimizer that works there. A copy to compute
+with, in the dtype to compute in, stays on the device or lies on the host too; it is made anew when a master changed.
+
 While the model runs, each parameter is represented by a *stand-in*: a parameter of full shape whose memory has been
 freed. torch.compile looks at its metadata only; what computes is the gathered value that the plan makes.
 """
@@ -7,7 +10,7 @@ freed. torch.compile looks at its metadata only; what computes is the gathered v
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,9 +21,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from zgraph.ir.layout import ALIGN_BYTES, chunk_numel, chunk_rows, local_rows
+from zgraph.ir.layout import chunk_numel, chunk_rows, local_rows
 from zgraph.runtime import torch_private
+from zgraph.runtime.flats import Flats, Part
+from zgraph.runtime.host import PAGE_BYTES, HostMemory
 from zgraph.runtime.materialise import materialise
+
+PARAMETERS = "parameters"
+"""Of a parameter that is offloaded so, what is computed with lies on the host too."""
 
 
 @dataclass
@@ -33,6 +41,8 @@ class Slot:
         parameter: what the model holds at rest.
         stand_in: what the model holds while it runs; `parameter` itself where that can serve.
         rest: this rank's memory of it: its padded chunk in one dimension, or the whole tensor where it is replicated.
+        working: what is computed with: `rest`, or where the parameter is offloaded a copy of it.
+        offload: what of it lies on the host: nothing, "optimizer" (master, gradient, optimizer state) or "parameters".
         homes: every `_parameters` dictionary and key that holds it.
     """
 
@@ -41,6 +51,8 @@ class Slot:
     parameter: nn.Parameter
     stand_in: nn.Parameter
     rest: torch.Tensor
+    working: torch.Tensor
+    offload: str = ""
     homes: list[tuple[dict[str, nn.Parameter | None], str]] = field(default_factory=list)
 
     @property
@@ -55,10 +67,9 @@ class Slot:
             held = parameter.grad
             (held._local_tensor if isinstance(held, DTensor) else held).add_(local)
         elif isinstance(parameter, DTensor):
-            parameter.grad = DTensor.from_local(
-                local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
-                stride=parameter.stride(),
-            )  # fmt: skip
+            parameter.grad = torch_private.dtensor(
+                local, parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
+            )
         else:
             parameter.grad = local
         if self.stand_in is not parameter:  # autograd runs the hooks of what it saw itself
@@ -81,37 +92,50 @@ class ShardStore:
         default_stage: the stage that the recipe decides.
         param_dtype: the dtype to compute in; None computes in the parameters' own.
         device: where the shards live.
+        offloads: the names of parameters that are offloaded, and what of them.
+        host: the host's memory.
+
+    Raises:
+        OffloadError: the host has no room for what is offloaded.
     """
 
     def __init__(
         self, model: nn.Module, mesh: DeviceMesh | None, group: dist.ProcessGroup | None, stages: dict[str, int | None],
-        default_stage: int, param_dtype: torch.dtype | None, device: torch.device,
+        default_stage: int, param_dtype: torch.dtype | None, device: torch.device, offloads: Mapping[str, str],
+        host: HostMemory,
     ) -> None:  # fmt: skip
         self.model, self.mesh, self.group, self.param_dtype, self.device = model, mesh, group, param_dtype, device
         self.num_ranks = mesh.size() if mesh is not None else 1
         self.num_shards = mesh.size(-1) if mesh is not None else 1
         self.rank = dist.get_rank(group) if mesh is not None else 0
         self.shard = self.rank % self.num_shards
-        self.flats: list[torch.Tensor] = []
+        self.offloads, self.host = offloads, host
         self.slots: dict[str, Slot] = {}
         found = _homes(model)
+        self._check_host({name: parameter for name, (parameter, _) in found.items()})
         shards = {
             name: self.num_ranks > 1 and p.dim() > 0 and (default_stage if stages[name] is None else stages[name]) != 0
             for name, (p, _) in found.items()
         }
         self.any_sharded = any(shards.values())
-        chunks = self._allocate({n: p for n, (p, _) in found.items() if shards[n]})
+        sharded = {n: p for n, (p, _) in found.items() if shards[n]}
+        self._masters = Flats({n: self._master(n, p) for n, p in sharded.items()}, device, host)
+        copies = {n: self._copy(n, p) for n, p in sharded.items() if self._needs_copy(n, p)}
+        self._copies = Flats(copies, device, host)
+        self.flats = list(self._masters.buffers.values())
         for name, (parameter, homes) in found.items():
             if parameter.is_meta:
                 parameter = materialise(model, name, device)
             stage = stages[name] if parameter.dim() > 0 else 0
             if shards[name]:
-                slot = self._shard(name, stage, parameter, chunks[name])
+                slot = self._shard(name, stage, parameter)
             else:
                 slot = self._replicate(name, stage, parameter)
             slot.homes = homes
             self.slots[name] = slot
-        self._whole = [s.rest for s in self.slots.values() if not s.is_sharded]
+        self._whole = [s for s in self.slots.values() if not s.is_sharded]
+        self._copied = [s for s in self.slots.values() if s.working is not s.rest]
+        self._copied_version = -1
         self._by_swap = [s for s in self.slots.values() if s.stand_in is not s.parameter]
         self._put(at_rest=True)
 
@@ -120,6 +144,7 @@ class ShardStore:
     @contextmanager
     def stand_ins(self) -> Iterator[None]:
         """The model with stand-ins in the place of its parameters."""
+        self.refresh()
         for slot in self._by_swap:
             if slot.stand_in.requires_grad != slot.parameter.requires_grad:
                 slot.stand_in.requires_grad_(slot.parameter.requires_grad)
@@ -128,6 +153,14 @@ class ShardStore:
             yield
         finally:
             self._put(at_rest=True)
+
+    def refresh(self) -> None:
+        """Make the copies to compute with anew, if a master has changed since."""
+        if self._copied and self._copied_version != self.version:
+            with torch.no_grad():
+                for slot in self._copied:
+                    slot.working.copy_(slot.rest, non_blocking=True)
+            self._copied_version = self.version
 
     def _put(self, *, at_rest: bool) -> None:
         for slot in self._by_swap:
@@ -150,68 +183,107 @@ class ShardStore:
 
     @property
     def rest_bytes(self) -> int:
-        """Bytes of parameters that this rank holds at rest."""
-        return sum(t.numel() * t.element_size() for t in (*self.flats, *self._whole))
+        """Bytes of parameters that this rank's device holds at rest."""
+        whole = (s.working for s in self._whole if s.offload != PARAMETERS)
+        return sum(f.num_bytes(on_host=False) for f in (self._masters, self._copies)) + _num_bytes(whole)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of AdamW's two moments on the device: of parameters whose master lies there."""
+        return 2 * (self._masters.num_bytes(on_host=False) + _num_bytes(s.rest for s in self._whole if not s.offload))
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes at rest on the host: masters, AdamW's moments of them, and copies to compute with."""
+        whole = [s for s in self._whole if s.offload]
+        masters = self._masters.num_bytes(on_host=True) + _num_bytes(s.rest for s in whole)
+        copies = _num_bytes(s.working for s in whole if s.offload == PARAMETERS and s.working is not s.rest)
+        return 3 * masters + self._copies.num_bytes(on_host=True) + copies
 
     @property
     def update_bytes(self) -> int:
         """Bytes that the step of a torch.optim.AdamW has alive above rest: the gradients, and what it computes with. On
         a processor that is two tensors as large as a shard, and one as large as the shard before it; on a GPU, which
         takes all at once, as much as all shards."""
-        sizes = [s.rest.numel() * s.rest.element_size() for s in self.slots.values() if s.parameter.requires_grad]
+        here = [s for s in self.slots.values() if s.parameter.requires_grad and not s.offload]
+        sizes = [s.rest.numel() * s.rest.element_size() for s in here]
         if self.device.type != "cpu":
             return 2 * sum(sizes)
         return sum(sizes) + max((2 * size + last for last, size in pairwise([0, *sizes])), default=0)
 
     # --- taking the model's parameters -------------------------------------------------------------------------
 
-    def _allocate(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Each parameter's chunk: views of one flat buffer a dtype, in the order of the model."""
-        offsets: dict[torch.dtype, int] = {}
-        places: dict[str, tuple[torch.dtype, int, int]] = {}
-        for name, parameter in parameters.items():
-            dtype = parameter.dtype
-            align = max(1, ALIGN_BYTES // dtype.itemsize)
-            start = -(-offsets.get(dtype, 0) // align) * align
-            numel = chunk_numel(tuple(parameter.shape), self.num_shards)
-            places[name] = (dtype, start, numel)
-            offsets[dtype] = start + numel
-        flats = {d: torch.zeros(numel, dtype=d, device=self.device) for d, numel in offsets.items()}
-        self.flats.extend(flats.values())
-        return {name: flats[d][start : start + numel] for name, (d, start, numel) in places.items()}
+    def _check_host(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Refuse what the host has no room for, before anything is moved."""
+        needed = sum(
+            4 * chunk_numel(tuple(p.shape), self.num_shards) * p.element_size() + PAGE_BYTES
+            for name, p in parameters.items()
+            if self.offloads.get(name)
+        )
+        self.host.require(needed, "the masters, gradients and optimizer states that are offloaded")
 
-    def _shard(self, name: str, stage: int | None, parameter: nn.Parameter, chunk: torch.Tensor) -> Slot:
-        """Keep this rank's rows in `chunk`, and free the whole."""
+    def _compute_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        return self.param_dtype if self.param_dtype and parameter.is_floating_point() else parameter.dtype
+
+    def _master(self, name: str, parameter: nn.Parameter) -> Part:
+        numel = chunk_numel(tuple(parameter.shape), self.num_shards)
+        return Part(numel, parameter.dtype, bool(self.offloads.get(name)))
+
+    def _needs_copy(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether what is computed with is another memory than the master."""
+        offload = self.offloads.get(name)
+        return bool(offload) and (offload != PARAMETERS or self._compute_dtype(parameter) != parameter.dtype)
+
+    def _copy(self, name: str, parameter: nn.Parameter) -> Part:
+        numel = chunk_numel(tuple(parameter.shape), self.num_shards)
+        return Part(numel, self._compute_dtype(parameter), self.offloads[name] == PARAMETERS)
+
+    def _shard(self, name: str, stage: int | None, parameter: nn.Parameter) -> Slot:
+        """Keep this rank's rows in its part of the flat buffer, and free the whole."""
         assert self.mesh is not None
         shape, stride = parameter.shape, _dense_stride(parameter.shape)
         rows = local_rows(shape[0], self.num_shards, self.shard)
+        chunk = self._masters.views[name]
         local = chunk[: rows * math.prod(shape[1:])].view(rows, *shape[1:])
         start = self.shard * chunk_rows(shape[0], self.num_shards)
         local.copy_(self.from_first_rank(parameter.detach())[start : start + rows])
         placement = [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
-        dtensor = DTensor.from_local(local, self.mesh, placement, run_check=False, shape=shape, stride=stride)
+        dtensor = torch_private.dtensor(local, self.mesh, placement, shape, stride)
+        stand_in = self._hollow(parameter)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         at_rest = nn.Parameter(dtensor, parameter.requires_grad)
-        return Slot(name, stage, at_rest, self._hollow(shape, parameter), chunk)
+        working = self._copies.views.get(name, chunk)
+        return Slot(name, stage, at_rest, stand_in, chunk, working, self.offloads.get(name, ""))
 
     def _replicate(self, name: str, stage: int | None, parameter: nn.Parameter) -> Slot:
         """Keep the parameter whole, the first rank's values everywhere; a DTensor too if others are."""
         whole = parameter.detach()
         if self.num_ranks > 1:
             whole.copy_(self.from_first_rank(whole))
-        casts = self.param_dtype is not None and parameter.is_floating_point() and parameter.dtype != self.param_dtype
-        stand_in = self._hollow(parameter.shape, parameter) if casts else parameter
-        at_rest = parameter
+        offload, casts = self.offloads.get(name, ""), self._compute_dtype(parameter) != parameter.dtype
+        stand_in, at_rest, rest, working = parameter, parameter, whole, whole
+        if casts or offload:
+            stand_in = self._hollow(parameter)
+        if offload:
+            rest = working = self.host.pool.empty(whole.size(), whole.dtype).copy_(whole)
+            if self._needs_copy(name, parameter):
+                _, dtype, on_host = self._copy(name, parameter)
+                size = whole.size()
+                working = (
+                    self.host.pool.empty(size, dtype) if on_host else torch.empty(size, dtype=dtype, device=self.device)
+                )
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            at_rest = nn.Parameter(rest, parameter.requires_grad)
         if self.any_sharded:
             assert self.mesh is not None
-            dtensor = DTensor.from_local(whole, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+            placement = [Replicate()] * self.mesh.ndim
+            dtensor = torch_private.dtensor(rest, self.mesh, placement, rest.size(), rest.stride())
             at_rest = nn.Parameter(dtensor, parameter.requires_grad)
-        return Slot(name, stage, at_rest, stand_in, whole)
+        return Slot(name, stage, at_rest, stand_in, rest, working, offload)
 
-    def _hollow(self, shape: torch.Size, parameter: nn.Parameter) -> nn.Parameter:
+    def _hollow(self, parameter: nn.Parameter) -> nn.Parameter:
         """A parameter of this shape, in the dtype to compute in, without memory."""
-        dtype = self.param_dtype if self.param_dtype and parameter.is_floating_point() else parameter.dtype
-        hollow = torch.empty(shape, dtype=dtype, device=self.device)
+        hollow = torch.empty(parameter.shape, dtype=self._compute_dtype(parameter), device=self.device)
         hollow.untyped_storage().resize_(0)
         return nn.Parameter(hollow, parameter.requires_grad)
 
@@ -232,6 +304,10 @@ def _homes(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[tuple[dict[st
                 name = f"{prefix}.{key}" if prefix else key
                 found.setdefault(id(parameter), (name, parameter, []))[2].append((module._parameters, key))
     return {name: (parameter, homes) for name, parameter, homes in found.values()}
+
+
+def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _dense_stride(shape: torch.Size) -> tuple[int, ...]:

@@ -11,12 +11,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 __all__ = [
     "Messenger",
     "Store",
     "all_gathers",
     "direct",
+    "dtensor",
     "keeps_graph",
     "messenger",
     "reduce_scatters",
@@ -65,6 +68,17 @@ def reduce_scatters(pairs: Pairs, group: dist.ProcessGroup, copies: dist.Process
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def dtensor(
+    local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: Sequence[int]
+) -> DTensor:
+    """A DTensor over this rank's part, which may lie in the host's memory though the mesh is of GPUs."""
+    if local.device.type == mesh.device_type:
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=tuple(stride))
+    spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, tuple(stride), local.dtype))
+    made: DTensor = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return made
 
 
 def whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -23,17 +23,23 @@ from zgraph.config import environment
 from zgraph.cost.workspace import NUM_THREADS
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir import Axis, Graph, print_graph, verify
+from zgraph.offload import Offload, Resting, activations, of_parameters
 from zgraph.passes import BY_NAME, MIXED, RECIPES, Context, Pipeline, make_plan, parse_recipe
+from zgraph.passes.base import Choice
 from zgraph.passes.instruments import Dump, Log, Verify
 from zgraph.reporting import Entry, Report, make_entry
-from zgraph.runtime import Session, ShardStore
+from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
 from zgraph.runtime.torch_private import whole_group
 from zgraph.runtime.whole import run_whole
-from zgraph.target import Target, cost_table, num_bytes
+from zgraph.target import Target, cost_table, device_budget, num_bytes
 
 M = TypeVar("M")
+
+Recompute = Literal["auto"] | bool
+
+RECOMPUTES: Mapping[Recompute, Choice] = {"auto": "auto", True: "always", False: "never"}
 
 _serials: Counter[tuple[int, ...]] = Counter()
 
@@ -68,18 +74,21 @@ class CompiledModel:
         if settings.verify:
             verify(final)
         plan = make_plan(final)
+        entry = make_entry(plan, log.steps, context)
+        if waiting := entry.memory.host_peak_bytes:
+            self.session.host.require(waiting, "the values that wait for the backward on the host")
         forward, backward = self.session.link(plan, constants, text)
-        self.entries.append(make_entry(plan, log.steps, context))
+        self.entries.append(entry)
         return Compiled(plan, forward, backward)
 
     @property
     def report(self) -> Report:
         store = self.session.store
-        buffers = sum(b.numel() * b.element_size() for b in self.model.buffers())
+        buffers = _buffer_bytes(self.model)
         whole = sum(s.parameter.numel() * s.parameter.element_size() for s in store.slots.values())
         return Report(
-            type(self.model).__name__, str(self.pipeline), store.num_ranks, whole, store.rest_bytes, buffers,
-            store.update_bytes, tuple(self.entries),
+            type(self.model).__name__, str(self.pipeline), store.num_ranks, whole, store.rest_bytes, store.state_bytes,
+            buffers, store.update_bytes, store.host_bytes, tuple(self.entries),
         )  # fmt: skip
 
 
@@ -92,6 +101,8 @@ class Options(TypedDict, total=False):
     reduce_dtype: torch.dtype | None
     hardware: Target | None
     memory_budget: int | str | None
+    recompute: Recompute
+    offload: Offload
     passes: str | None
     fullgraph: bool
     dynamic: bool | None
@@ -104,6 +115,7 @@ def compile(model: None = None, **options: Unpack[Options]) -> Callable[[M], M]:
 def compile(
     model: Any = None, *, stage: Stage = 3, mesh: DeviceMesh | None = None, param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None, hardware: Target | None = None, memory_budget: int | str | None = None,
+    recompute: Recompute = "auto", offload: Offload = "auto",
     passes: str | None = None, fullgraph: bool = True, dynamic: bool | None = None,
 ) -> Any:  # fmt: skip
     """Shard a model over the ranks and compile its training step, in place.
@@ -123,10 +135,17 @@ def compile(
         reduce_dtype: dtype in which gradients are averaged over ranks; by default the dtype that they come in.
         hardware: what to plan for: a profile's name (`h100`), a table measured by `zgraph.profile`, or the path of
             either; by default what fits the device.
-        memory_budget: bytes, or a size such as "12GiB", that one rank may have alive: parameters, AdamW's two moments,
-            buffers, and the step's peak. What does not fit is computed again in the backward; stage 3 keeps gathered
-            parameters from forward to backward as far as there is room. By default all of the forward is kept, and
-            parameters are gathered again.
+        memory_budget: bytes, or a size such as "12GiB", that one rank's device may have alive: parameters, AdamW's two
+            moments, buffers, and the step's peak. What does not fit is computed again in the backward, or moved to the
+            host; stage 3 keeps gathered parameters from forward to backward as far as there is room. By default what a
+            GPU has, less a margin; on processors there is no limit then, all of the forward is kept, and parameters are
+            gathered again.
+        recompute: "auto" computes again what the budget has no room for; False nothing but what the user put under
+            `torch.utils.checkpoint`; True all that can be.
+        offload: what goes to the host's memory. "auto" takes what the budget makes necessary, on GPUs; None nothing;
+            else any of "activations" (of what waits for the backward that which has no room; all, without a budget),
+            "optimizer" (masters, gradients and optimizer state: the optimizer's step runs on the host) and
+            "parameters" (all of that, and what is computed with).
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that).
         fullgraph: False lets a forward through that cannot be captured as one graph: everything is gathered for the
             length of the call and runs eagerly, with a warning.
@@ -140,13 +159,15 @@ def compile(
         AlreadyCompiledError: the model, or a part of it, is compiled already.
         RecipeError, ContractError: the recipe does not parse or does not fit together.
         HardwareError: there is no such hardware.
+        OffloadError: the host has no room for what is offloaded; nothing was changed.
         PlanMismatchError: the ranks have different models or options.
 
     The first call raises BudgetError if even with all computed again the step does not fit the budget.
     """
     options: Options = {
         "stage": stage, "mesh": mesh, "param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "hardware": hardware,
-        "memory_budget": memory_budget, "passes": passes, "fullgraph": fullgraph, "dynamic": dynamic,
+        "memory_budget": memory_budget, "recompute": recompute, "offload": offload, "passes": passes,
+        "fullgraph": fullgraph, "dynamic": dynamic,
     }  # fmt: skip
     if model is None:
         return functools.partial(compile, **options)
@@ -155,31 +176,40 @@ def compile(
     if not isinstance(model, nn.Module):
         raise UsageError(f"zgraph.compile takes a module or a module class, not {type(model).__name__}")
     check_options(model, stage, mesh, param_dtype, reduce_dtype)
+    if recompute not in RECOMPUTES:
+        raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
     default_stage = stage if isinstance(stage, int) else 3
     recipe = passes if passes is not None else (RECIPES[stage] if isinstance(stage, int) else MIXED)
     pipeline = parse_recipe(recipe)
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
-    costs = cost_table(hardware, next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh)))
-    budget = num_bytes(memory_budget) if memory_budget is not None else None
+    device = next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh))
+    costs = cost_table(hardware, device)
+    budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device)
     mesh = _mesh(model, mesh)
     mesh = mesh if mesh is not None and mesh.size() > 1 else None
     group = whole_group(mesh) if mesh is not None else None
     if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
         raise ContractError(f"the recipe {recipe!r} places nothing on the {mesh.size()} ranks; add partition to it")
     name = _name(group)
-    if group is not None and default_stage:
+    is_gpu = device.type != "cpu"
+    moves = activations(offload, budget, is_gpu=is_gpu)
+    resting = _resting(model, mesh.size(-1) if mesh is not None and default_stage else 1, param_dtype)
+    offloads = of_parameters(offload, resting, budget, is_gpu=is_gpu)
+    if offloads and not fullgraph:
+        raise UsageError("fullgraph=False gathers all parameters at once, so that none can be offloaded; offload=None")
+    if (group is not None and default_stage) or offloads:
         check_optimizers(model)
-    session = _shard(
-        model, mesh if group is not None else None, group, stages, default_stage, param_dtype, recipe, name
-    )
+    session = _shard(model, mesh, group, stages, default_stage, param_dtype, recipe, name, offloads)
     context = Context(
         mesh=_axes(session),
         reduce_dtype=FROM_TORCH[reduce_dtype] if reduce_dtype is not None else None,
         costs=costs,
         memory_budget=budget,
-        rest_bytes=3 * session.store.rest_bytes + sum(b.numel() * b.element_size() for b in model.buffers()),
+        rest_bytes=session.store.rest_bytes + session.store.state_bytes + _buffer_bytes(model),
         update_bytes=session.store.update_bytes,
-        groups_calls=session.device.type != "cpu",
+        groups_calls=is_gpu,
+        recomputes=RECOMPUTES[recompute],
+        offloads=moves,
     )
     compiled = CompiledModel(model, session, recipe, context)
     forward = model.forward
@@ -247,6 +277,20 @@ def compiled_model(model: nn.Module) -> CompiledModel:
 # --- wiring --------------------------------------------------------------------------------------------------------
 
 
+def _buffer_bytes(model: nn.Module) -> int:
+    return sum(b.numel() * b.element_size() for b in model.buffers())
+
+
+def _resting(model: nn.Module, num_shards: int, param_dtype: torch.dtype | None) -> dict[str, Resting]:
+    """What each parameter takes on a rank."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        copied = param_dtype if param_dtype is not None and parameter.is_floating_point() else parameter.dtype
+        numel = -(-parameter.numel() // num_shards)
+        found[name] = Resting(numel * parameter.element_size(), numel * copied.itemsize)
+    return found
+
+
 def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
     if mesh is not None and mesh.ndim == 2 and mesh.size(0) == 1:
         return mesh[mesh.mesh_dim_names[1]] if mesh.mesh_dim_names else mesh
@@ -304,7 +348,7 @@ def _compile_class(kind: type[nn.Module], options: Options) -> type[nn.Module]:
 
 def _shard(
     model: nn.Module, mesh: DeviceMesh | None, group: dist.ProcessGroup | None, stages: dict[str, int | None],
-    default_stage: int, param_dtype: torch.dtype | None, recipe: str, name: str,
+    default_stage: int, param_dtype: torch.dtype | None, recipe: str, name: str, offloads: dict[str, str],
 ) -> Session:  # fmt: skip
     """Compare the models of all ranks, then shard."""
     device = next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh))
@@ -313,10 +357,14 @@ def _shard(
         from zgraph.runtime.peers import Peers
 
         lines = [f"recipe {recipe}, param_dtype {param_dtype}"]
-        lines += [f"{n}: {tuple(p.shape)} {p.dtype} stage {stages[n]}" for n, p in model.named_parameters()]
+        lines += [
+            f"{n}: {tuple(p.shape)} {p.dtype} stage {stages[n]}" + f" offload {offloads[n]}" * (n in offloads)
+            for n, p in model.named_parameters()
+        ]
         lines += [f"{n}: {tuple(b.shape)} {b.dtype} buffer" for n, b in model.named_buffers()]
         Peers(group, name, device).agree("model", "\n".join(lines))
-    store = ShardStore(model, mesh, group, stages, default_stage, param_dtype, device)
+    host = HostMemory(device)
+    store = ShardStore(model, mesh, group, stages, default_stage, param_dtype, device, offloads, host)
     materialise_buffers(model, device)
     if group is not None:
         for buffer in model.buffers():
@@ -335,7 +383,7 @@ def _param_infos(session: Session) -> dict[int, ParamInfo]:
         at_rest, computed = slot.rest.dtype, slot.stand_in.dtype
         master = FROM_TORCH[at_rest] if at_rest != computed else None
         hollow = slot.stand_in is not slot.parameter
-        infos[id(slot.stand_in)] = ParamInfo(slot.name, slot.stage, master, hollow)
+        infos[id(slot.stand_in)] = ParamInfo(slot.name, slot.stage, master, hollow, slot.offload)
     return infos
 
 

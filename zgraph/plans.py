@@ -29,12 +29,8 @@ from zgraph.passes import RECIPES, Context, Pipeline, make_plan, parse_recipe
 from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.fit import Fit
 from zgraph.passes.outlook import step_memory
-from zgraph.target import Target, cost_table, num_bytes
+from zgraph.target import MARGIN, Target, cost_table, num_bytes
 from zgraph.viz import as_text
-
-MARGIN = 0.06
-"""The share of a device's memory that a plan without a budget leaves free: for the driver, for communication, and for
-what does not fit together in the allocator."""
 
 FEW_LAYERS = 2
 

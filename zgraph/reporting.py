@@ -69,9 +69,11 @@ class Report:
         recipe: the pipeline that ran.
         num_ranks: ranks that the model is sharded over.
         whole_bytes: bytes of all parameters, unsharded.
-        rest_bytes: bytes of parameters that this rank holds at rest.
+        rest_bytes: bytes of parameters that this rank's device holds at rest.
+        state_bytes: bytes of AdamW's two moments there.
         buffer_bytes: bytes of the model's buffers, which every rank holds.
         update_bytes: bytes that the optimizer's step has alive above what lies at rest.
+        host_bytes: bytes at rest on the host: masters, AdamW's moments of them, and copies to compute with.
         entries: one for each captured graph, in the order of capture.
     """
 
@@ -80,8 +82,10 @@ class Report:
     num_ranks: int
     whole_bytes: int
     rest_bytes: int
+    state_bytes: int
     buffer_bytes: int
     update_bytes: int
+    host_bytes: int
     entries: tuple[Entry, ...]
 
     @property
@@ -90,9 +94,14 @@ class Report:
         return max((e.memory.peak.total_bytes for e in self.entries), default=0)
 
     @property
+    def host_peak_bytes(self) -> int:
+        """The most bytes on the host at once in a step, above what lies at rest there: activations and gradients."""
+        return max((e.memory.host_peak_bytes for e in self.entries), default=0)
+
+    @property
     def peak_bytes(self) -> int:
         """The most bytes alive at once on this rank in a training step with AdamW, whatever they are for."""
-        return 3 * self.rest_bytes + self.buffer_bytes + max(self.step_peak_bytes, self.update_bytes)
+        return self.rest_bytes + self.state_bytes + self.buffer_bytes + max(self.step_peak_bytes, self.update_bytes)
 
     @property
     def flop(self) -> int:
@@ -125,10 +134,13 @@ class Report:
         table.add_row("recipe", self.recipe)
         table.add_row("parameters, whole", mebibytes(self.whole_bytes))
         table.add_row("parameters, this rank", mebibytes(self.rest_bytes))
-        table.add_row("with AdamW's two moments", mebibytes(3 * self.rest_bytes))
+        table.add_row("with AdamW's two moments", mebibytes(self.rest_bytes + self.state_bytes))
         table.add_row("buffers", mebibytes(self.buffer_bytes))
         table.add_row("above that, in AdamW's step", mebibytes(self.update_bytes))
         table.add_row("peak of a training step", mebibytes(self.peak_bytes))
+        if self.host_bytes or self.host_peak_bytes:
+            table.add_row("on the host: masters and moments", mebibytes(self.host_bytes))
+            table.add_row("on the host: at the peak of a step", mebibytes(self.host_bytes + self.host_peak_bytes))
         return table
 
 

@@ -42,6 +42,18 @@ def cost_table(target: Target | None, device: torch.device) -> CostTable:
     return CostTable(hardware=hardware(stems[0] if stems else "a100-40"), per_host=_ranks_here())
 
 
+MARGIN = 0.06
+"""The share of a device's memory that stays free where no budget is given: for the driver, for communication, and for
+what does not fit together in the allocator."""
+
+
+def device_budget(device: torch.device) -> int | None:
+    """What a rank may use of a GPU's memory; None on a processor, which has no memory of its own."""
+    if device.type == "cpu":
+        return None
+    return int((1 - MARGIN) * torch.cuda.get_device_properties(device).total_memory)
+
+
 def _ranks_here() -> int:
     """Ranks on this host, as launchers tell it; 0 if they do not."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))

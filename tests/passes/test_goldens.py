@@ -54,7 +54,7 @@ class Golden:
             (Axis("shard", int(self.options["ranks"])),),
             DType(reduce_dtype) if reduce_dtype else None,
             memory_budget=int(self.options["budget"]) if "budget" in self.options else None,
-            offloads="offloads" in self.options,
+            offloads="auto" if "offloads" in self.options else "never",
         )
 
     def run(self) -> Graph:

@@ -34,13 +34,15 @@ Runner = Callable[[list[Any]], Sequence[Any]]
 class ParamInfo:
     """What capture must know of a parameter: its name, its stage, its dtype at rest if that is another.
 
-    `hollow` says that what is traced in its place has no memory, so that nothing may escape with it.
+    `hollow` says that what is traced in its place has no memory, so that nothing may escape with it. `offload` is what
+    of it lies on the host.
     """
 
     name: str
     stage: int | None = None
     master: DType | None = None
     hollow: bool = False
+    offload: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +113,10 @@ class Frontend:
 
     def _leaf(self, example: Any, buffers: Mapping[int, str]) -> Leaf:
         if info := self.params.get(id(example)):
-            return InputKind.param, info.name, info.stage, info.master
+            return Leaf(InputKind.param, info.name, info.stage, info.master, info.offload)
         if name := buffers.get(id(example)):
-            return InputKind.buffer, name, None, None
-        return InputKind.input, "", None, None
+            return Leaf(InputKind.buffer, name)
+        return Leaf(InputKind.input)
 
 
 class _OneCapture:

@@ -7,7 +7,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -35,8 +35,16 @@ from zgraph.ir import (
 )
 from zgraph.ir.symbols import Dim, is_readable, simplify, symbol
 
-Leaf = tuple[InputKind, str, int | None, DType | None]
-"""What the importer is told of an input: its kind, its name in the model, its stage, its dtype at rest."""
+
+class Leaf(NamedTuple):
+    """What the importer is told of an input: the fields of `Input` of the same names."""
+
+    kind: InputKind
+    target: str = ""
+    stage: int | None = None
+    master: DType | None = None
+    offload: str = ""
+
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _MAX_NAME = 40
@@ -118,13 +126,13 @@ class Importer:
         index = torch_private.input_index(node)
         if index is None and not _is_tangent(node):
             index = len(self.inputs)
-        kind, target, stage, master = InputKind.tangent, "", None, None
+        leaf = Leaf(InputKind.tangent)
         if not _is_tangent(node) and index is not None:
-            kind, target, stage, master = self.leaves.get(index, (InputKind.input, "", None, None))
+            leaf = self.leaves.get(index, Leaf(InputKind.input))
             self.by_index[index] = value.name
         if isinstance(size := node.meta["val"], torch.SymInt) and size.node.hint is not None:
             self.hints[str(size.node.expr)] = int(size.node.hint)
-        self.inputs.append(Input(kind, value, target, stage, master))
+        self.inputs.append(Input(leaf.kind, value, leaf.target, leaf.stage, leaf.master, leaf.offload))
 
     def _constant(self, node: fx.Node) -> None:
         """A tensor that the model's code made while it was traced."""

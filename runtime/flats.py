@@ -1,0 +1,53 @@
+"""Flat buffers: the parts of many tensors side by side, so that a bucket and an optimizer see contiguous memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from zgraph.ir.layout import ALIGN_BYTES
+from zgraph.runtime.host import HostMemory
+
+
+class Part(NamedTuple):
+    """What one tensor wants: so many elements of a dtype, on the host or on the device."""
+
+    numel: int
+    dtype: torch.dtype
+    on_host: bool = False
+
+
+class Flats:
+    """One buffer for all parts that are alike, each part aligned, in the order given.
+
+    Args:
+        parts: what each name wants.
+        device: for what is not on the host.
+        host: for what is.
+    """
+
+    def __init__(self, parts: Mapping[str, Part], device: torch.device, host: HostMemory) -> None:
+        sizes: dict[tuple[torch.dtype, bool], int] = {}
+        places: dict[str, int] = {}
+        for name, part in parts.items():
+            key = part.dtype, part.on_host
+            align = max(1, ALIGN_BYTES // part.dtype.itemsize)
+            places[name] = -(-sizes.get(key, 0) // align) * align
+            sizes[key] = places[name] + part.numel
+        self.buffers = {
+            (dtype, on_host): host.pool.empty((numel,), dtype).zero_()
+            if on_host
+            else torch.zeros(numel, dtype=dtype, device=device)
+            for (dtype, on_host), numel in sizes.items()
+        }
+        self.views = {
+            name: self.buffers[part.dtype, part.on_host][places[name] : places[name] + part.numel]
+            for name, part in parts.items()
+        }
+
+    def num_bytes(self, *, on_host: bool) -> int:
+        """Bytes of the buffers on the host, or of those on the device."""
+        found = (buffer for (_, here), buffer in self.buffers.items() if here == on_host)
+        return sum(buffer.numel() * buffer.element_size() for buffer in found)

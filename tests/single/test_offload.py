@@ -1,0 +1,120 @@
+"""What lies on the host on one rank: the losses stay, the device holds less, bad targets are refused."""
+
+import pytest
+import torch
+
+import zgraph
+from tests.single.trained import MODELS, Trained, batch, llama
+from zgraph.errors import OffloadError, UsageError
+from zgraph.offload import Resting, of_parameters
+from zgraph.runtime import host
+
+PAGE = host.PAGE_BYTES
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_offloaded_trains_the_same(name):
+    plain = Trained(name)
+    moved = Trained(name, offload="activations", hardware=quick())
+    rested = Trained(name, offload="optimizer")
+    everything = Trained(name, offload=("activations", "parameters"), recompute=True, hardware=quick())
+    for trained in (moved, rested, everything):
+        assert trained.losses == plain.losses
+        assert trained.predicted == pytest.approx(trained.peak, rel=0.03)
+        assert trained.num_moved > 0
+    assert moved.report.step_peak_bytes < plain.report.step_peak_bytes
+    assert moved.host_alive == 0, "what waited has come back"
+    whole = plain.report.rest_bytes
+    assert (rested.report.rest_bytes, rested.report.state_bytes) == (whole, 0)
+    assert (everything.report.rest_bytes, everything.report.state_bytes) == (0, 0)
+    assert everything.report.host_bytes == 3 * whole
+    assert everything.peak < rested.peak < plain.peak
+    assert everything.num_again > 0
+
+
+def quick():
+    """Hardware whose copies have no latency: all that waits may be moved, small as it is."""
+    cpu = zgraph.cost.hardware("cpu")
+    return cpu.model_copy(update={"host_link": cpu.host_link.model_copy(update={"latency_us": 0.001})})
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "parameters"])
+def test_masters_of_another_dtype_train_the_same(offload):
+    plain = Trained("llama", param_dtype=torch.bfloat16)
+    moved = Trained("llama", param_dtype=torch.bfloat16, offload=offload)
+    assert moved.losses == plain.losses
+    assert moved.report.rest_bytes == (plain.report.rest_bytes // 2 if offload == "optimizer" else 0)
+
+
+def test_gradients_of_several_micro_steps_are_summed_on_the_host():
+    grads = []
+    for offload in (None, "parameters"):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = zgraph.compile(llama(), offload=offload)
+        for seed in range(3):
+            model(**batch("llama", seed)).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_loaded_state_is_computed_with():
+    other = llama()
+    model = zgraph.compile(llama(), offload="optimizer")
+    model.eval()
+    with torch.no_grad():
+        before = model(**batch("llama", 0)).loss
+        model.load_state_dict(other.state_dict())
+        after = model(**batch("llama", 0)).loss
+        assert after != before
+        assert torch.equal(after, other.eval()(**batch("llama", 0)).loss)
+
+
+def test_bad_targets_are_refused_and_the_model_left_as_it_was(monkeypatch):
+    model = llama()
+    before = [p.clone() for p in model.parameters()]
+    for bad in ("gpu", ("optimizer", "everything")):
+        with pytest.raises(UsageError, match="activations, optimizer, parameters"):
+            zgraph.compile(model, offload=bad)
+    with pytest.raises(UsageError, match="recompute must be"):
+        zgraph.compile(model, recompute="sometimes")
+    with pytest.raises(UsageError, match="fullgraph=False"):
+        zgraph.compile(model, fullgraph=False, offload="parameters")
+    monkeypatch.setattr(host, "available_bytes", lambda: 1_000_000)
+    with pytest.raises(OffloadError, match=r"need .* bytes of the host's memory for each rank, but only 1,000,000"):
+        zgraph.compile(model, offload="optimizer")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    compiled = zgraph.compile(model, offload="activations", hardware=quick())
+    monkeypatch.setattr(host, "available_bytes", lambda: 1_000)
+    with pytest.raises(OffloadError, match="wait for the backward"):
+        compiled(**batch("llama", 0))
+
+
+def test_the_compiler_offloads_as_little_as_makes_room():
+    """Of a budget of 4 x bytes, 3 x are for what lies at rest."""
+    resting = {name: Resting(30, 15) for name in "abcd"}
+    assert chosen(resting, None) == {}
+    assert chosen(resting, 4 * 160) == {}
+    assert chosen(resting, 4 * 159) == {"d": "optimizer"}
+    assert chosen(resting, 4 * 20) == dict.fromkeys("abcd", "optimizer")
+    assert chosen(resting, 4 * 10) == {"a": "optimizer", "b": "optimizer", "c": "parameters", "d": "parameters"}
+
+
+def chosen(resting, budget):
+    return of_parameters("auto", resting, budget, is_gpu=True)
+
+
+def test_blocks_of_the_host_are_used_again():
+    pool = host.HostPool(torch.device("cpu"))
+    first = pool.empty((3, 5), torch.float32, (5, 1))
+    address = first.data_ptr()
+    view = first[1:]
+    del first
+    assert pool.alive_bytes == PAGE
+    del view
+    assert pool.alive_bytes == 0
+    assert pool.empty((2,), torch.int64).data_ptr() == address
+    assert pool.held_bytes == PAGE
+    strided = pool.empty_like(torch.empty(6, 4).t())
+    assert strided.stride() == (1, 4)
+    assert pool.empty((0, 3), torch.float32).shape == (0, 3)

@@ -1,0 +1,126 @@
+"""Three small models, trained for a few steps on one rank, with what they take of memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import nn
+
+import zgraph
+from benchmarks.memory import measure
+from zgraph.api import compiled_model
+
+VOCABULARY = 300
+
+
+def llama() -> nn.Module:
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            hidden_size=64,
+            intermediate_size=176,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+            use_cache=False,
+        )
+    )
+
+
+def vit() -> nn.Module:
+    return hf.ViTForImageClassification(
+        hf.ViTConfig(
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=128,
+            image_size=32,
+            patch_size=8,
+            num_labels=5,
+            problem_type="single_label_classification",
+        )
+    )
+
+
+def t5() -> nn.Module:
+    """An encoder and a decoder, with dropout."""
+    return hf.T5ForConditionalGeneration(
+        hf.T5Config(
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=VOCABULARY,
+            use_cache=False,
+            dropout_rate=0.1,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "vit": vit, "t5": t5}
+
+
+def batch(name: str, seed: int) -> dict[str, torch.Tensor]:
+    dice = torch.Generator().manual_seed(seed)
+    if name == "vit":
+        return {
+            "pixel_values": torch.randn(4, 3, 32, 32, generator=dice),
+            "labels": torch.randint(5, (4,), generator=dice),
+        }
+    ids = torch.randint(VOCABULARY, (2, 48), generator=dice)
+    return {"input_ids": ids, "labels": ids}
+
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+class Trained:
+    """A few steps: their losses, the bytes alive at the peak, and those predicted.
+
+    Args:
+        name: the model.
+        budget: bytes that may be alive.
+        make_optimizer: from the compiled model.
+        options: more of `zgraph.compile`'s.
+    """
+
+    def __init__(
+        self, name: str, budget: int | None = None, make_optimizer: MakeOptimizer = adamw, **options: Any
+    ) -> None:
+        torch.compiler.reset()
+        self.losses: list[float] = []
+        torch.manual_seed(0)
+        model = zgraph.compile(MODELS[name]().train(), memory_budget=budget, **options)
+
+        def prepare() -> Callable[[int], torch.Tensor]:
+            optimizer = make_optimizer(model)
+            batches = [batch(name, seed) for seed in range(3)]
+
+            def step(index: int) -> torch.Tensor:
+                torch.manual_seed(index)
+                loss = model(**batches[index]).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                self.losses.append(loss.item())
+                return loss
+
+            return step
+
+        live = measure(prepare, warmup=2, device=torch.device("cpu"))
+        self.report = zgraph.report(model)
+        (entry,) = self.report.entries
+        self.at_rest = self.report.rest_bytes + self.report.state_bytes + self.report.buffer_bytes
+        self.peak = self.at_rest + live.peak_bytes - live.rest_bytes
+        self.predicted = self.report.peak_bytes
+        self.num_again = sum("recompute" in n.origin.made_by for n in entry.plan.graph.nodes)
+        self.num_moved = sum(n.op == "offload_start" for n in entry.plan.graph.nodes)
+        self.host_alive = compiled_model(model).session.host.pool.alive_bytes
