@@ -358,7 +358,7 @@ def _shard(
 
         lines = [f"recipe {recipe}, param_dtype {param_dtype}"]
         lines += [
-            f"{n}: {tuple(p.shape)} {p.dtype} stage {stages[n]}" + f" offload {offloads[n]}" * (n in offloads)
+            f"{n}: {tuple(p.shape)} {p.dtype} stage {stages[n]}" + (f" offload {offloads[n]}" if n in offloads else "")
             for n, p in model.named_parameters()
         ]
         lines += [f"{n}: {tuple(b.shape)} {b.dtype} buffer" for n, b in model.named_buffers()]

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import zgraph
 from benchmarks.memory import measure
+from zgraph.api import compiled_model
 
 from .pool import Pool
 
@@ -85,7 +86,8 @@ def measured_peak(model: nn.Module) -> int:
 
     gc.collect()  # what an earlier job left must not be freed in the measured step
     live = measure(lambda: step, warmup=2, device=torch.device("cpu"))
-    gradients = storage_bytes(p.grad for p in model.parameters())
+    slots = compiled_model(model).session.store.slots.values()
+    gradients = storage_bytes(s.parameter.grad for s in slots if not s.offload)
     return live.peak_bytes - live.rest_bytes + gradients
 
 
