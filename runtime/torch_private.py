@@ -18,8 +18,10 @@ __all__ = [
     "Messenger",
     "Store",
     "all_gathers",
+    "bump_version",
     "direct",
     "dtensor",
+    "fused_adamw",
     "keeps_graph",
     "messenger",
     "reduce_scatters",
@@ -107,6 +109,22 @@ def messenger(store: Store, name: str, rank: int, num_ranks: int, timeout: timed
     """A gloo group of its own, with connections between all its ranks."""
     group = dist.ProcessGroupGloo(PrefixStore(name, store), rank, num_ranks, timeout)
     return cast(Messenger, group)
+
+
+def fused_adamw(
+    parameter: torch.Tensor, gradient: torch.Tensor, first: torch.Tensor, second: torch.Tensor, step: torch.Tensor,
+    **options: float,
+) -> None:  # fmt: skip
+    """AdamW's update in place, by torch's fused kernel; `step` is the number of the step that this is."""
+    torch._fused_adamw_(
+        [parameter], [gradient], [first], [second], [], [step], amsgrad=False, maximize=False, grad_scale=None,
+        found_inf=None, **options,
+    )  # fmt: skip
+
+
+def bump_version(tensor: torch.Tensor) -> None:
+    """Tell autograd, and who else looks, that memory of the tensor was written to."""
+    torch.autograd.graph.increment_version(tensor)
 
 
 def direct(op: Callable[..., Any]) -> Callable[..., Any]:
