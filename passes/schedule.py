@@ -34,7 +34,8 @@ BEFORE_STARTS, AFTER_STARTS = 0.95, 0.45
 """Where a wait goes before an op: after what starts there, unless its memory is needed."""
 
 NUM_ROUNDS = 4
-"""How often the search begins anew, with the waits that memory forced on the last result."""
+"""How often the search begins anew, with the waits that memory forced on the last result; and with less room where the
+result does not fit the budget after all."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,17 @@ class Schedule(Pass):
         if not step.collectives:
             step.room(0)  # raises where the budget does not hold
             return graph
-        problem = step.problem(self.num_ahead)
+        room = step.room(self.num_ahead)
+        for _ in range(NUM_ROUNDS):
+            placed = self._best(step, step.problem_in(room))
+            over_bytes = step.over_bytes(placed)
+            if over_bytes <= 0:
+                return placed
+            room = tuple(max(r - over_bytes, 0) for r in room)
+        return step.canonical()
+
+    def _best(self, step: Step, problem: Problem) -> Graph:
+        """The graph by the best timetable found."""
         best: tuple[Timetable, dict[int, float]] | None = None
         for _ in range(NUM_ROUNDS):
             found = search(problem, self.effort)
@@ -150,6 +161,13 @@ class Step:
         elif max(peak.total_bytes, self.context.update_bytes) > limit:
             raise self._too_small(peak)
         return tuple(max(limit - u, 0) for u in used)
+
+    def over_bytes(self, placed: Graph) -> int:
+        """By how much a scheduled graph is over the budget. What is moved between two ops is not all in the rooms."""
+        limit = self.context.step_bytes
+        if limit is None:
+            return 0
+        return simulate_memory(make_plan(placed, only_synced=True), self.context.hints).peak.total_bytes - limit
 
     def _too_small(self, peak: Moment) -> BudgetError:
         context = self.context

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from zgraph import optim
     from zgraph.api import compile, no_sync, recipe, report
     from zgraph.capture import trace
     from zgraph.plans import plan
     from zgraph.profiling import profile, profile_machine
 
-__all__ = ["compile", "no_sync", "plan", "profile", "profile_machine", "recipe", "report", "trace"]
+__all__ = ["compile", "no_sync", "optim", "plan", "profile", "profile_machine", "recipe", "report", "trace"]
 
 _HOMES = {
     "compile": "zgraph.api",
@@ -31,7 +32,12 @@ _HOMES = {
 }
 
 
+_MODULES = frozenset({"optim"})
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"zgraph.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'zgraph' has no attribute {name!r}")
