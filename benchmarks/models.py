@@ -16,29 +16,26 @@ SEQUENCE_LENGTH = 128
 SEED = 0
 
 
-def llama_tiny() -> PretrainedConfig:
+def llama(width: int, inner: int, num_layers: int, num_heads: int, num_words: int) -> PretrainedConfig:
+    """A Llama with as many heads for keys and values as for queries, embedding and head apart."""
     return LlamaConfig(
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=256,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        vocab_size=num_words,
         use_cache=False,
     )
+
+
+def llama_tiny() -> PretrainedConfig:
+    return llama(64, 176, 2, 4, 256)
 
 
 def llama_30m() -> PretrainedConfig:
-    """29,893,120 parameters, embedding and head apart."""
-    return LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=4096,
-        use_cache=False,
-    )
+    """29,893,120 parameters."""
+    return llama(512, 1408, 8, 8, 4096)
 
 
 def gpt2_4l() -> PretrainedConfig:

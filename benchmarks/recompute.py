@@ -22,9 +22,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.memory import measure
+from benchmarks.models import llama
 from benchmarks.results import environment
 
 BATCH_SIZE, SEQUENCE, VOCABULARY = 4, 256, 2048
@@ -41,18 +42,9 @@ class Measured:
     flop: int
 
 
-def llama() -> nn.Module:
+def llama_6l() -> nn.Module:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=VOCABULARY,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).train()
+    return LlamaForCausalLM(llama(256, 704, 6, 8, VOCABULARY)).train()
 
 
 def batch() -> dict[str, Tensor]:
@@ -88,7 +80,7 @@ def flop_of(run: Callable[[], Any]) -> int:
 
 def eager(name: str, *, checkpoint: bool) -> Measured:
     """PyTorch without a compiler."""
-    model = llama()
+    model = llama_6l()
     if checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     flop = flop_of(lambda: model(**batch()).loss.backward())
@@ -112,7 +104,7 @@ def partitioned(name: str, budget: float) -> Measured:
 
     functorch_config.activation_memory_budget = budget
     backend = aot_autograd(fw_compiler=counted, bw_compiler=counted, partition_fn=min_cut_rematerialization_partition)
-    model = llama()
+    model = llama_6l()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     compiled(**batch()).loss.backward()
     model.zero_grad()
@@ -123,7 +115,7 @@ def ours(name: str, budget: int | None) -> Measured:
     """zgraph on one rank."""
     import zgraph
 
-    model = zgraph.compile(llama(), memory_budget=budget)
+    model = zgraph.compile(llama_6l(), memory_budget=budget)
     model(**batch()).loss.backward()
     model.zero_grad()
     return Measured(name, peak_of(model), zgraph.report(model).flop)

@@ -67,8 +67,9 @@ class Saved:
         self.graph, self.context = graph, context
         self.memory = Memory(graph)
         self.min_bytes = min_bytes or int(context.costs.latency_bytes)
-        self.num_bytes = {v.name: local_bytes(v.type, graph.mesh, context.hints) for v in self._candidates()}
-        self.values = [v for v in self._candidates() if self.num_bytes[v.name] >= self.min_bytes]
+        candidates = self._candidates()
+        self.num_bytes = {v.name: local_bytes(v.type, graph.mesh, context.hints) for v in candidates}
+        self.values = [v for v in candidates if self.num_bytes[v.name] >= self.min_bytes]
 
     def first(self, num_bytes: int) -> list[Value]:
         """The values that the forward makes first, as many as fit into `num_bytes`."""

@@ -226,11 +226,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def _like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """This rank's part as a tensor of the parameter's kind."""
-    if isinstance(parameter, DTensor):
-        return torch_private.dtensor(
-            local, parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
-        )
-    return local
+    return torch_private.dtensor_like(local, parameter) if isinstance(parameter, DTensor) else local
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:

@@ -47,21 +47,17 @@ def _item(made: list[torch.Tensor], index: int) -> torch.Tensor:
 
 def offload_start(node: Node, session: Session) -> Execute:
     """A copy in the host's memory."""
-    host = session.host
-
-    def execute(tensor: torch.Tensor) -> Future:
-        copied, work = host.offload(tensor)
-        return Future(node.name, work, tensor, lambda: copied)
-
-    return execute
+    return _copied(node, session.host.offload)
 
 
 def reload_start(node: Node, session: Session) -> Execute:
     """A copy on the device of what lies on the host."""
-    host = session.host
+    return _copied(node, session.host.reload)
 
+
+def _copied(node: Node, begin: Callable[[torch.Tensor], tuple[torch.Tensor, Copy]]) -> Execute:
     def execute(tensor: torch.Tensor) -> Future:
-        copied, work = host.reload(tensor)
+        copied, work = begin(tensor)
         return Future(node.name, work, tensor, lambda: copied)
 
     return execute

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from zgraph.config import ranks_here
 from zgraph.errors import OffloadError
 
 PAGE_BYTES = mmap.PAGESIZE
@@ -123,11 +123,6 @@ def available_bytes() -> int:
     except (OSError, ValueError):
         pass  # no control group, or an older kind: the machine's own figure stands
     return min(found)
-
-
-def ranks_here() -> int:
-    """Ranks on this host, as launchers tell it; 0 if they do not."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
 
 
 class Copy:

@@ -67,7 +67,7 @@ def _like(held: DTensor, whole: torch.Tensor, store: ShardStore) -> DTensor:
     if isinstance(held.placements[-1], Shard):
         start = store.shard * chunk_rows(whole.shape[0], store.num_shards)
         local = local[start : start + held._local_tensor.shape[0]]
-    return torch_private.dtensor(local, held.device_mesh, held.placements, held.shape, held.stride())
+    return torch_private.dtensor_like(local, held)
 
 
 def _near(name: str, given: list[str]) -> str:

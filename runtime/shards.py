@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from zgraph.aten import compute_dtype
 from zgraph.ir.layout import chunk_numel, chunk_rows, local_rows
 from zgraph.runtime import torch_private
 from zgraph.runtime.flats import Flats, Part
@@ -67,9 +68,7 @@ class Slot:
             held = parameter.grad
             (held._local_tensor if isinstance(held, DTensor) else held).add_(local)
         elif isinstance(parameter, DTensor):
-            parameter.grad = torch_private.dtensor(
-                local, parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
-            )
+            parameter.grad = torch_private.dtensor_like(local, parameter)
         else:
             parameter.grad = local
         if self.stand_in is not parameter:  # autograd runs the hooks of what it saw itself
@@ -112,13 +111,17 @@ class ShardStore:
         self.offloads, self.host = offloads, host
         self.slots: dict[str, Slot] = {}
         found = _homes(model)
-        self._check_host({name: parameter for name, (parameter, _) in found.items()})
         shards = {
             name: self.num_ranks > 1 and p.dim() > 0 and (default_stage if stages[name] is None else stages[name]) != 0
             for name, (p, _) in found.items()
         }
         self.any_sharded = any(shards.values())
         sharded = {n: p for n, (p, _) in found.items() if shards[n]}
+        self._check_host(
+            chunk_numel(tuple(p.shape), self.num_shards if shards[n] else 1) * p.element_size()
+            for n, (p, _) in found.items()
+            if offloads.get(n)
+        )
         self._masters = Flats({n: self._master(n, p) for n, p in sharded.items()}, device, host)
         copies = {n: self._copy(n, p) for n, p in sharded.items() if self._needs_copy(n, p)}
         self._copies = Flats(copies, device, host)
@@ -213,17 +216,10 @@ class ShardStore:
 
     # --- taking the model's parameters -------------------------------------------------------------------------
 
-    def _check_host(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Refuse what the host has no room for, before anything is moved."""
-        needed = sum(
-            4 * chunk_numel(tuple(p.shape), self.num_shards) * p.element_size() + PAGE_BYTES
-            for name, p in parameters.items()
-            if self.offloads.get(name)
-        )
+    def _check_host(self, masters_bytes: Iterable[int]) -> None:
+        """Refuse what the host has no room for, before anything is moved: masters, gradients and two moments."""
+        needed = sum(4 * num_bytes + PAGE_BYTES for num_bytes in masters_bytes)
         self.host.require(needed, "the masters, gradients and optimizer states that are offloaded")
-
-    def _compute_dtype(self, parameter: torch.Tensor) -> torch.dtype:
-        return self.param_dtype if self.param_dtype and parameter.is_floating_point() else parameter.dtype
 
     def _master(self, name: str, parameter: nn.Parameter) -> Part:
         numel = chunk_numel(tuple(parameter.shape), self.num_shards)
@@ -232,11 +228,13 @@ class ShardStore:
     def _needs_copy(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether what is computed with is another memory than the master."""
         offload = self.offloads.get(name)
-        return bool(offload) and (offload != PARAMETERS or self._compute_dtype(parameter) != parameter.dtype)
+        return bool(offload) and (
+            offload != PARAMETERS or compute_dtype(parameter, self.param_dtype) != parameter.dtype
+        )
 
     def _copy(self, name: str, parameter: nn.Parameter) -> Part:
         numel = chunk_numel(tuple(parameter.shape), self.num_shards)
-        return Part(numel, self._compute_dtype(parameter), self.offloads[name] == PARAMETERS)
+        return Part(numel, compute_dtype(parameter, self.param_dtype), self.offloads[name] == PARAMETERS)
 
     def _shard(self, name: str, stage: int | None, parameter: nn.Parameter) -> Slot:
         """Keep this rank's rows in its part of the flat buffer, and free the whole."""
@@ -260,7 +258,7 @@ class ShardStore:
         whole = parameter.detach()
         if self.num_ranks > 1:
             whole.copy_(self.from_first_rank(whole))
-        offload, casts = self.offloads.get(name, ""), self._compute_dtype(parameter) != parameter.dtype
+        offload, casts = self.offloads.get(name, ""), compute_dtype(parameter, self.param_dtype) != parameter.dtype
         stand_in, at_rest, rest, working = parameter, parameter, whole, whole
         if casts or offload:
             stand_in = self._hollow(parameter)
@@ -283,7 +281,7 @@ class ShardStore:
 
     def _hollow(self, parameter: nn.Parameter) -> nn.Parameter:
         """A parameter of this shape, in the dtype to compute in, without memory."""
-        hollow = torch.empty(parameter.shape, dtype=self._compute_dtype(parameter), device=self.device)
+        hollow = torch.empty(parameter.shape, dtype=compute_dtype(parameter, self.param_dtype), device=self.device)
         hollow.untyped_storage().resize_(0)
         return nn.Parameter(hollow, parameter.requires_grad)
 

@@ -21,6 +21,7 @@ __all__ = [
     "bump_version",
     "direct",
     "dtensor",
+    "dtensor_like",
     "fused_adamw",
     "keeps_graph",
     "messenger",
@@ -81,6 +82,11 @@ def dtensor(
     spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, tuple(stride), local.dtype))
     made: DTensor = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
     return made
+
+
+def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
+    """A DTensor over this rank's part, sharded as `like` is."""
+    return dtensor(local, like.device_mesh, like.placements, like.shape, like.stride())
 
 
 def whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:

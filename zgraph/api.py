@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from zgraph.aten import FROM_TORCH
+from zgraph.aten import FROM_TORCH, compute_dtype
 from zgraph.calls import guard
 from zgraph.capture import Compiled, Frontend, ParamInfo
 from zgraph.checks import ATTRIBUTE, Stage, check_optimizers, check_options, stage_of
@@ -23,6 +23,7 @@ from zgraph.config import environment
 from zgraph.cost.workspace import NUM_THREADS
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir import Axis, Graph, print_graph, verify
+from zgraph.ir.layout import chunk_numel
 from zgraph.offload import Offload, Resting, activations, of_parameters
 from zgraph.passes import BY_NAME, MIXED, RECIPES, Context, Pipeline, make_plan, parse_recipe
 from zgraph.passes.base import Choice
@@ -193,7 +194,8 @@ def compile(
     name = _name(group)
     is_gpu = device.type != "cpu"
     moves = activations(offload, budget, is_gpu=is_gpu)
-    resting = _resting(model, mesh.size(-1) if mesh is not None and default_stage else 1, param_dtype)
+    wanted = {name: default_stage if own is None else own for name, own in stages.items()}
+    resting = _resting(model, wanted, mesh.size(-1) if mesh is not None else 1, param_dtype)
     offloads = of_parameters(offload, resting, budget, is_gpu=is_gpu)
     if offloads and not fullgraph:
         raise UsageError("fullgraph=False gathers all parameters at once, so that none can be offloaded; offload=None")
@@ -281,12 +283,15 @@ def _buffer_bytes(model: nn.Module) -> int:
     return sum(b.numel() * b.element_size() for b in model.buffers())
 
 
-def _resting(model: nn.Module, num_shards: int, param_dtype: torch.dtype | None) -> dict[str, Resting]:
+def _resting(
+    model: nn.Module, wanted: Mapping[str, int], num_shards: int, param_dtype: torch.dtype | None
+) -> dict[str, Resting]:
     """What each parameter takes on a rank."""
     found = {}
     for name, parameter in model.named_parameters():
-        copied = param_dtype if param_dtype is not None and parameter.is_floating_point() else parameter.dtype
-        numel = -(-parameter.numel() // num_shards)
+        parts = num_shards if parameter.dim() and wanted[name] else 1
+        numel = chunk_numel(tuple(parameter.shape), parts)
+        copied = compute_dtype(parameter, param_dtype)
         found[name] = Resting(numel * parameter.element_size(), numel * copied.itemsize)
     return found
 

@@ -21,6 +21,12 @@ TO_TORCH: dict[DType, torch.dtype] = {
 }  # fmt: skip
 FROM_TORCH: dict[torch.dtype, DType] = {theirs: ours for ours, theirs in TO_TORCH.items()}
 
+
+def compute_dtype(tensor: torch.Tensor, param_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that a parameter is computed with: `param_dtype`, if there is one and the parameter is a float."""
+    return param_dtype if param_dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
 _LAYOUTS = {str(x).removeprefix("torch."): x for x in (torch.strided, torch.sparse_coo)}
 _MEMORY_FORMATS = {
     str(x).removeprefix("torch."): x

@@ -37,3 +37,8 @@ def environment() -> Environment:
     dump = os.environ.get("ZGRAPH_DUMP")
     disable = frozenset(filter(None, (name.strip() for name in os.environ.get("ZGRAPH_DISABLE", "").split(","))))
     return Environment(Path(dump) if dump else None, int(level), disable)
+
+
+def ranks_here() -> int:
+    """Ranks on this host, as launchers tell it; 0 if they do not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))

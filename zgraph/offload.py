@@ -39,6 +39,18 @@ def activations(offload: Offload, memory_budget: int | None, *, is_gpu: bool) ->
     return "always" if memory_budget is None else "auto"
 
 
+def places(offload: Offload, *, is_gpu: bool) -> tuple[str, ...]:
+    """What may lie at rest on the host, for all parameters alike; what is to be preferred comes first.
+
+    Raises:
+        UsageError: `offload` names nothing that can be offloaded.
+    """
+    if offload == "auto":
+        return ("", "optimizer", "parameters") if is_gpu else ("",)
+    asked = _asked(offload)
+    return ("parameters" if "parameters" in asked else "optimizer" if "optimizer" in asked else "",)
+
+
 def of_parameters(
     offload: Offload, resting: Mapping[str, Resting], memory_budget: int | None, *, is_gpu: bool
 ) -> dict[str, str]:
@@ -55,8 +67,7 @@ def of_parameters(
     """
     if offload == "auto":
         return _chosen(resting, memory_budget) if is_gpu and memory_budget is not None else {}
-    asked = _asked(offload)
-    what = "parameters" if "parameters" in asked else "optimizer" if "optimizer" in asked else ""
+    (what,) = places(offload, is_gpu=is_gpu)
     return dict.fromkeys(resting, what) if what else {}
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from zgraph.config import ranks_here
 from zgraph.cost import CostTable, Hardware, hardware, known, load_table
 from zgraph.errors import UsageError
 from zgraph.passes.base import default_costs
@@ -39,7 +39,7 @@ def cost_table(target: Target | None, device: torch.device) -> CostTable:
     stems = [n for n in known() if n.split("-")[0] in title]
     if "a100" in title:
         stems = ["a100-80" if torch.cuda.get_device_properties(device).total_memory > 50 << 30 else "a100-40"]
-    return CostTable(hardware=hardware(stems[0] if stems else "a100-40"), per_host=_ranks_here())
+    return CostTable(hardware=hardware(stems[0] if stems else "a100-40"), per_host=ranks_here())
 
 
 MARGIN = 0.06
@@ -52,11 +52,6 @@ def device_budget(device: torch.device) -> int | None:
     if device.type == "cpu":
         return None
     return int((1 - MARGIN) * torch.cuda.get_device_properties(device).total_memory)
-
-
-def _ranks_here() -> int:
-    """Ranks on this host, as launchers tell it; 0 if they do not."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
 
 
 def num_bytes(size: int | str) -> int:

@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 
 from zgraph.cost.memory import local_bytes
-from zgraph.ir import Builder, Graph, Node, OutputKind, Phase, Value
+from zgraph.ir import Builder, Graph, Node, OutputKind, Phase, Type, Value
 from zgraph.ir.graph import map_values
 from zgraph.ir.ops import OPS, is_pure, padded_bytes, views
 from zgraph.passes.analysis.blocks import Block, Choice, Maker, frontier, within
@@ -153,14 +153,14 @@ class Forward:
     def _gather_us(self, gather: Node) -> float:
         """What bringing a parameter to where it is computed with takes."""
         costs, shard = self.context.costs, gather.operands[0]
-        us = costs.copy_us(self._local_bytes(shard)) if shard.tensor.is_on_host else 0.0
+        us = costs.copy_us(self._local_bytes(shard.type)) if shard.tensor.is_on_host else 0.0
         if self.graph.num_shards > 1:
             line = costs.gather_line(self.graph.mesh)
             us += line.latency_us + 1e6 * padded_bytes(shard.tensor, self.graph.num_shards) / line.bytes_per_s
         return us
 
-    def _local_bytes(self, value: Value) -> int:
-        return local_bytes(value.type, self.graph.mesh, self.context.hints)
+    def _local_bytes(self, kind: Type) -> int:
+        return local_bytes(kind, self.graph.mesh, self.context.hints)
 
     def is_gathered_anew(self, node: Node) -> bool:
         """Whether a node gathers a parameter that does not stay until the backward."""
@@ -170,7 +170,7 @@ class Forward:
         roots = sorted(self.memory.roots(name))
         kinds = [r.type for n in (self.nodes[self.position[root]] for root in roots if root in self.position)
                  for r in n.results if r.name in roots]  # fmt: skip
-        return sum(local_bytes(kind, self.graph.mesh, self.context.hints) for kind in kinds)
+        return sum(map(self._local_bytes, kinds))
 
     # --- choosing ------------------------------------------------------------------------------------------------
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from zgraph.ir import Graph, InputKind, Node, Value
+from zgraph.ir import Graph, Node, Value
 
 
 def is_gather(graph: Graph, node: Node) -> bool:
     """Whether a node brings a parameter to where it is computed with."""
-    return node.op == "reshard" and not node.results[0].tensor.is_on_host and _is_parameter(graph, node.operands[0])
-
-
-def _is_parameter(graph: Graph, value: Value) -> bool:
-    source = _uncast(graph, value).name
-    return any(i.value.name == source for i in graph.inputs if i.kind is InputKind.param)
+    if node.op != "reshard" or node.results[0].tensor.is_on_host:
+        return False
+    return gathered(graph, node) in graph.param_names
 
 
 def gathered(graph: Graph, gather: Node) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-import transformers as hf
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+import small
 import zgraph
 from benchmarks.memory import measure
 from zgraph.api import compiled_model
@@ -35,17 +35,7 @@ def live_tensors() -> list[torch.Tensor]:
 
 
 def llama() -> nn.Module:
-    return hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            vocab_size=4001,
-            use_cache=False,
-        )
-    )
+    return small.llama(192, 2, 4001, num_heads=6, inner=512)
 
 
 def bytes_at_rest(mesh: DeviceMesh, stage: int) -> tuple[int, int, int, int]:

@@ -9,6 +9,8 @@ import torch
 import transformers as hf
 from torch import nn
 
+import small
+
 from .nets import built
 
 Batch = dict[str, torch.Tensor]
@@ -16,17 +18,7 @@ VOCABULARY = 61
 
 
 def llama() -> nn.Module:
-    return hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            hidden_size=32,
-            intermediate_size=56,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=VOCABULARY,
-            use_cache=False,
-        )
-    )
+    return small.llama(32, 2, VOCABULARY, inner=56)
 
 
 def gpt2() -> nn.Module:
@@ -67,18 +59,7 @@ def mixtral() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    return hf.ViTForImageClassification(
-        hf.ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=56,
-            image_size=16,
-            patch_size=8,
-            num_labels=5,
-            problem_type="single_label_classification",  # transformers would set it in the first call: a recompilation
-        )
-    )
+    return small.vit(32, 2, inner=56, image_size=16)
 
 
 def resnet() -> nn.Module:

@@ -74,14 +74,11 @@ def captured(name: str) -> Graph:
 
 
 def _llama() -> Graph:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import small
 
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=13, tie_word_embeddings=True, use_cache=False,
-    )  # fmt: skip
+    model = small.llama(16, 1, 13, num_heads=2, num_kv_heads=1, inner=20, tie_word_embeddings=True)
     tokens = torch.zeros(2, 5, dtype=torch.int64)
-    return zgraph.trace(LlamaForCausalLM(config), input_ids=tokens, labels=tokens)
+    return zgraph.trace(model, input_ids=tokens, labels=tokens)
 
 
 def _mixed_stages(name: str) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import transformers as hf
 from torch import nn
 from torch.nn import functional as F
+
+from small import llama
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -48,21 +49,6 @@ class Llama(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.llama(input_ids=ids, labels=ids).loss
-
-
-def llama(width: int, num_layers: int, num_words: int, **options: bool) -> nn.Module:
-    return hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            hidden_size=width,
-            intermediate_size=int(2.75 * width),
-            num_hidden_layers=num_layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=num_words,
-            use_cache=False,
-            **options,
-        )
-    )
 
 
 def dice(seed: int) -> torch.Generator:

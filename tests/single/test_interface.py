@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import zgraph
+from small import llama
 from zgraph.errors import UsageError
 
-from .nets import Mlp, built, dice, llama, rows
+from .nets import Mlp, built, dice, rows
 
 
 class Pair(NamedTuple):

@@ -2,47 +2,54 @@
 
 import pytest
 import torch
-import transformers as hf
 from torch import nn
 
+import small
 import zgraph
-from zgraph import plans
+from zgraph import family, plans
+from zgraph.cost.hardware import Link, hardware
 from zgraph.errors import HardwareError, UsageError
 
 IDS = torch.zeros(2, 64, dtype=torch.int64)
+_CAPTURES = {}
 BATCH = {"input_ids": IDS, "labels": IDS}
+
+
+def _never(stack):
+    return False
 
 
 def llama(num_layers: int = 5) -> nn.Module:
     with torch.device("meta"):
-        return hf.LlamaForCausalLM(
-            hf.LlamaConfig(
-                hidden_size=64,
-                intermediate_size=176,
-                num_hidden_layers=num_layers,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                vocab_size=300,
-                use_cache=False,
-            )
-        )
+        return small.llama(num_layers=num_layers)
 
 
 def t5() -> nn.Module:
     """Two stacks of layers, whose first layers differ from the others."""
-    config = hf.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4, vocab_size=100, use_cache=False,
-                         decoder_start_token_id=0, pad_token_id=0)  # fmt: skip
     with torch.device("meta"):
-        return hf.T5ForConditionalGeneration(config)
+        return small.t5(32, 4, 100)
 
 
-@pytest.mark.parametrize("build", [llama, t5])
-@pytest.mark.parametrize("num_ranks", [1, 8])
+@pytest.fixture(autouse=True)
+def _captured_once(monkeypatch):
+    """Tests that plan the same model share its capture."""
+    capture = plans.captured
+
+    def captured(model, args, kwargs, param_dtype):
+        key = type(model), sum(p.numel() for p in model.parameters()), family._are_alike
+        if key not in _CAPTURES:
+            _CAPTURES[key] = capture(model, args, kwargs, param_dtype)
+        return _CAPTURES[key]
+
+    monkeypatch.setattr(plans, "captured", captured)
+
+
+@pytest.mark.parametrize(("build", "num_ranks"), [(llama, 8), (t5, 1)])
 def test_a_model_grown_from_few_layers_is_the_whole_model(build, num_ranks, monkeypatch):
     model = build()
     names = list(model.state_dict())
     grown = zgraph.plan(model, **BATCH, hardware="8x8-a100-80", num_ranks=num_ranks)
-    monkeypatch.setattr(plans, "_are_alike", lambda stack: False)
+    monkeypatch.setattr(family, "_are_alike", _never)
     whole = zgraph.plan(model, **BATCH, hardware="8x8-a100-80", num_ranks=num_ranks)
     assert list(model.state_dict()) == names
     for a, b in zip(grown.stages, whole.stages, strict=True):
@@ -73,7 +80,8 @@ def test_a_budget_is_met_by_computing_again_or_is_said_not_to_be():
     assert tight.fits
     assert tight.total_bytes <= middle
     assert tight.step_us > plan.step_us
-    none = zgraph.plan(llama(), **BATCH, hardware="h100", num_ranks=1, stage=3, memory_budget=plan.needed_bytes // 2)
+    none = zgraph.plan(llama(), **BATCH, hardware="h100", num_ranks=1, stage=3, offload=None,
+                       memory_budget=plan.needed_bytes // 2)  # fmt: skip
     assert none.best is None
     assert "no stage fits" in none.reason
     assert "take more ranks" in str(none)
@@ -89,6 +97,61 @@ def test_the_stage_is_chosen_for_speed_among_those_that_fit():
     assert tight.best is not None
     assert tight.best.total_bytes <= least
     assert f"stage {tight.best.stage}: the fastest that fits" in str(tight)
+
+
+@pytest.mark.parametrize("size", ["3MB", "2MB"])
+def test_what_does_not_fit_on_the_device_lies_on_the_host(size):
+    """First masters and optimizer states, 12 bytes a parameter; if that is not enough, what is computed with too."""
+    found = zgraph.plan(llama(), **BATCH, hardware="h100", num_ranks=1, stage=3, memory_budget=size)
+    (plan,) = found.stages
+    place = {"3MB": "optimizer", "2MB": "parameters"}[size]
+    assert plan.fits
+    assert plan.offload == place
+    assert plan.rest_bytes["optimizer"] == 0
+    assert plan.rest_bytes["parameters"] == (4 * found.num_parameters if place == "optimizer" else 0)
+    assert plan.host_bytes >= 16 * found.num_parameters  # with the gradients
+    assert f"with {place} on the host" in str(found)
+
+
+def test_activations_are_moved_where_that_is_faster_than_computing_them_again():
+    slow = hardware("h100").model_copy(update={"host_link": Link(bytes_per_s=1e6, latency_us=10.0)})
+    fast = hardware("h100").model_copy(update={"host_link": Link(bytes_per_s=1e13, latency_us=0.001)})
+    again, moved = (
+        zgraph.plan(llama(), **BATCH, hardware=target, num_ranks=1, stage=3, memory_budget=5_400_000,
+                    offload="activations").stages[0]
+        for target in (slow, fast)
+    )  # fmt: skip
+    assert again.fits
+    assert moved.fits
+    assert again.again_share > 0
+    assert again.moved_share < 0.01
+    assert moved.again_share == 0
+    assert moved.moved_share > 0
+    assert moved.host_bytes > 0
+
+
+def test_a_host_without_room_is_no_place_to_offload_to():
+    small_host = hardware("h100").model_copy(update={"host_memory_bytes": 10_000})
+    found = zgraph.plan(llama(), **BATCH, hardware=small_host, num_ranks=1, stage=3, memory_budget="3MB")
+    assert found.best is None
+
+
+def test_small_parameters_stay_whole_where_the_network_is_the_bound():
+    slow = Link(bytes_per_s=1e8, latency_us=1.0)
+    cluster = hardware("8x8-h100").model_copy(update={"within": slow, "between": slow})
+    everything = zgraph.plan(llama(), **BATCH, hardware=cluster, stage=[0, 1, 2, 3])
+    budget = everything.stages[0].needed_bytes - 1
+    found = zgraph.plan(llama(), **BATCH, hardware=cluster, memory_budget=budget, offload=None)
+    best = found.best
+    assert best is not None
+    assert best.whole
+    assert best.stage > 0
+    assert all(1.01 * best.total_us < plan.total_us for plan in found.stages[:4] if plan.fits)
+    assert best.total_bytes <= budget
+    sizes = {name: p.numel() for name, p in llama().named_parameters()}
+    sharded = [size for name, size in sizes.items() if best.stage_of(name) == best.stage]
+    assert max(sizes[name] for name in best.whole) < min(sharded)
+    assert "small parameters kept whole" in str(found)
 
 
 def test_mistakes_are_named():

@@ -8,9 +8,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import zgraph
+from small import llama
 from zgraph.reporting import Report
 
-from .nets import Mlp, built, llama, rows
+from .nets import Mlp, built, rows
 
 
 def measured_peak_bytes(model: nn.Module, ids: torch.Tensor) -> int:

@@ -4,61 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers as hf
 from torch import nn
 
 import zgraph
 from benchmarks.memory import measure
+from small import llama, t5, vit
 from zgraph.api import compiled_model
 
 VOCABULARY = 300
-
-
-def llama() -> nn.Module:
-    return hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            hidden_size=64,
-            intermediate_size=176,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=VOCABULARY,
-            use_cache=False,
-        )
-    )
-
-
-def vit() -> nn.Module:
-    return hf.ViTForImageClassification(
-        hf.ViTConfig(
-            hidden_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=128,
-            image_size=32,
-            patch_size=8,
-            num_labels=5,
-            problem_type="single_label_classification",
-        )
-    )
-
-
-def t5() -> nn.Module:
-    """An encoder and a decoder, with dropout."""
-    return hf.T5ForConditionalGeneration(
-        hf.T5Config(
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            vocab_size=VOCABULARY,
-            use_cache=False,
-            dropout_rate=0.1,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-        )
-    )
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "vit": vit, "t5": t5}

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from zgraph.aten import FROM_TORCH
+from zgraph.aten import FROM_TORCH, compute_dtype
 from zgraph.capture.frontend import Frontend, ParamInfo
 from zgraph.errors import CaptureError
 from zgraph.ir import DType, Graph
@@ -79,8 +79,7 @@ class _Caught(CaptureError):
 
 def _fake(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """A fake tensor on the CPU with the metadata of `tensor`."""
-    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=wanted, device="cpu")
+    fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=compute_dtype(tensor, dtype), device="cpu")
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, tensor.requires_grad)
     return fake

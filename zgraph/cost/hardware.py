@@ -49,7 +49,8 @@ class Device(_Frozen):
 class Hardware(_Frozen):
     """A cluster: hosts of equal devices, links within a host and between hosts.
 
-    `between` is each device's share of its host's network. `host_link` is the way to the host's memory.
+    `between` is each device's share of its host's network. `host_link` is the way to the host's memory, of which a host
+    has `host_memory_bytes`: 0 where it is not known, or where devices compute in the host's memory itself.
     `overlap_slowdown` is how much longer computing takes while a transfer is under way: on GPUs the collectives take
     multiprocessors and memory bandwidth, on CPUs they take the cores.
     """
@@ -62,11 +63,17 @@ class Hardware(_Frozen):
     within: Link
     between: Link
     host_link: Link
+    host_memory_bytes: int = Field(0, ge=0)
     overlap_slowdown: float = Field(1.0, ge=1.0)
 
     @property
     def num_devices(self) -> int:
         return self.num_hosts * self.devices_per_host
+
+    @property
+    def has_host(self) -> bool:
+        """Whether hosts have a memory that is not their devices'."""
+        return self.host_memory_bytes > 0
 
     def shaped(self, num_hosts: int, devices_per_host: int) -> Hardware:
         """The same devices and links in another number."""

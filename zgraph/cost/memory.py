@@ -228,7 +228,7 @@ def _in_flight(start: str) -> str:
 def _categories(plan: Plan) -> dict[str, str]:
     """What each value that is born in the step is for."""
     found: dict[str, str] = {}
-    inputs = {i.value.name for i in plan.graph.inputs if i.kind is InputKind.param}
+    inputs = plan.graph.param_names
     for node in plan.graph.nodes:
         for result in node.results:
             if node.op in ("reduce_scatter_start", "all_reduce_start"):

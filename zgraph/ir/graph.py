@@ -73,7 +73,8 @@ class Origin:
 class Node:
     """One op applied to arguments, giving zero or more results.
 
-    `checkpoint` numbers the region of the forward that the user wants computed again; 0 for none.
+    `checkpoint` numbers the region of the forward that the user wants computed again; 0 for none. `operands` are all
+    values that the node reads, in order, repeats kept.
     """
 
     op: str
@@ -83,16 +84,16 @@ class Node:
     phase: Phase = Phase.forward
     origin: Origin = Origin()
     checkpoint: int = 0
+    operands: tuple[Value, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found = tuple(values_in((self.args, tuple(a for _, a in self.kwargs))))
+        object.__setattr__(self, "operands", found)
 
     @property
     def name(self) -> str:
         """The name of the first result, or the op's where there is none: what errors and reports call the node."""
         return self.results[0].name if self.results else self.op
-
-    @property
-    def operands(self) -> tuple[Value, ...]:
-        """Every value the node reads, in order, repeats kept."""
-        return tuple(values_in((self.args, tuple(a for _, a in self.kwargs))))
 
     def option(self, key: str) -> Arg:
         """The keyword argument `key`, or None."""
@@ -197,6 +198,10 @@ class Graph:
     @property
     def params(self) -> tuple[Input, ...]:
         return tuple(i for i in self.inputs if i.kind is InputKind.param)
+
+    @cached_property
+    def param_names(self) -> frozenset[str]:
+        return frozenset(i.value.name for i in self.params)
 
     @cached_property
     def producers(self) -> Mapping[str, Node]:
