@@ -23,6 +23,7 @@ CLUSTERS = ("1x8-h100", "8x8-h100", "16x8-h100")
 def main(
     hardware: Annotated[list[str] | None, typer.Option(help="A profile; may repeat.")] = None,
     sequence: Annotated[int, typer.Option(min=1, help="Tokens of the one sequence of each rank.")] = 4096,
+    host: Annotated[bool, typer.Option(help="Whether anything may go to the host's memory.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
 ) -> None:
     """Plan all four stages, in bf16 with masters and AdamW in fp32, and print a table for each cluster."""
@@ -31,15 +32,19 @@ def main(
     tokens = torch.zeros(1, sequence, dtype=torch.int64)
     began = time.perf_counter()
     found = []
-    for name in hardware or CLUSTERS:
-        plan = zgraph.plan(model, input_ids=tokens, labels=tokens, hardware=name, param_dtype=torch.bfloat16)
+    names = hardware or CLUSTERS
+    plans = zgraph.sweep(
+        model, input_ids=tokens, labels=tokens, hardware=names, param_dtype=torch.bfloat16,
+        offload="auto" if host else None,
+    )  # fmt: skip
+    for name, plan in zip(names, plans, strict=True):
         Console(width=None if Console().is_terminal else 150).print(plan)
         found.append({"hardware": name, **asdict(plan)})
     seconds = time.perf_counter() - began
     typer.echo(f"{len(found)} plans of {len(found[0]['stages'])} stages in {seconds:.0f} s")
     if json_file is not None:
         whole = {"environment": environment(), "sequence": sequence, "seconds": seconds, "plans": found}
-        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+        json_file.write_text(json.dumps(whole, indent=1, default=sorted) + "\n")
 
 
 if __name__ == "__main__":

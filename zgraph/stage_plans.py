@@ -8,7 +8,7 @@ is not enough, parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,7 +26,8 @@ from zgraph.passes.outlook import step_memory
 UPDATE_PASSES = 7
 """How often AdamW's update goes over memory as large as the masters: it reads four tensors and writes three."""
 
-CATEGORIES = ("parameters", "optimizer", "buffers", "gradients", "activations", "gathered", "temporaries", "buckets")
+RESTING = ("parameters", "optimizer", "buffers")
+CATEGORIES = (*RESTING, "gradients", "activations", "gathered", "temporaries", "buckets")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class StagePlan:
         rest_bytes: bytes at rest on the device by category: parameters, optimizer state, buffers.
         peak_bytes: bytes on the device by category at the peak of the step, those at rest included.
         host_bytes: bytes on the host at the peak of the step.
-        needed_bytes: the peak if the whole forward is computed again, layer by layer: what the stage cannot do without.
+        needed_bytes: the peak if all that can be is moved or computed again, layer by layer: what the stage cannot do
+            without.
         step_us: the predicted time of a forward and backward.
         update_us: the predicted time of AdamW's update.
         exposed_us: the part of the step in which computing waits for communication or copies.
@@ -102,21 +104,19 @@ class Planner:
     places: tuple[str, ...]
     moves: bool
 
-    def plan(self, stage: int, whole: frozenset[str] = frozenset()) -> StagePlan:
+    def plan(self, stage: int) -> StagePlan:
         """The fastest plan that fits, with as little on the host as that takes; else the one that needs the least."""
-        found: list[StagePlan] = []
         for place in self.places:
-            options = list(self._options(_Shape(self, stage, whole, place)))
-            if fitting := [option for option in options if option.fits]:
-                return min(fitting, key=lambda option: option.total_us)
-            found += options
-        return min(found, key=lambda option: option.needed_bytes)
+            shape = _Shape(self, stage, frozenset(), place)
+            if (found := self._fastest(shape)) is not None:
+                return found
+        return shape.finished(shape.smallest)
 
-    def _options(self, shape: _Shape) -> Iterator[StagePlan]:
-        stays = shape.fitted(0.0)
-        yield stays
-        if self.moves and (not stays.fits or stays.again_share):
-            yield from (shape.fitted(share) for share in shape.shares)
+    def _fastest(self, shape: _Shape) -> StagePlan | None:
+        """The fastest way to make it fit; None if there is none."""
+        if shape.rest_bytes > self.budget or not shape.smallest.fits:
+            return None
+        return min(map(shape.finished, shape.fitting), key=lambda found: found.total_us)
 
     def refined(self, plan: StagePlan, parameters: Sequence[tuple[str, int]]) -> StagePlan:
         """The plan with parameters up to some size kept whole on all ranks, where that is faster and fits.
@@ -133,11 +133,26 @@ class Planner:
             return plan
         for size in sorted({num_bytes for _, num_bytes in parameters}):
             whole = frozenset(name for name, num_bytes in parameters if num_bytes <= size)
-            tried = self.plan(plan.stage, whole)
-            if not tried.fits:
+            shape = _Shape(self, plan.stage, whole, plan.offload)
+            if shape.rest_bytes > self.budget or not (option := shape.fitted(plan.moved_share)).fits:
                 break
-            best = min(best, tried, key=lambda p: p.total_us)
+            best = min(best, shape.finished(option), key=lambda p: p.total_us)
         return best
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One way to make a step fit: computing again what is not worth a price, moving a share of what waits."""
+
+    price: float | None
+    moved_share: float
+    peak_bytes: dict[str, int]
+    host_bytes: int
+    fits: bool
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.peak_bytes.values())
 
 
 class _Shape:
@@ -169,33 +184,65 @@ class _Shape:
         waiting = sum(saved.num_bytes.values())
         return [hidden / waiting, 1.0] if hidden < waiting and saved.first(int(hidden)) else [1.0]
 
-    def fitted(self, moved_share: float) -> StagePlan:
-        """The plan that computes as little again as the budget asks for."""
-        budget = self.planner.budget
-        prices: list[float | None] = [None, *self.members[0].forward.prices()]
-        least, _ = self.peak(prices[-1], moved_share)
-        chosen, host_bytes = self.peak(None, moved_share)
-        low, high = 0, len(prices) - 1  # the first price at which it fits is in (low, high]
-        if sum(chosen.values()) <= budget:
-            high = 0
-        else:
-            while high - low > 1:
-                middle = (low + high) // 2
-                fits = sum(self.peak(prices[middle], moved_share)[0].values()) <= budget
-                low, high = (low, middle) if fits else (middle, high)
-            chosen, host_bytes = self.peak(prices[high], moved_share)
-        figures = [m.figures(prices[high], moved_share) for m in self.members]
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes at rest on the device."""
+        return sum(self.rest[name] for name in RESTING)
+
+    @cached_property
+    def smallest(self) -> _Option:
+        """The way that needs the fewest bytes of the device: all that may be is moved, and the rest computed again where
+        that helps."""
+        moved_share = 1.0 if self.planner.moves else 0.0
+        ways = [self.option(price, moved_share) for price in (None, self.prices[-1])]
+        return min(ways, key=lambda option: option.total_bytes)
+
+    @property
+    def fitting(self) -> list[_Option]:
+        """Ways that fit: nothing moved; and where that computes again, as much moved as is hidden, and all."""
+        found = [self.fitted(0.0)]
+        if self.planner.moves and (not found[0].fits or found[0].price is not None):
+            found += [self.fitted(share) for share in self.shares]
+        return [option for option in found if option.fits] or [self.smallest]
+
+    @cached_property
+    def prices(self) -> list[float | None]:
+        """Prices of a byte, between which some block's choice changes; at none everything is kept."""
+        return [None, *self.members[0].forward.prices()]
+
+    def option(self, price: float | None, moved_share: float) -> _Option:
+        """What this way comes to."""
+        planner = self.planner
+        peak_bytes, host_bytes = self.peak(price, moved_share)
+        fits = sum(peak_bytes.values()) <= planner.budget
+        has_room = planner.host_budget is None or host_bytes <= planner.host_budget
+        return _Option(price, moved_share, peak_bytes, host_bytes, fits and has_room)
+
+    def fitted(self, moved_share: float) -> _Option:
+        """The way that computes as little again as the budget asks for."""
+        most = self.option(None, moved_share)
+        if most.fits:
+            return most
+        chosen = self.option(self.prices[-1], moved_share)
+        low, high = 0, len(self.prices) - 1  # the first price at which it fits is in (low, high]
+        while chosen.fits and high - low > 1:
+            middle = (low + high) // 2
+            tried = self.option(self.prices[middle], moved_share)
+            low, high, chosen = (low, middle, tried) if tried.fits else (middle, high, chosen)
+        return chosen
+
+    def finished(self, option: _Option) -> StagePlan:
+        """The plan of one way to fit, with its times."""
+        figures = [m.figures(option.price, option.moved_share) for m in self.members]
         step_us, exposed_us, sent, flop = (self.family.grown(f) for f in zip(*figures, strict=True))
         usual = self.family.grown([m.flop for m in self.members])
-        host_limit = self.planner.host_budget
         return StagePlan(
-            stage=self.stage, whole=self.whole, offload=self.place, moved_share=moved_share,
-            rest_bytes={name: self.rest[name] for name in ("parameters", "optimizer", "buffers")},
-            peak_bytes=chosen, host_bytes=host_bytes,
-            needed_bytes=min(sum(least.values()), sum(chosen.values())),
-            step_us=step_us, update_us=self.update_us, exposed_us=exposed_us, sent_bytes=int(sent),
-            again_share=flop / usual - 1 if usual else 0.0,
-            fits=sum(chosen.values()) <= budget and (host_limit is None or host_bytes <= host_limit),
+            stage=self.stage, whole=self.whole, offload=self.place, moved_share=option.moved_share,
+            rest_bytes={name: self.rest[name] for name in RESTING}, peak_bytes=option.peak_bytes,
+            host_bytes=option.host_bytes, needed_bytes=min(self.smallest.total_bytes, option.total_bytes),
+            step_us=step_us, update_us=self.update_us,
+            exposed_us=exposed_us, sent_bytes=int(sent), again_share=flop / usual - 1 if usual else 0.0,
+            fits=option.fits,
         )  # fmt: skip
 
     def peak(self, price: float | None, moved_share: float) -> tuple[dict[str, int], int]:
@@ -205,7 +252,7 @@ class _Shape:
         update = {"gradients": self.rest["optimizer"]}  # with one more copy, for torch's AdamW
         highest = max([*parts, update], key=lambda m: sum(m.values()))
         on_host = self.rest["host"] + int(self.family.grown([on_host for _, on_host in found]))
-        rest = {name: self.rest[name] for name in ("parameters", "optimizer", "buffers")}
+        rest = {name: self.rest[name] for name in RESTING}
         return {**dict.fromkeys(CATEGORIES, 0), **highest, **rest}, on_host
 
     @property
