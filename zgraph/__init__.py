@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from zgraph import optim
     from zgraph.api import compile, no_sync, recipe, report
     from zgraph.capture import trace
-    from zgraph.plans import plan
+    from zgraph.plans import plan, sweep
     from zgraph.profiling import profile, profile_machine
 
-__all__ = ["compile", "no_sync", "optim", "plan", "profile", "profile_machine", "recipe", "report", "trace"]
+__all__ = ["compile", "no_sync", "optim", "plan", "profile", "profile_machine", "recipe", "report", "sweep", "trace"]
 
 _HOMES = {
     "compile": "zgraph.api",
     "no_sync": "zgraph.api",
     "plan": "zgraph.plans",
+    "sweep": "zgraph.plans",
     "profile": "zgraph.profiling",
     "profile_machine": "zgraph.profiling",
     "recipe": "zgraph.api",

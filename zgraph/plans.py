@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from zgraph.aten import compute_dtype
 from zgraph.errors import UsageError
-from zgraph.family import captured
+from zgraph.family import Family, captured
 from zgraph.offload import Offload, activations, places
 from zgraph.passes import RECIPES
 from zgraph.stage_plans import Planner, StagePlan
@@ -120,31 +121,66 @@ def plan(
         HardwareError: there is no such hardware, or the ranks do not fill its hosts.
         CaptureError, GraphBreakError: as `zgraph.compile` does at the first call.
     """
+    (found,) = sweep(
+        model, *args, hardware=(hardware,), num_ranks=num_ranks, memory_budget=memory_budget, stage=stage,
+        offload=offload, param_dtype=param_dtype, **kwargs,
+    )  # fmt: skip
+    return found
+
+
+def sweep(
+    model: nn.Module, *args: Any, hardware: Sequence[Target], num_ranks: int | None = None,
+    memory_budget: int | str | None = None, stage: int | Sequence[int] | None = None,
+    offload: Offload = "auto", param_dtype: torch.dtype | None = None, **kwargs: Any,
+) -> tuple[TrainingPlan, ...]:  # fmt: skip
+    """`plan` for several kinds of hardware, with the model captured once.
+
+    Args:
+        hardware: what to plan for, one plan each.
+        model, args, kwargs, num_ranks, memory_budget, stage, offload, param_dtype: as for `plan`.
+
+    Raises:
+        UsageError, HardwareError, CaptureError, GraphBreakError: as `plan` does.
+    """
     wanted = tuple(RECIPES) if stage is None else stage
     stages = (wanted,) if isinstance(wanted, int) else tuple(wanted)
     if unknown := [s for s in stages if s not in RECIPES]:
         raise UsageError(f"stage must be 0, 1, 2 or 3, not {unknown[0]!r}")
-    costs = cost_table(hardware, torch.device("cpu"))
-    profile = costs.hardware
-    count = profile.num_devices if num_ranks is None else num_ranks
-    if count < 1:
-        raise UsageError(f"num_ranks must be 1 or more, not {count}")
-    device_bytes = int(profile.device.memory_bytes * (1 - MARGIN))
-    budget = device_bytes if memory_budget is None else num_bytes(memory_budget)
-    host_bytes = profile.host_memory_bytes * (1 - MARGIN) / profile.spread(count)[1]
-    planner = Planner(
-        captured(model, args, kwargs, param_dtype), count, costs, budget, int(host_bytes) or None,
-        places(offload, is_gpu=profile.has_host), activations(offload, budget, is_gpu=profile.has_host) != "never",
-    )  # fmt: skip
-    found = TrainingPlan(
-        type(model).__name__, sum(p.numel() for p in model.parameters()), count, profile.name, budget,
-        tuple(map(planner.plan, stages)),
-    )  # fmt: skip
-    if found.best is None or stage is not None:
-        return found
+    if num_ranks is not None and num_ranks < 1:
+        raise UsageError(f"num_ranks must be 1 or more, not {num_ranks}")
+    makers = [_planner(target, num_ranks, memory_budget, offload) for target in hardware]
+    family = captured(model, args, kwargs, param_dtype)
+    num_parameters = sum(p.numel() for p in model.parameters())
     sizes = [(n, p.numel() * compute_dtype(p, param_dtype).itemsize) for n, p in model.named_parameters()]
-    refined = planner.refined(found.best, sizes)
-    return found if refined is found.best else replace(found, stages=(*found.stages, refined))
+    plans = []
+    for make in makers:
+        planner = make(family)
+        found = tuple(map(planner.plan, stages))
+        whole = TrainingPlan(
+            type(model).__name__, num_parameters, planner.num_ranks, planner.costs.hardware.name, planner.budget, found
+        )
+        if stage is None and whole.best is not None:
+            refined = planner.refined(whole.best, sizes)
+            whole = whole if refined is whole.best else replace(whole, stages=(*found, refined))
+        plans.append(whole)
+    return tuple(plans)
+
+
+def _planner(
+    target: Target, num_ranks: int | None, memory_budget: int | str | None, offload: Offload
+) -> Callable[[Family], Planner]:
+    """A planner for one kind of hardware, once the model is captured."""
+    costs = cost_table(target, torch.device("cpu"))
+    hardware = costs.hardware
+    count = hardware.num_devices if num_ranks is None else num_ranks
+    device_bytes = int(hardware.device.memory_bytes * (1 - MARGIN))
+    budget = device_bytes if memory_budget is None else num_bytes(memory_budget)
+    host_bytes = hardware.host_memory_bytes * (1 - MARGIN) / hardware.spread(count)[1]
+    return partial(
+        Planner, num_ranks=count, costs=costs, budget=budget, host_budget=int(host_bytes) or None,
+        places=places(offload, is_gpu=hardware.has_host),
+        moves=activations(offload, budget, is_gpu=hardware.has_host) != "never",
+    )  # fmt: skip
 
 
 def _time(us: float) -> str:

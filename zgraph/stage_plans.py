@@ -191,7 +191,7 @@ class _Shape:
 
     @cached_property
     def smallest(self) -> _Option:
-        """The way that needs the fewest bytes of the device: all that may be is moved, and the rest computed again where
+        """The way that needs the fewest bytes of the device: all that may be is moved, the rest computed again where
         that helps."""
         moved_share = 1.0 if self.planner.moves else 0.0
         ways = [self.option(price, moved_share) for price in (None, self.prices[-1])]

@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 
 import networkx as nx
+from networkx.algorithms.flow import boykov_kolmogorov
 
 MAX_WORK = 20_000
 """Cuts that the search between two corners may take, times the makers of the block."""
@@ -119,7 +120,7 @@ def cheapest(block: Block, us_per_byte: float) -> Choice | None:
                 reached.add(other)
                 todo.append(other)
     try:
-        _, (there, _) = nx.minimum_cut(graph, _THERE, _ABSENT)
+        _, (there, _) = nx.minimum_cut(graph, _THERE, _ABSENT, flow_func=boykov_kolmogorov)
     except nx.NetworkXUnbounded:
         return None
     again = {number for kind, number in there if kind == "maker"}

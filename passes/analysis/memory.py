@@ -14,9 +14,9 @@ class Memory:
     def __init__(self, graph: Graph) -> None:
         self._roots: dict[str, frozenset[str]] = {}
         for node in graph.nodes:
-            shared = frozenset(root for name in views(graph, node) for root in self.roots(name))
-            for result in node.results:
-                self._roots[result.name] = shared or frozenset((result.name,))
+            if sources := views(graph, node):
+                shared = frozenset(root for name in sources for root in self.roots(name))
+                self._roots.update((result.name, shared) for result in node.results)
         self._graph = graph
 
     def roots(self, name: str) -> frozenset[str]:

@@ -274,6 +274,8 @@ def views(graph: Graph, node: Node) -> tuple[str, ...]:
     if op := OPS.get(node.op):
         return tuple(v.name for v in node.operands) if op.views(node) else ()
     positions = graph.foreign[node.op].views
+    if not positions:
+        return ()
     return tuple(v.name for v in values_in(tuple(node.args[i] for i in positions if i < len(node.args))))
 
 

@@ -37,8 +37,15 @@ class DType(enum.Enum):
 
     @property
     def itemsize(self) -> int:
-        digits = "".join(c for c in self.value.split("e")[0] if c.isdigit())
-        return int(digits) // 8 if digits else 1
+        return _ITEMSIZES[self]
+
+
+def _itemsize(name: str) -> int:
+    digits = "".join(c for c in name.split("e")[0] if c.isdigit())
+    return int(digits) // 8 if digits else 1
+
+
+_ITEMSIZES = {dtype: _itemsize(dtype.value) for dtype in DType}
 
 
 @dataclass(frozen=True, slots=True)
