@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from zgraph.passes.all_gather import AllGather
 from zgraph.passes.all_reduce import AllReduce
+from zgraph.passes.arena import Arena
 from zgraph.passes.base import Context, Numerics, Pass
 from zgraph.passes.broadcast import Broadcast
 from zgraph.passes.bucket import Bucket
@@ -27,12 +28,15 @@ from zgraph.passes.schedule import Schedule
 
 ALL: tuple[type[Pass], ...] = (
     Canonicalize, Partition, Recompute, Offload, Fit, Keep, Bucket, Broadcast, AllGather, ReduceScatter, AllReduce,
-    HostCopies, Release, Prefetch, Schedule, DeadCode,
+    HostCopies, Release, Prefetch, Schedule, DeadCode, Arena,
 )  # fmt: skip
 
 BY_NAME: Mapping[str, type[Pass]] = {kind.name: kind for kind in ALL}
 
-__all__ = ["ALL", "BY_NAME", "MIXED", "RECIPES", "Context", "Numerics", "Pass", "Pipeline", "make_plan", "parse_recipe"]
+__all__ = [
+    "ALL", "BY_NAME", "MIXED", "RECIPES", "Arena", "Context", "Numerics", "Pass", "Pipeline", "make_plan",
+    "parse_recipe",
+]  # fmt: skip
 
 
 def parse_recipe(text: str) -> Pipeline:

@@ -45,6 +45,7 @@ class Context:
         update_bytes: bytes that the optimizer's step has alive above them: gradients, and what it takes to compute.
         groups_calls: whether the runtime can move many tensors in one call, from and to where they lie. Buckets are
             packed where it cannot.
+        keeps_blocks: whether the device's allocator keeps freed memory in blocks, which fragment.
         recomputes: whether values of the forward are computed again in the backward: where the budget asks for it,
             never, or always.
         offloads: whether they wait for the backward in the host's memory, likewise.
@@ -58,6 +59,7 @@ class Context:
     rest_bytes: int = 0
     update_bytes: int = 0
     groups_calls: bool = False
+    keeps_blocks: bool = False
     recomputes: Choice = "auto"
     offloads: Choice = "never"
 

@@ -11,7 +11,7 @@ all-reduced."""
 _KEEP = ("", "", "", "keep,")
 
 RECIPES: Mapping[int, str] = {
-    stage: f"canonicalize,partition(stage={stage}),fit,{_KEEP[stage]}bucket,{_LOWER},release,schedule,dce"
+    stage: f"canonicalize,partition(stage={stage}),fit,{_KEEP[stage]}bucket,{_LOWER},release,schedule,dce,arena"
     for stage in range(4)
 }
 

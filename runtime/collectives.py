@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from zgraph.aten import TO_TORCH
 from zgraph.ir import DType, Node, TensorType
+from zgraph.ir.arena import offsets
 from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
 from zgraph.runtime import torch_private
 from zgraph.runtime.host import Copy
@@ -47,20 +48,35 @@ def _item(made: list[torch.Tensor], index: int) -> torch.Tensor:
 
 def offload_start(node: Node, session: Session) -> Execute:
     """A copy in the host's memory."""
-    return _copied(node, session.host.offload)
+    host = session.host
+
+    def execute(tensor: torch.Tensor) -> Future:
+        copied, work = host.offload(tensor)
+        return Future(node.name, work, tensor, lambda: copied)
+
+    return execute
 
 
 def reload_start(node: Node, session: Session) -> Execute:
     """A copy on the device of what lies on the host."""
-    return _copied(node, session.host.reload)
+    host, place = session.host, _place(node)
 
-
-def _copied(node: Node, begin: Callable[[torch.Tensor], tuple[torch.Tensor, Copy]]) -> Execute:
-    def execute(tensor: torch.Tensor) -> Future:
-        copied, work = begin(tensor)
+    def execute(tensor: torch.Tensor, arena: torch.Tensor | None = None) -> Future:
+        target = place(arena, 0, tensor.numel(), tensor.dtype).view(tensor.size()) if arena is not None else None
+        copied, work = host.reload(tensor, target)
         return Future(node.name, work, tensor, lambda: copied)
 
     return execute
+
+
+def _place(node: Node) -> Callable[[torch.Tensor, int, int, torch.dtype], torch.Tensor]:
+    """Where in the arena a result of the node lies, in one dimension."""
+    at = offsets(node)
+
+    def place(arena: torch.Tensor, index: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return arena[at[index] : at[index] + numel * dtype.itemsize].view(dtype)
+
+    return place
 
 
 def all_gather_start(node: Node, session: Session) -> Execute:
@@ -76,10 +92,10 @@ def all_gather_start(node: Node, session: Session) -> Execute:
 def _gather_from_host(node: Node, session: Session) -> Execute:
     gather, host = _gather(node, session), session.host
 
-    def execute(*chunks: torch.Tensor) -> Any:
+    def execute(*chunks: torch.Tensor, arena: torch.Tensor | None = None) -> Any:
         pairs = [host.reload(chunk) for chunk in chunks]
         with host.after(copy for _, copy in pairs):
-            return gather(*(chunk for chunk, _ in pairs))
+            return gather(*(chunk for chunk, _ in pairs), arena=arena)
 
     return execute
 
@@ -88,12 +104,17 @@ def _gather(node: Node, session: Session) -> Execute:
     num_shards = session.num_shards
     wanted = [(_shape(r.tensor), _numel(r.tensor)) for r in node.results]
     keys = [object() if node.option("keep") else None for _ in node.results]
+    place = _place(node)
 
-    def execute(*chunks: torch.Tensor) -> Any:
+    def execute(*chunks: torch.Tensor, arena: torch.Tensor | None = None) -> Any:
         kept = [k for key in keys if key is not None and (k := session.kept_copy(key)) is not None]
         if len(kept) == len(keys):
             return _one_or_all([Future(node.name, None, None, partial(_item, kept, i)) for i in range(len(kept))])
-        outs = [chunk.new_empty(num_shards, chunk.numel()) for chunk in chunks]
+        if arena is None:
+            outs = [chunk.new_empty(num_shards, chunk.numel()) for chunk in chunks]
+        else:
+            flats = [place(arena, i, num_shards * c.numel(), c.dtype) for i, c in enumerate(chunks)]
+            outs = [flat.view(num_shards, chunk.numel()) for flat, chunk in zip(flats, chunks, strict=True)]
         if session.lane is not None:
             work: Work = session.lane.all_gather(*((o.unbind(), c) for o, c in zip(outs, chunks, strict=True)))
         else:
@@ -189,9 +210,14 @@ def pack(node: Node, session: Session) -> Execute:
 
         return join
     fillers = [_filler(k, session.num_shards) for k in kinds]
+    place = _place(node)
 
-    def execute(*tensors: torch.Tensor) -> torch.Tensor:
-        bucket = tensors[0].new_zeros(session.num_shards, layout.part_numel)
+    def execute(*tensors: torch.Tensor, arena: torch.Tensor | None = None) -> torch.Tensor:
+        if arena is None:
+            bucket = tensors[0].new_zeros(session.num_shards, layout.part_numel)
+        else:
+            numel = session.num_shards * layout.part_numel
+            bucket = place(arena, 0, numel, tensors[0].dtype).zero_().view(session.num_shards, layout.part_numel)
         for tensor, offset, chunk, fill in zip(tensors, layout.offsets, layout.chunks, fillers, strict=True):
             fill(bucket[:, offset : offset + chunk], tensor)
         return bucket.view(-1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from zgraph.aten import resolve, to_torch
 from zgraph.ir import Arg, Instruction, Node, Plan, Program, Value
+from zgraph.ir.arena import arena_bytes, offsets
 from zgraph.runtime import torch_private
 from zgraph.runtime.collectives import MAKERS
 
@@ -71,6 +72,8 @@ class _Writer:
         lines.append("    args.clear()")
         if dead := self.unused():
             lines.append(f"    del {', '.join(dead)}")
+        if num_bytes := arena_bytes((i.node for i in program.instructions), self.plan.graph):
+            lines.append(f"    arena = {self.constant(self.session.arena, 'arena')}({num_bytes})")
         mark = ""
         if self.recorder is not None:
             begin, mark = self.constant(self.recorder.begin, "begin"), self.constant(self.recorder.mark, "mark")
@@ -103,7 +106,7 @@ class _Writer:
             multi = row.multi
         else:
             function = self.constant(MAKERS[node.op](node, self.session), f"{node.op}_{node.name}")
-            parts = [self.local(v.name) for v in node.operands]
+            parts = [self.local(v.name) for v in node.operands] + ["arena=arena"] * bool(offsets(node))
             multi = len(node.results) > 1
         call = f"{function}({', '.join(parts)})"
         results = ", ".join(self.local(r.name) for r in node.results)

@@ -214,7 +214,8 @@ class HostMemory:
             copy.wait()
         yield
 
-    def reload(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Copy]:
-        """Begin to copy a tensor of the host to the device."""
-        target = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device)
+    def reload(self, tensor: torch.Tensor, target: torch.Tensor | None = None) -> tuple[torch.Tensor, Copy]:
+        """Begin to copy a tensor of the host to the device, to `target` if it is given."""
+        if target is None:
+            target = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device)
         return target, self.to_device.start(target, tensor)

@@ -79,6 +79,10 @@ class Session:
         """The host's memory, for what is offloaded."""
         return self.store.host
 
+    def arena(self, num_bytes: int) -> torch.Tensor:
+        """The memory in which a program lays its buffers out."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
     @property
     def lane(self) -> Lane | None:
         """Where collectives run on CPUs; None where the process group's own backend has what is needed."""

@@ -210,6 +210,7 @@ def compile(
         rest_bytes=session.store.rest_bytes + session.store.state_bytes + _buffer_bytes(model),
         update_bytes=session.store.update_bytes,
         groups_calls=is_gpu,
+        keeps_blocks=is_gpu,
         recomputes=RECOMPUTES[recompute],
         offloads=moves,
     )

@@ -15,6 +15,7 @@ from zgraph.cost.memory import alive_at_peak
 from zgraph.cost.work import work
 from zgraph.ir import Plan
 from zgraph.ir.symbols import evaluate
+from zgraph.passes.arena import sizes
 from zgraph.passes.base import Context
 from zgraph.passes.instruments import Step
 from zgraph.passes.schedule import lower_bound_us
@@ -175,7 +176,11 @@ def _peak(entry: Entry) -> Text:
     text = Text(f"peak above rest {mebibytes(peak.total_bytes)} at %{peak.node} ({peak.phase}): {shares}\n")
     text.append_text(memory_chart(entry.memory)).append("\nlargest at the peak: ")
     names = [f"%{name} {mebibytes(size)} ({kind})" for name, kind, size in entry.at_peak[:NUM_VALUES]]
-    return text.append(", ".join(names))
+    text.append(", ".join(names))
+    for program, arena in sizes(entry.plan.graph).items():
+        size, bound = mebibytes(arena.num_bytes), mebibytes(arena.crowded_bytes)
+        text.append(f"\narena of the {program.name} {size}, lower bound {bound}")
+    return text
 
 
 NUM_STALLS = 5

@@ -64,6 +64,11 @@ def test_bytes_at_rest(pool: Pool, num_ranks: int, stage: int) -> None:
         assert told == pytest.approx(least / 3, rel=0.01)
 
 
+def in_arenas(stage: int) -> str:
+    """The recipe of a stage that lays buffers out in arenas also where nothing fragments."""
+    return zgraph.recipe(stage).replace("arena", "arena(always=true)")
+
+
 def measured_peak(model: nn.Module) -> int:
     """The most bytes that a step of `llama`, compiled, has alive above rest."""
     ids = torch.randint(4001, (2, 64))
@@ -81,9 +86,9 @@ def measured_peak(model: nn.Module) -> int:
     return live.peak_bytes - live.rest_bytes + gradients
 
 
-def peak_bytes(mesh: DeviceMesh, stage: int) -> tuple[int, int]:
+def peak_bytes(mesh: DeviceMesh, stage: int, recipe: str | None = None) -> tuple[int, int]:
     """The most bytes that a step has alive above rest: predicted, and measured."""
-    model = zgraph.compile(llama(), stage=stage, mesh=mesh)
+    model = zgraph.compile(llama(), stage=stage, mesh=mesh, passes=recipe)
     measured = measured_peak(model)
     return zgraph.report(model).step_peak_bytes, measured
 
@@ -91,6 +96,12 @@ def peak_bytes(mesh: DeviceMesh, stage: int) -> tuple[int, int]:
 @pytest.mark.parametrize(("num_ranks", "stage"), [(2, 3), (2, 2), (2, 1)])
 def test_the_predicted_peak_is_the_measured_one(pool: Pool, num_ranks: int, stage: int) -> None:
     for predicted, measured in pool.run(peak_bytes, num_ranks, stage):
+        assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_the_predicted_peak_with_arenas(pool: Pool) -> None:
+    recipe = in_arenas(3)
+    for predicted, measured in pool.run(peak_bytes, 2, 3, recipe):
         assert predicted == pytest.approx(measured, rel=0.05)
 
 

@@ -80,6 +80,14 @@ FAULTS = [
      "fwd release(%full)\n!fwd %y: f32[4]<V> = copy(%either)"),
     ("lifetimes", "returns %view, whose memory was released",
      GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%full)\nreturn fwd output %view"),
+    ("arenas", "needs an offset for each result, not at=()",
+     "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[])\nfwd %y: f32[4]<R> = wait(%f)"),
+    ("arenas", "%g lies in the memory of %f",
+     "fwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\n"
+     "!fwd %g: future f32[4]<R> = all_gather_start(%w, at=[0])\n"
+     "fwd %y: f32[4]<R> = wait(%f)\nfwd %z: f32[4]<R> = wait(%g)"),
+    ("arenas", "%f outlives its arena",
+     "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\nfwd %y: f32[4]<R> = wait(%f)\nreturn fwd output %y"),
     ("targets", "the grad of %w is f32[9]<V>, but it is f32[4]<S0>",
      "bwd %g: f32[9]<V> = copy(%b)\nreturn bwd grad \"w\" %g"),
     ("targets", "the grad of %w is f64[4]<V>, but it is f32[4]<S0>",

@@ -25,6 +25,7 @@ OPTIONS = {
     "num_bytes": st.integers(0, 2**50),
     "min_bytes": st.integers(0, 2**50),
     "effort": st.integers(0, 1000),
+    "always": st.booleans(),
     "slack": st.sampled_from([0.0, 0.5, 1.25, 8.0]),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
@@ -24,6 +24,7 @@ from zgraph.ir import (
     Value,
     num_shards,
 )
+from zgraph.ir.arena import arena_bytes, offsets
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import is_copied, padded_bytes, views
 from zgraph.ir.symbols import evaluate
@@ -33,6 +34,9 @@ _SENDS_IN_PLACE = ("all_gather_start", "reduce_scatter_start", "offload_start", 
 
 ALLOCATION_BYTES = 64
 """Allocators round up to this."""
+
+_ARENA = "#arena"
+"""A name, which no value has, for the arena of the program that runs."""
 
 NUM_SERVED = 2
 """Collectives that the runtime works on at once; those started later wait in line, and take no scratch memory yet."""
@@ -96,13 +100,13 @@ def alive_at_peak(plan: Plan, hints: Mapping[str, int], curve: MemoryCurve) -> l
 
 def _walked(plan: Plan, hints: Mapping[str, int], watched: int = -1) -> _Walk:
     walk = _Walk(plan, hints, watched)
-    walk.run(plan.forward.instructions)
+    walk.run_in_arena(plan.forward.instructions)
     saved = {v.name for v in plan.saved}
     walk.drop(v.name for v in plan.forward.results if v is not None and v.name not in saved)
     if plan.backward is not None:
         tangents = [i.value for i in plan.graph.inputs if i.kind is InputKind.tangent]
         walk.adopt(t for t in tangents if t.name not in plan.absent)
-        walk.run((plan.lean[0] if plan.lean else plan.backward).instructions)
+        walk.run_in_arena((plan.lean[0] if plan.lean else plan.backward).instructions)
     return walk
 
 
@@ -125,13 +129,23 @@ class _Walk:
         self.scratch: dict[str, int] = {}
         self.moments: list[Moment] = []
 
+    def run_in_arena(self, instructions: Sequence[Instruction]) -> None:
+        """A program, with its arena from the beginning to the end."""
+        self.alive[_ARENA] = _rounded(arena_bytes((i.node for i in instructions), self.graph))
+        self.by_category["gathered"] += self.alive[_ARENA]
+        self.run(instructions)
+        self.free(_ARENA, "gathered")
+
     def run(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
             node = instruction.node
             shared = frozenset(r for name in views(self.graph, node) for r in self.roots.get(name, ()))
             is_view = bool(views(self.graph, node))
+            in_arena = bool(offsets(node))
             for result in node.results:
-                if not is_view:
+                if in_arena:
+                    self.alive[result.name] = 0
+                elif not is_view:
                     self.allocate(result.name, result.type, padded=instruction.lane == "comm")
                 self.roots[result.name] = shared if is_view else frozenset((result.name,))
                 self.references.update(self.roots[result.name])

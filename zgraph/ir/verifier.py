@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from zgraph.errors import VerifyError
+from zgraph.ir.arena import buffers, clashes, offsets
 from zgraph.ir.graph import Graph, Input, InputKind, Node, OutputKind, Phase
 from zgraph.ir.ops import OPS, TypeRuleError, views
 from zgraph.ir.printer import print_node
@@ -181,8 +182,29 @@ def targets(graph: Graph) -> Iterator[Fault]:
             yield None, f"the {output.kind.value} of %{output.target} is {kind}, but it is {target}"
 
 
+def arenas(graph: Graph) -> Iterator[Fault]:
+    """What lies in an arena dies in the program that made it, and alone has its place while it lives."""
+    for position, node in enumerate(graph.nodes):
+        at = node.option("at")
+        if at is not None and (len(offsets(node)) != len(node.results) or min(offsets(node)) < 0):
+            yield position, f"needs an offset for each result, not at={at}"
+    for program in (Phase.forward, Phase.backward):
+        found = buffers(graph, program)
+        places = {b.name for b in found}
+        for position, node in enumerate(graph.nodes):
+            is_here = (node.phase is Phase.forward) == (program is Phase.forward)
+            for result in node.results if is_here and offsets(node) else ():
+                if result.name not in places:
+                    yield (
+                        position,
+                        f"%{result.name} outlives its arena, or is nothing that can lie in one",
+                    )
+        for one, other in clashes(found):
+            yield other.node, f"lies in the memory of %{one.name}, which is still needed"
+
+
 RULES: tuple[Callable[[Graph], Iterator[Fault]], ...] = (
-    ssa, phases, known_ops, types, placements, spaces, futures, lifetimes, targets,
+    ssa, phases, known_ops, types, placements, spaces, futures, lifetimes, targets, arenas,
 )  # fmt: skip
 
 

@@ -1,0 +1,103 @@
+"""Give gathered parameters and buckets fixed places in one block of memory, so that nothing fragments.
+
+    fwd %a = all_gather_start(%s)                  fwd %a = all_gather_start(%s, at=[0])
+    fwd %b = all_gather_start(%t)           ->     fwd %b = all_gather_start(%t, at=[4096])
+    ...                                            ...
+    fwd %c = all_gather_start(%u)                  fwd %c = all_gather_start(%u, at=[0])       %a is dead by now
+
+Large buffers are placed first, each at the lowest place that is free for as long as it lives (Pisarchyk, Lee:
+"Efficient memory management for deep neural net inference", 2020, greedy by size). The forward and the backward have an
+arena each, as large as their most crowded moment wants. It is there for the whole program, which may raise the peak:
+then, if there is no room for that, buffers keep memory of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from zgraph.cost import simulate_memory
+from zgraph.ir import Graph, Node, Phase
+from zgraph.ir.arena import Buffer, arena_bytes, buffers
+from zgraph.passes.base import Context, Pass
+from zgraph.passes.planning import make_plan
+
+
+@dataclass(frozen=True)
+class Arena(Pass):
+    """Give gathered parameters and buckets fixed places in one block of memory, so that nothing fragments.
+
+    Args:
+        always: also where the device's allocator keeps no blocks, so that nothing fragments anyhow. A memory budget
+            still goes first.
+    """
+
+    always: bool = False
+
+    name: ClassVar[str] = "arena"
+    requires: ClassVar[frozenset[str]] = frozenset({"lowered"})
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        if not (self.always or context.keeps_blocks):
+            return graph
+        offsets = {
+            buffer.name: buffer.offset
+            for program in (Phase.forward, Phase.backward)
+            for buffer in place(buffers(graph, program))
+        }
+        placed = graph.with_nodes([_at(node, offsets) for node in graph.nodes])
+        if not offsets or context.step_bytes is None:
+            return placed
+        peak = simulate_memory(make_plan(placed, only_synced=True), context.hints).peak
+        return placed if peak.total_bytes <= context.step_bytes else graph
+
+
+def place(found: Sequence[Buffer]) -> list[Buffer]:
+    """The buffers with an offset each, those that are alive at one time apart."""
+    placed: list[Buffer] = []
+    for buffer in sorted(found, key=lambda b: (-b.num_bytes, b.node)):
+        offset = 0
+        for other in sorted((o for o in placed if o.overlaps(buffer)), key=lambda o: o.offset or 0):
+            assert other.offset is not None
+            if offset + buffer.num_bytes <= other.offset:
+                break
+            offset = max(offset, other.offset + other.num_bytes)
+        placed.append(replace(buffer, offset=offset))
+    return placed
+
+
+def crowded_bytes(found: Sequence[Buffer]) -> int:
+    """The most bytes alive at once: no arena can be smaller."""
+    births = [(b.node, b.num_bytes) for b in found]
+    deaths = [(b.last + 1, -b.num_bytes) for b in found]
+    alive = most = 0
+    for _, num_bytes in sorted(births + deaths):
+        alive += num_bytes
+        most = max(most, alive)
+    return most
+
+
+@dataclass(frozen=True)
+class ArenaSize:
+    """The arena of one program, beside the bytes below which none can go."""
+
+    num_bytes: int
+    crowded_bytes: int
+
+
+def sizes(graph: Graph) -> dict[Phase, ArenaSize]:
+    """The arenas of a graph; nothing for a program without one."""
+    found = {}
+    for program in (Phase.forward, Phase.backward):
+        placed = [b for b in buffers(graph, program) if b.offset is not None]
+        nodes = [n for n in graph.nodes if (n.phase is Phase.forward) == (program is Phase.forward)]
+        if placed:
+            found[program] = ArenaSize(arena_bytes(nodes, graph), crowded_bytes(placed))
+    return found
+
+
+def _at(node: Node, offsets: dict[str, int | None]) -> Node:
+    """The node with its results where they lie, if all of them do."""
+    at = tuple(offsets.get(result.name) for result in node.results)
+    return replace(node, kwargs=(*node.kwargs, ("at", at))) if at and None not in at else node

@@ -1,0 +1,67 @@
+"""Arenas: nothing that is alive at one time lies in the same memory, and little is wasted."""
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.interp.models import NAMES, captured
+from zgraph.cost import simulate_memory
+from zgraph.ir import Axis, Phase, parse_graph, print_graph, verify
+from zgraph.ir.arena import ALIGN_BYTES, Buffer
+from zgraph.passes import RECIPES, Arena, Context, make_plan, parse_recipe
+from zgraph.passes.arena import crowded_bytes, place, sizes
+
+lives = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(1, 9)).map(
+    lambda drawn: Buffer("", min(drawn[:2]), drawn[2] * ALIGN_BYTES, max(drawn[:2]))
+)
+
+
+@given(st.lists(lives, max_size=30))
+def test_buffers_that_live_at_one_time_lie_apart(found):
+    placed = place(found)
+    assert sorted((b.node, b.last, b.num_bytes) for b in placed) == sorted((b.node, b.last, b.num_bytes) for b in found)
+    for one, other in combinations(placed, 2):
+        apart = one.offset + one.num_bytes <= other.offset or other.offset + other.num_bytes <= one.offset
+        assert apart or not one.overlaps(other)
+    size = max((b.offset + b.num_bytes for b in placed), default=0)
+    alive = [sum(b.num_bytes for b in found if b.node <= now <= b.last) for now in range(41)]
+    assert crowded_bytes(found) == max(alive)
+    assert max(alive) <= size <= sum(b.num_bytes for b in found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stage", RECIPES)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_arenas_of_captured_steps(name, stage, grouped):
+    context = Context(mesh=(Axis("shard", 3),), groups_calls=grouped)
+    plain = parse_recipe(RECIPES[stage]).run(captured(name), context)
+    graph = Arena(always=True).run(plain, context)
+    verify(graph)
+    assert parse_graph(print_graph(graph)) == graph
+    found = sizes(graph)
+    assert all(s.crowded_bytes <= s.num_bytes <= 1.3 * s.crowded_bytes for s in found.values())
+    assert Phase.forward in found or stage < 3
+    before, after = (simulate_memory(make_plan(g), {}).peak.total_bytes for g in (plain, graph))
+    assert after <= before + max((s.num_bytes for s in found.values()), default=0)
+
+
+def test_a_budget_without_room_for_the_arena_goes_first():
+    context = Context(mesh=(Axis("shard", 2),))
+    plain = parse_recipe(RECIPES[0]).run(captured("llama"), context)
+    peaks = [
+        simulate_memory(make_plan(graph), {}).peak.total_bytes
+        for graph in (plain, Arena(always=True).run(plain, context))
+    ]
+    assert peaks[0] < peaks[1]
+    tight = Context(mesh=context.mesh, memory_budget=peaks[1] - 1)
+    assert Arena(always=True).run(plain, tight) == plain
+    roomy = Context(mesh=context.mesh, memory_budget=peaks[1])
+    assert Arena(always=True).run(plain, roomy) != plain
+
+
+def test_it_is_for_devices_whose_allocator_keeps_blocks():
+    graph = parse_recipe(RECIPES[3]).run(captured("llama"), Context(mesh=(Axis("shard", 2),)))
+    assert Arena().run(graph, Context()) == graph
+    assert Arena().run(graph, Context(keeps_blocks=True)) == Arena(always=True).run(graph, Context())

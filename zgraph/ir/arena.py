@@ -1,0 +1,119 @@
+"""Buffers that a program makes at fixed places in one block of memory, its arena: nothing fragments.
+
+A node's option `at` has one offset in bytes for each of its results. The forward and the backward have an arena each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from zgraph.ir.graph import Graph, Node, Phase
+from zgraph.ir.ops import OPS, padded_bytes, views
+from zgraph.ir.types import TensorType, num_shards
+
+ALIGN_BYTES = 512
+"""Every buffer starts at a multiple of this, as blocks of allocators do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A result of a node that can lie in an arena.
+
+    Args:
+        name: of the value.
+        node: the position of the node that makes it.
+        num_bytes: rounded up to ALIGN_BYTES.
+        last: the position of the last node that it must be there for.
+        offset: where it lies; None where it has memory of its own.
+    """
+
+    name: str
+    node: int
+    num_bytes: int
+    last: int
+    offset: int | None = None
+
+    def overlaps(self, other: Buffer) -> bool:
+        """Whether both are alive at some time."""
+        return self.node <= other.last and other.node <= self.last
+
+
+def buffers(graph: Graph, program: Phase) -> list[Buffer]:
+    """What could lie in a program's arena: gathered parameters and buckets that die in the program that makes them.
+
+    Args:
+        graph: lowered and in its final order.
+        program: forward, or backward for all that follows it.
+    """
+    found: dict[str, Buffer] = {}
+    roots: dict[str, frozenset[str]] = {}
+    sending: dict[str, frozenset[str]] = {}
+    escaped: set[str] = set()
+    ends: dict[str, int] = {}
+    for position, node in enumerate(graph.nodes):
+        is_here = (node.phase is Phase.forward) == (program is Phase.forward)
+        sources = views(graph, node)
+        shared = frozenset(root for name in sources for root in roots.get(name, ()))
+        for value in node.operands:
+            touched = roots.get(value.name, frozenset()) | sending.get(value.name, frozenset())
+            ends.update((root, position) for root in touched)
+            if not is_here:
+                escaped |= touched
+        if is_here:
+            at = offsets(node)
+            for index, result in enumerate(node.results):
+                if _can_lie_there(graph, node, result.type):
+                    num_bytes = -(-_num_bytes(graph, result.type) // ALIGN_BYTES) * ALIGN_BYTES
+                    found[result.name] = Buffer(result.name, position, num_bytes, position, at[index] if at else None)
+                    roots[result.name] = frozenset((result.name,))
+        if shared:
+            roots.update((result.name, shared) for result in node.results)
+        elif node.op in OPS and OPS[node.op].lane != "compute":  # what is sent must stay until the wait
+            sent = frozenset(root for value in node.operands for root in roots.get(value.name, ()))
+            sending.update((result.name, sent) for result in node.results)
+    for name in graph.output_names:
+        escaped |= roots.get(name, frozenset())
+    return [replace(b, last=max(b.node, ends.get(b.name, 0))) for b in found.values() if b.name not in escaped]
+
+
+def offsets(node: Node) -> tuple[int, ...]:
+    """Where the results of a node lie in the arena; nothing where they do not."""
+    at = node.option("at")
+    return tuple(o for o in at if isinstance(o, int)) if isinstance(at, tuple) else ()
+
+
+def arena_bytes(nodes: Iterable[Node], graph: Graph) -> int:
+    """The size of the arena that some nodes of a graph need."""
+    ends = [
+        offset + -(-_num_bytes(graph, result.type) // ALIGN_BYTES) * ALIGN_BYTES
+        for node in nodes
+        for offset, result in zip(offsets(node), node.results, strict=False)
+    ]
+    return max(ends, default=0)
+
+
+def clashes(found: Iterable[Buffer]) -> Iterator[tuple[Buffer, Buffer]]:
+    """Pairs of buffers that are alive at one time and lie in the same memory."""
+    alive: list[Buffer] = []
+    for buffer in sorted((b for b in found if b.offset is not None), key=lambda b: b.node):
+        alive = [b for b in alive if b.last >= buffer.node]
+        for other in alive:
+            assert buffer.offset is not None
+            assert other.offset is not None
+            if buffer.offset < other.offset + other.num_bytes and other.offset < buffer.offset + buffer.num_bytes:
+                yield other, buffer
+        alive.append(buffer)
+
+
+def _can_lie_there(graph: Graph, node: Node, kind: object) -> bool:
+    if not isinstance(kind, TensorType) or kind.is_sharded or kind.is_on_host or kind.strides is not None:
+        return False
+    if node.op == "reload_start":
+        return node.operands[0].name in graph.param_names
+    return node.op in ("all_gather_start", "pack") and not node.option("keep")
+
+
+def _num_bytes(graph: Graph, kind: object) -> int:
+    assert isinstance(kind, TensorType)
+    return padded_bytes(kind, num_shards(graph.mesh))
