@@ -131,8 +131,12 @@ class _Fitter:
                 break
             over, fits = (over, found) if found.peak_bytes <= self.limit else (found, fits)
             num_trials += 1
-        exact = self.trial(fits.kept_bytes, most.move_bytes, exactly=True)
-        return exact if exact.peak_bytes <= self.limit else fits
+        unused = self.limit - fits.peak_bytes
+        for more_bytes in (unused, unused // 2, unused // 4, 0):
+            exact = self.trial(fits.kept_bytes + more_bytes, most.move_bytes, exactly=True)
+            if exact.peak_bytes <= self.limit:
+                return exact
+        return fits
 
     def moving_least(self, most: _Trial) -> _Trial:
         """The graph that moves the least, where nothing needs to be computed again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -68,8 +68,8 @@ def resolve(name: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def effects(target: Any, name: str, *, multi: bool) -> Foreign:
-    """What the schema of an op says about its effects. An op outside ATen keeps effects that no schema tells."""
+def effects(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], *, multi: bool) -> Foreign:
+    """What the schema says about the effects of a call. An op outside ATen has effects that no schema tells."""
     if not isinstance(target, torch._ops.OpOverload):
         return Foreign(multi=multi)
     views: list[int] = []
@@ -82,9 +82,18 @@ def effects(target: Any, name: str, *, multi: bool) -> Foreign:
     if writes and any(r.alias_info is not None for r in target._schema.returns):
         views += writes
     return Foreign(
-        views=tuple(views), writes=tuple(writes), random=torch.Tag.nondeterministic_seeded in target.tags, multi=multi,
+        views=tuple(views), writes=tuple(writes), random=_draws(target, args, kwargs), multi=multi,
         opaque=target.namespace not in ("aten", "prims", "prim"),
     )  # fmt: skip
+
+
+def _draws(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call draws random numbers: an attention without dropout does not."""
+    names = [a.name for a in target._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return torch.Tag.nondeterministic_seeded in target.tags and (
+        "dropout_p" not in names or bool(given.get("dropout_p"))
+    )
 
 
 def from_torch(arg: Any, value: Callable[[Any], Value]) -> Arg:

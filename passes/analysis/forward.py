@@ -23,7 +23,7 @@ from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.base import Context
 
 MIN_NODES = 24
-"""Parts of the model with fewer nodes are taken together with the next."""
+"""Parts of the model with fewer nodes are taken together with others as small beside them."""
 
 
 class Forward:
@@ -67,17 +67,19 @@ class Forward:
 
     def _parts(self) -> list[list[int]]:
         """Positions of the forward's nodes, one list a block: a layer, a marked region, or small parts together."""
-        parts: list[list[int]] = []
-        last = ""
+        runs: list[list[int]] = []
         for position, node in enumerate(self.nodes):
-            layer = _layer(node.origin.module)
-            is_same_region = position > 0 and 0 < node.checkpoint == self.nodes[position - 1].checkpoint
-            if not parts or (layer != last and len(parts[-1]) >= MIN_NODES and not is_same_region):
-                parts.append([])
-            last = layer
-            parts[-1].append(position)
-        if len(parts) > 1 and len(parts[-1]) < MIN_NODES:
-            parts[-2].extend(parts.pop())
+            before = self.nodes[position - 1] if position else None
+            is_same_region = before is not None and 0 < node.checkpoint == before.checkpoint
+            if before is None or (_layer(node.origin.module) != _layer(before.origin.module) and not is_same_region):
+                runs.append([])
+            runs[-1].append(position)
+        parts: list[list[int]] = []
+        for run in runs:
+            if parts and len(parts[-1]) < MIN_NODES > len(run):
+                parts[-1].extend(run)
+            else:
+                parts.append(run)
         return parts
 
     def _crossing(self) -> frozenset[str]:

@@ -17,7 +17,7 @@ ranks = st.integers(1, 4)
 
 def test_the_strategy_knows_the_effects_of_its_ops():
     for name, row in FOREIGN.items():
-        assert effects(resolve(name), name, multi=row.multi) == row
+        assert effects(resolve(name), name, (), {}, multi=row.multi) == row
 
 
 @settings(max_examples=150, deadline=None)

@@ -6,6 +6,7 @@ import hashlib
 import operator
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,8 +168,9 @@ class Importer:
             self.results[node] = results
         else:
             results = (self._define(node, made, node.name),)
-        if name not in self.foreign:
-            self.foreign[name] = effects(node.target, name, multi=multi)
+        found = effects(node.target, name, node.args, node.kwargs, multi=multi)
+        known = self.foreign.get(name, found)
+        self.foreign[name] = replace(known, random=known.random or found.random)
         try:
             args = tuple(from_torch(a, self._value) for a in node.args)
             kwargs = tuple((k, from_torch(a, self._value)) for k, a in sorted(node.kwargs.items()))
