@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from zgraph.ir import Graph, Node
 from zgraph.ir.ops import padded_bytes
-from zgraph.passes.analysis.gathers import is_gather
+from zgraph.passes.analysis.gathers import casts_before, is_gather
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.lowering import placement_change
@@ -64,16 +64,18 @@ class Bucket(Pass):
         if not groups:
             return graph
         bucket_of = {position: group for group in groups for position in group}
+        stands_at: dict[str, int] = {}
+        for group in groups:
+            if is_gather(graph, graph.nodes[group[0]]):  # with the casts of all members
+                names = {name for p in group for name in (graph.nodes[p].name, *casts_before(graph, graph.nodes[p]))}
+                stands_at.update(dict.fromkeys(names, group[0]))
         nodes: list[Node] = []
         priority: list[float] = []
         for position, node in enumerate(graph.nodes):
-            group = bucket_of.get(position)
-            if group is None:
-                nodes.append(node)
-                priority.append(position)
-            elif position == group[-1]:
-                nodes.append(_merged([graph.nodes[p] for p in group]))
-                priority.append(group[0] if is_gather(graph, node) else position)
+            members = bucket_of.get(position)
+            if members is None or position == members[-1]:
+                nodes.append(node if members is None else _merged([graph.nodes[p] for p in members]))
+                priority.append(stands_at.get(node.name, position))
         return reorder(graph.with_nodes(nodes), lambda position, _: priority[position])
 
     def groups(self, graph: Graph, max_bytes: int, below_bytes: int) -> list[list[int]]:

@@ -7,10 +7,10 @@
                                                    bwd %b_again = aten.silu.default(%a_back)      computed again: cheap
                                                    bwd %d = ...(%a_back, %b_again)
 
-What moving costs depends on what the schedule can hide, so several amounts are tried: none, what the link carries while
-the forward computes, twice that, and all. For each, as many bytes are kept as the budget has room for, chosen at the
-least time (`analysis/forward.py`); then the schedule says which is fastest. Whether a graph fits is not believed but
-simulated. Regions that the user put under `torch.utils.checkpoint` are always computed again.
+What moving costs depends on what the schedule can hide, so several amounts are tried: none, what the link carries
+while the forward computes, and as much as it takes. For each, as many bytes are kept as the budget has room for, chosen
+at the least time (`analysis/forward.py`); then the schedule says which is fastest. Whether a graph fits is not believed
+but simulated. Regions that the user put under `torch.utils.checkpoint` are always computed again.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ MAX_TRIALS = 12
 
 NO_LIMIT = 1 << 62
 
+MARGIN = 16
+"""The search keeps this part of its interval away from both of its ends."""
+
 PRECISION = 200
-"""The search ends when it knows the bytes to this part of the limit."""
+"""The search ends when no more than this part of the limit is unused."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,11 @@ class Fit(Pass):
         if not is_wanted and peak_bytes(graph, context) <= limit:
             return graph
         fitter = _Fitter(Forward(graph, context), limit)
-        found = [fitter.best(move_bytes) for move_bytes in fitter.shares()]
+        found = []
+        for move_bytes in fitter.shares():
+            found.append(fitter.best(move_bytes))
+            if found[-1].peak_bytes <= limit and not found[-1].is_again:
+                break  # to move more would only be slower
         fitting = [t.graph for t in found if t.peak_bytes <= limit]
         if not fitting:
             return min(found, key=lambda t: t.peak_bytes).graph
@@ -61,13 +68,15 @@ class Fit(Pass):
 
 @dataclass(frozen=True)
 class _Trial:
-    """How much may be kept (None: all) and how much of it moved; what is kept then; the graph, and its peak."""
+    """How much may be kept (None: all) and how much of it moved; what is kept then; the graph, its peak, and whether
+    anything is computed again."""
 
     keep_bytes: int | None
     kept_bytes: int
     move_bytes: int
     graph: Graph
     peak_bytes: int
+    is_again: bool
 
 
 class _Fitter:
@@ -77,7 +86,7 @@ class _Fitter:
         self.forward, self.limit = forward, limit
 
     def shares(self) -> list[int]:
-        """Amounts to try: none, what the link hides behind the forward, twice that, all."""
+        """Amounts to try: none, what the link hides behind the forward, all."""
         forward, context = self.forward, self.forward.context
         if context.offloads == "never":
             return [0]
@@ -86,7 +95,7 @@ class _Fitter:
         everything = sum(Saved(forward.graph, context).num_bytes.values())
         if context.offloads == "always":
             return [everything]
-        return sorted({0, *(h for h in (hidden, 2 * hidden) if h < everything), everything})
+        return sorted({0, min(hidden, everything), everything})
 
     def trial(self, keep_bytes: int | None, move_bytes: int, *, exactly: bool = False) -> _Trial:
         forward = self.forward
@@ -96,7 +105,8 @@ class _Fitter:
             saved = Saved(graph, forward.context)
             graph = saved.offloading(saved.first(move_bytes))
         kept_bytes = sum(c.num_bytes for c in choices)
-        return _Trial(keep_bytes, kept_bytes, move_bytes, graph, peak_bytes(graph, forward.context))
+        is_again = any(choice.us > 0 for choice in choices)
+        return _Trial(keep_bytes, kept_bytes, move_bytes, graph, peak_bytes(graph, forward.context), is_again)
 
     def best(self, move_bytes: int) -> _Trial:
         """The graph that moves at most so much and computes the least again; the one with the lowest peak if none
@@ -125,8 +135,9 @@ class _Fitter:
             num_trials += 1
         if fits is None:
             return lowest
-        while num_trials < MAX_TRIALS and over.kept_bytes - fits.kept_bytes > self.limit // PRECISION:
-            found = self.trial((over.kept_bytes + fits.kept_bytes) // 2, most.move_bytes)
+        while num_trials < MAX_TRIALS and not self.is_close(fits) and over.kept_bytes - fits.kept_bytes > 1:
+            wanted = self.between(fits, fits.kept_bytes, over, over.kept_bytes)
+            found = self.trial(wanted, most.move_bytes)
             if found.kept_bytes <= fits.kept_bytes:
                 break
             over, fits = (over, found) if found.peak_bytes <= self.limit else (found, fits)
@@ -140,13 +151,22 @@ class _Fitter:
 
     def moving_least(self, most: _Trial) -> _Trial:
         """The graph that moves the least, where nothing needs to be computed again."""
-        fits, low = most, 0
+        fits, over = most, self.trial(most.keep_bytes, 0)
+        if over.peak_bytes <= self.limit:
+            return over
         for _ in range(MAX_TRIALS):
-            if fits.move_bytes - low <= self.limit // PRECISION:
+            if self.is_close(fits) or fits.move_bytes - over.move_bytes <= 1:
                 break
-            found = self.trial(fits.keep_bytes, (low + fits.move_bytes) // 2)
-            if found.peak_bytes <= self.limit:
-                fits = found
-            else:
-                low = found.move_bytes
+            found = self.trial(fits.keep_bytes, self.between(fits, fits.move_bytes, over, over.move_bytes))
+            fits, over = (found, over) if found.peak_bytes <= self.limit else (fits, found)
         return fits
+
+    def is_close(self, fits: _Trial) -> bool:
+        """Whether hardly any byte of the limit is unused."""
+        return self.limit - fits.peak_bytes <= self.limit // PRECISION
+
+    def between(self, fits: _Trial, fits_at: int, over: _Trial, over_at: int) -> int:
+        """Where to try next: where a line through the two would reach the limit, but not too close to either."""
+        share = (self.limit - fits.peak_bytes) / max(over.peak_bytes - fits.peak_bytes, 1)
+        share = min(max(share, 1 / MARGIN), 1 - 1 / MARGIN)
+        return fits_at + int(share * (over_at - fits_at))

@@ -18,7 +18,7 @@ from zgraph.passes.schedule import Step
 
 def lowered(graph: Graph, context: Context) -> Step:
     """The graph with every reshard lowered, as a scheduling problem."""
-    return Step(_lower(graph, context), context)
+    return Step(Release().run(_lower(graph, context), context), context)
 
 
 def peak_bytes(graph: Graph, context: Context) -> int:
@@ -32,7 +32,7 @@ def step_memory(graph: Graph, context: Context) -> MemoryCurve:
 
 
 def _lower(graph: Graph, context: Context) -> Graph:
-    for lowering in (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), HostCopies(), Release()):
+    for lowering in (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), HostCopies()):
         graph = lowering.run(graph, context)
     return graph
 

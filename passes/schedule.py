@@ -19,7 +19,7 @@ from functools import cached_property
 from heapq import nlargest
 from typing import ClassVar
 
-from zgraph.cost import Moment, simulate_memory
+from zgraph.cost import MemoryCurve, Moment, simulate_memory
 from zgraph.cost.memory import local_bytes
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Graph, Node, Phase, Value
@@ -75,7 +75,7 @@ class Schedule(Pass):
             if over_bytes <= 0:
                 return placed
             room = tuple(max(r - over_bytes, 0) for r in room)
-        return step.canonical()
+        return step.plain[0]
 
     def _best(self, step: Step, problem: Problem) -> Graph:
         """The graph by the best timetable found."""
@@ -143,7 +143,7 @@ class Step:
         Raises:
             BudgetError: even so the step does not fit the budget.
         """
-        curve = simulate_memory(make_plan(self.canonical(), only_synced=True), self.context.hints)
+        _, curve = self.plain
         number = {(self.graph.nodes[p].phase.value, self.graph.nodes[p].name): i for i, p in enumerate(self.ops)}
         used = [0] * len(self.ops)
         at = most = 0
@@ -165,9 +165,21 @@ class Step:
     def over_bytes(self, placed: Graph) -> int:
         """By how much a scheduled graph is over the budget. What is moved between two ops is not all in the rooms."""
         limit = self.context.step_bytes
-        if limit is None:
-            return 0
-        return simulate_memory(make_plan(placed, only_synced=True), self.context.hints).peak.total_bytes - limit
+        return 0 if limit is None else self._memory_of(placed).peak.total_bytes - limit
+
+    def _memory_of(self, graph: Graph) -> MemoryCurve:
+        return simulate_memory(make_plan(graph, only_synced=True), self.context.hints)
+
+    @cached_property
+    def plain(self) -> tuple[Graph, MemoryCurve]:
+        """The graph with every collective where it is needed, and its memory; as it came where only that fits."""
+        limit, found = self.context.step_bytes, self.canonical()
+        curve = self._memory_of(found)
+        if limit is not None and curve.peak.total_bytes > limit:
+            as_it_came = self._memory_of(self.graph)
+            if as_it_came.peak.total_bytes < curve.peak.total_bytes:
+                return self.graph, as_it_came
+        return found, curve
 
     def _too_small(self, peak: Moment) -> BudgetError:
         context = self.context

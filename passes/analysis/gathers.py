@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zgraph.ir import Graph, Node, Value
+from zgraph.ir import Graph, Node
 
 
 def is_gather(graph: Graph, node: Node) -> bool:
@@ -14,10 +14,15 @@ def is_gather(graph: Graph, node: Node) -> bool:
 
 def gathered(graph: Graph, gather: Node) -> str:
     """The parameter that a node gathers, or gathers a cast of."""
-    return _uncast(graph, gather.operands[0]).name
+    casts = casts_before(graph, gather)
+    return graph.producers[casts[-1]].operands[0].name if casts else gather.operands[0].name
 
 
-def _uncast(graph: Graph, value: Value) -> Value:
+def casts_before(graph: Graph, gather: Node) -> list[str]:
+    """The casts between the parameter and its gather, last first."""
+    found: list[str] = []
+    value = gather.operands[0]
     while (maker := graph.producers.get(value.name)) is not None and maker.op == "cast":
+        found.append(maker.name)
         value = maker.operands[0]
-    return value
+    return found

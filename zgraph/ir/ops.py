@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from zgraph.ir.graph import Graph, Node, values_in
+from zgraph.ir.graph import Graph, Node, Value, values_in
 from zgraph.ir.layout import bucket_layout, chunk_numel, is_even
 from zgraph.ir.types import (
     DEVICE,
@@ -273,10 +273,14 @@ def views(graph: Graph, node: Node) -> tuple[str, ...]:
     """Names of the values whose memory the results of `node` may share."""
     if op := OPS.get(node.op):
         return tuple(v.name for v in node.operands) if op.views(node) else ()
-    positions = graph.foreign[node.op].views
-    if not positions:
-        return ()
-    return tuple(v.name for v in values_in(tuple(node.args[i] for i in positions if i < len(node.args))))
+    found: list[str] = []
+    for position in graph.foreign[node.op].views:
+        arg = node.args[position] if position < len(node.args) else None
+        if isinstance(arg, Value):
+            found.append(arg.name)
+        else:
+            found.extend(value.name for value in values_in(arg))
+    return tuple(found)
 
 
 def is_pure(graph: Graph, node: Node) -> bool:
