@@ -4,7 +4,8 @@
     ...                                      ->    ...
     fwd %b_full = reshard(%b)
 
-A bucket of gathers stands where its first member is needed, a bucket of gradients where its last one is made.
+A bucket of gathers stands where its first member is needed, a bucket of gradients where its last one is made. Buckets
+that a memory budget has no room for are not made.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from zgraph.passes.analysis.gathers import casts_before, is_gather
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.lowering import placement_change
-from zgraph.passes.outlook import makespan_us
+from zgraph.passes.outlook import makespan_us, peak_bytes
 
 LATENCIES = 20
 """A bucket's bytes take this many times as long as its latency."""
@@ -56,6 +57,10 @@ class Bucket(Pass):
             groups = self.groups(graph, max_bytes, below)
             choices.setdefault(tuple(map(tuple, groups)), groups)
         graphs = [self.merged(graph, groups) for groups in choices.values()]
+        if context.step_bytes is not None:
+            peaks = {id(g): peak_bytes(g, context) for g in (*graphs, graph)}
+            fitting = [g for g in graphs if peaks[id(g)] <= context.step_bytes]
+            graphs = fitting or [min((*graphs, graph), key=lambda g: peaks[id(g)])]
         return min(graphs, key=lambda g: makespan_us(g, context)) if len(graphs) > 1 else graphs[0]
 
     def merged(self, graph: Graph, groups: list[list[int]]) -> Graph:
