@@ -1,10 +1,12 @@
 """What all tests share."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`, which is not installed
+os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
 
 
 def pytest_collection_finish() -> None:

@@ -99,3 +99,7 @@ class EscapedParameterError(ZgraphError):
 
 class StateDictError(ZgraphError, RuntimeError):
     """A state dict that does not fit the model. Nothing was loaded."""
+
+
+class KernelError(ZgraphError, ValueError):
+    """A kernel's specification does not parse or does not hold together."""

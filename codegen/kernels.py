@@ -1,0 +1,110 @@
+"""Kernels on the machine: their source in a cache, one a file, loaded as a module and launched."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zgraph.aten import TO_TORCH
+from zgraph.codegen.emit import source
+from zgraph.codegen.reference import shape_of
+from zgraph.codegen.spec import KernelSpec
+
+BLOCK_NUMEL = 2048
+"""Numbers that one program works on at a time, unless a single row has more."""
+
+WARP_NUMEL = 512
+"""Numbers that one warp works on at a time: 16 a thread."""
+
+MAX_WARPS = 16
+
+MAX_COLUMNS = 1024
+"""Columns of a program that needs no whole rows."""
+
+MAX_PROGRAMS = 512
+"""Programs that sum over rows: each writes a sum of its own."""
+
+
+def folder() -> Path:
+    """Where the sources lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zgraph" / "kernels"
+
+
+@cache
+def load(spec: KernelSpec) -> Any:
+    """The kernel as Triton has it. With TRITON_INTERPRET=1 in the environment it runs on processors, slowly."""
+    text = source(spec)
+    name = f"{spec.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    path = folder() / f"{name}.py"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(text)
+        draft.replace(path)
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return getattr(module, spec.name)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel is cut into programs: rows and columns of each, and its warps."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def tiles(spec: KernelSpec) -> Tiles:
+    """The default tiles of a kernel."""
+    columns = spec.columns if spec.needs_whole_rows else min(spec.columns, MAX_COLUMNS)
+    block_n = 1 << (columns - 1).bit_length()
+    block_m = max(BLOCK_NUMEL // block_n, 1)
+    return Tiles(block_m, block_n, min(max(block_m * block_n // WARP_NUMEL, 1), MAX_WARPS))
+
+
+def launch(spec: KernelSpec, inputs: Sequence[torch.Tensor], num_rows: int) -> list[torch.Tensor]:
+    """What the kernel writes.
+
+    Args:
+        spec: the kernel.
+        inputs: its operands, dense, all on one device.
+        num_rows: M.
+
+    Returns:
+        The outputs, shaped [M, N], [M, 1] or [N] by their extents.
+    """
+    cut = tiles(spec)
+    num_blocks = -(-num_rows // cut.block_m)
+    sums = {step.name for step in spec.row_sums}
+    num_programs = min(num_blocks, MAX_PROGRAMS) if sums else num_blocks
+    device = inputs[0].device
+    outs = [
+        torch.empty(num_programs, spec.columns, device=device)
+        if output.name in sums
+        else torch.empty(shape_of(output.extent, num_rows, spec.columns), dtype=TO_TORCH[output.dtype], device=device)
+        for output in spec.outputs
+    ]
+    if num_programs:
+        load(spec)[(num_programs, -(-spec.columns // cut.block_n))](
+            *(t.contiguous() for t in inputs), *outs, num_rows,
+            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, num_warps=cut.num_warps,
+        )  # fmt: skip
+    return [
+        out.sum(0).to(TO_TORCH[output.dtype]) if output.name in sums else out
+        for output, out in zip(spec.outputs, outs, strict=True)
+    ]
+
+
+__all__ = ["Tiles", "folder", "launch", "load", "tiles"]

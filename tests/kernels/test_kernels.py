@@ -1,0 +1,59 @@
+"""Generated kernels, in Triton's interpreter, against their steps in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zgraph.aten import TO_TORCH
+from zgraph.codegen import kernels, reference
+from zgraph.codegen.spec import KernelSpec
+
+from .specs import SPECS
+
+TOLERANCE = {"f32": 1e-5, "bf16": 1e-2}
+
+
+def operands(spec: KernelSpec, num_rows: int, seed: int) -> list[torch.Tensor]:
+    """Random operands; positive where a root or a quotient needs it."""
+    dice = torch.Generator().manual_seed(seed)
+    found = []
+    for operand in spec.inputs:
+        shape = reference.shape_of(operand.extent, num_rows, spec.columns)
+        drawn = torch.randn(shape, generator=dice)
+        found.append((drawn.abs() + 0.1 if operand.name in ("v", "r", "fix") else drawn).to(TO_TORCH[operand.dtype]))
+    return found
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)) if wanted.numel() else 0.0
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@given(num_rows=st.integers(0, 9), columns=st.integers(1, 70), seed=st.integers(0, 99))
+@settings(max_examples=8, deadline=None)
+def test_a_kernel_is_its_steps(name, dtype, num_rows, columns, seed):
+    spec = SPECS[name](columns, dtype)
+    inputs = operands(spec, num_rows, seed)
+    wanted = reference.run(spec, inputs, num_rows, torch.float64)
+    twin = reference.run(spec, inputs, num_rows)
+    made = kernels.launch(spec, inputs, num_rows)
+    for output, got, same, exact in zip(spec.outputs, made, twin, wanted, strict=True):
+        limit = max(TOLERANCE[dtype], TOLERANCE[output.dtype.value])
+        assert got.shape == exact.shape
+        assert got.dtype == same.dtype == TO_TORCH[output.dtype]
+        assert error(got, exact) < limit
+        assert error(same, exact) < limit
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_source_can_be_read(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernels.load.cache_clear()
+    kernels.load(SPECS[name](48))
+    (path,) = kernels.folder().iterdir()
+    text = path.read_text()
+    assert f"def {name}(" in text
+    assert max(map(len, text.splitlines())) < 160
+    kernels.load.cache_clear()
