@@ -84,6 +84,7 @@ class _Fitter:
 
     def __init__(self, forward: Forward, limit: int) -> None:
         self.forward, self.limit = forward, limit
+        self.tried: dict[tuple[int | None, int, bool], _Trial] = {}
 
     def shares(self) -> list[int]:
         """Amounts to try: none, what the link hides behind the forward, all."""
@@ -98,6 +99,12 @@ class _Fitter:
         return sorted({0, min(hidden, everything), everything})
 
     def trial(self, keep_bytes: int | None, move_bytes: int, *, exactly: bool = False) -> _Trial:
+        key = keep_bytes, move_bytes, exactly
+        if key not in self.tried:
+            self.tried[key] = self._trial(*key)
+        return self.tried[key]
+
+    def _trial(self, keep_bytes: int | None, move_bytes: int, exactly: bool) -> _Trial:
         forward = self.forward
         choices = forward.choices(keep_bytes, exactly=exactly)
         graph = forward.keeping(choices)

@@ -8,6 +8,7 @@ import pytest
 from .pool import Pool
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests of this folder run in one process, which has the pool, also where pytest has several."""
     for item in items:
