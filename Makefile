@@ -11,7 +11,7 @@ demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
