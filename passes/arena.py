@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from zgraph.cost import simulate_memory
 from zgraph.ir import Graph, Node, Phase
-from zgraph.ir.arena import Buffer, arena_bytes, buffers
+from zgraph.ir.arena import Buffer, arena_bytes, buffers, runs_in
 from zgraph.passes.base import Context, Pass
-from zgraph.passes.planning import make_plan
+from zgraph.passes.planning import memory_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Arena(Pass):
         placed = graph.with_nodes([_at(node, offsets) for node in graph.nodes])
         if not offsets or context.step_bytes is None:
             return placed
-        peak = simulate_memory(make_plan(placed, only_synced=True), context.hints).peak
+        peak = memory_of(placed, context.hints).peak
         return placed if peak.total_bytes <= context.step_bytes else graph
 
 
@@ -91,7 +90,7 @@ def sizes(graph: Graph) -> dict[Phase, ArenaSize]:
     found = {}
     for program in (Phase.forward, Phase.backward):
         placed = [b for b in buffers(graph, program) if b.offset is not None]
-        nodes = [n for n in graph.nodes if (n.phase is Phase.forward) == (program is Phase.forward)]
+        nodes = [n for n in graph.nodes if runs_in(n, program)]
         if placed:
             found[program] = ArenaSize(arena_bytes(nodes, graph), crowded_bytes(placed))
     return found

@@ -91,12 +91,10 @@ class _Fitter:
         forward, context = self.forward, self.forward.context
         if context.offloads == "never":
             return [0]
-        us = sum(context.costs.node_us(forward.graph, n, context.hints) for n in forward.nodes)
-        hidden = int(us / 1e6 * context.costs.hardware.host_link.bytes_per_s)
         everything = sum(Saved(forward.graph, context).num_bytes.values())
         if context.offloads == "always":
             return [everything]
-        return sorted({0, min(hidden, everything), everything})
+        return sorted({0, min(forward.hidden_bytes, everything), everything})
 
     def trial(self, keep_bytes: int | None, move_bytes: int, *, exactly: bool = False) -> _Trial:
         key = keep_bytes, move_bytes, exactly

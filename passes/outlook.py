@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zgraph.cost import MemoryCurve, simulate_memory
+from zgraph.cost import MemoryCurve
 from zgraph.ir import Graph
 from zgraph.passes.all_gather import AllGather
 from zgraph.passes.all_reduce import AllReduce
@@ -10,7 +10,7 @@ from zgraph.passes.analysis.timetable import evaluate, first_use_order, latest_f
 from zgraph.passes.base import Context
 from zgraph.passes.broadcast import Broadcast
 from zgraph.passes.host_copies import HostCopies
-from zgraph.passes.planning import make_plan
+from zgraph.passes.planning import memory_of
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
 from zgraph.passes.schedule import Step
@@ -28,7 +28,7 @@ def peak_bytes(graph: Graph, context: Context) -> int:
 
 def step_memory(graph: Graph, context: Context) -> MemoryCurve:
     """Bytes alive over a step whose collectives all run where they are needed."""
-    return simulate_memory(make_plan(_lower(graph, context), only_synced=True), context.hints)
+    return memory_of(_lower(graph, context), context.hints)
 
 
 def _lower(graph: Graph, context: Context) -> Graph:

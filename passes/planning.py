@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from zgraph.cost import MemoryCurve, simulate_memory
 from zgraph.errors import ContractError
 from zgraph.ir import Graph, InputKind, Instruction, Node, Phase, Plan, Program, TensorType, Value
 from zgraph.passes.absent import absent_tangents, without_tangents
@@ -43,6 +44,15 @@ def make_plan(graph: Graph, *, only_synced: bool = False) -> Plan:
         graph, plan_forward, *backwards("", graph, saved, tangents), saved, zeros if lean else frozenset(),
         backwards("lean_", lean, saved, tangents) if lean else None,
     )  # fmt: skip
+
+
+def memory_of(graph: Graph, hints: Mapping[str, int]) -> MemoryCurve:
+    """Bytes alive over a step of a graph whose passes have all run.
+
+    Raises:
+        ContractError: as `make_plan` does.
+    """
+    return simulate_memory(make_plan(graph, only_synced=True), hints)
 
 
 def _both_backwards(

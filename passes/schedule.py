@@ -19,7 +19,7 @@ from functools import cached_property
 from heapq import nlargest
 from typing import ClassVar
 
-from zgraph.cost import MemoryCurve, Moment, simulate_memory
+from zgraph.cost import MemoryCurve, Moment
 from zgraph.cost.memory import local_bytes
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Graph, Node, Phase, Value
@@ -28,7 +28,7 @@ from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.analysis.order import dependencies, reorder
 from zgraph.passes.analysis.timetable import Problem, Timetable, Transfer, delayed, run, search
 from zgraph.passes.base import Context, Pass
-from zgraph.passes.planning import make_plan
+from zgraph.passes.planning import memory_of
 
 BEFORE_STARTS, AFTER_STARTS = 0.95, 0.45
 """Where a wait goes before an op: after what starts there, unless its memory is needed."""
@@ -165,18 +165,15 @@ class Step:
     def over_bytes(self, placed: Graph) -> int:
         """By how much a scheduled graph is over the budget. What is moved between two ops is not all in the rooms."""
         limit = self.context.step_bytes
-        return 0 if limit is None else self._memory_of(placed).peak.total_bytes - limit
-
-    def _memory_of(self, graph: Graph) -> MemoryCurve:
-        return simulate_memory(make_plan(graph, only_synced=True), self.context.hints)
+        return 0 if limit is None else memory_of(placed, self.context.hints).peak.total_bytes - limit
 
     @cached_property
     def plain(self) -> tuple[Graph, MemoryCurve]:
         """The graph with every collective where it is needed, and its memory; as it came where only that fits."""
         limit, found = self.context.step_bytes, self.canonical()
-        curve = self._memory_of(found)
+        curve = memory_of(found, self.context.hints)
         if limit is not None and curve.peak.total_bytes > limit:
-            as_it_came = self._memory_of(self.graph)
+            as_it_came = memory_of(self.graph, self.context.hints)
             if as_it_came.peak.total_bytes < curve.peak.total_bytes:
                 return self.graph, as_it_came
         return found, curve

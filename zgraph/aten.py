@@ -82,18 +82,18 @@ def effects(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, An
     if writes and any(r.alias_info is not None for r in target._schema.returns):
         views += writes
     return Foreign(
-        views=tuple(views), writes=tuple(writes), random=_draws(target, args, kwargs), multi=multi,
+        views=tuple(views), writes=tuple(writes), random=draws(target, args, kwargs), multi=multi,
         opaque=target.namespace not in ("aten", "prims", "prim"),
     )  # fmt: skip
 
 
-def _draws(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call draws random numbers: an attention without dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        return False
     names = [a.name for a in target._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return torch.Tag.nondeterministic_seeded in target.tags and (
-        "dropout_p" not in names or bool(given.get("dropout_p"))
-    )
+    return "dropout_p" not in names or bool(given.get("dropout_p"))
 
 
 def from_torch(arg: Any, value: Callable[[Any], Value]) -> Arg:

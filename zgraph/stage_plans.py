@@ -179,10 +179,10 @@ class _Shape:
     def shares(self) -> list[float]:
         """Parts of what waits that may move: what the link carries while the forward computes, and all."""
         base = self.members[0]
-        hidden = base.forward_us * base.context.costs.hardware.host_link.bytes_per_s / 1e6
+        hidden = base.forward.hidden_bytes
         saved = Saved(base.placed, base.context)
         waiting = sum(saved.num_bytes.values())
-        return [hidden / waiting, 1.0] if hidden < waiting and saved.first(int(hidden)) else [1.0]
+        return [hidden / waiting, 1.0] if hidden < waiting and saved.first(hidden) else [1.0]
 
     @property
     def rest_bytes(self) -> int:
@@ -273,12 +273,6 @@ class _Member:
         self.tail = Pipeline(passes[at + 1 :])
         self.placed = Pipeline(passes[:at]).run(graph, context)
         self.forward = Forward(self.placed, context)
-
-    @cached_property
-    def forward_us(self) -> float:
-        """Computing in the forward, in microseconds."""
-        costs, hints = self.context.costs, self.context.hints
-        return sum(costs.node_us(self.placed, node, hints) for node in self.forward.nodes)
 
     @cached_property
     def flop(self) -> float:

@@ -53,6 +53,13 @@ class Forward:
         """The problems, each with the names of its values."""
         return [self._block(number) for number in range(len(self.parts))]
 
+    @cached_property
+    def hidden_bytes(self) -> int:
+        """What the link to the host carries while the forward computes."""
+        costs, hints = self.context.costs, self.context.hints
+        us = sum(costs.node_us(self.graph, node, hints) for node in self.nodes)
+        return int(us / 1e6 * costs.hardware.host_link.bytes_per_s)
+
     # --- the problem ---------------------------------------------------------------------------------------------
 
     def _needed(self) -> frozenset[str]:

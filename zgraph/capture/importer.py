@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from zgraph.aten import FROM_TORCH, effects, from_torch, op_name
+from zgraph.aten import FROM_TORCH, draws, effects, from_torch, op_name
 from zgraph.capture import torch_private
 from zgraph.errors import CaptureError
 from zgraph.ir import (
@@ -168,9 +168,11 @@ class Importer:
             self.results[node] = results
         else:
             results = (self._define(node, made, node.name),)
-        found = effects(node.target, name, node.args, node.kwargs, multi=multi)
-        known = self.foreign.get(name, found)
-        self.foreign[name] = replace(known, random=known.random or found.random)
+        known = self.foreign.get(name)
+        if known is None:
+            self.foreign[name] = effects(node.target, name, node.args, node.kwargs, multi=multi)
+        elif not known.random and draws(node.target, node.args, node.kwargs):
+            self.foreign[name] = replace(known, random=True)
         try:
             args = tuple(from_torch(a, self._value) for a in node.args)
             kwargs = tuple((k, from_torch(a, self._value)) for k, a in sorted(node.kwargs.items()))

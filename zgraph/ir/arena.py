@@ -39,6 +39,11 @@ class Buffer:
         return self.node <= other.last and other.node <= self.last
 
 
+def runs_in(node: Node, program: Phase) -> bool:
+    """Whether a node is part of a program: the forward, or the backward with all that follows it."""
+    return (node.phase is Phase.forward) == (program is Phase.forward)
+
+
 def buffers(graph: Graph, program: Phase) -> list[Buffer]:
     """What could lie in a program's arena: gathered parameters and buckets that die in the program that makes them.
 
@@ -52,7 +57,7 @@ def buffers(graph: Graph, program: Phase) -> list[Buffer]:
     escaped: set[str] = set()
     ends: dict[str, int] = {}
     for position, node in enumerate(graph.nodes):
-        is_here = (node.phase is Phase.forward) == (program is Phase.forward)
+        is_here = runs_in(node, program)
         sources = views(graph, node)
         shared = frozenset(root for name in sources for root in roots.get(name, ()))
         for value in node.operands:
@@ -64,8 +69,8 @@ def buffers(graph: Graph, program: Phase) -> list[Buffer]:
             at = offsets(node)
             for index, result in enumerate(node.results):
                 if _can_lie_there(graph, node, result.type):
-                    num_bytes = -(-_num_bytes(graph, result.type) // ALIGN_BYTES) * ALIGN_BYTES
-                    found[result.name] = Buffer(result.name, position, num_bytes, position, at[index] if at else None)
+                    num_bytes, offset = _num_bytes(graph, result.type), at[index] if at else None
+                    found[result.name] = Buffer(result.name, position, num_bytes, position, offset)
                     roots[result.name] = frozenset((result.name,))
         if shared:
             roots.update((result.name, shared) for result in node.results)
@@ -86,7 +91,7 @@ def offsets(node: Node) -> tuple[int, ...]:
 def arena_bytes(nodes: Iterable[Node], graph: Graph) -> int:
     """The size of the arena that some nodes of a graph need."""
     ends = [
-        offset + -(-_num_bytes(graph, result.type) // ALIGN_BYTES) * ALIGN_BYTES
+        offset + _num_bytes(graph, result.type)
         for node in nodes
         for offset, result in zip(offsets(node), node.results, strict=False)
     ]
@@ -115,5 +120,6 @@ def _can_lie_there(graph: Graph, node: Node, kind: object) -> bool:
 
 
 def _num_bytes(graph: Graph, kind: object) -> int:
+    """What a buffer takes in an arena."""
     assert isinstance(kind, TensorType)
-    return padded_bytes(kind, num_shards(graph.mesh))
+    return -(-padded_bytes(kind, num_shards(graph.mesh)) // ALIGN_BYTES) * ALIGN_BYTES

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from zgraph.errors import VerifyError
-from zgraph.ir.arena import buffers, clashes, offsets
+from zgraph.ir.arena import buffers, clashes, offsets, runs_in
 from zgraph.ir.graph import Graph, Input, InputKind, Node, OutputKind, Phase
 from zgraph.ir.ops import OPS, TypeRuleError, views
 from zgraph.ir.printer import print_node
@@ -192,8 +192,7 @@ def arenas(graph: Graph) -> Iterator[Fault]:
         found = buffers(graph, program)
         places = {b.name for b in found}
         for position, node in enumerate(graph.nodes):
-            is_here = (node.phase is Phase.forward) == (program is Phase.forward)
-            for result in node.results if is_here and offsets(node) else ():
+            for result in node.results if runs_in(node, program) and offsets(node) else ():
                 if result.name not in places:
                     yield (
                         position,
