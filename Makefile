@@ -5,13 +5,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-ranks test-rest bench lint clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory --jobs 2 test-ranks test-rest
+
+# What runs on several ranks often waits, for the network or for what it kills: the rest fills the time.
+test-ranks: $(VENV)/.test
+	$(BIN)/python -m pytest tests/distributed
+
+test-rest: $(VENV)/.test
+	$(BIN)/python -m pytest tests --ignore tests/distributed
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -7,12 +7,8 @@ before it is updated, and the one before that is taken back.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from zgraph.errors import OffloadError, UsageError
+from zgraph.config import ranks_here
+from zgraph.errors import UsageError
 from zgraph.runtime import torch_private
-from zgraph.runtime.host import Copy, HostMemory
+from zgraph.runtime.disk import PAGE_BYTES, Access, DiskFile
+from zgraph.runtime.host import Copy, HostMemory, available_bytes
 
 Place = Literal["auto", "host", "disk"]
 Update = Literal["auto", "device", "host"]
@@ -33,8 +31,6 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 NUM_LEAVING = 6
 """Copies back that may be under way: those of two pieces."""
-
-_serial = count()
 
 
 class AdamW(Optimizer):
@@ -50,7 +46,9 @@ class AdamW(Optimizer):
         update: where the step is computed: "host" or "device"; "auto" takes the host for parameters that lie there. On
             the device, what lies elsewhere streams through it.
         folder: for `state="disk"`: where the files go. They vanish with the process.
-        chunk_bytes: how much of a tensor is streamed at once.
+        access: for `state="disk"`: "direct" streams past the page cache, "mapped" leaves to it what stays in memory;
+            "auto" is direct where the host's memory has no room for the files and their file system can.
+        chunk_bytes: how much of a tensor is streamed at once, rounded down to whole pages.
 
     Raises:
         UsageError: an argument means nothing.
@@ -61,7 +59,7 @@ class AdamW(Optimizer):
     def __init__(
         self, params: ParamsT, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, *, state: Place = "auto", update: Update = "auto", folder: str | Path | None = None,
-        chunk_bytes: int = 64 << 20,
+        access: Access = "auto", chunk_bytes: int = 64 << 20,
     ) -> None:  # fmt: skip
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas) or chunk_bytes < 1:
             raise UsageError(
@@ -71,6 +69,8 @@ class AdamW(Optimizer):
             raise UsageError('state must be "auto", "host" or "disk", and update "auto", "device" or "host"')
         if (state == "disk") != (folder is not None):
             raise UsageError('folder= says where state="disk" keeps its files: give both, or neither')
+        if access not in ("auto", "mapped", "direct") or (access != "auto" and folder is None):
+            raise UsageError('access must be "auto", "mapped" or "direct", the last two with state="disk"')
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.place, self.update_on, self.chunk_bytes = state, update, chunk_bytes
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -79,11 +79,11 @@ class AdamW(Optimizer):
         num_bytes = sum(2 * _num_bytes(_local(p)) for p in parameters if p.requires_grad)
         if state == "host":
             self._host.require(num_bytes, "AdamW's moments")
-        self._memory: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like
-        if state == "host":
-            self._memory = lambda like: self._host.pool.empty(like.size(), like.dtype).zero_()
-        elif folder is not None:
-            self._memory = _DiskFile(Path(folder), num_bytes, 2 * len(parameters)).zeros_like
+        self._disk: DiskFile | None = None
+        if folder is not None:
+            room_bytes = available_bytes() // max(ranks_here(), 1)
+            self._disk = DiskFile(Path(folder), num_bytes, 2 * len(parameters), access, room_bytes)
+        self._homes: dict[tuple[torch.Tensor, str], torch.Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -112,22 +112,45 @@ class AdamW(Optimizer):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for key in _MOMENTS:
-                state[key] = _like(parameter, self._memory(_local(parameter)))
+                state[key] = _like(parameter, self._home(parameter, key).zero_())
         state["step"] = state["step"] + 1  # a state dict may share the tensor
         assert parameter.grad is not None
         first, second = (_local(state[key]) for key in _MOMENTS)
         return _Piece(_local(parameter), _local(parameter.grad), first, second, state["step"])
 
-    def _runs_in_place(self, piece: _Piece) -> bool:
-        """Whether a parameter is updated where all of it lies, without a copy."""
+    def _home(self, parameter: torch.Tensor, key: str) -> torch.Tensor:
+        """Memory for this rank's part of a moment: the same each time where it is not torch's."""
+        like = _local(parameter)
+        if self.place == "auto":
+            return torch.empty_like(like)
+        if (parameter, key) not in self._homes:
+            made = self._disk.zeros(like) if self._disk else self._host.pool.empty(like.size(), like.dtype)
+            self._homes[parameter, key] = made
+        return self._homes[parameter, key]
+
+    @property
+    def _part_bytes(self) -> int:
+        """What is streamed at once: whole pages, as the disk asks for and as vectors of torch's kernel begin."""
+        return max(self.chunk_bytes // PAGE_BYTES, 1) * PAGE_BYTES
+
+    @property
+    def _streams_disk(self) -> bool:
+        return self._disk is not None and self._disk.is_direct
+
+    def _runs_on_host(self, piece: _Piece) -> bool:
         if self.update_on == "host" and piece.parameter.is_cuda:
             raise UsageError('update="host" needs parameters on the host: zgraph.compile(..., offload="optimizer")')
-        if self.update_on == "host" or (self.update_on == "auto" and not piece.parameter.is_cuda):
-            return True
+        return self.update_on == "host" or (self.update_on == "auto" and not piece.parameter.is_cuda)
+
+    def _runs_in_place(self, piece: _Piece) -> bool:
+        """Whether a parameter is updated where all of it lies, without a copy."""
+        if self._runs_on_host(piece):
+            return not self._streams_disk
         return self.place == "auto" and piece.parameter.device == self._device
 
     def _stream(self, group: dict[str, Any], pieces: list[_Piece]) -> None:
         """Update on the device what lies elsewhere: the next piece is brought while one is updated."""
+        disk = self._disk if self._streams_disk else None
         waiting: list[_Visit] = []
         leaving: list[tuple[Copy, torch.Tensor]] = []
 
@@ -136,8 +159,8 @@ class AdamW(Optimizer):
             while len(leaving) > NUM_LEAVING:
                 leaving.pop(0)[0].synchronize()
 
-        for piece in (part for whole in pieces for part in whole.parts(self.chunk_bytes)):
-            waiting.append(_Visit(piece, self._host))
+        for piece in (part for whole in pieces for part in whole.parts(self._part_bytes)):
+            waiting.append(_Visit(piece, self._host, disk, self._runs_on_host(piece)))
             if len(waiting) > 1:
                 work_off()
         while waiting:
@@ -151,8 +174,7 @@ class AdamW(Optimizer):
         for parameter, state in self.state.items():
             for key in _MOMENTS:
                 if key in state:
-                    placed = self._memory(_local(parameter))
-                    placed.copy_(_local(state[key]))
+                    placed = self._home(parameter, key).copy_(_local(state[key]))
                     state[key] = _like(parameter, placed)
             if "step" in state:
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu().clone()
@@ -195,29 +217,55 @@ class _Piece:
 
 
 class _Visit:
-    """A piece on its way to the device and back."""
+    """A piece on its way to where it is updated, and back.
 
-    def __init__(self, piece: _Piece, host: HostMemory) -> None:
-        self.piece, self.host = piece, host
+    Args:
+        piece: what is updated.
+        host: the host's memory, and the lanes between it and the device.
+        disk: the file that the moments lie in, if they are read and written directly.
+        stays: whether the update runs on the host, so that what lies there is not copied.
+    """
+
+    def __init__(self, piece: _Piece, host: HostMemory, disk: DiskFile | None, stays: bool) -> None:
+        self.piece, self.host, self.disk, self.stays = piece, host, disk, stays
         self.copies: list[Copy] = []
-        p, g, m, v = (self._bring(t) for t in piece.tensors)
-        self.here = _Piece(p, g, m, v, piece.step)
+        self.blocks: dict[int, torch.Tensor] = {}
+        self.here = [self._bring(number, tensor) for number, tensor in enumerate(piece.tensors)]
 
-    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_cuda:
+    def _bring(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Where the update finds a tensor of the piece; a block, where it comes from the disk."""
+        if self.disk is not None and self.disk.holds(tensor):
+            brought, copy = self.disk.read(tensor, self.host.pool)
+            self.blocks[number] = brought
+        elif tensor.is_cuda or self.stays:
             return tensor
-        brought, copy = self.host.reload(tensor)
+        else:
+            brought, copy = self.host.reload(tensor)
         self.copies.append(copy)
         return brought
 
     def update(self, group: dict[str, Any]) -> list[tuple[Copy, torch.Tensor]]:
-        """Update it on the device, and begin to take back what changed."""
+        """Update it, and begin to take back what changed."""
         for copy in self.copies:
             copy.wait()
-        self.here.update(group)
-        pairs = zip(self.piece.tensors, self.here.tensors, strict=True)
-        changed = [(home, here) for home, here in pairs if home is not here and home is not self.piece.gradient]
-        return [(self.host.to_host.start(home, here), here) for home, here in changed]
+        if not self.stays:
+            for number, block in self.blocks.items():
+                self.here[number], copy = self.host.reload(block)
+                copy.wait()
+        p, g, m, v = self.here
+        _Piece(p, g, m, v, self.piece.step).update(group)
+        return [
+            (self._take_back(number, home, here), here)
+            for number, (home, here) in enumerate(zip(self.piece.tensors, self.here, strict=True))
+            if home is not here and home is not self.piece.gradient
+        ]
+
+    def _take_back(self, number: int, home: torch.Tensor, here: torch.Tensor) -> Copy:
+        block = self.blocks.get(number)
+        if block is None:
+            return self.host.to_host.start(home, here)
+        assert self.disk is not None
+        return self.disk.write(home, block, None if block is here else self.host.to_host.start(block, here))
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -235,50 +283,3 @@ def _num_bytes(tensor: torch.Tensor) -> int:
 
 def _compute_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-class _DiskFile:
-    """One file, mapped into memory, that tensors are cut from. It has no name, so that nothing is left behind.
-
-    Args:
-        folder: where it lies; made if it is missing.
-        num_bytes: of all tensors.
-        num_tensors: how many.
-
-    Raises:
-        OffloadError: the folder cannot be written to, or the disk has no room.
-    """
-
-    ALIGN = 64
-
-    def __init__(self, folder: Path, num_bytes: int, num_tensors: int) -> None:
-        size = num_bytes + self.ALIGN * num_tensors
-        path = folder / f"zgraph-{os.getpid()}-{next(_serial)}.state"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder).free
-            if size > free:
-                raise OffloadError(
-                    f"AdamW's moments need {size:,} bytes in {folder}, but only {free:,} are free there; free some, or "
-                    "name a folder on another disk"
-                )
-            with path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, max(size, 1))
-            self._bytes = torch.from_file(str(path), shared=True, size=max(size, 1), dtype=torch.uint8)
-        except OSError as error:
-            raise OffloadError(
-                f"cannot keep AdamW's moments in {folder}: {error.strerror}; name another folder"
-            ) from None
-        finally:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-        self._next = 0
-
-    def zeros_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The next tensor of the file."""
-        num_bytes = _num_bytes(tensor)
-        if self._next + num_bytes > len(self._bytes):
-            raise OffloadError("parameters were added to the optimizer, for which its file on disk has no room")
-        part = self._bytes[self._next : self._next + num_bytes]
-        self._next += -(-num_bytes // self.ALIGN) * self.ALIGN
-        return part.view(tensor.dtype).view(tensor.size()).zero_()

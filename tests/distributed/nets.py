@@ -89,6 +89,39 @@ class Normed(nn.Module):
         return F.cross_entropy(self.last(F.relu(self.norm(self.conv(image))).mean((2, 3))), y)
 
 
+class Decoder(nn.Module):
+    """Layers of attention and SwiGLU, large enough that a budget has something to choose from."""
+
+    VOCABULARY = 2001
+
+    def __init__(self, width: int = 96, num_layers: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(self.VOCABULARY, width)
+        self.layers = nn.ModuleList(DecoderLayer(width) for _ in range(num_layers))
+        self.head = nn.Linear(width, self.VOCABULARY, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return F.cross_entropy(self.head(hidden)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.before, self.between = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.project, self.mix = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 6 * width, bias=False), nn.Linear(3 * width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.project(self.before(x)).unflatten(-1, (3, 4, -1)).movedim(2, 0).transpose(2, 3)
+        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.mix(mixed.transpose(1, 2).flatten(2))
+        gate, value = self.up(self.between(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * value)
+
+
 def built(kind: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """A builder that gives the same values every time."""
 
@@ -111,6 +144,10 @@ def rows(seed: int, num_rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 def words(seed: int, length: int = 9) -> tuple[torch.Tensor]:
     return (torch.randint(WORDS, (length,), generator=dice(seed)),)
+
+
+def sentences(seed: int) -> tuple[torch.Tensor]:
+    return (torch.randint(Decoder.VOCABULARY, (4, 64), generator=dice(seed)),)
 
 
 def images(seed: int) -> tuple[torch.Tensor, torch.Tensor]:

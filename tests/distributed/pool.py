@@ -21,6 +21,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 START_LIMIT_S = 120
+IMPORTED = (
+    "zgraph", "torch._dynamo.convert_frame", "torch._functorch.aot_autograd", "torch.distributed.fsdp",
+    "torch.distributed.checkpoint", *(f"transformers.models.{m}.modeling_{m}" for m in ("bert", "gpt2", "llama",
+    "mixtral", "resnet", "vit")),
+)  # fmt: skip
+"""What jobs need takes seconds to import: it is done once, in the process that workers are forked from."""
 GRACE_S = 10
 """How long the others may go on when one rank has failed: they may wait for it in vain."""
 DIED = "died"
@@ -79,7 +85,8 @@ class Pool:
 
     def start(self) -> None:
         """Start the workers, and wait until they have imported everything and met."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(IMPORTED))
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.num_workers):
             ours, theirs = context.Pipe()
@@ -122,12 +129,11 @@ class Pool:
 
 def _work(rank: int, num_workers: int, port: int, pipe: Connection) -> None:
     """A worker: meets the others, then does jobs until it is killed."""
-    import transformers  # noqa: F401  # once, not in the first job's time
-
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_workers)
     meshes = {n: DeviceMesh("cpu", list(range(n))) for n in range(1, num_workers + 1)}
+    gc.freeze()  # what is imported stays: to look through it after each job would take longer than many a job
     pipe.send("ready")
     while True:
         try:

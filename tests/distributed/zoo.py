@@ -17,8 +17,8 @@ Batch = dict[str, torch.Tensor]
 VOCABULARY = 61
 
 
-def llama() -> nn.Module:
-    return small.llama(32, 2, VOCABULARY, inner=56)
+def llama(num_layers: int = 2) -> nn.Module:
+    return small.llama(32, num_layers, VOCABULARY, inner=56)
 
 
 def gpt2() -> nn.Module:
