@@ -63,7 +63,7 @@ def main(
         began = time.perf_counter()
         planned = parse_recipe(RECIPES[3]).run(graph, limited, [log])
         seconds = time.perf_counter() - began
-        peak_bytes = simulate_memory(make_plan(planned, only_synced=True), {}).peak.total_bytes
+        peak_bytes = simulate_memory(make_plan(planned, only_step=True), {}).peak.total_bytes
         fit_seconds = next(s.seconds for s in log.steps if s.text == "fit")
         found.append(Planned(offloads, int(step_bytes), peak_bytes, seconds, fit_seconds))
         table.add_row(

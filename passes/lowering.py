@@ -26,6 +26,8 @@ def lower(
         made_by: the pass.
         grouped: a bucket is one call that moves its members from and to where they lie, without a copy.
     """
+    if not any(node.op == "reshard" and wanted(node) for node in graph.nodes):
+        return graph
     builder = Builder(graph, made_by)
     nodes: list[Node] = []
     for node in graph.nodes:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from zgraph.cost.memory import local_bytes
@@ -65,18 +66,28 @@ class Saved:
 
     def __init__(self, graph: Graph, context: Context, min_bytes: int = 0) -> None:
         self.graph, self.context = graph, context
-        self.memory = Memory(graph)
         self.min_bytes = min_bytes or int(context.costs.latency_bytes)
-        candidates = self._candidates()
-        self.num_bytes = {v.name: local_bytes(v.type, graph.mesh, context.hints) for v in candidates}
-        self.values = [v for v in candidates if self.num_bytes[v.name] >= self.min_bytes]
+
+    @cached_property
+    def memory(self) -> Memory:
+        return Memory(self.graph)
+
+    @cached_property
+    def num_bytes(self) -> dict[Value, int]:
+        """The bytes of each value, small ones too, in the order in which the forward makes them."""
+        graph, hints = self.graph, self.context.hints
+        return {v: local_bytes(v.type, graph.mesh, hints) for v in self._candidates()}
+
+    @property
+    def values(self) -> list[Value]:
+        return [v for v, num_bytes in self.num_bytes.items() if num_bytes >= self.min_bytes]
 
     def first(self, num_bytes: int) -> list[Value]:
         """The values that the forward makes first, as many as fit into `num_bytes`."""
         found, left = [], num_bytes
         for value in self.values:
-            if self.num_bytes[value.name] <= left:
-                left -= self.num_bytes[value.name]
+            if self.num_bytes[value] <= left:
+                left -= self.num_bytes[value]
                 found.append(value)
         return found
 

@@ -37,8 +37,16 @@ def _lower(graph: Graph, context: Context) -> Graph:
     return graph
 
 
-def makespan_us(graph: Graph, context: Context, num_ahead: int = 2) -> float:
-    """The time of a step with the better of the two plain orders of its collectives."""
-    problem = lowered(graph, context).problem(num_ahead)
+def makespan_us(graph: Graph, context: Context, memory: MemoryCurve | None = None, num_ahead: int = 2) -> float:
+    """The time of a step with the better of the two plain orders of its collectives.
+
+    Args:
+        graph: not lowered yet.
+        context: costs and sizes.
+        memory: what `step_memory` says of it, if that is known.
+        num_ahead: of how many collectives there is room for results beside what is used, where there is no budget.
+    """
+    step = lowered(graph, context)
+    problem = step.problem_in(step.room_beside(memory or step_memory(graph, context), num_ahead))
     orders = (first_use_order(problem), latest_first_order(problem))
     return min(t.makespan_us for t in (evaluate(problem, order) for order in orders) if t is not None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Protocol
@@ -64,14 +66,28 @@ class Pipeline:
         """Run the passes, telling the instruments of each."""
         from time import perf_counter  # the only clock: it times passes, which never see it
 
-        for step in self.passes:
-            began = perf_counter()
-            after = step.run(graph, context)
-            seconds = perf_counter() - began
-            for instrument in instruments:
-                instrument.after(step, graph, after, seconds)
-            graph = after
+        with _uncollected():
+            for step in self.passes:
+                began = perf_counter()
+                after = step.run(graph, context)
+                seconds = perf_counter() - began
+                for instrument in instruments:
+                    instrument.after(step, graph, after, seconds)
+                graph = after
         return graph
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Leave the search for cycles to later: graphs have none, and it would take as long as the passes do."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def print_pass(step: Pass) -> str:

@@ -11,12 +11,13 @@ from zgraph.passes.absent import absent_tangents, without_tangents
 from zgraph.passes.no_sync import without_sync
 
 
-def make_plan(graph: Graph, *, only_synced: bool = False) -> Plan:
+def make_plan(graph: Graph, *, only_step: bool = False) -> Plan:
     """The programs of a graph whose passes have all run.
 
     Args:
         graph: the graph.
-        only_synced: leave the backwards under no_sync out, for those who only look at the step.
+        only_step: for those who only look at a step: in place of all backwards the one that syncs, with the tangents
+            that are likely to be absent left out.
 
     Raises:
         ContractError: the recipe left a reshard without a collective to carry it out.
@@ -38,11 +39,15 @@ def make_plan(graph: Graph, *, only_synced: bool = False) -> Plan:
     if not any(o.phase is not Phase.forward for o in graph.outputs):
         return Plan(graph, plan_forward, None, None, ())
     zeros = absent_tangents(graph)
-    backwards = _synced_backward if only_synced else _both_backwards
     lean = without_tangents(graph, zeros) if zeros else None
+    absent_here = zeros if lean else frozenset[str]()
+    if only_step:
+        backward = _backward("backward", lean or graph, saved, tangents)
+        both = backward, backward
+        return Plan(graph, plan_forward, *both, saved, absent_here, both if lean else None)
     return Plan(
-        graph, plan_forward, *backwards("", graph, saved, tangents), saved, zeros if lean else frozenset(),
-        backwards("lean_", lean, saved, tangents) if lean else None,
+        graph, plan_forward, *_backwards("", graph, saved, tangents), saved, absent_here,
+        _backwards("lean_", lean, saved, tangents) if lean else None,
     )  # fmt: skip
 
 
@@ -52,23 +57,13 @@ def memory_of(graph: Graph, hints: Mapping[str, int]) -> MemoryCurve:
     Raises:
         ContractError: as `make_plan` does.
     """
-    return simulate_memory(make_plan(graph, only_synced=True), hints)
+    return simulate_memory(make_plan(graph, only_step=True), hints)
 
 
-def _both_backwards(
-    prefix: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]
-) -> tuple[Program, Program]:
+def _backwards(prefix: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]) -> tuple[Program, Program]:
     """The backward of a graph, synced and not."""
     synced = _backward(f"{prefix}backward", graph, saved, tangents)
     return synced, _backward(f"{prefix}unsynced", without_sync(graph), saved, tangents)
-
-
-def _synced_backward(
-    prefix: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]
-) -> tuple[Program, Program]:
-    """The backward that syncs, twice."""
-    synced = _backward(f"{prefix}backward", graph, saved, tangents)
-    return synced, synced
 
 
 def _backward(name: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]) -> Program:

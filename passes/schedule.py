@@ -144,6 +144,13 @@ class Step:
             BudgetError: even so the step does not fit the budget.
         """
         _, curve = self.plain
+        limit = self.context.step_bytes
+        if limit is not None and max(curve.peak.total_bytes, self.context.update_bytes) > limit:
+            raise self._too_small(curve.peak)
+        return self.room_beside(curve, num_ahead)
+
+    def room_beside(self, curve: MemoryCurve, num_ahead: int) -> tuple[int, ...]:
+        """Bytes that collectives may hold beside each op, of which this is the memory with none under way."""
         number = {(self.graph.nodes[p].phase.value, self.graph.nodes[p].name): i for i, p in enumerate(self.ops)}
         used = [0] * len(self.ops)
         at = most = 0
@@ -155,11 +162,9 @@ class Step:
                 at, most = here, moment.total_bytes
         if used:
             used[at] = max(used[at], most)
-        limit, peak = self.context.step_bytes, curve.peak
+        limit = self.context.step_bytes
         if limit is None:
-            limit = peak.total_bytes + self.ahead_bytes(num_ahead)
-        elif max(peak.total_bytes, self.context.update_bytes) > limit:
-            raise self._too_small(peak)
+            limit = curve.peak.total_bytes + self.ahead_bytes(num_ahead)
         return tuple(max(limit - u, 0) for u in used)
 
     def over_bytes(self, placed: Graph) -> int:

@@ -47,7 +47,7 @@ class AdamW(Optimizer):
             the device, what lies elsewhere streams through it.
         folder: for `state="disk"`: where the files go. They vanish with the process.
         access: for `state="disk"`: "direct" streams past the page cache, "mapped" leaves to it what stays in memory;
-            "auto" is direct where the host's memory has no room for the files and their file system can.
+            "auto" is direct where that is more than a tenth of the free memory, and the file system can.
         chunk_bytes: how much of a tensor is streamed at once, rounded down to whole pages.
 
     Raises:
@@ -81,8 +81,8 @@ class AdamW(Optimizer):
             self._host.require(num_bytes, "AdamW's moments")
         self._disk: DiskFile | None = None
         if folder is not None:
-            room_bytes = available_bytes() // max(ranks_here(), 1)
-            self._disk = DiskFile(Path(folder), num_bytes, 2 * len(parameters), access, room_bytes)
+            free_bytes = available_bytes() // max(ranks_here(), 1)
+            self._disk = DiskFile(Path(folder), num_bytes, 2 * len(parameters), access, free_bytes)
         self._homes: dict[tuple[torch.Tensor, str], torch.Tensor] = {}
 
     @torch.no_grad()

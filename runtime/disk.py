@@ -1,7 +1,7 @@
 """A file that holds optimizer states: mapped into memory, and read and written past the page cache where that helps.
 
-Mapped, the states are tensors like any other, and what the host has room for stays in its memory. Where it has none,
-each step would fill the page cache with what the same step throws out again, one page fault after the other; direct
+Mapped, the states are tensors like any other, and small ones stay in the host's memory. Above what the kernel leaves
+unwritten there, each step waits for pages of the one before to be written, one page fault after the other; direct
 access moves whole pieces between the disk and blocks of our own instead (`man 2 open`, O_DIRECT).
 """
 
@@ -26,6 +26,10 @@ from zgraph.runtime.host import Copy, HostPool
 
 Access = Literal["auto", "mapped", "direct"]
 
+UNWRITTEN_SHARE = 0.1
+"""The part of its free memory that Linux lets fill with what is not written yet, before it holds up who writes more
+(vm.dirty_background_ratio)."""
+
 PAGE_BYTES = mmap.PAGESIZE
 """Direct access begins and ends at multiples of this: in the file, and in memory."""
 
@@ -39,16 +43,16 @@ class DiskFile:
         folder: where it lies; made if it is missing.
         num_bytes: of all tensors.
         num_tensors: how many.
-        access: "direct" past the page cache, or "mapped". "auto" is direct where the host's memory has no room for the
-            file and its file system can.
-        room_bytes: of the host's memory.
+        access: "direct" past the page cache, or "mapped". "auto" is direct where the file is larger than what the
+            kernel leaves unwritten, and its file system can.
+        free_bytes: of the host's memory, for this file.
 
     Raises:
         OffloadError: the folder cannot be written to, the disk has no room, or its file system knows no direct access
             and that was asked for.
     """
 
-    def __init__(self, folder: Path, num_bytes: int, num_tensors: int, access: Access, room_bytes: int) -> None:
+    def __init__(self, folder: Path, num_bytes: int, num_tensors: int, access: Access, free_bytes: int) -> None:
         self.folder = folder
         size = num_bytes + PAGE_BYTES * num_tensors
         path = folder / f"zgraph-{os.getpid()}-{next(_serial)}.state"
@@ -64,7 +68,7 @@ class DiskFile:
             with path.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, max(size, 1))
             self._bytes = torch.from_file(str(path), shared=True, size=max(size, 1), dtype=torch.uint8)
-            if access == "direct" or (access == "auto" and size > room_bytes):
+            if access == "direct" or (access == "auto" and size > UNWRITTEN_SHARE * free_bytes):
                 self._open_directly(path, must=access == "direct")
         except OSError as error:
             raise OffloadError(

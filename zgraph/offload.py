@@ -73,6 +73,11 @@ def of_parameters(
 
 def _asked(offload: Offload) -> set[str]:
     names = {offload} if isinstance(offload, str) else set(offload or ())
+    if "gradients" in names:
+        raise UsageError(
+            "torch keeps a gradient where its parameter lies: offload='optimizer' takes masters, gradients and the "
+            "optimizer's state to the host together"
+        )
     if unknown := sorted(map(str, names - set(_WHAT))):
         raise UsageError(f"offload must be 'auto', None, or any of {', '.join(_WHAT)}, not {', '.join(unknown)}")
     return names

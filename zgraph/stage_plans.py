@@ -303,7 +303,7 @@ class _Member:
     def figures(self, us_per_byte: float | None, moved_share: float) -> tuple[float, float, float, float]:
         """Microseconds of the step and of what is exposed, bytes sent, and FLOP."""
         scheduled = self.tail.run(self.graph(us_per_byte, moved_share), self.context)
-        whole = make_plan(scheduled, only_synced=True)
+        whole = make_plan(scheduled, only_step=True)
         timeline = simulate(whole, self.context.costs, self.context.hints)
         sent = sum(t.sent_bytes for t in traffic(whole))
         return timeline.step_us, timeline.exposed_us, sent, sum(work(scheduled, n).flop for n in scheduled.nodes)

@@ -54,11 +54,18 @@ class Forward:
         return [self._block(number) for number in range(len(self.parts))]
 
     @cached_property
+    def us(self) -> float:
+        """What computing the whole step takes, with nothing computed again."""
+        return self._us(self.graph.nodes)
+
+    @cached_property
     def hidden_bytes(self) -> int:
         """What the link to the host carries while the forward computes."""
+        return int(self._us(self.nodes) / 1e6 * self.context.costs.hardware.host_link.bytes_per_s)
+
+    def _us(self, nodes: Iterable[Node]) -> float:
         costs, hints = self.context.costs, self.context.hints
-        us = sum(costs.node_us(self.graph, node, hints) for node in self.nodes)
-        return int(us / 1e6 * costs.hardware.host_link.bytes_per_s)
+        return sum(costs.node_us(self.graph, node, hints) for node in nodes)
 
     # --- the problem ---------------------------------------------------------------------------------------------
 

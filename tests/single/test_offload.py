@@ -76,6 +76,8 @@ def test_bad_targets_are_refused_and_the_model_left_as_it_was(monkeypatch):
     for bad in ("gpu", ("optimizer", "everything")):
         with pytest.raises(UsageError, match="activations, optimizer, parameters"):
             zgraph.compile(model, offload=bad)
+    with pytest.raises(UsageError, match="masters, gradients and the optimizer's state"):
+        zgraph.compile(model, offload="gradients")
     with pytest.raises(UsageError, match="recompute must be"):
         zgraph.compile(model, recompute="sometimes")
     with pytest.raises(UsageError, match="fullgraph=False"):

@@ -139,8 +139,9 @@ class _Walk:
     def run(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
             node = instruction.node
-            shared = frozenset(r for name in views(self.graph, node) for r in self.roots.get(name, ()))
-            is_view = bool(views(self.graph, node))
+            sources = views(self.graph, node)
+            shared = frozenset(r for name in sources for r in self.roots.get(name, ()))
+            is_view = bool(sources)
             in_arena = bool(offsets(node))
             for result in node.results:
                 if in_arena:
@@ -148,7 +149,7 @@ class _Walk:
                 elif not is_view:
                     self.allocate(result.name, result.type, padded=instruction.lane == "comm")
                 self.roots[result.name] = shared if is_view else frozenset((result.name,))
-                self.references.update(self.roots[result.name])
+                self.refer(self.roots[result.name])
             if node.op in OPS and OPS[node.op].lane != "compute":
                 self.start(node)
             if node.op == "wait":
@@ -171,7 +172,7 @@ class _Walk:
             elif node.op in _SENDS_IN_PLACE:
                 sent = self.roots.get(value.name, frozenset())
                 self.roots[name] = sent
-                self.references.update(sent)
+                self.refer(sent)
 
     def finish(self, start: str) -> None:
         """A collective that is over lets go of what it sent."""
@@ -180,11 +181,11 @@ class _Walk:
 
     def moment(self, node: Node) -> Moment:
         """What is alive now. Of the collectives under way the oldest two are served, and have scratch memory."""
-        by_category = Counter(self.by_category)
-        by_category["buckets"] += sum(nlargest(NUM_SERVED, self.scratch.values()))
-        by_category["temporaries"] += workspace_bytes(node, self.hints)
+        by_category = dict(self.by_category)
+        by_category["buckets"] = by_category.get("buckets", 0) + sum(nlargest(NUM_SERVED, self.scratch.values()))
+        by_category["temporaries"] = by_category.get("temporaries", 0) + workspace_bytes(node, self.hints)
         host_bytes = by_category.pop(HOST, 0)
-        return Moment(node.name, node.phase.value, dict(by_category), host_bytes)
+        return Moment(node.name, node.phase.value, by_category, host_bytes)
 
     def adopt(self, values: Iterable[Value]) -> None:
         """Values that come from outside and live until the plan frees them."""
@@ -203,6 +204,10 @@ class _Walk:
             self.categories[name] = HOST
         self.alive[name] = size
         self.by_category[self.categories.get(name, "temporaries")] += size
+
+    def refer(self, roots: Iterable[str]) -> None:
+        for root in roots:
+            self.references[root] += 1
 
     def drop(self, names: Iterable[str]) -> None:
         for name in names:

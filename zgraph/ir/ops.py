@@ -273,8 +273,10 @@ def views(graph: Graph, node: Node) -> tuple[str, ...]:
     """Names of the values whose memory the results of `node` may share."""
     if op := OPS.get(node.op):
         return tuple(v.name for v in node.operands) if op.views(node) else ()
+    if not (positions := graph.foreign[node.op].views):
+        return ()
     found: list[str] = []
-    for position in graph.foreign[node.op].views:
+    for position in positions:
         arg = node.args[position] if position < len(node.args) else None
         if isinstance(arg, Value):
             found.append(arg.name)
