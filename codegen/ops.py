@@ -1,4 +1,5 @@
-"""The scalar operations that kernels are made of: one row each, with its Triton text and its torch twin.
+"""The scalar operations that kernels are made of: one row each, with its Triton text; `reference.py`
+has the torch twin.
 
 Everything is computed in fp32. A value has an *extent*: `full` is one number for each row and column, `column` one for
 each row, `row` one for each column, `scalar` one.
@@ -7,11 +8,8 @@ each row, `row` one for each column, `scalar` one.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 
 class Extent(enum.Enum):
@@ -31,47 +29,36 @@ class ScalarOp:
         name: what specs call it.
         num_args: how many values or numbers it takes.
         triton: its Triton expression, with {0}, {1}, ... for the arguments.
-        twin: the same in torch.
         reduces: "columns" for a sum or maximum over the columns of each row, "rows" for a sum over all rows.
     """
 
     name: str
     num_args: int
     triton: str
-    twin: Callable[..., torch.Tensor]
     reduces: str = ""
 
 
-def _tensor_or(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The function on tensors, where an argument is a number."""
-
-    def call(*args: Any) -> torch.Tensor:
-        like = next(a for a in args if isinstance(a, torch.Tensor))
-        return function(*(a if isinstance(a, torch.Tensor) else like.new_tensor(a) for a in args))
-
-    return call
-
-
 _ROWS = (
-    ScalarOp("add", 2, "{0} + {1}", torch.add),
-    ScalarOp("sub", 2, "{0} - {1}", lambda a, b: a - b),
-    ScalarOp("mul", 2, "{0} * {1}", torch.mul),
-    ScalarOp("div", 2, "{0} / {1}", lambda a, b: a / b),
-    ScalarOp("neg", 1, "-{0}", torch.neg),
-    ScalarOp("exp", 1, "tl.exp({0})", torch.exp),
-    ScalarOp("log", 1, "tl.log({0})", torch.log),
-    ScalarOp("sqrt", 1, "tl.sqrt({0})", torch.sqrt),
-    ScalarOp("rsqrt", 1, "1.0 / tl.sqrt({0})", torch.rsqrt),
-    ScalarOp("erf", 1, "tl.erf({0})", torch.erf),
-    ScalarOp("sigmoid", 1, "1.0 / (1.0 + tl.exp(-{0}))", torch.sigmoid),
-    ScalarOp("tanh", 1, "2.0 / (1.0 + tl.exp(-2.0 * {0})) - 1.0", torch.tanh),
-    ScalarOp("maximum", 2, "tl.maximum({0}, {1})", _tensor_or(torch.maximum)),
-    ScalarOp("minimum", 2, "tl.minimum({0}, {1})", _tensor_or(torch.minimum)),
-    ScalarOp("less", 2, "({0} < {1}).to(tl.float32)", lambda a, b: (a < b).to(a.dtype)),
-    ScalarOp("where", 3, "tl.where({0} != 0.0, {1}, {2})", lambda c, a, b: torch.where(c != 0, a, b)),
-    ScalarOp("row_sum", 1, "tl.sum({0}, axis=1)[:, None]", lambda a: a.sum(-1, keepdim=True), "columns"),
-    ScalarOp("row_max", 1, "tl.max({0}, axis=1)[:, None]", lambda a: a.amax(-1, keepdim=True), "columns"),
-    ScalarOp("col_sum", 1, "tl.sum({0}, axis=0)", lambda a: a.sum(0), "rows"),
+    ScalarOp("copy", 1, "{0}"),
+    ScalarOp("add", 2, "{0} + {1}"),
+    ScalarOp("sub", 2, "{0} - {1}"),
+    ScalarOp("mul", 2, "{0} * {1}"),
+    ScalarOp("div", 2, "{0} / {1}"),
+    ScalarOp("neg", 1, "-{0}"),
+    ScalarOp("exp", 1, "tl.exp({0})"),
+    ScalarOp("log", 1, "tl.log({0})"),
+    ScalarOp("sqrt", 1, "tl.sqrt({0})"),
+    ScalarOp("rsqrt", 1, "1.0 / tl.sqrt({0})"),
+    ScalarOp("erf", 1, "tl.erf({0})"),
+    ScalarOp("sigmoid", 1, "1.0 / (1.0 + tl.exp(-{0}))"),
+    ScalarOp("tanh", 1, "2.0 / (1.0 + tl.exp(-2.0 * {0})) - 1.0"),
+    ScalarOp("maximum", 2, "tl.maximum({0}, {1})"),
+    ScalarOp("minimum", 2, "tl.minimum({0}, {1})"),
+    ScalarOp("less", 2, "({0} < {1}).to(tl.float32)"),
+    ScalarOp("where", 3, "tl.where({0} != 0.0, {1}, {2})"),
+    ScalarOp("row_sum", 1, "tl.sum({0}, axis=1)[:, None]", "columns"),
+    ScalarOp("row_max", 1, "tl.max({0}, axis=1)[:, None]", "columns"),
+    ScalarOp("col_sum", 1, "tl.sum({0}, axis=0)", "rows"),
 )
 
 OPS: Mapping[str, ScalarOp] = {op.name: op for op in _ROWS}

@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from zgraph.aten import TO_TORCH
-from zgraph.codegen.ops import OPS, Extent
+from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import KernelSpec
+from zgraph.ir import DType
 
 Tensors = Sequence[torch.Tensor]
+
+
+def _tensor_or(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function on tensors, where an argument is a number."""
+
+    def call(*args: Any) -> torch.Tensor:
+        like = next(a for a in args if isinstance(a, torch.Tensor))
+        return function(*(a if isinstance(a, torch.Tensor) else like.new_tensor(a) for a in args))
+
+    return call
+
+
+TWINS: Mapping[str, Callable[..., torch.Tensor]] = {
+    "copy": lambda a: a,
+    "add": torch.add,
+    "sub": lambda a, b: a - b,
+    "mul": torch.mul,
+    "div": lambda a, b: a / b,
+    "neg": torch.neg,
+    "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "erf": torch.erf,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "maximum": _tensor_or(torch.maximum),
+    "minimum": _tensor_or(torch.minimum),
+    "less": _tensor_or(lambda a, b: (a < b).to(a.dtype)),
+    "where": lambda c, a, b: torch.where(c != 0, a, b),
+    "row_sum": lambda a: a.sum(-1, keepdim=True),
+    "row_max": lambda a: a.amax(-1, keepdim=True),
+    "col_sum": lambda a: a.sum(0),
+}
+"""Each scalar operation in torch."""
 
 
 def run(spec: KernelSpec, inputs: Tensors, num_rows: int, compute: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -28,15 +65,32 @@ def run(spec: KernelSpec, inputs: Tensors, num_rows: int, compute: torch.dtype =
     values: dict[str, torch.Tensor] = {}
     for operand, tensor in zip(spec.inputs, inputs, strict=True):
         values[operand.name] = tensor.reshape(shape_of(operand.extent, num_rows, spec.columns)).to(compute)
-    for step in spec.steps:
+    for step, frees in zip(spec.steps, spec.frees, strict=True):
         args = [values[a] if isinstance(a, str) else a for a in step.args]
-        values[step.name] = OPS[step.op].twin(*args)
+        values[step.name] = TWINS[step.op](*args)
+        for name in frees:
+            del values[name]
     found = []
     for output in spec.outputs:
         dtype = compute if compute is torch.float64 else TO_TORCH[output.dtype]
         value = values[output.name].expand(shape_of(output.extent, num_rows, spec.columns))
         found.append(value.to(dtype).contiguous())
     return found
+
+
+def scratch_bytes(spec: KernelSpec, num_rows: int) -> int:
+    """The most bytes that the twin has alive at once, beside what it reads and what it writes."""
+    sizes = {Extent.full: num_rows * spec.columns, Extent.column: num_rows, Extent.row: spec.columns, Extent.scalar: 1}
+    written = {o.name for o in spec.outputs if o.dtype is DType.f32}
+    alive = {o.name: 4 * sizes[o.extent] for o in spec.inputs if o.dtype is not DType.f32}
+    most = sum(alive.values())
+    for step, frees in zip(spec.steps, spec.frees, strict=True):
+        if step.op != "copy" and step.name not in written:
+            alive[step.name] = 4 * sizes[spec.extents[step.name]]
+        most = max(most, sum(alive.values()))
+        for name in frees:
+            alive.pop(name, None)
+    return most
 
 
 def shape_of(extent: Extent, num_rows: int, columns: int) -> tuple[int, ...]:

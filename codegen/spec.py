@@ -101,6 +101,17 @@ class KernelSpec:
             found[step.name] = {"columns": Extent.column, "rows": Extent.row}.get(op.reduces, extent)
         return found
 
+    @cached_property
+    def frees(self) -> tuple[tuple[str, ...], ...]:
+        """For each step the values that no later step reads and that are not written."""
+        needed = {o.name for o in self.outputs}
+        found = []
+        for step in reversed(self.steps):
+            touched = dict.fromkeys([a for a in step.args if isinstance(a, str)] + [step.name])
+            found.append(tuple(name for name in touched if name not in needed))
+            needed.update(touched)
+        return tuple(reversed(found))
+
     @property
     def row_sums(self) -> tuple[Step, ...]:
         """Sums over all rows: only written, never read."""
@@ -127,7 +138,7 @@ class KernelSpec:
         if match is None:
             raise KernelError(f"expected NAME COLUMNS: INPUTS -> OUTPUTS, not {head!r}")
         inputs, outputs = (tuple(_operands(match[side])) for side in ("inputs", "outputs"))
-        return cls(match["name"], int(match["columns"]), inputs, outputs, tuple(map(_step, steps)))
+        return cls(match["name"], int(match["columns"]), inputs, outputs, tuple(map(parse_step, steps)))
 
 
 def _operands(text: str) -> Iterator[Operand]:
@@ -138,7 +149,8 @@ def _operands(text: str) -> Iterator[Operand]:
         yield Operand(match["name"], DType[match["dtype"]], Extent(match["extent"]))
 
 
-def _step(text: str) -> Step:
+def parse_step(text: str) -> Step:
+    """A step such as `y = mul(x, 2.0)`. Raises KernelError for anything else."""
     match = _STEP.fullmatch(text)
     if match is None:
         raise KernelError(f"expected a step such as y = mul(x, 2.0), not {text!r}")

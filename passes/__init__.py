@@ -13,6 +13,7 @@ from zgraph.passes.bucket import Bucket
 from zgraph.passes.canonicalize import Canonicalize
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fit import Fit
+from zgraph.passes.fusion import Fuse
 from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload
@@ -20,21 +21,21 @@ from zgraph.passes.partition import Partition
 from zgraph.passes.pipeline import Pipeline
 from zgraph.passes.planning import make_plan
 from zgraph.passes.prefetch import Prefetch
-from zgraph.passes.recipes import MIXED, RECIPES
+from zgraph.passes.recipes import MIXED, RECIPES, fusing
 from zgraph.passes.recompute import Recompute
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
 from zgraph.passes.schedule import Schedule
 
 ALL: tuple[type[Pass], ...] = (
-    Canonicalize, Partition, Recompute, Offload, Fit, Keep, Bucket, Broadcast, AllGather, ReduceScatter, AllReduce,
-    HostCopies, Release, Prefetch, Schedule, DeadCode, Arena,
+    Canonicalize, Fuse, Partition, Recompute, Offload, Fit, Keep, Bucket, Broadcast, AllGather, ReduceScatter,
+    AllReduce, HostCopies, Release, Prefetch, Schedule, DeadCode, Arena,
 )  # fmt: skip
 
 BY_NAME: Mapping[str, type[Pass]] = {kind.name: kind for kind in ALL}
 
 __all__ = [
-    "ALL", "BY_NAME", "MIXED", "RECIPES", "Arena", "Context", "Numerics", "Pass", "Pipeline", "make_plan",
+    "ALL", "BY_NAME", "MIXED", "RECIPES", "Arena", "Context", "Numerics", "Pass", "Pipeline", "fusing", "make_plan",
     "parse_recipe",
 ]  # fmt: skip
 

@@ -15,5 +15,11 @@ RECIPES: Mapping[int, str] = {
     for stage in range(4)
 }
 
+
+def fusing(recipe: str) -> str:
+    """The recipe with what lies between matmuls in generated kernels."""
+    return recipe.replace("canonicalize,", "canonicalize,fuse,", 1)
+
+
 MIXED = RECIPES[3]
 """For a stage given per parameter: what `partition` is told counts for no parameter then."""

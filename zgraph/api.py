@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args, overload
 
 import torch
 import torch.distributed as dist
@@ -19,13 +19,14 @@ from zgraph.aten import FROM_TORCH, compute_dtype
 from zgraph.calls import guard
 from zgraph.capture import Compiled, Frontend, ParamInfo
 from zgraph.checks import ATTRIBUTE, Stage, check_optimizers, check_options, stage_of
+from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.config import environment
 from zgraph.cost.workspace import NUM_THREADS
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir import Axis, Graph, print_graph, verify
 from zgraph.ir.layout import chunk_numel
 from zgraph.offload import Offload, Resting, activations, of_parameters
-from zgraph.passes import BY_NAME, MIXED, RECIPES, Context, Pipeline, make_plan, parse_recipe
+from zgraph.passes import BY_NAME, MIXED, RECIPES, Context, Pipeline, fusing, make_plan, parse_recipe
 from zgraph.passes.base import Choice
 from zgraph.passes.instruments import Dump, Log, Verify
 from zgraph.reporting import Entry, Report, make_entry
@@ -39,6 +40,8 @@ from zgraph.target import Target, cost_table, device_budget, num_bytes
 M = TypeVar("M")
 
 Recompute = Literal["auto"] | bool
+
+Kernels = Literal["aten", "triton"]
 
 RECOMPUTES: Mapping[Recompute, Choice] = {"auto": "auto", True: "always", False: "never"}
 
@@ -104,6 +107,7 @@ class Options(TypedDict, total=False):
     memory_budget: int | str | None
     recompute: Recompute
     offload: Offload
+    kernels: Kernels
     passes: str | None
     fullgraph: bool
     dynamic: bool | None
@@ -116,7 +120,7 @@ def compile(model: None = None, **options: Unpack[Options]) -> Callable[[M], M]:
 def compile(
     model: Any = None, *, stage: Stage = 3, mesh: DeviceMesh | None = None, param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None, hardware: Target | None = None, memory_budget: int | str | None = None,
-    recompute: Recompute = "auto", offload: Offload = "auto",
+    recompute: Recompute = "auto", offload: Offload = "auto", kernels: Kernels = "aten",
     passes: str | None = None, fullgraph: bool = True, dynamic: bool | None = None,
 ) -> Any:  # fmt: skip
     """Shard a model over the ranks and compile its training step, in place.
@@ -147,6 +151,8 @@ def compile(
             else any of "activations" (of what waits for the backward that which has no room; all, without a budget),
             "optimizer" (masters, gradients and optimizer state: the optimizer's step runs on the host) and
             "parameters" (all of that, and what is computed with).
+        kernels: "aten" runs what lies between matmuls op by op; "triton" fuses it into generated kernels, which compute
+            in fp32 throughout (on processors by their twins in torch, which save no time).
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that).
         fullgraph: False lets a forward through that cannot be captured as one graph: everything is gathered for the
             length of the call and runs eagerly, with a warning.
@@ -167,8 +173,8 @@ def compile(
     """
     options: Options = {
         "stage": stage, "mesh": mesh, "param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "hardware": hardware,
-        "memory_budget": memory_budget, "recompute": recompute, "offload": offload, "passes": passes,
-        "fullgraph": fullgraph, "dynamic": dynamic,
+        "memory_budget": memory_budget, "recompute": recompute, "offload": offload, "kernels": kernels,
+        "passes": passes, "fullgraph": fullgraph, "dynamic": dynamic,
     }  # fmt: skip
     if model is None:
         return functools.partial(compile, **options)
@@ -179,8 +185,13 @@ def compile(
     check_options(model, stage, mesh, param_dtype, reduce_dtype)
     if recompute not in RECOMPUTES:
         raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
+    if kernels not in get_args(Kernels) or (kernels == "triton" and passes is not None):
+        raise UsageError(
+            f'kernels must be "aten" or "triton", not {kernels!r}; with passes=, the recipe says: put fuse in'
+        )
     default_stage = stage if isinstance(stage, int) else 3
-    recipe = passes if passes is not None else (RECIPES[stage] if isinstance(stage, int) else MIXED)
+    own = RECIPES[stage] if isinstance(stage, int) else MIXED
+    recipe = passes if passes is not None else fusing(own) if kernels == "triton" else own
     pipeline = parse_recipe(recipe)
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     device = next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh))

@@ -9,19 +9,30 @@ import pytest
 
 from zgraph.codegen.targets import TARGETS
 
+from .captured import of_llama_8b
 from .specs import SPECS
 
 
 @pytest.mark.parametrize("columns", [64, 4096, 8192])
 def test_kernels_compile_without_spills(columns):
+    check([str(make(columns, "bf16")) for make in SPECS.values()])
+
+
+def test_the_kernels_of_llama_3_8b_compile_without_spills():
+    kernels = of_llama_8b()
+    assert len(kernels) > 5
+    check(list(kernels))
+
+
+def check(specs: list[str]) -> None:
     """In a process of its own, as triton must not be in its interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    lines = "\n".join(str(make(columns, "bf16")) for make in SPECS.values())
     done = subprocess.run(
-        [sys.executable, "-m", "zgraph.codegen.targets"], input=lines, capture_output=True, text=True, env=environment
-    )
+        [sys.executable, "-m", "zgraph.codegen.targets"], input="\n".join(specs), capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(SPECS) * len(TARGETS)
+    assert len(found) == len(specs) * len(TARGETS)
     assert all(row["num_registers"] > 0 for row in found)
     assert [row for row in found if row["spill_bytes"]] == []

@@ -78,7 +78,7 @@ def test_every_pass_is_found_by_its_name():
 BAD = [
     ("^partitoin", "did you mean partition?"),
     ("canonicalize,^partitions(stage=2)", "did you mean partition?"),
-    ("^zzz", "the passes are canonicalize, partition"),
+    ("^zzz", "the passes are canonicalize, fuse, partition"),
     ("partition(^stages=2)", "did you mean stage?"),
     ("partition(^zzz=2)", "its options are stage"),
     ("partition,dce(^level=2)", "it has none"),

@@ -21,6 +21,10 @@ _FEW_BYTES = 512
 """Scalars and rows that come along."""
 
 Hints = Mapping[str, int]
+
+REGISTERED: dict[str, Callable[[Node, Hints], int]] = {}
+"""What ops that others bring take on processors, by their name: for those who bring them to fill in."""
+
 Kinds = Sequence[TensorType]
 
 
@@ -28,7 +32,10 @@ def workspace_bytes(node: Node, hints: Hints) -> int:
     """Bytes that a node's op takes beside its operands and results while it runs."""
     if NUM_THREADS not in hints:
         return 0
-    rule = _RULES.get(".".join(node.op.split(".")[:2]))
+    packet = ".".join(node.op.split(".")[:2])
+    if packet in REGISTERED:
+        return REGISTERED[packet](node, hints)
+    rule = _RULES.get(packet)
     return rule([v.type for v in node.operands if isinstance(v.type, TensorType)], hints) if rule else 0
 
 

@@ -1,0 +1,40 @@
+"""The kernels that the fusion pass makes of captured models."""
+
+from functools import cache
+
+import torch
+
+import small
+import zgraph
+from zgraph.codegen.spec import KernelSpec
+from zgraph.passes import Context, parse_recipe
+from zgraph.passes.fusion import ROWS
+
+
+@cache
+def of_small_models() -> dict[str, KernelSpec]:
+    """Each different kernel of a Llama, a ViT and a T5, in fp32 and bf16."""
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    images = {"pixel_values": torch.zeros(2, 3, 32, 32), "labels": torch.zeros(2, dtype=torch.int64)}
+    words = {"input_ids": ids, "labels": ids}
+    found: dict[str, KernelSpec] = {}
+    for model, inputs in ((small.llama(32, 2, 50), words), (small.vit(32, 2), images), (small.t5(32, 1, 50), words)):
+        for dtype in (None, torch.bfloat16):
+            cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in inputs.items()}
+            found.update(_kernels(model, cast, dtype))
+    return found
+
+
+@cache
+def of_llama_8b() -> dict[str, KernelSpec]:
+    """Those of one layer and the head of Llama-3 8B at 4,096 tokens."""
+    with torch.device("meta"):
+        model = small.llama(4096, 1, 128_256, num_heads=32, num_kv_heads=8, inner=14_336)
+    ids = torch.zeros(1, 4096, dtype=torch.int64)
+    return _kernels(model, {"input_ids": ids, "labels": ids}, torch.bfloat16)
+
+
+def _kernels(model: torch.nn.Module, inputs: dict, dtype: torch.dtype | None) -> dict[str, KernelSpec]:
+    torch.compiler.reset()
+    graph = parse_recipe("canonicalize,fuse").run(zgraph.trace(model.train(), **inputs, param_dtype=dtype), Context())
+    return {str(n.args[1]): KernelSpec.parse(str(n.args[1])) for n in graph.nodes if n.op == ROWS}

@@ -1,0 +1,190 @@
+"""Kernels in captured steps: the same numbers, fewer bytes, and what may not be fused is not."""
+
+from functools import cache
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import small
+import zgraph
+from tests.interp.ranks import Reference
+from zgraph.codegen.spec import KernelSpec
+from zgraph.cost.work import work
+from zgraph.errors import UsageError
+from zgraph.ir import DType, Graph, Node, Phase, TensorType, parse_graph, print_graph, verify
+from zgraph.passes import RECIPES, Context, fusing, parse_recipe
+from zgraph.passes.fusion import ROWS
+
+from .trained import MODELS, Trained, batch
+
+BEFORE = parse_recipe("canonicalize")
+FUSED = parse_recipe("canonicalize,fuse")
+
+
+def gpt2(width: int = 64, num_layers: int = 2, num_words: int = 300, *, dropout: float = 0.1) -> nn.Module:
+    model = hf.GPT2LMHeadModel(
+        hf.GPT2Config(
+            n_embd=width, n_layer=num_layers, n_head=4, n_positions=2048, vocab_size=num_words, use_cache=False,
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+ALL = {**MODELS, "gpt2": gpt2}
+
+
+@cache
+def captured(name: str, dtype: torch.dtype | None) -> Graph:
+    torch.compiler.reset()
+    inputs = batch(name, 0)
+    if dtype is not None:
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    return zgraph.trace(ALL[name]().train(), **inputs, param_dtype=dtype)
+
+
+class Likely(Reference):
+    """Numbers as a model has them when training begins; with others rounding is all that gradients are made of."""
+
+    def tensor(self, kind: TensorType, dtype: DType | None = None) -> torch.Tensor:
+        drawn = super().tensor(kind, dtype)
+        if not drawn.is_floating_point():
+            return drawn
+        around = 1.0 if drawn.ndim == 1 else 0.0
+        return (torch.randn(drawn.shape, generator=self.random) / 10 + around).to(drawn.dtype)
+
+
+def kernels(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == ROWS]
+
+
+def spec(node: Node) -> KernelSpec:
+    return KernelSpec.parse(str(node.args[1]))
+
+
+def fused_and_not(name: str, dtype: torch.dtype | None) -> tuple[Graph, Graph]:
+    return BEFORE.run(captured(name, dtype), Context()), FUSED.run(captured(name, dtype), Context())
+
+
+def floats(reference: Reference, graph: Graph) -> list[torch.Tensor]:
+    """What a graph returns on one rank, where it is numbers."""
+    made = [ranks[0] for ranks in reference.run(graph) if ranks is not None]
+    return [t.double() for t in made if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_fused_step_gives_the_same_numbers(name):
+    graph, fused = fused_and_not(name, None)
+    verify(fused)
+    assert print_graph(parse_graph(print_graph(fused))) == print_graph(fused)
+    assert {n.phase for n in kernels(fused)} == {Phase.forward, Phase.backward}
+    reference = Likely(graph, 1)
+    pairs = list(zip(floats(reference, graph), floats(reference, fused), strict=True))
+    largest = max(wanted.norm() for wanted, _ in pairs)
+    for wanted, made in pairs:  # some gradients are nothing but rounding
+        assert (made - wanted).norm() <= 1e-4 * (wanted.norm() + largest / 1000)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bf16_a_fused_step_is_as_close_to_the_truth(name):
+    """Kernels round less often: they are about as far from the same step in fp32 as op by op."""
+    graph, fused = fused_and_not(name, torch.bfloat16)
+    reference, exact = Likely(graph, 1), Likely(captured(name, None), 1)
+    exact.values = {
+        name: [t.float() if t.is_floating_point() else t for t in value] if isinstance(value, list) else value
+        for name, value in reference.values.items()
+    }
+    truths = floats(exact, captured(name, None))
+    errors = [
+        sum(float((got - truth).norm() / truth.norm()) for got, truth in zip(floats(reference, g), truths, strict=True))
+        for g in (graph, fused)
+    ]
+    assert errors[1] <= 1.2 * errors[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_glue_of_a_block_moves_fewer_bytes(name):
+    """What one more layer adds, at 1,024 tokens of a model of some width, matmuls and attention left out."""
+    found = []
+    for recipe in (BEFORE, FUSED):
+        one, two = (recipe.run(wide(name, layers), Context()) for layers in (1, 2))
+        found.append(glue_bytes(two) - glue_bytes(one))
+    assert found[0] >= 1.5 * found[1]
+
+
+@cache
+def wide(name: str, num_layers: int) -> Graph:
+    torch.compiler.reset()
+    ids = torch.zeros(1, 1024, dtype=torch.int64)
+    with torch.device("meta"):
+        if name == "llama":
+            model = small.llama(1024, num_layers, 1000, num_heads=16, num_kv_heads=4, inner=2816)
+        else:
+            model = gpt2(1024, num_layers, 1000, dropout=0.0)
+    return zgraph.trace(model, input_ids=ids, labels=ids, param_dtype=torch.bfloat16)
+
+
+def glue_bytes(graph: Graph) -> int:
+    return sum(w.num_bytes for n in graph.nodes if not (w := work(graph, n)).flop)
+
+
+def test_norms_keep_one_number_a_row():
+    """Of a layer's norms the backward reads the residual and the root, and each is one kernel."""
+    fused = FUSED.run(captured("llama", torch.bfloat16), Context())
+    specs = [str(spec(n)) for n in kernels(fused) if n.phase is Phase.backward and "layers.0" in n.origin.module]
+    norms = [text for text in specs if "col_sum" in text]
+    assert len(norms) == 2
+    assert all("f32[M,N]" not in text for text in norms)
+
+
+def test_repeated_layers_share_their_kernels():
+    fused = FUSED.run(captured("llama", None), Context())
+    texts = [str(n.args[1]) for n in kernels(fused)]
+    assert len(set(texts)) < 0.7 * len(texts)
+
+
+@pytest.mark.parametrize("stage", RECIPES)
+def test_training_with_kernels(stage):
+    """The tangent that is never there does not cost a step its lean backward."""
+    plain = Trained("llama", stage=stage)
+    fused = Trained("llama", stage=stage, kernels="triton")
+    assert fused.losses == pytest.approx(plain.losses, rel=1e-5)
+    (entry,) = fused.report.entries
+    assert kernels(entry.plan.graph)
+    assert entry.plan.absent
+    assert fused.predicted == pytest.approx(fused.peak, rel=0.05)
+
+
+def test_fifty_steps_stay_together():
+    losses = []
+    for kernels_of in ("aten", "triton"):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = zgraph.compile(small.llama(32, 1, 61), kernels=kernels_of)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses.append([])
+        for step in range(50):
+            ids = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(step))
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_budget_and_kernels_go_together():
+    roomy = Trained("llama", kernels="triton")
+    tight = Trained("llama", int(0.95 * roomy.predicted), kernels="triton")
+    assert tight.losses == roomy.losses
+    assert tight.peak <= int(0.95 * roomy.predicted) + 64
+
+
+def test_options_that_mean_nothing():
+    for options in ({"kernels": "cuda"}, {"kernels": "triton", "passes": RECIPES[3]}):
+        with pytest.raises(UsageError, match='kernels must be "aten" or "triton"'):
+            zgraph.compile(nn.Linear(2, 2), **options)
+    assert "fuse" in fusing(RECIPES[0])
