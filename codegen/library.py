@@ -1,4 +1,5 @@
-"""Kernels as ops of torch: `zgraph::rows` runs one over rows, by Triton on GPUs and by its twin elsewhere.
+"""Kernels as ops of torch: `zgraph::rows` runs one over rows, by Triton on GPUs and by its twin elsewhere;
+`zgraph::linear_cross_entropy` is the loss of a projection, block by block (`loss.py`).
 
 The ops are registered when this module is imported. They have fake implementations, so that what traces torch sees
 through them; a graph that calls them is differentiated before they are put there.
@@ -13,36 +14,46 @@ from typing import Any
 import torch
 
 from zgraph.aten import TO_TORCH
-from zgraph.codegen import kernels, reference
+from zgraph.codegen import kernels, loss, reference
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import KernelSpec
 from zgraph.cost.workspace import REGISTERED
 from zgraph.ir import Node
 from zgraph.ir.symbols import evaluate
 
+Tensor = torch.Tensor
+
 _LIBRARY: Any = torch.library.Library("zgraph", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("rows(Tensor[] inputs, str kernel) -> Tensor[]")
+_LIBRARY.define(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, int ignore_index, bool mean) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "linear_cross_entropy_backward(Tensor tangent, Tensor x, Tensor weight, Tensor target, Tensor number, Tensor lse, "
+    "int ignore_index, bool mean) -> (Tensor, Tensor)"
+)
 
 _parsed = cache(KernelSpec.parse)
 
 
-def _shapes(spec: KernelSpec, inputs: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
+def _shapes(spec: KernelSpec, inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
     """What the outputs look like: rows as the first input that has all of them."""
     like = next(t for operand, t in zip(spec.inputs, inputs, strict=True) if operand.extent is Extent.full)
     by_extent = {Extent.full: tuple(like.shape), Extent.column: (*like.shape[:-1], 1), Extent.row: (spec.columns,)}
     return [by_extent.get(output.extent, ()) for output in spec.outputs]
 
 
-def _shaped(spec: KernelSpec, inputs: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _shaped(spec: KernelSpec, inputs: Sequence[Tensor], made: Sequence[Tensor]) -> list[Tensor]:
     return [out.view(shape) for out, shape in zip(made, _shapes(spec, inputs), strict=True)]
 
 
-def _num_rows(spec: KernelSpec, inputs: Sequence[torch.Tensor]) -> int:
+def _num_rows(spec: KernelSpec, inputs: Sequence[Tensor]) -> int:
     like = next(t for operand, t in zip(spec.inputs, inputs, strict=True) if operand.extent is Extent.full)
     return like.numel() // spec.columns
 
 
-def _rows_fake(inputs: list[torch.Tensor], kernel: str) -> list[torch.Tensor]:
+def _rows_fake(inputs: list[Tensor], kernel: str) -> list[Tensor]:
     spec = _parsed(kernel)
     return [
         inputs[0].new_empty(shape, dtype=TO_TORCH[output.dtype])
@@ -50,12 +61,12 @@ def _rows_fake(inputs: list[torch.Tensor], kernel: str) -> list[torch.Tensor]:
     ]
 
 
-def _rows_twin(inputs: list[torch.Tensor], kernel: str) -> list[torch.Tensor]:
+def _rows_twin(inputs: list[Tensor], kernel: str) -> list[Tensor]:
     spec = _parsed(kernel)
     return _shaped(spec, inputs, reference.run(spec, inputs, _num_rows(spec, inputs)))
 
 
-def _rows_triton(inputs: list[torch.Tensor], kernel: str) -> list[torch.Tensor]:
+def _rows_triton(inputs: list[Tensor], kernel: str) -> list[Tensor]:
     spec = _parsed(kernel)
     return _shaped(spec, inputs, kernels.launch(spec, inputs, _num_rows(spec, inputs)))
 
@@ -66,7 +77,28 @@ def _rows_scratch(node: Node, hints: Mapping[str, int]) -> int:
     return reference.scratch_bytes(spec, evaluate(like.tensor.numel, hints) // spec.columns)
 
 
+def _loss_fake(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, ...]:
+    lse = x.new_empty(target.shape, dtype=torch.float32)
+    return lse.new_empty(()), lse.new_empty(()), lse
+
+
+def _loss_backward_fake(tangent: Tensor, x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    x, weight = (v.tensor for v in node.operands if len(v.tensor.shape) == 2)
+    sizes = (evaluate(d, hints) for d in (*x.shape, weight.shape[0]))
+    num_tokens, width, num_classes = sizes
+    return loss.scratch_bytes(num_tokens, num_classes, width, x.dtype.itemsize)
+
+
 REGISTERED["zgraph.rows"] = _rows_scratch
+REGISTERED["zgraph.linear_cross_entropy"] = REGISTERED["zgraph.linear_cross_entropy_backward"] = _loss_scratch
 _LIBRARY.impl("rows", _rows_twin, "CPU")
 _LIBRARY.impl("rows", _rows_triton, "CUDA")
 torch.library.register_fake("zgraph::rows", _rows_fake, lib=_LIBRARY)
+_LIBRARY.impl("linear_cross_entropy", loss.forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_cross_entropy_backward", loss.backward, "CompositeExplicitAutograd")
+torch.library.register_fake("zgraph::linear_cross_entropy", _loss_fake, lib=_LIBRARY)
+torch.library.register_fake("zgraph::linear_cross_entropy_backward", _loss_backward_fake, lib=_LIBRARY)

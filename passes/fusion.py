@@ -29,6 +29,7 @@ from zgraph.passes.absent import absent_tangents
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.base import Context, Numerics, Pass
 from zgraph.passes.dce import DeadCode
+from zgraph.passes.fused_loss import fused_losses
 from zgraph.passes.patterns import PATTERNS, RENAMES, Pattern
 
 ROWS = "zgraph.rows.default"
@@ -58,6 +59,7 @@ class Fuse(Pass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"placed"})
 
     def run(self, graph: Graph, context: Context) -> Graph:
+        graph = fused_losses(graph, self.name)
         groups = _Groups(graph)
         found = groups.found()
         while True:
@@ -67,7 +69,7 @@ class Fuse(Pass):
             if len(done) == len(found):
                 break
             found = [group for group, _ in done]
-        return DeadCode().run(_replaced(groups.graph, done), context) if done else graph
+        return DeadCode().run(_replaced(groups.graph, done) if done else graph, context)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from zgraph.cost.work import work
 from zgraph.errors import UsageError
 from zgraph.ir import DType, Graph, Node, Phase, TensorType, parse_graph, print_graph, verify
 from zgraph.passes import RECIPES, Context, fusing, parse_recipe
+from zgraph.passes.fused_loss import BACKWARD, FORWARD
 from zgraph.passes.fusion import ROWS
 
 from .trained import MODELS, Trained, batch
@@ -146,7 +147,7 @@ def test_repeated_layers_share_their_kernels():
     assert len(set(texts)) < 0.7 * len(texts)
 
 
-@pytest.mark.parametrize("stage", RECIPES)
+@pytest.mark.parametrize("stage", [0, 3])
 def test_training_with_kernels(stage):
     """The tangent that is never there does not cost a step its lean backward."""
     plain = Trained("llama", stage=stage)
@@ -156,6 +157,59 @@ def test_training_with_kernels(stage):
     assert kernels(entry.plan.graph)
     assert entry.plan.absent
     assert fused.predicted == pytest.approx(fused.peak, rel=0.05)
+
+
+class LossOnly(nn.Module):
+    """A model that returns its loss and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = MODELS["llama"]()
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(**inputs).loss
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["f32", "bf16"])
+def test_logits_that_are_not_returned_are_never_whole(dtype):
+    torch.compiler.reset()
+    graph = zgraph.trace(LossOnly(), **batch("llama", 0), param_dtype=dtype)
+    before, fused = BEFORE.run(graph, Context()), FUSED.run(graph, Context())
+    verify(fused)
+    assert [n.op for n in fused.nodes if "cross_entropy" in n.op] == [FORWARD, BACKWARD]
+    assert whole_logits(before)
+    assert not whole_logits(fused)
+    reference = Likely(before, 1)
+    for wanted, made in zip(floats(reference, before), floats(reference, fused), strict=True):
+        assert (made - wanted).norm() <= (1e-4 if dtype is None else 6e-2) * wanted.norm()
+
+
+def whole_logits(graph: Graph) -> list[str]:
+    shapes = {r.name: r.type.shape for n in graph.nodes for r in n.results if isinstance(r.type, TensorType)}
+    return [name for name, shape in shapes.items() if shape[-2:] in ((96, 300), (48, 300), (300, 96))]
+
+
+def test_logits_that_are_returned_stay():
+    fused = FUSED.run(captured("llama", None), Context())
+    assert not any("cross_entropy" in n.op for n in fused.nodes)
+
+
+def test_training_on_the_loss_alone():
+    losses = []
+    for kernels_of in ("aten", "triton"):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = zgraph.compile(LossOnly(), kernels=kernels_of)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses.append([])
+        for step in range(4):
+            loss = model(**batch("llama", step % 2))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][2] < losses[0][0]
 
 
 def test_fifty_steps_stay_together():

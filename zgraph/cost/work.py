@@ -93,6 +93,8 @@ _RULES: Mapping[str, Callable[[Shapes, Node], Any]] = {
     "aten.addmm": lambda s, n: _matmul(s[1], s[2]),
     "aten.baddbmm": lambda s, n: _matmul(s[1], s[2]),
     "aten._grouped_mm": lambda s, n: _matmul(s[0], s[1]),
+    "zgraph.linear_cross_entropy": lambda s, n: _matmul(s[0], s[1][::-1]),
+    "zgraph.linear_cross_entropy_backward": lambda s, n: 3 * _matmul(s[1], s[2][::-1]),
     "aten.convolution": _convolution,
     "aten.convolution_backward": _convolution_backward,
     **dict.fromkeys(

@@ -1,0 +1,94 @@
+"""The cross-entropy of a projection, block by block of the vocabulary: the logits are never whole in memory.
+
+The forward keeps one number a token, the logarithm of the sum of exponentials, which it brings up to date from block to
+block (Milakov, Gimelshein: "Online normalizer calculation for softmax", 2018). The backward makes each block of logits
+again: their gradient needs nothing but that number (Wijmans et al.: "Cut your losses in large-vocabulary language
+models", 2024). A block of the weight's gradient is one matmul over all tokens, as it is without blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+BLOCK_BYTES = 64 << 20
+"""A block of logits in fp32."""
+
+MULTIPLE = 128
+"""Columns of a block are a multiple of this: whole tiles of a matmul."""
+
+Tensor = torch.Tensor
+
+
+def block_columns(num_tokens: int, num_classes: int) -> int:
+    """How many classes a block has."""
+    columns = BLOCK_BYTES // (4 * max(num_tokens, 1)) // MULTIPLE * MULTIPLE
+    return min(max(columns, MULTIPLE), num_classes)
+
+
+def forward(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of predicting `target` from `x @ weight.T`.
+
+    Args:
+        x: [T, D].
+        weight: [V, D].
+        target: [T], classes below V, or `ignore_index`.
+        ignore_index: a target that counts for nothing.
+        mean: divide by the number of targets that count.
+
+    Returns:
+        The loss and that number, [] in fp32; the logarithm of the sum of exponentials of each token's logits, [T].
+    """
+    top = x.new_full(target.shape, float("-inf"), dtype=torch.float32)
+    total, picked = torch.zeros_like(top), torch.zeros_like(top)
+    for begin, part in _blocks(x, weight):
+        logits = (x @ part.t()).float()
+        at, inside = _at(target, begin, len(part))
+        picked = torch.where(inside, logits.gather(1, at)[:, 0], picked)
+        higher = torch.maximum(top, logits.amax(1))
+        total.mul_(top.sub_(higher).exp_()).add_(logits.sub_(higher[:, None]).exp_().sum(1))
+        top = higher
+    lse = top + total.log()
+    counts = target != ignore_index
+    number = counts.sum().float()
+    loss = torch.where(counts, lse - picked, 0.0).sum()
+    return (loss / number if mean else loss), number, lse
+
+
+def backward(
+    tangent: Tensor, x: Tensor, weight: Tensor, target: Tensor, number: Tensor, lse: Tensor, ignore_index: int,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of `x` and `weight`, from what `forward` was given and returned, and the loss's own gradient []."""
+    scale = torch.where(target != ignore_index, tangent.float() / number if mean else tangent.float(), 0.0)[:, None]
+    dx, dweight = torch.zeros_like(x, dtype=torch.float32), torch.empty_like(weight)
+    for begin, part in _blocks(x, weight):
+        logits = (x @ part.t()).float()
+        at, inside = _at(target, begin, len(part))
+        gradient = logits.sub_(lse[:, None]).exp_()
+        gradient.scatter_add_(1, at, -inside[:, None].float()).mul_(scale)
+        gradient = gradient.to(x.dtype)
+        torch.mm(gradient.t(), x, out=dweight[begin : begin + len(part)])
+        dx += gradient @ part
+    return dx.to(x.dtype), dweight
+
+
+def scratch_bytes(num_tokens: int, num_classes: int, width: int, itemsize: int) -> int:
+    """About the most bytes that either has alive at once, beside what it reads and what it writes."""
+    numel = num_tokens * block_columns(num_tokens, num_classes)
+    again = 0 if itemsize == 4 else itemsize
+    return numel * (4 + again) + num_tokens * width * (4 + again)
+
+
+def _blocks(x: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of the weight's rows, each with the number of its first."""
+    columns = block_columns(len(x), len(weight))
+    for begin in range(0, len(weight), columns):
+        yield begin, weight[begin : begin + columns]
+
+
+def _at(target: Tensor, begin: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Where in a block each target lies, [T, 1], and whether it does."""
+    at = target - begin
+    return at.clamp(0, columns - 1)[:, None], (at >= 0) & (at < columns)
