@@ -92,6 +92,8 @@ def _load(operand: Operand) -> str:
     }[operand.extent]  # fmt: skip
     loaded = f"tl.load({name}_in + {where})" if where else f"tl.load({name}_in)"
     shaped = {Extent.column: "[:, None]", Extent.row: "[None, :]"}.get(operand.extent, "")
+    if operand.dtype is DType.i64:
+        return f"{name} = {loaded}{shaped}"  # a seed
     return f"{name} = {loaded}.to(tl.float32){shaped}"
 
 

@@ -23,8 +23,11 @@ from zgraph.ir.symbols import evaluate
 
 Tensor = torch.Tensor
 
+MAX_SEED = 1 << 31
+
 _LIBRARY: Any = torch.library.Library("zgraph", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("rows(Tensor[] inputs, str kernel) -> Tensor[]")
+_LIBRARY.define("seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, int ignore_index, bool mean) "
     "-> (Tensor, Tensor, Tensor)"
@@ -77,6 +80,15 @@ def _rows_scratch(node: Node, hints: Mapping[str, int]) -> int:
     return reference.scratch_bytes(spec, evaluate(like.tensor.numel, hints) // spec.columns)
 
 
+def _seed(like: Tensor) -> Tensor:
+    """A seed for kernels that draw, from torch's generator of the device."""
+    return torch.randint(MAX_SEED, (), device=like.device)
+
+
+def _seed_fake(like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.int64)
+
+
 def _loss_fake(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, ...]:
     lse = x.new_empty(target.shape, dtype=torch.float32)
     return lse.new_empty(()), lse.new_empty(()), lse
@@ -98,6 +110,8 @@ REGISTERED["zgraph.linear_cross_entropy"] = REGISTERED["zgraph.linear_cross_entr
 _LIBRARY.impl("rows", _rows_twin, "CPU")
 _LIBRARY.impl("rows", _rows_triton, "CUDA")
 torch.library.register_fake("zgraph::rows", _rows_fake, lib=_LIBRARY)
+_LIBRARY.impl("seed", _seed, "CompositeExplicitAutograd")
+torch.library.register_fake("zgraph::seed", _seed_fake, lib=_LIBRARY)
 _LIBRARY.impl("linear_cross_entropy", loss.forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_cross_entropy_backward", loss.backward, "CompositeExplicitAutograd")
 torch.library.register_fake("zgraph::linear_cross_entropy", _loss_fake, lib=_LIBRARY)

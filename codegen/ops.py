@@ -30,12 +30,14 @@ class ScalarOp:
         num_args: how many values or numbers it takes.
         triton: its Triton expression, with {0}, {1}, ... for the arguments.
         reduces: "columns" for a sum or maximum over the columns of each row, "rows" for a sum over all rows.
+        makes: the extent of the result, where that of the arguments does not say.
     """
 
     name: str
     num_args: int
     triton: str
     reduces: str = ""
+    makes: Extent | None = None
 
 
 _ROWS = (
@@ -56,6 +58,7 @@ _ROWS = (
     ScalarOp("minimum", 2, "tl.minimum({0}, {1})"),
     ScalarOp("less", 2, "({0} < {1}).to(tl.float32)"),
     ScalarOp("where", 3, "tl.where({0} != 0.0, {1}, {2})"),
+    ScalarOp("random", 1, "tl.rand({0}, at)", makes=Extent.full),
     ScalarOp("row_sum", 1, "tl.sum({0}, axis=1)[:, None]", "columns"),
     ScalarOp("row_max", 1, "tl.max({0}, axis=1)[:, None]", "columns"),
     ScalarOp("col_sum", 1, "tl.sum({0}, axis=0)", "rows"),

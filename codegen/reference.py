@@ -9,6 +9,7 @@ import torch
 
 from zgraph.aten import TO_TORCH
 from zgraph.codegen.ops import Extent
+from zgraph.codegen.philox import uniform
 from zgraph.codegen.spec import KernelSpec
 from zgraph.ir import DType
 
@@ -47,7 +48,7 @@ TWINS: Mapping[str, Callable[..., torch.Tensor]] = {
     "row_max": lambda a: a.amax(-1, keepdim=True),
     "col_sum": lambda a: a.sum(0),
 }
-"""Each scalar operation in torch."""
+"""Each scalar operation in torch, but for random numbers, which are a function of where they are wanted."""
 
 
 def run(spec: KernelSpec, inputs: Tensors, num_rows: int, compute: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -64,10 +65,15 @@ def run(spec: KernelSpec, inputs: Tensors, num_rows: int, compute: torch.dtype =
     """
     values: dict[str, torch.Tensor] = {}
     for operand, tensor in zip(spec.inputs, inputs, strict=True):
-        values[operand.name] = tensor.reshape(shape_of(operand.extent, num_rows, spec.columns)).to(compute)
+        shaped = tensor.reshape(shape_of(operand.extent, num_rows, spec.columns))
+        values[operand.name] = shaped if operand.dtype is DType.i64 else shaped.to(compute)
     for step, frees in zip(spec.steps, spec.frees, strict=True):
         args = [values[a] if isinstance(a, str) else a for a in step.args]
-        values[step.name] = TWINS[step.op](*args)
+        if step.op == "random":
+            drawn = uniform(values[str(step.args[0])], num_rows * spec.columns)
+            values[step.name] = drawn.view(num_rows, spec.columns).to(compute)
+        else:
+            values[step.name] = TWINS[step.op](*args)
         for name in frees:
             del values[name]
     found = []
@@ -82,7 +88,7 @@ def scratch_bytes(spec: KernelSpec, num_rows: int) -> int:
     """The most bytes that the twin has alive at once, beside what it reads and what it writes."""
     sizes = {Extent.full: num_rows * spec.columns, Extent.column: num_rows, Extent.row: spec.columns, Extent.scalar: 1}
     written = {o.name for o in spec.outputs if o.dtype is DType.f32}
-    alive = {o.name: 4 * sizes[o.extent] for o in spec.inputs if o.dtype is not DType.f32}
+    alive = {o.name: 4 * sizes[o.extent] for o in spec.inputs if o.dtype not in (DType.f32, DType.i64)}
     most = sum(alive.values())
     for step, frees in zip(spec.steps, spec.frees, strict=True):
         if step.op != "copy" and step.name not in written:

@@ -93,7 +93,7 @@ class KernelSpec:
                 raise KernelError(f"{self.name}: {step} reads {unknown[0]}, which is not there by then")
             if step.name in found:
                 raise KernelError(f"{self.name}: {step.name} is made twice")
-            extent = joined([found[n] for n in names])
+            extent = op.makes or joined([found[n] for n in names])
             if op.reduces and extent is not Extent.full:
                 raise KernelError(f"{self.name}: {step} reduces what has no rows and columns")
             if op.reduces == "rows":

@@ -10,13 +10,15 @@ A group grows along the program: an op joins the groups that it reads from, as l
 So a kernel can run where its last op stood. What the backward reads of the forward is made again inside its kernels
 where that reads no more: of a norm the input and one number a row stay, not the normalized rows.
 
-Numbers inside a kernel are fp32, so that casts between its ops round no more. `patterns.py` says what can be fused.
+What a dropout keeps is a function of a seed and of positions, drawn again where it is needed: its mask is never kept,
+and is another than torch's own. Numbers inside a kernel are fp32, so that casts between its ops round no more.
+`patterns.py` says what can be fused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -31,6 +33,9 @@ from zgraph.passes.base import Context, Numerics, Pass
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fused_loss import fused_losses
 from zgraph.passes.patterns import PATTERNS, RENAMES, Pattern
+
+DROPOUT = "aten.native_dropout.default"
+SEED = "zgraph.seed.default"
 
 ROWS = "zgraph.rows.default"
 """The op that runs a kernel over rows: what it reads, and the kernel's text."""
@@ -65,7 +70,9 @@ class Fuse(Pass):
         while True:
             needed = groups.needed(found)
             kernels = [(group, _Kernel(groups, group, needed).node()) for group in found]
-            done = [(group, kernel) for group, kernel in kernels if kernel is not None]
+            done = [
+                (group, kernel) for group, kernel in kernels if kernel is not None and groups.has_seeds(group, found)
+            ]
             if len(done) == len(found):
                 break
             found = [group for group, _ in done]
@@ -160,6 +167,7 @@ class _Groups:
         self.views = _Views(graph)
         self.builder = Builder(graph, Fuse.name)
         self.position = {id(node): position for position, node in enumerate(graph.nodes)}
+        self.seeds: dict[str, Value] = {}
         self.absent = absent_tangents(graph)
         self.owner: dict[str, Group] = {}
         self.readers: dict[str, Group] = {}
@@ -175,7 +183,7 @@ class _Groups:
             self.visit(node)
         for group in self.groups:
             self.run_again(group)
-        return [g for g in self.groups if len(g.nodes) + len(g.again) > 1]
+        return [g for g in self.groups if len(g.nodes) + len(g.again) > 1 or g.nodes[0].op == DROPOUT]
 
     def visit(self, node: Node) -> None:
         if node.op in RENAMES:
@@ -267,12 +275,34 @@ class _Groups:
         found.update(self.views.same[name].name for name in self.graph.output_names if name in self.views.same)
         return found
 
+    def has_seeds(self, group: Group, groups: Sequence[Group]) -> bool:
+        """Whether all dropouts that a kernel runs again are fused."""
+        dropouts = {id(node) for node in group.again if node.op == DROPOUT}
+        return dropouts <= {id(node) for other in groups for node in other.nodes} if dropouts else True
+
+    def seed(self, node: Node) -> Value:
+        """What a dropout's seed is called."""
+        if node.name not in self.seeds:
+            self.seeds[node.name] = self.builder.value(f"{node.name}_seed", TensorType(DType.i64, ()))
+        return self.seeds[node.name]
+
     def inputs(self, group: Group) -> dict[str, Value]:
-        """What a kernel reads from memory."""
-        nodes = (*group.again, *group.nodes)
-        made = {r.name for node in nodes for r in node.results}
-        roots = (self.views.root(v) for node in nodes for v in node.operands)
-        return {v.name: v for v in roots if v.name not in made}
+        """What a kernel reads from memory, without seeds."""
+        read: dict[str, Value] = {}
+        for node in reversed(group.nodes):
+            read.update((v.name, v) for v in map(self.views.root, node.operands))
+        for node in reversed(group.again):
+            read.update((v.name, v) for v in self.reads(node, group.space, read))
+        made = {r.name for node in (*group.again, *group.nodes) for r in node.results}
+        return {name: v for name, v in read.items() if name not in made}
+
+    def reads(self, node: Node, space: Space, wanted: Collection[str]) -> list[Value]:
+        """What those results of a node that are wanted are made of."""
+        found = match(node, self.views, space)
+        assert found is not None, "it was matched before"
+        used = {a for step in found.making(node, wanted) for a in step.args}
+        bound = (thing for name, thing in found.bound.items() if name in used)
+        return [self.views.root(thing) for thing in bound if isinstance(thing, Value)]
 
     def cost(
         self, value: Value, group: Group, inputs: Mapping[str, Value], trying: frozenset[str] = frozenset()
@@ -293,11 +323,11 @@ class _Groups:
         if maker is None or maker.phase is not Phase.forward or maker.op in RENAMES or len(trying) > MAX_DEPTH:
             return kept, []
         found = match(maker, self.views, group.space)
-        if found is None or any(OPS[s.op].reduces for s in found.pattern.steps):
+        if found is None or any(OPS[s.op].reduces for s in found.making(maker, (value.name,))):
             return kept, []
         total, nodes = 0, list[Node]()
-        for operand in maker.operands:
-            num_bytes, again = self.cost(self.views.root(operand), group, inputs, trying | {value.name})
+        for operand in self.reads(maker, group.space, (value.name,)):
+            num_bytes, again = self.cost(operand, group, inputs, trying | {value.name})
             total += num_bytes
             nodes.extend(n for n in again if n not in nodes)
         return (total, [*nodes, maker]) if total < kept else (kept, [])
@@ -325,6 +355,11 @@ class Match:
     pattern: Pattern
     bound: Mapping[str, Value | float]
 
+    def making(self, node: Node, wanted: Collection[str]) -> list[Step]:
+        """The steps that make those results of the node that are wanted."""
+        names = zip(self.pattern.results, node.results, strict=True)
+        return self.pattern.making([name for name, result in names if result.name in wanted])
+
 
 def match(node: Node, views: _Views, space: Space) -> Match | None:
     """The pattern that a node is of, if all that it reads and makes lies in these rows."""
@@ -338,7 +373,7 @@ def match(node: Node, views: _Views, space: Space) -> Match | None:
             continue
         if any(space.extent(views.root(v)) is None for v in bound.values() if isinstance(v, Value)):
             continue
-        if all(space.extent(r) is not None and r.tensor.dtype in FLOATS for r in node.results):
+        if all(space.extent(r) is not None for r in node.results):
             return Match(pattern, bound)
     return None
 
@@ -381,22 +416,33 @@ def _written(arg: IrArg) -> str:
     return str(arg).lower()
 
 
+@dataclass(frozen=True)
+class Fused:
+    """The nodes of a kernel: the seeds that it needs, the call, and views that give its results the shapes wanted."""
+
+    nodes: tuple[Node, ...]
+
+
 class _Kernel:
     """A group as a node of the graph."""
 
     def __init__(self, groups: _Groups, group: Group, needed: set[str]) -> None:
         self.group, self.needed, self.views, self.builder = group, needed, groups.views, groups.builder
         self.inputs: list[Value] = []
+        self.groups = groups
+        self.seeds: list[Value] = []
         self.names: dict[str, Arg] = {}
         self.steps: list[Step] = []
         self.made: dict[tuple[str, tuple[Arg, ...]], str] = {}
 
-    def node(self) -> tuple[Node, list[Node]] | None:
-        """The node that runs the kernel, and views that give its results the shapes that are wanted; None where the
-        kernel would not do."""
+    def node(self) -> Fused | None:
+        """What stands in the group's place; None where a kernel would not do."""
         group, space, inputs = self.group, self.group.space, self.inputs
-        for node in (*group.again, *group.nodes):
-            self._add(node)
+        read = {self.views.root(v).name for node in (*group.again, *group.nodes) for v in node.operands}
+        for node in group.again:
+            self._add(node, read)
+        for node in group.nodes:
+            self._add(node, self.needed | read)
         wanted = [r for node in group.nodes for r in node.results if r.name in self.needed]
         outputs = list(self._outputs(wanted))
         operands = tuple(Operand(str(self.names[v.name]), v.tensor.dtype, self._extent(v)) for v in inputs)
@@ -411,7 +457,7 @@ class _Kernel:
 
     def _called(
         self, spec: KernelSpec, inputs: Sequence[Value], wanted: Sequence[Value], shaped: Value
-    ) -> tuple[Node, list[Node]] | None:
+    ) -> Fused | None:
         last = self.group.nodes[-1]
         named = next((n.origin for n in reversed(self.group.nodes) if n.origin.module), last.origin)
         origin = self.builder.origin(named)
@@ -435,22 +481,36 @@ class _Kernel:
             )
         arguments: tuple[IrArg, ...] = (tuple(inputs), str(spec))
         call = Node(ROWS, arguments, tuple(results), (), last.phase, origin, last.checkpoint)
-        return call, views
+        seeds = [Node(SEED, (shaped,), (seed,), (), last.phase, origin) for seed in self.seeds]
+        return Fused((*seeds, call, *views))
 
-    def _add(self, node: Node) -> None:
-        """The steps of a node."""
+    def _add(self, node: Node, wanted: Collection[str]) -> None:
+        """The steps that make what is wanted of a node."""
         found = match(node, self.views, self.group.space)
         assert found is not None, "it joined the group"
+        steps = found.making(node, wanted)
+        used = {a for step in steps for a in step.args}
         names: dict[str, Arg] = {"per_column": 1 / self.group.space.columns}
-        used = {a for step in found.pattern.steps for a in step.args}
+        if "seed" in used:
+            names["seed"] = self._seed(node)
+        if isinstance(p := found.bound.get("p"), float) and p < 1:
+            names["per_kept"] = 1 / (1 - p)
         for name, thing in found.bound.items():
             if name in used:
                 names[name] = self._named(thing) if isinstance(thing, Value) else thing
-        for step in found.pattern.steps:
+        for step in steps:
             args = tuple(names[a] if isinstance(a, str) else a for a in step.args)
             names[step.name] = args[0] if step.op == "copy" else self._step(step.op, args)
         for name, result in zip(found.pattern.results, node.results, strict=True):
-            self.names[result.name] = names[name]
+            if name in names:
+                self.names[result.name] = names[name]
+
+    def _seed(self, node: Node) -> Arg:
+        """The seed of a dropout: drawn before the kernel of the forward."""
+        seed = self.groups.seed(node)
+        if node.phase is self.group.nodes[0].phase:
+            self.seeds.append(seed)
+        return self._named(seed)
 
     def _named(self, value: Value) -> Arg:
         """What a step calls a value: what another step made, or the next input."""
@@ -480,6 +540,8 @@ class _Kernel:
             yield Operand(name, value.tensor.dtype, self._extent(value))
 
     def _extent(self, value: Value) -> Extent:
+        if value in self.groups.seeds.values():
+            return Extent.scalar
         extent = self.group.space.extent(value)
         assert extent is not None, "it joined the group"
         return extent
@@ -490,7 +552,7 @@ class _Kernel:
         return "_".join([w for w in dict.fromkeys(words) if w not in ("to_copy", "clone")][:MAX_WORDS]) or "cast"
 
 
-def _replaced(graph: Graph, kernels: Sequence[tuple[Group, tuple[Node, list[Node]]]]) -> Graph:
+def _replaced(graph: Graph, kernels: Sequence[tuple[Group, Fused]]) -> Graph:
     """The graph with each kernel where its last op stood, and behind it the views of what it makes."""
     inside = {id(node): number for number, (group, _) in enumerate(kernels) for node in group.nodes}
     last = {id(group.nodes[-1]): number for number, (group, _) in enumerate(kernels)}
@@ -502,9 +564,8 @@ def _replaced(graph: Graph, kernels: Sequence[tuple[Group, tuple[Node, list[Node
         if number is not None:
             waiting.update((r.name, number) for r in node.results)
             if last.get(id(node)) == number:
-                call, views = kernels[number][1]
-                made = {r.name for n in (call, *views) for r in n.results}
-                nodes += [call, *views]
+                made = {r.name for n in kernels[number][1].nodes for r in n.results}
+                nodes += kernels[number][1].nodes
                 for view in delayed.pop(number, ()):
                     if all(v.name in made or v.name not in waiting for v in view.operands):
                         nodes.append(view)
@@ -519,5 +580,10 @@ def _replaced(graph: Graph, kernels: Sequence[tuple[Group, tuple[Node, list[Node
             waiting.update((r.name, held[0]) for r in node.results)
             continue
         nodes.append(node)
-    foreign = {**graph.foreign, ROWS: Foreign(multi=True), "aten.view.default": Foreign(views=(0,))}
+    foreign = {
+        **graph.foreign,
+        ROWS: Foreign(multi=True),
+        SEED: Foreign(random=True),
+        "aten.view.default": Foreign(views=(0,)),
+    }
     return replace(graph, nodes=tuple(nodes), foreign=foreign)

@@ -6,13 +6,15 @@ A pattern says what the op is called with, what it makes, and the steps between;
 
 An argument is a name, bound to a value or a number, or says what must stand there: a number, `none`, `true`, `last`
 (the last dimension alone), `rows` (all dimensions but the last), or `_` for anything. Arguments left out at the end are
-at their defaults. In steps, `per_column` is one over the number of columns.
+at their defaults. In steps, `per_column` is one over the number of columns, `per_kept` one over
+what a dropout with probability `p` keeps, and `seed` a number drawn once a step: where a dropout keeps is a function of
+that and of the position, which is drawn again in the backward instead of kept.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,12 +52,15 @@ aten.gelu.default: x -> y: v = mul(x, 0.7071067811865476); f = erf(v); p = add(f
 aten.gelu_backward.default: g x -> y:
     v = mul(x, 0.7071067811865476); f = erf(v); p = add(f, 1.0); c = mul(p, 0.5); q = mul(v, v); n = neg(q);
     e = exp(n); k = mul(e, 0.3989422804014327); xk = mul(x, k); d = add(c, xk); y = mul(g, d)
+aten.native_dropout.default: x p true -> y k: u = random(seed); k = less(p, u); d = mul(x, k); y = mul(d, per_kept)
 aten.native_dropout_backward.default: g kept scale -> y: k = mul(g, kept); y = mul(k, scale)
 aten.mean.dim: x last true -> y: t = row_sum(x); y = mul(t, per_column)
 aten.sum.dim_IntList: x last true -> y: y = row_sum(x)
 aten.sum.dim_IntList: x rows _ -> y: y = col_sum(x)
 aten.amax.default: x last true -> y: y = row_max(x)
 aten._softmax.default: x last _ -> y: top = row_max(x); d = sub(x, top); e = exp(d); t = row_sum(e); y = div(e, t)
+aten._safe_softmax.default: x last -> y: top = row_max(x); low = maximum(top, -3e38); d = sub(x, low); e = exp(d);
+    t = row_sum(e); some = maximum(t, 1e-30); y = div(e, some)
 aten._softmax_backward_data.default: g y0 last _ -> y: w = mul(g, y0); t = row_sum(w); d = sub(g, t); y = mul(y0, d)
 aten._log_softmax.default: x last _ -> y:
     top = row_max(x); d = sub(x, top); e = exp(d); t = row_sum(e); l = log(t); y = sub(d, l)
@@ -85,6 +90,15 @@ class Pattern:
     args: tuple[str, ...]
     results: tuple[str, ...]
     steps: tuple[Step, ...]
+
+    def making(self, results: Collection[str]) -> list[Step]:
+        """The steps that these results need."""
+        needed, found = set(results), list[Step]()
+        for step in reversed(self.steps):
+            if step.name in needed:
+                needed.update(a for a in step.args if isinstance(a, str))
+                found.append(step)
+        return found[::-1]
 
     @cached_property
     def needs_whole_rows(self) -> bool:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from zgraph.aten import TO_TORCH
 from zgraph.codegen import kernels, reference
+from zgraph.codegen.philox import uniform
 from zgraph.codegen.spec import KernelSpec
 
 from .captured import of_small_models
@@ -48,6 +49,7 @@ def test_a_kernel_is_its_steps(name, dtype, num_rows, columns, seed):
         assert error(same, exact) < limit
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, beyond the rows that count
 def test_the_kernels_of_captured_steps_are_their_steps():
     """In every dtype and with an odd number of rows; operands away from zero, as some are roots and quotients."""
     for spec in of_small_models().values():
@@ -57,6 +59,9 @@ def test_the_kernels_of_captured_steps_are_their_steps():
             for operand in spec.inputs:
                 shape, dtype = reference.shape_of(operand.extent, num_rows, spec.columns), TO_TORCH[operand.dtype]
                 drawn = torch.rand(shape, generator=dice) + 0.1
+                if dtype is torch.int64:
+                    inputs.append(torch.tensor(num_rows + 12345))
+                    continue
                 inputs.append(drawn > 0.5 if dtype is torch.bool else drawn.to(dtype))
             wanted = reference.run(spec, inputs, num_rows, torch.float64)
             made = kernels.launch(spec, inputs, num_rows)
@@ -65,6 +70,28 @@ def test_the_kernels_of_captured_steps_are_their_steps():
                 assert float((got.double() - exact).norm()) < max(TOLERANCE[output.dtype.value], 1e-5) * scale, str(
                     spec
                 )
+
+
+@given(seed=st.integers(0, 2**31 - 1), num_rows=st.integers(1, 9), columns=st.integers(1, 70))
+@settings(max_examples=20, deadline=None)
+def test_random_numbers_are_those_of_the_twin_to_the_last_bit(seed, num_rows, columns):
+    spec = KernelSpec.parse(
+        f"draw {columns}: x f32[M,N], s i64[] -> u f32[M,N]; r = random(s); z = mul(x, 0.0); u = add(r, z)"
+    )
+    inputs = [torch.ones(num_rows, columns), torch.tensor(seed)]
+    (made,), (twin,) = kernels.launch(spec, inputs, num_rows), reference.run(spec, inputs, num_rows)
+    assert torch.equal(made, twin)
+    assert torch.equal(twin.flatten(), uniform(torch.tensor(seed), num_rows * columns))
+
+
+def test_random_numbers_are_uniform_and_differ_by_seed():
+    one, other = uniform(torch.tensor(1), 100_000), uniform(torch.tensor(2), 100_000)
+    assert float(one.min()) >= 0
+    assert float(one.max()) < 1
+    assert float(one.mean()) == pytest.approx(0.5, abs=0.005)
+    assert float(one.var()) == pytest.approx(1 / 12, rel=0.02)
+    assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.02
+    assert abs(float(torch.corrcoef(torch.stack([one[1:], one[:-1]]))[0, 1])) < 0.02
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -26,6 +26,8 @@ def work(graph: Graph, node: Node) -> Work:
     if node.op in OPS:
         moved = node.op in ("pack", "unpack", "cast", "copy") and not OPS[node.op].views(node)
         return Work(0, _bytes(node)) if moved else Work()
+    if node.op == "zgraph.seed.default":
+        return Work()  # it reads nothing of the tensor whose device it draws on
     flop = _flop(node)
     if flop is None:
         return Work() if views(graph, node) and not graph.foreign[node.op].writes else Work(0, _bytes(node))
