@@ -8,7 +8,7 @@ import small
 import zgraph
 from zgraph.codegen.spec import KernelSpec
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.fusion import ROWS
+from zgraph.passes.fused_rows import ROWS
 
 
 @cache

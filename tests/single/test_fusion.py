@@ -17,7 +17,7 @@ from zgraph.errors import UsageError
 from zgraph.ir import DType, Graph, Node, Phase, TensorType, parse_graph, print_graph, verify
 from zgraph.passes import RECIPES, Context, fusing, parse_recipe
 from zgraph.passes.fused_loss import BACKWARD, FORWARD
-from zgraph.passes.fusion import ROWS, SEED
+from zgraph.passes.fused_rows import ROWS, SEED
 
 from .trained import MODELS, Trained, batch
 
