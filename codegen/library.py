@@ -28,6 +28,11 @@ MAX_SEED = 1 << 31
 _LIBRARY: Any = torch.library.Library("zgraph", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("rows(Tensor[] inputs, str kernel) -> Tensor[]")
 _LIBRARY.define("seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_LIBRARY.define("cross_entropy(Tensor logits, Tensor target, int ignore_index, bool mean) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    "cross_entropy_backward(Tensor tangent, Tensor logits, Tensor target, Tensor number, Tensor lse, int ignore_index, "
+    "bool mean) -> Tensor"
+)
 _LIBRARY.define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, int ignore_index, bool mean) "
     "-> (Tensor, Tensor, Tensor)"
@@ -98,6 +103,20 @@ def _loss_backward_fake(tangent: Tensor, x: Tensor, weight: Tensor, *rest: objec
     return torch.empty_like(x), torch.empty_like(weight)
 
 
+def _plain_loss_fake(logits: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, ...]:
+    return _loss_fake(logits, logits, target, ignore_index, mean)
+
+
+def _plain_loss_backward_fake(tangent: Tensor, logits: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _plain_loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    logits = next(v.tensor for v in node.operands if len(v.tensor.shape) > 1)
+    num_classes = evaluate(logits.shape[-1], hints)
+    return loss.plain_scratch_bytes(evaluate(logits.numel, hints) // num_classes, num_classes)
+
+
 def _loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
     x, weight = (v.tensor for v in node.operands if len(v.tensor.shape) == 2)
     sizes = (evaluate(d, hints) for d in (*x.shape, weight.shape[0]))
@@ -107,11 +126,16 @@ def _loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
 
 REGISTERED["zgraph.rows"] = _rows_scratch
 REGISTERED["zgraph.linear_cross_entropy"] = REGISTERED["zgraph.linear_cross_entropy_backward"] = _loss_scratch
+REGISTERED["zgraph.cross_entropy"] = REGISTERED["zgraph.cross_entropy_backward"] = _plain_loss_scratch
 _LIBRARY.impl("rows", _rows_twin, "CPU")
 _LIBRARY.impl("rows", _rows_triton, "CUDA")
 torch.library.register_fake("zgraph::rows", _rows_fake, lib=_LIBRARY)
 _LIBRARY.impl("seed", _seed, "CompositeExplicitAutograd")
 torch.library.register_fake("zgraph::seed", _seed_fake, lib=_LIBRARY)
+_LIBRARY.impl("cross_entropy", loss.cross_entropy, "CompositeExplicitAutograd")
+_LIBRARY.impl("cross_entropy_backward", loss.cross_entropy_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("zgraph::cross_entropy", _plain_loss_fake, lib=_LIBRARY)
+torch.library.register_fake("zgraph::cross_entropy_backward", _plain_loss_backward_fake, lib=_LIBRARY)
 _LIBRARY.impl("linear_cross_entropy", loss.forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_cross_entropy_backward", loss.backward, "CompositeExplicitAutograd")
 torch.library.register_fake("zgraph::linear_cross_entropy", _loss_fake, lib=_LIBRARY)

@@ -1,4 +1,5 @@
-"""The cross-entropy of a projection, block by block of the vocabulary: the logits are never whole in memory.
+"""The cross-entropy of logits, block by block of tokens, and that of a projection, block by block of the vocabulary:
+there the logits are never whole in memory.
 
 The forward keeps one number a token, the logarithm of the sum of exponentials, which it brings up to date from block to
 block (Milakov, Gimelshein: "Online normalizer calculation for softmax", 2018). The backward makes each block of logits
@@ -25,6 +26,51 @@ def block_columns(num_tokens: int, num_classes: int) -> int:
     """How many classes a block has."""
     columns = BLOCK_BYTES // (4 * max(num_tokens, 1)) // MULTIPLE * MULTIPLE
     return min(max(columns, MULTIPLE), num_classes)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of predicting `target` from logits [..., V], as `forward` returns it."""
+    rows = logits.view(-1, logits.shape[-1])
+    lse = rows.new_empty(target.shape, dtype=torch.float32)
+    picked = torch.zeros_like(lse)
+    for some in _some_rows(rows):
+        part = rows[some].float()
+        at, inside = _at(target[some], 0, rows.shape[1])
+        lse[some] = part.logsumexp(1)
+        picked[some] = torch.where(inside, part.gather(1, at)[:, 0], 0.0)
+    counts = target != ignore_index
+    number = counts.sum().float()
+    loss = torch.where(counts, lse - picked, 0.0).sum()
+    return (loss / number if mean else loss), number, lse
+
+
+def cross_entropy_backward(
+    tangent: Tensor, logits: Tensor, target: Tensor, number: Tensor, lse: Tensor, ignore_index: int, mean: bool
+) -> Tensor:
+    """The gradient of logits, from what `cross_entropy` was given and returned, and the loss's own gradient []."""
+    rows, made = logits.view(-1, logits.shape[-1]), torch.empty_like(logits)
+    out = made.view(rows.shape)
+    scale = torch.where(target != ignore_index, tangent.float() / number if mean else tangent.float(), 0.0)[:, None]
+    for some in _some_rows(rows):
+        at, inside = _at(target[some], 0, rows.shape[1])
+        part = (rows[some].float() - lse[some, None]).exp_()
+        out[some] = part.scatter_add_(1, at, -inside[:, None].float()).mul_(scale[some])
+    return made
+
+
+def plain_scratch_bytes(num_tokens: int, num_classes: int) -> int:
+    """About the most bytes that either has alive at once, beside what it reads and what it writes."""
+    return 2 * 4 * num_classes * min(_num_rows(num_classes), num_tokens)
+
+
+def _num_rows(num_classes: int) -> int:
+    return max(BLOCK_BYTES // (4 * num_classes), 1)
+
+
+def _some_rows(rows: Tensor) -> Iterator[slice]:
+    size = _num_rows(rows.shape[1])
+    for begin in range(0, len(rows), size):
+        yield slice(begin, begin + size)
 
 
 def forward(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""The cross-entropy of a projection as one op: logits that nothing else reads are never whole in memory.
+"""The cross-entropy as one op: no tensor as large as the logits beside them, nor they themselves if nothing else reads
+them.
 
     fwd %z: bf16[T, V] = aten.mm.default(%x, %wt)          fwd %loss, %number, %lse =
     fwd %f: f32[T, V] = aten._to_copy.default(%z)     ->       zgraph.linear_cross_entropy.default(%x, %w, %target)
@@ -6,17 +7,20 @@
     fwd %loss, %number = aten.nll_loss_forward.default(%p, %target)
 
 and in the backward the two matmuls with the logits' gradient likewise. The logits are computed once more for that.
+Where they are returned, `zgraph.cross_entropy` reads them, and makes their gradient from them in one go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from zgraph.ir import Builder, DType, Foreign, Graph, Node, Phase, TensorType, Value
+from zgraph.ir import Arg, Builder, DType, Foreign, Graph, Node, Phase, TensorType, Value
 
-FORWARD = "zgraph.linear_cross_entropy.default"
-BACKWARD = "zgraph.linear_cross_entropy_backward.default"
+LINEAR = "zgraph.linear_cross_entropy.default"
+LINEAR_BACKWARD = "zgraph.linear_cross_entropy_backward.default"
+PLAIN = "zgraph.cross_entropy.default"
+PLAIN_BACKWARD = "zgraph.cross_entropy_backward.default"
 
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten._to_copy.default")
 _REDUCTIONS = {1: True, 2: False}
@@ -25,110 +29,179 @@ _REDUCTIONS = {1: True, 2: False}
 
 @dataclass(frozen=True)
 class _Loss:
-    """The parts of a loss in a graph."""
+    """A loss in a graph.
 
-    loss: Node
-    gradients: tuple[Node, Node] | None
+    Args:
+        node: what makes it.
+        logits: what it is made of, before casts.
+        target: the classes.
+        options: the target that counts for nothing, and whether the loss is a mean.
+        inside: the names of nodes that nothing else reads from.
+        tangent: the gradient of the loss, if there is a backward.
+        gradient: the last node that makes the gradient of the logits there.
+    """
+
+    node: Node
+    logits: Value
+    target: Value
+    options: tuple[int, bool]
+    inside: frozenset[str]
     tangent: Value | None
+    gradient: Node | None
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """What logits are made of, and the matmuls that make the gradients of both."""
+
     x: Value
     weight: Value
-    target: Value
-    ignore_index: int
-    mean: bool
+    gradients: tuple[Node, Node] | None
 
 
 def fused_losses(graph: Graph, made_by: str) -> Graph:
     """The graph with every such loss as one op; the nodes that it replaces are left for `dce`."""
-    found = [loss for node in graph.nodes if node.op == "aten.nll_loss_forward.default" for loss in _found(graph, node)]
-    if not found:
+    losses = [found for n in graph.nodes if n.op == "aten.nll_loss_forward.default" and (found := _loss(graph, n))]
+    if not losses:
         return graph
     builder = Builder(graph, made_by)
     instead: dict[str, list[Node]] = {}
     position = {node.name: number for number, node in enumerate(graph.nodes)}
-    for loss in found:
-        instead.update(_replaced(loss, builder, position))
+    for loss in losses:
+        projection = _projection(graph, loss)
+        instead.update(_plain(loss, builder) if projection is None else _linear(loss, projection, builder, position))
     nodes = [new for node in graph.nodes for new in (instead.get(node.name, [node]) if node.results else [node])]
-    foreign = {**graph.foreign, FORWARD: Foreign(multi=True), BACKWARD: Foreign(multi=True)}
-    return replace(graph, nodes=tuple(nodes), foreign=foreign)
+    own = {op: Foreign(multi=True) for op in (LINEAR, LINEAR_BACKWARD, PLAIN)}
+    own |= {PLAIN_BACKWARD: Foreign(), "aten.view.default": Foreign(views=(0,))}
+    return replace(graph, nodes=tuple(nodes), foreign={**graph.foreign, **own})
 
 
-def _replaced(loss: _Loss, builder: Builder, position: Mapping[str, int]) -> dict[str, list[Node]]:
+def _forward(loss: _Loss, op: str, reads: tuple[Value, ...], builder: Builder) -> tuple[Node, Value]:
+    """The op that makes the loss, and what it keeps of the logits."""
+    lse = builder.value(f"{loss.node.name}_lse", TensorType(DType.f32, loss.target.tensor.shape))
+    args: tuple[Arg, ...] = (*reads, loss.target, *loss.options)
+    return Node(op, args, (*loss.node.results, lse), (), Phase.forward, builder.origin(loss.node.origin)), lse
+
+
+def _linear(
+    loss: _Loss, projection: _Projection, builder: Builder, position: Mapping[str, int]
+) -> dict[str, list[Node]]:
     """What stands in the place of nodes, by their names."""
-    node = loss.loss
-    lse = builder.value(f"{node.name}_lse", TensorType(DType.f32, loss.target.tensor.shape))
-    options = (loss.ignore_index, loss.mean)
-    origin = builder.origin(node.origin)
-    forward = (loss.x, loss.weight, loss.target, *options)
-    found = {node.name: [Node(FORWARD, forward, (*node.results, lse), (), Phase.forward, origin)]}
-    if loss.gradients is not None:
-        for_x, for_weight = loss.gradients
-        reads = (loss.tangent, loss.x, loss.weight, loss.target, node.results[1], lse, *options)
+    forward, lse = _forward(loss, LINEAR, (projection.x, projection.weight), builder)
+    found = {loss.node.name: [forward]}
+    if projection.gradients is not None:
+        for_x, for_weight = projection.gradients
+        number = loss.node.results[1]
+        args = (loss.tangent, projection.x, projection.weight, loss.target, number, lse, *loss.options)
+        first, second = sorted(projection.gradients, key=lambda n: position[n.name])
         results = (*for_x.results, *for_weight.results)
-        first, second = sorted(loss.gradients, key=lambda n: position[n.name])
         found[second.name] = []
-        found[first.name] = [Node(BACKWARD, reads, results, (), first.phase, builder.origin(first.origin))]
+        found[first.name] = [Node(LINEAR_BACKWARD, args, results, (), first.phase, builder.origin(first.origin))]
     return found
 
 
-def _found(graph: Graph, node: Node) -> Iterator[_Loss]:
-    """The loss that a node ends, if its logits are read by nothing else."""
+def _plain(loss: _Loss, builder: Builder) -> dict[str, list[Node]]:
+    """What stands in the place of nodes where the logits stay."""
+    forward, lse = _forward(loss, PLAIN, (loss.logits,), builder)
+    found = {loss.node.name: [forward]}
+    if (node := loss.gradient) is not None:
+        wanted, origin = node.results[0], builder.origin(node.origin)
+        is_same = wanted.tensor.shape == loss.logits.tensor.shape
+        made = wanted if is_same else builder.value(f"{wanted.name}_rows", loss.logits.type)
+        args = (loss.tangent, loss.logits, loss.target, loss.node.results[1], lse, *loss.options)
+        found[node.name] = [Node(PLAIN_BACKWARD, args, (made,), (), node.phase, origin)]
+        if not is_same:
+            shape = wanted.tensor.shape
+            found[node.name].append(Node("aten.view.default", (made, shape), (wanted,), (), node.phase, origin))
+    return found
+
+
+def _loss(graph: Graph, node: Node) -> _Loss | None:
+    """The loss that a node makes, if nothing else reads what lies between it and the logits."""
     probabilities, target, weights, reduction, ignore_index = node.args
     softmax = _maker(graph, probabilities)
     if weights is not None or reduction not in _REDUCTIONS or not isinstance(ignore_index, int):
-        return
+        return None
     if softmax is None or softmax.op != "aten._log_softmax.default" or not isinstance(target, Value):
-        return
+        return None
     chain = [softmax]
     while (maker := _maker(graph, chain[-1].args[0])) is not None and maker.op in _VIEWS:
         chain.append(maker)
-    if maker is None or maker.op != "aten.mm.default":
-        return
-    x, turned = maker.args
-    weight = _maker(graph, turned)
-    if weight is None or weight.op != "aten.t.default" or not isinstance(x, Value) or not _fit(maker, softmax, x):
-        return
-    inside = {n.name for n in (*chain, maker)}
+    logits = chain[-1].operands[0]
+    if not _are_rows(logits, softmax):
+        return None
+    # a view that others read too is no more than a name of the logits
+    while len(chain) > 1 and chain[-1].op != "aten._to_copy.default" and _same_rows(chain[-1]):
+        logits = chain.pop().results[0]
+    inside = {node.name, *(n.name for n in chain)}
     backward = next((n for n in _readers(graph, softmax) if n.op == "aten.nll_loss_backward.default"), None)
-    gradients: tuple[Node, Node] | None = None
-    tangent: Value | None = None
+    gradient = None
     if backward is not None:
         gradient = _gradient(graph, backward)
-        if gradient is None or (gradients := _matmuls(graph, gradient, x, weight)) is None:
-            return
-        tangent = backward.operands[0]
+        if gradient is None or gradient.results[0].tensor.dtype is not logits.tensor.dtype:
+            return None
         inside.add(backward.name)
         inside |= {n.name for n in _readers(graph, softmax) if n.op == "aten._log_softmax_backward_data.default"}
-    inside.add(node.name)
-    if any(n.name in graph.output_names for n in (*chain, maker)):
-        return
-    if any(reader.name not in inside for n in (*chain, maker) for reader in _readers(graph, n)):
-        return
-    yield _Loss(node, gradients, tangent, x, weight.operands[0], target, ignore_index, _REDUCTIONS[int(str(reduction))])
+        if not all(isinstance(d, int) for d in gradient.results[0].tensor.shape):
+            return None
+    if any(n.name in graph.output_names or any(r.name not in inside for r in _readers(graph, n)) for n in chain):
+        return None
+    options = (ignore_index, _REDUCTIONS[int(str(reduction))])
+    tangent = None if backward is None else backward.operands[0]
+    return _Loss(node, logits, target, options, frozenset(inside), tangent, gradient)
 
 
-def _fit(matmul: Node, softmax: Node, x: Value) -> bool:
-    """Whether rows stay rows from the matmul to the softmax, over its classes."""
-    logits, last = matmul.results[0].tensor, softmax.results[0].tensor
-    return (
-        len(last.shape) == 2 and last.shape == logits.shape and softmax.args[1] in (1, -1) and x.tensor.strides is None
-    )
+def _same_rows(view: Node) -> bool:
+    source, result = view.operands[0].tensor, view.results[0].tensor
+    return source.strides is None and result.strides is None and source.shape[-1:] == result.shape[-1:]
 
 
-def _gradient(graph: Graph, backward: Node) -> Value | None:
-    """The gradient of the logits, where it leaves what belongs to the loss."""
+def _are_rows(logits: Value, softmax: Node) -> bool:
+    """Whether the softmax is over the classes of each token's logits."""
+    before, last = logits.tensor, softmax.results[0].tensor
+    is_last = len(last.shape) == 2 and softmax.args[1] in (1, -1)
+    return is_last and before.strides is None and before.shape[-1:] == last.shape[-1:] and before.numel == last.numel
+
+
+def _projection(graph: Graph, loss: _Loss) -> _Projection | None:
+    """The matmul that makes the logits, if nothing else reads them nor their gradient."""
+    matmul = _maker(graph, loss.logits)
+    views = [loss.logits]
+    while matmul is not None and matmul.op in _VIEWS[:2]:
+        views.append(matmul.operands[0])
+        matmul = _maker(graph, views[-1])
+    if matmul is None or matmul.op != "aten.mm.default":
+        return None
+    x, turned = matmul.args
+    weight = _maker(graph, turned)
+    if weight is None or weight.op != "aten.t.default" or not isinstance(x, Value) or x.tensor.strides is not None:
+        return None
+    inside = loss.inside | {v.name for v in views}
+    for value in views:
+        readers = [graph.nodes[u] for u in graph.users.get(value.name, ())]
+        if value.name in graph.output_names or any(r.name not in inside for r in readers):
+            return None
+    gradients = None
+    if loss.gradient is not None and (gradients := _matmuls(graph, loss.gradient, x, weight)) is None:
+        return None
+    return _Projection(x, weight.operands[0], gradients)
+
+
+def _gradient(graph: Graph, backward: Node) -> Node | None:
+    """What makes the gradient of the logits, where it leaves what belongs to the loss."""
     readers = _readers(graph, backward)
     if len(readers) != 1 or readers[0].op != "aten._log_softmax_backward_data.default":
         return None
     node = readers[0]
     while len(readers := _readers(graph, node)) == 1 and readers[0].op in _VIEWS:
         node = readers[0]
-    return node.results[0]
+    return node
 
 
-def _matmuls(graph: Graph, gradient: Value, x: Value, turned: Node) -> tuple[Node, Node] | None:
+def _matmuls(graph: Graph, maker: Node, x: Value, turned: Node) -> tuple[Node, Node] | None:
     """The matmuls that make the gradients of x and of the weight, if they are all that reads the logits' gradient."""
     for_x = for_weight = None
-    maker = graph.producers[gradient.name]
+    gradient = maker.results[0]
     for reader in _readers(graph, maker):
         if reader.op == "aten.mm.default" and reader.args[0] == gradient and _is_weight(graph, reader.args[1], turned):
             for_x = reader

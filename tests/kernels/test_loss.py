@@ -48,6 +48,29 @@ def test_the_loss_and_its_gradients_are_torchs(dtype, num_tokens, num_classes, w
         assert float((got.double() - wanted).norm()) <= limit * float(wanted.norm()) + floor * num_tokens
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(num_tokens=st.integers(1, 40), num_classes=st.integers(1, 90), mean=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_the_loss_of_logits_and_its_gradient_are_torchs(dtype, num_tokens, num_classes, mean, seed):
+    dice = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(1, num_tokens, num_classes, generator=dice)).to(dtype)
+    target = torch.randint(num_classes, (num_tokens,), generator=dice)
+    target[1:][torch.rand(num_tokens - 1, generator=dice) < 0.2] = IGNORED
+    exact_logits = logits[0].double().requires_grad_()
+    exact = F.cross_entropy(exact_logits, target, ignore_index=IGNORED, reduction="mean" if mean else "sum")
+    (1.5 * exact).backward()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loss, "BLOCK_BYTES", 4 * 7 * num_classes)
+        made, number, lse = torch.ops.zgraph.cross_entropy(logits, target, IGNORED, mean)
+        gradient = torch.ops.zgraph.cross_entropy_backward(
+            torch.tensor(1.5), logits, target, number, lse, IGNORED, mean
+        )
+    limit = 1e-5 if dtype is torch.float32 else 1e-2
+    assert made.item() == pytest.approx(exact.item(), rel=1e-5, abs=1e-6)
+    assert (gradient.dtype, gradient.shape) == (dtype, logits.shape)
+    assert float((gradient[0].double() - exact_logits.grad).norm()) <= limit * float(exact_logits.grad.norm()) + 1e-6
+
+
 def test_nothing_counts():
     """As torch says it: a mean over nothing is not a number, a sum nothing."""
     x, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.full((3,), IGNORED)

@@ -16,7 +16,7 @@ from zgraph.cost.work import work
 from zgraph.errors import UsageError
 from zgraph.ir import DType, Graph, Node, Phase, TensorType, parse_graph, print_graph, verify
 from zgraph.passes import RECIPES, Context, fusing, parse_recipe
-from zgraph.passes.fused_loss import BACKWARD, FORWARD
+from zgraph.passes.fused_loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
 from zgraph.passes.fused_rows import ROWS, SEED
 
 from .trained import MODELS, Trained, batch
@@ -258,7 +258,7 @@ def test_logits_that_are_not_returned_are_never_whole(dtype):
     graph = zgraph.trace(LossOnly(), **batch("llama", 0), param_dtype=dtype)
     before, fused = BEFORE.run(graph, Context()), FUSED.run(graph, Context())
     verify(fused)
-    assert [n.op for n in fused.nodes if "cross_entropy" in n.op] == [FORWARD, BACKWARD]
+    assert [n.op for n in fused.nodes if "cross_entropy" in n.op] == [LINEAR, LINEAR_BACKWARD]
     assert whole_logits(before)
     assert not whole_logits(fused)
     reference = Likely(before, 1)
@@ -271,9 +271,13 @@ def whole_logits(graph: Graph) -> list[str]:
     return [name for name, shape in shapes.items() if shape[-2:] in ((96, 300), (48, 300), (300, 96))]
 
 
-def test_logits_that_are_returned_stay():
-    fused = FUSED.run(captured("llama", None), Context())
-    assert not any("cross_entropy" in n.op for n in fused.nodes)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+def test_logits_that_are_returned_are_all_that_is_as_large(name):
+    fused = FUSED.run(captured(name, torch.bfloat16), Context())
+    assert [n.op for n in fused.nodes if "cross_entropy" in n.op] == [PLAIN, PLAIN_BACKWARD]
+    assert not any(n.op.startswith(("aten._log_softmax", "aten.nll_loss")) for n in fused.nodes)
+    made = [r.type for n in fused.nodes for r in n.results if isinstance(r.type, TensorType)]
+    assert not {t.shape[-2:] for t in made if t.dtype is DType.f32} & {(96, 300), (48, 300)}
 
 
 def test_training_on_the_loss_alone():
