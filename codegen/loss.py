@@ -38,10 +38,7 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, mean: bool)
         at, inside = _at(target[some], 0, rows.shape[1])
         lse[some] = part.logsumexp(1)
         picked[some] = torch.where(inside, part.gather(1, at)[:, 0], 0.0)
-    counts = target != ignore_index
-    number = counts.sum().float()
-    loss = torch.where(counts, lse - picked, 0.0).sum()
-    return (loss / number if mean else loss), number, lse
+    return *_summed(lse - picked, target, ignore_index, mean), lse
 
 
 def cross_entropy_backward(
@@ -50,7 +47,7 @@ def cross_entropy_backward(
     """The gradient of logits, from what `cross_entropy` was given and returned, and the loss's own gradient []."""
     rows, made = logits.view(-1, logits.shape[-1]), torch.empty_like(logits)
     out = made.view(rows.shape)
-    scale = torch.where(target != ignore_index, tangent.float() / number if mean else tangent.float(), 0.0)[:, None]
+    scale = _scale(tangent, target, number, ignore_index, mean)
     for some in _some_rows(rows):
         at, inside = _at(target[some], 0, rows.shape[1])
         part = (rows[some].float() - lse[some, None]).exp_()
@@ -61,6 +58,20 @@ def cross_entropy_backward(
 def plain_scratch_bytes(num_tokens: int, num_classes: int) -> int:
     """About the most bytes that either has alive at once, beside what it reads and what it writes."""
     return 2 * 4 * num_classes * min(_num_rows(num_classes), num_tokens)
+
+
+def _summed(losses: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor]:
+    """The loss of all tokens that count, and their number."""
+    counts = target != ignore_index
+    number = counts.sum().float()
+    loss = torch.where(counts, losses, 0.0).sum()
+    return (loss / number if mean else loss), number
+
+
+def _scale(tangent: Tensor, target: Tensor, number: Tensor, ignore_index: int, mean: bool) -> Tensor:
+    """What each token's gradient is multiplied by, [T, 1]."""
+    own = tangent.float() / number if mean else tangent.float()
+    return torch.where(target != ignore_index, own, 0.0)[:, None]
 
 
 def _num_rows(num_classes: int) -> int:
@@ -96,10 +107,7 @@ def forward(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, mean: 
         total.mul_(top.sub_(higher).exp_()).add_(logits.sub_(higher[:, None]).exp_().sum(1))
         top = higher
     lse = top + total.log()
-    counts = target != ignore_index
-    number = counts.sum().float()
-    loss = torch.where(counts, lse - picked, 0.0).sum()
-    return (loss / number if mean else loss), number, lse
+    return *_summed(lse - picked, target, ignore_index, mean), lse
 
 
 def backward(
@@ -107,7 +115,7 @@ def backward(
     mean: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of `x` and `weight`, from what `forward` was given and returned, and the loss's own gradient []."""
-    scale = torch.where(target != ignore_index, tangent.float() / number if mean else tangent.float(), 0.0)[:, None]
+    scale = _scale(tangent, target, number, ignore_index, mean)
     dx, dweight = torch.zeros_like(x, dtype=torch.float32), torch.empty_like(weight)
     for begin, part in _blocks(x, weight):
         logits = (x @ part.t()).float()
