@@ -27,7 +27,7 @@ def _tensor_or(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
 
 TWINS: Mapping[str, Callable[..., torch.Tensor]] = {
-    "copy": lambda a: a,
+    "copy": torch.clone,
     "add": torch.add,
     "sub": lambda a, b: a - b,
     "mul": torch.mul,
@@ -77,10 +77,12 @@ def run(spec: KernelSpec, inputs: Tensors, num_rows: int, compute: torch.dtype =
         for name in frees:
             del values[name]
     found = []
+    read = {operand.name for operand in spec.inputs}
     for output in spec.outputs:
         dtype = compute if compute is torch.float64 else TO_TORCH[output.dtype]
         value = values[output.name].expand(shape_of(output.extent, num_rows, spec.columns))
-        found.append(value.to(dtype).contiguous())
+        made = value.to(dtype).contiguous()
+        found.append(made.clone() if output.name in read else made)
     return found
 
 

@@ -104,3 +104,9 @@ def test_the_source_can_be_read(name, monkeypatch, tmp_path):
     assert f"def {name}(" in text
     assert max(map(len, text.splitlines())) < 160
     kernels.load.cache_clear()
+
+
+def test_what_the_twin_writes_is_memory_of_its_own():
+    spec = KernelSpec.parse("same 8: x f32[M,N] -> x f32[M,N], y f32[M,N], z f32[M,N]; y = copy(x); z = copy(y)")
+    x = torch.ones(3, 8)
+    assert len({t.data_ptr() for t in (x, *reference.run(spec, [x], 3))}) == 4

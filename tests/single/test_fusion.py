@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import small
 import zgraph
@@ -328,3 +329,63 @@ def test_options_that_mean_nothing():
         with pytest.raises(UsageError, match='kernels must be "aten" or "triton"'):
             zgraph.compile(nn.Linear(2, 2), **options)
     assert "fuse" in fusing(RECIPES[0])
+
+
+class Marked(nn.Module):
+    """A region that the user wants computed again, with a norm and a dropout in it."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(16, 64), nn.LayerNorm(64), nn.Linear(64, 1)
+        self.probability = probability
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(torch.tanh(self.norm(self.first(x))), self.probability)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(checkpoint(self.body, x, use_reentrant=False)).mean()
+
+
+def gradients(model: nn.Module, *inputs: dict[str, torch.Tensor]) -> list[float]:
+    """Losses and norms of gradients, one call after the other."""
+    found = []
+    for kwargs in inputs:
+        loss = model(**kwargs)
+        loss = loss if isinstance(loss, torch.Tensor) else loss.loss
+        loss.backward()
+        found += [loss.item(), *(float(p.grad.norm()) for p in model.parameters())]
+        model.zero_grad()
+    return found
+
+
+def test_regions_that_the_user_marked():
+    x = {"x": torch.randn(8, 16, generator=torch.Generator().manual_seed(0))}
+    found = []
+    for options in ({"kernels": "aten"}, {"kernels": "triton"}):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        found.append(gradients(zgraph.compile(Marked(0.0), **options), x))
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+    torch.compiler.reset()
+    graph = zgraph.compile(Marked(0.25).train(), kernels="triton")
+    gradients(graph, x)
+    (entry,) = zgraph.report(graph).entries
+    assert sum(n.op == SEED for n in entry.plan.graph.nodes) == 1, "what is computed again keeps the same"
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_sizes_that_change(dynamic):
+    calls = [
+        {"input_ids": ids, "labels": ids}
+        for ids in (
+            torch.randint(50, shape, generator=torch.Generator().manual_seed(1)) for shape in ((2, 12), (3, 17))
+        )
+    ]
+    found = []
+    for kernels_of in ("aten", "triton"):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = zgraph.compile(small.llama(32, 1, 50), kernels=kernels_of, dynamic=dynamic)
+        found.append(gradients(model, *calls))
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+    assert all(kernels(entry.plan.graph) for entry in zgraph.report(model).entries)
