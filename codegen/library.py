@@ -7,9 +7,9 @@ through them; a graph that calls them is differentiated before they are put ther
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from zgraph.codegen.spec import KernelSpec
 from zgraph.cost.workspace import REGISTERED
 from zgraph.ir import Node
 from zgraph.ir.symbols import evaluate
+
+T = TypeVar("T")
 
 Tensor = torch.Tensor
 
@@ -45,20 +47,24 @@ _LIBRARY.define(
 _parsed = cache(KernelSpec.parse)
 
 
+def _like(spec: KernelSpec, given: Sequence[T]) -> T:
+    """The first input that has all rows."""
+    return next(t for operand, t in zip(spec.inputs, given, strict=True) if operand.extent is Extent.full)
+
+
 def _shapes(spec: KernelSpec, inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
     """What the outputs look like: rows as the first input that has all of them."""
-    like = next(t for operand, t in zip(spec.inputs, inputs, strict=True) if operand.extent is Extent.full)
+    like = _like(spec, inputs)
     by_extent = {Extent.full: tuple(like.shape), Extent.column: (*like.shape[:-1], 1), Extent.row: (spec.columns,)}
     return [by_extent.get(output.extent, ()) for output in spec.outputs]
 
 
-def _shaped(spec: KernelSpec, inputs: Sequence[Tensor], made: Sequence[Tensor]) -> list[Tensor]:
+def _run(
+    how: Callable[[KernelSpec, list[Tensor], int], list[Tensor]], inputs: list[Tensor], kernel: str
+) -> list[Tensor]:
+    spec = _parsed(kernel)
+    made = how(spec, inputs, _like(spec, inputs).numel() // spec.columns)
     return [out.view(shape) for out, shape in zip(made, _shapes(spec, inputs), strict=True)]
-
-
-def _num_rows(spec: KernelSpec, inputs: Sequence[Tensor]) -> int:
-    like = next(t for operand, t in zip(spec.inputs, inputs, strict=True) if operand.extent is Extent.full)
-    return like.numel() // spec.columns
 
 
 def _rows_fake(inputs: list[Tensor], kernel: str) -> list[Tensor]:
@@ -70,19 +76,16 @@ def _rows_fake(inputs: list[Tensor], kernel: str) -> list[Tensor]:
 
 
 def _rows_twin(inputs: list[Tensor], kernel: str) -> list[Tensor]:
-    spec = _parsed(kernel)
-    return _shaped(spec, inputs, reference.run(spec, inputs, _num_rows(spec, inputs)))
+    return _run(reference.run, inputs, kernel)
 
 
 def _rows_triton(inputs: list[Tensor], kernel: str) -> list[Tensor]:
-    spec = _parsed(kernel)
-    return _shaped(spec, inputs, kernels.launch(spec, inputs, _num_rows(spec, inputs)))
+    return _run(kernels.launch, inputs, kernel)
 
 
 def _rows_scratch(node: Node, hints: Mapping[str, int]) -> int:
     spec = _parsed(str(node.args[1]))
-    like = next(v for o, v in zip(spec.inputs, node.operands, strict=True) if o.extent is Extent.full)
-    return reference.scratch_bytes(spec, evaluate(like.tensor.numel, hints) // spec.columns)
+    return reference.scratch_bytes(spec, evaluate(_like(spec, node.operands).tensor.numel, hints) // spec.columns)
 
 
 def _seed(like: Tensor) -> Tensor:
@@ -119,8 +122,7 @@ def _plain_loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
 
 def _loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
     x, weight = (v.tensor for v in node.operands if len(v.tensor.shape) == 2)
-    sizes = (evaluate(d, hints) for d in (*x.shape, weight.shape[0]))
-    num_tokens, width, num_classes = sizes
+    num_tokens, width, num_classes = (evaluate(d, hints) for d in (*x.shape, weight.shape[0]))
     return loss.scratch_bytes(num_tokens, num_classes, width, x.dtype.itemsize)
 
 

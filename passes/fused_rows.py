@@ -24,16 +24,16 @@ MAX_WORDS = 4
 
 @dataclass(eq=False)
 class Group:
-    """Nodes that become one kernel, in their order; `again` are nodes of the forward that it runs again."""
+    """Nodes that become one kernel, in their order; `again` are nodes of the forward that it runs again.
+
+    `sums` are its sums over all rows, which are known only when it is over.
+    """
 
     space: Space
     nodes: list[Node] = field(default_factory=list)
     again: list[Node] = field(default_factory=list)
+    sums: set[str] = field(default_factory=set)
     is_open: bool = True
-
-    @property
-    def makes(self) -> set[str]:
-        return {r.name for node in self.nodes for r in node.results}
 
 
 class Seeds:
@@ -53,13 +53,6 @@ class Seeds:
         return value in self._of.values()
 
 
-@dataclass(frozen=True)
-class Fused:
-    """The nodes of a kernel: the seeds that it needs, the call, and views that give its results the shapes wanted."""
-
-    nodes: tuple[Node, ...]
-
-
 class Kernel:
     """A group as a node of the graph."""
 
@@ -71,8 +64,11 @@ class Kernel:
         self.steps: list[Step] = []
         self.made: dict[tuple[str, tuple[Arg, ...]], str] = {}
 
-    def node(self) -> Fused | None:
-        """What stands in the group's place; None where a kernel would not do."""
+    def nodes(self) -> tuple[Node, ...] | None:
+        """What stands in the group's place: seeds, the call, and views that give its results the shapes wanted.
+
+        None where a kernel would not do.
+        """
         group, space, inputs = self.group, self.group.space, self.inputs
         read = {self.views.root(v).name for node in (*group.again, *group.nodes) for v in node.operands}
         for node in group.again:
@@ -93,7 +89,7 @@ class Kernel:
 
     def _called(
         self, spec: KernelSpec, inputs: Sequence[Value], wanted: Sequence[Value], shaped: Value
-    ) -> Fused | None:
+    ) -> tuple[Node, ...] | None:
         last = self.group.nodes[-1]
         named = next((n.origin for n in reversed(self.group.nodes) if n.origin.module), last.origin)
         origin = self.builder.origin(named)
@@ -118,7 +114,7 @@ class Kernel:
         arguments: tuple[IrArg, ...] = (tuple(inputs), str(spec))
         call = Node(ROWS, arguments, tuple(results), (), last.phase, origin, last.checkpoint)
         seeds = [Node(SEED, (shaped,), (seed,), (), last.phase, origin) for seed in self.seeds]
-        return Fused((*seeds, call, *views))
+        return *seeds, call, *views
 
     def _add(self, node: Node, wanted: Collection[str]) -> None:
         """The steps that make what is wanted of a node."""

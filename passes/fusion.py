@@ -29,7 +29,7 @@ from zgraph.passes.analysis.rows import Space, Views, match
 from zgraph.passes.base import Context, Numerics, Pass
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fused_loss import fused_losses
-from zgraph.passes.fused_rows import ROWS, SEED, Fused, Group, Kernel, Seeds
+from zgraph.passes.fused_rows import ROWS, SEED, Group, Kernel, Seeds
 from zgraph.passes.patterns import PATTERNS, RENAMES
 
 DROPOUT = "aten.native_dropout.default"
@@ -54,11 +54,10 @@ class Fuse(Pass):
         groups = _Groups(graph)
         found = groups.found()
         while True:
-            needed = groups.needed(found)
-            kernels = [(group, groups.kernel(group, needed).node()) for group in found]
-            done = [
-                (group, kernel) for group, kernel in kernels if kernel is not None and groups.has_seeds(group, found)
-            ]
+            fused = {id(node) for group in found for node in group.nodes}
+            needed = groups.needed(found, fused)
+            kernels = [(group, groups.kernel(group, needed).nodes()) for group in found]
+            done = [(group, nodes) for group, nodes in kernels if nodes is not None and groups.has_seeds(group, fused)]
             if len(done) == len(found):
                 break
             found = [group for group, _ in done]
@@ -141,36 +140,31 @@ class _Groups:
             return False
         if self.is_absent(node):
             return False
-        made = group.makes
-        inside = [self.views.base.get(v.name, v.name) in made for v in node.operands]
-        seen = [self.views.root(v).name in made for v in node.operands]
-        if inside != seen or any(self.views.root(v).name in self.row_sums(group) for v in node.operands):
+        roots = [self.views.root(v).name for v in node.operands]
+        inside = [self.owner.get(self.views.base.get(v.name, v.name)) is group for v in node.operands]
+        if inside != [self.owner.get(root) is group for root in roots] or not group.sums.isdisjoint(roots):
             return False
         return match(node, self.views, group.space) is not None
-
-    def row_sums(self, group: Group) -> set[str]:
-        """Sums over all rows: known only when the whole kernel is over."""
-        found = set[str]()
-        for node in group.nodes:
-            if (matched := match(node, self.views, group.space)) is not None:
-                names = zip(matched.pattern.results, node.results, strict=True)
-                sums = {s.name for s in matched.pattern.steps if OPS[s.op].reduces == "rows"}
-                found.update(result.name for name, result in names if name in sums)
-        return found
 
     def merged(self, groups: Sequence[Group]) -> Group:
         """One group of several."""
         first, *others = groups
         for other in others:
             first.nodes.extend(other.nodes)
+            first.sums |= other.sums
             self.groups.remove(other)
-            self.owner.update(dict.fromkeys(other.makes, first))
+            self.owner.update((r.name, first) for node in other.nodes for r in node.results)
             self.readers.update((name, first) for name, group in self.readers.items() if group is other)
         if others:
             first.nodes.sort(key=lambda n: self.position[id(n)])
         return first
 
     def add(self, node: Node, group: Group) -> None:
+        found = match(node, self.views, group.space)
+        assert found is not None, "it was matched before"
+        sums = {s.name for s in found.pattern.steps if OPS[s.op].reduces == "rows"}
+        names = zip(found.pattern.results, node.results, strict=True)
+        group.sums.update(result.name for name, result in names if name in sums)
         group.nodes.append(node)
         self.owner.update((r.name, group) for r in node.results)
         roots = map(self.views.root, node.operands)
@@ -188,17 +182,16 @@ class _Groups:
             return
         while True:
             inputs = self.inputs(group)
-            cheaper = [v for v in inputs.values() if self.cost(v, group, inputs, frozenset((v.name,)))[1]]
-            if not cheaper:
+            plans = (self.cost(v, group, inputs, frozenset((v.name,)))[1] for v in inputs.values())
+            wanted = next((plan for plan in plans if plan), None)
+            if wanted is None:
                 return
-            wanted = self.cost(cheaper[0], group, inputs, frozenset((cheaper[0].name,)))[1]
             known = {n.name for n in group.again}
             group.again.extend(n for n in wanted if n.name not in known)
             group.again.sort(key=lambda n: self.position[id(n)])
 
-    def needed(self, groups: Sequence[Group]) -> set[str]:
-        """Values that something other than the kernel that makes them reads."""
-        fused = {id(node) for group in groups for node in group.nodes}
+    def needed(self, groups: Sequence[Group], fused: Collection[int]) -> set[str]:
+        """Values that something other than the kernel that makes them reads; `fused` are ids of nodes in kernels."""
         found = set(self.graph.output_names)
         for group in groups:
             found.update(self.inputs(group))
@@ -208,10 +201,9 @@ class _Groups:
         found.update(self.views.same[name].name for name in self.graph.output_names if name in self.views.same)
         return found
 
-    def has_seeds(self, group: Group, groups: Sequence[Group]) -> bool:
+    def has_seeds(self, group: Group, fused: Collection[int]) -> bool:
         """Whether all dropouts that a kernel runs again are fused."""
-        dropouts = {id(node) for node in group.again if node.op == DROPOUT}
-        return dropouts <= {id(node) for other in groups for node in other.nodes} if dropouts else True
+        return all(id(node) in fused for node in group.again if node.op == DROPOUT)
 
     def kernel(self, group: Group, needed: Collection[str]) -> Kernel:
         """A group as a kernel that writes what is needed."""
@@ -236,7 +228,7 @@ class _Groups:
         return [self.views.root(thing) for thing in bound if isinstance(thing, Value)]
 
     def cost(
-        self, value: Value, group: Group, inputs: Mapping[str, Value], trying: frozenset[str] = frozenset()
+        self, value: Value, group: Group, inputs: Mapping[str, Value], trying: frozenset[str]
     ) -> tuple[int, list[Node]]:
         """The fewest bytes to read for a value, and the nodes of the forward to run again for that.
 
@@ -264,7 +256,7 @@ class _Groups:
         return (total, [*nodes, maker]) if total < kept else (kept, [])
 
 
-def _replaced(graph: Graph, kernels: Sequence[tuple[Group, Fused]]) -> Graph:
+def _replaced(graph: Graph, kernels: Sequence[tuple[Group, tuple[Node, ...]]]) -> Graph:
     """The graph with each kernel where its last op stood, and behind it the views of what it makes."""
     inside = {id(node): number for number, (group, _) in enumerate(kernels) for node in group.nodes}
     last = {id(group.nodes[-1]): number for number, (group, _) in enumerate(kernels)}
@@ -276,8 +268,8 @@ def _replaced(graph: Graph, kernels: Sequence[tuple[Group, Fused]]) -> Graph:
         if number is not None:
             waiting.update((r.name, number) for r in node.results)
             if last.get(id(node)) == number:
-                made = {r.name for n in kernels[number][1].nodes for r in n.results}
-                nodes += kernels[number][1].nodes
+                made = {r.name for n in kernels[number][1] for r in n.results}
+                nodes += kernels[number][1]
                 for view in delayed.pop(number, ()):
                     if all(v.name in made or v.name not in waiting for v in view.operands):
                         nodes.append(view)

@@ -21,8 +21,8 @@ from torch.optim.optimizer import ParamsT
 from zgraph.config import ranks_here
 from zgraph.errors import UsageError
 from zgraph.runtime import torch_private
-from zgraph.runtime.disk import PAGE_BYTES, Access, DiskFile
-from zgraph.runtime.host import Copy, HostMemory, available_bytes
+from zgraph.runtime.disk import Access, DiskFile
+from zgraph.runtime.host import PAGE_BYTES, Copy, HostMemory, available_bytes
 
 Place = Literal["auto", "host", "disk"]
 Update = Literal["auto", "device", "host"]

@@ -8,7 +8,6 @@ access moves whole pieces between the disk and blocks of our own instead (`man 2
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -22,16 +21,13 @@ from typing import Literal
 import torch
 
 from zgraph.errors import OffloadError
-from zgraph.runtime.host import Copy, HostPool
+from zgraph.runtime.host import PAGE_BYTES, Copy, HostPool, whole_pages
 
 Access = Literal["auto", "mapped", "direct"]
 
 UNWRITTEN_SHARE = 0.1
 """The part of its free memory that Linux lets fill with what is not written yet, before it holds up who writes more
 (vm.dirty_background_ratio)."""
-
-PAGE_BYTES = mmap.PAGESIZE
-"""Direct access begins and ends at multiples of this: in the file, and in memory."""
 
 _serial = count()
 
@@ -105,11 +101,11 @@ class DiskFile:
         Raises:
             OffloadError: there are more tensors than were announced.
         """
-        num_bytes = like.numel() * like.element_size()
+        num_bytes = like.nbytes
         if self._next + num_bytes > len(self._bytes):
             raise OffloadError("parameters were added to the optimizer, for which its file on disk has no room")
         part = self._bytes[self._next : self._next + num_bytes]
-        self._next += _whole_pages(num_bytes)
+        self._next += whole_pages(num_bytes)
         return part.view(like.dtype).view(like.size())  # a new file reads as zeros
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -126,7 +122,7 @@ class DiskFile:
         Returns:
             What will hold the same numbers, and what says when it does. OffloadError is raised there if the disk fails.
         """
-        block = pool.empty((_whole_pages(tensor.numel() * tensor.element_size()),), torch.uint8)
+        block = pool.empty((whole_pages(tensor.nbytes),), torch.uint8)
         copy = self._submit(self._readers, os.preadv, tensor, block)
         return _as(block, tensor), copy
 
@@ -139,7 +135,7 @@ class DiskFile:
         block: torch.Tensor, after: Copy | None = None,
     ) -> Copy:  # fmt: skip
         offset = tensor.data_ptr() - self._bytes.data_ptr()
-        num_bytes = _whole_pages(tensor.numel() * tensor.element_size())
+        num_bytes = whole_pages(tensor.nbytes)
         assert offset % PAGE_BYTES == block.data_ptr() % PAGE_BYTES == 0, "not where direct access can begin"
         assert self._direct is not None
         file = self._direct
@@ -166,8 +162,4 @@ class DiskFile:
 
 def _as(block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A block's bytes with another tensor's shape and dtype."""
-    return block[: like.numel() * like.element_size()].view(like.dtype).view(like.size())
-
-
-def _whole_pages(num_bytes: int) -> int:
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+    return block[: like.nbytes].view(like.dtype).view(like.size())

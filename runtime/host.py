@@ -25,6 +25,12 @@ from zgraph.config import ranks_here
 from zgraph.errors import OffloadError
 
 PAGE_BYTES = mmap.PAGESIZE
+"""Blocks begin and end at multiples of this, as direct access to a disk does."""
+
+
+def whole_pages(num_bytes: int) -> int:
+    """So many bytes, rounded up to pages."""
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 class HostPool:
@@ -54,7 +60,7 @@ class HostPool:
         numel = _extent(size, stride)
         if numel == 0:
             return torch.empty(tuple(size), dtype=dtype)
-        num_bytes = -(-numel * dtype.itemsize // PAGE_BYTES) * PAGE_BYTES
+        num_bytes = whole_pages(numel * dtype.itemsize)
         block = self._take(num_bytes)
         window = (ctypes.c_char * num_bytes).from_buffer(block)
         weakref.finalize(window, self._give_back, block).atexit = False
