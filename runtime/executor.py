@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import linecache
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zgraph.aten import resolve, to_torch
@@ -15,6 +15,7 @@ from zgraph.ir import Arg, Instruction, Node, Plan, Program, Value
 from zgraph.ir.arena import arena_bytes, offsets
 from zgraph.runtime import torch_private
 from zgraph.runtime.collectives import MAKERS
+from zgraph.runtime.regions import Region, cut
 
 if TYPE_CHECKING:
     from zgraph.runtime.recorder import Recorder
@@ -78,13 +79,20 @@ class _Writer:
         if self.recorder is not None:
             begin, mark = self.constant(self.recorder.begin, "begin"), self.constant(self.recorder.mark, "mark")
             lines.append(f"    {begin}({self.constant(program.instructions, 'instructions')})")
-        for instruction in program.instructions:
-            lines.extend(f"    {line}" for line in self.instruction(instruction))
+        for part in self.parts():
+            written = self.region(part) if isinstance(part, Region) else self.instruction(part)
+            lines.extend(f"    {line}" for line in written)
             if mark:
                 lines.append(f"    {mark}()")
         results = ", ".join("None" if v is None else self.local(v.name) for v in program.results)
         lines.append(f"    return [{results}]")
         return "\n".join(lines) + "\n"
+
+    def parts(self) -> Iterable[Instruction | Region]:
+        """Instructions, and regions where the session has any: not while single instructions are measured."""
+        if self.session.regions is None or self.recorder is not None:
+            return self.program.instructions
+        return cut(self.program, self.plan.graph)
 
     def unused(self) -> list[str]:
         """Arguments that nothing reads."""
@@ -98,6 +106,18 @@ class _Writer:
         frees = [self.local(n) for n in instruction.frees if n not in self.resident]
         lines = [] if node.op == "release" else [self.call(node)]
         return lines + ([f"del {', '.join(frees)}"] if frees else [])
+
+    def region(self, region: Region) -> list[str]:
+        """A call of a compiled region, which is given the last references to what it is the last to read."""
+        assert self.session.regions is not None
+        run = self.constant(self.session.regions.runner(region, self.session), "region")
+        frees = [self.local(n) for n in region.frees if n not in self.resident]
+        results = ", ".join(self.local(v.name) for v in region.outputs)
+        return [
+            f"args = [{', '.join(self.local(v.name) for v in region.inputs)}]",
+            *([f"del {', '.join(frees)}"] if frees else []),
+            f"{results}, = {run}(args)",
+        ]
 
     def call(self, node: Node) -> str:
         if row := self.foreign.get(node.op):

@@ -17,6 +17,7 @@ from zgraph.runtime.host import HostMemory
 from zgraph.runtime.lanes import Hosts, Lane, host_name
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.recorder import Recorder
+from zgraph.runtime.regions import Regions
 from zgraph.runtime.shards import ShardStore, Slot
 
 
@@ -47,6 +48,7 @@ class Session:
         self.syncs = True
         self.lean_call = False
         self.recorder: Recorder | None = None
+        self.regions: Regions | None = None
         self.plans: list[Plan] = []
         self._held: dict[str, torch.Tensor] = {}
         self._kept: dict[object, tuple[int, torch.Tensor]] = {}

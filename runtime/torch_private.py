@@ -23,6 +23,7 @@ __all__ = [
     "dtensor",
     "dtensor_like",
     "fused_adamw",
+    "inductor",
     "keeps_graph",
     "messenger",
     "reduce_scatters",
@@ -126,6 +127,25 @@ def fused_adamw(
         [parameter], [gradient], [first], [second], [], [step], amsgrad=False, maximize=False, grad_scale=None,
         found_inf=None, **options,
     )  # fmt: skip
+
+
+def inductor(
+    function: Callable[..., Sequence[torch.Tensor]], examples: Sequence[torch.Tensor]
+) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:
+    """A function of tensors, compiled for shapes and strides as these; it takes a list, which it empties."""
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(t.detach()) for t in examples]
+    with torch.no_grad(), mode:
+        traced = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
+        results: Any = traced.graph.output_node()
+        results.meta["user_visible_output_idxs"] = [*range(len(results.args[0]))]  # their strides are kept
+        compiled: Any = compile_fx_inner(traced, fakes)
+    return cast("Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]", compiled)
 
 
 def bump_version(tensor: torch.Tensor) -> None:

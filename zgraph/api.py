@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from zgraph.aten import FROM_TORCH, compute_dtype
 from zgraph.calls import guard
 from zgraph.capture import Compiled, Frontend, ParamInfo
-from zgraph.checks import ATTRIBUTE, Stage, check_optimizers, check_options, stage_of
+from zgraph.checks import ATTRIBUTE, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.config import environment
 from zgraph.cost.workspace import NUM_THREADS
@@ -33,6 +33,7 @@ from zgraph.reporting import Entry, Report, make_entry
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
+from zgraph.runtime.regions import Regions
 from zgraph.runtime.torch_private import whole_group
 from zgraph.runtime.whole import run_whole
 from zgraph.target import Target, cost_table, device_budget, num_bytes
@@ -40,8 +41,6 @@ from zgraph.target import Target, cost_table, device_budget, num_bytes
 M = TypeVar("M")
 
 Recompute = Literal["auto"] | bool
-
-Kernels = Literal["aten", "triton"]
 
 RECOMPUTES: Mapping[Recompute, Choice] = {"auto": "auto", True: "always", False: "never"}
 
@@ -92,7 +91,7 @@ class CompiledModel:
         whole = sum(s.parameter.numel() * s.parameter.element_size() for s in store.slots.values())
         return Report(
             type(self.model).__name__, str(self.pipeline), store.num_ranks, whole, store.rest_bytes, store.state_bytes,
-            buffers, store.update_bytes, store.host_bytes, tuple(self.entries),
+            buffers, store.update_bytes, store.host_bytes, tuple(self.entries), self.session.regions,
         )  # fmt: skip
 
 
@@ -152,7 +151,8 @@ def compile(
             "optimizer" (masters, gradients and optimizer state: the optimizer's step runs on the host) and
             "parameters" (all of that, and what is computed with).
         kernels: "aten" runs what lies between matmuls op by op; "triton" fuses it into generated kernels, which compute
-            in fp32 throughout (on processors by their twins in torch, which save no time).
+            in fp32 throughout (on processors by their twins in torch, which save no time); "inductor" has torch's
+            Inductor compile what lies between collectives, each different piece once, whichever layers it stands in.
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that).
         fullgraph: False lets a forward through that cannot be captured as one graph: everything is gathered for the
             length of the call and runs eagerly, with a warning.
@@ -185,10 +185,7 @@ def compile(
     check_options(model, stage, mesh, param_dtype, reduce_dtype)
     if recompute not in RECOMPUTES:
         raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
-    if kernels not in get_args(Kernels) or (kernels == "triton" and passes is not None):
-        raise UsageError(
-            f'kernels must be "aten" or "triton", not {kernels!r}; with passes=, the recipe says: put fuse in'
-        )
+    check_kernels(kernels, passes)
     default_stage = stage if isinstance(stage, int) else 3
     own = RECIPES[stage] if isinstance(stage, int) else MIXED
     recipe = passes if passes is not None else fusing(own) if kernels == "triton" else own
@@ -213,6 +210,7 @@ def compile(
     if (group is not None and default_stage) or offloads:
         check_optimizers(model)
     session = _shard(model, mesh, group, stages, default_stage, param_dtype, recipe, name, offloads)
+    session.regions = Regions() if kernels == "inductor" else None
     context = Context(
         mesh=_axes(session),
         reduce_dtype=FROM_TORCH[reduce_dtype] if reduce_dtype is not None else None,

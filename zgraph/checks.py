@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from zgraph.errors import AlreadyCompiledError, UsageError
 from zgraph.passes import RECIPES
 
 Stage = int | Callable[[str], int]
+
+Kernels = Literal["aten", "triton", "inductor"]
 
 ATTRIBUTE = "_zgraph"
 """Where a compiled model keeps what `zgraph.compile` attached to it."""
@@ -40,6 +43,13 @@ def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtyp
     devices = {p.device for p in model.parameters()} - {torch.device("meta")}
     if len(devices) > 1:
         raise UsageError(f"the model's parameters are on {', '.join(map(str, devices))}; move it to one device first")
+
+
+def check_kernels(kernels: str, passes: str | None) -> None:
+    if kernels not in get_args(Kernels):
+        raise UsageError(f'kernels must be "aten", "triton" or "inductor", not {kernels!r}')
+    if kernels == "triton" and passes is not None:
+        raise UsageError('with passes=, the recipe says what is fused: put fuse in it, and leave kernels="triton" out')
 
 
 def _check_mesh(mesh: DeviceMesh) -> None:

@@ -19,6 +19,7 @@ from zgraph.passes.arena import sizes
 from zgraph.passes.base import Context
 from zgraph.passes.instruments import Step
 from zgraph.passes.schedule import lower_bound_us
+from zgraph.runtime.regions import Regions
 from zgraph.viz import as_text, memory_chart
 
 
@@ -76,6 +77,7 @@ class Report:
         update_bytes: bytes that the optimizer's step has alive above what lies at rest.
         host_bytes: bytes at rest on the host: masters, AdamW's moments of them, and copies to compute with.
         entries: one for each captured graph, in the order of capture.
+        regions: what Inductor compiled, if it was to.
     """
 
     model: str
@@ -88,6 +90,7 @@ class Report:
     update_bytes: int
     host_bytes: int
     entries: tuple[Entry, ...]
+    regions: Regions | None = None
 
     @property
     def step_peak_bytes(self) -> int:
@@ -142,6 +145,8 @@ class Report:
         if self.host_bytes or self.host_peak_bytes:
             table.add_row("on the host: masters and moments", mebibytes(self.host_bytes))
             table.add_row("on the host: at the peak of a step", mebibytes(self.host_bytes + self.host_peak_bytes))
+        if self.regions is not None:
+            table.add_row("compiled by Inductor", str(self.regions))
         return table
 
 

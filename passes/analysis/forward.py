@@ -85,7 +85,7 @@ class Forward:
         for position, node in enumerate(self.nodes):
             before = self.nodes[position - 1] if position else None
             is_same_region = before is not None and 0 < node.checkpoint == before.checkpoint
-            if before is None or (_layer(node.origin.module) != _layer(before.origin.module) and not is_same_region):
+            if before is None or (node.origin.layer != before.origin.layer and not is_same_region):
                 runs.append([])
             runs[-1].append(position)
         parts: list[list[int]] = []
@@ -333,17 +333,6 @@ class _Writer:
 def _gathers_again(graph: Graph) -> Mapping[str, Node]:
     """The backward's gathers of parameters, by the parameter's name."""
     return {gathered(graph, n): n for n in graph.phase_nodes(Phase.backward) if is_gather(graph, n)}
-
-
-def _layer(module: str) -> str:
-    """The path of the layer that a module is part of: up to the first number in it.
-
-    >>> _layer("model.layers.3.mlp.up"), _layer("model.norm")
-    ('model.layers.3', '')
-    """
-    parts = module.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return "" if number is None else ".".join(parts[: number + 1])
 
 
 def _nothing(block: Block) -> Choice:

@@ -325,9 +325,10 @@ def test_a_budget_and_kernels_go_together():
 
 
 def test_options_that_mean_nothing():
-    for options in ({"kernels": "cuda"}, {"kernels": "triton", "passes": RECIPES[3]}):
-        with pytest.raises(UsageError, match='kernels must be "aten" or "triton"'):
-            zgraph.compile(nn.Linear(2, 2), **options)
+    with pytest.raises(UsageError, match='kernels must be "aten", "triton" or "inductor"'):
+        zgraph.compile(nn.Linear(2, 2), kernels="cuda")
+    with pytest.raises(UsageError, match="put fuse in it"):
+        zgraph.compile(nn.Linear(2, 2), kernels="triton", passes=RECIPES[3])
     assert "fuse" in fusing(RECIPES[0])
 
 

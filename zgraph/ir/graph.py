@@ -68,6 +68,17 @@ class Origin:
     line: int = 0
     made_by: str = ""
 
+    @property
+    def layer(self) -> str:
+        """The path of the layer that the module is part of: up to the first number in it.
+
+        >>> Origin("model.layers.3.mlp.up").layer, Origin("model.norm").layer
+        ('model.layers.3', '')
+        """
+        parts = self.module.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        return "" if number is None else ".".join(parts[: number + 1])
+
 
 @dataclass(frozen=True, slots=True)
 class Node:

@@ -23,7 +23,7 @@ class Instruction:
         return op.lane if op else "compute"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Program:
     """A straight line of instructions from arguments to results.
 

@@ -1,0 +1,159 @@
+"""What lies between collectives as regions, each different one compiled once."""
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import small
+import zgraph
+from zgraph.api import compiled_model
+from zgraph.errors import KernelError
+from zgraph.ir import Axis, Instruction, Plan
+from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
+from zgraph.runtime import torch_private
+from zgraph.runtime.regions import MAX_SIZES, Region, cut
+from zgraph.target import cost_table
+
+from .trained import MODELS, Trained, batch
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[int]:
+    """Regions run op by op; the list has the number of inputs of each that would have been compiled."""
+    found: list[int] = []
+
+    def op_by_op(function: Any, examples: Sequence[torch.Tensor]) -> Any:
+        found.append(len(examples))
+        return lambda args: function(*args)
+
+    monkeypatch.setattr(torch_private, "inductor", op_by_op)
+    return found
+
+
+def planned(num_layers: int) -> Plan:
+    torch.compiler.reset()
+    with torch.device("meta"):
+        model = small.llama(256, num_layers, 1000)
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    graph = zgraph.trace(model.train(), input_ids=ids, labels=ids, param_dtype=torch.bfloat16)
+    context = Context(mesh=(Axis("shard", 8),), costs=cost_table("h100", torch.device("cuda")), groups_calls=True)
+    return make_plan(parse_recipe(RECIPES[3]).run(graph, context))
+
+
+def different(parts: Sequence[Instruction | Region]) -> set[str]:
+    return {part.text for part in parts if isinstance(part, Region)}
+
+
+def test_more_layers_are_no_more_different_regions():
+    found = []
+    for num_layers in (3, 4):
+        plan = planned(num_layers)
+        assert plan.backward is not None
+        found.append([list(cut(p, plan.graph)) for p in (plan.forward, plan.backward)])
+        for program, parts in zip((plan.forward, plan.backward), found[-1], strict=True):
+            inside = [n for p in parts for n in (p.nodes if isinstance(p, Region) else [p.node]) if n.op != "release"]
+            assert sorted(n.name for n in inside) == sorted(
+                i.node.name for i in program.instructions if i.node.op != "release"
+            )
+    for few, more in zip(*found, strict=True):
+        assert len(more) > len(few)
+        assert len(different(more)) <= len(different(few))
+
+
+@pytest.mark.parametrize("name", ["vit", "t5"])
+def test_a_step_in_regions_is_the_same_step(name, compiled):
+    """Bitwise, where regions run op by op: with dropout, and with what is computed again."""
+    plain = Trained(name)
+    assert Trained(name, kernels="inductor").losses == plain.losses
+    assert compiled
+    tight = Trained(name, int(0.96 * plain.predicted), kernels="inductor")
+    assert tight.losses == plain.losses
+
+
+class Layers(nn.Module):
+    """Layers that are alike, with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = nn.functional.dropout(x + nn.functional.gelu(layer(x)), 0.2)
+        return x.square().mean()
+
+
+@needs_compiler
+def test_training_compiled_by_inductor():
+    """Layers share their regions; dropouts draw as they do op by op."""
+    found = []
+    for kernels in ("aten", "inductor"):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = zgraph.compile(Layers(), kernels=kernels)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        found.append([])
+        for step in range(4):
+            loss = model(torch.randn(8, 16, generator=torch.Generator().manual_seed(step)))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found[-1].append(loss.item())
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    report = zgraph.report(model)
+    regions = report.regions
+    assert regions is not None
+    assert regions.num_regions > regions.num_different > 1
+    assert f"{regions.num_regions} regions, {regions.num_different} of them different" in str(report)
+
+
+@needs_compiler
+def test_gradients_are_memory_of_their_own():
+    """In place changes of one gradient (clipping, say) leave all others as they are."""
+    torch.compiler.reset()
+    model = zgraph.compile(Twins(), kernels="inductor")
+    model(torch.randn(4, 8)).backward()
+    owned = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+    assert len(owned) == len(list(model.parameters()))
+
+
+class Twins(nn.Module):
+    """Two biases whose gradients are the same numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.one, self.other = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.weight + self.one + self.other).sum()
+
+
+def test_sizes_that_change(compiled):
+    """A region is compiled for a few sizes, and then says that it gives up."""
+    torch.compiler.reset()
+    model = zgraph.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), kernels="inductor", dynamic=True)
+    for size in range(10, 10 + MAX_SIZES):
+        model(torch.ones(size, 4)).sum().backward()
+    number = len(compiled)
+    with pytest.warns(UserWarning, match="Pad inputs to few sizes"):
+        model(torch.ones(50, 4)).sum().backward()
+    assert len(compiled) == number
+
+
+def test_what_inductor_cannot_compile(monkeypatch):
+    def fail(function: Any, examples: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch_private, "inductor", fail)
+    torch.compiler.reset()
+    model = zgraph.compile(MODELS["llama"](), kernels="inductor")
+    with pytest.raises(KernelError, match=r"(?s)no compiler.*g\+\+"):
+        model(**batch("llama", 0))
+    assert compiled_model(model).session.regions is not None
