@@ -41,8 +41,12 @@ def folder() -> Path:
 @cache
 def load(spec: KernelSpec) -> Any:
     """The kernel as Triton has it. With TRITON_INTERPRET=1 in the environment it runs on processors, slowly."""
-    text = source(spec)
-    name = f"{spec.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return load_source(spec.name, source(spec))
+
+
+def load_source(kernel: str, text: str) -> Any:
+    """The kernel of this name in a module with this text."""
+    name = f"{kernel}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     path = folder() / f"{name}.py"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +58,7 @@ def load(spec: KernelSpec) -> Any:
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
-    return getattr(module, spec.name)
+    return getattr(module, kernel)
 
 
 @dataclass(frozen=True)
@@ -107,4 +111,4 @@ def launch(spec: KernelSpec, inputs: Sequence[torch.Tensor], num_rows: int) -> l
     ]
 
 
-__all__ = ["Tiles", "folder", "launch", "load", "tiles"]
+__all__ = ["Tiles", "folder", "launch", "load", "load_source", "tiles"]

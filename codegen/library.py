@@ -1,5 +1,6 @@
 """Kernels as ops of torch: `zgraph::rows` runs one over rows, by Triton on GPUs and by its twin elsewhere;
-`zgraph::linear_cross_entropy` is the loss of a projection, block by block (`loss.py`).
+`zgraph::linear_cross_entropy` is the loss of a projection, block by block (`loss.py`), `zgraph::rotary` the rotary
+embedding (`rotary.py`).
 
 The ops are registered when this module is imported. They have fake implementations, so that what traces torch sees
 through them; a graph that calls them is differentiated before they are put there.
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from zgraph.aten import TO_TORCH
-from zgraph.codegen import kernels, loss, reference
+from zgraph.codegen import kernels, loss, reference, rotary
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import KernelSpec
 from zgraph.cost.workspace import REGISTERED
@@ -29,6 +30,7 @@ MAX_SEED = 1 << 31
 
 _LIBRARY: Any = torch.library.Library("zgraph", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("rows(Tensor[] inputs, str kernel) -> Tensor[]")
+_LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, int[] order, bool back) -> Tensor")
 _LIBRARY.define("seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.define("cross_entropy(Tensor logits, Tensor target, int ignore_index, bool mean) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
@@ -88,6 +90,17 @@ def _rows_scratch(node: Node, hints: Mapping[str, int]) -> int:
     return reference.scratch_bytes(spec, evaluate(_like(spec, node.operands).tensor.numel, hints) // spec.columns)
 
 
+def _rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, order: Sequence[int], back: bool) -> Tensor:
+    return rotary.empty(x, order)
+
+
+def _rotary_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    x, cos = (v.tensor for v in node.operands[:2])
+    numel, columns, turned = (evaluate(d, hints) for d in (x.numel, x.shape[-1], cos.shape[-1]))
+    num_angles = evaluate(cos.numel, hints)
+    return rotary.scratch_bytes(numel // columns * turned, num_angles, x.dtype.itemsize, cos.dtype.itemsize)
+
+
 def _seed(like: Tensor) -> Tensor:
     """A seed for kernels that draw, from torch's generator of the device."""
     return torch.randint(MAX_SEED, (), device=like.device)
@@ -127,11 +140,15 @@ def _loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
 
 
 REGISTERED["zgraph.rows"] = _rows_scratch
+REGISTERED["zgraph.rotary"] = _rotary_scratch
 REGISTERED["zgraph.linear_cross_entropy"] = REGISTERED["zgraph.linear_cross_entropy_backward"] = _loss_scratch
 REGISTERED["zgraph.cross_entropy"] = REGISTERED["zgraph.cross_entropy_backward"] = _plain_loss_scratch
 _LIBRARY.impl("rows", _rows_twin, "CPU")
 _LIBRARY.impl("rows", _rows_triton, "CUDA")
 torch.library.register_fake("zgraph::rows", _rows_fake, lib=_LIBRARY)
+_LIBRARY.impl("rotary", rotary.twin, "CPU")
+_LIBRARY.impl("rotary", rotary.launch, "CUDA")
+torch.library.register_fake("zgraph::rotary", _rotary_fake, lib=_LIBRARY)
 _LIBRARY.impl("seed", _seed, "CompositeExplicitAutograd")
 torch.library.register_fake("zgraph::seed", _seed_fake, lib=_LIBRARY)
 _LIBRARY.impl("cross_entropy", loss.cross_entropy, "CompositeExplicitAutograd")

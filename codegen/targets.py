@@ -1,6 +1,7 @@
 """Kernels compiled for GPUs that are not here, with the registers, shared memory and spills that they take.
 
 echo "neg 64: x f32[M,N] -> y f32[M,N]; y = neg(x)" | python -m zgraph.codegen.targets sm_90 gfx942
+echo "rotary 128 of 128" | python -m zgraph.codegen.targets
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from zgraph.codegen.kernels import load, tiles
+from zgraph.codegen import rotary
+from zgraph.codegen.kernels import Tiles, load, tiles
+from zgraph.codegen.rotary import Rotary
 from zgraph.codegen.spec import KernelSpec
 from zgraph.errors import KernelError
 from zgraph.ir import DType
@@ -47,11 +50,16 @@ class Resources:
     spill_bytes: int
 
 
-def resources(spec: KernelSpec, target: str) -> Resources:
+def parse(text: str) -> KernelSpec | Rotary:
+    """The kernel over rows, or the rotary one, that a text writes."""
+    return KernelSpec.parse(text) if ":" in text else Rotary.parse(text)
+
+
+def resources(spec: KernelSpec | Rotary, target: str) -> Resources:
     """Compile a kernel for a GPU.
 
     Args:
-        spec: the kernel.
+        spec: the kernel; a rotary one in bf16.
         target: `sm_80`, `sm_90` or `gfx942`.
 
     Raises:
@@ -63,17 +71,28 @@ def resources(spec: KernelSpec, target: str) -> Resources:
 
     if target not in TARGETS:
         raise KernelError(f"no target is called {target!r}; they are {', '.join(TARGETS)}")
-    cut = tiles(spec)
-    sums = {step.name for step in spec.row_sums}
-    signature = {f"{o.name}_in": _POINTERS[o.dtype] for o in spec.inputs}
-    signature |= {f"{o.name}_out": "*fp32" if o.name in sums else _POINTERS[o.dtype] for o in spec.outputs}
-    signature |= {"num_rows": "i32", "BLOCK_M": "constexpr", "BLOCK_N": "constexpr"}
+    function, signature, cut = _rotary(spec) if isinstance(spec, Rotary) else _rows(spec)
+    signature |= {"BLOCK_M": "constexpr", "BLOCK_N": "constexpr"}
     made = triton.compile(
-        ASTSource(load(spec), signature, {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n}),
+        ASTSource(function, signature, {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n}),
         target=GPUTarget(*TARGETS[target]), options={"num_warps": cut.num_warps},
     )  # fmt: skip
     num_registers, spill_bytes = _of_hip(made) if target.startswith("gfx") else _of_cuda(made, target)
     return Resources(spec.name, target, num_registers, made.metadata.shared, spill_bytes)
+
+
+def _rows(spec: KernelSpec) -> tuple[Any, dict[str, str], Tiles]:
+    """What Triton compiles, the types of its arguments, and its tiles."""
+    sums = {step.name for step in spec.row_sums}
+    signature = {f"{o.name}_in": _POINTERS[o.dtype] for o in spec.inputs}
+    signature |= {f"{o.name}_out": "*fp32" if o.name in sums else _POINTERS[o.dtype] for o in spec.outputs}
+    return load(spec), {**signature, "num_rows": "i32"}, tiles(spec)
+
+
+def _rotary(spec: Rotary) -> tuple[Any, dict[str, str], Tiles]:
+    function = rotary.load(spec)
+    pointers = {name: _POINTERS[DType.bf16] for name in function.arg_names if name.endswith(("_in", "_out"))}
+    return function, {**dict.fromkeys(function.arg_names, "i32"), **pointers}, spec.tiles
 
 
 def _of_hip(made: Any) -> tuple[int, int]:
@@ -105,7 +124,7 @@ def main() -> None:
     """Read specs, one a line; write the resources that each takes on each target, one line of JSON each."""
     for line in sys.stdin:
         for target in sys.argv[1:] or TARGETS:
-            print(json.dumps(asdict(resources(KernelSpec.parse(line.strip()), target))), flush=True)
+            print(json.dumps(asdict(resources(parse(line.strip()), target))), flush=True)
 
 
 if __name__ == "__main__":

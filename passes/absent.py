@@ -26,7 +26,7 @@ FACTORS = frozenset(
         "mul.Tensor", "neg.default", "select_backward.default", "slice_backward.default", "sum.default",
         "sum.dim_IntList",
     )
-)  # fmt: skip
+) | {"zgraph.rotary.default"}  # fmt: skip
 """Ops whose result is zero if their first tensor is; of the products, if either is."""
 
 PRODUCTS = frozenset({"aten.bmm.default", "aten.mm.default", "aten.mul.Tensor"})

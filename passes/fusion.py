@@ -12,7 +12,8 @@ where that reads no more: of a norm the input and one number a row stay, not the
 
 What a dropout keeps is a function of a seed and of positions, drawn again where it is needed: its mask is never kept,
 and is another than torch's own. Numbers inside a kernel are fp32, so that casts between its ops round no more.
-`patterns.py` says what can be fused.
+`patterns.py` says what can be fused. Losses (`fused_loss.py`) and rotary embeddings (`subgraphs.py`) are ops of their
+own.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from zgraph.passes.dce import DeadCode
 from zgraph.passes.fused_loss import fused_losses
 from zgraph.passes.fused_rows import ROWS, SEED, Group, Kernel, Seeds
 from zgraph.passes.patterns import PATTERNS, RENAMES
+from zgraph.passes.subgraphs import fused_subgraphs
 
 DROPOUT = "aten.native_dropout.default"
 
@@ -50,7 +52,7 @@ class Fuse(Pass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"placed"})
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        graph = fused_losses(graph, self.name)
+        graph = fused_losses(fused_subgraphs(graph, self.name), self.name)
         groups = _Groups(graph)
         found = groups.found()
         while True:

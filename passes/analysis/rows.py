@@ -16,7 +16,7 @@ FLOATS = frozenset({DType.f32, DType.bf16, DType.f16})
 MAX_WHOLE_COLUMNS = 8192
 """Longer rows do not fit the registers of one program."""
 
-_TAKES_OPTIONS = frozenset({"aten._to_copy.default", "aten.clone.default"})
+TAKES_OPTIONS = frozenset({"aten._to_copy.default", "aten.clone.default"})
 """Ops whose keyword arguments say nothing that the types do not."""
 
 
@@ -88,7 +88,7 @@ class Match:
 
 def match(node: Node, views: Views, space: Space) -> Match | None:
     """The pattern that a node is of, if all that it reads and makes lies in these rows."""
-    if node.kwargs and node.op not in _TAKES_OPTIONS:
+    if node.kwargs and node.op not in TAKES_OPTIONS:
         return None
     for pattern in PATTERNS.get(node.op, ()):
         if space.columns > MAX_WHOLE_COLUMNS and pattern.needs_whole_rows:
@@ -111,7 +111,7 @@ def _bind(pattern: Pattern, node: Node) -> dict[str, Value | float] | None:
     for position, wanted in enumerate(pattern.args):
         arg = node.args[position] if position < len(node.args) else None
         if not _NAME.fullmatch(wanted) or wanted in _WORDS:
-            if wanted != "_" and wanted != (_dims(arg, rank) if wanted in _DIMS else _written(arg)):
+            if wanted != "_" and wanted != (dims(arg, rank) if wanted in _DIMS else written(arg)):
                 return None
         elif isinstance(arg, Value) or (isinstance(arg, int | float) and not isinstance(arg, bool)):
             bound[wanted] = arg if isinstance(arg, Value) else float(arg)
@@ -125,17 +125,17 @@ _DIMS = ("last", "rows")
 _WORDS = frozenset({"none", "true", "false", *_DIMS})
 
 
-def _dims(arg: Arg, rank: int) -> str:
+def dims(arg: Arg, rank: int) -> str:
     """Dimensions as patterns write them; nothing for others."""
     dims = [d for d in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(d, int)]
     around = sorted(d % rank for d in dims) if rank else []
     return "last" if around == [rank - 1] else "rows" if around == list(range(rank - 1)) else ""
 
 
-def _written(arg: Arg) -> str:
+def written(arg: Arg) -> str:
     """An argument as patterns write it."""
     if isinstance(arg, tuple):
-        return "[" + ",".join(map(_written, arg)) + "]"
+        return "[" + ",".join(map(written, arg)) + "]"
     if isinstance(arg, int | float) and not isinstance(arg, bool):
         return f"{arg:g}"
     return str(arg).lower()

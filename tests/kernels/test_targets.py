@@ -24,6 +24,11 @@ def test_the_kernels_of_llama_3_8b_compile_without_spills():
     check(list(kernels))
 
 
+def test_rotary_kernels_compile_without_spills():
+    """Rows as wide as Llama-3's, GPT-NeoX's and Gemma's."""
+    check(["rotary 128 of 128", "rotary_backward 128 of 128", "rotary_backward 32 of 128", "rotary 256 of 256"])
+
+
 def check(specs: list[str]) -> None:
     """In a process of its own, as triton must not be in its interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

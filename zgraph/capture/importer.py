@@ -34,6 +34,7 @@ from zgraph.ir import (
     Type,
     Value,
 )
+from zgraph.ir.layout import is_contiguous
 from zgraph.ir.symbols import Dim, is_readable, simplify, symbol
 
 
@@ -199,7 +200,7 @@ class Importer:
                     raise self._error(node, f"makes a {made.layout} tensor; zgraph takes strided ones (sparse=False)")
                 shape = tuple(self._size(s) for s in made.shape)
                 strides = tuple(self._size(s) for s in made.stride())
-                return TensorType(FROM_TORCH[made.dtype], shape, None if _is_contiguous(shape, strides) else strides)
+                return TensorType(FROM_TORCH[made.dtype], shape, None if is_contiguous(shape, strides) else strides)
             case torch.SymInt() | torch.SymFloat() | torch.SymBool():
                 kind = type(made).__name__.removeprefix("Sym").lower()
                 return ScalarType(kind, self._size(made) if kind == "int" else None)
@@ -249,18 +250,6 @@ class Importer:
         where = f"\n  at {origin.file}:{origin.line}" if origin.file else ""
         module = f" in {origin.module}" if origin.module else ""
         return CaptureError(f"the model{module} {message}{where}")
-
-
-def _is_contiguous(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> bool:
-    if any(s == 0 for s in shape):
-        return True
-    expected: Dim = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected = expected * size
-    return True
 
 
 def _translate(expr: sympy.Expr) -> Dim:

@@ -1,4 +1,4 @@
-"""How a tensor is cut into shards, and how shards lie side by side in a bucket. One rule, used everywhere.
+"""How a tensor lies in memory, how it is cut into shards, and how shards lie side by side in a bucket.
 
 A tensor sharded on its dim 0 over N ranks is cut as `torch.chunk` cuts it: ceil(d0 / N) rows a rank, the last ranks
 get fewer or none. In buffers each rank's part is padded to the same number of elements, its *chunk*, so that every
@@ -9,13 +9,29 @@ multiple of 16 bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from zgraph.ir.symbols import Dim, simplify
 from zgraph.ir.types import TensorType
 
 ALIGN_BYTES = 16
+
+
+def dense_strides(shape: tuple[Dim, ...], order: Sequence[int] | None = None) -> tuple[Dim, ...]:
+    """The strides of a tensor without gaps whose dims lie in memory in this order, the last one fastest."""
+    strides: list[Dim] = [1] * len(shape)
+    size: Dim = 1
+    for dim in reversed(range(len(shape)) if order is None else order):
+        strides[dim] = size
+        size = size * shape[dim]
+    return tuple(strides)
+
+
+def is_contiguous(shape: tuple[Dim, ...], strides: tuple[Dim, ...]) -> bool:
+    """Whether these are the strides of a dense tensor; dims of one element, and tensors of none, may have any."""
+    steps = zip(shape, strides, dense_strides(shape), strict=True)
+    return 0 in shape or all(size == 1 or stride == dense for size, stride, dense in steps)
 
 
 def chunk_rows(rows: int, num_ranks: int) -> int:
