@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from zgraph.aten import TO_TORCH
 from zgraph.codegen.emit import source
 from zgraph.codegen.reference import shape_of
 from zgraph.codegen.spec import KernelSpec
+from zgraph.errors import KernelError
 
 BLOCK_NUMEL = 2048
 """Numbers that one program works on at a time, unless a single row has more."""
@@ -78,28 +80,37 @@ def tiles(spec: KernelSpec) -> Tiles:
     return Tiles(block_m, block_n, min(max(block_m * block_n // WARP_NUMEL, 1), MAX_WARPS))
 
 
-def launch(spec: KernelSpec, inputs: Sequence[torch.Tensor], num_rows: int) -> list[torch.Tensor]:
+def launch(
+    spec: KernelSpec, inputs: Sequence[torch.Tensor], num_rows: int, out: Sequence[torch.Tensor] | None = None
+) -> list[torch.Tensor]:
     """What the kernel writes.
 
     Args:
         spec: the kernel.
         inputs: its operands, dense, all on one device.
         num_rows: M.
+        out: where to write, dense. An input may be written over where every number depends on its own place only. None
+            makes new tensors.
 
     Returns:
-        The outputs, shaped [M, N], [M, 1] or [N] by their extents.
+        The outputs, shaped [M, N], [M, 1] or [N] by their extents; or `out`.
+
+    Raises:
+        KernelError: `out` does not fit.
     """
     cut = tiles(spec)
     num_blocks = -(-num_rows // cut.block_m)
     sums = {step.name for step in spec.row_sums}
     num_programs = min(num_blocks, MAX_PROGRAMS) if sums else num_blocks
     device = inputs[0].device
-    outs = [
+    if out is not None:
+        _check_out(spec, out, num_rows)
+    outs = list(out) if out is not None else [
         torch.empty(num_programs, spec.columns, device=device)
         if output.name in sums
         else torch.empty(shape_of(output.extent, num_rows, spec.columns), dtype=TO_TORCH[output.dtype], device=device)
         for output in spec.outputs
-    ]
+    ]  # fmt: skip
     if num_programs:
         load(spec)[(num_programs, -(-spec.columns // cut.block_n))](
             *(t.contiguous() for t in inputs), *outs, num_rows,
@@ -111,4 +122,13 @@ def launch(spec: KernelSpec, inputs: Sequence[torch.Tensor], num_rows: int) -> l
     ]
 
 
-__all__ = ["Tiles", "folder", "launch", "load", "load_source", "tiles"]
+def _check_out(spec: KernelSpec, out: Sequence[torch.Tensor], num_rows: int) -> None:
+    wanted = [(TO_TORCH[o.dtype], math.prod(shape_of(o.extent, num_rows, spec.columns))) for o in spec.outputs]
+    given = [(t.dtype, t.numel()) for t in out]
+    if spec.row_sums or given != wanted or not all(t.is_contiguous() for t in out):
+        raise KernelError(f"{spec.name} writes {wanted}, dense and no sums over rows, not {given}; leave out= away")
+
+
+def can_launch(device: torch.device) -> bool:
+    """Whether kernels run there: on GPUs, and on processors in Triton's interpreter."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"

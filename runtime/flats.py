@@ -12,11 +12,17 @@ from zgraph.runtime.host import HostMemory
 
 
 class Part(NamedTuple):
-    """What one tensor wants: so many elements of a dtype, on the host or on the device."""
+    """What one tensor wants: so many elements of a dtype, on the host or on the device, aligned to so many elements."""
 
     numel: int
     dtype: torch.dtype
-    on_host: bool = False
+    on_host: bool
+    align: int
+
+
+def align_numel(dtype: torch.dtype) -> int:
+    """Elements between places where a tensor of a bucket may begin."""
+    return max(1, ALIGN_BYTES // dtype.itemsize)
 
 
 class Flats:
@@ -33,8 +39,7 @@ class Flats:
         places: dict[str, int] = {}
         for name, part in parts.items():
             key = part.dtype, part.on_host
-            align = max(1, ALIGN_BYTES // part.dtype.itemsize)
-            places[name] = -(-sizes.get(key, 0) // align) * align
+            places[name] = -(-sizes.get(key, 0) // part.align) * part.align
             sizes[key] = places[name] + part.numel
         self.buffers = {
             (dtype, on_host): host.pool.empty((numel,), dtype).zero_()

@@ -10,6 +10,7 @@ freed. torch.compile looks at its metadata only; what computes is the gathered v
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from zgraph.aten import compute_dtype
 from zgraph.ir.layout import chunk_numel, chunk_rows, local_rows
 from zgraph.runtime import torch_private
-from zgraph.runtime.flats import Flats, Part
+from zgraph.runtime.flats import Flats, Part, align_numel
 from zgraph.runtime.host import PAGE_BYTES, HostMemory
 from zgraph.runtime.materialise import materialise
 
@@ -78,6 +79,14 @@ class Slot:
         """The part of a padded chunk that this rank really holds, in the shape of its shard."""
         local = self.parameter._local_tensor  # type: ignore[attr-defined]
         return chunk[: local.numel()].view(local.shape)
+
+
+_STORES: weakref.WeakSet[ShardStore] = weakref.WeakSet()
+
+
+def slots_at_rest() -> dict[int, tuple[ShardStore, Slot]]:
+    """The slot of every parameter that a compiled model holds at rest, by the parameter's id, and its store."""
+    return {id(slot.parameter): (store, slot) for store in _STORES for slot in store.slots.values()}
 
 
 class ShardStore:
@@ -141,6 +150,7 @@ class ShardStore:
         self._copied_version = -1
         self._by_swap = [s for s in self.slots.values() if s.stand_in is not s.parameter]
         self._put(at_rest=True)
+        _STORES.add(self)
 
     # --- running -----------------------------------------------------------------------------------------------
 
@@ -163,6 +173,14 @@ class ShardStore:
             with torch.no_grad():
                 for slot in self._copied:
                     slot.working.copy_(slot.rest, non_blocking=True)
+            self._copied_version = self.version
+
+    @contextmanager
+    def keeps_copies(self) -> Iterator[None]:
+        """What updates masters in here writes their copies too: those that were right before are so afterwards."""
+        were_right = self._copied_version == self.version
+        yield
+        if were_right:
             self._copied_version = self.version
 
     def _put(self, *, at_rest: bool) -> None:
@@ -222,8 +240,10 @@ class ShardStore:
         self.host.require(needed, "the masters, gradients and optimizer states that are offloaded")
 
     def _master(self, name: str, parameter: nn.Parameter) -> Part:
+        """With a copy to compute with, the master lies as that does: what updates one can write the other."""
         numel = chunk_numel(tuple(parameter.shape), self.num_shards)
-        return Part(numel, parameter.dtype, bool(self.offloads.get(name)))
+        as_copy = compute_dtype(parameter, self.param_dtype) if self._needs_copy(name, parameter) else parameter.dtype
+        return Part(numel, parameter.dtype, bool(self.offloads.get(name)), align_numel(as_copy))
 
     def _needs_copy(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether what is computed with is another memory than the master."""
@@ -234,7 +254,8 @@ class ShardStore:
 
     def _copy(self, name: str, parameter: nn.Parameter) -> Part:
         numel = chunk_numel(tuple(parameter.shape), self.num_shards)
-        return Part(numel, compute_dtype(parameter, self.param_dtype), self.offloads[name] == PARAMETERS)
+        dtype = compute_dtype(parameter, self.param_dtype)
+        return Part(numel, dtype, self.offloads[name] == PARAMETERS, align_numel(dtype))
 
     def _shard(self, name: str, stage: int | None, parameter: nn.Parameter) -> Slot:
         """Keep this rank's rows in its part of the flat buffer, and free the whole."""
@@ -265,7 +286,7 @@ class ShardStore:
         if offload:
             rest = working = self.host.pool.empty(whole.size(), whole.dtype).copy_(whole)
             if self._needs_copy(name, parameter):
-                _, dtype, on_host = self._copy(name, parameter)
+                _, dtype, on_host, _ = self._copy(name, parameter)
                 size = whole.size()
                 working = (
                     self.host.pool.empty(size, dtype) if on_host else torch.empty(size, dtype=dtype, device=self.device)

@@ -23,6 +23,8 @@ __all__ = [
     "dtensor",
     "dtensor_like",
     "fused_adamw",
+    "fused_sgd",
+    "has_fused_sgd",
     "inductor",
     "keeps_graph",
     "messenger",
@@ -118,14 +120,16 @@ def messenger(store: Store, name: str, rank: int, num_ranks: int, timeout: timed
     return cast(Messenger, group)
 
 
+Tensors = Sequence[torch.Tensor]
+
+
 def fused_adamw(
-    parameter: torch.Tensor, gradient: torch.Tensor, first: torch.Tensor, second: torch.Tensor, step: torch.Tensor,
-    **options: float,
-) -> None:  # fmt: skip
-    """AdamW's update in place, by torch's fused kernel; `step` is the number of the step that this is."""
+    parameters: Tensors, gradients: Tensors, firsts: Tensors, seconds: Tensors, step: torch.Tensor, **options: float
+) -> None:
+    """AdamW's update of many in place, by torch's fused kernel; `step` is the number of the step that this is."""
     torch._fused_adamw_(
-        [parameter], [gradient], [first], [second], [], [step], amsgrad=False, maximize=False, grad_scale=None,
-        found_inf=None, **options,
+        list(parameters), list(gradients), list(firsts), list(seconds), [], [step] * len(parameters), amsgrad=False,
+        maximize=False, grad_scale=None, found_inf=None, **options,
     )  # fmt: skip
 
 
@@ -148,9 +152,21 @@ def inductor(
     return cast("Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]", compiled)
 
 
-def bump_version(tensor: torch.Tensor) -> None:
-    """Tell autograd, and who else looks, that memory of the tensor was written to."""
-    torch.autograd.graph.increment_version(tensor)
+def has_fused_sgd(parameter: torch.Tensor) -> bool:
+    """Whether torch's fused kernel is right there: on processors it is wrong in bfloat16 and float16 (torch 2.13)."""
+    return parameter.is_cuda or parameter.dtype in (torch.float32, torch.float64)
+
+
+def fused_sgd(parameters: Tensors, gradients: Tensors, directions: Tensors, **options: Any) -> None:
+    """The update of stochastic gradient descent of many in place, by torch's fused kernel."""
+    torch._fused_sgd_(
+        list(parameters), list(gradients), list(directions), maximize=False, grad_scale=None, found_inf=None, **options
+    )
+
+
+def bump_version(tensors: Tensors) -> None:
+    """Tell autograd, and who else looks, that memory of these tensors was written to."""
+    torch.autograd.graph.increment_version(tensors)
 
 
 def direct(op: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
+import zgraph.optim
 
 from .lockstep import Lockstep, assert_same
 from .nets import Odd, built, rows
@@ -22,6 +23,8 @@ OPTIMIZERS = {
     "adam-for": functools.partial(torch.optim.Adam, lr=1e-3, foreach=False),
     "adamw-amsgrad": functools.partial(torch.optim.AdamW, lr=1e-3, amsgrad=True),
     "adamw-fused": functools.partial(torch.optim.AdamW, lr=1e-3, fused=True),
+    "flat-adamw": functools.partial(zgraph.optim.AdamW, lr=1e-3),
+    "flat-sgd": functools.partial(zgraph.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
     "adagrad": functools.partial(torch.optim.Adagrad, lr=1e-2),
 }
 CASES = [(name, stage) for i, name in enumerate(OPTIMIZERS) for stage in sorted({3, (1, 2, 0)[i % 3]})]

@@ -1,5 +1,6 @@
-"""Kernels of a transformer's glue, written down by hand."""
+"""Kernels of a transformer's glue, written down by hand, and those of the optimizers."""
 
+from zgraph.codegen import updates
 from zgraph.codegen.spec import KernelSpec
 
 
@@ -41,14 +42,25 @@ def gelu_bias(columns: int, dtype: str = "f32") -> KernelSpec:
 
 
 def adamw(columns: int, dtype: str = "f32") -> KernelSpec:
-    """One step over flat shards; what changes from step to step are scalars in memory."""
-    return KernelSpec.parse(
-        f"adamw {columns}: p f32[M,N], g {dtype}[M,N], m f32[M,N], v f32[M,N], rate f32[], decay f32[], fix f32[] "
-        "-> pn f32[M,N], mn f32[M,N], vn f32[M,N], pn2 bf16[M,N]; "
-        "m1 = mul(m, 0.9); g1 = mul(g, 0.1); mn = add(m1, g1); gg = mul(g, g); v1 = mul(v, 0.999); "
-        "g2 = mul(gg, 0.001); vn = add(v1, g2); root = sqrt(vn); low = mul(root, fix); den = add(low, 1e-08); "
-        "step = div(mn, den); move = mul(step, rate); kept = mul(p, decay); pn = sub(kept, move); pn2 = mul(pn, 1.0)"
-    )
+    return updates.adamw(columns, 0.9, 0.999, 1e-8, gradient=dtype, copy="bf16")
 
 
-SPECS = {f.__name__: f for f in (rms_norm, rms_norm_backward, softmax, swiglu, gelu_bias, adamw)}
+def sgd(columns: int, dtype: str = "f32") -> KernelSpec:
+    return updates.sgd(columns, 0.0, 0.0, False, gradient=dtype)
+
+
+def sgd_momentum(columns: int, dtype: str = "f32") -> KernelSpec:
+    return updates.sgd(columns, 0.9, 0.01, False, dtype, dtype)
+
+
+def sgd_nesterov(columns: int, dtype: str = "f32") -> KernelSpec:
+    return updates.sgd(columns, 0.9, 0.01, True, gradient=dtype, copy="f16")
+
+
+def lion(columns: int, dtype: str = "f32") -> KernelSpec:
+    return updates.lion(columns, 0.9, 0.99, gradient=dtype, copy="bf16")
+
+
+UPDATES = {f.__name__: f for f in (adamw, sgd, sgd_momentum, sgd_nesterov, lion)}
+
+SPECS = {f.__name__: f for f in (rms_norm, rms_norm_backward, softmax, swiglu, gelu_bias)} | UPDATES

@@ -10,8 +10,7 @@ from torch import nn
 
 from tests.single.trained import Trained, llama
 from zgraph.errors import OffloadError, UsageError
-from zgraph.optim import AdamW
-from zgraph.runtime import adamw
+from zgraph.optim import AdamW, adamw
 
 PLACES = {
     "in place": {},
