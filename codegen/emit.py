@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from zgraph.codegen.ops import NEUTRAL, OPS, Extent
+from zgraph.codegen.ops import JOINED, NEUTRAL, OPS, Extent
 from zgraph.codegen.spec import Arg, KernelSpec, Operand, Step
+from zgraph.codegen.sweeps import Sweep, sweeps
 from zgraph.ir import DType
 
 TRITON_TYPES = {
@@ -34,6 +35,9 @@ def source(spec: KernelSpec) -> str:
     on BLOCK_M rows at a time: on whole rows if something is summed over their columns, else on BLOCK_N columns, which
     the second axis of the grid counts. Where it sums over rows, each program of the first axis writes a sum of its own:
     the output has one row for each, which are summed up afterwards, always in the same order.
+
+    Where whole rows are too long for one program to hold, it sweeps over them in blocks of BLOCK_N columns
+    (`sweeps.py`), and adds to its row of such an output in memory.
     """
     text = str(spec).replace("; ", "\n        ").replace(" -> ", "\n        -> ")
     return _HEADER.format(name=spec.name, summary=_summary(spec), spec=text) + "\n".join(_kernel(spec)) + "\n"
@@ -48,17 +52,28 @@ def _kernel(spec: KernelSpec) -> Iterator[str]:
     pointers = [f"{operand.name}_in" for operand in spec.inputs] + [f"{operand.name}_out" for operand in spec.outputs]
     yield "@triton.jit"
     yield f"def {spec.name}({', '.join(pointers)}, num_rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):"
-    body = list(_setup(spec))
+    yield from _indented(_swept(spec) if spec.is_swept else _whole(spec))
+
+
+def _indented(lines: Iterable[str]) -> Iterator[str]:
+    return (f"    {line}" for line in lines)
+
+
+_BLOCKS = "for block in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):"
+
+
+def _whole(spec: KernelSpec) -> Iterator[str]:
+    """A kernel that holds blocks of rows whole, or needs only some of their columns together."""
+    yield from _setup(spec)
     sums = {step.name: step for step in spec.row_sums}
     for operand in spec.inputs:
         if operand.extent in (Extent.row, Extent.scalar):
-            body.append(_load(operand))
+            yield _load(operand)
     for name in sums:
-        body.append(f"{name} = tl.zeros([BLOCK_N], tl.float32)")
-    body.append("for block in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):")
-    body += [f"    {line}" for line in _rows(spec)]
-    body += [_store_sum(output, spec.columns) for output in spec.outputs if output.name in sums]
-    yield from (f"    {line}" for line in body)
+        yield f"{name} = tl.zeros([BLOCK_N], tl.float32)"
+    yield _BLOCKS
+    yield from _indented(_rows(spec))
+    yield from (_store_sum(output, spec.columns) for output in spec.outputs if output.name in sums)
 
 
 def _setup(spec: KernelSpec) -> Iterator[str]:
@@ -67,21 +82,73 @@ def _setup(spec: KernelSpec) -> Iterator[str]:
     yield f"in_row = columns < {spec.columns}"
 
 
-def _rows(spec: KernelSpec) -> Iterator[str]:
-    """The work on one block of rows."""
-    yield "rows = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)"
-    yield "in_rows = rows < num_rows"
+_ROWS = "rows = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)", "in_rows = rows < num_rows"
+
+
+def _positions(spec: KernelSpec) -> Iterator[str]:
+    """Where rows and columns meet."""
     yield f"at = rows[:, None] * {spec.columns} + columns[None, :]"
     yield "inside = in_rows[:, None] & in_row[None, :]"
+
+
+def _rows(spec: KernelSpec) -> Iterator[str]:
+    """The work on one block of rows."""
+    yield from _ROWS
+    yield from _positions(spec)
     for operand in spec.inputs:
         if operand.extent in (Extent.full, Extent.column):
             yield _load(operand)
     for step in spec.steps:
-        yield _line(step, spec)
+        yield _line(step)
     sums = {step.name for step in spec.row_sums}
     for output in spec.outputs:
         if output.name not in sums:
             yield _store(output)
+
+
+def _swept(spec: KernelSpec) -> Iterator[str]:
+    """A kernel that sweeps over the columns of blocks of rows."""
+    yield from (_load(operand) for operand in spec.inputs if operand.extent is Extent.scalar)
+    yield from (_line(step) for step in spec.steps if spec.extents[step.name] is Extent.scalar)
+    yield _BLOCKS
+    yield from _indented(_swept_rows(spec))
+
+
+def _swept_rows(spec: KernelSpec) -> Iterator[str]:
+    """The work on one block of rows, sweep by sweep."""
+    yield from _ROWS
+    yield from (_load(operand) for operand in spec.inputs if operand.extent is Extent.column)
+    for sweep in sweeps(spec):
+        yield from map(_line, sweep.before)
+        for step in sweep.reductions:
+            yield f"{step.name}_parts = tl.full([BLOCK_M, BLOCK_N], {NEUTRAL[step.op]}, tl.float32)"
+        if sweep.steps or sweep.outputs:
+            yield f"for first in range(0, {spec.columns}, BLOCK_N):"
+            yield from _indented(_swept_columns(spec, sweep))
+        for step in sweep.reductions:
+            yield f"{step.name} = {OPS[step.op].triton.format(f'{step.name}_parts')}"
+    yield from (_store(output) for output in spec.outputs if output.extent is Extent.column)
+    if spec.row_sums:
+        yield "tl.debug_barrier()  # a thread may add to what another wrote"
+
+
+def _swept_columns(spec: KernelSpec, sweep: Sweep) -> Iterator[str]:
+    """The work on one block of columns."""
+    yield "columns = first + tl.arange(0, BLOCK_N)"
+    yield f"in_row = columns < {spec.columns}"
+    yield from _positions(spec)
+    yield from map(_load, sweep.inputs)
+    for step in sweep.steps:
+        if step in sweep.reductions:
+            parts = f"{step.name}_parts"
+            yield f"{parts} = {JOINED[step.op].format(parts, _inside(step))}"
+            continue
+        if OPS[step.op].reduces:
+            yield f"{step.name} = {_sum_so_far(step, spec.columns)}"
+        yield _line(step)
+    sums = {step.name for step in spec.row_sums}
+    for output in sweep.outputs:
+        yield _store_sum(output, spec.columns) if output.name in sums else _store(output)
 
 
 def _load(operand: Operand) -> str:
@@ -97,26 +164,40 @@ def _load(operand: Operand) -> str:
     return f"{name} = {loaded}.to(tl.float32){shaped}"
 
 
-def _line(step: Step, spec: KernelSpec) -> str:
+def _line(step: Step) -> str:
     args = [_text(a) for a in step.args]
     op = OPS[step.op]
     if op.reduces:
-        args[0] = f"tl.where(inside, {args[0]}, {NEUTRAL[step.op]})"
+        args[0] = _inside(step)
     value = op.triton.format(*args)
     return f"{step.name} += {value}" if op.reduces == "rows" else f"{step.name} = {value}"
 
 
+def _inside(step: Step) -> str:
+    """What a step reduces, with nothing that counts beyond the last row and column."""
+    return f"tl.where(inside, {_text(step.args[0])}, {NEUTRAL[step.op]})"
+
+
 def _store(output: Operand) -> str:
-    where, mask = {
-        Extent.full: ("at", "inside"), Extent.column: ("rows[:, None]", "in_rows[:, None]"),
-        Extent.row: ("columns[None, :]", "in_row[None, :]"), Extent.scalar: ("", ""),
-    }[output.extent]  # fmt: skip
+    is_full = output.extent is Extent.full
+    where, mask = ("at", "inside") if is_full else ("rows[:, None]", "in_rows[:, None]")
     value = f"{output.name}.to({TRITON_TYPES[output.dtype]})"
     return f"tl.store({output.name}_out + {where}, {value}, mask={mask})"
 
 
 def _store_sum(output: Operand, columns: int) -> str:
-    return f"tl.store({output.name}_out + tl.program_id(0) * {columns} + columns, {output.name}, mask=in_row)"
+    return f"tl.store({_own_sum(output.name, columns)}, {output.name}, mask=in_row)"
+
+
+def _sum_so_far(step: Step, columns: int) -> str:
+    """What a program has summed over blocks of rows before this one."""
+    is_later = "in_row & (block != tl.program_id(0))"
+    return f"tl.load({_own_sum(step.name, columns)}, mask={is_later}, other=0.0)"
+
+
+def _own_sum(name: str, columns: int) -> str:
+    """Where a program writes its own sum over rows."""
+    return f"{name}_out + tl.program_id(0) * {columns} + columns"
 
 
 def _text(arg: Arg) -> str:

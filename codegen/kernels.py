@@ -72,8 +72,18 @@ class Tiles:
     num_warps: int
 
 
+SWEPT = Tiles(1, 2048, 8)
+"""Those of a kernel that sweeps over rows: 8 numbers a thread, 16 bytes in bf16. With few rows at a time, later sweeps
+find them in the L2 cache."""
+
+SWEPT_SUMS = Tiles(2, 2048, 8)
+"""Those of one that sums over rows besides: it adds to its sums in memory once for each two rows."""
+
+
 def tiles(spec: KernelSpec) -> Tiles:
     """The default tiles of a kernel."""
+    if spec.is_swept:
+        return SWEPT_SUMS if spec.row_sums else SWEPT
     columns = spec.columns if spec.needs_whole_rows else min(spec.columns, MAX_COLUMNS)
     block_n = 1 << (columns - 1).bit_length()
     block_m = max(BLOCK_NUMEL // block_n, 1)
@@ -112,7 +122,7 @@ def launch(
         for output in spec.outputs
     ]  # fmt: skip
     if num_programs:
-        load(spec)[(num_programs, -(-spec.columns // cut.block_n))](
+        load(spec)[(num_programs, 1 if spec.needs_whole_rows else -(-spec.columns // cut.block_n))](
             *(t.contiguous() for t in inputs), *outs, num_rows,
             BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, num_warps=cut.num_warps,
         )  # fmt: skip

@@ -69,6 +69,9 @@ OPS: Mapping[str, ScalarOp] = {op.name: op for op in _ROWS}
 NEUTRAL: Mapping[str, str] = {"row_sum": "0.0", "row_max": "float('-inf')", "col_sum": "0.0"}
 """What a reduction takes for columns beyond the last and rows beyond the last."""
 
+JOINED: Mapping[str, str] = {"row_sum": "{0} + {1}", "row_max": "tl.maximum({0}, {1})"}
+"""How reductions over the columns of two blocks become one."""
+
 
 def joined(extents: list[Extent]) -> Extent:
     """The extent of what is made of values of these."""

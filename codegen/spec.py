@@ -19,6 +19,9 @@ from zgraph.ir import DType
 Arg = str | float
 """The name of a value, or a number."""
 
+MAX_WHOLE_COLUMNS = 8192
+"""Longer rows do not fit the registers of one program."""
+
 _NAME = re.compile(r"[a-z_][a-z0-9_]*")
 _HEAD = re.compile(r"(?P<name>[a-z_]\w*) (?P<columns>\d+): (?P<inputs>.*) -> (?P<outputs>.*)")
 _OPERAND = re.compile(r"(?P<name>[a-z_]\w*) (?P<dtype>\w+)\[(?P<extent>M,N|M,1|N|)\]")
@@ -57,7 +60,7 @@ class KernelSpec:
         name: a word for it.
         columns: N, the length of a row.
         inputs: what it reads.
-        outputs: what it writes: inputs or steps, in other dtypes if wanted. Sums over rows are written in fp32.
+        outputs: what it writes: inputs or steps that have rows, in other dtypes if wanted, or sums over rows.
         steps: in an order that runs.
 
     Raises:
@@ -71,9 +74,12 @@ class KernelSpec:
     steps: tuple[Step, ...]
 
     def __post_init__(self) -> None:
+        extents, sums = self.extents, {step.name for step in self.row_sums}
         for output in self.outputs:
-            if self.extents.get(output.name) is not output.extent:
+            if extents.get(output.name) is not output.extent:
                 raise KernelError(f"{self.name} writes {output}, but makes no such value")
+            if output.extent in (Extent.row, Extent.scalar) and output.name not in sums:
+                raise KernelError(f"{self.name} writes {output}, which has no rows and is no sum over them")
         if not self.outputs or self.columns < 1:
             raise KernelError(f"{self.name} must write something, of at least one column")
 
@@ -121,6 +127,11 @@ class KernelSpec:
     def needs_whole_rows(self) -> bool:
         """Whether anything is summed or compared over the columns of a row."""
         return any(OPS[step.op].reduces == "columns" for step in self.steps)
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether it needs whole rows that are too long for one program to hold."""
+        return self.needs_whole_rows and self.columns > MAX_WHOLE_COLUMNS
 
     def __str__(self) -> str:
         head = f"{self.name} {self.columns}: {_list(self.inputs)} -> {_list(self.outputs)}"

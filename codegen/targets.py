@@ -72,9 +72,10 @@ def resources(spec: KernelSpec | Rotary, target: str) -> Resources:
     if target not in TARGETS:
         raise KernelError(f"no target is called {target!r}; they are {', '.join(TARGETS)}")
     function, signature, cut = _rotary(spec) if isinstance(spec, Rotary) else _rows(spec)
+    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind.startswith("*")}
     signature |= {"BLOCK_M": "constexpr", "BLOCK_N": "constexpr"}
     made = triton.compile(
-        ASTSource(function, signature, {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n}),
+        ASTSource(function, signature, {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n}, aligned),
         target=GPUTarget(*TARGETS[target]), options={"num_warps": cut.num_warps},
     )  # fmt: skip
     num_registers, spill_bytes = _of_hip(made) if target.startswith("gfx") else _of_cuda(made, target)

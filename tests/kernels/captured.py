@@ -13,12 +13,16 @@ from zgraph.passes.fused_rows import ROWS
 
 @cache
 def of_small_models() -> dict[str, KernelSpec]:
-    """Each different kernel of a Llama, a ViT and a T5, in fp32 and bf16."""
+    """Each different kernel of a Llama, a ViT, a T5 and a GPT-2, in fp32 and bf16."""
     ids = torch.zeros(2, 16, dtype=torch.int64)
     images = {"pixel_values": torch.zeros(2, 3, 32, 32), "labels": torch.zeros(2, dtype=torch.int64)}
     words = {"input_ids": ids, "labels": ids}
     found: dict[str, KernelSpec] = {}
-    for model, inputs in ((small.llama(32, 2, 50), words), (small.vit(32, 2), images), (small.t5(32, 1, 50), words)):
+    models = (
+        (small.llama(32, 2, 50), words), (small.vit(32, 2), images), (small.t5(32, 1, 50), words),
+        (small.gpt2(32, 1, 50), words),
+    )  # fmt: skip
+    for model, inputs in models:
         for dtype in (None, torch.bfloat16):
             cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in inputs.items()}
             found.update(_kernels(model, cast, dtype))

@@ -25,6 +25,7 @@ FAULTS = {
     "two inputs of k share": "k 4: x f32[M,N], x f32[N] -> x f32[M,N]",
     "reduces what has no rows": "k 4: x f32[M,1] -> y f32[M,1]; y = row_sum(x)",
     "writes y f32": "k 4: x f32[M,N] -> y f32[M,1]; y = neg(x)",
+    "has no rows": "k 4: x f32[M,N], w f32[N] -> y f32[M,N], v f32[N]; y = neg(x); v = neg(w)",
     "must write something": "k 0: x f32[M,N] -> y f32[M,N]; y = neg(x)",
 }
 
