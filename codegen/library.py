@@ -111,8 +111,7 @@ def _seed_fake(like: Tensor) -> Tensor:
 
 
 def _loss_fake(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, ...]:
-    lse = x.new_empty(target.shape, dtype=torch.float32)
-    return lse.new_empty(()), lse.new_empty(()), lse
+    return _losses_of(x, target)
 
 
 def _loss_backward_fake(tangent: Tensor, x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
@@ -120,7 +119,13 @@ def _loss_backward_fake(tangent: Tensor, x: Tensor, weight: Tensor, *rest: objec
 
 
 def _plain_loss_fake(logits: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, ...]:
-    return _loss_fake(logits, logits, target, ignore_index, mean)
+    return _losses_of(logits, target)
+
+
+def _losses_of(like: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """The loss, how many tokens count, and a number for each token."""
+    each = like.new_empty(target.shape, dtype=loss.computed_in(like.dtype))
+    return each.new_empty(()), each.new_empty(()), each
 
 
 def _plain_loss_backward_fake(tangent: Tensor, logits: Tensor, *rest: object) -> Tensor:
@@ -155,7 +160,7 @@ _LIBRARY.impl("cross_entropy", loss.cross_entropy, "CompositeExplicitAutograd")
 _LIBRARY.impl("cross_entropy_backward", loss.cross_entropy_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("zgraph::cross_entropy", _plain_loss_fake, lib=_LIBRARY)
 torch.library.register_fake("zgraph::cross_entropy_backward", _plain_loss_backward_fake, lib=_LIBRARY)
-_LIBRARY.impl("linear_cross_entropy", loss.forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_cross_entropy_backward", loss.backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_cross_entropy", loss.linear_cross_entropy, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_cross_entropy_backward", loss.linear_cross_entropy_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("zgraph::linear_cross_entropy", _loss_fake, lib=_LIBRARY)
 torch.library.register_fake("zgraph::linear_cross_entropy_backward", _loss_backward_fake, lib=_LIBRARY)

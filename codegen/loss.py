@@ -22,6 +22,11 @@ MULTIPLE = 128
 Tensor = torch.Tensor
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the loss of such logits is computed: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def block_columns(num_tokens: int, num_classes: int) -> int:
     """How many classes a block has."""
     columns = BLOCK_BYTES // (4 * max(num_tokens, 1)) // MULTIPLE * MULTIPLE
@@ -29,12 +34,12 @@ def block_columns(num_tokens: int, num_classes: int) -> int:
 
 
 def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of predicting `target` from logits [..., V], as `forward` returns it."""
+    """The loss of predicting `target` from logits [..., V], as `linear_cross_entropy` returns it."""
     rows = logits.view(-1, logits.shape[-1])
-    lse = rows.new_empty(target.shape, dtype=torch.float32)
+    lse = rows.new_empty(target.shape, dtype=computed_in(rows.dtype))
     picked = torch.zeros_like(lse)
     for some in _some_rows(rows):
-        part = rows[some].float()
+        part = rows[some].to(lse.dtype)
         at, inside = _at(target[some], 0, rows.shape[1])
         lse[some] = part.logsumexp(1)
         picked[some] = torch.where(inside, part.gather(1, at)[:, 0], 0.0)
@@ -50,8 +55,8 @@ def cross_entropy_backward(
     scale = _scale(tangent, target, number, ignore_index, mean)
     for some in _some_rows(rows):
         at, inside = _at(target[some], 0, rows.shape[1])
-        part = (rows[some].float() - lse[some, None]).exp_()
-        out[some] = part.scatter_add_(1, at, -inside[:, None].float()).mul_(scale[some])
+        part = (rows[some].to(lse.dtype) - lse[some, None]).exp_()
+        out[some] = part.scatter_add_(1, at, -inside[:, None].to(lse.dtype)).mul_(scale[some])
     return made
 
 
@@ -63,14 +68,15 @@ def plain_scratch_bytes(num_tokens: int, num_classes: int) -> int:
 def _summed(losses: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor]:
     """The loss of all tokens that count, and their number."""
     counts = target != ignore_index
-    number = counts.sum().float()
+    number = counts.sum().to(losses.dtype)
     loss = torch.where(counts, losses, 0.0).sum()
     return (loss / number if mean else loss), number
 
 
 def _scale(tangent: Tensor, target: Tensor, number: Tensor, ignore_index: int, mean: bool) -> Tensor:
     """What each token's gradient is multiplied by, [T, 1]."""
-    own = tangent.float() / number if mean else tangent.float()
+    own = tangent.to(number.dtype)
+    own = own / number if mean else own
     return torch.where(target != ignore_index, own, 0.0)[:, None]
 
 
@@ -84,7 +90,9 @@ def _some_rows(rows: Tensor) -> Iterator[slice]:
         yield slice(begin, begin + size)
 
 
-def forward(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, mean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of predicting `target` from `x @ weight.T`.
 
     Args:
@@ -95,12 +103,13 @@ def forward(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, mean: 
         mean: divide by the number of targets that count.
 
     Returns:
-        The loss and that number, [] in fp32; the logarithm of the sum of exponentials of each token's logits, [T].
+        The loss and that number, []; the logarithm of the sum of exponentials of each token's logits, [T]. All of them
+        in fp32, or in fp64 if `x` is.
     """
-    top = x.new_full(target.shape, float("-inf"), dtype=torch.float32)
+    top = x.new_full(target.shape, float("-inf"), dtype=computed_in(x.dtype))
     total, picked = torch.zeros_like(top), torch.zeros_like(top)
     for begin, part in _blocks(x, weight):
-        logits = (x @ part.t()).float()
+        logits = (x @ part.t()).to(top.dtype)
         at, inside = _at(target, begin, len(part))
         picked = torch.where(inside, logits.gather(1, at)[:, 0], picked)
         higher = torch.maximum(top, logits.amax(1))
@@ -110,18 +119,20 @@ def forward(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, mean: 
     return *_summed(lse - picked, target, ignore_index, mean), lse
 
 
-def backward(
+def linear_cross_entropy_backward(
     tangent: Tensor, x: Tensor, weight: Tensor, target: Tensor, number: Tensor, lse: Tensor, ignore_index: int,
     mean: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of `x` and `weight`, from what `forward` was given and returned, and the loss's own gradient []."""
+    """The gradients of `x` and `weight`, from what `linear_cross_entropy` was given and returned, and the loss's own
+    gradient [].
+    """
     scale = _scale(tangent, target, number, ignore_index, mean)
-    dx, dweight = torch.zeros_like(x, dtype=torch.float32), torch.empty_like(weight)
+    dx, dweight = torch.zeros_like(x, dtype=lse.dtype), torch.empty_like(weight)
     for begin, part in _blocks(x, weight):
-        logits = (x @ part.t()).float()
+        logits = (x @ part.t()).to(lse.dtype)
         at, inside = _at(target, begin, len(part))
         gradient = logits.sub_(lse[:, None]).exp_()
-        gradient.scatter_add_(1, at, -inside[:, None].float()).mul_(scale)
+        gradient.scatter_add_(1, at, -inside[:, None].to(lse.dtype)).mul_(scale)
         gradient = gradient.to(x.dtype)
         torch.mm(gradient.t(), x, out=dweight[begin : begin + len(part)])
         dx += gradient @ part

@@ -1,5 +1,4 @@
-"""The cross-entropy as one op: no tensor as large as the logits beside them, nor they themselves if nothing else reads
-them.
+"""The cross-entropy as one op: nothing as large as the logits beside them, nor they themselves if only it reads them.
 
     fwd %z: bf16[T, V] = aten.mm.default(%x, %wt)          fwd %loss, %number, %lse =
     fwd %f: f32[T, V] = aten._to_copy.default(%z)     ->       zgraph.linear_cross_entropy.default(%x, %w, %target)
@@ -16,13 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from zgraph.ir import Arg, Builder, DType, Foreign, Graph, Node, Phase, TensorType, Value
+from zgraph.passes.analysis.rows import same_rows
 
 LINEAR = "zgraph.linear_cross_entropy.default"
 LINEAR_BACKWARD = "zgraph.linear_cross_entropy_backward.default"
 PLAIN = "zgraph.cross_entropy.default"
 PLAIN_BACKWARD = "zgraph.cross_entropy_backward.default"
 
-_VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten._to_copy.default")
+_CAST = "aten._to_copy.default"
+_VIEWS = ("aten.view.default", "aten._unsafe_view.default")
 _REDUCTIONS = {1: True, 2: False}
 """torch's numbers for a mean and a sum."""
 
@@ -72,27 +73,39 @@ def fused_losses(graph: Graph, made_by: str) -> Graph:
         instead.update(_plain(loss, builder) if projection is None else _linear(loss, projection, builder, position))
     nodes = [new for node in graph.nodes for new in (instead.get(node.name, [node]) if node.results else [node])]
     own = {op: Foreign(multi=True) for op in (LINEAR, LINEAR_BACKWARD, PLAIN)}
-    own |= {PLAIN_BACKWARD: Foreign(), "aten.view.default": Foreign(views=(0,))}
+    own |= {PLAIN_BACKWARD: Foreign(), _CAST: Foreign(), "aten.view.default": Foreign(views=(0,))}
     return replace(graph, nodes=tuple(nodes), foreign={**graph.foreign, **own})
 
 
-def _forward(loss: _Loss, op: str, reads: tuple[Value, ...], builder: Builder) -> tuple[Node, Value]:
-    """The op that makes the loss, and what it keeps of the logits."""
-    lse = builder.value(f"{loss.node.name}_lse", TensorType(DType.f32, loss.target.tensor.shape))
+def _forward(
+    loss: _Loss, op: str, reads: tuple[Value, ...], builder: Builder
+) -> tuple[list[Node], tuple[Value, Value]]:
+    """The op that makes the loss, with casts to what is wanted; and what it keeps: a number of tokens, one of each."""
+    computed_in = DType.f64 if loss.logits.tensor.dtype is DType.f64 else DType.f32
+    origin = builder.origin(loss.node.origin)
+    made: list[Value] = []
+    casts: list[Node] = []
+    for wanted in loss.node.results:
+        if wanted.tensor.dtype is computed_in:
+            made.append(wanted)
+            continue
+        made.append(builder.value(f"{wanted.name}_{computed_in.value}", replace(wanted.tensor, dtype=computed_in)))
+        options = (("dtype", wanted.tensor.dtype),)
+        casts.append(Node(_CAST, (made[-1],), (wanted,), options, Phase.forward, origin))
+    lse = builder.value(f"{loss.node.name}_lse", TensorType(computed_in, loss.target.tensor.shape))
     args: tuple[Arg, ...] = (*reads, loss.target, *loss.options)
-    return Node(op, args, (*loss.node.results, lse), (), Phase.forward, builder.origin(loss.node.origin)), lse
+    return [Node(op, args, (*made, lse), (), Phase.forward, origin), *casts], (made[1], lse)
 
 
 def _linear(
     loss: _Loss, projection: _Projection, builder: Builder, position: Mapping[str, int]
 ) -> dict[str, list[Node]]:
     """What stands in the place of nodes, by their names."""
-    forward, lse = _forward(loss, LINEAR, (projection.x, projection.weight), builder)
-    found = {loss.node.name: [forward]}
+    forward, kept = _forward(loss, LINEAR, (projection.x, projection.weight), builder)
+    found = {loss.node.name: forward}
     if projection.gradients is not None:
         for_x, for_weight = projection.gradients
-        number = loss.node.results[1]
-        args = (loss.tangent, projection.x, projection.weight, loss.target, number, lse, *loss.options)
+        args = (loss.tangent, projection.x, projection.weight, loss.target, *kept, *loss.options)
         first, second = sorted(projection.gradients, key=lambda n: position[n.name])
         results = (*for_x.results, *for_weight.results)
         found[second.name] = []
@@ -102,13 +115,13 @@ def _linear(
 
 def _plain(loss: _Loss, builder: Builder) -> dict[str, list[Node]]:
     """What stands in the place of nodes where the logits stay."""
-    forward, lse = _forward(loss, PLAIN, (loss.logits,), builder)
-    found = {loss.node.name: [forward]}
+    forward, kept = _forward(loss, PLAIN, (loss.logits,), builder)
+    found = {loss.node.name: forward}
     if (node := loss.gradient) is not None:
         wanted, origin = node.results[0], builder.origin(node.origin)
         is_same = wanted.tensor.shape == loss.logits.tensor.shape
         made = wanted if is_same else builder.value(f"{wanted.name}_rows", loss.logits.type)
-        args = (loss.tangent, loss.logits, loss.target, loss.node.results[1], lse, *loss.options)
+        args = (loss.tangent, loss.logits, loss.target, *kept, *loss.options)
         found[node.name] = [Node(PLAIN_BACKWARD, args, (made,), (), node.phase, origin)]
         if not is_same:
             shape = wanted.tensor.shape
@@ -125,13 +138,13 @@ def _loss(graph: Graph, node: Node) -> _Loss | None:
     if softmax is None or softmax.op != "aten._log_softmax.default" or not isinstance(target, Value):
         return None
     chain = [softmax]
-    while (maker := _maker(graph, chain[-1].args[0])) is not None and maker.op in _VIEWS:
+    while (maker := _maker(graph, chain[-1].args[0])) is not None and maker.op in (_CAST, *_VIEWS):
         chain.append(maker)
     logits = chain[-1].operands[0]
     if not _are_rows(logits, softmax):
         return None
     # a view that others read too is no more than a name of the logits
-    while len(chain) > 1 and chain[-1].op != "aten._to_copy.default" and _same_rows(chain[-1]):
+    while len(chain) > 1 and chain[-1].op in _VIEWS and same_rows(logits, chain[-1].results[0]):
         logits = chain.pop().results[0]
     inside = {node.name, *(n.name for n in chain)}
     backward = next((n for n in _readers(graph, softmax) if n.op == "aten.nll_loss_backward.default"), None)
@@ -151,11 +164,6 @@ def _loss(graph: Graph, node: Node) -> _Loss | None:
     return _Loss(node, logits, target, options, frozenset(inside), tangent, gradient)
 
 
-def _same_rows(view: Node) -> bool:
-    source, result = view.operands[0].tensor, view.results[0].tensor
-    return source.strides is None and result.strides is None and source.shape[-1:] == result.shape[-1:]
-
-
 def _are_rows(logits: Value, softmax: Node) -> bool:
     """Whether the softmax is over the classes of each token's logits."""
     before, last = logits.tensor, softmax.results[0].tensor
@@ -167,7 +175,7 @@ def _projection(graph: Graph, loss: _Loss) -> _Projection | None:
     """The matmul that makes the logits, if nothing else reads them nor their gradient."""
     matmul = _maker(graph, loss.logits)
     views = [loss.logits]
-    while matmul is not None and matmul.op in _VIEWS[:2]:
+    while matmul is not None and matmul.op in _VIEWS:
         views.append(matmul.operands[0])
         matmul = _maker(graph, views[-1])
     if matmul is None or matmul.op != "aten.mm.default":
@@ -193,7 +201,7 @@ def _gradient(graph: Graph, backward: Node) -> Node | None:
     if len(readers) != 1 or readers[0].op != "aten._log_softmax_backward_data.default":
         return None
     node = readers[0]
-    while len(readers := _readers(graph, node)) == 1 and readers[0].op in _VIEWS:
+    while len(readers := _readers(graph, node)) == 1 and readers[0].op in (_CAST, *_VIEWS):
         node = readers[0]
     return node
 

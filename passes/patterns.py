@@ -5,10 +5,10 @@ A pattern says what the op is called with, what it makes, and the steps between;
     aten.silu_backward.default: g x -> y: s = sigmoid(x); ...
 
 An argument is a name, bound to a value or a number, or says what must stand there: a number, `none`, `true`, `last`
-(the last dimension alone), `rows` (all dimensions but the last), or `_` for anything. Arguments left out at the end are
-at their defaults. In steps, `per_column` is one over the number of columns, `per_kept` one over
-what a dropout with probability `p` keeps, and `seed` a number drawn once a step: where a dropout keeps is a function of
-that and of the position, which is drawn again in the backward instead of kept.
+(the last dimension alone), `rows` (all dimensions but the last), `_` for anything, or a keyword's argument as in
+`approximate=tanh`. Arguments that are left out are at their defaults. In steps, `per_column` is one over the number of
+columns, `per_kept` one over what a dropout with probability `p` keeps, and `seed` a number drawn once a step: where a
+dropout keeps is a function of that and of the position, which is drawn again in the backward instead of kept.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
-from zgraph.codegen.ops import OPS
 from zgraph.codegen.spec import Step, parse_step
 
 _LINES = """
@@ -52,6 +50,14 @@ aten.gelu.default: x -> y: v = mul(x, 0.7071067811865476); f = erf(v); p = add(f
 aten.gelu_backward.default: g x -> y:
     v = mul(x, 0.7071067811865476); f = erf(v); p = add(f, 1.0); c = mul(p, 0.5); q = mul(v, v); n = neg(q);
     e = exp(n); k = mul(e, 0.3989422804014327); xk = mul(x, k); d = add(c, xk); y = mul(g, d)
+aten.gelu.default: x approximate=tanh -> y:
+    q = mul(x, x); c = mul(q, x); k = mul(c, 0.044715); z = add(x, k); v = mul(z, 0.7978845608028654); t = tanh(v);
+    p = add(t, 1.0); h = mul(x, 0.5); y = mul(h, p)
+aten.gelu_backward.default: g x approximate=tanh -> y:
+    q = mul(x, x); c = mul(q, x); k = mul(c, 0.044715); z = add(x, k); v = mul(z, 0.7978845608028654); t = tanh(v);
+    p = add(t, 1.0); h = mul(x, 0.5); tt = mul(t, t); o = sub(1.0, tt); ho = mul(h, o); q3 = mul(q, 0.134145);
+    i = add(q3, 1.0); vi = mul(i, 0.7978845608028654); hv = mul(ho, vi); c2 = mul(p, 0.5); d = add(c2, hv);
+    y = mul(g, d)
 aten.native_dropout.default: x p true -> y k: u = random(seed); k = less(p, u); d = mul(x, k); y = mul(d, per_kept)
 aten.native_dropout_backward.default: g kept scale -> y: k = mul(g, kept); y = mul(k, scale)
 aten.mean.dim: x last true -> y: t = row_sum(x); y = mul(t, per_column)
@@ -82,12 +88,14 @@ class Pattern:
     Args:
         op: what it is called.
         args: what must stand at each position.
+        keywords: what must stand at each keyword.
         results: the names of what it makes, in order.
         steps: what makes them.
     """
 
     op: str
     args: tuple[str, ...]
+    keywords: Mapping[str, str]
     results: tuple[str, ...]
     steps: tuple[Step, ...]
 
@@ -100,16 +108,13 @@ class Pattern:
                 found.append(step)
         return found[::-1]
 
-    @cached_property
-    def needs_whole_rows(self) -> bool:
-        """Whether a step takes all columns of a row together."""
-        return any(OPS[step.op].reduces == "columns" for step in self.steps)
-
 
 def _pattern(line: str) -> Pattern:
     op, signature, steps = line.split(": ")
-    args, results = signature.split(" -> ")
-    return Pattern(op, tuple(args.split()), tuple(results.split()), tuple(map(parse_step, steps.split("; "))))
+    given, results = (side.split() for side in signature.split(" -> "))
+    args = tuple(word for word in given if "=" not in word)
+    keywords = dict(word.split("=") for word in given if "=" in word)
+    return Pattern(op, args, keywords, tuple(results), tuple(map(parse_step, steps.split("; "))))
 
 
 def _by_op(lines: str) -> Mapping[str, tuple[Pattern, ...]]:

@@ -13,9 +13,6 @@ from zgraph.passes.patterns import PATTERNS, RENAMES, Pattern
 
 FLOATS = frozenset({DType.f32, DType.bf16, DType.f16})
 
-MAX_WHOLE_COLUMNS = 8192
-"""Longer rows do not fit the registers of one program."""
-
 TAKES_OPTIONS = frozenset({"aten._to_copy.default", "aten.clone.default"})
 """Ops whose keyword arguments say nothing that the types do not."""
 
@@ -55,7 +52,7 @@ class Views:
                 continue
             source, result = node.operands[0], node.results[0]
             self.base[result.name] = self.base.get(source.name, source.name)
-            if _same_rows(source, result):
+            if same_rows(source, result):
                 self.same[result.name] = self.root(source)
 
     def root(self, value: Value) -> Value:
@@ -63,7 +60,7 @@ class Views:
         return self.same.get(value.name, value)
 
 
-def _same_rows(source: Value, result: Value) -> bool:
+def same_rows(source: Value, result: Value) -> bool:
     """Whether a view has the same rows, one after the other, or one number of each row for all of its columns."""
     a, b = source.type, result.type
     if not isinstance(a, TensorType) or not isinstance(b, TensorType) or a.strides is not None or not a.shape:
@@ -88,13 +85,10 @@ class Match:
 
 def match(node: Node, views: Views, space: Space) -> Match | None:
     """The pattern that a node is of, if all that it reads and makes lies in these rows."""
-    if node.kwargs and node.op not in TAKES_OPTIONS:
-        return None
+    keywords = {} if node.op in TAKES_OPTIONS else {name: written(arg) for name, arg in node.kwargs}
     for pattern in PATTERNS.get(node.op, ()):
-        if space.columns > MAX_WHOLE_COLUMNS and pattern.needs_whole_rows:
-            continue
         bound = _bind(pattern, node)
-        if bound is None or len(pattern.results) != len(node.results):
+        if bound is None or keywords != pattern.keywords or len(pattern.results) != len(node.results):
             continue
         if any(space.extent(views.root(v)) is None for v in bound.values() if isinstance(v, Value)):
             continue

@@ -74,8 +74,8 @@ def test_the_loss_of_logits_and_its_gradient_are_torchs(dtype, num_tokens, num_c
 def test_nothing_counts():
     """As torch says it: a mean over nothing is not a number, a sum nothing."""
     x, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.full((3,), IGNORED)
-    assert loss.forward(x, weight, target, IGNORED, True)[0].isnan()
-    assert loss.forward(x, weight, target, IGNORED, False)[0] == 0
+    assert loss.linear_cross_entropy(x, weight, target, IGNORED, True)[0].isnan()
+    assert loss.linear_cross_entropy(x, weight, target, IGNORED, False)[0] == 0
 
 
 def test_what_traces_torch_sees_through_the_ops():

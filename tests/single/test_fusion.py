@@ -5,7 +5,6 @@ from statistics import median
 
 import pytest
 import torch
-import transformers as hf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,17 +27,6 @@ BEFORE = parse_recipe("canonicalize")
 FUSED = parse_recipe("canonicalize,fuse")
 
 
-def gpt2(width: int = 64, num_layers: int = 2, num_words: int = 300, *, dropout: float = 0.1) -> nn.Module:
-    model = hf.GPT2LMHeadModel(
-        hf.GPT2Config(
-            n_embd=width, n_layer=num_layers, n_head=4, n_positions=2048, vocab_size=num_words, use_cache=False,
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
-        )
-    )  # fmt: skip
-    model.loss_type = "ForCausalLM"
-    return model
-
-
 def t5() -> nn.Module:
     model = MODELS["t5"]()
     for module in model.modules():
@@ -58,7 +46,7 @@ def neox() -> nn.Module:
     return hf.GPTNeoXForCausalLM(config)
 
 
-ALL = {**MODELS, "t5": t5, "gpt2": lambda: gpt2(dropout=0.0), "neox": neox}
+ALL = {**MODELS, "t5": t5, "gpt2": lambda: small.gpt2(dropout=0.0), "neox": neox}
 """Without dropout: kernels draw other numbers."""
 
 
@@ -148,7 +136,7 @@ def wide(name: str, num_layers: int) -> Graph:
         if name == "llama":
             model = small.llama(1024, num_layers, 1000, num_heads=16, num_kv_heads=4, inner=2816)
         else:
-            model = gpt2(1024, num_layers, 1000, dropout=0.0)
+            model = small.gpt2(1024, num_layers, 1000, dropout=0.0)
     return zgraph.trace(model, input_ids=ids, labels=ids, param_dtype=torch.bfloat16)
 
 
@@ -207,6 +195,28 @@ def test_training_with_kernels(stage):
     assert kernels(entry.plan.graph)
     assert entry.plan.absent
     assert fused.predicted == pytest.approx(fused.peak, rel=0.05)
+
+
+class Long(nn.Module):
+    """Rows that no program holds whole, and the approximation of a GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 9000), nn.LayerNorm(9000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.gelu(self.norm(self.first(x)), approximate="tanh").mean()
+
+
+def test_long_rows_and_approximations_are_fused():
+    torch.compiler.reset()
+    graph = BEFORE.run(zgraph.trace(Long(), torch.ones(3, 4)), Context())
+    fused = FUSED.run(graph, Context())
+    assert not any("gelu" in n.op or "layer_norm" in n.op for n in fused.nodes)
+    assert {n.phase for n in kernels(fused) if spec(n).is_swept} == {Phase.forward, Phase.backward}
+    reference = Likely(graph, 1)
+    for wanted, made in zip(floats(reference, graph), floats(reference, fused), strict=True):
+        assert (made - wanted).norm() <= 1e-4 * wanted.norm()
 
 
 class Dropping(nn.Module):
@@ -316,6 +326,35 @@ def test_logits_that_are_returned_are_all_that_is_as_large(name):
     assert not any(n.op.startswith(("aten._log_softmax", "aten.nll_loss")) for n in fused.nodes)
     made = [r.type for n in fused.nodes for r in n.results if isinstance(r.type, TensorType)]
     assert not {t.shape[-2:] for t in made if t.dtype is DType.f32} & {(96, 300), (48, 300)}
+
+
+class Classes(nn.Module):
+    """A loss of logits in their own dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(16, 32)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.last(x), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_loss_has_the_dtype_of_its_logits(dtype):
+    torch.compiler.reset()
+    model, target = Classes().to(dtype), torch.arange(8)
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = model(x, target)
+    (wanted,) = torch.autograd.grad(expected, model.last.bias)
+    fused = zgraph.compile(model, kernels="triton")
+    loss = fused(x, target)
+    loss.backward()
+    (entry,) = zgraph.report(fused).entries
+    assert any(n.op == PLAIN for n in entry.plan.graph.nodes)
+    assert loss.dtype is dtype
+    tolerance = {"rtol": 1e-2, "atol": 1e-3} if dtype is torch.bfloat16 else {"rtol": 1e-12, "atol": 1e-15}
+    assert torch.allclose(loss, expected, **tolerance)
+    assert torch.allclose(model.last.bias.grad, wanted, **tolerance)
 
 
 def test_training_on_the_loss_alone():
