@@ -39,23 +39,25 @@ def source(spec: KernelSpec) -> str:
     Where whole rows are too long for one program to hold, it sweeps over them in blocks of BLOCK_N columns
     (`sweeps.py`), and adds to its row of such an output in memory.
     """
+    return module(spec, "rows", _kernel(spec))
+
+
+def module(spec: KernelSpec, what: str, kernel: Iterable[str]) -> str:
+    """The text of a module: what the kernel works on, what it was generated from, and the kernel."""
     text = str(spec).replace("; ", "\n        ").replace(" -> ", "\n        -> ")
-    return _HEADER.format(name=spec.name, summary=_summary(spec), spec=text) + "\n".join(_kernel(spec)) + "\n"
-
-
-def _summary(spec: KernelSpec) -> str:
     reads, writes = (", ".join(o.name for o in side) for side in (spec.inputs, spec.outputs))
-    return f"rows of {spec.columns} columns, {reads} to {writes}."
+    summary = f"{what} of {spec.columns} columns, {reads} to {writes}."
+    return _HEADER.format(name=spec.name, summary=summary, spec=text) + "\n".join(kernel) + "\n"
 
 
 def _kernel(spec: KernelSpec) -> Iterator[str]:
     pointers = [f"{operand.name}_in" for operand in spec.inputs] + [f"{operand.name}_out" for operand in spec.outputs]
     yield "@triton.jit"
     yield f"def {spec.name}({', '.join(pointers)}, num_rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):"
-    yield from _indented(_swept(spec) if spec.is_swept else _whole(spec))
+    yield from indented(_swept(spec) if spec.is_swept else _whole(spec))
 
 
-def _indented(lines: Iterable[str]) -> Iterator[str]:
+def indented(lines: Iterable[str]) -> Iterator[str]:
     return (f"    {line}" for line in lines)
 
 
@@ -68,11 +70,11 @@ def _whole(spec: KernelSpec) -> Iterator[str]:
     sums = {step.name: step for step in spec.row_sums}
     for operand in spec.inputs:
         if operand.extent in (Extent.row, Extent.scalar):
-            yield _load(operand)
+            yield load(operand)
     for name in sums:
         yield f"{name} = tl.zeros([BLOCK_N], tl.float32)"
     yield _BLOCKS
-    yield from _indented(_rows(spec))
+    yield from indented(_rows(spec))
     yield from (_store_sum(output, spec.columns) for output in spec.outputs if output.name in sums)
 
 
@@ -85,7 +87,7 @@ def _setup(spec: KernelSpec) -> Iterator[str]:
 _ROWS = "rows = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)", "in_rows = rows < num_rows"
 
 
-def _positions(spec: KernelSpec) -> Iterator[str]:
+def positions(spec: KernelSpec) -> Iterator[str]:
     """Where rows and columns meet."""
     yield f"at = rows[:, None] * {spec.columns} + columns[None, :]"
     yield "inside = in_rows[:, None] & in_row[None, :]"
@@ -94,40 +96,40 @@ def _positions(spec: KernelSpec) -> Iterator[str]:
 def _rows(spec: KernelSpec) -> Iterator[str]:
     """The work on one block of rows."""
     yield from _ROWS
-    yield from _positions(spec)
+    yield from positions(spec)
     for operand in spec.inputs:
         if operand.extent in (Extent.full, Extent.column):
-            yield _load(operand)
+            yield load(operand)
     for step in spec.steps:
-        yield _line(step)
+        yield line(step)
     sums = {step.name for step in spec.row_sums}
     for output in spec.outputs:
         if output.name not in sums:
-            yield _store(output)
+            yield store(output)
 
 
 def _swept(spec: KernelSpec) -> Iterator[str]:
     """A kernel that sweeps over the columns of blocks of rows."""
-    yield from (_load(operand) for operand in spec.inputs if operand.extent is Extent.scalar)
-    yield from (_line(step) for step in spec.steps if spec.extents[step.name] is Extent.scalar)
+    yield from (load(operand) for operand in spec.inputs if operand.extent is Extent.scalar)
+    yield from (line(step) for step in spec.steps if spec.extents[step.name] is Extent.scalar)
     yield _BLOCKS
-    yield from _indented(_swept_rows(spec))
+    yield from indented(_swept_rows(spec))
 
 
 def _swept_rows(spec: KernelSpec) -> Iterator[str]:
     """The work on one block of rows, sweep by sweep."""
     yield from _ROWS
-    yield from (_load(operand) for operand in spec.inputs if operand.extent is Extent.column)
+    yield from (load(operand) for operand in spec.inputs if operand.extent is Extent.column)
     for sweep in sweeps(spec):
-        yield from map(_line, sweep.before)
+        yield from map(line, sweep.before)
         for step in sweep.reductions:
             yield f"{step.name}_parts = tl.full([BLOCK_M, BLOCK_N], {NEUTRAL[step.op]}, tl.float32)"
         if sweep.steps or sweep.outputs:
             yield f"for first in range(0, {spec.columns}, BLOCK_N):"
-            yield from _indented(_swept_columns(spec, sweep))
+            yield from indented(_swept_columns(spec, sweep))
         for step in sweep.reductions:
             yield f"{step.name} = {OPS[step.op].triton.format(f'{step.name}_parts')}"
-    yield from (_store(output) for output in spec.outputs if output.extent is Extent.column)
+    yield from (store(output) for output in spec.outputs if output.extent is Extent.column)
     if spec.row_sums:
         yield "tl.debug_barrier()  # a thread may add to what another wrote"
 
@@ -136,8 +138,8 @@ def _swept_columns(spec: KernelSpec, sweep: Sweep) -> Iterator[str]:
     """The work on one block of columns."""
     yield "columns = first + tl.arange(0, BLOCK_N)"
     yield f"in_row = columns < {spec.columns}"
-    yield from _positions(spec)
-    yield from map(_load, sweep.inputs)
+    yield from positions(spec)
+    yield from map(load, sweep.inputs)
     for step in sweep.steps:
         if step in sweep.reductions:
             parts = f"{step.name}_parts"
@@ -145,13 +147,13 @@ def _swept_columns(spec: KernelSpec, sweep: Sweep) -> Iterator[str]:
             continue
         if OPS[step.op].reduces:
             yield f"{step.name} = {_sum_so_far(step, spec.columns)}"
-        yield _line(step)
+        yield line(step)
     sums = {step.name for step in spec.row_sums}
     for output in sweep.outputs:
-        yield _store_sum(output, spec.columns) if output.name in sums else _store(output)
+        yield _store_sum(output, spec.columns) if output.name in sums else store(output)
 
 
-def _load(operand: Operand) -> str:
+def load(operand: Operand) -> str:
     name = operand.name
     where = {
         Extent.full: "at, mask=inside, other=0.0", Extent.column: "rows, mask=in_rows, other=0.0",
@@ -164,7 +166,7 @@ def _load(operand: Operand) -> str:
     return f"{name} = {loaded}.to(tl.float32){shaped}"
 
 
-def _line(step: Step) -> str:
+def line(step: Step) -> str:
     args = [_text(a) for a in step.args]
     op = OPS[step.op]
     if op.reduces:
@@ -178,7 +180,7 @@ def _inside(step: Step) -> str:
     return f"tl.where(inside, {_text(step.args[0])}, {NEUTRAL[step.op]})"
 
 
-def _store(output: Operand) -> str:
+def store(output: Operand) -> str:
     is_full = output.extent is Extent.full
     where, mask = ("at", "inside") if is_full else ("rows[:, None]", "in_rows[:, None]")
     value = f"{output.name}.to({TRITON_TYPES[output.dtype]})"

@@ -23,8 +23,8 @@ from zgraph.errors import KernelError
 BLOCK_NUMEL = 2048
 """Numbers that one program works on at a time, unless a single row has more."""
 
-WARP_NUMEL = 512
-"""Numbers that one warp works on at a time: 16 a thread."""
+WARP_NUMEL = 256
+"""Numbers that one warp works on at a time: 8 a thread, which of bf16 are one load of 16 bytes."""
 
 MAX_WARPS = 16
 

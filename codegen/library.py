@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from zgraph.aten import TO_TORCH
-from zgraph.codegen import kernels, loss, reference, rotary
+from zgraph.codegen import kernels, loss, matmul, reference, rotary
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import KernelSpec
 from zgraph.cost.workspace import REGISTERED
@@ -30,6 +30,7 @@ MAX_SEED = 1 << 31
 
 _LIBRARY: Any = torch.library.Library("zgraph", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("rows(Tensor[] inputs, str kernel) -> Tensor[]")
+_LIBRARY.define("matmul(Tensor a, Tensor b, Tensor[] inputs, str kernel) -> Tensor[]")
 _LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, int[] order, bool back) -> Tensor")
 _LIBRARY.define("seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.define("cross_entropy(Tensor logits, Tensor target, int ignore_index, bool mean) -> (Tensor, Tensor, Tensor)")
@@ -90,6 +91,35 @@ def _rows_scratch(node: Node, hints: Mapping[str, int]) -> int:
     return reference.scratch_bytes(spec, evaluate(_like(spec, node.operands).tensor.numel, hints) // spec.columns)
 
 
+def _matmul(
+    how: Callable[[KernelSpec, Tensor, Tensor, list[Tensor]], list[Tensor]],
+) -> Callable[[Tensor, Tensor, list[Tensor], str], list[Tensor]]:
+    def run(a: Tensor, b: Tensor, inputs: list[Tensor], kernel: str) -> list[Tensor]:
+        spec = _parsed(kernel)
+        return [out.view(s) for out, s in zip(how(spec, a, b, inputs), _product_shapes(spec, a), strict=True)]
+
+    return run
+
+
+def _product_shapes(spec: KernelSpec, a: Tensor) -> list[tuple[int, ...]]:
+    """What the outputs look like: rows as a has them."""
+    rows = tuple(a.shape[:-1])
+    by_extent = {Extent.full: (*rows, spec.columns), Extent.column: (*rows, 1), Extent.row: (spec.columns,)}
+    return [by_extent.get(output.extent, ()) for output in spec.outputs]
+
+
+def _matmul_fake(a: Tensor, b: Tensor, inputs: list[Tensor], kernel: str) -> list[Tensor]:
+    spec = _parsed(kernel)
+    shapes = zip(spec.outputs, _product_shapes(spec, a), strict=True)
+    return [a.new_empty(shape, dtype=TO_TORCH[output.dtype]) for output, shape in shapes]
+
+
+def _matmul_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    a = node.operands[0].tensor
+    num_rows = evaluate(a.numel, hints) // evaluate(a.shape[-1], hints)
+    return matmul.scratch_bytes(_parsed(str(node.args[3])), num_rows, a.dtype.itemsize)
+
+
 def _rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, order: Sequence[int], back: bool) -> Tensor:
     return rotary.empty(x, order)
 
@@ -145,12 +175,16 @@ def _loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
 
 
 REGISTERED["zgraph.rows"] = _rows_scratch
+REGISTERED["zgraph.matmul"] = _matmul_scratch
 REGISTERED["zgraph.rotary"] = _rotary_scratch
 REGISTERED["zgraph.linear_cross_entropy"] = REGISTERED["zgraph.linear_cross_entropy_backward"] = _loss_scratch
 REGISTERED["zgraph.cross_entropy"] = REGISTERED["zgraph.cross_entropy_backward"] = _plain_loss_scratch
 _LIBRARY.impl("rows", _rows_twin, "CPU")
 _LIBRARY.impl("rows", _rows_triton, "CUDA")
 torch.library.register_fake("zgraph::rows", _rows_fake, lib=_LIBRARY)
+_LIBRARY.impl("matmul", _matmul(matmul.twin), "CPU")
+_LIBRARY.impl("matmul", _matmul(matmul.launch), "CUDA")
+torch.library.register_fake("zgraph::matmul", _matmul_fake, lib=_LIBRARY)
 _LIBRARY.impl("rotary", rotary.twin, "CPU")
 _LIBRARY.impl("rotary", rotary.launch, "CUDA")
 torch.library.register_fake("zgraph::rotary", _rotary_fake, lib=_LIBRARY)

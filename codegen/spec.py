@@ -22,6 +22,9 @@ Arg = str | float
 MAX_WHOLE_COLUMNS = 8192
 """Longer rows do not fit the registers of one program."""
 
+ACC = "acc"
+"""In the epilogue of a matmul: its product, which is not loaded."""
+
 _NAME = re.compile(r"[a-z_][a-z0-9_]*")
 _HEAD = re.compile(r"(?P<name>[a-z_]\w*) (?P<columns>\d+): (?P<inputs>.*) -> (?P<outputs>.*)")
 _OPERAND = re.compile(r"(?P<name>[a-z_]\w*) (?P<dtype>\w+)\[(?P<extent>M,N|M,1|N|)\]")
@@ -127,6 +130,11 @@ class KernelSpec:
     def needs_whole_rows(self) -> bool:
         """Whether anything is summed or compared over the columns of a row."""
         return any(OPS[step.op].reduces == "columns" for step in self.steps)
+
+    @property
+    def is_epilogue(self) -> bool:
+        """Whether it is what follows a matmul in one kernel."""
+        return any(operand.name == ACC for operand in self.inputs)
 
     @property
     def is_swept(self) -> bool:

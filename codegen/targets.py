@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from zgraph.codegen import rotary
+from zgraph.codegen import matmul, rotary
 from zgraph.codegen.kernels import Tiles, load, tiles
+from zgraph.codegen.matmul import MatmulTiles
 from zgraph.codegen.rotary import Rotary
-from zgraph.codegen.spec import KernelSpec
+from zgraph.codegen.spec import ACC, KernelSpec
 from zgraph.errors import KernelError
 from zgraph.ir import DType
 
@@ -51,7 +52,7 @@ class Resources:
 
 
 def parse(text: str) -> KernelSpec | Rotary:
-    """The kernel over rows, or the rotary one, that a text writes."""
+    """The kernel over rows, the epilogue of a matmul, or the rotary kernel that a text writes."""
     return KernelSpec.parse(text) if ":" in text else Rotary.parse(text)
 
 
@@ -59,7 +60,7 @@ def resources(spec: KernelSpec | Rotary, target: str) -> Resources:
     """Compile a kernel for a GPU.
 
     Args:
-        spec: the kernel; a rotary one in bf16.
+        spec: the kernel; a rotary one, and what a matmul multiplies, in bf16.
         target: `sm_80`, `sm_90` or `gfx942`.
 
     Raises:
@@ -71,29 +72,77 @@ def resources(spec: KernelSpec | Rotary, target: str) -> Resources:
 
     if target not in TARGETS:
         raise KernelError(f"no target is called {target!r}; they are {', '.join(TARGETS)}")
-    function, signature, cut = _rotary(spec) if isinstance(spec, Rotary) else _rows(spec)
-    aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind.startswith("*")}
-    signature |= {"BLOCK_M": "constexpr", "BLOCK_N": "constexpr"}
+    found = _rotary(spec) if isinstance(spec, Rotary) else _matmul(spec, target) if spec.is_epilogue else _rows(spec)
+    signature = found.arguments | dict.fromkeys(found.sizes, "constexpr")
     made = triton.compile(
-        ASTSource(function, signature, {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n}, aligned),
-        target=GPUTarget(*TARGETS[target]), options={"num_warps": cut.num_warps},
+        ASTSource(found.function, signature, found.sizes, found.aligned), target=GPUTarget(*TARGETS[target]),
+        options=found.options,
     )  # fmt: skip
     num_registers, spill_bytes = _of_hip(made) if target.startswith("gfx") else _of_cuda(made, target)
     return Resources(spec.name, target, num_registers, made.metadata.shared, spill_bytes)
 
 
-def _rows(spec: KernelSpec) -> tuple[Any, dict[str, str], Tiles]:
-    """What Triton compiles, the types of its arguments, and its tiles."""
+@dataclass(frozen=True)
+class _Compiled:
+    """What Triton compiles.
+
+    Args:
+        function: the kernel.
+        arguments: the types of its arguments.
+        sizes: its constants.
+        options: warps and stages.
+        has_even_sizes: numbers among its arguments are multiples of 16, as pointers always are.
+    """
+
+    function: Any
+    arguments: dict[str, str]
+    sizes: dict[str, int]
+    options: dict[str, int]
+    has_even_sizes: bool = False
+
+    @property
+    def aligned(self) -> dict[tuple[int], list[list[str | int]]]:
+        """What Triton may take for granted of its arguments."""
+        kinds = enumerate(self.arguments.values())
+        return {
+            (at,): [["tt.divisibility", 16]] for at, k in kinds if k[0] == "*" or (k == "i32" and self.has_even_sizes)
+        }
+
+
+def _rows(spec: KernelSpec) -> _Compiled:
+    cut = tiles(spec)
+    arguments = {**_pointers(spec), "num_rows": "i32"}
+    return _Compiled(load(spec), arguments, _blocks(cut), {"num_warps": cut.num_warps})
+
+
+def _pointers(spec: KernelSpec) -> dict[str, str]:
+    """The types of what a kernel over rows, or an epilogue, reads and writes."""
     sums = {step.name for step in spec.row_sums}
-    signature = {f"{o.name}_in": _POINTERS[o.dtype] for o in spec.inputs}
-    signature |= {f"{o.name}_out": "*fp32" if o.name in sums else _POINTERS[o.dtype] for o in spec.outputs}
-    return load(spec), {**signature, "num_rows": "i32"}, tiles(spec)
+    found = {f"{o.name}_in": _POINTERS[o.dtype] for o in spec.inputs if o.name != ACC}
+    return found | {f"{o.name}_out": "*fp32" if o.name in sums else _POINTERS[o.dtype] for o in spec.outputs}
 
 
-def _rotary(spec: Rotary) -> tuple[Any, dict[str, str], Tiles]:
-    function = rotary.load(spec)
+def _rotary(spec: Rotary) -> _Compiled:
+    function, cut = rotary.load(spec), spec.tiles
     pointers = {name: _POINTERS[DType.bf16] for name in function.arg_names if name.endswith(("_in", "_out"))}
-    return function, {**dict.fromkeys(function.arg_names, "i32"), **pointers}, spec.tiles
+    arguments = {**dict.fromkeys(function.arg_names, "i32"), **pointers}
+    return _Compiled(function, arguments, _blocks(cut), {"num_warps": cut.num_warps})
+
+
+def _matmul(spec: KernelSpec, target: str) -> _Compiled:
+    """Of matrices in bf16; the left one lies row by row, the right one column by column, as weights do."""
+    function, itemsize = matmul.load(spec), DType.bf16.itemsize
+    cut = matmul.tiles(spec, itemsize, is_hip=target.startswith("gfx"))
+    matrices = {"left_in": _POINTERS[DType.bf16], "right_in": _POINTERS[DType.bf16]}
+    arguments = {**dict.fromkeys(function.arg_names[:-4], "i32"), **matrices, **_pointers(spec)}
+    sizes = {**_blocks(cut), "BLOCK_K": cut.block_k, "GROUP_M": matmul.GROUP_M, "left_inner": 1, "right_inner": 1}
+    for name in ("left_inner", "right_inner"):
+        arguments[name] = "constexpr"
+    return _Compiled(function, arguments, sizes, {"num_warps": cut.num_warps, "num_stages": cut.num_stages}, True)
+
+
+def _blocks(cut: Tiles | MatmulTiles) -> dict[str, int]:
+    return {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n}
 
 
 def _of_hip(made: Any) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from zgraph.codegen.ops import Extent
-from zgraph.codegen.spec import Arg, KernelSpec, Operand, Step
+from zgraph.codegen.spec import ACC, Arg, KernelSpec, Operand, Step
 from zgraph.errors import KernelError
 from zgraph.ir import Arg as IrArg
 from zgraph.ir import Builder, DType, Node, TensorType, Value
@@ -18,6 +18,12 @@ ROWS = "zgraph.rows.default"
 SEED = "zgraph.seed.default"
 """The op that draws a seed from torch's generator, on the device of what it reads."""
 
+MATMUL = "zgraph.matmul.default"
+"""The op that runs a matmul with its epilogue: two matrices, what else it reads, and the epilogue's text."""
+
+MATMULS = frozenset({"aten.mm.default", "aten.addmm.default", "aten.bmm.default"})
+"""Ops that can be the product of one. Their last two operands are the matrices."""
+
 MAX_WORDS = 4
 """Ops that a kernel is named after."""
 
@@ -26,14 +32,21 @@ MAX_WORDS = 4
 class Group:
     """Nodes that become one kernel, in their order; `again` are nodes of the forward that it runs again.
 
-    `sums` are its sums over all rows, which are known only when it is over.
+    `sums` are its sums over all rows, which are known only when it is over. Where there is a `matmul`, the others are
+    its epilogue.
     """
 
     space: Space
     nodes: list[Node] = field(default_factory=list)
     again: list[Node] = field(default_factory=list)
     sums: set[str] = field(default_factory=set)
+    matmul: Node | None = None
     is_open: bool = True
+
+    @property
+    def members(self) -> list[Node]:
+        """What the kernel stands for, in order."""
+        return [*([self.matmul] if self.matmul else []), *self.nodes]
 
 
 class Seeds:
@@ -71,17 +84,22 @@ class Kernel:
         """
         group, space, inputs = self.group, self.group.space, self.inputs
         read = {self.views.root(v).name for node in (*group.again, *group.nodes) for v in node.operands}
+        if group.matmul is not None:
+            self._multiply(group.matmul)
         for node in group.again:
             self._add(node, read)
         for node in group.nodes:
             self._add(node, read.union(self.needed))
-        wanted = [r for node in group.nodes for r in node.results if r.name in self.needed]
+        wanted = [r for node in group.members for r in node.results if r.name in self.needed]
         outputs = list(self._outputs(wanted))
-        operands = tuple(Operand(str(self.names[v.name]), v.tensor.dtype, self._extent(v)) for v in inputs)
+        operands = [Operand(ACC, DType.f32, Extent.full)] if group.matmul is not None else []
+        operands += [Operand(str(self.names[v.name]), v.tensor.dtype, self._extent(v)) for v in inputs]
         try:
-            spec = KernelSpec(self._stem(), space.columns, operands, tuple(outputs), tuple(self.steps))
+            spec = KernelSpec(self._stem(), space.columns, tuple(operands), tuple(outputs), tuple(self.steps))
         except KernelError:
             return None  # a value that is wanted does not depend on all that its shape says
+        if group.matmul is not None:
+            return None if spec.needs_whole_rows else self._called(spec, inputs, wanted, group.matmul.results[0])
         shaped = next((v for v in inputs if self._extent(v) is Extent.full), None)
         if shaped is None:
             return None
@@ -111,10 +129,19 @@ class Kernel:
             views.append(
                 Node("aten.view.default", (results[-1], sizes), (value,), (), last.phase, origin, last.checkpoint)
             )
-        arguments: tuple[IrArg, ...] = (tuple(inputs), str(spec))
-        call = Node(ROWS, arguments, tuple(results), (), last.phase, origin, last.checkpoint)
-        seeds = [Node(SEED, (shaped,), (seed,), (), last.phase, origin) for seed in self.seeds]
+        matmul = self.group.matmul
+        matrices = matmul.operands[-2:] if matmul is not None else ()
+        arguments: tuple[IrArg, ...] = (*matrices, tuple(inputs), str(spec))
+        op = ROWS if matmul is None else MATMUL
+        call = Node(op, arguments, tuple(results), (), last.phase, origin, last.checkpoint)
+        like = (*matrices, shaped)[0]
+        seeds = [Node(SEED, (like,), (seed,), (), last.phase, origin) for seed in self.seeds]
         return *seeds, call, *views
+
+    def _multiply(self, matmul: Node) -> None:
+        """The product, with the bias of one that has it."""
+        (result,), (*bias, _, _) = matmul.results, matmul.operands
+        self.names[result.name] = self._step("add", (ACC, self._named(bias[0]))) if bias else ACC
 
     def _add(self, node: Node, wanted: Collection[str]) -> None:
         """The steps that make what is wanted of a node."""
@@ -161,7 +188,7 @@ class Kernel:
 
     def _outputs(self, wanted: Iterable[Value]) -> Iterator[Operand]:
         """What the kernel writes; an input or what is written twice, as a copy of its own."""
-        taken = {name for name in self.names.values() if isinstance(name, str) and name.startswith("x")}
+        taken = {name for name in self.names.values() if isinstance(name, str) and name.startswith(("x", ACC))}
         for value in wanted:
             name = self.names[value.name]
             if name in taken:
@@ -180,5 +207,5 @@ class Kernel:
 
     def _stem(self) -> str:
         """A name from what the ops are called."""
-        words = (node.op.split(".")[1].removeprefix("native").strip("_") for node in self.group.nodes)
+        words = (node.op.split(".")[1].removeprefix("native").strip("_") for node in self.group.members)
         return "_".join([w for w in dict.fromkeys(words) if w not in ("to_copy", "clone")][:MAX_WORDS]) or "cast"

@@ -18,23 +18,33 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import cached_property
+from typing import ClassVar, Literal, get_args
 
 from zgraph.codegen.ops import OPS, Extent
+from zgraph.cost import signature
 from zgraph.ir import Builder, Foreign, Graph, Node, Phase, TensorType, Value
 from zgraph.passes.absent import absent_tangents
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.analysis.rows import Space, Views, match
-from zgraph.passes.base import Context, Numerics, Pass
+from zgraph.passes.base import Choice, Context, Numerics, Pass
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fused_loss import fused_losses
-from zgraph.passes.fused_rows import ROWS, SEED, Group, Kernel, Seeds
+from zgraph.passes.fused_rows import MATMUL, MATMULS, ROWS, SEED, Group, Kernel, Seeds
 from zgraph.passes.patterns import PATTERNS, RENAMES
 from zgraph.passes.subgraphs import fused_subgraphs
 
 DROPOUT = "aten.native_dropout.default"
+
+_FOREIGN = {
+    ROWS: Foreign(multi=True),
+    MATMUL: Foreign(multi=True),
+    SEED: Foreign(random=True),
+    "aten.view.default": Foreign(views=(0,)),
+}
 
 MIN_COLUMNS = 8
 """Shorter rows are no rows of a model."""
@@ -51,19 +61,76 @@ class Fuse(Pass):
     numerics: ClassVar[Numerics] = Numerics.reassociates
     conflicts: ClassVar[frozenset[str]] = frozenset({"placed"})
 
+    matmuls: Choice = "auto"
+
+    def __post_init__(self) -> None:
+        if self.matmuls not in get_args(Choice):
+            raise ValueError("matmuls must be never, auto or always")
+
     def run(self, graph: Graph, context: Context) -> Graph:
         graph = fused_losses(fused_subgraphs(graph, self.name), self.name)
-        groups = _Groups(graph)
-        found = groups.found()
+        groups, found = _Groups(graph), list[Group]()
+        for ways in groups.ways(self.matmuls, context.hints):
+            way = ways.best(context, self.matmuls)
+            if way != "aten":
+                ways.group.matmul = ways.matmul if way == "matmul" else None
+                found.append(ways.group)
         while True:
-            fused = {id(node) for group in found for node in group.nodes}
-            needed = groups.needed(found, fused)
-            kernels = [(group, groups.kernel(group, needed).nodes()) for group in found]
+            fused = {id(node) for group in found for node in group.members}
+            needed = groups.read(found, fused)
+            kernels = [(group, groups.kernel(group, needed)) for group in found]
             done = [(group, nodes) for group, nodes in kernels if nodes is not None and groups.has_seeds(group, fused)]
             if len(done) == len(found):
                 break
             found = [group for group, _ in done]
         return DeadCode().run(_replaced(groups.graph, done) if done else graph, context)
+
+
+Way = Literal["aten", "kernel", "matmul"]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a group can be run, its matmul included: op by op, as a kernel behind it, or as its epilogue.
+
+    Args:
+        group: the group.
+        key: what a cost table has measurements of it under.
+        matmul: what makes an operand of the group, if it can be one kernel with it.
+        nodes: for each way, what runs.
+        graph: where the nodes' ops are known.
+    """
+
+    group: Group
+    key: str
+    matmul: Node | None
+    nodes: Mapping[Way, tuple[Node, ...]]
+    graph: Graph
+
+    def best(self, context: Context, matmuls: Choice = "auto") -> Way:
+        """The fastest: as measured, where it was, and by the cost model elsewhere.
+
+        A kernel counts as faster than its ops there, as it moves fewer bytes of all that a step moves.
+        """
+        measured = context.costs.groups.get(self.key, {})
+        if matmuls == "always" and "matmul" in self.nodes:
+            return "matmul"
+        if self.nodes.keys() <= measured.keys():
+            return min(self.nodes, key=lambda way: measured[way])
+        left_out = set[Way]() if context.costs.hardware.device.generated_matmul_rate else {"matmul"}
+        left_out |= {"aten"} if "kernel" in self.nodes else set()
+        us = {way: self.us(way, context) for way in self.nodes if way not in left_out}
+        return min(us, key=lambda way: us[way])
+
+    def us(self, way: Way, context: Context) -> float:
+        """What the cost model says of a way, in microseconds."""
+        return sum(context.costs.node_us(self.graph, node, context.hints) for node in self.nodes[way])
+
+
+def ways(graph: Graph, hints: Mapping[str, int]) -> list[Ways]:
+    """How the groups of a captured graph can be run, to measure."""
+    groups = _Groups(fused_losses(fused_subgraphs(graph, Fuse.name), Fuse.name))
+    return list(groups.ways("auto", hints))
 
 
 def early(graph: Graph) -> Graph:
@@ -85,7 +152,7 @@ class _Groups:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph = early(graph)
         self.views = Views(graph)
-        self.builder = Builder(graph, Fuse.name)
+        self.builder, self.trial = Builder(graph, Fuse.name), Builder(graph, Fuse.name)
         self.position = {id(node): position for position, node in enumerate(graph.nodes)}
         self.seeds = Seeds(self.builder)
         self.absent = absent_tangents(graph)
@@ -103,7 +170,33 @@ class _Groups:
             self.visit(node)
         for group in self.groups:
             self.run_again(group)
-        return [g for g in self.groups if len(g.nodes) + len(g.again) > 1 or g.nodes[0].op == DROPOUT]
+        return self.groups
+
+    def ways(self, matmuls: Choice, hints: Mapping[str, int]) -> Iterator[Ways]:
+        """How each group can be run, the groups in the order of the program."""
+        found = self.found()
+        graph = replace(self.graph, foreign={**self.graph.foreign, **_FOREIGN})
+        read = self.read(found, {id(node) for group in found for node in group.nodes})
+        taken: set[str] = set()
+        for group in found:
+            nodes: dict[Way, tuple[Node, ...]] = {}
+            alone = self.tried(group, read)
+            matmul = self.matmul(group) if matmuls != "never" else None
+            before = (matmul,) if matmul is not None else ()
+            nodes["aten"] = (*before, *group.nodes)
+            if alone is None:
+                continue
+            if len(group.nodes) + len(group.again) > 1 or group.nodes[0].op == DROPOUT:
+                nodes["kernel"] = (*before, *alone)
+            if matmul is not None and matmul.name not in taken:
+                group.matmul = matmul
+                joined = self.tried(group, read - Counter(self.inputs(group).keys()))
+                group.matmul = None
+                if joined is not None:
+                    taken.add(matmul.name)
+                    nodes["matmul"] = joined
+            call = next(n for n in alone if n.op == ROWS)
+            yield Ways(group, signature(call, hints), matmul, nodes, graph)
 
     def visit(self, node: Node) -> None:
         if node.op in RENAMES:
@@ -192,11 +285,45 @@ class _Groups:
             group.again.extend(n for n in wanted if n.name not in known)
             group.again.sort(key=lambda n: self.position[id(n)])
 
-    def needed(self, groups: Sequence[Group], fused: Collection[int]) -> set[str]:
-        """Values that something other than the kernel that makes them reads; `fused` are ids of nodes in kernels."""
-        found = set(self.graph.output_names)
+    def matmul(self, group: Group) -> Node | None:
+        """The last matmul before a group that makes an operand of it, where all else that reads it comes later."""
+        first, last = group.nodes[0], self.position[id(group.nodes[-1])]
+        inside = {id(node) for node in group.nodes}
+        makers = [self.graph.producers.get(name) for name in self.inputs(group)]
+        for node in sorted((m for m in makers if m is not None), key=lambda m: -self.position[id(m)]):
+            if (
+                node.op not in MATMULS
+                or node.kwargs
+                or (node.phase, node.checkpoint) != (first.phase, first.checkpoint)
+            ):
+                continue
+            bias = [group.space.extent(v) for v in node.operands[:-2]]
+            others = (n for n in self.readers_of[node.name] if id(n) not in inside)
+            fits = group.space.extent(node.results[0]) is Extent.full and None not in bias
+            if fits and all(self.position[id(n)] > last for n in others):
+                return node
+        return None
+
+    @cached_property
+    def readers_of(self) -> Mapping[str, list[Node]]:
+        """What reads each value, seen in whatever shape."""
+        found: dict[str, list[Node]] = defaultdict(list)
+        for node in self.graph.nodes:
+            if node.op not in RENAMES:
+                for v in node.operands:
+                    found[self.views.base.get(v.name, v.name)].append(node)
+        return found
+
+    def read(self, groups: Sequence[Group], fused: Collection[int]) -> Counter[str]:
+        """How often each value is read by something other than the kernel that makes it.
+
+        Args:
+            groups: what become kernels.
+            fused: ids of the nodes in them.
+        """
+        found = Counter(self.graph.output_names)
         for group in groups:
-            found.update(self.inputs(group))
+            found.update(self.inputs(group).keys())
         for node in self.graph.nodes:
             if id(node) not in fused and not (node.op in RENAMES and node.name in self.views.same):
                 found.update(self.views.root(v).name for v in node.operands)
@@ -207,18 +334,22 @@ class _Groups:
         """Whether all dropouts that a kernel runs again are fused."""
         return all(id(node) in fused for node in group.again if node.op == DROPOUT)
 
-    def kernel(self, group: Group, needed: Collection[str]) -> Kernel:
-        """A group as a kernel that writes what is needed."""
-        return Kernel(group, self.views, self.seeds, self.builder, needed)
+    def kernel(self, group: Group, needed: Collection[str]) -> tuple[Node, ...] | None:
+        """A group as a kernel that writes what is needed, and what goes with it; None where a kernel would not do."""
+        return Kernel(group, self.views, self.seeds, self.builder, needed).nodes()
+
+    def tried(self, group: Group, needed: Collection[str]) -> tuple[Node, ...] | None:
+        """The same with names that are given to others again."""
+        return Kernel(group, self.views, self.seeds, self.trial, needed).nodes()
 
     def inputs(self, group: Group) -> dict[str, Value]:
         """What a kernel reads from memory, without seeds."""
         read: dict[str, Value] = {}
-        for node in reversed(group.nodes):
+        for node in reversed(group.members):
             read.update((v.name, v) for v in map(self.views.root, node.operands))
         for node in reversed(group.again):
             read.update((v.name, v) for v in self.reads(node, group.space, read))
-        made = {r.name for node in (*group.again, *group.nodes) for r in node.results}
+        made = {r.name for node in (*group.again, *group.members) for r in node.results}
         return {name: v for name, v in read.items() if name not in made}
 
     def reads(self, node: Node, space: Space, wanted: Collection[str]) -> list[Value]:
@@ -260,7 +391,7 @@ class _Groups:
 
 def _replaced(graph: Graph, kernels: Sequence[tuple[Group, tuple[Node, ...]]]) -> Graph:
     """The graph with each kernel where its last op stood, and behind it the views of what it makes."""
-    inside = {id(node): number for number, (group, _) in enumerate(kernels) for node in group.nodes}
+    inside = {id(node): number for number, (group, _) in enumerate(kernels) for node in group.members}
     last = {id(group.nodes[-1]): number for number, (group, _) in enumerate(kernels)}
     waiting: dict[str, int] = {}
     delayed: dict[int, list[Node]] = {}
@@ -286,10 +417,7 @@ def _replaced(graph: Graph, kernels: Sequence[tuple[Group, tuple[Node, ...]]]) -
             waiting.update((r.name, held[0]) for r in node.results)
             continue
         nodes.append(node)
-    foreign = {
-        **graph.foreign,
-        ROWS: Foreign(multi=True),
-        SEED: Foreign(random=True),
-        "aten.view.default": Foreign(views=(0,)),
-    }
-    return replace(graph, nodes=tuple(nodes), foreign=foreign)
+    used = {node.op for node in nodes}
+    return replace(
+        graph, nodes=tuple(nodes), foreign={**graph.foreign, **{op: row for op, row in _FOREIGN.items() if op in used}}
+    )

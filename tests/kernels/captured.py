@@ -1,4 +1,4 @@
-"""The kernels that the fusion pass makes of captured models."""
+"""The kernels that the fusion pass makes of captured models; those with an operand `acc` are epilogues of matmuls."""
 
 from functools import cache
 
@@ -8,7 +8,7 @@ import small
 import zgraph
 from zgraph.codegen.spec import KernelSpec
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.fused_rows import ROWS
+from zgraph.passes.fused_rows import MATMUL, ROWS
 
 
 @cache
@@ -40,5 +40,7 @@ def of_llama_8b() -> dict[str, KernelSpec]:
 
 def _kernels(model: torch.nn.Module, inputs: dict, dtype: torch.dtype | None) -> dict[str, KernelSpec]:
     torch.compiler.reset()
-    graph = parse_recipe("canonicalize,fuse").run(zgraph.trace(model.train(), **inputs, param_dtype=dtype), Context())
-    return {str(n.args[1]): KernelSpec.parse(str(n.args[1])) for n in graph.nodes if n.op == ROWS}
+    traced = zgraph.trace(model.train(), **inputs, param_dtype=dtype)
+    graphs = [parse_recipe(f"canonicalize,fuse(matmuls={m})").run(traced, Context()) for m in ("never", "always")]
+    texts = [str(n.args[-1]) for graph in graphs for n in graph.nodes if n.op in (ROWS, MATMUL)]
+    return {text: KernelSpec.parse(text) for text in texts}

@@ -13,9 +13,6 @@ from zgraph.optim.flat import COLUMNS
 from .captured import of_llama_8b
 from .specs import SPECS, UPDATES
 
-FEW_BYTES = 16
-"""NVIDIA's assembler may give two registers away where more programs run at a time without them."""
-
 
 @pytest.mark.parametrize("columns", [64, 4096, 8192])
 def test_kernels_compile_without_spills(columns):
@@ -32,14 +29,29 @@ def test_kernels_that_sweep_over_rows_compile_without_spills():
 
 
 def test_the_kernels_of_llama_3_8b_compile_without_spills():
+    """Matmuls with their epilogues, too."""
     kernels = of_llama_8b()
     assert len(kernels) > 5
+    assert sum(spec.is_epilogue for spec in kernels.values()) >= 2
     check(list(kernels))
 
 
 def test_rotary_kernels_compile_without_spills():
     """Rows as wide as Llama-3's, GPT-NeoX's and Gemma's."""
     check(["rotary 128 of 128", "rotary_backward 128 of 128", "rotary_backward 32 of 128", "rotary 256 of 256"])
+
+
+EPILOGUES = (
+    "mm_bias_gelu 4096: acc f32[M,N], x0 bf16[N] -> v0 bf16[M,N], v6 bf16[M,N]; v0 = add(acc, x0); "
+    "v1 = mul(v0, 0.7071); v2 = erf(v1); v3 = add(v2, 1.0); v4 = mul(v0, 0.5); v6 = mul(v4, v3)",
+    "mm_residual 4096: acc f32[M,N], x0 bf16[M,N] -> v0 bf16[M,N]; v0 = add(acc, x0)",
+    "mm_relu 1000: acc f32[M,N] -> v0 bf16[M,N]; v0 = maximum(acc, 0.0)",
+)
+
+
+def test_matmuls_compile_without_spills():
+    """By hand, of kinds that Llama-3 8B has none of."""
+    check([*EPILOGUES])
 
 
 def check(specs: list[str]) -> None:
@@ -53,4 +65,4 @@ def check(specs: list[str]) -> None:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(specs) * len(TARGETS)
     assert all(row["num_registers"] > 0 for row in found)
-    assert [row for row in found if row["spill_bytes"] > FEW_BYTES] == []
+    assert [row for row in found if row["spill_bytes"]] == []

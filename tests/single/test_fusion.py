@@ -5,6 +5,7 @@ from statistics import median
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +19,7 @@ from zgraph.errors import UsageError
 from zgraph.ir import DType, Graph, Node, Phase, TensorType, Value, parse_graph, print_graph, verify
 from zgraph.passes import RECIPES, Context, fusing, parse_recipe
 from zgraph.passes.fused_loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
-from zgraph.passes.fused_rows import ROWS, SEED
+from zgraph.passes.fused_rows import MATMUL, ROWS, SEED
 from zgraph.passes.subgraphs import ROTARY
 
 from .trained import MODELS, Trained, batch
@@ -98,6 +99,24 @@ def test_a_fused_step_gives_the_same_numbers(name):
     pairs = list(zip(floats(reference, graph), floats(reference, fused), strict=True))
     largest = max(wanted.norm() for wanted, _ in pairs)
     for wanted, made in pairs:  # some gradients are nothing but rounding
+        assert (made - wanted).norm() <= 1e-4 * (wanted.norm() + largest / 1000)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_matmuls_with_what_follows_them_give_the_same_numbers(name):
+    """In the backward the gradient of an activation, and of a bias before it, are the end of the matmul."""
+    graph = BEFORE.run(captured(name, None), Context())
+    fused = parse_recipe("canonicalize,fuse(matmuls=always)").run(captured(name, None), Context())
+    verify(fused)
+    joined = [n for n in fused.nodes if n.op == MATMUL]
+    assert {n.phase for n in joined} == {Phase.forward, Phase.backward}
+    if name in ("vit", "gpt2"):
+        assert any("col_sum" in str(n.args[-1]) for n in joined)
+    assert not any(n.op == MATMUL for n in FUSED.run(captured(name, None), Context()).nodes), "none on processors"
+    reference = Likely(graph, 1)
+    pairs = list(zip(floats(reference, graph), floats(reference, fused), strict=True))
+    largest = max(wanted.norm() for wanted, _ in pairs)
+    for wanted, made in pairs:
         assert (made - wanted).norm() <= 1e-4 * (wanted.norm() + largest / 1000)
 
 

@@ -40,6 +40,12 @@ class Device(_Frozen):
     matmul_flops: Mapping[str, float] = Field(description="the best rate that matmuls were measured at, by dtype")
     matmul_half_flop: float = Field(ge=0, description="a matmul of this many FLOP reaches half of that rate")
     launch_us: float = Field(ge=0, description="what the smallest op takes")
+    generated_matmul_rate: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="the share of the best matmul rate that generated matmuls reach; 0: none run there",
+    )
 
     def rate(self, dtype: str) -> float:
         """The matmul rate of a dtype; that of fp32 where the profile has none."""

@@ -22,6 +22,8 @@ _COLLECTIVES = {
     "all_reduce_start": "all_reduce",
     "broadcast_start": "broadcast",
 }
+GENERATED_MATMUL = "zgraph.matmul.default"
+
 _COPIES = {"offload_start": "offload", "reload_start": "reload"}
 
 
@@ -41,6 +43,8 @@ class CostTable(BaseModel):
         per_host: ranks that share a host; 0 takes full hosts.
         ops: microseconds by `signature`.
         transfers: lines by collective (all_gather, ...) or copy (offload, reload).
+        groups: microseconds of the ways to run ops that can be one kernel, by the `signature` of that kernel: op by op
+            ("aten"), as the kernel ("kernel"), ...
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +52,7 @@ class CostTable(BaseModel):
     per_host: int = 0
     ops: Mapping[str, float] = {}
     transfers: Mapping[str, Line] = {}
+    groups: Mapping[str, Mapping[str, float]] = {}
 
     def node_us(self, graph: Graph, node: Node, hints: Mapping[str, int]) -> float:
         """What a node of the compute lane takes, in microseconds."""
@@ -64,7 +69,10 @@ class CostTable(BaseModel):
         if not flop and not num_bytes:
             return 0.0
         device = self.hardware.device
-        computing = (flop + device.matmul_half_flop) / device.rate(done.dtype) if flop else 0.0
+        rate = device.rate(done.dtype)
+        if node.op == GENERATED_MATMUL:
+            rate *= device.generated_matmul_rate or 1.0
+        computing = (flop + device.matmul_half_flop) / rate if flop else 0.0
         return device.launch_us + 1e6 * max(computing, num_bytes / device.memory_bytes_per_s)
 
     def start_us(self, start: Node, hints: Mapping[str, int]) -> float:
@@ -132,8 +140,9 @@ def _is_staged(start: Node) -> bool:
 
 
 def signature(node: Node, hints: Mapping[str, int]) -> str:
-    """What a measurement of a node holds for: the op and the types of its operands, sizes as numbers."""
-    return f"{node.op}({', '.join(_text(v.type, hints) for v in node.operands)})"
+    """What a measurement of a node holds for: the op, the types of its operands with sizes as numbers, its kernel."""
+    kernels = [f"; {a}" for a in node.args if isinstance(a, str) and node.op.startswith("zgraph.")]
+    return f"{node.op}({', '.join(_text(v.type, hints) for v in node.operands)}{''.join(kernels)})"
 
 
 def _text(kind: Type, hints: Mapping[str, int]) -> str:

@@ -94,6 +94,7 @@ _RULES: Mapping[str, Callable[[Shapes, Node], Any]] = {
     "aten.bmm": lambda s, n: _matmul(s[0], s[1]),
     "aten.addmm": lambda s, n: _matmul(s[1], s[2]),
     "aten.baddbmm": lambda s, n: _matmul(s[1], s[2]),
+    "zgraph.matmul": lambda s, n: _matmul(s[0], s[1]),
     "aten._grouped_mm": lambda s, n: _matmul(s[0], s[1]),
     "zgraph.linear_cross_entropy": lambda s, n: _matmul(s[0], s[1][::-1]),
     "zgraph.linear_cross_entropy_backward": lambda s, n: 3 * _matmul(s[1], s[2][::-1]),
