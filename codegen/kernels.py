@@ -18,6 +18,7 @@ from zgraph.aten import TO_TORCH
 from zgraph.codegen.emit import source
 from zgraph.codegen.reference import shape_of
 from zgraph.codegen.spec import KernelSpec
+from zgraph.config import cache_folder
 from zgraph.errors import KernelError
 
 BLOCK_NUMEL = 2048
@@ -37,7 +38,7 @@ MAX_PROGRAMS = 512
 
 def folder() -> Path:
     """Where the sources lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zgraph" / "kernels"
+    return cache_folder() / "kernels"
 
 
 @cache

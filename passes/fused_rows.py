@@ -33,7 +33,7 @@ class Group:
     """Nodes that become one kernel, in their order; `again` are nodes of the forward that it runs again.
 
     `sums` are its sums over all rows, which are known only when it is over. Where there is a `matmul`, the others are
-    its epilogue.
+    its epilogue. A `call` stands in its place instead of a kernel.
     """
 
     space: Space
@@ -41,6 +41,7 @@ class Group:
     again: list[Node] = field(default_factory=list)
     sums: set[str] = field(default_factory=set)
     matmul: Node | None = None
+    call: tuple[Node, ...] | None = None
     is_open: bool = True
 
     @property

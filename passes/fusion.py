@@ -39,10 +39,13 @@ from zgraph.passes.subgraphs import fused_subgraphs
 
 DROPOUT = "aten.native_dropout.default"
 
+RECTIFIED = "aten._addmm_activation.default"
+
 _FOREIGN = {
     ROWS: Foreign(multi=True),
     MATMUL: Foreign(multi=True),
     SEED: Foreign(random=True),
+    RECTIFIED: Foreign(),
     "aten.view.default": Foreign(views=(0,)),
 }
 
@@ -73,12 +76,13 @@ class Fuse(Pass):
         for ways in groups.ways(self.matmuls, context.hints):
             way = ways.best(context, self.matmuls)
             if way != "aten":
-                ways.group.matmul = ways.matmul if way == "matmul" else None
+                ways.group.matmul = ways.matmul if way in ("matmul", "library") else None
+                ways.group.call = ways.nodes["library"] if way == "library" else None
                 found.append(ways.group)
         while True:
             fused = {id(node) for group in found for node in group.members}
             needed = groups.read(found, fused)
-            kernels = [(group, groups.kernel(group, needed)) for group in found]
+            kernels = [(group, group.call or groups.kernel(group, needed)) for group in found]
             done = [(group, nodes) for group, nodes in kernels if nodes is not None and groups.has_seeds(group, fused)]
             if len(done) == len(found):
                 break
@@ -86,16 +90,17 @@ class Fuse(Pass):
         return DeadCode().run(_replaced(groups.graph, done) if done else graph, context)
 
 
-Way = Literal["aten", "kernel", "matmul"]
+Way = Literal["aten", "kernel", "matmul", "library"]
 
 
 @dataclass(frozen=True)
 class Ways:
-    """How a group can be run, its matmul included: op by op, as a kernel behind it, or as its epilogue.
+    """How a group can be run, its matmul included: op by op, as a kernel behind it, as its epilogue, or by a call of
+    the vendor's library that does the same.
 
     Args:
         group: the group.
-        key: what a cost table has measurements of it under.
+        key: what a cost table has measurements of it under: the matmul and the kernel.
         matmul: what makes an operand of the group, if it can be one kernel with it.
         nodes: for each way, what runs.
         graph: where the nodes' ops are known.
@@ -117,8 +122,8 @@ class Ways:
             return "matmul"
         if self.nodes.keys() <= measured.keys():
             return min(self.nodes, key=lambda way: measured[way])
-        left_out = set[Way]() if context.costs.hardware.device.generated_matmul_rate else {"matmul"}
-        left_out |= {"aten"} if "kernel" in self.nodes else set()
+        left_out: set[Way] = {"aten"} if "kernel" in self.nodes else set()
+        left_out |= set() if context.costs.hardware.device.generated_matmul_rate else {"matmul", "library"}
         us = {way: self.us(way, context) for way in self.nodes if way not in left_out}
         return min(us, key=lambda way: us[way])
 
@@ -179,13 +184,12 @@ class _Groups:
         read = self.read(found, {id(node) for group in found for node in group.nodes})
         taken: set[str] = set()
         for group in found:
-            nodes: dict[Way, tuple[Node, ...]] = {}
             alone = self.tried(group, read)
-            matmul = self.matmul(group) if matmuls != "never" else None
-            before = (matmul,) if matmul is not None else ()
-            nodes["aten"] = (*before, *group.nodes)
             if alone is None:
                 continue
+            matmul = self.matmul(group) if matmuls != "never" else None
+            before = (matmul,) if matmul is not None else ()
+            nodes: dict[Way, tuple[Node, ...]] = {"aten": (*before, *group.nodes)}
             if len(group.nodes) + len(group.again) > 1 or group.nodes[0].op == DROPOUT:
                 nodes["kernel"] = (*before, *alone)
             if matmul is not None and matmul.name not in taken:
@@ -195,8 +199,10 @@ class _Groups:
                 if joined is not None:
                     taken.add(matmul.name)
                     nodes["matmul"] = joined
-            call = next(n for n in alone if n.op == ROWS)
-            yield Ways(group, signature(call, hints), matmul, nodes, graph)
+                if call := self.library_call(group, matmul, read):
+                    nodes["library"] = call
+            kernel = next(n for n in alone if n.op == ROWS)
+            yield Ways(group, " ".join(signature(n, hints) for n in (*before, kernel)), matmul, nodes, graph)
 
     def visit(self, node: Node) -> None:
         if node.op in RENAMES:
@@ -303,6 +309,21 @@ class _Groups:
             if fits and all(self.position[id(n)] > last for n in others):
                 return node
         return None
+
+    def library_call(self, group: Group, matmul: Node, read: Counter[str]) -> tuple[Node, ...]:
+        """A bias and a rectifier behind a matmul that nothing else reads: cuBLASLt has an epilogue for them."""
+        (product,), (last, *others) = matmul.results, group.nodes
+        is_one = not others and not group.again and read[product.name] == 1
+        if not is_one or matmul.op != "aten.addmm.default" or last.op != "aten.relu.default":
+            return ()
+        (made,) = last.results
+        whole = Node(RECTIFIED, matmul.args, last.results, (), last.phase, last.origin, last.checkpoint)
+        if made.tensor.shape == product.tensor.shape:
+            return (whole,)
+        sizes = tuple(d for d in made.tensor.shape if isinstance(d, int))
+        flat = self.builder.value(f"{made.name}_rows", product.tensor)
+        view = replace(whole, op="aten.view.default", args=(flat, sizes))
+        return (replace(whole, results=(flat,)), view) if len(sizes) == len(made.tensor.shape) else ()
 
     @cached_property
     def readers_of(self) -> Mapping[str, list[Node]]:

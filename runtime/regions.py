@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -146,10 +146,11 @@ class Regions:
         """What runs a region: the same for all that compute the same."""
         self.num_regions += 1
         if region.text not in self._by_text:
-            self._by_text[region.text] = self._compiling(_Steps(region, session))
+            own = {n.name: MAKERS[n.op](n, session) for n in region.nodes if n.op in MAKERS}
+            self._by_text[region.text] = self._compiling(Steps(region, session.device, own))
         return self._by_text[region.text]
 
-    def _compiling(self, steps: _Steps) -> Compute:
+    def _compiling(self, steps: Steps) -> Compute:
         compiled: dict[tuple[Any, ...], Compute] = {}
 
         def run(args: list[Any]) -> Sequence[Any]:
@@ -166,7 +167,7 @@ class Regions:
 
         return run
 
-    def _compile(self, steps: _Steps, args: Sequence[Any]) -> Compute:
+    def _compile(self, steps: Steps, args: Sequence[Any]) -> Compute:
         begin = time.perf_counter()
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         numbers = [None if isinstance(a, torch.Tensor) else a for a in args]
@@ -188,15 +189,21 @@ class Regions:
         return lambda args: compiled([a for a in args if isinstance(a, torch.Tensor)])
 
 
-class _Steps:
-    """A region op by op."""
+class Steps:
+    """A region op by op.
 
-    def __init__(self, region: Region, session: Session) -> None:
+    Args:
+        region: what to run.
+        device: of this rank.
+        own: what runs zgraph's own ops, by the names of their nodes.
+    """
+
+    def __init__(self, region: Region, device: torch.device, own: Mapping[str, Callable[..., Any]]) -> None:
         self.inputs = [v.name for v in region.inputs]
         self.outputs = [v.name for v in region.outputs]
         self.origin = next((n.origin.module for n in region.nodes if n.origin.module), "the model")
-        self.device = session.device
-        self.calls = [(n, MAKERS[n.op](n, session) if n.op in MAKERS else resolve(n.op)) for n in region.nodes]
+        self.device = device
+        self.calls = [(n, own.get(n.name) or resolve(n.op)) for n in region.nodes]
 
     def __call__(self, args: list[Any]) -> list[Any]:
         values = dict(zip(self.inputs, args, strict=True))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import torch
@@ -28,6 +29,7 @@ from zgraph.ir.layout import chunk_numel
 from zgraph.offload import Offload, Resting, activations, of_parameters
 from zgraph.passes import BY_NAME, MIXED, RECIPES, Context, Pipeline, fusing, make_plan, parse_recipe
 from zgraph.passes.base import Choice
+from zgraph.passes.fusion import Fuse
 from zgraph.passes.instruments import Dump, Log, Verify
 from zgraph.reporting import Entry, Report, make_entry
 from zgraph.runtime import HostMemory, Session, ShardStore
@@ -36,7 +38,8 @@ from zgraph.runtime.materialise import check_initialisable, materialise_buffers
 from zgraph.runtime.regions import Regions
 from zgraph.runtime.torch_private import whole_group
 from zgraph.runtime.whole import run_whole
-from zgraph.target import Target, cost_table, device_budget, num_bytes
+from zgraph.target import Target, cost_table, device_budget, fingerprint_of, num_bytes
+from zgraph.tuning import tuned
 
 M = TypeVar("M")
 
@@ -53,6 +56,7 @@ class CompiledModel:
     def __init__(self, model: nn.Module, session: Session, recipe: str, context: Context) -> None:
         self.model, self.session, self.recipe, self.context = model, session, recipe, context
         self.pipeline = _enabled(parse_recipe(recipe))
+        self.tunes = False
         self.entries: list[Entry] = []
         self.hints: dict[str, int] = {}
 
@@ -72,6 +76,8 @@ class CompiledModel:
         if self.session.device.type == "cpu":
             hints = {**hints, NUM_THREADS: torch.get_num_threads()}
         self.hints.update(hints)
+        if self.tunes and not self.entries:
+            self._tune(graph, hints)
         context = replace(self.context, hints=hints)
         final = self.pipeline.run(graph, context, instruments)
         if settings.verify:
@@ -83,6 +89,14 @@ class CompiledModel:
         forward, backward = self.session.link(plan, constants, text)
         self.entries.append(entry)
         return Compiled(plan, forward, backward)
+
+    def _tune(self, graph: Graph, hints: Mapping[str, int]) -> None:
+        """Measure the ways of running what can be fused. All ranks come here at their first graph."""
+        before = takewhile(lambda step: step.name != Fuse.name, self.pipeline.passes)
+        context = replace(self.context, hints=hints)
+        seen = Pipeline(tuple(before)).run(graph, context)
+        peers = self.session.peers if self.session.num_ranks > 1 else None
+        self.context = replace(self.context, costs=tuned(seen, context, self.session.device, peers))
 
     @property
     def report(self) -> Report:
@@ -150,9 +164,10 @@ def compile(
             else any of "activations" (of what waits for the backward that which has no room; all, without a budget),
             "optimizer" (masters, gradients and optimizer state: the optimizer's step runs on the host) and
             "parameters" (all of that, and what is computed with).
-        kernels: "aten" runs what lies between matmuls op by op; "triton" fuses it into generated kernels, which compute
-            in fp32 throughout (on processors by their twins in torch, which save no time); "inductor" has torch's
-            Inductor compile what lies between collectives, each different piece once, whichever layers it stands in.
+        kernels: "aten" runs all ops one by one; "triton" fuses what lies between matmuls into generated kernels, which
+            compute in fp32 throughout: on GPUs where they were measured to be faster, in the first call (on processors
+            by their twins in torch, which save no time); "inductor" has torch's Inductor compile what lies between
+            collectives, each different piece once, whichever layers it stands in; "auto" is "triton" on GPUs.
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that).
         fullgraph: False lets a forward through that cannot be captured as one graph: everything is gathered for the
             length of the call and runs eagerly, with a warning.
@@ -188,10 +203,12 @@ def compile(
     check_kernels(kernels, passes)
     default_stage = stage if isinstance(stage, int) else 3
     own = RECIPES[stage] if isinstance(stage, int) else MIXED
+    device = next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh))
+    if kernels == "auto":
+        kernels = "aten" if device.type == "cpu" or passes is not None else "triton"
     recipe = passes if passes is not None else fusing(own) if kernels == "triton" else own
     pipeline = parse_recipe(recipe)
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
-    device = next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh))
     costs = cost_table(hardware, device)
     budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device)
     mesh = _mesh(model, mesh)
@@ -209,7 +226,8 @@ def compile(
         raise UsageError("fullgraph=False gathers all parameters at once, so that none can be offloaded; offload=None")
     if (group is not None and default_stage) or offloads:
         check_optimizers(model)
-    session = _shard(model, mesh, group, stages, default_stage, param_dtype, recipe, name, offloads)
+    planning = f"recipe {recipe}, param_dtype {param_dtype}, memory_budget {budget}, costs {fingerprint_of(costs)}"
+    session = _shard(model, mesh, group, stages, default_stage, param_dtype, planning, name, offloads)
     session.regions = Regions() if kernels == "inductor" else None
     context = Context(
         mesh=_axes(session),
@@ -224,6 +242,7 @@ def compile(
         offloads=moves,
     )
     compiled = CompiledModel(model, session, recipe, context)
+    compiled.tunes = is_gpu and any(isinstance(step, Fuse) for step in compiled.pipeline.passes)
     forward = model.forward
     if fullgraph:
         forward = Frontend(_param_infos(session), lambda: {id(b): n for n, b in model.named_buffers()},
@@ -363,7 +382,7 @@ def _compile_class(kind: type[nn.Module], options: Options) -> type[nn.Module]:
 
 def _shard(
     model: nn.Module, mesh: DeviceMesh | None, group: dist.ProcessGroup | None, stages: dict[str, int | None],
-    default_stage: int, param_dtype: torch.dtype | None, recipe: str, name: str, offloads: dict[str, str],
+    default_stage: int, param_dtype: torch.dtype | None, planning: str, name: str, offloads: dict[str, str],
 ) -> Session:  # fmt: skip
     """Compare the models of all ranks, then shard."""
     device = next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh))
@@ -371,7 +390,7 @@ def _shard(
     if group is not None:
         from zgraph.runtime.peers import Peers
 
-        lines = [f"recipe {recipe}, param_dtype {param_dtype}"]
+        lines = [planning]
         lines += [
             f"{n}: {tuple(p.shape)} {p.dtype} stage {stages[n]}" + (f" offload {offloads[n]}" if n in offloads else "")
             for n, p in model.named_parameters()

@@ -16,7 +16,7 @@ from zgraph.passes import RECIPES
 
 Stage = int | Callable[[str], int]
 
-Kernels = Literal["aten", "triton", "inductor"]
+Kernels = Literal["auto", "aten", "triton", "inductor"]
 
 ATTRIBUTE = "_zgraph"
 """Where a compiled model keeps what `zgraph.compile` attached to it."""
@@ -47,7 +47,7 @@ def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtyp
 
 def check_kernels(kernels: str, passes: str | None) -> None:
     if kernels not in get_args(Kernels):
-        raise UsageError(f'kernels must be "aten", "triton" or "inductor", not {kernels!r}')
+        raise UsageError(f'kernels must be "auto", "aten", "triton" or "inductor", not {kernels!r}')
     if kernels == "triton" and passes is not None:
         raise UsageError('with passes=, the recipe says what is fused: put fuse in it, and leave kernels="triton" out')
 

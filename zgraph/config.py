@@ -39,6 +39,11 @@ def environment() -> Environment:
     return Environment(Path(dump) if dump else None, int(level), disable)
 
 
+def cache_folder() -> Path:
+    """Where generated kernels and measured times lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zgraph"
+
+
 def ranks_here() -> int:
     """Ranks on this host, as launchers tell it; 0 if they do not."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -40,6 +41,11 @@ def cost_table(target: Target | None, device: torch.device) -> CostTable:
     if "a100" in title:
         stems = ["a100-80" if torch.cuda.get_device_properties(device).total_memory > 50 << 30 else "a100-40"]
     return CostTable(hardware=hardware(stems[0] if stems else "a100-40"), per_host=ranks_here())
+
+
+def fingerprint_of(costs: CostTable) -> str:
+    """The same for two tables only if they say the same: ranks with other costs would plan otherwise."""
+    return hashlib.sha256(costs.model_dump_json().encode()).hexdigest()[:16]
 
 
 MARGIN = 0.06

@@ -1,9 +1,14 @@
 """Generated kernels on several ranks: the training is DDP's, up to the rounding that kernels leave out."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
+from zgraph.api import compiled_model
 
 from . import zoo
 from .lockstep import Lockstep, assert_same
@@ -23,3 +28,26 @@ def test_training_with_kernels_is_that_of_ddp(pool: Pool, name: str, stage: int)
     answers = pool.run(train, 2, name, stage)
     assert_same([errors for errors, _ in answers])
     assert all(num_kernels > 4 for _, num_kernels in answers)
+
+
+def tune(mesh: DeviceMesh, folder: str) -> tuple[str, int]:
+    """Each rank with a cache of its own, as on a host of its own."""
+    rank = mesh.get_rank()
+    os.environ["XDG_CACHE_HOME"] = f"{folder}/{rank}"
+    try:
+        model = zgraph.compile(zoo.builder("vit")(), mesh=mesh, kernels="triton")
+        compiled = compiled_model(model)
+        compiled.tunes = True
+        inputs = zoo.batch("vit", rank)
+        model(**inputs).loss.backward()
+        files = list(Path(folder, str(rank)).glob("**/*.json"))
+        return json.dumps(compiled.context.costs.groups, sort_keys=True), len(files)
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+
+
+def test_all_ranks_choose_by_what_the_first_has_measured(pool: Pool, tmp_path: Path) -> None:
+    (first, kept), (other, not_kept) = pool.run(tune, 2, str(tmp_path))
+    assert json.loads(first)
+    assert first == other
+    assert (kept, not_kept) == (1, 0)

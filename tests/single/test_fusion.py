@@ -420,7 +420,7 @@ def test_a_budget_and_kernels_go_together():
 
 
 def test_options_that_mean_nothing():
-    with pytest.raises(UsageError, match='kernels must be "aten", "triton" or "inductor"'):
+    with pytest.raises(UsageError, match='kernels must be "auto", "aten", "triton" or "inductor"'):
         zgraph.compile(nn.Linear(2, 2), kernels="cuda")
     with pytest.raises(UsageError, match="put fuse in it"):
         zgraph.compile(nn.Linear(2, 2), kernels="triton", passes=RECIPES[3])

@@ -43,8 +43,8 @@ class CostTable(BaseModel):
         per_host: ranks that share a host; 0 takes full hosts.
         ops: microseconds by `signature`.
         transfers: lines by collective (all_gather, ...) or copy (offload, reload).
-        groups: microseconds of the ways to run ops that can be one kernel, by the `signature` of that kernel: op by op
-            ("aten"), as the kernel ("kernel"), ...
+        groups: microseconds of the ways to run ops that can be one kernel, op by op ("aten"), as that ("kernel"), ...,
+            by the `signature` of the kernel, behind that of the matmul before it where there is one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -93,6 +93,7 @@ _RULES: Mapping[str, Callable[[Shapes, Node], Any]] = {
     "aten.mm": lambda s, n: _matmul(s[0], s[1]),
     "aten.bmm": lambda s, n: _matmul(s[0], s[1]),
     "aten.addmm": lambda s, n: _matmul(s[1], s[2]),
+    "aten._addmm_activation": lambda s, n: _matmul(s[1], s[2]),
     "aten.baddbmm": lambda s, n: _matmul(s[1], s[2]),
     "zgraph.matmul": lambda s, n: _matmul(s[0], s[1]),
     "aten._grouped_mm": lambda s, n: _matmul(s[0], s[1]),
