@@ -30,6 +30,15 @@ def of_small_models() -> dict[str, KernelSpec]:
 
 
 @cache
+def of_demo() -> dict[str, KernelSpec]:
+    """Those of one layer and the head of the Llama that `make demo` trains."""
+    with torch.device("meta"):
+        model = small.llama(384, 1, 256, num_heads=6, num_kv_heads=6, inner=1024, tie_word_embeddings=True)
+    ids = torch.zeros(2, 128, dtype=torch.int64)
+    return _kernels(model, {"input_ids": ids, "labels": ids}, None)
+
+
+@cache
 def of_llama_8b() -> dict[str, KernelSpec]:
     """Those of one layer and the head of Llama-3 8B at 4,096 tokens."""
     with torch.device("meta"):

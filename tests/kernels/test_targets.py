@@ -10,7 +10,7 @@ import pytest
 from zgraph.codegen.targets import TARGETS
 from zgraph.optim.flat import COLUMNS
 
-from .captured import of_llama_8b
+from .captured import of_demo, of_llama_8b
 from .specs import SPECS, UPDATES
 
 
@@ -28,9 +28,10 @@ def test_kernels_that_sweep_over_rows_compile_without_spills():
     check([str(spec) for spec in specs if spec.is_swept])
 
 
-def test_the_kernels_of_llama_3_8b_compile_without_spills():
+@pytest.mark.parametrize("captured", [of_demo, of_llama_8b])
+def test_the_kernels_of_captured_models_compile_without_spills(captured):
     """Matmuls with their epilogues, too."""
-    kernels = of_llama_8b()
+    kernels = captured()
     assert len(kernels) > 5
     assert sum(spec.is_epilogue for spec in kernels.values()) >= 2
     check(list(kernels))
