@@ -325,7 +325,9 @@ def test_logits_that_are_not_returned_are_never_whole(dtype):
     graph = zgraph.trace(LossOnly(), **batch("llama", 0), param_dtype=dtype)
     before, fused = BEFORE.run(graph, Context()), FUSED.run(graph, Context())
     verify(fused)
-    assert [n.op for n in fused.nodes if "cross_entropy" in n.op] == [LINEAR, LINEAR_BACKWARD]
+    losses = [n for n in fused.nodes if "cross_entropy" in n.op]
+    assert [n.op for n in losses] == [LINEAR, LINEAR_BACKWARD]
+    assert {work(fused, n).dtype for n in losses} == {"f32" if dtype is None else "bf16"}
     assert whole_logits(before)
     assert not whole_logits(fused)
     reference = Likely(before, 1)

@@ -26,7 +26,7 @@ def trace(
 
     Args:
         model: a module, on the meta device or any other; it is not changed.
-        args, kwargs: what its forward is called with; only shapes and dtypes matter.
+        args, kwargs: what its forward is called with: shapes, dtypes, and whether a gradient is wanted matter.
         param_dtype: dtype to compute in, as in `zgraph.compile`.
         stage: a function from a parameter's name to the stage that its input is marked with, or None.
         dynamic: as in `torch.compile`.
@@ -82,7 +82,7 @@ def _fake(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=compute_dtype(tensor, dtype), device="cpu")
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, tensor.requires_grad)
-    return fake
+    return fake.requires_grad_(tensor.requires_grad)
 
 
 def _master(tensor: torch.Tensor, fake: torch.Tensor) -> DType | None:

@@ -31,7 +31,7 @@ def work(graph: Graph, node: Node) -> Work:
     flop = _flop(node)
     if flop is None:
         return Work() if views(graph, node) and not graph.foreign[node.op].writes else Work(0, _bytes(node))
-    kinds = [v.type for v in node.operands if isinstance(v.type, TensorType)]
+    kinds = [v.type for v in node.operands if isinstance(v.type, TensorType) and len(v.type.shape) > 1]
     return Work(flop, _bytes(node), kinds[0].dtype.value if kinds else "f32")
 
 
