@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-ranks test-rest bench lint clean
+.PHONY: demo test test-ranks test-rest bench bench-gpu lint clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo
@@ -29,6 +29,10 @@ lint: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.steps
+
+# With the torch of the GPU's machine: nothing is installed, PYTHON says which Python has it.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu --json benchmarks/results/gpu.json
 
 # Each extra is a stamp in the virtual environment, renewed when what it installs changes.
 $(VENV)/.python:

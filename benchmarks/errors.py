@@ -34,3 +34,7 @@ class RankTimedOut(BenchmarkError):
 
 class UnknownName(BenchmarkError):
     """No preset or system has this name."""
+
+
+class NoGpu(BenchmarkError):
+    """torch finds no GPU here."""
