@@ -9,7 +9,7 @@ from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import ACC, Arg, KernelSpec, Operand, Step
 from zgraph.errors import KernelError
 from zgraph.ir import Arg as IrArg
-from zgraph.ir import Builder, DType, Node, TensorType, Value
+from zgraph.ir import Builder, DType, Foreign, Node, TensorType, Value
 from zgraph.passes.analysis.rows import Space, Views, match
 
 ROWS = "zgraph.rows.default"
@@ -23,6 +23,18 @@ MATMUL = "zgraph.matmul.default"
 
 MATMULS = frozenset({"aten.mm.default", "aten.addmm.default", "aten.bmm.default"})
 """Ops that can be the product of one. Their last two operands are the matrices."""
+
+RECTIFIED = "aten._addmm_activation.default"
+"""A matmul whose bias and rectifier are its end, as the vendor's library has it."""
+
+FOREIGN = {
+    ROWS: Foreign(multi=True),
+    MATMUL: Foreign(multi=True),
+    SEED: Foreign(random=True),
+    RECTIFIED: Foreign(),
+    "aten.view.default": Foreign(views=(0,)),
+}
+"""What is known of the ops that stand in the place of groups."""
 
 MAX_WORDS = 4
 """Ops that a kernel is named after."""
@@ -90,7 +102,7 @@ class Kernel:
         for node in group.again:
             self._add(node, read)
         for node in group.nodes:
-            self._add(node, read.union(self.needed))
+            self._add(node, [r.name for r in node.results if r.name in read or r.name in self.needed])
         wanted = [r for node in group.members for r in node.results if r.name in self.needed]
         outputs = list(self._outputs(wanted))
         operands = [Operand(ACC, DType.f32, Extent.full)] if group.matmul is not None else []

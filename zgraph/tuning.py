@@ -21,7 +21,8 @@ from zgraph.ir import Graph, Node, TensorType, Value
 from zgraph.ir.layout import dense_strides
 from zgraph.ir.symbols import evaluate
 from zgraph.passes import Context
-from zgraph.passes.fusion import Way, ways
+from zgraph.passes.fused_ways import Way
+from zgraph.passes.fusion import ways
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.regions import Region, Steps
 

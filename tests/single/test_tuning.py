@@ -13,8 +13,8 @@ from zgraph.api import compiled_model
 from zgraph.cost import CostTable, hardware
 from zgraph.ir import Graph
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.fused_rows import MATMUL, ROWS
-from zgraph.passes.fusion import RECTIFIED, Fuse, ways
+from zgraph.passes.fused_rows import MATMUL, RECTIFIED, ROWS
+from zgraph.passes.fusion import Fuse, ways
 
 H100 = Context(costs=CostTable(hardware=hardware("h100")))
 
