@@ -41,6 +41,10 @@ class ZirError(TextError):
     """A `.zir` text that does not parse."""
 
 
+class RunFileError(ZgraphError, ValueError):
+    """A run file that cannot be read or is damaged, or a graph that is not in it."""
+
+
 class ContractError(ZgraphError):
     """The passes of a recipe do not fit together: one needs what none before it provides."""
 

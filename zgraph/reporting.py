@@ -123,7 +123,7 @@ class Report:
         for entry in self.entries:
             parts += [Text(), _passes(entry), _peak(entry)]
             if entry.traffic:
-                parts += [_wire(entry, self.whole_bytes), _time(entry)]
+                parts += [_wire(entry, self.whole_bytes), step_summary(entry)]
         if not self.entries:
             parts.append(Text("Nothing captured yet: the first call of the model does that.", style="dim"))
         return Group(*parts)
@@ -191,7 +191,7 @@ def _peak(entry: Entry) -> Text:
 NUM_STALLS = 5
 
 
-def _time(entry: Entry) -> Text:
+def step_summary(entry: Entry) -> Text:
     """Predicted time, the bound below which no order can go, and what computing waits for."""
     timeline = entry.timeline
     text = Text(

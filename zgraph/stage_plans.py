@@ -164,7 +164,7 @@ class _Shape:
         context = Context(mesh=mesh, costs=planner.costs, groups_calls=True)
         self.family = planner.family.changed(self._marked)
         self.members = [_Member(graph, stage, context) for graph in self.family.members]
-        self.rest = self.family.grown_by_key([m.at_rest() for m in self.members])
+        self.rest = self.family.grown_by_key([at_rest(m.placed) for m in self.members])
 
     def _marked(self, graph: Graph) -> Graph:
         inputs = tuple(
@@ -308,25 +308,26 @@ class _Member:
         sent = sum(t.sent_bytes for t in traffic(whole))
         return timeline.step_us, timeline.exposed_us, sent, sum(work(scheduled, n).flop for n in scheduled.nodes)
 
-    def at_rest(self) -> dict[str, int]:
-        """Bytes of this rank: of parameters, AdamW's moments and buffers on the device, of masters, and on the host."""
-        found = dict.fromkeys(("parameters", "optimizer", "buffers", "masters", "host"), 0)
-        for entry in self.placed.inputs:
-            kind = entry.value.type
-            num_bytes = local_bytes(kind, self.placed.mesh, {})
-            if not isinstance(kind, TensorType):
-                continue
-            if entry.kind is not InputKind.param:
-                found["buffers"] += num_bytes if entry.kind in (InputKind.buffer, InputKind.constant) else 0
-                continue
-            master = entry.master or kind.dtype
-            master_bytes = num_bytes * master.itemsize // kind.dtype.itemsize
-            found["masters"] += master_bytes
-            found["host" if kind.is_on_host else "parameters"] += num_bytes
-            found["host" if entry.offload else "optimizer"] += 2 * master_bytes
-            if entry.offload and (master is not kind.dtype or not kind.is_on_host):
-                found["host"] += master_bytes
-        return found
+
+def at_rest(placed: Graph) -> dict[str, int]:
+    """Bytes of this rank: of parameters, AdamW's moments and buffers on the device, of masters, and on the host."""
+    found = dict.fromkeys(("parameters", "optimizer", "buffers", "masters", "host"), 0)
+    for entry in placed.inputs:
+        kind = entry.value.type
+        num_bytes = local_bytes(kind, placed.mesh, {})
+        if not isinstance(kind, TensorType):
+            continue
+        if entry.kind is not InputKind.param:
+            found["buffers"] += num_bytes if entry.kind in (InputKind.buffer, InputKind.constant) else 0
+            continue
+        master = entry.master or kind.dtype
+        master_bytes = num_bytes * master.itemsize // kind.dtype.itemsize
+        found["masters"] += master_bytes
+        found["host" if kind.is_on_host else "parameters"] += num_bytes
+        found["host" if entry.offload else "optimizer"] += 2 * master_bytes
+        if entry.offload and (master is not kind.dtype or not kind.is_on_host):
+            found["host"] += master_bytes
+    return found
 
 
 def _highest(moments: Sequence[Moment]) -> Moment:

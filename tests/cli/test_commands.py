@@ -1,0 +1,182 @@
+"""The `zgraph` command, as a user types it: every example of its help, its errors, and what it prints for programs."""
+
+import io
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+import zgraph
+from zgraph.cli.app import app, main
+from zgraph.errors import VerifyError
+from zgraph.ir import parse_graph, print_graph
+from zgraph.passes import RECIPES
+from zgraph.runfile import load_run
+
+MODEL = """
+from torch import nn
+
+class Gone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x.sum()
+
+def gone():
+    import torch
+    return Gone(), {"x": torch.ones(8, 64)}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a run of a small model, its function in a file, and a configuration of Hugging Face's."""
+    made = tmp_path_factory.mktemp("cli")
+    (made / "model.py").write_text(MODEL)
+    config = hf.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(made / "llama-70b")
+    return made
+
+
+@pytest.fixture
+def zgraph_command(folder, monkeypatch, capsys):
+    """Runs the command in that folder: its exit code, what it wrote, and what it said of errors."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        torch.compiler.reset()
+        monkeypatch.setattr(sys, "argv", ["zgraph", *args])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    if not Path("run.zg").exists():
+        code, _, error = run("trace", "model.py:gone", "--world", "2", "--dtype", "f32", "-o", "run.zg")
+        assert code == 0, error
+    return run
+
+
+def commands() -> list[str]:
+    from zgraph.cli import commands as _  # noqa: F401 - adds them
+
+    return sorted(c.name or c.callback.__name__ for c in app.registered_commands)
+
+
+@pytest.mark.parametrize("name", commands())
+def test_the_example_of_every_command_runs(name, zgraph_command):
+    code, text, _ = zgraph_command(name, "--help")
+    assert code == 0
+    (example,) = re.findall(r"Example: (zgraph .*)", re.sub(r"[│`]| +$", "", text, flags=re.M).replace("\n  ", " "))
+    args = [a.replace("mm_3", "addmm_1") for a in shlex.split(example)[1:]]
+    if name == "trace":
+        args[args.index("run.zg")] = "other.zg"
+    code, out, error = zgraph_command(*args)
+    assert code == 0, error
+    assert out.strip()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (("shwo", "run.zg"), 2, "did you mean show?"),
+        (("show", "rnu.zg"), 2, "did you mean run.zg?"),
+        (("show", "run.zg@buckt"), 1, "did you mean bucket?"),
+        (("opt", "run.zg", "--passes", "canonicalise"), 2, "did you mean canonicalize?"),
+        (("opt", "run.zg", "--disable-pass", "buket"), 2, "did you mean bucket?"),
+        (("opt", "run.zg", "--stop-after", "fuse"), 2, "not among the passes to run"),
+        (("explain", "run.zg", "%adddmm"), 2, "did you mean addmm"),
+        (("trace", "model.py:gon"), 2, "did you mean gone?"),
+        (("trace", "nowhere.py:model"), 2, "there is no file nowhere.py"),
+        (("trace", "no-such-folder/config.json"), 2, "Give a folder with a config.json"),
+        (("trace", "model.py:gone", "--hardware", "h10"), 1, "did you mean h100?"),
+        (("trace", "model.py:gone", "--memory-budget", "9KiB", "-o", "x.zg"), 3, "the smallest that can"),
+        (("trace", "model.py:gone", "--stage", "7"), 2, "--stage"),
+        (("show", "model.py"), 1, "no run file"),
+    ],
+)
+def test_what_is_mistyped_or_does_not_fit(args, code, said, zgraph_command):
+    got, _, error = zgraph_command(*args)
+    assert got == code, error
+    assert said in " ".join(error.replace("│", " ").split())
+    assert "Traceback" not in error
+
+
+def test_what_programs_read(zgraph_command):
+    """JSON of every command, and runs by standard input and output."""
+    _, out, _ = zgraph_command("passes", "--json")
+    assert {row["name"] for row in json.loads(out)["passes"]} >= {"partition", "schedule"}
+    assert json.loads(out)["recipes"]["3"] == RECIPES[3]
+    data = Path("run.zg").read_bytes()
+    _, out, _ = zgraph_command("opt", "-", "--json", stdin=data)
+    steps = json.loads(out)
+    assert [s["graph"] for s in steps][:2] == ["captured", "canonicalize"]
+    assert sum(s["changed"].get("release", 0) for s in steps) > 0
+    _, out, _ = zgraph_command(
+        "show", "run.zg", "--op", "all_gather_start", "--phase", "fwd", "--lane", "comm", "--json"
+    )
+    nodes = json.loads(out)
+    assert nodes
+    assert {(n["op"], n["phase"], n["lane"]) for n in nodes} == {("all_gather_start", "fwd", "comm")}
+    _, out, _ = zgraph_command("explain", "run.zg", nodes[0]["name"], "--json")
+    found = json.loads(out)
+    assert (found["events"][0]["did"], found["events"][0]["graph"]) == ("made", "all-gather")
+    assert any("comm lane" in text for text in found["timing"])
+    assert "model.py" in found["source"]
+    _, out, _ = zgraph_command("simulate", "run.zg", "--json")
+    assert json.loads(out)["step_us"] >= json.loads(out)["lower_bound_us"] > 0
+
+
+def test_differences(zgraph_command):
+    _, out, _ = zgraph_command("diff", "run.zg@reduce-scatter", "@release", "--json")
+    found = json.loads(out)
+    assert set(found["stat"]["added"]) == {"release"}
+    assert not found["removed"]
+    _, out, _ = zgraph_command("diff", "run.zg@final", "@final")
+    assert [line.split()[0] for line in out.splitlines()] == ["0"] * 4
+    _, out, _ = zgraph_command("diff", "run.zg@captured", "run.zg@partition")
+    assert "+ fwd" in out
+    assert "~ fwd" in out
+
+
+def test_passes_as_the_user_chooses(zgraph_command):
+    """What is left out is not there; what is written can be read; the text that is printed parses."""
+    code, out, _ = zgraph_command(
+        "opt", "run.zg", "--disable-pass", "bucket", "--stop-after", "all-gather", "-o", "new.zg"
+    )
+    assert code == 0
+    run = load_run(Path("new.zg"))
+    assert run.names[-1] == "all-gather"
+    assert "bucket" not in run.names
+    _, out, _ = zgraph_command("opt", "run.zg", "--print-ir-after", "partition", "--verify-each")
+    assert print_graph(parse_graph(out.partition("\n")[2])) == print_graph(load_run(Path("run.zg")).graph("partition"))
+    _, changed, _ = zgraph_command("opt", "run.zg", "--print-ir-after-change")
+    _, every, _ = zgraph_command("opt", "run.zg", "--print-ir-after-all")
+    assert 0 < changed.count("# after") < every.count("# after") == len(load_run(Path("run.zg")).names) - 1
+
+
+def test_a_wrong_graph_is_found(zgraph_command, tmp_path):
+    run = load_run(Path("run.zg"))
+    member = run.manifest.snapshots[run.position("schedule")].member
+    lines = run.texts[member].splitlines()
+    at = next(i for i, line in enumerate(lines) if "= aten.relu" in line)
+    run.texts[member] = "\n".join([*lines[:at], *lines[at + 1 :]]) + "\n"
+    run.save(tmp_path / "wrong.zg")
+    code, _, error = zgraph_command("verify", str(tmp_path / "wrong.zg"))
+    assert code == 1
+    assert "the graph after" in error
+    assert issubclass(VerifyError, zgraph.errors.ZgraphError)

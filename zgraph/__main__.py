@@ -1,0 +1,5 @@
+"""`python -m zgraph` is the `zgraph` command."""
+
+from zgraph.cli import main
+
+main()

@@ -1,0 +1,360 @@
+"""The commands that make run files and work on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from zgraph.cli.app import AsJson, app, console, errors, print_json, read_run, write_run
+from zgraph.compare import compare
+from zgraph.errors import UsageError, VerifyError, ZirError
+from zgraph.explain import explain
+from zgraph.ir import print_graph, print_node, verify
+from zgraph.passes import ALL, BY_NAME, RECIPES, Pass, Pipeline, fusing, make_plan, parse_recipe
+from zgraph.passes.pipeline import print_size
+from zgraph.reporting import make_entry, mebibytes, step_summary
+from zgraph.runfile import Recording, RunFile, run_file
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors(), transient=True
+    )
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Argument(help="FILE.py:FUNCTION, or a folder or name as AutoConfig takes it.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The run file to write.")] = "run.zg",
+    stage: Annotated[int, typer.Option(min=0, max=3, help="The ZeRO stage.")] = 3,
+    hardware: Annotated[str, typer.Option(help="What to plan for, such as h100 or 8x8-h100.")] = "h100",
+    world: Annotated[int, typer.Option(min=0, help="Ranks; 0 takes all of the hardware.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a rank's batch.")] = 1,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,
+    memory_budget: Annotated[str, typer.Option(help="Such as 70GiB; by default the device's, less a margin.")] = "",
+    dtype: Annotated[str, typer.Option(help="To compute in: bf16, f16 or f32.")] = "bf16",
+    kernels: Annotated[str, typer.Option(help="aten, or triton to fuse.")] = "aten",
+    passes: Annotated[str, typer.Option(help="A recipe in the place of the stage's own.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Capture a model under fake tensors, run a stage's passes on it, and write a run file.
+
+    Example: `zgraph trace llama-70b/config.json --hardware 8x8-h100 -o run.zg`
+    """
+    import torch
+
+    from zgraph.cli.models import subject
+    from zgraph.tracing import traced
+
+    dtypes = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+    if dtype not in dtypes or kernels not in ("aten", "triton"):
+        raise UsageError("--dtype is one of bf16, f16, f32, and --kernels one of aten, triton")
+    recipe = passes or (fusing(RECIPES[stage]) if kernels == "triton" else RECIPES[stage])
+    pipeline = parse_recipe(recipe)
+    with _progress() as progress:
+        task = progress.add_task(f"reading {escape(model)}")
+        found = subject(model, batch, seq)
+        progress.update(task, description=f"capturing {escape(model)} and running {len(pipeline.passes)} passes")
+        run = traced(
+            found.model, found.inputs, pipeline, hardware=hardware, num_ranks=world or None,
+            memory_budget=memory_budget or None, param_dtype=dtypes[dtype],
+        )  # fmt: skip
+        progress.update(task, description=f"writing {escape(output)}")
+        write_run(run, output)
+    if output != "-":
+        _print_steps(run, as_json)
+
+
+@app.command(name="passes")
+def list_passes(as_json: AsJson = False) -> None:
+    """Every pass with its contract, options and what it does, and the recipe of each stage.
+
+    Example: `zgraph passes --json`
+    """
+    if as_json:
+        print_json(
+            {"passes": [_described(kind) for kind in ALL], "recipes": {str(s): text for s, text in RECIPES.items()}}
+        )
+        return
+    table = Table("pass", "what it does", "numerics", "needs", "gives", "options")
+    for row in map(_described, ALL):
+        table.add_row(*(", ".join(cell) if isinstance(cell, list) else cell for cell in list(row.values())[:6]))
+    console().print(table)
+    for stage, text in RECIPES.items():
+        console().print(f"stage {stage}: {text}", highlight=False)
+
+
+def _described(kind: type[Pass]) -> dict[str, str | list[str]]:
+    """What a pass says of itself."""
+    defaults = {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
+    return {
+        "name": kind.name,
+        "does": (inspect.getdoc(kind) or "").splitlines()[0],
+        "numerics": kind.numerics.value,
+        "requires": sorted(kind.requires),
+        "provides": sorted(kind.provides),
+        "options": [f"{n}={print_size(v) if n.endswith('_bytes') else v}" for n, v in defaults.items()],
+        "conflicts": sorted(kind.conflicts),
+    }
+
+
+@app.command()
+def opt(
+    file: Annotated[str, typer.Argument(help="FILE, or FILE@GRAPH to begin there; - for standard input.")],
+    passes: Annotated[str, typer.Option(help="The recipe to run; by default the file's own.")] = "",
+    output: Annotated[str, typer.Option("--output", "-o", help="A run file to write with the new graphs.")] = "",
+    print_ir_after: Annotated[str, typer.Option(help="Print the graph after these passes, separated by commas.")] = "",
+    print_ir_after_all: Annotated[bool, typer.Option(help="Print the graph after every pass.")] = False,
+    print_ir_after_change: Annotated[bool, typer.Option(help="Print it after every pass that changed it.")] = False,
+    disable_pass: Annotated[list[str] | None, typer.Option(help="Leave a pass out; may be given again.")] = None,
+    stop_after: Annotated[str, typer.Option(help="The last pass to run.")] = "",
+    timing: Annotated[bool, typer.Option(help="Print what each pass took.")] = False,
+    verify_each: Annotated[bool, typer.Option(help="Check every rule of the IR after every pass.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run passes on the graph that was captured, or on any other of the file.
+
+    Example: `zgraph opt run.zg --passes 'canonicalize,partition(stage=2)' --timing`
+    """
+    run, name = read_run(file)
+    begin = run.graph(name if "@" in file else "captured")
+    pipeline = parse_recipe(passes or run.recipe)
+    chosen = _chosen(pipeline, disable_pass or [], stop_after)
+    wanted = {_known(n.strip()) for n in print_ir_after.split(",") if n.strip()}
+    recording = Recording(begin)
+    with _progress() as progress:
+        progress.add_task(f"running {len(chosen.passes)} passes")
+        chosen.run(begin, run.context, [recording])
+    before = begin
+    for step, graph, _ in recording.steps:
+        if verify_each:
+            verify(graph)
+        if print_ir_after_all or step.partition("(")[0] in wanted or (print_ir_after_change and graph != before):
+            console().print(f"# after {step}\n{print_graph(graph)}", markup=False, highlight=False)
+        before = graph
+    made = run_file([("captured", begin, 0.0), *recording.steps], run.manifest.provenance, run.context)
+    if output:
+        write_run(made, output)
+    if output != "-" and (as_json or timing or not (print_ir_after_all or wanted or print_ir_after_change)):
+        _print_steps(made, as_json)
+
+
+def _chosen(pipeline: Pipeline, disabled: list[str], stop_after: str) -> Pipeline:
+    left_out = {_known(name) for name in disabled}
+    kept = [step for step in pipeline.passes if step.name not in left_out]
+    if stop_after:
+        names = [step.name for step in kept]
+        if _known(stop_after) not in names:
+            raise UsageError(f"{stop_after} is not among the passes to run: {', '.join(names)}")
+        kept = kept[: len(names) - names[::-1].index(stop_after)]
+    found = Pipeline(tuple(kept))
+    found.check()
+    return found
+
+
+def _known(name: str) -> str:
+    from difflib import get_close_matches
+
+    if name not in BY_NAME:
+        near = get_close_matches(name, BY_NAME, 1)
+        raise UsageError(
+            f"there is no pass {name}; " + (f"did you mean {near[0]}?" if near else f"they are {', '.join(BY_NAME)}")
+        )
+    return name
+
+
+def _print_steps(run: RunFile, as_json: bool) -> None:
+    """What each pass changed, and what it took."""
+    rows, before = [], Counter[str]()
+    for name, snapshot in zip(run.names, run.manifest.snapshots, strict=True):
+        counts = Counter(n.op for n in run.graph(name).nodes)
+        changed = {op: counts[op] - before[op] for op in counts | before if counts[op] != before[op]}
+        rows.append((name, snapshot, changed if before else {}))
+        before = counts
+    if as_json:
+        print_json([
+            {"graph": name, "step": s.step, "seconds": s.seconds, "nodes": s.num_nodes, "changed": changed}
+            for name, s, changed in rows
+        ])  # fmt: skip
+        return
+    table = Table("after", "nodes", "ms", "changed")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for name, snapshot, changed in rows:
+        order = sorted(changed.items(), key=lambda item: (-abs(item[1]), item[0]))
+        words = " ".join(f"{count:+d} {op}" for op, count in order)
+        table.add_row(name, f"{snapshot.num_nodes:,}", f"{1e3 * snapshot.seconds:,.0f}", words)
+    console().print(table)
+
+
+@app.command()
+def show(
+    file: Annotated[str, typer.Argument(help="FILE, or FILE@GRAPH such as run.zg@bucket; - for standard input.")],
+    op: Annotated[str, typer.Option(help="Only ops whose name contains this.")] = "",
+    module: Annotated[str, typer.Option(help="Only nodes of modules whose path contains this.")] = "",
+    phase: Annotated[str, typer.Option(help="Only fwd, bwd or upd.")] = "",
+    lane: Annotated[str, typer.Option(help="Only this lane: compute, comm, d2h or h2d.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """The graph after a pass, whole or filtered.
+
+    Example: `zgraph show run.zg@all-gather --op wait --phase fwd`
+    """
+    from zgraph.ir import Instruction
+
+    run, name = read_run(file)
+    graph = run.graph(name)
+    nodes = [
+        n
+        for n in graph.nodes
+        if op in n.op and module in n.origin.module and phase in ("", n.phase.value)
+        and lane in ("", Instruction(n).lane)
+    ]  # fmt: skip
+    if as_json:
+        print_json([
+            {"name": n.name, "op": n.op, "phase": n.phase.value, "lane": Instruction(n).lane, "text": print_node(n),
+             "module": n.origin.module, "source": f"{n.origin.file}:{n.origin.line}", "made_by": n.origin.made_by}
+            for n in nodes
+        ])  # fmt: skip
+    elif len(nodes) == len(graph.nodes):
+        console().print(print_graph(graph), markup=False, highlight=False, end="")
+    elif nodes:
+        console().print("\n".join(map(print_node, nodes)), markup=False, highlight=False)
+    else:
+        errors().print(f"none of {len(graph.nodes):,} nodes is one of those")
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(help="FILE@GRAPH.")],
+    second: Annotated[str, typer.Argument(help="FILE@GRAPH, or @GRAPH of the same file.")],
+    stat: Annotated[bool, typer.Option("--stat", help="Only how many nodes of each op.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What differs between two graphs: added +, removed -, changed ~, moved >.
+
+    Example: `zgraph diff run.zg@partition @bucket --stat`
+    """
+    run, name = read_run(first)
+    other, other_name = (run, second[1:]) if second.startswith("@") else read_run(second)
+    found = compare(run.graph(name), other.graph(other_name))
+    if as_json:
+        lists = {"added": found.added, "removed": found.removed, "moved": found.moved}
+        texts = {kind: [print_node(n) for n in nodes] for kind, nodes in lists.items()}
+        changed = [{"before": print_node(old), "after": print_node(new)} for old, new in found.changed]
+        print_json({"stat": found.stat} if stat else {"stat": found.stat, **texts, "changed": changed})
+        return
+    lines = [
+        f"{sum(counts.values()):,} {kind}" + (f": {_counted(counts)}" if counts else "")
+        for kind, counts in found.stat.items()
+    ]
+    if not stat:
+        lines += [f"[red]- {escape(print_node(n))}[/]" for n in found.removed]
+        lines += [f"[green]+ {escape(print_node(n))}[/]" for n in found.added]
+        for old, new in found.changed:
+            lines += [f"[red]~ {escape(print_node(old))}[/]", f"[green]~ {escape(print_node(new))}[/]"]
+        lines += [f"[yellow]> {escape(print_node(n))}[/]" for n in found.moved]
+    console().print("\n".join(lines), highlight=False)
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {op}" for op, count in counts.items())
+
+
+@app.command(name="explain")
+def explain_node(
+    file: Annotated[str, typer.Argument(help="A run file; - for standard input.")],
+    node: Annotated[str, typer.Argument(help="What a node makes, such as %mm_3.")],
+    as_json: AsJson = False,
+) -> None:
+    """Where a node comes from, which passes made, changed or moved it, and why it is where it is.
+
+    Example: `zgraph explain run.zg %mm_3`
+    """
+    run, _ = read_run(file)
+    found = explain(run, node)
+    if as_json:
+        print_json({
+            "node": print_node(found.node), "module": found.node.origin.module, "source": found.source,
+            "events": [dataclasses.asdict(e) for e in found.events], "reads": found.reads, "readers": found.readers,
+            "timing": found.timing,
+        })  # fmt: skip
+        return
+    rows = [
+        ("node", print_node(found.node, origins=False)),
+        ("module", found.node.origin.module),
+        ("source", found.source),
+    ]
+    rows += [(f"{e.did} by {e.graph}" if e.did != "captured" else "captured", e.text) for e in found.events]
+    rows += [("reads", ", ".join(found.reads)), ("read by", ", ".join(found.readers))]
+    rows += [("when", text) for text in found.timing]
+    table = Table.grid(padding=(0, 2))
+    for title, text in rows:
+        if text or title.startswith("removed"):
+            table.add_row(title, escape(_shortened(text)))
+    console().print(table, highlight=False)
+
+
+MAX_CHARACTERS = 320
+
+
+def _shortened(text: str) -> str:
+    """The beginning of a long text: a bucket's gather reads a hundred values."""
+    rest = len(text) - MAX_CHARACTERS
+    return text if rest < MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ... ({rest:,} characters more; --json has all)"
+
+
+@app.command(name="simulate")
+def simulate_run(
+    file: Annotated[str, typer.Argument(help="A run file; - for standard input.")], as_json: AsJson = False
+) -> None:
+    """The predicted step: time, memory, and what computing waits for.
+
+    Example: `zgraph simulate run.zg`
+    """
+    run, name = read_run(file)
+    entry = make_entry(make_plan(run.graph(name)), (), run.context)
+    timeline = entry.timeline
+    causes: dict[str, float] = defaultdict(float)
+    starts = {n.name: n for n in entry.plan.graph.nodes}
+    for stall in timeline.stalls:
+        causes[f"{starts[stall.start].op} in the {stall.phase}"] += stall.us
+    if as_json:
+        print_json({
+            "step_us": timeline.step_us, "lower_bound_us": entry.lower_bound_us, "gap": entry.gap,
+            "busy_us": dict(timeline.busy_us), "exposed_us": timeline.exposed_us, "exposed_by": dict(causes),
+            "peak_bytes": entry.memory.peak.total_bytes + run.context.rest_bytes, "rest_bytes": run.context.rest_bytes,
+        })  # fmt: skip
+        return
+    console().print(step_summary(entry))
+    for cause, us in sorted(causes.items(), key=lambda item: -item[1]):
+        console().print(f"  exposed by {cause}: {us:,.1f} us")
+    console().print(f"at rest {mebibytes(run.context.rest_bytes)}")
+
+
+@app.command(name="verify")
+def verify_run(
+    file: Annotated[str, typer.Argument(help="A run file, all of whose graphs are checked; - for standard input.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every rule of the IR on every graph of a run, and that the last one can be planned.
+
+    Example: `zgraph verify run.zg`
+    """
+    run, _ = read_run(file)
+    for name in run.names:
+        try:
+            verify(run.graph(name))
+        except (VerifyError, ZirError) as error:
+            raise VerifyError(f"the graph after {name}: {error}") from None
+    if as_json:
+        print_json({"graphs": list(run.names), "fine": True})
+    else:
+        console().print(f"{len(run.names)} graphs are fine")

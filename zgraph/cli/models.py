@@ -1,0 +1,98 @@
+"""What `MODEL` names on the command line: a Hugging Face configuration, or a function in a file."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zgraph.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on the meta device, with what to call it with."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+
+
+def subject(name: str, batch: int, seq: int) -> Subject:
+    """The model of a name.
+
+    Args:
+        name: `file.py:function`, whose function returns a module, or a module and a dict of inputs; or what
+            transformers' AutoConfig takes: a folder, a `config.json`, the name of a model in its cache.
+        batch: rows of the inputs.
+        seq: tokens of each.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    path, _, function = name.rpartition(":")
+    if path.endswith(".py"):
+        return _of_file(Path(path), function, batch, seq)
+    return _of_config(name, batch, seq)
+
+
+def _of_file(path: Path, function: str, batch: int, seq: int) -> Subject:
+    if not path.exists():
+        raise UsageError(f"there is no file {path}")
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    if not callable(make := getattr(module, function, None)):
+        near = get_close_matches(function, [n for n in vars(module) if callable(vars(module)[n])], 1)
+        raise UsageError(f"{path} has no function {function}" + (f"; did you mean {near[0]}?" if near else ""))
+    with torch.device("meta"):
+        made = make()
+    model, inputs = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{path}:{function} returned a {type(model).__name__}, not a module")
+    return Subject(model, inputs if inputs is not None else _tokens(model, batch, seq))
+
+
+def _of_config(name: str, batch: int, seq: int) -> Subject:
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError(
+            f"{name} is no FILE.py:FUNCTION, and Hugging Face names need transformers: pip install transformers"
+        ) from None
+    path = Path(name)
+    if path.name == "config.json" and not path.exists():
+        raise UsageError(f"there is no file {path}. Give a folder with a config.json, or FILE.py:FUNCTION.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path.parent if path.name == "config.json" else name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"transformers knows no model {name}: {reason} Give a folder with a config.json.") from None
+    kinds = [getattr(transformers, kind, None) for kind in config.architectures or ()]
+    kind = next((k for k in kinds if k is not None), None)
+    config.use_cache = False
+    with torch.device("meta"):
+        auto: Any = transformers.AutoModelForCausalLM
+        model = kind(config) if kind is not None else auto.from_config(config)
+    return Subject(model, _tokens(model, batch, seq))
+
+
+def _tokens(model: nn.Module, batch: int, seq: int) -> dict[str, Any]:
+    """What a model of language is called with in training; images for one that has `image_size`."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise UsageError(
+            f"what to call {type(model).__name__} with is not known: have the function return (model, inputs)"
+        )
+    if getattr(config, "vocab_size", None) is None and getattr(config, "image_size", None) is not None:
+        size, channels = config.image_size, getattr(config, "num_channels", 3)
+        labels = torch.zeros(batch, dtype=torch.int64, device="meta")
+        return {"pixel_values": torch.empty(batch, channels, size, size, device="meta"), "labels": labels}
+    ids = torch.zeros(batch, seq, dtype=torch.int64, device="meta")
+    return {"input_ids": ids, "labels": ids}

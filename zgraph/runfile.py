@@ -1,0 +1,220 @@
+"""`run.zg`: the captured graph, the graph after every pass, and what the passes knew, in one file.
+
+A zip archive of texts that any tool opens; nothing in it is ever run as code:
+
+    run.json                    format, provenance, recipe, context (mesh, costs, budget, ...), and the list of graphs
+    graphs/00-captured.zir      the graph as captured
+    graphs/01-canonicalize.zir  after the first pass, and so on
+
+A pass that changed nothing has no text of its own: the list names the one that it left as it was. The plan is not in
+the file: it follows from the last graph (`zgraph.passes.make_plan`).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import zgraph
+from zgraph.errors import RunFileError
+from zgraph.ir import Graph, parse_graph, print_graph
+from zgraph.passes.base import Context, Pass
+from zgraph.passes.pipeline import print_pass
+
+FORMAT = 1
+
+MAX_BYTES = 2 << 30
+"""Texts of more bytes are refused before any is unpacked: 80 layers after every pass take some 50 MB."""
+
+CAPTURED = "captured"
+
+MANIFEST = "run.json"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Provenance(_Frozen):
+    """Who made a file: the model's class, versions, and when (UTC)."""
+
+    model: str
+    zgraph: str = zgraph.__version__
+    torch: str = ""
+    python: str = platform.python_version()
+    made: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+
+class Snapshot(_Frozen):
+    """One graph of a run: the pass that made it as the recipe writes it, its text's name, seconds, and nodes."""
+
+    step: str
+    member: str
+    seconds: float = Field(ge=0)
+    num_nodes: int = Field(ge=0)
+
+    @property
+    def name(self) -> str:
+        """The pass without its options."""
+        return self.step.partition("(")[0]
+
+
+class Manifest(_Frozen):
+    """What `run.json` says."""
+
+    format: Literal[1] = 1
+    provenance: Provenance
+    context: Context
+    snapshots: tuple[Snapshot, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A run: what was captured, what every pass made of it, and what the passes knew.
+
+    Args:
+        manifest: all but the graphs.
+        texts: the graphs' texts by the names of their members.
+    """
+
+    manifest: Manifest
+    texts: dict[str, str]
+    _graphs: dict[str, Graph] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def context(self) -> Context:
+        return self.manifest.context
+
+    @property
+    def recipe(self) -> str:
+        return ",".join(s.step for s in self.manifest.snapshots[1:])
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What each graph is called: by the pass that made it, with #2 where that ran a second time."""
+        found: list[str] = []
+        for snapshot in self.manifest.snapshots:
+            count = sum(name.partition("#")[0] == snapshot.name for name in found)
+            found.append(snapshot.name if not count else f"{snapshot.name}#{count + 1}")
+        return tuple(found)
+
+    def graph(self, name: str = "final") -> Graph:
+        """The graph after a pass: its name (`bucket`, `dce#2`), a position (0 is what was captured), or `final`.
+
+        Raises:
+            RunFileError: there is no such graph; the message has the nearest name.
+            ZirError: its text does not parse.
+        """
+        member = self.manifest.snapshots[self.position(name)].member
+        if member not in self._graphs:
+            self._graphs[member] = parse_graph(self.texts[member])
+        return self._graphs[member]
+
+    def position(self, name: str) -> int:
+        """Where a graph stands among all of them. Raises RunFileError if there is none of that name."""
+        if name == "final":
+            return len(self.names) - 1
+        if name in self.names:
+            return self.names.index(name)
+        if name.isdecimal() and len(name) < 6 and int(name) < len(self.names):
+            return int(name)
+        near = get_close_matches(name, [*self.names, "final"], 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self.names)} and final"
+        raise RunFileError(f"the run has no graph called {name[:60]!r}; {hint}")
+
+    def save(self, target: Path | BinaryIO) -> None:
+        """Write the file: as a whole or not at all."""
+        if isinstance(target, Path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft = target.with_name(f".{target.name}.draft")
+            with draft.open("wb") as stream:
+                self._write(stream)
+            draft.replace(target)
+        else:
+            self._write(target)
+
+    def _write(self, stream: BinaryIO) -> None:
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+            archive.writestr(MANIFEST, self.manifest.model_dump_json(indent=1) + "\n")
+            for member, text in self.texts.items():
+                archive.writestr(member, text)
+
+
+def load_run(source: Path | BinaryIO) -> RunFile:
+    """Read a file that `RunFile.save` wrote. The graphs are parsed when they are asked for.
+
+    Raises:
+        RunFileError: it cannot be read, is damaged, is none of ours, of a later format, or too large.
+    """
+    name = str(source) if isinstance(source, Path) else "the input"
+    try:
+        with zipfile.ZipFile(source) as archive:
+            if (num_bytes := sum(member.file_size for member in archive.infolist())) > MAX_BYTES:
+                raise RunFileError(f"{name} would unpack to {num_bytes:,} bytes, more than any run: it is not read")
+            manifest = _manifest(archive.read(MANIFEST), name)
+            members = dict.fromkeys(snapshot.member for snapshot in manifest.snapshots)
+            texts = {member: archive.read(member).decode() for member in members}
+    except OSError as error:
+        raise RunFileError(f"cannot read {name}: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise RunFileError(f"{name} is no run file, or is damaged: {error}; write it again with zgraph trace") from None
+    except (KeyError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, RunFileError):
+            raise
+        raise RunFileError(f"{name} is damaged: {error}; write it again with zgraph trace") from None
+    return RunFile(manifest, texts)
+
+
+def _manifest(text: bytes, name: str) -> Manifest:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunFileError(f"{name} is damaged: {MANIFEST} is no JSON ({error})") from None
+    if isinstance(found, dict) and isinstance(found.get("format"), int) and found["format"] > FORMAT:
+        raise RunFileError(f"{name} has format {found['format']}, and this zgraph reads {FORMAT}: install a newer one")
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+        raise RunFileError(f"{name} is no run file: {problems}") from None
+
+
+@dataclass
+class Recording:
+    """An instrument that keeps the graph after every pass, for a file."""
+
+    captured: Graph
+    steps: list[tuple[str, Graph, float]] = field(default_factory=list)
+
+    def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
+        self.steps.append((print_pass(step), after, seconds))
+
+    def run_file(self, provenance: Provenance, context: Context) -> RunFile:
+        """What was recorded, as a file holds it."""
+        return run_file([(CAPTURED, self.captured, 0.0), *self.steps], provenance, context)
+
+
+def run_file(steps: Sequence[tuple[str, Graph, float]], provenance: Provenance, context: Context) -> RunFile:
+    """A run of these graphs: each with the pass that made it and its seconds, what was captured first."""
+    snapshots: list[Snapshot] = []
+    texts: dict[str, str] = {}
+    written: tuple[Graph | None, str] = None, ""
+    for number, (step, graph, seconds) in enumerate(steps):
+        if graph != written[0]:
+            member = f"graphs/{number:02d}-{step.partition('(')[0]}.zir"
+            texts[member] = print_graph(graph)
+            written = graph, member
+        snapshots.append(Snapshot(step=step, member=written[1], seconds=seconds, num_nodes=len(graph.nodes)))
+    return RunFile(Manifest(provenance=provenance, context=context, snapshots=tuple(snapshots)), texts)

@@ -1,0 +1,60 @@
+"""A model's graph and what the passes make of it, for hardware that is not here, as a run file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from zgraph.capture import trace
+from zgraph.errors import UsageError
+from zgraph.ir import Axis, Graph
+from zgraph.passes import Context, Pipeline
+from zgraph.passes.partition import Partition
+from zgraph.runfile import Provenance, Recording, RunFile
+from zgraph.stage_plans import at_rest
+from zgraph.target import MARGIN, Target, cost_table, num_bytes
+
+
+def traced(
+    model: nn.Module, inputs: Mapping[str, Any], pipeline: Pipeline, *, hardware: Target,
+    num_ranks: int | None = None, memory_budget: int | str | None = None, param_dtype: torch.dtype | None = None,
+) -> RunFile:  # fmt: skip
+    """Capture a model under fake tensors and run passes on it.
+
+    Args:
+        model: on the meta device, or any other; it is not changed.
+        inputs: what its forward is called with on one rank, by name.
+        pipeline: the passes.
+        hardware: what to plan for, as in `zgraph.plan`.
+        num_ranks: by default all devices of the hardware.
+        memory_budget: bytes of one rank; by default the device's memory less a margin.
+        param_dtype: dtype to compute in.
+
+    Raises:
+        UsageError, HardwareError, CaptureError, GraphBreakError, BudgetError: as `zgraph.plan` and the passes do.
+    """
+    costs = cost_table(hardware, torch.device("cpu"))
+    count = costs.hardware.num_devices if num_ranks is None else num_ranks
+    if count < 1:
+        raise UsageError(f"num_ranks must be 1 or more, not {count}")
+    budget = (
+        int(costs.hardware.device.memory_bytes * (1 - MARGIN)) if memory_budget is None else num_bytes(memory_budget)
+    )
+    graph = trace(model, **inputs, param_dtype=param_dtype)
+    mesh = (Axis("shard", count),) if count > 1 else ()
+    context = Context(mesh=mesh, costs=costs, memory_budget=budget, groups_calls=True, keeps_blocks=True)
+    context = replace(context, rest_bytes=_rest_bytes(graph, pipeline, context))
+    recording = Recording(graph)
+    pipeline.run(graph, context, [recording])
+    return recording.run_file(Provenance(model=type(model).__name__, torch=torch.__version__), context)
+
+
+def _rest_bytes(graph: Graph, pipeline: Pipeline, context: Context) -> int:
+    """What one rank holds between steps: masters, AdamW's moments of them, and buffers."""
+    placing = [step for step in pipeline.passes if isinstance(step, Partition)]
+    found = at_rest(Pipeline(tuple(placing)).run(graph, context))
+    return found["masters"] + found["optimizer"] + found["buffers"]
