@@ -6,9 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from difflib import get_close_matches
-from itertools import takewhile
+from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import torch
@@ -18,20 +16,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from zgraph.aten import FROM_TORCH, compute_dtype
 from zgraph.calls import guard
-from zgraph.capture import Compiled, Frontend, ParamInfo
+from zgraph.capture import Frontend, ParamInfo
 from zgraph.checks import ATTRIBUTE, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
-from zgraph.config import environment
-from zgraph.cost.workspace import NUM_THREADS
+from zgraph.compiled import CompiledModel, buffer_bytes
 from zgraph.errors import ContractError, UsageError
-from zgraph.ir import Axis, Graph, print_graph, verify
+from zgraph.ir import Axis
 from zgraph.ir.layout import chunk_numel
 from zgraph.offload import Offload, Resting, activations, of_parameters
-from zgraph.passes import BY_NAME, MIXED, RECIPES, Context, Pipeline, fusing, make_plan, parse_recipe
+from zgraph.passes import MIXED, RECIPES, Context, fusing, parse_recipe
 from zgraph.passes.base import Choice
 from zgraph.passes.fusion import Fuse
-from zgraph.passes.instruments import Dump, Log, Verify
-from zgraph.reporting import Entry, Report, make_entry
+from zgraph.reporting import Report
+from zgraph.runfile import load_run
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
@@ -39,7 +36,6 @@ from zgraph.runtime.regions import Regions
 from zgraph.runtime.torch_private import whole_group
 from zgraph.runtime.whole import run_whole
 from zgraph.target import Target, cost_table, device_budget, fingerprint_of, num_bytes
-from zgraph.tuning import tuned
 
 M = TypeVar("M")
 
@@ -48,65 +44,6 @@ Recompute = Literal["auto"] | bool
 RECOMPUTES: Mapping[Recompute, Choice] = {"auto": "auto", True: "always", False: "never"}
 
 _serials: Counter[tuple[int, ...]] = Counter()
-
-
-class CompiledModel:
-    """What `zgraph.compile` attached to a model."""
-
-    def __init__(self, model: nn.Module, session: Session, recipe: str, context: Context) -> None:
-        self.model, self.session, self.recipe, self.context = model, session, recipe, context
-        self.pipeline = _enabled(parse_recipe(recipe))
-        self.tunes = False
-        self.entries: list[Entry] = []
-        self.hints: dict[str, int] = {}
-
-    def compile_graph(self, graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> Compiled:
-        """A captured graph through the passes, planned, agreed on and linked."""
-        settings = environment()
-        log = Log()
-        instruments: list[Any] = [log]
-        if settings.verify:
-            verify(graph)
-        if settings.verify == 2:
-            instruments.append(Verify())
-        if settings.dump:
-            instruments.append(Dump(settings.dump / f"rank{self.session.store.rank}"))
-        text = print_graph(graph, origins=False)
-        graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
-        if self.session.device.type == "cpu":
-            hints = {**hints, NUM_THREADS: torch.get_num_threads()}
-        self.hints.update(hints)
-        if self.tunes and not self.entries:
-            self._tune(graph, hints)
-        context = replace(self.context, hints=hints)
-        final = self.pipeline.run(graph, context, instruments)
-        if settings.verify:
-            verify(final)
-        plan = make_plan(final)
-        entry = make_entry(plan, log.steps, context)
-        if waiting := entry.memory.host_peak_bytes:
-            self.session.host.require(waiting, "the values that wait for the backward on the host")
-        forward, backward = self.session.link(plan, constants, text)
-        self.entries.append(entry)
-        return Compiled(plan, forward, backward)
-
-    def _tune(self, graph: Graph, hints: Mapping[str, int]) -> None:
-        """Measure the ways of running what can be fused. All ranks come here at their first graph."""
-        before = takewhile(lambda step: step.name != Fuse.name, self.pipeline.passes)
-        context = replace(self.context, hints=hints)
-        seen = Pipeline(tuple(before)).run(graph, context)
-        peers = self.session.peers if self.session.num_ranks > 1 else None
-        self.context = replace(self.context, costs=tuned(seen, context, self.session.device, peers))
-
-    @property
-    def report(self) -> Report:
-        store = self.session.store
-        buffers = _buffer_bytes(self.model)
-        whole = sum(s.parameter.numel() * s.parameter.element_size() for s in store.slots.values())
-        return Report(
-            type(self.model).__name__, str(self.pipeline), store.num_ranks, whole, store.rest_bytes, store.state_bytes,
-            buffers, store.update_bytes, store.host_bytes, tuple(self.entries), self.session.regions,
-        )  # fmt: skip
 
 
 class Options(TypedDict, total=False):
@@ -121,7 +58,8 @@ class Options(TypedDict, total=False):
     recompute: Recompute
     offload: Offload
     kernels: Kernels
-    passes: str | None
+    passes: str | Path | None
+    save: str | Path | None
     fullgraph: bool
     dynamic: bool | None
 
@@ -134,7 +72,8 @@ def compile(
     model: Any = None, *, stage: Stage = 3, mesh: DeviceMesh | None = None, param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None, hardware: Target | None = None, memory_budget: int | str | None = None,
     recompute: Recompute = "auto", offload: Offload = "auto", kernels: Kernels = "aten",
-    passes: str | None = None, fullgraph: bool = True, dynamic: bool | None = None,
+    passes: str | Path | None = None, save: str | Path | None = None, fullgraph: bool = True,
+    dynamic: bool | None = None,
 ) -> Any:  # fmt: skip
     """Shard a model over the ranks and compile its training step, in place.
 
@@ -168,7 +107,9 @@ def compile(
             compute in fp32 throughout: on GPUs where they were measured to be faster, in the first call (on processors
             by their twins in torch, which save no time); "inductor" has torch's Inductor compile what lies between
             collectives, each different piece once, whichever layers it stands in; "auto" is "triton" on GPUs.
-        passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that).
+        passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that); or the path of a run file
+            (`run.zg`), whose last graph is run as it is, if the model is captured as it was for that file.
+        save: where to write a run file: the captured graph, the graph after every pass, and what the passes knew.
         fullgraph: False lets a forward through that cannot be captured as one graph: everything is gathered for the
             length of the call and runs eagerly, with a warning.
         dynamic: as in `torch.compile`: None learns which sizes change, True takes them all as symbols at once.
@@ -180,6 +121,7 @@ def compile(
         UsageError: an option means nothing, or the model cannot be sharded as asked.
         AlreadyCompiledError: the model, or a part of it, is compiled already.
         RecipeError, ContractError: the recipe does not parse or does not fit together.
+        RunFileError: the run file is none, or (in the first call) of another model.
         HardwareError: there is no such hardware.
         OffloadError: the host has no room for what is offloaded; nothing was changed.
         PlanMismatchError: the ranks have different models or options.
@@ -189,7 +131,7 @@ def compile(
     options: Options = {
         "stage": stage, "mesh": mesh, "param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "hardware": hardware,
         "memory_budget": memory_budget, "recompute": recompute, "offload": offload, "kernels": kernels,
-        "passes": passes, "fullgraph": fullgraph, "dynamic": dynamic,
+        "passes": passes, "save": save, "fullgraph": fullgraph, "dynamic": dynamic,
     }  # fmt: skip
     if model is None:
         return functools.partial(compile, **options)
@@ -200,13 +142,15 @@ def compile(
     check_options(model, stage, mesh, param_dtype, reduce_dtype)
     if recompute not in RECOMPUTES:
         raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
-    check_kernels(kernels, passes)
+    check_kernels(kernels, passes is not None)
     default_stage = stage if isinstance(stage, int) else 3
     own = RECIPES[stage] if isinstance(stage, int) else MIXED
     device = next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh))
     if kernels == "auto":
         kernels = "aten" if device.type == "cpu" or passes is not None else "triton"
-    recipe = passes if passes is not None else fusing(own) if kernels == "triton" else own
+    replayed = load_run(Path(passes)) if passes is not None and str(passes).endswith(".zg") else None
+    recipe = str(passes) if passes is not None else fusing(own) if kernels == "triton" else own
+    recipe = replayed.recipe if replayed is not None else recipe
     pipeline = parse_recipe(recipe)
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     costs = cost_table(hardware, device)
@@ -234,14 +178,14 @@ def compile(
         reduce_dtype=FROM_TORCH[reduce_dtype] if reduce_dtype is not None else None,
         costs=costs,
         memory_budget=budget,
-        rest_bytes=session.store.rest_bytes + session.store.state_bytes + _buffer_bytes(model),
+        rest_bytes=session.store.rest_bytes + session.store.state_bytes + buffer_bytes(model),
         update_bytes=session.store.update_bytes,
         groups_calls=is_gpu,
         keeps_blocks=is_gpu,
         recomputes=RECOMPUTES[recompute],
         offloads=moves,
     )
-    compiled = CompiledModel(model, session, recipe, context)
+    compiled = CompiledModel(model, session, recipe, context, Path(save) if save is not None else None, replayed)
     compiled.tunes = is_gpu and any(isinstance(step, Fuse) for step in compiled.pipeline.passes)
     forward = model.forward
     if fullgraph:
@@ -308,10 +252,6 @@ def compiled_model(model: nn.Module) -> CompiledModel:
 # --- wiring --------------------------------------------------------------------------------------------------------
 
 
-def _buffer_bytes(model: nn.Module) -> int:
-    return sum(b.numel() * b.element_size() for b in model.buffers())
-
-
 def _resting(
     model: nn.Module, wanted: Mapping[str, int], num_shards: int, param_dtype: torch.dtype | None
 ) -> dict[str, Resting]:
@@ -350,17 +290,6 @@ def _name(group: dist.ProcessGroup | None) -> str:
     ranks = tuple(dist.get_process_group_ranks(group)) if group is not None else ()
     _serials[ranks] += 1
     return f"zgraph/{'_'.join(map(str, ranks))}/{_serials[ranks]}"
-
-
-def _enabled(pipeline: Pipeline) -> Pipeline:
-    disabled = environment().disable
-    for name in disabled - BY_NAME.keys():
-        near = get_close_matches(name, BY_NAME, 1)
-        hint = f"did you mean {near[0]}?" if near else f"the passes are {', '.join(BY_NAME)}"
-        raise UsageError(f"ZGRAPH_DISABLE names {name}, which is no pass; {hint}")
-    kept = Pipeline(tuple(p for p in pipeline.passes if p.name not in disabled))
-    kept.check()
-    return kept
 
 
 # --- wiring ------------------------------------------------------------------------------------------------------

@@ -45,10 +45,10 @@ def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtyp
         raise UsageError(f"the model's parameters are on {', '.join(map(str, devices))}; move it to one device first")
 
 
-def check_kernels(kernels: str, passes: str | None) -> None:
+def check_kernels(kernels: str, has_recipe: bool) -> None:
     if kernels not in get_args(Kernels):
         raise UsageError(f'kernels must be "auto", "aten", "triton" or "inductor", not {kernels!r}')
-    if kernels == "triton" and passes is not None:
+    if kernels == "triton" and has_recipe:
         raise UsageError('with passes=, the recipe says what is fused: put fuse in it, and leave kernels="triton" out')
 
 

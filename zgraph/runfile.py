@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -29,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import zgraph
 from zgraph.errors import RunFileError
-from zgraph.ir import Graph, parse_graph, print_graph
+from zgraph.ir import Graph, Phase, parse_graph, print_graph
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.pipeline import print_pass
 
@@ -189,6 +190,30 @@ def _manifest(text: bytes, name: str) -> Manifest:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
         raise RunFileError(f"{name} is no run file: {problems}") from None
+
+
+def has_backward(graph: Graph) -> bool:
+    """Whether a graph is that of a training step."""
+    return any(node.phase is Phase.backward for node in graph.nodes)
+
+
+def last_graph(run: RunFile, captured: Graph, context: Context) -> Graph:
+    """The last graph of a run, for a model that was captured as the run's was.
+
+    Raises:
+        RunFileError: the ranks are others, or the graphs that were captured differ; the message has the first line.
+    """
+    if run.context.mesh != context.mesh:
+        here, there = (" x ".join(str(a.size) for a in c.mesh) or "1" for c in (context, run.context))
+        raise RunFileError(f"the run file is for {there} ranks, and here are {here}; trace the model for these")
+    texts = (print_graph(g, origins=False).splitlines()[1:] for g in (captured, run.graph(CAPTURED)))
+    for number, (ours, theirs) in enumerate(zip_longest(*texts, fillvalue="(the end)")):
+        if ours != theirs:
+            raise RunFileError(
+                f"the run file is of another model, or of other inputs or options: line {number + 2} is\n  {ours}\n"
+                f"here, and there\n  {theirs}\nTrace this one, or compile without the file"
+            )
+    return run.graph()
 
 
 @dataclass

@@ -1,0 +1,132 @@
+"""A compiled model: each captured graph through the passes, to what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zgraph.capture import Compiled
+from zgraph.config import environment
+from zgraph.cost.workspace import NUM_THREADS
+from zgraph.errors import UsageError
+from zgraph.ir import Graph, print_graph, verify
+from zgraph.passes import BY_NAME, Context, Pipeline, make_plan, parse_recipe
+from zgraph.passes.fusion import Fuse
+from zgraph.passes.instruments import Dump, Log, Verify
+from zgraph.reporting import Entry, Report, make_entry
+from zgraph.runfile import Provenance, Recording, RunFile, has_backward, last_graph
+from zgraph.runtime import Session
+from zgraph.tuning import tuned
+
+
+class CompiledModel:
+    """What `zgraph.compile` attached to a model.
+
+    Args:
+        model: the model.
+        session: what its programs work on.
+        recipe: the passes.
+        context: what they know.
+        save: where the first rank writes what the passes made of the first graph; the others have numbers.
+        replayed: a run whose last graph takes the place of the passes, for the training graph.
+    """
+
+    def __init__(
+        self, model: nn.Module, session: Session, recipe: str, context: Context, save: Path | None = None,
+        replayed: RunFile | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.session, self.recipe, self.context = model, session, recipe, context
+        self.save, self.replayed = save, replayed
+        self.pipeline = _enabled(parse_recipe(recipe))
+        self.tunes = False
+        self.entries: list[Entry] = []
+        self.hints: dict[str, int] = {}
+
+    def compile_graph(self, graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> Compiled:
+        """A captured graph through the passes, planned, agreed on and linked."""
+        settings = environment()
+        log = Log()
+        instruments: list[Any] = [log]
+        if settings.verify:
+            verify(graph)
+        if settings.verify == 2:
+            instruments.append(Verify())
+        if settings.dump:
+            instruments.append(Dump(settings.dump / f"rank{self.session.store.rank}"))
+        text = print_graph(graph, origins=False)
+        graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
+        if self.session.device.type == "cpu":
+            hints = {**hints, NUM_THREADS: torch.get_num_threads()}
+        self.hints.update(hints)
+        if self.tunes and not self.entries:
+            self._tune(graph, hints)
+        context = replace(self.context, hints=hints)
+        recording = Recording(graph)
+        paths = list(self._run_paths(graph.name, settings.dump))
+        if paths:
+            instruments.append(recording)
+        if self.replayed is not None and has_backward(graph):
+            final = last_graph(self.replayed, graph, context)
+        else:
+            final = self.pipeline.run(graph, context, instruments)
+        for path in paths:
+            made = Provenance(model=type(self.model).__name__, torch=torch.__version__)
+            recording.run_file(made, context).save(path)
+        if settings.verify:
+            verify(final)
+        plan = make_plan(final)
+        entry = make_entry(plan, log.steps, context)
+        if waiting := entry.memory.host_peak_bytes:
+            self.session.host.require(waiting, "the values that wait for the backward on the host")
+        forward, backward = self.session.link(plan, constants, text)
+        self.entries.append(entry)
+        return Compiled(plan, forward, backward)
+
+    def _run_paths(self, graph: str, dump: Path | None) -> Iterator[Path]:
+        """Where to write what becomes of a graph."""
+        if self.save is not None and self.session.store.rank == 0:
+            number = len(self.entries)
+            yield self.save.with_stem(f"{self.save.stem}-{number}") if number else self.save
+        if dump is not None:
+            yield dump / f"rank{self.session.store.rank}" / f"{graph}.zg"
+
+    def _tune(self, graph: Graph, hints: Mapping[str, int]) -> None:
+        """Measure the ways of running what can be fused. All ranks come here at their first graph."""
+        before = takewhile(lambda step: step.name != Fuse.name, self.pipeline.passes)
+        context = replace(self.context, hints=hints)
+        seen = Pipeline(tuple(before)).run(graph, context)
+        peers = self.session.peers if self.session.num_ranks > 1 else None
+        self.context = replace(self.context, costs=tuned(seen, context, self.session.device, peers))
+
+    @property
+    def report(self) -> Report:
+        store = self.session.store
+        buffers = buffer_bytes(self.model)
+        whole = sum(s.parameter.numel() * s.parameter.element_size() for s in store.slots.values())
+        return Report(
+            type(self.model).__name__, str(self.pipeline), store.num_ranks, whole, store.rest_bytes, store.state_bytes,
+            buffers, store.update_bytes, store.host_bytes, tuple(self.entries), self.session.regions,
+        )  # fmt: skip
+
+
+def buffer_bytes(model: nn.Module) -> int:
+    """Bytes of a model's buffers, which every rank holds."""
+    return sum(b.numel() * b.element_size() for b in model.buffers())
+
+
+def _enabled(pipeline: Pipeline) -> Pipeline:
+    disabled = environment().disable
+    for name in disabled - BY_NAME.keys():
+        near = get_close_matches(name, BY_NAME, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the passes are {', '.join(BY_NAME)}"
+        raise UsageError(f"ZGRAPH_DISABLE names {name}, which is no pass; {hint}")
+    kept = Pipeline(tuple(p for p in pipeline.passes if p.name not in disabled))
+    kept.check()
+    return kept
