@@ -21,6 +21,7 @@ from zgraph.codegen.spec import KernelSpec
 from zgraph.cost.workspace import REGISTERED
 from zgraph.ir import Node
 from zgraph.ir.symbols import evaluate
+from zgraph.runtime import torch_private
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ MAX_SEED = 1 << 31
 
 _LIBRARY: Any = torch.library.Library("zgraph", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("rows(Tensor[] inputs, str kernel) -> Tensor[]")
+_LIBRARY.define("compiled(Tensor[] inputs, str kernel) -> Tensor[]")
 _LIBRARY.define("matmul(Tensor a, Tensor b, Tensor[] inputs, str kernel) -> Tensor[]")
 _LIBRARY.define("rotary(Tensor x, Tensor cos, Tensor sin, int[] order, bool back) -> Tensor")
 _LIBRARY.define("seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
@@ -84,6 +86,34 @@ def _rows_twin(inputs: list[Tensor], kernel: str) -> list[Tensor]:
 
 def _rows_triton(inputs: list[Tensor], kernel: str) -> list[Tensor]:
     return _run(kernels.launch, inputs, kernel)
+
+
+@cache
+def _by_inductor(kernel: str, num_rows: int, *shapes: tuple[int, ...]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    """What Inductor makes of a kernel's steps at these sizes, once it is called."""
+    spec, made = _parsed(kernel), list[Callable[[list[Tensor]], Sequence[Tensor]]]()
+
+    def run(inputs: list[Tensor]) -> Sequence[Tensor]:
+        if not made:
+            made.append(torch_private.inductor(lambda *given: reference.run(spec, given, num_rows), inputs))
+        return made[0](inputs)
+
+    return run
+
+
+def _compiled(spec: KernelSpec, inputs: list[Tensor], num_rows: int) -> list[Tensor]:
+    dense = [t.contiguous() for t in inputs]
+    made = _by_inductor(str(spec), num_rows, *(tuple(t.shape) for t in dense))([*dense])
+    taken = {t.data_ptr() for t in dense}
+    apart = []
+    for out in made:  # Inductor may give the same memory out twice
+        apart.append(out.clone() if out.data_ptr() in taken else out)
+        taken.add(out.data_ptr())
+    return apart
+
+
+def _compiled_rows(inputs: list[Tensor], kernel: str) -> list[Tensor]:
+    return _run(_compiled, inputs, kernel)
 
 
 def _rows_scratch(node: Node, hints: Mapping[str, int]) -> int:
@@ -175,6 +205,7 @@ def _loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
 
 
 REGISTERED["zgraph.rows"] = _rows_scratch
+REGISTERED["zgraph.compiled"] = lambda node, hints: 0
 REGISTERED["zgraph.matmul"] = _matmul_scratch
 REGISTERED["zgraph.rotary"] = _rotary_scratch
 REGISTERED["zgraph.linear_cross_entropy"] = REGISTERED["zgraph.linear_cross_entropy_backward"] = _loss_scratch
@@ -182,6 +213,8 @@ REGISTERED["zgraph.cross_entropy"] = REGISTERED["zgraph.cross_entropy_backward"]
 _LIBRARY.impl("rows", _rows_twin, "CPU")
 _LIBRARY.impl("rows", _rows_triton, "CUDA")
 torch.library.register_fake("zgraph::rows", _rows_fake, lib=_LIBRARY)
+_LIBRARY.impl("compiled", _compiled_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("zgraph::compiled", _rows_fake, lib=_LIBRARY)
 _LIBRARY.impl("matmul", _matmul(matmul.twin), "CPU")
 _LIBRARY.impl("matmul", _matmul(matmul.launch), "CUDA")
 torch.library.register_fake("zgraph::matmul", _matmul_fake, lib=_LIBRARY)

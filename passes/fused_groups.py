@@ -14,7 +14,7 @@ from zgraph.passes.absent import absent_tangents
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.analysis.rows import Space, Views, match
 from zgraph.passes.base import Choice
-from zgraph.passes.fused_rows import FOREIGN, MATMULS, RECTIFIED, ROWS, Group, Kernel, Seeds
+from zgraph.passes.fused_rows import COMPILED, FOREIGN, MATMULS, RECTIFIED, ROWS, Group, Kernel, Seeds
 from zgraph.passes.fused_ways import Way, Ways
 from zgraph.passes.patterns import PATTERNS, RENAMES
 
@@ -86,6 +86,7 @@ class Groups:
             nodes: dict[Way, tuple[Node, ...]] = {"aten": (*before, *group.nodes)}
             if len(group.nodes) + len(group.again) > 1 or group.nodes[0].op == DROPOUT:
                 nodes["kernel"] = (*before, *alone)
+                nodes["inductor"] = *before, *(replace(n, op=COMPILED) if n.op == ROWS else n for n in alone)
             if matmul is not None and matmul.name not in taken:
                 own = self.inputs(group)
                 made = [r.name for node in nodes["aten"] for r in node.results]

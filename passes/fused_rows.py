@@ -15,6 +15,9 @@ from zgraph.passes.analysis.rows import Space, Views, match
 ROWS = "zgraph.rows.default"
 """The op that runs a kernel over rows: what it reads, and the kernel's text."""
 
+COMPILED = "zgraph.compiled.default"
+"""The same, by what Inductor makes of the kernel's steps."""
+
 SEED = "zgraph.seed.default"
 """The op that draws a seed from torch's generator, on the device of what it reads."""
 
@@ -29,6 +32,7 @@ RECTIFIED = "aten._addmm_activation.default"
 
 FOREIGN = {
     ROWS: Foreign(multi=True),
+    COMPILED: Foreign(multi=True),
     MATMUL: Foreign(multi=True),
     SEED: Foreign(random=True),
     RECTIFIED: Foreign(),
@@ -45,7 +49,7 @@ class Group:
     """Nodes that become one kernel, in their order; `again` are nodes of the forward that it runs again.
 
     `sums` are its sums over all rows, which are known only when it is over. Where there is a `matmul`, the others are
-    its epilogue. A `call` stands in its place instead of a kernel.
+    its epilogue. A `call` stands in its place instead of a kernel, and `op` runs that.
     """
 
     space: Space
@@ -54,6 +58,7 @@ class Group:
     sums: set[str] = field(default_factory=set)
     matmul: Node | None = None
     call: tuple[Node, ...] | None = None
+    op: str = ROWS
     is_open: bool = True
 
     @property
@@ -145,7 +150,7 @@ class Kernel:
         matmul = self.group.matmul
         matrices = matmul.operands[-2:] if matmul is not None else ()
         arguments: tuple[IrArg, ...] = (*matrices, tuple(inputs), str(spec))
-        op = ROWS if matmul is None else MATMUL
+        op = self.group.op if matmul is None else MATMUL
         call = Node(op, arguments, tuple(results), (), last.phase, origin, last.checkpoint)
         like = (*matrices, shaped)[0]
         seeds = [Node(SEED, (like,), (seed,), (), last.phase, origin) for seed in self.seeds]

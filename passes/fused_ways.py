@@ -10,13 +10,13 @@ from zgraph.ir import Graph, Node
 from zgraph.passes.base import Choice, Context
 from zgraph.passes.fused_rows import Group
 
-Way = Literal["aten", "kernel", "matmul", "library"]
+Way = Literal["aten", "kernel", "inductor", "matmul", "library"]
 
 
 @dataclass(frozen=True)
 class Ways:
-    """How a group can be run, its matmul included: op by op, as a kernel behind it, as its epilogue, or by a call of
-    the vendor's library that does the same.
+    """How a group can be run, its matmul included: op by op; as a kernel behind it, written here or by Inductor; as its
+    epilogue; or by a call of the vendor's library that does the same.
 
     Args:
         group: the group.
@@ -42,7 +42,7 @@ class Ways:
             return "matmul"
         if self.nodes.keys() <= measured.keys():
             return min(self.nodes, key=lambda way: measured[way])
-        left_out: set[Way] = {"aten"} if "kernel" in self.nodes else set()
+        left_out: set[Way] = {"inductor", "aten"} if "kernel" in self.nodes else {"inductor"}
         left_out |= set() if context.costs.hardware.device.generated_matmul_rate else {"matmul", "library"}
         us = {way: self.us(way, context) for way in self.nodes if way not in left_out}
         return min(us, key=lambda way: us[way])

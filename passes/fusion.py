@@ -27,7 +27,7 @@ from zgraph.passes.base import Choice, Context, Numerics, Pass
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fused_groups import Groups
 from zgraph.passes.fused_loss import fused_losses
-from zgraph.passes.fused_rows import FOREIGN, Group
+from zgraph.passes.fused_rows import COMPILED, FOREIGN, ROWS, Group
 from zgraph.passes.fused_ways import Ways
 from zgraph.passes.patterns import RENAMES
 from zgraph.passes.subgraphs import fused_subgraphs
@@ -55,6 +55,7 @@ class Fuse(Pass):
             if way != "aten":
                 each.group.matmul = each.matmul if way in ("matmul", "library") else None
                 each.group.call = each.nodes["library"] if way == "library" else None
+                each.group.op = COMPILED if way == "inductor" else ROWS
                 found.append(each.group)
         while True:
             fused = {id(node) for group in found for node in group.members}

@@ -7,6 +7,8 @@ others, so that all of them choose alike.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,9 @@ from zgraph.runtime.regions import Region, Steps
 
 NUM_WARMUPS = 3
 NUM_ROUNDS = 15
+
+NEVER_US = 1e12
+"""What a way takes that is none here."""
 
 FLUSH_BYTES = 256 << 20
 """More than a GPU's L2 cache: what runs finds there only what it wrote itself."""
@@ -83,8 +88,9 @@ def _read(path: Path) -> Times:
 
 
 def measured(nodes: Mapping[Way, Sequence[Node]], hints: Mapping[str, int], device: torch.device) -> dict[Way, float]:
-    """The median time of each way in microseconds; they take turns."""
-    runs = {way: _prepared(some, hints, device) for way, some in nodes.items()}
+    """The median time of each way in microseconds; they take turns. Inductor has no way where it has no compiler."""
+    wanted = {way: some for way, some in nodes.items() if way != "inductor" or has_inductor(device)}
+    runs = {way: _prepared(some, hints, device) for way, some in wanted.items()}
     clock = _Clock(device)
     for run in [*runs.values()] * NUM_WARMUPS:
         run()
@@ -92,7 +98,12 @@ def measured(nodes: Mapping[Way, Sequence[Node]], hints: Mapping[str, int], devi
     for _ in range(NUM_ROUNDS):
         for way, run in runs.items():
             taken[way].append(clock.us(run))
-    return {way: median(us) for way, us in taken.items()}
+    return {way: median(taken[way]) if way in taken else NEVER_US for way in nodes}
+
+
+def has_inductor(device: torch.device) -> bool:
+    """Whether Inductor can compile for a device: on processors it needs a C++ compiler."""
+    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _prepared(nodes: Sequence[Node], hints: Mapping[str, int], device: torch.device) -> Callable[[], object]:

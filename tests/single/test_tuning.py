@@ -13,7 +13,7 @@ from zgraph.api import compiled_model
 from zgraph.cost import CostTable, hardware
 from zgraph.ir import Graph
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.fused_rows import MATMUL, RECTIFIED, ROWS
+from zgraph.passes.fused_rows import COMPILED, MATMUL, RECTIFIED, ROWS
 from zgraph.passes.fusion import Fuse, ways
 
 H100 = Context(costs=CostTable(hardware=hardware("h100")))
@@ -49,7 +49,7 @@ def ops(graph: Graph) -> set[str]:
 
 def test_all_ways_are_there_to_be_measured(graph):
     found = {way for w in ways(graph, {}) for way in w.nodes}
-    assert found == {"aten", "kernel", "matmul", "library"}
+    assert found == {"aten", "kernel", "inductor", "matmul", "library"}
 
 
 def test_what_was_measured_is_what_counts(graph):
@@ -59,6 +59,8 @@ def test_what_was_measured_is_what_counts(graph):
     assert MATMUL not in ops(Fuse().run(graph, measured(graph, "kernel")))
     assert MATMUL in ops(Fuse().run(graph, measured(graph, "matmul")))
     assert RECTIFIED in ops(Fuse().run(graph, measured(graph, "library")))
+    assert COMPILED in ops(Fuse().run(graph, measured(graph, "inductor")))
+    assert ROWS not in ops(Fuse().run(graph, measured(graph, "inductor")))
 
 
 def test_without_measurements_the_cost_model_weighs_the_rate_of_matmuls(graph):
@@ -70,10 +72,13 @@ def test_without_measurements_the_cost_model_weighs_the_rate_of_matmuls(graph):
         assert (MATMUL in ops(Fuse().run(graph, context))) == is_fused
 
 
-def test_a_library_call_gives_the_same_numbers():
+@pytest.mark.parametrize(("way", "op"), [("library", RECTIFIED), ("inductor", COMPILED)])
+def test_ways_that_are_others_give_the_same_numbers(way, op):
     """Of one rank, run as measured."""
+    if not tuning.has_inductor(torch.device("cpu")):
+        pytest.skip("Inductor needs a C++ compiler")
     losses = []
-    for fastest in ("aten", "library"):
+    for fastest in ("aten", way):
         torch.compiler.reset()
         torch.manual_seed(0)
         model = Mlp()
@@ -85,7 +90,7 @@ def test_a_library_call_gives_the_same_numbers():
         loss.backward()
         losses.append([loss.item(), *(float(p.grad.norm()) for p in model.parameters())])
         (entry,) = zgraph.report(model).entries
-        assert (RECTIFIED in ops(entry.plan.graph)) == (fastest == "library")
+        assert (op in ops(entry.plan.graph)) == (fastest == way)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -95,6 +100,7 @@ def test_measuring_in_the_first_call(monkeypatch, tmp_path):
     counted: list[int] = []
     measure = tuning.measured
     monkeypatch.setattr(tuning, "measured", lambda *args: counted.append(1) or measure(*args))
+    monkeypatch.setattr(tuning, "has_inductor", lambda device: False)
     device = torch.device("cpu")
     for _ in range(3):
         torch.compiler.reset()
@@ -120,3 +126,18 @@ def test_auto_is_op_by_op_on_processors():
     model(torch.ones(16, 32)).backward()
     (entry,) = zgraph.report(model).entries
     assert ops(entry.plan.graph) & {ROWS, MATMUL} == set()
+
+
+def test_what_inductor_makes_of_a_kernel_is_what_its_twin_makes():
+    """Random numbers too, and outputs that are copies of each other are memory of their own."""
+    if not tuning.has_inductor(torch.device("cpu")):
+        pytest.skip("Inductor needs a C++ compiler")
+    text = (
+        "drop 24: x f32[M,N], s i64[], w f32[N] -> y f32[M,N], z f32[M,N], t f32[M,1], d f32[N]; u = random(s); "
+        "k = less(0.3, u); a = mul(x, k); y = mul(a, w); z = copy(y); t = row_sum(y); d = col_sum(y)"
+    )
+    inputs = [torch.randn(7, 24), torch.tensor(5), torch.randn(24)]
+    made, twin = torch.ops.zgraph.compiled(inputs, text), torch.ops.zgraph.rows(inputs, text)
+    for got, same in zip(made, twin, strict=True):
+        assert torch.allclose(got, same, rtol=1e-5, atol=1e-6)
+    assert len({t.data_ptr() for t in made}) == 4
