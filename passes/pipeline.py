@@ -66,7 +66,7 @@ class Pipeline:
         """Run the passes, telling the instruments of each."""
         from time import perf_counter  # the only clock: it times passes, which never see it
 
-        with _uncollected():
+        with uncollected():
             for step in self.passes:
                 began = perf_counter()
                 after = step.run(graph, context)
@@ -78,7 +78,7 @@ class Pipeline:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Leave the search for cycles to later: graphs have none, and it would take as long as the passes do."""
     if not gc.isenabled():
         yield

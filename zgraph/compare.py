@@ -1,18 +1,31 @@
-"""What differs between two graphs, node by node.
+"""What differs between two graphs, line by line of their texts.
 
 A node is known by what it makes; one that makes nothing, by its op and what it reads. Names stay from pass to pass, so
 that a node can be followed. What is in both graphs but not on a longest run that has the same order in both has moved
-(Hunt, Szymanski: "A fast algorithm for computing longest common subsequences", 1977).
+(Hunt, Szymanski: "A fast algorithm for computing longest common subsequences", 1977). Texts are compared and not graphs
+because a graph of 80 layers takes a second to parse, and its lines say all that is asked here.
 """
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from zgraph.ir import Graph, Node, print_node
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_ORIGIN = re.compile(rf"(?: @ {_STRING})?(?: {_STRING}:\d+)?(?: by [\w-]+)?$")
+_NODE = re.compile(r"(?:fwd|bwd|upd) (?:%(?P<made>[^\s:]+): .*? = )?(?P<op>[\w.]+)\((?P<args>.*)")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A node as its line: what it is known by, its op, and its text without where it comes from."""
+
+    key: str
+    op: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -22,14 +35,14 @@ class Difference:
     Args:
         added: nodes that are only in the second.
         removed: nodes that are only in the first.
-        changed: nodes that are another text than before, each with what it was.
-        moved: nodes that are the same, but elsewhere among those that stayed.
+        changed: nodes that are another text than before, each behind what it was.
+        moved: nodes that are elsewhere among those that stayed.
     """
 
-    added: tuple[Node, ...]
-    removed: tuple[Node, ...]
-    changed: tuple[tuple[Node, Node], ...]
-    moved: tuple[Node, ...]
+    added: tuple[Line, ...]
+    removed: tuple[Line, ...]
+    changed: tuple[tuple[Line, Line], ...]
+    moved: tuple[Line, ...]
 
     @property
     def stat(self) -> dict[str, dict[str, int]]:
@@ -38,36 +51,41 @@ class Difference:
             "added": self.added, "removed": self.removed, "changed": [new for _, new in self.changed],
             "moved": self.moved,
         }  # fmt: skip
-        return {kind: dict(Counter(n.op for n in nodes).most_common()) for kind, nodes in kinds.items()}
+        return {kind: dict(Counter(line.op for line in lines).most_common()) for kind, lines in kinds.items()}
 
 
-def keyed(graph: Graph) -> Mapping[str, Node]:
-    """Every node by what it is known by."""
-    found: dict[str, Node] = {}
+def node_lines(text: str) -> Mapping[str, Line]:
+    """Every node of a graph's text by what it is known by, in order."""
+    found: dict[str, Line] = {}
     counts: Counter[str] = Counter()
-    for node in graph.nodes:
-        key = node.name if node.results else f"{node.op}({', '.join(v.name for v in node.operands)})"
+    for line in text.splitlines():
+        if (node := _NODE.match(line)) is None:
+            continue
+        bare = _ORIGIN.sub("", line, count=1)
+        key = node["made"] or f"{node['op']}({_ORIGIN.sub('', node['args'], count=1)}"
         counts[key] += 1
-        found[key if counts[key] == 1 else f"{key}#{counts[key]}"] = node
+        key = key if counts[key] == 1 else f"{key}#{counts[key]}"
+        found[key] = Line(key, node["op"], bare)
     return found
 
 
-def compare(before: Graph, after: Graph) -> Difference:
-    """What differs."""
-    old, new = keyed(before), keyed(after)
-    common = [key for key in new if key in old]
-    position = {key: at for at, key in enumerate(old)}
-    in_order = _increasing([position[key] for key in common])
+def compare(before: str, after: str) -> Difference:
+    """What differs between the texts of two graphs."""
+    old, new = node_lines(before), node_lines(after)
     return Difference(
-        tuple(node for key, node in new.items() if key not in old),
-        tuple(node for key, node in old.items() if key not in new),
-        tuple((old[key], new[key]) for key in common if _text(old[key]) != _text(new[key])),
-        tuple(new[key] for at, key in enumerate(common) if at not in in_order),
+        tuple(line for key, line in new.items() if key not in old),
+        tuple(line for key, line in old.items() if key not in new),
+        tuple((old[key], line) for key, line in new.items() if key in old and old[key].text != line.text),
+        tuple(new[key] for key in moved(list(old), list(new))),
     )
 
 
-def _text(node: Node) -> str:
-    return print_node(node, origins=False)
+def moved(before: Sequence[str], after: Sequence[str]) -> list[str]:
+    """What is in both, but not on a longest run that has the same order in both."""
+    position = {key: at for at, key in enumerate(before)}
+    common = [key for key in after if key in position]
+    in_order = _increasing([position[key] for key in common])
+    return [key for at, key in enumerate(common) if at not in in_order]
 
 
 def _increasing(numbers: Sequence[int]) -> set[int]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from zgraph.compare import compare, keyed
+from zgraph.compare import Line, moved, node_lines
 from zgraph.cost import Timeline, simulate
 from zgraph.errors import UsageError
-from zgraph.ir import OPS, Graph, Node, print_node
+from zgraph.ir import OPS, Graph, Node
 from zgraph.passes import make_plan
 from zgraph.runfile import RunFile
 
@@ -49,29 +49,28 @@ def explain(run: RunFile, name: str) -> Explanation:
     """What is known of a node.
 
     Raises:
-        UsageError: no graph of the run has such a node; the message has the nearest name.
+        UsageError: no graph of the run has such a node; the message has the nearest names.
     """
     wanted = name.removeprefix("%")
-    with_it = [n for n in run.names if _named(run.graph(n), wanted) is not None]
+    lines = {member: node_lines(text) for member, text in run.texts.items()}
+    with_it = [s.member for s in run.manifest.snapshots if wanted in lines[s.member]]
     if not with_it:
-        names = {r.name for graph in map(run.graph, run.names) for node in graph.nodes for r in node.results}
-        near = get_close_matches(wanted, names, 3)
+        near = get_close_matches(wanted, {key for some in lines.values() for key in some}, 3)
         hint = f"did you mean {', '.join(near)}?" if near else "zgraph show lists them"
         raise UsageError(f"no graph of the run has a node {name}; {hint}")
-    graph = run.graph(with_it[-1])
-    node = _named(graph, wanted)
-    assert node is not None
-    reads = [
-        f"%{v.name} ({graph.producers[v.name].op if v.name in graph.producers else 'input'})" for v in node.operands
-    ]
+    graph = run.graph_of(with_it[-1])
+    node = next(n for n, key in zip(graph.nodes, node_lines(run.texts[with_it[-1]]), strict=True) if key == wanted)
+    makers = ((v.name, graph.producers.get(v.name)) for v in node.operands)
     made = {r.name for r in node.results}
-    readers = [f"%{n.name} ({n.op})" for n in graph.nodes if any(v.name in made for v in n.operands)]
-    timing = tuple(_timing(run, graph, node)) if run.names[-1] in with_it else ()
-    return Explanation(node, _source(node), tuple(_events(run, wanted)), tuple(reads), tuple(readers), timing)
-
-
-def _named(graph: Graph, name: str) -> Node | None:
-    return graph.producers.get(name) or keyed(graph).get(name)
+    is_last = with_it[-1] == run.manifest.snapshots[-1].member
+    return Explanation(
+        node,
+        _source(node),
+        tuple(_events(run, wanted, lines)),
+        tuple(f"%{value} ({maker.op if maker is not None else 'input'})" for value, maker in makers),
+        tuple(f"%{n.name} ({n.op})" for n in graph.nodes if any(v.name in made for v in n.operands)),
+        tuple(_timing(run, graph, node)) if is_last else (),
+    )
 
 
 def _source(node: Node) -> str:
@@ -82,32 +81,35 @@ def _source(node: Node) -> str:
     return f"{origin.file}:{origin.line}" + (f"  {line}" if line else "")
 
 
-def _events(run: RunFile, name: str) -> Iterator[Event]:
-    before = run.graph(run.names[0])
-    if (first := _named(before, name)) is not None:
-        yield Event(run.names[0], "captured", print_node(first))
-    for graph_name in run.names[1:]:
-        after = run.graph(graph_name)
+def _events(run: RunFile, name: str, lines: Mapping[str, Mapping[str, Line]]) -> Iterator[Event]:
+    before: Mapping[str, Line] = {}
+    for graph, snapshot in zip(run.names, run.manifest.snapshots, strict=True):
+        after = lines[snapshot.member]
         if after is before:
             continue
-        old, new = _named(before, name), _named(after, name)
-        if old is None and new is not None:
-            yield Event(graph_name, "made", print_node(new))
-        elif old is not None and new is None:
-            yield Event(graph_name, "removed", "")
-        elif old is not None and new is not None:
-            if print_node(old, origins=False) != print_node(new, origins=False):
-                yield Event(graph_name, "changed", print_node(new))
-            if any(n.name == new.name for n in compare(before, after).moved):
+        if name in after and name not in before:
+            yield Event(graph, "made" if before else "captured", after[name].text)
+        elif name in before and name not in after:
+            yield Event(graph, "removed", "")
+        elif name in after:
+            if before[name].text != after[name].text:
+                yield Event(graph, "changed", after[name].text)
+            if name in moved(list(before), list(after)):
+                was, now = (_behind(name, some) for some in (before, after))
                 yield Event(
-                    graph_name, "moved", f"behind {_behind(after, new)}, before it was behind {_behind(before, old)}"
+                    graph, "moved", f"behind {now}" + (f", from behind {was}" if was != now else ", with it")
                 )
         before = after
 
 
-def _behind(graph: Graph, node: Node) -> str:
-    at = graph.nodes.index(node)
-    return f"%{graph.nodes[at - 1].name}" if at else "nothing"
+def _behind(name: str, lines: Mapping[str, Line]) -> str:
+    """What stands before a node."""
+    last = "nothing"
+    for key in lines:
+        if key == name:
+            return last
+        last = f"%{key}" if "(" not in key else key
+    return last
 
 
 def _timing(run: RunFile, graph: Graph, node: Node) -> Iterator[str]:
@@ -133,7 +135,9 @@ def _transfer(graph: Graph, start: Node, timeline: Timeline) -> Iterator[str]:
         return
     arrived = {r.name for r in wait.results}
     user = next((n for n in graph.nodes if any(v.name in arrived for v in n.operands)), None)
-    here, needed = spans[start.name], spans.get(wait.name)
+    here = spans[start.name]
+    later = graph.nodes[graph.nodes.index(wait) :]
+    needed = next((s for n in later if (s := spans.get(n.name)) is not None and s.lane == "compute"), None)
     stall = sum(s.us for s in timeline.stalls if s.start == start.name)
     until = f"%{user.name} ({user.op})" if user is not None else "the end"
     if stall:

@@ -32,7 +32,7 @@ import zgraph
 from zgraph.errors import RunFileError
 from zgraph.ir import Graph, Phase, parse_graph, print_graph
 from zgraph.passes.base import Context, Pass
-from zgraph.passes.pipeline import print_pass
+from zgraph.passes.pipeline import print_pass, uncollected
 
 FORMAT = 1
 
@@ -118,10 +118,18 @@ class RunFile:
             RunFileError: there is no such graph; the message has the nearest name.
             ZirError: its text does not parse.
         """
-        member = self.manifest.snapshots[self.position(name)].member
+        return self.graph_of(self.member(name))
+
+    def graph_of(self, member: str) -> Graph:
+        """The graph of a text. Raises ZirError if it does not parse."""
         if member not in self._graphs:
-            self._graphs[member] = parse_graph(self.texts[member])
+            with uncollected():
+                self._graphs[member] = parse_graph(self.texts[member])
         return self._graphs[member]
+
+    def member(self, name: str) -> str:
+        """The member that holds a graph's text, by the graph's name. Raises RunFileError if there is none."""
+        return self.manifest.snapshots[self.position(name)].member
 
     def position(self, name: str) -> int:
         """Where a graph stands among all of them. Raises RunFileError if there is none of that name."""
@@ -235,11 +243,12 @@ def run_file(steps: Sequence[tuple[str, Graph, float]], provenance: Provenance, 
     """A run of these graphs: each with the pass that made it and its seconds, what was captured first."""
     snapshots: list[Snapshot] = []
     texts: dict[str, str] = {}
+    graphs: dict[str, Graph] = {}
     written: tuple[Graph | None, str] = None, ""
     for number, (step, graph, seconds) in enumerate(steps):
         if graph != written[0]:
             member = f"graphs/{number:02d}-{step.partition('(')[0]}.zir"
-            texts[member] = print_graph(graph)
+            texts[member], graphs[member] = print_graph(graph), graph
             written = graph, member
         snapshots.append(Snapshot(step=step, member=written[1], seconds=seconds, num_nodes=len(graph.nodes)))
-    return RunFile(Manifest(provenance=provenance, context=context, snapshots=tuple(snapshots)), texts)
+    return RunFile(Manifest(provenance=provenance, context=context, snapshots=tuple(snapshots)), texts, graphs)

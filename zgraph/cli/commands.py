@@ -20,7 +20,6 @@ from zgraph.explain import explain
 from zgraph.ir import print_graph, print_node, verify
 from zgraph.passes import ALL, BY_NAME, RECIPES, Pass, Pipeline, fusing, make_plan, parse_recipe
 from zgraph.passes.pipeline import print_size
-from zgraph.reporting import make_entry, mebibytes, step_summary
 from zgraph.runfile import Recording, RunFile, run_file
 
 
@@ -244,11 +243,11 @@ def diff(
     """
     run, name = read_run(first)
     other, other_name = (run, second[1:]) if second.startswith("@") else read_run(second)
-    found = compare(run.graph(name), other.graph(other_name))
+    found = compare(run.texts[run.member(name)], other.texts[other.member(other_name)])
     if as_json:
         lists = {"added": found.added, "removed": found.removed, "moved": found.moved}
-        texts = {kind: [print_node(n) for n in nodes] for kind, nodes in lists.items()}
-        changed = [{"before": print_node(old), "after": print_node(new)} for old, new in found.changed]
+        texts = {kind: [line.text for line in some] for kind, some in lists.items()}
+        changed = [{"before": old.text, "after": new.text} for old, new in found.changed]
         print_json({"stat": found.stat} if stat else {"stat": found.stat, **texts, "changed": changed})
         return
     lines = [
@@ -256,11 +255,11 @@ def diff(
         for kind, counts in found.stat.items()
     ]
     if not stat:
-        lines += [f"[red]- {escape(print_node(n))}[/]" for n in found.removed]
-        lines += [f"[green]+ {escape(print_node(n))}[/]" for n in found.added]
+        lines += [f"[red]- {escape(n.text)}[/]" for n in found.removed]
+        lines += [f"[green]+ {escape(n.text)}[/]" for n in found.added]
         for old, new in found.changed:
-            lines += [f"[red]~ {escape(print_node(old))}[/]", f"[green]~ {escape(print_node(new))}[/]"]
-        lines += [f"[yellow]> {escape(print_node(n))}[/]" for n in found.moved]
+            lines += [f"[red]~ {escape(old.text)}[/]", f"[green]~ {escape(new.text)}[/]"]
+        lines += [f"[yellow]> {escape(n.text)}[/]" for n in found.moved]
     console().print("\n".join(lines), highlight=False)
 
 
@@ -319,6 +318,8 @@ def simulate_run(
 
     Example: `zgraph simulate run.zg`
     """
+    from zgraph.reporting import make_entry, mebibytes, step_summary
+
     run, name = read_run(file)
     entry = make_entry(make_plan(run.graph(name)), (), run.context)
     timeline = entry.timeline

@@ -77,6 +77,8 @@ class _Line:
             self.at += 1
 
     def peek(self, literal: str) -> bool:
+        if self.text.startswith(literal, self.at):
+            return True
         self.space()
         return self.text.startswith(literal, self.at)
 

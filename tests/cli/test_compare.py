@@ -1,0 +1,48 @@
+"""Texts of graphs compared line by line, on graphs of every kind."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.passes.test_goldens import GOLDENS, Golden
+from zgraph.compare import compare, moved, node_lines
+from zgraph.ir import parse_graph, print_graph, print_node
+
+
+def test_lines_are_nodes():
+    """Each node of every golden, in order, without where it comes from."""
+    for path in GOLDENS:
+        for text in (Golden.read(path).before, Golden.read(path).after):
+            graph = parse_graph(text)
+            lines = node_lines(print_graph(graph))
+            assert [line.text for line in lines.values()] == [print_node(n, origins=False) for n in graph.nodes]
+            assert [line.op for line in lines.values()] == [n.op for n in graph.nodes]
+
+
+def test_a_difference_leads_from_one_graph_to_the_other():
+    for path in GOLDENS:
+        golden = Golden.read(path)
+        before, after = (print_graph(parse_graph(text)) for text in (golden.before, golden.after))
+        found = compare(before, after)
+        old, new = node_lines(before), node_lines(after)
+        kept = [key for key in old if key not in {line.key for line in found.removed}]
+        assert sorted([*kept, *(line.key for line in found.added)]) == sorted(new)
+        changed = {old_line.key: new_line.text for old_line, new_line in found.changed}
+        assert all(changed.get(key, old[key].text) == new[key].text for key in kept)
+        assert compare(after, after).stat == {"added": {}, "removed": {}, "changed": {}, "moved": {}}
+
+
+@given(st.permutations(range(12)), st.integers(0, 12))
+@settings(max_examples=200, deadline=None)
+def test_what_has_moved_is_least(order, size):
+    """What is left is in order; and no more could have stayed than a longest increasing run has."""
+    keys = [str(n) for n in order[:size]]
+    before = sorted(keys, key=int)
+    gone = set(moved(before, keys))
+    stayed = [int(k) for k in keys if k not in gone]
+    assert stayed == sorted(stayed)
+    longest = 0
+    lengths: list[int] = []
+    for at, key in enumerate(map(int, keys)):
+        lengths.append(1 + max((lengths[b] for b in range(at) if int(keys[b]) < key), default=0))
+        longest = max(longest, lengths[-1])
+    assert len(stayed) == longest
