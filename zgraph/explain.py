@@ -96,9 +96,7 @@ def _events(run: RunFile, name: str, lines: Mapping[str, Mapping[str, Line]]) ->
                 yield Event(graph, "changed", after[name].text)
             if name in moved(list(before), list(after)):
                 was, now = (_behind(name, some) for some in (before, after))
-                yield Event(
-                    graph, "moved", f"behind {now}" + (f", from behind {was}" if was != now else ", with it")
-                )
+                yield Event(graph, "moved", f"behind {now}" + (f", from behind {was}" if was != now else ", with it"))
         before = after
 
 
