@@ -137,14 +137,16 @@ def inductor(
     function: Callable[..., Sequence[torch.Tensor]], examples: Sequence[torch.Tensor]
 ) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:
     """A function of tensors, compiled for shapes and strides as these; it takes a list, which it empties."""
+    from torch._guards import tracing
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
     mode = FakeTensorMode()
+    outside = tracing(None)  # a capture that may be under way has a mode of its own
     fakes = [mode.from_tensor(t.detach()) for t in examples]
-    with torch.no_grad(), mode:
+    with torch.no_grad(), outside, mode:
         traced = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
         results: Any = traced.graph.output_node()
         results.meta["user_visible_output_idxs"] = [*range(len(results.args[0]))]  # their strides are kept

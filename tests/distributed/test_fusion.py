@@ -3,11 +3,13 @@
 import json
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
+from zgraph import tuning
 from zgraph.api import compiled_model
 
 from . import zoo
@@ -33,8 +35,8 @@ def test_training_with_kernels_is_that_of_ddp(pool: Pool, name: str, stage: int)
 def tune(mesh: DeviceMesh, folder: str) -> tuple[str, int]:
     """Each rank with a cache of its own, as on a host of its own."""
     rank = mesh.get_rank()
-    os.environ["XDG_CACHE_HOME"] = f"{folder}/{rank}"
-    try:
+    cache = patch.dict(os.environ, {"XDG_CACHE_HOME": f"{folder}/{rank}"})
+    with cache, patch.object(tuning, "has_inductor", return_value=False):
         model = zgraph.compile(zoo.builder("vit")(), mesh=mesh, kernels="triton")
         compiled = compiled_model(model)
         compiled.tunes = True
@@ -42,8 +44,6 @@ def tune(mesh: DeviceMesh, folder: str) -> tuple[str, int]:
         model(**inputs).loss.backward()
         files = list(Path(folder, str(rank)).glob("**/*.json"))
         return json.dumps(compiled.context.costs.groups, sort_keys=True), len(files)
-    finally:
-        del os.environ["XDG_CACHE_HOME"]
 
 
 def test_all_ranks_choose_by_what_the_first_has_measured(pool: Pool, tmp_path: Path) -> None:

@@ -120,6 +120,20 @@ def test_measuring_in_the_first_call(monkeypatch, tmp_path):
     assert json.loads(tuning.times_path(device).read_text()).keys() == groups.keys()
 
 
+def test_inductor_is_measured_while_a_graph_is_captured(monkeypatch, tmp_path):
+    if not tuning.has_inductor(torch.device("cpu")):
+        pytest.skip("Inductor needs a C++ compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    torch.compiler.reset()
+    model = zgraph.compile(nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU()), kernels="triton")
+    compiled = compiled_model(model)
+    compiled.tunes = True
+    model(torch.ones(4, 8)).sum().backward()
+    times = [times["inductor"] for times in compiled.context.costs.groups.values() if "inductor" in times]
+    assert times
+    assert max(times) < tuning.NEVER_US
+
+
 def test_auto_is_op_by_op_on_processors():
     torch.compiler.reset()
     model = zgraph.compile(Mlp(), kernels="auto")
