@@ -13,12 +13,13 @@ demo: $(VENV)/.examples
 test: $(VENV)/.test lint
 	$(MAKE) --no-print-directory --jobs 2 test-ranks test-rest
 
-# What runs on several ranks often waits, for the network or for what it kills: the rest fills the time.
+# What runs on several ranks often waits, for the network or for what it kills: the rest fills the time. Kernels go with
+# it so that both take about as long.
 test-ranks: $(VENV)/.test
-	$(BIN)/python -m pytest tests/distributed
+	$(BIN)/python -m pytest tests/distributed tests/kernels
 
 test-rest: $(VENV)/.test
-	$(BIN)/python -m pytest tests --ignore tests/distributed
+	$(BIN)/python -m pytest tests --ignore tests/distributed --ignore tests/kernels
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
