@@ -18,7 +18,7 @@ test: $(VENV)/.test lint
 test-ranks: $(VENV)/.test
 	$(BIN)/python -m pytest tests/distributed tests/kernels
 
-test-rest: $(VENV)/.test
+test-rest: $(VENV)/.test $(VENV)/.chromium
 	$(BIN)/python -m pytest tests --ignore tests/distributed --ignore tests/kernels
 
 lint: $(VENV)/.test
@@ -47,6 +47,12 @@ $(VENV)/.examples: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) --editable '.[test,lint,examples]'
+	touch $@
+
+# Debian's Chromium, for the tests of the report; without it, and without the right to install it, they are skipped.
+$(VENV)/.chromium: $(VENV)/.python
+	command -v chromium || { apt-get update && apt-get install --yes --no-install-recommends chromium; } || \
+		echo "no chromium: the tests of the HTML report are skipped"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.python pyproject.toml constraints.txt

@@ -8,24 +8,37 @@ because a graph of 80 layers takes a second to parse, and its lines say all that
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from zgraph.ir import Origin
 
 _STRING = r'"(?:[^"\\]|\\.)*"'
-_ORIGIN = re.compile(rf"(?: @ {_STRING})?(?: {_STRING}:\d+)?(?: by [\w-]+)?$")
+_ORIGIN = re.compile(rf"(?: @ (?P<module>{_STRING}))?(?: (?P<file>{_STRING}):(?P<line>\d+))?(?: by (?P<by>[\w-]+))?$")
 _NODE = re.compile(r"(?:fwd|bwd|upd) (?:%(?P<made>[^\s:]+): .*? = )?(?P<op>[\w.]+)\((?P<args>.*)")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A node as its line: what it is known by, its op, and its text without where it comes from."""
+    """A node as its line: what it is known by, its op, its text, and behind that where it comes from."""
 
     key: str
     op: str
     text: str
+    place: str = field(default="", compare=False)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the node comes from."""
+        found = _ORIGIN.fullmatch(self.place)
+        if found is None:
+            return Origin()
+        module, file = (json.loads(found[name] or '""') for name in ("module", "file"))
+        return Origin(module, file, int(found["line"] or 0), found["by"] or "")
 
 
 @dataclass(frozen=True)
@@ -61,12 +74,18 @@ def node_lines(text: str) -> Mapping[str, Line]:
     for line in text.splitlines():
         if (node := _NODE.match(line)) is None:
             continue
-        bare = _ORIGIN.sub("", line, count=1)
-        key = node["made"] or f"{node['op']}({_ORIGIN.sub('', node['args'], count=1)}"
+        bare = line[: _origin_at(line)]
+        key = node["made"] or f"{node['op']}({node['args'][: _origin_at(node['args'])]}"
         counts[key] += 1
         key = key if counts[key] == 1 else f"{key}#{counts[key]}"
-        found[key] = Line(key, node["op"], bare)
+        found[key] = Line(key, node["op"], bare, line[len(bare) :])
     return found
+
+
+def _origin_at(line: str) -> int:
+    """Where in a line it begins to say where the node comes from."""
+    found = _ORIGIN.search(line)
+    return found.start() if found else len(line)
 
 
 def compare(before: str, after: str) -> Difference:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
+from os import PathLike
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from zgraph.cost import MemoryCurve, Timeline, Traffic, simulate, traffic
-from zgraph.cost.memory import alive_at_peak
+from zgraph.cost.memory import Life, alive_at_peak
 from zgraph.cost.work import work
+from zgraph.errors import UsageError
 from zgraph.ir import Plan
 from zgraph.ir.symbols import evaluate
 from zgraph.passes.arena import sizes
 from zgraph.passes.base import Context
 from zgraph.passes.instruments import Step
 from zgraph.passes.schedule import lower_bound_us
+from zgraph.runfile import RunFile
 from zgraph.runtime.regions import Regions
 from zgraph.viz import as_text, memory_chart
+from zgraph.viz.page import page
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,12 @@ class Entry:
     timeline: Timeline
     lower_bound_us: float
     hints: Mapping[str, int]
+    run: Callable[[], RunFile]
+    """What the passes made of the graph; they run again when it is asked for."""
 
     @cached_property
-    def at_peak(self) -> list[tuple[str, str, int]]:
-        """What is alive at the peak, each with its category and bytes."""
+    def at_peak(self) -> list[Life]:
+        """What is alive at the peak, largest first."""
         return alive_at_peak(self.plan, self.hints, self.memory)
 
     @cached_property
@@ -55,11 +63,11 @@ class Entry:
         return self.timeline.step_us / self.lower_bound_us - 1 if self.lower_bound_us else 0.0
 
 
-def make_entry(plan: Plan, steps: Sequence[Step], context: Context) -> Entry:
-    """The entry of a plan."""
+def make_entry(plan: Plan, steps: Sequence[Step], context: Context, run: Callable[[], RunFile]) -> Entry:
+    """The entry of a plan, of which `run` makes the file."""
     timeline = simulate(plan, context.costs, context.hints)
     bound = max(lower_bound_us(plan.graph, context), timeline.lower_bound_us)
-    return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, context.hints)
+    return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, context.hints, run)
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,34 @@ class Report:
     def __str__(self) -> str:
         return as_text(self, width=110)
 
+    def html(self) -> str:
+        """The text of an HTML file that shows the graph after every pass, the timeline, and the memory of the step.
+
+        It is of the first training graph that was captured, or of the first graph where none was.
+
+        Raises:
+            UsageError: nothing was captured yet.
+        """
+        if not self.entries:
+            raise UsageError("there is nothing to draw yet: the first call of the model captures it")
+        entry = next((e for e in self.entries if e.plan.backward is not None), self.entries[0])
+        return page(entry.run())
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write `html` to a file.
+
+        Raises:
+            UsageError: nothing was captured yet.
+        """
+        Path(path).write_text(self.html(), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """The same, as notebooks show it: in a frame of its own."""
+        if not self.entries:
+            return f"<pre>{escape(str(self))}</pre>"
+        style = "width: 100%; height: 760px; border: 0"
+        return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{escape(self.html())}"></iframe>'
+
     def _rest(self) -> Table:
         table = Table(title=f"{self.model} on {self.num_ranks} rank{'s' * (self.num_ranks > 1)}", title_justify="left")
         table.add_column("at rest, per rank")
@@ -180,7 +216,7 @@ def _peak(entry: Entry) -> Text:
     )
     text = Text(f"peak above rest {mebibytes(peak.total_bytes)} at %{peak.node} ({peak.phase}): {shares}\n")
     text.append_text(memory_chart(entry.memory)).append("\nlargest at the peak: ")
-    names = [f"%{name} {mebibytes(size)} ({kind})" for name, kind, size in entry.at_peak[:NUM_VALUES]]
+    names = [f"%{life.name} {mebibytes(life.num_bytes)} ({life.category})" for life in entry.at_peak[:NUM_VALUES]]
     text.append(", ".join(names))
     for program, arena in sizes(entry.plan.graph).items():
         size, bound = mebibytes(arena.num_bytes), mebibytes(arena.crowded_bytes)

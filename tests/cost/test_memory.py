@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.ir.strategies import graphs
 from zgraph.cost import simulate_memory
-from zgraph.cost.memory import ALLOCATION_BYTES, Moment, local_bytes
+from zgraph.cost.memory import ALLOCATION_BYTES, Moment, lifetimes, local_bytes
 from zgraph.cost.workspace import NUM_THREADS, workspace_bytes
 from zgraph.ir import Axis, DType, Graph, Replicate, ScalarType, Shard, TensorType, parse_graph
 from zgraph.ir.symbols import symbol
@@ -158,3 +158,15 @@ def test_what_attention_on_processors_takes(sizes, is_dense, num_threads, forwar
     )
     hints = {NUM_THREADS: num_threads}
     assert [workspace_bytes(n, hints) for n in graph.nodes] == [forward_bytes, backward_bytes]
+
+
+def test_lifetimes_add_up_to_the_curve():
+    plan = make_plan(parse_graph(BY_HAND))
+    lives = lifetimes(plan, {})
+    for at, moment in enumerate(simulate_memory(plan, {}).moments):
+        alive = {life.name for life in lives if life.born <= at < life.freed}
+        assert sum(life.num_bytes for life in lives if life.name in alive) == moment.total_bytes, moment
+    assert {(life.name, life.category, life.num_bytes) for life in lives if life.name in "sy"} == {
+        ("s", "gathered", 128),
+        ("y", "activations", 128),
+    }

@@ -87,7 +87,7 @@ def write_run(run: RunFile, output: str) -> None:
 
 def main() -> NoReturn:
     """Run the command; a ZgraphError is one line on standard error."""
-    from zgraph.cli import commands  # noqa: F401 - adds them
+    from zgraph.cli import commands, pictures  # noqa: F401 - add them
 
     try:
         app()

@@ -321,7 +321,7 @@ def simulate_run(
     from zgraph.reporting import make_entry, mebibytes, step_summary
 
     run, name = read_run(file)
-    entry = make_entry(make_plan(run.graph(name)), (), run.context)
+    entry = make_entry(make_plan(run.graph(name)), (), run.context, lambda: run)
     timeline = entry.timeline
     causes: dict[str, float] = defaultdict(float)
     starts = {n.name: n for n in entry.plan.graph.nodes}

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
+from typing import NamedTuple
 
 from zgraph.cost.workspace import workspace_bytes
 from zgraph.ir import (
@@ -66,9 +67,14 @@ class MemoryCurve:
     moments: tuple[Moment, ...]
 
     @property
+    def peak_at(self) -> int:
+        """The number of the first moment with the most bytes alive; -1 if there is none."""
+        return max(range(len(self.moments)), key=lambda i: self.moments[i].total_bytes, default=-1)
+
+    @property
     def peak(self) -> Moment:
         """The first moment with the most bytes alive."""
-        return max(self.moments, key=lambda m: m.total_bytes, default=Moment("", "", {}))
+        return self.moments[self.peak_at] if self.moments else Moment("", "", {})
 
     @property
     def host_peak_bytes(self) -> int:
@@ -89,17 +95,36 @@ def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
     return MemoryCurve(tuple(_walked(plan, hints).moments))
 
 
-def alive_at_peak(plan: Plan, hints: Mapping[str, int], curve: MemoryCurve) -> list[tuple[str, str, int]]:
-    """What is alive at the peak of a plan's curve: the value that each storage is named after, its category and its
-    bytes, largest first. Scratch memory of collectives is not among them."""
-    peak = max(range(len(curve.moments)), key=lambda i: curve.moments[i].total_bytes, default=-1)
-    walk = _walked(plan, hints, watched=peak)
-    found = [(name, walk.categories.get(name, "temporaries"), size) for name, size in walk.snapshot.items() if size]
-    return sorted(found, key=lambda item: (-item[2], item[0]))
+class Life(NamedTuple):
+    """A storage, alive from the moment `born` until before the moment `freed`; named after the value that it began as.
+
+    What a collective in flight holds has the name of its start with # behind it, a program's arena is #arena.
+    """
+
+    name: str
+    category: str
+    num_bytes: int
+    born: int
+    freed: int
 
 
-def _walked(plan: Plan, hints: Mapping[str, int], watched: int = -1) -> _Walk:
-    walk = _Walk(plan, hints, watched)
+def lifetimes(plan: Plan, hints: Mapping[str, int]) -> list[Life]:
+    """Every storage of a step, as `simulate_memory` counts them. Scratch memory of ops is not among them."""
+    walk = _walked(plan, hints)
+    for name in list(walk.alive):
+        walk.free(name)
+    return [life for life in walk.lives if life.num_bytes]
+
+
+def alive_at_peak(plan: Plan, hints: Mapping[str, int], curve: MemoryCurve) -> list[Life]:
+    """What is alive on the device at the peak of a plan's curve, largest first."""
+    peak = curve.peak_at
+    found = [s for s in lifetimes(plan, hints) if s.born <= peak < s.freed and s.category != HOST]
+    return sorted(found, key=lambda s: (-s.num_bytes, s.name))
+
+
+def _walked(plan: Plan, hints: Mapping[str, int]) -> _Walk:
+    walk = _Walk(plan, hints)
     walk.run_in_arena(plan.forward.instructions)
     saved = {v.name for v in plan.saved}
     walk.drop(v.name for v in plan.forward.results if v is not None and v.name not in saved)
@@ -111,30 +136,25 @@ def _walked(plan: Plan, hints: Mapping[str, int], watched: int = -1) -> _Walk:
 
 
 class _Walk:
-    """Storages alive, as references from live names to the storages that they lie in.
+    """Storages alive, as references from live names to the storages that they lie in."""
 
-    `snapshot` is what is alive at the moment of the number `watched`.
-    """
-
-    def __init__(self, plan: Plan, hints: Mapping[str, int], watched: int = -1) -> None:
+    def __init__(self, plan: Plan, hints: Mapping[str, int]) -> None:
         self.graph: Graph = plan.graph
-        self.watched = watched
-        self.snapshot: dict[str, int] = {}
         self.hints = hints
         self.categories = _categories(plan)
         self.roots: dict[str, frozenset[str]] = {}
         self.references: Counter[str] = Counter()
-        self.alive: dict[str, int] = {}
+        self.alive: dict[str, tuple[str, int, int]] = {}
+        self.lives: list[Life] = []
         self.by_category: Counter[str] = Counter()
         self.scratch: dict[str, int] = {}
         self.moments: list[Moment] = []
 
     def run_in_arena(self, instructions: Sequence[Instruction]) -> None:
         """A program, with its arena from the beginning to the end."""
-        self.alive[_ARENA] = _rounded(arena_bytes((i.node for i in instructions), self.graph))
-        self.by_category["gathered"] += self.alive[_ARENA]
+        self.hold(_ARENA, "gathered", _rounded(arena_bytes((i.node for i in instructions), self.graph)))
         self.run(instructions)
-        self.free(_ARENA, "gathered")
+        self.free(_ARENA)
 
     def run(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
@@ -144,9 +164,7 @@ class _Walk:
             is_view = bool(sources)
             in_arena = bool(offsets(node))
             for result in node.results:
-                if in_arena:
-                    self.alive[result.name] = 0
-                elif not is_view:
+                if not is_view and not in_arena:
                     self.allocate(result.name, result.type, padded=instruction.lane == "comm")
                 self.roots[result.name] = shared if is_view else frozenset((result.name,))
                 self.refer(self.roots[result.name])
@@ -155,8 +173,6 @@ class _Walk:
             if node.op == "wait":
                 self.finish(_in_flight(node.operands[0].name))
                 self.scratch.pop(node.operands[0].name, None)
-            if len(self.moments) == self.watched:
-                self.snapshot = dict(self.alive)
             self.moments.append(self.moment(node))
             self.drop(instruction.frees)
 
@@ -167,8 +183,7 @@ class _Walk:
         for value, result in zip(node.operands, node.results, strict=True):
             name = _in_flight(result.name)
             if node.op == "reduce_scatter_start" and is_copied(value.tensor, graph.mesh):
-                self.alive[name] = _rounded(padded_bytes(value.tensor, graph.num_shards))
-                self.by_category["buckets"] += self.alive[name]
+                self.hold(name, "buckets", _rounded(padded_bytes(value.tensor, graph.num_shards)))
             elif node.op in _SENDS_IN_PLACE:
                 sent = self.roots.get(value.name, frozenset())
                 self.roots[name] = sent
@@ -177,7 +192,7 @@ class _Walk:
     def finish(self, start: str) -> None:
         """A collective that is over lets go of what it sent."""
         self.drop((start,))
-        self.free(start, "buckets")
+        self.free(start)
 
     def moment(self, node: Node) -> Moment:
         """What is alive now. Of the collectives under way the oldest two are served, and have scratch memory."""
@@ -202,8 +217,11 @@ class _Walk:
             size = local_bytes(kind, self.graph.mesh, self.hints)
         if isinstance(kind, TensorType) and kind.is_on_host:
             self.categories[name] = HOST
-        self.alive[name] = size
-        self.by_category[self.categories.get(name, "temporaries")] += size
+        self.hold(name, self.categories.get(name, "temporaries"), size)
+
+    def hold(self, name: str, category: str, size: int) -> None:
+        self.alive[name] = category, size, len(self.moments)
+        self.by_category[category] += size
 
     def refer(self, roots: Iterable[str]) -> None:
         for root in roots:
@@ -214,10 +232,13 @@ class _Walk:
             for root in self.roots.pop(name, ()):
                 self.references[root] -= 1
                 if self.references[root] == 0:
-                    self.free(root, self.categories.get(root, "temporaries"))
+                    self.free(root)
 
-    def free(self, root: str, category: str) -> None:
-        self.by_category[category] -= self.alive.pop(root, 0)
+    def free(self, root: str) -> None:
+        if root in self.alive:
+            category, size, born = self.alive.pop(root)
+            self.by_category[category] -= size
+            self.lives.append(Life(root, category, size, born, len(self.moments)))
 
 
 def local_bytes(kind: Type, mesh: Mesh, hints: Mapping[str, int]) -> int:

@@ -45,13 +45,15 @@ class Stall:
 class Timeline:
     """One step of a plan.
 
-    `step_us` ends with the backward: the optimizer is not in the plan. `memory` has a moment for each instruction.
+    `step_us` ends with the backward: the optimizer is not in the plan. `memory` has a moment for each instruction, and
+    `instants_us` when each of them begins.
     """
 
     spans: tuple[Span, ...]
     stalls: tuple[Stall, ...]
     step_us: float
     memory: MemoryCurve
+    instants_us: tuple[float, ...] = ()
     busy_us: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -80,7 +82,7 @@ def simulate(plan: Plan, costs: CostTable, hints: Mapping[str, int]) -> Timeline
     for span in clock.spans:
         busy[span.lane] += span.end_us - span.start_us
     memory = simulate_memory(plan, hints)
-    return Timeline(tuple(clock.spans), tuple(clock.stalls), clock.now, memory, busy)
+    return Timeline(tuple(clock.spans), tuple(clock.stalls), clock.now, memory, tuple(clock.instants), busy)
 
 
 class _Clock:
@@ -90,6 +92,7 @@ class _Clock:
         self.lane_free: dict[str, float] = dict.fromkeys(LANES, 0.0)
         self.spans: list[Span] = []
         self.stalls: list[Stall] = []
+        self.instants: list[float] = []
         self.over_at: dict[str, float] = {}
         self.roots: dict[str, frozenset[str]] = {}
         self.sending: dict[str, str] = {}
@@ -101,10 +104,12 @@ class _Clock:
             shared = frozenset(r for name in views(self.graph, node) for r in self.root(name))
             for result in node.results:
                 self.roots[result.name] = shared or frozenset((result.name,))
+            self.instants.append(self.now)
             if instruction.lane != "compute":
                 self.start(node, instruction.lane)
             elif node.op == "wait":
                 self.wait(node)
+                self.instants[-1] = self.now
             else:
                 self.compute(node)
 

@@ -1,0 +1,67 @@
+"""A headless Chromium without a network, and pages of runs."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from zgraph.passes import RECIPES, parse_recipe
+from zgraph.runfile import RunFile
+from zgraph.tracing import traced
+from zgraph.viz.page import page as page_of
+
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--no-first-run")  # fmt: skip
+
+Opener = Callable[..., Page]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    if (chromium := shutil.which("chromium")) is None:
+        pytest.skip("there is no chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium, args=[*FLAGS])
+
+
+@pytest.fixture(scope="session")
+def run() -> RunFile:
+    """A small Llama at stage 3 on two ranks of hardware that has reason to wait."""
+    config = hf.LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=2000, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = hf.LlamaForCausalLM(config)
+    ids = torch.zeros(2, 128, dtype=torch.int64, device="meta")
+    inputs = {"input_ids": ids, "labels": ids}
+    return traced(model, inputs, parse_recipe(RECIPES[3]), hardware="2x1-h100", memory_budget="60MB")
+
+
+@pytest.fixture
+def opened(browser: Browser, tmp_path: Path) -> Iterator[Opener]:
+    """Opens a run's page with the network off; the test fails if the page says anything to the console but `ready`."""
+    said: list[str] = []
+    contexts = []
+
+    def open_page(run: RunFile | str, *, width: int = 1280, scheme: str = "light") -> Page:
+        file = tmp_path / "report.html"
+        file.write_text(run if isinstance(run, str) else page_of(run))
+        size = {"width": width, "height": width * 5 // 8}
+        context = browser.new_context(offline=True, viewport=size, color_scheme=scheme)
+        contexts.append(context)
+        made = context.new_page()
+        made.on("console", lambda message: message.type == "debug" or said.append(message.text))
+        made.on("pageerror", lambda error: said.append(str(error)))
+        made.on("dialog", lambda dialog: said.append(dialog.message))
+        made.goto(file.as_uri())
+        return made
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not said

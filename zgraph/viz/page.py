@@ -1,0 +1,181 @@
+"""A run as one HTML file that needs nothing else: the graph after every pass, the timeline and the memory of the step.
+
+The run's data lies in the file as JSON, compressed; the scripts in `html/` read it and draw. Nodes are numbered once
+for all graphs: a graph is the order of its nodes' numbers, and a node has a text for each graph in which it changed.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import linecache
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from itertools import pairwise
+from typing import Any
+
+from zgraph.compare import node_lines
+from zgraph.cost import simulate
+from zgraph.cost.memory import lifetimes
+from zgraph.errors import ContractError, SimulationError, VerifyError
+from zgraph.ir import Mesh
+from zgraph.passes import make_plan
+from zgraph.passes.schedule import lower_bound_us
+from zgraph.runfile import RunFile
+
+SCRIPTS = ("run.js", "tree.js", "graph.js", "program.js", "charts.js", "details.js", "main.js")
+
+CONTEXT_LINES = 3
+"""Lines of the user's source before and after the one that a node comes from."""
+
+
+def page(run: RunFile) -> str:
+    """The text of the HTML file for a run.
+
+    It opens offline, asks no network for anything, and shows texts of the run as text only, whatever they hold.
+
+    Args:
+        run: the graphs and what the passes knew.
+    """
+    packed = gzip.compress(json.dumps(_data(run), separators=(",", ":")).encode(), mtime=0)
+    folder = files(__package__) / "html"
+    scripts = "\n".join((folder / name).read_text() for name in SCRIPTS)
+    parts = {
+        "title": html.escape(f"{run.manifest.provenance.model}, zgraph"),
+        "style": (folder / "style.css").read_text(),
+        "data": base64.b64encode(packed).decode(),
+        "script": scripts,
+    }
+    template = (folder / "report.html").read_text()
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _data(run: RunFile) -> dict[str, Any]:
+    context, provenance = run.context, run.manifest.provenance
+    table = _Nodes(run)
+    step = _step(run, table.numbers)
+    return {
+        "model": provenance.model,
+        "ranks": _ranks(context.mesh),
+        "hardware": context.costs.hardware.name,
+        "made": f"{provenance.made:%Y-%m-%d %H:%M} UTC, zgraph {provenance.zgraph}, torch {provenance.torch}",
+        "budget": context.memory_budget,
+        "rest": context.rest_bytes,
+        "graphs": [
+            {"name": name, "step": s.step, "seconds": s.seconds}
+            for name, s in zip(run.names, run.manifest.snapshots, strict=True)
+        ],
+        "orders": table.orders,
+        "nodes": table.columns,
+        "texts": table.texts,
+        "sources": _sources(zip(table.columns["file"], table.columns["line"], strict=True)),
+        **step,
+    }
+
+
+def _ranks(mesh: Mesh) -> str:
+    return " x ".join(str(axis.size) for axis in mesh) or "1"
+
+
+class _Nodes:
+    """Every node of every graph of a run, numbered as they come, and the graphs as orders of numbers.
+
+    An order is written as the differences between neighbours, most of which are 1; None is the order before.
+    """
+
+    def __init__(self, run: RunFile) -> None:
+        self.numbers: dict[str, int] = {}
+        self.columns: dict[str, list[Any]] = {n: [] for n in ("key", "phase", "module", "file", "line", "by")}
+        self.texts: list[tuple[int, int, str]] = []
+        self.orders: list[list[int] | None] = []
+        before = ""
+        latest: list[str] = []
+        for graph, snapshot in enumerate(run.manifest.snapshots):
+            if snapshot.member == before:
+                self.orders.append(None)
+                continue
+            before = snapshot.member
+            order = [0]
+            for key, line in node_lines(run.texts[before]).items():
+                number = self.numbers.setdefault(key, len(latest))
+                if number == len(latest):
+                    latest.append("")
+                    origin = line.origin
+                    for name, value in zip(
+                        self.columns,
+                        (key, line.text[:3], origin.module, origin.file, origin.line, origin.made_by),
+                        strict=True,
+                    ):
+                        self.columns[name].append(value)
+                if latest[number] != line.text:
+                    latest[number] = line.text
+                    self.texts.append((number, graph, line.text))
+                order.append(number)
+            self.orders.append([b - a for a, b in pairwise(order)])
+
+
+def _step(run: RunFile, numbers: Mapping[str, int]) -> dict[str, Any]:
+    """The predicted step: nodes by their numbers, -1 for those that have none, times in us."""
+    context, graph = run.context, run.graph()
+    try:
+        plan = make_plan(graph)
+        timeline = simulate(plan, context.costs, context.hints)
+    except (ContractError, SimulationError, VerifyError) as error:
+        return {"step": None, "why": str(error)}
+    categories = list(dict.fromkeys(c for m in timeline.memory.moments for c in m.bytes_by_category))
+    moments = timeline.memory.moments
+    bound = max(lower_bound_us(graph, context), timeline.lower_bound_us)
+    return {
+        "step": {
+            "us": timeline.step_us,
+            "bound": bound,
+            "exposed": timeline.exposed_us,
+            "busy": dict(timeline.busy_us),
+            "spans": _columns(
+                (s.lane, numbers.get(s.node, -1), _rounded(s.start_us), _rounded(s.end_us - s.start_us))
+                for s in timeline.spans
+            ),
+            "stalls": _columns(
+                (numbers.get(s.node, -1), numbers.get(s.start, -1), _rounded(s.start_us), _rounded(s.us))
+                for s in timeline.stalls
+            ),
+        },
+        "memory": {
+            "categories": categories,
+            "node": [numbers.get(m.node, -1) for m in moments],
+            "us": [_rounded(us) for us in timeline.instants_us],
+            "bytes": [[m.bytes_by_category.get(c, 0) for m in moments] for c in categories],
+            "lives": _columns(
+                (life.name, numbers.get(life.name.partition("#")[0], -1), life.category, life.num_bytes, life.born,
+                 life.freed)
+                for life in lifetimes(plan, context.hints)
+            ),
+        },
+    }  # fmt: skip
+
+
+def _columns(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _rounded(us: float) -> float:
+    return round(us, 3)
+
+
+def _sources(places: Iterable[tuple[str, int]]) -> dict[str, dict[int, list[str]]]:
+    """The lines around each place in the user's source, where it can be read here, by file and line."""
+    found: dict[str, dict[int, list[str]]] = {}
+    for file, line in dict.fromkeys(places):
+        if lines := list(_around(file, line)):
+            found.setdefault(file, {})[line] = lines
+    return found
+
+
+def _around(file: str, line: int) -> Iterator[str]:
+    if not file or not linecache.getline(file, line):
+        return
+    for number in range(line - CONTEXT_LINES, line + CONTEXT_LINES + 1):
+        yield linecache.getline(file, number).rstrip("\n")
