@@ -62,12 +62,9 @@ class GraphView {
 
   groupElement(box) {
     const { group, width, height, x, y } = box;
-    const counts = this.countsOf(group);
     const label = group.isStack ? `${group.label}  ×${group.items.length}` : group.label;
-    const chips = element("text", { x: width - 10, y: box.isOpen ? 17 : 34, class: "chips", "text-anchor": "end" });
-    for (const kind of KINDS) {
-      if (counts[kind]) chips.append(element("tspan", { class: kind, dx: 6 }, `${SIGNS[kind]}${counts[kind].toLocaleString("en")}`));
-    }
+    const counts = element("text", { x: width - 10, y: box.isOpen ? 17 : 34, class: "chips", "text-anchor": "end" });
+    for (const [kind, text] of chips(this.run, this.app.state.graph, group)) counts.append(element("tspan", { class: kind, dx: 6 }, text));
     return element("g", {
       class: `group${box.isOpen ? " open" : ""}${group.isStack ? " stack" : ""}`, transform: `translate(${x},${y})`, "data-group": group.id,
     },
@@ -75,18 +72,9 @@ class GraphView {
       element("rect", { width, height, rx: 6 }),
       element("text", { x: 10, y: 17, class: "name" }, `${box.isOpen ? "▾" : "▸"} ${label}`),
       box.isOpen ? null : element("text", { x: 10, y: 34, class: "note" }, plural(group.nodes.length, "node")),
-      chips,
+      counts,
       element("title", {}, group.id),
     );
-  }
-
-  countsOf(group) {
-    const counts = { added: 0, removed: 0, changed: 0, moved: 0 };
-    for (const node of group.nodes) {
-      const kind = didChange(this.change, node);
-      if (kind) counts[kind]++;
-    }
-    return counts;
   }
 
   nodeElement(box) {

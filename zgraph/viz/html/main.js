@@ -215,7 +215,7 @@ class Search {
 
 const byId = id => document.getElementById(id);
 
-const short = count => count < 1e4 ? String(count) : `${(count / 1e3).toFixed(0)}k`;
+const short = count => count < 1e3 ? String(count) : `${(count / 1e3).toFixed(count < 1e4 ? 1 : 0)}k`;
 
 const began = performance.now();
 readRun().then(run => {

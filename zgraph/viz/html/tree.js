@@ -5,7 +5,7 @@ const MOST_ITEMS = 80, CHUNK = 40, MOST_OPEN = 70, ROW_WIDTH = 1500;
 
 class Group {
   constructor(id, name, parent) {
-    Object.assign(this, { id, name, parent, label: name, items: [], groups: new Map(), nodes: [], shape: undefined, first: undefined });
+    Object.assign(this, { id, name, parent, label: name, items: [], groups: new Map(), nodes: [], shape: undefined, first: undefined, done: undefined });
   }
 
   child(name) {
@@ -129,6 +129,19 @@ function chunked(group, items) {
   return found;
 }
 
+// How many nodes of a group the pass added, removed, changed and moved, as [kind, text].
+function chips(run, graph, group) {
+  if (!group.done) {
+    const change = run.change(graph), counts = { added: 0, removed: 0, changed: 0, moved: 0 };
+    for (const node of group.nodes) {
+      const kind = didChange(change, node);
+      if (kind) counts[kind]++;
+    }
+    group.done = KINDS.filter(kind => counts[kind]).map(kind => [kind, `${SIGNS[kind]}${counts[kind].toLocaleString("en")}`]);
+  }
+  return group.done;
+}
+
 function* allGroups(group) {
   for (const item of group.items) {
     if (item instanceof Group) {
@@ -158,10 +171,10 @@ function layout(run, graph, root, open) {
 
   function placed(item) {
     if (!(item instanceof Group)) return { node: item, x: 0, y: 0, width: nodeWidth(run, item, graph), height: 36, boxes: [] };
-    if (!open.has(item.id)) return { group: item, x: 0, y: 0, width: groupWidth(item), height: 44, boxes: [] };
+    if (!open.has(item.id)) return { group: item, x: 0, y: 0, width: groupWidth(run, graph, item, false), height: 44, boxes: [] };
     const boxes = item.items.map(placed);
     const rows = item === root ? [boxes] : inRows(boxes, ranks(item, boxes));
-    return { group: item, isOpen: true, x: 0, y: 0, boxes, ...arrange(rows, groupWidth(item)) };
+    return { group: item, isOpen: true, x: 0, y: 0, boxes, ...arrange(rows, groupWidth(run, graph, item, true)) };
   }
 
   function ranks(group, boxes) {
@@ -252,7 +265,12 @@ function place(box, x, y) {
 }
 
 const nodeWidth = (run, node, graph) => 24 + 6.3 * Math.max(shortOp(run.op(node, graph)).length, nodeName(run, node).length);
-const groupWidth = group => Math.max(120, 40 + 7 * group.label.length);
+
+// A box that is open has its counts beside its name, one that is closed below it.
+function groupWidth(run, graph, group, isOpen) {
+  const counts = chips(run, graph, group).reduce((sum, [, text]) => sum + 7 * text.length + 6, 0), name = 50 + 7 * group.label.length;
+  return isOpen ? name + counts : Math.max(120, name, 80 + counts);
+}
 
 function nodeName(run, node, most = 24) {
   const key = run.key(node);
