@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ZgraphError(Exception):
     """The base of all of zgraph's errors, so that `except ZgraphError` catches what zgraph means to say."""
@@ -9,6 +11,19 @@ class ZgraphError(Exception):
 
 class UsageError(ZgraphError, ValueError):
     """An argument of a public function has a value that means nothing (a stage outside 0..3, say)."""
+
+
+class ConfigError(UsageError):
+    """A configuration in which something is wrong.
+
+    Args:
+        problems: all that is wrong, each with its place and what would be right.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = "a problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n  ".join([f"the configuration has {count}:", *self.problems]))
 
 
 class AlreadyCompiledError(UsageError):

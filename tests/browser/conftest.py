@@ -42,6 +42,12 @@ def run() -> RunFile:
     return traced(model, inputs, parse_recipe(RECIPES[3]), hardware="2x1-h100", memory_budget="60MB")
 
 
+@pytest.fixture(scope="session")
+def drawn(run: RunFile) -> str:
+    """The page of that run."""
+    return page_of(run)
+
+
 @pytest.fixture
 def opened(browser: Browser, tmp_path: Path) -> Iterator[Opener]:
     """Opens a run's page with the network off; the test fails if the page says anything to the console but `ready`."""

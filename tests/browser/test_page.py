@@ -20,8 +20,8 @@ QUERY = "model.layers.3.self_attn.q_proj"
 
 
 @pytest.fixture
-def shown(opened, run) -> Page:
-    page = opened(run)
+def shown(opened, drawn) -> Page:
+    page = opened(drawn)
     page.wait_for_selector("body[data-ready]")
     return page
 
@@ -145,8 +145,8 @@ def test_zooming_and_dragging_move_in_time(shown):
 
 @pytest.mark.parametrize("width", [1280, 1920])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_the_window_in_light_and_dark(opened, run, width, scheme):
-    page = opened(run, width=width, scheme=scheme)
+def test_it_fits_the_window_in_light_and_dark(opened, drawn, width, scheme):
+    page = opened(drawn, width=width, scheme=scheme)
     page.wait_for_selector("body[data-ready]")
     assert page.evaluate(
         "document.documentElement.scrollWidth <= innerWidth && document.body.scrollHeight <= innerHeight"
@@ -192,9 +192,9 @@ def test_a_run_that_cannot_be_planned_yet_shows_its_graphs(opened, run):
     expect(page.locator("#graph .group").first).to_be_visible()
 
 
-def test_a_notebook_shows_a_report_in_a_frame(opened, run):
+def test_a_notebook_shows_a_report_in_a_frame(opened, drawn):
     frame = (
-        f'<iframe sandbox="allow-scripts" style="width: 100%; height: 600px" srcdoc="{escape(page_of(run))}"></iframe>'
+        f'<iframe sandbox="allow-scripts" style="width: 100%; height: 600px" srcdoc="{escape(drawn)}"></iframe>'
     )
     page = opened(f"<!doctype html><body>{frame}</body>")
     expect(page.frame_locator("iframe").locator("#graph .group").first).to_be_visible()
