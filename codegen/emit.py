@@ -67,15 +67,14 @@ _BLOCKS = "for block in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.n
 def _whole(spec: KernelSpec) -> Iterator[str]:
     """A kernel that holds blocks of rows whole, or needs only some of their columns together."""
     yield from _setup(spec)
-    sums = {step.name: step for step in spec.row_sums}
     for operand in spec.inputs:
         if operand.extent in (Extent.row, Extent.scalar):
             yield load(operand)
-    for name in sums:
+    for name in spec.row_sums:
         yield f"{name} = tl.zeros([BLOCK_N], tl.float32)"
     yield _BLOCKS
     yield from indented(_rows(spec))
-    yield from (_store_sum(output, spec.columns) for output in spec.outputs if output.name in sums)
+    yield from (_store_sum(output, spec.columns) for output in spec.outputs if output.name in spec.row_sums)
 
 
 def _setup(spec: KernelSpec) -> Iterator[str]:
@@ -102,9 +101,8 @@ def _rows(spec: KernelSpec) -> Iterator[str]:
             yield load(operand)
     for step in spec.steps:
         yield line(step)
-    sums = {step.name for step in spec.row_sums}
     for output in spec.outputs:
-        if output.name not in sums:
+        if output.name not in spec.row_sums:
             yield store(output)
 
 
@@ -148,9 +146,8 @@ def _swept_columns(spec: KernelSpec, sweep: Sweep) -> Iterator[str]:
         if OPS[step.op].reduces:
             yield f"{step.name} = {_sum_so_far(step, spec.columns)}"
         yield line(step)
-    sums = {step.name for step in spec.row_sums}
     for output in sweep.outputs:
-        yield _store_sum(output, spec.columns) if output.name in sums else store(output)
+        yield _store_sum(output, spec.columns) if output.name in spec.row_sums else store(output)
 
 
 def load(operand: Operand) -> str:

@@ -16,7 +16,6 @@ import torch
 
 from zgraph.aten import TO_TORCH
 from zgraph.codegen.emit import source
-from zgraph.codegen.reference import shape_of
 from zgraph.codegen.spec import KernelSpec
 from zgraph.config import cache_folder
 from zgraph.errors import KernelError
@@ -111,30 +110,40 @@ def launch(
     """
     cut = tiles(spec)
     num_blocks = -(-num_rows // cut.block_m)
-    sums = {step.name for step in spec.row_sums}
-    num_programs = min(num_blocks, MAX_PROGRAMS) if sums else num_blocks
-    device = inputs[0].device
-    if out is not None:
+    num_programs = min(num_blocks, MAX_PROGRAMS) if spec.row_sums else num_blocks
+    if out is None:
+        outs = empty(spec, num_rows, num_programs, inputs[0].device)
+    else:
         _check_out(spec, out, num_rows)
-    outs = list(out) if out is not None else [
-        torch.empty(num_programs, spec.columns, device=device)
-        if output.name in sums
-        else torch.empty(shape_of(output.extent, num_rows, spec.columns), dtype=TO_TORCH[output.dtype], device=device)
-        for output in spec.outputs
-    ]  # fmt: skip
+        outs = list(out)
     if num_programs:
         load(spec)[(num_programs, 1 if spec.needs_whole_rows else -(-spec.columns // cut.block_n))](
             *(t.contiguous() for t in inputs), *outs, num_rows,
             BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, num_warps=cut.num_warps,
         )  # fmt: skip
+    return summed(spec, outs)
+
+
+def empty(spec: KernelSpec, num_rows: int, num_sums: int, device: torch.device) -> list[torch.Tensor]:
+    """Memory for what a kernel writes: of sums over rows, one from each of so many programs, in fp32."""
     return [
-        out.sum(0).to(TO_TORCH[output.dtype]) if output.name in sums else out
+        torch.empty(num_sums, spec.columns, device=device)
+        if output.name in spec.row_sums
+        else torch.empty(output.extent.shape((num_rows,), spec.columns), dtype=TO_TORCH[output.dtype], device=device)
+        for output in spec.outputs
+    ]
+
+
+def summed(spec: KernelSpec, outs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What a kernel wrote, with the sums of its programs as one."""
+    return [
+        out.sum(0).to(TO_TORCH[output.dtype]) if output.name in spec.row_sums else out
         for output, out in zip(spec.outputs, outs, strict=True)
     ]
 
 
 def _check_out(spec: KernelSpec, out: Sequence[torch.Tensor], num_rows: int) -> None:
-    wanted = [(TO_TORCH[o.dtype], math.prod(shape_of(o.extent, num_rows, spec.columns))) for o in spec.outputs]
+    wanted = [(TO_TORCH[o.dtype], math.prod(o.extent.shape((num_rows,), spec.columns))) for o in spec.outputs]
     given = [(t.dtype, t.numel()) for t in out]
     if spec.row_sums or given != wanted or not all(t.is_contiguous() for t in out):
         raise KernelError(f"{spec.name} writes {wanted}, dense and no sums over rows, not {given}; leave out= away")

@@ -57,63 +57,51 @@ def _like(spec: KernelSpec, given: Sequence[T]) -> T:
     return next(t for operand, t in zip(spec.inputs, given, strict=True) if operand.extent is Extent.full)
 
 
-def _shapes(spec: KernelSpec, inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """What the outputs look like: rows as the first input that has all of them."""
-    like = _like(spec, inputs)
-    by_extent = {Extent.full: tuple(like.shape), Extent.column: (*like.shape[:-1], 1), Extent.row: (spec.columns,)}
-    return [by_extent.get(output.extent, ()) for output in spec.outputs]
+def _shapes(spec: KernelSpec, like: Tensor) -> list[tuple[int, ...]]:
+    """What the outputs look like: rows as another tensor has them."""
+    return [output.extent.shape(like.shape[:-1], spec.columns) for output in spec.outputs]
 
 
-def _run(
-    how: Callable[[KernelSpec, list[Tensor], int], list[Tensor]], inputs: list[Tensor], kernel: str
-) -> list[Tensor]:
-    spec = _parsed(kernel)
-    made = how(spec, inputs, _like(spec, inputs).numel() // spec.columns)
-    return [out.view(shape) for out, shape in zip(made, _shapes(spec, inputs), strict=True)]
+def _viewed(spec: KernelSpec, like: Tensor, made: list[Tensor]) -> list[Tensor]:
+    return [out.view(shape) for out, shape in zip(made, _shapes(spec, like), strict=True)]
 
 
-def _rows_fake(inputs: list[Tensor], kernel: str) -> list[Tensor]:
-    spec = _parsed(kernel)
-    return [
-        inputs[0].new_empty(shape, dtype=TO_TORCH[output.dtype])
-        for output, shape in zip(spec.outputs, _shapes(spec, inputs), strict=True)
-    ]
+def _fakes(spec: KernelSpec, like: Tensor) -> list[Tensor]:
+    dtypes = (TO_TORCH[output.dtype] for output in spec.outputs)
+    return [like.new_empty(s, dtype=dtype) for s, dtype in zip(_shapes(spec, like), dtypes, strict=True)]
 
 
-def _rows_twin(inputs: list[Tensor], kernel: str) -> list[Tensor]:
-    return _run(reference.run, inputs, kernel)
-
-
-def _rows_triton(inputs: list[Tensor], kernel: str) -> list[Tensor]:
-    return _run(kernels.launch, inputs, kernel)
-
-
-@cache
-def _by_inductor(kernel: str, num_rows: int, *shapes: tuple[int, ...]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-    """What Inductor makes of a kernel's steps at these sizes, once it is called."""
-    spec, made = _parsed(kernel), list[Callable[[list[Tensor]], Sequence[Tensor]]]()
-
-    def run(inputs: list[Tensor]) -> Sequence[Tensor]:
-        if not made:
-            made.append(torch_private.inductor(lambda *given: reference.run(spec, given, num_rows), inputs))
-        return made[0](inputs)
+def _rows(
+    how: Callable[[KernelSpec, list[Tensor], int], list[Tensor]],
+) -> Callable[[list[Tensor], str], list[Tensor]]:
+    def run(inputs: list[Tensor], kernel: str) -> list[Tensor]:
+        spec = _parsed(kernel)
+        like = _like(spec, inputs)
+        return _viewed(spec, like, how(spec, inputs, like.numel() // spec.columns))
 
     return run
 
 
+def _rows_fake(inputs: list[Tensor], kernel: str) -> list[Tensor]:
+    spec = _parsed(kernel)
+    return _fakes(spec, _like(spec, inputs))
+
+
+_BY_INDUCTOR: dict[tuple[object, ...], Callable[[list[Tensor]], Sequence[Tensor]]] = {}
+"""What Inductor made of a kernel's steps, by the kernel and the sizes of what it reads."""
+
+
 def _compiled(spec: KernelSpec, inputs: list[Tensor], num_rows: int) -> list[Tensor]:
     dense = [t.contiguous() for t in inputs]
-    made = _by_inductor(str(spec), num_rows, *(tuple(t.shape) for t in dense))([*dense])
+    key = spec, *(t.shape for t in dense)
+    if key not in _BY_INDUCTOR:
+        _BY_INDUCTOR[key] = torch_private.inductor(lambda *given: reference.run(spec, given, num_rows), dense)
     taken = {t.data_ptr() for t in dense}
     apart = []
-    for out in made:  # Inductor may give the same memory out twice
+    for out in _BY_INDUCTOR[key]([*dense]):  # Inductor may give the same memory out twice
         apart.append(out.clone() if out.data_ptr() in taken else out)
         taken.add(out.data_ptr())
     return apart
-
-
-def _compiled_rows(inputs: list[Tensor], kernel: str) -> list[Tensor]:
-    return _run(_compiled, inputs, kernel)
 
 
 def _rows_scratch(node: Node, hints: Mapping[str, int]) -> int:
@@ -126,22 +114,13 @@ def _matmul(
 ) -> Callable[[Tensor, Tensor, list[Tensor], str], list[Tensor]]:
     def run(a: Tensor, b: Tensor, inputs: list[Tensor], kernel: str) -> list[Tensor]:
         spec = _parsed(kernel)
-        return [out.view(s) for out, s in zip(how(spec, a, b, inputs), _product_shapes(spec, a), strict=True)]
+        return _viewed(spec, a, how(spec, a, b, inputs))
 
     return run
 
 
-def _product_shapes(spec: KernelSpec, a: Tensor) -> list[tuple[int, ...]]:
-    """What the outputs look like: rows as a has them."""
-    rows = tuple(a.shape[:-1])
-    by_extent = {Extent.full: (*rows, spec.columns), Extent.column: (*rows, 1), Extent.row: (spec.columns,)}
-    return [by_extent.get(output.extent, ()) for output in spec.outputs]
-
-
 def _matmul_fake(a: Tensor, b: Tensor, inputs: list[Tensor], kernel: str) -> list[Tensor]:
-    spec = _parsed(kernel)
-    shapes = zip(spec.outputs, _product_shapes(spec, a), strict=True)
-    return [a.new_empty(shape, dtype=TO_TORCH[output.dtype]) for output, shape in shapes]
+    return _fakes(_parsed(kernel), a)
 
 
 def _matmul_scratch(node: Node, hints: Mapping[str, int]) -> int:
@@ -210,10 +189,10 @@ REGISTERED["zgraph.matmul"] = _matmul_scratch
 REGISTERED["zgraph.rotary"] = _rotary_scratch
 REGISTERED["zgraph.linear_cross_entropy"] = REGISTERED["zgraph.linear_cross_entropy_backward"] = _loss_scratch
 REGISTERED["zgraph.cross_entropy"] = REGISTERED["zgraph.cross_entropy_backward"] = _plain_loss_scratch
-_LIBRARY.impl("rows", _rows_twin, "CPU")
-_LIBRARY.impl("rows", _rows_triton, "CUDA")
+_LIBRARY.impl("rows", _rows(reference.run), "CPU")
+_LIBRARY.impl("rows", _rows(kernels.launch), "CUDA")
 torch.library.register_fake("zgraph::rows", _rows_fake, lib=_LIBRARY)
-_LIBRARY.impl("compiled", _compiled_rows, "CompositeExplicitAutograd")
+_LIBRARY.impl("compiled", _rows(_compiled), "CompositeExplicitAutograd")
 torch.library.register_fake("zgraph::compiled", _rows_fake, lib=_LIBRARY)
 _LIBRARY.impl("matmul", _matmul(matmul.twin), "CPU")
 _LIBRARY.impl("matmul", _matmul(matmul.launch), "CUDA")

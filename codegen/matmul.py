@@ -18,12 +18,10 @@ from typing import Any
 
 import torch
 
-from zgraph.aten import TO_TORCH
 from zgraph.codegen import emit, reference
-from zgraph.codegen.kernels import load_source
+from zgraph.codegen.kernels import empty, load_source, summed
 from zgraph.codegen.ops import Extent
-from zgraph.codegen.reference import shape_of
-from zgraph.codegen.spec import ACC, KernelSpec
+from zgraph.codegen.spec import ACC, KernelSpec, Operand
 
 Tensor = torch.Tensor
 
@@ -120,20 +118,19 @@ rows = batch * num_rows + own_rows
 def _epilogue(spec: KernelSpec) -> Iterator[str]:
     yield from emit.positions(spec)
     yield from map(emit.load, _loaded(spec))
-    sums = {step.name for step in spec.row_sums}
     for step in spec.steps:
-        if step.name in sums:
+        if step.name in spec.row_sums:
             yield f"{step.name} = tl.zeros([BLOCK_N], tl.float32)"
         yield emit.line(step)
     for output in spec.outputs:
-        if output.name in sums:
+        if output.name in spec.row_sums:
             at = f"(batch * num_blocks + block) * {spec.columns} + columns"
             yield f"tl.store({output.name}_out + {at}, {output.name}, mask=in_row)"
         else:
             yield emit.store(output)
 
 
-def _loaded(spec: KernelSpec) -> list[Any]:
+def _loaded(spec: KernelSpec) -> list[Operand]:
     return [o for o in spec.inputs if o.name != ACC]
 
 
@@ -159,25 +156,14 @@ def launch(spec: KernelSpec, a: Tensor, b: Tensor, inputs: Sequence[Tensor]) -> 
     num_batches, num_rows, num_inner = left.shape
     cut = tiles(spec, a.element_size(), is_hip=torch.version.hip is not None)
     num_blocks = -(-num_rows // cut.block_m)
-    sums = {step.name for step in spec.row_sums}
-    outs = [
-        torch.empty(num_batches * num_blocks, spec.columns, device=a.device)
-        if output.name in sums
-        else torch.empty(
-            shape_of(output.extent, num_batches * num_rows, spec.columns), dtype=TO_TORCH[output.dtype], device=a.device
-        )
-        for output in spec.outputs
-    ]
+    outs = empty(spec, num_batches * num_rows, num_batches * num_blocks, a.device)
     if num_batches * num_blocks:
         load(spec)[(num_blocks * -(-spec.columns // cut.block_n), num_batches)](
             left, right, *(t.contiguous() for t in inputs), *outs, num_rows, num_inner, *left.stride(),
             *right.stride(), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, GROUP_M=GROUP_M,
             num_warps=cut.num_warps, num_stages=cut.num_stages,
         )  # fmt: skip
-    return [
-        out.sum(0).to(TO_TORCH[output.dtype]) if output.name in sums else out
-        for output, out in zip(spec.outputs, outs, strict=True)
-    ]
+    return summed(spec, outs)
 
 
 def twin(spec: KernelSpec, a: Tensor, b: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+D = TypeVar("D")
 
 
 class Extent(enum.Enum):
@@ -19,6 +22,13 @@ class Extent(enum.Enum):
     column = "M,1"
     row = "N"
     scalar = ""
+
+    def shape(self, rows: tuple[D, ...], columns: int) -> tuple[D | int, ...]:
+        """The shape of a value, where these dims together count the rows."""
+        shapes: dict[Extent, tuple[D | int, ...]] = {
+            Extent.full: (*rows, columns), Extent.column: (*rows, 1), Extent.row: (columns,), Extent.scalar: ()
+        }  # fmt: skip
+        return shapes[self]
 
 
 @dataclass(frozen=True)

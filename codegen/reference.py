@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def run(spec: KernelSpec, inputs: Tensors, num_rows: int, compute: torch.dtype =
     """
     values: dict[str, torch.Tensor] = {}
     for operand, tensor in zip(spec.inputs, inputs, strict=True):
-        shaped = tensor.reshape(shape_of(operand.extent, num_rows, spec.columns))
+        shaped = tensor.reshape(operand.extent.shape((num_rows,), spec.columns))
         values[operand.name] = shaped if operand.dtype is DType.i64 else shaped.to(compute)
     for step, frees in zip(spec.steps, spec.frees, strict=True):
         args = [values[a] if isinstance(a, str) else a for a in step.args]
@@ -80,7 +81,7 @@ def run(spec: KernelSpec, inputs: Tensors, num_rows: int, compute: torch.dtype =
     read = {operand.name for operand in spec.inputs}
     for output in spec.outputs:
         dtype = compute if compute is torch.float64 else TO_TORCH[output.dtype]
-        value = values[output.name].expand(shape_of(output.extent, num_rows, spec.columns))
+        value = values[output.name].expand(output.extent.shape((num_rows,), spec.columns))
         made = value.to(dtype).contiguous()
         found.append(made.clone() if output.name in read else made)
     return found
@@ -88,21 +89,17 @@ def run(spec: KernelSpec, inputs: Tensors, num_rows: int, compute: torch.dtype =
 
 def scratch_bytes(spec: KernelSpec, num_rows: int) -> int:
     """The most bytes that the twin has alive at once, beside what it reads and what it writes."""
-    sizes = {Extent.full: num_rows * spec.columns, Extent.column: num_rows, Extent.row: spec.columns, Extent.scalar: 1}
+
+    def fp32_bytes(extent: Extent) -> int:
+        return 4 * math.prod(extent.shape((num_rows,), spec.columns))
+
     written = {o.name for o in spec.outputs if o.dtype is DType.f32}
-    alive = {o.name: 4 * sizes[o.extent] for o in spec.inputs if o.dtype not in (DType.f32, DType.i64)}
+    alive = {o.name: fp32_bytes(o.extent) for o in spec.inputs if o.dtype not in (DType.f32, DType.i64)}
     most = sum(alive.values())
     for step, frees in zip(spec.steps, spec.frees, strict=True):
         if step.op != "copy" and step.name not in written:
-            alive[step.name] = 4 * sizes[spec.extents[step.name]]
+            alive[step.name] = fp32_bytes(spec.extents[step.name])
         most = max(most, sum(alive.values()))
         for name in frees:
             alive.pop(name, None)
     return most
-
-
-def shape_of(extent: Extent, num_rows: int, columns: int) -> tuple[int, ...]:
-    """The shape of a value with this extent."""
-    return {
-        Extent.full: (num_rows, columns), Extent.column: (num_rows, 1), Extent.row: (columns,), Extent.scalar: ()
-    }[extent]  # fmt: skip

@@ -77,11 +77,11 @@ class KernelSpec:
     steps: tuple[Step, ...]
 
     def __post_init__(self) -> None:
-        extents, sums = self.extents, {step.name for step in self.row_sums}
+        extents = self.extents
         for output in self.outputs:
             if extents.get(output.name) is not output.extent:
                 raise KernelError(f"{self.name} writes {output}, but makes no such value")
-            if output.extent in (Extent.row, Extent.scalar) and output.name not in sums:
+            if output.extent in (Extent.row, Extent.scalar) and output.name not in self.row_sums:
                 raise KernelError(f"{self.name} writes {output}, which has no rows and is no sum over them")
         if not self.outputs or self.columns < 1:
             raise KernelError(f"{self.name} must write something, of at least one column")
@@ -121,12 +121,12 @@ class KernelSpec:
             needed.update(touched)
         return tuple(reversed(found))
 
-    @property
-    def row_sums(self) -> tuple[Step, ...]:
-        """Sums over all rows: only written, never read."""
-        return tuple(step for step in self.steps if OPS[step.op].reduces == "rows")
+    @cached_property
+    def row_sums(self) -> tuple[str, ...]:
+        """The names of sums over all rows: only written, never read."""
+        return tuple(step.name for step in self.steps if OPS[step.op].reduces == "rows")
 
-    @property
+    @cached_property
     def needs_whole_rows(self) -> bool:
         """Whether anything is summed or compared over the columns of a row."""
         return any(OPS[step.op].reduces == "columns" for step in self.steps)

@@ -117,9 +117,8 @@ def _rows(spec: KernelSpec) -> _Compiled:
 
 def _pointers(spec: KernelSpec) -> dict[str, str]:
     """The types of what a kernel over rows, or an epilogue, reads and writes."""
-    sums = {step.name for step in spec.row_sums}
     found = {f"{o.name}_in": _POINTERS[o.dtype] for o in spec.inputs if o.name != ACC}
-    return found | {f"{o.name}_out": "*fp32" if o.name in sums else _POINTERS[o.dtype] for o in spec.outputs}
+    return found | {f"{o.name}_out": "*fp32" if o.name in spec.row_sums else _POINTERS[o.dtype] for o in spec.outputs}
 
 
 def _rotary(spec: Rotary) -> _Compiled:

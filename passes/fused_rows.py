@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import ACC, Arg, KernelSpec, Operand, Step
+from zgraph.cost.table import GENERATED_MATMUL
 from zgraph.errors import KernelError
 from zgraph.ir import Arg as IrArg
 from zgraph.ir import Builder, DType, Foreign, Node, TensorType, Value
@@ -21,7 +22,7 @@ COMPILED = "zgraph.compiled.default"
 SEED = "zgraph.seed.default"
 """The op that draws a seed from torch's generator, on the device of what it reads."""
 
-MATMUL = "zgraph.matmul.default"
+MATMUL = GENERATED_MATMUL
 """The op that runs a matmul with its epilogue: two matrices, what else it reads, and the epilogue's text."""
 
 MATMULS = frozenset({"aten.mm.default", "aten.addmm.default", "aten.bmm.default"})
@@ -132,11 +133,7 @@ class Kernel:
         results: list[Value] = []
         views: list[Node] = []
         for value in wanted:
-            extent = self._extent(value)
-            shape = {
-                Extent.full: shaped.tensor.shape, Extent.column: (*shaped.tensor.shape[:-1], 1),
-                Extent.row: (spec.columns,), Extent.scalar: (),
-            }[extent]  # fmt: skip
+            shape = self._extent(value).shape(shaped.tensor.shape[:-1], spec.columns)
             if value.tensor.shape == shape:
                 results.append(value)
                 continue

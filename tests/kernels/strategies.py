@@ -34,10 +34,9 @@ def kernels(draw: st.DrawFn) -> KernelSpec:
         text = draw(st.sampled_from(TEMPLATES)).format(y=f"v{number}", a=a, b=b, f=f, per_column=1 / columns)
         steps += map(parse_step, text.split("; "))
     made = KernelSpec("k", columns, tuple(inputs), (inputs[0],), tuple(steps))
-    sums = {step.name for step in made.row_sums}
-    writable = [n for n, e in made.extents.items() if e in (Extent.full, Extent.column) or n in sums]
+    writable = [n for n, e in made.extents.items() if e in (Extent.full, Extent.column) or n in made.row_sums]
     wanted = draw(st.lists(st.sampled_from(writable), min_size=1, max_size=4, unique=True))
-    dtypes = {name: DType.f32 if name in sums else draw(FLOATS) for name in wanted}
+    dtypes = {name: DType.f32 if name in made.row_sums else draw(FLOATS) for name in wanted}
     outputs = tuple(Operand(name, dtypes[name], made.extents[name]) for name in wanted)
     return KernelSpec("k", columns, tuple(inputs), outputs, tuple(steps))
 

@@ -54,7 +54,7 @@ def operands(spec: KernelSpec, num_rows: int, seed: int) -> list[torch.Tensor]:
     dice = torch.Generator().manual_seed(seed)
     found = []
     for operand in spec.inputs:
-        shape = reference.shape_of(operand.extent, num_rows, spec.columns)
+        shape = operand.extent.shape((num_rows,), spec.columns)
         drawn = torch.tensor(seed) if operand.dtype is DType.i64 else torch.randn(shape, generator=dice)
         found.append((drawn.abs() + 0.1 if operand.name in ("v", "r", "fix") else drawn).to(TO_TORCH[operand.dtype]))
     return found
@@ -114,7 +114,7 @@ def test_the_kernels_of_captured_steps_are_their_steps():
             dice = torch.Generator().manual_seed(num_rows)
             inputs = []
             for operand in spec.inputs:
-                shape, dtype = reference.shape_of(operand.extent, num_rows, spec.columns), TO_TORCH[operand.dtype]
+                shape, dtype = operand.extent.shape((num_rows,), spec.columns), TO_TORCH[operand.dtype]
                 drawn = torch.rand(shape, generator=dice) + 0.1
                 if dtype is torch.int64:
                     inputs.append(torch.tensor(num_rows + 12345))

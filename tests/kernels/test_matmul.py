@@ -37,7 +37,7 @@ def epilogue(name: str, columns: int, dtype: torch.dtype) -> KernelSpec:
 def operands(spec: KernelSpec, num_rows: int, dice: torch.Generator) -> list[torch.Tensor]:
     found = []
     for operand in (o for o in spec.inputs if o.name != ACC):
-        shape, dtype = reference.shape_of(operand.extent, num_rows, spec.columns), TO_TORCH[operand.dtype]
+        shape, dtype = operand.extent.shape((num_rows,), spec.columns), TO_TORCH[operand.dtype]
         found.append(torch.tensor(77) if dtype is torch.int64 else torch.randn(shape, generator=dice).to(dtype))
     return found
 

@@ -22,9 +22,10 @@ _COLLECTIVES = {
     "all_reduce_start": "all_reduce",
     "broadcast_start": "broadcast",
 }
-GENERATED_MATMUL = "zgraph.matmul.default"
-
 _COPIES = {"offload_start": "offload", "reload_start": "reload"}
+
+GENERATED_MATMUL = "zgraph.matmul.default"
+"""The op that runs a matmul with its epilogue as a generated kernel."""
 
 
 class Line(BaseModel):
