@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
 import networkx as nx
 from networkx.algorithms.flow import boykov_kolmogorov
 
-MAX_WORK = 20_000
-"""Cuts that the search between two corners may take, times the makers of the block."""
+MAX_WORK = 1_000
+"""How often the search between two corners may relax a block, times its makers."""
 
 
 _THERE, _ABSENT = ("side", 0), ("side", 1)
@@ -138,19 +137,42 @@ def frontier(block: Block) -> tuple[Choice, ...]:
     Returns:
         Nothing if there is no choice at all.
     """
-    most = _kept_at_need(block)
-    total_us = sum(m.us for m in block.makers)
-    least = cheapest(block, 1.0 + total_us)
-    if least is None:
+    ends = _ends(block)
+    if ends is None:
         return ()
-    if most is None:
-        most = cheapest(block, 1e-12) or least
-    corners = [most, *_between(block, most, least), least]
+    most, least = ends
     kept: list[Choice] = []
-    for corner in corners:
+    for corner in (most, *_between(block, most, least), least):
         if not kept or corner.num_bytes < kept[-1].num_bytes:
             kept.append(corner)
     return tuple(kept)
+
+
+def around(block: Block, room: int) -> tuple[Choice, ...]:
+    """The last corner with more than `room` bytes and the first that fits; one alone where all fit, or none does.
+
+    Returns:
+        Nothing if there is no choice at all.
+    """
+    ends = _ends(block)
+    if ends is None:
+        return ()
+    high, low = ends
+    if high.num_bytes <= room:
+        return (high,)
+    if low.num_bytes > room:
+        return (low,)
+    while (found := _middle(block, high, low)) is not None:
+        high, low = (high, found) if found.num_bytes <= room else (found, low)
+    return high, low
+
+
+def _ends(block: Block) -> tuple[Choice, Choice] | None:
+    """The corner of the least time, and that of the fewest bytes; None if there is no choice at all."""
+    least = cheapest(block, 1.0 + sum(m.us for m in block.makers))
+    if least is None:
+        return None
+    return _kept_at_need(block) or cheapest(block, 1e-12) or least, least
 
 
 def _kept_at_need(block: Block) -> Choice | None:
@@ -160,14 +182,20 @@ def _kept_at_need(block: Block) -> Choice | None:
 
 def _between(block: Block, high: Choice, low: Choice) -> list[Choice]:
     """The corners between two others."""
+    found = _middle(block, high, low)
+    return [] if found is None else [*_between(block, high, found), found, *_between(block, found, low)]
+
+
+def _middle(block: Block, high: Choice, low: Choice) -> Choice | None:
+    """A corner between two others; None if there is none."""
     if high.num_bytes <= low.num_bytes or low.us <= high.us:
-        return []
+        return None
     price = (low.us - high.us) / (high.num_bytes - low.num_bytes)
     found = cheapest(block, price)
     line = high.us + price * high.num_bytes
     if found is None or found.us + price * found.num_bytes >= line * (1 - 1e-9) - 1e-9:
-        return []
-    return [*_between(block, high, found), found, *_between(block, found, low)]
+        return None
+    return found
 
 
 def within(block: Block, max_bytes: int) -> Choice | None:
@@ -187,8 +215,6 @@ class _Search:
         self.left = MAX_WORK
 
     def run(self) -> Choice | None:
-        for corner in frontier(self.block):
-            self.take(corner)
         self.branch(self.block, frozenset())
         return self.best
 
@@ -198,46 +224,29 @@ class _Search:
 
     def branch(self, block: Block, kept: frozenset[int]) -> None:
         """`block` with its needs met by `kept` taken out of it."""
-        if self.left <= 0:
+        room = self.max_bytes - sum(self.block.num_bytes[v] for v in kept)
+        if self.left <= 0 or room < 0:
             return
-        held = sum(self.block.num_bytes[v] for v in kept)
-        if held > self.max_bytes:
-            return
-        corners = frontier(block)
-        self.left -= (1 + 2 * len(corners)) * len(block.makers)
-        if not corners:
-            return
+        self.left -= len(block.makers)
+        corners = around(block, room)
         for corner in corners:
             if (found := chosen(self.block, corner.kept | kept)) is not None:
                 self.take(found)
-        room = self.max_bytes - held
-        if corners[-1].num_bytes > room or (self.best is not None and _bound(corners, room) >= self.best.us - 1e-9):
+        if len(corners) < 2:
             return
-        undecided = [v for v in _tight(corners, room) if v not in kept]
-        if not undecided:
+        high, low = corners
+        undecided = (high.kept ^ low.kept) - kept
+        if not undecided or (self.best is not None and _bound(high, low, room) >= self.best.us - 1e-9):
             return
         value = max(undecided, key=lambda v: block.num_bytes[v])
         self.branch(_given(block, value), kept | {value})
         self.branch(_refused(block, value), kept)
 
 
-def _bound(corners: tuple[Choice, ...], room: int) -> float:
-    """The time of the hull at `room`: no choice is below it."""
-    if corners[0].num_bytes <= room:
-        return corners[0].us
-    for high, low in pairwise(corners):
-        if low.num_bytes <= room:
-            share = (high.num_bytes - room) / (high.num_bytes - low.num_bytes)
-            return high.us + share * (low.us - high.us)
-    return float("inf")
-
-
-def _tight(corners: tuple[Choice, ...], room: int) -> frozenset[int]:
-    """The values that the two corners around `room` do not agree on; those of the last where all have room."""
-    for high, low in pairwise(corners):
-        if low.num_bytes <= room < high.num_bytes:
-            return high.kept ^ low.kept
-    return frozenset()
+def _bound(high: Choice, low: Choice, room: int) -> float:
+    """The time of the hull at `room`, which lies between two corners: no choice is below it."""
+    share = (high.num_bytes - room) / (high.num_bytes - low.num_bytes)
+    return high.us + share * (low.us - high.us)
 
 
 def _given(block: Block, value: int) -> Block:
