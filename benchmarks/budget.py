@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import zgraph
 from benchmarks.policies import LLAMA_3_70B
-from benchmarks.results import environment
+from benchmarks.results import write
 from zgraph.cost import simulate_memory
 from zgraph.ir import Axis
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
@@ -70,9 +69,7 @@ def main(
             offloads, f"{step_bytes / 1e9:.1f}", f"{peak_bytes / 1e9:.1f}", f"{seconds:.1f}", f"{fit_seconds:.1f}"
         )
     Console().print(table)
-    if json_file is not None:
-        whole = {"environment": environment(), "capture_seconds": capture_seconds, "rows": [asdict(p) for p in found]}
-        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+    write(json_file, capture_seconds=capture_seconds, rows=[asdict(p) for p in found])
 
 
 if __name__ == "__main__":

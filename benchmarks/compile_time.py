@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results import environment
+from benchmarks.results import write
 
 SYSTEMS = ("torch.compile", "inductor", "aten")
 
@@ -106,9 +106,7 @@ def main(
             f"{1e3 * median(r.step_s for r in rows):.0f}", rows[0].regions,
         )  # fmt: skip
     Console().print(table)
-    if json_file is not None:
-        whole = {"environment": environment(), "layers": layers, "width": width}
-        json_file.write_text(json.dumps({**whole, "rounds": [[asdict(t) for t in r] for r in found]}, indent=1) + "\n")
+    write(json_file, layers=layers, width=width, rounds=[[asdict(t) for t in r] for r in found])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ others as a scale.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import zgraph
 from benchmarks.models import SEED, llama
-from benchmarks.results import environment
+from benchmarks.results import write
 from examples.text import load_corpus, sample_batch
 from zgraph.checks import Kernels
 
@@ -128,10 +127,7 @@ def main(
         aten, triton = found["aten"], found["triton"]
         table.add_row(name, f"{aten[0]:.4f}", f"{aten[-1]:.4f}", f"{triton[-1]:.4f}", f"{largest[name]:.1e}")
     Console().print(table)
-    if json_file is not None:
-        whole: dict[str, Any] = {"environment": environment(), "options": asdict(options)}
-        whole |= {"largest_relative_difference": largest, "losses": curves}
-        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+    write(json_file, options=asdict(options), largest_relative_difference=largest, losses=curves)
     if picture is not None:
         draw(curves, picture)
 

@@ -7,7 +7,6 @@ reported beside it.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results import environment
+from benchmarks.results import write
 from zgraph.optim import AdamW
 from zgraph.runtime.host import available_bytes
 
@@ -85,9 +84,7 @@ def main(
             found.append(Timed(access, room_bytes, step_s, flush_s))
             table.add_row(access, f"{room_bytes / 2**30:.1f} GiB", f"{step_s:.2f}", f"{flush_s:.2f}")
     Console().print(table)
-    if json_file is not None:
-        whole = {"environment": environment(), "state_bytes": state_bytes, "rows": [asdict(t) for t in found]}
-        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+    write(json_file, state_bytes=state_bytes, rows=[asdict(t) for t in found])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ tries all of it on a processor with tiny shapes; times mean nothing there.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import shlex
 import sys
@@ -36,7 +35,7 @@ from benchmarks.clock import Clock, Taken, compare
 from benchmarks.contenders import EAGER, Prepare, made_on
 from benchmarks.errors import BenchmarkError, NoGpu, UnknownName
 from benchmarks.groups import Group, Shape, groups
-from benchmarks.results import environment
+from benchmarks.results import environment, write
 from zgraph.cost import CostTable, work
 from zgraph.errors import ZgraphError
 from zgraph.ir.symbols import evaluate
@@ -386,8 +385,7 @@ def main(
     for thing, made in run(options, here.costs):
         found += made
         console.print(table(thing.title, made))
-        if json_file is not None:
-            json_file.write_text(json.dumps({**whole, "rows": [asdict(row) for row in found]}, indent=1) + "\n")
+        write(json_file, **whole, rows=[asdict(row) for row in found])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 import zgraph
 from benchmarks.memory import measure
-from benchmarks.results import environment
+from benchmarks.results import write
 
 NUM_STEPS = 3
 
@@ -82,9 +81,7 @@ def main(
     for row in found:
         table.add_row(row.kernels, f"{row.peak_bytes / 1e6:,.0f}", f"{row.seconds:.2f}")
     Console().print(table, f"{found[1].peak_bytes / found[0].peak_bytes:.1%} of the memory")
-    if json_file is not None:
-        whole = {"environment": environment(), "num_tokens": num_tokens, "width": width, "num_classes": num_classes}
-        json_file.write_text(json.dumps({**whole, "rows": [asdict(m) for m in found]}, indent=1) + "\n")
+    write(json_file, num_tokens=num_tokens, width=width, num_classes=num_classes, rows=[asdict(m) for m in found])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import zgraph
-from benchmarks.results import environment
+from benchmarks.results import write
 from zgraph.optim import AdamW
 
 PEER = "torch, foreach"
@@ -141,9 +141,7 @@ def main(
         quartiles = f"{1e3 * row.step_low_s:.2f} to {1e3 * row.step_high_s:.2f}"
         table.add_row(row.optimizer, f"{1e3 * row.step_s:.2f}", quartiles, f"{row.ratio:.3f}", f"{row.error:.1e}")
     Console().print(table)
-    if json_file is not None:
-        whole = {"environment": environment(), "options": asdict(options), "rows": [asdict(row) for row in rows]}
-        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+    write(json_file, options=asdict(options), rows=[asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

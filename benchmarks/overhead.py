@@ -8,7 +8,6 @@ whatever else the machine does hits both alike.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.errors import BenchmarkError
-from benchmarks.results import environment
+from benchmarks.results import write
 from benchmarks.systems import BY_NAME, Step, System
 
 EAGER, COMPILED = BY_NAME["plain eager"], BY_NAME["zgraph stage 0"]
@@ -100,11 +99,8 @@ def main(
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from error
     Console(width=None if sys.stdout.isatty() else 120).print(overhead_table(results))
-    if json_file is not None:
-        options = {"num_steps": steps, "num_warmup": warmup, "num_threads": threads, "device": device}
-        rows = [asdict(result) for result in results]
-        whole = {"environment": environment(), "options": options, "results": rows}
-        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+    options = {"num_steps": steps, "num_warmup": warmup, "num_threads": threads, "device": device}
+    write(json_file, options=options, results=[asdict(result) for result in results])
 
 
 def _prepare(system: System, model: str, device: torch.device) -> Step:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import zgraph
 from benchmarks.policies import LLAMA_3_70B
-from benchmarks.results import environment
+from benchmarks.results import write
 
 CLUSTERS = ("1x8-h100", "8x8-h100", "16x8-h100")
 
@@ -42,9 +41,7 @@ def main(
         found.append({"hardware": name, **asdict(plan)})
     seconds = time.perf_counter() - began
     typer.echo(f"{len(found)} plans of {len(found[0]['stages'])} stages in {seconds:.0f} s")
-    if json_file is not None:
-        whole = {"environment": environment(), "sequence": sequence, "seconds": seconds, "plans": found}
-        json_file.write_text(json.dumps(whole, indent=1, default=sorted) + "\n")
+    write(json_file, sequence=sequence, seconds=seconds, plans=found)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ memory budget. What counts is how many FLOP each adds to the step. Every row is 
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.memory import measure
 from benchmarks.models import llama
-from benchmarks.results import environment
+from benchmarks.results import write
 
 BATCH_SIZE, SEQUENCE, VOCABULARY = 4, 256, 2048
 BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2)
@@ -146,9 +145,7 @@ def main(
         )  # fmt: skip
         found.append({"peer": asdict(peer), "zgraph": asdict(same)})
     Console().print(table)
-    if json_file is not None:
-        whole = {"environment": environment(), "plain": asdict(plain), "roomy": asdict(roomy), "rows": found}
-        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+    write(json_file, plain=asdict(plain), roomy=asdict(roomy), rows=found)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from os import cpu_count
+from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
 
@@ -136,6 +138,12 @@ def environment() -> dict[str, Any]:
         "num_cores": cpu_count(),
         **{package: _version(package) for package in PACKAGES},
     }
+
+
+def write(path: Path | None, **found: Any) -> None:
+    """Write what was found as JSON, with the environment; nothing without a path."""
+    if path is not None:
+        path.write_text(json.dumps({"environment": environment(), **found}, indent=1, default=sorted) + "\n")
 
 
 def _row(record: Record, peers: Sequence[Record], world_size: int) -> Row:

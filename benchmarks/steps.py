@@ -5,7 +5,6 @@ python -m benchmarks.steps --hosts emulated --rate 1gbit --json results.json
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from benchmarks.campaign import Campaign, Order
 from benchmarks.errors import BenchmarkError
 from benchmarks.hosts import emulated, link_bytes_per_s, loopback
 from benchmarks.job import Job, Measure
-from benchmarks.results import environment, rows
+from benchmarks.results import rows, write
 from benchmarks.systems import select
 from benchmarks.table import steps_table
 
@@ -80,9 +79,7 @@ def main(
             title = f"{model}, {world} ranks on {where}, {batch}, fp32, {rounds} rounds of {steps} steps"
             Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(steps_table(title, table))
             results.append({"hosts": hosts, "rate": link, "rows": [asdict(row) for row in table]})
-            if json_file is not None:
-                whole = {"environment": environment(), "options": options, "results": results}
-                json_file.write_text(json.dumps(whole, indent=1) + "\n")
+            write(json_file, options=options, results=results)
     except BenchmarkError as error:
         say(f"{type(error).__name__}: {error}")
         raise typer.Exit(1) from error

@@ -60,7 +60,7 @@ class Groups:
         self.groups: list[Group] = []
 
     def found(self) -> list[Group]:
-        """The groups worth a kernel, in the order of the program."""
+        """All groups, in the order of the program."""
         phase = Phase.forward
         for node in self.graph.nodes:
             if node.phase is not phase:
@@ -90,9 +90,8 @@ class Groups:
             if matmul is not None and matmul.name not in taken:
                 own = self.inputs(group)
                 made = [r.name for node in nodes["aten"] for r in node.results]
-                group.matmul = matmul
-                joined = self.tried(group, {name for name in made if read[name] > (name in own)})
-                group.matmul = None
+                needed = {name for name in made if read[name] > (name in own)}
+                joined = self.tried(replace(group, matmul=matmul), needed)
                 if joined is not None:
                     taken.add(matmul.name)
                     nodes["matmul"] = joined

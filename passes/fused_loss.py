@@ -147,17 +147,20 @@ def _loss(graph: Graph, node: Node) -> _Loss | None:
     while len(chain) > 1 and chain[-1].op in _VIEWS and same_rows(logits, chain[-1].results[0]):
         logits = chain.pop().results[0]
     inside = {node.name, *(n.name for n in chain)}
-    backward = next((n for n in _readers(graph, softmax) if n.op == "aten.nll_loss_backward.default"), None)
+    readers = graph.readers(*softmax.results)
+    backward = next((n for n in readers if n.op == "aten.nll_loss_backward.default"), None)
     gradient = None
     if backward is not None:
         gradient = _gradient(graph, backward)
         if gradient is None or gradient.results[0].tensor.dtype is not logits.tensor.dtype:
             return None
         inside.add(backward.name)
-        inside |= {n.name for n in _readers(graph, softmax) if n.op == "aten._log_softmax_backward_data.default"}
+        inside |= {n.name for n in readers if n.op == "aten._log_softmax_backward_data.default"}
         if not all(isinstance(d, int) for d in gradient.results[0].tensor.shape):
             return None
-    if any(n.name in graph.output_names or any(r.name not in inside for r in _readers(graph, n)) for n in chain):
+    if any(n.name in graph.output_names for n in chain):
+        return None
+    if any(r.name not in inside for n in chain for r in graph.readers(*n.results)):
         return None
     options = (ignore_index, _REDUCTIONS[int(str(reduction))])
     tangent = None if backward is None else backward.operands[0]
@@ -186,8 +189,7 @@ def _projection(graph: Graph, loss: _Loss) -> _Projection | None:
         return None
     inside = loss.inside | {v.name for v in views}
     for value in views:
-        readers = [graph.nodes[u] for u in graph.users.get(value.name, ())]
-        if value.name in graph.output_names or any(r.name not in inside for r in readers):
+        if value.name in graph.output_names or any(r.name not in inside for r in graph.readers(value)):
             return None
     gradients = None
     if loss.gradient is not None and (gradients := _matmuls(graph, loss.gradient, x, weight)) is None:
@@ -197,11 +199,11 @@ def _projection(graph: Graph, loss: _Loss) -> _Projection | None:
 
 def _gradient(graph: Graph, backward: Node) -> Node | None:
     """What makes the gradient of the logits, where it leaves what belongs to the loss."""
-    readers = _readers(graph, backward)
+    readers = graph.readers(*backward.results)
     if len(readers) != 1 or readers[0].op != "aten._log_softmax_backward_data.default":
         return None
     node = readers[0]
-    while len(readers := _readers(graph, node)) == 1 and readers[0].op in (_CAST, *_VIEWS):
+    while len(readers := graph.readers(*node.results)) == 1 and readers[0].op in (_CAST, *_VIEWS):
         node = readers[0]
     return node
 
@@ -210,11 +212,11 @@ def _matmuls(graph: Graph, maker: Node, x: Value, turned: Node) -> tuple[Node, N
     """The matmuls that make the gradients of x and of the weight, if they are all that reads the logits' gradient."""
     for_x = for_weight = None
     gradient = maker.results[0]
-    for reader in _readers(graph, maker):
+    for reader in graph.readers(*maker.results):
         if reader.op == "aten.mm.default" and reader.args[0] == gradient and _is_weight(graph, reader.args[1], turned):
             for_x = reader
         elif reader.op == "aten.t.default":
-            users = _readers(graph, reader)
+            users = graph.readers(*reader.results)
             if len(users) != 1 or users[0].op != "aten.mm.default" or users[0].args[1] != x:
                 return None
             for_weight = users[0]
@@ -233,7 +235,3 @@ def _is_weight(graph: Graph, value: object, turned: Node) -> bool:
 
 def _maker(graph: Graph, value: object) -> Node | None:
     return graph.producers.get(value.name) if isinstance(value, Value) else None
-
-
-def _readers(graph: Graph, node: Node) -> list[Node]:
-    return [graph.nodes[u] for r in node.results for u in graph.users.get(r.name, ())]

@@ -48,7 +48,7 @@ class Fuse(Pass):
             raise ValueError("matmuls must be never, auto or always")
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        graph = fused_losses(fused_subgraphs(graph, self.name), self.name)
+        graph = _prepared(graph)
         groups, found = Groups(graph, self.name), list[Group]()
         for each in groups.ways(self.matmuls, context.hints):
             way = each.best(context, self.matmuls)
@@ -70,8 +70,12 @@ class Fuse(Pass):
 
 def ways(graph: Graph, hints: Mapping[str, int]) -> list[Ways]:
     """How the groups of a captured graph can be run, to measure."""
-    groups = Groups(fused_losses(fused_subgraphs(graph, Fuse.name), Fuse.name), Fuse.name)
-    return list(groups.ways("auto", hints))
+    return list(Groups(_prepared(graph), Fuse.name).ways("auto", hints))
+
+
+def _prepared(graph: Graph) -> Graph:
+    """The graph with losses and rotary embeddings as ops of their own."""
+    return fused_losses(fused_subgraphs(graph, Fuse.name), Fuse.name)
 
 
 def _replaced(graph: Graph, kernels: Sequence[tuple[Group, tuple[Node, ...]]]) -> Graph:

@@ -70,7 +70,7 @@ class Schedule(Pass):
             return graph
         room = step.room(self.num_ahead)
         for _ in range(NUM_ROUNDS):
-            placed = self._best(step, step.problem_in(room))
+            placed = self._best(step, step.problem(room))
             over_bytes = step.over_bytes(placed)
             if over_bytes <= 0:
                 return placed
@@ -122,11 +122,7 @@ class Step:
         self.phase_end = {phase: sum(graph.nodes[p].phase.rank <= phase.rank for p in self.ops) for phase in Phase}
         self.transfers = [self._transfer(c, needs) for c, needs in zip(self.collectives, self._needs(), strict=True)]
 
-    def problem(self, num_ahead: int) -> Problem:
-        """The problem, with the room that the budget leaves."""
-        return self.problem_in(self.room(num_ahead))
-
-    def problem_in(self, room: tuple[int, ...]) -> Problem:
+    def problem(self, room: tuple[int, ...]) -> Problem:
         """The problem with this room beside each op."""
         hints, costs = self.context.hints, self.context.costs
         us = [costs.node_us(self.graph, self.graph.nodes[p], hints) for p in self.ops]
@@ -330,7 +326,7 @@ def lower_bound_us(graph: Graph, context: Context) -> float:
     the longest way through both."""
     step = Step(graph, context)
     room = (0,) * len(step.ops)
-    return step.problem_in(room).lower_bound_us if step.ops else 0.0
+    return step.problem(room).lower_bound_us if step.ops else 0.0
 
 
 def _collectives(graph: Graph) -> list[Collective]:

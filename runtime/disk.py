@@ -101,12 +101,11 @@ class DiskFile:
         Raises:
             OffloadError: there are more tensors than were announced.
         """
-        num_bytes = like.nbytes
-        if self._next + num_bytes > len(self._bytes):
+        if self._next + like.nbytes > len(self._bytes):
             raise OffloadError("parameters were added to the optimizer, for which its file on disk has no room")
-        part = self._bytes[self._next : self._next + num_bytes]
-        self._next += whole_pages(num_bytes)
-        return part.view(like.dtype).view(like.size())  # a new file reads as zeros
+        part = _as(self._bytes[self._next :], like)
+        self._next += whole_pages(like.nbytes)
+        return part  # a new file reads as zeros
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in this file."""

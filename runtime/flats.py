@@ -55,4 +55,4 @@ class Flats:
     def num_bytes(self, *, on_host: bool) -> int:
         """Bytes of the buffers on the host, or of those on the device."""
         found = (buffer for (_, here), buffer in self.buffers.items() if here == on_host)
-        return sum(buffer.numel() * buffer.element_size() for buffer in found)
+        return sum(buffer.nbytes for buffer in found)

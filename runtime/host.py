@@ -9,6 +9,7 @@ counted as the device's is what the plan says; a thread copies in each direction
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import weakref
 from collections import defaultdict
@@ -95,13 +96,8 @@ class HostPool:
 
 def _extent(size: Sequence[int], stride: Sequence[int] | None) -> int:
     """Elements between the first and the last of a tensor, both counted."""
-    if any(s == 0 for s in size):
-        return 0
-    if stride is None:
-        numel = 1
-        for s in size:
-            numel *= s
-        return numel
+    if stride is None or 0 in size:
+        return math.prod(size)
     return 1 + sum((s - 1) * st for s, st in zip(size, stride, strict=True))
 
 
@@ -190,13 +186,18 @@ class HostMemory:
         self.pool = HostPool(device)
         self.to_host, self.to_device = CopyLane(device), CopyLane(device)
 
+    @property
+    def free_bytes(self) -> int:
+        """What each rank of this host may take, if all take as much."""
+        return available_bytes() // max(ranks_here(), 1)
+
     def require(self, num_bytes: int, what: str) -> None:
         """Make sure that the host has room, before anything is moved.
 
         Raises:
             OffloadError: it has not, if every rank of this host takes as much.
         """
-        free = available_bytes() // max(ranks_here(), 1)
+        free = self.free_bytes
         if num_bytes > free:
             raise OffloadError(
                 f"{what} need {num_bytes:,} bytes of the host's memory for each rank, but only {free:,} are free for "

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from zgraph.aten import compute_dtype
-from zgraph.ir.layout import chunk_numel, chunk_rows, local_rows
+from zgraph.ir.layout import chunk_numel, chunk_rows, dense_strides, local_rows
 from zgraph.runtime import torch_private
 from zgraph.runtime.flats import Flats, Part, align_numel
 from zgraph.runtime.host import PAGE_BYTES, HostMemory
@@ -227,7 +227,7 @@ class ShardStore:
         a processor that is two tensors as large as a shard, and one as large as the shard before it; on a GPU, which
         takes all at once, as much as all shards."""
         here = [s for s in self.slots.values() if s.parameter.requires_grad and not s.offload]
-        sizes = [s.rest.numel() * s.rest.element_size() for s in here]
+        sizes = [s.rest.nbytes for s in here]
         if self.device.type != "cpu":
             return 2 * sum(sizes)
         return sum(sizes) + max((2 * size + last for last, size in pairwise([0, *sizes])), default=0)
@@ -260,7 +260,7 @@ class ShardStore:
     def _shard(self, name: str, stage: int | None, parameter: nn.Parameter) -> Slot:
         """Keep this rank's rows in its part of the flat buffer, and free the whole."""
         assert self.mesh is not None
-        shape, stride = parameter.shape, _dense_stride(parameter.shape)
+        shape, stride = parameter.shape, dense_strides(tuple(parameter.shape))
         rows = local_rows(shape[0], self.num_shards, self.shard)
         chunk = self._masters.views[name]
         local = chunk[: rows * math.prod(shape[1:])].view(rows, *shape[1:])
@@ -326,8 +326,4 @@ def _homes(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[tuple[dict[st
 
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _dense_stride(shape: torch.Size) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return sum(t.nbytes for t in tensors)

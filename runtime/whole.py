@@ -60,7 +60,7 @@ class _Whole:
         for slot in self.slots:
             if slot.stand_in is not slot.parameter:
                 with torch.no_grad():
-                    slot.stand_in.untyped_storage().resize_(slot.stand_in.numel() * slot.stand_in.element_size())
+                    slot.stand_in.untyped_storage().resize_(slot.stand_in.nbytes)
                     slot.stand_in.copy_(self.full(slot))
         self.version = self.session.store.version
 

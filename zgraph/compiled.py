@@ -120,7 +120,7 @@ class CompiledModel:
     def report(self) -> Report:
         store = self.session.store
         buffers = buffer_bytes(self.model)
-        whole = sum(s.parameter.numel() * s.parameter.element_size() for s in store.slots.values())
+        whole = sum(s.parameter.nbytes for s in store.slots.values())
         return Report(
             type(self.model).__name__, str(self.pipeline), store.num_ranks, whole, store.rest_bytes, store.state_bytes,
             buffers, store.update_bytes, store.host_bytes, tuple(self.entries), self.session.regions,
@@ -129,7 +129,7 @@ class CompiledModel:
 
 def buffer_bytes(model: nn.Module) -> int:
     """Bytes of a model's buffers, which every rank holds."""
-    return sum(b.numel() * b.element_size() for b in model.buffers())
+    return sum(b.nbytes for b in model.buffers())
 
 
 def _enabled(pipeline: Pipeline) -> Pipeline:

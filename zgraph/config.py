@@ -40,7 +40,7 @@ def environment() -> Environment:
 
 
 def cache_folder() -> Path:
-    """Where generated kernels and measured times lie."""
+    """Where generated kernels, and what was measured, lie."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zgraph"
 
 

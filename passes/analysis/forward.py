@@ -151,7 +151,7 @@ class Forward:
         """Whether all that reads a node's results is in the same region that the user marked."""
         if not node.checkpoint:
             return False
-        readers = [self.graph.nodes[u] for r in node.results for u in self.graph.users.get(r.name, ())]
+        readers = self.graph.readers(*node.results)
         returned = any(r.name in self.graph.output_names for r in node.results)
         return not returned and all(n.checkpoint == node.checkpoint for n in readers if n.phase is Phase.forward)
 

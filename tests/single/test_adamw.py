@@ -10,7 +10,8 @@ from torch import nn
 
 from tests.single.trained import Trained, llama
 from zgraph.errors import OffloadError, UsageError
-from zgraph.optim import AdamW, adamw
+from zgraph.optim import AdamW
+from zgraph.runtime import host
 
 PLACES = {
     "in place": {},
@@ -122,7 +123,7 @@ def test_a_file_system_without_direct_access_is_refused_only_where_that_was_aske
         return really(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "open", refuse)
-    monkeypatch.setattr(adamw, "available_bytes", lambda: 0)
+    monkeypatch.setattr(host, "available_bytes", lambda: 0)
     with pytest.raises(OffloadError, match='take access="mapped"'):
         AdamW(net().parameters(), state="disk", access="direct", folder=tmp_path)
     ours, theirs = net(), net()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from zgraph.config import cache_folder
 from zgraph.errors import HardwareError
 
 FOLDER = Path(__file__).parent / "profiles"
@@ -152,7 +153,7 @@ def save(profile: Hardware, path: Path) -> None:
 
 def this_machine_path() -> Path:
     """Where the profile of this machine lies once it has been measured."""
-    return Path.home() / ".cache" / "zgraph" / f"{THIS_MACHINE}.toml"
+    return cache_folder() / f"{THIS_MACHINE}.toml"
 
 
 def _lines(fields: Mapping[str, object], table: str) -> Iterator[str]:

@@ -228,6 +228,10 @@ class Graph:
                 users.setdefault(name, []).append(position)
         return {name: tuple(at) for name, at in users.items()}
 
+    def readers(self, *values: Value) -> list[Node]:
+        """The nodes that read these values; one that reads several, once for each."""
+        return [self.nodes[at] for value in values for at in self.users.get(value.name, ())]
+
     @cached_property
     def output_names(self) -> frozenset[str]:
         return frozenset(o.value.name for o in self.outputs if o.value is not None)

@@ -12,14 +12,13 @@ from torch.optim.optimizer import ParamsT
 
 from zgraph.codegen import updates
 from zgraph.codegen.spec import KernelSpec
-from zgraph.config import ranks_here
 from zgraph.errors import UsageError
 from zgraph.optim.flat import FlatOptimizer, Group, Kernels, check_numbers
 from zgraph.optim.runs import Piece, Run, local
 from zgraph.optim.streaming import stream
 from zgraph.runtime import torch_private
 from zgraph.runtime.disk import Access, DiskFile
-from zgraph.runtime.host import HostMemory, available_bytes
+from zgraph.runtime.host import HostMemory
 
 Place = Literal["auto", "host", "disk"]
 Update = Literal["auto", "device", "host"]
@@ -71,13 +70,12 @@ class AdamW(FlatOptimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         self._device = next((local(p).device for p in parameters if local(p).is_cuda), _compute_device())
         self._host = HostMemory(self._device)
-        num_bytes = sum(2 * _num_bytes(local(p)) for p in parameters if p.requires_grad)
+        num_bytes = sum(2 * local(p).nbytes for p in parameters if p.requires_grad)
         if state == "host":
             self._host.require(num_bytes, "AdamW's moments")
         self._disk: DiskFile | None = None
         if folder is not None:
-            free_bytes = available_bytes() // max(ranks_here(), 1)
-            self._disk = DiskFile(Path(folder), num_bytes, 2 * len(parameters), access, free_bytes)
+            self._disk = DiskFile(Path(folder), num_bytes, 2 * len(parameters), access, self._host.free_bytes)
 
     # --- where states lie, and where the update runs ---------------------------------------------------------------
 
@@ -128,14 +126,14 @@ class AdamW(FlatOptimizer):
         return [steps[index] for index in indices]
 
     def _update(self, group: Group, age: float, pieces: Sequence[Piece]) -> None:
-        here = [piece for piece in pieces if not self._streams(piece.parameter)]
-        super()._update(group, age, here)
-        if len(here) < len(pieces):
-            disk = self._disk if self._streams_disk else None
-            stream(
-                [piece for piece in pieces if self._streams(piece.parameter)], self.chunk_bytes, self._host, disk,
-                self._runs_on_host(pieces[0].parameter), lambda piece: self._aten(group, age, [piece]),
-            )  # fmt: skip
+        parameter = pieces[0].parameter
+        if not self._streams(parameter):
+            super()._update(group, age, pieces)
+            return
+        stream(
+            pieces, self.chunk_bytes, self._host, self._disk if self._streams_disk else None,
+            self._runs_on_host(parameter), lambda piece: self._aten(group, age, [piece]),
+        )  # fmt: skip
 
     def _aten(self, group: Group, age: float, pieces: Sequence[Piece]) -> None:
         beta1, beta2 = group["betas"]
@@ -151,10 +149,6 @@ class AdamW(FlatOptimizer):
     def _scalars(self, group: Group, age: float) -> tuple[float, ...]:
         rate, (beta1, beta2) = float(group["lr"]), group["betas"]
         return rate / (1 - beta1**age), 1 - rate * group["weight_decay"], (1 - beta2**age) ** -0.5
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _compute_device() -> torch.device:

@@ -154,17 +154,19 @@ class FlatOptimizer(Optimizer):
 
     def _update(self, group: Group, age: float, pieces: Sequence[Piece]) -> None:
         """Update pieces of the same age, dtype and device, and their copies."""
-        rest = [p for p in pieces if not (self.kernels == "triton" and _takes_kernel(p))]
+        rest: list[Piece] = []
+        fused: list[Piece] = []
+        for piece in pieces:
+            (fused if self.kernels == "triton" and _takes_kernel(piece) else rest).append(piece)
         if rest:
             self._aten(group, age, rest)
             for piece in rest:
                 if piece.copy is not None:
                     piece.copy.copy_(piece.parameter)
-        if len(rest) < len(pieces):
-            scalars = [torch.full((), s, device=pieces[0].parameter.device) for s in self._scalars(group, age)]
-            for piece in pieces:
-                if _takes_kernel(piece):
-                    self._launch(group, piece, scalars)
+        if fused:
+            scalars = [torch.full((), s, device=fused[0].parameter.device) for s in self._scalars(group, age)]
+            for piece in fused:
+                self._launch(group, piece, scalars)
 
     def _launch(self, group: Group, piece: Piece, scalars: list[torch.Tensor]) -> None:
         """Update a piece, and its copy in the same pass, by the generated kernel."""
