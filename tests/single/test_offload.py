@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import zgraph
-from tests.single.trained import MODELS, Trained, batch, llama
+from tests.single.trained import MODELS, Trained, batch, llama, plain
 from zgraph.errors import OffloadError, UsageError
 from zgraph.offload import Resting, of_parameters
 from zgraph.runtime import host
@@ -14,21 +14,21 @@ PAGE = host.PAGE_BYTES
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_offloaded_trains_the_same(name):
-    plain = Trained(name)
+    whole = plain(name)
     moved = Trained(name, offload="activations", hardware=quick())
     rested = Trained(name, offload="optimizer")
     everything = Trained(name, offload=("activations", "parameters"), recompute=True, hardware=quick())
     for trained in (moved, rested, everything):
-        assert trained.losses == plain.losses
+        assert trained.losses == whole.losses
         assert trained.predicted == pytest.approx(trained.peak, rel=0.03)
         assert trained.num_moved > 0
-    assert moved.report.step_peak_bytes < plain.report.step_peak_bytes
+    assert moved.report.step_peak_bytes < whole.report.step_peak_bytes
     assert moved.host_alive == 0, "what waited has come back"
-    whole = plain.report.rest_bytes
-    assert (rested.report.rest_bytes, rested.report.state_bytes) == (whole, 0)
+    rest_bytes = whole.report.rest_bytes
+    assert (rested.report.rest_bytes, rested.report.state_bytes) == (rest_bytes, 0)
     assert (everything.report.rest_bytes, everything.report.state_bytes) == (0, 0)
-    assert everything.report.host_bytes == 3 * whole
-    assert everything.peak < rested.peak < plain.peak
+    assert everything.report.host_bytes == 3 * rest_bytes
+    assert everything.peak < rested.peak < whole.peak
     assert everything.num_again > 0
 
 
@@ -40,10 +40,10 @@ def quick():
 
 @pytest.mark.parametrize("offload", ["optimizer", "parameters"])
 def test_masters_of_another_dtype_train_the_same(offload):
-    plain = Trained("llama", param_dtype=torch.bfloat16)
+    whole = Trained("llama", param_dtype=torch.bfloat16)
     moved = Trained("llama", param_dtype=torch.bfloat16, offload=offload)
-    assert moved.losses == plain.losses
-    assert moved.report.rest_bytes == (plain.report.rest_bytes // 2 if offload == "optimizer" else 0)
+    assert moved.losses == whole.losses
+    assert moved.report.rest_bytes == (whole.report.rest_bytes // 2 if offload == "optimizer" else 0)
 
 
 def test_gradients_of_several_micro_steps_are_summed_on_the_host():

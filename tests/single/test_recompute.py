@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import zgraph
-from tests.single.trained import MODELS, Trained, batch, llama
+from tests.single.trained import MODELS, Trained, batch, llama, plain
 from zgraph.errors import BudgetError
 
 NUM_BUDGETS = 10
@@ -22,7 +22,7 @@ def smallest(name: str, **options: object) -> int:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_budget_holds_and_the_losses_stay(name):
     """Every second time what waits for the backward may do so on the host."""
-    roomy = Trained(name)
+    roomy = plain(name)
     least = smallest(name)
     assert least < roomy.predicted
     for number in range(NUM_BUDGETS):

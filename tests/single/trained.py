@@ -1,6 +1,7 @@
 """Three small models, trained for a few steps on one rank, with what they take of memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,20 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def losses(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[float]:
+    """Of steps of AdamW, one a batch."""
+    optimizer = adamw(model)
+    found = []
+    for inputs in batches:
+        made = model(**inputs)
+        loss = made if isinstance(made, torch.Tensor) else made.loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
 
 
 class Trained:
@@ -81,3 +96,9 @@ class Trained:
         self.num_again = sum("recompute" in n.origin.made_by for n in entry.plan.graph.nodes)
         self.num_moved = sum(n.op == "offload_start" for n in entry.plan.graph.nodes)
         self.host_alive = compiled_model(model).session.host.pool.alive_bytes
+
+
+@cache
+def plain(name: str) -> Trained:
+    """As the model is trained without options, once for all tests."""
+    return Trained(name)
