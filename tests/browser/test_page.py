@@ -193,9 +193,7 @@ def test_a_run_that_cannot_be_planned_yet_shows_its_graphs(opened, run):
 
 
 def test_a_notebook_shows_a_report_in_a_frame(opened, drawn):
-    frame = (
-        f'<iframe sandbox="allow-scripts" style="width: 100%; height: 600px" srcdoc="{escape(drawn)}"></iframe>'
-    )
+    frame = f'<iframe sandbox="allow-scripts" style="width: 100%; height: 600px" srcdoc="{escape(drawn)}"></iframe>'
     page = opened(f"<!doctype html><body>{frame}</body>")
     expect(page.frame_locator("iframe").locator("#graph .group").first).to_be_visible()
 
