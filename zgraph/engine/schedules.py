@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch.optim import Optimizer
 
 from zgraph.engine.sections import Section
+from zgraph.errors import UsageError
 
 Rates = float | tuple[float, ...]
 
@@ -32,7 +33,12 @@ class Schedule(Section):
 
 
 def _each(rates: Rates, count: int) -> list[float]:
-    return list(rates) if isinstance(rates, tuple) else [rates] * count
+    """A rate for each group. Raises UsageError if there are others than groups."""
+    if not isinstance(rates, tuple):
+        return [rates] * count
+    if len(rates) != count:
+        raise UsageError(f"the scheduler has {len(rates)} rates for {count} groups of parameters: give one, or {count}")
+    return list(rates)
 
 
 class Warmup(Schedule):
