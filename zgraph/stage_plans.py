@@ -114,9 +114,9 @@ class Planner:
 
     def _fastest(self, shape: _Shape) -> StagePlan | None:
         """The fastest way to make it fit; None if there is none."""
-        if shape.rest_bytes > self.budget or not shape.smallest.fits:
+        if shape.rest_bytes > self.budget or not (options := shape.fitting):
             return None
-        return min(map(shape.finished, shape.fitting), key=lambda found: found.total_us)
+        return min(map(shape.finished, options), key=lambda found: found.total_us)
 
     def refined(self, plan: StagePlan, parameters: Sequence[tuple[str, int]]) -> StagePlan:
         """The plan with parameters up to some size kept whole on all ranks, where that is faster and fits.
@@ -149,6 +149,7 @@ class _Option:
     peak_bytes: dict[str, int]
     host_bytes: int
     fits: bool
+    has_room: bool
 
     @property
     def total_bytes(self) -> int:
@@ -192,10 +193,12 @@ class _Shape:
     @cached_property
     def smallest(self) -> _Option:
         """The way that needs the fewest bytes of the device: all that may be is moved, the rest computed again where
-        that helps."""
+        that helps; nothing is moved where the host has no room for all."""
         moved_share = 1.0 if self.planner.moves else 0.0
         ways = [self.option(price, moved_share) for price in (None, self.prices[-1])]
-        return min(ways, key=lambda option: option.total_bytes)
+        if moved_share and not any(option.has_room for option in ways):
+            ways = [self.option(price, 0.0) for price in (None, self.prices[-1])]
+        return min(ways, key=lambda option: (not option.has_room, option.total_bytes))
 
     @property
     def fitting(self) -> list[_Option]:
@@ -203,7 +206,7 @@ class _Shape:
         found = [self.fitted(0.0)]
         if self.planner.moves and (not found[0].fits or found[0].price is not None):
             found += [self.fitted(share) for share in self.shares]
-        return [option for option in found if option.fits] or [self.smallest]
+        return [option for option in found if option.fits] or [self.smallest] * self.smallest.fits
 
     @cached_property
     def prices(self) -> list[float | None]:
@@ -214,9 +217,9 @@ class _Shape:
         """What this way comes to."""
         planner = self.planner
         peak_bytes, host_bytes = self.peak(price, moved_share)
-        fits = sum(peak_bytes.values()) <= planner.budget
         has_room = planner.host_budget is None or host_bytes <= planner.host_budget
-        return _Option(price, moved_share, peak_bytes, host_bytes, fits and has_room)
+        fits = has_room and sum(peak_bytes.values()) <= planner.budget
+        return _Option(price, moved_share, peak_bytes, host_bytes, fits, has_room)
 
     def fitted(self, moved_share: float) -> _Option:
         """The way that computes as little again as the budget asks for."""

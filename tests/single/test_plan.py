@@ -163,3 +163,14 @@ def test_mistakes_are_named():
         zgraph.plan(llama(), **BATCH, num_ranks=0)
     with pytest.raises(HardwareError, match="do not fill hosts"):
         zgraph.plan(llama(), **BATCH, hardware="8x8-h100", num_ranks=12)
+
+
+def test_a_host_without_room_for_all_activations_leaves_them_to_be_computed_again():
+    """Moving everything is not the only way to fit: what fits without a host fits beside a small one."""
+    ids = torch.zeros(8, 512, dtype=torch.int64)
+    small_host = hardware("h100").model_copy(update={"host_memory_bytes": 10_000})
+    options = {"input_ids": ids, "labels": ids, "num_ranks": 1, "stage": 3, "memory_budget": "80MB"}
+    (alone,) = zgraph.plan(llama(num_layers=2), hardware="h100", offload=None, **options).stages
+    (beside,) = zgraph.plan(llama(num_layers=2), hardware=small_host, **options).stages
+    assert alone.fits
+    assert beside == alone
