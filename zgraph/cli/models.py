@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,10 +44,11 @@ def subject(name: str, batch: int, seq: int) -> Subject:
 def _of_file(path: Path, function: str, batch: int, seq: int) -> Subject:
     if not path.exists():
         raise UsageError(f"there is no file {path}")
-    found = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.spec_from_file_location(f"zgraph_file_{path.stem}", path)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # torch.compile looks the globals of a forward up there
     found.loader.exec_module(module)
     if not callable(make := getattr(module, function, None)):
         near = get_close_matches(function, [n for n in vars(module) if callable(vars(module)[n])], 1)
