@@ -57,19 +57,19 @@ class TrainingPlan:
         if self.best is None:
             least = min(self.stages, key=lambda s: s.needed_bytes)
             return (
-                f"no stage fits {_gibibytes(self.budget_bytes)}: stage {least.stage} needs the least, "
-                f"{_gibibytes(least.needed_bytes)} with all of the forward computed again{_at_rest(least)}; take more "
+                f"no stage fits {gibibytes(self.budget_bytes)}: stage {least.stage} needs the least, "
+                f"{gibibytes(least.needed_bytes)} with all of the forward computed again{resting(least)}; take more "
                 "ranks, or a smaller batch"
             )
         others = [s.stage for s in self.stages if not s.fits]
         full = f"; stage {', '.join(map(str, others))} would not fit" if others else ""
         small = f", {len(self.best.whole)} small parameters kept whole" if self.best.whole else ""
-        return f"stage {self.best.stage}{small}: the fastest that fits{_at_rest(self.best)}{full}"
+        return f"stage {self.best.stage}{small}: the fastest that fits{resting(self.best)}{full}"
 
     def __rich__(self) -> RenderableType:
         title = (
             f"{self.model}, {self.num_parameters / 1e9:,.2f} billion parameters on {self.num_ranks} ranks of "
-            f"{self.hardware}, {_gibibytes(self.budget_bytes)} each"
+            f"{self.hardware}, {gibibytes(self.budget_bytes)} each"
         )
         name, unit = ("GiB", 2**30) if self.budget_bytes >= 2**30 else ("MiB", 2**20)
         table = Table(title=f"{title}; sizes in {name}", title_justify="left")
@@ -83,9 +83,9 @@ class TrainingPlan:
             sizes = (peak["parameters"], peak["optimizer"], peak["gradients"], peak["activations"], peak["gathered"],
                      other, plan.total_bytes, plan.needed_bytes)  # fmt: skip
             table.add_row(
-                f"{plan.stage}{' and 0' * bool(plan.whole)}", *(f"{size / unit:,.1f}" for size in sizes),
+                plan.title, *(f"{size / unit:,.1f}" for size in sizes),
                 *(f"{plan.host_bytes / unit:,.1f}", f"{plan.moved_share:.0%}") * uses_host,
-                _time(plan.total_us), _time(plan.exposed_us), f"{plan.sent_bytes / unit:,.1f}",
+                seconds(plan.total_us), seconds(plan.exposed_us), f"{plan.sent_bytes / unit:,.1f}",
                 f"{plan.again_share:.0%}", "yes" if plan.fits else "no", style="bold" if plan is self.best else "",
             )  # fmt: skip
         return Group(table, Text(self.reason))
@@ -183,14 +183,16 @@ def _planner(
     )  # fmt: skip
 
 
-def _time(us: float) -> str:
+def seconds(us: float) -> str:
+    """A time for people: in seconds, or in milliseconds below one."""
     return f"{us / 1e6:,.2f} s" if us >= 1e6 else f"{us / 1e3:,.1f} ms"
 
 
-def _at_rest(plan: StagePlan) -> str:
+def resting(plan: StagePlan) -> str:
     """What lies on the host, in words."""
     return f" with {plan.offload} on the host" if plan.offload else ""
 
 
-def _gibibytes(num_bytes: int) -> str:
+def gibibytes(num_bytes: int) -> str:
+    """Bytes for people: in GiB, or in MiB below one."""
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"

@@ -48,6 +48,7 @@ class StagePlan:
         update_us: the predicted time of AdamW's update.
         exposed_us: the part of the step in which computing waits for communication or copies.
         sent_bytes: what a rank sends in a step.
+        flop: of one rank's matmuls in a step, what is computed again not counted.
         again_share: FLOP of what is computed again, over those of the step without.
         fits: whether the peak is within the budget, and the host has room.
     """
@@ -64,8 +65,14 @@ class StagePlan:
     update_us: float
     exposed_us: float
     sent_bytes: int
+    flop: float
     again_share: float
     fits: bool
+
+    @property
+    def title(self) -> str:
+        """The stage, and that of parameters that are whole."""
+        return f"{self.stage} and 0" if self.whole else str(self.stage)
 
     @property
     def total_bytes(self) -> int:
@@ -244,7 +251,7 @@ class _Shape:
             rest_bytes={name: self.rest[name] for name in RESTING}, peak_bytes=option.peak_bytes,
             host_bytes=option.host_bytes, needed_bytes=min(self.smallest.total_bytes, option.total_bytes),
             step_us=step_us, update_us=self.update_us,
-            exposed_us=exposed_us, sent_bytes=int(sent), again_share=flop / usual - 1 if usual else 0.0,
+            exposed_us=exposed_us, sent_bytes=int(sent), flop=usual, again_share=flop / usual - 1 if usual else 0.0,
             fits=option.fits,
         )  # fmt: skip
 

@@ -23,6 +23,9 @@ from zgraph.runfile import RunFile, load_run
 
 FAILED, USED_WRONGLY, DOES_NOT_FIT = 1, 2, 3
 
+FILE_WIDTH = 150
+"""Columns of a table that does not go to a terminal."""
+
 
 class Commands(TyperGroup):
     """Commands that know what a mistyped one may have meant."""
@@ -45,15 +48,16 @@ app = typer.Typer(
 
 @app.callback()
 def _all() -> None:
-    """Every command takes `-` for standard input or output, and `--json`."""
+    """Commands that read or write files take `-` for standard input or output, and those that print, `--json`."""
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def console() -> Console:
-    """Where commands print: as wide as the terminal, without colours where NO_COLOR is set."""
-    return Console(soft_wrap=not sys.stdout.isatty())
+    """Where commands print: as wide as the terminal, or as tables need; without colours where NO_COLOR is set."""
+    is_terminal = sys.stdout.isatty()
+    return Console(soft_wrap=not is_terminal, width=None if is_terminal or "COLUMNS" in os.environ else FILE_WIDTH)
 
 
 def errors() -> Console:
@@ -85,12 +89,16 @@ def write_run(run: RunFile, output: str) -> None:
     run.save(target)
 
 
+def load_commands() -> None:
+    """Import the modules that add commands."""
+    from zgraph.cli import commands, exports, machine, pictures, planning  # noqa: F401
+
+
 def main() -> NoReturn:
     """Run the command; a ZgraphError is one line on standard error."""
-    from zgraph.cli import commands, pictures  # noqa: F401 - add them
-
+    load_commands()
     try:
-        app()
+        app(prog_name="zgraph")
     except ZgraphError as error:
         sys.stderr.write(f"zgraph: {error}\n")
         wrongly = isinstance(error, UsageError | RecipeError)

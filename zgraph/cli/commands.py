@@ -14,10 +14,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from zgraph.cli.app import AsJson, app, console, errors, print_json, read_run, write_run
+from zgraph.cli.completion import hardware_names, one_of, pass_names, several_passes
 from zgraph.compare import compare
 from zgraph.errors import UsageError, VerifyError, ZirError
 from zgraph.explain import explain
 from zgraph.ir import print_graph, print_node, verify
+from zgraph.ir.ops import LANES
 from zgraph.passes import ALL, BY_NAME, RECIPES, Pass, Pipeline, fusing, make_plan, parse_recipe
 from zgraph.passes.pipeline import print_size
 from zgraph.runfile import Recording, RunFile, run_file
@@ -34,14 +36,22 @@ def trace(
     model: Annotated[str, typer.Argument(help="FILE.py:FUNCTION, or a folder or name as AutoConfig takes it.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The run file to write.")] = "run.zg",
     stage: Annotated[int, typer.Option(min=0, max=3, help="The ZeRO stage.")] = 3,
-    hardware: Annotated[str, typer.Option(help="What to plan for, such as h100 or 8x8-h100.")] = "h100",
+    hardware: Annotated[
+        str, typer.Option(help="What to plan for, such as h100 or 8x8-h100.", autocompletion=hardware_names)
+    ] = "h100",
     world: Annotated[int, typer.Option(min=0, help="Ranks; 0 takes all of the hardware.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a rank's batch.")] = 1,
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,
     memory_budget: Annotated[str, typer.Option(help="Such as 70GiB; by default the device's, less a margin.")] = "",
-    dtype: Annotated[str, typer.Option(help="To compute in: bf16, f16 or f32.")] = "bf16",
-    kernels: Annotated[str, typer.Option(help="aten, or triton to fuse.")] = "aten",
-    passes: Annotated[str, typer.Option(help="A recipe in the place of the stage's own.")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="To compute in: bf16, f16 or f32.", autocompletion=one_of("bf16", "f16", "f32"))
+    ] = "bf16",
+    kernels: Annotated[
+        str, typer.Option(help="aten, or triton to fuse.", autocompletion=one_of("aten", "triton"))
+    ] = "aten",
+    passes: Annotated[
+        str, typer.Option(help="A recipe in the place of the stage's own.", autocompletion=several_passes)
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Capture a model under fake tensors, run a stage's passes on it, and write a run file.
@@ -108,13 +118,20 @@ def _described(kind: type[Pass]) -> dict[str, str | list[str]]:
 @app.command()
 def opt(
     file: Annotated[str, typer.Argument(help="FILE, or FILE@GRAPH to begin there; - for standard input.")],
-    passes: Annotated[str, typer.Option(help="The recipe to run; by default the file's own.")] = "",
+    passes: Annotated[
+        str, typer.Option(help="The recipe to run; by default the file's own.", autocompletion=several_passes)
+    ] = "",
     output: Annotated[str, typer.Option("--output", "-o", help="A run file to write with the new graphs.")] = "",
-    print_ir_after: Annotated[str, typer.Option(help="Print the graph after these passes, separated by commas.")] = "",
+    print_ir_after: Annotated[
+        str,
+        typer.Option(help="Print the graph after these passes, separated by commas.", autocompletion=several_passes),
+    ] = "",
     print_ir_after_all: Annotated[bool, typer.Option(help="Print the graph after every pass.")] = False,
     print_ir_after_change: Annotated[bool, typer.Option(help="Print it after every pass that changed it.")] = False,
-    disable_pass: Annotated[list[str] | None, typer.Option(help="Leave a pass out; may be given again.")] = None,
-    stop_after: Annotated[str, typer.Option(help="The last pass to run.")] = "",
+    disable_pass: Annotated[
+        list[str] | None, typer.Option(help="Leave a pass out; may be given again.", autocompletion=pass_names)
+    ] = None,
+    stop_after: Annotated[str, typer.Option(help="The last pass to run.", autocompletion=pass_names)] = "",
     timing: Annotated[bool, typer.Option(help="Print what each pass took.")] = False,
     verify_each: Annotated[bool, typer.Option(help="Check every rule of the IR after every pass.")] = False,
     as_json: AsJson = False,
@@ -198,8 +215,10 @@ def show(
     file: Annotated[str, typer.Argument(help="FILE, or FILE@GRAPH such as run.zg@bucket; - for standard input.")],
     op: Annotated[str, typer.Option(help="Only ops whose name contains this.")] = "",
     module: Annotated[str, typer.Option(help="Only nodes of modules whose path contains this.")] = "",
-    phase: Annotated[str, typer.Option(help="Only fwd, bwd or upd.")] = "",
-    lane: Annotated[str, typer.Option(help="Only this lane: compute, comm, d2h or h2d.")] = "",
+    phase: Annotated[str, typer.Option(help="Only fwd, bwd or upd.", autocompletion=one_of("fwd", "bwd", "upd"))] = "",
+    lane: Annotated[
+        str, typer.Option(help="Only this lane: compute, comm, d2h or h2d.", autocompletion=one_of(*LANES))
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """The graph after a pass, whole or filtered.

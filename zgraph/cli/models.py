@@ -17,10 +17,14 @@ from zgraph.errors import UsageError
 
 @dataclass(frozen=True)
 class Subject:
-    """A model on the meta device, with what to call it with."""
+    """A model on the meta device, with what to call it with.
+
+    `has_own_inputs` says that these are its function's, whatever batch and length were asked for.
+    """
 
     model: nn.Module
     inputs: dict[str, Any]
+    has_own_inputs: bool = False
 
 
 def subject(name: str, batch: int, seq: int) -> Subject:
@@ -58,7 +62,9 @@ def _of_file(path: Path, function: str, batch: int, seq: int) -> Subject:
     model, inputs = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{path}:{function} returned a {type(model).__name__}, not a module")
-    return Subject(model, inputs if inputs is not None else _tokens(model, batch, seq))
+    if inputs is not None:
+        return Subject(model, inputs, has_own_inputs=True)
+    return Subject(model, training_inputs(model, batch, seq))
 
 
 def _of_config(name: str, batch: int, seq: int) -> Subject:
@@ -82,10 +88,10 @@ def _of_config(name: str, batch: int, seq: int) -> Subject:
     with torch.device("meta"):
         auto: Any = transformers.AutoModelForCausalLM
         model = kind(config) if kind is not None else auto.from_config(config)
-    return Subject(model, _tokens(model, batch, seq))
+    return Subject(model, training_inputs(model, batch, seq))
 
 
-def _tokens(model: nn.Module, batch: int, seq: int) -> dict[str, Any]:
+def training_inputs(model: nn.Module, batch: int, seq: int) -> dict[str, Any]:
     """What a model of language is called with in training; images for one that has `image_size`."""
     config = getattr(model, "config", None)
     if config is None:

@@ -1,0 +1,86 @@
+"""What all tests of the command share: a folder to run it in, and how to."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+from zgraph.cli.app import main
+
+MODEL = """
+from types import SimpleNamespace
+
+from torch import nn
+
+class Gone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x.sum()
+
+def gone():
+    import torch
+    return Gone(), {"x": torch.ones(8, 64)}
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=64)
+        self.embed, self.head = nn.Embedding(64, 32), nn.Linear(32, 64, bias=False)
+
+    def forward(self, input_ids, labels):
+        return nn.functional.cross_entropy(self.head(self.embed(input_ids)).flatten(0, 1), labels.flatten())
+
+def words():
+    return Words()
+"""
+
+SCRIPT = """
+import os, sys
+rank = os.environ["RANK"]
+print(f"rank {rank} of {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']} threads, {sys.argv[1:]}", flush=True)
+sys.exit(7 if "--fail" in sys.argv and rank == "1" else 0)
+"""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a run of a small model, its function in a file, a configuration of Hugging Face's, and a script."""
+    made = tmp_path_factory.mktemp("cli")
+    (made / "model.py").write_text(MODEL)
+    (made / "train.py").write_text(SCRIPT)
+    config = hf.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(made / "llama-70b")
+    return made
+
+
+@pytest.fixture
+def zgraph_command(folder, monkeypatch, capfd):
+    """Runs the command in that folder: its exit code, what it wrote, and what it said of errors."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # and again afterwards: launch sets it
+
+    def run(*args: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        torch.compiler.reset()
+        monkeypatch.setattr(sys, "argv", ["zgraph", *args])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capfd.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    if not Path("run.zg").exists():
+        code, _, error = run("trace", "model.py:gone", "--world", "2", "--dtype", "f32", "-o", "run.zg")
+        assert code == 0, error
+    return run

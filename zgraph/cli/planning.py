@@ -1,0 +1,187 @@
+"""The command that plans training on hardware that is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from zgraph.cli.app import DOES_NOT_FIT, AsJson, app, console, errors, print_json
+from zgraph.cli.completion import hardware_names, one_of
+from zgraph.cost import Hardware, hardware
+from zgraph.errors import UsageError
+
+if TYPE_CHECKING:
+    from zgraph.plans import TrainingPlan
+    from zgraph.stage_plans import StagePlan
+    from zgraph.sweeps import Combination, Sweep
+
+BATCHES = (1, 2, 4, 8)
+"""What `--sweep` tries where no batch is given."""
+
+DTYPES = ("bf16", "f16", "f32")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="FILE.py:FUNCTION, or a folder or name as AutoConfig takes it.")],
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--hardware",
+            help="What to plan for, such as 8x8-h100; may be given again.",
+            show_default="h100",
+            autocompletion=hardware_names,
+        ),
+    ] = None,
+    world: Annotated[int, typer.Option(min=0, help="Ranks; 0 takes all of the hardware.")] = 0,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Rows of a rank's batch; may be given again.", show_default="1"),
+    ] = None,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,
+    memory_budget: Annotated[str, typer.Option(help="Such as 70GiB; by default the device's, less a margin.")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="To compute in: bf16, f16 or f32.", autocompletion=one_of(*DTYPES))
+    ] = "bf16",
+    stage: Annotated[
+        list[int] | None,
+        typer.Option(min=0, max=3, help="A ZeRO stage; may be given again.", show_default="all"),
+    ] = None,
+    offload: Annotated[
+        str, typer.Option(help="What may go to the host: auto, none, or any of activations,optimizer,parameters.")
+    ] = "auto",
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep",
+            help="Try half and twice the hosts of one --hardware too, and batches of 1, 2, 4, 8 if none is given.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What training a model takes on hardware that is not here: memory, time, what fits, and what to take.
+
+    Several kinds of hardware or batches are compared in one table. The exit code is 3 where nothing fits.
+
+    Example: `zgraph plan llama-70b/config.json --hardware 8x8-h100`
+    """
+    from zgraph.aten import TO_TORCH
+    from zgraph.ir import DType
+
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}")
+    names = targets or ["h100"]
+    tried = _around(names) if sweep and not world else {name: name for name in names}
+    options = {
+        "num_ranks": world or None, "memory_budget": memory_budget or None, "stage": stage,
+        "offload": _offload(offload), "param_dtype": TO_TORCH[DType(dtype)],
+    }  # fmt: skip
+    found = _combined(model, tried, batch or [], BATCHES if sweep else BATCHES[:1], seq, options)
+    is_one = not sweep and len(found.combinations) == 1
+    if as_json:
+        print_json(_plan_row(found.combinations[0].plan) if is_one else _sweep_rows(found))
+    else:
+        console().print(found.combinations[0].plan if is_one else found)
+    if found.fastest is None:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _around(names: Sequence[str]) -> dict[str, str | Hardware]:
+    """A single kind of hardware with half and twice its hosts beside it; a measured table is for what it was measured
+    on."""
+    if len(names) > 1 or names[0].endswith(".json"):
+        return {name: name for name in names}
+    given = hardware(names[0])
+    counts = sorted({max(given.num_hosts // 2, 1), given.num_hosts, 2 * given.num_hosts})
+    each = given.devices_per_host
+    return {f"{n}x{each}-{given.name}": given.shaped(n, each) for n in counts}
+
+
+def _offload(text: str) -> str | tuple[str, ...] | None:
+    if text in ("auto", "none"):
+        return "auto" if text == "auto" else None
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _combined(
+    model: str, targets: Mapping[str, str | Hardware], asked: Sequence[int], usual: Sequence[int], seq: int,
+    options: Mapping[str, Any],
+) -> Sweep:  # fmt: skip
+    """All combinations; the model is captured once for each batch that is asked for, or for the usual ones."""
+    import torch
+
+    from zgraph.aten import FROM_TORCH
+    from zgraph.cli.models import subject, training_inputs
+    from zgraph.plans import sweep
+    from zgraph.sweeps import Combination, Sweep
+    from zgraph.target import cost_table
+
+    tables = {name: cost_table(target, torch.device("cpu")) for name, target in targets.items()}
+    peaks = {name: table.hardware.device.peak_flops for name, table in tables.items()}
+    dtype = FROM_TORCH[options["param_dtype"]].value
+    found: list[Combination] = []
+    with _progress() as progress:
+        task = progress.add_task(f"reading {model}")
+        given = subject(model, 1, seq)
+        if given.has_own_inputs and len(asked) > 1:
+            raise UsageError(f"{model} gives its own inputs, so no batch can be tried: have it return the model alone")
+        batches = usual[:1] if given.has_own_inputs else asked or usual
+        progress.update(task, total=len(batches))
+        for batch in batches:
+            progress.update(task, description=f"capturing batch {batch}, planning {len(targets)} x {model}")
+            inputs = given.inputs if given.has_own_inputs else training_inputs(given.model, batch, seq)
+            plans = sweep(given.model, hardware=tuple(tables.values()), **options, **inputs)
+            rows, items = _counted(inputs)
+            found += [
+                Combination(name, rows, items, peaks[name].get(dtype) or peaks[name]["f32"], plan)
+                for name, plan in zip(targets, plans, strict=True)
+            ]
+            progress.advance(task)
+    found.sort(key=lambda c: list(targets).index(c.hardware))
+    return Sweep(tuple(found), "tokens" if "input_ids" in inputs else "rows")
+
+
+def _counted(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and tokens of a rank's batch; rows both times where the model reads no tokens."""
+    shapes = [tuple(given.shape) for given in (inputs.get("input_ids"), *inputs.values()) if hasattr(given, "shape")]
+    rows = next((shape[0] for shape in shapes if shape), 1)
+    return rows, inputs["input_ids"].numel() if "input_ids" in inputs else rows
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), console=errors(), transient=True,
+    )  # fmt: skip
+
+
+def _stage_row(stage: StagePlan) -> dict[str, Any]:
+    return {**asdict(stage), "whole": sorted(stage.whole), "total_bytes": stage.total_bytes, "total_us": stage.total_us}
+
+
+def _plan_row(plan: TrainingPlan) -> dict[str, Any]:
+    best = plan.stages.index(plan.best) if plan.best is not None else None
+    return {**asdict(plan), "stages": [*map(_stage_row, plan.stages)], "best": best, "reason": plan.reason}
+
+
+def _sweep_rows(found: Sweep) -> dict[str, Any]:
+    def position(of: Combination | None) -> int | None:
+        return None if of is None else found.combinations.index(of)
+
+    return {
+        "unit": found.unit, "combinations": [*_combination_rows(found)], "fastest": position(found.fastest),
+        "smallest": position(found.smallest), "reason": found.reason,
+    }  # fmt: skip
+
+
+def _combination_rows(found: Sweep) -> Iterator[dict[str, Any]]:
+    for c in found.combinations:
+        yield {
+            "hardware": c.hardware, "num_ranks": c.plan.num_ranks, "batch": c.batch, "fits": c.fits,
+            "items_per_s": c.items_per_s, "utilisation": c.utilisation, "budget_bytes": c.plan.budget_bytes,
+            "stage": _stage_row(c.stage),
+        }  # fmt: skip
