@@ -11,14 +11,13 @@ import shutil
 import statistics
 import tempfile
 import time
-from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from playwright.sync_api import Page, sync_playwright
 
-from benchmarks.results import environment
+from benchmarks.results import write
 from zgraph.runfile import load_run
 from zgraph.viz.page import page as page_of
 
@@ -81,8 +80,7 @@ def main(
     print(f"answers after {result['ready_ms']:.0f} ms")
     for name, times in zoom_ms.items():
         print(f"zooming the {name}: {statistics.median(times):.1f} ms a frame, at most {max(times):.1f}")
-    if json is not None:
-        json.write_text(dumps({"environment": environment(), **result}, indent=1) + "\n")
+    write(json, **result)
 
 
 def _zoomed(page: Page, name: str, frames: int) -> list[float]:

@@ -273,7 +273,7 @@ class EngineConfig(Section):
     scheduler: SchedulerKeys | None = None
     fp16: FP16 = FP16()
     bf16: BF16 = BF16()
-    gradient_clipping: NonNegativeFloat = 0.0
+    gradient_clipping: NonNegativeFloat = 1.0
     communication_data_type: Precision | None = None
     zero_optimization: Zero = Zero()
     activation_checkpointing: Checkpointing = Checkpointing()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from zgraph.errors import UsageError
@@ -20,17 +19,17 @@ class EngineLoader:
         collate: makes a batch of rows, as for torch's DataLoader.
         drop_last: leave out a last batch that is smaller.
         seed: of the order.
+        num_ranks, rank: who shares the rows, and which of them this is.
     """
 
     def __init__(
         self, dataset: Dataset[Any], micro_batch: int, collate: Callable[[list[Any]], Any] | None, drop_last: bool,
-        seed: int,
+        seed: int, num_ranks: int, rank: int,
     ) -> None:  # fmt: skip
         if isinstance(dataset, IterableDataset):
             raise UsageError("training_data must have a length; give an iterable to a DataLoader of your own instead")
-        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         self.sampler: DistributedSampler[Any] = DistributedSampler(
-            dataset, ranks, rank, shuffle=True, seed=seed, drop_last=drop_last
+            dataset, num_ranks, rank, shuffle=True, seed=seed, drop_last=drop_last
         )
         self.position = _From(self.sampler)
         self.loader: DataLoader[Any] = DataLoader(

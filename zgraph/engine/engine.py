@@ -223,7 +223,7 @@ def initialize_engine(
     args: Any = None, model: nn.Module | None = None, optimizer: Optimizer | MakeOptimizer | None = None,
     model_parameters: Iterable[Any] | None = None, training_data: Dataset[Any] | None = None,
     lr_scheduler: Any | MakeScheduler | None = None, collate_fn: Callable[[list[Any]], Any] | None = None,
-    config: Mapping[str, Any] | str | Path | None = None,
+    config: Mapping[str, Any] | str | Path | None = None, mesh: DeviceMesh | None = None,
 ) -> tuple[Engine, Optimizer | None, EngineLoader | None, Any]:  # fmt: skip
     """Compile a model for training as a DeepSpeed configuration says.
 
@@ -239,6 +239,7 @@ def initialize_engine(
         lr_scheduler: a scheduler of the optimizer, or a function from the optimizer to one.
         collate_fn: for the training data, as torch's DataLoader takes it.
         config: a mapping, the path of a JSON file, or JSON in base64.
+        mesh: the ranks, as `zgraph.compile` takes them; by default all, in rows of `zero_hpz_partition_size`.
 
     Returns:
         The engine, its optimizer, a loader of the training data, and the scheduler; None for what there is not.
@@ -253,20 +254,29 @@ def initialize_engine(
     if source is None:
         raise UsageError("initialize_engine needs config=: a dict, a path, or JSON in base64")
     _join()
-    read = read_config(source, world_size=dist.get_world_size() if dist.is_initialized() else 1)
+    everyone = dist.get_world_size() if dist.is_initialized() else 1
+    read = read_config(source, world_size=everyone if mesh is None else mesh.size())
     names = _names(model, optimizer, model_parameters)
-    compiled = _compiled(model, read)
+    compiled = _compiled(model, read, mesh if mesh is not None else _mesh(read))
     made = _optimizer(compiled, read, optimizer, names)
     scheduler = _scheduler(made, read, lr_scheduler)
     loader = None
     if training_data is not None:
         loader = EngineLoader(
-            training_data, read.micro_batch, collate_fn, read.keys.dataloader_drop_last, read.keys.seed or 0
-        )
+            training_data, read.micro_batch, collate_fn, read.keys.dataloader_drop_last, read.keys.seed or 0,
+            read.world_size, _rank(mesh),
+        )  # fmt: skip
     return Engine(compiled, read, made, scheduler, loader), made, loader, scheduler
 
 
 initialize = initialize_engine
+
+
+def _rank(mesh: DeviceMesh | None) -> int:
+    """This rank's number among those that share a batch."""
+    if mesh is not None:
+        return int((mesh.mesh.flatten() == dist.get_rank()).nonzero().item())
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _join() -> None:
@@ -278,7 +288,7 @@ def _join() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
-def _compiled(model: nn.Module, config: Config) -> nn.Module:
+def _compiled(model: nn.Module, config: Config, mesh: DeviceMesh | None) -> nn.Module:
     keys, own = config.keys, config.keys.zgraph
     param_dtype = torch.float16 if keys.fp16.enabled else torch.bfloat16 if keys.bf16.enabled else None
     if param_dtype is not None:
@@ -287,7 +297,7 @@ def _compiled(model: nn.Module, config: Config) -> nn.Module:
         model.to(torch.device("cuda", torch.cuda.current_device()))
     recipe = {} if own.recipe is None else {"passes": own.recipe}
     return zgraph.compile(
-        model, stage=_stage(model, config), mesh=_mesh(config), param_dtype=param_dtype,
+        model, stage=_stage(model, config), mesh=mesh, param_dtype=param_dtype,
         reduce_dtype=_DTYPES[keys.communication_data_type], hardware=own.hardware, memory_budget=own.memory_budget,
         recompute=own.recompute, offload=_offload(config), kernels=own.kernels, save=own.save, fullgraph=own.fullgraph,
         dynamic=own.dynamic, **recipe,
