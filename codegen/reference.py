@@ -52,18 +52,19 @@ TWINS: Mapping[str, Callable[..., torch.Tensor]] = {
 """Each scalar operation in torch, but for random numbers, which are a function of where they are wanted."""
 
 
-def run(spec: KernelSpec, inputs: Tensors, num_rows: int, compute: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def run(spec: KernelSpec, inputs: Tensors, num_rows: int, compute: torch.dtype | None = None) -> list[torch.Tensor]:
     """What a kernel writes.
 
     Args:
         spec: the kernel.
         inputs: its operands, with as many numbers as their extents say, in any shape.
         num_rows: M.
-        compute: the dtype of every step; fp64 makes this a reference.
+        compute: the dtype of every step; fp64 makes this a reference. None takes fp32, or fp64 where all outputs are.
 
     Returns:
         The outputs, shaped [M, N], [M, 1], [N] or [] by their extents; in `compute` if that is fp64.
     """
+    compute = compute or TO_TORCH[computed_in(spec)]
     values: dict[str, torch.Tensor] = {}
     for operand, tensor in zip(spec.inputs, inputs, strict=True):
         shaped = tensor.reshape(operand.extent.shape((num_rows,), spec.columns))
@@ -87,18 +88,24 @@ def run(spec: KernelSpec, inputs: Tensors, num_rows: int, compute: torch.dtype =
     return found
 
 
+def computed_in(spec: KernelSpec) -> DType:
+    """The dtype of a kernel's steps."""
+    return DType.f64 if all(o.dtype is DType.f64 for o in spec.outputs) else DType.f32
+
+
 def scratch_bytes(spec: KernelSpec, num_rows: int) -> int:
     """The most bytes that the twin has alive at once, beside what it reads and what it writes."""
+    compute = computed_in(spec)
 
-    def fp32_bytes(extent: Extent) -> int:
-        return 4 * math.prod(extent.shape((num_rows,), spec.columns))
+    def num_bytes(extent: Extent) -> int:
+        return compute.itemsize * math.prod(extent.shape((num_rows,), spec.columns))
 
-    written = {o.name for o in spec.outputs if o.dtype is DType.f32}
-    alive = {o.name: fp32_bytes(o.extent) for o in spec.inputs if o.dtype not in (DType.f32, DType.i64)}
+    written = {o.name for o in spec.outputs if o.dtype is compute}
+    alive = {o.name: num_bytes(o.extent) for o in spec.inputs if o.dtype not in (compute, DType.i64)}
     most = sum(alive.values())
     for step, frees in zip(spec.steps, spec.frees, strict=True):
         if step.op != "copy" and step.name not in written:
-            alive[step.name] = fp32_bytes(spec.extents[step.name])
+            alive[step.name] = num_bytes(spec.extents[step.name])
         most = max(most, sum(alive.values()))
         for name in frees:
             alive.pop(name, None)

@@ -88,6 +88,10 @@ class InterpretError(ZgraphError):
     """The reference interpreter was given inputs that do not fit the graph."""
 
 
+class CheckError(UsageError):
+    """A graph cannot be compared with others on this machine: it has an op of another device, say."""
+
+
 class CaptureError(ZgraphError):
     """The model cannot be captured as zgraph needs it."""
 

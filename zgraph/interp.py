@@ -51,14 +51,18 @@ class Interpreter:
             raise InterpretError(f"the graph is for {graph.num_ranks} ranks, not {self.num_ranks}")
         states = [torch.Generator().manual_seed(self.seed + rank).get_state() for rank in range(num_ranks(mesh))]
         env = {i.value.name: _placed(i, inputs, mesh) for i in graph.inputs}
+        returned = graph.output_names
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for node in graph.nodes:
+            for position, node in enumerate(graph.nodes):
                 operands = [env[v.name] for v in node.operands]
                 for name, value in zip(
                     (r.name for r in node.results), self._execute(graph, node, operands, env, mesh, states),
                     strict=True,
                 ):  # fmt: skip
                     env[name] = value
+                for name in {v.name for v in (*node.operands, *node.results)} - returned:
+                    if graph.users.get(name, (position,))[-1] == position:
+                        del env[name]
         return [None if o.value is None else env[o.value.name] for o in graph.outputs]
 
     def _execute(

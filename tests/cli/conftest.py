@@ -56,12 +56,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("cli")
     (made / "model.py").write_text(MODEL)
     (made / "train.py").write_text(SCRIPT)
+    (made / "wrong.py").write_text(Path(__file__).with_name("wrong.py").read_text())
     config = hf.LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=300, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(made / "llama-70b")
     return made
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command anywhere."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["zgraph", *args])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    return run
 
 
 @pytest.fixture

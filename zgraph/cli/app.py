@@ -16,6 +16,7 @@ from typing import Annotated, Any, BinaryIO, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
 from zgraph.errors import BudgetError, RecipeError, UsageError, ZgraphError
@@ -65,6 +66,13 @@ def errors() -> Console:
     return Console(stderr=True)
 
 
+def progress() -> Progress:
+    """What is being done, and for how long."""
+    return Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors(), transient=True
+    )
+
+
 def print_json(found: Mapping[str, Any] | Sequence[Any]) -> None:
     """One document of JSON on standard output."""
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
@@ -91,7 +99,7 @@ def write_run(run: RunFile, output: str) -> None:
 
 def load_commands() -> None:
     """Import the modules that add commands."""
-    from zgraph.cli import commands, exports, machine, pictures, planning  # noqa: F401
+    from zgraph.cli import commands, debugging, exports, machine, pictures, planning  # noqa: F401
 
 
 def main() -> NoReturn:

@@ -10,10 +10,9 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from zgraph.cli.app import AsJson, app, console, errors, print_json, read_run, write_run
+from zgraph.cli.app import AsJson, app, console, errors, print_json, progress, read_run, write_run
 from zgraph.cli.completion import hardware_names, one_of, pass_names, several_passes
 from zgraph.compare import compare
 from zgraph.errors import UsageError, VerifyError, ZirError
@@ -23,12 +22,6 @@ from zgraph.ir.ops import LANES
 from zgraph.passes import ALL, BY_NAME, RECIPES, Pass, Pipeline, fusing, make_plan, parse_recipe
 from zgraph.passes.pipeline import print_size
 from zgraph.runfile import Recording, RunFile, run_file
-
-
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors(), transient=True
-    )
 
 
 @app.command()
@@ -68,15 +61,15 @@ def trace(
         raise UsageError("--dtype is one of bf16, f16, f32, and --kernels one of aten, triton")
     recipe = passes or (fusing(RECIPES[stage]) if kernels == "triton" else RECIPES[stage])
     pipeline = parse_recipe(recipe)
-    with _progress() as progress:
-        task = progress.add_task(f"reading {escape(model)}")
+    with progress() as shown:
+        task = shown.add_task(f"reading {escape(model)}")
         found = subject(model, batch, seq)
-        progress.update(task, description=f"capturing {escape(model)} and running {len(pipeline.passes)} passes")
+        shown.update(task, description=f"capturing {escape(model)} and running {len(pipeline.passes)} passes")
         run = traced(
             found.model, found.inputs, pipeline, hardware=hardware, num_ranks=world or None,
             memory_budget=memory_budget or None, param_dtype=dtypes[dtype],
         )  # fmt: skip
-        progress.update(task, description=f"writing {escape(output)}")
+        shown.update(task, description=f"writing {escape(output)}")
         write_run(run, output)
     if output != "-":
         _print_steps(run, as_json)
@@ -146,8 +139,8 @@ def opt(
     chosen = _chosen(pipeline, disable_pass or [], stop_after)
     wanted = {_known(n.strip()) for n in print_ir_after.split(",") if n.strip()}
     recording = Recording(begin)
-    with _progress() as progress:
-        progress.add_task(f"running {len(chosen.passes)} passes")
+    with progress() as shown:
+        shown.add_task(f"running {len(chosen.passes)} passes")
         chosen.run(begin, run.context, [recording])
     before = begin
     for step, graph, _ in recording.steps:

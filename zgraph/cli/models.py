@@ -7,12 +7,14 @@ import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
 from zgraph.errors import UsageError
+from zgraph.passes import Pass
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,35 @@ def subject(name: str, batch: int, seq: int) -> Subject:
     return _of_config(name, batch, seq)
 
 
-def _of_file(path: Path, function: str, batch: int, seq: int) -> Subject:
+def passes_of(name: str) -> dict[str, type[Pass]]:
+    """The passes that a Python file defines, by their names.
+
+    Raises:
+        UsageError: there is no such file, it cannot be imported, or it defines none.
+    """
+    module = _imported(Path(name))
+    kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, Pass)]
+    found = {k.name: k for k in kinds if k.__module__ == module.__name__ and isinstance(getattr(k, "name", None), str)}
+    if not found:
+        raise UsageError(f"{name} defines no pass: a frozen dataclass that is a zgraph.passes.Pass and has a name")
+    return found
+
+
+def _imported(path: Path) -> ModuleType:
+    """A Python file as a module."""
     if not path.exists():
         raise UsageError(f"there is no file {path}")
     found = importlib.util.spec_from_file_location(f"zgraph_file_{path.stem}", path)
-    assert found is not None
-    assert found.loader is not None
+    if found is None or found.loader is None:
+        raise UsageError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # torch.compile looks the globals of a forward up there
+    sys.modules[found.name] = module  # where torch.compile looks up globals, and dataclasses their annotations
     found.loader.exec_module(module)
+    return module
+
+
+def _of_file(path: Path, function: str, batch: int, seq: int) -> Subject:
+    module = _imported(path)
     if not callable(make := getattr(module, function, None)):
         near = get_close_matches(function, [n for n in vars(module) if callable(vars(module)[n])], 1)
         raise UsageError(f"{path} has no function {function}" + (f"; did you mean {near[0]}?" if near else ""))

@@ -25,9 +25,9 @@ def print_graph(graph: Graph, *, origins: bool = True) -> str:
     mesh = ", ".join(f"{a.name}={a.size}" for a in graph.mesh)
     lines = [f"graph {json.dumps(graph.name)}" + (f" mesh({mesh})" if mesh else "")]
     lines += [print_foreign(name, row) for name, row in sorted(graph.foreign.items())]
-    lines += [_input(i) for i in graph.inputs]
+    lines += [print_input(i) for i in graph.inputs]
     lines += [print_node(n, origins=origins) for n in graph.nodes]
-    lines += [_output(o) for o in graph.outputs]
+    lines += [print_output(o) for o in graph.outputs]
     return "\n".join(lines) + "\n"
 
 
@@ -76,7 +76,7 @@ def print_arg(arg: Arg) -> str:
             return "[" + ", ".join(print_arg(a) for a in arg) + "]"
 
 
-def _input(entry: Input) -> str:
+def print_input(entry: Input) -> str:
     parts = [f"{entry.kind.value} %{entry.value.name}: {entry.value.type}"]
     parts += [json.dumps(entry.target)] if entry.target else []
     parts += [f"stage={entry.stage}"] if entry.stage is not None else []
@@ -85,7 +85,7 @@ def _input(entry: Input) -> str:
     return " ".join(parts)
 
 
-def _output(entry: Output) -> str:
+def print_output(entry: Output) -> str:
     target = f" {json.dumps(entry.target)}" if entry.target else ""
     value = f"%{entry.value.name}" if entry.value is not None else "none"
     return f"return {entry.phase.value} {entry.kind.value}{target} {value}"
