@@ -133,8 +133,8 @@ def reduce_run(
         })  # fmt: skip
         return
     console().print(print_graph(small), markup=False, highlight=False, end="")
-    errors().print(f"{len(graph.nodes):,} nodes became {len(small.nodes):,}, which fail so: {failure.message}",
-                   markup=False, highlight=False)  # fmt: skip
+    said = f"{len(graph.nodes):,} nodes became {len(small.nodes):,}, which fail so: {failure.message}"
+    errors().print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def _steps(graph: Graph, pipeline: Pipeline, context: Context) -> list[tuple[str, Graph, float]]:
