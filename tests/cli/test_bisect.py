@@ -184,12 +184,14 @@ def test_the_command_finds_it_in_a_file_and_in_a_recipe(folder, command):
         (("--dtype", "bf16"), 2, "--dtype is one of f64, f32"),
         (("--load", "none.py"), 2, "there is no file none.py"),
         (("--load", "empty.py"), 2, "empty.py defines no pass"),
+        (("--load", "broken.py"), 2, "broken.py cannot be imported: NameError"),
         (("--load", "taken.py"), 2, "taken.py defines a pass called dce, and there is one already"),
         (("--passes", "canonicalize,worng", "--load", "wrong.py"), 2, "did you mean wrong?"),
     ],
 )
 def test_what_is_used_wrongly(args, code, said, folder, command):
     Path("empty.py").write_text("")
+    Path("broken.py").write_text("Pass")
     Path("taken.py").write_text(Path("wrong.py").read_text().replace('= "wrong"', '= "dce"'))
     got, _, error = command("bisect", "run.zg", *args)
     assert (got, said in " ".join(error.split())) == (code, True), error

@@ -53,7 +53,10 @@ def passes_of(name: str) -> dict[str, type[Pass]]:
     Raises:
         UsageError: there is no such file, it cannot be imported, or it defines none.
     """
-    module = _imported(Path(name))
+    try:
+        module = _imported(Path(name))
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
+        raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
     kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, Pass)]
     found = {k.name: k for k in kinds if k.__module__ == module.__name__ and isinstance(getattr(k, "name", None), str)}
     if not found:
