@@ -1,44 +1,17 @@
 """What differs between two graphs, line by line of their texts.
 
-A node is known by what it makes; one that makes nothing, by its op and what it reads. Names stay from pass to pass, so
-that a node can be followed. What is in both graphs but not on a longest run that has the same order in both has moved
-(Hunt, Szymanski: "A fast algorithm for computing longest common subsequences", 1977). Texts are compared and not graphs
-because a graph of 80 layers takes a second to parse, and its lines say all that is asked here.
+What is in both graphs but not on a longest run that has the same order in both has moved (Hunt, Szymanski: "A fast
+algorithm for computing longest common subsequences", 1977).
 """
 
 from __future__ import annotations
 
-import json
-import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from zgraph.ir import Origin
-
-_STRING = r'"(?:[^"\\]|\\.)*"'
-_ORIGIN = re.compile(rf"(?: @ (?P<module>{_STRING}))?(?: (?P<file>{_STRING}):(?P<line>\d+))?(?: by (?P<by>[\w-]+))?$")
-_NODE = re.compile(r"(?:fwd|bwd|upd) (?:%(?P<made>[^\s:]+): .*? = )?(?P<op>[\w.]+)\((?P<args>.*)")
-
-
-@dataclass(frozen=True)
-class Line:
-    """A node as its line: what it is known by, its op, its text, and behind that where it comes from."""
-
-    key: str
-    op: str
-    text: str
-    place: str = field(default="", compare=False)
-
-    @property
-    def origin(self) -> Origin:
-        """Where the node comes from."""
-        found = _ORIGIN.fullmatch(self.place)
-        if found is None:
-            return Origin()
-        module, file = (json.loads(found[name] or '""') for name in ("module", "file"))
-        return Origin(module, file, int(found["line"] or 0), found["by"] or "")
+from zgraph.lines import Line, node_lines, read_line
 
 
 @dataclass(frozen=True)
@@ -67,35 +40,16 @@ class Difference:
         return {kind: dict(Counter(line.op for line in lines).most_common()) for kind, lines in kinds.items()}
 
 
-def node_lines(text: str) -> Mapping[str, Line]:
-    """Every node of a graph's text by what it is known by, in order."""
-    found: dict[str, Line] = {}
-    counts: Counter[str] = Counter()
-    for line in text.splitlines():
-        if (node := _NODE.match(line)) is None:
-            continue
-        bare = line[: _origin_at(line)]
-        key = node["made"] or f"{node['op']}({node['args'][: _origin_at(node['args'])]}"
-        counts[key] += 1
-        key = key if counts[key] == 1 else f"{key}#{counts[key]}"
-        found[key] = Line(key, node["op"], bare, line[len(bare) :])
-    return found
-
-
-def _origin_at(line: str) -> int:
-    """Where in a line it begins to say where the node comes from."""
-    found = _ORIGIN.search(line)
-    return found.start() if found else len(line)
-
-
 def compare(before: str, after: str) -> Difference:
     """What differs between the texts of two graphs."""
     old, new = node_lines(before), node_lines(after)
+    pairs = ((key, old[key], line) for key, line in new.items() if old.get(key, line) != line)
+    lines = ((read_line(was, key), read_line(now, key)) for key, was, now in pairs)
     return Difference(
-        tuple(line for key, line in new.items() if key not in old),
-        tuple(line for key, line in old.items() if key not in new),
-        tuple((old[key], line) for key, line in new.items() if key in old and old[key].text != line.text),
-        tuple(new[key] for key in moved(list(old), list(new))),
+        tuple(read_line(line, key) for key, line in new.items() if key not in old),
+        tuple(read_line(line, key) for key, line in old.items() if key not in new),
+        tuple((was, now) for was, now in lines if was.text != now.text),
+        tuple(read_line(new[key], key) for key in moved(list(old), list(new))),
     )
 
 

@@ -6,13 +6,16 @@ import linecache
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 
-from zgraph.compare import Line, moved, node_lines
-from zgraph.cost import Timeline, simulate
+from zgraph.compare import moved
+from zgraph.cost import Timeline
 from zgraph.errors import UsageError
-from zgraph.ir import OPS, Graph, Node
-from zgraph.passes import make_plan
+from zgraph.lines import Line, node_lines, read_line
 from zgraph.runfile import RunFile
+
+Lines = Mapping[str, str]
+"""The lines of a graph's nodes, by what each is known by."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Explanation:
         timing: when it runs in the predicted step and why then; empty where the graph cannot be planned yet.
     """
 
-    node: Node
+    node: Line
     source: str
     events: tuple[Event, ...]
     reads: tuple[str, ...]
@@ -50,30 +53,29 @@ def explain(run: RunFile, name: str) -> Explanation:
 
     Raises:
         UsageError: no graph of the run has such a node; the message has the nearest names.
+        RunFileError: the timeline in the file is damaged.
     """
     wanted = name.removeprefix("%")
-    lines = {member: node_lines(text) for member, text in run.texts.items()}
-    with_it = [s.member for s in run.manifest.snapshots if wanted in lines[s.member]]
+    graphs = {member: node_lines(text) for member, text in run.texts.items()}
+    with_it = [s.member for s in run.manifest.snapshots if wanted in graphs[s.member]]
     if not with_it:
-        near = get_close_matches(wanted, {key for some in lines.values() for key in some}, 3)
+        near = get_close_matches(wanted, {key for lines in graphs.values() for key in lines}, 3)
         hint = f"did you mean {', '.join(near)}?" if near else "zgraph show lists them"
         raise UsageError(f"no graph of the run has a node {name}; {hint}")
-    graph = run.graph_of(with_it[-1])
-    node = next(n for n, key in zip(graph.nodes, node_lines(run.texts[with_it[-1]]), strict=True) if key == wanted)
-    makers = ((v.name, graph.producers.get(v.name)) for v in node.operands)
-    made = {r.name for r in node.results}
+    lines = graphs[with_it[-1]]
+    node = read_line(lines[wanted])
     is_last = with_it[-1] == run.manifest.snapshots[-1].member
     return Explanation(
         node,
         _source(node),
-        tuple(_events(run, wanted, lines)),
-        tuple(f"%{value} ({maker.op if maker is not None else 'input'})" for value, maker in makers),
-        tuple(f"%{n.name} ({n.op})" for n in graph.nodes if any(v.name in made for v in n.operands)),
-        tuple(_timing(run, graph, node)) if is_last else (),
+        tuple(_events(run, wanted, graphs)),
+        tuple(_reads(node, lines)),
+        tuple(f"%{reader.name} ({reader.op})" for reader in _readers(node, lines)),
+        tuple(_timing(run.timeline, node, lines)) if is_last and run.timeline is not None else (),
     )
 
 
-def _source(node: Node) -> str:
+def _source(node: Line) -> str:
     origin = node.origin
     if not origin.file:
         return ""
@@ -81,26 +83,27 @@ def _source(node: Node) -> str:
     return f"{origin.file}:{origin.line}" + (f"  {line}" if line else "")
 
 
-def _events(run: RunFile, name: str, lines: Mapping[str, Mapping[str, Line]]) -> Iterator[Event]:
-    before: Mapping[str, Line] = {}
+def _events(run: RunFile, name: str, graphs: Mapping[str, Lines]) -> Iterator[Event]:
+    before: Lines = {}
     for graph, snapshot in zip(run.names, run.manifest.snapshots, strict=True):
-        after = lines[snapshot.member]
+        after = graphs[snapshot.member]
         if after is before:
             continue
+        text = read_line(after[name]).text if name in after else ""
         if name in after and name not in before:
-            yield Event(graph, "made" if before else "captured", after[name].text)
+            yield Event(graph, "made" if before else "captured", text)
         elif name in before and name not in after:
             yield Event(graph, "removed", "")
         elif name in after:
-            if before[name].text != after[name].text:
-                yield Event(graph, "changed", after[name].text)
+            if read_line(before[name]).text != text:
+                yield Event(graph, "changed", text)
             if name in moved(list(before), list(after)):
                 was, now = (_behind(name, some) for some in (before, after))
                 yield Event(graph, "moved", f"behind {now}" + (f", from behind {was}" if was != now else ", with it"))
         before = after
 
 
-def _behind(name: str, lines: Mapping[str, Line]) -> str:
+def _behind(name: str, lines: Lines) -> str:
     """What stands before a node."""
     last = "nothing"
     for key in lines:
@@ -110,33 +113,48 @@ def _behind(name: str, lines: Mapping[str, Line]) -> str:
     return last
 
 
-def _timing(run: RunFile, graph: Graph, node: Node) -> Iterator[str]:
+def _reads(node: Line, lines: Lines) -> Iterator[str]:
+    """What a node reads, each with the op that makes it."""
+    wanted = set(node.reads)
+    makers: dict[str, str] = {}
+    for key, line in lines.items():
+        made = read_line(line).makes if ", %" in line.partition(" = ")[0] else (key,)
+        makers.update(dict.fromkeys(wanted.intersection(made), line))
+    for name in node.reads:
+        yield f"%{name} ({read_line(makers[name]).op if name in makers else 'input'})"
+
+
+def _readers(node: Line, lines: Lines) -> list[Line]:
+    """The nodes that read what a node makes, in order."""
+    made = node.makes
+    close = [read_line(line) for line in lines.values() if any(f"%{name}" in line for name in made)]
+    return [line for line in close if not set(made).isdisjoint(line.reads)]
+
+
+def _timing(timeline: Timeline, node: Line, lines: Lines) -> Iterator[str]:
     """When a node runs in the predicted step, and what that has to do with others."""
-    timeline = simulate(make_plan(graph), run.context.costs, run.context.hints)
     span = next((s for s in timeline.spans if s.node == node.name), None)
     if span is None:
         return
     yield f"on the {span.lane} lane from {span.start_us:,.1f} to {span.end_us:,.1f} us of {timeline.step_us:,.1f}"
-    if node.op in OPS and OPS[node.op].lane != "compute":
-        yield from _transfer(graph, node, timeline)
+    if node.lane != "compute":
+        yield from _transfer(timeline, node, lines)
     for stall in timeline.stalls:
         if stall.node == node.name:
             yield f"computing waits here {stall.us:,.1f} us for %{stall.start}"
 
 
-def _transfer(graph: Graph, start: Node, timeline: Timeline) -> Iterator[str]:
+def _transfer(timeline: Timeline, start: Line, lines: Lines) -> Iterator[str]:
     """A transfer: how long before it is needed it is over, and what that costs or saves."""
     spans = {s.node: s for s in timeline.spans}
-    made = {r.name for r in start.results}
-    wait = next((n for n in graph.nodes if n.op == "wait" and any(v.name in made for v in n.operands)), None)
+    wait = next((line for line in _readers(start, lines) if line.op == "wait"), None)
     if wait is None:
         return
-    arrived = {r.name for r in wait.results}
-    user = next((n for n in graph.nodes if any(v.name in arrived for v in n.operands)), None)
+    user = next(iter(_readers(wait, lines)), None)
     here = spans[start.name]
-    later = graph.nodes[graph.nodes.index(wait) :]
-    needed = next((s for n in later if (s := spans.get(n.name)) is not None and s.lane == "compute"), None)
-    stall = sum(s.us for s in timeline.stalls if s.start == start.name)
+    later = islice(lines, list(lines).index(wait.key), None)
+    needed = next((s for key in later if (s := spans.get(key)) is not None and s.lane == "compute"), None)
+    stall = sum(s.us for s in timeline.stalls if s.start == here.node)
     until = f"%{user.name} ({user.op})" if user is not None else "the end"
     if stall:
         yield f"{until} needs it {stall:,.1f} us before it is there: that much of it is exposed"

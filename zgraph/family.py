@@ -6,8 +6,7 @@ more; every figure grows linearly from there, as the layers of a stack do the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 
 from zgraph.capture import trace
 from zgraph.ir import Graph
+from zgraph.stacks import shortened
 
 FEW_LAYERS = 2
 
@@ -64,12 +64,12 @@ def captured(
         param_dtype: dtype to compute in.
     """
 
-    def capture(lengths: dict[nn.ModuleList, int]) -> Graph:
-        with _shortened(lengths):
+    def capture(lengths: Mapping[nn.Module, int]) -> Graph:
+        with shortened(lengths):
             return trace(model, *args, param_dtype=param_dtype, **kwargs)
 
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and _are_alike(m)]
-    few = dict.fromkeys(stacks, FEW_LAYERS)
+    few: dict[nn.Module, int] = dict.fromkeys(stacks, FEW_LAYERS)
     longer = tuple(capture({**few, stack: FEW_LAYERS + 1}) for stack in stacks)
     return Family(capture(few), longer, tuple(len(stack) - FEW_LAYERS for stack in stacks))
 
@@ -78,16 +78,3 @@ def _are_alike(stack: nn.ModuleList) -> bool:
     """Whether there are enough layers to leave some out, and all but the first are of one kind."""
     kinds = {(type(m), tuple((n, p.shape, p.dtype) for n, p in m.named_parameters())) for m in [*stack][1:]}
     return len(stack) > FEW_LAYERS + 1 and len(kinds) == 1
-
-
-@contextmanager
-def _shortened(lengths: Mapping[nn.ModuleList, int]) -> Iterator[None]:
-    """Stacks with their first layers only."""
-    whole = {stack: dict(stack._modules) for stack in lengths}
-    try:
-        for stack, length in lengths.items():
-            stack._modules = {str(i): whole[stack][str(i)] for i in range(length)}
-        yield
-    finally:
-        for stack, modules in whole.items():
-            stack._modules = modules

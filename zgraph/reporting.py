@@ -8,6 +8,7 @@ from functools import cached_property
 from html import escape
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -24,9 +25,11 @@ from zgraph.passes.base import Context
 from zgraph.passes.instruments import Step
 from zgraph.passes.schedule import lower_bound_us
 from zgraph.runfile import RunFile
-from zgraph.runtime.regions import Regions
 from zgraph.viz import as_text, memory_chart
 from zgraph.viz.page import page
+
+if TYPE_CHECKING:
+    from zgraph.runtime.regions import Regions
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,24 @@ A zip archive of texts that any tool opens; nothing in it is ever run as code:
     run.json                    format, provenance, recipe, context (mesh, costs, budget, ...), and the list of graphs
     graphs/00-captured.zir      the graph as captured
     graphs/01-canonicalize.zir  after the first pass, and so on
+    timeline.json               the predicted step of the last graph (`zgraph.cost.TimelineRecord`), and a digest
 
 A pass that changed nothing has no text of its own: the list names the one that it left as it was. The plan is not in
-the file: it follows from the last graph (`zgraph.passes.make_plan`).
+the file: it follows from the last graph (`zgraph.passes.make_plan`). So does the timeline, which is there because it
+takes seconds to simulate. A file may lack it, and where its digest is not that of the last graph and the context, as
+after an edit, it is simulated anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import cached_property
@@ -29,10 +33,12 @@ from typing import BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import zgraph
-from zgraph.errors import RunFileError
+from zgraph.cost import Timeline, TimelineRecord, simulate
+from zgraph.errors import ContractError, RunFileError, SimulationError
 from zgraph.ir import Graph, Phase, parse_graph, print_graph
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.pipeline import print_pass, uncollected
+from zgraph.passes.planning import make_plan
 
 FORMAT = 1
 
@@ -41,7 +47,11 @@ MAX_BYTES = 2 << 30
 
 CAPTURED = "captured"
 
+_AGAIN = "write it again with zgraph trace"
+
 MANIFEST = "run.json"
+
+TIMELINE = "timeline.json"
 
 
 class _Frozen(BaseModel):
@@ -49,11 +59,12 @@ class _Frozen(BaseModel):
 
 
 class Provenance(_Frozen):
-    """Who made a file: the model's class, versions, and when (UTC)."""
+    """Who made a file: the model's class, versions, when (UTC), and how a model that was traced was captured."""
 
     model: str
     zgraph: str = zgraph.__version__
     torch: str = ""
+    captured: str = ""
     python: str = platform.python_version()
     made: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
@@ -81,6 +92,13 @@ class Manifest(_Frozen):
     snapshots: tuple[Snapshot, ...] = Field(min_length=1)
 
 
+class _Predicted(_Frozen):
+    """What `timeline.json` says: the timeline, and the digest of what it was simulated from."""
+
+    digest: str
+    timeline: TimelineRecord
+
+
 @dataclass(frozen=True)
 class RunFile:
     """A run: what was captured, what every pass made of it, and what the passes knew.
@@ -88,10 +106,12 @@ class RunFile:
     Args:
         manifest: all but the graphs.
         texts: the graphs' texts by the names of their members.
+        predicted: the text of `timeline.json`; empty where a file has none.
     """
 
     manifest: Manifest
     texts: dict[str, str]
+    predicted: bytes = b""
     _graphs: dict[str, Graph] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -143,6 +163,38 @@ class RunFile:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self.names)} and final"
         raise RunFileError(f"the run has no graph called {name[:60]!r}; {hint}")
 
+    @cached_property
+    def timeline(self) -> Timeline | None:
+        """The predicted step of the last graph; None where it cannot be planned.
+
+        Raises:
+            RunFileError: the file's own is damaged.
+            ZirError: there is none for this graph, and its text does not parse.
+        """
+        if self.predicted:
+            try:
+                found = _Predicted.model_validate_json(self.predicted)
+            except ValidationError as error:
+                raise RunFileError(f"{TIMELINE} is damaged: {_problems(error)}; {_AGAIN}") from None
+            if found.digest == self._digest():
+                return found.timeline.timeline()
+        try:
+            return simulate(make_plan(self.graph(), only_step=True), self.context.costs, self.context.hints)
+        except (ContractError, SimulationError):
+            return None
+
+    def with_timeline(self) -> RunFile:
+        """The same run, whose file says what the step is predicted to be."""
+        if self.timeline is None:
+            return self
+        predicted = _Predicted(digest=self._digest(), timeline=TimelineRecord.of(self.timeline))
+        return replace(self, predicted=predicted.model_dump_json().encode())
+
+    def _digest(self) -> str:
+        """A hash of what a timeline follows from."""
+        known = self.manifest.model_dump_json(include={"context"}) + self.texts[self.member("final")]
+        return hashlib.sha256(known.encode()).hexdigest()
+
     def save(self, target: Path | BinaryIO) -> None:
         """Write the file: as a whole or not at all."""
         if isinstance(target, Path):
@@ -159,6 +211,8 @@ class RunFile:
             archive.writestr(MANIFEST, self.manifest.model_dump_json(indent=1) + "\n")
             for member, text in self.texts.items():
                 archive.writestr(member, text)
+            if self.predicted:
+                archive.writestr(TIMELINE, self.predicted)
 
 
 def load_run(source: Path | BinaryIO) -> RunFile:
@@ -175,15 +229,16 @@ def load_run(source: Path | BinaryIO) -> RunFile:
             manifest = _manifest(archive.read(MANIFEST), name)
             members = dict.fromkeys(snapshot.member for snapshot in manifest.snapshots)
             texts = {member: archive.read(member).decode() for member in members}
+            predicted = archive.read(TIMELINE) if TIMELINE in archive.namelist() else b""
     except OSError as error:
         raise RunFileError(f"cannot read {name}: {error.strerror or error}") from None
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise RunFileError(f"{name} is no run file, or is damaged: {error}; write it again with zgraph trace") from None
+        raise RunFileError(f"{name} is no run file, or is damaged: {error}; {_AGAIN}") from None
     except (KeyError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, RunFileError):
             raise
-        raise RunFileError(f"{name} is damaged: {error}; write it again with zgraph trace") from None
-    return RunFile(manifest, texts)
+        raise RunFileError(f"{name} is damaged: {error}; {_AGAIN}") from None
+    return RunFile(manifest, texts, predicted)
 
 
 def _manifest(text: bytes, name: str) -> Manifest:
@@ -196,8 +251,11 @@ def _manifest(text: bytes, name: str) -> Manifest:
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        raise RunFileError(f"{name} is no run file: {problems}") from None
+        raise RunFileError(f"{name} is no run file: {_problems(error)}") from None
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
 
 
 def has_backward(graph: Graph) -> bool:
@@ -235,8 +293,8 @@ class Recording:
         self.steps.append((print_pass(step), after, seconds))
 
     def run_file(self, provenance: Provenance, context: Context) -> RunFile:
-        """What was recorded, as a file holds it."""
-        return run_file([(CAPTURED, self.captured, 0.0), *self.steps], provenance, context)
+        """What was recorded, as a file holds it, with its timeline."""
+        return run_file([(CAPTURED, self.captured, 0.0), *self.steps], provenance, context).with_timeline()
 
 
 def run_file(steps: Sequence[tuple[str, Graph, float]], provenance: Provenance, context: Context) -> RunFile:
@@ -251,4 +309,4 @@ def run_file(steps: Sequence[tuple[str, Graph, float]], provenance: Provenance, 
             texts[member], graphs[member] = print_graph(graph), graph
             written = graph, member
         snapshots.append(Snapshot(step=step, member=written[1], seconds=seconds, num_nodes=len(graph.nodes)))
-    return RunFile(Manifest(provenance=provenance, context=context, snapshots=tuple(snapshots)), texts, graphs)
+    return RunFile(Manifest(provenance=provenance, context=context, snapshots=tuple(snapshots)), texts, _graphs=graphs)

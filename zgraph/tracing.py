@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zgraph.capture import trace
+from zgraph.depth import captured
 from zgraph.errors import UsageError
 from zgraph.ir import Axis, Graph
 from zgraph.passes import Context, Pipeline
@@ -44,13 +44,13 @@ def traced(
     budget = (
         int(costs.hardware.device.memory_bytes * (1 - MARGIN)) if memory_budget is None else num_bytes(memory_budget)
     )
-    graph = trace(model, **inputs, param_dtype=param_dtype)
+    graph, how = captured(model, inputs, param_dtype)
     mesh = (Axis("shard", count),) if count > 1 else ()
     context = Context(mesh=mesh, costs=costs, memory_budget=budget, groups_calls=True, keeps_blocks=True)
     context = replace(context, rest_bytes=_rest_bytes(graph, pipeline, context))
     recording = Recording(graph)
     pipeline.run(graph, context, [recording])
-    return recording.run_file(Provenance(model=type(model).__name__, torch=torch.__version__), context)
+    return recording.run_file(Provenance(model=type(model).__name__, torch=torch.__version__, captured=how), context)
 
 
 def _rest_bytes(graph: Graph, pipeline: Pipeline, context: Context) -> int:

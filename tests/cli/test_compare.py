@@ -4,18 +4,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.passes.test_goldens import GOLDENS, Golden
-from zgraph.compare import compare, moved, node_lines
-from zgraph.ir import parse_graph, print_graph, print_node
+from zgraph.compare import compare, moved
+from zgraph.ir import Instruction, parse_graph, print_graph, print_node
+from zgraph.lines import node_lines, read_line
 
 
 def test_lines_are_nodes():
-    """Each node of every golden, in order, without where it comes from."""
+    """Each node of every golden, in order, with all that is read off its line."""
     for path in GOLDENS:
         for text in (Golden.read(path).before, Golden.read(path).after):
             graph = parse_graph(text)
-            lines = node_lines(print_graph(graph))
-            assert [line.text for line in lines.values()] == [print_node(n, origins=False) for n in graph.nodes]
-            assert [line.op for line in lines.values()] == [n.op for n in graph.nodes]
+            lines = [read_line(line) for line in node_lines(print_graph(graph)).values()]
+            assert [line.text for line in lines] == [print_node(n, origins=False) for n in graph.nodes]
+            for line, node in zip(lines, graph.nodes, strict=True):
+                assert (line.op, line.phase, line.lane) == (node.op, node.phase.value, Instruction(node).lane)
+                assert line.makes == [v.name for v in node.results]
+                assert line.reads == [v.name for v in node.operands]
+                assert line.origin == node.origin
 
 
 def test_a_difference_leads_from_one_graph_to_the_other():
@@ -26,8 +31,8 @@ def test_a_difference_leads_from_one_graph_to_the_other():
         old, new = node_lines(before), node_lines(after)
         kept = [key for key in old if key not in {line.key for line in found.removed}]
         assert sorted([*kept, *(line.key for line in found.added)]) == sorted(new)
-        changed = {old_line.key: new_line.text for old_line, new_line in found.changed}
-        assert all(changed.get(key, old[key].text) == new[key].text for key in kept)
+        changed = {was.key: now.text for was, now in found.changed}
+        assert all(changed.get(key, read_line(old[key]).text) == read_line(new[key]).text for key in kept)
         assert compare(after, after).stat == {"added": {}, "removed": {}, "changed": {}, "moved": {}}
 
 

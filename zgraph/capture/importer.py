@@ -75,6 +75,7 @@ class Importer:
         self.by_index: dict[int, str] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.hints: dict[str, int] = {}
+        self.regions: dict[int, int] = {}
         self.phases = self._phases()
 
     def run(self) -> Graph:
@@ -181,6 +182,7 @@ class Importer:
             raise self._error(node, f"calls {name} with an argument that has no form in the IR: {error}") from None
         phase = self.phases[node]
         region = torch_private.checkpoint_region(node) if phase is Phase.forward else 0
+        region = region and self.regions.setdefault(region, len(self.regions) + 1)
         self.nodes.append(Node(name, args, results, kwargs, phase, origin_of(node), region))
 
     def _value(self, node: fx.Node) -> Value:

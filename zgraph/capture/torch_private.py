@@ -39,7 +39,10 @@ def _plain_index(desc: Any) -> int | None:
 
 
 def checkpoint_region(node: torch.fx.Node) -> int:
-    """The number, from 1, of the `torch.utils.checkpoint` region that wants a node computed again; 0 for none."""
+    """The number of the `torch.utils.checkpoint` region that wants a node computed again; 0 for none.
+
+    torch counts them from the start of the process.
+    """
     if node.meta.get("recompute") not in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE):
         return 0
     return int(node.meta.get("ac_graph_id", 0)) + 1

@@ -17,8 +17,9 @@ from zgraph.cli.completion import hardware_names, one_of, pass_names, several_pa
 from zgraph.compare import compare
 from zgraph.errors import UsageError, VerifyError, ZirError
 from zgraph.explain import explain
-from zgraph.ir import print_graph, print_node, verify
+from zgraph.ir import print_graph, verify
 from zgraph.ir.ops import LANES
+from zgraph.lines import node_lines, read_line
 from zgraph.passes import ALL, BY_NAME, RECIPES, Pass, Pipeline, fusing, make_plan, parse_recipe
 from zgraph.passes.pipeline import print_size
 from zgraph.runfile import Recording, RunFile, run_file
@@ -69,6 +70,7 @@ def trace(
             found.model, found.inputs, pipeline, hardware=hardware, num_ranks=world or None,
             memory_budget=memory_budget or None, param_dtype=dtypes[dtype],
         )  # fmt: skip
+        errors().print(f"captured {run.manifest.provenance.captured}", highlight=False)
         shown.update(task, description=f"writing {escape(output)}")
         write_run(run, output)
     if output != "-":
@@ -151,7 +153,7 @@ def opt(
         before = graph
     made = run_file([("captured", begin, 0.0), *recording.steps], run.manifest.provenance, run.context)
     if output:
-        write_run(made, output)
+        write_run(made.with_timeline(), output)
     if output != "-" and (as_json or timing or not (print_ir_after_all or wanted or print_ir_after_change)):
         _print_steps(made, as_json)
 
@@ -218,28 +220,27 @@ def show(
 
     Example: `zgraph show run.zg@all-gather --op wait --phase fwd`
     """
-    from zgraph.ir import Instruction
-
     run, name = read_run(file)
-    graph = run.graph(name)
+    text = run.texts[run.member(name)]
+    lines = node_lines(text).values()
+    if not (op or module or phase or lane or as_json):
+        console().print(text, markup=False, highlight=False, end="")
+        return
     nodes = [
         n
-        for n in graph.nodes
-        if op in n.op and module in n.origin.module and phase in ("", n.phase.value)
-        and lane in ("", Instruction(n).lane)
-    ]  # fmt: skip
+        for n in map(read_line, lines)
+        if op in n.op and phase in ("", n.phase) and lane in ("", n.lane) and module in n.origin.module
+    ]
     if as_json:
         print_json([
-            {"name": n.name, "op": n.op, "phase": n.phase.value, "lane": Instruction(n).lane, "text": print_node(n),
+            {"name": n.name, "op": n.op, "phase": n.phase, "lane": n.lane, "text": n.text + n.end,
              "module": n.origin.module, "source": f"{n.origin.file}:{n.origin.line}", "made_by": n.origin.made_by}
             for n in nodes
         ])  # fmt: skip
-    elif len(nodes) == len(graph.nodes):
-        console().print(print_graph(graph), markup=False, highlight=False, end="")
     elif nodes:
-        console().print("\n".join(map(print_node, nodes)), markup=False, highlight=False)
+        console().print("\n".join(n.text + n.end for n in nodes), markup=False, highlight=False)
     else:
-        errors().print(f"none of {len(graph.nodes):,} nodes is one of those")
+        errors().print(f"none of {len(lines):,} nodes is one of those")
 
 
 @app.command()
@@ -293,13 +294,13 @@ def explain_node(
     found = explain(run, node)
     if as_json:
         print_json({
-            "node": print_node(found.node), "module": found.node.origin.module, "source": found.source,
+            "node": found.node.text + found.node.end, "module": found.node.origin.module, "source": found.source,
             "events": [dataclasses.asdict(e) for e in found.events], "reads": found.reads, "readers": found.readers,
             "timing": found.timing,
         })  # fmt: skip
         return
     rows = [
-        ("node", print_node(found.node, origins=False)),
+        ("node", found.node.text),
         ("module", found.node.origin.module),
         ("source", found.source),
     ]
@@ -333,7 +334,7 @@ def simulate_run(
     from zgraph.reporting import make_entry, mebibytes, step_summary
 
     run, name = read_run(file)
-    entry = make_entry(make_plan(run.graph(name)), (), run.context, lambda: run)
+    entry = make_entry(make_plan(run.graph(name), only_step=True), (), run.context, lambda: run)
     timeline = entry.timeline
     causes: dict[str, float] = defaultdict(float)
     starts = {n.name: n for n in entry.plan.graph.nodes}

@@ -4,6 +4,7 @@ from zgraph.cost.forms import NUM_RANKS, StepForm, closed_form
 from zgraph.cost.hardware import Device, Hardware, Link, hardware, known
 from zgraph.cost.memory import MemoryCurve, Moment, simulate_memory
 from zgraph.cost.network import Network, Quote
+from zgraph.cost.record import TimelineRecord
 from zgraph.cost.simulator import Span, Stall, Timeline, simulate
 from zgraph.cost.table import CostTable, Line, load_table, save_table, signature
 from zgraph.cost.wire import Traffic, traffic
@@ -24,6 +25,7 @@ __all__ = [
     "Stall",
     "StepForm",
     "Timeline",
+    "TimelineRecord",
     "Traffic",
     "Work",
     "closed_form",

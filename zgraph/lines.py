@@ -1,0 +1,95 @@
+"""The nodes of a graph by the lines of its text. A graph of 80 layers takes a second to parse; its lines say most.
+
+A node is known by what it makes; one that makes nothing, by its op and what it reads. Names stay from pass to pass, so
+that a node can be followed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from zgraph.ir import OPS, Origin
+from zgraph.ir.ops import Lane
+
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_ORIGIN = re.compile(rf"(?: @ (?P<module>{_STRING}))?(?: (?P<file>{_STRING}):(?P<line>\d+))?(?: by (?P<by>[\w-]+))?$")
+_NODE = re.compile(r"(?P<phase>fwd|bwd|upd) (?:%(?P<made>[^\s:]+): .*? = )?(?P<op>[\w.]+)\((?P<args>.*)")
+_NODES = ("fwd ", "bwd ", "upd ")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A node as its line.
+
+    Args:
+        key: what it is known by.
+        phase: fwd, bwd or upd.
+        op: its op.
+        args: what follows the op.
+        text: the line without where it comes from.
+        end: where it comes from, as the line has it.
+    """
+
+    key: str
+    phase: str
+    op: str
+    args: str
+    text: str
+    end: str
+
+    @property
+    def origin(self) -> Origin:
+        """Where it comes from."""
+        found = _ORIGIN.match(self.end)
+        assert found is not None
+        module, file = (json.loads(found[name] or '""') for name in ("module", "file"))
+        return Origin(module, file, int(found["line"] or 0), found["by"] or "")
+
+    @property
+    def lane(self) -> Lane:
+        """The lane that it runs on."""
+        return OPS[self.op].lane if self.op in OPS else "compute"
+
+    @property
+    def name(self) -> str:
+        """The first result, or the op where there is none, as `Node.name`."""
+        return self.makes[0] if self.makes else self.op
+
+    @property
+    def makes(self) -> list[str]:
+        """The names of its results."""
+        return re.findall(r"%([\w.]+): ", self.text.removesuffix(f"{self.op}({self.args}"))
+
+    @property
+    def reads(self) -> list[str]:
+        """The names of the values that it reads, in order, repeats kept."""
+        return re.findall(r"%([\w.]+)", re.sub(_STRING, "", self.args))
+
+
+def read_line(line: str, key: str = "") -> Line:
+    """A node's line, taken apart; `key` if it is known by another than its own. Raises ValueError if it is none."""
+    begin = line.rfind(' @ "')
+    found = _ORIGIN.match(line, begin) if begin >= 0 else None
+    end = (found or _ORIGIN.search(line))[0]  # type: ignore[index]
+    text = line.removesuffix(end)
+    if (node := _NODE.match(text)) is None:
+        raise ValueError(f"{line[:60]} is no node")
+    key = key or node["made"] or f"{node['op']}({node['args']}"
+    return Line(key, node["phase"], node["op"], node["args"], text, end)
+
+
+def node_lines(text: str) -> Mapping[str, str]:
+    """The line of every node of a graph's text by what the node is known by, in order."""
+    found: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for line in text.splitlines():
+        if not line.startswith(_NODES):
+            continue
+        key = line[5 : line.find(":")] if line[4] == "%" else read_line(line).key
+        counts[key] += 1
+        found[key if counts[key] == 1 else f"{key}#{counts[key]}"] = line
+    return found
