@@ -20,7 +20,7 @@ from zgraph.passes.analysis.gathers import casts_before, is_gather
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.lowering import placement_change
-from zgraph.passes.outlook import makespan_us, peak_bytes
+from zgraph.passes.outlook import makespan_us, step_memory
 
 LATENCIES = 20
 """A bucket's bytes take this many times as long as its latency."""
@@ -57,11 +57,17 @@ class Bucket(Pass):
             groups = self.groups(graph, max_bytes, below)
             choices.setdefault(tuple(map(tuple, groups)), groups)
         graphs = [self.merged(graph, groups) for groups in choices.values()]
-        if context.step_bytes is not None:
-            peaks = {id(g): peak_bytes(g, context) for g in (*graphs, graph)}
-            fitting = [g for g in graphs if peaks[id(g)] <= context.step_bytes]
-            graphs = fitting or [min((*graphs, graph), key=lambda g: peaks[id(g)])]
-        return min(graphs, key=lambda g: makespan_us(g, context)) if len(graphs) > 1 else graphs[0]
+        if context.step_bytes is None:
+            return min(graphs, key=lambda g: makespan_us(g, context)) if len(graphs) > 1 else graphs[0]
+        found = [(g, step_memory(g, context)) for g in graphs]
+        fitting = [(g, memory) for g, memory in found if memory.peak.total_bytes <= context.step_bytes]
+        if not fitting:
+            return min((*found, (graph, step_memory(graph, context))), key=lambda pair: pair[1].peak.total_bytes)[0]
+        return (
+            min(fitting, key=lambda pair: makespan_us(pair[0], context, pair[1]))[0]
+            if len(fitting) > 1
+            else fitting[0][0]
+        )
 
     def merged(self, graph: Graph, groups: list[list[int]]) -> Graph:
         """The graph with each group of reshards as one."""

@@ -93,6 +93,10 @@ class _Partitioner:
         self.env: dict[Phase, dict[str, Value]] = {p: {} for p in Phase}
         self.derived: set[str] = set()
         self.shared: set[str] = set()
+        self.mutations: dict[str, list[int]] = {}
+        for index, output in enumerate(graph.outputs):
+            if output.kind is OutputKind.mutation and output.value is not None:
+                self.mutations.setdefault(output.value.name, []).append(index)
         self.nodes: list[Node] = []
         self.late: list[Node] = []
 
@@ -232,11 +236,8 @@ class _Partitioner:
 
     def share_buffers(self, node: Node, outputs: list[Output]) -> None:
         """A buffer's new value, made by `node` from each rank's own part of the batch, is the first rank's for all."""
-        made = {r.name for r in node.results}
-        for index, output in enumerate(self.source.outputs):
-            if output.kind is not OutputKind.mutation or output.value is None or output.value.name not in made:
-                continue
-            value = self.env[node.phase][output.value.name]
+        for name, index in ((r.name, index) for r in node.results for index in self.mutations.get(r.name, ())):
+            output, value = self.source.outputs[index], self.env[node.phase][name]
             entry = self.inputs[output.target]
             if entry.kind is InputKind.buffer and value.tensor.varies:
                 value = self.reshard(

@@ -20,8 +20,8 @@ from zgraph.growth import Counts, grown
 from zgraph.ir import Graph, InputKind
 from zgraph.stacks import Stack, shortened, stacks
 
-FEWEST_LAYERS = (2, 3)
-"""With so many layers a model is captured first: the first may differ, and with three of them the last, too."""
+FEWEST_LAYERS = (2, 3, 4)
+"""With so many layers a model is captured first; with more where the first and the last are not as those between."""
 
 
 def captured(model: nn.Module, inputs: Mapping[str, Any], param_dtype: torch.dtype | None) -> tuple[Graph, str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 
 from zgraph.errors import CaptureError
 from zgraph.ir import Graph, parse_graph, print_graph
@@ -140,22 +140,22 @@ def _part_name(line: str) -> str:
 
 
 def _part(name: str, read: Mapping[Counts, Mapping[str, Sequence[_Line]]], num_stacks: int) -> _Part:
-    stacks = []
+    stacks: list[_Stack] = []
     for number in range(num_stacks):
         few, one, two = (
             read[tuple(more * (n == number) for n in range(num_stacks))].get(name, ()) for more in range(3)
         )
-        if (stack := _stack(few, one, two)) is None:
+        if (stack := _stack(few, one, two, stacks)) is None:
             raise CaptureError(f"the layers do not repeat evenly in the lines of {name}")
         stacks.append(stack)
-    layers = sorted((s.begin, s.end) for s in stacks if s.begin < s.end)
-    if any(begin < end for (_, end), (begin, _) in pairwise(layers)):
-        raise CaptureError(f"the layers of several stacks lie across each other in the lines of {name}")
     return _Part(tuple(read[(0,) * num_stacks][name]), tuple(stacks))
 
 
-def _stack(few: Sequence[_Line], one: Sequence[_Line], two: Sequence[_Line]) -> _Stack | None:
-    """Where the layer stands and how numbers grow, from lines with none, one and two more layers; None if nowhere."""
+def _stack(few: Sequence[_Line], one: Sequence[_Line], two: Sequence[_Line], others: Sequence[_Stack]) -> _Stack | None:
+    """Where the layer stands and how numbers grow, from lines with none, one and two more layers; None if nowhere.
+
+    Layers of several stacks may look alike: it does not stand where those of the others do.
+    """
     size = len(one) - len(few)
     if size < 0 or len(two) - len(one) != size:
         return None
@@ -164,6 +164,8 @@ def _stack(few: Sequence[_Line], one: Sequence[_Line], two: Sequence[_Line]) -> 
     between = [_layer_step(number, size, one, two) for number in range(len(few))]
     for begin in range(len(few) - size + 1):
         end = begin + size
+        if any(begin < other.end and other.begin < end for other in others):
+            continue
         with_count, with_layer = _all_of([*before[:end], *behind[end:]]), _all_of(between[begin:end])
         if with_count is not None and with_layer is not None:
             return _Stack(begin, end, with_count, with_layer)

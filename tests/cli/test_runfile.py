@@ -3,13 +3,17 @@
 import io
 import random
 import zipfile
+from dataclasses import replace
+from math import inf
 
 import pytest
 
 import zgraph
+from zgraph.cost import hardware, simulate
 from zgraph.errors import RunFileError, ZgraphError, ZirError
 from zgraph.ir import Axis, DType, Graph, parse_graph
-from zgraph.passes import RECIPES, Context, parse_recipe
+from zgraph.ir.ops import LANES
+from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.runfile import MANIFEST, MAX_BYTES, Provenance, Recording, RunFile, load_run
 
 SMALL = """graph "small"
@@ -147,9 +151,51 @@ def test_damaged_runs_are_errors_and_nothing_else(run):
             found = load_run(io.BytesIO(damaged(original, dice)))
             found.graph("captured")
             found.graph("final")
+            _ = found.timeline
         except ZgraphError:
             refused += 1
     assert refused > 2500
+
+
+def test_damaged_timelines_are_errors_and_nothing_else(run):
+    """Two thousand of them: what is no timeline is refused, and what is has times and bytes that are none below zero."""
+    dice, refused = random.Random(2), 0
+    for _ in range(2000):
+        found = replace(run, predicted=damaged(run.predicted, dice))
+        try:
+            timeline = found.timeline
+        except RunFileError:
+            refused += 1
+        else:
+            assert timeline is not None
+            assert all(0 <= s.start_us <= inf and 0 <= s.end_us < inf and s.lane in LANES for s in timeline.spans)
+            assert all(m.total_bytes >= 0 for m in timeline.memory.moments)
+    assert refused > 1000
+
+
+def test_the_timeline_is_in_the_file(run):
+    """As it is simulated; and simulated where the file has none, or that of another graph or of other costs."""
+    expected = simulate(make_plan(run.graph()), CONTEXT.costs, CONTEXT.hints)
+    back = load_run(io.BytesIO(data(run)))
+    assert back.timeline == expected
+    assert not back._graphs
+    assert replace(run, predicted=b"").timeline == expected
+    slower = CONTEXT.costs.model_copy(update={"hardware": hardware("h100")})
+    other = run.manifest.model_copy(update={"context": replace(CONTEXT, costs=slower)})
+    assert replace(back, manifest=other).timeline != expected
+    back.texts[back.member("final")] = back.texts[back.member("final")].replace("aten.relu", "aten.gelu")
+    edited = load_run(io.BytesIO(data(back)))
+    assert edited.timeline is not None
+    assert "aten.gelu.default" in {s.op for s in edited.timeline.spans}
+
+
+def test_what_cannot_be_planned_has_no_timeline():
+    graph = parse_graph(SMALL)
+    recording = Recording(graph)
+    parse_recipe("partition(stage=3)").run(graph, CONTEXT, [recording])
+    found = recording.run_file(Provenance(model="Small"), CONTEXT)
+    assert found.timeline is None
+    assert load_run(io.BytesIO(data(found))).timeline is None
 
 
 def test_damaged_graphs_are_errors_and_nothing_else(run):

@@ -160,7 +160,7 @@ class _Walk:
         for instruction in instructions:
             node = instruction.node
             sources = views(self.graph, node)
-            shared = frozenset(r for name in sources for r in self.roots.get(name, ()))
+            shared = frozenset(r for name in sources for r in self.roots.get(name, ())) if sources else frozenset()
             is_view = bool(sources)
             in_arena = bool(offsets(node))
             for result in node.results:
@@ -197,8 +197,10 @@ class _Walk:
     def moment(self, node: Node) -> Moment:
         """What is alive now. Of the collectives under way the oldest two are served, and have scratch memory."""
         by_category = dict(self.by_category)
-        by_category["buckets"] = by_category.get("buckets", 0) + sum(nlargest(NUM_SERVED, self.scratch.values()))
-        by_category["temporaries"] = by_category.get("temporaries", 0) + workspace_bytes(node, self.hints)
+        if self.scratch:
+            by_category["buckets"] = by_category.get("buckets", 0) + sum(nlargest(NUM_SERVED, self.scratch.values()))
+        if taken := workspace_bytes(node, self.hints):
+            by_category["temporaries"] = by_category.get("temporaries", 0) + taken
         host_bytes = by_category.pop(HOST, 0)
         return Moment(node.name, node.phase.value, by_category, host_bytes)
 

@@ -108,11 +108,11 @@ class Node:
 
     def option(self, key: str) -> Arg:
         """The keyword argument `key`, or None."""
-        return dict(self.kwargs).get(key)
+        return next((arg for name, arg in self.kwargs if name == key), None)
 
     def substitute(self, env: Mapping[str, Value]) -> Node:
         """The node reading `env[name]` wherever it read the value called `name`."""
-        if not any(v.name in env for v in self.operands):
+        if not env or not any(v.name in env for v in self.operands):
             return self
         args = tuple(map_values(a, env) for a in self.args)
         return replace(self, args=args, kwargs=tuple((k, map_values(a, env)) for k, a in self.kwargs))
