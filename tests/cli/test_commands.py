@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,13 @@ def test_what_programs_read(zgraph_command):
     assert "model.py" in found["source"]
     _, out, _ = zgraph_command("simulate", "run.zg", "--json")
     assert json.loads(out)["step_us"] >= json.loads(out)["lower_bound_us"] > 0
+
+
+def test_looking_at_a_run_takes_no_torch(zgraph_command):
+    """Starting torch takes longer than all that these commands do."""
+    for command in ("show run.zg", "diff run.zg@keep @bucket", "explain run.zg addmm_1", "simulate run.zg", "passes"):
+        line = f"import sys; sys.argv[1:] = {command.split()}; sys.modules['torch'] = None; import zgraph.__main__"
+        assert subprocess.run([sys.executable, "-c", line], capture_output=True).returncode == 0, command
 
 
 def test_differences(zgraph_command):

@@ -158,7 +158,7 @@ def test_damaged_runs_are_errors_and_nothing_else(run):
 
 
 def test_damaged_timelines_are_errors_and_nothing_else(run):
-    """Two thousand of them: what is no timeline is refused, and what is has times and bytes that are none below zero."""
+    """Two thousand of them: what is no timeline is refused; what is one has no times and bytes below zero."""
     dice, refused = random.Random(2), 0
     for _ in range(2000):
         found = replace(run, predicted=damaged(run.predicted, dice))

@@ -228,7 +228,7 @@ def show(
         return
     nodes = [
         n
-        for n in map(read_line, lines)
+        for n in (read_line(line) for line in lines if op in line and line.startswith(phase))
         if op in n.op and phase in ("", n.phase) and lane in ("", n.lane) and module in n.origin.module
     ]
     if as_json:
