@@ -21,7 +21,7 @@ import platform
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -48,6 +48,9 @@ MAX_BYTES = 2 << 30
 CAPTURED = "captured"
 
 _AGAIN = "write it again with zgraph trace"
+
+Ran = tuple[str, Graph, float]
+"""A step as the recipe writes it, the graph after it, and its seconds."""
 
 MANIFEST = "run.json"
 
@@ -76,11 +79,6 @@ class Snapshot(_Frozen):
     member: str
     seconds: float = Field(ge=0)
     num_nodes: int = Field(ge=0)
-
-    @property
-    def name(self) -> str:
-        """The pass without its options."""
-        return self.step.partition("(")[0]
 
 
 class Manifest(_Frozen):
@@ -125,11 +123,12 @@ class RunFile:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """What each graph is called: by the pass that made it, with #2 where that ran a second time."""
-        found: list[str] = []
-        for snapshot in self.manifest.snapshots:
-            count = sum(name.partition("#")[0] == snapshot.name for name in found)
-            found.append(snapshot.name if not count else f"{snapshot.name}#{count + 1}")
-        return tuple(found)
+        return graph_names(snapshot.step for snapshot in self.manifest.snapshots)
+
+    @property
+    def steps(self) -> list[Ran]:
+        """What ran: each step with its graph and seconds."""
+        return [(s.step, self.graph_of(s.member), s.seconds) for s in self.manifest.snapshots]
 
     def graph(self, name: str = "final") -> Graph:
         """The graph after a pass: its name (`bucket`, `dce#2`), a position (0 is what was captured), or `final`.
@@ -258,6 +257,15 @@ def _problems(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
 
 
+def graph_names(steps: Iterable[str]) -> tuple[str, ...]:
+    """What the graphs after these steps are called."""
+    found: list[str] = []
+    for name in (step.partition("(")[0] for step in steps):
+        count = sum(other.partition("#")[0] == name for other in found)
+        found.append(name if not count else f"{name}#{count + 1}")
+    return tuple(found)
+
+
 def has_backward(graph: Graph) -> bool:
     """Whether a graph is that of a training step."""
     return any(node.phase is Phase.backward for node in graph.nodes)
@@ -287,7 +295,7 @@ class Recording:
     """An instrument that keeps the graph after every pass, for a file."""
 
     captured: Graph
-    steps: list[tuple[str, Graph, float]] = field(default_factory=list)
+    steps: list[Ran] = field(default_factory=list)
 
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
         self.steps.append((print_pass(step), after, seconds))
@@ -297,7 +305,7 @@ class Recording:
         return run_file([(CAPTURED, self.captured, 0.0), *self.steps], provenance, context).with_timeline()
 
 
-def run_file(steps: Sequence[tuple[str, Graph, float]], provenance: Provenance, context: Context) -> RunFile:
+def run_file(steps: Sequence[Ran], provenance: Provenance, context: Context) -> RunFile:
     """A run of these graphs: each with the pass that made it and its seconds, what was captured first."""
     snapshots: list[Snapshot] = []
     texts: dict[str, str] = {}

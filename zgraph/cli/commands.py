@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
@@ -22,7 +22,7 @@ from zgraph.ir.ops import LANES
 from zgraph.lines import node_lines, read_line
 from zgraph.passes import ALL, BY_NAME, RECIPES, Pass, Pipeline, fusing, make_plan, parse_recipe
 from zgraph.passes.pipeline import print_size
-from zgraph.runfile import Recording, RunFile, run_file
+from zgraph.runfile import CAPTURED, Ran, Recording, graph_names
 
 
 @app.command()
@@ -74,7 +74,7 @@ def trace(
         shown.update(task, description=f"writing {escape(output)}")
         write_run(run, output)
     if output != "-":
-        _print_steps(run, as_json)
+        _print_steps(run.steps, as_json)
 
 
 @app.command(name="passes")
@@ -151,11 +151,10 @@ def opt(
         if print_ir_after_all or step.partition("(")[0] in wanted or (print_ir_after_change and graph != before):
             console().print(f"# after {step}\n{print_graph(graph)}", markup=False, highlight=False)
         before = graph
-    made = run_file([("captured", begin, 0.0), *recording.steps], run.manifest.provenance, run.context)
     if output:
-        write_run(made.with_timeline(), output)
+        write_run(recording.run_file(run.manifest.provenance, run.context), output)
     if output != "-" and (as_json or timing or not (print_ir_after_all or wanted or print_ir_after_change)):
-        _print_steps(made, as_json)
+        _print_steps([(CAPTURED, begin, 0.0), *recording.steps], as_json)
 
 
 def _chosen(pipeline: Pipeline, disabled: list[str], stop_after: str) -> Pipeline:
@@ -182,26 +181,26 @@ def _known(name: str) -> str:
     return name
 
 
-def _print_steps(run: RunFile, as_json: bool) -> None:
+def _print_steps(steps: Sequence[Ran], as_json: bool) -> None:
     """What each pass changed, and what it took."""
     rows, before = [], Counter[str]()
-    for name, snapshot in zip(run.names, run.manifest.snapshots, strict=True):
-        counts = Counter(n.op for n in run.graph(name).nodes)
+    for name, (step, graph, seconds) in zip(graph_names(s for s, _, _ in steps), steps, strict=True):
+        counts = Counter(n.op for n in graph.nodes)
         changed = {op: counts[op] - before[op] for op in counts | before if counts[op] != before[op]}
-        rows.append((name, snapshot, changed if before else {}))
+        rows.append((name, step, seconds, len(graph.nodes), changed if before else {}))
         before = counts
     if as_json:
         print_json([
-            {"graph": name, "step": s.step, "seconds": s.seconds, "nodes": s.num_nodes, "changed": changed}
-            for name, s, changed in rows
+            {"graph": name, "step": step, "seconds": seconds, "nodes": num_nodes, "changed": changed}
+            for name, step, seconds, num_nodes, changed in rows
         ])  # fmt: skip
         return
     table = Table("after", "nodes", "ms", "changed")
     table.columns[1].justify = table.columns[2].justify = "right"
-    for name, snapshot, changed in rows:
+    for name, _, seconds, num_nodes, changed in rows:
         order = sorted(changed.items(), key=lambda item: (-abs(item[1]), item[0]))
         words = " ".join(f"{count:+d} {op}" for op, count in order)
-        table.add_row(name, f"{snapshot.num_nodes:,}", f"{1e3 * snapshot.seconds:,.0f}", words)
+        table.add_row(name, f"{num_nodes:,}", f"{1e3 * seconds:,.0f}", words)
     console().print(table)
 
 
