@@ -23,7 +23,7 @@ class TimelineRecord(BaseModel):
         step_us, busy_us: as in `Timeline`.
         spans: lane, node, op, phase, begin and end in microseconds.
         stalls: node, start, phase, begin and length in microseconds.
-        moments: node, phase, bytes by category, bytes on the host.
+        moments: node, phase, bytes by category, bytes on the host, and when it begins, in microseconds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,7 +31,7 @@ class TimelineRecord(BaseModel):
     busy_us: Mapping[Lane, Us]
     spans: tuple[tuple[Lane, str, str, PhaseName, Us, Us], ...]
     stalls: tuple[tuple[str, str, PhaseName, Us, Us], ...]
-    moments: tuple[tuple[str, PhaseName, Mapping[str, Bytes], Bytes], ...]
+    moments: tuple[tuple[str, PhaseName, Mapping[str, Bytes], Bytes, Us], ...]
 
     @classmethod
     def of(cls, timeline: Timeline) -> TimelineRecord:
@@ -41,11 +41,15 @@ class TimelineRecord(BaseModel):
             "busy_us": timeline.busy_us,
             "spans": [(s.lane, s.node, s.op, s.phase, s.start_us, s.end_us) for s in timeline.spans],
             "stalls": [(s.node, s.start, s.phase, s.start_us, s.us) for s in timeline.stalls],
-            "moments": [(m.node, m.phase, m.bytes_by_category, m.host_bytes) for m in timeline.memory.moments],
+            "moments": [
+                (m.node, m.phase, m.bytes_by_category, m.host_bytes, us)
+                for m, us in zip(timeline.memory.moments, timeline.instants_us, strict=True)
+            ],
         })  # fmt: skip
 
     def timeline(self) -> Timeline:
         """The timeline of a record."""
-        memory = MemoryCurve(tuple(Moment(*row) for row in self.moments))
+        memory = MemoryCurve(tuple(Moment(node, phase, sizes, host) for node, phase, sizes, host, _ in self.moments))
+        instants = tuple(us for *_, us in self.moments)
         spans, stalls = (Span(*row) for row in self.spans), (Stall(*row) for row in self.stalls)
-        return Timeline(tuple(spans), tuple(stalls), self.step_us, memory, dict(self.busy_us.items()))
+        return Timeline(tuple(spans), tuple(stalls), self.step_us, memory, instants, dict(self.busy_us.items()))

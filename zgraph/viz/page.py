@@ -17,11 +17,9 @@ from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
-from zgraph.compare import node_lines
-from zgraph.cost import simulate
 from zgraph.cost.memory import lifetimes
-from zgraph.errors import ContractError, SimulationError, VerifyError
 from zgraph.ir import Mesh
+from zgraph.lines import node_lines, read_line
 from zgraph.passes import make_plan
 from zgraph.passes.schedule import lower_bound_us
 from zgraph.runfile import RunFile
@@ -93,6 +91,7 @@ class _Nodes:
         self.orders: list[list[int] | None] = []
         before = ""
         latest: list[str] = []
+        latest_text: list[str] = []
         for graph, snapshot in enumerate(run.manifest.snapshots):
             if snapshot.member == before:
                 self.orders.append(None)
@@ -103,28 +102,29 @@ class _Nodes:
                 number = self.numbers.setdefault(key, len(latest))
                 if number == len(latest):
                     latest.append("")
-                    origin = line.origin
-                    for name, value in zip(
-                        self.columns,
-                        (key, line.text[:3], origin.module, origin.file, origin.line, origin.made_by),
-                        strict=True,
-                    ):
-                        self.columns[name].append(value)
-                if latest[number] != line.text:
-                    latest[number] = line.text
-                    self.texts.append((number, graph, line.text))
+                    latest_text.append("")
+                    self.add(key, line)
+                if latest[number] != line and (text := read_line(line, key).text) != latest_text[number]:
+                    latest_text[number] = text
+                    self.texts.append((number, graph, text))
+                latest[number] = line
                 order.append(number)
             self.orders.append([b - a for a, b in pairwise(order)])
+
+    def add(self, key: str, line: str) -> None:
+        origin = read_line(line, key).origin
+        values = (key, line[:3], origin.module, origin.file, origin.line, origin.made_by)
+        for column, value in zip(self.columns.values(), values, strict=True):
+            column.append(value)
 
 
 def _step(run: RunFile, numbers: Mapping[str, int]) -> dict[str, Any]:
     """The predicted step: nodes by their numbers, -1 for those that have none, times in us."""
-    context, graph = run.context, run.graph()
-    try:
-        plan = make_plan(graph)
-        timeline = simulate(plan, context.costs, context.hints)
-    except (ContractError, SimulationError, VerifyError) as error:
-        return {"step": None, "why": str(error)}
+    context, timeline = run.context, run.timeline
+    if timeline is None:
+        return {"step": None, "why": f"the graph after {run.names[-1]} is not one that can be run yet"}
+    graph = run.graph()
+    plan = make_plan(graph, only_step=True)
     categories = list(dict.fromkeys(c for m in timeline.memory.moments for c in m.bytes_by_category))
     moments = timeline.memory.moments
     bound = max(lower_bound_us(graph, context), timeline.lower_bound_us)
