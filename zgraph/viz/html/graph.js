@@ -202,7 +202,7 @@ class GraphView {
   }
 }
 
-const FAR = 900;
+const FAR = 480;
 
 function curve(a, b, crosses) {
   if (crosses) {
