@@ -66,25 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs the command anywhere."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*args: str, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["zgraph", *args])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return ended.value.code or 0, said.out, said.err
-
-    return run
-
-
-@pytest.fixture
-def zgraph_command(folder, monkeypatch, capfd):
-    """Runs the command in that folder: its exit code, what it wrote, and what it said of errors."""
-    monkeypatch.chdir(folder)
+def command(monkeypatch, capfd):
+    """Runs the zgraph command: its exit code, what it wrote, and what it said of errors."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # and again afterwards: launch sets it
 
@@ -97,7 +80,14 @@ def zgraph_command(folder, monkeypatch, capfd):
         said = capfd.readouterr()
         return ended.value.code or 0, said.out, said.err
 
-    if not Path("run.zg").exists():
-        code, _, error = run("trace", "model.py:gone", "--world", "2", "--dtype", "f32", "-o", "run.zg")
-        assert code == 0, error
     return run
+
+
+@pytest.fixture
+def zgraph_command(folder, monkeypatch, command):
+    """The same, in that folder."""
+    monkeypatch.chdir(folder)
+    if not Path("run.zg").exists():
+        code, _, error = command("trace", "model.py:gone", "--world", "2", "--dtype", "f32", "-o", "run.zg")
+        assert code == 0, error
+    return command

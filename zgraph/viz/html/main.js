@@ -13,6 +13,7 @@ class App {
     this.writeStep();
     this.search = new Search(this);
     this.listen();
+    this.showTheme(DARK.matches);
     this.showGraph(run.last);
   }
 
@@ -112,7 +113,8 @@ class App {
       "show-graph": () => this.showTab(false), "show-text": () => this.showTab(true),
       collapse: () => this.graph.collapse(), fit: () => this.graph.fit(),
       "zoom-in": () => this.graph.zoom(1.3), "zoom-out": () => this.graph.zoom(1 / 1.3),
-      "time-fit": () => this.charts.look(0, this.charts.end), "to-peak": () => this.showPeak(), theme: () => this.turnTheme(),
+      "time-fit": () => this.charts.look(0, this.charts.end), "to-peak": () => this.showPeak(), 
+      theme: () => this.showTheme(document.documentElement.dataset.theme !== "dark"),
     };
     for (const [id, act] of Object.entries(clicks)) byId(id).addEventListener("click", act);
     byId("slider").addEventListener("input", event => this.showGraph(Number(event.target.value)));
@@ -124,7 +126,7 @@ class App {
     });
     window.addEventListener("keydown", event => this.pressed(event));
     window.addEventListener("resize", () => this.program.draw());
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.charts.ask());
+    DARK.addEventListener("change", () => this.showTheme(DARK.matches));
   }
 
   pressed(event) {
@@ -145,10 +147,8 @@ class App {
     this.selectMoment(charts.peakAt);
   }
 
-  turnTheme() {
-    const root = document.documentElement;
-    const isDark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-    root.dataset.theme = isDark ? "light" : "dark";
+  showTheme(isDark) {
+    document.documentElement.dataset.theme = isDark ? "dark" : "light";
     this.charts.ask();
   }
 }
@@ -212,6 +212,8 @@ class Search {
     this.field.blur();
   }
 }
+
+const DARK = matchMedia("(prefers-color-scheme: dark)");
 
 const byId = id => document.getElementById(id);
 
