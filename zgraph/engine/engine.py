@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 import zgraph
+from zgraph.api import compiled_model
 from zgraph.engine.config import Config, read_config
 from zgraph.engine.data import EngineLoader
 from zgraph.engine.gradients import Gradients
@@ -212,6 +214,31 @@ class Engine:
         self.accumulation = train_batch_size // rows
         self.micro_steps = 0
 
+    @property
+    def global_samples(self) -> int:
+        """Rows of all ranks in the steps so far."""
+        return self.global_steps * self.train_batch_size()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, and where batches go."""
+        return compiled_model(self.module).session.device
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that share a batch."""
+        return self.config.world_size
+
+    @property
+    def global_rank(self) -> int:
+        """This rank's number among all."""
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def local_rank(self) -> int:
+        """This rank's number on its host, as the launcher gave it."""
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
     def fp16_enabled(self) -> bool:
         return self.config.keys.fp16.enabled
 
@@ -253,19 +280,21 @@ def initialize_engine(
     source = config if config is not None else getattr(args, "deepspeed_config", None)
     if source is None:
         raise UsageError("initialize_engine needs config=: a dict, a path, or JSON in base64")
-    _join()
+    init_distributed()
     everyone = dist.get_world_size() if dist.is_initialized() else 1
     read = read_config(source, world_size=everyone if mesh is None else mesh.size())
-    names = _names(model, optimizer, model_parameters)
-    compiled = _compiled(model, read, mesh if mesh is not None else _mesh(read))
-    made = _optimizer(compiled, read, optimizer, names)
-    scheduler = _scheduler(made, read, lr_scheduler)
+    if optimizer is None and read.optimizer is None and (lr_scheduler is not None or read.schedule is not None):
+        raise UsageError("a scheduler needs an optimizer: name one in the configuration, or give optimizer=")
     loader = None
     if training_data is not None:
         loader = EngineLoader(
             training_data, read.micro_batch, collate_fn, read.keys.dataloader_drop_last, read.keys.seed or 0,
             read.world_size, _rank(mesh),
         )  # fmt: skip
+    groups = _named_groups(model, optimizer, model_parameters)
+    compiled = _compiled(model, read, mesh if mesh is not None else _mesh(read))
+    made = _optimizer(compiled, read, optimizer, groups)
+    scheduler = _scheduler(made, read, lr_scheduler)
     return Engine(compiled, read, made, scheduler, loader), made, loader, scheduler
 
 
@@ -279,13 +308,26 @@ def _rank(mesh: DeviceMesh | None) -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _join() -> None:
-    """Join the ranks that a launcher has started."""
+def init_distributed(dist_backend: str | None = None) -> None:
+    """Join the ranks that a launcher (torchrun) has started; nothing where there is one, or where that is done.
+
+    Args:
+        dist_backend: by default NCCL on GPUs and gloo on processors.
+    """
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group(dist_backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+
+
+def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add what DeepSpeed's scripts take on their command line: `--deepspeed`, `--deepspeed_config`, `--local_rank`."""
+    group = parser.add_argument_group("zgraph", "configuration")
+    group.add_argument("--deepspeed", action="store_true", help="taken, and without effect: zgraph is always on")
+    group.add_argument("--deepspeed_config", help="path of the JSON configuration")
+    group.add_argument("--local_rank", type=int, default=0, help="given by launchers; read from the environment")
+    return parser
 
 
 def _compiled(model: nn.Module, config: Config, mesh: DeviceMesh | None) -> nn.Module:
@@ -340,7 +382,7 @@ def _mesh(config: Config) -> DeviceMesh | None:
     return init_device_mesh(kind, (config.world_size // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def _names(model: nn.Module, optimizer: Any, model_parameters: Iterable[Any] | None) -> Any:
+def _named_groups(model: nn.Module, optimizer: Any, model_parameters: Iterable[Any] | None) -> list[dict[str, Any]]:
     """The groups of parameters that were given, with the parameters' names: compiling makes others of them."""
     names = {id(p): n for n, p in model.named_parameters()}
     groups: list[Any] = []
@@ -380,11 +422,8 @@ def _optimizer(model: nn.Module, config: Config, optimizer: Any, groups: list[di
 
 
 def _scheduler(optimizer: Optimizer | None, config: Config, given: Any) -> Any:
-    if given is None and config.schedule is None:
-        return None
     if optimizer is None:
-        raise UsageError("a scheduler needs an optimizer: name one in the configuration, or give optimizer=")
+        return None
     if given is None:
-        assert config.schedule is not None
-        return Scheduler(optimizer, config.schedule)
+        return Scheduler(optimizer, config.schedule) if config.schedule is not None else None
     return given(optimizer) if callable(given) and not hasattr(given, "step") else given

@@ -1,0 +1,130 @@
+"""The engine on one rank, as a script with DeepSpeed's calls uses it."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+import zgraph
+from zgraph.errors import UsageError
+
+CONFIG = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def steps(engine, loader):
+    losses = []
+    for (rows,) in loader:
+        loss = engine(rows.to(engine.device)).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def data():
+    return TensorDataset(torch.randn(24, 4, generator=torch.Generator().manual_seed(1)))
+
+
+def test_the_line_of_the_readme_runs():
+    config = {"train_batch_size": 256, "zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}
+    engine, optimizer, loader, scheduler = zgraph.initialize_engine(model=net(), config=config)
+    assert engine.train_batch_size() == engine.train_micro_batch_size_per_gpu() == 256
+    assert isinstance(optimizer, zgraph.optim.AdamW)
+    assert engine.zero_optimization_stage() == 3
+    assert loader is scheduler is None
+    assert engine.module is not None
+    assert [*engine.state_dict()] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_a_script_with_deepspeeds_arguments(tmp_path, data):
+    (tmp_path / "ds.json").write_text(json.dumps(CONFIG))
+    parser = zgraph.add_config_arguments(argparse.ArgumentParser())
+    args = parser.parse_args(["--deepspeed", "--deepspeed_config", str(tmp_path / "ds.json")])
+    model = net()
+    engine, *_ = zgraph.initialize(
+        args=args, model=model, model_parameters=model.parameters(), training_data=data, collate_fn=None
+    )
+    losses = steps(engine, engine.training_dataloader)
+    assert len(losses) == engine.global_steps == 3
+    assert engine.global_samples == 24
+
+
+def test_an_optimizer_and_a_scheduler_of_ones_own(data):
+    model = net()
+    mine = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters()}], lr=0.2)
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": 2}}
+    engine, optimizer, loader, scheduler = zgraph.initialize(
+        model=model, optimizer=mine, training_data=data, config=config,
+        lr_scheduler=lambda made: torch.optim.lr_scheduler.StepLR(made, 1, 0.5),
+    )  # fmt: skip
+    assert optimizer is mine
+    steps(engine, loader)
+    assert engine.get_lr() == [0.1 / 8, 0.2 / 8]
+    assert scheduler.get_last_lr() == engine.get_lr()
+    assert {id(p) for g in mine.param_groups for p in g["params"]} == {id(p) for p in engine.module.parameters()}
+
+
+def test_accumulation_is_one_step_of_the_whole_batch(data):
+    def losses(**keys):
+        config = {**CONFIG, "train_batch_size": 24, **keys, "gradient_clipping": 0.1}
+        engine, _, loader, _ = zgraph.initialize(model=net(), training_data=data, config=config)
+        for _ in range(3):
+            steps(engine, loader)
+        assert engine.global_steps == 3
+        return [p.detach().clone() for p in engine.module.parameters()]
+
+    for whole, parts in zip(losses(), losses(gradient_accumulation_steps=4), strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-6)
+
+
+def test_no_optimizer_is_inference():
+    engine, optimizer, _, _ = zgraph.initialize(model=net(), config={"train_batch_size": 1})
+    assert optimizer is None
+    engine.eval()
+    with torch.no_grad():
+        assert engine(torch.ones(1, 4)).shape == (1, 1)
+    with pytest.raises(UsageError, match="needs an optimizer"):
+        engine.backward(engine(torch.ones(1, 4)).sum())
+
+
+def test_the_loader_goes_on_where_it_was(data):
+    def loader():
+        return zgraph.initialize(model=net(), config={**CONFIG, "train_batch_size": 4}, training_data=data)[2]
+
+    first = loader()
+    whole = [rows for _ in range(2) for (rows,) in first]
+    second = loader()
+    batches = iter(second)
+    for _ in range(4):
+        next(batches)
+    third = loader()
+    third.load_state_dict(second.state_dict())
+    rest = [rows for _ in range(2) for (rows,) in third]
+    assert all(map(torch.equal, rest, whole[4:]))
+    assert len(rest) == len(whole) - 4
+
+
+def test_what_does_not_fit(data):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    other = nn.Linear(2, 2)
+    for keys, says in (
+        ({"training_data": Endless()}, "must have a length"),
+        ({"model_parameters": other.parameters()}, "is not the model's"),
+        ({"optimizer": torch.optim.SGD(other.parameters(), 0.1)}, "is not the model's"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            zgraph.initialize(model=net(), config=CONFIG, **keys)
+    with pytest.raises(UsageError, match="a scheduler needs an optimizer"):
+        zgraph.initialize(model=net(), config={"train_batch_size": 1, "scheduler": {"type": "WarmupLR"}})
