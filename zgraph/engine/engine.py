@@ -49,7 +49,7 @@ class Engine:
         self.accumulation = config.accumulation
         self.loss_scaler = LossScale(config.keys.fp16)
         self.global_steps = self.micro_steps = self.skipped_steps = 0
-        self._syncs: bool | None = None
+        self._is_local = False
         self._norm: float | None = None
         self._loss: torch.Tensor | None = None
 
@@ -104,15 +104,21 @@ class Engine:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Do not average gradients over the ranks in here, whatever the micro-batch."""
-        before, self._syncs = self._syncs, False
+        """Do not average gradients over the ranks in here, whatever the micro-batch. `step` comes after it.
+
+        Raises:
+            UsageError: it is within another.
+        """
+        if self._is_local:
+            raise UsageError("engine.no_sync within engine.no_sync: leave the inner one out")
+        self._is_local = True
         try:
             yield
         finally:
-            self._syncs = before
+            self._is_local = False
 
     def _syncing(self) -> contextlib.AbstractContextManager[None]:
-        syncs = self.is_gradient_accumulation_boundary() if self._syncs is None else self._syncs
+        syncs = self.is_gradient_accumulation_boundary() and not self._is_local
         return contextlib.nullcontext() if syncs or not self.module.training else zgraph.no_sync(self.module)
 
     def step(self) -> None:
@@ -121,10 +127,12 @@ class Engine:
         With `fp16`, a step whose gradients overflow on any rank is skipped on all.
 
         Raises:
-            UsageError: there is no optimizer.
+            UsageError: there is no optimizer, or it is under `no_sync`.
             FloatingPointError: gradients overflow at the smallest loss scale.
         """
         optimizer = self._needs_optimizer("step")
+        if self._is_local:
+            raise UsageError("engine.step within engine.no_sync: the step would be another on each rank; go out first")
         if self.is_gradient_accumulation_boundary():
             overflow = not self._scaled_back(optimizer)
             if not overflow:
@@ -251,6 +259,7 @@ def initialize_engine(
     model_parameters: Iterable[Any] | None = None, training_data: Dataset[Any] | None = None,
     lr_scheduler: Any | MakeScheduler | None = None, collate_fn: Callable[[list[Any]], Any] | None = None,
     config: Mapping[str, Any] | str | Path | None = None, mesh: DeviceMesh | None = None,
+    dist_init_required: bool | None = None, config_params: Mapping[str, Any] | str | Path | None = None,
 ) -> tuple[Engine, Optimizer | None, EngineLoader | None, Any]:  # fmt: skip
     """Compile a model for training as a DeepSpeed configuration says.
 
@@ -266,6 +275,8 @@ def initialize_engine(
         lr_scheduler: a scheduler of the optimizer, or a function from the optimizer to one.
         collate_fn: for the training data, as torch's DataLoader takes it.
         config: a mapping, the path of a JSON file, or JSON in base64.
+        dist_init_required: False leaves it to the script to make a process group.
+        config_params: another name for `config`.
         mesh: the ranks, as `zgraph.compile` takes them; by default all, in rows of `zero_hpz_partition_size`.
 
     Returns:
@@ -277,10 +288,12 @@ def initialize_engine(
     """
     if model is None:
         raise UsageError("initialize_engine needs model=")
-    source = config if config is not None else getattr(args, "deepspeed_config", None)
+    given = (config, config_params, getattr(args, "deepspeed_config", None))
+    source = next((found for found in given if found is not None), None)
     if source is None:
         raise UsageError("initialize_engine needs config=: a dict, a path, or JSON in base64")
-    init_distributed()
+    if dist_init_required is not False:
+        init_distributed()
     everyone = dist.get_world_size() if dist.is_initialized() else 1
     read = read_config(source, world_size=everyone if mesh is None else mesh.size())
     if optimizer is None and read.optimizer is None and (lr_scheduler is not None or read.schedule is not None):
