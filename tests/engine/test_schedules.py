@@ -60,6 +60,7 @@ def test_one_cycle_moves_the_momentum_the_other_way():
     for _ in range(4):
         scheduler.step()
         momenta.append(optimizer.param_groups[0]["betas"][0])
+        assert scheduler.get_mom() == [(momenta[-1], 0.99)]
     assert momenta == pytest.approx([0.875, 0.8, 0.875, 0.95])
 
 

@@ -216,6 +216,12 @@ class Scheduler:
 
     get_last_lr = get_lr
 
+    def get_mom(self) -> list[tuple[float, float]] | None:
+        """The betas of each group in the step that is next; None where the schedule leaves them to the optimizer."""
+        if self.schedule.momenta(self.last_batch_iteration) is None:
+            return None
+        return [group["betas"] for group in self.optimizer.param_groups if "betas" in group]
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"last_batch_iteration": self.last_batch_iteration, "base": self.base}
