@@ -25,6 +25,9 @@ class ConfigError(UsageError):
         count = "a problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n  ".join([f"the configuration has {count}:", *self.problems]))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)  # between processes
+
 
 class AlreadyCompiledError(UsageError):
     """`zgraph.compile` was called on a model that is compiled already, or holds a part that is."""

@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import math
+import pickle
 import random
 
 import pytest
@@ -77,6 +78,26 @@ def test_all_problems_are_told_at_once_with_the_nearest_keys():
     assert "did you mean overlap_comm?" in found[1]
 
 
+def test_an_error_goes_between_processes():
+    with pytest.raises(ConfigError) as caught:
+        read_config({"seed": -1}, world_size=1)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.problems, str(again)) == (caught.value.problems, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "place"),
+    [
+        (2, {"offload_param": {"device": "cpu"}}, "zero_optimization.offload_param"),
+        (0, {"cpu_offload": True}, "zero_optimization.offload_optimizer"),
+    ],
+)
+def test_what_a_stage_cannot_offload_is_told(caplog, stage, keys, place):
+    with caplog.at_level(logging.INFO, "zgraph"):
+        read_config({**LEAST, "zero_optimization": {"stage": stage, **keys}}, world_size=1)
+    assert f"{place} has no effect" in caplog.text
+
+
 def test_what_zgraph_decides_is_accepted_with_a_line_that_says_so(caplog):
     keys = {**LEAST, "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8, "overlap_comm": True}}
     with caplog.at_level(logging.INFO, "zgraph"):
@@ -92,8 +113,6 @@ def test_what_zgraph_decides_is_accepted_with_a_line_that_says_so(caplog):
     ("keys", "place"),
     [
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16.enabled"),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
-        ({"zero_optimization": {"stage": 0, "cpu_offload": True}}, "zero_optimization.offload_optimizer"),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
             "zero_optimization.offload_optimizer.nvme_path",

@@ -201,7 +201,7 @@ class CheckpointKeys(Section):
 class DataTypes(Section):
     """`data_types`."""
 
-    grad_accum_dtype: Literal["fp32"] | None = None
+    superseded: ClassVar[Mapping[str, str]] = {"grad_accum_dtype": "gradients are added in the dtype of the masters"}
 
 
 class OptimizerKeys(Section):
@@ -440,10 +440,9 @@ def _check_together(reading: Reading, keys: EngineConfig) -> None:
     zero = keys.zero_optimization
     if keys.fp16.enabled and keys.bf16.enabled:
         reading.problems.append("fp16.enabled, bf16.enabled: choose one of them")
-    if zero.offload_param.device != "none" and zero.stage != 3:
-        reading.problems.append("zero_optimization.offload_param: parameters are offloaded at stage 3 only")
-    if zero.offload_optimizer.device != "none" and zero.stage == 0:
-        reading.problems.append("zero_optimization.offload_optimizer: choose stage 1, 2 or 3")
+    for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
+        if getattr(zero, name).device != "none" and zero.stage < least:
+            reading.notes.append(f"zero_optimization.{name} has no effect: it takes stage {least} or more")
     if zero.offload_optimizer.device == "nvme" and zero.offload_optimizer.nvme_path is None:
         reading.problems.append("zero_optimization.offload_optimizer.nvme_path: where do the files go?")
     if zero.offload_param.device == "nvme":

@@ -377,8 +377,8 @@ def _offload(config: Config) -> Any:
     """What goes to the host, as `zgraph.compile` takes it."""
     zero, keys = config.keys.zero_optimization, config.keys
     asked = {
-        "parameters": zero.offload_param.device != "none",
-        "optimizer": zero.offload_optimizer.device == "cpu",
+        "parameters": zero.offload_param.device != "none" and zero.stage == 3,
+        "optimizer": zero.offload_optimizer.device == "cpu" and zero.stage > 0,
         "activations": keys.activation_checkpointing.cpu_checkpointing,
     }
     return tuple(name for name, is_asked in asked.items() if is_asked) or "auto"
