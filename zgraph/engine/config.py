@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from zgraph.engine.optimizers import OPTIMIZERS, OptimizerParams
 from zgraph.engine.schedules import SCHEDULES, Schedule
 from zgraph.engine.sections import Reading, Section, flatten
 from zgraph.errors import ConfigError
-
-log = logging.getLogger("zgraph")
 
 _SCHEDULE = "the pass `schedule` moves communication behind computing for the costs of the hardware"
 _BUCKET = "the pass `bucket` chooses the sizes for which the predicted step is shortest"
@@ -302,6 +299,7 @@ class Config:
         world_size: ranks.
         optimizer: what the optimizer takes; None if the configuration names none.
         schedule: the learning rates; None if the configuration names none.
+        notes: for each key that has no effect, what decides instead.
     """
 
     keys: EngineConfig
@@ -310,6 +308,7 @@ class Config:
     world_size: int
     optimizer: OptimizerParams | None
     schedule: Schedule | None
+    notes: tuple[str, ...] = ()
 
     @property
     def train_batch(self) -> int:
@@ -346,9 +345,7 @@ def read_config(source: Mapping[str, Any] | str | Path, *, world_size: int) -> C
         micro, steps = _batches(reading, keys, world_size)
     reading.finish()
     assert keys is not None
-    for note in reading.notes:
-        log.info(note)
-    return Config(keys, micro, steps, world_size, optimizer, schedule)
+    return Config(keys, micro, steps, world_size, optimizer, schedule, tuple(reading.notes))
 
 
 def _loaded(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:

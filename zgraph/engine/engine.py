@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,8 @@ from zgraph.engine.gradients import Gradients
 from zgraph.engine.scaling import LossScale
 from zgraph.engine.schedules import Scheduler
 from zgraph.errors import UsageError
+
+log = logging.getLogger("zgraph")
 
 MakeScheduler = Callable[[Optimizer], Any]
 
@@ -296,6 +299,9 @@ def initialize_engine(
         init_distributed()
     everyone = dist.get_world_size() if dist.is_initialized() else 1
     read = read_config(source, world_size=everyone if mesh is None else mesh.size())
+    if _rank(mesh) == 0:
+        for note in read.notes:
+            log.warning(note)
     if optimizer is None and read.optimizer is None and (lr_scheduler is not None or read.schedule is not None):
         raise UsageError("a scheduler needs an optimizer: name one in the configuration, or give optimizer=")
     loader = None
