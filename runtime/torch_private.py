@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.tensor import DTensor, Placement
@@ -26,6 +27,7 @@ __all__ = [
     "fused_sgd",
     "has_fused_sgd",
     "inductor",
+    "joined",
     "keeps_graph",
     "messenger",
     "reduce_scatters",
@@ -90,6 +92,13 @@ def dtensor(
 def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     """A DTensor over this rank's part, sharded as `like` is."""
     return dtensor(local, like.device_mesh, like.placements, like.shape, like.stride())
+
+
+def joined(limit_s: float) -> dist.ProcessGroup:
+    """A new group of all ranks over gloo, whose joining has this limit, and whose collectives torch's own."""
+    group = dist.new_group(timeout=timedelta(seconds=limit_s), backend="gloo")
+    dist.distributed_c10d._set_pg_timeout(default_pg_timeout, group)
+    return cast(dist.ProcessGroup, group)
 
 
 def whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:

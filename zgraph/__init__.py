@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from zgraph.capture import trace
     from zgraph.engine.engine import add_config_arguments, init_distributed, initialize_engine
     from zgraph.engine.engine import initialize_engine as initialize
+    from zgraph.engine.export import export_hf
     from zgraph.plans import plan, sweep
     from zgraph.profiling import profile, profile_machine
 
 __all__ = [
-    "add_config_arguments", "compile", "init_distributed", "initialize", "initialize_engine", "no_sync", "optim",
-    "plan", "profile", "profile_machine", "recipe", "report", "sweep", "trace",
+    "add_config_arguments", "compile", "export_hf", "init_distributed", "initialize", "initialize_engine", "no_sync",
+    "optim", "plan", "profile", "profile_machine", "recipe", "report", "sweep", "trace",
 ]  # fmt: skip
 
 _HOMES = {
     "compile": "zgraph.api",
     "add_config_arguments": "zgraph.engine.engine",
     "init_distributed": "zgraph.engine.engine",
+    "export_hf": "zgraph.engine.export",
     "initialize": "zgraph.engine.engine",
     "initialize_engine": "zgraph.engine.engine",
     "no_sync": "zgraph.api",

@@ -127,5 +127,10 @@ class StateDictError(ZgraphError, RuntimeError):
     """A state dict that does not fit the model. Nothing was loaded."""
 
 
+class CheckpointError(ZgraphError, RuntimeError):
+    """A checkpoint that cannot be written or read, or does not fit; raised on every rank, with what went wrong where.
+    What was saved before is still there."""
+
+
 class KernelError(ZgraphError, ValueError):
     """A kernel's specification does not parse or does not hold together."""

@@ -315,6 +315,11 @@ class Config:
         """Rows of all ranks and forwards before a step."""
         return self.micro_batch * self.accumulation * self.world_size
 
+    @property
+    def param_dtype(self) -> Literal["float16", "bfloat16"] | None:
+        """What is computed in, as torch calls it; None for the dtype of the parameters."""
+        return "float16" if self.keys.fp16.enabled else "bfloat16" if self.keys.bf16.enabled else None
+
 
 def read_config(source: Mapping[str, Any] | str | Path, *, world_size: int) -> Config:
     """Read and check a configuration.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from zgraph.errors import UsageError
@@ -32,8 +33,9 @@ class EngineLoader:
             dataset, num_ranks, rank, shuffle=True, seed=seed, drop_last=drop_last
         )
         self.position = _From(self.sampler)
+        own = torch.Generator().manual_seed(seed)  # an iteration draws from it, and dropout must not notice
         self.loader: DataLoader[Any] = DataLoader(
-            dataset, micro_batch, sampler=self.position, collate_fn=collate, drop_last=drop_last
+            dataset, micro_batch, sampler=self.position, collate_fn=collate, drop_last=drop_last, generator=own
         )
         self.micro_batch = micro_batch
         self.epoch, self.batch = 0, 0

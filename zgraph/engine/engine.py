@@ -19,9 +19,12 @@ from torch.utils.data import Dataset
 
 import zgraph
 from zgraph.api import compiled_model
+from zgraph.engine.checkpoint import Checkpoints, Parts
 from zgraph.engine.config import Config, read_config
 from zgraph.engine.data import EngineLoader
+from zgraph.engine.export import export, save_16bit
 from zgraph.engine.gradients import Gradients
+from zgraph.engine.ranks import Ranks
 from zgraph.engine.scaling import LossScale
 from zgraph.engine.schedules import Scheduler
 from zgraph.errors import UsageError
@@ -53,6 +56,8 @@ class Engine:
         self.loss_scaler = LossScale(config.keys.fp16)
         self.global_steps = self.micro_steps = self.skipped_steps = 0
         self._is_local = False
+        self.ranks = Ranks()
+        self._checkpoints = Checkpoints(self)
         self._norm: float | None = None
         self._loss: torch.Tensor | None = None
 
@@ -169,6 +174,90 @@ class Engine:
         if self.optimizer is None:
             raise UsageError(f"engine.{what} needs an optimizer: name one in the configuration, or give optimizer=")
         return self.optimizer
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self, save_dir: str | Path, tag: object = None, client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+    ) -> bool:  # fmt: skip
+        """Save everything that training needs to go on, at any number of ranks and any stage. All ranks must call it.
+
+        Args:
+            save_dir: the folder of this run's checkpoints, which all ranks see.
+            tag: the name of this one; `global_step` and the number of steps, by default.
+            client_state: what is to come back from `load_checkpoint`: the first rank's, of values that JSON has.
+            save_latest: whether `load_checkpoint` without a tag takes this one.
+
+        Returns:
+            True.
+
+        Raises:
+            CheckpointError: it cannot be written; those saved before are still there. With `checkpoint.asynchronous`,
+                what goes wrong later is raised by the next call that saves, loads or waits.
+            UsageError: a step is under way, whose gradients would be lost.
+        """
+        return self._checkpoints.save(Path(save_dir), tag, client_state or {}, is_latest=save_latest)
+
+    def load_checkpoint(
+        self, load_dir: str | Path, tag: object = None, load_module_strict: bool = True,
+        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True, load_module_only: bool = False,
+    ) -> tuple[str | None, dict[str, Any] | None]:  # fmt: skip
+        """Go on where a checkpoint was saved: by this engine, or by DeepSpeed at stage 1, 2 or 3. All ranks must call
+        it.
+
+        Args:
+            load_dir: the folder of a run's checkpoints.
+            tag: which of them; the latest, by default.
+            load_module_strict: whether the names of model and checkpoint must be the same.
+            load_optimizer_states: whether the optimizer's state and the loss scale are loaded.
+            load_lr_scheduler_states: whether the scheduler goes on, too.
+            load_module_only: load parameters and buffers, and nothing else.
+
+        Returns:
+            The folder it was in, and its client_state; None and None where there is none.
+
+        Raises:
+            CheckpointError: it is damaged, or does not fit.
+        """
+        parts = Parts(
+            optimizer=load_optimizer_states and not load_module_only,
+            scheduler=load_lr_scheduler_states and not load_module_only, module_only=load_module_only,
+            strict=load_module_strict,
+        )  # fmt: skip
+        return self._checkpoints.load(Path(load_dir), tag, parts)
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until a checkpoint that is written meanwhile is on disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._checkpoints.wait()
+
+    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "model.safetensors") -> bool:
+        """Save the whole model in the dtype to compute in as one safetensors file. All ranks must call it.
+
+        Returns:
+            False where nothing was saved: at stage 3 it takes `stage3_gather_16bit_weights_on_model_save`.
+
+        Raises:
+            UsageError: the file would not be safetensors.
+            CheckpointError: it cannot be written.
+        """
+        return save_16bit(self, Path(save_dir), save_filename)
+
+    def export(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Save the model for transformers: its configuration, and safetensors of at most 5 GB. All ranks must call it.
+
+        Args:
+            folder: where to.
+            tokenizer: one of transformers, or a folder that has a tokenizer's files; both are copied there.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        export(self, Path(folder), tokenizer)
 
     # --- what can be asked -------------------------------------------------------------------------------------------
 
@@ -351,7 +440,7 @@ def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 def _compiled(model: nn.Module, config: Config, mesh: DeviceMesh | None) -> nn.Module:
     keys, own = config.keys, config.keys.zgraph
-    param_dtype = torch.float16 if keys.fp16.enabled else torch.bfloat16 if keys.bf16.enabled else None
+    param_dtype = getattr(torch, config.param_dtype) if config.param_dtype is not None else None
     if param_dtype is not None:
         model.float()  # masters
     if torch.cuda.is_available() and not any(p.is_meta for p in model.parameters()):

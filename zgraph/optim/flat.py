@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -200,16 +200,21 @@ class FlatOptimizer(Optimizer):
             local(home).copy_(local(torch.as_tensor(held)))
         state[key] = home
 
+    @torch.no_grad()
+    def give_states(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Have these parameters' states lie where a step would put them: zeros, where there were none."""
+        wanted = set(parameters)
+        for group in self.param_groups:
+            members = [p for p in group["params"] if p in wanted]
+            self._lay_out(members)
+            for parameter in members:
+                run, index = self._places[parameter]
+                self._admit(parameter, run, index, self._keys(group))
+
     def load_state_dict(self, state_dict: Any) -> None:
         """As torch's; the states go where this optimizer keeps them."""
         super().load_state_dict(state_dict)
-        with torch.no_grad():
-            for group in self.param_groups:
-                parameters = [p for p in group["params"] if self.state.get(p)]
-                self._lay_out(parameters)
-                for parameter in parameters:
-                    run, index = self._places[parameter]
-                    self._admit(parameter, run, index, self._keys(group))
+        self.give_states(p for group in self.param_groups for p in group["params"] if self.state.get(p))
 
 
 def _takes_kernel(piece: Piece) -> bool:

@@ -1,0 +1,277 @@
+"""Checkpoints on one rank: what comes back, what is written meanwhile, and what is not read."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import zgraph
+from zgraph.engine.engine import Engine
+from zgraph.engine.export import export_hf
+from zgraph.engine.randomness import start_anew
+from zgraph.errors import CheckpointError, UsageError
+
+
+def engine_of(**more: Any) -> Engine:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    data = [torch.randn(6) for _ in range(8)]
+    config = {"train_batch_size": 4, "optimizer": {"type": "AdamW"}, **more}
+    return zgraph.initialize_engine(model=net, config=config, training_data=data)[0]  # type: ignore[arg-type]
+
+
+def step(engine: Engine, x: torch.Tensor) -> float:
+    loss = engine(x).square().mean()
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize(("asynchronous", "optimizer"), [(False, "AdamW"), (True, "AdamW"), (False, "Adagrad")])
+def test_everything_goes_on_where_it_was(tmp_path: Path, asynchronous: bool, optimizer: str) -> None:
+    more = {"checkpoint": {"asynchronous": asynchronous}, "optimizer": {"type": optimizer}}
+    engine = engine_of(**more)
+    assert engine.training_dataloader is not None
+    batches = iter(engine.training_dataloader)
+    step(engine, next(batches))
+    assert engine.save_checkpoint(tmp_path, client_state={"epoch": 3})
+    drawn = random.random(), np.random.rand(), torch.rand(()).item()
+    expected = [step(engine, x) for x in batches]
+    engine.wait_for_checkpoint()
+    resumed = engine_of(**more)
+    assert resumed.load_checkpoint(tmp_path) == (str(tmp_path / "global_step1"), {"epoch": 3})
+    assert resumed.training_dataloader is not None
+    assert drawn == (random.random(), np.random.rand(), torch.rand(()).item())
+    assert [step(resumed, x) for x in resumed.training_dataloader] == expected
+
+
+def test_an_error_of_writing_meanwhile_is_raised_by_the_next_call(tmp_path: Path) -> None:
+    engine = engine_of(checkpoint={"asynchronous": True})
+    engine.save_checkpoint(tmp_path / "run")
+    engine.wait_for_checkpoint()
+    (tmp_path / "run" / "latest").unlink()
+    (tmp_path / "run" / "latest").mkdir()
+    engine.save_checkpoint(tmp_path / "run", "other")
+    with pytest.raises(CheckpointError, match="not saved"):
+        engine.wait_for_checkpoint()
+    engine.wait_for_checkpoint()
+
+
+def test_what_killed_writes_have_left_is_not_loaded_and_goes_away(tmp_path: Path) -> None:
+    engine = engine_of()
+    assert engine.load_checkpoint(tmp_path) == (None, None)
+    engine.save_checkpoint(tmp_path)
+    (tmp_path / ".global_step8.writing-abcd").mkdir()
+    (tmp_path / "global_step0").rename(tmp_path / ".global_step0.replaced")  # killed between two renames
+    assert engine.load_checkpoint(tmp_path)[1] == {}
+    assert engine.load_checkpoint(tmp_path, tag="no such") == (None, None)
+    engine.save_checkpoint(tmp_path, "next")
+    engine.save_checkpoint(tmp_path, "next")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step0", "latest", "next"]
+
+
+@pytest.mark.parametrize(
+    ("client_state", "tag", "said"),
+    [({"a": {"b": torch.ones(2)}}, None, r"client_state\.a\.b is a Tensor"), ({}, "../x", "a tag is"),
+     ({}, "latest", "a tag is")],
+)  # fmt: skip
+def test_what_a_checkpoint_cannot_have(tmp_path: Path, client_state: Any, tag: str | None, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        engine_of().save_checkpoint(tmp_path, tag, client_state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_gradients_under_way_are_not_lost_silently(tmp_path: Path) -> None:
+    engine = engine_of(gradient_accumulation_steps=2)
+    step(engine, torch.randn(2, 6))
+    with pytest.raises(UsageError, match="a step is under way"):
+        engine.save_checkpoint(tmp_path)
+
+
+def test_a_rank_that_was_not_there_draws_numbers_of_its_own() -> None:
+    def drawn(rank: int) -> tuple[float, float, float]:
+        start_anew(seed=1, step=2, rank=rank)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    assert drawn(4) == drawn(4)
+    assert len({number for rank in range(3) for number in drawn(rank)}) == 9
+
+
+# --- damage and malice -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Path]:
+    """An engine after a step, and the folder in which it has a checkpoint of it."""
+    folder, engine = tmp_path_factory.mktemp("saved"), engine_of()
+    step(engine, torch.randn(4, 6))
+    engine.save_checkpoint(folder)
+    return engine, folder
+
+
+class Evil:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def replaced(change: Callable[[Any], None]) -> Callable[[Path], None]:
+    def replace(path: Path) -> None:
+        found = json.loads(path.read_text())
+        change(found)
+        path.write_text(json.dumps(found))
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("rank_0_0.safetensors", truncated),
+        ("rank_0_0.safetensors", Path.unlink),
+        ("rank_0_0.safetensors", lambda path: path.write_bytes(b"\xff" * 64)),
+        ("index.json", truncated),
+        ("index.json", replaced(lambda found: found["tensors"]["model.0.weight"].update(shape=[6, 6]))),
+        ("index.json", replaced(lambda found: found["tensors"]["model.0.weight"]["chunks"][0].update(file="../x"))),
+        ("index.json", replaced(lambda found: found["tensors"]["model.0.weight"]["chunks"][0].update(offsets=[9, 9]))),
+        ("index.json", replaced(lambda found: found["tensors"].pop("model.0.weight"))),
+        ("index.json", replaced(lambda found: found["tensors"].pop("optimizer.exp_avg.0.weight"))),
+        ("state.json", replaced(lambda found: found.update(loss_scale="x"))),
+        ("state.json", replaced(lambda found: found.update(dataloader={}))),
+        ("rank_0.json", replaced(lambda found: found.update(torch="AAAA"))),
+        ("../latest", lambda path: path.write_text("../..")),
+    ],
+)
+def test_what_is_damaged_is_a_checkpoint_error(
+    saved: tuple[Engine, Path], tmp_path: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    engine, folder = saved
+    shutil.copytree(folder, tmp_path / "run")
+    assert engine.load_checkpoint(tmp_path / "run")[1] == {}
+    damage(tmp_path / "run" / "global_step1" / file)
+    with pytest.raises(CheckpointError):
+        engine.load_checkpoint(tmp_path / "run")
+
+
+def test_no_code_of_a_hostile_checkpoint_runs(tmp_path: Path) -> None:
+    engine = engine_of()
+    engine.save_checkpoint(tmp_path / "run")
+    folder, made = tmp_path / "run" / "global_step0", tmp_path / "made"
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(made)))  # torch's own reader would unpickle it
+    engine.load_checkpoint(tmp_path / "run")
+    for path in (*folder.iterdir(), tmp_path / "run" / "latest"):
+        kept = path.read_bytes()
+        path.write_bytes(pickle.dumps(Evil(made)))
+        if path.name != ".metadata":
+            with pytest.raises(CheckpointError):
+                engine.load_checkpoint(tmp_path / "run")
+        path.write_bytes(kept)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    torch.save({"module": {}, "evil": Evil(made)}, theirs / "mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match="mkdir"):
+        engine.load_checkpoint(tmp_path, "theirs")
+    assert not made.exists()
+
+
+# --- other formats ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_transformers_comes_out_as_one_folder(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=20, tie_word_embeddings=True)
+    engine, *_ = zgraph.initialize_engine(
+        model=transformers.LlamaForCausalLM(config),
+        config={"train_batch_size": 1, "optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}},
+    )
+    engine.save_checkpoint(tmp_path / "run")
+    engine.export(tmp_path / "live")
+    export_hf(tmp_path / "run" / "global_step0", tmp_path / "saved")
+    assert engine.save_16bit_model(tmp_path)
+    expected = {name: p.to(torch.bfloat16) for name, p in engine.module.named_parameters()}
+    for folder in ("live", "saved"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype="auto")
+        assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def deepspeed_files(folder: Path, net: nn.Sequential, moments: dict[str, torch.Tensor], stage: int, ranks: int) -> None:
+    """Files laid out as DeepSpeed's: a vector for all parameters cut into ranks, or each parameter cut."""
+    folder.mkdir()
+    values = {"master": {n: p.detach().flatten() for n, p in net.named_parameters()}, "exp_avg": moments}
+
+    def cut(found: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        if stage == 3:
+            pieces = [_padded(t.flatten(), ranks).chunk(ranks) for t in found.values()]
+            return [torch.cat([piece[rank] for piece in pieces]) for rank in range(ranks)]
+        return list(_padded(torch.cat([t.flatten() for t in found.values()]), ranks).chunk(ranks))
+
+    model = {
+        "module": OrderedDict(net.state_dict()), "buffer_names": [n for n, _ in net.named_buffers()],
+        "param_shapes": [OrderedDict((n, p.shape) for n, p in net.named_parameters())], "frozen_param_shapes": None,
+        "frozen_param_fragments": None, "shared_params": {}, "lr_scheduler": None, "global_steps": 5,
+        "skipped_steps": 1, "dp_world_size": ranks, "mp_world_size": 1, "mine": "kept",
+    }  # fmt: skip
+    masters, firsts = cut(values["master"]), cut(values["exp_avg"])
+    for rank in range(ranks):
+        base = {
+            "state": {0: {"step": torch.tensor(4.0), "exp_avg": firsts[rank], "exp_avg_sq": firsts[rank] ** 2}},
+            "param_groups": [{"lr": 0.25, "betas": (0.5, 0.75), "params": [0]}],
+        }
+        own = {"optimizer_state_dict": base, "fp32_flat_groups": [masters[rank]]}
+        if stage < 3:
+            own = {"base_optimizer_state": base, "single_partition_of_fp32_groups": [masters[rank]]}
+        torch.save({"optimizer_state_dict": own}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
+        torch.save(model, folder / f"{prefix}mp_rank_00_model_states.pt")
+
+
+def _padded(vector: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.cat([vector, torch.zeros(-vector.numel() % count)])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_checkpoints_of_deepspeed_load(tmp_path: Path, stage: int) -> None:
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    moments = {name: torch.randn(p.shape) for name, p in net.named_parameters()}
+    deepspeed_files(tmp_path / "global_step5", net, moments, stage, ranks=3)
+    (tmp_path / "latest").write_text("global_step5")
+    engine = engine_of()
+    assert engine.load_checkpoint(tmp_path) == (str(tmp_path / "global_step5"), {"mine": "kept"})
+    assert engine.optimizer is not None
+    assert (engine.global_steps, engine.skipped_steps, engine.get_lr()) == (5, 1, [0.25])
+    assert engine.optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+    for name, parameter in engine.module.named_parameters():
+        assert torch.equal(parameter, net.get_parameter(name))
+        state = engine.optimizer.state[parameter]
+        assert torch.equal(state["exp_avg"], moments[name])
+        assert torch.equal(state["exp_avg_sq"], moments[name] ** 2)
+        assert state["step"] == 4
+    (tmp_path / "global_step5" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="copy all of them"):
+        engine.load_checkpoint(tmp_path)

@@ -1,0 +1,222 @@
+"""Checkpoints of an engine: written by torch.distributed.checkpoint, whole or not at all, in the background if asked.
+
+Tensors lie under the names of parameters, so that a checkpoint is resumed at any number of ranks, stage or offload.
+No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from zgraph.engine.deepspeed_files import is_deepspeed, load_deepspeed
+from zgraph.engine.folders import Folders, checked_tag
+from zgraph.engine.jsonable import decode
+from zgraph.engine.randomness import Randomness, start_anew
+from zgraph.engine.ranks import raise_together
+from zgraph.engine.state import (
+    OptimizerLoad,
+    State,
+    Tensors,
+    copied,
+    model_targets,
+    model_tensors,
+    restore,
+    state_of,
+    tensors_of,
+)  # fmt: skip
+from zgraph.engine.storage import INDEX, Reader, Writer, read_json
+from zgraph.errors import CheckpointError, UsageError
+from zgraph.runtime import torch_private
+
+if TYPE_CHECKING:
+    from zgraph.engine.engine import Engine
+
+log = logging.getLogger("zgraph")
+
+STATE = "state.json"
+
+Loaded = tuple[str | None, dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What of a checkpoint is loaded."""
+
+    optimizer: bool = True
+    scheduler: bool = True
+    module_only: bool = False
+    strict: bool = True
+
+
+class Checkpoints:
+    """Saves and loads an engine.
+
+    Args:
+        engine: which.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.ranks = engine, engine.ranks
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def save(self, root: Path, tag: object, client_state: Mapping[str, Any], *, is_latest: bool) -> bool:
+        """As `Engine.save_checkpoint`."""
+        engine = self.engine
+        if engine.micro_steps % engine.accumulation:
+            raise UsageError(
+                "a step is under way, and its gradients are no part of a checkpoint: save when engine.step() has "
+                "ended the last of the step's micro-batches"
+            )
+        self.wait()
+        name, tensors, beside = self.ranks.together(lambda: self._contents(tag, client_state))
+        name = self._same_tag(name)
+        folders = Folders(root)
+        folder = self.ranks.first(lambda: folders.begin(name))
+        writer = Writer(folder, self.ranks.rank, beside, lambda: folders.commit(folder, name, is_latest=is_latest))
+        if engine.config.keys.checkpoint.asynchronous:
+            self._writing = self._thread.submit(self._write, copied(tensors), writer)
+        else:
+            self._write(tensors, writer)
+        return True
+
+    def wait(self) -> None:
+        """As `Engine.wait_for_checkpoint`."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _contents(self, tag: object, client_state: Mapping[str, Any]) -> tuple[str, Tensors, dict[str, str]]:
+        """The tag, the tensors, and the files beside them that this rank writes."""
+        name = checked_tag(f"global_step{self.engine.global_steps}" if tag is None else tag)
+        state = state_of(self.engine, client_state)
+        beside = {_of_rank(self.ranks.rank): Randomness.here().model_dump_json()}
+        if self.ranks.rank == 0:
+            beside[STATE] = state.model_dump_json()
+        return name, tensors_of(self.engine), beside
+
+    def _same_tag(self, tag: str) -> str:
+        """The first rank's, if all have the same or may differ."""
+        tags = self.ranks.gather(tag)
+        how = self.engine.config.keys.checkpoint.tag_validation.lower()
+        if len(set(tags)) > 1 and how != "ignore":
+            told = f"the ranks save under different tags: {', '.join(sorted(set(tags)))}"
+            if how == "fail":
+                raise CheckpointError(f"{told}; give all of them the same")
+            log.warning("%s; all take that of the first rank, %s", told, tags[0])
+        return tags[0]
+
+    def _write(self, tensors: Tensors, writer: Writer) -> None:
+        try:
+            with _as_checkpoint_error("saved"):
+                save(tensors, storage_writer=writer, process_group=self.ranks.group, no_dist=self.ranks.size == 1)
+        except CheckpointError as error:
+            log.error("%s", error)
+            if self.ranks.rank == 0:
+                shutil.rmtree(writer.folder, ignore_errors=True)
+            raise
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    def load(self, root: Path, tag: object, parts: Parts) -> Loaded:
+        """As `Engine.load_checkpoint`."""
+        self.wait()
+        folders = Folders(root)
+        folder = self.ranks.first(lambda: folders.find(None if tag is None else checked_tag(tag)))
+        if folder is None:
+            if self.ranks.rank == 0:
+                what, there = "to go on from" if tag is None else tag, ", ".join(folders.tags()) or "nothing"
+                log.warning("there is no checkpoint %s in %s, which has %s", what, root, there)
+            return None, None
+        is_theirs = self.ranks.first(lambda: is_deepspeed(folder))
+        client_state = self._load_deepspeed(folder, parts) if is_theirs else self._load(folder, parts)
+        self.engine.zero_grad()
+        return str(folder), client_state
+
+    def _load(self, folder: Path, parts: Parts) -> dict[str, Any]:
+        engine, ranks = self.engine, self.ranks
+
+        def opened() -> tuple[Reader, State, Randomness | None, Tensors, OptimizerLoad | None]:
+            if not (folder / INDEX).is_file():
+                raise CheckpointError(f"{folder} holds no checkpoint: it has neither {INDEX} nor DeepSpeed's files")
+            reader, state = Reader(folder), read_json(folder / STATE, State)
+            is_old_rank = ranks.rank < state.world_size
+            randomness = read_json(folder / _of_rank(ranks.rank), Randomness) if is_old_rank else None
+            targets = model_targets(engine.module, reader.index.tensors, strict=parts.strict)
+            return reader, state, randomness, targets, self._optimizer_load(reader, parts)
+
+        reader, state, randomness, targets, optimizer = ranks.together(opened)
+        tensors = targets | (optimizer.targets if optimizer is not None else {})
+        with _as_checkpoint_error("loaded"):
+            load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
+        _written(engine.module)
+
+        def finish() -> None:
+            if optimizer is not None:
+                optimizer.finish(state.groups, state.values)
+            if not parts.module_only:
+                restore(engine, state, scheduler=parts.scheduler, optimizer=parts.optimizer)
+                if randomness is not None:
+                    randomness.restore()
+                else:
+                    start_anew(engine.config.keys.seed or 0, state.global_steps, ranks.rank)
+
+        ranks.together(finish)
+        found: dict[str, Any] = decode(state.client_state)
+        return found
+
+    def _optimizer_load(self, reader: Reader, parts: Parts) -> OptimizerLoad | None:
+        optimizer = self.engine.optimizer
+        if optimizer is None or not parts.optimizer:
+            return None
+        stored = {n: (t.torch_dtype, t.shape) for n, t in reader.index.tensors.items() if t.torch_dtype is not None}
+        return OptimizerLoad(optimizer, self.engine.module, stored)
+
+    def _load_deepspeed(self, folder: Path, parts: Parts) -> dict[str, Any]:
+        found = self.ranks.together(
+            lambda: load_deepspeed(
+                self.engine, folder, strict=parts.strict, optimizer=parts.optimizer, scheduler=parts.scheduler,
+                module_only=parts.module_only,
+            )
+        )  # fmt: skip
+        _written(self.engine.module)
+        return found
+
+
+def _of_rank(rank: int) -> str:
+    return f"rank_{rank}.json"
+
+
+def _written(module: nn.Module) -> None:
+    """Copies to compute with are out of date."""
+    torch_private.bump_version([t for t in model_tensors(module).values() if isinstance(t, nn.Parameter)])
+
+
+@contextmanager
+def _as_checkpoint_error(done: str) -> Iterator[None]:
+    """What dcp raises, as the same error on all ranks."""
+    try:
+        with warnings.catch_warnings():
+            if not dist.is_initialized():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        raise_together({rank: f"the checkpoint was not {done}: {told}" for rank, (told, _) in error.failures.items()})
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint was not {done}: {error}") from None

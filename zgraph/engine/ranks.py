@@ -1,0 +1,77 @@
+"""All ranks of a run, agreeing on what went wrong: what fails on one of them is an error on each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from zgraph.errors import CheckpointError, ZgraphError
+from zgraph.runtime import torch_private
+
+T = TypeVar("T")
+
+JOIN_S = 45.0
+"""How long ranks wait for one another to join; one that was killed just before never comes."""
+
+
+class Ranks:
+    """The ranks, joined by a group of their own, so that a thread may use it while training goes on.
+
+    Args:
+        group: of all ranks, on processors; None for one process.
+    """
+
+    def __init__(self) -> None:
+        self.group = torch_private.joined(JOIN_S) if dist.is_initialized() else None
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank.
+
+        Raises:
+            CheckpointError: a rank is gone.
+        """
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(found, value, self.group)
+        except RuntimeError as error:
+            raise CheckpointError(f"a rank is gone: {error}") from None
+        return found
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What the action returns here, if it succeeds everywhere.
+
+        Raises:
+            CheckpointError: it failed on some rank; the same on all of them.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except (OSError, ZgraphError) as error:
+            problem = str(error)
+        raise_together(dict(enumerate(self.gather(problem))))
+        return result  # type: ignore[return-value]
+
+    def first(self, action: Callable[[], T]) -> T:
+        """What the action returns on the first rank, on all of them."""
+        return self.gather(self.together(lambda: action() if self.rank == 0 else None))[0]  # type: ignore[return-value]
+
+
+def raise_together(problems: dict[int, str | None]) -> None:
+    """Raise CheckpointError if a rank has a problem: once, what all of them say."""
+    found = {rank: problem for rank, problem in problems.items() if problem is not None}
+    if len(set(found.values())) == 1:
+        raise CheckpointError(next(iter(found.values())))
+    if found:
+        raise CheckpointError("; ".join(f"rank {rank}: {problem}" for rank, problem in found.items()))
