@@ -1,0 +1,286 @@
+"""Kill a random rank at a random moment of training and saving, again and again, and go on from the last checkpoint.
+
+Every restart must go on from a complete checkpoint, and from none older than the last whose saving had returned; every
+step must have the loss that it has without kills; and the ranks that live on must end by themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+import zgraph
+from benchmarks import results
+from zgraph.errors import ZgraphError
+
+IMPORTED = ("zgraph", "zgraph.engine.engine", "torch._dynamo.convert_frame", "torch._functorch.aot_autograd")
+ROWS, WIDTH, HIDDEN = 12, 64, 512
+SAVE_EVERY = 2
+HANG_S = 60.0
+"""How long the others may take to end after a kill."""
+START_S = 300.0
+"""How long all may take to the first step."""
+TRAINING_S = 0.6
+"""How long a round trains at most before a rank is killed."""
+
+
+class Killed(AssertionError):
+    """What must not happen has happened: training did not go on as if nobody had been killed."""
+
+
+@dataclass
+class Outcome:
+    """What was seen.
+
+    Args:
+        num_kills: ranks that were killed.
+        resumed: the step at which each round went on.
+        ended_s: how long the other ranks took to end after a kill, the slowest of each round.
+        moments: what the killed rank had told last.
+        num_steps: different steps whose losses were compared with those of the run without kills.
+        num_repeated: steps that were made more than once.
+    """
+
+    num_kills: int = 0
+    resumed: list[int] = field(default_factory=list)
+    ended_s: list[float] = field(default_factory=list)
+    moments: dict[str, int] = field(default_factory=dict)
+    num_steps: int = 0
+    num_repeated: int = 0
+
+
+class Net(nn.Module):
+    """As much as takes a while to write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(self.last(self.drop(F.gelu(self.first(x)))), y)
+
+
+def train(rank: int, num_ranks: int, port: int, folder: Path, asynchronous: bool, steps: int, pipe: Connection) -> None:
+    """A rank: goes on from the last checkpoint, and tells what it does.
+
+    Args:
+        rank, num_ranks, port: of the process group.
+        folder: of the checkpoints.
+        asynchronous: whether they are written while training goes on.
+        steps: after how many to end.
+        pipe: takes pairs of a word and a number.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.TCPStore("127.0.0.1", port, is_master=False), rank=rank, world_size=num_ranks
+    )
+    engine, *_ = zgraph.initialize_engine(
+        model=Net(),
+        config={
+            "train_batch_size": ROWS, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
+            "zero_optimization": {"stage": 3}, "checkpoint": {"asynchronous": asynchronous},
+        },
+    )  # fmt: skip
+    torch.manual_seed(rank)
+    engine.load_checkpoint(folder)
+    pipe.send(("resumed", engine.global_steps))
+    pending = None
+    try:
+        while engine.global_steps < steps:
+            step = engine.global_steps
+            generator = torch.Generator().manual_seed(step)
+            x, y = (torch.randn(ROWS, WIDTH, generator=generator).chunk(num_ranks)[rank] for _ in range(2))
+            loss = engine(x, y)
+            engine.backward(loss)
+            engine.step()
+            pipe.send(("step", (step, loss.item())))
+            if engine.global_steps % SAVE_EVERY == 0:
+                pipe.send(("saving", engine.global_steps))
+                engine.save_checkpoint(folder)
+                if pending is not None or not asynchronous:
+                    pipe.send(("saved", pending if asynchronous else engine.global_steps))
+                pending = engine.global_steps
+        engine.wait_for_checkpoint()
+        pipe.send(("done", engine.global_steps))
+    except (ZgraphError, RuntimeError) as error:
+        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+
+
+class Round:
+    """The processes of one start, and what they have told."""
+
+    def __init__(self, num_ranks: int, folder: Path, asynchronous: bool, steps: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(IMPORTED))
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.processes: list[BaseProcess] = []
+        self.pipes: list[Connection] = []
+        self.last = ["starting"] * num_ranks
+        for rank in range(num_ranks):
+            ours, theirs = context.Pipe()
+            args = (rank, num_ranks, self.store.port, folder, asynchronous, steps, theirs)
+            process = context.Process(target=train, args=args, daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(ours)
+
+    def told(self, until: float) -> Iterator[tuple[int, str, Any]]:
+        """What ranks tell until this moment of the monotonic clock, or until all of them have ended."""
+        open_pipes = {pipe: rank for rank, pipe in enumerate(self.pipes) if not pipe.closed}
+        while open_pipes and (left := until - time.monotonic()) > 0:
+            for pipe in wait(list(open_pipes), left):
+                assert isinstance(pipe, Connection)
+                try:
+                    word, value = pipe.recv()
+                except (EOFError, OSError):
+                    del open_pipes[pipe]
+                    continue
+                self.last[open_pipes[pipe]] = word
+                yield open_pipes[pipe], word, value
+
+    def end(self) -> None:
+        """Leave no process behind."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        for pipe in self.pipes:
+            pipe.close()
+
+
+class Campaign:
+    """Rounds on the same folder.
+
+    Args:
+        folder: of the checkpoints.
+        num_ranks: of every round.
+        seed: of ranks, moments, and ways of saving.
+    """
+
+    def __init__(self, folder: Path, num_ranks: int, seed: int) -> None:
+        self.folder, self.num_ranks, self.random = folder, num_ranks, random.Random(seed)
+        self.outcome = Outcome()
+        self.saved = 0
+        self.losses: dict[tuple[int, int], float] = {}
+
+    def kill_once(self) -> None:
+        """Start, kill a rank, and wait for the others.
+
+        Raises:
+            Killed: training has not gone on as it must, or the others have not ended.
+        """
+        victim, delay_s = self.random.randrange(self.num_ranks), self.random.uniform(0, TRAINING_S)
+        started = Round(self.num_ranks, self.folder, self.random.random() < 0.5, steps=1 << 30)
+        try:
+            for rank, word, value in started.told(time.monotonic() + START_S):
+                self._note(rank, word, value)
+                if word == "step":
+                    break
+            else:
+                raise Killed(f"no step within {START_S:g} s; the ranks told {started.last} at last")
+            self._listen(started, time.monotonic() + delay_s)
+            moment = started.last[victim]
+            self.outcome.moments[moment] = self.outcome.moments.get(moment, 0) + 1
+            started.processes[victim].kill()
+            began = time.monotonic()
+            self._listen(started, began + HANG_S)
+            for process in started.processes:
+                process.join(max(0.0, began + HANG_S - time.monotonic()))
+            if any(process.is_alive() for process in started.processes):
+                raise Killed(f"a rank lives on {HANG_S:g} s after rank {victim} was killed, having told {started.last}")
+            self.outcome.ended_s.append(time.monotonic() - began)
+            self.outcome.num_kills += 1
+        finally:
+            started.end()
+
+    def compare(self) -> None:
+        """Compare every loss with that of a run without kills.
+
+        Raises:
+            Killed: one differs.
+        """
+        steps = 1 + max((step for _, step in self.losses), default=0)
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Round(self.num_ranks, Path(folder), False, steps)
+            try:
+                expected = {
+                    (rank, value[0]): value[1]
+                    for rank, word, value in plain.told(time.monotonic() + START_S + steps)
+                    if word == "step"
+                }
+            finally:
+                plain.end()
+        for place, loss in self.losses.items():
+            if loss != expected.get(place):
+                raise Killed(f"rank {place[0]} has loss {loss} in step {place[1]}, and {expected.get(place)} unkilled")
+        self.outcome.num_steps = steps
+
+    def _listen(self, started: Round, until: float) -> None:
+        for rank, word, value in started.told(until):
+            self._note(rank, word, value)
+
+    def _note(self, rank: int, word: str, value: Any) -> None:
+        if word == "resumed":
+            if value < self.saved or value % SAVE_EVERY:
+                raise Killed(f"rank {rank} went on from step {value}, and step {self.saved} had been saved")
+            if rank == 0:
+                self.outcome.resumed.append(value)
+        elif word == "saved":
+            self.saved = max(self.saved, value)
+        elif word == "step":
+            step, loss = value
+            if (held := self.losses.setdefault((rank, step), loss)) != loss:
+                raise Killed(f"rank {rank} had loss {held} in step {step}, and {loss} when the step was made again")
+            self.outcome.num_repeated += held is not loss
+
+
+def run(num_kills: int, num_ranks: int = 3, seed: int = 0) -> Outcome:
+    """Kill so many times, and compare.
+
+    Raises:
+        Killed: training did not go on as it must.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        campaign = Campaign(Path(folder), num_ranks, seed)
+        for _ in range(num_kills):
+            campaign.kill_once()
+        campaign.compare()
+    return campaign.outcome
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where to write what was found")
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    outcome = run(options.kills, options.ranks, options.seed)
+    print(f"{outcome.num_kills} kills, {outcome.num_steps} steps as without kills, {time.monotonic() - began:.0f} s")
+    print(f"the others ended within {max(outcome.ended_s):.1f} s; when killed, ranks were at {outcome.moments}")
+    results.write(
+        options.json, num_ranks=options.ranks, seed=options.seed, slowest_end_s=max(outcome.ended_s),
+        seconds=time.monotonic() - began, **asdict(outcome),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

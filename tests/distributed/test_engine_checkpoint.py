@@ -1,0 +1,115 @@
+"""Checkpoints of the engine: resumed at other numbers of ranks and stages, and when a rank fails or is killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+import zgraph
+from benchmarks import kills
+from zgraph.engine import storage
+from zgraph.engine.engine import Engine
+from zgraph.errors import CheckpointError
+
+from .nets import Odd, rows
+from .pool import Pool
+
+GLOBAL_ROWS, ACCUMULATION = 24, 2
+
+
+def engine_of(stage: int, seed: int = 0, **more: Any) -> Engine:
+    torch.manual_seed(seed)
+    engine, *_ = zgraph.initialize_engine(
+        model=Odd(),
+        config={
+            "train_batch_size": GLOBAL_ROWS, "gradient_accumulation_steps": ACCUMULATION, "gradient_clipping": 0.5,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}, "zero_optimization": {"stage": stage},
+            "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3, "total_num_steps": 12}}, **more,
+        },
+    )  # fmt: skip
+    return engine
+
+
+def losses(engine: Engine, until: int) -> list[float]:
+    """The losses of the steps up to this one, of all ranks' rows."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    found = []
+    while engine.global_steps < until:
+        total = torch.zeros(())
+        parts = [t.chunk(ACCUMULATION) for t in rows(engine.global_steps, GLOBAL_ROWS)]
+        for x, y in zip(*parts, strict=True):
+            loss = engine(x.chunk(size)[rank], y.chunk(size)[rank])
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / size / ACCUMULATION
+        dist.all_reduce(total)
+        found.append(total.item())
+    return found
+
+
+def save(_: DeviceMesh, path: Path) -> list[float]:
+    engine = engine_of(3)
+    losses(engine, 4)
+    engine.save_checkpoint(path, client_state={"best": 0.5, 7: [1]})
+    return losses(engine, 9)
+
+
+def resume(_: DeviceMesh, path: Path, stage: int) -> tuple[list[float], Any, int]:
+    engine = engine_of(stage, seed=1)
+    _, client_state = engine.load_checkpoint(path)
+    return losses(engine, 9), client_state, engine.micro_steps
+
+
+def test_resumed_at_other_numbers_of_ranks_and_stages(pool: Pool, tmp_path: Path) -> None:
+    expected = pool.run(save, 4, tmp_path)[0]
+    for num_ranks, stage in ((2, 1), (3, 2)):
+        fewer = Pool(num_ranks)
+        try:
+            answers = fewer.run(resume, num_ranks, tmp_path, stage)
+        finally:
+            fewer.stop()
+        for found, client_state, micro_steps in answers:
+            assert found == pytest.approx(expected, rel=1e-6), f"on {num_ranks} ranks, stage {stage}"
+            assert client_state == {"best": 0.5, 7: [1]}
+            assert micro_steps == 9 * ACCUMULATION
+
+
+def fail(_: DeviceMesh, path: Path) -> tuple[list[str], int, list[str]]:
+    """What the ranks say if one cannot write, if tags differ, and where they then go on."""
+    engine = engine_of(2, checkpoint={"tag_validation": "Fail"})
+    losses(engine, 2)
+    engine.save_checkpoint(path)
+    said = []
+    for tag in ("full", f"of-{dist.get_rank()}"):
+        losses(engine, engine.global_steps + 1)
+        no_room = OSError(28, "No space left on device") if dist.get_rank() == 2 else None
+        with patch.object(storage, "write_tensors", side_effect=no_room, wraps=storage.write_tensors):
+            try:
+                engine.save_checkpoint(path, tag)
+            except CheckpointError as error:
+                said.append(str(error))
+    engine.load_checkpoint(path)
+    return said, engine.global_steps, sorted(p.name for p in path.iterdir())
+
+
+def test_what_fails_on_one_rank_is_the_same_error_on_all_and_loses_nothing(pool: Pool, tmp_path: Path) -> None:
+    answers = pool.run(fail, 4, tmp_path)
+    assert all(answer == answers[0] for answer in answers)
+    said, step, left = answers[0]
+    assert "No space left on device" in said[0]
+    assert "of-0, of-1, of-2, of-3" in said[1]
+    assert step == 2
+    assert left == ["global_step2", "latest"]
+
+
+@pytest.mark.parametrize("num_kills", [2])
+def test_killed_ranks_go_on_from_a_complete_checkpoint(num_kills: int) -> None:
+    outcome = kills.run(num_kills, num_ranks=2, seed=3)
+    assert outcome.num_kills == num_kills
+    assert outcome.num_steps
