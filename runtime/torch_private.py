@@ -94,9 +94,10 @@ def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     return dtensor(local, like.device_mesh, like.placements, like.shape, like.stride())
 
 
-def joined(limit_s: float) -> dist.ProcessGroup:
-    """A new group of all ranks over gloo, whose joining has this limit, and whose collectives torch's own."""
-    group = dist.new_group(timeout=timedelta(seconds=limit_s), backend="gloo")
+def joined(ranks: list[int], limit_s: float) -> dist.ProcessGroup:
+    """A new group of these ranks over gloo, whose joining has this limit, and whose collectives torch's own."""
+    limit = timedelta(seconds=limit_s)
+    group = dist.new_group(ranks, limit, "gloo", use_local_synchronization=True)
     dist.distributed_c10d._set_pg_timeout(default_pg_timeout, group)
     return cast(dist.ProcessGroup, group)
 

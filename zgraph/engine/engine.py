@@ -56,7 +56,7 @@ class Engine:
         self.loss_scaler = LossScale(config.keys.fp16)
         self.global_steps = self.micro_steps = self.skipped_steps = 0
         self._is_local = False
-        self.ranks = Ranks()
+        self.ranks = Ranks(compiled_model(model).session.store.group)
         self._checkpoints = Checkpoints(self)
         self._norm: float | None = None
         self._loss: torch.Tensor | None = None

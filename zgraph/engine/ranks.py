@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -17,22 +18,25 @@ JOIN_S = 45.0
 
 
 class Ranks:
-    """The ranks, joined by a group of their own, so that a thread may use it while training goes on.
+    """The ranks of a model, joined by a group of their own when they first need one: a thread may use it while training
+    goes on.
 
     Args:
-        group: of all ranks, on processors; None for one process.
+        group: what the model trains on; None for one process.
     """
 
-    def __init__(self) -> None:
-        self.group = torch_private.joined(JOIN_S) if dist.is_initialized() else None
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank() if dist.is_initialized() else 0
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.members = [0] if group is None else dist.get_process_group_ranks(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
 
     @property
     def size(self) -> int:
-        return dist.get_world_size() if dist.is_initialized() else 1
+        return len(self.members)
+
+    @cached_property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group of their own, on processors; None for one process."""
+        return torch_private.joined(self.members, JOIN_S) if self.size > 1 else None
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank.
