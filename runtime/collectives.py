@@ -35,6 +35,11 @@ class Future:
         self.name, self.work, self.held, self.finish = name, work, held, finish
 
 
+def described(node: Node) -> str:
+    """A node for whoever waits for it: its name, its op, and when it runs."""
+    return f"%{node.name} ({node.op}, {node.phase.name})"
+
+
 def _one_or_all(futures: list[Future]) -> Any:
     """What a start gives: its future, or a list of them where it moves several tensors."""
     return futures if len(futures) > 1 else futures[0]
@@ -48,23 +53,23 @@ def _item(made: list[torch.Tensor], index: int) -> torch.Tensor:
 
 def offload_start(node: Node, session: Session) -> Execute:
     """A copy in the host's memory."""
-    host = session.host
+    host, name = session.host, described(node)
 
     def execute(tensor: torch.Tensor) -> Future:
         copied, work = host.offload(tensor)
-        return Future(node.name, work, tensor, lambda: copied)
+        return Future(name, work, tensor, lambda: copied)
 
     return execute
 
 
 def reload_start(node: Node, session: Session) -> Execute:
     """A copy on the device of what lies on the host."""
-    host, place = session.host, _place(node)
+    host, place, name = session.host, _place(node), described(node)
 
     def execute(tensor: torch.Tensor, arena: torch.Tensor | None = None) -> Future:
         target = place(arena, 0, tensor.numel(), tensor.dtype).view(tensor.size()) if arena is not None else None
         copied, work = host.reload(tensor, target)
-        return Future(node.name, work, tensor, lambda: copied)
+        return Future(name, work, tensor, lambda: copied)
 
     return execute
 
@@ -104,12 +109,12 @@ def _gather(node: Node, session: Session) -> Execute:
     num_shards = session.num_shards
     wanted = [(_shape(r.tensor), _numel(r.tensor)) for r in node.results]
     keys = [object() if node.option("keep") else None for _ in node.results]
-    place = _place(node)
+    place, name = _place(node), described(node)
 
     def execute(*chunks: torch.Tensor, arena: torch.Tensor | None = None) -> Any:
         kept = [k for key in keys if key is not None and (k := session.kept_copy(key)) is not None]
         if len(kept) == len(keys):
-            return _one_or_all([Future(node.name, None, None, partial(_item, kept, i)) for i in range(len(kept))])
+            return _one_or_all([Future(name, None, None, partial(_item, kept, i)) for i in range(len(kept))])
         if arena is None:
             outs = [chunk.new_empty(num_shards, chunk.numel()) for chunk in chunks]
         else:
@@ -128,7 +133,7 @@ def _gather(node: Node, session: Session) -> Execute:
                 session.keep_copy(key, whole)
             return whole
 
-        return _one_or_all([Future(node.name, work, c, partial(finish, i)) for i, c in enumerate(chunks)])
+        return _one_or_all([Future(name, work, c, partial(finish, i)) for i, c in enumerate(chunks)])
 
     return execute
 
@@ -137,6 +142,7 @@ def reduce_scatter_start(node: Node, session: Session) -> Execute:
     """The means over the ranks, each rank keeping its chunks."""
     num_shards = session.num_shards
     pads = [_padder(v.tensor, num_shards) for v in node.operands]
+    name = described(node)
 
     def execute(*wholes: torch.Tensor) -> Any:
         padded = [pad(whole).view(num_shards, -1) for pad, whole in zip(pads, wholes, strict=True)]
@@ -148,7 +154,7 @@ def reduce_scatter_start(node: Node, session: Session) -> Execute:
             outs = [torch.empty_like(p[0]) for p in padded]
             pairs = [(out, p.view(-1)) for out, p in zip(outs, padded, strict=True)]
             work = torch_private.reduce_scatters(pairs, session.shard_group, session.copy_group)
-        return _one_or_all([Future(node.name, work, p, partial(_item, outs, i)) for i, p in enumerate(padded)])
+        return _one_or_all([Future(name, work, p, partial(_item, outs, i)) for i, p in enumerate(padded)])
 
     return execute
 
@@ -157,7 +163,7 @@ def all_reduce_start(node: Node, session: Session) -> Execute:
     """The mean over the ranks, on every rank."""
     num_ranks = session.num_ranks
     kind = node.results[0].tensor
-    shape, numel = _shape(kind), _numel(kind)
+    shape, numel, name = _shape(kind), _numel(kind), described(node)
     pad, is_padded = _padder(kind, num_ranks), not is_even(kind.shape, num_ranks)
 
     def execute(own: torch.Tensor) -> Future:
@@ -167,19 +173,19 @@ def all_reduce_start(node: Node, session: Session) -> Execute:
         else:
             mean = torch.div(own, num_ranks).contiguous().view(-1)
             work = dist.all_reduce(mean, group=session.group, async_op=True)
-        return Future(node.name, work, None, lambda: mean[:numel].view(shape))
+        return Future(name, work, None, lambda: mean[:numel].view(shape))
 
     return execute
 
 
 def broadcast_start(node: Node, session: Session) -> Execute:
     """The first rank's value, on every rank."""
-    group = session.group
+    group, name = session.group, described(node)
 
     def execute(own: torch.Tensor) -> Future:
         copy = own.clone(memory_format=torch.contiguous_format)
         work = dist.broadcast(copy, dist.get_global_rank(group, 0), group=group, async_op=True)
-        return Future(node.name, work, None, lambda: copy)
+        return Future(name, work, None, lambda: copy)
 
     return execute
 
@@ -328,12 +334,12 @@ def exchange(kind: str, session: Session, numel: int, count: int) -> Callable[[]
     """Collectives of a whole of `numel` fp32 numbers each, one behind the other: it returns when all are over.
 
     Args:
-        kind: all_gather, reduce_scatter or all_reduce.
+        kind: all_gather, reduce_scatter, all_reduce or broadcast.
         session: whose ranks take part.
         numel: divided evenly over the ranks, rounded down.
         count: how many.
     """
-    num_parts = session.num_ranks if kind == "all_reduce" else session.num_shards
+    num_parts = session.num_shards if kind in ("all_gather", "reduce_scatter") else session.num_ranks
     lane = session.lane
     whole = torch.zeros(num_parts, numel // num_parts, device=session.device)
     own = torch.zeros(numel // num_parts, device=session.device)
@@ -347,6 +353,9 @@ def exchange(kind: str, session: Session, numel: int, count: int) -> Callable[[]
             if lane is not None:
                 return lane.reduce_scatter(whole.unbind())
             return torch_private.reduce_scatters([(own, whole.view(-1))], session.shard_group, session.copy_group)
+        if kind == "broadcast":
+            sent: dist.Work = dist.broadcast(whole, dist.get_global_rank(session.group, 0), session.group, True)
+            return sent
         if lane is not None:
             return lane.all_reduce(whole.unbind())
         work: dist.Work = dist.all_reduce(whole, group=session.group, async_op=True)

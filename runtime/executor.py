@@ -18,7 +18,7 @@ from zgraph.runtime.collectives import MAKERS
 from zgraph.runtime.regions import Region, cut
 
 if TYPE_CHECKING:
-    from zgraph.runtime.recorder import Recorder
+    from zgraph.runtime.recorder import Watcher
     from zgraph.runtime.session import Session
 
 Runner = Callable[[list[Any]], list[Any]]
@@ -27,7 +27,7 @@ _PLAIN = (bool, int, str, type(None))
 
 
 def link(
-    program: Program, plan: Plan, session: Session, resident: Mapping[str, Any], recorder: Recorder | None = None
+    program: Program, plan: Plan, session: Session, resident: Mapping[str, Any], watcher: Watcher | None = None
 ) -> Runner:
     """The program as a function from a list of arguments, which it empties, to a list of results.
 
@@ -36,9 +36,9 @@ def link(
         plan: the whole plan.
         session: the state that collectives and accumulation work on.
         resident: the memory of parameters and constants, by the name of their value.
-        recorder: if given, it is told after every instruction.
+        watcher: if given, it is told after every instruction.
     """
-    writer = _Writer(program, plan, session, resident, recorder)
+    writer = _Writer(program, plan, session, resident, watcher)
     source = writer.source()
     label = f"<zgraph {plan.graph.name} {plan.fingerprint} {program.name}>"
     linecache.cache[label] = (len(source), None, source.splitlines(True), label)
@@ -52,9 +52,9 @@ class _Writer:
     """Writes one program as source, with the names that the source refers to."""
 
     def __init__(
-        self, program: Program, plan: Plan, session: Session, resident: Mapping[str, Any], recorder: Recorder | None
+        self, program: Program, plan: Plan, session: Session, resident: Mapping[str, Any], watcher: Watcher | None
     ) -> None:
-        self.program, self.plan, self.session, self.recorder = program, plan, session, recorder
+        self.program, self.plan, self.session, self.watcher = program, plan, session, watcher
         self.foreign = plan.graph.foreign
         self.names: dict[str, Any] = {}
         self.locals: dict[str, str] = {}
@@ -75,11 +75,11 @@ class _Writer:
             lines.append(f"    del {', '.join(dead)}")
         if num_bytes := arena_bytes((i.node for i in program.instructions), self.plan.graph):
             lines.append(f"    arena = {self.constant(self.session.arena, 'arena')}({num_bytes})")
-        mark = ""
-        if self.recorder is not None:
-            begin, mark = self.constant(self.recorder.begin, "begin"), self.constant(self.recorder.mark, "mark")
-            lines.append(f"    {begin}({self.constant(program.instructions, 'instructions')})")
-        for part in self.parts():
+        mark, parts = "", tuple(self.parts())
+        if self.watcher is not None:
+            begin, mark = self.constant(self.watcher.begin, "begin"), self.constant(self.watcher.mark, "mark")
+            lines.append(f"    {begin}({self.constant(parts, 'parts')})")
+        for part in parts:
             written = self.region(part) if isinstance(part, Region) else self.instruction(part)
             lines.extend(f"    {line}" for line in written)
             if mark:
@@ -90,7 +90,7 @@ class _Writer:
 
     def parts(self) -> Iterable[Instruction | Region]:
         """Instructions, and regions where the session has any: not while single instructions are measured."""
-        if self.session.regions is None or self.recorder is not None:
+        if self.session.regions is None or (self.watcher is not None and self.watcher.takes_apart):
             return self.program.instructions
         return cut(self.program, self.plan.graph)
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from zgraph.runtime.torch_private import Store, messenger
 
 CONNECT_TIMEOUT = timedelta(minutes=1)
-WAIT_TIMEOUT = timedelta(minutes=30)
+WAIT_TIMEOUT = timedelta(days=1)  # whoever waits for the transfer gives up before
 NUM_POSTED = 2
 _AT_ONCE = timedelta(milliseconds=1)
 _LAST_TAG = 2**31 - 1

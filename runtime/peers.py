@@ -14,11 +14,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from zgraph.config import environment
 from zgraph.errors import PeerError, PlanMismatchError
 from zgraph.runtime import torch_private
 from zgraph.runtime.lanes import Transfer
@@ -31,20 +32,39 @@ LINGER_SECONDS = 1.0
 _FIRST_NAP, _LONGEST_NAP = 2e-5, 1e-3
 
 
+class Place(NamedTuple):
+    """Where a rank is: in which call of a model, and what it waits for there, or has waited for last."""
+
+    call: int
+    what: str
+    waits: bool
+    since: float
+
+    def __str__(self) -> str:
+        if self.waits:
+            return f"waits for {self.what} in call {self.call}"
+        after = f", after {self.what}" if self.what else ""
+        return f"has not answered for {time.monotonic() - self.since:.0f} s, last seen in call {self.call}{after}"
+
+
 class Heartbeat(threading.Thread):
-    """Writes a growing number to the store, so that others can tell a busy rank from one that is gone."""
+    """Writes a growing number to the store, so that others can tell a busy rank from one that is gone.
+
+    With it goes the place where the rank is.
+    """
 
     def __init__(self, store: Store, rank: int) -> None:
         super().__init__(name="zgraph-heartbeat", daemon=True)
         self.store, self.rank = store, rank
         self.over = threading.Event()
+        self.place = Place(0, "", False, time.monotonic())
         self.start()
         atexit.register(self.stop)
 
     def run(self) -> None:
         for count in itertools.count():
             try:
-                self.store.set(f"zgraph/beat/{self.rank}", str(count))
+                self.store.set(f"zgraph/beat/{self.rank}", f"{count} {self.place}")
             except (RuntimeError, ValueError):
                 return  # the store closed with the job
             if self.over.wait(BEAT_SECONDS):
@@ -81,7 +101,8 @@ class Peers:
         self.waited_s = 0.0
         self.call = 0
         self.compared = 0
-        _heartbeat(self.store, self.rank)
+        self.limit_s = environment().timeout_s
+        self._heart = _heartbeat(self.store, self.rank)
 
     # --- waiting -----------------------------------------------------------------------------------------------
 
@@ -89,19 +110,25 @@ class Peers:
         """Wait for a collective, unless a peer fails meanwhile.
 
         Raises:
-            PeerError: a peer failed or is gone; the message says which.
+            PeerError: a peer failed or is gone, or does not come within ZGRAPH_TIMEOUT; the message says which.
         """
         began = time.perf_counter()
+        self._at(what, waits=True)
         if self.polls:
             self._poll(work, what)
         try:
             work.wait()
         except RuntimeError as error:
             self._blame(what, error, self.gone())
+        self._at(what, waits=False)
         self.waited_s += time.perf_counter() - began
+
+    def _at(self, what: str, *, waits: bool) -> None:
+        self._heart.place = Place(self.call, what, waits, time.monotonic())
 
     def _poll(self, work: dist.Work | Transfer, what: str) -> None:
         nap, asked, told = _FIRST_NAP, time.monotonic(), False
+        until = asked + self.limit_s
         while not work.is_completed():
             if isinstance(work, Transfer):
                 work.over.wait(ASK_AFTER_SECONDS)
@@ -111,6 +138,8 @@ class Peers:
             if time.monotonic() - asked > ASK_AFTER_SECONDS:
                 asked = time.monotonic()
                 self.raise_failure()
+                if asked > until:
+                    self._give_up()
                 if not told:
                     self._write(self._key("waiting"), f"rank {self.rank} waits for {what}")
                     told = True
@@ -125,6 +154,25 @@ class Peers:
             )
         else:
             blame = PeerError(f"rank {self.rank} waited for {what} and the communication failed: {error}")
+        self._end(blame)
+
+    def _give_up(self) -> NoReturn:
+        """Tell the others where every rank is, and raise."""
+        gone, beats = self.gone(), self._beats()
+        beats[self.rank] = f"0 {self._heart.place}".encode()
+        places = []
+        for rank in self.ranks:
+            place = beats[rank].decode().partition(" ")[2] or "has never been seen"
+            places.append(f"rank {rank} {place}{' (its process or its host is gone)' if rank in gone else ''}")
+        self._end(
+            PeerError(
+                f"rank {self.rank} has waited for {self.limit_s:g} s: {'; '.join(places)}. Look what keeps those "
+                "that do not wait; if they only need more time, set ZGRAPH_TIMEOUT to more seconds."
+            )
+        )
+
+    def _end(self, blame: PeerError) -> NoReturn:
+        """Tell the others, and raise."""
         self.fail(blame)
         time.sleep(LINGER_SECONDS)  # the store may end with this process: let the others read first
         raise blame from None
@@ -168,6 +216,7 @@ class Peers:
         """A new call of the model begins: what was said of earlier ones is past."""
         self.call += 1
         self.compared = 0
+        self._at("", waits=False)
 
     def agree(self, what: str, text: str) -> None:
         """Check that every rank has the same `text`: each writes its digest, the first rank reads them and rules.
@@ -199,6 +248,8 @@ class Peers:
     def _await(self, keys: list[str], what: str) -> None:
         """Wait until all these keys are there, unless a peer fails, or computes where it should compare."""
         nap, asked, heard, silent = _FIRST_NAP, time.monotonic(), self._beats(), 0.0
+        until = asked + self.limit_s
+        self._at(f"the comparison of the {what}", waits=True)
         while not self._are_there(keys):
             time.sleep(nap)
             nap = min(nap * 1.5, 20 * _LONGEST_NAP)
@@ -211,6 +262,8 @@ class Peers:
                     f"rank {self.rank} compiled a new {what}, but {waiting} in one compiled before. Give every rank "
                     "inputs of the same kind and shape in the same step, or pass dynamic=True."
                 )
+            if asked > until:
+                self._give_up()
             beats = self._beats()
             stopped = [r for r in self.ranks if r != self.rank and heard[r] and beats[r] == heard[r]]
             silent, heard = (silent + ASK_AFTER_SECONDS, heard) if stopped else (0.0, beats)
@@ -218,6 +271,7 @@ class Peers:
                 silent = 0.0
                 if gone := self.gone():  # a rank may only have been too busy to beat
                     self._blame(f"the comparison of the {what}", TimeoutError("no answer"), gone)
+        self._at(f"the comparison of the {what}", waits=False)
 
     def _difference(self, what: str, text: str, different: int) -> str:
         """What differs between the first rank's text and that of the first rank that differs from it."""

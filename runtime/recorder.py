@@ -6,10 +6,26 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from zgraph.ir import Instruction, Node
+
+if TYPE_CHECKING:
+    from zgraph.runtime.regions import Region
+
+
+class Watcher(Protocol):
+    """Who is told how a program goes on. If it takes regions apart, they are run op by op."""
+
+    takes_apart: bool
+
+    def begin(self, parts: Sequence[Instruction | Region]) -> None: ...
+
+    def mark(self) -> None: ...
+
+    def __hash__(self) -> int: ...
 
 
 class Recorder:
@@ -19,13 +35,15 @@ class Recorder:
         device: where the program runs. On a GPU, events on its stream are compared after the step.
     """
 
+    takes_apart = True
+
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type != "cpu"
-        self._runs: list[tuple[Sequence[Instruction], list[int | torch.Event]]] = []
+        self._runs: list[tuple[Sequence[Instruction | Region], list[int | torch.Event]]] = []
 
-    def begin(self, instructions: Sequence[Instruction]) -> None:
+    def begin(self, parts: Sequence[Instruction | Region]) -> None:
         """A program begins."""
-        self._runs.append((instructions, []))
+        self._runs.append((parts, []))
         self.mark()
 
     def mark(self) -> None:
@@ -45,8 +63,9 @@ class Recorder:
             torch.cuda.synchronize()
         taken: dict[int, list[float]] = defaultdict(list)
         nodes: dict[int, Node] = {}
-        for instructions, times in self._runs:
-            for instruction, before, after in zip(instructions, times, times[1:], strict=False):
+        for parts, times in self._runs:
+            for instruction, before, after in zip(parts, times, times[1:], strict=False):
+                assert isinstance(instruction, Instruction)
                 taken[id(instruction)].append(_us(before, after))
                 nodes[id(instruction)] = instruction.node
         return [(nodes[key], fmean(found)) for key, found in taken.items()]

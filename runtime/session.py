@@ -12,11 +12,13 @@ import torch.distributed as dist
 
 from zgraph.errors import PeerError
 from zgraph.ir import OutputKind, Phase, Plan, Program
+from zgraph.runtime import torch_private
 from zgraph.runtime.executor import Runner, link
 from zgraph.runtime.host import HostMemory
 from zgraph.runtime.lanes import Hosts, Lane, host_name
 from zgraph.runtime.peers import Peers
-from zgraph.runtime.recorder import Recorder
+from zgraph.runtime.ranges import Ranges
+from zgraph.runtime.recorder import Watcher
 from zgraph.runtime.regions import Regions
 from zgraph.runtime.shards import ShardStore, Slot
 
@@ -47,7 +49,8 @@ class Session:
             self._lane = self._open_lane()
         self.syncs = True
         self.lean_call = False
-        self.recorder: Recorder | None = None
+        self.recorder: Watcher | None = None
+        self._ranges = Ranges()
         self.regions: Regions | None = None
         self.plans: list[Plan] = []
         self._held: dict[str, torch.Tensor] = {}
@@ -80,6 +83,11 @@ class Session:
     def host(self) -> HostMemory:
         """The host's memory, for what is offloaded."""
         return self.store.host
+
+    @property
+    def watcher(self) -> Watcher | None:
+        """Who is told how programs go on: whoever measures, or torch's profiler while it is on; mostly nobody."""
+        return self._ranges if self.recorder is None and torch_private.is_profiling() else self.recorder
 
     def arena(self, num_bytes: int) -> torch.Tensor:
         """The memory in which a program lays its buffers out."""
@@ -121,12 +129,12 @@ class Session:
         self.plans.append(plan)
 
         @cache
-        def runner(program: Program, recorder: Recorder | None) -> Runner:
-            return link(program, plan, self, resident, recorder)
+        def runner(program: Program, watcher: Watcher | None) -> Runner:
+            return link(program, plan, self, resident, watcher)
 
         def forward(args: list[Any]) -> list[Any]:
             self.lean_call = plan.lean is not None
-            return runner(plan.forward, self.recorder)(args)
+            return runner(plan.forward, self.watcher)(args)
 
         guarded = self._guarded(forward)
         if plan.backward is None or plan.unsynced is None:
@@ -136,7 +144,7 @@ class Session:
             programs |= {(True, True): plan.lean[0], (False, True): plan.lean[1]}
 
         def backward(syncs: bool, lean: bool) -> Runner:
-            return runner(programs[syncs, lean], self.recorder)
+            return runner(programs[syncs, lean], self.watcher)
 
         return guarded, self._guarded(self._backward(plan, backward))
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
+from torch.autograd import profiler
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
@@ -27,6 +28,7 @@ __all__ = [
     "fused_sgd",
     "has_fused_sgd",
     "inductor",
+    "is_profiling",
     "joined",
     "keeps_graph",
     "messenger",
@@ -190,6 +192,11 @@ def direct(op: Callable[..., Any]) -> Callable[..., Any]:
 def keeps_graph() -> bool:
     """Whether the backward that runs now was called with retain_graph=True."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def is_profiling() -> bool:
+    """Whether `torch.profiler` is on."""
+    return profiler._is_profiler_enabled
 
 
 def run_grad_hooks(parameter: torch.Tensor) -> None:

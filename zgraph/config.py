@@ -17,11 +17,13 @@ class Environment:
         dump: ZGRAPH_DUMP, a folder for one `.zir` file a pass.
         verify: ZGRAPH_VERIFY, 0 never verifies, 1 verifies what was captured and the result, 2 after every
             pass, with the round trip of the graph's text.
+        timeout_s: ZGRAPH_TIMEOUT, seconds that a rank waits for another before it says where all of them are and ends.
         disable: ZGRAPH_DISABLE, names of passes to leave out, separated by commas.
     """
 
     dump: Path | None = None
     verify: int = 1
+    timeout_s: float = 600.0
     disable: frozenset[str] = frozenset()
 
 
@@ -36,7 +38,17 @@ def environment() -> Environment:
         raise UsageError(f"ZGRAPH_VERIFY must be 0, 1 or 2, not {level!r}")
     dump = os.environ.get("ZGRAPH_DUMP")
     disable = frozenset(filter(None, (name.strip() for name in os.environ.get("ZGRAPH_DISABLE", "").split(","))))
-    return Environment(Path(dump) if dump else None, int(level), disable)
+    return Environment(Path(dump) if dump else None, int(level), _seconds("ZGRAPH_TIMEOUT", 600.0), disable)
+
+
+def _seconds(name: str, default: float) -> float:
+    try:
+        found = float(text) if (text := os.environ.get(name)) else default
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise UsageError(f"{name} must be a number of seconds above 0 (inf for no limit), not {text!r}")
+    return found
 
 
 def cache_folder() -> Path:

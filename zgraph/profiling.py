@@ -49,12 +49,12 @@ def profile(
     session = compiled.session
     for _ in range(NUM_WARMUPS):
         step()
-    session.recorder = Recorder(session.device)
+    recorder = session.recorder = Recorder(session.device)
     try:
         for _ in range(num_steps):
             step()
     finally:
-        recorder, session.recorder = session.recorder, None
+        session.recorder = None
     ops = _ops_us(recorder, compiled.hints)
     if not ops:
         raise UsageError("the step given to zgraph.profile did not run the model; it must call it, and .backward()")

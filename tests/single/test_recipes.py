@@ -60,7 +60,9 @@ def test_disable_leaves_a_pass_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not {"prefetch", "dce"} & set(steps)
 
 
-@pytest.mark.parametrize(("name", "value"), [("ZGRAPH_VERIFY", "3"), ("ZGRAPH_DISABLE", "prefetchh")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("ZGRAPH_VERIFY", "3"), ("ZGRAPH_DISABLE", "prefetchh"), ("ZGRAPH_TIMEOUT", "soon")]
+)
 def test_an_environment_that_means_nothing(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=name):
