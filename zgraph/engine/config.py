@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, P
 from zgraph.engine.optimizers import OPTIMIZERS, OptimizerParams
 from zgraph.engine.schedules import SCHEDULES, Schedule
 from zgraph.engine.sections import Reading, Section, flatten
+from zgraph.engine.writers import PACKAGES, is_installed
 from zgraph.errors import ConfigError
 
 _SCHEDULE = "the pass `schedule` moves communication behind computing for the costs of the hardware"
@@ -155,7 +156,7 @@ class WandB(Section):
 
 
 class CommsLogger(Section):
-    """`comms_logger`: a table of collectives every `steps_per_print` steps."""
+    """`comms_logger`: a table of collectives every `steps_per_print` steps (10, if that is not there)."""
 
     superseded: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("prof_all", "prof_ops", "verbose", "debug"), "the table has every collective of the plan"
@@ -449,6 +450,9 @@ def _check_together(reading: Reading, keys: EngineConfig) -> None:
         reading.problems.append("zero_optimization.offload_optimizer.nvme_path: where do the files go?")
     if zero.offload_param.device == "nvme":
         reading.problems.append('zero_optimization.offload_param.device: parameters go to "cpu" only')
+    for package in PACKAGES:
+        if getattr(keys, package).enabled and not is_installed(package):
+            reading.problems.append(f"{package}.enabled: the package is missing; pip install {package}")
 
 
 def _batches(reading: Reading, keys: EngineConfig, world_size: int) -> tuple[int, int]:

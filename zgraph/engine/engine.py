@@ -24,6 +24,7 @@ from zgraph.engine.config import Config, read_config
 from zgraph.engine.data import EngineLoader
 from zgraph.engine.export import export, save_16bit
 from zgraph.engine.gradients import Gradients
+from zgraph.engine.monitoring import Monitoring
 from zgraph.engine.ranks import Ranks
 from zgraph.engine.scaling import LossScale
 from zgraph.engine.schedules import Scheduler
@@ -54,6 +55,7 @@ class Engine:
         self.optimizer, self.lr_scheduler, self.training_dataloader = optimizer, scheduler, loader
         self.accumulation = config.accumulation
         self.loss_scaler = LossScale(config.keys.fp16)
+        self.monitor = Monitoring(config, model)
         self.global_steps = self.micro_steps = self.skipped_steps = 0
         self._is_local = False
         self.ranks = Ranks(compiled_model(model).session.store.group)
@@ -67,7 +69,7 @@ class Engine:
         return getattr(self.module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._syncing():
+        with self._syncing(), self.monitor.forward(args, kwargs):
             return self.module(*args, **kwargs)
 
     forward = __call__
@@ -101,7 +103,7 @@ class Engine:
             raise UsageError("retain_graph: the compiled backward frees what the forward kept; call the model again")
         if loss.numel() != 1:
             raise UsageError(f"the loss must be one number, not a tensor of shape {tuple(loss.shape)}")
-        with self._syncing():
+        with self._syncing(), self.monitor.backward(loss):
             torch.autograd.backward(loss.float() * (self.loss_scaler.scale / self.accumulation))
         self._loss = loss.detach()
         return loss
@@ -142,15 +144,17 @@ class Engine:
         if self._is_local:
             raise UsageError("engine.step within engine.no_sync: the step would be another on each rank; go out first")
         if self.is_gradient_accumulation_boundary():
-            overflow = not self._scaled_back(optimizer)
-            if not overflow:
-                optimizer.step()
-                if self.lr_scheduler is not None:
-                    self.lr_scheduler.step()
-            self.skipped_steps += overflow
-            self.loss_scaler.update(overflow=overflow)
-            self.zero_grad()
+            with self.monitor.timed("step"):
+                overflow = not self._scaled_back(optimizer)
+                if not overflow:
+                    optimizer.step()
+                    if self.lr_scheduler is not None:
+                        self.lr_scheduler.step()
+                self.skipped_steps += overflow
+                self.loss_scaler.update(overflow=overflow)
+                self.zero_grad()
             self.global_steps += 1
+            self.monitor.after_step(self)
         self.micro_steps += 1
 
     def _scaled_back(self, optimizer: Optimizer) -> bool:
