@@ -98,8 +98,8 @@ def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
 
 def joined(ranks: list[int], limit_s: float) -> dist.ProcessGroup:
     """A new group of these ranks over gloo, whose joining has this limit, and whose collectives torch's own."""
-    limit = timedelta(seconds=limit_s)
-    group = dist.new_group(ranks, limit, "gloo", use_local_synchronization=True)
+    some = len(ranks) < dist.get_world_size()  # the others do not come then; torch names the group by what each has
+    group = dist.new_group(ranks, timedelta(seconds=limit_s), "gloo", use_local_synchronization=some)
     dist.distributed_c10d._set_pg_timeout(default_pg_timeout, group)
     return cast(dist.ProcessGroup, group)
 
