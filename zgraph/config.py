@@ -19,12 +19,14 @@ class Environment:
             pass, with the round trip of the graph's text.
         timeout_s: ZGRAPH_TIMEOUT, seconds that a rank waits for another before it says where all of them are and ends.
         disable: ZGRAPH_DISABLE, names of passes to leave out, separated by commas.
+        config: ZGRAPH_CONFIG, the configuration file of `zgraph.hf.Trainer` where it is given none.
     """
 
     dump: Path | None = None
     verify: int = 1
     timeout_s: float = 600.0
     disable: frozenset[str] = frozenset()
+    config: Path | None = None
 
 
 def environment() -> Environment:
@@ -38,7 +40,11 @@ def environment() -> Environment:
         raise UsageError(f"ZGRAPH_VERIFY must be 0, 1 or 2, not {level!r}")
     dump = os.environ.get("ZGRAPH_DUMP")
     disable = frozenset(filter(None, (name.strip() for name in os.environ.get("ZGRAPH_DISABLE", "").split(","))))
-    return Environment(Path(dump) if dump else None, int(level), _seconds("ZGRAPH_TIMEOUT", 600.0), disable)
+    config = os.environ.get("ZGRAPH_CONFIG")
+    return Environment(
+        Path(dump) if dump else None, int(level), _seconds("ZGRAPH_TIMEOUT", 600.0), disable,
+        Path(config) if config else None,
+    )  # fmt: skip
 
 
 def _seconds(name: str, default: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -332,14 +332,12 @@ def read_config(source: Mapping[str, Any] | str | Path, *, world_size: int) -> C
     Raises:
         ConfigError: anything is wrong; the error has all problems.
     """
-    found = _upgraded(_loaded(source))
+    found = loaded(source)
     reading = Reading()
-    if automatic := [place for place, value in flatten(found) if value == "auto" and not place.startswith("zgraph.")]:
-        told = _telling(automatic)
-        reading.problems += [
-            f'{place}: "auto" is filled in by zgraph.hf.Trainer; here it needs a value' for place in told
-        ]
-        found = _without_auto(found)
+    reading.problems += [
+        f'{place}: "auto" is filled in by zgraph.hf.Trainer; here it needs a value' for place in undecided(found)
+    ]
+    found = _without_auto(found)
     keys = reading.read(EngineConfig, found)
     optimizer = schedule = None
     if isinstance(named := found.get("optimizer"), Mapping):
@@ -352,6 +350,24 @@ def read_config(source: Mapping[str, Any] | str | Path, *, world_size: int) -> C
     reading.finish()
     assert keys is not None
     return Config(keys, micro, steps, world_size, optimizer, schedule, tuple(reading.notes))
+
+
+def loaded(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """A configuration as it is written, keys of old under the names that they have now.
+
+    Raises:
+        ConfigError: it is no JSON object.
+    """
+    return _upgraded(_loaded(source))
+
+
+def undecided(found: Mapping[str, Any]) -> list[str]:
+    """The places with "auto" whose value is needed: others may be left to zgraph."""
+    automatic = [place for place, value in flatten(found) if value == "auto" and not place.startswith("zgraph.")]
+    zero = {f"zero_optimization.{key}" for key in Zero.superseded}
+    return [
+        place for place in automatic if place not in zero and place.rpartition(".")[2] not in EngineConfig.superseded
+    ]
 
 
 def _loaded(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -412,12 +428,6 @@ def _upgraded(found: dict[str, Any]) -> dict[str, Any]:
         nothing = [key for key in ("offload_optimizer", "offload_param") if key in zero and zero[key] is None]
         found["zero_optimization"] = {key: value for key, value in zero.items() if key not in nothing}
     return found
-
-
-def _telling(places: Iterable[str]) -> list[str]:
-    """Those of the places with "auto" whose value is needed: others may be left to zgraph."""
-    zero = {f"zero_optimization.{key}" for key in Zero.superseded}
-    return [place for place in places if place not in zero and place.rpartition(".")[2] not in EngineConfig.superseded]
 
 
 def _without_auto(found: Mapping[str, Any]) -> dict[str, Any]:

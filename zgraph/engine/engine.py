@@ -404,7 +404,7 @@ def initialize_engine(
             read.world_size, _rank(mesh),
         )  # fmt: skip
     groups = _named_groups(model, optimizer, model_parameters)
-    compiled = _compiled(model, read, mesh if mesh is not None else _mesh(read))
+    compiled = compile_for(model, read, mesh)
     made = _optimizer(compiled, read, optimizer, groups)
     scheduler = _scheduler(made, read, lr_scheduler)
     return Engine(compiled, read, made, scheduler, loader), made, loader, scheduler
@@ -442,7 +442,12 @@ def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def _compiled(model: nn.Module, config: Config, mesh: DeviceMesh | None) -> nn.Module:
+def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None) -> nn.Module:
+    """Compile a model, in place, as a configuration says.
+
+    Args:
+        mesh: the ranks; by default all, in rows of `zero_hpz_partition_size`.
+    """
     keys, own = config.keys, config.keys.zgraph
     param_dtype = getattr(torch, config.param_dtype) if config.param_dtype is not None else None
     if param_dtype is not None:
@@ -451,7 +456,7 @@ def _compiled(model: nn.Module, config: Config, mesh: DeviceMesh | None) -> nn.M
         model.to(torch.device("cuda", torch.cuda.current_device()))
     recipe = {} if own.recipe is None else {"passes": own.recipe}
     return zgraph.compile(
-        model, stage=_stage(model, config), mesh=mesh, param_dtype=param_dtype,
+        model, stage=_stage(model, config), mesh=mesh if mesh is not None else _mesh(config), param_dtype=param_dtype,
         reduce_dtype=_DTYPES[keys.communication_data_type], hardware=own.hardware, memory_budget=own.memory_budget,
         recompute=own.recompute, offload=_offload(config), kernels=own.kernels, save=own.save, fullgraph=own.fullgraph,
         dynamic=own.dynamic, **recipe,

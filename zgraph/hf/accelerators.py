@@ -1,0 +1,99 @@
+"""Compiled models before Hugging Face's Accelerate, which would wrap them, and their weights as `transformers` saves them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from zgraph.api import compiled_model, no_sync
+from zgraph.errors import UsageError
+from zgraph.runtime import torch_private
+
+
+def prepare(accelerator: Any, model: nn.Module, *others: Any) -> Any:
+    """`accelerator.prepare` with a compiled model: it is not wrapped, and averages its gradients itself.
+
+    `accelerator.accumulate`, `no_sync`, `backward` and `clip_grad_norm_` then do what they do otherwise.
+
+    Args:
+        accelerator: an Accelerator.
+        model: compiled by `zgraph.compile`.
+        others: optimizers (made after compiling), loaders and schedulers.
+
+    Returns:
+        The model and what `accelerator.prepare` made of the others.
+
+    Raises:
+        UsageError: the model is not compiled, or the accelerator would do what zgraph does.
+    """
+    compiled_model(model)
+    if accelerator.mixed_precision != "no":
+        raise UsageError(
+            f"mixed_precision={accelerator.mixed_precision!r}: the compiled model computes in zgraph.compile's "
+            'param_dtype; give param_dtype=torch.bfloat16 there, and leave mixed_precision at "no"'
+        )
+    if (kind := accelerator.distributed_type.value) in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        raise UsageError(f"the accelerator is {kind}'s, which shards the model itself: launch without it")
+    accelerator.register_save_state_pre_hook(_refuse_saving)
+    return accelerator.prepare(own(model), *others)
+
+
+def own(model: nn.Module) -> nn.Module:
+    """Have Accelerate and `transformers` take a compiled model as it is."""
+    attributes = model.__dict__
+    attributes["_is_accelerate_prepared"] = True
+    attributes["no_sync"] = functools.partial(no_sync, model)
+    if hasattr(model, "save_pretrained"):
+        attributes["save_pretrained"] = functools.partial(_save_pretrained, model)
+    return model
+
+
+def whole_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    """The model's weights, whole and on the CPU: gathered one at a time, by all ranks together.
+
+    Args:
+        model: compiled.
+        keep: False on ranks that only help to gather.
+    """
+    tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    gathered: dict[int, torch.Tensor] = {}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        known = tied.get(name, id(tensor))
+        if known not in gathered:
+            whole = _whole(tensor)
+            gathered[known] = whole.cpu() if keep else whole.new_empty(0)
+        found[name] = gathered[known]
+    return found if keep else {}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    kind = tensor.device_mesh.device_type
+    if tensor.to_local().device.type != kind:  # it rests on the host
+        tensor = torch_private.dtensor_like(tensor.to_local().to(kind), tensor)
+    return tensor.full_tensor()
+
+
+def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], **options: Any) -> None:
+    """The model's own `save_pretrained`: all ranks gather, the first writes."""
+    is_first = options.pop("is_main_process", not dist.is_initialized() or dist.get_rank() == 0)
+    state = options.pop("state_dict", None)
+    if state is None:
+        state = whole_state_dict(model, keep=is_first)
+    if is_first:
+        type(model).save_pretrained(model, save_directory, state_dict=state, **options)  # type: ignore[attr-defined]
+
+
+def _refuse_saving(*_: Any) -> None:
+    raise UsageError(
+        "accelerator.save_state would keep the first rank's shards of the optimizer only; write them with "
+        "torch.distributed.checkpoint or zgraph.hf.state.save_state, and the model with model.save_pretrained"
+    )

@@ -1,0 +1,224 @@
+"""Any class of Hugging Face's Trainer over zgraph: what it trains is compiled and sharded, all else is its own."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import nn
+from torch.optim import Optimizer
+
+from zgraph import optim
+from zgraph.checks import ATTRIBUTE
+from zgraph.config import environment
+from zgraph.engine.config import Config, read_config
+from zgraph.engine.engine import compile_for
+from zgraph.engine.gradients import Gradients
+from zgraph.engine.schedules import Scheduler
+from zgraph.errors import ConfigError, UsageError
+from zgraph.hf.accelerators import own, whole_state_dict
+from zgraph.hf.config import filled
+from zgraph.hf.scaling import Scaler
+from zgraph.hf.state import OPTIONS, load_state, save_state
+
+Base: Any = object  # the methods are those of transformers.Trainer, which `enable` puts behind this class
+
+T = TypeVar("T")
+
+DEFAULT = {"zero_optimization": {"stage": 3}}
+STATE = "zgraph"
+"""The folder of the optimizer's state within a checkpoint."""
+SCHEDULER = "scheduler.pt"
+
+
+class Sharded(Base):
+    """What `enable` puts before a Trainer class. The model is compiled in place when it is first needed.
+
+    Args:
+        args, kwargs: as the Trainer takes them.
+        zgraph: a DeepSpeed-style configuration: a mapping, the path of a JSON file, or JSON in base64. By default what
+            ZGRAPH_CONFIG names, else stage 3.
+
+    Raises:
+        ConfigError: the configuration or TrainingArguments ask for what cannot be; the error has all problems.
+    """
+
+    def __init__(self, *args: Any, zgraph: Mapping[str, Any] | str | Path | None = None, **kwargs: Any) -> None:
+        self.zgraph_source = zgraph if zgraph is not None else environment().config or DEFAULT
+        super().__init__(*args, **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        _check(self.args)
+        if self.args.n_gpu > 1:
+            self.args._n_gpu = 1  # else torch's DataParallel
+        self.zgraph_config = self._read()
+        super().create_accelerator_and_postprocess()
+        if self.zgraph_config.keys.fp16.enabled:
+            self.accelerator.scaler = Scaler(self.zgraph_config.keys.fp16)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        return {**super()._build_accelerator_args(**kwargs), "mixed_precision": "no"}  # the graph has its own
+
+    def _read(self, num_steps: int | None = None) -> Config:
+        config = filled(self.zgraph_source, self.args, num_steps=num_steps)
+        return read_config(config, world_size=self.args.world_size)
+
+    # --- the model ---------------------------------------------------------------------------------------------------
+
+    def _compile(self) -> None:
+        """Compile the model, unless it is; an optimizer that was given takes the sharded parameters."""
+        if ATTRIBUTE not in self.model.__dict__:
+            groups = _taken(self.optimizer, self.model) if self.optimizer is not None else []
+            compile_for(self.model, self.zgraph_config)
+            parameters = dict(self.model.named_parameters())
+            for group, names in groups:
+                group["params"] = [parameters[name] for name in names]
+        own(self.model)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if ATTRIBUTE not in model.__dict__ and not any(p.is_meta for p in model.parameters()):
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        return model
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._compile()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        count = super()._get_num_items_in_batch(*args, **kwargs)
+        return count.long() if isinstance(count, torch.Tensor) else count  # floats are cast to the compute dtype
+
+    # --- the optimizer -----------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        self._compile()
+        given = self.optimizer_cls_and_kwargs
+        if self.optimizer is None and self.zgraph_config.optimizer is not None:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = self.zgraph_config.optimizer.make(trained, folder=self._folder())
+        elif self.optimizer is None and given is None:
+            self.optimizer_cls_and_kwargs = self._own_adamw()
+        try:
+            made: Optimizer = super().create_optimizer(*args, **kwargs)
+        finally:
+            self.optimizer_cls_and_kwargs = given
+        return made
+
+    def _own_adamw(self) -> tuple[Any, dict[str, Any]]:
+        """What TrainingArguments name; zgraph's AdamW for torch's."""
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if kind is not torch.optim.AdamW or options.keys() - {"lr", "betas", "eps", "weight_decay", "fused", "foreach"}:
+            if self._folder() is not None:
+                raise UsageError(f'offload_optimizer to "nvme" needs AdamW, not {self.args.optim}')
+            return kind, options
+        options = {key: value for key, value in options.items() if key not in ("fused", "foreach")}
+        place = {} if self._folder() is None else {"state": "disk", "folder": self._folder()}
+        return optim.AdamW, {**options, **place}
+
+    def _folder(self) -> Path | None:
+        offload = self.zgraph_config.keys.zero_optimization.offload_optimizer
+        return offload.nvme_path if offload.device == "nvme" else None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
+        schedule = self._read(num_training_steps).schedule
+        if self.lr_scheduler is None and schedule is not None:
+            self.lr_scheduler = Scheduler(optimizer or self.optimizer, schedule)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        norm = self._get_grad_norm(model)
+        if norm > self.args.max_grad_norm:
+            Gradients(model.parameters()).scale(self.args.max_grad_norm / (norm + 1e-6))
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
+        if grad_norm is not None:
+            return grad_norm
+        scaler = self.accelerator.scaler
+        return Gradients(model.parameters()).norm() if scaler is None else scaler.unscale_(self.optimizer)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is None and ATTRIBUTE in self.model.__dict__:
+            state_dict = whole_state_dict(self.model, keep=self.args.should_save)
+        super()._save(output_dir, state_dict=state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_state(Path(output_dir) / STATE, self.model, self.optimizer)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if (folder / STATE / OPTIONS).is_file():
+            load_state(folder / STATE, self.model, self.optimizer)
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+        elif (folder / STATE).is_dir() or (folder / "optimizer.pt").is_file():
+            raise UsageError(
+                f"{checkpoint} has no state of zgraph's optimizer: it was not written to its end, or by another Trainer. "
+                "Resume from another checkpoint, or begin with its weights: from_pretrained, without "
+                "resume_from_checkpoint"
+            )
+
+
+@functools.cache
+def enable(kind: type[T]) -> type[T]:
+    """A Trainer class over zgraph: `MyTrainer = zgraph.hf.enable(MyTrainer)`.
+
+    Raises:
+        UsageError: it is no class of transformers.Trainer.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, transformers.Trainer)):
+        raise UsageError(f"zgraph.hf.enable takes a class derived from transformers.Trainer, not {kind!r}")
+    if issubclass(kind, Sharded):
+        return kind
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (Sharded, kind), names)
+
+
+Trainer: Any = enable(transformers.Trainer)
+
+
+def _check(args: Any) -> None:
+    """Refuse TrainingArguments that zgraph takes the place of."""
+    file = "Trainer(zgraph=...) or ZGRAPH_CONFIG takes the same file"
+    asked = {
+        f"deepspeed: zgraph does what it would; leave it out, {file}": args.deepspeed or _launched("DEEPSPEED"),
+        "fsdp: zgraph shards; leave it out": args.fsdp or _launched("FSDP"),
+        "parallelism_config: zgraph shards over all ranks; leave it out": args.parallelism_config,
+        'torch_compile: zgraph compiles; leave it out, "zgraph": {"kernels": "inductor"} in the configuration has '
+        "Inductor's kernels": args.torch_compile,
+        "fp16_full_eval, bf16_full_eval: evaluation computes as training does; give fp16 or bf16 instead": (
+            args.fp16_full_eval or args.bf16_full_eval
+        ),
+        "auto_find_batch_size: give per_device_train_batch_size; zgraph.plan says what fits": args.auto_find_batch_size,
+        "mixed_precision fp8: choose bf16": args.mixed_precision == "fp8",
+    }
+    if problems := [problem for problem, is_asked in asked.items() if is_asked]:
+        raise ConfigError(problems)
+
+
+def _launched(kind: str) -> bool:
+    """Whether `accelerate launch` has set this up."""
+    return os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("1", "true", "yes")
+
+
+def _taken(optimizer: Optimizer, model: nn.Module) -> list[tuple[dict[str, Any], list[str]]]:
+    """The groups of an optimizer, emptied, with the names of their parameters: compiling makes others of them."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    if optimizer.state:
+        raise UsageError("the optimizer has made steps already: give a new one, and resume from a checkpoint")
+    if any(id(p) not in names for group in optimizer.param_groups for p in group["params"]):
+        raise UsageError("a parameter of the optimizer is not the model's")
+    return [(group, [names[id(p)] for p in group.pop("params")]) for group in optimizer.param_groups]
