@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer over zgraph: `from zgraph.hf import Trainer` in the place of `from transformers import Trainer`.
+"""Hugging Face's Trainer over zgraph: `from zgraph.hf import Trainer` instead of `from transformers import Trainer`.
 
 `enable` does the same to any class derived from it, and `prepare` brings a compiled model to an Accelerator.
 """

@@ -1,4 +1,4 @@
-"""Compiled models before Hugging Face's Accelerate, which would wrap them, and their weights as `transformers` saves them."""
+"""Compiled models beside Hugging Face's Accelerate, which would wrap them, and their weights as it saves them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A DeepSpeed-style configuration beside TrainingArguments: what is "auto" is filled in, what contradicts is refused."""
+"""A DeepSpeed-style configuration beside TrainingArguments: "auto" is filled in, what contradicts them is refused."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The state of a sharded optimizer in a folder: one safetensors file a rank, and a JSON file with the options.
 
-Every rank writes its own shards. On another number of ranks, or at another stage, each reads the rows that it needs from
-whichever files have them. Nothing is unpickled.
+Every rank writes its own shards. On another number of ranks, or at another stage, each reads the rows that it needs
+from whichever files have them. Nothing is unpickled.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.optim import Optimizer
@@ -49,6 +50,7 @@ class Sharded(Base):
     """
 
     def __init__(self, *args: Any, zgraph: Mapping[str, Any] | str | Path | None = None, **kwargs: Any) -> None:
+        self._met: set[str] = set()
         self.zgraph_source = zgraph if zgraph is not None else environment().config or DEFAULT
         super().__init__(*args, **kwargs)
 
@@ -75,6 +77,7 @@ class Sharded(Base):
         if ATTRIBUTE not in self.model.__dict__:
             groups = _taken(self.optimizer, self.model) if self.optimizer is not None else []
             compile_for(self.model, self.zgraph_config)
+            self._met.clear()
             parameters = dict(self.model.named_parameters())
             for group, names in groups:
                 group["params"] = [parameters[name] for name in names]
@@ -94,6 +97,36 @@ class Sharded(Base):
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
         count = super()._get_num_items_in_batch(*args, **kwargs)
         return count.long() if isinstance(count, torch.Tensor) else count  # floats are cast to the compute dtype
+
+    # --- the first batch ---------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if model.training and (first := self._first_batch("train", inputs)) is not None:
+            with torch.random.fork_rng():
+                super().compute_loss(model, first, *args, **kwargs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if (first := self._first_batch("predict", inputs)) is not None:
+            with torch.random.fork_rng():
+                super().prediction_step(model, first, *args, **kwargs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _first_batch(self, mode: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """The first rank's batch, where ranks begin with batches of other sizes.
+
+        A graph is first captured from the same sizes on all ranks, to be compared; later, each meets others alone.
+        """
+        if self.args.world_size == 1 or mode in self._met:
+            return None
+        self._met.add(mode)
+        shapes: list[Any] = [None] * self.args.world_size
+        dist.all_gather_object(shapes, {k: v.shape for k, v in inputs.items() if isinstance(v, torch.Tensor)})
+        if all(found == shapes[0] for found in shapes):
+            return None
+        batch = [dict(inputs)]
+        dist.broadcast_object_list(batch, 0)
+        return dict(self._prepare_inputs(batch[0]))
 
     # --- the optimizer -----------------------------------------------------------------------------------------------
 
@@ -166,8 +199,8 @@ class Sharded(Base):
             self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
         elif (folder / STATE).is_dir() or (folder / "optimizer.pt").is_file():
             raise UsageError(
-                f"{checkpoint} has no state of zgraph's optimizer: it was not written to its end, or by another Trainer. "
-                "Resume from another checkpoint, or begin with its weights: from_pretrained, without "
+                f"{checkpoint} has no state of zgraph's optimizer: it was not written to its end, or by another "
+                "Trainer. Resume from another checkpoint, or begin with its weights: from_pretrained, without "
                 "resume_from_checkpoint"
             )
 
@@ -188,6 +221,7 @@ def enable(kind: type[T]) -> type[T]:
 
 
 Trainer: Any = enable(transformers.Trainer)
+Trainer.__module__ = __name__  # where pickle finds it
 
 
 def _check(args: Any) -> None:

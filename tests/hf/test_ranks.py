@@ -1,0 +1,109 @@
+"""Two ranks: as over DDP, resumed in the middle and elsewhere; an Accelerator beside a compiled model."""
+
+import os
+
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+import zgraph
+from tests.hf.training import Rows, history, llama, padded, same, trainer
+from zgraph.errors import UsageError
+from zgraph.hf import Trainer, prepare
+
+LOGGED = ("loss", "grad_norm", "eval_loss")
+
+
+def launched(mesh):
+    """What torchrun sets."""
+    rank, size = str(mesh.get_local_rank()), str(mesh.size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+
+
+def train(mesh, kind, folder, resume):
+    launched(mesh)
+    saves = {"save_strategy": "steps", "save_steps": 3} if kind is Trainer else {}
+    made = trainer(kind, folder, eval_strategy="steps", eval_steps=3, **saves)
+    made.train(resume_from_checkpoint=resume)
+    if kind is Trainer:
+        assert made.model_wrapped is made.model
+        assert isinstance(made.model.lm_head.weight, DTensor)
+    return history(made, *LOGGED)
+
+
+def test_as_over_ddp_and_resumed_at_two_ranks_and_at_one(pair, tmp_path):
+    plain, ours = tmp_path / "plain", tmp_path / "ours"
+    expected = pair.run(train, 2, transformers.Trainer, plain, None)[0]
+    found, found_there = pair.run(train, 2, Trainer, ours, None)
+    assert found == found_there
+    same(found, expected)
+    half = str(ours / "checkpoint-3")
+    assert pair.run(train, 2, Trainer, tmp_path / "again", half)[0] == found
+    alone = trainer(Trainer, tmp_path / "alone", per_device_train_batch_size=4)
+    alone.train(resume_from_checkpoint=half)
+    same(history(alone, "loss", "grad_norm"), [entry for entry in found if entry[1] != "eval_loss"])
+    assert transformers.AutoModelForCausalLM.from_pretrained(ours / "checkpoint-6").lm_head.weight.shape == (100, 32)
+
+
+def train_padded(mesh, kind, folder):
+    """With rows of other lengths in each batch, from the first on."""
+    launched(mesh)
+    made = trainer(kind, folder, {"data_collator": padded}, max_steps=3, eval_strategy="steps", eval_steps=3)
+    made.train()
+    return history(made, *LOGGED)
+
+
+def test_ranks_may_begin_with_batches_of_other_sizes(pair, tmp_path):
+    expected = pair.run(train_padded, 2, transformers.Trainer, tmp_path)[0]
+    found = pair.run(train_padded, 2, Trainer, tmp_path)[0]
+    same(found, expected)
+
+
+def accelerated(mesh, compiles, folder):
+    """The losses of three steps of two micro-batches, clipped, by a script of one's own."""
+    launched(mesh)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = zgraph.compile(llama(), stage=3) if compiles else llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loader = DataLoader(Rows(), 2)
+    if compiles:
+        model, optimizer, loader = prepare(accelerator, model, optimizer, loader)
+    else:
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(accelerator.gather(loss.detach()).mean().item())
+    if compiles:
+        assert accelerator.unwrap_model(model) is model
+        with pytest.raises(UsageError, match="first rank's shards"):
+            accelerator.save_state(folder)
+        with pytest.raises((ValueError, RuntimeError), match="DTensor"):
+            Accelerator(cpu=True).prepare(zgraph.compile(llama(), stage=3))
+    return losses
+
+
+def test_an_accelerator_takes_a_compiled_model(pair, tmp_path):
+    expected = pair.run(accelerated, 2, False, tmp_path)[0]
+    found = pair.run(accelerated, 2, True, tmp_path)[0]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_accelerator_that_would_do_what_zgraph_does_is_refused():
+    model = zgraph.compile(llama(), stage=3)
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(UsageError, match="is not compiled"):
+        prepare(accelerator, llama())
+    accelerator.state._mixed_precision = "bf16"
+    with pytest.raises(UsageError, match=r"param_dtype=torch\.bfloat16"):
+        prepare(accelerator, model)
+    accelerator.state._mixed_precision = "no"
