@@ -51,14 +51,22 @@ def test_as_over_ddp_and_resumed_at_two_ranks_and_at_one(pair, tmp_path):
 def train_padded(mesh, kind, folder):
     """With rows of other lengths in each batch, from the first on."""
     launched(mesh)
-    made = trainer(kind, folder, {"data_collator": padded}, max_steps=3, eval_strategy="steps", eval_steps=3)
+    lengths = []
+
+    def collate(rows):
+        batch = padded(rows)
+        lengths.append(batch["input_ids"].shape[1])
+        return batch
+
+    made = trainer(kind, folder, {"data_collator": collate}, max_steps=3, eval_strategy="steps", eval_steps=3)
     made.train()
-    return history(made, *LOGGED)
+    return history(made, *LOGGED), lengths
 
 
 def test_ranks_may_begin_with_batches_of_other_sizes(pair, tmp_path):
-    expected = pair.run(train_padded, 2, transformers.Trainer, tmp_path)[0]
-    found = pair.run(train_padded, 2, Trainer, tmp_path)[0]
+    expected, _ = pair.run(train_padded, 2, transformers.Trainer, tmp_path)[0]
+    (found, lengths), (_, there) = pair.run(train_padded, 2, Trainer, tmp_path)
+    assert lengths[0] != there[0]
     same(found, expected)
 
 

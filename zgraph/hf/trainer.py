@@ -37,7 +37,7 @@ STATE = "zgraph"
 SCHEDULER = "scheduler.pt"
 
 
-class Sharded(Base):
+class Sharded(Base):  # type: ignore[misc]
     """What `enable` puts before a Trainer class. The model is compiled in place when it is first needed.
 
     Args:
@@ -48,6 +48,10 @@ class Sharded(Base):
     Raises:
         ConfigError: the configuration or TrainingArguments ask for what cannot be; the error has all problems.
     """
+
+    optimizer: Any
+    lr_scheduler: Any
+    optimizer_cls_and_kwargs: Any
 
     def __init__(self, *args: Any, zgraph: Mapping[str, Any] | str | Path | None = None, **kwargs: Any) -> None:
         self._met: set[str] = set()
@@ -102,13 +106,13 @@ class Sharded(Base):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training and (first := self._first_batch("train", inputs)) is not None:
-            with torch.random.fork_rng():
+            with self._draws_kept():
                 super().compute_loss(model, first, *args, **kwargs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if (first := self._first_batch("predict", inputs)) is not None:
-            with torch.random.fork_rng():
+            with self._draws_kept():
                 super().prediction_step(model, first, *args, **kwargs)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
@@ -124,9 +128,13 @@ class Sharded(Base):
         dist.all_gather_object(shapes, {k: v.shape for k, v in inputs.items() if isinstance(v, torch.Tensor)})
         if all(found == shapes[0] for found in shapes):
             return None
-        batch = [dict(inputs)]
+        batch = [{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}]
         dist.broadcast_object_list(batch, 0)
         return dict(self._prepare_inputs(batch[0]))
+
+    def _draws_kept(self) -> Any:
+        """Random numbers go on after it as if none had been drawn."""
+        return torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else [])
 
     # --- the optimizer -----------------------------------------------------------------------------------------------
 
