@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,32 +54,19 @@ class Run:
 
     Args:
         name: of its class.
-        losses: of each step, mean over ranks and micro-batches.
+        losses: of each step, over ranks and micro-batches; a resumed run has those before its checkpoint from there.
         eval_loss: after the last step.
-        seconds: of each step but the first of the run, in which zgraph compiles.
     """
 
     name: str
     losses: tuple[float, ...]
     eval_loss: float
-    seconds: tuple[float, ...]
-
-
-class Clock(transformers.TrainerCallback):  # type: ignore[misc]
-    """When each step ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.perf_counter())
 
 
 def fine_tune(kind: Any, name: str, job: Job, resume: str | None) -> Run:
     """The script."""
     tokens = job.weights.tokens("\n\n".join(manual()))
     rows = tokens[: len(tokens) // job.seq_len * job.seq_len].view(-1, job.seq_len)
-    clock = Clock()
     trainer = kind(
         model=plain_model(job.weights),
         args=transformers.TrainingArguments(
@@ -92,13 +78,11 @@ def fine_tune(kind: Any, name: str, job: Job, resume: str | None) -> Run:
         train_dataset=TensorDataset(rows[HELD_OUT:]),
         eval_dataset=TensorDataset(rows[:HELD_OUT]),
         data_collator=_collate,
-        callbacks=[clock],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     eval_loss = trainer.evaluate()["eval_loss"]
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    seconds = tuple(b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False))
-    return Run(name, losses, eval_loss, seconds)
+    return Run(name, losses, eval_loss)
 
 
 def plain_model(weights: SmolLM2) -> Any:
@@ -139,11 +123,11 @@ def main(
         with closing(launch(work, ranks, job)) as events:
             runs = list(events)
     expected = runs[0]
-    table = Table("", "losses", "evaluation", "largest difference", "step s", title=f"SmolLM2-135M, {ranks} ranks")
+    table = Table("", "losses", "evaluation", "largest difference", title=f"SmolLM2-135M, {ranks} ranks")
     apart = [differences(run, expected) for run in runs]
     for run, difference in zip(runs, apart, strict=True):
         losses = " ".join(f"{loss:.4f}" for loss in run.losses)
-        table.add_row(run.name, losses, f"{run.eval_loss:.6f}", f"{difference:.1e}", f"{min(run.seconds):.2f}")
+        table.add_row(run.name, losses, f"{run.eval_loss:.6f}", f"{difference:.1e}")
     Console().print(table)
     write(
         json_file, steps=steps, seq_len=seq_len, ranks=ranks,
@@ -152,8 +136,8 @@ def main(
 
 
 def differences(run: Run, expected: Run) -> float:
-    """The largest difference of a loss, relative to the one expected; a resumed run has the last of them."""
-    pairs = [(run.eval_loss, expected.eval_loss), *zip(run.losses, expected.losses[-len(run.losses) :], strict=True)]
+    """The largest difference of a loss, relative to the one expected."""
+    pairs = [(run.eval_loss, expected.eval_loss), *zip(run.losses, expected.losses, strict=True)]
     return max(abs(one - other) / other for one, other in pairs)
 
 
