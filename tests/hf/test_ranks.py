@@ -49,7 +49,7 @@ def test_as_over_ddp_and_resumed_at_two_ranks_and_at_one(pair, tmp_path):
 
 
 def train_padded(mesh, kind, folder):
-    """With rows of other lengths in each batch, from the first on."""
+    """With rows of other lengths in each batch, from the first on, and an optimizer that was made before."""
     launched(mesh)
     lengths = []
 
@@ -58,7 +58,9 @@ def train_padded(mesh, kind, folder):
         lengths.append(batch["input_ids"].shape[1])
         return batch
 
-    made = trainer(kind, folder, {"data_collator": collate}, max_steps=3, eval_strategy="steps", eval_steps=3)
+    model = llama()
+    given = {"model": model, "optimizers": (torch.optim.AdamW(model.parameters(), lr=1e-2), None)}
+    made = trainer(kind, folder, {**given, "data_collator": collate}, max_steps=3, eval_strategy="steps", eval_steps=3)
     made.train()
     return history(made, *LOGGED), lengths
 

@@ -263,4 +263,7 @@ def _taken(optimizer: Optimizer, model: nn.Module) -> list[tuple[dict[str, Any],
         raise UsageError("the optimizer has made steps already: give a new one, and resume from a checkpoint")
     if any(id(p) not in names for group in optimizer.param_groups for p in group["params"]):
         raise UsageError("a parameter of the optimizer is not the model's")
-    return [(group, [names[id(p)] for p in group.pop("params")]) for group in optimizer.param_groups]
+    taken = [(group, [names[id(p)] for p in group["params"]]) for group in optimizer.param_groups]
+    for group, _ in taken:
+        group["params"] = []
+    return taken
