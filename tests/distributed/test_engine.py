@@ -81,6 +81,25 @@ def test_losses_and_gradient_norms_are_those_of_plain_training(pool: Pool, stage
         assert of_norms < 1e-5
 
 
+def with_ones_own(mesh: DeviceMesh, stage: int) -> tuple[bool, bool]:
+    """Whether an optimizer that was made before has the sharded parameters, and changes them."""
+    model = built(Odd)()
+    mine = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = {"train_micro_batch_size_per_gpu": MICRO, "zero_optimization": {"stage": stage}}
+    engine = zgraph.initialize_engine(model=model, optimizer=mine, config=config, mesh=mesh)[0]
+    weight = engine.module.first.weight
+    before = weight.to_local().clone()
+    engine.backward(engine(*rows(mesh.get_local_rank(), MICRO)))
+    engine.step()
+    ours = {id(p) for g in mine.param_groups for p in g["params"]}
+    return ours == {id(p) for p in engine.module.parameters()}, not torch.equal(before, weight.to_local())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_optimizer_made_before(pool: Pool, stage: int) -> None:
+    assert pool.run(with_ones_own, 2, stage) == [(True, True)] * 2
+
+
 def overflowing(mesh: DeviceMesh) -> tuple[list[float], list[int], bool]:
     """Loss scales and skipped steps where one rank's second step overflows; whether that step changed anything."""
     keys = {"fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1, "loss_scale_window": 2}}

@@ -404,7 +404,8 @@ def initialize_engine(
             read.world_size, _rank(mesh),
         )  # fmt: skip
     groups = _named_groups(model, optimizer, model_parameters)
-    compiled = compile_for(model, read, mesh)
+    with _emptied(optimizer) if isinstance(optimizer, Optimizer) else contextlib.nullcontext():
+        compiled = compile_for(model, read, mesh)
     made = _optimizer(compiled, read, optimizer, groups)
     scheduler = _scheduler(made, read, lr_scheduler)
     return Engine(compiled, read, made, scheduler, loader), made, loader, scheduler
@@ -517,13 +518,24 @@ def _named_groups(model: nn.Module, optimizer: Any, model_parameters: Iterable[A
     return found
 
 
+@contextlib.contextmanager
+def _emptied(optimizer: Optimizer) -> Iterator[None]:
+    """Without its parameters, while compiling makes others of them; with them again if that fails."""
+    if optimizer.state:
+        raise UsageError("the optimizer has made steps already: give a new one, and load its state afterwards")
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups.clear()
+    try:
+        yield
+    except BaseException:
+        optimizer.param_groups.extend(groups)
+        raise
+
+
 def _optimizer(model: nn.Module, config: Config, optimizer: Any, groups: list[dict[str, Any]]) -> Optimizer | None:
     parameters = dict(model.named_parameters())
     taken: list[Any] = [{**g, "params": [parameters[n] for n in g["params"]]} for g in groups]
     if isinstance(optimizer, Optimizer):
-        if optimizer.state:
-            raise UsageError("the optimizer has made steps already: give a new one, and load its state afterwards")
-        optimizer.param_groups.clear()
         for group in taken:
             optimizer.add_param_group(group)
         return optimizer
