@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from zgraph.ir import Graph, Node
@@ -30,6 +30,4 @@ def sweep(graph: Graph, removable: Callable[[Node], bool]) -> Graph:
             continue
         needed.update(v.name for v in node.operands)
         kept.append(node)
-    used = {n.op for n in kept}
-    foreign = {name: row for name, row in graph.foreign.items() if name in used}
-    return replace(graph, nodes=tuple(reversed(kept)), foreign=foreign)
+    return graph.with_nodes(kept[::-1]).with_used_ops()

@@ -22,6 +22,13 @@ class Step:
     num_nodes: int
     changed: Mapping[str, int]
 
+    @classmethod
+    def of(cls, text: str, before: Graph, after: Graph, seconds: float) -> Step:
+        """What a pass did, by the graphs before and after it."""
+        counts = Counter(n.op for n in after.nodes)
+        counts.subtract(n.op for n in before.nodes)
+        return cls(text, seconds, len(after.nodes), {op: count for op, count in counts.items() if count})
+
     @property
     def summary(self) -> str:
         """The changes as text, `+2 wait -1 reshard`, the largest first."""
@@ -36,10 +43,7 @@ class Log:
     steps: list[Step] = field(default_factory=list)
 
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
-        counts = Counter(n.op for n in after.nodes)
-        counts.subtract(n.op for n in before.nodes)
-        changed = {op: count for op, count in counts.items() if count}
-        self.steps.append(Step(print_pass(step), seconds, len(after.nodes), changed))
+        self.steps.append(Step.of(print_pass(step), before, after, seconds))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Protocol
 
-from zgraph.errors import ContractError, RecipeError
+from zgraph.errors import ContractError, RecipeError, did_you_mean
 from zgraph.ir import Graph
 from zgraph.passes.base import Context, Pass
 
@@ -170,8 +169,7 @@ class _Recipe:
         name = self.match(_WORD, "the name of a pass")
         start = self.at - len(name)
         if name not in self.known:
-            near = get_close_matches(name, self.known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the passes are {', '.join(self.known)}"
+            hint = did_you_mean(name, self.known, f"the passes are {', '.join(self.known)}")
             raise self.error(f"there is no pass called {name}; {hint}", start)
         kind = self.known[name]
         options: dict[str, Option] = {}
@@ -193,9 +191,7 @@ class _Recipe:
         if key in given:
             raise self.error(f"{key} is given twice", start)
         if key not in fields:
-            near = get_close_matches(key, fields, 1)
-            have = f"its options are {', '.join(fields)}" if fields else "it has none"
-            hint = f"did you mean {near[0]}?" if near else have
+            hint = did_you_mean(key, fields, f"its options are {', '.join(fields)}" if fields else "it has none")
             raise self.error(f"{kind.name} has no option {key}; {hint}", start)
         if not self.accept("="):
             raise self.error(f"expected = and a value for {key}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from zgraph.errors import StateDictError
+from zgraph.errors import StateDictError, nearest
 from zgraph.ir.layout import chunk_rows
 from zgraph.runtime import torch_private
 from zgraph.runtime.shards import ShardStore
@@ -71,5 +70,5 @@ def _like(held: DTensor, whole: torch.Tensor, store: ShardStore) -> DTensor:
 
 
 def _near(name: str, given: list[str]) -> str:
-    near = get_close_matches(name, given, 1)
+    near = nearest(name, given)
     return f" (the state dict has {near[0]})" if near else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 from zgraph.capture import Compiled
 from zgraph.config import environment
 from zgraph.cost.workspace import NUM_THREADS
-from zgraph.errors import UsageError
+from zgraph.errors import UsageError, did_you_mean
 from zgraph.ir import Graph, print_graph, verify
 from zgraph.passes import BY_NAME, Context, Pipeline, make_plan, parse_recipe
 from zgraph.passes.fusion import Fuse
@@ -135,8 +134,7 @@ def buffer_bytes(model: nn.Module) -> int:
 def _enabled(pipeline: Pipeline) -> Pipeline:
     disabled = environment().disable
     for name in disabled - BY_NAME.keys():
-        near = get_close_matches(name, BY_NAME, 1)
-        hint = f"did you mean {near[0]}?" if near else f"the passes are {', '.join(BY_NAME)}"
+        hint = did_you_mean(name, BY_NAME, f"the passes are {', '.join(BY_NAME)}")
         raise UsageError(f"ZGRAPH_DISABLE names {name}, which is no pass; {hint}")
     kept = Pipeline(tuple(p for p in pipeline.passes if p.name not in disabled))
     kept.check()

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """What a mistyped name may have meant: known names that begin with it, then those that are like it.
+
+    >>> nearest("a100", ["h100", "a100-80"])
+    ['a100-80']
+    """
+    names = [*known]
+    begun = [other for other in names if name and other.startswith(name)]
+    return [*dict.fromkeys([*begun, *get_close_matches(name, names, most)])][:most]
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, most: int = 1) -> str:
+    """The remedy for a mistyped name, or what to say where nothing known is near."""
+    near = nearest(name, known, most)
+    return f"did you mean {', '.join(near)}?" if near else otherwise
 
 
 class ZgraphError(Exception):

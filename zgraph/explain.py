@@ -5,12 +5,11 @@ from __future__ import annotations
 import linecache
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import islice
 
 from zgraph.compare import moved
 from zgraph.cost import Timeline
-from zgraph.errors import UsageError
+from zgraph.errors import UsageError, did_you_mean
 from zgraph.lines import Line, node_lines, read_line
 from zgraph.runfile import RunFile
 
@@ -59,8 +58,8 @@ def explain(run: RunFile, name: str) -> Explanation:
     graphs = {member: node_lines(text) for member, text in run.texts.items()}
     with_it = [s.member for s in run.manifest.snapshots if wanted in graphs[s.member]]
     if not with_it:
-        near = get_close_matches(wanted, {key for lines in graphs.values() for key in lines}, 3)
-        hint = f"did you mean {', '.join(near)}?" if near else "zgraph show lists them"
+        keys = dict.fromkeys(key for lines in graphs.values() for key in lines)
+        hint = did_you_mean(wanted, keys, "zgraph show lists them", most=3)
         raise UsageError(f"no graph of the run has a node {name}; {hint}")
     lines = graphs[with_it[-1]]
     node = read_line(lines[wanted])
@@ -80,7 +79,7 @@ def _source(node: Line) -> str:
     if not origin.file:
         return ""
     line = linecache.getline(origin.file, origin.line).strip()
-    return f"{origin.file}:{origin.line}" + (f"  {line}" if line else "")
+    return origin.place + (f"  {line}" if line else "")
 
 
 def _events(run: RunFile, name: str, graphs: Mapping[str, Lines]) -> Iterator[Event]:

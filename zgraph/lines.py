@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from zgraph.ir import OPS, Origin
@@ -82,14 +82,20 @@ def read_line(line: str, key: str = "") -> Line:
     return Line(key, node["phase"], node["op"], node["args"], text, end)
 
 
+def told_apart(names: Iterable[str]) -> Iterator[str]:
+    """The names, with #2 behind one that comes a second time.
+
+    >>> list(told_apart(["dce", "bucket", "dce"]))
+    ['dce', 'bucket', 'dce#2']
+    """
+    counts: Counter[str] = Counter()
+    for name in names:
+        counts[name] += 1
+        yield name if counts[name] == 1 else f"{name}#{counts[name]}"
+
+
 def node_lines(text: str) -> Mapping[str, str]:
     """The line of every node of a graph's text by what the node is known by, in order."""
-    found: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    for line in text.splitlines():
-        if not line.startswith(_NODES):
-            continue
-        key = line[5 : line.find(":")] if line[4] == "%" else read_line(line).key
-        counts[key] += 1
-        found[key if counts[key] == 1 else f"{key}#{counts[key]}"] = line
-    return found
+    lines = [line for line in text.splitlines() if line.startswith(_NODES)]
+    keys = (line[5 : line.find(":")] if line[4] == "%" else read_line(line).key for line in lines)
+    return dict(zip(told_apart(keys), lines, strict=True))

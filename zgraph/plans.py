@@ -20,7 +20,7 @@ from zgraph.offload import Offload, activations, places
 from zgraph.passes import RECIPES
 from zgraph.stage_plans import Planner, StagePlan
 from zgraph.target import MARGIN, Target, cost_table, num_bytes
-from zgraph.viz import as_text
+from zgraph.viz import as_text, gibibytes
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class TrainingPlan:
 
     def __rich__(self) -> RenderableType:
         title = (
-            f"{self.model}, {self.num_parameters / 1e9:,.2f} billion parameters on {self.num_ranks} ranks of "
+            f"{self.model}, {parameters(self.num_parameters)} on {self.num_ranks} ranks of "
             f"{self.hardware}, {gibibytes(self.budget_bytes)} each"
         )
-        name, unit = ("GiB", 2**30) if self.budget_bytes >= 2**30 else ("MiB", 2**20)
+        name, unit = ("GiB", 2**30) if any(p.total_bytes >= 2**30 for p in self.stages) else ("MiB", 2**20)
         table = Table(title=f"{title}; sizes in {name}", title_justify="left")
         uses_host = any(plan.host_bytes for plan in self.stages)
         for column in ("stage", "params", "optimizer", "gradients", "activations", "gathered", "other", "peak", "least",
@@ -193,6 +193,6 @@ def resting(plan: StagePlan) -> str:
     return f" with {plan.offload} on the host" if plan.offload else ""
 
 
-def gibibytes(num_bytes: int) -> str:
-    """Bytes for people: in GiB, or in MiB below one."""
-    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+def parameters(count: int) -> str:
+    """How many parameters, for people."""
+    return f"{count / 1e9:,.2f} billion parameters" if count >= 1e8 else f"{count / 1e6:,.2f} million parameters"

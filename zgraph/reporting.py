@@ -66,9 +66,11 @@ class Entry:
         return self.timeline.step_us / self.lower_bound_us - 1 if self.lower_bound_us else 0.0
 
 
-def make_entry(plan: Plan, steps: Sequence[Step], context: Context, run: Callable[[], RunFile]) -> Entry:
-    """The entry of a plan, of which `run` makes the file."""
-    timeline = simulate(plan, context.costs, context.hints)
+def make_entry(
+    plan: Plan, steps: Sequence[Step], context: Context, run: Callable[[], RunFile], timeline: Timeline | None = None
+) -> Entry:
+    """The entry of a plan, of which `run` makes the file; the plan is simulated where no timeline is given."""
+    timeline = timeline or simulate(plan, context.costs, context.hints)
     bound = max(lower_bound_us(plan.graph, context), timeline.lower_bound_us)
     return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, context.hints, run)
 
@@ -235,7 +237,7 @@ def step_summary(entry: Entry) -> Text:
     timeline = entry.timeline
     text = Text(
         f"predicted step {_milliseconds(timeline.step_us)}, lower bound {_milliseconds(entry.lower_bound_us)}, gap "
-        f"{entry.gap:.1%}: computing {_milliseconds(timeline.busy_us['compute'])}, communication "
+        f"{max(entry.gap, 0.0):.1%}: computing {_milliseconds(timeline.busy_us['compute'])}, communication "
         f"{_milliseconds(timeline.busy_us['comm'])}, "
     )
     if copies := timeline.busy_us["d2h"] + timeline.busy_us["h2d"]:

@@ -24,7 +24,6 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -34,8 +33,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import zgraph
 from zgraph.cost import Timeline, TimelineRecord, simulate
-from zgraph.errors import ContractError, RunFileError, SimulationError
-from zgraph.ir import Graph, Phase, parse_graph, print_graph
+from zgraph.errors import ContractError, RunFileError, SimulationError, did_you_mean
+from zgraph.ir import Graph, Phase, Plan, parse_graph, print_graph
+from zgraph.lines import told_apart
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.pipeline import print_pass, uncollected
 from zgraph.passes.planning import make_plan
@@ -158,8 +158,7 @@ class RunFile:
             return self.names.index(name)
         if name.isdecimal() and len(name) < 6 and int(name) < len(self.names):
             return int(name)
-        near = get_close_matches(name, [*self.names, "final"], 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self.names)} and final"
+        hint = did_you_mean(name, [*self.names, "final"], f"there are {', '.join(self.names)} and final")
         raise RunFileError(f"the run has no graph called {name[:60]!r}; {hint}")
 
     @cached_property
@@ -181,6 +180,18 @@ class RunFile:
             return simulate(make_plan(self.graph(), only_step=True), self.context.costs, self.context.hints)
         except (ContractError, SimulationError):
             return None
+
+    def step(self, name: str = "final") -> tuple[Plan, Timeline]:
+        """The plan of a graph, and its predicted step.
+
+        Raises:
+            RunFileError, ZirError: as `graph` does, or the file's timeline is damaged.
+            ContractError: the graph cannot be planned yet.
+            SimulationError: it would deadlock.
+        """
+        plan = make_plan(self.graph(name), only_step=True)
+        known = self.timeline if self.member(name) == self.member("final") else None
+        return plan, known or simulate(plan, self.context.costs, self.context.hints)
 
     def with_timeline(self) -> RunFile:
         """The same run, whose file says what the step is predicted to be."""
@@ -259,11 +270,7 @@ def _problems(error: ValidationError) -> str:
 
 def graph_names(steps: Iterable[str]) -> tuple[str, ...]:
     """What the graphs after these steps are called."""
-    found: list[str] = []
-    for name in (step.partition("(")[0] for step in steps):
-        count = sum(other.partition("#")[0] == name for other in found)
-        found.append(name if not count else f"{name}#{count + 1}")
-    return tuple(found)
+    return tuple(told_apart(step.partition("(")[0] for step in steps))
 
 
 def has_backward(graph: Graph) -> bool:

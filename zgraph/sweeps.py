@@ -8,8 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from zgraph.plans import TrainingPlan, gibibytes, resting, seconds
+from zgraph.plans import TrainingPlan, parameters, resting, seconds
 from zgraph.stage_plans import StagePlan
+from zgraph.viz import gibibytes
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,7 @@ class Sweep:
 
     def __rich__(self) -> RenderableType:
         first = self.combinations[0].plan
-        table = Table(
-            title=f"{first.model}, {first.num_parameters / 1e9:,.2f} billion parameters", title_justify="left"
-        )
+        table = Table(title=f"{first.model}, {parameters(first.num_parameters)}", title_justify="left")
         for column in ("hardware", "ranks", "batch", "stage", "on the host", "peak", "budget", "step",
                        f"{self.unit}/s", "of a rank", "MFU", "fits"):  # fmt: skip
             table.add_column(column, justify="left" if column in ("hardware", "on the host") else "right")

@@ -98,6 +98,20 @@ def test_the_peak_shows_what_is_alive_at_it(shown, run):
     expect(shown.locator("#details")).to_contain_text(f"Alive now ({len(alive)})")
     names = shown.locator("#details .links li").all_inner_texts()
     assert [name.split()[0] for name in names[:5]] == [f"%{life.name}".rstrip("#") for life in alive[:5]]
+    makers = {r.name: n.name for n in run.graph().nodes for r in n.results[1:]}
+    member = next(life.name for life in alive if life.name in makers)  # of a bucket, which has several results
+    shown.get_by_role("button", name=f"%{member}", exact=True).click()
+    expect(shown.locator("#details h2")).to_have_text(f"%{makers[member]}")
+
+
+def test_the_graph_is_as_it_was_when_it_shows_again(shown):
+    """What moves the graph is not there beside the text, and keys that do wait for the graph."""
+    before = shown.evaluate("zgraph.graph.view")
+    shown.locator("#show-text").click()
+    expect(shown.locator("#fit")).to_be_hidden()
+    shown.keyboard.press("0")
+    shown.locator("#show-graph").click()
+    assert shown.evaluate("zgraph.graph.view") == before
 
 
 def test_search_finds_a_node_and_shows_it(shown, run):

@@ -40,6 +40,9 @@ class Words(nn.Module):
 
 def words():
     return Words()
+
+def fails():
+    return 1 // 0
 """
 
 SCRIPT = """

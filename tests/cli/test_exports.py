@@ -20,7 +20,9 @@ HOSTILE = 'a"b\\c\nd/é'
 
 
 def events(graph: Graph, context: Context) -> list[dict]:
-    return json.loads("".join(perfetto(graph, context, "Model")))["traceEvents"]
+    plan = make_plan(graph)
+    timeline = simulate(plan, context.costs, context.hints)
+    return json.loads("".join(perfetto(plan, timeline, context.rest_bytes, "Model")))["traceEvents"]
 
 
 def test_a_trace_has_the_times_of_the_clock():

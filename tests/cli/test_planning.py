@@ -55,6 +55,7 @@ def test_what_does_not_fit_is_no_recommendation(zgraph_command):
     """The exit code says so for one plan and for many."""
     code, out, _ = zgraph_command(*TINY, "--offload", "none", "--memory-budget", "20KiB")
     assert code == 3
+    assert "Words, 0.00 million parameters on 8 ranks" in out
     assert "no stage fits" in out
     code, out, _ = zgraph_command(
         *TINY, "--offload", "none", "--memory-budget", "20KiB", "--hardware", "1x2-h100", "--hardware", "1x4-h100"

@@ -14,7 +14,7 @@ from zgraph.errors import RunFileError, ZgraphError, ZirError
 from zgraph.ir import Axis, DType, Graph, parse_graph
 from zgraph.ir.ops import LANES
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
-from zgraph.runfile import MANIFEST, MAX_BYTES, Provenance, Recording, RunFile, load_run
+from zgraph.runfile import MANIFEST, Provenance, Recording, RunFile, load_run
 
 SMALL = """graph "small"
 op aten.mm.default
@@ -106,14 +106,13 @@ def test_manifests_that_are_none(run, text, said):
         load_run(rewritten(run, MANIFEST, text))
 
 
-def test_archives_that_would_fill_the_memory(run):
+def test_archives_that_would_fill_the_memory(run, monkeypatch):
+    monkeypatch.setattr("zgraph.runfile.MAX_BYTES", max_bytes := 1 << 24)
     stream = io.BytesIO()
     large = zipfile.ZipInfo("graphs/00-captured.zir")
     large.compress_type = zipfile.ZIP_DEFLATED
     with zipfile.ZipFile(stream, "w") as archive, archive.open(large, "w", force_zip64=True) as member:
-        block = bytes(1 << 24)
-        for _ in range(MAX_BYTES // len(block) + 1):
-            member.write(block)
+        member.write(bytes(max_bytes + 1))
     with pytest.raises(RunFileError, match="more than any run"):
         load_run(io.BytesIO(stream.getvalue()))
 

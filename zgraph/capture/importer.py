@@ -249,7 +249,7 @@ class Importer:
 
     def _error(self, node: fx.Node, message: str) -> CaptureError:
         origin = origin_of(node)
-        where = f"\n  at {origin.file}:{origin.line}" if origin.file else ""
+        where = f"\n  at {origin.place}" if origin.file else ""
         module = f" in {origin.module}" if origin.module else ""
         return CaptureError(f"the model{module} {message}{where}")
 

@@ -9,20 +9,23 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
-from zgraph.errors import BudgetError, RecipeError, UsageError, ZgraphError
+from zgraph.errors import BudgetError, RecipeError, UsageError, ZgraphError, did_you_mean, nearest
 from zgraph.runfile import RunFile, load_run
 
 FAILED, USED_WRONGLY, DOES_NOT_FIT = 1, 2, 3
+
+DTYPES = ("bf16", "f16", "f32")
+"""What a model can be told to compute in."""
 
 FILE_WIDTH = 150
 """Columns of a table that does not go to a terminal."""
@@ -35,8 +38,7 @@ class Commands(TyperGroup):
         found = super().get_command(ctx, cmd_name)
         if found is None and not ctx.resilient_parsing:
             known = self.list_commands(ctx)
-            near = get_close_matches(cmd_name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(known)}"
+            hint = did_you_mean(cmd_name, known, f"the commands are {', '.join(known)}")
             raise UsageError(f"there is no command {cmd_name}; {hint}")
         return found
 
@@ -66,11 +68,10 @@ def errors() -> Console:
     return Console(stderr=True)
 
 
-def progress() -> Progress:
-    """What is being done, and for how long."""
-    return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors(), transient=True
-    )
+def progress(*more: ProgressColumn) -> Progress:
+    """What is being done, and for how long; nothing where no one watches."""
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), *more, TimeElapsedColumn()
+    return Progress(*columns, console=errors(), transient=True, disable=not sys.stderr.isatty())
 
 
 def print_json(found: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -78,23 +79,52 @@ def print_json(found: Mapping[str, Any] | Sequence[Any]) -> None:
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 
-def read_run(file: str) -> tuple[RunFile, str]:
-    """The run that an argument `FILE` or `FILE@GRAPH` names, and the graph of it; `-` is standard input."""
-    path, _, name = file.rpartition("@") if "@" in file else (file, "", "final")
+def one_of(option: str, value: str, words: Sequence[str]) -> str:
+    """The value of an option. Raises UsageError if it is none of these words."""
+    if value not in words:
+        raise UsageError(f"{option} is one of {', '.join(words)}, not {value}")
+    return value
+
+
+def read_run(file: str, graph: str = "final") -> tuple[RunFile, str]:
+    """The run that an argument `FILE` or `FILE@GRAPH` names, and its graph, or else `graph`; `-` is standard input."""
+    path, name = file, graph
+    if "@" in file and not Path(file).exists():
+        path, _, name = file.rpartition("@")
     if path == "-":
         return load_run(io.BytesIO(sys.stdin.buffer.read())), name
     if not Path(path).exists():
         folder = Path(path).parent
-        near = get_close_matches(Path(path).name, os.listdir(folder) if folder.is_dir() else [], 1)
+        near = nearest(Path(path).name, os.listdir(folder) if folder.is_dir() else [])
         hint = f"did you mean {folder / near[0]}?" if near else "write one with zgraph trace MODEL -o run.zg"
         raise UsageError(f"there is no file {path}; {hint}")
     return load_run(Path(path)), name
 
 
+def read_whole_run(file: str) -> RunFile:
+    """The run of a command that looks at all of its graphs."""
+    run, graph = read_run(file, "")
+    if graph:
+        raise UsageError(f"this looks at all graphs of the file: leave out @{graph}")
+    return run
+
+
+@contextmanager
+def writing(target: str) -> Iterator[None]:
+    """Raises UsageError if a file cannot be written."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UsageError(f"cannot write {target}: {error.strerror}") from None
+
+
 def write_run(run: RunFile, output: str) -> None:
     """Save a run; `-` is standard output."""
     target: Path | BinaryIO = sys.stdout.buffer if output == "-" else Path(output)
-    run.save(target)
+    with writing(output):
+        run.save(target)
 
 
 def load_commands() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -12,17 +12,34 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from zgraph.cli.app import AsJson, app, console, errors, print_json, progress, read_run, write_run
-from zgraph.cli.completion import hardware_names, one_of, pass_names, several_passes
+from zgraph.cli.app import (
+    DTYPES,
+    AsJson,
+    app,
+    console,
+    errors,
+    one_of,
+    print_json,
+    progress,
+    read_run,
+    read_whole_run,
+    write_run,
+)  # fmt: skip
+from zgraph.cli.completion import any_of, hardware_names, pass_names, several_passes
 from zgraph.compare import compare
-from zgraph.errors import UsageError, VerifyError, ZirError
+from zgraph.errors import UsageError, VerifyError, ZirError, did_you_mean
 from zgraph.explain import explain
-from zgraph.ir import print_graph, verify
+from zgraph.ir import DType, Phase, print_graph, verify
 from zgraph.ir.ops import LANES
 from zgraph.lines import node_lines, read_line
-from zgraph.passes import ALL, BY_NAME, RECIPES, Pass, Pipeline, fusing, make_plan, parse_recipe
+from zgraph.passes import ALL, BY_NAME, RECIPES, Pass, Pipeline, fusing, parse_recipe
+from zgraph.passes.instruments import Step
 from zgraph.passes.pipeline import print_size
 from zgraph.runfile import CAPTURED, Ran, Recording, graph_names
+
+KERNELS = ("aten", "triton")
+
+PHASES = tuple(phase.value for phase in Phase)
 
 
 @app.command()
@@ -38,11 +55,9 @@ def trace(
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,
     memory_budget: Annotated[str, typer.Option(help="Such as 70GiB; by default the device's, less a margin.")] = "",
     dtype: Annotated[
-        str, typer.Option(help="To compute in: bf16, f16 or f32.", autocompletion=one_of("bf16", "f16", "f32"))
+        str, typer.Option(help="To compute in: bf16, f16 or f32.", autocompletion=any_of(*DTYPES))
     ] = "bf16",
-    kernels: Annotated[
-        str, typer.Option(help="aten, or triton to fuse.", autocompletion=one_of("aten", "triton"))
-    ] = "aten",
+    kernels: Annotated[str, typer.Option(help="aten, or triton to fuse.", autocompletion=any_of(*KERNELS))] = "aten",
     passes: Annotated[
         str, typer.Option(help="A recipe in the place of the stage's own.", autocompletion=several_passes)
     ] = "",
@@ -52,26 +67,24 @@ def trace(
 
     Example: `zgraph trace llama-70b/config.json --hardware 8x8-h100 -o run.zg`
     """
-    import torch
-
+    from zgraph.aten import TO_TORCH
     from zgraph.cli.models import subject
     from zgraph.tracing import traced
 
-    dtypes = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-    if dtype not in dtypes or kernels not in ("aten", "triton"):
-        raise UsageError("--dtype is one of bf16, f16, f32, and --kernels one of aten, triton")
-    recipe = passes or (fusing(RECIPES[stage]) if kernels == "triton" else RECIPES[stage])
+    param_dtype = TO_TORCH[DType(one_of("--dtype", dtype, DTYPES))]
+    is_fused = one_of("--kernels", kernels, KERNELS) == "triton"
+    recipe = passes or (fusing(RECIPES[stage]) if is_fused else RECIPES[stage])
     pipeline = parse_recipe(recipe)
     with progress() as shown:
-        task = shown.add_task(f"reading {escape(model)}")
+        task = shown.add_task(f"reading {model}")
         found = subject(model, batch, seq)
-        shown.update(task, description=f"capturing {escape(model)} and running {len(pipeline.passes)} passes")
+        shown.update(task, description=f"capturing {model} and running {len(pipeline.passes)} passes")
         run = traced(
             found.model, found.inputs, pipeline, hardware=hardware, num_ranks=world or None,
-            memory_budget=memory_budget or None, param_dtype=dtypes[dtype],
+            memory_budget=memory_budget or None, param_dtype=param_dtype,
         )  # fmt: skip
         errors().print(f"captured {run.manifest.provenance.captured}", highlight=False)
-        shown.update(task, description=f"writing {escape(output)}")
+        shown.update(task, description=f"writing {output}")
         write_run(run, output)
     if output != "-":
         _print_steps(run.steps, as_json)
@@ -135,8 +148,8 @@ def opt(
 
     Example: `zgraph opt run.zg --passes 'canonicalize,partition(stage=2)' --timing`
     """
-    run, name = read_run(file)
-    begin = run.graph(name if "@" in file else "captured")
+    run, name = read_run(file, CAPTURED)
+    begin = run.graph(name)
     pipeline = parse_recipe(passes or run.recipe)
     chosen = _chosen(pipeline, disable_pass or [], stop_after)
     wanted = {_known(n.strip()) for n in print_ir_after.split(",") if n.strip()}
@@ -171,36 +184,28 @@ def _chosen(pipeline: Pipeline, disabled: list[str], stop_after: str) -> Pipelin
 
 
 def _known(name: str) -> str:
-    from difflib import get_close_matches
-
     if name not in BY_NAME:
-        near = get_close_matches(name, BY_NAME, 1)
-        raise UsageError(
-            f"there is no pass {name}; " + (f"did you mean {near[0]}?" if near else f"they are {', '.join(BY_NAME)}")
-        )
+        hint = did_you_mean(name, BY_NAME, f"they are {', '.join(BY_NAME)}")
+        raise UsageError(f"there is no pass {name}; {hint}")
     return name
 
 
 def _print_steps(steps: Sequence[Ran], as_json: bool) -> None:
     """What each pass changed, and what it took."""
-    rows, before = [], Counter[str]()
-    for name, (step, graph, seconds) in zip(graph_names(s for s, _, _ in steps), steps, strict=True):
-        counts = Counter(n.op for n in graph.nodes)
-        changed = {op: counts[op] - before[op] for op in counts | before if counts[op] != before[op]}
-        rows.append((name, step, seconds, len(graph.nodes), changed if before else {}))
-        before = counts
+    found, before = dict[str, Step](), steps[0][1]
+    for name, (text, graph, seconds) in zip(graph_names(text for text, _, _ in steps), steps, strict=True):
+        found[name], before = Step.of(text, before, graph, seconds), graph
     if as_json:
         print_json([
-            {"graph": name, "step": step, "seconds": seconds, "nodes": num_nodes, "changed": changed}
-            for name, step, seconds, num_nodes, changed in rows
+            {"graph": name, "step": s.text, "seconds": s.seconds, "nodes": s.num_nodes, "changed": s.changed}
+            for name, s in found.items()
         ])  # fmt: skip
         return
     table = Table("after", "nodes", "ms", "changed")
     table.columns[1].justify = table.columns[2].justify = "right"
-    for name, _, seconds, num_nodes, changed in rows:
-        order = sorted(changed.items(), key=lambda item: (-abs(item[1]), item[0]))
-        words = " ".join(f"{count:+d} {op}" for op, count in order)
-        table.add_row(name, f"{num_nodes:,}", f"{1e3 * seconds:,.0f}", words)
+    for name, step in found.items():
+        summary = "" if name == CAPTURED else step.summary
+        table.add_row(name, f"{step.num_nodes:,}", f"{1e3 * step.seconds:,.0f}", summary)
     console().print(table)
 
 
@@ -209,9 +214,9 @@ def show(
     file: Annotated[str, typer.Argument(help="FILE, or FILE@GRAPH such as run.zg@bucket; - for standard input.")],
     op: Annotated[str, typer.Option(help="Only ops whose name contains this.")] = "",
     module: Annotated[str, typer.Option(help="Only nodes of modules whose path contains this.")] = "",
-    phase: Annotated[str, typer.Option(help="Only fwd, bwd or upd.", autocompletion=one_of("fwd", "bwd", "upd"))] = "",
+    phase: Annotated[str, typer.Option(help="Only fwd, bwd or upd.", autocompletion=any_of(*PHASES))] = "",
     lane: Annotated[
-        str, typer.Option(help="Only this lane: compute, comm, d2h or h2d.", autocompletion=one_of(*LANES))
+        str, typer.Option(help="Only this lane: compute, comm, d2h or h2d.", autocompletion=any_of(*LANES))
     ] = "",
     as_json: AsJson = False,
 ) -> None:
@@ -219,6 +224,7 @@ def show(
 
     Example: `zgraph show run.zg@all-gather --op wait --phase fwd`
     """
+    phase, lane = phase and one_of("--phase", phase, PHASES), lane and one_of("--lane", lane, LANES)
     run, name = read_run(file)
     text = run.texts[run.member(name)]
     lines = node_lines(text).values()
@@ -233,7 +239,7 @@ def show(
     if as_json:
         print_json([
             {"name": n.name, "op": n.op, "phase": n.phase, "lane": n.lane, "text": n.text + n.end,
-             "module": n.origin.module, "source": f"{n.origin.file}:{n.origin.line}", "made_by": n.origin.made_by}
+             "module": n.origin.module, "source": n.origin.place, "made_by": n.origin.made_by}
             for n in nodes
         ])  # fmt: skip
     elif nodes:
@@ -289,7 +295,7 @@ def explain_node(
 
     Example: `zgraph explain run.zg %mm_3`
     """
-    run, _ = read_run(file)
+    run = read_whole_run(file)
     found = explain(run, node)
     if as_json:
         print_json({
@@ -333,8 +339,8 @@ def simulate_run(
     from zgraph.reporting import make_entry, mebibytes, step_summary
 
     run, name = read_run(file)
-    entry = make_entry(make_plan(run.graph(name), only_step=True), (), run.context, lambda: run)
-    timeline = entry.timeline
+    plan, timeline = run.step(name)
+    entry = make_entry(plan, (), run.context, lambda: run, timeline)
     causes: dict[str, float] = defaultdict(float)
     starts = {n.name: n for n in entry.plan.graph.nodes}
     for stall in timeline.stalls:
@@ -357,11 +363,11 @@ def verify_run(
     file: Annotated[str, typer.Argument(help="A run file, all of whose graphs are checked; - for standard input.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check every rule of the IR on every graph of a run, and that the last one can be planned.
+    """Check every rule of the IR on every graph of a run.
 
     Example: `zgraph verify run.zg`
     """
-    run, _ = read_run(file)
+    run = read_whole_run(file)
     for name in run.names:
         try:
             verify(run.graph(name))

@@ -12,7 +12,7 @@ from zgraph.passes import BY_NAME
 Completer = Callable[[str], list[str]]
 
 
-def one_of(*words: str) -> Completer:
+def any_of(*words: str) -> Completer:
     """Completes to one of these."""
 
     def complete(incomplete: str) -> list[str]:
@@ -21,7 +21,7 @@ def one_of(*words: str) -> Completer:
     return complete
 
 
-pass_names = one_of(*BY_NAME)
+pass_names = any_of(*BY_NAME)
 
 
 def several_passes(incomplete: str) -> list[str]:
@@ -34,5 +34,5 @@ def hardware_names(incomplete: str) -> list[str]:
     """A profile's name, alone or behind HOSTSxDEVICES-."""
     shape = re.match(r"\d+x\d+-|", incomplete)
     assert shape is not None
-    names = one_of(*known(), THIS_MACHINE)(incomplete[shape.end() :])
+    names = any_of(*known(), THIS_MACHINE)(incomplete[shape.end() :])
     return [shape.group() + name for name in names]

@@ -6,11 +6,10 @@ import dataclasses
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from zgraph.cli.app import FAILED, AsJson, app, console, errors, print_json, progress, read_run, write_run
+from zgraph.cli.app import FAILED, AsJson, app, console, errors, one_of, print_json, progress, read_run, write_run
 from zgraph.errors import UsageError
-from zgraph.ir import Axis, DType, Graph, print_graph
+from zgraph.ir import Axis, DType, Graph, num_ranks, print_graph
 from zgraph.passes import Context, Pipeline
 from zgraph.passes.pipeline import parse_size
 from zgraph.runfile import CAPTURED, RunFile, run_file
@@ -48,8 +47,7 @@ def bisect_run(
     from zgraph.debugging import bisect, reference
     from zgraph.debugging.bisection import Steps, run_steps
 
-    run, name = read_run(file)
-    first = name if "@" in file else CAPTURED
+    run, first = read_run(file, CAPTURED)
     begin, context = run.graph(first), _context(run, world)
     if passes or world or load:
         pipeline = _pipeline(passes or run.recipe, load)
@@ -57,14 +55,11 @@ def bisect_run(
             shown.add_task(f"running {len(pipeline.passes)} passes")
             steps = run_steps(begin, pipeline, context)
     else:
-        start, snapshots = run.position(first), run.manifest.snapshots
-        steps = Steps(tuple((s.step, run.graph(n)) for s, n in list(zip(snapshots, run.names, strict=True))[start:]))
+        steps = Steps(tuple((step, graph) for step, graph, _ in run.steps[run.position(first) :]))
     with progress() as shown:
         task = shown.add_task("running the first graph")
-        known = reference(begin, _num_ranks(context), seed, context.hints, _dtype(dtype), _max_bytes(max_memory))
-        found = bisect(
-            known, steps, tolerance=tolerance, tell=lambda text: shown.update(task, description=escape(text))
-        )
+        known = reference(begin, num_ranks(context.mesh), seed, context.hints, _dtype(dtype), _max_bytes(max_memory))
+        found = bisect(known, steps, tolerance=tolerance, tell=lambda text: shown.update(task, description=text))
     if as_json:
         print_json({"culprit": None if found is None else dataclasses.asdict(found)})
     elif found is None:
@@ -108,21 +103,21 @@ def reduce_run(
 
     if check and passes:
         raise UsageError("--check and --passes are two ways to say what fails: give one of them")
-    run, name = read_run(file)
+    run, name = read_run(file, CAPTURED)
     if not (check or passes or run.recipe):
         raise UsageError("the file has no passes: say what fails: --passes RECIPE, or --check 'COMMAND {}'")
-    graph, context = run.graph(name if "@" in file else CAPTURED), _context(run, world)
+    graph, context = run.graph(name), _context(run, world)
     pipeline = Pipeline(()) if check else _pipeline(passes or run.recipe, load)
     judge: Check = (
         Commanded(check, context, run.manifest.provenance)
         if check
         else Passed(
-            pipeline, context, _num_ranks(context), seed, _dtype(dtype), tolerance, _max_bytes(max_memory)
+            pipeline, context, num_ranks(context.mesh), seed, _dtype(dtype), tolerance, _max_bytes(max_memory)
         )
     )  # fmt: skip
     with progress() as shown:
         task = shown.add_task("running the whole graph")
-        small, failure = reduce(graph, judge, tell=lambda text: shown.update(task, description=escape(text)))
+        small, failure = reduce(graph, judge, tell=lambda text: shown.update(task, description=text))
     write_run(run_file(_steps(small, pipeline, context), run.manifest.provenance, context), output)
     if output == "-":
         return
@@ -163,16 +158,8 @@ def _context(run: RunFile, world: int) -> Context:
     return dataclasses.replace(run.context, mesh=mesh)
 
 
-def _num_ranks(context: Context) -> int:
-    from zgraph.ir import num_ranks
-
-    return num_ranks(context.mesh)
-
-
 def _dtype(name: str) -> DType:
-    if name not in ("f64", "f32"):
-        raise UsageError(f"--dtype is one of f64, f32, not {name}")
-    return DType[name]
+    return DType(one_of("--dtype", name, ("f64", "f32")))
 
 
 def _max_bytes(size: str) -> int | None:

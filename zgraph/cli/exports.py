@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from zgraph.cli.app import AsJson, app, console, print_json, read_run
+from zgraph.cli.app import AsJson, app, console, print_json, read_run, writing
 from zgraph.errors import UsageError
 from zgraph.export import dot, model_explorer, perfetto
 
@@ -42,7 +42,7 @@ def trace_export(
     run, name = read_run(file)
     graph, title = run.graph(name), run.manifest.provenance.model
     writers: dict[str, Callable[[], Iterator[str]]] = {
-        "perfetto": lambda: perfetto(graph, run.context, title),
+        "perfetto": lambda: perfetto(*run.step(name), run.context.rest_bytes, title),
         "model-explorer": lambda: model_explorer(graph, title),
         "dot": lambda: dot(graph, title),
     }
@@ -60,8 +60,5 @@ def _write(pieces: Iterator[str], target: str) -> int:
     """Write a text piece by piece; how many bytes it has."""
     if target == "-":
         return sum(sys.stdout.buffer.write(piece.encode()) for piece in pieces)
-    try:
-        with open(target, "wb") as stream:
-            return sum(stream.write(piece.encode()) for piece in pieces)
-    except OSError as error:
-        raise UsageError(f"cannot write {target}: {error.strerror}") from None
+    with writing(target), open(target, "wb") as stream:
+        return sum(stream.write(piece.encode()) for piece in pieces)

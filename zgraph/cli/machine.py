@@ -14,6 +14,7 @@ from rich.table import Table
 from zgraph.bugreport import bug_report, cores
 from zgraph.cli.app import AsJson, app, console, print_json
 from zgraph.errors import UsageError
+from zgraph.viz import gibibytes
 
 MAX_PROCESSOR_RANKS = 4
 """Ranks that are started on a host without GPUs, where nothing else is said: other cores are threads of theirs."""
@@ -38,16 +39,12 @@ def report(as_json: AsJson = False) -> None:
 
 def _shown(name: str, value: Any) -> str:
     if isinstance(value, dict):
-        return f"{_gibibytes(value['bytes'])} in {value['files']:,} files"
+        return f"{gibibytes(value['bytes'])} in {value['files']:,} files"
     if isinstance(value, list):
         return "\n".join(value) if name == "GPUs" and value else ", ".join(value) or "none"
     if name.endswith("_bytes") and value is not None:
-        return _gibibytes(value)
+        return gibibytes(value)
     return "unknown" if value is None else str(value)
-
-
-def _gibibytes(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

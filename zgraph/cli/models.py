@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.util
 import sys
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from zgraph.errors import UsageError
+from zgraph.errors import UsageError, did_you_mean
 from zgraph.passes import Pass
 
 
@@ -39,8 +39,10 @@ def subject(name: str, batch: int, seq: int) -> Subject:
         seq: tokens of each.
 
     Raises:
-        UsageError: there is no such model.
+        UsageError: there is no such model, or what makes it fails.
     """
+    if name.endswith(".py"):
+        raise UsageError(f"say which function of {name} makes the model: {name}:FUNCTION")
     path, _, function = name.rpartition(":")
     if path.endswith(".py"):
         return _of_file(Path(path), function, batch, seq)
@@ -53,10 +55,7 @@ def passes_of(name: str) -> dict[str, type[Pass]]:
     Raises:
         UsageError: there is no such file, it cannot be imported, or it defines none.
     """
-    try:
-        module = _imported(Path(name))
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
-        raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+    module = _imported(Path(name))
     kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, Pass)]
     found = {k.name: k for k in kinds if k.__module__ == module.__name__ and isinstance(getattr(k, "name", None), str)}
     if not found:
@@ -65,7 +64,7 @@ def passes_of(name: str) -> dict[str, type[Pass]]:
 
 
 def _imported(path: Path) -> ModuleType:
-    """A Python file as a module."""
+    """A Python file as a module, which may import what lies beside it."""
     if not path.exists():
         raise UsageError(f"there is no file {path}")
     found = importlib.util.spec_from_file_location(f"zgraph_file_{path.stem}", path)
@@ -73,20 +72,36 @@ def _imported(path: Path) -> ModuleType:
         raise UsageError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module  # where torch.compile looks up globals, and dataclasses their annotations
-    found.loader.exec_module(module)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:  # the user's, whatever it is
+        raise UsageError(f"{path} cannot be imported: {_told(error, path)}") from error
     return module
+
+
+def _told(error: Exception, path: Path) -> str:
+    """What the code of a file raised, and the last of its lines that led there."""
+    lines = [frame.lineno for frame in extract_tb(error.__traceback__) if Path(frame.filename) == path.absolute()]
+    return f"{type(error).__name__}: {error}" + (f" ({path}:{lines[-1]})" if lines else "")
 
 
 def _of_file(path: Path, function: str, batch: int, seq: int) -> Subject:
     module = _imported(path)
     if not callable(make := getattr(module, function, None)):
-        near = get_close_matches(function, [n for n in vars(module) if callable(vars(module)[n])], 1)
-        raise UsageError(f"{path} has no function {function}" + (f"; did you mean {near[0]}?" if near else ""))
-    with torch.device("meta"):
-        made = make()
+        own = [n for n, found in vars(module).items() if getattr(found, "__module__", "") == module.__name__]
+        hint = did_you_mean(function, own, f"it has {', '.join(own) or 'none'}")
+        raise UsageError(f"{path} has no function {function}; {hint}")
+    try:
+        with torch.device("meta"):
+            made = make()
+    except Exception as error:  # the user's, whatever it is
+        raise UsageError(f"{path}:{function} raised {_told(error, path)}") from error
     model, inputs = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{path}:{function} returned a {type(model).__name__}, not a module")
+    if not isinstance(inputs, dict | None):
+        raise UsageError(f"{path}:{function} returned a {type(inputs).__name__} of inputs, not a dict by their names")
     if inputs is not None:
         return Subject(model, inputs, has_own_inputs=True)
     return Subject(model, training_inputs(model, batch, seq))
@@ -113,6 +128,8 @@ def _of_config(name: str, batch: int, seq: int) -> Subject:
     with torch.device("meta"):
         auto: Any = transformers.AutoModelForCausalLM
         model = kind(config) if kind is not None else auto.from_config(config)
+    if getattr(model, "loss_type", "") is None:
+        model.loss_type = "ForCausalLM"  # transformers' own default, whose look-up breaks a captured graph
     return Subject(model, training_inputs(model, batch, seq))
 
 

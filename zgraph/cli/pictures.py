@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zgraph.cli.app import AsJson, app, console, errors, print_json, read_run
+from zgraph.cli.app import AsJson, app, console, errors, print_json, read_whole_run, writing
 from zgraph.errors import UsageError
 
 
@@ -30,13 +30,14 @@ def view(
 
     if show and output == "-":
         raise UsageError("--open opens a file: give --output another name than -")
-    run, _ = read_run(file)
+    run = read_whole_run(file)
     with errors().status("drawing"):
         text = page(run)
     if output == "-":
         sys.stdout.write(text)
         return
-    Path(output).write_text(text, encoding="utf-8")
+    with writing(output):
+        Path(output).write_text(text, encoding="utf-8")
     if as_json:
         print_json({"output": output, "bytes": len(text)})
     else:

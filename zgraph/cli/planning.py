@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn
 
-from zgraph.cli.app import DOES_NOT_FIT, AsJson, app, console, errors, print_json
-from zgraph.cli.completion import hardware_names, one_of
+from zgraph.cli.app import DOES_NOT_FIT, DTYPES, AsJson, app, console, one_of, print_json, progress
+from zgraph.cli.completion import any_of, hardware_names
 from zgraph.cost import Hardware, hardware
 from zgraph.errors import UsageError
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 BATCHES = (1, 2, 4, 8)
 """What `--sweep` tries where no batch is given."""
-
-DTYPES = ("bf16", "f16", "f32")
 
 
 @app.command()
@@ -45,7 +43,7 @@ def plan(
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,
     memory_budget: Annotated[str, typer.Option(help="Such as 70GiB; by default the device's, less a margin.")] = "",
     dtype: Annotated[
-        str, typer.Option(help="To compute in: bf16, f16 or f32.", autocompletion=one_of(*DTYPES))
+        str, typer.Option(help="To compute in: bf16, f16 or f32.", autocompletion=any_of(*DTYPES))
     ] = "bf16",
     stage: Annotated[
         list[int] | None,
@@ -72,13 +70,11 @@ def plan(
     from zgraph.aten import TO_TORCH
     from zgraph.ir import DType
 
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}")
     names = targets or ["h100"]
     tried = _around(names) if sweep and not world else {name: name for name in names}
     options = {
         "num_ranks": world or None, "memory_budget": memory_budget or None, "stage": stage,
-        "offload": _offload(offload), "param_dtype": TO_TORCH[DType(dtype)],
+        "offload": _offload(offload), "param_dtype": TO_TORCH[DType(one_of("--dtype", dtype, DTYPES))],
     }  # fmt: skip
     found = _combined(model, tried, batch or [], BATCHES if sweep else BATCHES[:1], seq, options)
     is_one = not sweep and len(found.combinations) == 1
@@ -124,15 +120,15 @@ def _combined(
     peaks = {name: table.hardware.device.peak_flops for name, table in tables.items()}
     dtype = FROM_TORCH[options["param_dtype"]].value
     found: list[Combination] = []
-    with _progress() as progress:
-        task = progress.add_task(f"reading {model}")
+    with progress(BarColumn(), MofNCompleteColumn()) as shown:
+        task = shown.add_task(f"reading {model}")
         given = subject(model, 1, seq)
         if given.has_own_inputs and len(asked) > 1:
             raise UsageError(f"{model} gives its own inputs, so no batch can be tried: have it return the model alone")
         batches = usual[:1] if given.has_own_inputs else asked or usual
-        progress.update(task, total=len(batches))
+        shown.update(task, total=len(batches))
         for batch in batches:
-            progress.update(task, description=f"capturing batch {batch}, planning {len(targets)} x {model}")
+            shown.update(task, description=f"capturing batch {batch}, planning {len(targets)} x {model}")
             inputs = given.inputs if given.has_own_inputs else training_inputs(given.model, batch, seq)
             plans = sweep(given.model, hardware=tuple(tables.values()), **options, **inputs)
             rows, items = _counted(inputs)
@@ -140,7 +136,7 @@ def _combined(
                 Combination(name, rows, items, peaks[name].get(dtype) or peaks[name]["f32"], plan)
                 for name, plan in zip(targets, plans, strict=True)
             ]
-            progress.advance(task)
+            shown.advance(task)
     found.sort(key=lambda c: list(targets).index(c.hardware))
     return Sweep(tuple(found), "tokens" if "input_ids" in inputs else "rows")
 
@@ -150,13 +146,6 @@ def _counted(inputs: Mapping[str, Any]) -> tuple[int, int]:
     shapes = [tuple(given.shape) for given in (inputs.get("input_ids"), *inputs.values()) if hasattr(given, "shape")]
     rows = next((shape[0] for shape in shapes if shape), 1)
     return rows, inputs["input_ids"].numel() if "input_ids" in inputs else rows
-
-
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), console=errors(), transient=True,
-    )  # fmt: skip
 
 
 def _stage_row(stage: StagePlan) -> dict[str, Any]:

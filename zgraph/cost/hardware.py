@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zgraph.config import cache_folder
-from zgraph.errors import HardwareError
+from zgraph.errors import HardwareError, did_you_mean
 
 FOLDER = Path(__file__).parent / "profiles"
 THIS_MACHINE = "this-machine"
@@ -173,9 +172,8 @@ def _lines(fields: Mapping[str, object], table: str) -> Iterator[str]:
 def _unknown(name: str, stem: str) -> str:
     if stem == THIS_MACHINE:
         return f"this machine has not been measured; call zgraph.profile_machine(), which writes {this_machine_path()}"
-    near = get_close_matches(stem, known(), 1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = did_you_mean(stem, known(), "")
     return (
-        f"no hardware is called {name!r}; {hint}the profiles are {', '.join(known())} and {THIS_MACHINE}, alone or as "
-        "HOSTSxDEVICES-NAME (16x8-a100-80); or give the path of a .toml file"
+        f"no hardware is called {name!r}; {hint}{' ' if hint else ''}the profiles are {', '.join(known())} and "
+        f"{THIS_MACHINE}, alone or as HOSTSxDEVICES-NAME (16x8-a100-80); or give the path of a .toml file"
     )

@@ -151,7 +151,6 @@ def _sources(changes: Sequence[Change]) -> tuple[str, ...]:
     origins = [node.origin for node in nodes if node.origin.file]
     found = {o: linecache.getline(o.file, o.line).strip() for o in origins}
     texts = (
-        f"{o.file}:{o.line}" + (f" in {o.module}" if o.module else "") + (f"  {text}" if text else "")
-        for o, text in found.items()
+        o.place + (f" in {o.module}" if o.module else "") + (f"  {text}" if text else "") for o, text in found.items()
     )
     return tuple(dict.fromkeys(texts))

@@ -13,7 +13,6 @@ that is in one of the graphs only, or of another type there, and the other reads
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from zgraph.compare import moved
 from zgraph.ir import Graph, Input, InputKind, Node, Output, Replicate, TensorType, Value, Varying, print_node
 from zgraph.ir.printer import print_input, print_output
 from zgraph.ir.types import Placement, Type
+from zgraph.lines import told_apart
 
 Item = Node | Input | Output
 
@@ -101,15 +101,11 @@ class Hunks:
         if not chosen:
             return self.before
         nodes = [node for slot in self._slots if (node := slot.node(chosen)) is not None]
-        used = {node.op for node in nodes}
-        foreign = {**self.before.foreign, **self.after.foreign}
         inputs = self._picked(_named(self.before.inputs), _named(self.after.inputs), chosen)
         outputs = self._picked(_numbered(self.before.outputs), _numbered(self.after.outputs), chosen)
-        graph = replace(
-            self.after, inputs=inputs, nodes=_in_order(nodes), outputs=outputs,
-            foreign={op: row for op, row in foreign.items() if op in used},
-        )  # fmt: skip
-        return _retyped(graph)
+        foreign = {**self.before.foreign, **self.after.foreign}
+        graph = replace(self.after, inputs=inputs, nodes=_in_order(nodes), outputs=outputs, foreign=foreign)
+        return _retyped(graph.with_used_ops())
 
     def unchosen_outputs(self, chosen: Collection[int]) -> frozenset[int]:
         """Outputs that are still as before the pass: on another mesh than before, each rank's own."""
@@ -199,7 +195,7 @@ def on_mesh_of(graph: Graph, placed: Graph) -> Graph:
         results = tuple(replace(r, type=at(r.type, Varying() if varies else Replicate())) for r in node.results)
         known.update((r.name, r) for r in results)
         nodes.append(replace(node.substitute(known), results=results))
-    outputs = tuple(replace(o, value=None if o.value is None else known[o.value.name]) for o in graph.outputs)
+    outputs = tuple(output.substitute(known) for output in graph.outputs)
     return replace(graph, inputs=tuple(inputs), nodes=tuple(nodes), outputs=outputs, mesh=placed.mesh)
 
 
@@ -232,13 +228,8 @@ def _numbered(outputs: Sequence[Output]) -> dict[str, Output]:
 
 def _keyed(nodes: Sequence[Node]) -> Mapping[str, Node]:
     """Every node by what it is known by."""
-    found: dict[str, Node] = {}
-    counts: Counter[str] = Counter()
-    for node in nodes:
-        key = node.name if node.results else _text(node)
-        counts[key] += 1
-        found[key if counts[key] == 1 else f"{key}#{counts[key]}"] = node
-    return found
+    keys = (node.name if node.results else _text(node) for node in nodes)
+    return dict(zip(told_apart(keys), nodes, strict=True))
 
 
 def _makers(graph: Graph) -> Mapping[str, tuple[str, Type]]:
@@ -308,5 +299,5 @@ def _retyped(graph: Graph) -> Graph:
             node = node.substitute(known)
         nodes.append(node)
         known.update((r.name, r) for r in node.results)
-    outputs = tuple(o if o.value is None else replace(o, value=known.get(o.value.name, o.value)) for o in graph.outputs)
+    outputs = tuple(output.substitute(known) for output in graph.outputs)
     return replace(graph, nodes=tuple(nodes), outputs=outputs)

@@ -195,11 +195,9 @@ def window(graph: Graph, kept: Collection[int]) -> Graph:
         for result in node.results
         if result.name not in graph.output_names and not chosen.issuperset(graph.users.get(result.name, ()))
     ]
-    used = {node.op for node in nodes}
     return replace(
-        graph, inputs=(*graph.inputs, *inputs), nodes=tuple(nodes), outputs=(*graph.outputs, *outputs),
-        foreign={op: row for op, row in graph.foreign.items() if op in used},
-    )  # fmt: skip
+        graph, inputs=(*graph.inputs, *inputs), nodes=tuple(nodes), outputs=(*graph.outputs, *outputs)
+    ).with_used_ops()
 
 
 def _kind(producer: Node) -> InputKind:
@@ -240,7 +238,5 @@ def _bypassing(graph: Graph, kept: Sequence[str]) -> Graph:
             env[node.name] = operand
         else:
             nodes.append(node)
-    outputs = tuple(o if o.value is None else replace(o, value=env.get(o.value.name, o.value)) for o in graph.outputs)
-    used = {node.op for node in nodes}
-    foreign = {op: row for op, row in graph.foreign.items() if op in used}
-    return replace(graph, nodes=tuple(nodes), outputs=outputs, foreign=foreign)
+    outputs = tuple(output.substitute(env) for output in graph.outputs)
+    return replace(graph, nodes=tuple(nodes), outputs=outputs).with_used_ops()

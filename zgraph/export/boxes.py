@@ -56,8 +56,7 @@ def boxes(graph: Graph) -> Iterator[Box]:
 def details(node: Node) -> dict[str, str]:
     """The module, the line and the pass that a node comes from, as far as they are known."""
     origin = node.origin
-    source = f"{origin.file}:{origin.line}" if origin.file else ""
-    found = {"module": origin.module, "source": source, "made by": origin.made_by}
+    found = {"module": origin.module, "source": origin.place, "made by": origin.made_by}
     return {title: text for title, text in found.items() if text}
 
 

@@ -11,10 +11,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from zgraph.cost import Moment, Span, Stall, Timeline, simulate
+from zgraph.cost import Moment, Span, Stall, Timeline
 from zgraph.export.boxes import details
-from zgraph.ir import Graph, Instruction, Node, Plan
-from zgraph.passes import Context, make_plan
+from zgraph.ir import Instruction, Node, Plan
 
 ROWS = {
     "compute": "computing", "waits": "waiting for", "comm": "communication", "d2h": "copies to the host",
@@ -27,14 +26,9 @@ NUMBERS = {row: number for number, row in enumerate(ROWS, 1)}
 Event = dict[str, Any]
 
 
-def perfetto(graph: Graph, context: Context, title: str) -> Iterator[str]:
-    """One predicted step in the JSON of Chrome's trace events. Times are in microseconds.
-
-    Raises:
-        SimulationError: the graph would deadlock.
-    """
-    plan = make_plan(graph)
-    return _text(_events(plan, simulate(plan, context.costs, context.hints), context.rest_bytes, title))
+def perfetto(plan: Plan, timeline: Timeline, rest_bytes: int, title: str) -> Iterator[str]:
+    """One predicted step of a plan in the JSON of Chrome's trace events. Times are in microseconds."""
+    return _text(_events(plan, timeline, rest_bytes, title))
 
 
 def _text(events: Iterator[Event]) -> Iterator[str]:

@@ -69,6 +69,11 @@ class Origin:
     made_by: str = ""
 
     @property
+    def place(self) -> str:
+        """The user's file and line, `model.py:12`; empty where they are not known."""
+        return f"{self.file}:{self.line}" if self.file else ""
+
+    @property
     def layer(self) -> str:
         """The path of the layer that the module is part of: up to the first number in it.
 
@@ -167,6 +172,10 @@ class Output:
     target: str = ""
     phase: Phase = Phase.forward
 
+    def substitute(self, env: Mapping[str, Value]) -> Output:
+        """The output with `env[name]` in the place of the value called `name`."""
+        return replace(self, value=env[self.value.name]) if self.value is not None and self.value.name in env else self
+
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
@@ -205,6 +214,11 @@ class Graph:
     def with_nodes(self, nodes: list[Node] | tuple[Node, ...]) -> Graph:
         """The graph with `nodes` in the place of its own."""
         return replace(self, nodes=tuple(nodes))
+
+    def with_used_ops(self) -> Graph:
+        """The graph without foreign ops that no node of it is of."""
+        used = {node.op for node in self.nodes}
+        return replace(self, foreign={op: row for op, row in self.foreign.items() if op in used})
 
     @property
     def params(self) -> tuple[Input, ...]:

@@ -221,7 +221,7 @@ def _describe(graph: Graph, rule: str, position: int | None, message: str) -> st
         lines.append(f"  {'>' if i == position else ' '} {text if len(text) <= 160 else text[:157] + '...'}")
     origin = node.origin
     if origin.file:
-        lines.append(f"  from {origin.file}:{origin.line}" + (f" in {origin.module}" if origin.module else ""))
+        lines.append(f"  from {origin.place}" + (f" in {origin.module}" if origin.module else ""))
     if origin.made_by:
         lines.append(f"  put there by the pass {origin.made_by}")
     return "\n".join(lines)

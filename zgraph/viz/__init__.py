@@ -1,6 +1,6 @@
 """Pictures of plans for the terminal."""
 
 from zgraph.viz.curve import memory_chart
-from zgraph.viz.text import as_text
+from zgraph.viz.text import as_text, gibibytes
 
-__all__ = ["as_text", "memory_chart"]
+__all__ = ["as_text", "gibibytes", "memory_chart"]

@@ -125,6 +125,7 @@ def _step(run: RunFile, numbers: Mapping[str, int]) -> dict[str, Any]:
         return {"step": None, "why": f"the graph after {run.names[-1]} is not one that can be run yet"}
     graph = run.graph()
     plan = make_plan(graph, only_step=True)
+    makers = {r.name: numbers[n.name] for n in graph.nodes for r in n.results}
     categories = list(dict.fromkeys(c for m in timeline.memory.moments for c in m.bytes_by_category))
     moments = timeline.memory.moments
     bound = max(lower_bound_us(graph, context), timeline.lower_bound_us)
@@ -149,7 +150,7 @@ def _step(run: RunFile, numbers: Mapping[str, int]) -> dict[str, Any]:
             "us": [_rounded(us) for us in timeline.instants_us],
             "bytes": [[m.bytes_by_category.get(c, 0) for m in moments] for c in categories],
             "lives": _columns(
-                (life.name, numbers.get(life.name.partition("#")[0], -1), life.category, life.num_bytes, life.born,
+                (life.name, makers.get(life.name.partition("#")[0], -1), life.category, life.num_bytes, life.born,
                  life.freed)
                 for life in lifetimes(plan, context.hints)
             ),

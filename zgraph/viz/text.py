@@ -13,3 +13,8 @@ def as_text(renderable: RenderableType, *, width: int) -> str:
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def gibibytes(num_bytes: int) -> str:
+    """Bytes for people: in GiB, or in MiB below one."""
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"

@@ -184,8 +184,9 @@ class Charts {
       under = over;
     });
     pen.fillStyle = colours.muted;
-    for (const share of [1, 0.5]) pen.fillText(size(most * share), 8, Math.max(8, y(most * share)));
-    if (rest) pen.fillText("at rest", 8, Math.min(height - 10, y(rest / 2)));
+    const restAt = Math.min(height - 10, y(rest / 2));
+    if (rest) pen.fillText("at rest", 8, restAt);
+    for (const at of [most, most / 2]) if (!rest || Math.abs(y(at) - restAt) > 13) pen.fillText(size(at), 8, Math.max(8, y(at)));
     if (budget && budget <= top) {
       pen.strokeStyle = colours.exposed;
       pen.setLineDash([6, 4]);
@@ -232,16 +233,16 @@ class Charts {
 
   // How long what the selected node makes is alive.
   drawLives(pen, width, height, colours) {
-    for (const life of this.livesOf.get(this.app.state.node) ?? []) {
-      const left = Math.max(GUTTER, this.x(this.timeOf(life.born), width));
-      const right = Math.min(width, Math.max(this.x(this.timeOf(life.freed), width), left + 2));
-      if (right < GUTTER || left > width) continue;
-      pen.globalAlpha = 0.18;
-      pen.fillStyle = colours.select;
-      pen.fillRect(left, 0, right - left, height);
-      pen.globalAlpha = 1;
-      pen.fillRect(left, 0, right - left, 3);
-    }
+    const lives = this.livesOf.get(this.app.state.node) ?? [];
+    const born = Math.min(...lives.map(life => life.born)), freed = Math.max(...lives.map(life => life.freed));
+    const left = Math.max(GUTTER, this.x(this.timeOf(born), width));
+    const right = Math.min(width, Math.max(this.x(this.timeOf(freed), width), left + 2));
+    if (!lives.length || right < GUTTER || left > width) return;
+    pen.globalAlpha = 0.18;
+    pen.fillStyle = colours.select;
+    pen.fillRect(left, 0, right - left, height);
+    pen.globalAlpha = 1;
+    pen.fillRect(left, 0, right - left, 3);
   }
 
   drawCursor(pen, width, height, colours) {

@@ -89,8 +89,9 @@ class Details {
     const { charts } = this.app;
     return [
       element("h3", {}, "Memory"),
-      ...lives.map(life => element("p", { class: "when" }, element("span", { class: `dot ${life.category}` }),
+      ...lives.slice(0, MOST_LISTED).map(life => element("p", { class: "when" }, element("span", { class: `dot ${life.category}` }),
         `${size(life.bytes)} of ${life.category}, from ${time(charts.timeOf(life.born))} to ${time(charts.timeOf(life.freed))}`)),
+      lives.length > MOST_LISTED ? element("p", {}, `and ${lives.length - MOST_LISTED} more`) : null,
     ];
   }
 
@@ -106,8 +107,8 @@ class Details {
     ];
   }
 
-  link(node) {
-    return element("button", { class: "link", onclick: () => this.app.select(node, "details") }, nodeName(this.run, node, Infinity));
+  link(node, name = nodeName(this.run, node, Infinity)) {
+    return element("button", { class: "link", onclick: () => this.app.select(node, "details") }, name);
   }
 
   showGroup(group) {
@@ -139,13 +140,13 @@ class Details {
         element("span", { class: "bar-name" }, name === "rest" ? "at rest" : name), element("b", {}, size(bytes))))),
       element("h3", {}, `Alive now (${device.length})`),
       element("ul", { class: "links" }, ...device.slice(0, MOST_LISTED).map(life => element("li", {},
-        element("span", { class: `dot ${life.category}` }), life.node >= 0 ? this.link(life.node) : this.nameOf(life),
+        element("span", { class: `dot ${life.category}` }), life.node >= 0 ? this.link(life.node, this.nameOf(life)) : this.nameOf(life),
         element("small", {}, ` ${size(life.bytes)}${life.name.endsWith("#") ? ", in flight" : ""}`))),
         device.length > MOST_LISTED ? element("li", {}, `and ${device.length - MOST_LISTED} more`) : null),
     );
   }
 
-  nameOf(life) { return life.name === "#arena" ? "the program's arena" : `%${life.name}`; }
+  nameOf(life) { return life.name === "#arena" ? "the program's arena" : `%${life.name.replace(/#$/, "")}`; }
 }
 
 const KIND_OF_EVENT = { made: "added", removed: "removed", changed: "changed", moved: "moved" };

@@ -168,9 +168,11 @@ class GraphView {
     this.fit();
   }
 
-  // All of it, but never too small to read: then its top.
+  // All of it, but never too small to read: then its top. A picture that does not show waits until it does.
   fit() {
     const { width, height } = this.svg.getBoundingClientRect();
+    this.mustFit = !width;
+    if (this.mustFit) return;
     const whole = Math.min((width - 30) / this.box.width, (height - 30) / this.box.height);
     const scale = Math.min(1, Math.max(whole, 0.55));
     this.moveTo(Math.max(15, (width - this.box.width * scale) / 2), 12, scale);

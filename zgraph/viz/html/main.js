@@ -41,7 +41,7 @@ class App {
       document.body.classList.add("no-step");
       return;
     }
-    const gap = step.bound ? ` (${(100 * (step.us / step.bound - 1)).toFixed(1)} % above the lower bound)` : "";
+    const gap = step.bound ? ` (${(100 * Math.max(0, step.us / step.bound - 1)).toFixed(1)} % above the lower bound)` : "";
     const peak = this.charts.total[this.charts.peakAt] + this.run.data.rest;
     byId("step-summary").replaceChildren(
       element("b", {}, `Predicted step ${time(step.us)}`), gap, ", ",
@@ -69,7 +69,7 @@ class App {
     Object.assign(this.state, { node, moment: null });
     if (from !== "graph" && from !== "pass") this.graph.reveal(node);
     if (from !== "text") this.program.reveal(node); else this.program.draw();
-    if (from !== "timeline" && from !== "pass") this.charts.reveal?.(node);
+    if (from !== "timeline" && from !== "pass") this.charts.reveal(node);
     this.graph.mark();
     this.charts.ask();
     this.details.showNode(node);
@@ -104,6 +104,8 @@ class App {
     byId("graph").toggleAttribute("hidden", isText);
     byId("show-text").setAttribute("aria-selected", isText);
     byId("show-graph").setAttribute("aria-selected", !isText);
+    byId("graph-buttons").hidden = isText;
+    if (!isText && this.graph.mustFit) this.graph.fit();
     if (this.state.node !== null) (isText ? this.program : this.graph).reveal(this.state.node);
     this.program.draw();
   }
@@ -113,7 +115,7 @@ class App {
       "show-graph": () => this.showTab(false), "show-text": () => this.showTab(true),
       collapse: () => this.graph.collapse(), fit: () => this.graph.fit(),
       "zoom-in": () => this.graph.zoom(1.3), "zoom-out": () => this.graph.zoom(1 / 1.3),
-      "time-fit": () => this.charts.look(0, this.charts.end), "to-peak": () => this.showPeak(), 
+      "time-fit": () => this.charts.look(0, this.charts.end), "to-peak": () => this.showPeak(),
       theme: () => this.showTheme(document.documentElement.dataset.theme !== "dark"),
     };
     for (const [id, act] of Object.entries(clicks)) byId(id).addEventListener("click", act);
