@@ -269,7 +269,7 @@ const nodeWidth = (run, node, graph) => 32 + Math.max(7.4 * shortOp(run.op(node,
 // A box that is open has its counts beside its name, one that is closed below it.
 function groupWidth(run, graph, group, isOpen) {
   const counts = chips(run, graph, group).reduce((sum, [, text]) => sum + 7 * text.length + 6, 0), name = 50 + 7 * group.label.length;
-  return isOpen ? name + counts : Math.max(120, name, 80 + counts);
+  return isOpen ? name + counts : Math.max(120, name, 26 + 6.3 * plural(group.nodes.length, "node").length + counts);
 }
 
 function nodeName(run, node, most = 24) {
