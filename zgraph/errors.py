@@ -81,6 +81,10 @@ class RunFileError(ZgraphError, ValueError):
     """A run file that cannot be read or is damaged, or a graph that is not in it."""
 
 
+class GraphNameError(RunFileError, UsageError):
+    """A run file has no graph of that name."""
+
+
 class ContractError(ZgraphError):
     """The passes of a recipe do not fit together: one needs what none before it provides."""
 

@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import zgraph
 from zgraph.cost import Timeline, TimelineRecord, simulate
-from zgraph.errors import ContractError, RunFileError, SimulationError, did_you_mean
+from zgraph.errors import ContractError, GraphNameError, RunFileError, SimulationError, did_you_mean
 from zgraph.ir import Graph, Phase, Plan, parse_graph, print_graph
 from zgraph.lines import told_apart
 from zgraph.passes.base import Context, Pass
@@ -134,7 +134,7 @@ class RunFile:
         """The graph after a pass: its name (`bucket`, `dce#2`), a position (0 is what was captured), or `final`.
 
         Raises:
-            RunFileError: there is no such graph; the message has the nearest name.
+            GraphNameError: there is no such graph; the message has the nearest name.
             ZirError: its text does not parse.
         """
         return self.graph_of(self.member(name))
@@ -147,11 +147,11 @@ class RunFile:
         return self._graphs[member]
 
     def member(self, name: str) -> str:
-        """The member that holds a graph's text, by the graph's name. Raises RunFileError if there is none."""
+        """The member that holds a graph's text, by the graph's name. Raises GraphNameError if there is none."""
         return self.manifest.snapshots[self.position(name)].member
 
     def position(self, name: str) -> int:
-        """Where a graph stands among all of them. Raises RunFileError if there is none of that name."""
+        """Where a graph stands among all of them. Raises GraphNameError if there is none of that name."""
         if name == "final":
             return len(self.names) - 1
         if name in self.names:
@@ -159,7 +159,7 @@ class RunFile:
         if name.isdecimal() and len(name) < 6 and int(name) < len(self.names):
             return int(name)
         hint = did_you_mean(name, [*self.names, "final"], f"there are {', '.join(self.names)} and final")
-        raise RunFileError(f"the run has no graph called {name[:60]!r}; {hint}")
+        raise GraphNameError(f"the run has no graph called {name[:60]!r}; {hint}")
 
     @cached_property
     def timeline(self) -> Timeline | None:

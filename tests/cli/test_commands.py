@@ -44,7 +44,7 @@ def test_the_example_of_every_command_runs(name, zgraph_command):
     [
         (("shwo", "run.zg"), 2, "did you mean show?"),
         (("show", "rnu.zg"), 2, "did you mean run.zg?"),
-        (("show", "run.zg@buckt"), 1, "did you mean bucket?"),
+        (("show", "run.zg@buckt"), 2, "did you mean bucket?"),
         (("opt", "run.zg", "--passes", "canonicalise"), 2, "did you mean canonicalize?"),
         (("opt", "run.zg", "--disable-pass", "buket"), 2, "did you mean bucket?"),
         (("opt", "run.zg", "--stop-after", "fuse"), 2, "not among the passes to run"),
@@ -57,7 +57,7 @@ def test_the_example_of_every_command_runs(name, zgraph_command):
         (("show", "run.zg", "--phase", "bkw"), 2, "--phase is one of fwd, bwd, upd, not bkw"),
         (("opt", "run.zg", "-o", "llama-70b"), 2, "cannot write llama-70b: Is a directory"),
         (("trace", "no-such-folder/config.json"), 2, "Give a folder with a config.json"),
-        (("trace", "model.py:gone", "--hardware", "2x4-a100"), 1, "did you mean a100-40?"),
+        (("trace", "model.py:gone", "--hardware", "2x4-a100"), 2, "did you mean a100-40?"),
         (("trace", "model.py:gone", "--memory-budget", "9KiB", "-o", "x.zg"), 3, "the smallest that can"),
         (("trace", "model.py:gone", "--stage", "7"), 2, "--stage"),
         (("show", "model.py"), 1, "no run file"),

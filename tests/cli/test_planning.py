@@ -95,8 +95,8 @@ def test_one_plan_as_json(zgraph_command):
         (("model.py:gone", "--batch", "1", "--batch", "2"), 2, "have it return the model alone"),
         (("model.py:gone", "--dtype", "f8"), 2, "--dtype is one of"),
         (("model.py:gone", "--offload", "everything"), 2, "offload must be"),
-        (("model.py:gone", "--hardware", "h10"), 1, "did you mean h100?"),
-        (("model.py:gone", "--hardware", "2x8-h100", "--world", "12"), 1, "do not fill hosts"),
+        (("model.py:gone", "--hardware", "h10"), 2, "did you mean h100?"),
+        (("model.py:gone", "--hardware", "2x8-h100", "--world", "12"), 2, "do not fill hosts"),
         (("model.py:gone", "--memory-budget", "lots"), 2, "memory_budget must be"),
     ],
 )

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
-from zgraph.errors import BudgetError, RecipeError, UsageError, ZgraphError, did_you_mean, nearest
+from zgraph.errors import BudgetError, HardwareError, RecipeError, UsageError, ZgraphError, did_you_mean, nearest
 from zgraph.runfile import RunFile, load_run
 
 FAILED, USED_WRONGLY, DOES_NOT_FIT = 1, 2, 3
@@ -139,7 +139,7 @@ def main() -> NoReturn:
         app(prog_name="zgraph")
     except ZgraphError as error:
         sys.stderr.write(f"zgraph: {error}\n")
-        wrongly = isinstance(error, UsageError | RecipeError)
+        wrongly = isinstance(error, UsageError | RecipeError | HardwareError)
         sys.exit(DOES_NOT_FIT if isinstance(error, BudgetError) else USED_WRONGLY if wrongly else FAILED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has read enough

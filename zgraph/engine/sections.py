@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from zgraph.errors import ConfigError
+from zgraph.errors import ConfigError, did_you_mean
 
 S = TypeVar("S", bound="Section")
 
@@ -97,8 +96,8 @@ def asks(value: Any) -> bool:
 
 
 def _hint(key: str, kind: type[Section]) -> str:
-    near = get_close_matches(key, [*kind.keys(), *kind.superseded, *kind.unsupported], 1)
-    return f"; did you mean {near[0]}?" if near else f"; the keys here are {', '.join(kind.keys())}"
+    known = [*kind.keys(), *kind.superseded, *kind.unsupported]
+    return "; " + did_you_mean(key, known, f"the keys here are {', '.join(kind.keys())}")
 
 
 def _said(message: str) -> str:
