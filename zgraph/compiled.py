@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -77,27 +76,18 @@ class CompiledModel:
         else:
             final = self.pipeline.run(graph, context, instruments)
         for path in paths:
-            self._recorded(recording, context).save(path)
+            recording.run_file(_made(type(self.model).__name__), context).save(path)
         if settings.verify:
             verify(final)
         plan = make_plan(final)
-        entry = make_entry(plan, log.steps, context, partial(self._run_file, graph, context))
+        replayed = self.replayed if has_backward(graph) else None
+        again = _Again(graph, context, self.pipeline, type(self.model).__name__, replayed)
+        entry = make_entry(plan, log.steps, context, again)
         if waiting := entry.memory.host_peak_bytes:
             self.session.host.require(waiting, "the values that wait for the backward on the host")
         forward, backward = self.session.link(plan, constants, text)
         self.entries.append(entry)
         return Compiled(plan, forward, backward)
-
-    def _recorded(self, recording: Recording, context: Context) -> RunFile:
-        return recording.run_file(Provenance(model=type(self.model).__name__, torch=torch.__version__), context)
-
-    def _run_file(self, captured: Graph, context: Context) -> RunFile:
-        """What the passes make of a captured graph: the same whenever they run."""
-        if self.replayed is not None and has_backward(captured):
-            return self.replayed
-        recording = Recording(captured)
-        self.pipeline.run(captured, context, [recording])
-        return self._recorded(recording, context)
 
     def _run_paths(self, graph: str, dump: Path | None) -> Iterator[Path]:
         """Where to write what becomes of a graph."""
@@ -124,6 +114,28 @@ class CompiledModel:
             type(self.model).__name__, str(self.pipeline), store.num_ranks, whole, store.rest_bytes, store.state_bytes,
             buffers, store.update_bytes, store.host_bytes, tuple(self.entries), self.session.regions,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Again:
+    """What the passes make of a captured graph: the same whenever they run, and wherever."""
+
+    captured: Graph
+    context: Context
+    pipeline: Pipeline
+    model: str
+    replayed: RunFile | None
+
+    def __call__(self) -> RunFile:
+        if self.replayed is not None:
+            return self.replayed
+        recording = Recording(self.captured)
+        self.pipeline.run(self.captured, self.context, [recording])
+        return recording.run_file(_made(self.model), self.context)
+
+
+def _made(model: str) -> Provenance:
+    return Provenance(model=model, torch=torch.__version__)
 
 
 def buffer_bytes(model: nn.Module) -> int:

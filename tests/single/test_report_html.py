@@ -1,5 +1,6 @@
 """`zgraph.report(model)` as a picture: what it draws is what the passes did, run again when it is asked for."""
 
+import pickle
 import re
 
 import pytest
@@ -30,6 +31,12 @@ def test_saved_as_html(model, tmp_path):
     assert "<title>Sequential, zgraph</title>" in text
     assert not re.search(r"(src|href)\s*=", text.partition('id="data"')[0])
     assert zgraph.report(model)._repr_html_().startswith("<iframe sandbox")
+
+
+def test_a_report_goes_to_another_process(model):
+    model(torch.ones(2, 8)).sum().backward()
+    (entry,) = pickle.loads(pickle.dumps(zgraph.report(model))).entries
+    assert entry.run().texts == zgraph.report(model).entries[0].run().texts
 
 
 def test_nothing_captured_yet(model):
