@@ -27,7 +27,7 @@ import zgraph
 from benchmarks import results
 from zgraph.errors import ZgraphError
 
-IMPORTED = ("zgraph", "zgraph.engine.engine", "torch._dynamo.convert_frame", "torch._functorch.aot_autograd")
+IMPORTED = ("zgraph", "zgraph.engine.initialize", "torch._dynamo.convert_frame", "torch._functorch.aot_autograd")
 ROWS, WIDTH, HIDDEN = 12, 64, 512
 SAVE_EVERY = 2
 HANG_S = 60.0

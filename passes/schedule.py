@@ -19,7 +19,7 @@ from functools import cached_property
 from heapq import nlargest
 from typing import ClassVar
 
-from zgraph.cost import MemoryCurve, Moment
+from zgraph.cost import MemoryCurve, Moment, Timeline
 from zgraph.cost.memory import local_bytes
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Graph, Node, Phase, Value
@@ -327,6 +327,11 @@ def lower_bound_us(graph: Graph, context: Context) -> float:
     step = Step(graph, context)
     room = (0,) * len(step.ops)
     return step.problem(room).lower_bound_us if step.ops else 0.0
+
+
+def step_bound_us(graph: Graph, context: Context, timeline: Timeline) -> float:
+    """A time below which no order of a simulated graph can go: nor can its busiest lane."""
+    return max(lower_bound_us(graph, context), timeline.lower_bound_us)
 
 
 def _collectives(graph: Graph) -> list[Collective]:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from zgraph import optim
     from zgraph.api import compile, no_sync, recipe, report
     from zgraph.capture import trace
-    from zgraph.engine.engine import add_config_arguments, init_distributed, initialize_engine
-    from zgraph.engine.engine import initialize_engine as initialize
     from zgraph.engine.export import export_hf
+    from zgraph.engine.initialize import add_config_arguments, init_distributed, initialize_engine
+    from zgraph.engine.initialize import initialize_engine as initialize
     from zgraph.plans import plan, sweep
     from zgraph.profiling import profile, profile_machine
 
@@ -28,11 +28,11 @@ __all__ = [
 
 _HOMES = {
     "compile": "zgraph.api",
-    "add_config_arguments": "zgraph.engine.engine",
-    "init_distributed": "zgraph.engine.engine",
+    "add_config_arguments": "zgraph.engine.initialize",
+    "init_distributed": "zgraph.engine.initialize",
     "export_hf": "zgraph.engine.export",
-    "initialize": "zgraph.engine.engine",
-    "initialize_engine": "zgraph.engine.engine",
+    "initialize": "zgraph.engine.initialize",
+    "initialize_engine": "zgraph.engine.initialize",
     "no_sync": "zgraph.api",
     "plan": "zgraph.plans",
     "sweep": "zgraph.plans",

@@ -23,7 +23,7 @@ from zgraph.ir.symbols import evaluate
 from zgraph.passes.arena import sizes
 from zgraph.passes.base import Context
 from zgraph.passes.instruments import Step
-from zgraph.passes.schedule import lower_bound_us
+from zgraph.passes.schedule import step_bound_us
 from zgraph.runfile import RunFile
 from zgraph.viz import as_text, memory_chart
 from zgraph.viz.page import page
@@ -71,7 +71,7 @@ def make_entry(
 ) -> Entry:
     """The entry of a plan, of which `run` makes the file; the plan is simulated where no timeline is given."""
     timeline = timeline or simulate(plan, context.costs, context.hints)
-    bound = max(lower_bound_us(plan.graph, context), timeline.lower_bound_us)
+    bound = step_bound_us(plan.graph, context, timeline)
     return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, context.hints, run)
 
 

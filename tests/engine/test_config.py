@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph.engine.config import EngineConfig, read_config
+from zgraph.engine.config import read_config
+from zgraph.engine.keys import EngineConfig
 from zgraph.engine.optimizers import OPTIMIZERS, AdamWParams
 from zgraph.engine.schedules import SCHEDULES, Scheduler
 from zgraph.engine.sections import Section

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from zgraph.cost import work
-from zgraph.engine.config import FlopsProfiler
+from zgraph.engine.keys import FlopsProfiler
 from zgraph.ir import Node, Phase
 from zgraph.ir.symbols import evaluate
 from zgraph.passes.recompute import Recompute

@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 from zgraph.api import compiled_model
 from zgraph.engine.comms import CollectiveTimes
-from zgraph.engine.config import Config, EngineConfig
+from zgraph.engine.config import Config
 from zgraph.engine.flops import flop_tables, useful_flop
+from zgraph.engine.keys import EngineConfig
 from zgraph.engine.writers import Event, writers
 from zgraph.reporting import Entry, mebibytes
 from zgraph.viz import as_text
@@ -112,13 +113,12 @@ class Monitoring:
     # --- what is told ------------------------------------------------------------------------------------------------
 
     def _events(self, engine: Engine, losses: list[torch.Tensor]) -> list[Event]:
-        rows = engine.global_steps * engine.train_batch_size()
         found = {"lr": engine.get_lr()[0]}
         if losses:
             found["train_loss"] = _mean(losses)
         if engine.fp16_enabled():
             found["loss_scale"] = engine.cur_scale
-        return [Event(f"Train/Samples/{name}", value, rows) for name, value in found.items()]
+        return [Event(f"Train/Samples/{name}", value, engine.global_samples) for name, value in found.items()]
 
     def _print(self, engine: Engine, losses: list[torch.Tensor]) -> None:
         if self.tells:

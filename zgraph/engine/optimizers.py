@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import nn
 from torch.optim import Optimizer
 
 from zgraph import optim
@@ -113,3 +115,37 @@ OPTIMIZERS: dict[str, type[OptimizerParams]] = {
     "Adam": AdamParams, "AdamW": AdamWParams, "FusedAdam": AdamParams, "CPUAdam": AdamParams, "SGD": SGDParams,
     "Lion": LionParams, "Adagrad": AdagradParams, "Muon": MuonParams,
 }  # fmt: skip
+
+
+def names_in(model: nn.Module, group: Mapping[str, Any]) -> list[str]:
+    """The names that a group's parameters have in a model. Raises UsageError if one is not the model's."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    members = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+    if any(id(p) not in names for p in members):
+        raise UsageError("an optimizer's parameter, or one of model_parameters, is not the model's")
+    return [names[id(p)] for p in members]
+
+
+@contextmanager
+def handed_over(optimizer: Optimizer, model: nn.Module) -> Iterator[None]:
+    """Compile the model in here: its parameters become others, which the optimizer has afterwards.
+
+    If that fails, it has those from before.
+
+    Raises:
+        UsageError: the optimizer has made steps, or a parameter that is not the model's.
+    """
+    if optimizer.state:
+        raise UsageError("the optimizer has made steps already: give a new one, and load its state afterwards")
+    before = [(group, group["params"], names_in(model, group)) for group in optimizer.param_groups]
+    for group, _, _ in before:
+        group["params"] = []
+    try:
+        yield
+    except BaseException:
+        for group, parameters, _ in before:
+            group["params"] = parameters
+        raise
+    made = dict(model.named_parameters())
+    for group, _, names in before:
+        group["params"] = [made[name] for name in names]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zgraph.engine.config import FP16
+from zgraph.engine.keys import FP16
 
 
 class LossScale:

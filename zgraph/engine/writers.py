@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from zgraph.engine.config import EngineConfig, Monitor, WandB
+    from zgraph.engine.keys import EngineConfig, Monitor, WandB
 
 PACKAGES = ("tensorboard", "wandb")
 """Sections of a configuration that need a package of the same name."""

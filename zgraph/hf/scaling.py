@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from zgraph.engine.config import FP16
 from zgraph.engine.gradients import Gradients
+from zgraph.engine.keys import FP16
 from zgraph.engine.scaling import LossScale
 
 

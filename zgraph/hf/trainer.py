@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +19,9 @@ from zgraph import optim
 from zgraph.checks import ATTRIBUTE
 from zgraph.config import environment
 from zgraph.engine.config import Config, read_config
-from zgraph.engine.engine import compile_for
 from zgraph.engine.gradients import Gradients
+from zgraph.engine.initialize import compile_for
+from zgraph.engine.optimizers import handed_over
 from zgraph.engine.schedules import Scheduler
 from zgraph.errors import ConfigError, UsageError
 from zgraph.hf.accelerators import own, whole_state_dict
@@ -79,12 +81,9 @@ class Sharded(Base):  # type: ignore[misc]
     def _compile(self) -> None:
         """Compile the model, unless it is; an optimizer that was given takes the sharded parameters."""
         if ATTRIBUTE not in self.model.__dict__:
-            groups = _taken(self.optimizer, self.model) if self.optimizer is not None else []
-            compile_for(self.model, self.zgraph_config)
+            with handed_over(self.optimizer, self.model) if self.optimizer is not None else nullcontext():
+                compile_for(self.model, self.zgraph_config)
             self._met.clear()
-            parameters = dict(self.model.named_parameters())
-            for group, names in groups:
-                group["params"] = [parameters[name] for name in names]
         own(self.model)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
@@ -143,7 +142,7 @@ class Sharded(Base):  # type: ignore[misc]
         given = self.optimizer_cls_and_kwargs
         if self.optimizer is None and self.zgraph_config.optimizer is not None:
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer = self.zgraph_config.optimizer.make(trained, folder=self._folder())
+            self.optimizer = self.zgraph_config.optimizer.make(trained, folder=self.zgraph_config.state_folder)
         elif self.optimizer is None and given is None:
             self.optimizer_cls_and_kwargs = self._own_adamw()
         try:
@@ -154,18 +153,15 @@ class Sharded(Base):  # type: ignore[misc]
 
     def _own_adamw(self) -> tuple[Any, dict[str, Any]]:
         """What TrainingArguments name; zgraph's AdamW for torch's."""
+        folder = self.zgraph_config.state_folder
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if kind is not torch.optim.AdamW or options.keys() - {"lr", "betas", "eps", "weight_decay", "fused", "foreach"}:
-            if self._folder() is not None:
+            if folder is not None:
                 raise UsageError(f'offload_optimizer to "nvme" needs AdamW, not {self.args.optim}')
             return kind, options
         options = {key: value for key, value in options.items() if key not in ("fused", "foreach")}
-        place = {} if self._folder() is None else {"state": "disk", "folder": self._folder()}
+        place = {} if folder is None else {"state": "disk", "folder": folder}
         return optim.AdamW, {**options, **place}
-
-    def _folder(self) -> Path | None:
-        offload = self.zgraph_config.keys.zero_optimization.offload_optimizer
-        return offload.nvme_path if offload.device == "nvme" else None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
         schedule = self._read(num_training_steps).schedule
@@ -254,16 +250,3 @@ def _check(args: Any) -> None:
 def _launched(kind: str) -> bool:
     """Whether `accelerate launch` has set this up."""
     return os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() in ("1", "true", "yes")
-
-
-def _taken(optimizer: Optimizer, model: nn.Module) -> list[tuple[dict[str, Any], list[str]]]:
-    """The groups of an optimizer, emptied, with the names of their parameters: compiling makes others of them."""
-    names = {id(p): n for n, p in model.named_parameters()}
-    if optimizer.state:
-        raise UsageError("the optimizer has made steps already: give a new one, and resume from a checkpoint")
-    if any(id(p) not in names for group in optimizer.param_groups for p in group["params"]):
-        raise UsageError("a parameter of the optimizer is not the model's")
-    taken = [(group, [names[id(p)] for p in group["params"]]) for group in optimizer.param_groups]
-    for group, _ in taken:
-        group["params"] = []
-    return taken

@@ -21,7 +21,7 @@ from zgraph.cost.memory import lifetimes
 from zgraph.ir import Mesh
 from zgraph.lines import node_lines, read_line
 from zgraph.passes import make_plan
-from zgraph.passes.schedule import lower_bound_us
+from zgraph.passes.schedule import step_bound_us
 from zgraph.runfile import RunFile
 
 SCRIPTS = ("run.js", "tree.js", "graph.js", "program.js", "charts.js", "details.js", "main.js")
@@ -128,11 +128,10 @@ def _step(run: RunFile, numbers: Mapping[str, int]) -> dict[str, Any]:
     makers = {r.name: numbers[n.name] for n in graph.nodes for r in n.results}
     categories = list(dict.fromkeys(c for m in timeline.memory.moments for c in m.bytes_by_category))
     moments = timeline.memory.moments
-    bound = max(lower_bound_us(graph, context), timeline.lower_bound_us)
     return {
         "step": {
             "us": timeline.step_us,
-            "bound": bound,
+            "bound": step_bound_us(graph, context, timeline),
             "exposed": timeline.exposed_us,
             "busy": dict(timeline.busy_us),
             "spans": _columns(
