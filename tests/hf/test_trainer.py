@@ -1,5 +1,6 @@
 """What a Trainer's user does, on one rank: as transformers.Trainer does it."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,7 +10,7 @@ import transformers
 
 import zgraph
 from tests.hf.training import Rows, history, llama, same, trainer
-from zgraph.errors import StateDictError, UsageError
+from zgraph.errors import CheckpointError, UsageError
 from zgraph.hf import Trainer
 
 LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_right")
@@ -128,7 +129,7 @@ def test_checkpoints_that_cannot_be_resumed_say_so(tmp_path):
         return str(folder)
 
     def cut(folder):
-        shards = folder / "optimizer-00000-of-00001.safetensors"
+        shards = folder / "rank_0_0.safetensors"
         shards.write_bytes(shards.read_bytes()[:-100])
 
     def rename(folder):
@@ -140,11 +141,25 @@ def test_checkpoints_that_cannot_be_resumed_say_so(tmp_path):
         (folder.parent / "optimizer.pt").write_bytes(b"")
 
     for harm, error, said in (
-        (lambda folder: (folder / "optimizer.json").unlink(), UsageError, "not written to its end"),
-        (cut, StateDictError, "cannot be read"),
-        (rename, StateDictError, "no state of lm_head.weight"),
+        (lambda folder: (folder / "index.json").unlink(), UsageError, "not written to its end"),
+        (cut, CheckpointError, "is damaged"),
+        (rename, CheckpointError, "no state of lm_head.weight"),
         (replace, UsageError, "another Trainer"),
     ):
         with pytest.raises(error, match=said):
             made._load_optimizer_and_scheduler(harmed(said, harm))
     made._load_optimizer_and_scheduler(harmed("none", lambda folder: None))
+
+
+def test_the_last_complete_checkpoint_is_resumed(tmp_path, caplog):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    made = trainer(Trainer, tmp_path, max_steps=3, **saving)
+    made.train()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state.write_text(state.read_text()[:-10])
+    again = trainer(Trainer, tmp_path, max_steps=3, **saving)
+    again.train(resume_from_checkpoint=True)
+    assert "checkpoint-2 was not written to its end" in caplog.text
+    assert history(again, "loss") == history(made, "loss")
+    assert json.loads(state.read_text())["global_step"] == 2

@@ -8,37 +8,23 @@ from __future__ import annotations
 
 import logging
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from zgraph.engine.deepspeed_files import is_deepspeed, load_deepspeed
 from zgraph.engine.folders import Folders, checked_tag
 from zgraph.engine.jsonable import decode
+from zgraph.engine.optimizer_state import OptimizerLoad
 from zgraph.engine.randomness import Randomness, start_anew
-from zgraph.engine.ranks import raise_together
-from zgraph.engine.state import (
-    OptimizerLoad,
-    State,
-    Tensors,
-    copied,
-    model_targets,
-    model_tensors,
-    restore,
-    state_of,
-    tensors_of,
-)  # fmt: skip
+from zgraph.engine.state import State, model_targets, restore, state_of, tensors_of
 from zgraph.engine.storage import INDEX, Reader, Writer, read_json
+from zgraph.engine.tensors import Tensors, copied, model_tensors
+from zgraph.engine.transfers import read_shards, write_shards
 from zgraph.errors import CheckpointError, UsageError
 from zgraph.runtime import torch_private
 
@@ -124,8 +110,7 @@ class Checkpoints:
 
     def _write(self, tensors: Tensors, writer: Writer) -> None:
         try:
-            with _as_checkpoint_error("saved"):
-                save(tensors, storage_writer=writer, process_group=self.ranks.group, no_dist=self.ranks.size == 1)
+            write_shards(tensors, writer, self.ranks)
         except CheckpointError as error:
             log.error("%s", error)
             if self.ranks.rank == 0:
@@ -163,13 +148,12 @@ class Checkpoints:
 
         reader, state, randomness, targets, optimizer = ranks.together(opened)
         tensors = targets | (optimizer.targets if optimizer is not None else {})
-        with _as_checkpoint_error("loaded"):
-            load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
+        read_shards(tensors, reader, ranks)
         _written(engine.module)
 
         def finish() -> None:
             if optimizer is not None:
-                optimizer.finish(state.groups, state.values)
+                optimizer.finish(state)
             if not parts.module_only:
                 restore(engine, state, scheduler=parts.scheduler, optimizer=parts.optimizer)
                 if randomness is not None:
@@ -185,8 +169,7 @@ class Checkpoints:
         optimizer = self.engine.optimizer
         if optimizer is None or not parts.optimizer:
             return None
-        stored = {n: (t.torch_dtype, t.shape) for n, t in reader.index.tensors.items() if t.torch_dtype is not None}
-        return OptimizerLoad(optimizer, self.engine.module, stored)
+        return OptimizerLoad(optimizer, self.engine.module, reader.described)
 
     def _load_deepspeed(self, folder: Path, parts: Parts) -> dict[str, Any]:
         found = self.ranks.together(
@@ -206,17 +189,3 @@ def _of_rank(rank: int) -> str:
 def _written(module: nn.Module) -> None:
     """Copies to compute with are out of date."""
     torch_private.bump_version([t for t in model_tensors(module).values() if isinstance(t, nn.Parameter)])
-
-
-@contextmanager
-def _as_checkpoint_error(done: str) -> Iterator[None]:
-    """What dcp raises, as the same error on all ranks."""
-    try:
-        with warnings.catch_warnings():
-            if not dist.is_initialized():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            yield
-    except CheckpointException as error:
-        raise_together({rank: f"the checkpoint was not {done}: {told}" for rank, (told, _) in error.failures.items()})
-    except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint was not {done}: {error}") from None

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zgraph.engine.state import Group, OptimizerLoad, State, fill, model_targets, model_tensors, restore
+from zgraph.engine.optimizer_state import Group, OptimizerLoad, OptimizerState
+from zgraph.engine.state import State, model_targets, restore
 from zgraph.engine.storage import Stored
+from zgraph.engine.tensors import fill, model_tensors
 from zgraph.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def load_deepspeed(
             for full, target in load.targets.items():
                 _, key, name = full.split(".", 2)
                 fill(target, found.value(key, name))
-            load.finish(found.groups(engine), {})
+            load.finish(OptimizerState(groups=found.groups(engine)))
         if not module_only:
             restore(engine, state, scheduler=scheduler, optimizer=optimizer)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -222,19 +224,19 @@ class Files:
             found[f"optimizer.step.{name}"] = torch.float32, ()
         return found
 
-    def groups(self, engine: Engine) -> list[Group]:
+    def groups(self, engine: Engine) -> tuple[Group, ...]:
         """The groups of the optimizer with their options, where it can be told which parameters are in which."""
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.base[0]["param_groups"]]
         members = [tuple(group) for group in self.models[0]["param_shapes"]]
         if len(options) == 1:
             members = [tuple(name for group in members for name in group)]
         if len(options) != len(members):
-            return []
+            return ()
         firsts = {self._first_name(name): name for name in model_tensors(engine.module)}
-        return [
+        return tuple(
             Group(names=tuple(firsts.get(name, name) for name in names), options=some)
             for names, some in zip(members, options, strict=True)
-        ]
+        )
 
     def state(self, engine: Engine) -> State:
         """Counts, schedule and loss scale."""

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from zgraph.engine.folders import sync, write_text
-from zgraph.engine.state import State, model_tensors, whole
+from zgraph.engine.state import State
 from zgraph.engine.storage import Reader, in_files, read_json, write_tensors
+from zgraph.engine.tensors import model_tensors, whole
 from zgraph.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:

@@ -200,6 +200,11 @@ class Reader(StorageReader):
         future.set_result(None)
         return future
 
+    @property
+    def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor."""
+        return {name: (t.torch_dtype, t.shape) for name, t in self.index.tensors.items() if t.torch_dtype is not None}
+
     def whole(self, name: str) -> torch.Tensor:
         """A tensor, put together of its parts."""
         stored = self.index.tensors[name]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+import logging
 import os
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +18,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.optim import Optimizer
+from transformers.trainer import TRAINER_STATE_NAME
 
 from zgraph import optim
 from zgraph.checks import ATTRIBUTE
@@ -27,7 +32,9 @@ from zgraph.errors import ConfigError, UsageError
 from zgraph.hf.accelerators import own, whole_state_dict
 from zgraph.hf.config import filled
 from zgraph.hf.scaling import Scaler
-from zgraph.hf.state import OPTIONS, load_state, save_state
+from zgraph.hf.state import is_complete, load_state, save_state
+
+log = logging.getLogger("zgraph")
 
 Base: Any = object  # the methods are those of transformers.Trainer, which `enable` puts behind this class
 
@@ -37,6 +44,7 @@ DEFAULT = {"zero_optimization": {"stage": 3}}
 STATE = "zgraph"
 """The folder of the optimizer's state within a checkpoint."""
 SCHEDULER = "scheduler.pt"
+_STEP = re.compile(r"checkpoint-\d+")
 
 
 class Sharded(Base):  # type: ignore[misc]
@@ -184,13 +192,29 @@ class Sharded(Base):  # type: ignore[misc]
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = _last_complete(Path(self.args.output_dir)) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:  # one of that step may be there: it is complete again when its state is, the last
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if dist.is_initialized():
+            dist.barrier()  # the first rank goes on to complete the checkpoint
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is None and ATTRIBUTE in self.model.__dict__:
             state_dict = whole_state_dict(self.model, keep=self.args.should_save)
         super()._save(output_dir, state_dict=state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_state(Path(output_dir) / STATE, self.model, self.optimizer)
+        save_state(Path(output_dir) / STATE, self.model, _unwrapped(self.optimizer))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
 
@@ -198,8 +222,8 @@ class Sharded(Base):  # type: ignore[misc]
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        if (folder / STATE / OPTIONS).is_file():
-            load_state(folder / STATE, self.model, self.optimizer)
+        if is_complete(folder / STATE):
+            load_state(folder / STATE, self.model, _unwrapped(self.optimizer))
             self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
         elif (folder / STATE).is_dir() or (folder / "optimizer.pt").is_file():
             raise UsageError(
@@ -245,6 +269,25 @@ def _check(args: Any) -> None:
     }
     if problems := [problem for problem, is_asked in asked.items() if is_asked]:
         raise ConfigError(problems)
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """Without what Accelerate puts around it."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def _last_complete(root: Path) -> str | None:
+    """The last checkpoint that was written to its end."""
+    found = {
+        int(path.name.rpartition("-")[2]): path for path in root.glob("checkpoint-*") if _STEP.fullmatch(path.name)
+    }
+    for _, path in sorted(found.items(), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+            return str(path)
+        log.warning("%s was not written to its end", path)
+    return None
 
 
 def _launched(kind: str) -> bool:
