@@ -1,4 +1,4 @@
-"""Kill a random rank at a random moment of training and saving, again and again, and go on from the last checkpoint.
+"""Kill a random rank at a random moment of starting, training and saving, again and again, and go on each time.
 
 Every restart must go on from a complete checkpoint, and from none older than the last whose saving had returned; every
 step must have the loss that it has without kills; and the ranks that live on must end by themselves.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -36,6 +39,10 @@ START_S = 300.0
 """How long all may take to the first step."""
 TRAINING_S = 0.6
 """How long a round trains at most before a rank is killed."""
+STARTING_S = 4.0
+"""How long after it has joined the others a rank is killed at most, in rounds that kill while it starts."""
+STARTING_SHARE = 0.2
+"""Of all rounds, those that kill while the rank starts."""
 
 
 class Killed(AssertionError):
@@ -87,22 +94,26 @@ def train(rank: int, num_ranks: int, port: int, folder: Path, asynchronous: bool
         pipe: takes pairs of a word and a number.
     """
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.TCPStore("127.0.0.1", port, is_master=False), rank=rank, world_size=num_ranks
-    )
-    engine, *_ = zgraph.initialize_engine(
-        model=Net(),
-        config={
-            "train_batch_size": ROWS, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
-            "zero_optimization": {"stage": 3}, "checkpoint": {"asynchronous": asynchronous},
-        },
-    )  # fmt: skip
-    torch.manual_seed(rank)
-    engine.load_checkpoint(folder)
-    pipe.send(("resumed", engine.global_steps))
-    pending = None
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
     try:
+        zgraph.init_distributed()
+        pipe.send(("joined", None))
+        engine, *_ = zgraph.initialize_engine(
+            model=Net(),
+            config={
+                "train_batch_size": ROWS, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+                "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
+                "zero_optimization": {"stage": 3}, "checkpoint": {"asynchronous": asynchronous},
+            },
+        )  # fmt: skip
+        torch.manual_seed(rank)
+        pipe.send(("sharded", None))
+        engine.load_checkpoint(folder)
+        pipe.send(("resumed", engine.global_steps))
+        pending = None
         while engine.global_steps < steps:
             step = engine.global_steps
             generator = torch.Generator().manual_seed(step)
@@ -186,16 +197,17 @@ class Campaign:
         Raises:
             Killed: training has not gone on as it must, or the others have not ended.
         """
-        victim, delay_s = self.random.randrange(self.num_ranks), self.random.uniform(0, TRAINING_S)
+        victim, is_starting = self.random.randrange(self.num_ranks), self.random.random() < STARTING_SHARE
+        first, longest_s = ("joined", STARTING_S) if is_starting else ("step", TRAINING_S)
         started = Round(self.num_ranks, self.folder, self.random.random() < 0.5, steps=1 << 30)
         try:
             for rank, word, value in started.told(time.monotonic() + START_S):
                 self._note(rank, word, value)
-                if word == "step":
+                if rank == victim and word == first:
                     break
             else:
-                raise Killed(f"no step within {START_S:g} s; the ranks told {started.last} at last")
-            self._listen(started, time.monotonic() + delay_s)
+                raise Killed(f"rank {victim} not {first} within {START_S:g} s; the ranks told {started.last} at last")
+            self._listen(started, time.monotonic() + self.random.uniform(0, longest_s))
             moment = started.last[victim]
             self.outcome.moments[moment] = self.outcome.moments.get(moment, 0) + 1
             started.processes[victim].kill()
@@ -259,10 +271,28 @@ def run(num_kills: int, num_ranks: int = 3, seed: int = 0) -> Outcome:
     """
     with tempfile.TemporaryDirectory() as folder:
         campaign = Campaign(Path(folder), num_ranks, seed)
-        for _ in range(num_kills):
+        for number in range(1, num_kills + 1):
             campaign.kill_once()
+            if number % 10 == 0:
+                print(f"{number} kills, {1 + max(campaign.losses)[1]} steps", flush=True)
         campaign.compare()
     return campaign.outcome
+
+
+def run_all(num_kills: int, num_ranks: int, seed: int, num_campaigns: int) -> Outcome:
+    """Divide the kills among campaigns beside each other, which wait much of their time.
+
+    Raises:
+        Killed: in one of them training did not go on as it must.
+    """
+    shares = [num_kills // num_campaigns + (at < num_kills % num_campaigns) for at in range(num_campaigns)]
+    with ThreadPoolExecutor(num_campaigns) as pool:
+        found = list(pool.map(lambda at: run(shares[at], num_ranks, seed + at), range(num_campaigns)))
+    return Outcome(
+        sum(o.num_kills for o in found), [at for o in found for at in o.resumed], [s for o in found for s in o.ended_s],
+        dict(sum((Counter(o.moments) for o in found), Counter())), sum(o.num_steps for o in found),
+        sum(o.num_repeated for o in found),
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -270,15 +300,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--campaigns", type=int, default=1, help="trainings beside each other, each with its share")
     parser.add_argument("--json", type=Path, help="where to write what was found")
     options = parser.parse_args(arguments)
     began = time.monotonic()
-    outcome = run(options.kills, options.ranks, options.seed)
+    outcome = run_all(options.kills, options.ranks, options.seed, options.campaigns)
     print(f"{outcome.num_kills} kills, {outcome.num_steps} steps as without kills, {time.monotonic() - began:.0f} s")
     print(f"the others ended within {max(outcome.ended_s):.1f} s; when killed, ranks were at {outcome.moments}")
     results.write(
-        options.json, num_ranks=options.ranks, seed=options.seed, slowest_end_s=max(outcome.ended_s),
-        seconds=time.monotonic() - began, **asdict(outcome),
+        options.json, num_ranks=options.ranks, seed=options.seed, num_campaigns=options.campaigns,
+        slowest_end_s=max(outcome.ended_s), seconds=time.monotonic() - began, **asdict(outcome),
     )  # fmt: skip
 
 

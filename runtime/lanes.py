@@ -25,9 +25,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from zgraph.runtime.torch_private import Store, messenger
+from zgraph.runtime.torch_private import JOIN_S, Store, messenger
 
-CONNECT_TIMEOUT = timedelta(minutes=1)
+CONNECT_TIMEOUT = timedelta(seconds=JOIN_S)
 WAIT_TIMEOUT = timedelta(days=1)  # whoever waits for the transfer gives up before
 NUM_POSTED = 2
 _AT_ONCE = timedelta(milliseconds=1)

@@ -11,6 +11,7 @@ import itertools
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -47,6 +48,11 @@ class Place(NamedTuple):
         return f"has not answered for {time.monotonic() - self.since:.0f} s, last seen in call {self.call}{after}"
 
 
+def beat_key(rank: int) -> str:
+    """Where a rank's heartbeat is in the store."""
+    return f"zgraph/beat/{rank}"
+
+
 class Heartbeat(threading.Thread):
     """Writes a growing number to the store, so that others can tell a busy rank from one that is gone.
 
@@ -64,7 +70,7 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         for count in itertools.count():
             try:
-                self.store.set(f"zgraph/beat/{self.rank}", f"{count} {self.place}")
+                self.store.set(beat_key(self.rank), f"{count} {self.place}")
             except (RuntimeError, ValueError):
                 return  # the store closed with the job
             if self.over.wait(BEAT_SECONDS):
@@ -77,8 +83,19 @@ class Heartbeat(threading.Thread):
 
 
 @lru_cache(maxsize=1)
-def _heartbeat(store: Store, rank: int) -> Heartbeat:
+def heartbeat(store: Store, rank: int) -> Heartbeat:
+    """This process's; begun if it is not."""
     return Heartbeat(store, rank)
+
+
+_serials: Counter[tuple[int, ...]] = Counter()
+
+
+def unique_name(group: dist.ProcessGroup | None) -> str:
+    """A name that all ranks of the group give what they make next: its members make the same things in one order."""
+    ranks = tuple(dist.get_process_group_ranks(group)) if group is not None else ()
+    _serials[ranks] += 1
+    return f"zgraph/{'_'.join(map(str, ranks))}/{_serials[ranks]}"
 
 
 class Peers:
@@ -102,7 +119,7 @@ class Peers:
         self.call = 0
         self.compared = 0
         self.limit_s = environment().timeout_s
-        self._heart = _heartbeat(self.store, self.rank)
+        self._heart = heartbeat(self.store, self.rank)
 
     # --- waiting -----------------------------------------------------------------------------------------------
 
@@ -119,7 +136,7 @@ class Peers:
         try:
             work.wait()
         except RuntimeError as error:
-            self._blame(what, error, self.gone())
+            self.blame(what, error)
         self._at(what, waits=False)
         self.waited_s += time.perf_counter() - began
 
@@ -144,9 +161,15 @@ class Peers:
                     self._write(self._key("waiting"), f"rank {self.rank} waits for {what}")
                     told = True
 
-    def _blame(self, what: str, error: Exception, gone: list[int]) -> NoReturn:
-        """Tell the others who is gone, or what failed, and raise."""
-        if gone:
+    def blame(self, what: str, error: Exception, gone: list[int] | None = None) -> NoReturn:
+        """Tell the others who is gone, or what failed, and raise PeerError.
+
+        Args:
+            what: this rank has waited for.
+            error: that ended the wait.
+            gone: ranks; by default they are looked for, which takes seconds.
+        """
+        if gone := self.gone() if gone is None else gone:
             names = ", ".join(f"rank {r}" for r in gone)
             blame = PeerError(
                 f"{names} of {list(self.ranks)} {'is' if len(gone) == 1 else 'are'} gone: rank {self.rank} waited for "
@@ -192,7 +215,7 @@ class Peers:
         return [r for r in self.ranks if r != self.rank and first[r] == second[r]]
 
     def _beats(self) -> dict[int, bytes]:
-        return {r: self._read(f"zgraph/beat/{r}") for r in self.ranks}
+        return {r: self._read(beat_key(r)) for r in self.ranks}
 
     # --- failures ----------------------------------------------------------------------------------------------
 
@@ -270,7 +293,7 @@ class Peers:
             if silent > GONE_AFTER_SECONDS:
                 silent = 0.0
                 if gone := self.gone():  # a rank may only have been too busy to beat
-                    self._blame(f"the comparison of the {what}", TimeoutError("no answer"), gone)
+                    self.blame(f"the comparison of the {what}", TimeoutError("no answer"), gone)
         self._at(f"the comparison of the {what}", waits=False)
 
     def _difference(self, what: str, text: str, different: int) -> str:
@@ -296,22 +319,22 @@ class Peers:
     # --- the store ---------------------------------------------------------------------------------------------
 
     def _are_there(self, keys: list[str]) -> bool:
-        with _store_errors():
+        with store_errors():
             return self.store.check(keys)
 
     def _read(self, key: str) -> bytes:
         """What is under a key; nothing if it is not there."""
-        with _store_errors():
+        with store_errors():
             return bytes(self.store.get(key)) if self.store.check([key]) else b""
 
     def _write(self, key: str, value: str | bytes) -> None:
         packed: Any = value
-        with _store_errors():
+        with store_errors():
             self.store.set(key, packed)
 
 
 @contextmanager
-def _store_errors() -> Iterator[None]:
+def store_errors() -> Iterator[None]:
     """The store ends with the process that keeps it."""
     try:
         yield

@@ -18,6 +18,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 __all__ = [
     "Messenger",
+    "PrefixStore",
     "Store",
     "all_gathers",
     "bump_version",
@@ -28,6 +29,7 @@ __all__ = [
     "fused_sgd",
     "has_fused_sgd",
     "inductor",
+    "init_group",
     "is_profiling",
     "joined",
     "keeps_graph",
@@ -96,10 +98,23 @@ def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     return dtensor(local, like.device_mesh, like.placements, like.shape, like.stride())
 
 
-def joined(ranks: list[int], limit_s: float) -> dist.ProcessGroup:
-    """A new group of these ranks over gloo, whose joining has this limit, and whose collectives torch's own."""
+JOIN_S = 30.0
+"""How long ranks that all live wait for one another to join; one that was killed just before never comes."""
+
+
+def init_group(backend: str, store: Store, rank: int, num_ranks: int) -> None:
+    """The default group. Over gloo, whose ranks connect at once, joining has a limit; collectives have torch's own."""
+    is_gloo = backend == "gloo"
+    limit = timedelta(seconds=JOIN_S) if is_gloo else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=limit)
+    if is_gloo:
+        dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
+
+
+def joined(ranks: list[int]) -> dist.ProcessGroup:
+    """A new group of these ranks over gloo, whose joining has a limit, and whose collectives torch's own."""
     some = len(ranks) < dist.get_world_size()  # the others do not come then; torch names the group by what each has
-    group = dist.new_group(ranks, timedelta(seconds=limit_s), "gloo", use_local_synchronization=some)
+    group = dist.new_group(ranks, timedelta(seconds=JOIN_S), "gloo", use_local_synchronization=some)
     dist.distributed_c10d._set_pg_timeout(default_pg_timeout, group)
     return cast(dist.ProcessGroup, group)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from zgraph.runfile import load_run
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
+from zgraph.runtime.peers import Peers, unique_name
 from zgraph.runtime.regions import Regions
 from zgraph.runtime.torch_private import whole_group
 from zgraph.runtime.whole import run_whole
@@ -42,8 +42,6 @@ M = TypeVar("M")
 Recompute = Literal["auto"] | bool
 
 RECOMPUTES: Mapping[Recompute, Choice] = {"auto": "auto", True: "always", False: "never"}
-
-_serials: Counter[tuple[int, ...]] = Counter()
 
 
 class Options(TypedDict, total=False):
@@ -160,7 +158,7 @@ def compile(
     group = whole_group(mesh) if mesh is not None else None
     if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
         raise ContractError(f"the recipe {recipe!r} places nothing on the {mesh.size()} ranks; add partition to it")
-    name = _name(group)
+    name = unique_name(group)
     is_gpu = device.type != "cpu"
     moves = activations(offload, budget, is_gpu=is_gpu)
     wanted = {name: default_stage if own is None else own for name, own in stages.items()}
@@ -285,13 +283,6 @@ def _axes(session: Session) -> tuple[Axis, ...]:
     return (*[Axis("replicate", copies)] * (copies > 1), Axis("shard", session.num_shards))
 
 
-def _name(group: dist.ProcessGroup | None) -> str:
-    """A name that all ranks of the group give this model: its members compile the same models in the same order."""
-    ranks = tuple(dist.get_process_group_ranks(group)) if group is not None else ()
-    _serials[ranks] += 1
-    return f"zgraph/{'_'.join(map(str, ranks))}/{_serials[ranks]}"
-
-
 # --- wiring ------------------------------------------------------------------------------------------------------
 
 
@@ -317,8 +308,6 @@ def _shard(
     device = next((p.device for p in model.parameters() if not p.is_meta), _default_device(mesh))
     check_initialisable(model)
     if group is not None:
-        from zgraph.runtime.peers import Peers
-
         lines = [planning]
         lines += [
             f"{n}: {tuple(p.shape)} {p.dtype} stage {stages[n]}" + (f" offload {offloads[n]}" if n in offloads else "")

@@ -24,6 +24,7 @@ from zgraph.engine.engine import Engine
 from zgraph.engine.optimizers import handed_over, names_in
 from zgraph.engine.schedules import Scheduler
 from zgraph.errors import UsageError
+from zgraph.runtime.joining import join
 
 log = logging.getLogger("zgraph")
 
@@ -108,12 +109,16 @@ def init_distributed(dist_backend: str | None = None) -> None:
 
     Args:
         dist_backend: by default NCCL on GPUs and gloo on processors.
+
+    Raises:
+        UsageError: the environment does not say where the ranks meet.
+        PeerError: a rank died while the others joined, or has not come within ZGRAPH_TIMEOUT seconds.
     """
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(dist_backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+    join(dist_backend or ("nccl" if torch.cuda.is_available() else "gloo"))
 
 
 def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:

@@ -6,15 +6,14 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from zgraph.errors import CheckpointError, ZgraphError
 from zgraph.runtime import torch_private
+from zgraph.runtime.peers import Peers, unique_name
 
 T = TypeVar("T")
-
-JOIN_S = 45.0
-"""How long ranks wait for one another to join; one that was killed just before never comes."""
 
 
 class Ranks:
@@ -26,6 +25,7 @@ class Ranks:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._world = group
         self.members = [0] if group is None else dist.get_process_group_ranks(group)
         self.rank = 0 if group is None else dist.get_rank(group)
 
@@ -35,8 +35,20 @@ class Ranks:
 
     @cached_property
     def group(self) -> dist.ProcessGroup | None:
-        """The group of their own, on processors; None for one process."""
-        return torch_private.joined(self.members, JOIN_S) if self.size > 1 else None
+        """The group of their own, on processors; None for one process.
+
+        Raises:
+            PeerError: a rank is gone.
+        """
+        if self._world is None or self.size == 1:
+            return None
+        # connecting cannot be broken off: it begins when all that live have come
+        peers = Peers(self._world, unique_name(self._world), torch.device("cpu"))
+        peers.agree("ranks of a checkpoint", "")
+        try:
+            return torch_private.joined(self.members)
+        except RuntimeError as error:
+            peers.blame("the ranks of a checkpoint to join", error)
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank.
