@@ -25,7 +25,7 @@ from zgraph.engine.state import State, model_targets, restore, state_of, tensors
 from zgraph.engine.storage import INDEX, Reader, Writer, read_json
 from zgraph.engine.tensors import Tensors, copied, model_tensors
 from zgraph.engine.transfers import read_shards, write_shards
-from zgraph.errors import CheckpointError, UsageError
+from zgraph.errors import CheckpointError, UsageError, ZgraphError
 from zgraph.runtime import torch_private
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Checkpoints:
     def _write(self, tensors: Tensors, writer: Writer) -> None:
         try:
             write_shards(tensors, writer, self.ranks)
-        except CheckpointError as error:
+        except ZgraphError as error:
             log.error("%s", error)
             if self.ranks.rank == 0:
                 shutil.rmtree(writer.folder, ignore_errors=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -34,36 +35,53 @@ class Ranks:
         return len(self.members)
 
     @cached_property
+    def _peers(self) -> Peers | None:
+        if self._world is None or self.size == 1:
+            return None
+        return Peers(self._world, unique_name(self._world), torch.device("cpu"))
+
+    @cached_property
     def group(self) -> dist.ProcessGroup | None:
         """The group of their own, on processors; None for one process.
 
         Raises:
             PeerError: a rank is gone.
         """
-        if self._world is None or self.size == 1:
+        if self._peers is None:
             return None
-        # connecting cannot be broken off: it begins when all that live have come
-        peers = Peers(self._world, unique_name(self._world), torch.device("cpu"))
-        peers.agree("ranks of a checkpoint", "")
-        try:
+        self._peers.agree("ranks of a checkpoint", "")  # connecting cannot be broken off: it begins when all have come
+        with self.watched("the ranks of a checkpoint to join"):
             return torch_private.joined(self.members)
-        except RuntimeError as error:
-            peers.blame("the ranks of a checkpoint to join", error)
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank.
 
         Raises:
-            CheckpointError: a rank is gone.
+            PeerError: a rank is gone.
         """
         if self.group is None:
             return [value]
         found: list[Any] = [None] * self.size
-        try:
+        with self.watched("a word from each rank"):
             dist.all_gather_object(found, value, self.group)
-        except RuntimeError as error:
-            raise CheckpointError(f"a rank is gone: {error}") from None
         return found
+
+    @contextmanager
+    def watched(self, what: str) -> Iterator[None]:
+        """Find out which rank is gone where communication in here fails.
+
+        Args:
+            what: is waited for.
+
+        Raises:
+            PeerError: a rank is gone, or the network is.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self._peers is None:
+                raise
+            self._peers.blame(what, error)
 
     def together(self, action: Callable[[], T]) -> T:
         """What the action returns here, if it succeeds everywhere.

@@ -22,8 +22,9 @@ def write_shards(tensors: Tensors, writer: Writer, ranks: Ranks) -> None:
 
     Raises:
         CheckpointError: on all ranks, with what went wrong on any.
+        PeerError: a rank is gone.
     """
-    with _as_checkpoint_error("saved"):
+    with _failing_alike("saved", ranks):
         save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.size == 1)
 
 
@@ -32,16 +33,17 @@ def read_shards(targets: Tensors, reader: Reader, ranks: Ranks) -> None:
 
     Raises:
         CheckpointError: on all ranks, with what went wrong on any.
+        PeerError: a rank is gone.
     """
-    with _as_checkpoint_error("loaded"):
+    with _failing_alike("loaded", ranks):
         load(targets, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
 
 
 @contextmanager
-def _as_checkpoint_error(done: str) -> Iterator[None]:
+def _failing_alike(done: str, ranks: Ranks) -> Iterator[None]:
     """What dcp raises, as the same error on all ranks."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ranks.watched(f"a checkpoint to be {done}"):
             if not dist.is_initialized():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
             yield
