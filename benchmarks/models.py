@@ -67,7 +67,6 @@ def build(name: str, device: torch.device) -> nn.Module:
     """The model of a preset, in fp32 and training mode; the same numbers in every process."""
     torch.manual_seed(SEED)
     model: nn.Module = AutoModelForCausalLM.from_config(preset(name).config(), dtype=torch.float32)  # type: ignore[no-untyped-call]
-    model.loss_type = "ForCausalLM"  # type: ignore[assignment]  # GPT-2's look-up of it breaks a captured graph
     return model.train().to(device)
 
 

@@ -42,9 +42,7 @@ def gpt2(width: int = 64, num_layers: int = 2, num_words: int = 300, *, dropout:
         n_embd=width, n_layer=num_layers, n_head=4, n_positions=2048, vocab_size=num_words, use_cache=False,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model = hf.GPT2LMHeadModel(config)
-    model.loss_type = "ForCausalLM"  # transformers would set it in the first call: a recompilation
-    return model
+    return hf.GPT2LMHeadModel(config)
 
 
 def t5(width: int = 64, num_layers: int = 2, num_words: int = 300) -> nn.Module:

@@ -22,11 +22,9 @@ def llama(num_layers: int = 2) -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    model = hf.GPT2LMHeadModel(
+    return hf.GPT2LMHeadModel(
         hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, vocab_size=VOCABULARY, use_cache=False)
     )
-    model.loss_type = "ForCausalLM"
-    return model
 
 
 def bert() -> nn.Module:

@@ -86,7 +86,8 @@ class Frontend:
             if why := torch_private.dynamo_is_off():
                 raise CaptureError(f"torch.compile is switched off, so nothing can be captured: {why}; switch it on")
             try:
-                return compiled(*args, **kwargs)
+                with torch_private.without_advice():
+                    return compiled(*args, **kwargs)
             except torch_private.BackendCompilerFailed as error:
                 inner = error.inner_exception
                 if isinstance(inner, ZgraphError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 __all__ = [
     "BackendCompilerFailed", "FailOnRecompileLimitHit", "Unsupported", "UserError", "aot_autograd",
     "checkpoint_region", "compiled_backward_node", "dynamo_is_off", "fake_mode_of", "grad_target", "input_index",
-    "mutation_target", "without_modes",
+    "mutation_target", "without_advice", "without_modes",
 ]  # fmt: skip
 
 
@@ -64,6 +65,13 @@ def dynamo_is_off() -> str | None:
     if stance not in ("default", "fail_on_recompile"):
         return f"torch.compiler.set_stance({stance!r}) is in force"
     return None
+
+
+def without_advice() -> Any:
+    """Leave out of what is captured, for the length of a `with`, what transformers would log once (`warning_once`)."""
+    config = torch._dynamo.config
+    found = {getattr(logging.Logger, name, None) for name in ("warning_once", "warning_advice", "info_once")}
+    return config.patch(ignore_logger_methods=config.ignore_logger_methods | (found - {None}))
 
 
 def compiled_backward_node(tensor: torch.Tensor) -> Any:

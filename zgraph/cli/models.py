@@ -128,8 +128,6 @@ def _of_config(name: str, batch: int, seq: int) -> Subject:
     with torch.device("meta"):
         auto: Any = transformers.AutoModelForCausalLM
         model = kind(config) if kind is not None else auto.from_config(config)
-    if getattr(model, "loss_type", "") is None:
-        model.loss_type = "ForCausalLM"  # transformers' own default, whose look-up breaks a captured graph
     return Subject(model, training_inputs(model, batch, seq))
 
 
