@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from zgraph.aten import FROM_TORCH, compute_dtype
-from zgraph.calls import guard
+from zgraph.calls import Unprepared, guard
 from zgraph.capture import Frontend, ParamInfo
 from zgraph.checks import ATTRIBUTE, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
@@ -192,6 +192,7 @@ def compile(
     else:
         forward = run_whole(forward, session)
     model.__dict__[ATTRIBUTE] = compiled
+    model.__dict__[Unprepared.ATTRIBUTE] = Unprepared()
     model.__dict__["forward"] = guard(forward, session, param_dtype)
     model.__dict__["load_state_dict"] = checked_loading(model, session.store)
     model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]

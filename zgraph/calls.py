@@ -40,6 +40,21 @@ def guard(forward: Callable[..., Any], session: Session, param_dtype: torch.dtyp
     return zgraph_forward
 
 
+class Unprepared:
+    """What a compiled model answers Accelerate, which asks a model whether it is prepared before it wraps it.
+
+    `zgraph.hf.prepare` and the Trainer put True in its place.
+    """
+
+    ATTRIBUTE = "_is_accelerate_prepared"
+
+    def __bool__(self) -> bool:
+        raise UsageError(
+            "Accelerate would wrap a compiled model: call zgraph.hf.prepare(accelerator, model, ...) instead of "
+            "accelerator.prepare, or take zgraph.hf.Trainer instead of transformers.Trainer"
+        )
+
+
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 

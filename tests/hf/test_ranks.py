@@ -97,7 +97,7 @@ def accelerated(mesh, compiles, folder):
         assert accelerator.unwrap_model(model) is model
         with pytest.raises(UsageError, match="first rank's shards"):
             accelerator.save_state(folder)
-        with pytest.raises((ValueError, RuntimeError), match="DTensor"):
+        with pytest.raises(UsageError, match=r"call zgraph\.hf\.prepare\(accelerator, model"):
             Accelerator(cpu=True).prepare(zgraph.compile(llama(), stage=3))
     return losses
 
@@ -108,7 +108,7 @@ def test_an_accelerator_takes_a_compiled_model(pair, tmp_path):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_accelerator_that_would_do_what_zgraph_does_is_refused():
+def test_an_accelerator_that_would_do_what_zgraph_does_is_refused(tmp_path):
     model = zgraph.compile(llama(), stage=3)
     accelerator = Accelerator(cpu=True)
     with pytest.raises(UsageError, match="is not compiled"):
@@ -116,4 +116,10 @@ def test_an_accelerator_that_would_do_what_zgraph_does_is_refused():
     accelerator.state._mixed_precision = "bf16"
     with pytest.raises(UsageError, match=r"param_dtype=torch\.bfloat16"):
         prepare(accelerator, model)
+    with pytest.raises(UsageError, match=r"call zgraph\.hf\.prepare"):
+        accelerator.prepare(model)
     accelerator.state._mixed_precision = "no"
+    with pytest.raises(UsageError, match=r"zgraph\.hf\.Trainer instead"):
+        trainer(transformers.Trainer, tmp_path, {"model": model}).train()
+    assert prepare(accelerator, model) is model
+    assert accelerator.prepare(model) is model

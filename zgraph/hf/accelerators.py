@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from zgraph.api import compiled_model, no_sync
+from zgraph.calls import Unprepared
 from zgraph.errors import UsageError
 from zgraph.runtime import torch_private
 
@@ -47,7 +48,7 @@ def prepare(accelerator: Any, model: nn.Module, *others: Any) -> Any:
 def own(model: nn.Module) -> nn.Module:
     """Have Accelerate and `transformers` take a compiled model as it is."""
     attributes = model.__dict__
-    attributes["_is_accelerate_prepared"] = True
+    attributes[Unprepared.ATTRIBUTE] = True
     attributes["no_sync"] = functools.partial(no_sync, model)
     if hasattr(model, "save_pretrained"):
         attributes["save_pretrained"] = functools.partial(_save_pretrained, model)
