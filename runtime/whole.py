@@ -1,19 +1,54 @@
-"""The way for a forward that cannot be captured as one graph: everything is gathered, and it runs eagerly."""
+"""Everything gathered, for what runs eagerly: a forward that cannot be captured as one graph, and generation."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.autograd import Variable
 
 from zgraph.ir.layout import chunk_numel
 from zgraph.runtime import torch_private
 from zgraph.runtime.session import Session
 from zgraph.runtime.shards import Slot
+
+
+@contextmanager
+def whole_parameters(session: Session) -> Iterator[None]:
+    """The model with whole parameters in the dtype to compute in, of which no gradient is wanted."""
+    session.begin_call()
+    try:
+        with torch.no_grad():
+            whole = [nn.Parameter(_full(session, s), requires_grad=False) for s in session.store.slots.values()]
+    except BaseException as error:
+        session.fail(error)
+        raise
+    before = []
+    for slot, parameter in zip(session.store.slots.values(), whole, strict=True):
+        for home, key in slot.homes:
+            before.append((home, key, home[key]))
+            home[key] = parameter
+    try:
+        yield
+    finally:
+        for home, key, held in before:
+            home[key] = held
+
+
+def _full(session: Session, slot: Slot) -> torch.Tensor:
+    """A parameter as it is computed with: on the device, gathered where it is sharded."""
+    chunk = slot.rest.to(session.device, slot.stand_in.dtype)
+    if not slot.is_sharded:
+        return chunk
+    out = chunk.new_empty(chunk.numel() * session.num_shards)
+    work = torch_private.all_gathers([(out, chunk)], session.shard_group)
+    session.peers.wait(work, slot.name)
+    return out[: slot.stand_in.numel()].view(slot.stand_in.shape)
 
 
 def run_whole(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
@@ -61,17 +96,8 @@ class _Whole:
             if slot.stand_in is not slot.parameter:
                 with torch.no_grad():
                     slot.stand_in.untyped_storage().resize_(slot.stand_in.nbytes)
-                    slot.stand_in.copy_(self.full(slot))
+                    slot.stand_in.copy_(_full(self.session, slot))
         self.version = self.session.store.version
-
-    def full(self, slot: Slot) -> torch.Tensor:
-        if not slot.is_sharded:
-            return slot.rest
-        chunk = slot.rest.to(slot.stand_in.dtype)
-        out = chunk.new_empty(chunk.numel() * self.session.num_shards)
-        work = torch_private.all_gathers([(out, chunk)], self.session.shard_group)
-        self.session.peers.wait(work, slot.name)
-        return out[: slot.stand_in.numel()].view(slot.stand_in.shape)
 
     def share_buffers(self) -> None:
         """What a forward in training made of the buffers on the first rank is taken on every rank."""

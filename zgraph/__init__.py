@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from zgraph import optim
-    from zgraph.api import compile, no_sync, recipe, report
+    from zgraph.api import compile, gathered, no_sync, recipe, report
     from zgraph.capture import trace
     from zgraph.engine.export import export_hf
     from zgraph.engine.initialize import add_config_arguments, init_distributed, initialize_engine
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from zgraph.profiling import profile, profile_machine
 
 __all__ = [
-    "add_config_arguments", "compile", "export_hf", "init_distributed", "initialize", "initialize_engine", "no_sync",
-    "optim", "plan", "profile", "profile_machine", "recipe", "report", "sweep", "trace",
+    "add_config_arguments", "compile", "export_hf", "gathered", "init_distributed", "initialize", "initialize_engine",
+    "no_sync", "optim", "plan", "profile", "profile_machine", "recipe", "report", "sweep", "trace",
 ]  # fmt: skip
 
 _HOMES = {
@@ -31,6 +31,7 @@ _HOMES = {
     "add_config_arguments": "zgraph.engine.initialize",
     "init_distributed": "zgraph.engine.initialize",
     "export_hf": "zgraph.engine.export",
+    "gathered": "zgraph.api",
     "initialize": "zgraph.engine.initialize",
     "initialize_engine": "zgraph.engine.initialize",
     "no_sync": "zgraph.api",

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from zgraph.aten import FROM_TORCH, compute_dtype
-from zgraph.calls import Unprepared, guard
+from zgraph.calls import Unprepared, check_moved, guard
 from zgraph.capture import Frontend, ParamInfo
 from zgraph.checks import ATTRIBUTE, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
@@ -34,7 +34,7 @@ from zgraph.runtime.materialise import check_initialisable, materialise_buffers
 from zgraph.runtime.peers import Peers, unique_name
 from zgraph.runtime.regions import Regions
 from zgraph.runtime.torch_private import whole_group
-from zgraph.runtime.whole import run_whole
+from zgraph.runtime.whole import run_whole, whole_parameters
 from zgraph.target import Target, cost_table, device_budget, fingerprint_of, num_bytes
 
 M = TypeVar("M")
@@ -185,7 +185,7 @@ def compile(
     )
     compiled = CompiledModel(model, session, recipe, context, Path(save) if save is not None else None, replayed)
     compiled.tunes = is_gpu and any(isinstance(step, Fuse) for step in compiled.pipeline.passes)
-    forward = model.forward
+    own_forward = forward = model.forward
     if fullgraph:
         forward = Frontend(_param_infos(session), lambda: {id(b): n for n, b in model.named_buffers()},
                            compiled.compile_graph, type(model).__name__).wrap(forward, dynamic)  # fmt: skip
@@ -193,7 +193,9 @@ def compile(
         forward = run_whole(forward, session)
     model.__dict__[ATTRIBUTE] = compiled
     model.__dict__[Unprepared.ATTRIBUTE] = Unprepared()
-    model.__dict__["forward"] = guard(forward, session, param_dtype)
+    model.__dict__["forward"] = guard(forward, session, param_dtype, own_forward)
+    if generate := getattr(model, "generate", None):
+        model.__dict__["generate"] = functools.partial(_generate, model, generate)
     model.__dict__["load_state_dict"] = checked_loading(model, session.store)
     model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
         functools.partial(place_state_dict, session.store)
@@ -218,6 +220,30 @@ def no_sync(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         session.syncs = before
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Gather all parameters for the length of a `with`: to read them, and to call the model or its parts eagerly.
+
+    All ranks enter it together; within it they do not meet, and may do different things. Each has the whole model in
+    its memory there, in the dtype to compute in. No gradients reach the parameters from there, and changes to what was
+    gathered are lost. `model.generate` of transformers runs so by itself.
+
+    Raises:
+        UsageError: the model is not compiled.
+        PeerError: another rank failed.
+    """
+    compiled = compiled_model(model)
+    check_moved(compiled.session)
+    attributes = model.__dict__
+    forward = attributes["forward"]
+    attributes["forward"] = compiled.eager
+    try:
+        with whole_parameters(compiled.session):
+            yield
+    finally:
+        attributes["forward"] = forward
 
 
 def report(model: nn.Module) -> Report:
@@ -275,6 +301,12 @@ def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
     if kind == "cpu" and dist.get_backend() == "nccl":
         raise UsageError("the model is on the CPU, but the process group is NCCL's; move the model to its GPU first")
     return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("shard",))
+
+
+def _generate(model: nn.Module, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A model's own `generate`: ranks need as many tokens as their rows, and lengths are new all the time."""
+    with gathered(model):
+        return generate(*args, **kwargs)
 
 
 def _axes(session: Session) -> tuple[Axis, ...]:
@@ -340,4 +372,4 @@ def _param_infos(session: Session) -> dict[int, ParamInfo]:
     return infos
 
 
-__all__ = ["CompiledModel", "compile", "compiled_model", "no_sync", "recipe", "report"]
+__all__ = ["CompiledModel", "compile", "compiled_model", "gathered", "no_sync", "recipe", "report"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,18 +16,21 @@ from zgraph.runtime import Session
 from zgraph.runtime.torch_private import keeps_graph
 
 
-def guard(forward: Callable[..., Any], session: Session, param_dtype: torch.dtype | None) -> Callable[..., Any]:
-    """The model's new `forward`: stand-ins in place for its length, peers told of failures, misuse caught."""
+def guard(
+    forward: Callable[..., Any], session: Session, param_dtype: torch.dtype | None, like: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The model's new `forward`: stand-ins in place for its length, peers told of failures, misuse caught.
+
+    Args:
+        forward: runs with stand-ins in place.
+        like: the model's own forward, whose signature is the new one's: transformers reads from it what a model takes.
+    """
     hollow = {id(s.stand_in): s.name for s in session.store.slots.values() if s.stand_in is not s.parameter}
 
     def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
-        if moved := session.store.moved():
-            raise UsageError(
-                f"the memory of {moved} was replaced after zgraph.compile (by model.to(), .cuda() or .half()?); move "
-                "or convert the model before it is compiled"
-            )
+        check_moved(session)
         if param_dtype is not None:
-            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _cast(t, param_dtype), (args, kwargs))
+            args, kwargs = _cast((args, kwargs), param_dtype)
         session.begin_call()
         try:
             with session.store.stand_ins():
@@ -37,7 +41,30 @@ def guard(forward: Callable[..., Any], session: Session, param_dtype: torch.dtyp
             raise
         return result
 
+    zgraph_forward.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
     return zgraph_forward
+
+
+def eager(forward: Callable[..., Any], param_dtype: torch.dtype | None) -> Callable[..., Any]:
+    """The model's own forward, on inputs of the dtype to compute in."""
+    if param_dtype is None:
+        return forward
+
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _cast((args, kwargs), param_dtype)
+        return forward(*args, **kwargs)
+
+    cast.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return cast
+
+
+def check_moved(session: Session) -> None:
+    """Raise UsageError if the memory of a parameter is no longer the session's."""
+    if moved := session.store.moved():
+        raise UsageError(
+            f"the memory of {moved} was replaced after zgraph.compile (by model.to(), .cuda() or .half()?); move "
+            "or convert the model before it is compiled"
+        )
 
 
 class Unprepared:
@@ -55,8 +82,8 @@ class Unprepared:
         )
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _cast(inputs: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
 
 
 def _watch_outputs(result: Any, hollow: Mapping[int, str], session: Session) -> None:

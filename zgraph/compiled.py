@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zgraph.calls import eager
 from zgraph.capture import Compiled
 from zgraph.config import environment
 from zgraph.cost.workspace import NUM_THREADS
@@ -45,6 +46,7 @@ class CompiledModel:
         self.save, self.replayed = save, replayed
         self.pipeline = _enabled(parse_recipe(recipe))
         self.tunes = False
+        self.eager = eager(model.forward, session.store.param_dtype)
         self.entries: list[Entry] = []
         self.hints: dict[str, int] = {}
 

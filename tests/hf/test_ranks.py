@@ -1,5 +1,6 @@
 """Two ranks: as over DDP, resumed in the middle and elsewhere; an Accelerator beside a compiled model."""
 
+import inspect
 import os
 
 import pytest
@@ -10,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import zgraph
-from tests.hf.training import Rows, history, llama, padded, same, trainer
+from tests.hf.training import Rows, arguments, history, llama, padded, same, t5, trainer
 from zgraph.errors import UsageError
-from zgraph.hf import Trainer, prepare
+from zgraph.hf import Trainer, enable, prepare
 
 LOGGED = ("loss", "grad_norm", "eval_loss")
 
@@ -70,6 +71,45 @@ def test_ranks_may_begin_with_batches_of_other_sizes(pair, tmp_path):
     (found, lengths), (_, there) = pair.run(train_padded, 2, Trainer, tmp_path)
     assert lengths[0] != there[0]
     same(found, expected)
+
+
+def generated(mesh, make, compiles):
+    """Tokens that each rank asks for by itself, and what its forward takes."""
+    model = zgraph.compile(make(), stage=3) if compiles else make()
+    model.eval()
+    rank = mesh.get_local_rank()
+    ids = torch.randint(2, 100, (2, 5), generator=torch.Generator().manual_seed(rank))
+    found = model.generate(input_ids=ids, attention_mask=ids.bool(), do_sample=False, min_length=4, max_length=9 + rank)
+    if compiles:
+        assert isinstance(model.lm_head.weight, DTensor)
+        with zgraph.gathered(model):
+            assert model(input_ids=ids, labels=ids).loss.item() > 0
+    return found, str(inspect.signature(model.forward))
+
+
+@pytest.mark.parametrize("make", [llama, t5])
+def test_each_rank_generates_as_many_tokens_as_it_wants(pair, make):
+    expected, found = pair.run(generated, 2, make, False), pair.run(generated, 2, make, True)
+    for (tokens, forward), (tokens_plain, forward_plain) in zip(found, expected, strict=True):
+        assert torch.equal(tokens, tokens_plain)
+        assert forward == forward_plain
+    assert found[0][0].shape != found[1][0].shape
+
+
+def predicted(mesh, enables, folder):
+    launched(mesh)
+    kind = enable(transformers.Seq2SeqTrainer) if enables else transformers.Seq2SeqTrainer
+    chosen = {**arguments(folder).to_dict(), "predict_with_generate": True, "generation_max_length": 9}
+    args = transformers.Seq2SeqTrainingArguments(**{k: v for k, v in chosen.items() if v is not None})
+    found = kind(args=args, model=t5()).predict(Rows(4))
+    return found.predictions, found.metrics["test_loss"]
+
+
+def test_seq2seq_predicts_by_generating(pair, tmp_path):
+    expected, loss = pair.run(predicted, 2, False, tmp_path)[0]
+    found, loss_found = pair.run(predicted, 2, True, tmp_path)[0]
+    assert (found == expected).all()
+    assert loss_found == pytest.approx(loss, rel=1e-5)
 
 
 def accelerated(mesh, compiles, folder):

@@ -43,6 +43,11 @@ def llama() -> Any:
     return small.llama(32, 1, WORDS, max_position_embeddings=32)
 
 
+def t5() -> Any:
+    torch.manual_seed(0)
+    return small.t5(32, 1, WORDS)
+
+
 def arguments(folder: Path, **options: Any) -> Any:
     """Training arguments: six steps of two micro-batches of two rows."""
     chosen = {
