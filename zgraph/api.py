@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from zgraph.aten import FROM_TORCH, compute_dtype
 from zgraph.calls import Unprepared, check_moved, guard
-from zgraph.capture import Frontend, ParamInfo
+from zgraph.capture import Frontend, ParamInfo, drop_gradient_hooks
 from zgraph.checks import ATTRIBUTE, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.compiled import CompiledModel, buffer_bytes
@@ -187,6 +187,7 @@ def compile(
     compiled.tunes = is_gpu and any(isinstance(step, Fuse) for step in compiled.pipeline.passes)
     own_forward = forward = model.forward
     if fullgraph:
+        drop_gradient_hooks(model)
         forward = Frontend(_param_infos(session), lambda: {id(b): n for n, b in model.named_buffers()},
                            compiled.compile_graph, type(model).__name__).wrap(forward, dynamic)  # fmt: skip
     else:

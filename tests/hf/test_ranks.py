@@ -3,6 +3,7 @@
 import inspect
 import os
 
+import peft
 import pytest
 import torch
 import transformers
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import zgraph
-from tests.hf.training import Rows, arguments, history, llama, padded, same, t5, trainer
+from tests.hf.training import Rows, adapted, arguments, history, llama, padded, same, t5, trainer
 from zgraph.errors import UsageError
 from zgraph.hf import Trainer, enable, prepare
 
@@ -47,6 +48,31 @@ def test_as_over_ddp_and_resumed_at_two_ranks_and_at_one(pair, tmp_path):
     alone.train(resume_from_checkpoint=half)
     same(history(alone, "loss", "grad_norm"), [entry for entry in found if entry[1] != "eval_loss"])
     assert transformers.AutoModelForCausalLM.from_pretrained(ours / "checkpoint-6").lm_head.weight.shape == (100, 32)
+
+
+def train_adapted(mesh, kind, folder, resume):
+    launched(mesh)
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    made = trainer(kind, folder, {"model": adapted()}, **saves, activation_checkpointing=True, max_steps=4)
+    made.train(resume_from_checkpoint=resume)
+    if kind is Trainer:
+        frozen = made.model.get_base_model().lm_head.weight
+        assert isinstance(frozen, DTensor)
+        assert not frozen.requires_grad
+    adapter = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in made.model.named_parameters() if "lora" in n}
+    return history(made, "loss", "grad_norm"), {n: p.detach() for n, p in adapter.items()}
+
+
+def test_adapters_are_trained_beside_frozen_shards_and_resumed(pair, tmp_path):
+    plain, ours = tmp_path / "plain", tmp_path / "ours"
+    expected, _ = pair.run(train_adapted, 2, transformers.Trainer, plain, None)[0]
+    found, weights = pair.run(train_adapted, 2, Trainer, ours, None)[0]
+    same(found, expected)
+    assert pair.run(train_adapted, 2, Trainer, ours, str(ours / "checkpoint-2"))[0][0] == found
+    loaded = peft.PeftModel.from_pretrained(llama(), ours / "checkpoint-4").state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+    sizes = [sum(path.stat().st_size for path in (at / "checkpoint-4").glob("*.safetensors")) for at in (ours, plain)]
+    assert sizes[0] == sizes[1]
 
 
 def train_padded(mesh, kind, folder):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -41,6 +42,14 @@ def padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 def llama() -> Any:
     torch.manual_seed(0)
     return small.llama(32, 1, WORDS, max_position_embeddings=32)
+
+
+def adapted() -> Any:
+    """A Llama whose own weights are frozen, with LoRA beside its queries and values."""
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.0
+    )
+    return peft.get_peft_model(llama(), lora)
 
 
 def t5() -> Any:

@@ -2,5 +2,6 @@
 
 from zgraph.capture.fake import trace
 from zgraph.capture.frontend import Compiled, Frontend, ParamInfo
+from zgraph.capture.hooks import drop_gradient_hooks
 
-__all__ = ["Compiled", "Frontend", "ParamInfo", "trace"]
+__all__ = ["Compiled", "Frontend", "ParamInfo", "drop_gradient_hooks", "trace"]

@@ -1,0 +1,24 @@
+"""Hooks by which transformers and PEFT make checkpointed activations want gradients, which no graph needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+
+def drop_gradient_hooks(model: nn.Module) -> None:
+    """Remove forward hooks that do nothing but `output.requires_grad_(True)`.
+
+    Reentrant checkpoints need an input with a gradient where all weights before them are frozen. In a captured graph a
+    checkpointed region needs none, and torch.compile refuses to turn gradients on.
+    """
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if _turns_gradients_on(hook)]:
+            del module._forward_hooks[key]
+
+
+def _turns_gradients_on(hook: Callable[..., Any]) -> bool:
+    return isinstance(hook, FunctionType) and hook.__code__.co_names == ("requires_grad_",)
