@@ -78,7 +78,7 @@ def test_adapters_are_trained_beside_frozen_shards_and_resumed(pair, tmp_path):
 def train_padded(mesh, kind, folder):
     """With rows of other lengths in each batch, from the first on, and an optimizer that was made before."""
     launched(mesh)
-    lengths = []
+    lengths, losses = [], []
 
     def collate(rows):
         batch = padded(rows)
@@ -88,14 +88,22 @@ def train_padded(mesh, kind, folder):
     model = llama()
     given = {"model": model, "optimizers": (torch.optim.AdamW(model.parameters(), lr=1e-2), None)}
     made = trainer(kind, folder, {**given, "data_collator": collate}, max_steps=3, eval_strategy="steps", eval_steps=3)
+    compute_loss = made.compute_loss
+
+    def counted(*args, **kwargs):
+        losses.append(compute_loss(*args, **kwargs))
+        return losses[-1]
+
+    made.compute_loss = counted
     made.train()
-    return history(made, *LOGGED), lengths
+    return history(made, *LOGGED), lengths, len(losses)
 
 
 def test_ranks_may_begin_with_batches_of_other_sizes(pair, tmp_path):
-    expected, _ = pair.run(train_padded, 2, transformers.Trainer, tmp_path)[0]
-    (found, lengths), (_, there) = pair.run(train_padded, 2, Trainer, tmp_path)
+    expected, _, num_losses = pair.run(train_padded, 2, transformers.Trainer, tmp_path)[0]
+    (found, lengths, num_losses_found), (_, there, _) = pair.run(train_padded, 2, Trainer, tmp_path)
     assert lengths[0] != there[0]
+    assert num_losses_found == num_losses
     same(found, expected)
 
 

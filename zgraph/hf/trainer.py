@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from zgraph import optim
+from zgraph.calls import Unprepared
 from zgraph.checks import ATTRIBUTE
 from zgraph.config import environment
 from zgraph.engine.config import Config, read_config
@@ -31,6 +32,7 @@ from zgraph.engine.schedules import Scheduler
 from zgraph.errors import ConfigError, UsageError
 from zgraph.hf.accelerators import own, whole_state_dict
 from zgraph.hf.config import filled
+from zgraph.hf.meeting import meet
 from zgraph.hf.scaling import Scaler
 from zgraph.hf.state import is_complete, load_state, save_state
 
@@ -64,7 +66,6 @@ class Sharded(Base):  # type: ignore[misc]
     optimizer_cls_and_kwargs: Any
 
     def __init__(self, *args: Any, zgraph: Mapping[str, Any] | str | Path | None = None, **kwargs: Any) -> None:
-        self._met: set[str] = set()
         self.zgraph_source = zgraph if zgraph is not None else environment().config or DEFAULT
         super().__init__(*args, **kwargs)
 
@@ -91,8 +92,8 @@ class Sharded(Base):  # type: ignore[misc]
         if ATTRIBUTE not in self.model.__dict__:
             with handed_over(self.optimizer, self.model) if self.optimizer is not None else nullcontext():
                 compile_for(self.model, self.zgraph_config)
-            self._met.clear()
-        own(self.model)
+        if self.model.__dict__[Unprepared.ATTRIBUTE] is not True:
+            meet(own(self.model))
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if ATTRIBUTE not in model.__dict__ and not any(p.is_meta for p in model.parameters()):
@@ -108,40 +109,6 @@ class Sharded(Base):  # type: ignore[misc]
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
         count = super()._get_num_items_in_batch(*args, **kwargs)
         return count.long() if isinstance(count, torch.Tensor) else count  # floats are cast to the compute dtype
-
-    # --- the first batch ---------------------------------------------------------------------------------------------
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if model.training and (first := self._first_batch("train", inputs)) is not None:
-            with self._draws_kept():
-                super().compute_loss(model, first, *args, **kwargs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if (first := self._first_batch("predict", inputs)) is not None:
-            with self._draws_kept():
-                super().prediction_step(model, first, *args, **kwargs)
-        return super().prediction_step(model, inputs, *args, **kwargs)
-
-    def _first_batch(self, mode: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
-        """The first rank's batch, where ranks begin with batches of other sizes.
-
-        A graph is first captured from the same sizes on all ranks, to be compared; later, each meets others alone.
-        """
-        if self.args.world_size == 1 or mode in self._met:
-            return None
-        self._met.add(mode)
-        shapes: list[Any] = [None] * self.args.world_size
-        dist.all_gather_object(shapes, {k: v.shape for k, v in inputs.items() if isinstance(v, torch.Tensor)})
-        if all(found == shapes[0] for found in shapes):
-            return None
-        batch = [{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}]
-        dist.broadcast_object_list(batch, 0)
-        return dict(self._prepare_inputs(batch[0]))
-
-    def _draws_kept(self) -> Any:
-        """Random numbers go on after it as if none had been drawn."""
-        return torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else [])
 
     # --- the optimizer -----------------------------------------------------------------------------------------------
 
