@@ -50,6 +50,25 @@ def test_as_over_ddp_and_resumed_at_two_ranks_and_at_one(pair, tmp_path):
     assert transformers.AutoModelForCausalLM.from_pretrained(ours / "checkpoint-6").lm_head.weight.shape == (100, 32)
 
 
+def train_on_disk(mesh, kind, folder, resume):
+    launched(mesh)
+    config = {
+        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": str(folder / "disk")}}
+    }
+    given = {"zgraph": config} if kind is Trainer else {}
+    made = trainer(kind, folder, given, save_strategy="steps", save_steps=2, max_steps=4)
+    made.train(resume_from_checkpoint=resume)
+    return history(made, "loss", "grad_norm")
+
+
+def test_the_moments_of_stage_1_may_lie_on_disk_and_are_resumed(pair, tmp_path):
+    plain, ours = tmp_path / "plain", tmp_path / "ours"
+    expected = pair.run(train_on_disk, 2, transformers.Trainer, plain, None)[0]
+    found = pair.run(train_on_disk, 2, Trainer, ours, None)[0]
+    same(found, expected)
+    assert pair.run(train_on_disk, 2, Trainer, ours, str(ours / "checkpoint-2"))[0] == found
+
+
 def train_adapted(mesh, kind, folder, resume):
     launched(mesh)
     saves = {"save_strategy": "steps", "save_steps": 2}
