@@ -32,25 +32,29 @@ _ALL_HERE = "all are here"
 _DAY_S = 86_400.0
 
 
-def join(backend: str) -> None:
-    """Make torch's default process group of the ranks that the environment names, as torchrun sets it.
+def join(
+    backend: str, init_method: str = "env://", rank: int = -1, num_ranks: int = -1, timeout: timedelta | None = None
+) -> None:
+    """Make torch's default process group of the ranks that a launcher has started.
 
     Args:
-        backend: as `torch.distributed.init_process_group` takes it.
+        backend, init_method: as `torch.distributed.init_process_group` takes them.
+        rank, num_ranks: this one, and how many there are; by default what the environment says, as torchrun sets it.
+        timeout: of collectives; by default torch's own.
 
     Raises:
-        UsageError: the environment does not say where the ranks meet.
+        UsageError: nothing says where the ranks meet.
         PeerError: a rank died while the others joined, or has not come within ZGRAPH_TIMEOUT seconds.
     """
     limit_s = min(environment().timeout_s, _DAY_S)
     try:
-        store, rank, num_ranks = next(rendezvous("env://", timeout=timedelta(seconds=limit_s)))
+        store, rank, num_ranks = next(rendezvous(init_method, rank, num_ranks, timeout=timedelta(seconds=limit_s)))
     except ValueError as error:
         raise UsageError(f"{error}. Start the script with torchrun, which sets what it needs") from None
     except RuntimeError as error:
         raise PeerError(f"the ranks did not meet within {limit_s:g} s: {error}") from None
     with _Meeting(PrefixStore("zgraph/join", store), rank, num_ranks).watched(limit_s):
-        torch_private.init_group(backend, store, rank, num_ranks)
+        torch_private.init_group(backend, store, rank, num_ranks, timeout)
     heartbeat(torch_private.store(), rank)  # from now on: whoever waits for this rank can tell whether it lives
 
 

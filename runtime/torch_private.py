@@ -102,13 +102,13 @@ JOIN_S = 30.0
 """How long ranks that all live wait for one another to join; one that was killed just before never comes."""
 
 
-def init_group(backend: str, store: Store, rank: int, num_ranks: int) -> None:
-    """The default group. Over gloo, whose ranks connect at once, joining has a limit; collectives have torch's own."""
+def init_group(backend: str, store: Store, rank: int, num_ranks: int, timeout: timedelta | None) -> None:
+    """The default group. Over gloo, whose ranks connect at once, joining has a limit of its own."""
     is_gloo = backend == "gloo"
-    limit = timedelta(seconds=JOIN_S) if is_gloo else None
+    limit = timedelta(seconds=JOIN_S) if is_gloo else timeout
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=limit)
     if is_gloo:
-        dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
+        dist.distributed_c10d._set_pg_timeout(timeout or default_pg_timeout)
 
 
 def joined(ranks: list[int]) -> dist.ProcessGroup:

@@ -56,6 +56,8 @@ def test_one_cycle_moves_the_momentum_the_other_way():
     optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))])
     keys = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2, "cycle_first_step_size": 2, "cycle_max_mom": 0.95}
     scheduler = Scheduler(optimizer, SCHEDULES["OneCycle"](**keys))
+    assert scheduler.get_mom() == [(0.95, 0.99)]
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.99)
     momenta = []
     for _ in range(4):
         scheduler.step()

@@ -7,6 +7,7 @@ import logging
 import os
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,7 @@ def initialize_engine(
     source = next((found for found in given if found is not None), None)
     if source is None:
         raise UsageError("initialize_engine needs config=: a dict, a path, or JSON in base64")
-    if dist_init_required is not False:
-        init_distributed()
+    init_distributed(dist_init_required=dist_init_required)
     everyone = dist.get_world_size() if dist.is_initialized() else 1
     read = read_config(source, world_size=everyone if mesh is None else mesh.size())
     if _rank(mesh) == 0:
@@ -104,21 +104,32 @@ def _rank(mesh: DeviceMesh | None) -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def init_distributed(dist_backend: str | None = None) -> None:
+def init_distributed(
+    dist_backend: str | None = None, auto_mpi_discovery: bool = True, distributed_port: int = 29500,
+    verbose: bool = True, timeout: timedelta | None = None, init_method: str | None = None,
+    dist_init_required: bool | None = None, config: Any = None, rank: int = -1, world_size: int = -1,
+) -> None:  # fmt: skip
     """Join the ranks that a launcher (torchrun) has started; nothing where there is one, or where that is done.
 
     Args:
         dist_backend: by default NCCL on GPUs and gloo on processors.
+        timeout: of collectives, as torch takes it.
+        init_method: where ranks meet, as torch takes it; by default where the launcher has said.
+        dist_init_required: False leaves it to the script.
+        rank, world_size: this rank's number, and how many there are; by default as the launcher has said.
+        auto_mpi_discovery, distributed_port, verbose, config: taken as DeepSpeed does, without effect.
 
     Raises:
-        UsageError: the environment does not say where the ranks meet.
+        UsageError: nothing says where the ranks meet.
         PeerError: a rank died while the others joined, or has not come within ZGRAPH_TIMEOUT seconds.
     """
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    num_ranks = world_size if world_size > 0 else int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_initialized() or dist_init_required is False or num_ranks == 1:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    join(dist_backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+    backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    join(backend, init_method or "env://", rank, world_size, timeout)
 
 
 def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:

@@ -31,6 +31,10 @@ class Schedule(Section):
         """The momentum of all groups; None leaves it to the optimizer."""
         return None
 
+    def first_momentum(self) -> float | None:
+        """That of the groups before the first step."""
+        return self.momenta(-1)
+
 
 def _each(rates: Rates, count: int) -> list[float]:
     """A rate for each group. Raises UsageError if there are others than groups."""
@@ -155,11 +159,12 @@ class OneCycle(Schedule):
     def momenta(self, step: int) -> float | None:
         if not self.cycle_momentum:
             return None
-        if step < 0:
-            return self.cycle_min_mom
         if step < self.num_steps:
             return self.cycle_max_mom - (self.cycle_max_mom - self.cycle_min_mom) * self.height(step)
         return self.cycle_max_mom * self.decay(step, self.decay_mom_rate)
+
+    def first_momentum(self) -> float | None:
+        return self.cycle_min_mom if self.cycle_momentum else None
 
     def height(self, step: int) -> float:
         """How high on the cycle a step stands: 1 at its top. With stairs, on the last one that was reached."""
@@ -203,7 +208,8 @@ class Scheduler:
         self._set(self.schedule.rates(done, self.base))
 
     def _set(self, rates: Sequence[float]) -> None:
-        momentum = self.schedule.momenta(self.last_batch_iteration)
+        done = self.last_batch_iteration
+        momentum = self.schedule.momenta(done) if done >= 0 else self.schedule.first_momentum()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
             if momentum is not None and "betas" in group:
@@ -217,10 +223,14 @@ class Scheduler:
     get_last_lr = get_lr
 
     def get_mom(self) -> list[tuple[float, float]] | None:
-        """The betas of each group in the step that is next; None where the schedule leaves them to the optimizer."""
-        if self.schedule.momenta(self.last_batch_iteration) is None:
+        """The betas that the schedule has for each group now; None where it leaves them to the optimizer.
+
+        Before the first step the groups have others, as with DeepSpeed: the cycle's smallest momentum.
+        """
+        momentum = self.schedule.momenta(self.last_batch_iteration)
+        if momentum is None:
             return None
-        return [group["betas"] for group in self.optimizer.param_groups if "betas" in group]
+        return [(momentum, 0.99) for group in self.optimizer.param_groups if "betas" in group]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
