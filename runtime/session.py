@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from zgraph.errors import PeerError
 from zgraph.ir import OutputKind, Phase, Plan, Program
+from zgraph.ir.layout import chunk_numel
 from zgraph.runtime import torch_private
 from zgraph.runtime.executor import Runner, link
 from zgraph.runtime.host import HostMemory
@@ -243,6 +244,32 @@ class Session:
         """The gradient with what backwards under no_sync left for it, which is forgotten."""
         held = self._held.pop(target, None)
         return gradient if held is None else held + gradient
+
+    def forget_held(self) -> None:
+        """Forget what backwards under no_sync left on this rank."""
+        self._held.clear()
+
+    def held_mean(self, name: str) -> torch.Tensor | None:
+        """What backwards under no_sync left for a parameter, averaged as `mean` does; None where there is nothing.
+
+        All ranks must ask for it.
+        """
+        held, slot = self._held.get(name), self.store.slots[name]
+        return None if held is None else self.mean(slot, held.to(slot.rest.dtype))
+
+    def mean(self, slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
+        """A whole gradient averaged over the ranks: this rank's padded chunk where the parameter is sharded."""
+        if self.num_ranks == 1:
+            return gradient
+        total = gradient.div(self.num_ranks).contiguous()
+        self.peers.wait(dist.all_reduce(total, group=self.group, async_op=True), slot.name)
+        if not slot.is_sharded:
+            return total
+        chunk = chunk_numel(tuple(slot.stand_in.shape), self.num_shards)
+        own = total.new_zeros(chunk)
+        piece = total.view(-1)[self.store.shard * chunk : (self.store.shard + 1) * chunk]
+        own[: piece.numel()].copy_(piece)
+        return own
 
     # --- gathered copies that may stay -------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 
-from zgraph.ir.layout import chunk_numel
 from zgraph.runtime import torch_private
 from zgraph.runtime.session import Session
 from zgraph.runtime.shards import Slot
@@ -128,7 +127,7 @@ class _Whole:
                     gradient = slot.stand_in.grad
                     slot.stand_in.grad = None
                     whole = torch.zeros_like(slot.stand_in) if gradient is None else gradient
-                    slot.accumulate(self.mean(slot, whole).to(slot.rest.dtype))
+                    slot.accumulate(self.session.mean(slot, whole).to(slot.rest.dtype))
         self.free()
 
     def used(self) -> list[Slot]:
@@ -139,18 +138,3 @@ class _Whole:
             work = dist.all_reduce(mine, dist.ReduceOp.MAX, group=self.session.group, async_op=True)
             self.session.peers.wait(work, "which parameters have gradients")
         return [slot for slot, has in zip(self.slots, mine.tolist(), strict=True) if has]
-
-    def mean(self, slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
-        num_ranks = self.session.num_ranks
-        if num_ranks == 1:
-            return gradient
-        total = gradient.div(num_ranks).contiguous()
-        self.session.peers.wait(dist.all_reduce(total, group=self.session.group, async_op=True), slot.name)
-        if not slot.is_sharded:
-            return total
-        chunk = chunk_numel(tuple(slot.stand_in.shape), self.session.num_shards)
-        own = total.new_zeros(chunk)
-        shard = self.session.store.shard
-        piece = total.view(-1)[shard * chunk : (shard + 1) * chunk]
-        own[: piece.numel()].copy_(piece)
-        return own

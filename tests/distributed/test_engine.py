@@ -129,6 +129,34 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(pool: Pool) -> None:
         assert unchanged
 
 
+def not_finite(mesh: DeviceMesh, stage: int, keys: dict[str, Any]) -> tuple[int, bool, bool]:
+    """After an infinite loss of one rank: skipped steps, whether it was applied, whether parameters are finite."""
+    engine = engine_of(mesh, built(Mlp)(), stage, gradient_accumulation_steps=1, **keys)
+    x, y = rows(0, MICRO)
+    engine.backward(engine(x * math.inf if mesh.get_local_rank() else x, y))
+    engine.step()
+    finite = all(p.detach().isfinite().all().item() for p in locals_of(engine))
+    return engine.skipped_steps, engine.was_step_applied(), finite
+
+
+def locals_of(engine: Any) -> list[torch.Tensor]:
+    return [p.to_local() if hasattr(p, "to_local") else p for p in engine.module.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "skips"),
+    [
+        (0, {"bf16": {"enabled": True}}, True),
+        (3, {"bf16": {"enabled": True}}, True),
+        (2, {"bf16": {"enabled": True, "check_grad_overflow": False}}, False),
+        (1, {}, True),
+        (0, {}, False),
+    ],
+)
+def test_gradients_that_are_not_finite_skip_the_step(pool: Pool, stage: int, keys: Any, skips: bool) -> None:
+    assert pool.run(not_finite, 2, stage, keys) == [(int(skips), not skips, skips)] * 2
+
+
 def in_half(mesh: DeviceMesh, dtype: str) -> list[float]:
     engine = engine_of(mesh, built(Mlp)(), 2, gradient_accumulation_steps=1, **{dtype: {"enabled": True}})
     losses = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,14 @@ from .nets import Odd, rows
 from .pool import Pool
 
 GLOBAL_ROWS, ACCUMULATION = 24, 2
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Pool]:
+    """Two processes joined by gloo."""
+    pool = Pool(2)
+    yield pool
+    pool.stop()
 
 
 def engine_of(stage: int, seed: int = 0, **more: Any) -> Engine:
@@ -66,18 +75,56 @@ def resume(_: DeviceMesh, path: Path, stage: int) -> tuple[list[float], Any, int
     return losses(engine, 9), client_state, engine.micro_steps
 
 
-def test_resumed_at_other_numbers_of_ranks_and_stages(pool: Pool, tmp_path: Path) -> None:
+def test_resumed_at_other_numbers_of_ranks_and_stages(pool: Pool, two: Pool, tmp_path: Path) -> None:
     expected = pool.run(save, 4, tmp_path)[0]
-    for num_ranks, stage in ((2, 1), (3, 2)):
-        fewer = Pool(num_ranks)
-        try:
-            answers = fewer.run(resume, num_ranks, tmp_path, stage)
-        finally:
-            fewer.stop()
-        for found, client_state, micro_steps in answers:
-            assert found == pytest.approx(expected, rel=1e-6), f"on {num_ranks} ranks, stage {stage}"
-            assert client_state == {"best": 0.5, 7: [1]}
-            assert micro_steps == 9 * ACCUMULATION
+    three = Pool(3)
+    try:
+        for fewer, stage in ((two, 1), (three, 2)):
+            for found, client_state, micro_steps in fewer.run(resume, fewer.num_workers, tmp_path, stage):
+                assert found == pytest.approx(expected, rel=1e-6), f"on {fewer.num_workers} ranks, stage {stage}"
+                assert client_state == {"best": 0.5, 7: [1]}
+                assert micro_steps == 9 * ACCUMULATION
+    finally:
+        three.stop()
+
+
+def half_a_step(engine: Engine, mesh: DeviceMesh, micro: range) -> list[float]:
+    """The losses of some micro-batches, each of all ranks' rows."""
+    found = []
+    for at in micro:
+        x, y = rows(at, GLOBAL_ROWS)
+        loss = engine(x.chunk(mesh.size())[mesh.get_local_rank()], y.chunk(mesh.size())[mesh.get_local_rank()])
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach() / mesh.size()
+        dist.all_reduce(total, group=mesh.get_group())
+        found.append(total.item())
+    return found
+
+
+def save_within(mesh: DeviceMesh, path: Path, stage: int) -> list[float]:
+    """Losses after a checkpoint that is saved after six micro-batches, two of the four that a step has."""
+    engine = engine_of(stage, train_batch_size=4 * GLOBAL_ROWS, gradient_accumulation_steps=4)
+    half_a_step(engine, mesh, range(6))
+    engine.save_checkpoint(path, client_state={"rank": mesh.get_local_rank()})
+    return half_a_step(engine, mesh, range(6, 20))
+
+
+def resume_within(mesh: DeviceMesh, path: Path, stage: int) -> tuple[list[float], dict[str, Any] | None]:
+    engine = engine_of(stage, 1, train_batch_size=4 * GLOBAL_ROWS, gradient_accumulation_steps=4)
+    _, client_state = engine.load_checkpoint(path)
+    return half_a_step(engine, mesh, range(6, 20)), client_state
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_step_under_way_goes_on_and_client_state_comes_back_to_its_rank(
+    pool: Pool, two: Pool, tmp_path: Path, stage: int
+) -> None:
+    expected = two.run(save_within, 2, tmp_path, stage)[0]
+    for ranks, other in ((two, stage), (pool, 4 - stage)):
+        for rank, (found, client_state) in enumerate(ranks.run(resume_within, ranks.num_workers, tmp_path, other)):
+            assert found == pytest.approx(expected, rel=1e-6), f"on {ranks.num_workers} ranks, stage {other}"
+            assert client_state == {"rank": rank if stage == 3 and rank < 2 else 0}
 
 
 def fail(_: DeviceMesh, path: Path) -> tuple[list[str], int, list[str]]:

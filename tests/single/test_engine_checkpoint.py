@@ -94,9 +94,29 @@ def test_what_a_checkpoint_cannot_have(tmp_path: Path, client_state: Any, tag: s
     assert not list(tmp_path.iterdir())
 
 
-def test_gradients_under_way_are_not_lost_silently(tmp_path: Path) -> None:
-    engine = engine_of(gradient_accumulation_steps=2)
-    step(engine, torch.randn(2, 6))
+def test_a_step_under_way_goes_on_as_it_was_begun(tmp_path: Path) -> None:
+    engine = engine_of(train_batch_size=8, gradient_accumulation_steps=2)
+    x = torch.randn(4, 6)
+    step(engine, x)
+    engine.save_checkpoint(tmp_path)
+    expected = [step(engine, x) for _ in range(5)]
+    resumed = engine_of(train_batch_size=8, gradient_accumulation_steps=2)
+    step(resumed, -x)  # whose gradients are forgotten
+    resumed.load_checkpoint(tmp_path)
+    assert [step(resumed, x) for _ in range(5)] == expected
+    other = engine_of(train_batch_size=16, gradient_accumulation_steps=4)
+    with pytest.raises(CheckpointError, match="within a step of 2 micro-batches"):
+        other.load_checkpoint(tmp_path)
+    other.load_checkpoint(tmp_path, load_optimizer_states=False)
+    assert (other.micro_steps, other.pending) == (0, 0)
+
+
+def test_what_no_checkpoint_has_of_a_step_under_way(tmp_path: Path) -> None:
+    engine = engine_of(gradient_accumulation_steps=2, zgraph={"fullgraph": False})
+    engine.backward(engine(torch.randn(2, 6)).mean())
+    with pytest.raises(UsageError, match="between backward and step"):
+        engine.save_checkpoint(tmp_path)
+    engine.step()
     with pytest.raises(UsageError, match="a step is under way"):
         engine.save_checkpoint(tmp_path)
 
@@ -219,10 +239,21 @@ def test_a_model_of_transformers_comes_out_as_one_folder(tmp_path: Path) -> None
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-def deepspeed_files(folder: Path, net: nn.Sequential, moments: dict[str, torch.Tensor], stage: int, ranks: int) -> None:
-    """Files laid out as DeepSpeed's: a vector for all parameters cut into ranks, or each parameter cut."""
+FROZEN = "3.bias"
+
+
+def deepspeed_files(
+    folder: Path, net: nn.Sequential, moments: dict[str, torch.Tensor], stage: int, ranks: int, elastic: bool
+) -> None:
+    """Files laid out as DeepSpeed's: a vector for all parameters cut into ranks, or each parameter cut.
+
+    Those of the frozen parameter are kept beside, or at stage 1 with the model only.
+    """
     folder.mkdir()
-    values = {"master": {n: p.detach().flatten() for n, p in net.named_parameters()}, "exp_avg": moments}
+    trained = {n: p.detach() for n, p in net.named_parameters() if n != FROZEN}
+    values = {"master": trained, "exp_avg": {n: moments[n] for n in trained}}
+    frozen = net.get_parameter(FROZEN).detach()
+    fragments = _padded(frozen, ranks).chunk(ranks) if stage == 3 else [frozen] * ranks
 
     def cut(found: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         if stage == 3:
@@ -232,9 +263,9 @@ def deepspeed_files(folder: Path, net: nn.Sequential, moments: dict[str, torch.T
 
     model = {
         "module": OrderedDict(net.state_dict()), "buffer_names": [n for n, _ in net.named_buffers()],
-        "param_shapes": [OrderedDict((n, p.shape) for n, p in net.named_parameters())], "frozen_param_shapes": None,
-        "frozen_param_fragments": None, "shared_params": {}, "lr_scheduler": None, "global_steps": 5,
-        "skipped_steps": 1, "dp_world_size": ranks, "mp_world_size": 1, "mine": "kept",
+        "param_shapes": [OrderedDict((n, p.shape) for n, p in trained.items())],
+        "frozen_param_shapes": {FROZEN: frozen.shape} if stage > 1 else None, "shared_params": {}, "lr_scheduler": None,
+        "global_steps": 5, "skipped_steps": 1, "dp_world_size": ranks, "mp_world_size": 1, "mine": "kept",
     }  # fmt: skip
     masters, firsts = cut(values["master"]), cut(values["exp_avg"])
     for rank in range(ranks):
@@ -242,11 +273,13 @@ def deepspeed_files(folder: Path, net: nn.Sequential, moments: dict[str, torch.T
             "state": {0: {"step": torch.tensor(4.0), "exp_avg": firsts[rank], "exp_avg_sq": firsts[rank] ** 2}},
             "param_groups": [{"lr": 0.25, "betas": (0.5, 0.75), "params": [0]}],
         }
-        own = {"optimizer_state_dict": base, "fp32_flat_groups": [masters[rank]]}
+        own: dict[str, Any] = {"optimizer_state_dict": base, "fp32_flat_groups": [masters[rank]]}
         if stage < 3:
-            own = {"base_optimizer_state": base, "single_partition_of_fp32_groups": [masters[rank]]}
+            state = [base["state"][0]] if elastic else base
+            own = {"base_optimizer_state": state, "single_partition_of_fp32_groups": [masters[rank]]}
         torch.save({"optimizer_state_dict": own}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
         prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
+        model["frozen_param_fragments"] = {FROZEN: fragments[rank]} if stage > 1 else None
         torch.save(model, folder / f"{prefix}mp_rank_00_model_states.pt")
 
 
@@ -254,20 +287,23 @@ def _padded(vector: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([vector, torch.zeros(-vector.numel() % count)])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_checkpoints_of_deepspeed_load(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "elastic"), [(1, False), (1, True), (2, False), (3, False)])
+def test_checkpoints_of_deepspeed_load(tmp_path: Path, stage: int, elastic: bool) -> None:
     torch.manual_seed(5)
     net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 3))
     moments = {name: torch.randn(p.shape) for name, p in net.named_parameters()}
-    deepspeed_files(tmp_path / "global_step5", net, moments, stage, ranks=3)
+    deepspeed_files(tmp_path / "global_step5", net, moments, stage, ranks=3, elastic=elastic)
     (tmp_path / "latest").write_text("global_step5")
     engine = engine_of()
     assert engine.load_checkpoint(tmp_path) == (str(tmp_path / "global_step5"), {"mine": "kept"})
     assert engine.optimizer is not None
-    assert (engine.global_steps, engine.skipped_steps, engine.get_lr()) == (5, 1, [0.25])
-    assert engine.optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+    assert (engine.global_steps, engine.skipped_steps) == (5, 1)
+    if not elastic:  # which has no options of groups
+        assert (engine.get_lr(), engine.optimizer.param_groups[0]["betas"]) == ([0.25], (0.5, 0.75))
     for name, parameter in engine.module.named_parameters():
         assert torch.equal(parameter, net.get_parameter(name))
+        if name == FROZEN:
+            continue
         state = engine.optimizer.state[parameter]
         assert torch.equal(state["exp_avg"], moments[name])
         assert torch.equal(state["exp_avg_sq"], moments[name] ** 2)

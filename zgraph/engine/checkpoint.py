@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from zgraph.engine.accumulation import check_between, gradient_targets, gradients_of, take_gradients
 from zgraph.engine.deepspeed_files import is_deepspeed, load_deepspeed
 from zgraph.engine.folders import Folders, checked_tag
-from zgraph.engine.jsonable import decode
+from zgraph.engine.jsonable import decode, encode
 from zgraph.engine.optimizer_state import OptimizerLoad
 from zgraph.engine.randomness import Randomness, start_anew
 from zgraph.engine.state import State, model_targets, restore, state_of, tensors_of
 from zgraph.engine.storage import INDEX, Reader, Writer, read_json
 from zgraph.engine.tensors import Tensors, copied, model_tensors
 from zgraph.engine.transfers import read_shards, write_shards
-from zgraph.errors import CheckpointError, UsageError, ZgraphError
+from zgraph.errors import CheckpointError, ZgraphError
 from zgraph.runtime import torch_private
 
 if TYPE_CHECKING:
@@ -36,6 +37,16 @@ log = logging.getLogger("zgraph")
 STATE = "state.json"
 
 Loaded = tuple[str | None, dict[str, Any] | None]
+
+
+class OfRank(Randomness):
+    """What a rank keeps for itself.
+
+    Args:
+        client_state: its own, at stage 3; None where that of the first rank is everyone's.
+    """
+
+    client_state: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,19 +75,15 @@ class Checkpoints:
 
     def save(self, root: Path, tag: object, client_state: Mapping[str, Any], *, is_latest: bool) -> bool:
         """As `Engine.save_checkpoint`."""
-        engine = self.engine
-        if engine.micro_steps % engine.accumulation:
-            raise UsageError(
-                "a step is under way, and its gradients are no part of a checkpoint: save when engine.step() has "
-                "ended the last of the step's micro-batches"
-            )
+        check_between(self.engine)
         self.wait()
         name, tensors, beside = self.ranks.together(lambda: self._contents(tag, client_state))
+        tensors |= gradients_of(self.engine)
         name = self._same_tag(name)
         folders = Folders(root)
         folder = self.ranks.first(lambda: folders.begin(name))
         writer = Writer(folder, self.ranks.rank, beside, lambda: folders.commit(folder, name, is_latest=is_latest))
-        if engine.config.keys.checkpoint.asynchronous:
+        if self.engine.config.keys.checkpoint.asynchronous:
             self._writing = self._thread.submit(self._write, copied(tensors), writer)
         else:
             self._write(tensors, writer)
@@ -92,7 +99,9 @@ class Checkpoints:
         """The tag, the tensors, and the files beside them that this rank writes."""
         name = checked_tag(f"global_step{self.engine.global_steps}" if tag is None else tag)
         state = state_of(self.engine, client_state)
-        beside = {_of_rank(self.ranks.rank): Randomness.here().model_dump_json()}
+        mine = encode(dict(client_state), "client_state") if self.engine.zero_optimization_stage() == 3 else None
+        own = OfRank(**dict(Randomness.here()), client_state=mine)
+        beside = {_of_rank(self.ranks.rank): own.model_dump_json()}
         if self.ranks.rank == 0:
             beside[STATE] = state.model_dump_json()
         return name, tensors_of(self.engine), beside
@@ -131,38 +140,40 @@ class Checkpoints:
             return None, None
         is_theirs = self.ranks.first(lambda: is_deepspeed(folder))
         client_state = self._load_deepspeed(folder, parts) if is_theirs else self._load(folder, parts)
-        self.engine.zero_grad()
         return str(folder), client_state
 
     def _load(self, folder: Path, parts: Parts) -> dict[str, Any]:
         engine, ranks = self.engine, self.ranks
 
-        def opened() -> tuple[Reader, State, Randomness | None, Tensors, OptimizerLoad | None]:
+        def opened() -> tuple[Reader, State, OfRank | None, Tensors, OptimizerLoad | None, Tensors]:
             if not (folder / INDEX).is_file():
                 raise CheckpointError(f"{folder} holds no checkpoint: it has neither {INDEX} nor DeepSpeed's files")
             reader, state = Reader(folder), read_json(folder / STATE, State)
             is_old_rank = ranks.rank < state.world_size
-            randomness = read_json(folder / _of_rank(ranks.rank), Randomness) if is_old_rank else None
+            own = read_json(folder / _of_rank(ranks.rank), OfRank) if is_old_rank else None
             targets = model_targets(engine.module, reader.index.tensors, strict=parts.strict)
-            return reader, state, randomness, targets, self._optimizer_load(reader, parts)
+            gradients = gradient_targets(engine, state, reader.described) if parts.optimizer else {}
+            return reader, state, own, targets, self._optimizer_load(reader, parts), gradients
 
-        reader, state, randomness, targets, optimizer = ranks.together(opened)
-        tensors = targets | (optimizer.targets if optimizer is not None else {})
+        reader, state, own, targets, optimizer, gradients = ranks.together(opened)
+        tensors = targets | gradients | (optimizer.targets if optimizer is not None else {})
         read_shards(tensors, reader, ranks)
         _written(engine.module)
 
         def finish() -> None:
+            take_gradients(engine, gradients)
             if optimizer is not None:
                 optimizer.finish(state)
             if not parts.module_only:
                 restore(engine, state, scheduler=parts.scheduler, optimizer=parts.optimizer)
-                if randomness is not None:
-                    randomness.restore()
+                if own is not None:
+                    own.restore()
                 else:
                     start_anew(engine.config.keys.seed or 0, state.global_steps, ranks.rank)
 
         ranks.together(finish)
-        found: dict[str, Any] = decode(state.client_state)
+        mine = own.client_state if own is not None else None
+        found: dict[str, Any] = decode(state.client_state if mine is None else mine)
         return found
 
     def _optimizer_load(self, reader: Reader, parts: Parts) -> OptimizerLoad | None:
@@ -179,6 +190,7 @@ class Checkpoints:
             )
         )  # fmt: skip
         _written(self.engine.module)
+        self.engine.zero_grad()
         return found
 
 

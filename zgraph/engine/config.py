@@ -191,6 +191,11 @@ def _check_together(reading: Reading, keys: EngineConfig) -> None:
     zero = keys.zero_optimization
     if keys.fp16.enabled and keys.bf16.enabled:
         reading.problems.append("fp16.enabled, bf16.enabled: choose one of them")
+    if not keys.managed_gradient_accumulation:
+        reading.problems.append(
+            "managed_gradient_accumulation: call engine.step() after every micro-batch and leave the key out, or say "
+            "which ends a step by engine.set_gradient_accumulation_boundary"
+        )
     for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
         if getattr(zero, name).device != "none" and zero.stage < least:
             reading.notes.append(f"zero_optimization.{name} has no effect: it takes stage {least} or more")

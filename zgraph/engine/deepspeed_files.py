@@ -89,7 +89,7 @@ def load_deepspeed(
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder} is damaged, or not as DeepSpeed 0.19 writes it: {error!r}") from None
-    return found.client_state
+    return found.client_state(engine.ranks.rank)
 
 
 @dataclass
@@ -131,9 +131,10 @@ class Files:
 
     @property
     def base(self) -> list[dict[str, Any]]:
-        """The state dict of each rank's own optimizer."""
+        """The state dict of each rank's own optimizer; of an elastic checkpoint without the groups' options."""
         key = "optimizer_state_dict" if self.is_cut_by_parameter else "base_optimizer_state"
-        return [optimizer[key] for optimizer in self.optimizers]
+        held = [optimizer[key] for optimizer in self.optimizers]
+        return [{"state": dict(enumerate(h)), "param_groups": []} if isinstance(h, list) else h for h in held]
 
     # --- where parameters lie ----------------------------------------------------------------------------------------
 
@@ -200,9 +201,13 @@ class Files:
 
     def shapes(self, engine: Engine) -> dict[str, Sequence[int]]:
         """The shape of each tensor of the model, under the engine's names."""
+        model = self.models[0]
         found: dict[str, Sequence[int]] = {name: shape for name, _, _, shape in self.places()}
-        found |= self.models[0].get("frozen_param_shapes") or {}
-        found |= {name: self.models[0]["module"][name].shape for name in self.models[0]["buffer_names"]}
+        found |= model.get("frozen_param_shapes") or {}
+        found |= {name: model["module"][name].shape for name in model["buffer_names"]}
+        if not self.is_cut_by_parameter:  # stage 1 has frozen parameters here alone
+            others = model["module"].keys() - found.keys() - (model.get("shared_params") or {}).keys()
+            found |= {name: model["module"][name].shape for name in others}
         for name in model_tensors(engine.module):
             first = self._first_name(name)
             if name not in found and first in found:
@@ -252,10 +257,10 @@ class Files:
             },
         )  # fmt: skip
 
-    @property
-    def client_state(self) -> dict[str, Any]:
-        """What the user has saved beside it."""
-        return {key: value for key, value in self.models[0].items() if key not in _OWN}
+    def client_state(self, rank: int) -> dict[str, Any]:
+        """What the user has saved beside it: at stage 3 on this rank, if there was one, else on the first."""
+        model = self.models[rank if rank < len(self.models) else 0]
+        return {key: value for key, value in model.items() if key not in _OWN}
 
 
 def _read(folder: Path) -> Files:
@@ -263,6 +268,11 @@ def _read(folder: Path) -> Files:
     files = Files([_load(path) for path in models], [_load(path)["optimizer_state_dict"] for path in optimizers])
     if files.models[0]["mp_world_size"] != 1:
         raise CheckpointError(f"{folder} has parts of tensors (model parallelism): zgraph reads ZeRO alone")
+    if not optimizers and files.models[0]["optimizer"] is not None:
+        raise CheckpointError(
+            f"{folder} was saved at stage 0, and zgraph reads what DeepSpeed saves at stage 1, 2 or 3; its weights are "
+            f"under `module` in the model's file: load them into the model before initialize_engine"
+        )
     expected = files.models[0]["dp_world_size"]
     if len(optimizers) != expected or len(models) not in (1, expected):
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ from zgraph.engine.ranks import Ranks
 from zgraph.engine.scaling import LossScale
 from zgraph.errors import UsageError
 
+log = logging.getLogger("zgraph")
+
 
 class Engine:
     """What `zgraph.initialize_engine` returns. Whatever it does not have itself, it has from the model.
@@ -47,7 +50,9 @@ class Engine:
         self.loss_scaler = LossScale(config.keys.fp16)
         self.monitor = Monitoring(config, model)
         self.global_steps = self.micro_steps = self.skipped_steps = 0
-        self._is_local = False
+        self.pending = 0
+        self.awaits_step = self._is_local = self._was_applied = False
+        self._is_boundary: bool | None = None
         self.ranks = Ranks(compiled_model(model).session.store.group)
         self._checkpoints = Checkpoints(self)
         self._norm: float | None = None
@@ -74,12 +79,13 @@ class Engine:
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
         """Add the gradients of a micro-batch: of its share in the mean of all micro-batches of a step.
 
         Args:
             loss: a scalar; the mean over the micro-batch.
             retain_graph: must be False: the step's memory is freed as the backward goes.
+            scale_wrt_gas: False where the loss is the micro-batch's share already.
 
         Returns:
             The loss, without its scale.
@@ -93,12 +99,20 @@ class Engine:
         if loss.numel() != 1:
             raise UsageError(f"the loss must be one number, not a tensor of shape {tuple(loss.shape)}")
         with self._syncing(), self.monitor.backward(loss):
-            torch.autograd.backward(loss.float() * (self.loss_scaler.scale / self.accumulation))
+            share = self.accumulation if scale_wrt_gas else 1
+            torch.autograd.backward(loss.float() * (self.loss_scaler.scale / share))
+        self.awaits_step = True
         return loss
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch at hand is the last of its step."""
+        if self._is_boundary is not None:
+            return self._is_boundary
         return (self.micro_steps + 1) % self.accumulation == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say whether the micro-batches from here on are the last of their steps, instead of having them counted."""
+        self._is_boundary = is_boundary
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -122,7 +136,8 @@ class Engine:
     def step(self) -> None:
         """End a micro-batch; the last of a step updates the parameters, and forgets the gradients.
 
-        With `fp16`, a step whose gradients overflow on any rank is skipped on all.
+        A step whose gradients are not finite on any rank is skipped on all: with `fp16`; with `bf16`, unless
+        `check_grad_overflow` is false; and in fp32 where anything is sharded.
 
         Raises:
             UsageError: there is no optimizer, or it is under `no_sync`.
@@ -131,9 +146,13 @@ class Engine:
         optimizer = self._needs_optimizer("step")
         if self._is_local:
             raise UsageError("engine.step within engine.no_sync: the step would be another on each rank; go out first")
+        self._was_applied = False
+        self.pending += self.awaits_step
+        self.awaits_step = False
         if self.is_gradient_accumulation_boundary():
             with self.monitor.timed("step"):
                 overflow = not self._scaled_back(optimizer)
+                self._was_applied = not overflow
                 if not overflow:
                     optimizer.step()
                     if self.lr_scheduler is not None:
@@ -150,17 +169,30 @@ class Engine:
         gradients = Gradients(p for group in optimizer.param_groups for p in group["params"])
         scale, limit = self.loss_scaler.scale, self.gradient_clipping()
         self._norm = gradients.norm() / scale
-        if self.config.keys.fp16.enabled and not math.isfinite(self._norm):
+        if self._skips_overflows() and not math.isfinite(self._norm):
+            if not self.config.keys.fp16.enabled and self.ranks.rank == 0:
+                log.warning("step %d is skipped: the norm of its gradients is %s", self.global_steps + 1, self._norm)
             return False
         factor = min(1.0, limit / (self._norm + 1e-6)) / scale if limit else 1 / scale
         if factor != 1:
             gradients.scale(factor)
         return True
 
+    def _skips_overflows(self) -> bool:
+        """Whether a step whose gradients are not finite is left out, as it is by DeepSpeed."""
+        keys = self.config.keys
+        return keys.fp16.enabled or (keys.bf16.check_grad_overflow if keys.bf16.enabled else self.zero_optimization())
+
+    def was_step_applied(self) -> bool:
+        """Whether the last call of `step` changed the parameters."""
+        return self._was_applied
+
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Forget the gradients, those that wait for the ranks to be averaged too."""
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
+        compiled_model(self.module).session.forget_held()
+        self.pending, self.awaits_step = 0, False
 
     def _needs_optimizer(self, what: str) -> Optimizer:
         if self.optimizer is None:
@@ -175,10 +207,13 @@ class Engine:
     ) -> bool:  # fmt: skip
         """Save everything that training needs to go on, at any number of ranks and any stage. All ranks must call it.
 
+        Within a step, after one of its micro-batches, the gradients so far are saved too.
+
         Args:
             save_dir: the folder of this run's checkpoints, which all ranks see.
             tag: the name of this one; `global_step` and the number of steps, by default.
-            client_state: what is to come back from `load_checkpoint`: the first rank's, of values that JSON has.
+            client_state: what is to come back from `load_checkpoint`, of values that JSON has: at stage 3 to each rank
+                its own, and to one that was not there the first rank's; at stages 0 to 2 the first rank's to all.
             save_latest: whether `load_checkpoint` without a tag takes this one.
 
         Returns:
@@ -187,7 +222,7 @@ class Engine:
         Raises:
             CheckpointError: it cannot be written; those saved before are still there. With `checkpoint.asynchronous`,
                 what goes wrong later is raised by the next call that saves, loads or waits.
-            UsageError: a step is under way, whose gradients would be lost.
+            UsageError: it is between `backward` and `step`; or within a step with `fullgraph` false.
         """
         return self._checkpoints.save(Path(save_dir), tag, client_state or {}, is_latest=save_latest)
 
@@ -250,6 +285,15 @@ class Engine:
             CheckpointError: it cannot be written.
         """
         export(self, Path(folder), tokenizer)
+
+    def destroy(self) -> None:
+        """Let go of what the engine holds beside the model: waits for a checkpoint, and forgets the gradients.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.wait_for_checkpoint()
+        self.zero_grad()
 
     # --- what can be asked -------------------------------------------------------------------------------------------
 

@@ -110,13 +110,13 @@ class BF16(Section):
 
     superseded: ClassVar[Mapping[str, str]] = {
         "immediate_grad_update": "gradients are added where they are reduced",
-        "check_grad_overflow": "the gradient norm is looked at where it is needed: with clipping",
     }
     unsupported: ClassVar[Mapping[str, str]] = {
         "bf16_master_weights_and_grads": "masters are fp32: leave it out", "bf16_optimizer_states": "leave it out",
     }  # fmt: skip
 
     enabled: bool = False
+    check_grad_overflow: bool = True
 
 
 class Checkpointing(Section):
@@ -197,7 +197,9 @@ class DataTypes(Section):
 class OptimizerKeys(Section):
     """`optimizer`: its type, and what that takes."""
 
-    superseded: ClassVar[Mapping[str, str]] = {"legacy_fusion": "the update is over flat shards"}
+    superseded: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("legacy_fusion", "torch_adam"), "the update is over flat shards"
+    )
 
     type: str
     params: dict[str, Any] = Field(default_factory=dict)
@@ -240,7 +242,6 @@ class EngineConfig(Section):
         "log_level": "the logger `zgraph` of Python's logging",
         "graph_harvesting": "the whole step is one graph",
         "use_data_before_expert_parallelism": "there are no experts",
-        "managed_gradient_accumulation": _ALWAYS,
         "hybrid_engine": "the model generates as it is: call engine.eval()",
         "autotuning": "zgraph.plan finds the stage; run `zgraph plan`",
         "memory_breakdown": "zgraph.report says what is alive at the peak, and zgraph view when",
@@ -270,6 +271,7 @@ class EngineConfig(Section):
     data_types: DataTypes = DataTypes()
     dataloader_drop_last: bool = False
     steps_per_print: NonNegativeInt | None = None
+    managed_gradient_accumulation: bool = True
     wall_clock_breakdown: bool = False
     comms_logger: CommsLogger = CommsLogger()
     flops_profiler: FlopsProfiler = FlopsProfiler()

@@ -12,10 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from zgraph.engine.jsonable import decode, encode
-from zgraph.engine.tensors import Tensors, parameter_names
+from zgraph.engine.tensors import Tensors, like, parameter_names
 from zgraph.errors import CheckpointError
 from zgraph.optim.flat import FlatOptimizer
-from zgraph.optim.runs import local
 
 
 class Group(BaseModel):
@@ -127,7 +126,7 @@ class OptimizerLoad:
                 self.found[name] = dict(ours)
             else:
                 self.found[name] = {
-                    key: _like(self.parameters[name], *stored[f"optimizer.{key}.{name}"]) for key in theirs
+                    key: like(self.parameters[name], *stored[f"optimizer.{key}.{name}"]) for key in theirs
                 }
 
     @property
@@ -163,10 +162,3 @@ def _take_options(ours: dict[str, Any], theirs: Mapping[str, Any]) -> None:
             held.fill_(value)
         elif key in ours and key != "params":
             ours[key] = tuple(value) if isinstance(held, tuple) else value
-
-
-def _like(parameter: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Memory for a state: placed as the parameter is if it is as large; on the host if it is one number."""
-    if tuple(parameter.shape) == shape and shape:
-        return torch.zeros_like(parameter, dtype=dtype)
-    return torch.zeros(shape, dtype=dtype, device=local(parameter).device if shape else "cpu")

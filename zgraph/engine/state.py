@@ -22,6 +22,8 @@ class State(OptimizerState):
     """All that is not a tensor, and the same on all ranks.
 
     Args:
+        accumulation: micro-batches of a step.
+        pending: those of them whose gradients are in the checkpoint, as they wait for the rest.
         buffers: the names of the model's tensors that are not parameters.
         dtype: what is computed in, where that is not the dtype of the masters.
         config: that of the run, for information.
@@ -32,6 +34,8 @@ class State(OptimizerState):
     global_steps: NonNegativeInt
     micro_steps: NonNegativeInt
     skipped_steps: NonNegativeInt
+    accumulation: PositiveInt = 1
+    pending: NonNegativeInt = 0
     loss_scale: dict[str, int | float]
     scheduler: dict[str, Any] | None = None
     dataloader: dict[str, NonNegativeInt] | None = None
@@ -63,7 +67,8 @@ def state_of(engine: Engine, client_state: Mapping[str, Any]) -> State:
     tensors = model_tensors(engine.module)
     return State(
         world_size=engine.config.world_size, global_steps=engine.global_steps, micro_steps=engine.micro_steps,
-        skipped_steps=engine.skipped_steps, loss_scale=engine.loss_scaler.state_dict(),
+        skipped_steps=engine.skipped_steps, accumulation=engine.accumulation, pending=engine.pending,
+        loss_scale=engine.loss_scaler.state_dict(),
         scheduler=encode(scheduler.state_dict(), "lr_scheduler") if scheduler is not None else None,
         dataloader=loader.state_dict() if loader is not None else None, groups=rest.groups, values=rest.values,
         client_state=encode(dict(client_state), "client_state"),
@@ -99,7 +104,7 @@ def model_targets(module: nn.Module, stored: Mapping[str, Stored], *, strict: bo
 
 
 def restore(engine: Engine, state: State, *, scheduler: bool, optimizer: bool) -> None:
-    """Take what is not a tensor.
+    """Take what is not a tensor. Within a step, training goes on there if the optimizer does.
 
     Raises:
         CheckpointError: it does not fit.
@@ -114,4 +119,5 @@ def restore(engine: Engine, state: State, *, scheduler: bool, optimizer: bool) -
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"the state of scheduler, loader or loss scale does not fit: {error!r}") from None
     engine.global_steps, engine.skipped_steps = state.global_steps, state.skipped_steps
-    engine.micro_steps = state.micro_steps - state.micro_steps % engine.accumulation
+    engine.pending = state.pending if optimizer and engine.optimizer is not None else 0
+    engine.micro_steps = state.micro_steps - (0 if engine.pending else state.micro_steps % engine.accumulation)

@@ -39,6 +39,13 @@ def copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return {name: _with_local(tensor, lambda own: own.to("cpu", copy=True)) for name, tensor in tensors.items()}
 
 
+def like(parameter: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Memory for what belongs to a parameter: placed as it is if as large; on the host if it is one number."""
+    if tuple(parameter.shape) == shape and shape:
+        return torch.zeros_like(parameter, dtype=dtype)
+    return torch.zeros(shape, dtype=dtype, device=local(parameter).device if shape else "cpu")
+
+
 @torch.no_grad()
 def fill(target: torch.Tensor, whole: torch.Tensor) -> None:
     """Copy a whole tensor, or this rank's part of it, to where it belongs."""
