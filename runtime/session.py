@@ -278,6 +278,10 @@ class Session:
         version, copy = self._kept.get(key, (None, None))
         return copy if version == self.store.version else None
 
+    def forget_copies(self) -> None:
+        """Let go of them."""
+        self._kept.clear()
+
     def keep_copy(self, key: object, whole: torch.Tensor) -> None:
         """Keep a gathered parameter for the next micro-step, if this one does not end the step."""
         if not self.syncs:

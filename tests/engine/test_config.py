@@ -118,11 +118,22 @@ def test_what_zgraph_decides_is_accepted_with_a_line_that_says_so(caplog):
         ),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
         ({"gradient_clipping": "auto"}, "gradient_clipping"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
+        ({"data_types": {"buffer_dtype": "bf16"}}, "data_types.buffer_dtype"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size"),
+        ({"checkpoint": {"tag_validation": "foo"}}, "checkpoint.tag_validation"),
     ],
 )
 def test_what_does_not_go_together_or_is_not_there(keys, place):
     (problem,) = problems({**LEAST, **keys})
     assert problem.startswith(place)
+
+
+def test_what_a_configuration_may_say_as_it_is_so_anyhow():
+    keys = {"gradient_allreduce_op": "mean", "data_types": {"buffer_dtype": None}}
+    read = read_config({**LEAST, **keys, "checkpoint": {"tag_validation": "FAIL"}}, world_size=1)
+    assert (read.keys.checkpoint.tag_validation, read.notes) == ("fail", ())
 
 
 def test_keys_of_old():

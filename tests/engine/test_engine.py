@@ -86,6 +86,45 @@ def test_accumulation_is_one_step_of_the_whole_batch(data):
         torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-6)
 
 
+def test_every_way_to_make_the_gradients_of_a_step(data):
+    def trained(train):
+        config = {**CONFIG, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 8, "gradient_clipping": 0.1}
+        engine = zgraph.initialize(model=net(), config=config)[0]
+        losses = [engine(rows).square().mean() for rows in (data.tensors[0][:8], data.tensors[0][8:16])]
+        train(engine, losses)
+        assert (engine.global_steps, engine.was_step_applied()) == (1, True)
+        return [p.detach().clone() for p in engine.module.parameters()]
+
+    def counted(engine, losses):
+        for loss, is_last in zip(losses, (False, True), strict=True):
+            assert engine.backward(loss).item() == loss.item() / 2
+            engine.step()
+            assert engine.was_step_applied() is is_last
+
+    def by_hand(engine, losses):
+        for loss in losses:
+            engine.scale(loss).backward()
+            engine.step()
+
+    def said(engine, losses):
+        engine.set_gradient_accumulation_boundary(False)
+        engine.backward(losses[0] / 2, scale_wrt_gas=False)
+        engine.set_gradient_accumulation_boundary(True)
+        engine.backward(losses[1] / 2, scale_wrt_gas=False)
+        engine.step()
+
+    wanted = trained(counted)
+    for way in (by_hand, said):
+        assert all(map(torch.equal, trained(way), wanted))
+
+    def without_share(engine, losses):
+        losses[0].backward()
+        engine.step()
+
+    with pytest.raises(UsageError, match=r"engine.scale\(loss\)"):
+        trained(without_share)
+
+
 def test_no_optimizer_is_inference():
     engine, optimizer, _, _ = zgraph.initialize(model=net(), config={"train_batch_size": 1})
     assert optimizer is None

@@ -111,8 +111,24 @@ def test_a_step_under_way_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     assert (other.micro_steps, other.pending) == (0, 0)
 
 
+def test_frozen_parameters_may_be_left_out(tmp_path: Path) -> None:
+    engine = engine_of()
+    weight = engine.module.get_parameter("3.weight").requires_grad_(False)
+    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
+    with torch.no_grad():
+        for parameter in engine.module.parameters():
+            parameter.zero_()
+    with pytest.raises(CheckpointError, match=r"3\.weight is missing"):
+        engine.load_checkpoint(tmp_path)
+    engine.load_checkpoint(tmp_path, load_module_strict=False)
+    assert not weight.any()
+    assert engine.module.get_parameter("3.bias").any()
+
+
 def test_what_no_checkpoint_has_of_a_step_under_way(tmp_path: Path) -> None:
     engine = engine_of(gradient_accumulation_steps=2, zgraph={"fullgraph": False})
+    with pytest.raises(UsageError, match="save_dir="):
+        engine.save_checkpoint("")
     engine.backward(engine(torch.randn(2, 6)).mean())
     with pytest.raises(UsageError, match="between backward and step"):
         engine.save_checkpoint(tmp_path)

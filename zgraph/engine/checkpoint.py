@@ -22,7 +22,7 @@ from zgraph.engine.folders import Folders, checked_tag
 from zgraph.engine.jsonable import decode, encode
 from zgraph.engine.optimizer_state import OptimizerLoad
 from zgraph.engine.randomness import Randomness, start_anew
-from zgraph.engine.state import State, model_targets, restore, state_of, tensors_of
+from zgraph.engine.state import State, model_targets, restore, state_of, tensors_of, without_frozen
 from zgraph.engine.storage import INDEX, Reader, Writer, read_json
 from zgraph.engine.tensors import Tensors, copied, model_tensors
 from zgraph.engine.transfers import read_shards, write_shards
@@ -73,11 +73,15 @@ class Checkpoints:
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
-    def save(self, root: Path, tag: object, client_state: Mapping[str, Any], *, is_latest: bool) -> bool:
+    def save(
+        self, root: Path, tag: object, client_state: Mapping[str, Any], *, is_latest: bool, frozen: bool = True
+    ) -> bool:
         """As `Engine.save_checkpoint`."""
         check_between(self.engine)
         self.wait()
         name, tensors, beside = self.ranks.together(lambda: self._contents(tag, client_state))
+        if not frozen:
+            tensors = without_frozen(self.engine.module, tensors)
         tensors |= gradients_of(self.engine)
         name = self._same_tag(name)
         folders = Folders(root)
@@ -109,7 +113,7 @@ class Checkpoints:
     def _same_tag(self, tag: str) -> str:
         """The first rank's, if all have the same or may differ."""
         tags = self.ranks.gather(tag)
-        how = self.engine.config.keys.checkpoint.tag_validation.lower()
+        how = self.engine.config.keys.checkpoint.tag_validation
         if len(set(tags)) > 1 and how != "ignore":
             told = f"the ranks save under different tags: {', '.join(sorted(set(tags)))}"
             if how == "fail":

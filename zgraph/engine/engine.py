@@ -88,21 +88,31 @@ class Engine:
             scale_wrt_gas: False where the loss is the micro-batch's share already.
 
         Returns:
-            The loss, without its scale.
+            The micro-batch's share of the loss, without its scale.
+
+        Raises:
+            UsageError: there is no optimizer, or the loss is no scalar.
+        """
+        if retain_graph:
+            raise UsageError("retain_graph: the compiled backward frees what the forward kept; call the model again")
+        scaled = self.scale(loss, scale_wrt_gas)
+        with self._syncing(), self.monitor.backward(loss):
+            torch.autograd.backward(scaled)
+        return loss.detach() / self.accumulation if scale_wrt_gas else loss
+
+    def scale(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> torch.Tensor:
+        """The loss to call `.backward()` on, in the place of `engine.backward(loss)`.
+
+        The gradients of each micro-batch are then averaged over the ranks at once.
 
         Raises:
             UsageError: there is no optimizer, or the loss is no scalar.
         """
         self._needs_optimizer("backward")
-        if retain_graph:
-            raise UsageError("retain_graph: the compiled backward frees what the forward kept; call the model again")
         if loss.numel() != 1:
             raise UsageError(f"the loss must be one number, not a tensor of shape {tuple(loss.shape)}")
-        with self._syncing(), self.monitor.backward(loss):
-            share = self.accumulation if scale_wrt_gas else 1
-            torch.autograd.backward(loss.float() * (self.loss_scaler.scale / share))
         self.awaits_step = True
-        return loss
+        return loss.float() * (self.loss_scaler.scale / (self.accumulation if scale_wrt_gas else 1))
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch at hand is the last of its step."""
@@ -140,12 +150,14 @@ class Engine:
         `check_grad_overflow` is false; and in fp32 where anything is sharded.
 
         Raises:
-            UsageError: there is no optimizer, or it is under `no_sync`.
+            UsageError: there is no optimizer, or it is under `no_sync`, or the gradients have no scale.
             FloatingPointError: gradients overflow at the smallest loss scale.
         """
         optimizer = self._needs_optimizer("step")
         if self._is_local:
             raise UsageError("engine.step within engine.no_sync: the step would be another on each rank; go out first")
+        if not self.awaits_step and self.loss_scaler.scale / self.accumulation != 1 and self._has_gradients(optimizer):
+            raise UsageError("gradients that engine.backward did not make: call it, or engine.scale(loss).backward()")
         self._was_applied = False
         self.pending += self.awaits_step
         self.awaits_step = False
@@ -178,6 +190,9 @@ class Engine:
             gradients.scale(factor)
         return True
 
+    def _has_gradients(self, optimizer: Optimizer) -> bool:
+        return not self.pending and any(p.grad is not None for g in optimizer.param_groups for p in g["params"])
+
     def _skips_overflows(self) -> bool:
         """Whether a step whose gradients are not finite is left out, as it is by DeepSpeed."""
         keys = self.config.keys
@@ -203,7 +218,7 @@ class Engine:
 
     def save_checkpoint(
         self, save_dir: str | Path, tag: object = None, client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
+        save_latest: bool = True, exclude_frozen_parameters: bool = False,
     ) -> bool:  # fmt: skip
         """Save everything that training needs to go on, at any number of ranks and any stage. All ranks must call it.
 
@@ -215,6 +230,7 @@ class Engine:
             client_state: what is to come back from `load_checkpoint`, of values that JSON has: at stage 3 to each rank
                 its own, and to one that was not there the first rank's; at stages 0 to 2 the first rank's to all.
             save_latest: whether `load_checkpoint` without a tag takes this one.
+            exclude_frozen_parameters: leave out parameters that are not trained; load with `load_module_strict=False`.
 
         Returns:
             True.
@@ -222,9 +238,14 @@ class Engine:
         Raises:
             CheckpointError: it cannot be written; those saved before are still there. With `checkpoint.asynchronous`,
                 what goes wrong later is raised by the next call that saves, loads or waits.
-            UsageError: it is between `backward` and `step`; or within a step with `fullgraph` false.
+            UsageError: it is between `backward` and `step`; or within a step with `fullgraph` false; or there is no
+                save_dir.
         """
-        return self._checkpoints.save(Path(save_dir), tag, client_state or {}, is_latest=save_latest)
+        if not save_dir:
+            raise UsageError("save_checkpoint needs save_dir=: the folder of this run's checkpoints")
+        return self._checkpoints.save(
+            Path(save_dir), tag, client_state or {}, is_latest=save_latest, frozen=not exclude_frozen_parameters
+        )
 
     def load_checkpoint(
         self, load_dir: str | Path, tag: object = None, load_module_strict: bool = True,
@@ -286,6 +307,10 @@ class Engine:
         """
         export(self, Path(folder), tokenizer)
 
+    def empty_partition_cache(self) -> None:
+        """Let go of whole parameters that are kept from one micro-batch to the next."""
+        compiled_model(self.module).session.forget_copies()
+
     def destroy(self) -> None:
         """Let go of what the engine holds beside the model: waits for a checkpoint, and forgets the gradients.
 
@@ -294,6 +319,7 @@ class Engine:
         """
         self.wait_for_checkpoint()
         self.zero_grad()
+        self.empty_partition_cache()
 
     # --- what can be asked -------------------------------------------------------------------------------------------
 

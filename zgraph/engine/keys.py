@@ -29,6 +29,10 @@ def _short_name(name: Any) -> Any:
     return _LONG_NAMES.get(name, name) if isinstance(name, str) else name
 
 
+def _lower(name: Any) -> Any:
+    return name.lower() if isinstance(name, str) else name
+
+
 Precision = Annotated[DType, BeforeValidator(_short_name)]
 
 
@@ -76,6 +80,10 @@ class Zero(Section):
         "zero_quantized_nontrainable_weights": "leave it out",
         "zero_quantized_gradients": "leave it out, or choose `communication_data_type`",
         "zenflow": "leave it out",
+        **dict.fromkeys(
+            ("mics_shard_size", "mics_hierarchical_params_gather"),
+            "choose `zero_hpz_partition_size`, which shards everything over so many ranks",
+        ),
         "save_muon_momentum_buffer_in_memory": "leave it out",
     }
 
@@ -184,14 +192,20 @@ class CheckpointKeys(Section):
         "use_node_local_storage": "give a folder that all hosts see",
     }
 
-    tag_validation: Literal["Ignore", "Warn", "Fail", "ignore", "warn", "fail"] = "Warn"
+    tag_validation: Annotated[Literal["ignore", "warn", "fail"], BeforeValidator(_lower)] = "warn"
     asynchronous: bool = False
 
 
 class DataTypes(Section):
     """`data_types`."""
 
-    superseded: ClassVar[Mapping[str, str]] = {"grad_accum_dtype": "gradients are added in the dtype of the masters"}
+    superseded: ClassVar[Mapping[str, str]] = {
+        "grad_accum_dtype": "gradients are added in the dtype of the masters",
+        "keep_in_fp32_modules": "buffers keep their dtype",
+    }  # fmt: skip
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "param_dtype": "choose fp16 or bf16", "buffer_dtype": "buffers keep their dtype: leave it out",
+    }  # fmt: skip
 
 
 class OptimizerKeys(Section):
@@ -254,7 +268,7 @@ class EngineConfig(Section):
                          "progressive_layer_drop", "quantize_training", "compression_training", "sparse_attention",
                          "pipeline", "tensor_parallel", "moe", "expert_parallel", "sequence_parallel_size",
                          "random_ltd", "weight_quantization", "comet", "dump_state", "check_overflow",
-                         "gradient_allreduce_op", "autotp_size", "data_parallel_size"), "leave it out"),
+                         "autotp_size", "data_parallel_size"), "leave it out"),
     }  # fmt: skip
 
     train_batch_size: PositiveInt | None = None
@@ -265,6 +279,7 @@ class EngineConfig(Section):
     fp16: FP16 = FP16()
     bf16: BF16 = BF16()
     gradient_clipping: NonNegativeFloat = 1.0
+    gradient_allreduce_op: Literal["mean"] = "mean"
     communication_data_type: Precision | None = None
     zero_optimization: Zero = Zero()
     activation_checkpointing: Checkpointing = Checkpointing()

@@ -55,6 +55,12 @@ def tensors_of(engine: Engine) -> Tensors:
     return found | (optimizer_tensors(engine.module, engine.optimizer) if engine.optimizer is not None else {})
 
 
+def without_frozen(module: nn.Module, tensors: Tensors) -> Tensors:
+    """Those of a checkpoint that training changes."""
+    frozen = {f"model.{n}" for n, p in module.named_parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in tensors.items() if name not in frozen}
+
+
 def state_of(engine: Engine, client_state: Mapping[str, Any]) -> State:
     """The rest.
 
