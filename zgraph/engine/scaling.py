@@ -10,6 +10,8 @@ from zgraph.engine.keys import FP16
 class LossScale:
     """What a loss is multiplied by. Halved after overflows, doubled after a number of steps without one.
 
+    As with DeepSpeed, the first of these steps does not count.
+
     Args:
         keys: `fp16` of a configuration; with a `loss_scale` above zero the scale stays there.
     """
@@ -41,7 +43,8 @@ class LossScale:
                 self.patience -= 1
             self.last_overflow = self.step
         else:
-            ends = (self.step - self.last_overflow) % keys.loss_scale_window == 0
+            stable = self.step - self.last_overflow - 1
+            ends = stable > 0 and stable % keys.loss_scale_window == 0
             if keys.consecutive_hysteresis or ends:
                 self.patience = keys.hysteresis
             if ends:
