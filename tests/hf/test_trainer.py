@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import zgraph
-from tests.hf.training import Rows, history, llama, same, trainer
+from tests.hf.training import Rows, adapted, history, llama, same, trainer
 from zgraph.errors import CheckpointError, UsageError
 from zgraph.hf import Trainer
 
@@ -103,6 +103,19 @@ def test_a_given_optimizer_and_activation_checkpointing(tmp_path):
         found.append(made)
     same(history(found[1], "loss", "grad_norm"), history(found[0], "loss", "grad_norm"))
     assert "_again" in str(zgraph.report(found[1].model))  # the names of what is computed again
+
+
+def test_adapters_with_checkpointed_activations_can_be_planned_and_are_not_changed():
+    model = adapted()
+    model.activation_checkpointing_enable()
+    model.get_base_model().config.use_cache = True  # transformers logs once that this cannot be
+    embeddings = model.get_input_embeddings()
+    hooks = list(embeddings._forward_hooks.values())
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    assert hooks
+    assert "checkpoint=" in str(zgraph.trace(model, input_ids=ids, labels=ids))
+    assert list(embeddings._forward_hooks.values()) == hooks
+    assert embeddings(ids).requires_grad
 
 
 def test_an_optimizer_and_a_schedule_of_the_configuration(tmp_path):

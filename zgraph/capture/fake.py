@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from zgraph.aten import FROM_TORCH, compute_dtype
 from zgraph.capture.frontend import Frontend, ParamInfo
+from zgraph.capture.hooks import without_gradient_hooks
 from zgraph.errors import CaptureError
 from zgraph.ir import DType, Graph
 
@@ -60,7 +61,7 @@ def trace(
             for tensors, key, tensor in homes:
                 tensors[key] = fakes[id(tensor)]
             front = Frontend(infos, lambda: {id(b): n for n, b in model.named_buffers()}, catch, type(model).__name__)
-            with torch.enable_grad():
+            with torch.enable_grad(), without_gradient_hooks(model):
                 front.wrap(model.forward, dynamic)(*inputs[0], **inputs[1])
         except _Caught:
             pass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +19,19 @@ def drop_gradient_hooks(model: nn.Module) -> None:
     for module in model.modules():
         for key in [key for key, hook in module._forward_hooks.items() if _turns_gradients_on(hook)]:
             del module._forward_hooks[key]
+
+
+@contextmanager
+def without_gradient_hooks(model: nn.Module) -> Iterator[None]:
+    """The model without these hooks, for the length of a `with`."""
+    before = [(module._forward_hooks, module._forward_hooks.copy()) for module in model.modules()]
+    drop_gradient_hooks(model)
+    try:
+        yield
+    finally:
+        for hooks, kept in before:
+            hooks.clear()
+            hooks.update(kept)
 
 
 def _turns_gradients_on(hook: Callable[..., Any]) -> bool:
