@@ -324,6 +324,31 @@ def test_checkpoints_of_deepspeed_load(tmp_path: Path, stage: int, elastic: bool
         assert torch.equal(state["exp_avg"], moments[name])
         assert torch.equal(state["exp_avg_sq"], moments[name] ** 2)
         assert state["step"] == 4
-    (tmp_path / "global_step5" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(CheckpointError, match="copy all of them"):
-        engine.load_checkpoint(tmp_path)
+
+
+def as_stage_0(folder: Path) -> None:
+    for path in folder.glob("*optim_states.pt"):
+        path.unlink()
+    path = folder / "mp_rank_00_model_states.pt"
+    torch.save({**torch.load(path), "optimizer": {"state": {}}}, path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "said"),
+    [
+        (1, lambda folder: (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink(), "copy all of them"),
+        (3, lambda folder: (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").unlink(), "copy all of them"),
+        (2, lambda folder: (folder / "zero").mkdir(), "universal checkpoint"),
+        (2, as_stage_0, "at stage 0"),
+    ],
+)
+def test_checkpoints_of_deepspeed_that_do_not_load(
+    tmp_path: Path, stage: int, change: Callable[[Path], None], said: str
+) -> None:
+    engine = engine_of()
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    moments = {name: torch.zeros(p.shape) for name, p in net.named_parameters()}
+    deepspeed_files(tmp_path / "tag", net, moments, stage, ranks=3, elastic=False)
+    change(tmp_path / "tag")
+    with pytest.raises(CheckpointError, match=said):
+        engine.load_checkpoint(tmp_path, "tag")

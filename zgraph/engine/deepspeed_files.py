@@ -264,6 +264,10 @@ class Files:
 
 
 def _read(folder: Path) -> Files:
+    if (folder / "zero").is_dir():
+        raise CheckpointError(
+            f"{folder} is a universal checkpoint: load the one that it was made of, which any number of ranks can do"
+        )
     models, optimizers = _by_rank(folder, _MODEL), _by_rank(folder, _OPTIMIZER)
     files = Files([_load(path) for path in models], [_load(path)["optimizer_state_dict"] for path in optimizers])
     if files.models[0]["mp_world_size"] != 1:
@@ -274,7 +278,8 @@ def _read(folder: Path) -> Files:
             f"under `module` in the model's file: load them into the model before initialize_engine"
         )
     expected = files.models[0]["dp_world_size"]
-    if len(optimizers) != expected or len(models) not in (1, expected):
+    num_models = expected if optimizers and files.is_cut_by_parameter else 1
+    if len(optimizers) != expected or len(models) != num_models:
         raise CheckpointError(
             f"{folder} has {len(models)} files of the model and {len(optimizers)} of the optimizer, and was written by "
             f"{expected} ranks of a ZeRO stage: copy all of them"

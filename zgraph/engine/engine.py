@@ -204,8 +204,9 @@ class Engine:
 
     def zero_grad(self) -> None:
         """Forget the gradients, those that wait for the ranks to be averaged too."""
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            for parameter in group["params"]:
+                parameter.grad = None
         compiled_model(self.module).session.forget_held()
         self.pending, self.awaits_step = 0, False
 
