@@ -190,12 +190,13 @@ class Lane:
         self, chunks: Sequence[torch.Tensor], out: torch.Tensor, counts: Sequence[int]
     ) -> Phases[torch.Tensor]:
         """A sum within the host, then one over the hosts, each rank of a column summing a piece of it."""
+        chunks = self._addends(chunks)
         total = yield from self._sum_of(self.mates, chunks, out, counts[0])
         pieces = torch.tensor_split(total, len(self.column))
         summed = yield from self._sum_of(self.column, pieces, torch.empty_like(pieces[self.host]), counts[1])
         pieces[self.host].copy_(summed)
         yield from self._share(self.column, pieces, counts[2])
-        return total.div_(self.num_ranks)
+        return self._mean(total)
 
     def _sum_of(
         self, ranks: Sequence[int], pieces: Sequence[torch.Tensor], out: torch.Tensor | None, count: int
@@ -224,7 +225,7 @@ class Lane:
 
     def _reduce(self, chunks: Sequence[torch.Tensor], out: torch.Tensor | None, count: int) -> Phases[torch.Tensor]:
         """`out` is where what comes from the first peer lands, and in the end the mean."""
-        rows = self.hosts.rows
+        chunks, rows = self._addends(chunks), self.hosts.rows
 
         def landing(like: torch.Tensor) -> torch.Tensor:
             nonlocal out
@@ -245,7 +246,14 @@ class Lane:
         total = sums[self.host]
         if len(rows) > 1:
             total = yield from self._sum_of(self.column, sums, out, count)
-        return total.div_(self.num_ranks)
+        return self._mean(total)
+
+    def _addends(self, chunks: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """What is summed: of fp16 the shares in the mean, as the sum may be too large for it."""
+        return [chunk / self.num_ranks for chunk in chunks] if chunks[0].dtype == torch.float16 else chunks
+
+    def _mean(self, total: torch.Tensor) -> torch.Tensor:
+        return total if total.dtype == torch.float16 else total.div_(self.num_ranks)
 
     def _reduce_and_gather(self, chunks: Sequence[torch.Tensor], first: int, second: int) -> Phases[torch.Tensor]:
         chunks[self.rank].copy_((yield from self._reduce(chunks, None, first)))

@@ -90,6 +90,23 @@ def test_sums_are_taken_in_the_order_of_the_ranks(pool: Pool) -> None:
     assert pool.run(sums, 3) == [[0.0] * 3] * 3
 
 
+def large(mesh: DeviceMesh, layout: str) -> bool:
+    """Whether the mean of fp16 numbers is right whose sum is out of range."""
+    num_ranks, hosts = LAYOUTS[layout]
+    lane = open_lane(mesh, f"large/{layout}", hosts)
+    found = torch.full((num_ranks, 3), 40_000.0, dtype=torch.float16)
+    scattered = lane.reduce_scatter(found.clone().unbind())
+    for transfer in (scattered, lane.all_reduce(found.unbind())):
+        transfer.wait()
+    lane.close()
+    return bool((found == 40_000).all() and (scattered.result[0] == 40_000).all())
+
+
+@pytest.mark.parametrize("layout", ["flat", "two by two"])
+def test_means_of_large_numbers_in_half_precision(pool: Pool, layout: str) -> None:
+    assert pool.run(large, 4, layout) == [True] * 4
+
+
 def left_alone(mesh: DeviceMesh) -> str:
     """The second rank closes its lane; the first waits for it."""
     lane = open_lane(mesh, "alone", ["a", "b"])
