@@ -94,6 +94,14 @@ def test_what_a_checkpoint_cannot_have(tmp_path: Path, client_state: Any, tag: s
     assert not list(tmp_path.iterdir())
 
 
+def test_a_state_dict_that_leaves_out_what_is_trained(tmp_path: Path) -> None:
+    engine = engine_of()
+    whole = engine.module.state_dict
+    engine.module.state_dict = lambda **options: {"0.bias": whole(**options)["0.bias"]}  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match=r"leaves out 0\.weight, 2\.weight"):
+        engine.save_checkpoint(tmp_path)
+
+
 def test_a_step_under_way_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     engine = engine_of(train_batch_size=8, gradient_accumulation_steps=2)
     x = torch.randn(4, 6)

@@ -55,9 +55,13 @@ def optimizer_rest(module: nn.Module, optimizer: Optimizer) -> OptimizerState:
     """The rest.
 
     Raises:
-        CheckpointError: JSON cannot hold something; the error names the key.
+        CheckpointError: JSON cannot hold something; the error names the key. Or the model's state dict leaves out a
+            parameter of the optimizer.
     """
     names = parameter_names(module)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if missing := [n for n, p in module.named_parameters() if id(p) in trained - names.keys()]:
+        raise CheckpointError(f"the model's state_dict() leaves out {', '.join(missing)}, which the optimizer changes")
     groups = tuple(
         Group(names=tuple(names[id(p)] for p in group["params"]), options=encode(_options(group), f"group {number}"))
         for number, group in enumerate(optimizer.param_groups)
