@@ -111,11 +111,23 @@ def init_group(backend: str, store: Store, rank: int, num_ranks: int, timeout: t
         dist.distributed_c10d._set_pg_timeout(timeout or default_pg_timeout)
 
 
-def joined(ranks: list[int]) -> dist.ProcessGroup:
-    """A new group of these ranks over gloo, whose joining has a limit, and whose collectives torch's own."""
-    some = len(ranks) < dist.get_world_size()  # the others do not come then; torch names the group by what each has
-    group = dist.new_group(ranks, timedelta(seconds=JOIN_S), "gloo", use_local_synchronization=some)
-    dist.distributed_c10d._set_pg_timeout(default_pg_timeout, group)
+def joined(ranks: list[int], name: str) -> dist.ProcessGroup:
+    """A new group of these ranks over gloo, whose joining has a limit, and whose collectives torch's own.
+
+    Only these ranks call it, where `torch.distributed.new_group` wants all; there the name would be made of what each
+    rank has made before, so that ranks of several meshes would wait under different ones.
+
+    Args:
+        ranks: global ones, in their order; this one is among them.
+        name: the same on all of them, and used for no other group.
+    """
+    c10d, rank = dist.distributed_c10d, dist.get_rank()
+    group, _ = c10d._new_process_group_helper(
+        len(ranks), ranks.index(rank), ranks, dist.Backend("gloo"), store(), c10d.GroupName(name),
+        timeout=timedelta(seconds=JOIN_S),
+    )  # fmt: skip
+    c10d._world.pg_group_ranks[group] = {found: at for at, found in enumerate(ranks)}
+    c10d._set_pg_timeout(default_pg_timeout, group)
     return cast(dist.ProcessGroup, group)
 
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import zgraph
 from benchmarks import kills
@@ -32,10 +32,11 @@ def two() -> Iterator[Pool]:
     pool.stop()
 
 
-def engine_of(stage: int, seed: int = 0, **more: Any) -> Engine:
+def engine_of(stage: int, seed: int = 0, mesh: DeviceMesh | None = None, **more: Any) -> Engine:
     torch.manual_seed(seed)
     engine, *_ = zgraph.initialize_engine(
         model=Odd(),
+        mesh=mesh,
         config={
             "train_batch_size": GLOBAL_ROWS, "gradient_accumulation_steps": ACCUMULATION, "gradient_clipping": 0.5,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}, "zero_optimization": {"stage": stage},
@@ -100,6 +101,26 @@ def half_a_step(engine: Engine, mesh: DeviceMesh, micro: range) -> list[float]:
         dist.all_reduce(total, group=mesh.get_group())
         found.append(total.item())
     return found
+
+
+def save_apart(mesh: DeviceMesh, path: Path) -> tuple[list[float], list[float]]:
+    """Losses of an engine on two of the four ranks, and after resuming, beside another on the two that are left."""
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "shard"))
+    pair, own = mesh.get_local_rank() // 2, pairs["shard"]
+    if pair:
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)  # ranks need not have made the same groups
+    engine = engine_of(3, mesh=own)
+    half_a_step(engine, own, range(2))
+    engine.save_checkpoint(path / str(pair))
+    expected = half_a_step(engine, own, range(2, 6))
+    again = engine_of(2, seed=1, mesh=own)
+    again.load_checkpoint(path / str(pair))
+    return expected, half_a_step(again, own, range(2, 6))
+
+
+def test_engines_on_some_of_the_ranks_each(pool: Pool, tmp_path: Path) -> None:
+    for expected, found in pool.run(save_apart, 4, tmp_path, spoils=True):
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 def save_within(mesh: DeviceMesh, path: Path, stage: int) -> list[float]:

@@ -51,7 +51,7 @@ class Ranks:
             return None
         self._peers.agree("ranks of a checkpoint", "")  # connecting cannot be broken off: it begins when all have come
         with self.watched("the ranks of a checkpoint to join"):
-            return torch_private.joined(self.members)
+            return torch_private.joined(self.members, self._peers.name)
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank.
