@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,11 +69,18 @@ def dynamo_is_off() -> str | None:
     return None
 
 
-def without_advice() -> Any:
+@contextmanager
+def without_advice() -> Iterator[None]:
     """Leave out of what is captured, for the length of a `with`, what transformers would log once (`warning_once`)."""
     config = torch._dynamo.config
     found = {getattr(logging.Logger, name, None) for name in ("warning_once", "warning_advice", "info_once")}
-    return config.patch(ignore_logger_methods=config.ignore_logger_methods | (found - {None}))
+    metrics = logging.getLogger("torch._dynamo.metrics_context")
+    before, metrics.disabled = metrics.disabled, True  # torch 2.11 fails to sort functions there, and logs a traceback
+    try:
+        with config.patch(ignore_logger_methods=config.ignore_logger_methods | (found - {None})):
+            yield
+    finally:
+        metrics.disabled = before
 
 
 def compiled_backward_node(tensor: torch.Tensor) -> Any:
