@@ -46,9 +46,14 @@ def fails():
 """
 
 SCRIPT = """
-import os, sys
+import os, sys, time
+from pathlib import Path
 rank = os.environ["RANK"]
 print(f"rank {rank} of {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']} threads, {sys.argv[1:]}", flush=True)
+if "--fail" in sys.argv:  # a launcher ends the others when one fails: after all have printed
+    Path(f"printed-{rank}").touch()
+    while not all(Path(f"printed-{other}").exists() for other in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.01)
 sys.exit(7 if "--fail" in sys.argv and rank == "1" else 0)
 """
 
