@@ -25,7 +25,7 @@ from zgraph.runtime.peers import (
     heartbeat,
     store_errors,
 )  # fmt: skip
-from zgraph.runtime.torch_private import PrefixStore, Store
+from zgraph.runtime.torch_private import PrefixStore, Store, default_pg_timeout
 
 RULING = "ruling"
 _ALL_HERE = "all are here"
@@ -55,6 +55,7 @@ def join(
         raise PeerError(f"the ranks did not meet within {limit_s:g} s: {error}") from None
     with _Meeting(PrefixStore("zgraph/join", store), rank, num_ranks).watched(limit_s):
         torch_private.init_group(backend, store, rank, num_ranks, timeout)
+        store.set_timeout(timeout or default_pg_timeout)
     heartbeat(torch_private.store(), rank)  # from now on: whoever waits for this rank can tell whether it lives
 
 
@@ -85,6 +86,7 @@ class _Meeting:
                 raise PeerError(ruling)
             try:
                 yield
+                self.store.set(_joined(self.rank), "")
             except RuntimeError as error:
                 raise PeerError(self._blame() or f"the ranks could not be joined: {error}") from None
         finally:
@@ -116,12 +118,13 @@ class _Meeting:
         return self.store.get(RULING).decode()
 
     def _blame(self) -> str:
-        """Who has died since all had come; nothing if all live."""
+        """Who has died on the way; nothing if none has. The hearts of those that have joined stand still in here."""
         self._heard.clear()
         until = time.monotonic() + 2 * GONE_AFTER_SECONDS
         with store_errors():
+            on_the_way = [rank for rank in range(self.num_ranks) if not self.store.check([_joined(rank)])]
             while time.monotonic() < until and not self._gone():
-                self._listen(range(self.num_ranks))
+                self._listen(on_the_way)
                 time.sleep(BEAT_SECONDS)
         return _died(self._gone())
 
@@ -136,6 +139,10 @@ class _Meeting:
     def _gone(self) -> list[int]:
         now = time.monotonic()
         return [r for r, (_, since) in self._heard.items() if r != self.rank and now - since > GONE_AFTER_SECONDS]
+
+
+def _joined(rank: int) -> str:
+    return f"joined/{rank}"
 
 
 def _names(ranks: list[int]) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "Store",
     "all_gathers",
     "bump_version",
+    "default_pg_timeout",
     "direct",
     "dtensor",
     "dtensor_like",

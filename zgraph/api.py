@@ -195,8 +195,9 @@ def compile(
     model.__dict__[ATTRIBUTE] = compiled
     model.__dict__[Unprepared.ATTRIBUTE] = Unprepared()
     model.__dict__["forward"] = guard(forward, session, param_dtype, own_forward)
-    if generate := getattr(model, "generate", None):
-        model.__dict__["generate"] = functools.partial(_generate, model, generate)
+    if _GENERATES & {base.__name__ for base in type(model).__mro__}:
+        own_generate: Any = model.generate
+        model.__dict__["generate"] = functools.partial(_generate, model, own_generate)
     model.__dict__["load_state_dict"] = checked_loading(model, session.store)
     model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
         functools.partial(place_state_dict, session.store)
@@ -228,8 +229,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
     """Gather all parameters for the length of a `with`: to read them, and to call the model or its parts eagerly.
 
     All ranks enter it together; within it they do not meet, and may do different things. Each has the whole model in
-    its memory there, in the dtype to compute in. No gradients reach the parameters from there, and changes to what was
-    gathered are lost. `model.generate` of transformers runs so by itself.
+    its memory there, in the dtype to compute in. No gradients reach the parameters from there, and they must not be
+    changed: what is whole anyhow is the parameter itself. `model.generate` of transformers runs so by itself.
 
     Raises:
         UsageError: the model is not compiled.
@@ -237,6 +238,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
     """
     compiled = compiled_model(model)
     check_moved(compiled.session)
+    if is_gathered(model):
+        yield
+        return
     attributes = model.__dict__
     forward = attributes["forward"]
     attributes["forward"] = compiled.eager
@@ -245,6 +249,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         attributes["forward"] = forward
+
+
+def is_gathered(model: nn.Module) -> bool:
+    """Whether a compiled model is within `gathered`."""
+    return model.__dict__["forward"] is compiled_model(model).eager
 
 
 def report(model: nn.Module) -> Report:
@@ -304,8 +313,12 @@ def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
     return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("shard",))
 
 
+_GENERATES = {"GenerationMixin", "PeftModel"}
+"""Classes of transformers and PEFT whose `generate` is called from outside; that of others may be part of a forward."""
+
+
 def _generate(model: nn.Module, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A model's own `generate`: ranks need as many tokens as their rows, and lengths are new all the time."""
+    """`generate` of transformers: ranks need as many tokens as their rows, and lengths are new all the time."""
     with gathered(model):
         return generate(*args, **kwargs)
 

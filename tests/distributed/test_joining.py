@@ -21,14 +21,14 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     return dist.HashStore()
 
 
-def meet(store: dist.Store, *ranks: int, limit_s: float = 20, fails: bool = False) -> list[str]:
-    """What each of these ranks, a thread each, is told; with `fails`, connecting ends with an error."""
+def meet(store: dist.Store, *ranks: int, limit_s: float = 20, failing: tuple[int, ...] = ()) -> list[str]:
+    """What each of these ranks, a thread each, is told; of some, connecting ends with an error."""
 
     def one(rank: int) -> str:
         try:
             with joining._Meeting(store, rank, RANKS).watched(limit_s):
-                if fails:
-                    raise RuntimeError("connecting took too long")
+                if rank in failing:
+                    raise RuntimeError("it took too long")
         except PeerError as error:
             return str(error)
         return "joined"
@@ -66,9 +66,13 @@ def test_one_does_not_come(store: dist.Store) -> None:
 def test_connecting_fails(store: dist.Store, dead: bool) -> None:
     if dead:
         die(store, 2)
-        assert meet(store, 0, 1, fails=True) == [DIED.format(2)] * 2
+        assert meet(store, 0, 1, failing=(0, 1)) == [DIED.format(2)] * 2
     else:
-        assert meet(store, 0, 1, 2, fails=True) == ["the ranks could not be joined: connecting took too long"] * 3
+        assert meet(store, 0, 1, 2, failing=(0, 1, 2)) == ["the ranks could not be joined: it took too long"] * 3
+
+
+def test_those_that_have_joined_are_not_taken_for_dead(store: dist.Store) -> None:
+    assert meet(store, 0, 1, 2, failing=(1, 2)) == ["joined", *["the ranks could not be joined: it took too long"] * 2]
 
 
 def test_an_environment_without_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:

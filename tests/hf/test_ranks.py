@@ -137,6 +137,8 @@ def generated(mesh, make, compiles):
         assert isinstance(model.lm_head.weight, DTensor)
         with zgraph.gathered(model):
             assert model(input_ids=ids, labels=ids).loss.item() > 0
+            if rank == 0:  # ranks do not meet in here
+                model.generate(input_ids=ids, max_length=6)
     return found, str(inspect.signature(model.forward))
 
 

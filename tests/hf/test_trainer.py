@@ -176,3 +176,8 @@ def test_the_last_complete_checkpoint_is_resumed(tmp_path, caplog):
     assert "checkpoint-2 was not written to its end" in caplog.text
     assert history(again, "loss") == history(made, "loss")
     assert json.loads(state.read_text())["global_step"] == 2
+    for folder in tmp_path.glob("checkpoint-*"):
+        (folder / "trainer_state.json").unlink()
+    for wanted in (True, str(tmp_path / "checkpoint-3")):
+        with pytest.raises(UsageError, match="written to its end"):
+            again.train(resume_from_checkpoint=wanted)

@@ -170,3 +170,25 @@ def test_two_models_of_one_class_do_not_mix() -> None:
         net(*rows(1)).backward()
     assert torch.equal(second.last.weight.grad, plain.last.weight.grad)
     assert not torch.equal(first.last.weight.grad, plain.last.weight.grad)
+
+
+class Drawing(nn.Module):
+    """Its forward generates; a hook turns gradients on, and does more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.linear.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True) * 2)
+
+    def generate(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.generate(x).sum()
+
+
+def test_a_model_may_have_a_generate_and_hooks_of_its_own() -> None:
+    model = built(Drawing)
+    x = rows(0)[0][:, :4]
+    expected = copy.deepcopy(model)(x)
+    assert zgraph.compile(model)(x).item() == pytest.approx(expected.item())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -35,4 +34,13 @@ def without_gradient_hooks(model: nn.Module) -> Iterator[None]:
 
 
 def _turns_gradients_on(hook: Callable[..., Any]) -> bool:
-    return isinstance(hook, FunctionType) and hook.__code__.co_names == ("requires_grad_",)
+    code = getattr(hook, "__code__", None)
+    return code is not None and all(getattr(code, part) == getattr(_turning.__code__, part) for part in _CODE)
+
+
+def _turning(module: Any, inputs: Any, output: Any) -> None:
+    output.requires_grad_(True)
+
+
+_CODE = ("co_code", "co_names", "co_consts")
+"""What two functions have alike that do the same, whatever they and their arguments are called."""

@@ -71,7 +71,10 @@ def dynamo_is_off() -> str | None:
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Leave out of what is captured, for the length of a `with`, what transformers would log once (`warning_once`)."""
+    """Leave out of what is captured, for the length of a `with`, what transformers would log once (`warning_once`).
+
+    Nor does torch say then that it could not write its own metrics.
+    """
     config = torch._dynamo.config
     found = {getattr(logging.Logger, name, None) for name in ("warning_once", "warning_advice", "info_once")}
     metrics = logging.getLogger("torch._dynamo.metrics_context")

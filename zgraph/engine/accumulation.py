@@ -1,7 +1,7 @@
 """Gradients of a step that is under way, as a checkpoint keeps them: `gradient.NAME`, laid out as the parameters are.
 
-What stages 0 and 1 hold back on each rank is averaged for the checkpoint, so that any number of ranks and any stage can
-go on with it.
+What backwards under no_sync hold back on each rank is averaged for the checkpoint, so that any number of ranks and any
+stage can go on with it: in the dtype of the masters, where it would else be rounded to that of computing once more.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
-from zgraph.api import compiled_model
+from zgraph.api import compiled_model, is_gathered
 from zgraph.engine.state import State
 from zgraph.engine.tensors import Tensors, like, parameter_names
 from zgraph.errors import CheckpointError, UsageError
@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 
 
 def check_between(engine: Engine) -> None:
-    """Raise UsageError if the gradients at hand are no part of a checkpoint."""
+    """Raise UsageError if what is at hand is no part of a checkpoint."""
+    if is_gathered(engine.module):
+        raise UsageError("save_checkpoint within zgraph.gathered: there are no shards in there; go out first")
     if engine.awaits_step:
-        raise UsageError("save_checkpoint between backward and step: call engine.step() first, which counts the batch")
+        raise UsageError(
+            "save_checkpoint between backward and step: call engine.step() first, which counts the batch, or "
+            "engine.zero_grad() to forget the gradients"
+        )
     if engine.pending and not engine.config.keys.zgraph.fullgraph:
         raise UsageError(
             "a step is under way, and with fullgraph=False its gradients are no part of a checkpoint: save when "

@@ -23,7 +23,7 @@ from zgraph.engine.data import EngineLoader
 from zgraph.engine.export import export, save_16bit
 from zgraph.engine.gradients import Gradients
 from zgraph.engine.monitoring import Monitoring
-from zgraph.engine.ranks import Ranks
+from zgraph.engine.ranks import ranks_of
 from zgraph.engine.scaling import LossScale
 from zgraph.errors import UsageError
 
@@ -53,7 +53,7 @@ class Engine:
         self.pending = 0
         self.awaits_step = self._is_local = self._was_applied = False
         self._is_boundary: bool | None = None
-        self.ranks = Ranks(compiled_model(model).session.store.group)
+        self.ranks = ranks_of(compiled_model(model).session)
         self._checkpoints = Checkpoints(self)
         self._norm: float | None = None
 
@@ -96,8 +96,12 @@ class Engine:
         if retain_graph:
             raise UsageError("retain_graph: the compiled backward frees what the forward kept; call the model again")
         scaled = self.scale(loss, scale_wrt_gas)
-        with self._syncing(), self.monitor.backward(loss):
-            torch.autograd.backward(scaled)
+        try:
+            with self._syncing(), self.monitor.backward(loss):
+                torch.autograd.backward(scaled)
+        except BaseException:
+            self.awaits_step = False
+            raise
         return loss.detach() / self.accumulation if scale_wrt_gas else loss
 
     def scale(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> torch.Tensor:

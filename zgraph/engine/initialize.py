@@ -123,6 +123,8 @@ def init_distributed(
         UsageError: nothing says where the ranks meet.
         PeerError: a rank died while the others joined, or has not come within ZGRAPH_TIMEOUT seconds.
     """
+    if world_size <= 0 and "WORLD_SIZE" not in os.environ and int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        raise UsageError("mpirun has started several ranks, and says to none where they meet: start them with torchrun")
     num_ranks = world_size if world_size > 0 else int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized() or dist_init_required is False or num_ranks == 1:
         return

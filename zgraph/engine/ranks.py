@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 from zgraph.errors import CheckpointError, ZgraphError
-from zgraph.runtime import torch_private
+from zgraph.runtime import Session, torch_private
 from zgraph.runtime.peers import Peers, unique_name
 
 T = TypeVar("T")
@@ -100,6 +101,14 @@ class Ranks:
     def first(self, action: Callable[[], T]) -> T:
         """What the action returns on the first rank, on all of them."""
         return self.gather(self.together(lambda: action() if self.rank == 0 else None))[0]  # type: ignore[return-value]
+
+
+_RANKS: WeakKeyDictionary[Session, Ranks] = WeakKeyDictionary()
+
+
+def ranks_of(session: Session) -> Ranks:
+    """Those of a compiled model; the same whenever it is asked, as each has a group of its own."""
+    return _RANKS.setdefault(session, Ranks(session.store.group))
 
 
 def raise_together(problems: dict[int, str | None]) -> None:

@@ -30,8 +30,11 @@ def meet(model: nn.Module) -> None:
         if mode not in met:
             met.add(mode)
             if (first := _first_batch((args, kwargs), session.group, session.device)) is not None:
+                buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
                 with torch.random.fork_rng([session.device] if session.device.type == "cuda" else []):
                     forward(*first[0], **first[1])
+                for buffer, before in buffers:
+                    buffer.copy_(before)
         return forward(*args, **kwargs)
 
     call.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from zgraph.api import compiled_model
 from zgraph.engine.optimizer_state import OptimizerLoad, OptimizerState, optimizer_rest, optimizer_tensors
-from zgraph.engine.ranks import Ranks
+from zgraph.engine.ranks import ranks_of
 from zgraph.engine.storage import INDEX, Reader, Writer, read_json
 from zgraph.engine.transfers import read_shards, write_shards
 from zgraph.errors import CheckpointError
@@ -36,7 +36,7 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     Raises:
         CheckpointError: on all ranks, if one cannot write.
     """
-    ranks = Ranks(compiled_model(model).session.store.group)
+    ranks = ranks_of(compiled_model(model).session)
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     Raises:
         CheckpointError: the folder is not complete, damaged, or of another model; on all ranks alike.
     """
-    ranks = Ranks(compiled_model(model).session.store.group)
+    ranks = ranks_of(compiled_model(model).session)
 
     def opened() -> tuple[Reader, OptimizerState, OptimizerLoad]:
         reader, rest = Reader(folder), read_json(folder / REST, OptimizerState)

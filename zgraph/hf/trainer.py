@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
@@ -162,6 +161,8 @@ class Sharded(Base):  # type: ignore[misc]
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _last_complete(Path(self.args.output_dir)) or True
+        elif resume_from_checkpoint and Path(resume_from_checkpoint).is_dir():
+            _check_complete(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -245,16 +246,32 @@ def _unwrapped(optimizer: Any) -> Optimizer:
 
 
 def _last_complete(root: Path) -> str | None:
-    """The last checkpoint that was written to its end."""
+    """The last checkpoint that was written to its end; None where there is none at all.
+
+    Raises:
+        UsageError: none of those that are there was.
+    """
     found = {
         int(path.name.rpartition("-")[2]): path for path in root.glob("checkpoint-*") if _STEP.fullmatch(path.name)
     }
     for _, path in sorted(found.items(), reverse=True):
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((path / TRAINER_STATE_NAME).read_text())
+        try:
+            _check_complete(path)
+        except UsageError as error:
+            log.warning("%s", error)
+        else:
             return str(path)
-        log.warning("%s was not written to its end", path)
+    if found:
+        raise UsageError(f"no checkpoint in {root} was written to its end: train without resume_from_checkpoint")
     return None
+
+
+def _check_complete(checkpoint: Path) -> None:
+    """Raise UsageError if a checkpoint was not written to its end: the Trainer's state comes last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{checkpoint} was not written to its end ({error}): resume from another") from None
 
 
 def _launched(kind: str) -> bool:
