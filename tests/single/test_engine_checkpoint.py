@@ -139,6 +139,8 @@ def test_what_no_checkpoint_has_of_a_step_under_way(tmp_path: Path) -> None:
         engine.save_checkpoint("")
     with zgraph.gathered(engine.module), pytest.raises(UsageError, match=r"within zgraph\.gathered"):
         engine.save_checkpoint(tmp_path)
+    with zgraph.gathered(engine.module), pytest.raises(UsageError, match=r"within zgraph\.gathered"):
+        engine.load_checkpoint(tmp_path)
     engine.backward(engine(torch.randn(2, 6)).mean())
     with pytest.raises(UsageError, match="between backward and step"):
         engine.save_checkpoint(tmp_path)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
-from zgraph.api import compiled_model, is_gathered
+from zgraph.api import compiled_model
 from zgraph.engine.state import State
 from zgraph.engine.tensors import Tensors, like, parameter_names
 from zgraph.errors import CheckpointError, UsageError
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_between(engine: Engine) -> None:
-    """Raise UsageError if what is at hand is no part of a checkpoint."""
-    if is_gathered(engine.module):
-        raise UsageError("save_checkpoint within zgraph.gathered: there are no shards in there; go out first")
+    """Raise UsageError if the gradients at hand are no part of a checkpoint."""
     if engine.awaits_step:
         raise UsageError(
             "save_checkpoint between backward and step: call engine.step() first, which counts the batch, or "

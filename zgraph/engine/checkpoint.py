@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from zgraph.api import is_gathered
 from zgraph.engine.accumulation import check_between, gradient_targets, gradients_of, take_gradients
 from zgraph.engine.deepspeed_files import is_deepspeed, load_deepspeed
 from zgraph.engine.folders import Folders, checked_tag
@@ -26,7 +27,7 @@ from zgraph.engine.state import State, model_targets, restore, state_of, tensors
 from zgraph.engine.storage import INDEX, Reader, Writer, read_json
 from zgraph.engine.tensors import Tensors, copied, model_tensors
 from zgraph.engine.transfers import read_shards, write_shards
-from zgraph.errors import CheckpointError, ZgraphError
+from zgraph.errors import CheckpointError, UsageError, ZgraphError
 from zgraph.runtime import torch_private
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Checkpoints:
         self, root: Path, tag: object, client_state: Mapping[str, Any], *, is_latest: bool, frozen: bool = True
     ) -> bool:
         """As `Engine.save_checkpoint`."""
+        self._check_at_rest()
         check_between(self.engine)
         self.wait()
         name, tensors, beside = self.ranks.together(lambda: self._contents(tag, client_state))
@@ -130,10 +132,15 @@ class Checkpoints:
                 shutil.rmtree(writer.folder, ignore_errors=True)
             raise
 
+    def _check_at_rest(self) -> None:
+        if is_gathered(self.engine.module):
+            raise UsageError("a checkpoint within zgraph.gathered: there are no shards in there; go out first")
+
     # --- loading -----------------------------------------------------------------------------------------------------
 
     def load(self, root: Path, tag: object, parts: Parts) -> Loaded:
         """As `Engine.load_checkpoint`."""
+        self._check_at_rest()
         self.wait()
         folders = Folders(root)
         folder = self.ranks.first(lambda: folders.find(None if tag is None else checked_tag(tag)))
