@@ -23,11 +23,12 @@ from zgraph.runtime.peers import (
     Heartbeat,
     beat_key,
     heartbeat,
+    rank_names,
     store_errors,
 )  # fmt: skip
 from zgraph.runtime.torch_private import PrefixStore, Store, default_pg_timeout
 
-RULING = "ruling"
+_RULING = "ruling"
 _ALL_HERE = "all are here"
 _DAY_S = 86_400.0
 
@@ -101,21 +102,21 @@ class _Meeting:
             self._listen(everyone)
         absent = [rank for rank in everyone if rank not in self._heard]
         ruling = _died(self._gone()) or (absent and _absent(absent, self.num_ranks, limit_s)) or _ALL_HERE
-        self.store.set(RULING, ruling)
+        self.store.set(_RULING, ruling)
         if ruling != _ALL_HERE:
             time.sleep(LINGER_SECONDS)  # the store may end with this process: let the others read first
         return ruling
 
     def _await_ruling(self, limit_s: float) -> str:
         until = time.monotonic() + limit_s + GONE_AFTER_SECONDS  # the first rank's limit may begin later
-        while not self.store.check([RULING]):
+        while not self.store.check([_RULING]):
             self._listen([0])
             if self._gone():
                 return _died([0])
             if time.monotonic() > until:
                 return _absent([0], self.num_ranks, limit_s)
             time.sleep(BEAT_SECONDS / 10)
-        return self.store.get(RULING).decode()
+        return self.store.get(_RULING).decode()
 
     def _blame(self) -> str:
         """Who has died on the way; nothing if none has. The hearts of those that have joined stand still in here."""
@@ -145,16 +146,12 @@ def _joined(rank: int) -> str:
     return f"joined/{rank}"
 
 
-def _names(ranks: list[int]) -> str:
-    return ", ".join(f"rank {rank}" for rank in ranks)
-
-
 def _died(gone: list[int]) -> str:
-    return f"{_names(gone)} died while the ranks joined. Start the job again." if gone else ""
+    return f"{rank_names(gone)} died while the ranks joined. Start the job again." if gone else ""
 
 
 def _absent(ranks: list[int], num_ranks: int, limit_s: float) -> str:
     return (
-        f"{_names(ranks)} of {num_ranks} did not come within {limit_s:g} s: look whether each was started, or set "
+        f"{rank_names(ranks)} of {num_ranks} did not come within {limit_s:g} s: look whether each was started, or set "
         "ZGRAPH_TIMEOUT to more seconds"
     )

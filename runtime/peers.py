@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
@@ -51,6 +51,11 @@ class Place(NamedTuple):
 def beat_key(rank: int) -> str:
     """Where a rank's heartbeat is in the store."""
     return f"zgraph/beat/{rank}"
+
+
+def rank_names(ranks: Iterable[int]) -> str:
+    """These ranks, for a message."""
+    return ", ".join(f"rank {rank}" for rank in ranks)
 
 
 class Heartbeat(threading.Thread):
@@ -170,9 +175,9 @@ class Peers:
             gone: ranks; by default they are looked for, which takes seconds.
         """
         if gone := self.gone() if gone is None else gone:
-            names = ", ".join(f"rank {r}" for r in gone)
             blame = PeerError(
-                f"{names} of {list(self.ranks)} {'is' if len(gone) == 1 else 'are'} gone: rank {self.rank} waited for "
+                f"{rank_names(gone)} of {list(self.ranks)} "
+                f"{'is' if len(gone) == 1 else 'are'} gone: rank {self.rank} waited for "
                 f"{what} and the connection broke. Start the job again from its last checkpoint."
             )
         else:
