@@ -363,17 +363,24 @@ def verify_run(
     file: Annotated[str, typer.Argument(help="A run file, all of whose graphs are checked; - for standard input.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check every rule of the IR on every graph of a run.
+    """Certify a run: each graph keeps every rule, and computes what the one before it does.
 
     Example: `zgraph verify run.zg`
     """
+    from zgraph.certify import certify
+
     run = read_whole_run(file)
+    steps = []
     for name in run.names:
         try:
-            verify(run.graph(name))
-        except (VerifyError, ZirError) as error:
+            steps.append((name.partition("#")[0], run.graph(name)))
+        except ZirError as error:
             raise VerifyError(f"the graph after {name}: {error}") from None
+    certificate = certify(steps, run.context.reduce_dtype, run.context.hints)
     if as_json:
-        print_json({"graphs": list(run.names), "fine": True})
-    else:
-        console().print(f"{len(run.names)} graphs are fine")
+        rules = [c.model_dump() for c in certificate.checked]
+        print_json({"graphs": list(run.names), "fine": True, "certificate": rules})
+        return
+    for line in certificate.lines:
+        console().print(f"  {line}")
+    console().print(f"{len(run.names)} graphs are fine")

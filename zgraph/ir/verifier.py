@@ -24,7 +24,7 @@ def verify(graph: Graph) -> None:
     """
     for rule in RULES:
         for position, message in rule(graph):
-            raise VerifyError(_describe(graph, rule.__name__, position, message))
+            raise VerifyError(describe(graph, rule.__name__, position, message))
 
 
 def ssa(graph: Graph) -> Iterator[Fault]:
@@ -211,7 +211,7 @@ def _list(kinds: tuple[object, ...]) -> str:
     return ", ".join(map(str, kinds)) or "nothing"
 
 
-def _describe(graph: Graph, rule: str, position: int | None, message: str) -> str:
+def describe(graph: Graph, rule: str, position: int | None, message: str) -> str:
     if position is None:
         return f"[{rule}] {message}"
     node = graph.nodes[position]

@@ -1,0 +1,180 @@
+"""Who ends the life of what is gathered, and what may happen to memory that is under way.
+
+Gathered parameters and what comes back from the host have one owner: they are released exactly once, directly behind
+their last use. What a collective or a copy reads may be read meanwhile, not written to, released or sent again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from zgraph.ir import OPS, Graph, InputKind, Node, Output, OutputKind, Phase, TensorType
+from zgraph.ir.graph import values_in
+from zgraph.ir.ops import views
+from zgraph.ir.verifier import Fault
+
+_BRINGS = ("all_gather_start", "reload_start")
+
+
+class Storage:
+    """The memory of each value, and what of it was gathered."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.roots: dict[str, frozenset[str]] = {}
+        self.gathered: dict[str, int] = {}
+        for position, node in enumerate(graph.nodes):
+            shared = frozenset().union(*(self.of(name) for name in views(graph, node)))
+            brings = self.brings(node)
+            for result in node.results:
+                self.roots[result.name] = frozenset((result.name,)) if brings else shared or frozenset((result.name,))
+                if brings:
+                    self.gathered[result.name] = position
+
+    def of(self, name: str) -> frozenset[str]:
+        return self.roots.get(name, frozenset((name,)))
+
+    def brings(self, node: Node) -> bool:
+        """Whether a node's results are memory that was gathered or brought back."""
+        if not node.operands:
+            return False
+        source = node.operands[0].name
+        if node.op == "wait":
+            start = self.graph.producers.get(source)
+            return start is not None and start.op in _BRINGS
+        return node.op == "unpack" and source in self.gathered
+
+
+def owned(graph: Graph) -> Iterator[Fault]:
+    """What is gathered is released once, directly behind its last use; nothing else ever is."""
+    storage = Storage(graph)
+    last: dict[str, int] = {}
+    released: dict[str, int] = {}
+    sending: dict[str, frozenset[str]] = {}
+    for position, node in enumerate(graph.nodes):
+        touched = frozenset().union(*(storage.of(v.name) for v in (*node.operands, *node.results)))
+        touched |= frozenset().union(*(sending.get(v.name, frozenset()) for v in node.operands))
+        if node.op != "release":
+            last.update(dict.fromkeys(touched, position))
+            if node.op in OPS and OPS[node.op].lane != "compute":
+                sending.update((r.name, touched) for r in node.results)
+            continue
+        name = node.operands[0].name
+        if name not in storage.gathered:
+            yield position, f"releases %{name}, which was neither gathered nor brought back from the host"
+        elif name in released:
+            yield position, f"releases %{name} a second time"
+        released[name] = position
+    returned = frozenset().union(*(storage.of(name) for name in graph.output_names))
+    for name, made in storage.gathered.items():
+        if name in returned:
+            continue
+        if name not in released:
+            yield made, f"%{name} is gathered, or brought back from the host, and never released"
+            continue
+        between = graph.nodes[last.get(name, made) + 1 : released[name]]
+        if late := next((n for n in between if n.op in ("pack", *_BRINGS) or _makes(graph, n)), None):
+            yield released[name], f"releases %{name} late: %{late.name} takes memory after its last use"
+
+
+def _makes(graph: Graph, node: Node) -> bool:
+    """Whether a node computes: its results take memory of their own."""
+    return node.op not in OPS and bool(node.results) and not views(graph, node)
+
+
+def under_way(graph: Graph) -> Iterator[Fault]:
+    """What a collective or a copy reads is neither written to nor released before it is waited for."""
+    storage = Storage(graph)
+    busy: dict[str, Node] = {}
+    starts: dict[str, Node] = {}
+    reads: dict[int, frozenset[str]] = {}
+    for position, node in enumerate(graph.nodes):
+        row = graph.foreign.get(node.op)
+        touched: frozenset[str] = frozenset()
+        if row is not None and row.writes:
+            args = tuple(node.args[i] for i in row.writes if i < len(node.args))
+            touched = frozenset().union(*(storage.of(v.name) for v in values_in(args)))
+        elif node.op == "release":
+            touched = storage.of(node.operands[0].name)
+        for root in sorted(touched & busy.keys()):
+            did = "releases" if node.op == "release" else "writes to"
+            yield position, f"{did} %{root} while {busy[root].op} of %{busy[root].name} reads it"
+        if node.op in OPS and OPS[node.op].lane != "compute":
+            sent = frozenset().union(*(storage.of(v.name) for v in node.operands))
+            reads[id(node)] = sent
+            starts.update((r.name, node) for r in node.results)
+            busy.update((root, node) for root in sent)
+        elif node.op == "wait" and (start := starts.get(node.operands[0].name)) is not None:
+            for root in reads[id(start)]:
+                if busy.get(root) is start:
+                    del busy[root]
+
+
+def gathers(graph: Graph) -> Iterator[Fault]:
+    """A parameter is gathered at most once in a phase; and stays for further micro-steps at stages 1 and 2 alone."""
+    sources: dict[str, frozenset[str]] = {name: frozenset((name,)) for name in graph.param_names}
+    stages = {i.value.name: i.stage for i in graph.params}
+    seen: dict[tuple[Phase, str], str] = {}
+    for position, node in enumerate(graph.nodes):
+        behind = frozenset().union(*(sources.get(v.name, frozenset()) for v in node.operands))
+        is_gather = node.op == "all_gather_start" or (
+            node.op == "reshard" and node.operands[0].tensor.is_sharded and not node.results[0].tensor.is_sharded
+        )
+        if node.op in ("cast", "pack"):
+            sources.update((r.name, behind) for r in node.results)
+        if not is_gather:
+            continue
+        for name in sorted(behind):
+            if (before := seen.setdefault((node.phase, name), node.name)) != node.name:
+                yield position, f"gathers %{name} once more: %{before} did so in this phase"
+            if bool(node.option("keep")) != (stages.get(name) in (1, 2)):
+                does = "keeps" if node.option("keep") else "does not keep"
+                yield (
+                    position,
+                    f"{does} the whole of %{name} for further micro-steps, but it is of stage {stages[name]}",
+                )
+        for result in node.results:
+            if not graph.users.get(result.name):
+                yield position, f"gathers %{result.name}, which nothing reads"
+
+
+def gradients(graph: Graph) -> Iterator[Fault]:
+    """A gradient is placed as its parameter is at rest, in its memory space, in the phase that its stage says."""
+    entries = {i.value.name: i for i in graph.params}
+    for output in graph.outputs:
+        if output.kind is not OutputKind.grad or output.value is None or output.target not in entries:
+            continue
+        entry = entries[output.target]
+        kind, rest = output.value.type, entry.value.type
+        if not isinstance(kind, TensorType) or not isinstance(rest, TensorType) or entry.stage is None:
+            continue
+        if kind.placement != rest.placement:
+            yield (
+                _maker(graph, output),
+                f"the gradient of {entry.target} is {kind}, but the parameter is {rest} at rest",
+            )
+        elif kind.is_on_host != bool(entry.offload):
+            yield _maker(graph, output), f"the gradient of {entry.target} is {kind}, in another memory than its master"
+        wanted = Phase.update if entry.stage == 1 and graph.mesh else Phase.backward
+        if output.phase is not wanted:
+            yield None, f"the gradient of {entry.target}, of stage {entry.stage}, is due in phase {wanted.value}"
+
+
+def _maker(graph: Graph, output: Output) -> int | None:
+    value = output.value
+    return next((p for p, n in enumerate(graph.nodes) if value in n.results), None)
+
+
+def at_rest(graph: Graph) -> Iterator[Fault]:
+    """Parameters lie as their stage says: whole at stage 0, sharded at the others."""
+    for entry in graph.params:
+        kind = entry.value.type
+        if (
+            not graph.mesh
+            or entry.stage is None
+            or not isinstance(kind, TensorType)
+            or entry.kind is not InputKind.param
+        ):
+            continue
+        if kind.is_sharded != (entry.stage > 0):
+            yield None, f"%{entry.value.name} is of stage {entry.stage}, but {kind} at rest"

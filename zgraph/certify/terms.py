@@ -1,0 +1,271 @@
+"""The meaning of a graph as terms over the captured ops, hash-consed: equal terms are equal numbers, for all inputs.
+
+A term is a number in a table of keys; a key holds an op, its constants, and the terms of its operands. What zgraph's own
+ops do to a value is said by axioms:
+
+    wait(start x) = x                      gather(shards of x) = x             unpack_i(pack(x_0, ...)) = x_i
+    reload(offload x) = x                  copy(x) = x                         cast(x, its own dtype) = x
+    all-reduce, reduce-scatter of x = mean(x)                                  broadcast of x = root(x)
+
+A term says nothing of where a value lies: that is in its type, which `zgraph.ir.verifier` checks. Ops that draw random
+numbers take the state of the generator as an operand and leave another, so that neither their number nor their order
+can change. What shares memory with what is written to reads as another term afterwards. Casts and gathers commute, as
+a term has no placement.
+
+Value numbering: Alpern, Wegman, Zadeck, "Detecting equality of variables in programs", POPL 1988. Translation
+validation: Pnueli, Siegel, Singerman, TACAS 1998.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from zgraph.ir import OPS, Arg, DType, Graph, Input, InputKind, Node, Phase, TensorType, Value
+from zgraph.ir.ops import views
+
+ZERO = 0
+"""The term of a tangent that is absent, and of all that only carries it."""
+
+SUMS = frozenset({"aten.add.Tensor"})
+PRODUCTS = frozenset({"aten.bmm.default", "aten.mm.default", "aten.mul.Tensor"})
+LINEAR = frozenset(
+    {
+        "aten._to_copy.default", "aten.clone.default", "aten.div.Scalar", "aten.div.Tensor", "aten.mul.Scalar",
+        "aten.neg.default", "aten.select_backward.default", "aten.slice_backward.default", "aten.sum.default",
+        "aten.sum.dim_IntList", "zgraph.rotary.default",
+    }
+)  # fmt: skip
+"""Ops that are linear in their first operand: zero, if it is zero."""
+
+RENAMES = frozenset({"aten.detach.default", "aten.alias.default", "aten.lift_fresh.default"})
+"""Ops of ATen whose result is their operand."""
+
+_SAME = frozenset({"wait", "copy", "release", "offload_start", "reload_start", "all_gather_start"})
+
+
+class Terms:
+    """A table of terms that several graphs share, so that equal terms are equal numbers."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {("zero",): ZERO}
+
+    def of(self, *key: Hashable) -> int:
+        """The number of the term with this key."""
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def param(self, target: str, at_rest: DType, dtype: DType) -> int:
+        """A parameter in a dtype, made of its master in another."""
+        return self.cast(self.of("param", target), at_rest, dtype)
+
+    def cast(self, term: int, old: DType, new: DType) -> int:
+        """A value in another dtype."""
+        return term if old is new or term == ZERO else self.of("cast", new.value, term)
+
+    def reduced(self, how: str, term: int) -> int:
+        """A value of each rank's own as what all ranks have of it together."""
+        return self.of(how, term)
+
+
+@dataclass
+class Meaning:
+    """What a graph computes.
+
+    Args:
+        terms: of each value, when it was made.
+        read: of each node that has operands, what it read, in order.
+        outputs: of each output; None where there is none.
+        sent: the collectives: kind, phase, and the term of each value that they move.
+        effects: the state that random, writing and opaque ops leave behind in the end.
+    """
+
+    terms: dict[str, int] = field(default_factory=dict)
+    outputs: list[int | None] = field(default_factory=list)
+    sent: list[tuple[str, Phase, int]] = field(default_factory=list)
+    effects: int = ZERO
+
+
+def meaning(
+    graph: Graph, terms: Terms, masters: Mapping[str, DType], absent: frozenset[str] = frozenset(),
+    *, unsynced: bool = False,
+) -> Meaning:  # fmt: skip
+    """What a graph computes, in terms of its inputs.
+
+    Args:
+        graph: before or after any pass.
+        terms: the table.
+        masters: the dtype of each parameter's master, by the parameter's name in the model.
+        absent: tangents that are taken as zero.
+        unsynced: an `accumulate` adds nothing of earlier micro-steps.
+    """
+    return _Reader(graph, terms, masters, absent, unsynced).run()
+
+
+class _Reader:
+    """Walks a graph in order."""
+
+    def __init__(
+        self, graph: Graph, terms: Terms, masters: Mapping[str, DType], absent: frozenset[str], unsynced: bool
+    ) -> None:
+        self.graph, self.table, self.masters, self.absent, self.unsynced = graph, terms, masters, absent, unsynced
+        self.found = Meaning()
+        self.dtypes: dict[int, DType] = {}
+        self.buckets: dict[int, tuple[tuple[int, Hashable], ...]] = {}
+        self.roots: dict[str, frozenset[str]] = {}
+        self.written: dict[str, int] = {}
+        self.seen: dict[str, int] = {}
+        self.state = terms.of("effects")
+
+    def run(self) -> Meaning:
+        terms = self.found.terms
+        for entry in self.graph.inputs:
+            terms[entry.value.name] = self.entry(entry)
+        has_writes = any(row.writes for row in self.graph.foreign.values())
+        for node in self.graph.nodes:
+            for result, term in zip(node.results, self.node(node), strict=True):
+                terms[result.name] = term
+            if has_writes:
+                self.remember(node)
+        self.found.outputs = [None if o.value is None else self.read(o.value.name) for o in self.graph.outputs]
+        self.found.effects = self.state
+        return self.found
+
+    def entry(self, entry: Input) -> int:
+        name, kind = entry.value.name, entry.value.type
+        if name in self.absent:
+            return ZERO
+        if entry.kind is InputKind.param and isinstance(kind, TensorType):
+            return self.table.param(entry.target, self.masters.get(entry.target, kind.dtype), kind.dtype)
+        return self.table.of("input", entry.kind.value, name, entry.target)
+
+    def read(self, name: str) -> int:
+        """What a value is now: another term than when it was made, if its memory was written to since."""
+        term = self.found.terms[name]
+        if not self.written:
+            return term
+        made = self.seen.get(name, 0)
+        since = sorted({w for root in self.memory(name) if (w := self.written.get(root)) and w != made})
+        return self.table.of("written", term, *since) if since else term
+
+    def memory(self, name: str) -> frozenset[str]:
+        return self.roots.get(name, frozenset((name,)))
+
+    def remember(self, node: Node) -> None:
+        """Which memory the results share, and what the node wrote to."""
+        shared = frozenset().union(*(self.memory(name) for name in views(self.graph, node)))
+        for result in node.results:
+            self.roots[result.name] = shared or frozenset((result.name,))
+            for root in self.memory(result.name):
+                if root in self.written:
+                    self.seen[result.name] = self.written[root]
+        row = self.graph.foreign.get(node.op)
+        if row is None or not row.writes:
+            return
+        mark = self.state
+        for position in row.writes:
+            arg = node.args[position] if position < len(node.args) else None
+            if isinstance(arg, Value):
+                self.written.update(dict.fromkeys(self.memory(arg.name), mark))
+        for result in node.results:
+            self.seen[result.name] = mark
+
+    # --- nodes -------------------------------------------------------------------------------------------------
+
+    def node(self, node: Node) -> Sequence[int]:
+        operands = [self.read(v.name) for v in node.operands]
+        return self.own(node, operands) if node.op in OPS else self.foreign(node, operands)
+
+    def own(self, node: Node, operands: list[int]) -> Sequence[int]:
+        op, table = node.op, self.table
+        if op == "release":
+            return ()
+        if op == "reshard" or OPS[op].lane == "comm":
+            return [self.moved(node, v, r, t) for v, r, t in zip(node.operands, node.results, operands, strict=True)]
+        if op in _SAME:
+            return operands
+        if op == "cast":
+            kind, dtype = node.operands[0].tensor, node.option("dtype")
+            assert isinstance(dtype, DType)
+            return (table.cast(operands[0], kind.dtype, dtype),)
+        if op == "pack":
+            members = tuple(zip(operands, (_laid(v) for v in node.operands), strict=True))
+            term = table.of("pack", *members)
+            self.buckets[term] = members
+            return (term,)
+        if op == "unpack":
+            return self.unpacked(node, operands[0])
+        if op == "accumulate":
+            return (operands[0] if self.unsynced else table.of("sum", str(node.option("target")), operands[0]),)
+        return [table.of(op, i, *operands, str(node.kwargs)) for i in range(len(node.results))]
+
+    def moved(self, node: Node, value: Value, result: Value, term: int) -> int:
+        """What a collective, or a reshard that will become one, makes of a value."""
+        old, new = value.tensor, result.tensor
+        if old.placement == new.placement:
+            return term
+        members = self.buckets.get(term)
+        how = "root" if node.op == "broadcast_start" or node.option("reduce") == "root" else "mean"
+        if old.is_sharded or node.op == "all_gather_start":
+            how = "gather"
+        self.found.sent += [(how, node.phase, one) for one in ([m for m, _ in members] if members else [term])]
+        if how == "gather":
+            return term
+        if members is None:
+            return self.table.reduced(how, term)
+        made = tuple((self.table.reduced(how, one), laid) for one, laid in members)
+        bucket = self.table.of("pack", *made)
+        self.buckets[bucket] = made
+        return bucket
+
+    def unpacked(self, node: Node, bucket: int) -> Sequence[int]:
+        members = self.buckets.get(bucket)
+        laid = [_laid(r) for r in node.results]
+        if members is not None and [m for _, m in members] == laid:
+            return [term for term, _ in members]
+        return [self.table.of("unpack", i, bucket, *laid) for i in range(len(node.results))]
+
+    def foreign(self, node: Node, operands: list[int]) -> Sequence[int]:
+        row = self.graph.foreign[node.op]
+        if ZERO in operands and (zero := self.carried(node, operands)) is not None:
+            return zero
+        if node.op in RENAMES and len(operands) == 1 and node.operands[0].type == node.results[0].type:
+            return operands
+        left = iter(operands)
+        key = (node.op, *(self.constant(a, left) for a in node.args),
+               *((name, self.constant(a, left)) for name, a in node.kwargs))  # fmt: skip
+        if not row.is_pure:
+            self.state = self.table.of("state", self.state, key)
+            key = (self.state, *key)
+        if len(node.results) == 1:
+            return (self.table.of(key),)
+        return [self.table.of(i, key) for i in range(len(node.results))]
+
+    def carried(self, node: Node, operands: list[int]) -> Sequence[int] | None:
+        """The results of a node that reads a zero, where they follow from that; None where they do not."""
+        if node.op in SUMS and not node.kwargs and len(operands) == 2:
+            other = operands[operands[0] == ZERO]
+            kept = node.operands[operands[0] == ZERO]
+            return (other,) if other == ZERO or kept.type == node.results[0].type else None
+        if node.op in PRODUCTS or (operands[0] == ZERO and (node.op in LINEAR or views(self.graph, node))):
+            return [ZERO] * len(node.results)
+        return None
+
+    def constant(self, arg: Arg, operands: object) -> Hashable:
+        """An argument in a key: values as their terms, numbers told apart by their type."""
+        match arg:
+            case Value():
+                return next(operands)  # type: ignore[call-overload, no-any-return]
+            case tuple():
+                return ("list", *(self.constant(a, operands) for a in arg))
+            case bool() | int():
+                return (type(arg).__name__, arg)
+            case float():
+                return ("float", arg.hex())
+            case str():
+                return ("str", arg)
+        return arg
+
+
+def _laid(value: Value) -> Hashable:
+    """How a member lies in a bucket."""
+    return value.tensor.dtype.value, tuple(map(str, value.tensor.shape))
