@@ -311,11 +311,12 @@ def main(
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import hypothesis  # noqa: F401  once for all processes
     import pytest  # noqa: F401
-    import small  # noqa: F401
     import torch
     import torch._dynamo
-    import transformers.models.llama.modeling_llama
+    import transformers.models.llama.modeling_llama  # noqa: F401
     import triton  # noqa: F401
+
+    import small  # noqa: F401
 
     torch.set_num_threads(1)
     began = time.monotonic()
