@@ -161,10 +161,12 @@ def sites(path: Path) -> list[tuple[Mutant, int, ast.AST]]:
     return found
 
 
-def chosen(count: int, seed: int, only: Sequence[str]) -> list[tuple[Mutant, int, ast.AST]]:
-    """Random changes, of each file as many as it has places to change."""
+def chosen(count: int, seed: int, only: Sequence[str], at: Sequence[str]) -> list[tuple[Mutant, int, ast.AST]]:
+    """Random changes, of each file as many as it has places to change; or all at some lines."""
     files = sorted(p for p in PASSES.rglob("*.py") if not only or p.stem in only)
     every = [site for path in files for site in sites(path)]
+    if at:
+        return [site for site in every if f"{Path(site[0].path).stem}:{site[0].line}" in at]
     return random.Random(seed).sample(every, min(count, len(every)))
 
 
@@ -299,6 +301,7 @@ def main(
     count: int = 100,
     seed: int = 0,
     only: list[str] = typer.Option([], help="modules, as schedule"),  # noqa: B008
+    at: list[str] = typer.Option([], help="all changes of a line, as schedule:311"),  # noqa: B008
     without: list[str] = typer.Option([], help="tests to leave out, as test_goldens"),  # noqa: B008
     examples: int = typer.Option(10, help="of each test of hypothesis, at most"),
     timeout: float = typer.Option(240.0, help="seconds for one mutant's tests"),
@@ -330,13 +333,13 @@ def main(
             raise typer.Exit(1)
         typer.echo(f"without a mutant: {time.monotonic() - began:.0f} s")
         found: list[Mutant] = []
-        for mutant, number, new in chosen(count, seed, only):
+        for mutant, number, new in chosen(count, seed, only, at):
             if minutes and time.monotonic() - began > 60 * minutes:
                 break
             found.append(tried(mutant, number, new, tests_of(mutant, without), examples, captures, timeout))
             typer.echo(str(found[-1]))
             if json_path:
-                json_path.write_text(_report(found, count, seed, examples, only, without))
+                json_path.write_text(_report(found, count, seed, examples, only, at, without))
     survived = [m for m in found if m.outcome == "survived"]
     typer.echo(f"{len(found) - len(survived)} of {len(found)} killed")
     for mutant in survived:
@@ -344,10 +347,20 @@ def main(
 
 
 def _report(
-    found: Sequence[Mutant], count: int, seed: int, examples: int, only: Sequence[str], without: Sequence[str]
+    found: Sequence[Mutant],
+    count: int,
+    seed: int,
+    examples: int,
+    only: Sequence[str],
+    at: Sequence[str],
+    without: Sequence[str],
 ) -> str:
     options = [f"--count {count} --seed {seed} --examples {examples}"]
-    options += [f"--only {name}" for name in only] + [f"--without {name}" for name in without]
+    options += (
+        [f"--only {name}" for name in only]
+        + [f"--at {line}" for line in at]
+        + [f"--without {name}" for name in without]
+    )
     counts = {o: sum(m.outcome == o for m in found) for o in ("killed", "timeout", "survived")}
     report = {"command": f"python -m benchmarks.mutants {' '.join(options)}", "tried": len(found), **counts}
     return json.dumps({**report, "mutants": [asdict(m) for m in found]}, indent=1) + "\n"
