@@ -13,15 +13,20 @@ from tests.interp.models import captured
 from tests.ir.strategies import graphs
 from zgraph.codegen import reference
 from zgraph.codegen.spec import KernelSpec
+from zgraph.cost import CostTable, hardware
+from zgraph.cost.hardware import Link
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Axis, Graph, Node, Phase, TensorType, parse_graph, verify
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.passes.all_gather import AllGather
+from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.bucket import Bucket
+from zgraph.passes.fit import _Fitter
 from zgraph.passes.fused_rows import ROWS
 from zgraph.passes.keep import Keep
-from zgraph.passes.outlook import lowered, peak_bytes
+from zgraph.passes.offload import Saved
+from zgraph.passes.outlook import lowered, makespan_us, peak_bytes
 from zgraph.passes.partition import Partition
 from zgraph.passes.planning import memory_of
 from zgraph.passes.recompute import Recompute
@@ -369,6 +374,24 @@ def test_a_graph_without_a_backward_computes_nothing_again():
     assert Recompute().run(graph, Context()) is graph
     marked = graph.with_nodes([replace(n, checkpoint=1) for n in graph.nodes])
     assert Recompute().run(marked, Context()) is marked
+
+
+# --- fit -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+@pytest.mark.parametrize("bytes_per_s", [1e5, 1e7, 1e12])
+def test_no_step_that_moves_is_faster_than_what_ends_the_search(name, bytes_per_s):
+    """`fit` tries no larger amount where a bound says that it is slower: it must be a bound."""
+    graph = parse_recipe("canonicalize,partition(stage=3)").run(captured(name), TWO)
+    link = Link(bytes_per_s=bytes_per_s, latency_us=1.0)
+    machine = hardware("cpu").model_copy(update={"host_link": link})
+    context = replace(TWO, costs=CostTable(hardware=machine, per_host=1), offloads="auto")
+    saved = Saved(graph, context, 1)
+    moved = saved.offloading(saved.first(1 << 40))
+    limit = peak_bytes(moved, context)
+    fitter = _Fitter(Forward(graph, context), limit)
+    assert makespan_us(moved, context) >= fitter.least_us(1 << 40) >= fitter.forward.us
 
 
 # --- release -------------------------------------------------------------------------------------------------------
