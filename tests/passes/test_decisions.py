@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from tests.interp.models import captured
+from tests.interp.ranks import Reference
 from tests.ir.strategies import graphs
 from zgraph.codegen import reference
 from zgraph.codegen.spec import KernelSpec
@@ -23,6 +24,7 @@ from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.bucket import Bucket
 from zgraph.passes.fit import _Fitter
+from zgraph.passes.fused_loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
 from zgraph.passes.fused_rows import ROWS
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Saved
@@ -478,3 +480,38 @@ def test_a_fused_dropout_keeps_the_mean(p):
         assert made.mean().item() == pytest.approx(1.0, abs=0.2)
         kept.append(made > 0)
     assert torch.equal(*kept)
+
+
+MERGED = """graph "g"
+op aten.add.Tensor
+op aten.exp.default
+op aten.mul.Tensor
+input %x: f32[64, 16]
+input %u: f32[64, 16]
+fwd %a: f32[64, 16] = aten.exp.default(%x)
+fwd %b: f32[64, 16] = aten.exp.default(%u)
+fwd %c: f32[64, 16] = aten.mul.Tensor(%b, 3.0)
+fwd %y: f32[64, 16] = aten.add.Tensor(%a, %c)
+return fwd output %y
+"""
+
+
+@pytest.mark.parametrize("graph", [parse_graph(MERGED), "llama", "bf16"], ids=["merged", "llama", "bf16"])
+def test_fused_graphs_give_the_numbers_that_they_gave(graph):
+    given = captured(graph) if isinstance(graph, str) else graph
+    fused = parse_recipe("canonicalize,fuse").run(given, Context())
+    verify(fused)
+    assert of_op(fused, ROWS)
+    reference = Reference(given, 1)
+    for wanted, got in zip(reference.run(given), reference.run(fused), strict=True):
+        assert (wanted is None) == (got is None)
+        for a, b in zip(wanted or (), got or (), strict=True):
+            tolerance = 1e-5 if a.dtype is torch.float32 else 5e-2
+            torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+
+
+def test_the_loss_of_a_projection_is_fused_with_it():
+    fused = parse_recipe("canonicalize,fuse").run(captured("llama"), Context())
+    ops = {n.op for n in fused.nodes}
+    assert ops & {LINEAR, PLAIN}
+    assert ops & {LINEAR_BACKWARD, PLAIN_BACKWARD}
