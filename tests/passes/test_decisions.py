@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from tests.interp.models import captured
 from tests.interp.ranks import Reference
@@ -27,7 +29,7 @@ from zgraph.passes.fit import _Fitter
 from zgraph.passes.fused_loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
 from zgraph.passes.fused_rows import ROWS
 from zgraph.passes.keep import Keep
-from zgraph.passes.offload import Saved
+from zgraph.passes.offload import Offload, Saved
 from zgraph.passes.outlook import lowered, makespan_us, peak_bytes
 from zgraph.passes.partition import Partition
 from zgraph.passes.planning import memory_of
@@ -396,6 +398,19 @@ def test_no_step_that_moves_is_faster_than_what_ends_the_search(name, bytes_per_
     assert makespan_us(moved, context) >= fitter.least_us(1 << 40) >= fitter.forward.us
 
 
+@given(
+    fits_at=st.integers(0, 10_000), over_at=st.integers(0, 10_000), target=st.integers(100, 10_000),
+    below=st.integers(0, 100), above=st.integers(1, 10_000), number=st.integers(0, 5),
+)  # fmt: skip
+def test_the_search_goes_on_between_what_fits_and_what_does_not(fits_at, over_at, target, below, above, number):
+    assume(abs(over_at - fits_at) >= 64)
+    fitter = object.__new__(_Fitter)
+    fitter.target = target
+    fits, over = SimpleNamespace(peak_bytes=target - below), SimpleNamespace(peak_bytes=target + above)
+    found = fitter.between(fits, fits_at, over, over_at, number)
+    assert min(fits_at, over_at) < found < max(fits_at, over_at)
+
+
 # --- release -------------------------------------------------------------------------------------------------------
 
 
@@ -515,3 +530,17 @@ def test_the_loss_of_a_projection_is_fused_with_it():
     ops = {n.op for n in fused.nodes}
     assert ops & {LINEAR, PLAIN}
     assert ops & {LINEAR_BACKWARD, PLAIN_BACKWARD}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Keep, ("num_ahead",)), (Recompute, ("keep_bytes",)), (Offload, ("num_bytes", "min_bytes")),
+        (Schedule, ("num_ahead", "effort", "slack")),
+    ],
+)  # fmt: skip
+def test_options_may_be_0_and_no_less(kind, options):
+    for option in options:
+        kind(**{option: 0})
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            kind(**{option: -1})
