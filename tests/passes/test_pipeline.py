@@ -168,3 +168,10 @@ def test_options_are_checked_when_a_pass_is_made():
 def test_an_empty_pipeline_changes_nothing():
     graph = Graph("g")
     assert parse_recipe("").run(graph, Context()) is graph
+
+
+def test_a_pipeline_is_a_value():
+    parsed = parse_recipe(MIXED)
+    assert hash(parsed) == hash(parse_recipe(MIXED))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parsed.passes = ()

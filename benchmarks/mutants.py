@@ -1,0 +1,370 @@
+"""Would the tests notice? Faults put into the source of the passes one by one, and the fast tests run on each.
+
+A mutant changes one place: a comparison, an operator, `and` and `or`, a `not`, a number, a truth value, `min` and
+`max`, `all` and `any`, `sorted`; or a call is dropped, or an `if` is never taken. Each runs in a process of its own,
+which gets the changed module in place of the file's; no file is changed. What is captured of models is captured once.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import pickle
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import typer
+
+ROOT = Path(__file__).parents[1]
+PASSES = ROOT / "passes"
+FAST = (
+    "tests/passes/test_goldens.py",
+    "tests/passes/test_decisions.py",
+    "tests/passes/test_pipeline.py",
+    "tests/passes/test_random_graphs.py",
+    "tests/passes/test_planning.py",
+    "tests/interp/test_captured.py",
+    "tests/interp/test_random_graphs.py",
+)
+ALSO = {
+    "absent": ("passes/test_absent.py",),
+    "arena": ("passes/test_arena.py",),
+    "bucket": ("passes/test_bucket.py",),
+    "fit": ("passes/test_fit.py",),
+    "forward": ("passes/test_fit.py",),
+    "instruments": ("passes/test_instruments.py",),
+    "no_sync": ("interp/test_no_sync.py",),
+    "blocks": ("passes/test_blocks.py",),
+    "order": ("passes/test_order.py",),
+    "patterns": ("kernels/test_patterns.py",),
+    "readme": ("passes/test_readme.py",),
+    "rows": ("kernels/test_patterns.py",),
+    "subgraphs": ("passes/test_subgraphs.py",),
+    "timetable": ("passes/test_timetable.py",),
+}
+"""Tests of one module's own, which run first."""
+
+MODELS = ("tied", "convnet", "bf16", "mixed stages", "llama", "dynamic")
+
+COMPARED: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+COMPUTED: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult, ast.Div: ast.Mult,
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+}  # fmt: skip
+CALLED = {"min": "max", "max": "min", "all": "any", "any": "all", "sorted": "list"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change, and what became of it: `outcome` is killed, survived or timeout, `test` the first that failed."""
+
+    path: str
+    line: int
+    before: str
+    after: str
+    outcome: str = ""
+    test: str = ""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.outcome:8} {self.path}:{self.line}  {self.before}  ->  {self.after}  {self.test}"
+
+
+# --- the changes -------------------------------------------------------------------------------------------------
+
+
+def mutated(node: ast.AST) -> Iterator[ast.AST]:
+    """What may stand in the place of a node."""
+    new: Any = copy.deepcopy(node)
+    match new:
+        case ast.Compare(ops=[op, *_]) if type(op) in COMPARED:
+            new.ops[0] = COMPARED[type(op)]()
+            yield new
+        case ast.BinOp(op=op) if type(op) in COMPUTED:
+            new.op = COMPUTED[type(op)]()
+            yield new
+        case ast.BoolOp(op=op):
+            new.op = ast.And() if isinstance(op, ast.Or) else ast.Or()
+            yield new
+        case ast.UnaryOp(op=ast.Not()):
+            yield new.operand
+        case ast.Constant(value=bool()):
+            new.value = not new.value
+            yield new
+        case ast.Constant(value=int()):
+            new.value += 1
+            yield new
+        case ast.Call(func=ast.Name(id=name)) if name in CALLED:
+            if name == "sorted" and new.keywords:
+                new.keywords = []  # the order that they had
+            new.func.id = CALLED[name]
+            yield new
+        case ast.If():
+            new.test = ast.Constant(value=False)
+            yield new
+        case ast.Expr(value=ast.Call()):
+            yield ast.Pass()
+
+
+class _Replace(ast.NodeTransformer):
+    def __init__(self, number: int, new: ast.AST) -> None:
+        self.number, self.new, self.count = number, new, -1
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        self.count += 1
+        if self.count == self.number:
+            self.count += sum(1 for _ in ast.walk(node)) - 1
+            return ast.copy_location(self.new, node)
+        return super().generic_visit(node)
+
+
+def in_order(node: ast.AST) -> Iterator[tuple[ast.AST, bool]]:
+    """All nodes as a transformer visits them, and whether the node is a part of an annotation, which nothing runs."""
+    yield node, False
+    for name, field in ast.iter_fields(node):
+        for child in field if isinstance(field, list) else [field]:
+            if isinstance(child, ast.AST):
+                for inner, is_note in in_order(child):
+                    yield inner, is_note or name in ("annotation", "returns")
+
+
+def sites(path: Path) -> list[tuple[Mutant, int, ast.AST]]:
+    """Every change of a file: what it is, the number of the node that is replaced, and by what."""
+    found = []
+    for number, (node, is_note) in enumerate(in_order(ast.parse(path.read_text()))):
+        if is_note:
+            continue
+        for new in mutated(node):
+            shown = (node, new)
+            if isinstance(node, ast.If) and isinstance(new, ast.If):
+                texts = [f"if {ast.unparse(node.test)}:", "if False:"]
+            else:
+                texts = [ast.unparse(n) for n in shown]
+            line = getattr(node, "lineno", 0)
+            found.append((Mutant(str(path.relative_to(ROOT)), line, *texts), number, new))
+    return found
+
+
+def chosen(count: int, seed: int, only: Sequence[str], at: Sequence[str]) -> list[tuple[Mutant, int, ast.AST]]:
+    """Random changes, of each file as many as it has places to change; or all at some lines."""
+    files = sorted(p for p in PASSES.rglob("*.py") if not only or p.stem in only)
+    every = [site for path in files for site in sites(path)]
+    if at:
+        return [site for site in every if f"{Path(site[0].path).stem}:{site[0].line}" in at]
+    return random.Random(seed).sample(every, min(count, len(every)))
+
+
+# --- a process with a mutant --------------------------------------------------------------------------------------
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads a file with one node replaced."""
+
+    def __init__(self, name: str, path: str, number: int, new: ast.AST) -> None:
+        super().__init__(name, path)
+        self.number, self.new = number, new
+
+    def get_code(self, fullname: str) -> CodeType:
+        tree = _Replace(self.number, self.new).visit(ast.parse(Path(self.path).read_text()))
+        return compile(ast.fix_missing_locations(tree), self.path, "exec")
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the mutant where its module is asked for."""
+
+    def __init__(self, mutant: Mutant, number: int, new: ast.AST) -> None:
+        self.name = "zgraph." + mutant.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        self.number, self.new = number, new
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        assert spec is not None
+        assert spec.origin is not None
+        loader = _Loader(fullname, spec.origin, self.number, self.new)
+        return importlib.util.spec_from_file_location(
+            fullname, spec.origin, loader=loader, submodule_search_locations=spec.submodule_search_locations
+        )
+
+
+class _Plugin:
+    """Caps the examples of hypothesis, and keeps the first failure."""
+
+    def __init__(self, num_examples: int) -> None:
+        self.num_examples, self.failed = num_examples, ""
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        from hypothesis import Phase, settings
+
+        for item in items:
+            function = item.function
+            if given := getattr(function, "_hypothesis_internal_use_settings", None):
+                function._hypothesis_internal_use_settings = settings(
+                    given, max_examples=min(given.max_examples, self.num_examples), derandomize=True, database=None,
+                    deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=(),
+                )  # fmt: skip
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed and not self.failed:
+            self.failed = f"{report.nodeid} (collection)"
+
+
+def run_tests(tests: Sequence[str], num_examples: int, captures: Path) -> str:
+    """In this process: the first test that fails, or nothing."""
+    import pytest
+
+    plugin = _Plugin(num_examples)
+    try:
+        from tests.interp import models
+
+        models._CAPTURES.update(pickle.loads(captures.read_bytes()))
+        models.captured = models._CAPTURES.__getitem__  # type: ignore[assignment]
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *tests], plugins=[plugin])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return plugin.failed or ("" if code == 0 else f"pytest ended with {int(code)}")
+
+
+def in_child(work: Any, timeout: float) -> tuple[str, bool]:
+    """What `work` returns in a process of its own, and whether it had to be ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer"
+        pid = os.fork()
+        if not pid:
+            os.setpgrp()
+            silent = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):
+                os.dup2(silent, stream)
+            try:
+                answer.write_text(work())
+            finally:
+                os._exit(0)
+        end = time.monotonic() + timeout
+        while os.waitpid(pid, os.WNOHANG)[0] == 0:
+            if time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return "", True
+            time.sleep(0.05)
+        return (answer.read_text() if answer.exists() else "the process died"), False
+
+
+def capture(into: Path) -> str:
+    from tests.interp.models import captured
+
+    into.write_bytes(pickle.dumps({name: captured(name) for name in MODELS}))
+    return "done"
+
+
+def tests_of(mutant: Mutant, without: Sequence[str]) -> list[str]:
+    own = [f"tests/{name}" for name in ALSO.get(Path(mutant.path).stem, ())]
+    return [test for test in dict.fromkeys((*own, *FAST)) if not any(name in test for name in without)]
+
+
+def tried(
+    mutant: Mutant, number: int, new: ast.AST, tests: Sequence[str], num_examples: int, captures: Path, timeout: float
+) -> Mutant:
+    def work() -> str:
+        sys.meta_path.insert(0, _Finder(mutant, number, new))
+        return run_tests(tests, num_examples, captures)
+
+    began = time.monotonic()
+    failed, is_late = in_child(work, timeout)
+    outcome = "timeout" if is_late else "killed" if failed else "survived"
+    return replace(mutant, outcome=outcome, test=failed, seconds=round(time.monotonic() - began, 1))
+
+
+def main(
+    count: int = 100,
+    seed: int = 0,
+    only: list[str] = typer.Option([], help="modules, as schedule"),  # noqa: B008
+    at: list[str] = typer.Option([], help="all changes of a line, as schedule:311"),  # noqa: B008
+    without: list[str] = typer.Option([], help="tests to leave out, as test_goldens"),  # noqa: B008
+    examples: int = typer.Option(10, help="of each test of hypothesis, at most"),
+    timeout: float = typer.Option(240.0, help="seconds for one mutant's tests"),
+    minutes: float = typer.Option(0.0, help="begin no mutant after so long; 0 tries all"),
+    json_path: Path | None = typer.Option(None, "--json", help="write the results here"),  # noqa: B008
+) -> None:
+    """Put faults into the passes and count those that the fast tests find."""
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.chdir(ROOT)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import hypothesis  # noqa: F401  once for all processes
+    import pytest  # noqa: F401
+    import torch
+    import torch._dynamo
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    import triton  # noqa: F401
+
+    import small  # noqa: F401
+
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        captures = Path(folder) / "captures"
+        if in_child(lambda: capture(captures), 600)[0] != "done":
+            raise typer.Exit("the models could not be captured")
+        sound = in_child(lambda: run_tests(tests_of(Mutant("", 0, "", ""), without), examples, captures), 1200)
+        if sound != ("", False):
+            typer.echo(f"the tests fail without a mutant: {sound}")
+            raise typer.Exit(1)
+        typer.echo(f"without a mutant: {time.monotonic() - began:.0f} s")
+        found: list[Mutant] = []
+        for mutant, number, new in chosen(count, seed, only, at):
+            if minutes and time.monotonic() - began > 60 * minutes:
+                break
+            found.append(tried(mutant, number, new, tests_of(mutant, without), examples, captures, timeout))
+            typer.echo(str(found[-1]))
+            if json_path:
+                json_path.write_text(_report(found, count, seed, examples, only, at, without))
+    survived = [m for m in found if m.outcome == "survived"]
+    typer.echo(f"{len(found) - len(survived)} of {len(found)} killed")
+    for mutant in survived:
+        typer.echo(str(mutant))
+
+
+def _report(
+    found: Sequence[Mutant],
+    count: int,
+    seed: int,
+    examples: int,
+    only: Sequence[str],
+    at: Sequence[str],
+    without: Sequence[str],
+) -> str:
+    options = [f"--count {count} --seed {seed} --examples {examples}"]
+    options += (
+        [f"--only {name}" for name in only]
+        + [f"--at {line}" for line in at]
+        + [f"--without {name}" for name in without]
+    )
+    counts = {o: sum(m.outcome == o for m in found) for o in ("killed", "timeout", "survived")}
+    report = {"command": f"python -m benchmarks.mutants {' '.join(options)}", "tried": len(found), **counts}
+    return json.dumps({**report, "mutants": [asdict(m) for m in found]}, indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)

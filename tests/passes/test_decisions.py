@@ -1,0 +1,546 @@
+"""What passes decide, measured by what follows from it: bytes, nodes and numbers, not the text of a whole graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tests.interp.models import captured
+from tests.interp.ranks import Reference
+from tests.ir.strategies import graphs
+from zgraph.codegen import reference
+from zgraph.codegen.spec import KernelSpec
+from zgraph.cost import CostTable, hardware
+from zgraph.cost.hardware import Link
+from zgraph.errors import BudgetError
+from zgraph.ir import OPS, Axis, Graph, Node, Phase, TensorType, parse_graph, verify
+from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
+from zgraph.passes.all_gather import AllGather
+from zgraph.passes.analysis.forward import Forward
+from zgraph.passes.analysis.memory import Memory
+from zgraph.passes.bucket import Bucket
+from zgraph.passes.fit import _Fitter
+from zgraph.passes.fused_loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
+from zgraph.passes.fused_rows import ROWS
+from zgraph.passes.keep import Keep
+from zgraph.passes.offload import Offload, Saved
+from zgraph.passes.outlook import lowered, makespan_us, peak_bytes
+from zgraph.passes.partition import Partition
+from zgraph.passes.planning import memory_of
+from zgraph.passes.recompute import Recompute
+from zgraph.passes.reduce_scatter import ReduceScatter
+from zgraph.passes.release import Release
+from zgraph.passes.schedule import Schedule, Step
+
+TWO = Context((Axis("shard", 2),))
+
+TWO_LAYERS = """graph "g" mesh(shard=2)
+op aten.mul.Tensor
+param %a: f32[64]<S0> "a" stage=3
+param %b: f32[64]<S0> "b" stage=3
+input %x: f32[64]<V>
+tangent %t: f32[64]<V>
+fwd %af: f32[64]<R> = reshard(%a)
+fwd %y: f32[64]<V> = aten.mul.Tensor(%x, %af)
+fwd %bf: f32[64]<R> = reshard(%b)
+fwd %z: f32[64]<V> = aten.mul.Tensor(%y, %bf)
+bwd %b_again: f32[64]<R> = reshard(%b)
+bwd %ty: f32[64]<V> = aten.mul.Tensor(%t, %b_again)
+bwd %gb: f32[64]<V> = aten.mul.Tensor(%t, %y)
+bwd %gb_mean: f32[64]<S0> = reshard(%gb)
+bwd %a_again: f32[64]<R> = reshard(%a)
+bwd %tx: f32[64]<V> = aten.mul.Tensor(%ty, %a_again)
+bwd %ga: f32[64]<V> = aten.mul.Tensor(%ty, %x)
+bwd %ga_mean: f32[64]<S0> = reshard(%ga)
+return fwd output %z
+return bwd grad "a" %ga_mean
+return bwd grad "b" %gb_mean
+return bwd grad "x" %tx
+"""
+
+BUCKETS = """graph "g" mesh(shard=2)
+op aten.mul.Tensor
+param %a: f32[4]<S0> "a" stage=2
+param %b: f32[4]<S0> "b" stage=2
+input %x: f32[4]<V>
+tangent %t: f32[4]<V>
+fwd %af: f32[4]<R>, %bf: f32[4]<R> = reshard(%a, %b)
+fwd %y: f32[4]<V> = aten.mul.Tensor(%x, %af)
+fwd %z: f32[4]<V> = aten.mul.Tensor(%y, %bf)
+bwd %gb: f32[4]<V> = aten.mul.Tensor(%t, %y)
+bwd %ga: f32[4]<V> = aten.mul.Tensor(%t, %x)
+bwd %a_mean: f32[4]<S0>, %b_mean: f32[4]<S0> = reshard(%ga, %gb)
+return fwd output %z
+return bwd grad "a" %a_mean
+return bwd grad "b" %b_mean
+"""
+
+
+def of_op(graph: Graph, op: str) -> list[Node]:
+    return [n for n in graph.nodes if n.op == op]
+
+
+# --- grouped calls -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [AllGather, ReduceScatter])
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("able", [False, True])
+def test_a_bucket_is_one_grouped_call_where_the_option_or_the_runtime_says_so(kind, asked, able):
+    after = kind(grouped=asked).run(parse_graph(BUCKETS), replace(TWO, groups_calls=able))
+    verify(after)
+    (start,) = of_op(after, "all_gather_start" if kind is AllGather else "reduce_scatter_start")
+    if asked or able:
+        assert (len(start.operands), len(of_op(after, "wait")), of_op(after, "pack")) == (2, 2, [])
+    else:
+        assert (len(start.operands), len(of_op(after, "wait")), len(of_op(after, "pack"))) == (1, 1, 1)
+
+
+# --- memory budgets ------------------------------------------------------------------------------------------------
+
+
+def compiled(name: str, stage: int, context: Context) -> Graph:
+    return parse_recipe(RECIPES[stage]).run(captured(name), context)
+
+
+def smallest(name: str, stage: int, context: Context) -> int:
+    """The smallest budget, as the refusal of one that is far too small says."""
+    with pytest.raises(BudgetError) as refused:
+        compiled(name, stage, replace(context, memory_budget=context.rest_bytes))
+    return int(str(refused.value).split(" is the smallest that can")[0].split()[-1].replace(",", ""))
+
+
+@pytest.mark.parametrize("stage", RECIPES)
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_the_smallest_budget_that_a_refusal_names_is_enough(name, stage):
+    context = replace(TWO, rest_bytes=10_000)
+    least = smallest(name, stage, context)
+    after = compiled(name, stage, replace(context, memory_budget=least))
+    assert memory_of(after, {}).peak.total_bytes <= least - context.rest_bytes
+
+
+@pytest.mark.parametrize("stage", RECIPES)
+def test_a_byte_less_than_the_smallest_budget_is_refused(stage):
+    """Where there is little to choose: else what takes least is searched for, and may be found for less only."""
+    context = replace(TWO, rest_bytes=10_000)
+    least = smallest("tied", stage, context)
+    with pytest.raises(BudgetError, match=f"{least:,} is the smallest that can"):
+        compiled("tied", stage, replace(context, memory_budget=least - 1))
+
+
+def test_the_optimizers_step_may_be_what_does_not_fit():
+    context = replace(TWO, rest_bytes=10_000, update_bytes=1_000_000)
+    assert smallest("tied", 3, context) == 1_010_000
+    compiled("tied", 3, replace(context, memory_budget=1_010_000))
+    with pytest.raises(BudgetError, match=r"1,000,000 at its peak \(the optimizer's step\)"):
+        compiled("tied", 3, replace(context, memory_budget=1_009_999))
+
+
+def test_a_step_without_collectives_is_held_to_its_budget_too():
+    text = "\n".join(line for line in TWO_LAYERS.splitlines() if "reshard" not in line and "param" not in line)
+    alone = parse_graph(
+        text.replace(" mesh(shard=2)", "").replace("<V>", "").replace("%af", "%x").replace("%bf", "%x")
+        .replace("%b_again", "%x").replace("%a_again", "%x").replace('return bwd grad "a" %ga_mean\n', "")
+        .replace('return bwd grad "b" %gb_mean\n', "")
+    )  # fmt: skip
+    least = memory_of(alone, {}).peak.total_bytes
+    assert Schedule().run(alone, Context(memory_budget=least)) == alone
+    with pytest.raises(BudgetError):
+        Schedule().run(alone, Context(memory_budget=least - 1))
+
+
+def gathers_again(graph: Graph) -> int:
+    return sum(n.name.endswith("_again") for n in of_op(graph, "reshard"))
+
+
+def least_budget(num_ahead: int, num_again: int) -> int:
+    """The smallest budget in which no more than so many parameters are gathered again."""
+    graph = parse_graph(TWO_LAYERS)
+    least = peak_bytes(graph, TWO)
+    budgets = (replace(TWO, memory_budget=n) for n in range(least, least + 5000, 4))
+    return next(c.memory_budget for c in budgets if gathers_again(Keep(num_ahead).run(graph, c)) <= num_again)
+
+
+@pytest.mark.parametrize("num_again", [0, 1])
+@pytest.mark.parametrize("num_ahead", [1, 2])
+def test_what_is_kept_leaves_room_for_what_runs_ahead(num_ahead, num_again):
+    """A budget must be larger by exactly what may run ahead."""
+    ahead_bytes = lowered(parse_graph(TWO_LAYERS), TWO).ahead_bytes(num_ahead)
+    assert ahead_bytes >= 256 * num_ahead
+    assert least_budget(num_ahead, num_again) == least_budget(0, num_again) + ahead_bytes
+
+
+@pytest.mark.parametrize("num_again", [0, 1])
+def test_what_is_kept_fits_the_budget(num_again):
+    graph, budget = parse_graph(TWO_LAYERS), least_budget(0, num_again)
+    kept = Keep(0).run(graph, replace(TWO, memory_budget=budget))
+    assert peak_bytes(kept, TWO) <= budget
+
+
+def test_without_a_budget_nothing_is_kept():
+    assert gathers_again(Keep().run(parse_graph(TWO_LAYERS), TWO)) == 2
+
+
+# --- schedule ------------------------------------------------------------------------------------------------------
+
+
+def scheduled() -> tuple[Graph, Graph]:
+    """A step before and after it is scheduled."""
+    graph = parse_graph(TWO_LAYERS)
+    for kind in (AllGather, ReduceScatter, Release):
+        graph = kind().run(graph, TWO)
+    return graph, Schedule().run(graph, TWO)
+
+
+def under_way(graph: Graph) -> dict[str, int]:
+    """For each collective how many ops of the model run between its start and its wait."""
+    at = {n.name: p for p, n in enumerate(graph.nodes) if n.results}
+    computes = [n.op not in OPS for n in graph.nodes]
+    waits = of_op(graph, "wait")
+    return {w.name: sum(computes[at[w.operands[0].name] : at[w.name]]) for w in waits}
+
+
+def test_collectives_run_while_something_is_computed():
+    before, after = scheduled()
+    assert set(under_way(before).values()) == {0}
+    hidden = under_way(after)
+    assert hidden["bf"] >= 1, "the next gather of the forward"
+    assert hidden["a_again"] >= 1, "the next gather of the backward"
+    assert hidden["gb_mean"] >= 1, "a reduction"
+
+
+UNEVEN = """graph "g" mesh(shard=2)
+op aten.mul.Tensor
+op aten.t.default views(0)
+param %w: f32[5, 3]<S0> "w" stage=2
+input %x: f32[5, 3]<V>
+tangent %t: f32[5, 3]<V>
+fwd %y: f32[5, 3]<V> = aten.mul.Tensor(%x, %x)
+bwd %g: f32[{shape}]<V> = aten.mul.Tensor(%t, %x)
+bwd %s: future f32[{shape}]<S0> = reduce_scatter_start(%g)
+bwd %m: f32[{shape}]<S0> = wait(%s)
+bwd %gx: f32[5, 3]<V> = aten.mul.Tensor(%t, %y)
+return fwd output %y
+return bwd grad "w" %m
+return bwd grad "x" %gx
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "whole_bytes", "copied_bytes"),
+    [(4, 4 * 3 * 4, 0), (5, 6 * 3 * 4, 6 * 3 * 4)],
+    ids=["even", "padded"],
+)
+def test_a_reduction_holds_the_gradient_a_padded_copy_and_where_it_lands(rows, whole_bytes, copied_bytes):
+    text = UNEVEN.replace("{shape}", "5, 3").replace("5, 3", f"{rows}, 3")
+    step = Step(parse_graph(text), TWO)
+    (transfer,) = step.transfers
+    (start,) = of_op(step.graph, "reduce_scatter_start")
+    scratch = OPS[start.op].scratch_bytes(start, step.graph.mesh)
+    assert transfer.num_bytes == scratch + whole_bytes + copied_bytes
+
+
+# --- buckets -------------------------------------------------------------------------------------------------------
+
+
+def test_a_bucket_that_exists_is_left_as_it_is():
+    """Also one of two, with room in it and a third value to put there."""
+    third = BUCKETS.replace("input %x", 'param %c: f32[4]<S0> "c" stage=2\ninput %x').replace(
+        "fwd %z: f32[4]<V> = aten.mul.Tensor(%y, %bf)",
+        "fwd %cf: f32[4]<R> = reshard(%c)\nfwd %u: f32[4]<V> = aten.mul.Tensor(%y, %cf)\n"
+        "fwd %z: f32[4]<V> = aten.mul.Tensor(%u, %bf)",
+    )
+    graph = parse_graph(third)
+    verify(graph)
+    assert Bucket(max_bytes=1000, pack_below_bytes=1000).run(graph, TWO) == graph
+
+
+def test_two_values_are_a_bucket():
+    after = Bucket(max_bytes=512, pack_below_bytes=512).run(parse_graph(TWO_LAYERS), TWO)
+    assert sorted(len(n.results) for n in of_op(after, "reshard")) == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("max_bytes", "sizes"), [(511, [1] * 6), (512, [2] * 3)])
+def test_a_bucket_is_full_at_its_size(max_bytes, sizes):
+    after = Bucket(max_bytes=max_bytes, pack_below_bytes=512).run(parse_graph(TWO_LAYERS), TWO)
+    assert [len(n.results) for n in of_op(after, "reshard")] == sizes
+
+
+@pytest.mark.parametrize(("below_bytes", "num_reshards"), [(256, 6), (257, 3)])
+def test_values_of_the_size_asked_for_are_left_alone(below_bytes, num_reshards):
+    after = Bucket(max_bytes=1000, pack_below_bytes=below_bytes).run(parse_graph(TWO_LAYERS), TWO)
+    assert len(of_op(after, "reshard")) == num_reshards
+
+
+def test_where_no_bucketing_fits_it_is_the_one_that_takes_least():
+    graph = parse_graph(TWO_LAYERS)
+    after = Bucket().run(graph, replace(TWO, memory_budget=1))
+    verify(after)
+    merged = Bucket(max_bytes=1 << 20, pack_below_bytes=1 << 20).run(graph, TWO)
+    assert peak_bytes(graph, TWO) < peak_bytes(merged, TWO)
+    assert peak_bytes(after, TWO) == peak_bytes(graph, TWO)
+
+
+def test_a_bucket_is_made_where_the_budget_just_holds_it_and_no_lower():
+    graph = parse_graph(TWO_LAYERS)
+    needed = peak_bytes(Bucket().run(graph, TWO), TWO)
+    assert len(of_op(Bucket().run(graph, replace(TWO, memory_budget=needed)), "reshard")) == 3
+    assert Bucket().run(graph, replace(TWO, memory_budget=needed - 1)) == graph
+
+
+# --- partition -----------------------------------------------------------------------------------------------------
+
+NUMBERS = """graph "g"
+op aten.mul.Tensor
+param %w: f32[4] "w"
+input %s: int(s0)
+input %x: f32[4]
+tangent %t: f32[4]
+fwd %y: f32[4] = aten.mul.Tensor(%x, %w)
+fwd %z: f32[4] = aten.mul.Tensor(%y, %s)
+bwd %g: f32[4] = aten.mul.Tensor(%t, %s)
+return fwd output %z
+return bwd grad "w" %g
+return bwd output none
+return bwd output none
+"""
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("stage", RECIPES)
+def test_inputs_that_are_numbers_stay_what_they_are(stage, num_ranks):
+    context = Context((Axis("shard", num_ranks),))
+    for graph in (parse_graph(NUMBERS), captured("dynamic")):
+        after = Partition(stage).run(graph, context)
+        verify(after)
+        numbers = [i for i in graph.inputs if not isinstance(i.value.type, TensorType)]
+        assert numbers
+        assert [i for i in after.inputs if not isinstance(i.value.type, TensorType)] == numbers
+        tensors = [i.value.tensor for i in after.inputs if isinstance(i.value.type, TensorType)]
+        assert all(bool(t.placement) == (num_ranks > 1) for t in tensors)
+
+
+# --- recompute -----------------------------------------------------------------------------------------------------
+
+CHAIN = """graph "g"
+op aten.exp.default
+op aten.mm.default
+op aten.mul.Tensor
+param %w: f32[8, 8] "w" stage=0
+input %x: f32[8, 8]
+tangent %t: f32[8, 8]
+fwd %y: f32[8, 8] = aten.mm.default(%x, %w)
+fwd %a: f32[8, 8] = aten.exp.default(%y)
+fwd %b: f32[8, 8] = aten.exp.default(%a)
+fwd %z: f32[8, 8] = aten.mul.Tensor(%b, %y)
+bwd %p: f32[8, 8] = aten.mul.Tensor(%t, %b)
+bwd %q: f32[8, 8] = aten.mul.Tensor(%p, %a)
+bwd %r: f32[8, 8] = aten.mul.Tensor(%q, %y)
+return fwd output %z
+return bwd grad "x" %r
+"""
+
+
+def again(graph: Graph) -> list[str]:
+    return sorted(n.name for n in graph.phase_nodes(Phase.backward) if n.name.endswith("_again"))
+
+
+@pytest.mark.parametrize(
+    ("keep_bytes", "num_again"),
+    [(3 * 256, 0), (3 * 256 - 1, 1), (2 * 256, 1), (2 * 256 - 1, 2), (256, 2)],
+)
+def test_what_does_not_fit_is_computed_again_and_no_more(keep_bytes, num_again):
+    """Three values of 256 bytes wait for the backward, of which the first, a matmul's, is kept the longest."""
+    after = Recompute(keep_bytes).run(parse_graph(CHAIN), Context())
+    verify(after)
+    assert len(again(after)) == num_again
+    assert "y_again" not in again(after)
+    made = {r.name for n in after.phase_nodes(Phase.forward) for r in n.results}
+    saved = [v for v in make_plan(after).saved if v.name in made]
+    assert 256 * len(saved) <= keep_bytes
+
+
+def test_only_what_is_marked_is_computed_again_where_nothing_is_said():
+    graph = parse_graph(CHAIN)
+    assert Recompute().run(graph, Context()) is graph
+
+
+def test_a_graph_without_a_backward_computes_nothing_again():
+    lines = [line for line in CHAIN.splitlines() if "bwd" not in line and "tangent" not in line]
+    graph = parse_graph("\n".join(lines) + "\n")
+    assert Recompute(1).run(graph, Context()) is graph
+    assert Recompute().run(graph, Context()) is graph
+    marked = graph.with_nodes([replace(n, checkpoint=1) for n in graph.nodes])
+    assert Recompute().run(marked, Context()) is marked
+
+
+# --- fit -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+@pytest.mark.parametrize("bytes_per_s", [1e5, 1e7, 1e12])
+def test_no_step_that_moves_is_faster_than_what_ends_the_search(name, bytes_per_s):
+    """`fit` tries no larger amount where a bound says that it is slower: it must be a bound."""
+    graph = parse_recipe("canonicalize,partition(stage=3)").run(captured(name), TWO)
+    link = Link(bytes_per_s=bytes_per_s, latency_us=1.0)
+    machine = hardware("cpu").model_copy(update={"host_link": link})
+    context = replace(TWO, costs=CostTable(hardware=machine, per_host=1), offloads="auto")
+    saved = Saved(graph, context, 1)
+    moved = saved.offloading(saved.first(1 << 40))
+    limit = peak_bytes(moved, context)
+    fitter = _Fitter(Forward(graph, context), limit)
+    assert makespan_us(moved, context) >= fitter.least_us(1 << 40) >= fitter.forward.us
+
+
+@given(
+    fits_at=st.integers(0, 10_000), over_at=st.integers(0, 10_000), target=st.integers(100, 10_000),
+    below=st.integers(0, 100), above=st.integers(1, 10_000), number=st.integers(0, 5),
+)  # fmt: skip
+def test_the_search_goes_on_between_what_fits_and_what_does_not(fits_at, over_at, target, below, above, number):
+    assume(abs(over_at - fits_at) >= 64)
+    fitter = object.__new__(_Fitter)
+    fitter.target = target
+    fits, over = SimpleNamespace(peak_bytes=target - below), SimpleNamespace(peak_bytes=target + above)
+    found = fitter.between(fits, fits_at, over, over_at, number)
+    assert min(fits_at, over_at) < found < max(fits_at, over_at)
+
+
+# --- release -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def bucketed(name: str) -> Graph:
+    recipe = "canonicalize,partition(stage=3),bucket(max_bytes=4000,pack_below_bytes=4000),broadcast,all-gather,"
+    return parse_recipe(recipe + "reduce-scatter,all-reduce,host-copies").run(captured(name), TWO)
+
+
+def check_released(before: Graph, after: Graph) -> int:
+    """What was gathered is released once, behind its last reader, unless it is returned. Returns how much that is."""
+    memory, found = Memory(before), 0
+    released = [v.name for n in of_op(after, "release") for v in n.operands]
+    assert len(released) == len(set(released))
+    at = {v.name: p for p, n in enumerate(after.nodes) if n.op == "release" for v in n.operands}
+    gathered = {n.results[0].name for n in of_op(before, "all_gather_start")}
+    flat = {w.results[0].name for w in of_op(before, "wait") if w.operands[0].name in gathered}
+    parts = {r.name for n in of_op(before, "unpack") if n.operands[0].name in flat for r in n.results}
+    for name in flat | parts:
+        if memory.roots(name) & memory.returned():
+            assert name not in at
+            continue
+        found += 1
+        readers = [
+            p for p, n in enumerate(after.nodes)
+            if n.op != "release" and any(memory.roots(v.name) & memory.roots(name) for v in n.operands)
+        ]  # fmt: skip
+        assert at[name] > max(readers, default=-1), f"{name} is still read"
+        assert all(n.op == "release" for n in after.nodes[max(readers) + 1 : at[name]]), f"{name} is kept for nothing"
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "convnet"])
+def test_what_was_gathered_and_unpacked_is_released(name):
+    before = bucketed(name)
+    assert of_op(before, "unpack")
+    after = Release().run(before, TWO)
+    assert check_released(before, after) > sum(len(n.operands) for n in of_op(before, "unpack"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(graph=graphs())
+def test_random_graphs_release_all_that_they_gathered(graph):
+    recipe = "canonicalize,partition(stage=3),bucket(max_bytes=200),broadcast,all-gather,reduce-scatter,all-reduce"
+    before = parse_recipe(recipe + ",host-copies").run(graph, TWO)
+    check_released(before, Release().run(before, TWO))
+
+
+# --- fusion --------------------------------------------------------------------------------------------------------
+
+DROPOUT = """graph "g"
+op aten.mul.Tensor
+op aten.native_dropout.default random multi
+op aten.native_dropout_backward.default
+input %x: f32[64, 16]
+input %r: f32[64, 16]
+tangent %t: f32[64, 16]
+fwd %d: f32[64, 16], %mask: bool[64, 16] = aten.native_dropout.default(%x, {p}, true)
+fwd %y: f32[64, 16] = aten.mul.Tensor(%d, %r)
+bwd %dy: f32[64, 16] = aten.mul.Tensor(%t, %r)
+bwd %dx: f32[64, 16] = aten.native_dropout_backward.default(%dy, %mask, {scale})
+return fwd output %y
+return bwd grad "x" %dx
+return bwd output none
+"""
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.75])
+def test_a_fused_dropout_keeps_the_mean(p):
+    """What is kept is divided by the probability that it is, in the forward and in the backward alike."""
+    text = DROPOUT.replace("{p}", str(p)).replace("{scale}", str(1 / (1 - p)))
+    fused = parse_recipe("canonicalize,fuse").run(parse_graph(text), Context())
+    kernels = of_op(fused, ROWS)
+    assert [k.phase for k in kernels] == [Phase.forward, Phase.backward]
+    kept = []
+    for kernel in kernels:
+        spec = KernelSpec.parse(str(kernel.args[-1]))
+        ones = torch.ones(64, 16, dtype=torch.float64)
+        inputs = [torch.tensor(7) if o.dtype.value == "i64" else ones for o in spec.inputs]
+        made = reference.run(spec, inputs, 64, torch.float64)[-1]
+        assert made.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
+        assert made.mean().item() == pytest.approx(1.0, abs=0.2)
+        kept.append(made > 0)
+    assert torch.equal(*kept)
+
+
+MERGED = """graph "g"
+op aten.add.Tensor
+op aten.exp.default
+op aten.mul.Tensor
+input %x: f32[64, 16]
+input %u: f32[64, 16]
+fwd %a: f32[64, 16] = aten.exp.default(%x)
+fwd %b: f32[64, 16] = aten.exp.default(%u)
+fwd %c: f32[64, 16] = aten.mul.Tensor(%b, 3.0)
+fwd %y: f32[64, 16] = aten.add.Tensor(%a, %c)
+return fwd output %y
+"""
+
+
+@pytest.mark.parametrize("graph", [parse_graph(MERGED), "llama", "bf16"], ids=["merged", "llama", "bf16"])
+def test_fused_graphs_give_the_numbers_that_they_gave(graph):
+    given = captured(graph) if isinstance(graph, str) else graph
+    fused = parse_recipe("canonicalize,fuse").run(given, Context())
+    verify(fused)
+    assert of_op(fused, ROWS)
+    reference = Reference(given, 1)
+    for wanted, got in zip(reference.run(given), reference.run(fused), strict=True):
+        assert (wanted is None) == (got is None)
+        for a, b in zip(wanted or (), got or (), strict=True):
+            tolerance = 1e-5 if a.dtype is torch.float32 else 5e-2
+            torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+
+
+def test_the_loss_of_a_projection_is_fused_with_it():
+    fused = parse_recipe("canonicalize,fuse").run(captured("llama"), Context())
+    ops = {n.op for n in fused.nodes}
+    assert ops & {LINEAR, PLAIN}
+    assert ops & {LINEAR_BACKWARD, PLAIN_BACKWARD}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Keep, ("num_ahead",)), (Recompute, ("keep_bytes",)), (Offload, ("num_bytes", "min_bytes")),
+        (Schedule, ("num_ahead", "effort", "slack")),
+    ],
+)  # fmt: skip
+def test_options_may_be_0_and_no_less(kind, options):
+    for option in options:
+        kind(**{option: 0})
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            kind(**{option: -1})
