@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import linecache
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from zgraph.codegen.emit import source
 from zgraph.codegen.spec import KernelSpec
 from zgraph.config import cache_folder
 from zgraph.errors import KernelError
+from zgraph.private_files import private_folder, read_private, write_private
 
 BLOCK_NUMEL = 2048
 """Numbers that one program works on at a time, unless a single row has more."""
@@ -36,8 +38,12 @@ MAX_PROGRAMS = 512
 
 
 def folder() -> Path:
-    """Where the sources lie."""
-    return cache_folder() / "kernels"
+    """Where the sources lie: a folder of this user alone.
+
+    Raises:
+        CacheError: it cannot be one.
+    """
+    return private_folder(cache_folder(), "kernels")
 
 
 @cache
@@ -47,19 +53,20 @@ def load(spec: KernelSpec) -> Any:
 
 
 def load_source(kernel: str, text: str) -> Any:
-    """The kernel of this name in a module with this text."""
-    name = f"{kernel}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    """The kernel of this name in a module with this text.
+
+    It is the text at hand that runs, and that Triton compiles. The file is for whoever reads it; one that is cut off,
+    or holds anything else, is written anew.
+    """
+    held = text.encode()
+    name = f"{kernel}_{hashlib.sha256(held).hexdigest()[:16]}"
     path = folder() / f"{name}.py"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(text)
-        draft.replace(path)
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    if read_private(path, len(held)) != held:
+        write_private(path, held)
+    linecache.cache[str(path)] = len(held), None, text.splitlines(keepends=True), str(path)  # None: never read again
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    exec(compile(text, str(path), "exec"), module.__dict__)
     return getattr(module, kernel)
 
 

@@ -154,5 +154,9 @@ class CheckpointError(ZgraphError, RuntimeError):
     What was saved before is still there."""
 
 
+class CacheError(ZgraphError):
+    """A folder of the cache is not this user's own, or cannot be written. The message says what to do."""
+
+
 class KernelError(ZgraphError, ValueError):
     """A kernel's specification does not parse or does not hold together."""

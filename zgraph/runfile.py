@@ -39,6 +39,7 @@ from zgraph.lines import told_apart
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.pipeline import print_pass, uncollected
 from zgraph.passes.planning import make_plan
+from zgraph.private_files import drafted
 
 FORMAT = 1
 
@@ -209,10 +210,8 @@ class RunFile:
         """Write the file: as a whole or not at all."""
         if isinstance(target, Path):
             target.parent.mkdir(parents=True, exist_ok=True)
-            draft = target.with_name(f".{target.name}.draft")
-            with draft.open("wb") as stream:
+            with drafted(target) as stream:
                 self._write(stream)
-            draft.replace(target)
         else:
             self._write(target)
 

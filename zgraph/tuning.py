@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import torch
+from pydantic import ConfigDict, Field, RootModel, ValidationError
 
 from zgraph.aten import TO_TORCH
 from zgraph.config import cache_folder
@@ -25,6 +27,7 @@ from zgraph.ir.symbols import evaluate
 from zgraph.passes import Context
 from zgraph.passes.fused_ways import Way
 from zgraph.passes.fusion import ways
+from zgraph.private_files import private_folder, read_private, write_private
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.regions import Region, Steps
 
@@ -39,6 +42,15 @@ FLUSH_BYTES = 256 << 20
 
 Times = dict[str, dict[Way, float]]
 """Microseconds of each way, by the key of a group."""
+
+MAX_BYTES = 16 << 20
+"""A file of times that is longer is none of ours: a group takes some 500 bytes."""
+
+
+class _Kept(RootModel[dict[str, dict[Way, Annotated[float, Field(ge=0, allow_inf_nan=False)]]]]):
+    """What a file of times holds."""
+
+    model_config = ConfigDict(strict=True)
 
 
 def tuned(graph: Graph, context: Context, device: torch.device, peers: Peers | None) -> CostTable:
@@ -58,9 +70,13 @@ def tuned(graph: Graph, context: Context, device: torch.device, peers: Peers | N
 
 
 def times_path(device: torch.device) -> Path:
-    """Where the times of a device lie."""
+    """Where the times of a device lie: in a folder of this user alone.
+
+    Raises:
+        CacheError: it cannot be one.
+    """
     kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
-    return cache_folder() / "times" / f"{kind}-torch-{torch.__version__}.json"
+    return private_folder(cache_folder(), "times") / f"{kind}-torch-{torch.__version__}.json"
 
 
 def _kept_or_measured(graph: Graph, context: Context, device: torch.device) -> Times:
@@ -71,20 +87,17 @@ def _kept_or_measured(graph: Graph, context: Context, device: torch.device) -> T
     for key, nodes in missing.items():
         kept[key] = measured(nodes, context.hints, device)
     if missing:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(kept, indent=1) + "\n")
-        draft.replace(path)
+        write_private(path, (json.dumps(kept, indent=1) + "\n").encode())
     return {key: kept[key] for key in wanted}
 
 
 def _read(path: Path) -> Times:
     """What was measured before; nothing where the file is missing or is none of ours: it is measured again then."""
+    held = read_private(path, MAX_BYTES)
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return {} if held is None else _Kept.model_validate_json(held).root
+    except ValidationError:
         return {}
-    return found if isinstance(found, dict) and all(isinstance(times, dict) for times in found.values()) else {}
 
 
 def measured(nodes: Mapping[Way, Sequence[Node]], hints: Mapping[str, int], device: torch.device) -> dict[Way, float]:

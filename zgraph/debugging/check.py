@@ -16,6 +16,7 @@ import torch
 
 from zgraph.aten import TO_TORCH
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
+from zgraph.debugging.ranges import bounds, drawn
 from zgraph.errors import BudgetError, CheckError, VerifyError
 from zgraph.interp import Interpreter, Ranks, mean, whole
 from zgraph.ir import OPS, Arg, DType, Graph, Input, InputKind, Node, Output, OutputKind, ScalarType, TensorType, verify
@@ -111,6 +112,7 @@ class Reference:
         self.captured, self.seed, self.sizes, self.dtype = captured, seed, sizes or {}, dtype
         self.num_ranks = captured.num_ranks if captured.mesh else num_ranks
         self.random = torch.Generator().manual_seed(seed)
+        self.bounds = bounds(captured)
         self.values = {i.value.name: self.made(i) for i in self.as_run(captured).inputs}
         self.raw = self.run(captured)
 
@@ -125,7 +127,9 @@ class Reference:
         if not isinstance(kind, TensorType):
             return None
         if entry.kind in (InputKind.input, InputKind.tangent) and (kind.varies or not kind.placement):
-            return [self.tensor(kind) for _ in range(self.num_ranks)]
+            sizes = [self.size(dim) for dim in self.bounds.get(entry.value.name, ())]
+            below = min(sizes, default=0)
+            return [self.indices(kind, below, r) if below else self.tensor(kind) for r in range(self.num_ranks)]
         draw = self.weight if entry.kind is InputKind.param else self.tensor
         return draw(kind, entry.master)
 
@@ -134,6 +138,13 @@ class Reference:
         if isinstance(dim, int):
             return dim
         return evaluate(dim, {str(s): self.sizes.get(str(s), SIZE) for s in dim.free_symbols})
+
+    def indices(self, kind: TensorType, bound: int, rank: int) -> torch.Tensor:
+        """Whole numbers below a bound: over the ranks, as many different ones as there is room for."""
+        made = self.tensor(kind)
+        if made.dtype == torch.bool or made.is_floating_point():
+            return made
+        return made.copy_(drawn(made.numel(), bound, rank, self.random).view(made.shape))
 
     def tensor(self, kind: TensorType, dtype: DType | None = None) -> torch.Tensor:
         """Numbers from 0 to 1, 0 or 1 where they are whole, in memory as the type says."""

@@ -159,7 +159,9 @@ class Checkpoints:
         def opened() -> tuple[Reader, State, OfRank | None, Tensors, OptimizerLoad | None, Tensors]:
             if not (folder / INDEX).is_file():
                 raise CheckpointError(f"{folder} holds no checkpoint: it has neither {INDEX} nor DeepSpeed's files")
-            reader, state = Reader(folder), read_json(folder / STATE, State)
+            reader = Reader(folder)
+            reader.check(ranks.rank, ranks.size)
+            state = read_json(folder / STATE, State)
             is_old_rank = ranks.rank < state.world_size
             own = read_json(folder / _of_rank(ranks.rank), OfRank) if is_old_rank else None
             targets = model_targets(engine.module, reader.index.tensors, strict=parts.strict)

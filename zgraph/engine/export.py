@@ -71,6 +71,7 @@ def export_hf(
         CheckpointError: the checkpoint is damaged, or the folder cannot be written.
     """
     reader, home = Reader(Path(checkpoint_folder)), Path(folder)
+    reader.check()
     state = read_json(Path(checkpoint_folder) / "state.json", State)
     if dtype is None and state.dtype is not None:
         dtype = getattr(torch, state.dtype)

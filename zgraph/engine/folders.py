@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zgraph.errors import CheckpointError
+from zgraph.private_files import drafted
 
 LATEST = "latest"
 
@@ -33,6 +34,8 @@ class Folders:
         self.root.mkdir(parents=True, exist_ok=True)
         for left in self.root.glob(".*.writing-*"):
             shutil.rmtree(left)
+        for draft in self.root.glob(f".{LATEST}.*.draft"):
+            draft.unlink()
         for old in self.root.glob(".*.replaced"):
             home = self.root / old.name[1:].removesuffix(".replaced")
             if home.exists():
@@ -52,8 +55,10 @@ class Folders:
         written.rename(home)
         sync(self.root)
         if is_latest:
-            write_text(self.root / f".{LATEST}.writing", tag)
-            (self.root / f".{LATEST}.writing").replace(self.root / LATEST)
+            with drafted(self.root / LATEST) as stream:
+                stream.write(tag.encode())
+                stream.flush()
+                os.fsync(stream.fileno())
             sync(self.root)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -1,17 +1,20 @@
 """Storage for torch.distributed.checkpoint without pickle: tensors in safetensors files, what lies where in JSON.
 
 Each rank writes the shards it holds into files of its own. `index.json` says of each tensor, by its name, which parts
-of it lie in which files, so that another number of ranks can read what it needs of each.
+of it lie in which files, so that another number of ranks can read what it needs of each, and has a checksum of every
+file, and one of its own.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -28,8 +31,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from zgraph.engine.checksums import check_files, checksum, is_tiled
 from zgraph.engine.folders import read_text, sync, write_text
 from zgraph.errors import CheckpointError
+
+log = logging.getLogger("zgraph")
 
 INDEX = "index.json"
 
@@ -39,6 +45,20 @@ MAX_FILE_BYTES = 1 << 30
 """Of the tensors that are on the host at once, and in one file, unless one alone is larger."""
 
 FileName = Annotated[str, Field(pattern=r"^rank_\d+_\d+\.safetensors$")]
+AnyName = Annotated[str, Field(pattern=r"^[a-z0-9_]+\.(safetensors|json)$")]
+Checksum = Annotated[int, Field(ge=0, lt=1 << 32)]
+
+
+class Written(NamedTuple):
+    """A file that a rank has written, with its size and checksum."""
+
+    file: str
+    num_bytes: int
+    checksum: int
+
+    @classmethod
+    def of(cls, path: Path) -> Written:
+        return cls(path.name, path.stat().st_size, checksum(path))
 
 
 class Chunk(BaseModel):
@@ -65,24 +85,31 @@ class Stored(BaseModel):
         return next((dtype for dtype in _DTYPES.values() if str(dtype) == f"torch.{self.dtype}"), None)
 
     def is_whole(self) -> bool:
-        """Whether the parts lie within the tensor and are as large as it together."""
-        for chunk in self.chunks:
-            if not len(chunk.offsets) == len(chunk.sizes) == len(self.shape):
-                return False
-            if any(o + s > n for o, s, n in zip(chunk.offsets, chunk.sizes, self.shape, strict=True)):
-                return False
-        return sum(math.prod(chunk.sizes) for chunk in self.chunks) == math.prod(self.shape)
+        """Whether the parts cover the tensor, with no gap and nothing twice."""
+        return is_tiled(self.shape, [(chunk.offsets, chunk.sizes) for chunk in self.chunks])
 
 
 class Index(BaseModel):
-    """What is in a checkpoint: its tensors, and the bytes of its files."""
+    """What is in a checkpoint: its tensors, and the bytes of its files.
+
+    Args:
+        version: 1 had no checksums.
+        checksums: of all files but this one.
+        checksum: of this one, as it is without it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["zgraph checkpoint"] = "zgraph checkpoint"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     tensors: dict[str, Stored]
     files: dict[FileName, NonNegativeInt]
+    checksums: dict[AnyName, Checksum] = {}
+    checksum: Checksum | None = None
+
+    def computed(self) -> int:
+        """What its checksum must be."""
+        return zlib.crc32(self.model_dump_json(exclude={"checksum"}).encode())
 
 
 class Writer(StorageWriter):
@@ -116,10 +143,12 @@ class Writer(StorageWriter):
             for number, names in enumerate(in_files({n: t.nbytes for n, t in tensors.items()}, MAX_FILE_BYTES)):
                 file = self.folder / f"rank_{self.rank}_{number}.safetensors"
                 write_tensors(file, {name: tensors[name].cpu().contiguous() for name in names})
-                held = file.name, file.stat().st_size
+                held = Written.of(file)
                 results += [WriteResult(indices[name], tensors[name].nbytes, held) for name in names]
             for name, text in self.beside.items():
                 write_text(self.folder / name, text)
+                held = Written.of(self.folder / name)
+                results.append(WriteResult(MetadataIndex(f"file {name}"), held.num_bytes, held))
             sync(self.folder)
         except OSError as error:
             raise CheckpointError(f"{self.folder.parent} cannot be written to: {error}") from None
@@ -128,9 +157,11 @@ class Writer(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        homes = {result.index: result.storage_data for some in results for result in some}
+        homes: dict[MetadataIndex, Written] = {r.index: r.storage_data for some in results for r in some}
         tensors = {name: _stored(name, found, homes) for name, found in metadata.state_dict_metadata.items()}
-        index = Index(tensors=tensors, files=dict(homes.values()))
+        files = {w.file: w.num_bytes for w in homes.values() if w.file.endswith(".safetensors")}
+        index = Index(tensors=tensors, files=files, checksums={w.file: w.checksum for w in homes.values()})
+        index = index.model_copy(update={"checksum": index.computed()})
         write_text(self.folder / INDEX, index.model_dump_json())
         self.complete()
 
@@ -140,7 +171,7 @@ class Writer(StorageWriter):
 
 
 class Reader(StorageReader):
-    """Reads what a rank needs. Everything but the numbers themselves is checked when it is made.
+    """Reads what a rank needs. Everything but the numbers themselves is checked when it is made; `check` does those.
 
     Args:
         folder: of the checkpoint.
@@ -152,10 +183,26 @@ class Reader(StorageReader):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index = read_json(folder / INDEX, Index)
+        if self.index.version > 1 and self.index.checksum != self.index.computed():
+            raise CheckpointError(f"{folder / INDEX} is damaged: its checksum is another; load another checkpoint")
         for name, tensor in self.index.tensors.items():
             if tensor.torch_dtype is None or not tensor.is_whole():
                 raise CheckpointError(f"{folder / INDEX} is damaged: the parts of {name} do not make a tensor")
         self._check_files()
+
+    def check(self, rank: int = 0, num_ranks: int = 1) -> None:
+        """Check the bytes of a rank's share of the files, before anything is loaded of them.
+
+        Raises:
+            CheckpointError: one is not what was written.
+        """
+        if self.index.version == 1:
+            if rank == 0:
+                log.warning("%s has no checksums: whether its files are damaged cannot be checked", self.folder)
+            return
+        if missing := self.index.files.keys() - self.index.checksums.keys():
+            raise CheckpointError(f"{self.folder / INDEX} is damaged: it has no checksum of {min(missing)}")
+        check_files(self.folder, self.index.checksums, rank, num_ranks)
 
     def _check_files(self) -> None:
         parts: dict[str, list[tuple[str, Stored, Chunk]]] = defaultdict(list)
@@ -301,9 +348,9 @@ def _part(found: Any, item: ReadItem) -> torch.Tensor:
     return found.get_slice(name)[place]  # type: ignore[no-any-return]
 
 
-def _stored(name: str, found: Any, homes: Mapping[MetadataIndex, tuple[str, int]]) -> Stored:
+def _stored(name: str, found: Any, homes: Mapping[MetadataIndex, Written]) -> Stored:
     chunks = tuple(
-        Chunk(offsets=tuple(c.offsets), sizes=tuple(c.sizes), file=homes[MetadataIndex(name, c.offsets)][0])
+        Chunk(offsets=tuple(c.offsets), sizes=tuple(c.sizes), file=homes[MetadataIndex(name, c.offsets)].file)
         for c in found.chunks
         if math.prod(c.sizes) or not math.prod(found.size)
     )

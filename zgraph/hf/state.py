@@ -59,7 +59,9 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     ranks = ranks_of(compiled_model(model).session)
 
     def opened() -> tuple[Reader, OptimizerState, OptimizerLoad]:
-        reader, rest = Reader(folder), read_json(folder / REST, OptimizerState)
+        reader = Reader(folder)
+        reader.check(ranks.rank, ranks.size)
+        rest = read_json(folder / REST, OptimizerState)
         load = OptimizerLoad(optimizer, model, reader.described)
         if missing := sorted(load.parameters.keys() - {name for group in rest.groups for name in group.names}):
             raise CheckpointError(f"{folder} has no state of {', '.join(missing[:5])}: it is of another model")

@@ -1,0 +1,92 @@
+"""Checksums of a checkpoint's files: CRC-32, which finds what disks and copies damage, and no one who means harm."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from zgraph.errors import CheckpointError
+
+CHUNK_BYTES = 4 << 20
+"""Of a file that are on the host at once, in each thread."""
+
+NUM_THREADS = 4
+
+Box = tuple[Sequence[int], Sequence[int]]
+"""Where a part of a tensor begins, and its shape."""
+
+
+def checksum(path: Path) -> int:
+    """The checksum of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found, buffer = 0, memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while num_bytes := file.readinto(buffer):
+            found = zlib.crc32(buffer[:num_bytes], found)
+    return found
+
+
+def check_files(folder: Path, checksums: Mapping[str, int], rank: int = 0, num_ranks: int = 1) -> None:
+    """Check a rank's share of the files; the ranks together check all.
+
+    Raises:
+        CheckpointError: a file is missing or is not what was written; the message names it.
+    """
+
+    def check(name: str) -> None:
+        try:
+            found = checksum(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} cannot be read: {error}") from None
+        if found != checksums[name]:
+            raise CheckpointError(
+                f"{folder / name} is damaged: its checksum is {found:08x}, and {checksums[name]:08x} was written; "
+                "load another checkpoint"
+            )
+
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        for _ in threads.map(check, sorted(checksums)[rank::num_ranks]):
+            pass
+
+
+def is_tiled(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
+    """Whether parts cover a tensor: each number of it once."""
+    numel, covered = _numel(shape), 0
+    for offsets, sizes in boxes:
+        if not len(offsets) == len(sizes) == len(shape):
+            return False
+        if any(o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)):
+            return False
+        covered += _numel(sizes)
+    return covered == numel and not _any_overlap([box for box in boxes if _numel(box[1])])
+
+
+def _any_overlap(boxes: Sequence[Box]) -> bool:
+    """Whether two of these share a number. They are swept along the dimension in which most begin elsewhere."""
+    if len(boxes) < 2:
+        return False
+    dims = range(len(boxes[0][0]))
+    along = max(dims, key=lambda d: len({offsets[d] for offsets, _ in boxes}), default=None)
+    if along is None:
+        return True
+    ordered = sorted(boxes, key=lambda box: box[0][along])
+    for at, (offsets, sizes) in enumerate(ordered):
+        for other in range(at + 1, len(ordered)):
+            begin, extent = ordered[other]
+            if begin[along] >= offsets[along] + sizes[along]:
+                break
+            if all(a < b + n and b < a + m for a, m, b, n in zip(offsets, sizes, begin, extent, strict=True)):
+                return True
+    return False
+
+
+def _numel(sizes: Sequence[int]) -> int:
+    numel = 1
+    for size in sizes:
+        numel *= size
+    return numel
