@@ -144,9 +144,7 @@ class Lane:
 
     # --- collectives ---------------------------------------------------------------------------------------------
 
-    def all_gather(
-        self, *tensors: tuple[Sequence[torch.Tensor], torch.Tensor], moved: Moved | None = None
-    ) -> Transfer:
+    def all_gather(self, *tensors: tuple[Sequence[torch.Tensor], torch.Tensor], moved: Moved | None = None) -> Transfer:
         """Fill the slots of tensors with what each rank has.
 
         Args:

@@ -24,7 +24,6 @@ from zgraph.runtime.drift import Wait
 from zgraph.runtime.heartbeat import BEAT_SECONDS, Place, beat_key, heartbeat
 from zgraph.runtime.journal import Journal, keep
 from zgraph.runtime.lanes import Transfer
-from zgraph.runtime.torch_private import Store
 
 GONE_AFTER_SECONDS = 5.0
 ASK_AFTER_SECONDS = 0.5
