@@ -33,6 +33,26 @@ _MEMORY_FORMATS = {
     for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
 _MODULES = {"py": operator, "math": math, "torch": torch}
+_FUNCTIONS = {
+    "py": frozenset(
+        {
+            "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "index", "invert", "le", "lshift", "lt",
+            "matmul", "mod", "mul", "ne", "neg", "not_", "or_", "pos", "pow", "rshift", "sub", "truediv", "truth",
+            "xor",
+        }
+    ),
+    "math": frozenset({"ceil", "floor", "sqrt", "trunc"}),
+    "torch": frozenset(
+        {
+            "sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sum", "_sym_sqrt", "_sym_ceil",
+            "_sym_floor",
+        }
+    ),
+}  # fmt: skip
+"""The functions on numbers that a graph may call. A file names them, so that the list is closed."""
+
+_NAMESPACES = {"aten", "prims", "prim", "zgraph", "torchvision"}
+"""Libraries of ops that a graph may name: these, and those that a model of this process was captured with."""
 
 _ALIASING = frozenset({"aten._unsafe_view.default", "aten._reshape_alias.default"})
 """Ops whose schema promises a fresh result, but whose result lies in the memory of their first argument."""
@@ -41,31 +61,34 @@ _ALIASING = frozenset({"aten._unsafe_view.default", "aten._reshape_alias.default
 def op_name(target: Any) -> str | None:
     """The IR's name for what an FX node calls; None for what the IR does not know (a higher-order op, say)."""
     if isinstance(target, torch._ops.OpOverload):
+        _NAMESPACES.add(target.namespace)
         return f"{target.namespace}.{target._opname}.{target._overloadname}"
     for prefix, module in _MODULES.items():
         name = getattr(target, "__name__", "")
-        if name and getattr(module, name, None) is target:
+        if name in _FUNCTIONS[prefix] and getattr(module, name, None) is target:
             return f"{prefix}.{name}"
     return None
 
 
 @cache
 def resolve(name: str) -> Callable[..., Any]:
-    """The callable that `op_name` named.
+    """The callable that `op_name` named. Nothing else can be named: a graph may come from a file.
 
     Raises:
-        LookupError: this torch has no such op.
+        LookupError: this torch has no such op, or a graph may not name it.
     """
-    prefix, _, rest = name.partition(".")
+    prefix, *rest = name.split(".")
     if prefix in _MODULES:
-        return getattr(_MODULES[prefix], rest)  # type: ignore[no-any-return]
-    found: Any = getattr(torch.ops, prefix)
-    try:
-        for part in rest.split("."):
-            found = getattr(found, part)
-    except AttributeError:
-        raise LookupError(f"this torch ({torch.__version__}) has no op called {name}") from None
-    return found  # type: ignore[no-any-return]
+        if len(rest) != 1 or rest[0] not in _FUNCTIONS[prefix] or not hasattr(_MODULES[prefix], rest[0]):
+            raise LookupError(f"{name} is no function on numbers that a graph may call")
+        return getattr(_MODULES[prefix], rest[0])  # type: ignore[no-any-return]
+    if prefix not in _NAMESPACES or len(rest) != 2:
+        raise LookupError(f"{name} is no op: a graph names ops of {', '.join(sorted(_NAMESPACES))}, with an overload")
+    packet = getattr(getattr(torch.ops, prefix), rest[0], None)
+    found = getattr(packet, rest[1], None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
+    if not isinstance(found, torch._ops.OpOverload):
+        raise LookupError(f"this torch ({torch.__version__}) has no op called {name}")
+    return found
 
 
 def effects(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], *, multi: bool) -> Foreign:

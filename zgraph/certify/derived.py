@@ -37,7 +37,11 @@ class Derived:
             for position, node in enumerate(graph.nodes):
                 if node.op in OPS:
                     continue
-                target = resolve(node.op)
+                try:
+                    target = resolve(node.op)
+                except LookupError as error:
+                    yield position, str(error)
+                    continue
                 row = effects(target, node.op, node.args, dict(node.kwargs), multi=graph.foreign[node.op].multi)
                 known = declared.setdefault(node.op, row)
                 if row.random and not known.random:

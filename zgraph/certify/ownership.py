@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from zgraph.ir import OPS, Graph, InputKind, Node, Output, OutputKind, Phase, TensorType
+from zgraph.ir import OPS, Graph, Node, Output, OutputKind, Phase, TensorType
 from zgraph.ir.graph import values_in
 from zgraph.ir.ops import views
 from zgraph.ir.verifier import Fault

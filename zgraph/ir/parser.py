@@ -166,7 +166,7 @@ class _Line:
 
     def dim(self, text: str, start: int) -> Dim:
         try:
-            return int(text) if text.isdigit() and len(text) < 19 else parse_dim(text)
+            return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else parse_dim(text)
         except ZirError as error:
             raise self.error(str(error).splitlines()[0], start) from None
 
@@ -204,7 +204,7 @@ class _Line:
         word = self.word("a placement")
         if word in _PLACEMENTS:
             return _PLACEMENTS[word]
-        if word[0] == "S" and word[1:].isdigit() and len(word) < 4:
+        if word[0] == "S" and word[1:].isascii() and word[1:].isdigit() and len(word) < 4:
             return Shard(int(word[1:]))
         raise self.error(f"{word} is not a placement: R, V, P, or S and a dim", start)
 
