@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ class Derived:
     def faults(self, graph: Graph) -> Iterator[Fault]:
         """The nodes whose results are not what torch makes of these operands, and ops with other effects."""
         declared: dict[str, Foreign] = {}
-        with FakeTensorMode() as mode:
+        with _silent(), FakeTensorMode() as mode:
             for position, node in enumerate(graph.nodes):
                 if node.op in OPS:
                     continue
@@ -126,3 +128,14 @@ def _shape_of(arg: Any) -> Hashable:
     if isinstance(arg, tuple):
         return tuple(_shape_of(a) for a in arg)
     return type(arg).__name__, str(arg)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep torch from logging a traceback for operands that do not fit: the fault says it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -169,12 +169,7 @@ def at_rest(graph: Graph) -> Iterator[Fault]:
     """Parameters lie as their stage says: whole at stage 0, sharded at the others."""
     for entry in graph.params:
         kind = entry.value.type
-        if (
-            not graph.mesh
-            or entry.stage is None
-            or not isinstance(kind, TensorType)
-            or entry.kind is not InputKind.param
-        ):
+        if not graph.mesh or entry.stage is None or not isinstance(kind, TensorType):
             continue
         if kind.is_sharded != (entry.stage > 0):
             yield None, f"%{entry.value.name} is of stage {entry.stage}, but {kind} at rest"

@@ -1,7 +1,7 @@
 """The meaning of a graph as terms over the captured ops, hash-consed: equal terms are equal numbers, for all inputs.
 
-A term is a number in a table of keys; a key holds an op, its constants, and the terms of its operands. What zgraph's own
-ops do to a value is said by axioms:
+A term is a number in a table of keys; a key holds an op, its constants, and the terms of its operands. Axioms say what
+zgraph's own ops do to a value:
 
     wait(start x) = x                      gather(shards of x) = x             unpack_i(pack(x_0, ...)) = x_i
     reload(offload x) = x                  copy(x) = x                         cast(x, its own dtype) = x
