@@ -170,5 +170,5 @@ def test_faults_of_gradients_that_accumulate(change):
 
 
 def test_the_message_names_rule_and_node():
-    with pytest.raises(VerifyError, match=r"the graph after mine: \[equality\] %\S+ so that the gradient of"):
+    with pytest.raises(VerifyError, match=r"the graph after mine: \[equality\] %\S+ makes that the output"):
         certified(3, change=other_parameter)

@@ -104,7 +104,7 @@ class Equality:
                 yield None, f"output {index} is the {_name(new, output)}, not the {_name(old, source)}"
             elif term not in self.allowed(source, wanted, new, places, unsynced):
                 position = _culprit(new, made, output, set(known.terms.values())) if output.value else None
-                yield position, f"so that the {_name(new, output)}{what} is not what the graph before it computes"
+                yield position, f"makes that the {_name(new, output)}{what} is not what the graph before it computes"
             elif not places and source.phase is not output.phase:
                 yield (
                     None,
