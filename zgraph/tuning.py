@@ -82,7 +82,7 @@ def _read(path: Path) -> Times:
     """What was measured before; nothing where the file is missing or is none of ours: it is measured again then."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) and all(isinstance(times, dict) for times in found.values()) else {}
 

@@ -59,7 +59,10 @@ def bisect_run(
     with progress() as shown:
         task = shown.add_task("running the first graph")
         known = reference(begin, num_ranks(context.mesh), seed, context.hints, _dtype(dtype), _max_bytes(max_memory))
-        found = bisect(known, steps, tolerance=tolerance, tell=lambda text: shown.update(task, description=text))
+        found = bisect(
+            known, steps, tolerance=tolerance, sources=run.sources,
+            tell=lambda text: shown.update(task, description=text),
+        )  # fmt: skip
     if as_json:
         print_json({"culprit": None if found is None else dataclasses.asdict(found)})
     elif found is None:
@@ -118,7 +121,8 @@ def reduce_run(
     with progress() as shown:
         task = shown.add_task("running the whole graph")
         small, failure = reduce(graph, judge, tell=lambda text: shown.update(task, description=text))
-    write_run(run_file(_steps(small, pipeline, context), run.manifest.provenance, context), output)
+    steps = _steps(small, pipeline, context)
+    write_run(run_file(steps, run.manifest.provenance, context, run.sources), output)
     if output == "-":
         return
     if as_json:
