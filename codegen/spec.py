@@ -155,7 +155,7 @@ class KernelSpec:
         head, *steps = text.split("; ")
         match = _HEAD.fullmatch(head)
         if match is None:
-            raise KernelError(f"expected NAME COLUMNS: INPUTS -> OUTPUTS, not {head!r}")
+            raise KernelError(f"expected NAME COLUMNS: INPUTS -> OUTPUTS, not {_shown(head)}")
         inputs, outputs = (tuple(_operands(match[side])) for side in ("inputs", "outputs"))
         return cls(match["name"], int(match["columns"]), inputs, outputs, tuple(map(parse_step, steps)))
 
@@ -164,7 +164,7 @@ def _operands(text: str) -> Iterator[Operand]:
     for part in re.split(r", (?=[a-z_])", text) if text else ():
         match = _OPERAND.fullmatch(part)
         if match is None or match["dtype"] not in DType.__members__:
-            raise KernelError(f"expected an operand such as x bf16[M,N], not {part!r}")
+            raise KernelError(f"expected an operand such as x bf16[M,N], not {_shown(part)}")
         yield Operand(match["name"], DType[match["dtype"]], Extent(match["extent"]))
 
 
@@ -172,7 +172,7 @@ def parse_step(text: str) -> Step:
     """A step such as `y = mul(x, 2.0)`. Raises KernelError for anything else."""
     match = _STEP.fullmatch(text)
     if match is None:
-        raise KernelError(f"expected a step such as y = mul(x, 2.0), not {text!r}")
+        raise KernelError(f"expected a step such as y = mul(x, 2.0), not {_shown(text)}")
     return Step(match["name"], match["op"], tuple(map(_arg, match["args"].split(", "))))
 
 
@@ -182,7 +182,7 @@ def _arg(text: str) -> Arg:
     try:
         return float(text)
     except ValueError:
-        raise KernelError(f"expected a name or a number, not {text!r}") from None
+        raise KernelError(f"expected a name or a number, not {_shown(text)}") from None
 
 
 def _arg_text(arg: Arg) -> str:
@@ -191,3 +191,8 @@ def _arg_text(arg: Arg) -> str:
 
 def _list(operands: tuple[Operand, ...]) -> str:
     return ", ".join(map(str, operands))
+
+
+def _shown(text: str) -> str:
+    """A text as an error has it."""
+    return repr(text if len(text) <= 200 else f"{text[:197]}...")
