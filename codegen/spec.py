@@ -26,7 +26,7 @@ ACC = "acc"
 """In the epilogue of a matmul: its product, which is not loaded."""
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]*")
-_HEAD = re.compile(r"(?P<name>[a-z_]\w*) (?P<columns>\d+): (?P<inputs>.*) -> (?P<outputs>.*)")
+_HEAD = re.compile(r"(?P<name>[a-z_]\w*) (?P<columns>[0-9]{1,18}): (?P<inputs>.*) -> (?P<outputs>.*)")
 _OPERAND = re.compile(r"(?P<name>[a-z_]\w*) (?P<dtype>\w+)\[(?P<extent>M,N|M,1|N|)\]")
 _STEP = re.compile(r"(?P<name>[a-z_]\w*) = (?P<op>[a-z_]+)\((?P<args>[^()]*)\)")
 

@@ -16,11 +16,12 @@ import pytest
 from tests.cli.graphs import long
 from zgraph.cli.app import main
 from zgraph.cli.terminal import printable
+from zgraph.codegen.spec import KernelSpec
 from zgraph.cost import CostTable, hardware, load_table, simulate
 from zgraph.cost.hardware import load
 from zgraph.debugging.bisection import _sources
 from zgraph.debugging.hunks import Hunks
-from zgraph.errors import HardwareError, RunFileError, VerifyError, ZgraphError, ZirError
+from zgraph.errors import HardwareError, KernelError, RunFileError, VerifyError, ZgraphError, ZirError
 from zgraph.explain import explain
 from zgraph.ir import Graph, Origin, parse_graph, verify
 from zgraph.lines import node_lines, read_line
@@ -313,3 +314,9 @@ def test_tables_whose_numbers_mean_nothing(changed, tmp_path):
 def test_lines_that_are_no_nodes(line):
     with pytest.raises(ZirError):
         _ = [read_line(text, key).origin for key, text in node_lines(line).items()]
+
+
+@pytest.mark.parametrize("columns", ["9" * 5000, "٣", "²"])
+def test_columns_of_a_kernel_are_a_number(columns):
+    with pytest.raises(KernelError, match="expected NAME COLUMNS"):
+        KernelSpec.parse(f"rms {columns}: x bf16[M,N] -> y bf16[M,N]; y = mul(x, x)")

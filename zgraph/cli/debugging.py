@@ -48,9 +48,9 @@ def bisect_run(
     from zgraph.debugging.bisection import Steps, run_steps
 
     run, first = read_run(file, CAPTURED)
+    pipeline = _pipeline(passes or run.recipe, load) if passes or world or load else None
     begin, context = run.graph(first), _context(run, world)
-    if passes or world or load:
-        pipeline = _pipeline(passes or run.recipe, load)
+    if pipeline is not None:
         with progress() as shown:
             shown.add_task(f"running {len(pipeline.passes)} passes")
             steps = run_steps(begin, pipeline, context)
@@ -109,8 +109,8 @@ def reduce_run(
     run, name = read_run(file, CAPTURED)
     if not (check or passes or run.recipe):
         raise UsageError("the file has no passes: say what fails: --passes RECIPE, or --check 'COMMAND {}'")
-    graph, context = run.graph(name), _context(run, world)
     pipeline = Pipeline(()) if check else _pipeline(passes or run.recipe, load)
+    graph, context = run.graph(name), _context(run, world)
     judge: Check = (
         Commanded(check, context, run.manifest.provenance)
         if check
