@@ -18,6 +18,7 @@ from zgraph.runfile import Provenance, run_file
 EVIL = """graph "evil"
 op aten.__class__.__init__.__builtins__.get
 op py.call
+op aten.neg.default
 input %x: f32[2]
 fwd %e: int = aten.__class__.__init__.__builtins__.get("eval")
 fwd %r: int = py.call(%e, "__import__('pathlib').Path('owned').touch()")
