@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-ranks test-rest bench bench-gpu lint clean
+.PHONY: demo test test-deep test-ranks test-rest bench bench-gpu lint clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.test lint
 	$(MAKE) --no-print-directory --jobs 2 test-ranks test-rest
+
+# All of it, with 20,000 changed inputs for the readers in the place of 1,500.
+test-deep: export ZGRAPH_DEEP = 1
+test-deep: test
 
 # What runs on several ranks often waits, for the network or for what it kills: the rest fills the time. Kernels go with
 # it so that both take about as long.

@@ -26,7 +26,7 @@ ACC = "acc"
 """In the epilogue of a matmul: its product, which is not loaded."""
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]*")
-_HEAD = re.compile(r"(?P<name>[a-z_]\w*) (?P<columns>\d+): (?P<inputs>.*) -> (?P<outputs>.*)")
+_HEAD = re.compile(r"(?P<name>[a-z_]\w*) (?P<columns>[0-9]{1,18}): (?P<inputs>.*) -> (?P<outputs>.*)")
 _OPERAND = re.compile(r"(?P<name>[a-z_]\w*) (?P<dtype>\w+)\[(?P<extent>M,N|M,1|N|)\]")
 _STEP = re.compile(r"(?P<name>[a-z_]\w*) = (?P<op>[a-z_]+)\((?P<args>[^()]*)\)")
 
@@ -155,7 +155,7 @@ class KernelSpec:
         head, *steps = text.split("; ")
         match = _HEAD.fullmatch(head)
         if match is None:
-            raise KernelError(f"expected NAME COLUMNS: INPUTS -> OUTPUTS, not {head!r}")
+            raise KernelError(f"expected NAME COLUMNS: INPUTS -> OUTPUTS, not {_shown(head)}")
         inputs, outputs = (tuple(_operands(match[side])) for side in ("inputs", "outputs"))
         return cls(match["name"], int(match["columns"]), inputs, outputs, tuple(map(parse_step, steps)))
 
@@ -164,7 +164,7 @@ def _operands(text: str) -> Iterator[Operand]:
     for part in re.split(r", (?=[a-z_])", text) if text else ():
         match = _OPERAND.fullmatch(part)
         if match is None or match["dtype"] not in DType.__members__:
-            raise KernelError(f"expected an operand such as x bf16[M,N], not {part!r}")
+            raise KernelError(f"expected an operand such as x bf16[M,N], not {_shown(part)}")
         yield Operand(match["name"], DType[match["dtype"]], Extent(match["extent"]))
 
 
@@ -172,7 +172,7 @@ def parse_step(text: str) -> Step:
     """A step such as `y = mul(x, 2.0)`. Raises KernelError for anything else."""
     match = _STEP.fullmatch(text)
     if match is None:
-        raise KernelError(f"expected a step such as y = mul(x, 2.0), not {text!r}")
+        raise KernelError(f"expected a step such as y = mul(x, 2.0), not {_shown(text)}")
     return Step(match["name"], match["op"], tuple(map(_arg, match["args"].split(", "))))
 
 
@@ -182,7 +182,7 @@ def _arg(text: str) -> Arg:
     try:
         return float(text)
     except ValueError:
-        raise KernelError(f"expected a name or a number, not {text!r}") from None
+        raise KernelError(f"expected a name or a number, not {_shown(text)}") from None
 
 
 def _arg_text(arg: Arg) -> str:
@@ -191,3 +191,8 @@ def _arg_text(arg: Arg) -> str:
 
 def _list(operands: tuple[Operand, ...]) -> str:
     return ", ".join(map(str, operands))
+
+
+def _shown(text: str) -> str:
+    """A text as an error has it."""
+    return repr(text if len(text) <= 200 else f"{text[:197]}...")

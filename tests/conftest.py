@@ -9,6 +9,13 @@ sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`, which is no
 os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
 
 
+def pytest_configure() -> None:
+    """Let texts of tests name an op of the user's own; zgraph imports triton, so not before that is told."""
+    from zgraph.ir import allow_namespace
+
+    allow_namespace("user")
+
+
 def pytest_collection_finish() -> None:
     """Keep torch's trace log unused.
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from zgraph.ir import Arg, DType, Foreign, Token, Value
+from zgraph.errors import UnknownOpError
+from zgraph.ir import Arg, DType, Foreign, Token, Value, allow_namespace
+from zgraph.ir.names import SCALAR_FUNCTIONS, TOKENS, refusal, token_refusal
 
 TO_TORCH: dict[DType, torch.dtype] = {
     DType.f64: torch.float64, DType.f32: torch.float32, DType.f16: torch.float16, DType.bf16: torch.bfloat16,
@@ -27,67 +29,48 @@ def compute_dtype(tensor: torch.Tensor, param_dtype: torch.dtype | None) -> torc
     return param_dtype if param_dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
-_LAYOUTS = {str(x).removeprefix("torch."): x for x in (torch.strided, torch.sparse_coo)}
-_MEMORY_FORMATS = {
-    str(x).removeprefix("torch."): x
-    for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
-}
+_LAYOUTS = {name: getattr(torch, name) for name in TOKENS["layout"]}
+_MEMORY_FORMATS = {name: getattr(torch, name) for name in TOKENS["memory_format"]}
 _MODULES = {"py": operator, "math": math, "torch": torch}
-_FUNCTIONS = {
-    "py": frozenset(
-        {
-            "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "index", "invert", "le", "lshift", "lt",
-            "matmul", "mod", "mul", "ne", "neg", "not_", "or_", "pos", "pow", "rshift", "sub", "truediv", "truth",
-            "xor",
-        }
-    ),
-    "math": frozenset({"ceil", "floor", "sqrt", "trunc"}),
-    "torch": frozenset(
-        {
-            "sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sum", "_sym_sqrt", "_sym_ceil",
-            "_sym_floor",
-        }
-    ),
-}  # fmt: skip
-"""The functions on numbers that a graph may call. A file names them, so that the list is closed."""
-
-_NAMESPACES = {"aten", "prims", "prim", "zgraph", "torchvision"}
-"""Libraries of ops that a graph may name: these, and those that a model of this process was captured with."""
 
 _ALIASING = frozenset({"aten._unsafe_view.default", "aten._reshape_alias.default"})
 """Ops whose schema promises a fresh result, but whose result lies in the memory of their first argument."""
 
 
 def op_name(target: Any) -> str | None:
-    """The IR's name for what an FX node calls; None for what the IR does not know (a higher-order op, say)."""
+    """The IR's name for what an FX node calls; None for what the IR does not know (a higher-order op, say).
+
+    Texts may name the ops of a library from then on: it has been called here.
+    """
     if isinstance(target, torch._ops.OpOverload):
-        _NAMESPACES.add(target.namespace)
+        allow_namespace(target.namespace)
         return f"{target.namespace}.{target._opname}.{target._overloadname}"
     for prefix, module in _MODULES.items():
         name = getattr(target, "__name__", "")
-        if name in _FUNCTIONS[prefix] and getattr(module, name, None) is target:
+        if name in SCALAR_FUNCTIONS[prefix] and getattr(module, name) is target:
             return f"{prefix}.{name}"
     return None
 
 
 @cache
 def resolve(name: str) -> Callable[..., Any]:
-    """The callable that `op_name` named. Nothing else can be named: a graph may come from a file.
+    """The callable that `op_name` named: an overload of a registered op, or a function on sizes, and nothing else.
 
     Raises:
-        LookupError: this torch has no such op, or a graph may not name it.
+        UnknownOpError: the name is none of these, or this torch has no such op.
     """
-    prefix, *rest = name.split(".")
+    if wrong := refusal(name):
+        raise UnknownOpError(wrong)
+    prefix, op, *overload = name.split(".")
     if prefix in _MODULES:
-        if len(rest) != 1 or rest[0] not in _FUNCTIONS[prefix] or not hasattr(_MODULES[prefix], rest[0]):
-            raise LookupError(f"{name} is no function on numbers that a graph may call")
-        return getattr(_MODULES[prefix], rest[0])  # type: ignore[no-any-return]
-    if prefix not in _NAMESPACES or len(rest) != 2:
-        raise LookupError(f"{name} is no op: a graph names ops of {', '.join(sorted(_NAMESPACES))}, with an overload")
-    packet = getattr(getattr(torch.ops, prefix), rest[0], None)
-    found = getattr(packet, rest[1], None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
+        return getattr(_MODULES[prefix], op)  # type: ignore[no-any-return]
+    packet = getattr(getattr(torch.ops, prefix), op, None)
+    found = getattr(packet, overload[0], None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
     if not isinstance(found, torch._ops.OpOverload):
-        raise LookupError(f"this torch ({torch.__version__}) has no op called {name}")
+        raise UnknownOpError(
+            f"this torch ({torch.__version__}) has no op called {name}; import the library that has it, or capture the "
+            "model again with this torch"
+        )
     return found
 
 
@@ -127,16 +110,22 @@ def from_torch(arg: Any, value: Callable[[Any], Value]) -> Arg:
         case torch.dtype():
             return FROM_TORCH[arg]
         case torch.device():
-            return Token("device", arg.type)
+            return _token("device", arg.type)
         case torch.layout():
-            return Token("layout", str(arg).removeprefix("torch."))
+            return _token("layout", str(arg).removeprefix("torch."))
         case torch.memory_format():
-            return Token("memory_format", str(arg).removeprefix("torch."))
+            return _token("memory_format", str(arg).removeprefix("torch."))
         case list() | tuple():
             return tuple(from_torch(item, value) for item in arg)
         case torch.fx.Node():
             return value(arg)
     raise TypeError(f"an argument of type {type(arg).__name__} has no form in the IR")
+
+
+def _token(kind: str, name: str) -> Token:
+    if wrong := token_refusal(kind, name):
+        raise TypeError(wrong)
+    return Token(kind, name)
 
 
 def to_torch(arg: Arg, device: torch.device, value: Callable[[Value], Any]) -> Any:

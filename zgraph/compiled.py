@@ -23,6 +23,7 @@ from zgraph.passes.instruments import Dump, Log, Verify
 from zgraph.reporting import Entry, Report, make_entry
 from zgraph.runfile import Provenance, Recording, RunFile, has_backward, last_graph
 from zgraph.runtime import Session
+from zgraph.sources import sources_of
 from zgraph.tuning import tuned
 
 
@@ -69,8 +70,8 @@ class CompiledModel:
         if self.tunes and not self.entries:
             self._tune(graph, hints)
         context = replace(self.context, hints=hints)
-        recording = Recording(graph)
         paths = list(self._run_paths(graph.name, settings.dump))
+        recording = Recording(graph, sources=sources_of(graph) if paths else {})
         if paths:
             instruments.append(recording)
         if self.replayed is not None and has_backward(graph):
@@ -131,7 +132,7 @@ class _Again:
     def __call__(self) -> RunFile:
         if self.replayed is not None:
             return self.replayed
-        recording = Recording(self.captured)
+        recording = Recording(self.captured, sources=sources_of(self.captured))
         self.pipeline.run(self.captured, self.context, [recording])
         return recording.run_file(_made(self.model), self.context)
 

@@ -77,6 +77,10 @@ class ZirError(TextError):
     """A `.zir` text that does not parse."""
 
 
+class UnknownOpError(ZgraphError, LookupError):
+    """A graph names an op that is none, or that this process does not know."""
+
+
 class RunFileError(ZgraphError, ValueError):
     """A run file that cannot be read or is damaged, or a graph that is not in it."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +11,7 @@ from zgraph.cost import Timeline
 from zgraph.errors import UsageError, did_you_mean
 from zgraph.lines import Line, node_lines, read_line
 from zgraph.runfile import RunFile
+from zgraph.sources import line_of
 
 Lines = Mapping[str, str]
 """The lines of a graph's nodes, by what each is known by."""
@@ -66,7 +66,7 @@ def explain(run: RunFile, name: str) -> Explanation:
     is_last = with_it[-1] == run.manifest.snapshots[-1].member
     return Explanation(
         node,
-        _source(node),
+        _source(run, node),
         tuple(_events(run, wanted, graphs)),
         tuple(_reads(node, lines)),
         tuple(f"%{reader.name} ({reader.op})" for reader in _readers(node, lines)),
@@ -74,11 +74,11 @@ def explain(run: RunFile, name: str) -> Explanation:
     )
 
 
-def _source(node: Line) -> str:
+def _source(run: RunFile, node: Line) -> str:
     origin = node.origin
     if not origin.file:
         return ""
-    line = linecache.getline(origin.file, origin.line).strip()
+    line = line_of(run.sources, origin)
     return origin.place + (f"  {line}" if line else "")
 
 

@@ -73,7 +73,9 @@ class Interpreter:
             return rule(node, operands, mesh)
         if node.op == "accumulate":
             return [self._accumulate(node, operands[0])]
-        row = graph.foreign[node.op]
+        row = graph.foreign.get(node.op)
+        if row is None:
+            raise InterpretError(f"the graph does not declare {node.op}: it needs a line: op {node.op}")
         function = resolve(node.op)
         by_rank = []
         for rank in range(num_ranks(mesh)):

@@ -12,11 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from zgraph.errors import ZirError
 from zgraph.ir import OPS, Origin
 from zgraph.ir.ops import Lane
 
 _STRING = r'"(?:[^"\\]|\\.)*"'
-_ORIGIN = re.compile(rf"(?: @ (?P<module>{_STRING}))?(?: (?P<file>{_STRING}):(?P<line>\d+))?(?: by (?P<by>[\w-]+))?$")
+_ORIGIN = re.compile(
+    rf"(?: @ (?P<module>{_STRING}))?(?: (?P<file>{_STRING}):(?P<line>[0-9]{{1,19}}))?(?: by (?P<by>[\w-]+))?$"
+)
 _NODE = re.compile(r"(?P<phase>fwd|bwd|upd) (?:%(?P<made>[^\s:]+): .*? = )?(?P<op>[\w.]+)\((?P<args>.*)")
 _NODES = ("fwd ", "bwd ", "upd ")
 
@@ -43,10 +46,13 @@ class Line:
 
     @property
     def origin(self) -> Origin:
-        """Where it comes from."""
+        """Where it comes from. Raises ZirError if it is no text."""
         found = _ORIGIN.match(self.end)
         assert found is not None
-        module, file = (json.loads(found[name] or '""') for name in ("module", "file"))
+        try:
+            module, file = (json.loads(found[name] or '""') for name in ("module", "file"))
+        except ValueError as error:
+            raise ZirError(f"no text in quotes ({error}); zgraph verify says where", self.end) from None
         return Origin(module, file, int(found["line"] or 0), found["by"] or "")
 
     @property
@@ -71,13 +77,13 @@ class Line:
 
 
 def read_line(line: str, key: str = "") -> Line:
-    """A node's line, taken apart; `key` if it is known by another than its own. Raises ValueError if it is none."""
+    """A node's line, taken apart; `key` if it is known by another than its own. Raises ZirError if it is none."""
     begin = line.rfind(' @ "')
     found = _ORIGIN.match(line, begin) if begin >= 0 else None
     end = (found or _ORIGIN.search(line))[0]  # type: ignore[index]
     text = line.removesuffix(end)
     if (node := _NODE.match(text)) is None:
-        raise ValueError(f"{line[:60]} is no node")
+        raise ZirError("this is no node; zgraph verify says what is wrong with the graph", line)
     key = key or node["made"] or f"{node['op']}({node['args']}"
     return Line(key, node["phase"], node["op"], node["args"], text, end)
 
@@ -97,5 +103,5 @@ def told_apart(names: Iterable[str]) -> Iterator[str]:
 def node_lines(text: str) -> Mapping[str, str]:
     """The line of every node of a graph's text by what the node is known by, in order."""
     lines = [line for line in text.splitlines() if line.startswith(_NODES)]
-    keys = (line[5 : line.find(":")] if line[4] == "%" else read_line(line).key for line in lines)
+    keys = (line[5 : line.find(":")] if line.startswith("%", 4) else read_line(line).key for line in lines)
     return dict(zip(told_apart(keys), lines, strict=True))

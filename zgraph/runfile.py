@@ -6,6 +6,7 @@ A zip archive of texts that any tool opens; nothing in it is ever run as code:
     graphs/00-captured.zir      the graph as captured
     graphs/01-canonicalize.zir  after the first pass, and so on
     timeline.json               the predicted step of the last graph (`zgraph.cost.TimelineRecord`), and a digest
+    sources.json                the user's lines that the nodes come from: file, number, text; a file may lack it
 
 A pass that changed nothing has no text of its own: the list names the one that it left as it was. The plan is not in
 the file: it follows from the last graph (`zgraph.passes.make_plan`). So does the timeline, which is there because it
@@ -18,9 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -32,6 +31,7 @@ from typing import BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import zgraph
+from zgraph.archive import opened
 from zgraph.cost import Timeline, TimelineRecord, simulate
 from zgraph.errors import ContractError, GraphNameError, RunFileError, SimulationError, did_you_mean
 from zgraph.ir import Graph, Phase, Plan, parse_graph, print_graph
@@ -40,11 +40,9 @@ from zgraph.passes.base import Context, Pass
 from zgraph.passes.pipeline import print_pass, uncollected
 from zgraph.passes.planning import make_plan
 from zgraph.private_files import drafted
+from zgraph.sources import Sources, print_sources, read_sources
 
 FORMAT = 1
-
-MAX_BYTES = 2 << 30
-"""Texts of more bytes are refused before any is unpacked: 80 layers after every pass take some 50 MB."""
 
 CAPTURED = "captured"
 
@@ -56,6 +54,8 @@ Ran = tuple[str, Graph, float]
 MANIFEST = "run.json"
 
 TIMELINE = "timeline.json"
+
+SOURCES = "sources.json"
 
 
 class _Frozen(BaseModel):
@@ -106,11 +106,13 @@ class RunFile:
         manifest: all but the graphs.
         texts: the graphs' texts by the names of their members.
         predicted: the text of `timeline.json`; empty where a file has none.
+        sources: the user's lines, which are never read from where the graphs say that they lie.
     """
 
     manifest: Manifest
     texts: dict[str, str]
     predicted: bytes = b""
+    sources: Sources = field(default_factory=dict)
     _graphs: dict[str, Graph] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -222,32 +224,24 @@ class RunFile:
                 archive.writestr(member, text)
             if self.predicted:
                 archive.writestr(TIMELINE, self.predicted)
+            if self.sources:
+                archive.writestr(SOURCES, print_sources(self.sources))
 
 
 def load_run(source: Path | BinaryIO) -> RunFile:
     """Read a file that `RunFile.save` wrote. The graphs are parsed when they are asked for.
 
     Raises:
-        RunFileError: it cannot be read, is damaged, is none of ours, of a later format, or too large.
+        RunFileError: it cannot be read, is damaged, is none of ours, of a later format, or holds more than a run does.
     """
     name = str(source) if isinstance(source, Path) else "the input"
-    try:
-        with zipfile.ZipFile(source) as archive:
-            if (num_bytes := sum(member.file_size for member in archive.infolist())) > MAX_BYTES:
-                raise RunFileError(f"{name} would unpack to {num_bytes:,} bytes, more than any run: it is not read")
-            manifest = _manifest(archive.read(MANIFEST), name)
-            members = dict.fromkeys(snapshot.member for snapshot in manifest.snapshots)
-            texts = {member: archive.read(member).decode() for member in members}
-            predicted = archive.read(TIMELINE) if TIMELINE in archive.namelist() else b""
-    except OSError as error:
-        raise RunFileError(f"cannot read {name}: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise RunFileError(f"{name} is no run file, or is damaged: {error}; {_AGAIN}") from None
-    except (KeyError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, RunFileError):
-            raise
-        raise RunFileError(f"{name} is damaged: {error}; {_AGAIN}") from None
-    return RunFile(manifest, texts, predicted)
+    with opened(source, name) as archive:
+        manifest = _manifest(archive.read(MANIFEST), name)
+        members = dict.fromkeys(snapshot.member for snapshot in manifest.snapshots)
+        texts = {member: archive.read(member, is_graph=True).decode() for member in members}
+        predicted = archive.read(TIMELINE) if TIMELINE in archive.members else b""
+        sources = read_sources(archive.read(SOURCES)) if SOURCES in archive.members else {}
+    return RunFile(manifest, texts, predicted, sources)
 
 
 def _manifest(text: bytes, name: str) -> Manifest:
@@ -298,20 +292,28 @@ def last_graph(run: RunFile, captured: Graph, context: Context) -> Graph:
 
 @dataclass
 class Recording:
-    """An instrument that keeps the graph after every pass, for a file."""
+    """An instrument that keeps the graph after every pass, for a file.
+
+    Args:
+        captured: what the passes are given.
+        steps: what they made of it.
+        sources: the user's lines; `sources_of(captured)` where it was captured here.
+    """
 
     captured: Graph
     steps: list[Ran] = field(default_factory=list)
+    sources: Sources = field(default_factory=dict)
 
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
         self.steps.append((print_pass(step), after, seconds))
 
     def run_file(self, provenance: Provenance, context: Context) -> RunFile:
         """What was recorded, as a file holds it, with its timeline."""
-        return run_file([(CAPTURED, self.captured, 0.0), *self.steps], provenance, context).with_timeline()
+        steps = [(CAPTURED, self.captured, 0.0), *self.steps]
+        return run_file(steps, provenance, context, self.sources).with_timeline()
 
 
-def run_file(steps: Sequence[Ran], provenance: Provenance, context: Context) -> RunFile:
+def run_file(steps: Sequence[Ran], provenance: Provenance, context: Context, sources: Sources | None = None) -> RunFile:
     """A run of these graphs: each with the pass that made it and its seconds, what was captured first."""
     snapshots: list[Snapshot] = []
     texts: dict[str, str] = {}
@@ -323,4 +325,5 @@ def run_file(steps: Sequence[Ran], provenance: Provenance, context: Context) -> 
             texts[member], graphs[member] = print_graph(graph), graph
             written = graph, member
         snapshots.append(Snapshot(step=step, member=written[1], seconds=seconds, num_nodes=len(graph.nodes)))
-    return RunFile(Manifest(provenance=provenance, context=context, snapshots=tuple(snapshots)), texts, _graphs=graphs)
+    manifest = Manifest(provenance=provenance, context=context, snapshots=tuple(snapshots))
+    return RunFile(manifest, texts, sources=sources or {}, _graphs=graphs)

@@ -15,6 +15,7 @@ from zgraph.ir import Axis, Graph
 from zgraph.passes import Context, Pipeline
 from zgraph.passes.partition import Partition
 from zgraph.runfile import Provenance, Recording, RunFile
+from zgraph.sources import sources_of
 from zgraph.stage_plans import at_rest
 from zgraph.target import MARGIN, Target, cost_table, num_bytes
 
@@ -48,7 +49,7 @@ def traced(
     mesh = (Axis("shard", count),) if count > 1 else ()
     context = Context(mesh=mesh, costs=costs, memory_budget=budget, groups_calls=True, keeps_blocks=True)
     context = replace(context, rest_bytes=_rest_bytes(graph, pipeline, context))
-    recording = Recording(graph)
+    recording = Recording(graph, sources=sources_of(graph))
     pipeline.run(graph, context, [recording])
     return recording.run_file(Provenance(model=type(model).__name__, torch=torch.__version__, captured=how), context)
 

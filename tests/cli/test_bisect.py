@@ -22,6 +22,7 @@ from zgraph.ir import Axis, Graph, parse_graph
 from zgraph.passes import BY_NAME, RECIPES, Context, Pipeline, fusing
 from zgraph.passes.pipeline import print_pass
 from zgraph.runfile import Provenance, Recording
+from zgraph.sources import sources_of
 
 from .graphs import long
 from .wrong import Wrong, WrongPartition
@@ -156,7 +157,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     """With a run of the net, and a file of passes."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(Path(__file__).with_name("wrong.py"), "wrong.py")
-    recording = Recording(captured())
+    recording = Recording(captured(), sources=sources_of(captured()))
     Pipeline.parse(BEFORE.format("wrong(mistake=constant)"), KNOWN).run(captured(), context(2), [recording])
     recording.run_file(Provenance(model="Net"), context(2)).save(Path("run.zg"))
     return tmp_path

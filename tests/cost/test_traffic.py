@@ -15,13 +15,13 @@ SHAPES = ((8, 12), (12,), (24, 4), (16, 16), (4,))
 def step(shapes: tuple[tuple[int, ...], ...]) -> Graph:
     """A step in which the forward and the backward both read every parameter."""
     kinds = [f"f32[{', '.join(map(str, shape))}]" for shape in shapes]
-    lines = ['graph "step"', "op aten.read", "op aten.make"]
+    lines = ['graph "step"', "op aten.read.default", "op aten.make.default"]
     lines += [f'param %w{i}: {kind} "w{i}"' for i, kind in enumerate(kinds)]
     lines += ["input %h0: f32[4]", f"tangent %t{len(kinds)}: f32[4]"]
-    lines += [f"fwd %h{i + 1}: f32[4] = aten.read(%h{i}, %w{i})" for i in range(len(kinds))]
+    lines += [f"fwd %h{i + 1}: f32[4] = aten.read.default(%h{i}, %w{i})" for i in range(len(kinds))]
     for i in reversed(range(len(kinds))):
-        lines.append(f"bwd %g{i}: {kinds[i]} = aten.make(%t{i + 1}, %h{i})")
-        lines.append(f"bwd %t{i}: f32[4] = aten.read(%t{i + 1}, %w{i})")
+        lines.append(f"bwd %g{i}: {kinds[i]} = aten.make.default(%t{i + 1}, %h{i})")
+        lines.append(f"bwd %t{i}: f32[4] = aten.read.default(%t{i + 1}, %w{i})")
     lines += [f"return fwd output %h{len(kinds)}"]
     lines += [f'return bwd grad "w{i}" %g{i}' for i in range(len(kinds))]
     return parse_graph("\n".join(lines))

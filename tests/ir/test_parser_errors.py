@@ -5,16 +5,16 @@ import pytest
 from zgraph.errors import ZirError
 from zgraph.ir import parse_graph
 
-HEAD = 'graph "g" mesh(shard=2)\nop aten.op\ninput %x: f32[4]<V>\n'
-CALL = "fwd %y: f32[4]<V> = aten.op"
+HEAD = 'graph "g" mesh(shard=2)\nop aten.op.default\ninput %x: f32[4]<V>\n'
+CALL = "fwd %y: f32[4]<V> = aten.op.default"
 
 # A line that stands fourth, the mark ^ before what is at fault, and words that the message must have.
 LINES = [
     ("^what %y", "expected op, param"),
     ('^graph "again"', "expected op, param"),
     ("op ^7", "name of an op"),
-    ("op aten.b ^reads(1)", "views"),
-    ("op aten.b views(^x)", "integer"),
+    ("op aten.b.default ^reads(1)", "views"),
+    ("op aten.b.default views(^x)", "integer"),
     ("param ^w: f32[4]<R>", "'%'"),
     ("param %w ^f32[4]<R>", "':'"),
     ('param %w: f32[4]<R> "w" stage=^x', "integer"),
@@ -32,9 +32,9 @@ LINES = [
     ("input %z: f32[^1/2]<V>", "whole"),
     ("input %z: f32[4]<V>@^", "memory space"),
     ("input %z: int(^s0, s1)", "one expression"),
-    ("fwd %^x: f32[4]<V> = aten.op(%x)", "twice"),
-    ("fwd %y: f32[4]<V> ^aten.op(%x)", "'='"),
-    ("fwd %y: f32[4]<V>, ^= aten.op(%x)", "'%'"),
+    ("fwd %^x: f32[4]<V> = aten.op.default(%x)", "twice"),
+    ("fwd %y: f32[4]<V> ^aten.op.default(%x)", "'='"),
+    ("fwd %y: f32[4]<V>, ^= aten.op.default(%x)", "'%'"),
     (CALL + "^", "'('"),
     (CALL + "(%x, ^?)", "argument"),
     (CALL + "(%^z)", "not defined above"),

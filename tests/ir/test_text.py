@@ -42,7 +42,7 @@ ARGS = [
     X, None, True, False, 0, -7, 2**70, 1.5, -0.0, 0.0, 1e-300, 1e300, 0.1, math.inf, -math.inf,
     math.nan, (math.nan,), "", "plain",
     'a "quote" and a \\', "line\nbreak\ttab", "ünïcode ∂ 漢字 \U0001f9ee", "\u2028 \x85 \x1c", "%x", "none",
-    "# no comment", *DType, Token("device", "cpu"), Token("memory_format", 'odd "name"'), (), (1,),
+    "# no comment", *DType, Token("device", "cpu"), Token("memory_format", "channels_last"), (), (1,),
     (X, (X, None, (1.0, "a,]"))), ((), ((),)),
 ]  # fmt: skip
 

@@ -23,7 +23,7 @@ from zgraph.ir.verifier import RULES
 HEAD = """graph "g" mesh(shard=2)
 op aten.mm.default
 op aten.t.default views(0)
-op some.op views(1, 2)
+op aten.some.op views(1, 2)
 param %w: f32[4]<S0> "w"
 buffer %b: f32[9]<V> "b"
 input %x: f32[4]<V>
@@ -43,7 +43,7 @@ FAULTS = [
     ("phases", "%y is in the forward but reads a tangent", "!fwd %y: f32[4]<V> = copy(%t)"),
     ("phases", "returns %y in phase fwd, before", "bwd %y: f32[4]<V> = copy(%x)\nreturn fwd output %y"),
     ("phases", "returns the tangent %t", "return fwd output %t"),
-    ("known_ops", "%y aten.nope is neither", "!fwd %y: f32[4]<V> = aten.nope(%x)"),
+    ("known_ops", "%y aten.nope.default is neither", "!fwd %y: f32[4]<V> = aten.nope.default(%x)"),
     ("types", "%y gives f32[9]<V>, but copy makes f32[4]<V>", "!fwd %y: f32[9]<V> = copy(%x)"),
     ("types", "%y all_gather_start: its operand", "!fwd %y: future f32[4]<R> = all_gather_start(%x)"),
     ("types", "copy: takes one operand", "!fwd %y: f32[4]<V> = copy(%x, %x)"),
@@ -76,7 +76,7 @@ FAULTS = [
      "!fwd %y: f32[4]<R> = copy(%view)"),
     ("lifetimes", "reads %full", GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%view)\n"
      "!fwd %y: f32[4]<R> = copy(%full)"),
-    ("lifetimes", "reads %either", GATHER + "fwd %either: f32[4]<V> = some.op(%n, %x, %full)\n"
+    ("lifetimes", "reads %either", GATHER + "fwd %either: f32[4]<V> = aten.some.op(%n, %x, %full)\n"
      "fwd release(%full)\n!fwd %y: f32[4]<V> = copy(%either)"),
     ("lifetimes", "returns %view, whose memory was released",
      GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%full)\nreturn fwd output %view"),

@@ -15,7 +15,7 @@ op aten.add_.Tensor views(0) writes(0)
 op aten.bernoulli.p random
 op aten.neg.default
 op aten.t.default views(0)
-op user.op opaque
+op user.op.default opaque
 input %x: f32[4]
 input %y: f32[4]
 """
@@ -48,7 +48,8 @@ def test_independent_nodes_go_where_the_priority_wants_them():
         "fwd %a: f32[4] = aten.add_.Tensor(%x, 1)\nfwd %b: f32[4] = aten.add_.Tensor(%x, 2)\n",
         # random and unknown ops among themselves
         "fwd %a: f32[4] = aten.bernoulli.p(%x)\nfwd %b: f32[4] = aten.bernoulli.p(%y)\n",
-        "fwd %a: f32[4] = user.op(%x)\nfwd %b: f32[4] = aten.bernoulli.p(%y)\nfwd %c: f32[4] = user.op()\n",
+        "fwd %a: f32[4] = user.op.default(%x)\nfwd %b: f32[4] = aten.bernoulli.p(%y)\n"
+        "fwd %c: f32[4] = user.op.default()\n",
         # a release after every user of its memory
         "fwd %c: f32[4] = copy(%x)\nfwd %v: f32[4] = aten.t.default(%c)\nfwd %a: f32[4] = aten.neg.default(%v)\n"
         "fwd release(%c)\n",

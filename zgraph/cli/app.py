@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
+from zgraph.cli.terminal import Terminal, printable
 from zgraph.errors import BudgetError, HardwareError, RecipeError, UsageError, ZgraphError, did_you_mean, nearest
 from zgraph.runfile import RunFile, load_run
 
@@ -60,12 +61,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def console() -> Console:
     """Where commands print: as wide as the terminal, or as tables need; without colours where NO_COLOR is set."""
     is_terminal = sys.stdout.isatty()
-    return Console(soft_wrap=not is_terminal, width=None if is_terminal or "COLUMNS" in os.environ else FILE_WIDTH)
+    return Terminal(soft_wrap=not is_terminal, width=None if is_terminal or "COLUMNS" in os.environ else FILE_WIDTH)
 
 
 def errors() -> Console:
     """Where progress is shown: not in what others read."""
-    return Console(stderr=True)
+    return Terminal(stderr=True)
 
 
 def progress(*more: ProgressColumn) -> Progress:
@@ -138,7 +139,7 @@ def main() -> NoReturn:
     try:
         app(prog_name="zgraph")
     except ZgraphError as error:
-        sys.stderr.write(f"zgraph: {error}\n")
+        sys.stderr.write(f"zgraph: {printable(str(error))}\n")
         wrongly = isinstance(error, UsageError | RecipeError | HardwareError)
         sys.exit(DOES_NOT_FIT if isinstance(error, BudgetError) else USED_WRONGLY if wrongly else FAILED)
     except BrokenPipeError:

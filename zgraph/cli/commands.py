@@ -153,7 +153,7 @@ def opt(
     pipeline = parse_recipe(passes or run.recipe)
     chosen = _chosen(pipeline, disable_pass or [], stop_after)
     wanted = {_known(n.strip()) for n in print_ir_after.split(",") if n.strip()}
-    recording = Recording(begin)
+    recording = Recording(begin, sources=run.sources)
     with progress() as shown:
         shown.add_task(f"running {len(chosen.passes)} passes")
         chosen.run(begin, run.context, [recording])

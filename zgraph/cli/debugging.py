@@ -48,9 +48,9 @@ def bisect_run(
     from zgraph.debugging.bisection import Steps, run_steps
 
     run, first = read_run(file, CAPTURED)
+    pipeline = _pipeline(passes or run.recipe, load) if passes or world or load else None
     begin, context = run.graph(first), _context(run, world)
-    if passes or world or load:
-        pipeline = _pipeline(passes or run.recipe, load)
+    if pipeline is not None:
         with progress() as shown:
             shown.add_task(f"running {len(pipeline.passes)} passes")
             steps = run_steps(begin, pipeline, context)
@@ -59,7 +59,10 @@ def bisect_run(
     with progress() as shown:
         task = shown.add_task("running the first graph")
         known = reference(begin, num_ranks(context.mesh), seed, context.hints, _dtype(dtype), _max_bytes(max_memory))
-        found = bisect(known, steps, tolerance=tolerance, tell=lambda text: shown.update(task, description=text))
+        found = bisect(
+            known, steps, tolerance=tolerance, sources=run.sources,
+            tell=lambda text: shown.update(task, description=text),
+        )  # fmt: skip
     if as_json:
         print_json({"culprit": None if found is None else dataclasses.asdict(found)})
     elif found is None:
@@ -106,8 +109,8 @@ def reduce_run(
     run, name = read_run(file, CAPTURED)
     if not (check or passes or run.recipe):
         raise UsageError("the file has no passes: say what fails: --passes RECIPE, or --check 'COMMAND {}'")
-    graph, context = run.graph(name), _context(run, world)
     pipeline = Pipeline(()) if check else _pipeline(passes or run.recipe, load)
+    graph, context = run.graph(name), _context(run, world)
     judge: Check = (
         Commanded(check, context, run.manifest.provenance)
         if check
@@ -118,7 +121,8 @@ def reduce_run(
     with progress() as shown:
         task = shown.add_task("running the whole graph")
         small, failure = reduce(graph, judge, tell=lambda text: shown.update(task, description=text))
-    write_run(run_file(_steps(small, pipeline, context), run.manifest.provenance, context), output)
+    steps = _steps(small, pipeline, context)
+    write_run(run_file(steps, run.manifest.provenance, context, run.sources), output)
     if output == "-":
         return
     if as_json:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from zgraph.cli.app import AsJson, app, console, print_json, read_run, writing
+from zgraph.cli.terminal import printable
 from zgraph.errors import UsageError
 from zgraph.export import dot, model_explorer, perfetto
 
@@ -59,6 +60,6 @@ def trace_export(
 def _write(pieces: Iterator[str], target: str) -> int:
     """Write a text piece by piece; how many bytes it has."""
     if target == "-":
-        return sum(sys.stdout.buffer.write(piece.encode()) for piece in pieces)
+        return sum(sys.stdout.buffer.write(printable(piece).encode()) for piece in pieces)
     with writing(target), open(target, "wb") as stream:
-        return sum(stream.write(piece.encode()) for piece in pieces)
+        return sum(stream.write(printable(piece).encode()) for piece in pieces)

@@ -9,19 +9,25 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from zgraph.config import cache_folder
 from zgraph.errors import HardwareError, did_you_mean
 
 FOLDER = Path(__file__).parent / "profiles"
 THIS_MACHINE = "this-machine"
-_NAME = re.compile(r"(?:(?P<hosts>\d+)x(?P<devices>\d+)-)?(?P<name>[a-z0-9][a-z0-9.-]*)")
+MAX_BYTES = 1 << 20
+"""Of a profile's file."""
+
+_NAME = re.compile(r"(?:(?P<hosts>[0-9]{1,7})x(?P<devices>[0-9]{1,7})-)?(?P<name>[a-z0-9][a-z0-9.-]{0,99})")
+
+Rate = Annotated[float, Field(gt=0)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Link(_Frozen):
@@ -36,8 +42,8 @@ class Device(_Frozen):
 
     memory_bytes: int = Field(gt=0)
     memory_bytes_per_s: float = Field(gt=0, description="what a large copy reaches, reads and writes counted")
-    peak_flops: Mapping[str, float] = Field(description="the data sheet's dense matmul rate by dtype")
-    matmul_flops: Mapping[str, float] = Field(description="the best rate that matmuls were measured at, by dtype")
+    peak_flops: Mapping[str, Rate] = Field(description="the data sheet's dense matmul rate by dtype")
+    matmul_flops: Mapping[str, Rate] = Field(description="the best rate that matmuls were measured at, by dtype")
     matmul_half_flop: float = Field(ge=0, description="a matmul of this many FLOP reaches half of that rate")
     launch_us: float = Field(ge=0, description="what the smallest op takes")
     generated_matmul_rate: float = Field(
@@ -46,6 +52,13 @@ class Device(_Frozen):
         le=1,
         description="the share of the best matmul rate that generated matmuls reach; 0: none run there",
     )
+
+    @field_validator("matmul_flops")
+    @classmethod
+    def _has_the_rate_of_others(cls, rates: Mapping[str, float]) -> Mapping[str, float]:
+        if "f32" not in rates:
+            raise ValueError("f32 is missing, whose rate stands for dtypes that have none")
+        return rates
 
     def rate(self, dtype: str) -> float:
         """The matmul rate of a dtype; that of fp32 where the profile has none."""
@@ -114,9 +127,11 @@ def hardware(name: str) -> Hardware:
     if name.endswith(".toml"):
         return load(Path(name))
     match = _NAME.fullmatch(name)
-    stem = match["name"] if match else name
+    if match is None:
+        raise HardwareError(_unknown(name, name))
+    stem = match["name"]
     path = this_machine_path() if stem == THIS_MACHINE else FOLDER / f"{stem}.toml"
-    if match is None or not path.exists():
+    if not path.exists():
         raise HardwareError(_unknown(name, stem))
     found = load(path)
     if match["hosts"] is None:
@@ -134,14 +149,34 @@ def load(path: Path) -> Hardware:
         HardwareError: the file is missing or no profile; every problem is named.
     """
     try:
-        return Hardware.model_validate(tomllib.loads(path.read_text()))
+        return Hardware.model_validate(tomllib.loads(read_text(path, MAX_BYTES)))
     except OSError as error:
-        raise HardwareError(f"cannot read the hardware profile {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise HardwareError(f"{path} is no TOML: {error}") from None
+        raise HardwareError(f"cannot read the hardware profile {shown(path)}: {error.strerror}") from None
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise HardwareError(f"{path} is no hardware profile: {problems}") from None
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+        raise HardwareError(f"{shown(path)} is no hardware profile: {problems}") from None
+    except (ValueError, RecursionError) as error:
+        raise HardwareError(f"{shown(path)} is no TOML: {error}; zgraph.profile_machine writes one") from None
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """The text of a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: its name or its text is none, or it has more bytes.
+    """
+    with path.open("rb") as stream:
+        found = stream.read(max_bytes + 1)
+    if len(found) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes >> 20} MiB")
+    return found.decode()
+
+
+def shown(path: Path) -> str:
+    """A path as an error has it."""
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-60:]}"
 
 
 def save(profile: Hardware, path: Path) -> None:
@@ -172,6 +207,7 @@ def _lines(fields: Mapping[str, object], table: str) -> Iterator[str]:
 def _unknown(name: str, stem: str) -> str:
     if stem == THIS_MACHINE:
         return f"this machine has not been measured; call zgraph.profile_machine(), which writes {this_machine_path()}"
+    name, stem = name[:60], stem[:60]
     hint = did_you_mean(stem, known(), "")
     return (
         f"no hardware is called {name!r}; {hint}{' ' if hint else ''}the profiles are {', '.join(known())} and "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from zgraph.cost.hardware import Hardware
+from zgraph.cost.hardware import Hardware, read_text, shown
 from zgraph.cost.memory import local_bytes
 from zgraph.cost.network import Network
 from zgraph.cost.work import work
@@ -28,10 +29,16 @@ GENERATED_MATMUL = "zgraph.matmul.default"
 """The op that runs a matmul with its epilogue as a generated kernel."""
 
 
+Us = Annotated[float, Field(ge=0)]
+
+MAX_BYTES = 64 << 20
+"""Of a table's file."""
+
+
 class Line(BaseModel):
     """A collective's time as a straight line in its bytes, fitted to what was measured."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     latency_us: float = Field(ge=0)
     bytes_per_s: float = Field(gt=0, description="bytes that one rank sends")
 
@@ -48,12 +55,12 @@ class CostTable(BaseModel):
             by the `signature` of the kernel, behind that of the matmul before it where there is one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     hardware: Hardware
-    per_host: int = 0
-    ops: Mapping[str, float] = {}
+    per_host: Annotated[int, Field(ge=0)] = 0
+    ops: Mapping[str, Us] = {}
     transfers: Mapping[str, Line] = {}
-    groups: Mapping[str, Mapping[str, float]] = {}
+    groups: Mapping[str, Mapping[str, Us]] = {}
 
     def node_us(self, graph: Graph, node: Node, hints: Mapping[str, int]) -> float:
         """What a node of the compute lane takes, in microseconds."""
@@ -167,9 +174,11 @@ def load_table(path: Path) -> CostTable:
         HardwareError: the file is missing or no cost table.
     """
     try:
-        return CostTable.model_validate_json(path.read_text())
+        return CostTable.model_validate_json(read_text(path, MAX_BYTES))
     except OSError as error:
-        raise HardwareError(f"cannot read the cost table {path}: {error.strerror}") from None
+        raise HardwareError(f"cannot read the cost table {shown(path)}: {error.strerror}") from None
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        raise HardwareError(f"{path} is no cost table: {problems}; write one with zgraph.profile") from None
+        raise HardwareError(f"{shown(path)} is no cost table: {problems}; write one with zgraph.profile") from None
+    except ValueError as error:
+        raise HardwareError(f"{shown(path)} is no cost table: {error}; write one with zgraph.profile") from None

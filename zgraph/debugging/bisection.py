@@ -6,7 +6,6 @@ delta debugging finds the least of them that is wrong on its own.
 
 from __future__ import annotations
 
-import linecache
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from zgraph.debugging.hunks import Change, Hunks, print_hunk
 from zgraph.ir import Graph, Node
 from zgraph.passes import Context, Pipeline
 from zgraph.passes.pipeline import print_pass, uncollected
+from zgraph.sources import Sources, line_of
 
 Tell = Callable[[str], None]
 
@@ -83,22 +83,24 @@ def run_steps(graph: Graph, pipeline: Pipeline, context: Context) -> Steps:
 
 
 def bisect(
-    known: Reference, steps: Steps, *, tolerance: float | None = None, tell: Tell = lambda text: None
-) -> Culprit | None:
+    known: Reference, steps: Steps, *, tolerance: float | None = None, sources: Sources | None = None,
+    tell: Tell = lambda text: None,
+) -> Culprit | None:  # fmt: skip
     """The pass and the least part of what it did after which a graph is wrong; None where none is.
 
     Args:
         known: the first graph, with what it gives.
         steps: the graphs after each pass.
         tolerance: how much of its largest number an output may differ; by default what `check.TOLERANCES` says.
+        sources: the user's lines, as `RunFile.sources` has them.
         tell: is told what is done, for those who wait.
     """
-    return _Search(known, steps, tolerance, tell).run()
+    return _Search(known, steps, tolerance, sources or {}, tell).run()
 
 
 class _Search:
-    def __init__(self, known: Reference, steps: Steps, tolerance: float | None, tell: Tell) -> None:
-        self.known, self.steps, self.tolerance, self.tell = known, steps, tolerance, tell
+    def __init__(self, known: Reference, steps: Steps, tolerance: float | None, sources: Sources, tell: Tell) -> None:
+        self.known, self.steps, self.tolerance, self.sources, self.tell = known, steps, tolerance, sources, tell
         self.num_checks = 0
         self.num_steps = len(steps.graphs) - 1 + (steps.crash is not None)
 
@@ -142,14 +144,14 @@ class _Search:
             return found is not None and found.is_like(failure)
 
         changes = [change for number in minimal(range(len(hunks)), fails) for change in hunks.hunks[number]]
-        return Rewrite(tuple(print_hunk(changes)), _sources(changes), len(hunks))
+        return Rewrite(tuple(print_hunk(changes)), _sources(changes, self.sources), len(hunks))
 
 
-def _sources(changes: Sequence[Change]) -> tuple[str, ...]:
+def _sources(changes: Sequence[Change], known: Sources) -> tuple[str, ...]:
     """The user's lines that changes come from."""
     nodes = [item for change in changes for item in (change.before, change.after) if isinstance(item, Node)]
     origins = [node.origin for node in nodes if node.origin.file]
-    found = {o: linecache.getline(o.file, o.line).strip() for o in origins}
+    found = {o: line_of(known, o) for o in origins}
     texts = (
         o.place + (f" in {o.module}" if o.module else "") + (f"  {text}" if text else "") for o, text in found.items()
     )

@@ -15,6 +15,7 @@ from zgraph.ir.graph import (
     Token,
     Value,
 )
+from zgraph.ir.names import allow_namespace
 from zgraph.ir.ops import OPS, Op
 from zgraph.ir.parser import parse_graph
 from zgraph.ir.plan import Instruction, Plan, Program
@@ -42,6 +43,6 @@ from zgraph.ir.verifier import verify
 __all__ = [
     "DEVICE", "HOST", "OPS", "Arg", "Axis", "Builder", "DType", "Foreign", "Graph", "Input", "InputKind", "Instruction",
     "Mesh", "Node", "NoneType", "Op", "Origin", "Output", "OutputKind", "Partial", "Phase", "Placement", "Plan",
-    "Program", "Replicate", "ScalarType", "Shard", "TensorType", "Token", "Type", "Value", "Varying", "fingerprint",
-    "num_ranks", "num_shards", "parse_graph", "print_graph", "print_node", "verify",
+    "Program", "Replicate", "ScalarType", "Shard", "TensorType", "Token", "Type", "Value", "Varying", "allow_namespace",
+    "fingerprint", "num_ranks", "num_shards", "parse_graph", "print_graph", "print_node", "verify",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from zgraph.errors import VerifyError
 from zgraph.ir.symbols import Dim, simplify
 from zgraph.ir.types import TensorType
 
@@ -57,10 +58,14 @@ def is_even(shape: tuple[Dim, ...], num_ranks: int) -> bool:
 
 
 def concrete(dim: Dim) -> int:
-    """`dim` as an int. Only parameters are sharded, and their sizes are always known."""
+    """`dim` as an int. Only parameters are sharded, and their sizes are always known.
+
+    Raises:
+        VerifyError: it is a symbol.
+    """
     value = simplify(dim)
     if not isinstance(value, int):
-        raise TypeError(f"a sharded tensor must have known sizes, not {dim}")
+        raise VerifyError(f"a sharded tensor must have known sizes, not {dim}: give numbers, or do not shard it")
     return value
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from zgraph.errors import ZirError
@@ -23,6 +24,8 @@ from zgraph.ir.graph import (
     Token,
     Value,
 )
+from zgraph.ir.names import TOKENS, refusal, token_refusal
+from zgraph.ir.ops import OPS
 from zgraph.ir.symbols import Dim, parse_dim
 from zgraph.ir.types import (
     DEVICE,
@@ -44,8 +47,11 @@ _T = TypeVar("_T")
 _WORD = re.compile(r"[A-Za-z_][\w.\-]*")
 _NAME = re.compile(r"[\w.]+")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
-_NUMBER = re.compile(r"-?(?:inf\b|\d+(?:\.\d*)?(?:e[+-]?\d+)?)")
-_INTEGER = re.compile(r"-?\d{1,19}")
+_NUMBER = re.compile(r"-?(?:inf\b|\d+(?:\.\d*)?(?:e[+-]?\d+)?)", re.ASCII)
+_INTEGER = re.compile(r"-?\d{1,19}", re.ASCII)
+_COUNT = re.compile(r"[0-9]{1,18}")
+_DIM = re.compile(r"S([0-9]{1,2})")
+_KEY = re.compile(r" *([A-Za-z_]\w*)=")
 _MAX_DIGITS = 400
 _PLACEMENTS: dict[str, Placement] = {"R": Replicate(), "P": Partial(), "V": Varying()}
 _DTYPES = {d.value: d for d in DType}
@@ -166,7 +172,7 @@ class _Line:
 
     def dim(self, text: str, start: int) -> Dim:
         try:
-            return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else parse_dim(text)
+            return int(text) if _COUNT.fullmatch(text) else parse_dim(text)
         except ZirError as error:
             raise self.error(str(error).splitlines()[0], start) from None
 
@@ -204,8 +210,8 @@ class _Line:
         word = self.word("a placement")
         if word in _PLACEMENTS:
             return _PLACEMENTS[word]
-        if word[0] == "S" and word[1:].isascii() and word[1:].isdigit() and len(word) < 4:
-            return Shard(int(word[1:]))
+        if found := _DIM.fullmatch(word):
+            return Shard(int(found[1]))
         raise self.error(f"{word} is not a placement: R, V, P, or S and a dim", start)
 
     def origin(self) -> Origin:
@@ -219,25 +225,33 @@ class _Line:
         return Origin(module, file, number, self.word("the name of a pass") if self.accept("by ") else "")
 
 
+def _lines(text: str) -> Iterator[_Line]:
+    """The lines that say something, one at a time: a text may have millions of them, and be refused at its first."""
+    for number, line in enumerate(io.StringIO(text), 1):
+        stripped = line.strip()
+        if stripped and stripped[0] != "#":
+            yield _Line(line.rstrip("\r\n"), number)
+
+
 class _Reader:
     """Reads the lines of one graph, with the values defined so far."""
 
     def __init__(self, text: str) -> None:
-        self.lines = [_Line(t, n) for n, t in enumerate(text.splitlines(), 1) if t.strip() and t.strip()[0] != "#"]
+        self.lines = _lines(text)
         self.values: dict[str, Value] = {}
         self.phases = {p.value: p for p in Phase}
 
     def graph(self) -> Graph:
-        if not self.lines:
+        head = next(self.lines, None)
+        if head is None:
             raise ZirError('the text is empty; a graph begins with: graph "name"')
-        head, *body = self.lines
         name, mesh = self.head(head)
         foreign: dict[str, Foreign] = {}
         inputs: list[Input] = []
         nodes: list[Node] = []
         outputs: list[Output] = []
         kinds = {k.value: k for k in InputKind}
-        for line in body:
+        for line in self.lines:
             start = line.at
             word = line.word("op, an input kind, a phase or return")
             if word == "op":
@@ -246,7 +260,7 @@ class _Reader:
             elif word in kinds:
                 inputs.append(self.input(line, kinds[word]))
             elif word in self.phases:
-                nodes.append(self.node(line, self.phases[word]))
+                nodes.append(self.node(line, self.phases[word], foreign))
             elif word == "return":
                 outputs.append(self.output(line))
             else:
@@ -276,7 +290,11 @@ class _Reader:
         return Axis(name, size)
 
     def declaration(self, line: _Line) -> tuple[str, Foreign]:
+        line.space()
+        at = line.at
         name, positions, flags = line.word("the name of an op"), {"views": (), "writes": ()}, set[str]()
+        if wrong := refusal(name):
+            raise line.error(wrong, at)
         while not line.done:
             start = line.at
             word = line.word("an effect")
@@ -324,20 +342,24 @@ class _Reader:
         target = line.string() if line.peek('"') else ""
         return Output(kind, None if line.accept("none") else self.use(line), target, phase)
 
-    def node(self, line: _Line, phase: Phase) -> Node:
+    def node(self, line: _Line, phase: Phase, foreign: Mapping[str, Foreign]) -> Node:
         results: list[Value] = []
         if line.peek("%"):
             results.append(self.define(line))
             while line.accept(","):
                 results.append(self.define(line))
             line.expect("=")
+        line.space()
+        at = line.at
         op = line.word("the name of an op")
         line.expect("(")
+        if op not in OPS and op not in foreign and (wrong := refusal(op)):
+            raise line.error(wrong, at)
         args: list[Arg] = []
         kwargs: list[tuple[str, Arg]] = []
 
         def one() -> None:
-            if key := re.compile(r" *([A-Za-z_]\w*)=").match(line.text, line.at):
+            if key := _KEY.match(line.text, line.at):
                 line.at = key.end()
                 kwargs.append((key.group(1), self.arg(line)))
             else:
@@ -367,7 +389,11 @@ class _Reader:
         if word in _DTYPES:
             return _DTYPES[word]
         if line.accept("("):
+            line.space()
+            inside = line.at
             token = Token(word, line.string())
+            if wrong := token_refusal(token.kind, token.name):
+                raise line.error(wrong, start if token.kind not in TOKENS else inside)
             line.expect(")")
             return token
         line.at = start

@@ -10,7 +10,8 @@ from zgraph.ir.arena import buffers, clashes, offsets, runs_in
 from zgraph.ir.graph import Graph, Input, InputKind, Node, OutputKind, Phase
 from zgraph.ir.ops import OPS, TypeRuleError, views
 from zgraph.ir.printer import print_node
-from zgraph.ir.types import DEVICE, Partial, Replicate, Shard, TensorType, Varying
+from zgraph.ir.symbols import Dim, simplify
+from zgraph.ir.types import DEVICE, Partial, Replicate, Shard, TensorType, Type, Varying
 
 Fault = tuple[int | None, str]
 """Position of the node at fault (None: the graph as a whole) and what is wrong."""
@@ -79,7 +80,7 @@ def types(graph: Graph) -> Iterator[Fault]:
         if op := OPS.get(node.op):
             try:
                 wanted = op.rule(node, graph.mesh)
-            except (TypeRuleError, TypeError, ValueError, IndexError) as error:
+            except (TypeRuleError, VerifyError, TypeError, ValueError, IndexError) as error:
                 yield position, f"{node.op}: {error}"
                 continue
             if (got := tuple(r.type for r in node.results)) != wanted:
@@ -90,10 +91,14 @@ def placements(graph: Graph) -> Iterator[Fault]:
     """One placement a mesh axis on every tensor; an op that is not zgraph's own sees only whole or own values."""
     rank = len(graph.mesh)
     for entry in graph.inputs:
+        if unknown := _unknown_size(entry.value.type):
+            yield None, f"the input %{entry.value.name} is sharded, but its size {unknown} is not known"
         if isinstance(entry.value.type, TensorType) and len(entry.value.type.placement) != rank:
             yield None, f"the input %{entry.value.name} has {len(entry.value.type.placement)} placements, not {rank}"
     for position, node in enumerate(graph.nodes):
         for result in node.results:
+            if unknown := _unknown_size(result.type):
+                yield position, f"%{result.name} is sharded, but its size {unknown} is not known"
             if isinstance(result.type, TensorType) and len(result.type.placement) != rank:
                 yield position, f"%{result.name} has {len(result.type.placement)} placements for {rank} mesh axes"
         if node.op in OPS:
@@ -110,6 +115,13 @@ def placements(graph: Graph) -> Iterator[Fault]:
         for result in node.results:
             if isinstance(result.type, TensorType) and varies and Replicate() in result.type.placement:
                 yield position, f"%{result.name} is called replicated, but it is made of values that vary"
+
+
+def _unknown_size(kind: Type) -> Dim | None:
+    """A size of a sharded tensor that is a symbol; None where all are numbers."""
+    if not isinstance(kind, TensorType) or not kind.is_sharded:
+        return None
+    return next((size for size in kind.shape if not isinstance(simplify(size), int)), None)
 
 
 def spaces(graph: Graph) -> Iterator[Fault]:

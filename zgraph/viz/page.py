@@ -10,9 +10,8 @@ import base64
 import gzip
 import html
 import json
-import linecache
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from itertools import pairwise
 from typing import Any
@@ -23,11 +22,9 @@ from zgraph.lines import node_lines, read_line
 from zgraph.passes import make_plan
 from zgraph.passes.schedule import step_bound_us
 from zgraph.runfile import RunFile
+from zgraph.sources import context_of
 
 SCRIPTS = ("run.js", "tree.js", "graph.js", "program.js", "charts.js", "details.js", "main.js")
-
-CONTEXT_LINES = 3
-"""Lines of the user's source before and after the one that a node comes from."""
 
 
 def page(run: RunFile) -> str:
@@ -69,7 +66,7 @@ def _data(run: RunFile) -> dict[str, Any]:
         "orders": table.orders,
         "nodes": table.columns,
         "texts": table.texts,
-        "sources": _sources(zip(table.columns["file"], table.columns["line"], strict=True)),
+        "sources": context_of(run.sources, zip(table.columns["file"], table.columns["line"], strict=True)),
         **step,
     }
 
@@ -163,19 +160,3 @@ def _columns(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
 
 def _rounded(us: float) -> float:
     return round(us, 3)
-
-
-def _sources(places: Iterable[tuple[str, int]]) -> dict[str, dict[int, list[str]]]:
-    """The lines around each place in the user's source, where it can be read here, by file and line."""
-    found: dict[str, dict[int, list[str]]] = {}
-    for file, line in dict.fromkeys(places):
-        if lines := list(_around(file, line)):
-            found.setdefault(file, {})[line] = lines
-    return found
-
-
-def _around(file: str, line: int) -> Iterator[str]:
-    if not file or not linecache.getline(file, line):
-        return
-    for number in range(line - CONTEXT_LINES, line + CONTEXT_LINES + 1):
-        yield linecache.getline(file, number).rstrip("\n")

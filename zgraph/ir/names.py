@@ -1,0 +1,92 @@
+"""The names that a graph's text may hold of the host framework's ops, devices and formats: closed lists, no lookups.
+
+An op of a framework is `NAMESPACE.op.overload`. Functions on sizes have no overloads: `py.add`, `math.floor`,
+`torch.sym_max`. Whatever is in none of these lists is refused when a text is read, before anything looks it up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from zgraph.errors import UsageError, did_you_mean
+
+_words = str.split
+
+SCALAR_FUNCTIONS: Mapping[str, frozenset[str]] = {
+    "py": frozenset(_words(
+        "abs add and_ eq floordiv ge gt invert le lshift lt mod mul ne neg not_ or_ pos pow rshift sub truediv xor"
+    )),
+    "math": frozenset(_words(
+        "acos asin atan atan2 ceil copysign cos cosh exp fabs floor isfinite isinf isnan log log10 log1p log2 pow sin "
+        "sinh sqrt tan tanh trunc"
+    )),
+    "torch": frozenset(_words(
+        "_sym_acos _sym_asin _sym_atan _sym_cos _sym_cosh _sym_log2 _sym_sin _sym_sinh _sym_sqrt _sym_tan _sym_tanh "
+        "sym_float sym_int sym_ite sym_max sym_min sym_not sym_sum"
+    )),
+}  # fmt: skip
+"""Functions on numbers that graphs with symbolic sizes call, by the module that has them."""
+
+TOKENS: Mapping[str, frozenset[str]] = {
+    "device": frozenset(_words("cpu cuda hip hpu maia meta mps mtia xla xpu")),
+    "layout": frozenset(_words("strided sparse_coo")),
+    "memory_format": frozenset(_words("contiguous_format preserve_format channels_last channels_last_3d")),
+}
+"""The constants of the host framework that a text may name, by kind."""
+
+BUILT_IN = ("aten", "prims", "zgraph")
+
+REFUSED = frozenset({"aten.from_file", "aten.save"})
+"""Ops that open files."""
+
+_namespaces = set(BUILT_IN)
+_IDENTIFIER = re.compile(r"(?:[A-Za-z]|_(?!_))\w*|__i?(?:and|or|xor|lshift|rshift)__", re.ASCII)
+
+
+def allow_namespace(name: str) -> None:
+    """Let texts that this process reads name the ops of a library, `mylib` for `mylib.op.default`.
+
+    Whoever captures a model with such ops need not call it. The ops that a file names can then be run.
+
+    Raises:
+        UsageError: it is no name of a namespace.
+    """
+    if not _IDENTIFIER.fullmatch(name) or name in SCALAR_FUNCTIONS:
+        raise UsageError(f"{name[:60]!r} is no namespace of ops; give the part before the first dot of an op's name")
+    _namespaces.add(name)
+
+
+def refusal(op: str) -> str:
+    """What is wrong with the name of an op that is not zgraph's own, and what would be right; empty if nothing is."""
+    namespace, *rest = op.split(".")
+    shown = op if len(op) <= 60 else op[:57] + "..."
+    if namespace in SCALAR_FUNCTIONS:
+        known = SCALAR_FUNCTIONS[namespace]
+        if len(rest) == 1 and rest[0] in known:
+            return ""
+        hint = did_you_mean(".".join(rest)[:60], known, f"{namespace} has {_list(known)}")
+        return f"{shown} is no function on sizes; {hint}"
+    if len(rest) != 2 or not all(_IDENTIFIER.fullmatch(part) for part in rest) or not _IDENTIFIER.fullmatch(namespace):
+        return f"{shown} is no op; an op is NAMESPACE.name.overload, such as aten.add.Tensor"
+    if namespace not in _namespaces:
+        return (
+            f"{shown} is an op of {namespace[:60]}, which this process does not know; the namespaces are "
+            f"{_list(_namespaces)}, and zgraph.ir.allow_namespace adds one that is trusted"
+        )
+    if f"{namespace}.{rest[0]}" in REFUSED:
+        return f"{shown} opens files, which no graph may; load the data outside of the model"
+    return ""
+
+
+def token_refusal(kind: str, name: str) -> str:
+    """What is wrong with a constant of the host framework, and what would be right; empty if nothing is."""
+    if kind not in TOKENS:
+        return f"{kind[:60]} is no kind of constant; the kinds are {_list(TOKENS)}"
+    if name not in TOKENS[kind]:
+        return f"{name[:60]!r} is no {kind.replace('_', ' ')}; there are {_list(TOKENS[kind])}"
+    return ""
+
+
+def _list(names: frozenset[str] | set[str] | Mapping[str, object]) -> str:
+    return ", ".join(sorted(names))
