@@ -109,7 +109,7 @@ def _gather(node: Node, session: Session) -> Execute:
     num_shards = session.num_shards
     wanted = [(_shape(r.tensor), _numel(r.tensor)) for r in node.results]
     keys = [object() if node.option("keep") else None for _ in node.results]
-    place, name = _place(node), described(node)
+    place, name, moved = _place(node), described(node), session.moved(node)
 
     def execute(*chunks: torch.Tensor, arena: torch.Tensor | None = None) -> Any:
         kept = [k for key in keys if key is not None and (k := session.kept_copy(key)) is not None]
@@ -121,7 +121,8 @@ def _gather(node: Node, session: Session) -> Execute:
             flats = [place(arena, i, num_shards * c.numel(), c.dtype) for i, c in enumerate(chunks)]
             outs = [flat.view(num_shards, chunk.numel()) for flat, chunk in zip(flats, chunks, strict=True)]
         if session.lane is not None:
-            work: Work = session.lane.all_gather(*((o.unbind(), c) for o, c in zip(outs, chunks, strict=True)))
+            parts = [(out.unbind(), chunk) for out, chunk in zip(outs, chunks, strict=True)]
+            work: Work = session.lane.all_gather(*parts, moved=moved)
         else:
             pairs = [(out.view(-1), chunk) for out, chunk in zip(outs, chunks, strict=True)]
             work = torch_private.all_gathers(pairs, session.shard_group)
@@ -142,12 +143,12 @@ def reduce_scatter_start(node: Node, session: Session) -> Execute:
     """The means over the ranks, each rank keeping its chunks."""
     num_shards = session.num_shards
     pads = [_padder(v.tensor, num_shards) for v in node.operands]
-    name = described(node)
+    name, moved = described(node), session.moved(node)
 
     def execute(*wholes: torch.Tensor) -> Any:
         padded = [pad(whole).view(num_shards, -1) for pad, whole in zip(pads, wholes, strict=True)]
         if session.lane is not None:
-            transfer = session.lane.reduce_scatter(*(p.unbind() for p in padded))
+            transfer = session.lane.reduce_scatter(*(p.unbind() for p in padded), moved=moved)
             work: Work = transfer
             outs: list[torch.Tensor] = transfer.result
         else:
@@ -163,13 +164,13 @@ def all_reduce_start(node: Node, session: Session) -> Execute:
     """The mean over the ranks, on every rank."""
     num_ranks = session.num_ranks
     kind = node.results[0].tensor
-    shape, numel, name = _shape(kind), _numel(kind), described(node)
+    shape, numel, name, moved = _shape(kind), _numel(kind), described(node), session.moved(node)
     pad, is_padded = _padder(kind, num_ranks), not is_even(kind.shape, num_ranks)
 
     def execute(own: torch.Tensor) -> Future:
         if session.lane is not None:
             mean = pad(own) if is_padded else own.clone(memory_format=torch.contiguous_format).view(-1)
-            work: Work = session.lane.all_reduce(mean.view(num_ranks, -1).unbind())
+            work: Work = session.lane.all_reduce(mean.view(num_ranks, -1).unbind(), moved)
         else:
             mean = torch.div(own, num_ranks).contiguous().view(-1)
             work = dist.all_reduce(mean, group=session.group, async_op=True)

@@ -16,16 +16,9 @@ from torch.distributed.rendezvous import rendezvous
 from zgraph.config import environment
 from zgraph.errors import PeerError, UsageError
 from zgraph.runtime import torch_private
-from zgraph.runtime.peers import (
-    BEAT_SECONDS,
-    GONE_AFTER_SECONDS,
-    LINGER_SECONDS,
-    Heartbeat,
-    beat_key,
-    heartbeat,
-    rank_names,
-    store_errors,
-)  # fmt: skip
+from zgraph.runtime.departures import LINGER_SECONDS
+from zgraph.runtime.heartbeat import BEAT_SECONDS, Heartbeat, beat_key, heartbeat
+from zgraph.runtime.peers import GONE_AFTER_SECONDS, rank_names, store_errors
 from zgraph.runtime.torch_private import PrefixStore, Store, default_pg_timeout
 
 _RULING = "ruling"

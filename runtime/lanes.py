@@ -11,7 +11,6 @@ reduce), so that every byte crosses the slow link once. Where each host has all 
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
 import threading
@@ -25,6 +24,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from zgraph.runtime.journal import Journal, Moved
 from zgraph.runtime.torch_private import JOIN_S, Store, messenger
 
 CONNECT_TIMEOUT = timedelta(seconds=JOIN_S)
@@ -41,6 +41,9 @@ Phases = Generator[Works, None, T]
 
 class Transfer:
     """A collective under way. What it made is in the list `result` when it is over."""
+
+    number = 0
+    """Of the collective, in the lane's journal."""
 
     def __init__(self) -> None:
         self.over = threading.Event()
@@ -121,7 +124,7 @@ class Lane:
         self._upwards, self._downwards = (
             messenger(store, f"{name}/{way}", rank, self.num_ranks, CONNECT_TIMEOUT) for way in ("up", "down")
         )
-        self._counts = itertools.count()
+        self.journal = Journal()
         self._line = _Line()
         self._thread = threading.Thread(target=self._line.serve, name=f"zgraph-{name}", daemon=True)
         self._thread.start()
@@ -141,29 +144,35 @@ class Lane:
 
     # --- collectives ---------------------------------------------------------------------------------------------
 
-    def all_gather(self, *tensors: tuple[Sequence[torch.Tensor], torch.Tensor]) -> Transfer:
+    def all_gather(self, *tensors: tuple[Sequence[torch.Tensor], torch.Tensor], moved: Moved | None = None) -> Transfer:
         """Fill the slots of tensors with what each rank has.
 
         Args:
             tensors: for each tensor one dense slot a shard, and what this rank has, as large. That is copied to its
                 slot, and must not change until the transfer is over.
+            moved: what this is; ranks on which it is not the same never receive one another's messages.
         """
+        number = self.journal.enter("all-gather", [own.nbytes for _, own in tensors], moved)
         for slots, own in tensors:
             slots[self.shard].copy_(own)
-        return self._line.join(_together([self._gathered(slots, next(self._counts)) for slots, _ in tensors]))
+        return self._line.join(_together([self._gathered(slots, self.journal.tag()) for slots, _ in tensors]), number)
 
-    def reduce_scatter(self, *tensors: Sequence[torch.Tensor]) -> Transfer:
+    def reduce_scatter(self, *tensors: Sequence[torch.Tensor], moved: Moved | None = None) -> Transfer:
         """The means over the ranks of the chunks that are this rank's: summed in the order of the ranks of each host,
         then in the order of the hosts. They are the transfer's result.
 
         Args:
             tensors: for each tensor its chunks, one a shard. They must not change until the transfer is over.
+            moved: as for `all_gather`.
         """
-        return self._line.join(_together([self._reduced(chunks) for chunks in tensors]))
+        number = self.journal.enter("reduce-scatter", [chunks[0].nbytes for chunks in tensors], moved)
+        return self._line.join(_together([self._reduced(chunks) for chunks in tensors]), number)
 
-    def all_reduce(self, chunks: Sequence[torch.Tensor]) -> Transfer:
+    def all_reduce(self, chunks: Sequence[torch.Tensor], moved: Moved | None = None) -> Transfer:
         """Put the mean over the ranks in the place of `chunks`: one dense tensor a rank, all of one size."""
-        return self._line.join(_together([self._reduce_and_gather(chunks, next(self._counts), next(self._counts))]))
+        number = self.journal.enter("all-reduce", [chunks[0].nbytes], moved)
+        tags = self.journal.tag(), self.journal.tag()
+        return self._line.join(_together([self._reduce_and_gather(chunks, *tags)]), number)
 
     @property
     def shard(self) -> int:
@@ -176,8 +185,8 @@ class Lane:
     def _reduced(self, chunks: Sequence[torch.Tensor]) -> Phases[torch.Tensor]:
         out = torch.empty_like(chunks[self.shard])
         if not self.each_has_all:
-            return self._reduce(chunks, out, next(self._counts))
-        return self._reduce_copies(chunks, out, [next(self._counts) for _ in range(3)])
+            return self._reduce(chunks, out, self.journal.tag())
+        return self._reduce_copies(chunks, out, [self.journal.tag() for _ in range(3)])
 
     def _share(self, ranks: Sequence[int], slots: Sequence[torch.Tensor], count: int) -> Phases[torch.Tensor]:
         """A gather among `ranks`, one slot each."""
@@ -267,7 +276,7 @@ class Lane:
         """Post messages, each a tensor, the peer, and a number that tells messages of one pair in one collective apart.
 
         Args:
-            count: the number of the collective.
+            count: the collective's number for its messages (`Journal.tag`).
             receive: where to put what comes.
             send: what goes.
         """
@@ -295,9 +304,10 @@ class _Line:
         self._changed = threading.Condition()
         self._is_closed = False
 
-    def join(self, phases: Phases[list[torch.Tensor]]) -> Transfer:
+    def join(self, phases: Phases[list[torch.Tensor]], number: int) -> Transfer:
         """Stand in line."""
         job = _Job(phases)
+        job.transfer.number = number
         with self._changed:
             self._jobs.append(job)
             if len(self._jobs) <= NUM_POSTED:

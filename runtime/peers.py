@@ -5,17 +5,13 @@ All of it goes through the job's key-value store, so that no comparison can ever
 
 from __future__ import annotations
 
-import atexit
 import hashlib
-import itertools
-import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,74 +19,22 @@ import torch.distributed as dist
 from zgraph.config import environment
 from zgraph.errors import PeerError, PlanMismatchError
 from zgraph.runtime import torch_private
+from zgraph.runtime.departures import LINGER_SECONDS, departures
+from zgraph.runtime.drift import Wait
+from zgraph.runtime.heartbeat import BEAT_SECONDS, Place, beat_key, heartbeat
+from zgraph.runtime.journal import Journal, keep
 from zgraph.runtime.lanes import Transfer
-from zgraph.runtime.torch_private import Store
 
-BEAT_SECONDS = 0.5
 GONE_AFTER_SECONDS = 5.0
 ASK_AFTER_SECONDS = 0.5
-LINGER_SECONDS = 1.0
+READ_SECONDS = 4.0
+_AGAIN = "Look why on that rank, then start the job again from its last checkpoint."
 _FIRST_NAP, _LONGEST_NAP = 2e-5, 1e-3
-
-
-class Place(NamedTuple):
-    """Where a rank is: in which call of a model, and what it waits for there, or has waited for last."""
-
-    call: int
-    what: str
-    waits: bool
-    since: float
-
-    def __str__(self) -> str:
-        if self.waits:
-            return f"waits for {self.what} in call {self.call}"
-        after = f", after {self.what}" if self.what else ""
-        return f"has not answered for {time.monotonic() - self.since:.0f} s, last seen in call {self.call}{after}"
-
-
-def beat_key(rank: int) -> str:
-    """Where a rank's heartbeat is in the store."""
-    return f"zgraph/beat/{rank}"
 
 
 def rank_names(ranks: Iterable[int]) -> str:
     """These ranks, for a message."""
     return ", ".join(f"rank {rank}" for rank in ranks)
-
-
-class Heartbeat(threading.Thread):
-    """Writes a growing number to the store, so that others can tell a busy rank from one that is gone.
-
-    With it goes the place where the rank is.
-    """
-
-    def __init__(self, store: Store, rank: int) -> None:
-        super().__init__(name="zgraph-heartbeat", daemon=True)
-        self.store, self.rank = store, rank
-        self.over = threading.Event()
-        self.place = Place(0, "", False, time.monotonic())
-        self.start()
-        atexit.register(self.stop)
-
-    def run(self) -> None:
-        for count in itertools.count():
-            try:
-                self.store.set(beat_key(self.rank), f"{count} {self.place}")
-            except (RuntimeError, ValueError):
-                return  # the store closed with the job
-            if self.over.wait(BEAT_SECONDS):
-                return
-
-    def stop(self) -> None:
-        """End before the interpreter does: a thread cut off inside the store's C++ code would abort the process."""
-        self.over.set()
-        self.join(5 * BEAT_SECONDS)
-
-
-@lru_cache(maxsize=1)
-def heartbeat(store: Store, rank: int) -> Heartbeat:
-    """This process's; begun if it is not."""
-    return Heartbeat(store, rank)
 
 
 _serials: Counter[tuple[int, ...]] = Counter()
@@ -123,6 +67,7 @@ class Peers:
         self.waited_s = 0.0
         self.call = 0
         self.compared = 0
+        self.journal: Journal | None = None
         self.limit_s = environment().timeout_s
         self._heart = heartbeat(self.store, self.rank)
 
@@ -150,6 +95,8 @@ class Peers:
 
     def _poll(self, work: dist.Work | Transfer, what: str) -> None:
         nap, asked, told = _FIRST_NAP, time.monotonic(), False
+        place, number = f"{what} in call {self.call}", work.number if isinstance(work, Transfer) else 0
+        long = Wait(self.store, self.rank, self.ranks, place, self.journal, number)
         until = asked + self.limit_s
         while not work.is_completed():
             if isinstance(work, Transfer):
@@ -160,11 +107,25 @@ class Peers:
             if time.monotonic() - asked > ASK_AFTER_SECONDS:
                 asked = time.monotonic()
                 self.raise_failure()
+                if number:
+                    self._look(long)
                 if asked > until:
                     self._give_up()
                 if not told:
                     self._write(self._key("waiting"), f"rank {self.rank} waits for {what}")
                     told = True
+
+    def _look(self, wait: Wait) -> None:
+        """Tell for what this rank waits, and raise if another will not come there."""
+        with store_errors():
+            wait.tell()
+            left, found = wait.left(), wait.drifted()
+        if found:
+            with store_errors():
+                self.store.compare_set(self._drift_key, "", found)
+            self.raise_drift()
+        if left:
+            self._end(PeerError(f"{left}. {_AGAIN}"))
 
     def blame(self, what: str, error: Exception, gone: list[int] | None = None) -> NoReturn:
         """Tell the others who is gone, or what failed, and raise PeerError.
@@ -174,7 +135,13 @@ class Peers:
             error: that ended the wait.
             gone: ranks; by default they are looked for, which takes seconds.
         """
-        if gone := self.gone() if gone is None else gone:
+        self.raise_failure()
+        with store_errors():
+            left = departures(self.store, [r for r in self.ranks if r != self.rank])
+        if left:
+            ends = "; ".join(f"rank {rank} {how}" for rank, how, _ in left)
+            blame = PeerError(f"{ends}, while rank {self.rank} waits for {what}. {_AGAIN}")
+        elif gone := self.gone() if gone is None else gone:
             blame = PeerError(
                 f"{rank_names(gone)} of {list(self.ranks)} "
                 f"{'is' if len(gone) == 1 else 'are'} gone: rank {self.rank} waited for "
@@ -236,7 +203,23 @@ class Peers:
         """Raise PeerError if a peer said that it cannot go on with the present call."""
         text = self._read(self._key("failed")).decode()
         if text and not text.split(":")[0].endswith(f"on rank {self.rank}"):
-            raise PeerError(f"another rank failed: {text}")
+            kind = PlanMismatchError if text.startswith(PlanMismatchError.__name__) else PeerError
+            raise kind(f"another rank failed: {text}")
+        self.raise_drift()
+
+    def raise_drift(self) -> None:
+        """Raise PlanMismatchError if the ranks have drifted apart: from then on they have no call in common."""
+        if text := self._read(self._drift_key).decode():
+            self._have_read("drift")
+            raise PlanMismatchError(text)
+
+    def _have_read(self, word: str) -> None:
+        """Tell the others that this rank knows; the first, with which the store may end, waits for them, not long."""
+        keys = [f"{self.name}/read/{word}/{r}" for r in self.ranks]
+        self._write(keys[self.ranks.index(self.rank)], "")
+        until = time.monotonic() + READ_SECONDS * (self.rank == self.ranks[0])
+        while time.monotonic() < until and not self._are_there(keys):
+            time.sleep(BEAT_SECONDS / 10)
 
     # --- agreement ---------------------------------------------------------------------------------------------
 
@@ -244,7 +227,14 @@ class Peers:
         """A new call of the model begins: what was said of earlier ones is past."""
         self.call += 1
         self.compared = 0
+        if self.journal is not None:
+            self.journal.call = self.call
         self._at("", waits=False)
+
+    def keep_journal(self, journal: Journal) -> None:
+        """Take this journal for that of the lane that is waited for."""
+        self.journal = journal
+        keep(journal)
 
     def agree(self, what: str, text: str) -> None:
         """Check that every rank has the same `text`: each writes its digest, the first rank reads them and rules.
@@ -264,7 +254,9 @@ class Peers:
             self._write(ruling, str(different[0]) if different else "same")
         self._await([ruling], what)
         if (found := self._read(ruling).decode()) != "same":
-            raise PlanMismatchError(self._difference(what, text, int(found)))
+            difference = self._difference(what, text, int(found))
+            self._have_read(f"{self.call}/{self.compared}")
+            raise PlanMismatchError(difference)
 
     def exchange(self, what: str, word: str) -> list[str]:
         """The word of every rank, in their order."""
@@ -277,7 +269,10 @@ class Peers:
         """Wait until all these keys are there, unless a peer fails, or computes where it should compare."""
         nap, asked, heard, silent = _FIRST_NAP, time.monotonic(), self._beats(), 0.0
         until = asked + self.limit_s
-        self._at(f"the comparison of the {what}", waits=True)
+        comparison = f"the comparison of the {what}"
+        self._at(comparison, waits=True)
+        place, key = f"{comparison} in call {self.call}", self._key(f"{what}/{self.compared}")
+        long = Wait(self.store, self.rank, self.ranks, place, self.journal, comparison=key)
         while not self._are_there(keys):
             time.sleep(nap)
             nap = min(nap * 1.5, 20 * _LONGEST_NAP)
@@ -290,6 +285,8 @@ class Peers:
                     f"rank {self.rank} compiled a new {what}, but {waiting} in one compiled before. Give every rank "
                     "inputs of the same kind and shape in the same step, or pass dynamic=True."
                 )
+            if not self._are_there(keys):
+                self._look(long)
             if asked > until:
                 self._give_up()
             beats = self._beats()
@@ -298,8 +295,8 @@ class Peers:
             if silent > GONE_AFTER_SECONDS:
                 silent = 0.0
                 if gone := self.gone():  # a rank may only have been too busy to beat
-                    self.blame(f"the comparison of the {what}", TimeoutError("no answer"), gone)
-        self._at(f"the comparison of the {what}", waits=False)
+                    self.blame(comparison, TimeoutError("no answer"), gone)
+        self._at(comparison, waits=False)
 
     def _difference(self, what: str, text: str, different: int) -> str:
         """What differs between the first rank's text and that of the first rank that differs from it."""
@@ -317,6 +314,10 @@ class Peers:
             "  Remedy: build the same model from the same configuration on every rank, and give every rank inputs of "
             "the same kind and shape (or pass dynamic=True for sizes that differ)."
         )
+
+    @property
+    def _drift_key(self) -> str:
+        return f"{self.name.rpartition('/')[0]}/drift"  # of all models of these ranks
 
     def _key(self, word: str) -> str:
         return f"{self.name}/{self.call}/{word}"

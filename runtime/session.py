@@ -11,11 +11,14 @@ import torch
 import torch.distributed as dist
 
 from zgraph.errors import PeerError
-from zgraph.ir import OutputKind, Phase, Plan, Program
+from zgraph.ir import Node, OutputKind, Phase, Plan, Program
 from zgraph.ir.layout import chunk_numel
 from zgraph.runtime import torch_private
+from zgraph.runtime.agreement import plan_text, wire_of
+from zgraph.runtime.collectives import described
 from zgraph.runtime.executor import Runner, link
 from zgraph.runtime.host import HostMemory
+from zgraph.runtime.journal import Moved
 from zgraph.runtime.lanes import Hosts, Lane, host_name
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.ranges import Ranges
@@ -57,6 +60,7 @@ class Session:
         self._held: dict[str, torch.Tensor] = {}
         self._kept: dict[object, tuple[int, torch.Tensor]] = {}
         self._agreed: set[tuple[object, ...]] = set()
+        self._marks: dict[int, bytes] = {}
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -110,17 +114,27 @@ class Session:
                 "must go on alike; start the job again from its last checkpoint."
             ) from None
         weakref.finalize(self, lane.close)
+        lane.journal.name, lane.journal.call = name, peers.call
+        peers.keep_journal(lane.journal)
         return lane
 
     # --- linking -----------------------------------------------------------------------------------------------
 
-    def link(self, plan: Plan, constants: Mapping[str, torch.Tensor], text: str) -> tuple[Runner, Runner | None]:
+    def link(
+        self, plan: Plan, constants: Mapping[str, torch.Tensor], captured: str, known: str = ""
+    ) -> tuple[Runner, Runner | None]:
         """The runners of a plan's forward and backward, once all ranks have agreed on it.
+
+        Args:
+            plan: the plan.
+            constants: tensors that the forward reads beside parameters and buffers.
+            captured: the graph that the plan was made of, as text.
+            known: what the passes knew.
 
         Raises:
             PlanMismatchError: the ranks compiled different plans.
         """
-        self._agree(plan, text)
+        self._agree(plan, captured, known)
         resident: dict[str, Any] = {}
         for entry in plan.graph.inputs:
             if entry.target in self.store.slots and entry.value.name in plan.resident:
@@ -149,20 +163,23 @@ class Session:
 
         return guarded, self._guarded(self._backward(plan, backward))
 
-    def _agree(self, plan: Plan, text: str) -> None:
+    def _agree(self, plan: Plan, captured: str, known: str) -> None:
         """Compare the plan with the peers', unless its collectives are those of a plan that they have agreed on.
 
-        The first plan of each kind must be the same text everywhere. Later ones may come on some ranks alone (a new
-        sequence length): they are safe as long as what goes over the wire, and when, stays the same.
+        The first plan of each kind must be the same text everywhere, programs included. Later ones may come on some
+        ranks alone (a new sequence length): they are safe as long as what goes over the wire, and when, stays the same.
         """
-        wire = (
-            plan.backward is not None,
-            *((n.op, n.phase, *((v.tensor.shape, v.tensor.dtype) for v in n.operands)) for n in plan.collectives),
-        )
-        if self._peers is None or wire in self._agreed:
+        if self._peers is None:
             return
-        self.peers.agree("program", text)
-        self._agreed.add(wire)
+        marks, wire = wire_of(plan)
+        if wire not in self._agreed:
+            self.peers.agree("program", plan_text(plan, captured, known))
+            self._agreed.add(wire)
+        self._marks |= marks
+
+    def moved(self, node: Node) -> Moved:
+        """What a collective of an agreed plan moves."""
+        return Moved(self._marks.get(id(node), b""), described(node))
 
     def _guarded(self, run: Runner) -> Runner:
         """`run`, telling the peers if it fails."""
@@ -181,6 +198,8 @@ class Session:
         if self._peers is None:
             return
         self._peers.begin_call()
+        if self._is_broken:
+            self._peers.raise_drift()
         if self._is_broken and self._lane is not None:
             self._lane.close()  # what was under way when the last call failed is lost, on all ranks
             self._lane = self._open_lane()

@@ -18,7 +18,7 @@ from zgraph.calls import Unprepared, check_moved, guard
 from zgraph.capture import Frontend, ParamInfo, drop_gradient_hooks
 from zgraph.checks import ATTRIBUTE, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
-from zgraph.compiled import CompiledModel, buffer_bytes
+from zgraph.compiled import CompiledModel, buffer_bytes, enabled
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir import Axis
 from zgraph.ir.layout import chunk_numel
@@ -29,6 +29,7 @@ from zgraph.passes.fusion import Fuse
 from zgraph.reporting import Report
 from zgraph.runfile import load_run
 from zgraph.runtime import HostMemory, Session, ShardStore
+from zgraph.runtime.agreement import check_joined, settings_lines
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
 from zgraph.runtime.peers import Peers, unique_name
@@ -169,6 +170,7 @@ def compile(
     if (group is not None and default_stage) or offloads:
         check_optimizers(model)
     planning = f"recipe {recipe}, param_dtype {param_dtype}, memory_budget {budget}, costs {fingerprint_of(costs)}"
+    planning = "\n".join([*settings_lines(str(enabled(pipeline))), planning])
     session = _shard(model, mesh, group, stages, default_stage, param_dtype, planning, name, offloads)
     session.regions = Regions() if kernels == "inductor" else None
     context = Context(
@@ -303,6 +305,8 @@ def _resting(
 def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
     if mesh is not None and mesh.ndim == 2 and mesh.size(0) == 1:
         return mesh[mesh.mesh_dim_names[1]] if mesh.mesh_dim_names else mesh
+    if mesh is None and not dist.is_initialized() and (problem := check_joined()):
+        raise UsageError(problem)
     if mesh is not None or not dist.is_initialized():
         return mesh
     kind = next((p.device.type for p in model.parameters() if not p.is_meta), None)

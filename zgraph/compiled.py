@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -45,11 +47,12 @@ class CompiledModel:
     ) -> None:  # fmt: skip
         self.model, self.session, self.recipe, self.context = model, session, recipe, context
         self.save, self.replayed = save, replayed
-        self.pipeline = _enabled(parse_recipe(recipe))
+        self.pipeline = enabled(parse_recipe(recipe))
         self.tunes = False
         self.eager = eager(model.forward, session.store.param_dtype)
         self.entries: list[Entry] = []
         self.hints: dict[str, int] = {}
+        self._planned: set[bool] = set()
 
     def compile_graph(self, graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> Compiled:
         """A captured graph through the passes, planned, agreed on and linked."""
@@ -64,8 +67,7 @@ class CompiledModel:
             instruments.append(Dump(settings.dump / f"rank{self.session.store.rank}"))
         text = print_graph(graph, origins=False)
         graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
-        if self.session.device.type == "cpu":
-            hints = {**hints, NUM_THREADS: torch.get_num_threads()}
+        hints = self._agreed_hints(graph, hints)
         self.hints.update(hints)
         if self.tunes and not self.entries:
             self._tune(graph, hints)
@@ -88,9 +90,31 @@ class CompiledModel:
         entry = make_entry(plan, log.steps, context, again)
         if waiting := entry.memory.host_peak_bytes:
             self.session.host.require(waiting, "the values that wait for the backward on the host")
-        forward, backward = self.session.link(plan, constants, text)
+        known = f"planned for {', '.join(f'{name}={hints[name]}' for name in sorted(hints))}"
+        forward, backward = self.session.link(plan, constants, text, known)
         self.entries.append(entry)
         return Compiled(plan, forward, backward)
+
+    def _agreed_hints(self, graph: Graph, hints: Mapping[str, int]) -> Mapping[str, int]:
+        """What sizes and how many threads to plan for.
+
+        All ranks come here with their first graph of each kind, and plan with what the first rank has: with its thread
+        count later too. Sizes that a rank meets alone later are its own.
+        """
+        if self.session.device.type == "cpu":
+            hints = {**hints, NUM_THREADS: self.hints.get(NUM_THREADS, torch.get_num_threads())}
+        kind = has_backward(graph)
+        if self.session.num_ranks == 1 or kind in self._planned:
+            return hints
+        found = json.loads(self.session.peers.exchange(f"sizes/{kind}", json.dumps(dict(hints)))[0])
+        self._planned.add(kind)
+        if found.get(NUM_THREADS) != hints.get(NUM_THREADS):
+            warnings.warn(
+                f"this rank has {hints[NUM_THREADS]} threads; all ranks plan with the first rank's "
+                f"{found[NUM_THREADS]}. Set OMP_NUM_THREADS to the same number on all ranks.",
+                stacklevel=2,
+            )
+        return {name: int(found.get(name, size)) for name, size in hints.items()}
 
     def _run_paths(self, graph: str, dump: Path | None) -> Iterator[Path]:
         """Where to write what becomes of a graph."""
@@ -146,7 +170,8 @@ def buffer_bytes(model: nn.Module) -> int:
     return sum(b.nbytes for b in model.buffers())
 
 
-def _enabled(pipeline: Pipeline) -> Pipeline:
+def enabled(pipeline: Pipeline) -> Pipeline:
+    """The passes that ZGRAPH_DISABLE leaves. Raises UsageError if it names what is none."""
     disabled = environment().disable
     for name in disabled - BY_NAME.keys():
         hint = did_you_mean(name, BY_NAME, f"the passes are {', '.join(BY_NAME)}")

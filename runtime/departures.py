@@ -1,0 +1,86 @@
+"""Why a process of the job ended: it leaves word in the store, for those that wait for it.
+
+What fails within a call of a model is told by the call. This is for what fails between calls (a data loader, an
+optimizer that is out of memory), and for a script that ends while the others go on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from functools import lru_cache
+from types import TracebackType
+from typing import NamedTuple
+
+from zgraph.runtime.journal import begun
+from zgraph.runtime.torch_private import Store
+
+LINGER_SECONDS = 1.0
+_ANY = "zgraph/left"
+
+
+class Departure(NamedTuple):
+    """How a rank ended, and how many collectives it had begun on each lane."""
+
+    rank: int
+    how: str
+    begun: dict[str, int]
+
+
+@lru_cache(maxsize=1)
+def watch(store: Store, rank: int) -> None:
+    """Leave word of this process's end, whichever it is. Hooks that are there already run as before."""
+    before, before_thread = sys.excepthook, threading.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)
+        _leave(store, rank, f"ended by {kind.__name__}: {error}"[:2000])
+        time.sleep(LINGER_SECONDS)  # the store may end with this process: let the others read first
+
+    def thread_hook(args: threading.ExceptHookArgs) -> None:
+        before_thread(args)
+        name = args.thread.name if args.thread is not None else "a thread"
+        _note(store, rank, f"its thread {name} had died of {args.exc_type.__name__}: {args.exc_value}"[:2000])
+
+    sys.excepthook, threading.excepthook = hook, thread_hook
+    atexit.register(_leave, store, rank, "came to the end of its script")
+
+
+def departures(store: Store, ranks: Iterable[int]) -> list[Departure]:
+    """The ranks of these that have left word. Raises RuntimeError if the store is gone."""
+    if not store.check([_ANY]):
+        return []
+    found = []
+    for rank in ranks:
+        if store.check([_left(rank)]):
+            word = json.loads(store.get(_left(rank)))
+            found.append(Departure(rank, word["how"] + _noted(store, rank), word["begun"]))
+    return found
+
+
+def _leave(store: Store, rank: int, how: str) -> None:
+    try:
+        store.compare_set(_left(rank), "", json.dumps({"how": how, "begun": begun()}))
+        store.set(_ANY, "")
+    except (RuntimeError, ValueError):
+        return  # the store is gone: the others are told by the broken connections
+
+
+def _note(store: Store, rank: int, what: str) -> None:
+    try:
+        store.set(f"zgraph/noted/{rank}", what)
+    except (RuntimeError, ValueError):
+        return
+
+
+def _noted(store: Store, rank: int) -> str:
+    key = f"zgraph/noted/{rank}"
+    return f" ({store.get(key).decode()})" if store.check([key]) else ""
+
+
+def _left(rank: int) -> str:
+    return f"zgraph/left/{rank}"

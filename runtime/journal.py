@@ -1,0 +1,96 @@
+"""The order in which a rank has begun its collectives, so that ranks which have drifted apart can tell, and say where.
+
+Each collective has a number and a hash of itself and of all before it. Messages are tagged with that hash: those of
+ranks that do not do the same never meet, whatever their sizes. A rank that waits for long puts the last lines of its
+journal where the others read them; where two have another hash under one number, they have drifted apart.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+NUM_KEPT = 256
+
+
+class Moved(NamedTuple):
+    """What a collective moves: a hash that is the same on all ranks, and its name for a message."""
+
+    mark: bytes
+    what: str
+
+
+class Line(NamedTuple):
+    """A collective that a rank has begun: its number, the hash of all up to it, and where that was."""
+
+    number: int
+    hash: int
+    place: str
+
+
+@dataclass
+class Journal:
+    """The collectives that one rank has begun on one lane.
+
+    `name` is the lane's, the same on all ranks; `call` is the number of the model's call that is under way.
+    """
+
+    name: str = ""
+    call: int = 0
+    number: int = 0
+    hash: int = 0
+    lines: deque[Line] = field(default_factory=lambda: deque(maxlen=NUM_KEPT))
+    _part: int = 0
+
+    def enter(self, kind: str, sizes: Sequence[int], moved: Moved | None) -> int:
+        """Note a collective that begins, and give its number."""
+        mark, what = moved or (b"", kind)
+        self.hash = zlib.crc32(mark, zlib.crc32(f"{kind}{sizes}".encode(), self.hash))
+        self.number += 1
+        self._part = 0
+        self.lines.append(Line(self.number, self.hash, f"{what} in call {self.call}"))
+        return self.number
+
+    def tag(self) -> int:
+        """A number for the messages of the next part of the collective that began last."""
+        self._part += 1
+        return zlib.crc32(self._part.to_bytes(4, "little"), self.hash)
+
+
+_journals: WeakValueDictionary[str, Journal] = WeakValueDictionary()
+
+
+def keep(journal: Journal) -> None:
+    """Let `begun` count a journal for as long as somebody holds it."""
+    _journals[journal.name] = journal
+
+
+def begun() -> dict[str, int]:
+    """How many collectives this process has begun on each of its lanes."""
+    return {name: journal.number for name, journal in _journals.items()}
+
+
+def print_lines(lines: Sequence[Line]) -> str:
+    """Lines of a journal as text."""
+    return "\n".join(f"{line.number} {line.hash} {line.place}" for line in lines)
+
+
+def parse_lines(text: str) -> list[Line]:
+    """The lines that `print_lines` wrote."""
+    split = (line.split(" ", 2) for line in text.splitlines())
+    return [Line(int(number), int(found), place) for number, found, place in split]
+
+
+def first_difference(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[Line, Line] | None:
+    """The first number under which two ranks began another collective; None as far as they did the same.
+
+    >>> first_difference([Line(1, 7, "a"), Line(2, 8, "b")], [Line(1, 7, "a"), Line(2, 9, "c")])
+    (Line(number=2, hash=8, place='b'), Line(number=2, hash=9, place='c'))
+    """
+    known = {line.number: line for line in ours}
+    pairs = ((known[line.number], line) for line in theirs if line.number in known)
+    return next(((a, b) for a, b in pairs if a.hash != b.hash), None)
