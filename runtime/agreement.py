@@ -104,9 +104,11 @@ class _Moved:
         self.results: dict[str, list[str]] = {}
         is_forward = program is plan.forward
         outputs = [o for o in plan.graph.outputs if (o.phase is Phase.forward) == is_forward]
+        targets = {i.value.name: i.target for i in plan.graph.inputs}  # names of values depend on what else is captured
         for output, value in zip(outputs, program.results, strict=False):
             if value is not None:
-                self.results.setdefault(value.name, []).append(f"{output.kind.value} {output.target}")
+                word = f"{output.kind.value} {targets.get(output.target, '')}"
+                self.results.setdefault(value.name, []).append(word)
         self._from: dict[str, str] = {}
         self._to: dict[str, str] = {}
 
