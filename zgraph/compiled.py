@@ -15,6 +15,7 @@ from torch import nn
 
 from zgraph.calls import eager
 from zgraph.capture import Compiled
+from zgraph.certify import Certifier
 from zgraph.config import environment
 from zgraph.cost.workspace import NUM_THREADS
 from zgraph.errors import UsageError, did_you_mean
@@ -76,18 +77,22 @@ class CompiledModel:
         recording = Recording(graph, sources=sources_of(graph) if paths else {})
         if paths:
             instruments.append(recording)
-        if self.replayed is not None and has_backward(graph):
+        is_replayed = self.replayed is not None and has_backward(graph)
+        certifier = Certifier(graph, context.reduce_dtype, hints, thorough=settings.verify == 2 or is_replayed)
+        instruments.append(certifier)
+        if self.replayed is not None and is_replayed:
             final = last_graph(self.replayed, graph, context)
+            for name in self.replayed.names[1:]:
+                certifier.add(name.partition("#")[0], self.replayed.graph(name))
         else:
             final = self.pipeline.run(graph, context, instruments)
+        certificate = certifier.finish() if settings.verify else None
         for path in paths:
-            recording.run_file(_made(type(self.model).__name__), context).save(path)
-        if settings.verify:
-            verify(final)
+            recording.run_file(_made(type(self.model).__name__), context, certificate).save(path)
         plan = make_plan(final)
         replayed = self.replayed if has_backward(graph) else None
         again = _Again(graph, context, self.pipeline, type(self.model).__name__, replayed)
-        entry = make_entry(plan, log.steps, context, again)
+        entry = make_entry(plan, log.steps, context, again, certificate=certificate)
         if waiting := entry.memory.host_peak_bytes:
             self.session.host.require(waiting, "the values that wait for the backward on the host")
         known = f"planned for {', '.join(f'{name}={hints[name]}' for name in sorted(hints))}"

@@ -15,8 +15,8 @@ class Environment:
 
     Args:
         dump: ZGRAPH_DUMP, a folder for one `.zir` file a pass.
-        verify: ZGRAPH_VERIFY, 0 never verifies, 1 verifies what was captured and the result, 2 after every
-            pass, with the round trip of the graph's text.
+        verify: ZGRAPH_VERIFY, 0 never verifies, 1 certifies that the result computes what was captured, 2
+            certifies the graph after every pass, and verifies the round trip of its text.
         timeout_s: ZGRAPH_TIMEOUT, seconds that a rank waits for another before it says where all of them are and ends.
         disable: ZGRAPH_DISABLE, names of passes to leave out, separated by commas.
         config: ZGRAPH_CONFIG, the configuration file of `zgraph.hf.Trainer` where it is given none.

@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from zgraph.certify.record import Certificate
 from zgraph.cost import MemoryCurve, Timeline, Traffic, simulate, traffic
 from zgraph.cost.memory import Life, alive_at_peak
 from zgraph.cost.work import work
@@ -45,6 +46,8 @@ class Entry:
     hints: Mapping[str, int]
     run: Callable[[], RunFile]
     """What the passes made of the graph; they run again when it is asked for."""
+    certificate: Certificate | None = None
+    """What was checked of it; None where ZGRAPH_VERIFY=0 left it out."""
 
     @cached_property
     def at_peak(self) -> list[Life]:
@@ -67,12 +70,13 @@ class Entry:
 
 
 def make_entry(
-    plan: Plan, steps: Sequence[Step], context: Context, run: Callable[[], RunFile], timeline: Timeline | None = None
-) -> Entry:
+    plan: Plan, steps: Sequence[Step], context: Context, run: Callable[[], RunFile], timeline: Timeline | None = None,
+    certificate: Certificate | None = None,
+) -> Entry:  # fmt: skip
     """The entry of a plan, of which `run` makes the file; the plan is simulated where no timeline is given."""
     timeline = timeline or simulate(plan, context.costs, context.hints)
     bound = step_bound_us(plan.graph, context, timeline)
-    return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, context.hints, run)
+    return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, context.hints, run, certificate)
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Report:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._rest()]
         for entry in self.entries:
-            parts += [Text(), _passes(entry), _peak(entry)]
+            parts += [Text(), _passes(entry), _peak(entry), _certified(entry)]
             if entry.traffic:
                 parts += [_wire(entry, self.whole_bytes), step_summary(entry)]
         if not self.entries:
@@ -207,6 +211,10 @@ def _passes(entry: Entry) -> Table:
     for step in entry.steps:
         table.add_row(step.text, step.summary, str(step.num_nodes), f"{step.seconds * 1e3:.0f}")
     return table
+
+
+def _certified(entry: Entry) -> Text:
+    return Text(str(entry.certificate or "not certified (ZGRAPH_VERIFY=0)"))
 
 
 NUM_VALUES = 6

@@ -5,6 +5,7 @@ A zip archive of texts that any tool opens; nothing in it is ever run as code:
     run.json                    format, provenance, recipe, context (mesh, costs, budget, ...), and the list of graphs
     graphs/00-captured.zir      the graph as captured
     graphs/01-canonicalize.zir  after the first pass, and so on
+    certificate.json            what was checked of the graphs (`zgraph.certify`), which `zgraph verify` makes anew
     timeline.json               the predicted step of the last graph (`zgraph.cost.TimelineRecord`), and a digest
     sources.json                the user's lines that the nodes come from: file, number, text; a file may lack it
 
@@ -32,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import zgraph
 from zgraph.archive import opened
+from zgraph.certify.record import Certificate
 from zgraph.cost import Timeline, TimelineRecord, simulate
 from zgraph.errors import ContractError, GraphNameError, RunFileError, SimulationError, did_you_mean
 from zgraph.ir import Graph, Phase, Plan, parse_graph, print_graph
@@ -54,6 +56,8 @@ Ran = tuple[str, Graph, float]
 MANIFEST = "run.json"
 
 TIMELINE = "timeline.json"
+
+CERTIFICATE = "certificate.json"
 
 SOURCES = "sources.json"
 
@@ -107,12 +111,14 @@ class RunFile:
         texts: the graphs' texts by the names of their members.
         predicted: the text of `timeline.json`; empty where a file has none.
         sources: the user's lines, which are never read from where the graphs say that they lie.
+        certificate: what the file says was checked of its graphs; None where it says nothing.
     """
 
     manifest: Manifest
     texts: dict[str, str]
     predicted: bytes = b""
     sources: Sources = field(default_factory=dict)
+    certificate: Certificate | None = None
     _graphs: dict[str, Graph] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -224,6 +230,8 @@ class RunFile:
                 archive.writestr(member, text)
             if self.predicted:
                 archive.writestr(TIMELINE, self.predicted)
+            if self.certificate is not None:
+                archive.writestr(CERTIFICATE, self.certificate.model_dump_json())
             if self.sources:
                 archive.writestr(SOURCES, print_sources(self.sources))
 
@@ -241,7 +249,15 @@ def load_run(source: Path | BinaryIO) -> RunFile:
         texts = {member: archive.read(member, is_graph=True).decode() for member in members}
         predicted = archive.read(TIMELINE) if TIMELINE in archive.members else b""
         sources = read_sources(archive.read(SOURCES)) if SOURCES in archive.members else {}
-    return RunFile(manifest, texts, predicted, sources)
+        certificate = _certificate(archive.read(CERTIFICATE), name) if CERTIFICATE in archive.members else None
+    return RunFile(manifest, texts, predicted, sources, certificate)
+
+
+def _certificate(text: bytes, name: str) -> Certificate:
+    try:
+        return Certificate.model_validate_json(text)
+    except ValidationError as error:
+        raise RunFileError(f"{name} is damaged: {CERTIFICATE}: {_problems(error)}; {_AGAIN}") from None
 
 
 def _manifest(text: bytes, name: str) -> Manifest:
@@ -307,10 +323,13 @@ class Recording:
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
         self.steps.append((print_pass(step), after, seconds))
 
-    def run_file(self, provenance: Provenance, context: Context) -> RunFile:
-        """What was recorded, as a file holds it, with its timeline."""
+    def run_file(
+        self, provenance: Provenance, context: Context, certificate: Certificate | None = None
+    ) -> RunFile:  # fmt: skip
+        """What was recorded, as a file holds it, with its timeline and what was checked."""
         steps = [(CAPTURED, self.captured, 0.0), *self.steps]
-        return run_file(steps, provenance, context, self.sources).with_timeline()
+        run = run_file(steps, provenance, context, self.sources).with_timeline()
+        return replace(run, certificate=certificate)
 
 
 def run_file(steps: Sequence[Ran], provenance: Provenance, context: Context, sources: Sources | None = None) -> RunFile:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from zgraph.certify import Certifier
+from zgraph.config import environment
 from zgraph.depth import captured
 from zgraph.errors import UsageError
 from zgraph.ir import Axis, Graph
@@ -50,8 +52,11 @@ def traced(
     context = Context(mesh=mesh, costs=costs, memory_budget=budget, groups_calls=True, keeps_blocks=True)
     context = replace(context, rest_bytes=_rest_bytes(graph, pipeline, context))
     recording = Recording(graph, sources=sources_of(graph))
-    pipeline.run(graph, context, [recording])
-    return recording.run_file(Provenance(model=type(model).__name__, torch=torch.__version__, captured=how), context)
+    level = environment().verify
+    certifier = Certifier(graph, context.reduce_dtype, context.hints, thorough=level == 2)
+    pipeline.run(graph, context, [recording, certifier])
+    made = Provenance(model=type(model).__name__, torch=torch.__version__, captured=how)
+    return recording.run_file(made, context, certifier.finish() if level else None)
 
 
 def _rest_bytes(graph: Graph, pipeline: Pipeline, context: Context) -> int:

@@ -11,6 +11,7 @@ from zgraph.certify import certify
 from zgraph.errors import VerifyError
 from zgraph.ir import OPS, Graph, Node, OutputKind, Phase
 from zgraph.passes import RECIPES, parse_recipe
+from zgraph.runfile import load_run
 from zgraph.tracing import traced
 
 
@@ -39,6 +40,13 @@ def certified(stage: int, tied: bool = False, mixed: bool = False, change=None):
         assert graph != steps[-1][1]
         steps.append(("mine", graph))
     return certify(steps, found.context.reduce_dtype, found.context.hints)
+
+
+def test_a_run_file_says_what_was_checked(tmp_path):
+    run(3).save(tmp_path / "run.zg")
+    found = load_run(tmp_path / "run.zg").certificate
+    assert found is not None
+    assert {"ir", "equality", "order", "ownership"} <= {c.rule for c in found.checked}
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -1,0 +1,42 @@
+"""What a certificate says: which rules hold of which graphs. Written into run files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Checked(BaseModel):
+    """One rule on one graph: the nodes that it was checked on, and seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    graph: str = Field(max_length=200)
+    rule: str = Field(max_length=200)
+    num_nodes: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+
+
+class Certificate(BaseModel):
+    """What was checked of a run. A file's own is a claim; `zgraph verify` makes it anew."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checked: tuple[Checked, ...] = Field(default=(), max_length=10_000)
+
+    @property
+    def seconds(self) -> float:
+        return sum(c.seconds for c in self.checked)
+
+    @property
+    def lines(self) -> Iterator[str]:
+        """A line for each rule: on how many graphs and nodes it holds."""
+        for rule in dict.fromkeys(c.rule for c in self.checked):
+            some = [c for c in self.checked if c.rule == rule]
+            nodes, seconds = sum(c.num_nodes for c in some), sum(c.seconds for c in some)
+            graphs = f"{len(some)} graph{'s' * (len(some) > 1)}"
+            yield f"{rule}: {graphs}, {nodes:,} nodes, {1e3 * seconds:,.0f} ms"
+
+    def __str__(self) -> str:
+        return f"certified in {1e3 * self.seconds:,.0f} ms: {'; '.join(self.lines)}"
