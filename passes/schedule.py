@@ -261,7 +261,12 @@ class Step:
             timetable: for each collective the op before which it starts.
             waits: for reductions, where they are waited for, among the ops' numbers.
         """
-        priority: dict[int, float] = {p: float(i) for i, p in enumerate(self.ops)}
+        priority: dict[int, float] = {}
+        last = 0.0
+        for number, position in enumerate(self.ops):
+            is_release = self.graph.nodes[position].op == "release"
+            last = last if is_release else float(number)
+            priority[position] = last + 0.05 * is_release  # memory is free before anything starts
         step = 0.4 / (1 + len(self.collectives))
         for rank, number in enumerate(timetable.order):
             collective = self.collectives[number]

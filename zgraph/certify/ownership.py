@@ -73,7 +73,7 @@ def owned(graph: Graph) -> Iterator[Fault]:
             yield made, f"%{name} is gathered, or brought back from the host, and never released"
             continue
         between = graph.nodes[last.get(name, made) + 1 : released[name]]
-        if late := next((n for n in between if n.op in ("pack", *_BRINGS) or _makes(graph, n)), None):
+        if late := next((n for n in between if n.op in _BRINGS or _makes(graph, n)), None):
             yield released[name], f"releases %{name} late: %{late.name} takes memory after its last use"
 
 
