@@ -15,7 +15,7 @@ from torch import nn
 
 from zgraph.calls import eager
 from zgraph.capture import Compiled
-from zgraph.certify import Certifier
+from zgraph.certify.certificate import Certifier
 from zgraph.config import environment
 from zgraph.cost.workspace import NUM_THREADS
 from zgraph.errors import UsageError, did_you_mean

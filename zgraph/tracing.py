@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zgraph.certify import Certifier
+from zgraph.certify.certificate import Certifier
 from zgraph.config import environment
 from zgraph.depth import captured
 from zgraph.errors import UsageError

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph.errors import RunFileError
+from zgraph.errors import RunFileError, VerifyError
 from zgraph.passes import RECIPES, parse_recipe
 from zgraph.reporting import Report
 from zgraph.runfile import load_run
@@ -74,14 +74,17 @@ def test_graphs_after_the_first_have_numbers(path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["run-1.zg", "run.zg"]
 
 
-def test_what_the_file_holds_last_is_what_runs(path):
-    """A user may edit the text of a plan."""
+def test_what_the_file_holds_last_is_what_runs(path, monkeypatch):
+    """A user may edit the text of a plan; what computes something else is refused, unless they ask for it."""
     plain, _, _ = trained(save=path)
     run = load_run(path)
     member = run.manifest.snapshots[-1].member
     assert "aten.gelu.default" in run.texts[member]
     run.texts[member] = run.texts[member].replace("aten.gelu.default", "aten.silu.default")
     run.save(path)
+    with pytest.raises(VerifyError, match="equality"):
+        trained(passes=path)
+    monkeypatch.setenv("ZGRAPH_VERIFY", "0")
     assert trained(passes=path)[0] != plain
 
 

@@ -7,19 +7,18 @@ computes what was captured; what breaks a rule is a `VerifyError` that names the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from time import perf_counter
 
 from zgraph.certify.derived import Derived
 from zgraph.certify.equality import Equality, Programs
 from zgraph.certify.ownership import at_rest, gathers, gradients, owned, under_way
 from zgraph.certify.record import Certificate, Checked
+from zgraph.certify.spelled import kernels
 from zgraph.errors import VerifyError
 from zgraph.ir import DType, Graph, verify
 from zgraph.ir.verifier import Fault, describe
 from zgraph.passes.base import Pass
-
-FUSES = "fuse"
-"""The pass that puts kernels in the place of ops: what follows is compared with the graph that it made."""
 
 PLACED: Mapping[str, Callable[[Graph], Iterator[Fault]]] = {
     "placement at rest": at_rest, "gradients": gradients, "gathers": gathers, "order": under_way,
@@ -61,14 +60,16 @@ class Certifier:
         if self.thorough:
             return self.each()
         check = _Check(self.reduce_dtype, None)
-        last = len(self.steps) - 1
-        base = max((i for i, (step, _) in enumerate(self.steps) if step == FUSES), default=0)
+        last_step, last = self.steps[-1]
         try:
-            check.begin(*self.steps[base])
-            if last > base and self.steps[last][1] != self.steps[base][1]:
-                check.compare(self.steps[last][0], self.steps[last][1], places=True)
-            check.rules(self.steps[last][1])
-            check.placed(self.steps[last][1], released=any(step == "release" for step, _ in self.steps))
+            check.begin(*self.steps[0])
+            for (before_step, before), (step, graph) in pairwise(self.steps):
+                if check.fuses(before, graph):
+                    check.compare(before_step, before, places=True)
+                    check.fused(step, before, graph)
+            check.compare(last_step, last, places=True)
+            check.rules(last)
+            check.placed(last, released=any(step == "release" for step, _ in self.steps))
         except VerifyError:
             self.each()  # names the pass
             raise
@@ -80,14 +81,14 @@ class Certifier:
         check.begin(*self.steps[0])
         check.rules(self.steps[0][1])
         released = False
-        for step, graph in self.steps[1:]:
+        for (_, before), (step, graph) in pairwise(self.steps):
             released |= step == "release"
-            changed = graph is not check.graph and graph != check.graph
+            changed = graph is not before and graph != before
             if changed:
                 check.name = step
                 check.rules(graph)
-                if step == FUSES:
-                    check.begin(step, graph)
+                if check.fuses(before, graph):
+                    check.fused(step, before, graph)
                 else:
                     check.compare(step, graph)
             if changed or step == "release":
@@ -109,9 +110,21 @@ class _Check:
         self.equality = Equality(graph, self.reduce_dtype)
         self.known: Programs = self.equality.programs(graph)
 
+    def fuses(self, before: Graph, graph: Graph) -> bool:
+        """Whether a graph has other kernels in the place of ops than the one before it, and is not yet placed."""
+        return not graph.mesh and kernels(before) != kernels(graph)
+
+    def fused(self, step: str, before: Graph, graph: Graph) -> None:
+        """Whether the kernels compute what stood in their place; what follows is compared with this graph."""
+        self.name = step
+        self.run("kernels by their specification", graph, self.equality.fused(before, graph))
+        self.begin(step, graph)
+
     def compare(self, step: str, graph: Graph, *, places: bool = False) -> None:
         """Whether a graph computes what the last one did; `places` if passes of any kind may lie between them."""
         self.name = step
+        if graph is self.graph or graph == self.graph:
+            return
 
         def faults() -> Iterator[Fault]:
             known = self.equality.programs(graph)

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from zgraph.certify.spelled import rounded, spelled
+from zgraph.certify.steps import Steps
 from zgraph.certify.terms import ZERO, Meaning, Terms, meaning
 from zgraph.ir import DType, Graph, Input, InputKind, Output, OutputKind, TensorType, Value
 from zgraph.ir.verifier import Fault
@@ -93,6 +95,27 @@ class Equality:
                 yield from self.alike(known, old, made, new, places, unsynced=unsynced, what=what)
         if not places and step not in RESENDS:
             yield from self.resent(before, after)
+
+    def fused(self, old: Graph, new: Graph) -> Iterator[Fault]:
+        """In what a graph with other kernels is another than the one before it, both spelled out in scalar steps."""
+        if old.mesh or new.mesh or old.inputs != new.inputs or len(old.outputs) != len(new.outputs):
+            yield None, "has other inputs or outputs than the graph before it"
+            return
+        table = Steps()
+        for absent in (frozenset(), self.zeros) if self.zeros else (frozenset(),):
+            lean = (without_tangents(new, self.zeros) or new) if absent else new
+            what = " where only the loss is differentiated" if absent else ""
+            known, made = spelled(old, table, absent), spelled(lean, table)
+            yield from self.alike(known, old, made, lean, places=False, unsynced=False, what=what)
+            if known.effects != made.effects:
+                yield None, "random, writing or opaque ops run in another order, or not as often, as before"
+            narrow = {(term, dtype) for _, term, dtype in rounded(old, known)}
+            for position, term, dtype in rounded(lean, made) if not absent else ():
+                if (term, dtype) not in narrow:
+                    yield position, f"rounds to {dtype.value} what was not rounded to it before"
+        for before, after in zip(old.outputs, new.outputs, strict=True):
+            if before.value is not None and after.value is not None and before.value.type != after.value.type:
+                yield None, f"the {_name(new, after)} has become {after.value.type}, and was {before.value.type}"
 
     def alike(
         self, known: Meaning, old: Graph, made: Meaning, new: Graph, places: bool, *, unsynced: bool, what: str = ""

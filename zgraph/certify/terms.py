@@ -98,10 +98,10 @@ def meaning(
         absent: tangents that are taken as zero.
         unsynced: an `accumulate` adds nothing of earlier micro-steps.
     """
-    return _Reader(graph, terms, masters, absent, unsynced).run()
+    return Reader(graph, terms, masters, absent, unsynced).run()
 
 
-class _Reader:
+class Reader:
     """Walks a graph in order."""
 
     def __init__(

@@ -367,7 +367,7 @@ def verify_run(
 
     Example: `zgraph verify run.zg`
     """
-    from zgraph.certify import certify
+    from zgraph.certify.certificate import certify
 
     run = read_whole_run(file)
     steps = []
