@@ -12,7 +12,7 @@ from time import perf_counter
 
 from zgraph.certify.derived import Derived
 from zgraph.certify.equality import Equality, Programs
-from zgraph.certify.ownership import at_rest, gathers, gradients, owned, under_way
+from zgraph.certify.ownership import at_rest, gathers, gradients, not_owned, owned, under_way
 from zgraph.certify.record import Certificate, Checked
 from zgraph.certify.spelled import kernels
 from zgraph.errors import VerifyError
@@ -22,6 +22,7 @@ from zgraph.passes.base import Pass
 
 PLACED: Mapping[str, Callable[[Graph], Iterator[Fault]]] = {
     "placement at rest": at_rest, "gradients": gradients, "gathers": gathers, "order": under_way,
+    "releases": not_owned,
 }  # fmt: skip
 """The rules of graphs that are placed. Others keep to them too."""
 
@@ -75,14 +76,19 @@ class Certifier:
             raise
         return Certificate(checked=tuple(check.checked))
 
-    def each(self) -> Certificate:
-        """Check every graph, each against the one before it."""
+    def each(self, since: int = 0) -> Certificate:
+        """Check every graph from number `since` on, each against the one before it."""
         check = _Check(self.reduce_dtype, Derived(self.hints))
         check.begin(*self.steps[0])
-        check.rules(self.steps[0][1])
+        if since > 1:
+            check.begin_again(*self.steps[since - 1])
+        else:
+            check.rules(self.steps[0][1])
         released = False
-        for (_, before), (step, graph) in pairwise(self.steps):
+        for number, ((_, before), (step, graph)) in enumerate(pairwise(self.steps), 1):
             released |= step == "release"
+            if number < since:
+                continue
             changed = graph is not before and graph != before
             if changed:
                 check.name = step
@@ -109,6 +115,12 @@ class _Check:
         self.name, self.graph = step, graph
         self.equality = Equality(graph, self.reduce_dtype)
         self.known: Programs = self.equality.programs(graph)
+        self.run("equality", graph, self.equality.lean(self.known))
+
+    def begin_again(self, step: str, graph: Graph) -> None:
+        """Compare what follows with this graph, whose inputs are those of the graph before it."""
+        self.name, self.graph = step, graph
+        self.known = self.equality.programs(graph)
 
     def fuses(self, before: Graph, graph: Graph) -> bool:
         """Whether a graph has other kernels in the place of ops than the one before it, and is not yet placed."""
@@ -118,7 +130,7 @@ class _Check:
         """Whether the kernels compute what stood in their place; what follows is compared with this graph."""
         self.name = step
         self.run("kernels by their specification", graph, self.equality.fused(before, graph))
-        self.begin(step, graph)
+        self.begin_again(step, graph)
 
     def compare(self, step: str, graph: Graph, *, places: bool = False) -> None:
         """Whether a graph computes what the last one did; `places` if passes of any kind may lie between them."""
@@ -166,13 +178,16 @@ class _Check:
         return f"the graph after {self.name}" if self.name != "captured" else "the captured graph"
 
 
-def certify(steps: Iterable[tuple[str, Graph]], reduce_dtype: DType | None, hints: Mapping[str, int]) -> Certificate:
+def certify(
+    steps: Iterable[tuple[str, Graph]], reduce_dtype: DType | None, hints: Mapping[str, int], since: int = 0
+) -> Certificate:
     """Check every graph of a run.
 
     Args:
         steps: the name of each pass with the graph after it, what was captured first.
         reduce_dtype: the dtype in which gradients are averaged over ranks; None takes their own.
         hints: a number for each symbolic size.
+        since: the number of the first graph to check; those before it are taken as checked.
 
     Raises:
         VerifyError: a graph breaks a rule; the message names it, the node, and the user's line.
@@ -181,4 +196,4 @@ def certify(steps: Iterable[tuple[str, Graph]], reduce_dtype: DType | None, hint
     certifier = Certifier(captured, reduce_dtype, hints, thorough=True)
     for name, graph in others:
         certifier.add(name, graph)
-    return certifier.finish()
+    return certifier.each(since)

@@ -31,13 +31,15 @@ class Derived:
         self.hints = hints
         self.known: dict[Hashable, Any] = {}
         self.num_unknown = 0
+        self.seen: dict[int, Node] = {}
+        self.declared: dict[str, Foreign] = {}
 
     def faults(self, graph: Graph) -> Iterator[Fault]:
         """The nodes whose results are not what torch makes of these operands, and ops with other effects."""
-        declared: dict[str, Foreign] = {}
+        declared = self.declared
         with _silent(), FakeTensorMode() as mode:
             for position, node in enumerate(graph.nodes):
-                if node.op in OPS:
+                if node.op in OPS or id(node) in self.seen:
                     continue
                 try:
                     target = resolve(node.op)
@@ -56,8 +58,9 @@ class Derived:
                     self.known[key] = self.wrong(node, target, mode)
                 if text := self.known[key]:
                     yield position, str(text)
-        for op, row in declared.items():
-            has = graph.foreign[op]
+                self.seen[id(node)] = node  # what another graph of the run has too is not looked at again
+        for op in dict.fromkeys(n.op for n in graph.nodes if n.op not in OPS):
+            row, has = declared[op], graph.foreign[op]
             is_opaque = row.opaque and not op.startswith("zgraph.")  # the kernels' own schemas say all
             wanted = row.views, row.writes, is_opaque
             if (has.views, has.writes, has.opaque) != wanted or (row.random and not has.random):

@@ -23,6 +23,9 @@ RESENDS = frozenset({"partition", "fit", "keep", "recompute", "offload", "fuse"}
 """Passes that may change what goes over the wire or waits for the backward; no other may."""
 
 
+LEAN = " where only the loss is differentiated"
+
+
 @dataclass(frozen=True)
 class Programs:
     """What the programs of a graph compute: the synced step, one under no_sync, and both without absent tangents."""
@@ -60,6 +63,18 @@ class Equality:
             (self.read(lean), self.read(without_sync(lean), unsynced=True)) if lean is not None else None,
         )  # fmt: skip
 
+    def zeroed(self, graph: Graph) -> tuple[Meaning, Meaning]:
+        """What a graph computes where absent tangents are zero: synced, and under no_sync."""
+        return self.read(graph, self.zeros), self.read(without_sync(graph), self.zeros, unsynced=True)
+
+    def lean(self, programs: Programs) -> Iterator[Fault]:
+        """In what a graph's programs without absent tangents are other than with zeros in their place."""
+        if programs.lean is not None:
+            for known, made in zip(self.zeroed(programs.graph), programs.lean, strict=True):
+                yield from self.alike(
+                    known, programs.graph, made, programs.graph, places=False, unsynced=False, what=LEAN
+                )
+
     def read(self, graph: Graph, absent: frozenset[str] = frozenset(), *, unsynced: bool = False) -> Meaning:
         return meaning(graph, self.table, self.masters, absent, unsynced=unsynced)
 
@@ -89,9 +104,9 @@ class Equality:
         elif before.unsynced is not None and any(n.op == "accumulate" for n in old.nodes):
             yield None, "no gradient accumulates under no_sync any more"
         if after.lean is not None:
-            zeroed = self.read(old, self.zeros), self.read(without_sync(old), self.zeros, unsynced=True)
+            zeroed = before.lean or self.zeroed(old)
             for known, made, unsynced in zip(zeroed, after.lean, (False, True), strict=True):
-                what = " where only the loss is differentiated" + (" under no_sync" if unsynced else "")
+                what = LEAN + (" under no_sync" if unsynced else "")
                 yield from self.alike(known, old, made, new, places, unsynced=unsynced, what=what)
         if not places and step not in RESENDS:
             yield from self.resent(before, after)
@@ -104,7 +119,7 @@ class Equality:
         table = Steps()
         for absent in (frozenset(), self.zeros) if self.zeros else (frozenset(),):
             lean = (without_tangents(new, self.zeros) or new) if absent else new
-            what = " where only the loss is differentiated" if absent else ""
+            what = LEAN if absent else ""
             known, made = spelled(old, table, absent), spelled(lean, table)
             yield from self.alike(known, old, made, lean, places=False, unsynced=False, what=what)
             if known.effects != made.effects:

@@ -46,7 +46,7 @@ class Storage:
 
 
 def owned(graph: Graph) -> Iterator[Fault]:
-    """What is gathered is released once, directly behind its last use; nothing else ever is."""
+    """What is gathered is released once, directly behind its last use."""
     storage = Storage(graph)
     last: dict[str, int] = {}
     released: dict[str, int] = {}
@@ -60,9 +60,7 @@ def owned(graph: Graph) -> Iterator[Fault]:
                 sending.update((r.name, touched) for r in node.results)
             continue
         name = node.operands[0].name
-        if name not in storage.gathered:
-            yield position, f"releases %{name}, which was neither gathered nor brought back from the host"
-        elif name in released:
+        if name in released:
             yield position, f"releases %{name} a second time"
         released[name] = position
     returned = frozenset().union(*(storage.of(name) for name in graph.output_names))
@@ -75,6 +73,15 @@ def owned(graph: Graph) -> Iterator[Fault]:
         between = graph.nodes[last.get(name, made) + 1 : released[name]]
         if late := next((n for n in between if n.op in _BRINGS or _makes(graph, n)), None):
             yield released[name], f"releases %{name} late: %{late.name} takes memory after its last use"
+
+
+def not_owned(graph: Graph) -> Iterator[Fault]:
+    """Nothing is released but what was gathered or brought back: not an input, and not what ops make."""
+    if any(node.op == "release" for node in graph.nodes):
+        storage = Storage(graph)
+        for position, node in enumerate(graph.nodes):
+            if node.op == "release" and (name := node.operands[0].name) not in storage.gathered:
+                yield position, f"releases %{name}, which was neither gathered nor brought back from the host"
 
 
 def _makes(graph: Graph, node: Node) -> bool:

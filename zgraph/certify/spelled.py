@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from zgraph.certify.steps import Number, Sized, Steps, keyed, lies, shape_of
-from zgraph.certify.terms import LINEAR, PRODUCTS, RENAMES, ZERO, Meaning, Reader
+from zgraph.certify.terms import LINEAR, PRODUCTS, RENAMES, ZERO, Meaning, Reader, constant
 from zgraph.codegen.ops import OPS as SCALAR_OPS
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import ACC, KernelSpec
@@ -132,7 +132,7 @@ class Speller(Reader):
                 return keyed(given[arg.name])
             case tuple():
                 return ("list", *(self.argument(a, given) for a in arg))
-        return self.constant(arg, iter(()))
+        return constant(arg, iter(()))
 
     def patterned(self, node: Node, given: Mapping[str, Sized]) -> Sequence[int] | None:
         """The terms of an op by a pattern; None if none fits."""

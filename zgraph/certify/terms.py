@@ -18,8 +18,9 @@ validation: Pnueli, Siegel, Singerman, TACAS 1998.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 from zgraph.ir import OPS, Arg, DType, Graph, Input, InputKind, Node, Phase, TensorType, Value
 from zgraph.ir.ops import views
@@ -41,7 +42,7 @@ LINEAR = frozenset(
 RENAMES = frozenset({"aten.detach.default", "aten.alias.default", "aten.lift_fresh.default"})
 """Ops of ATen whose result is their operand."""
 
-_SAME = frozenset({"wait", "copy", "release", "offload_start", "reload_start", "all_gather_start"})
+_SAME = frozenset({"wait", "copy", "release"})
 
 
 class Terms:
@@ -49,6 +50,18 @@ class Terms:
 
     def __init__(self) -> None:
         self._numbers: dict[Hashable, int] = {("zero",): ZERO}
+        self._calls: dict[int, tuple[Node, int]] = {}
+
+    def call(self, node: Node) -> int:
+        """The number of an op with its constants: what is left of a node without its operands."""
+        known = self._calls.get(id(node))
+        if known is not None:
+            return known[1]
+        args = tuple(constant(a, repeat("%")) for a in node.args)
+        kwargs = tuple((name, constant(a, repeat("%"))) for name, a in node.kwargs)
+        number = self.of("call", node.op, args, kwargs)
+        self._calls[id(node)] = node, number  # the node stays, so that no other has its id
+        return number
 
     def of(self, *key: Hashable) -> int:
         """The number of the term with this key."""
@@ -179,7 +192,7 @@ class Reader:
         op, table = node.op, self.table
         if op == "release":
             return ()
-        if op == "reshard" or OPS[op].lane == "comm":
+        if op == "reshard" or OPS[op].lane != "compute":
             return [self.moved(node, v, r, t) for v, r, t in zip(node.operands, node.results, operands, strict=True)]
         if op in _SAME:
             return operands
@@ -202,6 +215,8 @@ class Reader:
         """What a collective, or a reshard that will become one, makes of a value."""
         old, new = value.tensor, result.tensor
         if old.placement == new.placement:
+            if old.space != new.space:
+                self.found.sent.append(("copy", node.phase, term))
             return term
         members = self.buckets.get(term)
         how = "root" if node.op == "broadcast_start" or node.option("reduce") == "root" else "mean"
@@ -230,9 +245,7 @@ class Reader:
             return zero
         if node.op in RENAMES and len(operands) == 1 and node.operands[0].type == node.results[0].type:
             return operands
-        left = iter(operands)
-        key = (node.op, *(self.constant(a, left) for a in node.args),
-               *((name, self.constant(a, left)) for name, a in node.kwargs))  # fmt: skip
+        key: tuple[Hashable, ...] = (self.table.call(node), *operands)
         if not row.is_pure:
             self.state = self.table.of("state", self.state, key)
             key = (self.state, *key)
@@ -250,20 +263,21 @@ class Reader:
             return [ZERO] * len(node.results)
         return None
 
-    def constant(self, arg: Arg, operands: object) -> Hashable:
-        """An argument in a key: values as their terms, numbers told apart by their type."""
-        match arg:
-            case Value():
-                return next(operands)  # type: ignore[call-overload, no-any-return]
-            case tuple():
-                return ("list", *(self.constant(a, operands) for a in arg))
-            case bool() | int():
-                return (type(arg).__name__, arg)
-            case float():
-                return ("float", arg.hex())
-            case str():
-                return ("str", arg)
-        return arg
+
+def constant(arg: Arg, values: Iterator[Hashable]) -> Hashable:
+    """An argument in a key: values as what comes next of `values`, numbers told apart by their type."""
+    match arg:
+        case Value():
+            return next(values)
+        case tuple():
+            return ("list", *(constant(a, values) for a in arg))
+        case bool() | int():
+            return (type(arg).__name__, arg)
+        case float():
+            return ("float", arg.hex())
+        case str():
+            return ("str", arg)
+    return arg
 
 
 def _laid(value: Value) -> Hashable:
