@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from zgraph.aten import resolve, to_torch
 from zgraph.ir import Arg, Instruction, Node, Plan, Program, Value
-from zgraph.ir.arena import arena_bytes, offsets
+from zgraph.ir.arena import offsets
 from zgraph.runtime import torch_private
 from zgraph.runtime.collectives import MAKERS
 from zgraph.runtime.regions import Region, cut
@@ -73,7 +73,7 @@ class _Writer:
         lines.append("    args.clear()")
         if dead := self.unused():
             lines.append(f"    del {', '.join(dead)}")
-        if num_bytes := arena_bytes((i.node for i in program.instructions), self.plan.graph):
+        if num_bytes := program.arena_bytes:
             lines.append(f"    arena = {self.constant(self.session.arena, 'arena')}({num_bytes})")
         mark, parts = "", tuple(self.parts())
         if self.watcher is not None:

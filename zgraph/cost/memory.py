@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from heapq import nlargest
 from typing import NamedTuple
@@ -20,12 +20,13 @@ from zgraph.ir import (
     OutputKind,
     Phase,
     Plan,
+    Program,
     TensorType,
     Type,
     Value,
     num_shards,
 )
-from zgraph.ir.arena import arena_bytes, offsets
+from zgraph.ir.arena import offsets
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import is_copied, padded_bytes, views
 from zgraph.ir.symbols import evaluate
@@ -125,13 +126,13 @@ def alive_at_peak(plan: Plan, hints: Mapping[str, int], curve: MemoryCurve) -> l
 
 def _walked(plan: Plan, hints: Mapping[str, int]) -> _Walk:
     walk = _Walk(plan, hints)
-    walk.run_in_arena(plan.forward.instructions)
+    walk.run_in_arena(plan.forward)
     saved = {v.name for v in plan.saved}
     walk.drop(v.name for v in plan.forward.results if v is not None and v.name not in saved)
     if plan.backward is not None:
         tangents = [i.value for i in plan.graph.inputs if i.kind is InputKind.tangent]
         walk.adopt(t for t in tangents if t.name not in plan.absent)
-        walk.run_in_arena((plan.lean[0] if plan.lean else plan.backward).instructions)
+        walk.run_in_arena(plan.lean[0] if plan.lean else plan.backward)
     return walk
 
 
@@ -150,10 +151,10 @@ class _Walk:
         self.scratch: dict[str, int] = {}
         self.moments: list[Moment] = []
 
-    def run_in_arena(self, instructions: Sequence[Instruction]) -> None:
+    def run_in_arena(self, program: Program) -> None:
         """A program, with its arena from the beginning to the end."""
-        self.hold(_ARENA, "gathered", _rounded(arena_bytes((i.node for i in instructions), self.graph)))
-        self.run(instructions)
+        self.hold(_ARENA, "gathered", _rounded(program.arena_bytes))
+        self.run(program.instructions)
         self.free(_ARENA)
 
     def run(self, instructions: Iterable[Instruction]) -> None:

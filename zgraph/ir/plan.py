@@ -27,13 +27,15 @@ class Instruction:
 class Program:
     """A straight line of instructions from arguments to results.
 
-    `arguments` are dropped as soon as nothing reads them any more; a result of None is returned as None.
+    `arguments` are dropped as soon as nothing reads them any more; a result of None is returned as None. `arena_bytes`
+    are taken before the first instruction: the graph's arena for this program, if anything in it lies there.
     """
 
     name: str
     arguments: tuple[Value, ...]
     instructions: tuple[Instruction, ...]
     results: tuple[Value | None, ...]
+    arena_bytes: int = 0
 
 
 @dataclass(frozen=True)
