@@ -15,7 +15,8 @@ from torch import nn
 
 from zgraph.calls import eager
 from zgraph.capture import Compiled
-from zgraph.certify import Certifier
+from zgraph.certify.budget import Limit
+from zgraph.certify.certificate import Certifier
 from zgraph.config import environment
 from zgraph.cost.workspace import NUM_THREADS
 from zgraph.errors import UsageError, did_you_mean
@@ -78,7 +79,9 @@ class CompiledModel:
         if paths:
             instruments.append(recording)
         is_replayed = self.replayed is not None and has_backward(graph)
-        certifier = Certifier(graph, context.reduce_dtype, hints, thorough=settings.verify == 2 or is_replayed)
+        certifier = Certifier(
+            graph, context.reduce_dtype, hints, thorough=settings.verify == 2 or is_replayed, limit=Limit.of(context)
+        )  # fmt: skip
         instruments.append(certifier)
         if self.replayed is not None and is_replayed:
             final = last_graph(self.replayed, graph, context)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zgraph.certify import Certifier
+from zgraph.certify.budget import Limit
+from zgraph.certify.certificate import Certifier
 from zgraph.config import environment
 from zgraph.depth import captured
 from zgraph.errors import UsageError
@@ -53,7 +54,9 @@ def traced(
     context = replace(context, rest_bytes=_rest_bytes(graph, pipeline, context))
     recording = Recording(graph, sources=sources_of(graph))
     level = environment().verify
-    certifier = Certifier(graph, context.reduce_dtype, context.hints, thorough=level == 2)
+    certifier = Certifier(
+        graph, context.reduce_dtype, context.hints, thorough=level == 2, limit=Limit.of(context)
+    )  # fmt: skip
     pipeline.run(graph, context, [recording, certifier])
     made = Provenance(model=type(model).__name__, torch=torch.__version__, captured=how)
     return recording.run_file(made, context, certifier.finish() if level else None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 
-from zgraph.certify import certify
+from zgraph.certify.certificate import certify
 from zgraph.errors import VerifyError
 from zgraph.ir import OPS, Graph, Node, OutputKind, Phase
 from zgraph.passes import RECIPES, parse_recipe

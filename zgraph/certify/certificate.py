@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import perf_counter
 
+from zgraph.certify.budget import Limit, footprint, is_lowered, over
 from zgraph.certify.derived import Derived
 from zgraph.certify.equality import Equality, Programs
+from zgraph.certify.memory import peak
 from zgraph.certify.ownership import at_rest, gathers, gradients, owned, under_way
-from zgraph.certify.record import Certificate, Checked
+from zgraph.certify.record import Certificate, Checked, Footprint
 from zgraph.errors import VerifyError
 from zgraph.ir import DType, Graph, verify
 from zgraph.ir.verifier import Fault, describe
@@ -36,12 +38,14 @@ class Certifier:
         hints: a number for each symbolic size.
         thorough: check every graph for everything; else the last one, which says as much of what runs, and every graph
             only where it is wrong, to name the pass.
+        limit: the memory that the last graph must keep within.
     """
 
     def __init__(
-        self, captured: Graph, reduce_dtype: DType | None, hints: Mapping[str, int], *, thorough: bool
-    ) -> None:
-        self.reduce_dtype, self.hints, self.thorough = reduce_dtype, hints, thorough
+        self, captured: Graph, reduce_dtype: DType | None, hints: Mapping[str, int], *, thorough: bool,
+        limit: Limit | None = None,
+    ) -> None:  # fmt: skip
+        self.reduce_dtype, self.hints, self.thorough, self.limit = reduce_dtype, hints, thorough, limit or Limit()
         self.steps: list[tuple[str, Graph]] = [("captured", captured)]
 
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
@@ -72,7 +76,7 @@ class Certifier:
         except VerifyError:
             self.each()  # names the pass
             raise
-        return Certificate(checked=tuple(check.checked))
+        return self.certificate(check)
 
     def each(self) -> Certificate:
         """Check every graph, each against the one before it."""
@@ -92,7 +96,13 @@ class Certifier:
                     check.compare(step, graph)
             if changed or step == "release":
                 check.placed(graph, released=released)
-        return Certificate(checked=tuple(check.checked))
+        return self.certificate(check)
+
+    def certificate(self, check: _Check) -> Certificate:
+        """What was checked, and of the last graph whether it keeps within the budget."""
+        released = any(step == "release" for step, _ in self.steps)
+        footprint = check.memory(self.steps[-1][1], self.limit, self.hints, released=released)
+        return Certificate(checked=tuple(check.checked), footprint=footprint)
 
 
 class _Check:
@@ -138,6 +148,20 @@ class _Check:
         if released:
             self.run("ownership", graph, owned(graph))
 
+    def memory(self, graph: Graph, limit: Limit, hints: Mapping[str, int], *, released: bool) -> Footprint | None:
+        """What the last graph takes of the device's memory; None where it is none that runs."""
+        if not is_lowered(graph):
+            return None
+        found: list[Footprint] = []
+
+        def faults() -> Iterator[Fault]:
+            highest = peak(graph, hints, released=released)
+            found.append(footprint(graph, highest, limit, hints))
+            yield from over(graph, highest, found[0], limit)
+
+        self.run("budget", graph, faults())
+        return found[0]
+
     def run(self, rule: str, graph: Graph, faults: Iterable[Fault]) -> None:
         began = perf_counter()
         for position, message in faults:
@@ -153,19 +177,23 @@ class _Check:
         return f"the graph after {self.name}" if self.name != "captured" else "the captured graph"
 
 
-def certify(steps: Iterable[tuple[str, Graph]], reduce_dtype: DType | None, hints: Mapping[str, int]) -> Certificate:
+def certify(
+    steps: Iterable[tuple[str, Graph]], reduce_dtype: DType | None, hints: Mapping[str, int],
+    limit: Limit | None = None,
+) -> Certificate:  # fmt: skip
     """Check every graph of a run.
 
     Args:
         steps: the name of each pass with the graph after it, what was captured first.
         reduce_dtype: the dtype in which gradients are averaged over ranks; None takes their own.
         hints: a number for each symbolic size.
+        limit: the memory that the last graph must keep within.
 
     Raises:
         VerifyError: a graph breaks a rule; the message names it, the node, and the user's line.
     """
     (_, captured), *others = steps
-    certifier = Certifier(captured, reduce_dtype, hints, thorough=True)
+    certifier = Certifier(captured, reduce_dtype, hints, thorough=True, limit=limit)
     for name, graph in others:
         certifier.add(name, graph)
     return certifier.finish()

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -34,6 +35,7 @@ from zgraph.ir.ops import LANES
 from zgraph.lines import node_lines, read_line
 from zgraph.passes import ALL, BY_NAME, RECIPES, Pass, Pipeline, fusing, parse_recipe
 from zgraph.passes.instruments import Step
+from zgraph.passes.partition import Partition
 from zgraph.passes.pipeline import print_size
 from zgraph.runfile import CAPTURED, Ran, Recording, graph_names
 
@@ -363,11 +365,12 @@ def verify_run(
     file: Annotated[str, typer.Argument(help="A run file, all of whose graphs are checked; - for standard input.")],
     as_json: AsJson = False,
 ) -> None:
-    """Certify a run: each graph keeps every rule, and computes what the one before it does.
+    """Certify a run: each graph keeps every rule, and computes what the one before it does; the last fits the budget.
 
     Example: `zgraph verify run.zg`
     """
-    from zgraph.certify import certify
+    from zgraph.certify.budget import Limit
+    from zgraph.certify.certificate import certify
 
     run = read_whole_run(file)
     steps = []
@@ -376,10 +379,14 @@ def verify_run(
             steps.append((name.partition("#")[0], run.graph(name)))
         except ZirError as error:
             raise VerifyError(f"the graph after {name}: {error}") from None
-    certificate = certify(steps, run.context.reduce_dtype, run.context.hints)
+    limit = Limit.of(run.context, None if run.stated is None else run.stated.memory.peak.total_bytes)
+    if not any(name == Partition.name for name, _ in steps):
+        limit = replace(limit, budget=None)  # what was captured is not yet what runs
+    certificate = certify(steps, run.context.reduce_dtype, run.context.hints, limit)
     if as_json:
         rules = [c.model_dump() for c in certificate.checked]
-        print_json({"graphs": list(run.names), "fine": True, "certificate": rules})
+        memory = certificate.footprint and certificate.footprint.model_dump()
+        print_json({"graphs": list(run.names), "fine": True, "certificate": rules, "memory": memory})
         return
     for line in certificate.lines:
         console().print(f"  {line}")

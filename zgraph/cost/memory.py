@@ -132,7 +132,9 @@ def _walked(plan: Plan, hints: Mapping[str, int]) -> _Walk:
     if plan.backward is not None:
         tangents = [i.value for i in plan.graph.inputs if i.kind is InputKind.tangent]
         walk.adopt(t for t in tangents if t.name not in plan.absent)
-        walk.run_in_arena(plan.lean[0] if plan.lean else plan.backward)
+        backward = plan.lean[0] if plan.lean else plan.backward
+        walk.drop(backward.unread)
+        walk.run_in_arena(backward)
     return walk
 
 
@@ -166,7 +168,7 @@ class _Walk:
             in_arena = bool(offsets(node))
             for result in node.results:
                 if not is_view and not in_arena:
-                    self.allocate(result.name, result.type, padded=instruction.lane == "comm")
+                    self.allocate(result.name, result.type, self.num_chunks(node))
                 self.roots[result.name] = shared if is_view else frozenset((result.name,))
                 self.refer(self.roots[result.name])
             if node.op in OPS and OPS[node.op].lane != "compute":
@@ -212,10 +214,16 @@ class _Walk:
             self.roots[value.name] = frozenset((value.name,))
             self.references[value.name] += 1
 
-    def allocate(self, name: str, kind: Type, *, padded: bool = False) -> None:
-        """A value is born; with room for equal chunks of all ranks where a collective makes it `padded`."""
-        if padded and isinstance(kind, TensorType) and not kind.is_sharded:
-            size = _rounded(padded_bytes(kind, self.graph.num_ranks))
+    def num_chunks(self, node: Node) -> int:
+        """Into how many chunks of one size what a node makes whole is cut; 0 where it takes as much as it has."""
+        if node.op == "all_reduce_start":
+            return self.graph.num_ranks
+        return self.graph.num_shards if node.op in ("all_gather_start", "unpack") else 0
+
+    def allocate(self, name: str, kind: Type, num_chunks: int = 0) -> None:
+        """A value is born; with room for chunks of one size, if there are any."""
+        if num_chunks and isinstance(kind, TensorType) and not kind.is_sharded:
+            size = _rounded(padded_bytes(kind, num_chunks))
         else:
             size = local_bytes(kind, self.graph.mesh, self.hints)
         if isinstance(kind, TensorType) and kind.is_on_host:

@@ -37,6 +37,13 @@ class Program:
     results: tuple[Value | None, ...]
     arena_bytes: int = 0
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The arguments that nothing reads, by name: they are dropped before the first instruction."""
+        read = {v.name for i in self.instructions for v in i.node.operands}
+        read |= {v.name for v in self.results if v is not None}
+        return tuple(v.name for v in self.arguments if v.name not in read)
+
 
 @dataclass(frozen=True)
 class Plan:
