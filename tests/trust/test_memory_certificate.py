@@ -27,6 +27,7 @@ from zgraph.ir.arena import ALIGN_BYTES, offsets, sized
 from zgraph.passes import RECIPES, Context, parse_recipe
 from zgraph.passes.planning import memory_of
 from zgraph.runfile import MANIFEST, Provenance, Recording, load_run
+from zgraph.tracing import traced
 
 PAIR = (Axis("shard", 2),)
 MESHES = {"1": (), "2": PAIR, "3": (Axis("shard", 3),), "2x2": (Axis("replicate", 2), Axis("shard", 2))}
@@ -314,3 +315,20 @@ def test_a_recipe_that_does_not_look_at_the_budget_cannot_break_it():
     )  # fmt: skip
     with pytest.raises(VerifyError, match=r"\[budget\]"):
         model(torch.ones(64, 64)).sum().backward()
+
+
+def test_what_is_traced_counts_the_optimizers_step():
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False))
+    model[0].requires_grad_(False)
+    options = {"hardware": "8x8-h100", "num_ranks": 2}
+    inputs = {"input": torch.ones(4, 64, device="meta")}
+    context = traced(model, inputs, parse_recipe(RECIPES[3]), **options).context
+    assert context.rest_bytes == 3 * 2 * 64 * 64 * 4 // 2
+    assert context.update_bytes == 2 * 64 * 64 * 4 // 2
+    certificate = traced(model, inputs, parse_recipe(RECIPES[3]), **options).certificate
+    assert certificate is not None
+    assert certificate.footprint is not None
+    assert certificate.footprint.update_bytes == context.update_bytes
+    with pytest.raises(BudgetError):
+        traced(model, inputs, parse_recipe(RECIPES[3]), memory_budget=context.rest_bytes + 1, **options)
