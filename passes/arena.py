@@ -1,5 +1,6 @@
 """Give gathered parameters and buckets fixed places in one block of memory, so that nothing fragments.
 
+                                                   arena fwd=12288
     fwd %a = all_gather_start(%s)                  fwd %a = all_gather_start(%s, at=[0])
     fwd %b = all_gather_start(%t)           ->     fwd %b = all_gather_start(%t, at=[4096])
     ...                                            ...
@@ -7,8 +8,8 @@
 
 Large buffers are placed first, each at the lowest place that is free for as long as it lives (Pisarchyk, Lee:
 "Efficient memory management for deep neural net inference", 2020, greedy by size). The forward and the backward have an
-arena each, as large as their most crowded moment wants. It is there for the whole program, which may raise the peak:
-then, if there is no room for that, buffers keep memory of their own.
+arena each, as large as their most crowded moment wants, and the graph says how large. It is there for the whole
+program, which may raise the peak: then, if there is no room for that, buffers keep memory of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from zgraph.ir import Graph, Node, Phase
-from zgraph.ir.arena import Buffer, arena_bytes, buffers, runs_in
+from zgraph.ir.arena import Buffer, buffers, sized
+from zgraph.ir.graph import PROGRAMS
 from zgraph.passes.base import Context, Pass
 from zgraph.passes.planning import memory_of
 
@@ -36,16 +38,14 @@ class Arena(Pass):
 
     name: ClassVar[str] = "arena"
     requires: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    provides: ClassVar[frozenset[str]] = frozenset({"laid out"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"laid out"})
 
     def run(self, graph: Graph, context: Context) -> Graph:
         if not (self.always or context.keeps_blocks):
             return graph
-        offsets = {
-            buffer.name: buffer.offset
-            for program in (Phase.forward, Phase.backward)
-            for buffer in place(buffers(graph, program))
-        }
-        placed = graph.with_nodes([_at(node, offsets) for node in graph.nodes])
+        offsets = {buffer.name: buffer.offset for program in PROGRAMS for buffer in place(buffers(graph, program))}
+        placed = sized(graph.with_nodes([_at(node, offsets) for node in graph.nodes]))
         if not offsets or context.step_bytes is None:
             return placed
         peak = memory_of(placed, context.hints).peak
@@ -88,11 +88,9 @@ class ArenaSize:
 def sizes(graph: Graph) -> dict[Phase, ArenaSize]:
     """The arenas of a graph; nothing for a program without one."""
     found = {}
-    for program in (Phase.forward, Phase.backward):
+    for program, num_bytes in graph.arenas.items():
         placed = [b for b in buffers(graph, program) if b.offset is not None]
-        nodes = [n for n in graph.nodes if runs_in(n, program)]
-        if placed:
-            found[program] = ArenaSize(arena_bytes(nodes, graph), crowded_bytes(placed))
+        found[program] = ArenaSize(num_bytes, crowded_bytes(placed))
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zgraph.ir import Graph, Node
+from zgraph.ir.arena import sized
 from zgraph.ir.ops import is_pure
 from zgraph.passes.base import Context, Pass
 
@@ -18,7 +19,7 @@ class DeadCode(Pass):
     name: ClassVar[str] = "dce"
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        return sweep(graph, lambda node: is_pure(graph, node))
+        return sized(sweep(graph, lambda node: is_pure(graph, node)))
 
 
 def sweep(graph: Graph, removable: Callable[[Node], bool]) -> Graph:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from zgraph.cost import MemoryCurve, simulate_memory
 from zgraph.errors import ContractError
 from zgraph.ir import Graph, InputKind, Instruction, Node, Phase, Plan, Program, TensorType, Value
+from zgraph.ir.arena import offsets
 from zgraph.passes.absent import absent_tangents, without_tangents
 from zgraph.passes.no_sync import without_sync
 
@@ -34,7 +35,7 @@ def make_plan(graph: Graph, *, only_step: bool = False) -> Plan:
     saved = _saved(graph, forward)
     absent = (InputKind.tangent, InputKind.constant)
     arguments = [i.value for i in graph.inputs if i.kind not in absent]
-    plan_forward = _program("forward", arguments, forward, [*outputs, *saved])
+    plan_forward = _program("forward", arguments, forward, [*outputs, *saved], graph.arenas.get(Phase.forward, 0))
     tangents = [i.value for i in graph.inputs if i.kind is InputKind.tangent]
     if not any(o.phase is not Phase.forward for o in graph.outputs):
         return Plan(graph, plan_forward, None, None, ())
@@ -69,7 +70,7 @@ def _backwards(prefix: str, graph: Graph, saved: Iterable[Value], tangents: Iter
 def _backward(name: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]) -> Program:
     nodes = [n for n in graph.nodes if n.phase is not Phase.forward]
     results = [o.value for o in graph.outputs if o.phase is not Phase.forward]
-    return _program(name, [*saved, *tangents], nodes, results)
+    return _program(name, [*saved, *tangents], nodes, results, graph.arenas.get(Phase.backward, 0))
 
 
 def _saved(graph: Graph, forward: Iterable[Node]) -> tuple[Value, ...]:
@@ -83,7 +84,9 @@ def _saved(graph: Graph, forward: Iterable[Node]) -> tuple[Value, ...]:
     return tuple(sorted(found, key=lambda v: not isinstance(v.type, TensorType)))
 
 
-def _program(name: str, arguments: Iterable[Value], nodes: Iterable[Node], results: Iterable[Value | None]) -> Program:
+def _program(
+    name: str, arguments: Iterable[Value], nodes: Iterable[Node], results: Iterable[Value | None], arena_bytes: int
+) -> Program:  # fmt: skip
     """Instructions with each value freed after its last use; what is returned is never freed."""
     wanted = list(results)
     alive = {v.name for v in wanted if v is not None}
@@ -93,4 +96,5 @@ def _program(name: str, arguments: Iterable[Value], nodes: Iterable[Node], resul
         frees = tuple(n for n in touched if n not in alive)
         alive.update(touched)
         instructions.append(Instruction(node, frees))
-    return Program(name, tuple(arguments), tuple(reversed(instructions)), tuple(wanted))
+    arena_bytes = arena_bytes if any(offsets(i.node) for i in instructions) else 0
+    return Program(name, tuple(arguments), tuple(reversed(instructions)), tuple(wanted), arena_bytes)

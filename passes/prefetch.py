@@ -30,6 +30,7 @@ class Prefetch(Pass):
 
     name: ClassVar[str] = "prefetch"
     requires: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"laid out"})
 
     def __post_init__(self) -> None:
         if self.depth < 0:

@@ -58,6 +58,7 @@ class Schedule(Pass):
 
     name: ClassVar[str] = "schedule"
     requires: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"laid out"})
 
     def __post_init__(self) -> None:
         if self.num_ahead < 0 or self.effort < 0 or not 0 <= self.slack < float("inf"):

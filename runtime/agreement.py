@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -63,7 +64,7 @@ def plan_text(plan: Plan, captured: str, known: str) -> str:
 
 def _unnamed(graph: Graph) -> Graph:
     """The graph without its name, which counts what this rank has compiled."""
-    return Graph("", graph.inputs, graph.nodes, graph.outputs, graph.mesh, graph.foreign)
+    return replace(graph, name="")
 
 
 def programs(plan: Plan) -> Iterator[Program]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from zgraph.aten import resolve, to_torch
 from zgraph.ir import Arg, Instruction, Node, Plan, Program, Value
-from zgraph.ir.arena import arena_bytes, offsets
+from zgraph.ir.arena import offsets
 from zgraph.runtime import torch_private
 from zgraph.runtime.collectives import MAKERS
 from zgraph.runtime.regions import Region, cut
@@ -71,9 +71,9 @@ class _Writer:
         if arguments:
             lines.append(f"    {', '.join(arguments)}, = args")
         lines.append("    args.clear()")
-        if dead := self.unused():
+        if dead := [self.local(name) for name in program.unread if name not in self.resident]:
             lines.append(f"    del {', '.join(dead)}")
-        if num_bytes := arena_bytes((i.node for i in program.instructions), self.plan.graph):
+        if num_bytes := program.arena_bytes:
             lines.append(f"    arena = {self.constant(self.session.arena, 'arena')}({num_bytes})")
         mark, parts = "", tuple(self.parts())
         if self.watcher is not None:
@@ -93,13 +93,6 @@ class _Writer:
         if self.session.regions is None or (self.watcher is not None and self.watcher.takes_apart):
             return self.program.instructions
         return cut(self.program, self.plan.graph)
-
-    def unused(self) -> list[str]:
-        """Arguments that nothing reads."""
-        read = {v.name for i in self.program.instructions for v in i.node.operands}
-        read |= {v.name for v in self.program.results if v is not None}
-        names = [v.name for v in self.program.arguments]
-        return [self.local(n) for n in names if n not in read and n not in self.resident]
 
     def instruction(self, instruction: Instruction) -> list[str]:
         node = instruction.node

@@ -95,7 +95,7 @@ class Session:
         return self._ranges if self.recorder is None and torch_private.is_profiling() else self.recorder
 
     def arena(self, num_bytes: int) -> torch.Tensor:
-        """The memory in which a program lays its buffers out."""
+        """The memory in which a program lays its buffers out, each at a multiple of `zgraph.ir.arena.ALIGN_BYTES`."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     @property

@@ -78,7 +78,7 @@ class CompiledModel:
         if paths:
             instruments.append(recording)
         is_replayed = self.replayed is not None and has_backward(graph)
-        certifier = Certifier(graph, context.reduce_dtype, hints, thorough=settings.verify == 2 or is_replayed)
+        certifier = Certifier(graph, context, thorough=settings.verify == 2 or is_replayed)  # fmt: skip
         instruments.append(certifier)
         if self.replayed is not None and is_replayed:
             final = last_graph(self.replayed, graph, context)

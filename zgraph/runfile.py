@@ -171,6 +171,21 @@ class RunFile:
         raise GraphNameError(f"the run has no graph called {name[:60]!r}; {hint}")
 
     @cached_property
+    def stated(self) -> Timeline | None:
+        """The predicted step that the file has of its last graph; None where it has none.
+
+        Raises:
+            RunFileError: it is damaged.
+        """
+        if not self.predicted:
+            return None
+        try:
+            found = _Predicted.model_validate_json(self.predicted)
+        except ValidationError as error:
+            raise RunFileError(f"{TIMELINE} is damaged: {_problems(error)}; {_AGAIN}") from None
+        return found.timeline.timeline() if found.digest == self._digest() else None
+
+    @cached_property
     def timeline(self) -> Timeline | None:
         """The predicted step of the last graph; None where it cannot be planned.
 
@@ -178,13 +193,8 @@ class RunFile:
             RunFileError: the file's own is damaged.
             ZirError: there is none for this graph, and its text does not parse.
         """
-        if self.predicted:
-            try:
-                found = _Predicted.model_validate_json(self.predicted)
-            except ValidationError as error:
-                raise RunFileError(f"{TIMELINE} is damaged: {_problems(error)}; {_AGAIN}") from None
-            if found.digest == self._digest():
-                return found.timeline.timeline()
+        if self.stated is not None:
+            return self.stated
         try:
             return simulate(make_plan(self.graph(), only_step=True), self.context.costs, self.context.hints)
         except (ContractError, SimulationError):

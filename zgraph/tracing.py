@@ -13,7 +13,7 @@ from zgraph.certify.certificate import Certifier
 from zgraph.config import environment
 from zgraph.depth import captured
 from zgraph.errors import UsageError
-from zgraph.ir import Axis, Graph
+from zgraph.ir import Axis, Graph, OutputKind
 from zgraph.passes import Context, Pipeline
 from zgraph.passes.partition import Partition
 from zgraph.runfile import Provenance, Recording, RunFile
@@ -50,17 +50,24 @@ def traced(
     graph, how = captured(model, inputs, param_dtype)
     mesh = (Axis("shard", count),) if count > 1 else ()
     context = Context(mesh=mesh, costs=costs, memory_budget=budget, groups_calls=True, keeps_blocks=True)
-    context = replace(context, rest_bytes=_rest_bytes(graph, pipeline, context))
+    context = _resting(graph, pipeline, context)
     recording = Recording(graph, sources=sources_of(graph))
     level = environment().verify
-    certifier = Certifier(graph, context.reduce_dtype, context.hints, thorough=level == 2)
+    certifier = Certifier(graph, context, thorough=level == 2)  # fmt: skip
     pipeline.run(graph, context, [recording, certifier])
     made = Provenance(model=type(model).__name__, torch=torch.__version__, captured=how)
     return recording.run_file(made, context, certifier.finish() if level else None)
 
 
-def _rest_bytes(graph: Graph, pipeline: Pipeline, context: Context) -> int:
-    """What one rank holds between steps: masters, AdamW's moments of them, and buffers."""
+def _resting(graph: Graph, pipeline: Pipeline, context: Context) -> Context:
+    """The context with what one rank holds between steps: masters, AdamW's moments of them, and buffers; and what
+    AdamW's step takes above: the gradients, and as much again."""
     placing = [step for step in pipeline.passes if isinstance(step, Partition)]
-    found = at_rest(Pipeline(tuple(placing)).run(graph, context))
-    return found["masters"] + found["optimizer"] + found["buffers"]
+    placed = Pipeline(tuple(placing)).run(graph, context)
+    trained = {o.target for o in placed.outputs if o.kind is OutputKind.grad and o.value is not None}
+    updated = replace(placed, inputs=tuple(i for i in placed.params if i.value.name in trained))
+    found = at_rest(placed)
+    return replace(
+        context, rest_bytes=found["masters"] + found["optimizer"] + found["buffers"],
+        update_bytes=at_rest(updated)["optimizer"],
+    )  # fmt: skip

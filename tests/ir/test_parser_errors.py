@@ -10,8 +10,15 @@ CALL = "fwd %y: f32[4]<V> = aten.op.default"
 
 # A line that stands fourth, the mark ^ before what is at fault, and words that the message must have.
 LINES = [
-    ("^what %y", "expected op, param"),
-    ('^graph "again"', "expected op, param"),
+    ("^what %y", "expected op, arena, param"),
+    ('^graph "again"', "expected op, arena, param"),
+    ("arena^", "a program"),
+    ("arena ^upd=512", "a program, one of fwd, bwd"),
+    ("arena fwd ^512", "'='"),
+    ("arena fwd=512 ^fwd=512", "one program has two arenas"),
+    ("arena fwd=^0", "at least 1 byte"),
+    ("arena fwd=^x", "integer"),
+    ("arena fwd=512 ^3", "a program"),
     ("op ^7", "name of an op"),
     ("op aten.b.default ^reads(1)", "views"),
     ("op aten.b.default views(^x)", "integer"),

@@ -116,6 +116,11 @@ def test_mesh_effects_phases_and_origins_come_back():
     same(Graph('a "name"', (), tuple(nodes), (), (Axis("shard", 4), Axis("tp", 2)), foreign))
 
 
+@pytest.mark.parametrize("arenas", [{Phase.forward: 512}, {Phase.backward: 1024, Phase.forward: 512}])
+def test_the_sizes_of_arenas_come_back(arenas):
+    same(Graph("g", (Input(InputKind.input, X),), arenas=arenas))
+
+
 def test_text_is_read_whatever_its_spacing_and_comments():
     text = '# a comment\n\ngraph "g"\n  # another\nop   aten.neg.default\ninput %x : f32[ 4 ]\n'
     text += "  fwd %y:f32[4]=aten.neg.default( %x )\nreturn fwd output %y\n"

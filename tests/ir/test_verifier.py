@@ -13,6 +13,7 @@ from zgraph.ir import (
     Node,
     Output,
     OutputKind,
+    Phase,
     TensorType,
     Value,
     parse_graph,
@@ -80,8 +81,27 @@ FAULTS = [
      "fwd release(%full)\n!fwd %y: f32[4]<V> = copy(%either)"),
     ("lifetimes", "returns %view, whose memory was released",
      GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%full)\nreturn fwd output %view"),
-    ("arenas", "needs an offset for each result, not at=()",
+    ("arenas", "needs an offset for each result, not at=[]",
      "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[])\nfwd %y: f32[4]<R> = wait(%f)"),
+    ("arenas", "needs an offset for each result, not at=[true]",
+     "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[true])\nfwd %y: f32[4]<R> = wait(%f)"),
+    ("arenas", "needs an offset for each result, not at=0",
+     "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=0)\nfwd %y: f32[4]<R> = wait(%f)"),
+    ("arenas", "needs an offset for each result, not at=[]",
+     "fwd %f: future f32[4]<R> = all_gather_start(%w)\nfwd %y: f32[4]<R> = wait(%f)\n!fwd release(%y, at=[])"),
+    ("arenas", "%f lies at [511], but in an arena every offset is a multiple of 512 bytes",
+     "arena fwd=1024\n!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[511])\nfwd %y: f32[4]<R> = wait(%f)"),
+    ("arenas", "%f lies at [-512]",
+     "arena fwd=512\n!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[-512])\nfwd %y: f32[4]<R> = wait(%f)"),
+    ("arenas", "%f ends at byte 1,024 of the arena, which has 512",
+     "arena fwd=512\n!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[512])\nfwd %y: f32[4]<R> = wait(%f)"),
+    ("arenas", "%f ends at byte 512 of the arena, which has 500",
+     "arena fwd=500\n!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\nfwd %y: f32[4]<R> = wait(%f)"),
+    ("arenas", "of the arena, whose size is not stated: arena bwd=512",
+     "!bwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\nbwd %y: f32[4]<R> = wait(%f)"),
+    ("arenas", "states an arena of 512 bytes for fwd, but nothing lies in it", "arena fwd=512\n" + GATHER),
+    ("arenas", "states an arena of 10,240 bytes for bwd, but 512 are needed",
+     "arena bwd=10240\nbwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\nbwd %y: f32[4]<R> = wait(%f)"),
     ("arenas", "%g lies in the memory of %f",
      "fwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\n"
      "!fwd %g: future f32[4]<R> = all_gather_start(%w, at=[0])\n"
@@ -138,6 +158,11 @@ def test_every_rule_has_a_graph_that_breaks_it():
 
 def test_what_the_faults_are_made_of_is_valid():
     verify(parse_graph(HEAD + GATHER + 'fwd release(%full)\nbwd %g: f32[4]<V> = copy(%t)\nreturn bwd grad "w" %g\n'))
+
+
+def test_an_arena_of_no_program_is_refused():
+    with pytest.raises(VerifyError, match=r"\[arenas\] states an arena of 512 bytes for upd, but nothing lies in it"):
+        verify(Graph("g", arenas={Phase.update: 512}))
 
 
 def test_the_error_says_where_the_node_comes_from():

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from tests.interp.models import NAMES, captured
 from zgraph.cost import simulate_memory
+from zgraph.errors import ContractError
 from zgraph.ir import Axis, Phase, parse_graph, print_graph, verify
-from zgraph.ir.arena import ALIGN_BYTES, Buffer
+from zgraph.ir.arena import ALIGN_BYTES, Buffer, offsets
 from zgraph.passes import RECIPES, Arena, Context, make_plan, parse_recipe
 from zgraph.passes.arena import crowded_bytes, place, sizes
+from zgraph.passes.dce import DeadCode
 
 lives = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(1, 9)).map(
     lambda drawn: Buffer("", min(drawn[:2]), drawn[2] * ALIGN_BYTES, max(drawn[:2]))
@@ -45,6 +47,41 @@ def test_the_arenas_of_captured_steps(name, stage, grouped):
     assert Phase.forward in found or stage < 3
     before, after = (simulate_memory(make_plan(g), {}).peak.total_bytes for g in (plain, graph))
     assert after <= before + max((s.num_bytes for s in found.values()), default=0)
+
+
+def test_the_graph_says_how_large_its_arenas_are():
+    context = Context(mesh=(Axis("shard", 2),))
+    plain = parse_recipe(RECIPES[3]).run(captured("llama"), context)
+    graph = Arena(always=True).run(plain, context)
+    assert not plain.arenas
+    assert set(graph.arenas) == {Phase.forward, Phase.backward}
+    plan = make_plan(graph)
+    assert plan.forward.arena_bytes == graph.arenas[Phase.forward]
+    assert {p.arena_bytes for p in (plan.backward, plan.unsynced)} == {graph.arenas[Phase.backward]}
+    assert all(offset % ALIGN_BYTES == 0 for node in graph.nodes for offset in offsets(node))
+
+
+def test_what_is_dropped_later_makes_the_arena_smaller():
+    text = """graph "g" mesh(shard=2)
+    param %a: f32[256]<S0> "a" stage=3
+    input %x: f32[128]<V>
+    fwd %f: future f32[256]<R> = all_gather_start(%a)
+    fwd %p: f32[128]<V> = pack(%x)
+    fwd %full: f32[256]<R> = wait(%f)
+    fwd %y: f32[256]<R> = copy(%full)
+    return fwd output %y
+    """
+    whole = Arena(always=True).run(parse_graph(text), Context())
+    assert whole.arenas == {Phase.forward: 1536}
+    kept = DeadCode().run(whole, Context())
+    assert kept.arenas == {Phase.forward: 1024}
+    verify(kept)
+
+
+def test_what_is_laid_out_is_not_laid_out_again_or_put_in_another_order():
+    for recipe in ("arena,arena", "arena,schedule", "arena,prefetch"):
+        with pytest.raises(ContractError, match="cannot follow a pass that makes a graph laid out"):
+            parse_recipe(f"partition(stage=3),all-gather,{recipe}")
 
 
 def test_a_budget_without_room_for_the_arena_goes_first():

@@ -39,7 +39,7 @@ def certified(stage: int, tied: bool = False, mixed: bool = False, change=None):
         graph = change(steps[-1][1])
         assert graph != steps[-1][1]
         steps.append(("mine", graph))
-    return certify(steps, found.context.reduce_dtype, found.context.hints)
+    return certify(steps, found.context)
 
 
 def test_a_run_file_says_what_was_checked(tmp_path):

@@ -92,7 +92,7 @@ if not os.environ.get("ZGRAPH_DEEP"):
 def test_what_fuse_makes_is_certified(name, matmuls, mixed):
     found = run(name, matmuls, mixed)
     assert any(n.op.startswith("zgraph.") for n in found.graph("fuse").nodes)
-    made = certify(steps_of(found), found.context.reduce_dtype, found.context.hints)
+    made = certify(steps_of(found), found.context)
     assert "kernels by their specification" in {c.rule for c in made.checked}
 
 
@@ -172,7 +172,7 @@ def refused(name: str, matmuls: str, change: Change) -> None:
     nodes = list(steps[at][1].nodes)
     position, made = next((i, new) for i, n in enumerate(nodes) if n.op.startswith("zgraph.") and (new := change(n)))
     nodes[position] = made
-    certify([*steps[:at], ("fuse", steps[at][1].with_nodes(nodes))], found.context.reduce_dtype, found.context.hints)
+    certify([*steps[:at], ("fuse", steps[at][1].with_nodes(nodes))], found.context)
 
 
 def test_two_dropouts_do_not_share_a_seed():
@@ -183,7 +183,7 @@ def test_two_dropouts_do_not_share_a_seed():
     first, second, *_ = (n.results[0] for n in graph.nodes if n.op == "zgraph.seed.default")
     nodes = [n.substitute({second.name: first}) for n in graph.nodes]
     with pytest.raises(VerifyError, match="kernels by their specification"):
-        certify([*steps[:at], ("fuse", graph.with_nodes(nodes))], found.context.reduce_dtype, found.context.hints)
+        certify([*steps[:at], ("fuse", graph.with_nodes(nodes))], found.context)
 
 
 def test_what_was_not_rounded_before_stays_so():

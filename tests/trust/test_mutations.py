@@ -4,9 +4,9 @@ import os
 from random import Random
 
 import pytest
+
 from trust.mutations import KINDS
 from trust.subjects import SUBJECTS, run, steps
-
 from zgraph.certify.certificate import certify
 from zgraph.errors import VerifyError
 

@@ -7,18 +7,22 @@ computes what was captured; what breaks a rule is a `VerifyError` that names the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from time import perf_counter
 
+from zgraph.certify.budget import Limit, footprint, is_lowered, over
 from zgraph.certify.derived import Derived
 from zgraph.certify.equality import Equality, Programs
+from zgraph.certify.memory import peak
 from zgraph.certify.ownership import at_rest, gathers, gradients, not_owned, owned, under_way
-from zgraph.certify.record import Certificate, Checked
+from zgraph.certify.record import Certificate, Checked, Footprint
 from zgraph.certify.spelled import kernels
 from zgraph.errors import VerifyError
-from zgraph.ir import DType, Graph, verify
+from zgraph.ir import Graph, Mesh, verify
 from zgraph.ir.verifier import Fault, describe
-from zgraph.passes.base import Pass
+from zgraph.passes.base import Context, Pass
+from zgraph.passes.partition import Partition
 
 PLACED: Mapping[str, Callable[[Graph], Iterator[Fault]]] = {
     "placement at rest": at_rest, "gradients": gradients, "gathers": gathers, "order": under_way,
@@ -27,21 +31,30 @@ PLACED: Mapping[str, Callable[[Graph], Iterator[Fault]]] = {
 """The rules of graphs that are placed. Others keep to them too."""
 
 
+def on_mesh(graph: Graph, mesh: Mesh) -> Iterator[Fault]:
+    """A graph that is placed lies on the mesh that the run is for."""
+    wanted = tuple(axis for axis in mesh if axis.size > 1)
+    if graph.mesh not in ((), wanted):
+        yield None, f"lies on the mesh {_shape(graph.mesh)}, but the run is for {_shape(wanted)}"
+
+
+def _shape(mesh: Mesh) -> str:
+    return " x ".join(f"{axis.name}={axis.size}" for axis in mesh)
+
+
 class Certifier:
     """Checks the graphs of a run. It is an instrument of a pipeline.
 
     Args:
         captured: the graph that all others must equal.
-        reduce_dtype: the dtype in which gradients are averaged; None takes the one that they come in.
-        hints: a number for each symbolic size.
+        context: what the passes know: the mesh, the dtype of reductions, a number for each size, the memory budget.
         thorough: check every graph for everything; else the last one, which says as much of what runs, and every graph
             only where it is wrong, to name the pass.
+        stated: the peak above rest that the run's own prediction has; None where it has none.
     """
 
-    def __init__(
-        self, captured: Graph, reduce_dtype: DType | None, hints: Mapping[str, int], *, thorough: bool
-    ) -> None:
-        self.reduce_dtype, self.hints, self.thorough = reduce_dtype, hints, thorough
+    def __init__(self, captured: Graph, context: Context, *, thorough: bool, stated: int | None = None) -> None:
+        self.context, self.thorough, self.stated = context, thorough, stated
         self.steps: list[tuple[str, Graph]] = [("captured", captured)]
 
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
@@ -60,7 +73,7 @@ class Certifier:
         """
         if self.thorough:
             return self.each()
-        check = _Check(self.reduce_dtype, None)
+        check = _Check(self.context, None)
         last_step, last = self.steps[-1]
         try:
             check.begin(*self.steps[0])
@@ -74,11 +87,11 @@ class Certifier:
         except VerifyError:
             self.each()  # names the pass
             raise
-        return Certificate(checked=tuple(check.checked))
+        return self.certificate(check)
 
     def each(self, since: int = 0) -> Certificate:
         """Check every graph from number `since` on, each against the one before it."""
-        check = _Check(self.reduce_dtype, Derived(self.hints))
+        check = _Check(self.context, Derived(self.context.hints))
         check.begin(*self.steps[0])
         if since > 1:
             check.begin_again(*self.steps[since - 1])
@@ -99,21 +112,30 @@ class Certifier:
                     check.compare(step, graph)
             if changed or step == "release":
                 check.placed(graph, released=released)
-        return Certificate(checked=tuple(check.checked))
+        return self.certificate(check)
+
+    def certificate(self, check: _Check) -> Certificate:
+        """What was checked, and of the last graph whether it keeps within the budget."""
+        (*_, (_, last)), names = self.steps, {step for step, _ in self.steps}
+        limit = Limit.of(self.context, self.stated)
+        if Partition.name not in names:
+            limit = replace(limit, budget=None)  # what was captured is not yet what runs
+        footprint = check.memory(last, limit, released="release" in names) if is_lowered(last) else None
+        return Certificate(checked=tuple(check.checked), footprint=footprint)
 
 
 class _Check:
     """Checks graphs, and notes what was checked."""
 
-    def __init__(self, reduce_dtype: DType | None, derived: Derived | None) -> None:
-        self.reduce_dtype, self.derived = reduce_dtype, derived
+    def __init__(self, context: Context, derived: Derived | None) -> None:
+        self.context, self.derived = context, derived
         self.checked: list[Checked] = []
         self.name = ""
 
     def begin(self, step: str, graph: Graph) -> None:
         """Compare what follows with this graph."""
         self.name, self.graph = step, graph
-        self.equality = Equality(graph, self.reduce_dtype)
+        self.equality = Equality(graph, self.context.reduce_dtype)
         self.known: Programs = self.equality.programs(graph)
         self.run("equality", graph, self.equality.lean(self.known))
 
@@ -158,13 +180,22 @@ class _Check:
 
     def placed(self, graph: Graph, *, released: bool) -> None:
         """The rules of graphs that are placed."""
+        self.run("mesh", graph, on_mesh(graph, self.context.mesh))
         for rule, found in PLACED.items():
             self.run(rule, graph, found(graph))
         if released:
             self.run("ownership", graph, owned(graph))
 
-    def run(self, rule: str, graph: Graph, faults: Iterable[Fault]) -> None:
-        began = perf_counter()
+    def memory(self, graph: Graph, limit: Limit, *, released: bool) -> Footprint:
+        """What the last graph takes of the device's memory."""
+        began, hints = perf_counter(), self.context.hints
+        highest = peak(graph, hints, released=released)
+        found = footprint(graph, highest, limit, hints)
+        self.run("budget", graph, over(graph, highest, found, limit), began)
+        return found
+
+    def run(self, rule: str, graph: Graph, faults: Iterable[Fault], began: float | None = None) -> None:
+        began = perf_counter() if began is None else began
         for position, message in faults:
             raise VerifyError(f"{self.place}: {describe(graph, rule, position, message)}")
         self.note(rule, graph, began)
@@ -179,21 +210,21 @@ class _Check:
 
 
 def certify(
-    steps: Iterable[tuple[str, Graph]], reduce_dtype: DType | None, hints: Mapping[str, int], since: int = 0
+    steps: Iterable[tuple[str, Graph]], context: Context, stated: int | None = None, since: int = 0
 ) -> Certificate:
     """Check every graph of a run.
 
     Args:
         steps: the name of each pass with the graph after it, what was captured first.
-        reduce_dtype: the dtype in which gradients are averaged over ranks; None takes their own.
-        hints: a number for each symbolic size.
+        context: what the passes knew: the mesh, the dtype of reductions, a number for each size, the memory budget.
+        stated: the peak above rest that the run's own prediction has; None where it has none.
         since: the number of the first graph to check; those before it are taken as checked.
 
     Raises:
         VerifyError: a graph breaks a rule; the message names it, the node, and the user's line.
     """
     (_, captured), *others = steps
-    certifier = Certifier(captured, reduce_dtype, hints, thorough=True)
+    certifier = Certifier(captured, context, thorough=True, stated=stated)
     for name, graph in others:
         certifier.add(name, graph)
     return certifier.each(since)

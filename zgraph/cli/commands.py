@@ -363,7 +363,7 @@ def verify_run(
     file: Annotated[str, typer.Argument(help="A run file, all of whose graphs are checked; - for standard input.")],
     as_json: AsJson = False,
 ) -> None:
-    """Certify a run: each graph keeps every rule, and computes what the one before it does.
+    """Certify a run: each graph keeps every rule, and computes what the one before it does; the last fits the budget.
 
     Example: `zgraph verify run.zg`
     """
@@ -376,10 +376,12 @@ def verify_run(
             steps.append((name.partition("#")[0], run.graph(name)))
         except ZirError as error:
             raise VerifyError(f"the graph after {name}: {error}") from None
-    certificate = certify(steps, run.context.reduce_dtype, run.context.hints)
+    stated = None if run.stated is None else run.stated.memory.peak.total_bytes
+    certificate = certify(steps, run.context, stated)
     if as_json:
         rules = [c.model_dump() for c in certificate.checked]
-        print_json({"graphs": list(run.names), "fine": True, "certificate": rules})
+        memory = certificate.footprint and certificate.footprint.model_dump()
+        print_json({"graphs": list(run.names), "fine": True, "certificate": rules, "memory": memory})
         return
     for line in certificate.lines:
         console().print(f"  {line}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from heapq import nlargest
 from typing import NamedTuple
@@ -20,12 +20,13 @@ from zgraph.ir import (
     OutputKind,
     Phase,
     Plan,
+    Program,
     TensorType,
     Type,
     Value,
     num_shards,
 )
-from zgraph.ir.arena import arena_bytes, offsets
+from zgraph.ir.arena import offsets
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import is_copied, padded_bytes, views
 from zgraph.ir.symbols import evaluate
@@ -125,13 +126,15 @@ def alive_at_peak(plan: Plan, hints: Mapping[str, int], curve: MemoryCurve) -> l
 
 def _walked(plan: Plan, hints: Mapping[str, int]) -> _Walk:
     walk = _Walk(plan, hints)
-    walk.run_in_arena(plan.forward.instructions)
+    walk.run_in_arena(plan.forward)
     saved = {v.name for v in plan.saved}
     walk.drop(v.name for v in plan.forward.results if v is not None and v.name not in saved)
     if plan.backward is not None:
         tangents = [i.value for i in plan.graph.inputs if i.kind is InputKind.tangent]
         walk.adopt(t for t in tangents if t.name not in plan.absent)
-        walk.run_in_arena((plan.lean[0] if plan.lean else plan.backward).instructions)
+        backward = plan.lean[0] if plan.lean else plan.backward
+        walk.drop(backward.unread)
+        walk.run_in_arena(backward)
     return walk
 
 
@@ -150,10 +153,10 @@ class _Walk:
         self.scratch: dict[str, int] = {}
         self.moments: list[Moment] = []
 
-    def run_in_arena(self, instructions: Sequence[Instruction]) -> None:
+    def run_in_arena(self, program: Program) -> None:
         """A program, with its arena from the beginning to the end."""
-        self.hold(_ARENA, "gathered", _rounded(arena_bytes((i.node for i in instructions), self.graph)))
-        self.run(instructions)
+        self.hold(_ARENA, "gathered", _rounded(program.arena_bytes))
+        self.run(program.instructions)
         self.free(_ARENA)
 
     def run(self, instructions: Iterable[Instruction]) -> None:
@@ -165,7 +168,7 @@ class _Walk:
             in_arena = bool(offsets(node))
             for result in node.results:
                 if not is_view and not in_arena:
-                    self.allocate(result.name, result.type, padded=instruction.lane == "comm")
+                    self.allocate(result.name, result.type, self.num_chunks(node))
                 self.roots[result.name] = shared if is_view else frozenset((result.name,))
                 self.refer(self.roots[result.name])
             if node.op in OPS and OPS[node.op].lane != "compute":
@@ -211,10 +214,16 @@ class _Walk:
             self.roots[value.name] = frozenset((value.name,))
             self.references[value.name] += 1
 
-    def allocate(self, name: str, kind: Type, *, padded: bool = False) -> None:
-        """A value is born; with room for equal chunks of all ranks where a collective makes it `padded`."""
-        if padded and isinstance(kind, TensorType) and not kind.is_sharded:
-            size = _rounded(padded_bytes(kind, self.graph.num_ranks))
+    def num_chunks(self, node: Node) -> int:
+        """Into how many chunks of one size what a node makes whole is cut; 0 where it takes as much as it has."""
+        if node.op == "all_reduce_start":
+            return self.graph.num_ranks
+        return self.graph.num_shards if node.op in ("all_gather_start", "unpack") else 0
+
+    def allocate(self, name: str, kind: Type, num_chunks: int = 0) -> None:
+        """A value is born; with room for chunks of one size, if there are any."""
+        if num_chunks and isinstance(kind, TensorType) and not kind.is_sharded:
+            size = _rounded(padded_bytes(kind, num_chunks))
         else:
             size = local_bytes(kind, self.graph.mesh, self.hints)
         if isinstance(kind, TensorType) and kind.is_on_host:

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from zgraph.compare import moved
 from zgraph.ir import Graph, Input, InputKind, Node, Output, Replicate, TensorType, Value, Varying, print_node
+from zgraph.ir.arena import sized
 from zgraph.ir.printer import print_input, print_output
 from zgraph.ir.types import Placement, Type
 from zgraph.lines import told_apart
@@ -105,7 +106,7 @@ class Hunks:
         outputs = self._picked(_numbered(self.before.outputs), _numbered(self.after.outputs), chosen)
         foreign = {**self.before.foreign, **self.after.foreign}
         graph = replace(self.after, inputs=inputs, nodes=_in_order(nodes), outputs=outputs, foreign=foreign)
-        return _retyped(graph.with_used_ops())
+        return sized(_retyped(graph.with_used_ops()))
 
     def unchosen_outputs(self, chosen: Collection[int]) -> frozenset[int]:
         """Outputs that are still as before the pass: on another mesh than before, each rank's own."""

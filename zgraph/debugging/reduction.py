@@ -20,6 +20,7 @@ from zgraph.debugging.check import Failure, Reference, check_memory, examine
 from zgraph.debugging.ddmin import minimal
 from zgraph.errors import UsageError, VerifyError
 from zgraph.ir import DType, Graph, Input, InputKind, Node, Output, OutputKind, Phase, TensorType, Value, verify
+from zgraph.ir.arena import sized
 from zgraph.passes import Context, Pipeline
 from zgraph.runfile import CAPTURED, Provenance, run_file
 
@@ -195,9 +196,8 @@ def window(graph: Graph, kept: Collection[int]) -> Graph:
         for result in node.results
         if result.name not in graph.output_names and not chosen.issuperset(graph.users.get(result.name, ()))
     ]
-    return replace(
-        graph, inputs=(*graph.inputs, *inputs), nodes=tuple(nodes), outputs=(*graph.outputs, *outputs)
-    ).with_used_ops()
+    found = replace(graph, inputs=(*graph.inputs, *inputs), nodes=tuple(nodes), outputs=(*graph.outputs, *outputs))
+    return sized(found.with_used_ops())
 
 
 def _kind(producer: Node) -> InputKind:
@@ -239,4 +239,4 @@ def _bypassing(graph: Graph, kept: Sequence[str]) -> Graph:
         else:
             nodes.append(node)
     outputs = tuple(output.substitute(env) for output in graph.outputs)
-    return replace(graph, nodes=tuple(nodes), outputs=outputs).with_used_ops()
+    return sized(replace(graph, nodes=tuple(nodes), outputs=outputs).with_used_ops())

@@ -1,19 +1,22 @@
 """Buffers that a program makes at fixed places in one block of memory, its arena: nothing fragments.
 
-A node's option `at` has one offset in bytes for each of its results. The forward and the backward have an arena each.
+A node's option `at` has one offset in bytes for each of its results. The forward and the backward have an arena each,
+and the graph says how large (`Graph.arenas`): that much the runtime takes, and the memory simulation counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from zgraph.ir.graph import Graph, Node, Phase
+from zgraph.ir.graph import PROGRAMS, Graph, Node, Phase
 from zgraph.ir.ops import OPS, padded_bytes, views
 from zgraph.ir.types import TensorType, num_shards
 
 ALIGN_BYTES = 512
-"""Every buffer starts at a multiple of this, as blocks of allocators do."""
+"""Every buffer starts at a multiple of this, and an arena's size is one, as with blocks of allocators: kernels that
+read 16 bytes at once, and collectives that want whole lines, find what lies in an arena where they found it outside.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +88,23 @@ def buffers(graph: Graph, program: Phase) -> list[Buffer]:
 def offsets(node: Node) -> tuple[int, ...]:
     """Where the results of a node lie in the arena; nothing where they do not."""
     at = node.option("at")
-    return tuple(o for o in at if isinstance(o, int)) if isinstance(at, tuple) else ()
+    return tuple(o for o in at if type(o) is int) if isinstance(at, tuple) else ()
 
 
-def arena_bytes(nodes: Iterable[Node], graph: Graph) -> int:
-    """The size of the arena that some nodes of a graph need."""
-    ends = [
-        offset + _num_bytes(graph, result.type)
-        for node in nodes
-        for offset, result in zip(offsets(node), node.results, strict=False)
-    ]
-    return max(ends, default=0)
+def sizes(graph: Graph) -> Mapping[Phase, int]:
+    """The bytes that each program's arena needs: up to where the last buffer in it ends."""
+    ends: dict[Phase, int] = {}
+    for node in graph.nodes:
+        program = next(p for p in PROGRAMS if runs_in(node, p))
+        for offset, result in zip(offsets(node), node.results, strict=False):
+            if _can_lie_there(graph, node, result.type):
+                ends[program] = max(ends.get(program, 0), _rounded(offset + _num_bytes(graph, result.type)))
+    return ends
+
+
+def sized(graph: Graph) -> Graph:
+    """The graph with its arenas as large as they need to be."""
+    return graph if (found := sizes(graph)) == graph.arenas else replace(graph, arenas=found)
 
 
 def clashes(found: Iterable[Buffer]) -> Iterator[tuple[Buffer, Buffer]]:
@@ -122,4 +131,8 @@ def _can_lie_there(graph: Graph, node: Node, kind: object) -> bool:
 def _num_bytes(graph: Graph, kind: object) -> int:
     """What a buffer takes in an arena."""
     assert isinstance(kind, TensorType)
-    return -(-padded_bytes(kind, num_shards(graph.mesh)) // ALIGN_BYTES) * ALIGN_BYTES
+    return _rounded(padded_bytes(kind, num_shards(graph.mesh)))
+
+
+def _rounded(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGN_BYTES) * ALIGN_BYTES

@@ -29,6 +29,9 @@ class Phase(enum.Enum):
 
 _PHASES = (Phase.forward, Phase.backward, Phase.update)
 
+PROGRAMS = (Phase.forward, Phase.backward)
+"""The programs of a step: the forward, and the backward with all that follows it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -202,7 +205,11 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Graph:
-    """A program over typed values. Nodes are in an order that runs: forward, then backward, then update."""
+    """A program over typed values. Nodes are in an order that runs: forward, then backward, then update.
+
+    `arenas` has the bytes of each program's arena (`zgraph.ir.arena`): that of the forward, and that of the backward
+    with all that follows it. Programs without one are not there.
+    """
 
     name: str
     inputs: tuple[Input, ...] = ()
@@ -210,6 +217,7 @@ class Graph:
     outputs: tuple[Output, ...] = ()
     mesh: tuple[Axis, ...] = ()
     foreign: Mapping[str, Foreign] = field(default_factory=dict)
+    arenas: Mapping[Phase, int] = field(default_factory=dict)
 
     def with_nodes(self, nodes: list[Node] | tuple[Node, ...]) -> Graph:
         """The graph with `nodes` in the place of its own."""

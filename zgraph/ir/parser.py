@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
 
 from zgraph.errors import ZirError
+from zgraph.ir.cursor import NUMBER, Cursor
 from zgraph.ir.graph import (
+    PROGRAMS,
     Arg,
     Foreign,
     Graph,
@@ -43,16 +43,10 @@ from zgraph.ir.types import (
     Varying,
 )
 
-_T = TypeVar("_T")
-_WORD = re.compile(r"[A-Za-z_][\w.\-]*")
 _NAME = re.compile(r"[\w.]+")
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
-_NUMBER = re.compile(r"-?(?:inf\b|\d+(?:\.\d*)?(?:e[+-]?\d+)?)", re.ASCII)
-_INTEGER = re.compile(r"-?\d{1,19}", re.ASCII)
 _COUNT = re.compile(r"[0-9]{1,18}")
 _DIM = re.compile(r"S([0-9]{1,2})")
 _KEY = re.compile(r" *([A-Za-z_]\w*)=")
-_MAX_DIGITS = 400
 _PLACEMENTS: dict[str, Placement] = {"R": Replicate(), "P": Partial(), "V": Varying()}
 _DTYPES = {d.value: d for d in DType}
 _SPACES = {space: space for space in (DEVICE, HOST)}
@@ -69,91 +63,8 @@ def parse_graph(text: str) -> Graph:
     return _Reader(text).graph()
 
 
-class _Line:
-    """A cursor over one line."""
-
-    def __init__(self, text: str, number: int) -> None:
-        self.text, self.line, self.at = text, number, 0
-
-    def error(self, message: str, at: int | None = None) -> ZirError:
-        return ZirError(message, self.text, self.at if at is None else at, self.line)
-
-    def space(self) -> None:
-        while self.at < len(self.text) and self.text[self.at] == " ":
-            self.at += 1
-
-    def peek(self, literal: str) -> bool:
-        if self.text.startswith(literal, self.at):
-            return True
-        self.space()
-        return self.text.startswith(literal, self.at)
-
-    def accept(self, literal: str) -> bool:
-        if self.peek(literal):
-            self.at += len(literal)
-            return True
-        return False
-
-    def expect(self, literal: str) -> None:
-        if not self.accept(literal):
-            raise self.error(f"expected {literal!r}")
-
-    def match(self, pattern: re.Pattern[str], what: str) -> str:
-        self.space()
-        if not (found := pattern.match(self.text, self.at)):
-            raise self.error(f"expected {what}")
-        self.at = found.end()
-        return found.group()
-
-    def word(self, what: str = "a word") -> str:
-        return self.match(_WORD, what)
-
-    def integer(self) -> int:
-        return int(self.match(_INTEGER, "an integer of at most 19 digits"))
-
-    def number(self) -> int | float:
-        text = self.match(_NUMBER, "a number")
-        if len(text) > _MAX_DIGITS:
-            self.at -= len(text)
-            raise self.error(f"a number has at most {_MAX_DIGITS} digits")
-        return float(text) if any(c in text for c in ".en") else int(text)
-
-    def string(self) -> str:
-        self.space()
-        start = self.at
-        try:
-            return str(json.loads(self.match(_STRING, "a string in double quotes")))
-        except json.JSONDecodeError:
-            self.at = start
-            raise self.error("expected a string in double quotes") from None
-
-    def one_of(self, choices: dict[str, _T], what: str) -> _T:
-        self.space()
-        start = self.at
-        word = self.word(what)
-        if word not in choices:
-            self.at = start
-            raise self.error(f"expected {what}, one of {', '.join(choices)}")
-        return choices[word]
-
-    def end(self) -> None:
-        self.space()
-        if self.at != len(self.text):
-            raise self.error("unexpected text after the end")
-
-    @property
-    def done(self) -> bool:
-        self.space()
-        return self.at >= len(self.text)
-
-    def listed(self, close: str, item: Callable[[], _T]) -> tuple[_T, ...]:
-        """Items separated by commas up to `close`, which is taken too."""
-        items: list[_T] = []
-        while not self.accept(close):
-            if items:
-                self.expect(",")
-            items.append(item())
-        return tuple(items)
+class _Line(Cursor):
+    """A cursor over one line of a graph."""
 
     def dims(self, closers: str) -> tuple[Dim, ...]:
         """Sizes separated by commas, up to one of `closers`, which is left."""
@@ -250,13 +161,18 @@ class _Reader:
         inputs: list[Input] = []
         nodes: list[Node] = []
         outputs: list[Output] = []
+        arenas: Mapping[Phase, int] = {}
         kinds = {k.value: k for k in InputKind}
         for line in self.lines:
             start = line.at
-            word = line.word("op, an input kind, a phase or return")
+            word = line.word("op, arena, an input kind, a phase or return")
             if word == "op":
                 op, row = self.declaration(line)
                 foreign[op] = row
+            elif word == "arena":
+                if arenas:
+                    raise line.error("the arenas are stated twice", start)
+                arenas = self.arenas(line)
             elif word in kinds:
                 inputs.append(self.input(line, kinds[word]))
             elif word in self.phases:
@@ -265,9 +181,9 @@ class _Reader:
                 outputs.append(self.output(line))
             else:
                 line.at = start
-                raise line.error(f"expected op, {', '.join([*kinds, *self.phases])} or return")
+                raise line.error(f"expected op, arena, {', '.join([*kinds, *self.phases])} or return")
             line.end()
-        return Graph(name, tuple(inputs), tuple(nodes), tuple(outputs), mesh, foreign)
+        return Graph(name, tuple(inputs), tuple(nodes), tuple(outputs), mesh, foreign, arenas)
 
     def head(self, line: _Line) -> tuple[str, tuple[Axis, ...]]:
         line.expect("graph")
@@ -288,6 +204,22 @@ class _Reader:
         if (size := line.integer()) < 1:
             raise line.error("a mesh axis has at least 1 rank", start)
         return Axis(name, size)
+
+    def arenas(self, line: _Line) -> Mapping[Phase, int]:
+        found: dict[Phase, int] = {}
+        while not line.done or not found:
+            line.space()
+            start = line.at
+            phase = line.one_of({p.value: p for p in PROGRAMS}, "a program")
+            if phase in found:
+                raise line.error("one program has two arenas", start)
+            line.expect("=")
+            line.space()
+            start = line.at
+            if (size := line.integer()) < 1:
+                raise line.error("an arena has at least 1 byte", start)
+            found[phase] = size
+        return found
 
     def declaration(self, line: _Line) -> tuple[str, Foreign]:
         line.space()
@@ -379,7 +311,7 @@ class _Reader:
         if line.peek('"'):
             return line.string()
         line.space()
-        if _NUMBER.match(line.text, line.at):
+        if NUMBER.match(line.text, line.at):
             return line.number()
         start = line.at
         word = line.word("an argument")

@@ -27,13 +27,22 @@ class Instruction:
 class Program:
     """A straight line of instructions from arguments to results.
 
-    `arguments` are dropped as soon as nothing reads them any more; a result of None is returned as None.
+    `arguments` are dropped as soon as nothing reads them any more; a result of None is returned as None. `arena_bytes`
+    are taken before the first instruction: the graph's arena for this program, if anything in it lies there.
     """
 
     name: str
     arguments: tuple[Value, ...]
     instructions: tuple[Instruction, ...]
     results: tuple[Value | None, ...]
+    arena_bytes: int = 0
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The arguments that nothing reads, by name: they are dropped before the first instruction."""
+        read = {v.name for i in self.instructions for v in i.node.operands}
+        read |= {v.name for v in self.results if v is not None}
+        return tuple(v.name for v in self.arguments if v.name not in read)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 
-from zgraph.ir.graph import Arg, Foreign, Graph, Input, Node, Origin, Output, Token, Value
+from zgraph.ir.graph import Arg, Foreign, Graph, Input, Node, Origin, Output, Phase, Token, Value
 from zgraph.ir.types import DType
 
 
@@ -24,6 +25,7 @@ def print_graph(graph: Graph, *, origins: bool = True) -> str:
     """The whole graph as text. `origins=False` leaves out where nodes come from, which differs between machines."""
     mesh = ", ".join(f"{a.name}={a.size}" for a in graph.mesh)
     lines = [f"graph {json.dumps(graph.name)}" + (f" mesh({mesh})" if mesh else "")]
+    lines += [print_arenas(graph.arenas)] if graph.arenas else []
     lines += [print_foreign(name, row) for name, row in sorted(graph.foreign.items())]
     lines += [print_input(i) for i in graph.inputs]
     lines += [print_node(n, origins=origins) for n in graph.nodes]
@@ -44,6 +46,11 @@ def print_node(node: Node, *, origins: bool = True) -> str:
     if node.checkpoint:
         body += f" checkpoint={node.checkpoint}"
     return body + (_origin(node.origin) if origins else "")
+
+
+def print_arenas(arenas: Mapping[Phase, int]) -> str:
+    """The bytes of each program's arena as their line, `arena fwd=43520 bwd=1024`."""
+    return " ".join(["arena", *(f"{p.value}={arenas[p]}" for p in Phase if p in arenas)])
 
 
 def print_foreign(name: str, row: Foreign) -> str:

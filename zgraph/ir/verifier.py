@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from zgraph.errors import VerifyError
-from zgraph.ir.arena import buffers, clashes, offsets, runs_in
-from zgraph.ir.graph import Graph, Input, InputKind, Node, OutputKind, Phase
+from zgraph.ir.arena import ALIGN_BYTES, Buffer, buffers, clashes, offsets, runs_in, sizes
+from zgraph.ir.graph import PROGRAMS, Arg, Graph, Input, InputKind, Node, OutputKind, Phase
 from zgraph.ir.ops import OPS, TypeRuleError, views
-from zgraph.ir.printer import print_node
+from zgraph.ir.printer import print_arg, print_node
 from zgraph.ir.symbols import Dim, simplify
 from zgraph.ir.types import DEVICE, Partial, Replicate, Shard, TensorType, Type, Varying
 
@@ -195,23 +195,52 @@ def targets(graph: Graph) -> Iterator[Fault]:
 
 
 def arenas(graph: Graph) -> Iterator[Fault]:
-    """What lies in an arena dies in the program that made it, and alone has its place while it lives."""
+    """What lies in an arena dies in the program that made it, alone has its place while it lives, and ends in it."""
+    misplaced = False
     for position, node in enumerate(graph.nodes):
-        at = node.option("at")
-        if at is not None and (len(offsets(node)) != len(node.results) or min(offsets(node)) < 0):
-            yield position, f"needs an offset for each result, not at={at}"
-    for program in (Phase.forward, Phase.backward):
-        found = buffers(graph, program)
+        if (at := node.option("at")) is not None and (wrong := _wrong_offsets(node, at)):
+            misplaced = True
+            yield position, wrong
+    if misplaced:
+        return
+    laid: dict[Phase, list[Buffer]] = {}
+    for program in PROGRAMS:
+        laid[program] = found = buffers(graph, program)
         places = {b.name for b in found}
         for position, node in enumerate(graph.nodes):
             for result in node.results if runs_in(node, program) and offsets(node) else ():
                 if result.name not in places:
-                    yield (
-                        position,
-                        f"%{result.name} outlives its arena, or is nothing that can lie in one",
-                    )
+                    yield position, f"%{result.name} outlives its arena, or is nothing that can lie in one"
         for one, other in clashes(found):
             yield other.node, f"lies in the memory of %{one.name}, which is still needed"
+    yield from _arena_sizes(graph, laid)
+
+
+def _wrong_offsets(node: Node, at: Arg) -> str:
+    """What is wrong with where a node's results lie; nothing where nothing is."""
+    where = offsets(node)
+    if not where or not isinstance(at, tuple) or len(where) != len(at) or len(where) != len(node.results):
+        return f"needs an offset for each result, not at={print_arg(at)}"
+    if any(offset < 0 or offset % ALIGN_BYTES for offset in where):
+        return f"lies at {print_arg(at)}, but in an arena every offset is a multiple of {ALIGN_BYTES} bytes"
+    return ""
+
+
+def _arena_sizes(graph: Graph, laid: Mapping[Phase, list[Buffer]]) -> Iterator[Fault]:
+    """Where the arenas are not as large as the graph says."""
+    needed = sizes(graph)
+    for program, size in graph.arenas.items():
+        if program not in needed:
+            yield None, f"states an arena of {size:,} bytes for {program.value}, but nothing lies in it"
+        elif size > needed[program]:
+            yield None, f"states an arena of {size:,} bytes for {program.value}, but {needed[program]:,} are needed"
+    for program in needed:
+        size = graph.arenas.get(program, 0)
+        for buffer in laid[program]:
+            if buffer.offset is None or (end := buffer.offset + buffer.num_bytes) <= size:
+                continue
+            stated = f"which has {size:,}" if size else f"whose size is not stated: arena {program.value}={end}"
+            yield buffer.node, f"%{buffer.name} ends at byte {end:,} of the arena, {stated}"
 
 
 RULES: tuple[Callable[[Graph], Iterator[Fault]], ...] = (

@@ -1,0 +1,179 @@
+"""The peak of the device's memory, recomputed from a graph alone: no code of the plan, of passes or of the simulator.
+
+A storage is alive from the node that makes it to the last that touches it or a view of it, the release among them; what
+is sent, until the wait. What waits for the backward is alive in between, gradients to the end, an arena for the whole
+program. Not counted is what the caller holds (the inputs, and outputs once the forward is over), what lies on the host,
+and what kernels of processors take for themselves while they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from heapq import nlargest
+from itertools import accumulate
+
+from zgraph.ir import OPS, Graph, InputKind, Node, Phase, TensorType, Type
+from zgraph.ir.arena import offsets
+from zgraph.ir.layout import chunk_numel
+from zgraph.ir.ops import is_copied, padded_bytes, views
+from zgraph.ir.symbols import evaluate
+from zgraph.passes.absent import absent_tangents, without_tangents
+
+ALLOCATION_BYTES = 64
+"""Allocators round up to this."""
+
+NUM_SERVED = 2
+"""Collectives that have scratch memory at one time: the runtime serves the others later."""
+
+NUM_SHOWN = 5
+
+_BRINGS = ("all_gather_start", "reload_start")
+_HOLDS = (*_BRINGS, "reduce_scatter_start", "offload_start")
+"""Starts that read their operand until the wait."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes of the device alive at once in a step above what lies at rest, the node where that is, its phase,
+    and names and bytes of the largest of what is alive there."""
+
+    num_bytes: int = 0
+    node: str = ""
+    phase: str = ""
+    largest: tuple[tuple[str, int], ...] = ()
+
+
+def peak(graph: Graph, hints: Mapping[str, int], *, released: bool = False) -> Peak:
+    """The peak of a lowered graph in the order of its nodes, for a call of which only the loss is differentiated.
+
+    Args:
+        graph: a valid graph without reshards.
+        hints: a number for each symbolic size.
+        released: what is gathered lives until its release; to the end of the step where it has none.
+    """
+    zeros = absent_tangents(graph)
+    lean = without_tangents(graph, zeros) if zeros else None
+    return _Step(graph, lean or graph, hints, released).peak()
+
+
+class _Step:
+    """The storages of a step, each with its bytes and the positions of the first and the last node that need it."""
+
+    def __init__(self, graph: Graph, lean: Graph, hints: Mapping[str, int], released: bool) -> None:
+        self.graph, self.hints = graph, hints
+        forward = graph.phase_nodes(Phase.forward)
+        backward = tuple(n for n in lean.nodes if n.phase is not Phase.forward)
+        self.nodes, begin = (*forward, *backward), len(forward)
+        self.lives: dict[str, list[int]] = {}
+        self.roots: dict[str, frozenset[str]] = {}
+        self.held: dict[str, frozenset[str]] = {}
+        self.scratch: dict[str, list[int]] = {}
+        for position, node in enumerate(forward):
+            self.run(position, node)
+        waiting = [v.name for n in graph.nodes if n.phase is not Phase.forward for v in n.operands]
+        self.touch([*waiting, *graph.output_names], begin - 1)
+        for entry in lean.inputs if backward else ():
+            if entry.kind is InputKind.tangent:
+                self.make(entry.value.name, local_bytes(entry.value.type, graph, hints), begin, begin - 1)
+        for position, node in enumerate(backward, begin):
+            self.run(position, node)
+        last = len(self.nodes) - 1
+        self.touch([o.value.name for o in lean.outputs if o.value and o.phase is not Phase.forward], last)
+        if released:
+            self.touch(self.unreleased(), last)
+        for phase, nodes, first in ((Phase.forward, forward, 0), (Phase.backward, backward, begin)):
+            if any(offsets(node) for node in nodes):
+                self.make(f"arena {phase.value}", graph.arenas.get(phase, 0), first, first + len(nodes) - 1)
+
+    def make(self, name: str, num_bytes: int, born: int, last: int) -> None:
+        self.lives[name], self.roots[name] = [num_bytes, born, last], frozenset((name,))
+
+    def touch(self, names: Iterable[str], position: int) -> None:
+        """What these names lie in is still needed here."""
+        for root in (root for name in names for root in self.roots.get(name, ())):
+            self.lives[root][2] = max(self.lives[root][2], position)
+
+    def run(self, position: int, node: Node) -> None:
+        """What a node reads and makes, and what it holds until it is waited for."""
+        self.touch((v.name for v in node.operands), position)
+        sources, is_placed = views(self.graph, node), bool(offsets(node))
+        shared = frozenset().union(*(self.roots.get(name, frozenset()) for name in sources))
+        for result in node.results:
+            if sources:
+                self.roots[result.name] = shared
+            else:
+                self.make(result.name, 0 if is_placed else self.room(node, result.type), position, position)
+        if node.op == "wait":
+            start = node.operands[0].name
+            self.touch(self.held.get(start, ()), position - 1)
+            if start in self.scratch:
+                self.scratch[start][2] = position - 1
+        elif node.op in OPS and OPS[node.op].lane != "compute":
+            self.start(position, node)
+
+    def start(self, position: int, node: Node) -> None:
+        """What a collective or a copy needs beside its results."""
+        graph = self.graph
+        self.scratch[node.name] = [_rounded(OPS[node.op].scratch_bytes(node, graph.mesh)), position, len(self.nodes)]
+        for value, result in zip(node.operands, node.results, strict=True):
+            if node.op == "reduce_scatter_start" and is_copied(value.tensor, graph.mesh):
+                copied = f"{result.name}, sent"
+                self.make(copied, _rounded(padded_bytes(value.tensor, graph.num_shards)), position, position)
+                self.held[result.name] = frozenset((copied,))
+            elif node.op in _HOLDS:
+                self.held[result.name] = self.roots.get(value.name, frozenset())
+
+    def room(self, node: Node, kind: Type) -> int:
+        """Bytes of a result: with room for equal chunks where a collective, or taking a bucket apart, makes it."""
+        if isinstance(kind, TensorType) and not (kind.is_sharded or kind.is_on_host):
+            if node.op in ("all_gather_start", "unpack"):
+                return _rounded(padded_bytes(kind, self.graph.num_shards))
+            if node.op == "all_reduce_start":
+                return _rounded(padded_bytes(kind, self.graph.num_ranks))
+        return local_bytes(kind, self.graph, self.hints)
+
+    def unreleased(self) -> set[str]:
+        """The memory that was gathered or brought back, is not returned, and has no release."""
+        made = {r.name for n in self.nodes if n.op in _BRINGS for r in n.results}
+        waits = {n.name for n in self.nodes if n.op == "wait" and self.roots[n.name] <= made}
+        made |= {r.name for n in self.nodes if n.op == "unpack" and n.operands[0].name in waits for r in n.results}
+        ends = [v.name for n in self.nodes if n.op == "release" for v in n.operands] + list(self.graph.output_names)
+        return made - {root for name in ends for root in self.roots.get(name, ())}
+
+    def peak(self) -> Peak:
+        change, busy, totals = [0] * (len(self.nodes) + 2), dict[str, int](), list[int]()
+        for num_bytes, born, last in self.lives.values():
+            change[born] += num_bytes
+            change[last + 1] -= num_bytes
+        for position, alive in enumerate(accumulate(change[: len(self.nodes)])):
+            node = self.nodes[position]
+            if node.name in self.scratch:
+                busy[node.name] = self.scratch[node.name][0]
+            totals.append(alive + sum(nlargest(NUM_SERVED, busy.values())))
+            busy = {name: size for name, size in busy.items() if self.scratch[name][2] > position}
+        if not totals:
+            return Peak()
+        at = max(range(len(totals)), key=totals.__getitem__)
+        there = [(name, size) for name, (size, born, last) in self.lives.items() if born <= at <= last and size]
+        largest = sorted(there, key=lambda item: (-item[1], item[0]))[:NUM_SHOWN]
+        return Peak(totals[at], self.nodes[at].name, self.nodes[at].phase.value, tuple(largest))
+
+
+def local_bytes(kind: Type, graph: Graph, hints: Mapping[str, int]) -> int:
+    """Bytes of this rank's part of a value on the device."""
+    if not isinstance(kind, TensorType) or kind.is_on_host:
+        return 0
+    if kind.is_sharded:
+        numel = chunk_numel(kind.shape, graph.num_shards)
+    elif kind.strides is None:
+        numel = evaluate(kind.numel, hints)
+    else:
+        sizes = [evaluate(size, hints) for size in kind.shape]
+        steps = [evaluate(stride, hints) for stride in kind.strides]
+        numel = 1 + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True)) if all(sizes) else 0
+    return _rounded(numel * kind.dtype.itemsize)
+
+
+def _rounded(num_bytes: int) -> int:
+    return -(-num_bytes // ALLOCATION_BYTES) * ALLOCATION_BYTES
