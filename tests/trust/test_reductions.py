@@ -193,6 +193,16 @@ def test_a_gradient_lies_where_its_master_does(stage):
     assert "its master is the device's" in refused(here, "targets")
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_before_graphs_are_placed_gradients_lie_where_they_are_made(num_ranks):
+    """Also of parameters that are offloaded and have a stage of their own."""
+    inputs = tuple(replace(i, stage=2) if i.kind.value == "param" else i for i in captured("optimizer").inputs)
+    steps = [("captured", replace(captured("optimizer"), inputs=inputs))]
+    for step in parse_recipe("canonicalize,partition,broadcast,all-gather,reduce-scatter,host-copies,release").passes:
+        steps.append((step.name, step.run(steps[-1][1], Context(mesh=MESHES["line"][: num_ranks - 1]))))
+    certify(steps, None, {})
+
+
 @stages
 @meshes
 def test_a_buffer_is_the_first_ranks_on_all(stage, mesh):

@@ -24,7 +24,7 @@ FUSES = "fuse"
 PLACED: Mapping[str, Callable[[Graph], Iterator[Fault]]] = {
     "placement at rest": at_rest, "gradients": gradients, "gathers": gathers, "order": under_way,
 }  # fmt: skip
-"""The rules of graphs that are placed. Others keep to them too."""
+"""The rules of graphs that are placed."""
 
 
 class Certifier:
@@ -79,9 +79,10 @@ class Certifier:
         check = _Check(self.reduce_dtype, Derived(self.hints))
         check.begin(*self.steps[0])
         check.rules(self.steps[0][1])
-        released = False
+        placed = released = False
         for step, graph in self.steps[1:]:
             released |= step == "release"
+            placed |= step == "partition" or graph.inputs != self.steps[0][1].inputs
             changed = graph is not check.graph and graph != check.graph
             if changed:
                 check.name = step
@@ -90,7 +91,7 @@ class Certifier:
                     check.begin(step, graph)
                 else:
                     check.compare(step, graph)
-            if changed or step == "release":
+            if placed and (changed or step == "release"):
                 check.placed(graph, released=released)
         return Certificate(checked=tuple(check.checked))
 
