@@ -1,6 +1,6 @@
 """Lower reshards of gradients that every rank keeps whole into all-reduces.
 
-    bwd %g_mean: f32[64, 32]<R> = reshard(%g)
+    bwd %g_mean: f32[64, 32]<R> = reshard(%g)                      where %g: f32[64, 32]<P(mean)>
 ->
     bwd %g_mean_start: future f32[64, 32]<R> = all_reduce_start(%g)
     bwd %g_mean: f32[64, 32]<R> = wait(%g_mean_start)
@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zgraph.ir import Graph, Node, Replicate, Varying
+from zgraph.ir import Graph, Node, Replicate
 from zgraph.passes.base import Context, Numerics, Pass
-from zgraph.passes.lowering import lower, placement_change
+from zgraph.passes.lowering import lower, reduces
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,6 @@ class AllReduce(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         def wanted(node: Node) -> bool:
-            return placement_change(node) == (Varying(), Replicate()) and node.option("reduce") is None
+            return reduces(node, Replicate(), "sum", "mean")
 
         return lower(graph, wanted, "all_reduce_start", self.name)

@@ -1,6 +1,6 @@
 """Lower reshards of buffers' new values into broadcasts from the first rank.
 
-    fwd %mean_root: f32[8]<R> = reshard(%mean, reduce="root")
+    fwd %mean_root: f32[8]<R> = reshard(%mean)                     where %mean: f32[8]<P(root)>
 ->
     fwd %mean_root_start: future f32[8]<R> = broadcast_start(%mean)
     fwd %mean_root: f32[8]<R> = wait(%mean_root_start)
@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zgraph.ir import Graph, Node
+from zgraph.ir import Graph, Node, Replicate
 from zgraph.passes.base import Context, Pass
-from zgraph.passes.lowering import lower
+from zgraph.passes.lowering import lower, reduces
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,6 @@ class Broadcast(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         def wanted(node: Node) -> bool:
-            return node.option("reduce") == "root"
+            return reduces(node, Replicate(), "root")
 
         return lower(graph, wanted, "broadcast_start", self.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from zgraph.ir import Builder, Graph, Node, Placement
+from zgraph.ir import Builder, Graph, Node, Partial, Placement, Reduction
 
 
 def placement_change(node: Node) -> tuple[Placement, Placement] | None:
@@ -12,6 +12,12 @@ def placement_change(node: Node) -> tuple[Placement, Placement] | None:
     if node.op != "reshard" or node.operands[0].tensor.placement == node.results[0].tensor.placement:
         return None
     return node.operands[0].tensor.placement[-1], node.results[0].tensor.placement[-1]
+
+
+def reduces(node: Node, to: Placement, *reductions: Reduction) -> bool:
+    """Whether a reshard is one of these reductions, to this placement along the shard axis."""
+    change = placement_change(node)
+    return change is not None and change[1] == to and change[0] in [Partial(r) for r in reductions]
 
 
 def lower(

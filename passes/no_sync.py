@@ -1,7 +1,8 @@
 """The backward of a micro-step under no_sync: whole gradients of stages 0 and 1 stay on the rank, unreduced.
 
-    upd %g_sum = accumulate(%g, target="w")
-    upd %g_mean_start = reduce_scatter_start(%g_sum)    ->    return bwd grad "w" %g
+    bwd %g_pending = pending(%g, reduce="mean")               bwd %g_pending = pending(%g, reduce="mean")
+    upd %g_sum = accumulate(%g_pending, target="w")           return bwd grad "w" %g_pending
+    upd %g_mean_start = reduce_scatter_start(%g_sum)    ->
     upd %g_mean = wait(%g_mean_start)
     return upd grad "w" %g_mean
 

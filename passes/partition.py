@@ -6,22 +6,26 @@ Stage 3 on two ranks, `%w` the weight, `%g` its gradient:
     fwd %y = aten.mm.default(%x, %w)          ->    fwd %w_full: f32[64, 32]<R> = reshard(%w)
     bwd %g = aten.mm.default(%xt, %t)               fwd %y: ...<V> = aten.mm.default(%x, %w_full)
                                                     bwd %g: ...<V> = aten.mm.default(%xt, %t)
-                                                    bwd %g_mean: f32[64, 32]<S0> = reshard(%g)
+                                                    bwd %g_pending: ...<P(mean)> = pending(%g, reduce="mean")
+                                                    bwd %g_mean: f32[64, 32]<S0> = reshard(%g_pending)
 
 The stage is nothing but this statement (the source of the stages: Rajbhandari et al., ZeRO, SC 2020, section 5):
 
     stage   parameter at rest   gathered for                       gradient
-    0       R                   -                                  V -> R as it is made
-    1       S0                  forward, kept until its last use   V -> S0 when the step ends
-    2       S0                  as 1                               V -> S0 as it is made
+    0       R                   -                                  P(mean) -> R as it is made
+    1       S0                  forward, kept until its last use   P(mean) -> S0 when the step ends
+    2       S0                  as 1                               P(mean) -> S0 as it is made
     3       S0                  forward, and again for backward    as 2
+
+A gradient as the backward makes it is each rank's own, V. That the mean of them is meant is said here, once, by
+`pending`; from then on the type says it, and no op of a model can read the gradient until it is reduced.
 
 What the user offloads lies on the host: the gradient is moved there as soon as it is reduced, for an optimizer that
 works there on the master copy; a parameter, too, is brought from there whenever it is gathered, in the dtype that it is
 computed with.
 
 Buffers are replicated. Where the forward changes one (BatchNorm's running mean), the first rank's new value is taken on
-every rank, so that all ranks evaluate alike and any of them may save it.
+every rank (P(root) -> R), so that all ranks evaluate alike and any of them may save it.
 """
 
 from __future__ import annotations
@@ -240,9 +244,9 @@ class _Partitioner:
             output, value = self.source.outputs[index], self.env[node.phase][name]
             entry = self.inputs[output.target]
             if entry.kind is InputKind.buffer and value.tensor.varies:
-                value = self.reshard(
-                    value, Replicate(), f"{value.name}_root", node.phase, node.origin, self.nodes, {"reduce": "root"}
-                )
+                stem, phase, origin = value.name, node.phase, node.origin
+                value = self.emit("pending", value, f"{stem}_pending", phase, origin, reduce="root")
+                value = self.reshard(value, Replicate(), f"{stem}_root", phase, origin, self.nodes, {})
                 outputs[index] = replace(output, value=value)
                 self.shared.add(value.name)
 
@@ -275,6 +279,7 @@ class _Partitioner:
         wanted = self.context.reduce_dtype or value.tensor.dtype
         if value.tensor.dtype is not wanted:
             value = self.emit("cast", value, f"{raw.name}_cast", Phase.backward, origin, dtype=wanted)
+        value = self.emit("pending", value, f"{raw.name}_pending", Phase.backward, origin, reduce="mean")
         phase, into = (Phase.update, self.late) if stage == 1 else (Phase.backward, self.nodes)
         if stage < 2:
             value = self.emit("accumulate", value, f"{raw.name}_sum", phase, origin, into=into, target=target)

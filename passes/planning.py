@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from zgraph.cost import MemoryCurve, simulate_memory
 from zgraph.errors import ContractError
@@ -30,9 +31,10 @@ def make_plan(graph: Graph, *, only_step: bool = False) -> Plan:
                 f"{node.operands[0].type} to {node.results[0].type}; add all-gather, reduce-scatter, all-reduce and "
                 "broadcast after partition"
             )
-    forward = graph.phase_nodes(Phase.forward)
-    outputs = [o.value for o in graph.outputs if o.phase is Phase.forward]
-    saved = _saved(graph, forward)
+    runs = _as_run(graph)
+    forward = runs.phase_nodes(Phase.forward)
+    outputs = [o.value for o in runs.outputs if o.phase is Phase.forward]
+    saved = _saved(runs, forward)
     absent = (InputKind.tangent, InputKind.constant)
     arguments = [i.value for i in graph.inputs if i.kind not in absent]
     plan_forward = _program("forward", arguments, forward, [*outputs, *saved], graph.arenas.get(Phase.forward, 0))
@@ -61,6 +63,21 @@ def memory_of(graph: Graph, hints: Mapping[str, int]) -> MemoryCurve:
     return simulate_memory(make_plan(graph, only_step=True), hints)
 
 
+def _as_run(graph: Graph) -> Graph:
+    """The graph without `pending`, which runs nothing: what reads its result reads its operand, as of that type."""
+    same: dict[str, Value] = {}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        node = node.substitute(same)
+        if node.op == "pending":
+            same[node.name] = replace(node.results[0], name=node.operands[0].name)
+        else:
+            nodes.append(node)
+    if not same:
+        return graph
+    return replace(graph, nodes=tuple(nodes), outputs=tuple(o.substitute(same) for o in graph.outputs))
+
+
 def _backwards(prefix: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]) -> tuple[Program, Program]:
     """The backward of a graph, synced and not."""
     synced = _backward(f"{prefix}backward", graph, saved, tangents)
@@ -68,6 +85,7 @@ def _backwards(prefix: str, graph: Graph, saved: Iterable[Value], tangents: Iter
 
 
 def _backward(name: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]) -> Program:
+    graph = _as_run(graph)
     nodes = [n for n in graph.nodes if n.phase is not Phase.forward]
     results = [o.value for o in graph.outputs if o.phase is not Phase.forward]
     return _program(name, [*saved, *tangents], nodes, results, graph.arenas.get(Phase.backward, 0))

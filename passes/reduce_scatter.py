@@ -1,6 +1,6 @@
 """Lower reshards of gradients into shards to reduce-scatters.
 
-    bwd %g_mean: f32[64, 32]<S0> = reshard(%g)
+    bwd %g_mean: f32[64, 32]<S0> = reshard(%g)                     where %g: f32[64, 32]<P(mean)>
 ->
     bwd %g_mean_start: future f32[64, 32]<S0> = reduce_scatter_start(%g)
     bwd %g_mean: f32[64, 32]<S0> = wait(%g_mean_start)
@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zgraph.ir import Graph, Node, Shard, Varying
+from zgraph.ir import Graph, Node, Shard
 from zgraph.passes.base import Context, Numerics, Pass
-from zgraph.passes.lowering import lower, placement_change
+from zgraph.passes.lowering import lower, reduces
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,6 @@ class ReduceScatter(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         def wanted(node: Node) -> bool:
-            return placement_change(node) == (Varying(), Shard(0))
+            return reduces(node, Shard(0), "sum", "mean")
 
         return lower(graph, wanted, "reduce_scatter_start", self.name, grouped=self.grouped or context.groups_calls)

@@ -95,6 +95,9 @@ class Schedule(Pass):
         return step.placed(*best)
 
 
+PREPARES = frozenset({"cast", "pack", "pending"})
+"""Nodes that only prepare a start, if nothing else reads what they make."""
+
 BRINGS = frozenset({"all_gather_start", "reload_start"})
 """Starts of what an op needs; the others take away what no op needs any more."""
 
@@ -118,7 +121,7 @@ class Step:
         self.graph, self.context = graph, context
         self.collectives = _collectives(graph)
         moving = {p for c in self.collectives for p in (c.start, *c.before, *c.after)}
-        self.ops = [p for p in range(len(graph.nodes)) if p not in moving]
+        self.ops = [p for p, node in enumerate(graph.nodes) if p not in moving and node.op != "pending"]
         self.op_at = {p: i for i, p in enumerate(self.ops)}
         self.phase_end = {phase: sum(graph.nodes[p].phase.rank <= phase.rank for p in self.ops) for phase in Phase}
         self.transfers = [self._transfer(c, needs) for c, needs in zip(self.collectives, self._needs(), strict=True)]
@@ -262,7 +265,7 @@ class Step:
             timetable: for each collective the op before which it starts.
             waits: for reductions, where they are waited for, among the ops' numbers.
         """
-        priority: dict[int, float] = {}
+        priority = dict.fromkeys(range(len(self.graph.nodes)), -1.0)  # where it follows from nothing below: at once
         last = 0.0
         for number, position in enumerate(self.ops):
             is_release = self.graph.nodes[position].op == "release"
@@ -351,7 +354,9 @@ def _collectives(graph: Graph) -> list[Collective]:
         while todo:
             for value in todo.pop().operands:
                 maker = graph.producers.get(value.name)
-                if maker is not None and maker.op in ("cast", "pack") and len(graph.users[maker.results[0].name]) == 1:
+                if maker is None or maker.op not in PREPARES:
+                    continue
+                if len(graph.users[maker.results[0].name]) == 1:
                     before.append(position_of[value.name])
                     todo.append(maker)
         after: list[int] = []

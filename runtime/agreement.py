@@ -18,7 +18,7 @@ from itertools import chain
 import torch
 
 from zgraph.config import environment
-from zgraph.ir import Graph, Node, Phase, Plan, Program
+from zgraph.ir import Graph, Node, Phase, Plan, Program, Value
 from zgraph.ir.ops import OPS
 from zgraph.ir.printer import fingerprint, print_graph, print_node
 
@@ -116,7 +116,7 @@ class _Moved:
     def mark(self, node: Node) -> bytes:
         """A hash of what a collective moves."""
         words = [node.op, node.phase.value, f"keep={node.option('keep')}"]
-        words += [f"{v.tensor.dtype.value}{list(v.tensor.shape)} {self.source(v.name)}" for v in node.operands]
+        words += [f"{_placed(v)} {self.source(v.name)}" for v in node.operands]
         if node.op != "all_gather_start":
             words += [self.follows(r.name) for r in node.results]
         return _digest("\n".join(words))
@@ -167,6 +167,12 @@ class _Moved:
                         seen.add(id(reader))
                         todo.append(reader)
         return reached
+
+
+def _placed(value: Value) -> str:
+    """What is moved of a value, and how it is reduced on the way."""
+    kind = value.tensor
+    return f"{kind.dtype.value}{list(kind.shape)}<{', '.join(map(str, kind.placement))}>"
 
 
 def _short(text: str) -> str:

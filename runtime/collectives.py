@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from zgraph.aten import TO_TORCH
-from zgraph.ir import DType, Node, TensorType
+from zgraph.ir import DType, Node, Partial, Placement, TensorType
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
 from zgraph.runtime import torch_private
@@ -140,41 +140,43 @@ def _gather(node: Node, session: Session) -> Execute:
 
 
 def reduce_scatter_start(node: Node, session: Session) -> Execute:
-    """The means over the ranks, each rank keeping its chunks."""
-    num_shards = session.num_shards
+    """The sums or means over the ranks, as the operands' type says, each rank keeping its chunks."""
+    num_shards, kind = session.num_shards, node.operands[0].tensor
+    divisor, ops = divisor_of(kind, session), (_op(kind.placement[-1]), _op(kind.placement[0]))
     pads = [_padder(v.tensor, num_shards) for v in node.operands]
     name, moved = described(node), session.moved(node)
 
     def execute(*wholes: torch.Tensor) -> Any:
         padded = [pad(whole).view(num_shards, -1) for pad, whole in zip(pads, wholes, strict=True)]
         if session.lane is not None:
-            transfer = session.lane.reduce_scatter(*(p.unbind() for p in padded), moved=moved)
+            transfer = session.lane.reduce_scatter(*(p.unbind() for p in padded), moved=moved, divisor=divisor)
             work: Work = transfer
             outs: list[torch.Tensor] = transfer.result
         else:
             outs = [torch.empty_like(p[0]) for p in padded]
             pairs = [(out, p.view(-1)) for out, p in zip(outs, padded, strict=True)]
-            work = torch_private.reduce_scatters(pairs, session.shard_group, session.copy_group)
+            work = torch_private.reduce_scatters(pairs, session.shard_group, session.copy_group, ops)
         return _one_or_all([Future(name, work, p, partial(_item, outs, i)) for i, p in enumerate(padded)])
 
     return execute
 
 
 def all_reduce_start(node: Node, session: Session) -> Execute:
-    """The mean over the ranks, on every rank."""
-    num_ranks = session.num_ranks
-    kind = node.results[0].tensor
+    """The sum or mean over the ranks, as the operand's type says, on every rank."""
+    num_ranks, kind = session.num_ranks, node.operands[0].tensor
+    divisor = divisor_of(kind, session)
     shape, numel, name, moved = _shape(kind), _numel(kind), described(node), session.moved(node)
     pad, is_padded = _padder(kind, num_ranks), not is_even(kind.shape, num_ranks)
 
     def execute(own: torch.Tensor) -> Future:
         if session.lane is not None:
-            mean = pad(own) if is_padded else own.clone(memory_format=torch.contiguous_format).view(-1)
-            work: Work = session.lane.all_reduce(mean.view(num_ranks, -1).unbind(), moved)
+            total = pad(own) if is_padded else own.clone(memory_format=torch.contiguous_format).view(-1)
+            work: Work = session.lane.all_reduce(total.view(num_ranks, -1).unbind(), moved, divisor)
         else:
-            mean = torch.div(own, num_ranks).contiguous().view(-1)
-            work = dist.all_reduce(mean, group=session.group, async_op=True)
-        return Future(name, work, None, lambda: mean[:numel].view(shape))
+            copied = torch.div(own, divisor) if divisor > 1 else own.clone(memory_format=torch.contiguous_format)
+            total = copied.contiguous().view(-1)
+            work = dist.all_reduce(total, group=session.group, async_op=True)
+        return Future(name, work, None, lambda: total[:numel].view(shape))
 
     return execute
 
@@ -274,7 +276,20 @@ MAKERS: Mapping[str, Callable[[Node, Session], Execute]] = {
     "reload_start": reload_start, "wait": wait, "pack": pack,
     "unpack": unpack, "cast": cast, "copy": copy, "accumulate": accumulate,
 }  # fmt: skip
-"""`release` has none: the executor drops the value, and with its last reference goes the memory."""
+"""`release` has none: the executor drops the value, and with its last reference goes the memory. Nor has `pending`:
+plans have none of it.
+"""
+
+
+def divisor_of(kind: TensorType, session: Session) -> int:
+    """What the sum over all ranks is divided by to reduce a value of this type."""
+    sizes = session.num_ranks // session.num_shards, session.num_shards
+    return kind.divisor(sizes[-len(kind.placement) :])
+
+
+def _op(placement: Placement) -> dist.ReduceOp.RedOpType:
+    """What reduces along an axis; ranks that hold the same average it."""
+    return dist.ReduceOp.SUM if placement == Partial("sum") else dist.ReduceOp.AVG
 
 
 def _shape(kind: TensorType) -> tuple[int, ...]:

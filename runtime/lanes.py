@@ -35,6 +35,7 @@ _LAST_TAG = 2**31 - 1
 
 T = TypeVar("T")
 Works = list[dist.Work]
+Chunks = Sequence[torch.Tensor]
 Phases = Generator[Works, None, T]
 """A collective: it posts a phase, yields what to wait for, goes on when that is over, and returns what it made."""
 
@@ -144,7 +145,7 @@ class Lane:
 
     # --- collectives ---------------------------------------------------------------------------------------------
 
-    def all_gather(self, *tensors: tuple[Sequence[torch.Tensor], torch.Tensor], moved: Moved | None = None) -> Transfer:
+    def all_gather(self, *tensors: tuple[Chunks, torch.Tensor], moved: Moved | None = None) -> Transfer:
         """Fill the slots of tensors with what each rank has.
 
         Args:
@@ -157,58 +158,58 @@ class Lane:
             slots[self.shard].copy_(own)
         return self._line.join(_together([self._gathered(slots, self.journal.tag()) for slots, _ in tensors]), number)
 
-    def reduce_scatter(self, *tensors: Sequence[torch.Tensor], moved: Moved | None = None) -> Transfer:
-        """The means over the ranks of the chunks that are this rank's: summed in the order of the ranks of each host,
+    def reduce_scatter(self, *tensors: Chunks, moved: Moved | None = None, divisor: int = 0) -> Transfer:
+        """The divided sums over the ranks of the chunks that are this rank's: in the order of the ranks of each host,
         then in the order of the hosts. They are the transfer's result.
 
         Args:
             tensors: for each tensor its chunks, one a shard. They must not change until the transfer is over.
             moved: as for `all_gather`.
+            divisor: what sums are divided by; 0 takes the number of ranks, which makes them means.
         """
         number = self.journal.enter("reduce-scatter", [chunks[0].nbytes for chunks in tensors], moved)
-        return self._line.join(_together([self._reduced(chunks) for chunks in tensors]), number)
+        divisor = divisor or self.num_ranks
+        return self._line.join(_together([self._reduced(chunks, divisor) for chunks in tensors]), number)
 
-    def all_reduce(self, chunks: Sequence[torch.Tensor], moved: Moved | None = None) -> Transfer:
-        """Put the mean over the ranks in the place of `chunks`: one dense tensor a rank, all of one size."""
+    def all_reduce(self, chunks: Chunks, moved: Moved | None = None, divisor: int = 0) -> Transfer:
+        """Put the divided sum over the ranks in the place of `chunks`: one dense tensor a rank, all of one size."""
         number = self.journal.enter("all-reduce", [chunks[0].nbytes], moved)
         tags = self.journal.tag(), self.journal.tag()
-        return self._line.join(_together([self._reduce_and_gather(chunks, *tags)]), number)
+        return self._line.join(_together([self._reduce_and_gather(chunks, divisor or self.num_ranks, *tags)]), number)
 
     @property
     def shard(self) -> int:
         """Which part of a sharded tensor is this rank's."""
         return self.place if self.each_has_all else self.rank
 
-    def _gathered(self, slots: Sequence[torch.Tensor], count: int) -> Phases[torch.Tensor]:
+    def _gathered(self, slots: Chunks, count: int) -> Phases[torch.Tensor]:
         return self._share(self.mates, slots, count) if self.each_has_all else self._gather(slots, count)
 
-    def _reduced(self, chunks: Sequence[torch.Tensor]) -> Phases[torch.Tensor]:
+    def _reduced(self, chunks: Chunks, divisor: int) -> Phases[torch.Tensor]:
         out = torch.empty_like(chunks[self.shard])
         if not self.each_has_all:
-            return self._reduce(chunks, out, self.journal.tag())
-        return self._reduce_copies(chunks, out, [self.journal.tag() for _ in range(3)])
+            return self._reduce(chunks, divisor, out, self.journal.tag())
+        return self._reduce_copies(chunks, divisor, out, [self.journal.tag() for _ in range(3)])
 
-    def _share(self, ranks: Sequence[int], slots: Sequence[torch.Tensor], count: int) -> Phases[torch.Tensor]:
+    def _share(self, ranks: Sequence[int], slots: Chunks, count: int) -> Phases[torch.Tensor]:
         """A gather among `ranks`, one slot each."""
         own = slots[ranks.index(self.rank)]
         others = [(i, r) for i, r in enumerate(ranks) if r != self.rank]
         yield self._exchange(count, [(slots[i], r, 0) for i, r in others], [(own, r, 0) for _, r in others])
         return own
 
-    def _reduce_copies(
-        self, chunks: Sequence[torch.Tensor], out: torch.Tensor, counts: Sequence[int]
-    ) -> Phases[torch.Tensor]:
+    def _reduce_copies(self, chunks: Chunks, divisor: int, out: torch.Tensor, tags: list[int]) -> Phases[torch.Tensor]:
         """A sum within the host, then one over the hosts, each rank of a column summing a piece of it."""
-        chunks = self._addends(chunks)
-        total = yield from self._sum_of(self.mates, chunks, out, counts[0])
+        chunks = _addends(chunks, divisor)
+        total = yield from self._sum_of(self.mates, chunks, out, tags[0])
         pieces = torch.tensor_split(total, len(self.column))
-        summed = yield from self._sum_of(self.column, pieces, torch.empty_like(pieces[self.host]), counts[1])
+        summed = yield from self._sum_of(self.column, pieces, torch.empty_like(pieces[self.host]), tags[1])
         pieces[self.host].copy_(summed)
-        yield from self._share(self.column, pieces, counts[2])
-        return self._mean(total)
+        yield from self._share(self.column, pieces, tags[2])
+        return _divided(total, divisor)
 
     def _sum_of(
-        self, ranks: Sequence[int], pieces: Sequence[torch.Tensor], out: torch.Tensor | None, count: int
+        self, ranks: Sequence[int], pieces: Chunks, out: torch.Tensor | None, count: int
     ) -> Phases[torch.Tensor]:
         """The sum over `ranks` of the piece that is this one's, in `out` or in memory of its own."""
         at, spare = ranks.index(self.rank), iter([out])
@@ -219,7 +220,7 @@ class Lane:
         yield self._exchange(count, [(landed[i], r, 0) for i, r in others], [(pieces[i], r, 0) for i, r in others])
         return _sum(landed, at)
 
-    def _gather(self, slots: Sequence[torch.Tensor], count: int) -> Phases[torch.Tensor]:
+    def _gather(self, slots: Chunks, count: int) -> Phases[torch.Tensor]:
         others = [r for r in (*self.column, *self.mates) if r != self.rank]
         yield self._exchange(count, [(slots[r], r, 0) for r in others], [(slots[self.rank], r, 0) for r in others])
         mates = [(r, p) for p, r in enumerate(self.mates) if r != self.rank]
@@ -232,9 +233,9 @@ class Lane:
             )
         return slots[self.rank]
 
-    def _reduce(self, chunks: Sequence[torch.Tensor], out: torch.Tensor | None, count: int) -> Phases[torch.Tensor]:
-        """`out` is where what comes from the first peer lands, and in the end the mean."""
-        chunks, rows = self._addends(chunks), self.hosts.rows
+    def _reduce(self, chunks: Chunks, divisor: int, out: torch.Tensor | None, count: int) -> Phases[torch.Tensor]:
+        """`out` is where what comes from the first peer lands, and in the end the sum or mean."""
+        chunks, rows = _addends(chunks, divisor), self.hosts.rows
 
         def landing(like: torch.Tensor) -> torch.Tensor:
             nonlocal out
@@ -255,17 +256,10 @@ class Lane:
         total = sums[self.host]
         if len(rows) > 1:
             total = yield from self._sum_of(self.column, sums, out, count)
-        return self._mean(total)
+        return _divided(total, divisor)
 
-    def _addends(self, chunks: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """What is summed: of fp16 the shares in the mean, as the sum may be too large for it."""
-        return [chunk / self.num_ranks for chunk in chunks] if chunks[0].dtype == torch.float16 else chunks
-
-    def _mean(self, total: torch.Tensor) -> torch.Tensor:
-        return total if total.dtype == torch.float16 else total.div_(self.num_ranks)
-
-    def _reduce_and_gather(self, chunks: Sequence[torch.Tensor], first: int, second: int) -> Phases[torch.Tensor]:
-        chunks[self.rank].copy_((yield from self._reduce(chunks, None, first)))
+    def _reduce_and_gather(self, chunks: Chunks, divisor: int, first: int, second: int) -> Phases[torch.Tensor]:
+        chunks[self.rank].copy_((yield from self._reduce(chunks, divisor, None, first)))
         return (yield from self._gather(chunks, second))
 
     # --- messages ------------------------------------------------------------------------------------------------
@@ -387,7 +381,16 @@ def _together(parts: Sequence[Phases[torch.Tensor]]) -> Phases[list[torch.Tensor
     return [made[number] for number in range(len(parts))]
 
 
-def _sum(parts: Sequence[torch.Tensor], own: int) -> torch.Tensor:
+def _addends(chunks: Chunks, divisor: int) -> Chunks:
+    """What is summed: of fp16 the shares in the mean, as the sum may be too large for it."""
+    return [c / divisor for c in chunks] if divisor > 1 and chunks[0].dtype == torch.float16 else chunks
+
+
+def _divided(total: torch.Tensor, divisor: int) -> torch.Tensor:
+    return total if divisor == 1 or total.dtype == torch.float16 else total.div_(divisor)
+
+
+def _sum(parts: Chunks, own: int) -> torch.Tensor:
     """The sum of two or more parts in their order. It takes the place of one of them, but not of the part `own`."""
     total = torch.add(parts[0], parts[1], out=parts[0 if own else 1])
     for part in parts[2:]:

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from zgraph.errors import PeerError
-from zgraph.ir import Node, OutputKind, Phase, Plan, Program
+from zgraph.ir import Node, OutputKind, Phase, Plan, Program, TensorType
 from zgraph.ir.layout import chunk_numel
 from zgraph.runtime import torch_private
 from zgraph.runtime.agreement import plan_text, wire_of
-from zgraph.runtime.collectives import described
+from zgraph.runtime.collectives import described, divisor_of
 from zgraph.runtime.executor import Runner, link
 from zgraph.runtime.host import HostMemory
 from zgraph.runtime.journal import Moved
@@ -58,6 +58,7 @@ class Session:
         self.regions: Regions | None = None
         self.plans: list[Plan] = []
         self._held: dict[str, torch.Tensor] = {}
+        self._kinds: dict[str, TensorType] = {}
         self._kept: dict[object, tuple[int, torch.Tensor]] = {}
         self._agreed: set[tuple[object, ...]] = set()
         self._marks: dict[int, bytes] = {}
@@ -230,8 +231,8 @@ class Session:
             self.store.slots[names[o.target]] if o.kind is OutputKind.grad and o.target in names else None
             for o in outputs
         ]
-        held_targets = {n.option("target") for n in plan.graph.nodes if n.op == "accumulate"}
-
+        held = {str(n.option("target")): n.operands[0].tensor for n in plan.graph.nodes if n.op == "accumulate"}
+        self._kinds |= held
         assert plan.backward is not None
         absent_at = [i for i, v in enumerate(plan.backward.arguments) if v.name in plan.absent]
 
@@ -246,7 +247,7 @@ class Session:
             for index, slot in enumerate(slots):
                 if slot is None or results[index] is None:
                     continue
-                if not syncs and slot.name in held_targets:
+                if not syncs and slot.name in held:
                     self._hold(slot.name, results[index])
                 else:
                     slot.accumulate(results[index])
@@ -268,19 +269,27 @@ class Session:
         """Forget what backwards under no_sync left on this rank."""
         self._held.clear()
 
-    def held_mean(self, name: str) -> torch.Tensor | None:
-        """What backwards under no_sync left for a parameter, averaged as `mean` does; None where there is nothing.
+    def held_reduced(self, name: str) -> torch.Tensor | None:
+        """What backwards under no_sync left for a parameter, reduced as its type says; None where there is nothing.
 
         All ranks must ask for it.
         """
         held, slot = self._held.get(name), self.store.slots[name]
-        return None if held is None else self.mean(slot, held.to(slot.rest.dtype))
+        if held is None:
+            return None
+        return self.mean(slot, held.to(slot.rest.dtype), divisor=divisor_of(self._kinds[name], self))
 
-    def mean(self, slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
-        """A whole gradient averaged over the ranks: this rank's padded chunk where the parameter is sharded."""
+    def mean(self, slot: Slot, gradient: torch.Tensor, divisor: int = 0) -> torch.Tensor:
+        """A whole gradient averaged over the ranks: this rank's padded chunk where the parameter is sharded.
+
+        Args:
+            slot: the parameter.
+            gradient: this rank's.
+            divisor: what the sum is divided by; 0 takes the number of ranks.
+        """
         if self.num_ranks == 1:
             return gradient
-        total = gradient.div(self.num_ranks).contiguous()
+        total = gradient.div(divisor or self.num_ranks).contiguous()
         self.peers.wait(dist.all_reduce(total, group=self.group, async_op=True), slot.name)
         if not slot.is_sharded:
             return total

@@ -58,22 +58,35 @@ def all_gathers(pairs: Pairs, group: dist.ProcessGroup) -> dist.Work:
     return made
 
 
-def reduce_scatters(pairs: Pairs, group: dist.ProcessGroup, copies: dist.ProcessGroup | None) -> dist.Work:
-    """Begin to average and scatter equal parts of one tensor or more, in one call, then over the holders of copies."""
+Ops = tuple[dist.ReduceOp.RedOpType, dist.ReduceOp.RedOpType]
+MEANS: Ops = (dist.ReduceOp.AVG, dist.ReduceOp.AVG)
+
+
+def reduce_scatters(
+    pairs: Pairs, group: dist.ProcessGroup, copies: dist.ProcessGroup | None, ops: Ops = MEANS
+) -> dist.Work:
+    """Begin to reduce and scatter equal parts of one tensor or more, in one call, then over the holders of copies.
+
+    Args:
+        pairs: what goes where.
+        group: the ranks that keep a part each.
+        copies: the ranks that keep the same part; None where this is the only one.
+        ops: sum or mean over the first, and over the second.
+    """
     if len(pairs) == 1:
-        work = _scatter(*pairs[0], op=dist.ReduceOp.AVG, group=group, async_op=True)
+        work = _scatter(*pairs[0], op=ops[0], group=group, async_op=True)
     else:
         grouped: Any = group
         together = getattr(grouped, "reduce_scatter_single_coalesced", None) or grouped.reduce_scatter_tensor_coalesced
         options = dist.ReduceScatterOptions()
-        options.reduceOp = cast(Any, dist.ReduceOp.AVG)
+        options.reduceOp = cast(Any, ops[0])
         work = cast(dist.Work, together([out for out, _ in pairs], [whole for _, whole in pairs], options))
     if copies is None:
         return work
     # the second step waits for the first on a stream of its own, so that computing waits for neither
     with torch.cuda.stream(_side_stream(pairs[0][0].device)):
         work.wait()
-        works = [dist.all_reduce(out, dist.ReduceOp.AVG, group=copies, async_op=True) for out, _ in pairs]
+        works = [dist.all_reduce(out, ops[1], group=copies, async_op=True) for out, _ in pairs]
     last: dist.Work = works[-1]
     return last
 

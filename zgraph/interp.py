@@ -1,7 +1,8 @@
 """The reference interpreter: any graph, before or after any pass, on N simulated ranks in one process.
 
 It is the meaning of the IR: plain torch, one node after another, every rank in step, nothing overlapped. Values are
-held as each rank would see them: a sharded value is its list of padded chunks, a varying one its list of own values.
+held as each rank would see them: a sharded value is its list of padded chunks; one that varies, or of which a reduction
+is pending, its list of own values.
 """
 
 from __future__ import annotations
@@ -105,10 +106,15 @@ def whole(output: Output, ranks: Ranks) -> Ranks:
 
 def mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """The mean in the order of the ranks: the meaning of every averaging collective."""
-    total = values[0].clone()
+    return total(values) / len(values)
+
+
+def total(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum in the order of the ranks."""
+    found = values[0].clone()
     for value in values[1:]:
-        total = total + value
-    return total / len(values)
+        found = found + value
+    return found
 
 
 # --- values on ranks ---------------------------------------------------------------------------------------------
@@ -157,23 +163,25 @@ def _joined(chunks: Ranks, kind: TensorType) -> torch.Tensor:
 Rule = Callable[[Node, list[Ranks], Mesh], Sequence[Ranks]]
 
 
-def _change(ranks: Ranks, old: TensorType, new: TensorType, root: bool, mesh: Mesh) -> Ranks:
+def _change(ranks: Ranks, old: TensorType, new: TensorType, mesh: Mesh) -> Ranks:
     """A value at another placement."""
     if old.placement == new.placement:
         return [r.clone() for r in ranks]
     if old.is_sharded:
         count = num_shards(mesh)
         return [_joined(ranks[r - r % count : r - r % count + count], old) for r in range(len(ranks))]
-    if root:
+    if old.reduction is None:
+        raise InterpretError(f"nothing says how {old} becomes {new}: pending(%value, reduce=...) does")
+    if old.reduction == "root":
         return [ranks[0].clone() for _ in ranks]
-    average = mean(ranks)
-    return _cut(average, new, mesh) if new.is_sharded else [average] * len(ranks)
+    divisor = old.divisor(axis.size for axis in mesh)
+    reduced = total(ranks) if divisor == 1 else total(ranks) / divisor
+    return _cut(reduced, new, mesh) if new.is_sharded else [reduced] * len(ranks)
 
 
 def _reshard(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
-    root = node.option("reduce") == "root" or node.op == "broadcast_start"
     return [
-        _change(ranks, v.tensor, r.tensor, root, mesh)
+        _change(ranks, v.tensor, r.tensor, mesh)
         for ranks, v, r in zip(operands, node.operands, node.results, strict=True)
     ]
 
@@ -229,8 +237,8 @@ def _release(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
 
 RULES: Mapping[str, Rule] = {
     "reshard": _reshard, "all_gather_start": _reshard, "reduce_scatter_start": _reshard, "all_reduce_start": _reshard,
-    "broadcast_start": _reshard, "offload_start": _reshard, "reload_start": _reshard, "wait": _same, "pack": _pack,
-    "unpack": _unpack, "cast": _cast, "copy": _copy, "release": _release,
+    "broadcast_start": _reshard, "offload_start": _reshard, "reload_start": _reshard, "wait": _same,
+    "pending": _same, "pack": _pack, "unpack": _unpack, "cast": _cast, "copy": _copy, "release": _release,
 }  # fmt: skip
 
-__all__ = ["RULES", "Interpreter", "mean", "whole"]
+__all__ = ["RULES", "Interpreter", "mean", "total", "whole"]

@@ -44,7 +44,8 @@ from zgraph.passes.planning import make_plan
 from zgraph.private_files import drafted
 from zgraph.sources import Sources, print_sources, read_sources
 
-FORMAT = 1
+FORMAT = 2
+"""In 1, types did not say which reduction is pending."""
 
 CAPTURED = "captured"
 
@@ -89,7 +90,7 @@ class Snapshot(_Frozen):
 class Manifest(_Frozen):
     """What `run.json` says."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     provenance: Provenance
     context: Context
     snapshots: tuple[Snapshot, ...] = Field(min_length=1)
@@ -275,8 +276,9 @@ def _manifest(text: bytes, name: str) -> Manifest:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RunFileError(f"{name} is damaged: {MANIFEST} is no JSON ({error})") from None
-    if isinstance(found, dict) and isinstance(found.get("format"), int) and found["format"] > FORMAT:
-        raise RunFileError(f"{name} has format {found['format']}, and this zgraph reads {FORMAT}: install a newer one")
+    if isinstance(found, dict) and isinstance(number := found.get("format", FORMAT), int) and number != FORMAT:
+        remedy = "install a newer one" if number > FORMAT else _AGAIN
+        raise RunFileError(f"{name} has format {number}, and this zgraph reads {FORMAT}: {remedy}")
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:

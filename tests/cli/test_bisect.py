@@ -107,7 +107,7 @@ def test_a_gradient_of_another_parameter_is_found(num_ranks):
     assert culprit.step == "wrong-partition(stage=2)"
     assert culprit.failure.difference.what.startswith("the gradient of layers.")
     assert sum("reshard" in line or "copy" in line for line in culprit.rewrite.lines) == 1
-    assert len(culprit.rewrite.lines) <= 3, culprit.rewrite.lines
+    assert len(culprit.rewrite.lines) <= 4, culprit.rewrite.lines
 
 
 def test_graphs_that_are_not_valid_and_passes_that_raise():
@@ -136,7 +136,7 @@ def test_some_of_what_right_passes_do_is_right(name):
         hunks = Hunks(before, after)
         for _ in range(3):
             some = {number for number in range(len(hunks)) if dice.random() < 0.5}
-            own = hunks.unchosen_outputs(some) if before.mesh != after.mesh else ()
+            own = hunks.unchosen_outputs(some) if before.mesh != after.mesh else None
             failure = examine(known, hunks.apply(some), own=own)
             assert failure is None or failure.kind == "invalid", f"{step}: {failure}"
             valid += failure is None

@@ -97,7 +97,8 @@ def rewritten(run: RunFile, member: str, text: bytes) -> io.BytesIO:
         (b"[" * 100_000, "no JSON"),
         (b"[]", "no run file"),
         (b"{}", "provenance: Field required"),
-        (b'{"format": 99}', "has format 99"),
+        (b'{"format": 99}', "has format 99, and this zgraph reads 2: install a newer one"),
+        (b'{"format": 1}', "has format 1, and this zgraph reads 2: write it again with zgraph trace"),
         (b'{"format": "cos\\nsystem"}', "no run file"),
     ],
 )

@@ -110,7 +110,7 @@ class WrongPartition(Partition):
         other = next(v for v in raw if v.type == mine.type and v != mine and is_above(graph, v, mine))
 
         def misread(node: Node) -> Node:
-            if node.phase is not Phase.backward or node.op not in ("reshard", "copy") or mine.name not in names(node):
+            if node.phase is not Phase.backward or node.op not in ("pending", "copy") or mine.name not in names(node):
                 return node
             return node.substitute({mine.name: replace(node.operands[0], name=other.name)})
 

@@ -23,7 +23,8 @@ fwd %y: f32[32]<V> = aten.mul.Tensor(%x, %af)
 fwd %bf: f32[32]<R> = wait(%bs)
 fwd %z: f32[32]<V> = aten.mul.Tensor(%y, %bf)
 bwd %u: f32[32]<V> = aten.tanh.default(%t)
-bwd %rs: future f32[32]<S0> = reduce_scatter_start(%u)
+bwd %p: f32[32]<P(mean)> = pending(%u, reduce="mean")
+bwd %rs: future f32[32]<S0> = reduce_scatter_start(%p)
 bwd %v: f32[32]<V> = aten.tanh.default(%y)
 bwd %m: f32[32]<S0> = wait(%rs)
 return fwd output %z
@@ -57,6 +58,14 @@ def test_the_clock():
     assert timeline.exposed_us == 12
     assert timeline.busy_us == {"compute": 28, "comm": 24, "d2h": 0, "h2d": 0}
     assert timeline.lower_bound_us == 28
+
+
+def test_a_sum_takes_what_a_mean_takes_and_saying_so_nothing():
+    """No instruction is left of `pending`, and neither time nor memory depends on what is pending."""
+    graphs = [parse_graph(STEP.strip().replace("mean", reduce) + "\n") for reduce in ("mean", "sum")]
+    mean, summed = (simulate(make_plan(graph), table(graph), {}) for graph in graphs)
+    assert (mean.spans, mean.stalls, mean.memory) == (summed.spans, summed.stalls, summed.memory)
+    assert "p" not in {m.node for m in mean.memory.moments}
 
 
 def test_computing_is_slower_beside_a_transfer():

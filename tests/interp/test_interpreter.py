@@ -6,7 +6,7 @@ import torch
 from tests.interp.ranks import same_bits
 from zgraph.errors import InterpretError
 from zgraph.interp import Interpreter, mean, whole
-from zgraph.ir import parse_graph
+from zgraph.ir import parse_graph, verify
 
 HEAD = """graph "g" mesh(shard=3)
 op aten.add.Tensor
@@ -46,20 +46,56 @@ def test_a_gather_gives_every_rank_the_whole():
 
 
 @pytest.mark.parametrize(
-    ("op", "placement"), [("all_reduce_start", "R"), ("reduce_scatter_start", "S0"), ("broadcast_start", "R")]
-)
-def test_reductions_average_and_a_broadcast_copies(op, placement):
+    ("op", "placement", "reduce", "factor"),
+    [
+        ("all_reduce_start", "R", "mean", 1), ("all_reduce_start", "R", "sum", 3),
+        ("reduce_scatter_start", "S0", "mean", 1), ("reduce_scatter_start", "S0", "sum", 3),
+        ("broadcast_start", "R", "root", 0),
+    ],
+)  # fmt: skip
+def test_reductions_do_what_the_type_says(op, placement, reduce, factor):
     lines = (
-        f"fwd %s: future f32[5]<{placement}> = {op}(%y)\nfwd %f: f32[5]<{placement}> = wait(%s)\nreturn fwd output %f\n"
+        f'fwd %p: f32[5]<P({reduce})> = pending(%y, reduce="{reduce}")\n'
+        f"fwd %s: future f32[5]<{placement}> = {op}(%p)\nfwd %f: f32[5]<{placement}> = wait(%s)\nreturn fwd output %f\n"
     )
-    output = parse_graph(HEAD + lines).outputs[0]
-    wanted = torch.zeros(5) if op == "broadcast_start" else torch.arange(5.0)
-    assert all(torch.equal(t, wanted) for t in whole(output, run(lines)[0]))
+    graph = parse_graph(HEAD + lines)
+    verify(graph)
+    assert all(torch.equal(t, factor * torch.arange(5.0)) for t in whole(graph.outputs[0], run(lines)[0]))
+
+
+@pytest.mark.parametrize("placement", ["R, R", "R, S0"])
+@pytest.mark.parametrize(("varies", "reduce", "wanted"), [
+    ("V, V", "sum", 6.0), ("V, V", "mean", 1.5), ("R, V", "sum", 1.0), ("R, V", "mean", 0.5),
+])  # fmt: skip
+def test_on_two_axes_a_sum_counts_no_copy_twice(varies, reduce, wanted, placement):
+    """Along an axis with the same on all ranks nothing is summed."""
+    pending = varies.replace("V", f"P({reduce})")
+    text = (
+        f'graph "g" mesh(replicate=2, shard=2)\ninput %x: f32[3]<{varies}>\n'
+        f'fwd %p: f32[3]<{pending}> = pending(%x, reduce="{reduce}")\n'
+        f"fwd %f: f32[3]<{placement}> = reshard(%p)\nreturn fwd output %f\n"
+    )
+    graph = parse_graph(text)
+    verify(graph)
+    given = [float(r if varies == "V, V" else r % 2) for r in range(4)]
+    (found,) = Interpreter().run(graph, {"x": [torch.full((3,), v) for v in given]})
+    assert found is not None
+    if "S0" in placement:
+        found = [torch.cat(found[:2])[:3], torch.cat(found[2:])[:3]]
+    assert all(torch.equal(t, torch.full((3,), wanted)) for t in found)
+
+
+def test_what_nothing_is_said_of_is_not_reduced():
+    with pytest.raises(InterpretError, match="nothing says how"):
+        run("fwd %f: f32[5]<R> = reshard(%y)\nreturn fwd output %f\n")
 
 
 def test_a_reshard_means_what_its_collective_does():
-    lines = "fwd %f: f32[5]<R> = reshard(%y)\nfwd %g: f32[5]<S0> = reshard(%y)\n"
-    lines += 'fwd %h: f32[5]<R> = reshard(%y, reduce="root")\nfwd %i: f32[5]<R> = reshard(%b)\n'
+    lines = (
+        'fwd %m: f32[5]<P(mean)> = pending(%y, reduce="mean")\nfwd %r: f32[5]<P(root)> = pending(%y, reduce="root")\n'
+    )
+    lines += "fwd %f: f32[5]<R> = reshard(%m)\nfwd %g: f32[5]<S0> = reshard(%m)\n"
+    lines += "fwd %h: f32[5]<R> = reshard(%r)\nfwd %i: f32[5]<R> = reshard(%b)\n"
     mean_, shard, root, gathered = run(lines + "".join(f"return fwd output %{v}\n" for v in "fghi"))
     assert torch.equal(mean_[2], torch.arange(5.0))
     assert torch.equal(torch.cat(shard)[:5], torch.arange(5.0))
@@ -116,7 +152,9 @@ def test_an_op_with_several_results():
 
 
 def test_held_gradients_are_added_once():
-    graph = parse_graph(HEAD + 'bwd %s: f32[5]<V> = accumulate(%y, target="b")\nreturn bwd output %s\n')
+    lines = 'bwd %p: f32[5]<P(mean)> = pending(%y, reduce="mean")\n'
+    lines += 'bwd %s: f32[5]<P(mean)> = accumulate(%p, target="b")\nreturn bwd output %s\n'
+    graph = parse_graph(HEAD + lines)
     interpreter = Interpreter()
     interpreter.held["b"] = [torch.ones(5) * 100] * 3
     (first,) = interpreter.run(graph, INPUTS)

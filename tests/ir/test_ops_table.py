@@ -17,6 +17,10 @@ param %sd: f64[4, 2]<S0> "sd"
 param %s1: f32[4, 2]<S1> "s1"
 input %v: f32[4, 2]<V>
 input %v2: f32[3]<V>
+input %m: f32[4, 2]<P(mean)>
+input %m2: f32[3]<P(mean)>
+input %sum: f32[4, 2]<P(sum)>
+input %root: f32[4, 2]<P(root)>
 input %h: f32[4, 2]<V>@host
 param %sh: f32[4, 2]<S0>@host "sh"
 input %r: f32[4, 2]<R>
@@ -34,6 +38,17 @@ NODES = {
         "%a: f32[4, 2]<V>@host = reshard(%h)",
         "%a: f32[4, 2]<R> = reshard(%s, %s2)",
         "%a: int = reshard(%n)",
+        "%a: f32[4, 2]<V> = reshard(%s)",
+        "%a: f32[4, 2]<R> = reshard(%v)",
+        "%a: f32[4, 2]<S0> = reshard(%v)",
+        "%a: f32[4, 2]<P(mean)> = reshard(%v)",
+        "%a: f32[4, 2]<V> = reshard(%m)",
+        "%a: f32[4, 2]<P(sum)> = reshard(%m)",
+        "%a: f32[4, 2]<S1> = reshard(%m)",
+        "%a: f32[4, 2]<S0> = reshard(%root)",
+        "%a: f32[4, 2]<P(mean)> = reshard(%r)",
+        "%a: f32[4, 2]<V> = reshard(%r)",
+        "%a: f32[4, 2]<S0> = reshard(%r)",
     ),
     "all_gather_start": (
         "%a: future f32[4, 2]<R> = all_gather_start(%s)",
@@ -44,19 +59,28 @@ NODES = {
         "%a: f32[4, 2]<R> = all_gather_start(%s)",
     ),
     "reduce_scatter_start": (
-        "%a: future f32[4, 2]<S0> = reduce_scatter_start(%v)",
+        "%a: future f32[4, 2]<S0> = reduce_scatter_start(%m)",
         "%a: future f32[4, 2]<S0> = reduce_scatter_start(%s)",
         "%a: future f32[4, 2]<S0> = reduce_scatter_start(%n)",
-        "%a: future f32[4, 2]<R> = reduce_scatter_start(%v)",
+        "%a: future f32[4, 2]<R> = reduce_scatter_start(%m)",
+        "%a: future f32[4, 2]<S0> = reduce_scatter_start(%v)",
+        "%a: future f32[4, 2]<S0> = reduce_scatter_start(%r)",
+        "%a: future f32[4, 2]<S0> = reduce_scatter_start(%root)",
+        "%a: future f32[4, 2]<S0>, %c: future f32[4, 2]<S0> = reduce_scatter_start(%m, %sum)",
     ),
     "all_reduce_start": (
-        "%a: future f32[4, 2]<R> = all_reduce_start(%v)",
+        "%a: future f32[4, 2]<R> = all_reduce_start(%sum)",
         "%a: future f32[4, 2]<R> = all_reduce_start(%s)",
         "%a: future f32[4, 2]<R> = all_reduce_start(%f)",
+        "%a: future f32[4, 2]<R> = all_reduce_start(%v)",
+        "%a: future f32[4, 2]<R> = all_reduce_start(%root)",
     ),
     "broadcast_start": (
-        "%a: future f32[4, 2]<R> = broadcast_start(%v)",
+        "%a: future f32[4, 2]<R> = broadcast_start(%root)",
         "%a: future f32[4, 2]<R> = broadcast_start(%s)",
+        "%a: future f32[4, 2]<R> = broadcast_start(%v)",
+        "%a: future f32[4, 2]<R> = broadcast_start(%m)",
+        "%a: future f32[4, 2]<R> = broadcast_start(%sum)",
     ),
     "offload_start": (
         "%a: future f32[4, 2]<V>@host = offload_start(%v)",
@@ -82,6 +106,8 @@ NODES = {
         "%a: f32[12]<S0> = pack(%s, %sd)",
         "%a: f32[16]<S0> = pack(%s, %sh)",
         "%a: f32[12]<S0> = pack(%s, %v2)",
+        "%a: f32[12]<P(sum)> = pack(%sum, %m2)",
+        "%a: f32[12]<V> = pack(%m, %m2)",
         "%a: f32[11]<S0> = pack(%s, %s2)",
         "%a: f32[0]<S0> = pack()",
     ),
@@ -105,9 +131,23 @@ NODES = {
         "%a: f32[4, 2]<V> = copy()",
     ),
     "accumulate": (
+        '%a: f32[4, 2]<P(mean)> = accumulate(%m, target="s")',
+        "%a: f32[4, 2]<P(mean)> = accumulate(%m)",
+        '%a: f64[4, 2]<P(mean)> = accumulate(%m, target="s")',
         '%a: f32[4, 2]<V> = accumulate(%v, target="s")',
-        "%a: f32[4, 2]<V> = accumulate(%v)",
-        '%a: f64[4, 2]<V> = accumulate(%v, target="s")',
+        '%a: f32[4, 2]<P(root)> = accumulate(%root, target="s")',
+        '%a: f32[4, 2]<R> = accumulate(%r, target="s")',
+    ),
+    "pending": (
+        '%a: f32[4, 2]<P(mean)> = pending(%v, reduce="mean")',
+        '%a: f32[4, 2]<P(sum)> = pending(%v, reduce="mean")',
+        '%a: f32[4, 2]<P(mean)> = pending(%v, reduce="max")',
+        "%a: f32[4, 2]<P(mean)> = pending(%v)",
+        '%a: f32[4, 2]<P(mean)> = pending(%r, reduce="mean")',
+        '%a: f32[4, 2]<P(mean)> = pending(%m, reduce="mean")',
+        '%a: f32[4, 2]<P(mean)> = pending(%s, reduce="mean")',
+        '%a: f32[4, 2]<P(mean)> = pending(%f, reduce="mean")',
+        '%a: f32[4, 2]<P(mean)> = pending(%n, reduce="mean")',
     ),
     "release": (
         "release(%r)",
@@ -179,7 +219,7 @@ def test_only_what_leaves_the_compute_lane_promises(name):
 @each_op
 def test_it_can_be_interpreted_and_executed(name):
     assert name in RULES or name == "accumulate"
-    assert (name in MAKERS) or name in ("release", "reshard")
+    assert (name in MAKERS) or name in ("release", "reshard", "pending")
 
 
 @each_op
@@ -222,8 +262,10 @@ def test_an_unpacked_shard_is_a_view_and_an_unpacked_whole_is_not():
     [
         ("%a: future f32[4, 2]<R> = all_gather_start(%s)", 16),
         ("%a: future f32[3]<R> = all_gather_start(%s2)", 8),  # 4 rows with its padding
-        ("%a: future f32[4, 2]<S0> = reduce_scatter_start(%v)", 16),
-        ("%a: future f32[4, 2]<R> = all_reduce_start(%v)", 32),
+        ("%a: future f32[4, 2]<S0> = reduce_scatter_start(%m)", 16),
+        ("%a: future f32[4, 2]<S0> = reduce_scatter_start(%sum)", 16),
+        ("%a: future f32[4, 2]<R> = all_reduce_start(%m)", 32),
+        ("%a: future f32[4, 2]<R> = all_reduce_start(%sum)", 32),
     ],
 )
 def test_bytes_on_the_wire(line, sent_bytes):
@@ -238,6 +280,13 @@ param %t: f32[3]<R, S0> "t"
 param %d: f64[3]<R, S0> "d"
 input %v: f32[4, 2]<V, V>
 input %w: f32[4, 2]<R, V>
+input %m: f32[4, 2]<P(mean), P(mean)>
+input %one: f32[4, 2]<R, P(sum)>
+input %mixed: f32[4, 2]<P(sum), P(mean)>
+input %half: f32[4, 2]<V, P(sum)>
+input %other: f32[4, 2]<P(sum), R>
+input %part: f32[4, 2]<S0, P(sum)>
+input %both: f32[4, 2]<P(root), P(mean)>
 """
 
 
@@ -246,8 +295,9 @@ input %w: f32[4, 2]<R, V>
     [
         ("%a: future f32[4, 2]<R, R> = all_gather_start(%s)", 16),
         ("%a: future f32[4, 2]<R, R>, %b: future f32[3]<R, R> = all_gather_start(%s, %t)", 24),
-        ("%a: future f32[4, 2]<R, S0> = reduce_scatter_start(%v)", 32),  # 16 to its row, 16 to its column
-        ("%a: future f32[4, 2]<R, R> = all_reduce_start(%v)", 48),
+        ("%a: future f32[4, 2]<R, S0> = reduce_scatter_start(%m)", 32),  # 16 to its row, 16 to its column
+        ("%a: future f32[4, 2]<R, S0> = reduce_scatter_start(%one)", 32),
+        ("%a: future f32[4, 2]<R, R> = all_reduce_start(%m)", 48),
     ],
 )
 def test_bytes_on_the_wire_where_two_ranks_hold_a_shard(line, sent_bytes):
@@ -255,6 +305,30 @@ def test_bytes_on_the_wire_where_two_ranks_hold_a_shard(line, sent_bytes):
     (made,) = graph.nodes
     assert OPS[made.op].rule(made, graph.mesh) == tuple(r.type for r in made.results)
     assert OPS[made.op].wire_bytes(made, graph.mesh) == sent_bytes
+
+
+@pytest.mark.parametrize("name", ["mixed", "half", "other", "part", "both", "v", "w"])
+@pytest.mark.parametrize("op", ["reduce_scatter_start", "all_reduce_start", "broadcast_start", "accumulate"])
+def test_what_is_not_pending_alike_along_the_axes_is_not_reduced(op, name):
+    graph = parse_graph(f'{ROWS}fwd %a: f32[4, 2]<R, R> = {op}(%{name}, target="s")\n')
+    with pytest.raises(TypeRuleError, match="its operand must be placed P"):
+        OPS[op].rule(graph.nodes[0], graph.mesh)
+
+
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [("v", "<P(sum), P(sum)>"), ("w", "<R, P(sum)>"), ("half", "<P(sum), P(sum)>")],
+)
+def test_what_is_pending_is_so_along_each_axis_that_varied(name, placement):
+    graph = parse_graph(f'{ROWS}fwd %a: f32[4, 2]{placement} = pending(%{name}, reduce="sum")\n')
+    (made,) = graph.nodes
+    assert OPS["pending"].rule(made, graph.mesh) == tuple(r.type for r in made.results)
+
+
+def test_what_varies_is_told_how_to_be_reduced():
+    graph = parse_graph(f"{ROWS}fwd %a: f32[4, 2]<R, R> = reshard(%v)\n")
+    with pytest.raises(TypeRuleError, match="say with pending what the ranks' own values are together"):
+        OPS["reshard"].rule(graph.nodes[0], graph.mesh)
 
 
 @pytest.mark.parametrize("operands", ["%s, %d", "%s, %v", ""])

@@ -35,6 +35,7 @@ from zgraph.ir import (
     verify,
 )
 from zgraph.ir.symbols import parse_dim
+from zgraph.ir.types import REDUCTIONS
 
 X = Value("x", TensorType(DType.f32, (4,)))
 
@@ -51,7 +52,8 @@ TYPES = [
     TensorType(DType.f32, (0, 3)),
     TensorType(DType.i64, (2, 3), strides=(1, 2)),
     TensorType(DType.f32, (4,), placement=(Replicate(),)),
-    TensorType(DType.f32, (4, 5), placement=(Shard(1), Partial())),
+    TensorType(DType.f32, (4, 5), placement=(Shard(1), Partial("sum"))),
+    TensorType(DType.f32, (4, 5), placement=(Partial("mean"), Partial("root"))),
     TensorType(DType.f32, (4,), placement=(Varying(),), space="host", future=True),
     TensorType(DType.f8e4m3, (parse_dim("s0"), parse_dim("2*s0 + 1")), strides=(1, parse_dim("s0"))),
     TensorType(DType.f32, (parse_dim("Mod(s1, 8)"), parse_dim("Max(1, floor(s0/2))"))),
@@ -89,6 +91,35 @@ def test_every_form_of_argument_comes_back(arg):
 def test_every_form_of_type_comes_back(kind):
     same(one_node(X, made=kind))
     same(Graph("g", (Input(InputKind.input, Value("x", kind)),)))
+
+
+PLACEMENTS = st.one_of(
+    st.builds(Replicate), st.builds(Varying), st.builds(Shard, st.integers(0, 99)),
+    st.builds(Partial, st.sampled_from(REDUCTIONS)),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(PLACEMENTS, max_size=4), st.sampled_from(("device", "host")), st.booleans())
+def test_every_placement_comes_back(placement, space, future):
+    kind = TensorType(DType.f32, (4, 5), placement=tuple(placement), space=space, future=future)
+    same(one_node(X, made=kind))
+    (back,) = parse_graph(print_graph(one_node(X, made=kind))).nodes
+    assert back.results[0].type == kind
+    assert str(back.results[0].type) == str(kind)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_pending_reduction_comes_back(reduction):
+    text = (
+        'graph "g" mesh(replicate=2, shard=2)\ninput %x: f32[4]<R, V>\n'
+        f'bwd %y: f32[4]<R, P({reduction})> = pending(%x, reduce="{reduction}")\nreturn bwd output %y\n'
+    )
+    graph = parse_graph(text)
+    verify(graph)
+    same(graph)
+    assert print_graph(graph) == text
+    assert graph.nodes[0].results[0].tensor.reduction == reduction
 
 
 def test_every_kind_of_input_and_output_comes_back():

@@ -26,7 +26,10 @@ op aten.mm.default
 op aten.t.default views(0)
 op aten.some.op views(1, 2)
 param %w: f32[4]<S0> "w"
+param %late: f32[4]<S0> "late" stage=1
+param %far: f32[4]<S0> "far" stage=2 offload=optimizer
 buffer %b: f32[9]<V> "b"
+buffer %c: f32[4]<R> "c"
 input %x: f32[4]<V>
 input %n: int
 tangent %t: f32[4]<V>
@@ -35,6 +38,16 @@ tangent %t: f32[4]<V>
 GATHER = """fwd %f: future f32[4]<R> = all_gather_start(%w)
 fwd %full: f32[4]<R> = wait(%f)
 """
+
+PENDING = """bwd %p: f32[4]<P(mean)> = pending(%t, reduce="mean")
+"""
+
+MEAN = (
+    PENDING
+    + """bwd %s: future f32[4]<S0> = reduce_scatter_start(%p)
+bwd %g: f32[4]<S0> = wait(%s)
+"""
+)
 
 # The rule, what the message must say, and the lines after HEAD; the line at fault is marked with !.
 FAULTS = [
@@ -55,7 +68,22 @@ FAULTS = [
     ("placements", "sharded or partial operand", "!fwd %y: f32[4]<V> = aten.mm.default(%x, %w)"),
     ("placements", "%y is called replicated", "!fwd %y: f32[4]<R> = aten.t.default(%x)"),
     ("placements", "%y is called f32[4]<S0>", "!fwd %y: f32[4]<S0> = aten.t.default(%x)"),
-    ("placements", "%y is called f32[4]<P>", "!fwd %y: f32[4]<P> = aten.t.default(%x)"),
+    ("placements", "%y is called f32[4]<P(mean)>", "!fwd %y: f32[4]<P(mean)> = aten.t.default(%x)"),
+    ("placements", "sharded or partial operand", PENDING + "!bwd %y: f32[4]<V> = aten.t.default(%p)"),
+    ("types", "broadcast_start: its operand must be placed P(root)",
+     PENDING + "!bwd %y: future f32[4]<R> = broadcast_start(%p)"),
+    ("types", "all_reduce_start: its operand must be placed P(sum) or P(mean)",
+     'bwd %p: f32[4]<P(root)> = pending(%t, reduce="root")\n!bwd %y: future f32[4]<R> = all_reduce_start(%p)'),
+    ("types", "not f32[4]<V>; say with pending", "!bwd %y: future f32[4]<R> = all_reduce_start(%t)"),
+    ("types", "not f32[4]<V>; say with pending", "!bwd %y: f32[4]<S0> = reshard(%t)"),
+    ("types", "makes f32[4]<R> or f32[4]<S0> of %p, not f32[4]<V>", PENDING + "!bwd %y: f32[4]<V> = reshard(%p)"),
+    ("types", "pending: says what values of the ranks' own are together, and f32[4]<S0> is none",
+     MEAN + '!bwd %y: f32[4]<S0> = pending(%g, reduce="mean")'),
+    ("types", "reduce_scatter_start: its operand", MEAN + "!bwd %y: future f32[4]<S0> = reduce_scatter_start(%g)"),
+    ("types", "pending: needs reduce=", "!bwd %y: f32[4]<P(mean)> = pending(%t)"),
+    ("types", "%y gives f32[4]<P(sum)>, but pending makes f32[4]<P(mean)>",
+     '!bwd %y: f32[4]<P(sum)> = pending(%t, reduce="mean")'),
+    ("types", "accumulate: its operand must be placed", '!bwd %y: f32[4]<V> = accumulate(%t, target="w")'),
     ("spaces", "%y aten.t.default computes on the device, but %h",
      "fwd %f: future f32[4]<V>@host = offload_start(%x)\nfwd %h: f32[4]<V>@host = wait(%f)\n"
      "!fwd %y: f32[4]<V> = aten.t.default(%h)"),
@@ -112,6 +140,25 @@ FAULTS = [
      "bwd %g: f32[9]<V> = copy(%b)\nreturn bwd grad \"w\" %g"),
     ("targets", "the grad of %w is f64[4]<V>, but it is f32[4]<S0>",
      "bwd %g: f64[4]<V> = cast(%x, dtype=f64)\nreturn bwd grad \"w\" %g"),
+    ("targets", "the grad of %w is f32[4]<V>, but it must lie as %w does, which is f32[4]<S0>",
+     "!bwd %g: f32[4]<V> = copy(%t)\nreturn bwd grad \"w\" %g"),
+    ("targets", "the grad of %w is f32[4]<V>, but it must lie as %w does", 'return bwd grad "w" %t'),
+    ("targets", "the grad of %w is f32[4]<P(mean)>: it is pending, and must be reduced to f32[4]<S0>",
+     PENDING.replace("bwd", "!bwd") + 'return bwd grad "w" %p'),
+    ("targets", "the grad of %w is f32[4]<R>, but it must lie as %w does",
+     PENDING + "bwd %s: future f32[4]<R> = all_reduce_start(%p)\n!bwd %g: f32[4]<R> = wait(%s)\n"
+     'return bwd grad "w" %g'),
+    ("targets", "the grad of %far is f32[4]<S0>, but its master is the host's",
+     MEAN.replace("bwd %g", "!bwd %g") + 'return bwd grad "far" %g'),
+    ("targets", "the grad of %w is f32[4]<S0>@host, but its master is the device's",
+     MEAN + "bwd %o: future f32[4]<S0>@host = offload_start(%g)\n!bwd %h: f32[4]<S0>@host = wait(%o)\n"
+     'return bwd grad "w" %h'),
+    ("targets", "the grad of %late is f32[4]<S0> of stage 1, and returned in phase bwd, not upd",
+     MEAN.replace("bwd %g", "!bwd %g") + 'return bwd grad "late" %g'),
+    ("targets", "the mutation of %c is f32[4]<V>, but it must lie as %c does, which is f32[4]<R>",
+     'return fwd mutation "c" %x'),
+    ("targets", "the mutation of %c is f32[4]<P(root)>: it is pending",
+     '!fwd %p: f32[4]<P(root)> = pending(%x, reduce="root")\nreturn fwd mutation "c" %p'),
     ("targets", 'grad of "nothing"', 'return bwd grad "nothing" %x'),
     ("targets", 'mutation of "model.b"', 'return fwd mutation "model.b" %b'),
     ("targets", "the mutation of %b is f32[4]<V>", 'return fwd mutation "b" %x'),
@@ -157,7 +204,25 @@ def test_every_rule_has_a_graph_that_breaks_it():
 
 
 def test_what_the_faults_are_made_of_is_valid():
-    verify(parse_graph(HEAD + GATHER + 'fwd release(%full)\nbwd %g: f32[4]<V> = copy(%t)\nreturn bwd grad "w" %g\n'))
+    verify(parse_graph(HEAD + GATHER + "fwd release(%full)\n" + MEAN + 'return bwd grad "w" %g\n'))
+    on_host = "bwd %o: future f32[4]<S0>@host = offload_start(%g)\nbwd %h: f32[4]<S0>@host = wait(%o)\n"
+    verify(parse_graph(HEAD + MEAN + on_host + 'return bwd grad "far" %h\n'))
+    verify(
+        parse_graph(HEAD + MEAN.replace("bwd %s", "upd %s").replace("bwd %g", "upd %g") + 'return upd grad "late" %g\n')
+    )
+    root = 'fwd %p: f32[4]<P(root)> = pending(%x, reduce="root")\nfwd %s: future f32[4]<R> = broadcast_start(%p)\n'
+    verify(parse_graph(HEAD + root + 'fwd %new: f32[4]<R> = wait(%s)\nreturn fwd mutation "c" %new\n'))
+
+
+def test_where_no_mesh_is_placements_are_not_asked_for():
+    lines = 'param %w: f32[4] "w" stage=2 offload=optimizer\ntangent %t: f32[4]\nreturn bwd grad "w" %t\n'
+    verify(parse_graph('graph "g"\n' + lines))
+
+
+def test_a_gradient_that_no_batch_is_in_becomes_each_ranks_own_first():
+    """As the type says, it is the same on all ranks: it takes a copy to average it like any other."""
+    lines = GATHER + "bwd %own: f32[4]<V> = copy(%full)\n" + MEAN.replace("%t", "%own")
+    verify(parse_graph(HEAD + lines + 'return bwd grad "w" %g\n'))
 
 
 def test_an_arena_of_no_program_is_refused():

@@ -53,11 +53,13 @@ fwd %z: f32[64]<V> = aten.mul.Tensor(%y, %bf)
 bwd %b_again: f32[64]<R> = reshard(%b)
 bwd %ty: f32[64]<V> = aten.mul.Tensor(%t, %b_again)
 bwd %gb: f32[64]<V> = aten.mul.Tensor(%t, %y)
-bwd %gb_mean: f32[64]<S0> = reshard(%gb)
+bwd %gb_pending: f32[64]<P(mean)> = pending(%gb, reduce="mean")
+bwd %gb_mean: f32[64]<S0> = reshard(%gb_pending)
 bwd %a_again: f32[64]<R> = reshard(%a)
 bwd %tx: f32[64]<V> = aten.mul.Tensor(%ty, %a_again)
 bwd %ga: f32[64]<V> = aten.mul.Tensor(%ty, %x)
-bwd %ga_mean: f32[64]<S0> = reshard(%ga)
+bwd %ga_pending: f32[64]<P(mean)> = pending(%ga, reduce="mean")
+bwd %ga_mean: f32[64]<S0> = reshard(%ga_pending)
 return fwd output %z
 return bwd grad "a" %ga_mean
 return bwd grad "b" %gb_mean
@@ -75,7 +77,9 @@ fwd %y: f32[4]<V> = aten.mul.Tensor(%x, %af)
 fwd %z: f32[4]<V> = aten.mul.Tensor(%y, %bf)
 bwd %gb: f32[4]<V> = aten.mul.Tensor(%t, %y)
 bwd %ga: f32[4]<V> = aten.mul.Tensor(%t, %x)
-bwd %a_mean: f32[4]<S0>, %b_mean: f32[4]<S0> = reshard(%ga, %gb)
+bwd %ga_pending: f32[4]<P(mean)> = pending(%ga, reduce="mean")
+bwd %gb_pending: f32[4]<P(mean)> = pending(%gb, reduce="mean")
+bwd %a_mean: f32[4]<S0>, %b_mean: f32[4]<S0> = reshard(%ga_pending, %gb_pending)
 return fwd output %z
 return bwd grad "a" %a_mean
 return bwd grad "b" %b_mean
@@ -223,7 +227,8 @@ input %x: f32[5, 3]<V>
 tangent %t: f32[5, 3]<V>
 fwd %y: f32[5, 3]<V> = aten.mul.Tensor(%x, %x)
 bwd %g: f32[{shape}]<V> = aten.mul.Tensor(%t, %x)
-bwd %s: future f32[{shape}]<S0> = reduce_scatter_start(%g)
+bwd %p: f32[{shape}]<P(mean)> = pending(%g, reduce="mean")
+bwd %s: future f32[{shape}]<S0> = reduce_scatter_start(%p)
 bwd %m: f32[{shape}]<S0> = wait(%s)
 bwd %gx: f32[5, 3]<V> = aten.mul.Tensor(%t, %y)
 return fwd output %y

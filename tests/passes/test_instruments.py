@@ -59,8 +59,8 @@ class Count:
 def test_an_instrument_hears_of_every_pass_in_order():
     count = Count()
     parse_recipe(RECIPE).run(GRAPH, CONTEXT, [count])
-    assert count.seen == ["canonicalize 3->2", "partition 2->4", "all-gather 4->5", "reduce-scatter 5->6",
-                          "release 6->7", "dce 7->7"]  # fmt: skip
+    assert count.seen == ["canonicalize 3->2", "partition 2->5", "all-gather 5->6", "reduce-scatter 6->7",
+                          "release 7->8", "dce 8->8"]  # fmt: skip
 
 
 def test_the_log_counts_what_each_pass_changed():
@@ -69,10 +69,10 @@ def test_the_log_counts_what_each_pass_changed():
     steps = {step.text: step for step in log.steps}
     assert list(steps) == RECIPE.split(",")
     assert steps["canonicalize"].changed == {"aten.detach.default": -1}
-    assert steps["partition(stage=2)"].changed == {"reshard": 2}
+    assert steps["partition(stage=2)"].changed == {"reshard": 2, "pending": 1}
     assert steps["all-gather"].changed == {"reshard": -1, "all_gather_start": 1, "wait": 1}
     assert steps["all-gather"].summary == "+1 all_gather_start -1 reshard +1 wait"
-    assert steps["release"].num_nodes == 7
+    assert steps["release"].num_nodes == 8
     assert steps["dce"].changed == {}
     assert steps["dce"].summary == "order only or nothing"
 

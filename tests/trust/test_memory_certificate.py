@@ -234,7 +234,9 @@ def test_the_certificate_has_the_footprint(stage):
     assert found.peak_bytes == claimed(recording.steps[-1][1])
     assert (found.rest_bytes, found.update_bytes, found.budget) == (1 << 20, 64, 1 << 30)
     assert f"{(1 << 20) + found.peak_bytes:,} bytes of the device at most" in str(found)
-    assert certify(steps[:3], replace(context, memory_budget=1)).footprint is None, "its reshards are not yet carried out"
+    assert certify(steps[:3], replace(context, memory_budget=1)).footprint is None, (
+        "its reshards are not yet carried out"
+    )
     with pytest.raises(VerifyError, match=r"\[budget\] %\S+ is the peak of the step"):
         certify(steps, replace(context, memory_budget=(1 << 20) + found.peak_bytes - 1))
 

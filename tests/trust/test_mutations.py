@@ -5,8 +5,8 @@ from random import Random
 
 import pytest
 
-from trust.mutations import KINDS
-from trust.subjects import SUBJECTS, run, steps
+from tests.trust.mutations import KINDS
+from tests.trust.subjects import SUBJECTS, run, steps
 from zgraph.certify.certificate import certify
 from zgraph.errors import VerifyError
 

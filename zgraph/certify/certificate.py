@@ -28,7 +28,7 @@ PLACED: Mapping[str, Callable[[Graph], Iterator[Fault]]] = {
     "placement at rest": at_rest, "gradients": gradients, "gathers": gathers, "order": under_way,
     "releases": not_owned,
 }  # fmt: skip
-"""The rules of graphs that are placed. Others keep to them too."""
+"""The rules of graphs that are placed."""
 
 
 def on_mesh(graph: Graph, mesh: Mesh) -> Iterator[Fault]:
@@ -97,9 +97,10 @@ class Certifier:
             check.begin_again(*self.steps[since - 1])
         else:
             check.rules(self.steps[0][1])
-        released = False
+        placed = released = False
         for number, ((_, before), (step, graph)) in enumerate(pairwise(self.steps), 1):
             released |= step == "release"
+            placed |= step == "partition" or graph.inputs != self.steps[0][1].inputs
             if number < since:
                 continue
             changed = graph is not before and graph != before
@@ -110,7 +111,7 @@ class Certifier:
                     check.fused(step, before, graph)
                 else:
                     check.compare(step, graph)
-            if changed or step == "release":
+            if placed and (changed or step == "release"):
                 check.placed(graph, released=released)
         return self.certificate(check)
 

@@ -5,7 +5,7 @@ zgraph's own ops do to a value:
 
     wait(start x) = x                      gather(shards of x) = x             unpack_i(pack(x_0, ...)) = x_i
     reload(offload x) = x                  copy(x) = x                         cast(x, its own dtype) = x
-    all-reduce, reduce-scatter of x = mean(x)                                  broadcast of x = root(x)
+    pending(x) = x                         reduction of x = mean(x), sum(x) or root(x), as the type of x says
 
 A term says nothing of where a value lies: that is in its type, which `zgraph.ir.verifier` checks. Ops that draw random
 numbers take the state of the generator as an operand and leave another, so that neither their number nor their order
@@ -42,7 +42,7 @@ LINEAR = frozenset(
 RENAMES = frozenset({"aten.detach.default", "aten.alias.default", "aten.lift_fresh.default"})
 """Ops of ATen whose result is their operand."""
 
-_SAME = frozenset({"wait", "copy", "release"})
+_SAME = frozenset({"wait", "copy", "release", "pending"})
 
 
 class Terms:
@@ -219,9 +219,7 @@ class Reader:
                 self.found.sent.append(("copy", node.phase, term))
             return term
         members = self.buckets.get(term)
-        how = "root" if node.op == "broadcast_start" or node.option("reduce") == "root" else "mean"
-        if old.is_sharded or node.op == "all_gather_start":
-            how = "gather"
+        how = "gather" if old.is_sharded else old.reduction or "unknown"
         self.found.sent += [(how, node.phase, one) for one in ([m for m, _ in members] if members else [term])]
         if how == "gather":
             return term

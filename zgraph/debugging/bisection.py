@@ -127,7 +127,7 @@ class _Search:
         step, failure = self.steps.crash
         return Culprit(step, self.num_steps, self.num_steps, failure, None, self.num_checks)
 
-    def examined(self, graph: Graph, what: str, own: Collection[int] = ()) -> Failure | None:
+    def examined(self, graph: Graph, what: str, own: Collection[int] | None = None) -> Failure | None:
         self.num_checks += 1
         self.tell(f"check {self.num_checks}: {what}")
         return examine(self.known, graph, tolerance=self.tolerance, own=own)
@@ -138,7 +138,7 @@ class _Search:
         is_placing = before.mesh != after.mesh
 
         def fails(chosen: Sequence[int]) -> bool:
-            own = hunks.unchosen_outputs(set(chosen)) if is_placing else ()
+            own = hunks.unchosen_outputs(set(chosen)) if is_placing else None
             what = f"{len(chosen):,} of {len(hunks):,} rewrites"
             found = self.examined(hunks.apply(set(chosen)), what, own)
             return found is not None and found.is_like(failure)

@@ -45,7 +45,7 @@ def gradients_of(engine: Engine) -> Tensors:
     session, names = compiled_model(engine.module).session, parameter_names(engine.module)
     found: Tensors = {}
     for key, slot in session.store.slots.items():
-        held, gradient = session.held_mean(key), slot.parameter.grad
+        held, gradient = session.held_reduced(key), slot.parameter.grad
         own = None if gradient is None else local(gradient)
         if held is not None:
             part = (slot.local_part(held) if slot.is_sharded else held).to(slot.rest.device)

@@ -14,9 +14,12 @@ from zgraph.ir.layout import bucket_layout, chunk_numel, is_even
 from zgraph.ir.types import (
     DEVICE,
     HOST,
+    REDUCTIONS,
     DType,
     Mesh,
     Partial,
+    Placement,
+    Reduction,
     Replicate,
     Shard,
     TensorType,
@@ -81,22 +84,31 @@ def _one(node: Node) -> TensorType:
     return tensor(node)
 
 
-def _moved(node: Node, change: Callable[[TensorType], TensorType], *allowed: type) -> tuple[Type, ...]:
+def _moved(node: Node, change: Callable[[TensorType], TensorType]) -> tuple[Type, ...]:
     """What a collective promises of each of its operands: `change` says how it is placed then."""
     if not node.operands:
         raise TypeRuleError("takes one operand or more")
     kinds = [tensor(node, i) for i in range(len(node.operands))]
-    if len({k.dtype for k in kinds}) > 1:
-        raise TypeRuleError("moves tensors of one dtype")
-    return tuple(change(_placed(k, *allowed)).contiguous().promised() for k in kinds)
+    if len({(k.dtype, k.placement) for k in kinds}) > 1:
+        raise TypeRuleError("moves tensors of one dtype and one placement")
+    return tuple(change(k).contiguous().promised() for k in kinds)
 
 
-def _placed(kind: TensorType, *allowed: type) -> TensorType:
-    if kind.future or not kind.placement or not isinstance(kind.placement[-1], allowed):
-        names = " or ".join(a.__name__ for a in allowed)
-        raise TypeRuleError(f"its operand must be placed {names}, not {kind}")
-    if isinstance(kind.placement[-1], Shard) and kind.placement[-1].dim != 0:
-        raise TypeRuleError(f"its operand must be sharded on dim 0, not {kind}")
+def _sharded(kind: TensorType) -> TensorType:
+    """The operand of a gather."""
+    if kind.future or not kind.placement or kind.placement[-1] != Shard(0):
+        raise TypeRuleError(f"its operand must be sharded on dim 0 along the last axis, not {kind}")
+    return kind
+
+
+def _pending(kind: TensorType, *reductions: Reduction) -> TensorType:
+    """The operand of a reduction: it is pending along the last axis, and along others in the same way or replicated."""
+    is_whole = all(isinstance(p, Partial | Replicate) for p in kind.placement)
+    last = kind.placement[-1] if kind.placement else None
+    if kind.future or not is_whole or not isinstance(last, Partial) or kind.reduction not in reductions:
+        names = " or ".join(str(Partial(r)) for r in reductions)
+        remedy = "; say with pending what the ranks' own values are together" if kind.varies else ""
+        raise TypeRuleError(f"its operand must be placed {names} along each axis that it reduces, not {kind}{remedy}")
     return kind
 
 
@@ -113,15 +125,29 @@ def moved_bytes(node: Node, mesh: Mesh) -> int:
 
 def _gathered(node: Node, _: Mesh) -> tuple[Type, ...]:
     """Onto the device, from wherever the shards lie."""
-    return _moved(node, lambda kind: kind.at(*kind.placement[:-1], Replicate()).on(DEVICE), Shard)
+    return _moved(node, lambda kind: _whole(_sharded(kind)).on(DEVICE))
+
+
+def _whole(kind: TensorType) -> TensorType:
+    """A sharded tensor, gathered."""
+    return kind.at(*kind.placement[:-1], Replicate())
+
+
+def _part_of(kind: TensorType) -> TensorType:
+    """A pending tensor, reduced and sharded."""
+    return kind.at(*kind.reduced().placement[:-1], Shard(0))
 
 
 def _scattered(node: Node, _: Mesh) -> tuple[Type, ...]:
-    return _moved(node, lambda kind: kind.reduced().at(*kind.reduced().placement[:-1], Shard(0)), Varying, Partial)
+    return _moved(node, lambda kind: _part_of(_pending(kind, "sum", "mean")))
 
 
-def _shared(node: Node, _: Mesh) -> tuple[Type, ...]:
-    return _moved(node, TensorType.reduced, Varying, Partial)
+def _all_reduced(node: Node, _: Mesh) -> tuple[Type, ...]:
+    return _moved(node, lambda kind: _pending(kind, "sum", "mean").reduced())
+
+
+def _broadcast(node: Node, _: Mesh) -> tuple[Type, ...]:
+    return _moved(node, lambda kind: _pending(kind, "root").reduced())
 
 
 def _copied_to(space: str) -> TypeRule:
@@ -144,15 +170,28 @@ def _waited(node: Node, _: Mesh) -> tuple[Type, ...]:
 
 
 def _resharded(node: Node, _: Mesh) -> tuple[Type, ...]:
-    """Placement and memory space may become anything; everything else of each operand stays."""
+    """What is sharded becomes whole, what is pending reduced, and the memory space anything; all else stays."""
     results = []
     for value, result in zip(node.operands, node.results, strict=True):
         kind, made = tensor(replace(node, args=(value,), kwargs=())), result.type
         if not isinstance(made, TensorType) or (kind.placement, kind.space) == (made.placement, made.space):
             raise TypeRuleError(f"must change the placement or the memory space of %{value.name}")
-        same = kind if kind.placement == made.placement else kind.contiguous()
+        same = kind
+        if kind.placement != made.placement:
+            if made.placement not in (ways := _ways(kind)):
+                names = " or ".join(str(kind.contiguous().at(*way)) for way in ways)
+                raise TypeRuleError(f"makes {names} of %{value.name}, not {made}")
+            same = kind.contiguous()
         results.append(same.at(*made.placement).on(made.space))
     return tuple(results)
+
+
+def _ways(kind: TensorType) -> tuple[tuple[Placement, ...], ...]:
+    """The placements that there is a collective to."""
+    if kind.is_sharded:
+        return (_whole(kind).placement,)
+    reduced = _pending(kind, *REDUCTIONS).reduced().placement
+    return (reduced,) if kind.reduction == "root" else (reduced, _part_of(kind).placement)
 
 
 def _packed(node: Node, mesh: Mesh) -> tuple[Type, ...]:
@@ -191,7 +230,16 @@ def _copied(node: Node, _: Mesh) -> tuple[Type, ...]:
 def _accumulated(node: Node, _: Mesh) -> tuple[Type, ...]:
     if not isinstance(node.option("target"), str):
         raise TypeRuleError("needs target=, the name of the parameter")
-    return (_one(node),)
+    return (_pending(_one(node), "sum", "mean"),)
+
+
+def _stated(node: Node, _: Mesh) -> tuple[Type, ...]:
+    kind, reduction = _one(node), next((r for r in REDUCTIONS if r == node.option("reduce")), None)
+    if reduction is None:
+        raise TypeRuleError(f"needs reduce=, one of {', '.join(REDUCTIONS)}")
+    if kind.future or not kind.varies:
+        raise TypeRuleError(f"says what values of the ranks' own are together, and {kind} is none")
+    return (kind.at(*(Partial(reduction) if isinstance(p, Varying) else p for p in kind.placement)),)
 
 
 def _released(node: Node, _: Mesh) -> tuple[Type, ...]:
@@ -248,11 +296,11 @@ _ROWS = (
        _resharded),
     Op("all_gather_start", "Begin to collect the shards of all ranks into the whole tensor.", _gathered, "comm",
        _gather_sends, scratch_bytes=_staged, pure=False),
-    Op("reduce_scatter_start", "Begin to average over the ranks, each rank keeping its shard.", _scattered, "comm",
-       _scatter_sends, scratch_bytes=_scatter_lands, pure=False),
-    Op("all_reduce_start", "Begin to average over the ranks, every rank keeping the whole.", _shared, "comm",
-       _share_sends, scratch_bytes=_share_lands, pure=False),
-    Op("broadcast_start", "Begin to copy the first rank's value to every rank.", _shared, "comm", _share_sends,
+    Op("reduce_scatter_start", "Begin to sum or average over the ranks, each rank keeping its shard.", _scattered,
+       "comm", _scatter_sends, scratch_bytes=_scatter_lands, pure=False),
+    Op("all_reduce_start", "Begin to sum or average over the ranks, every rank keeping the whole.", _all_reduced,
+       "comm", _share_sends, scratch_bytes=_share_lands, pure=False),
+    Op("broadcast_start", "Begin to copy the first rank's value to every rank.", _broadcast, "comm", _share_sends,
        pure=False),
     Op("offload_start", "Begin to copy a value from the device to its host.", _copied_to(HOST), "d2h", pure=False),
     Op("reload_start", "Begin to copy a value from the host to its device.", _copied_to(DEVICE), "h2d", pure=False),
@@ -261,6 +309,8 @@ _ROWS = (
     Op("unpack", "Take a bucket apart again.", _unpacked, views=_is_sharded),
     Op("cast", "Change the dtype.", _cast, recomputable=True),
     Op("copy", "A dense copy with memory of its own; of a replicated value each rank may take its own.", _copied),
+    Op("pending", "Say what the ranks' own values are together: their sum or mean, or the first rank's.", _stated,
+       views=lambda node: True),
     Op("accumulate", "Add the gradients that backwards under no_sync left on this rank for the parameter `target`.",
        _accumulated, views=lambda node: True, pure=False),
     Op("release", "End the life of a value: its memory is free from here on.", _released, pure=False, consumes=True),

@@ -30,24 +30,22 @@ from zgraph.ir.symbols import Dim, parse_dim
 from zgraph.ir.types import (
     DEVICE,
     HOST,
+    PLACEMENTS,
     Axis,
     DType,
     NoneType,
-    Partial,
     Placement,
-    Replicate,
     ScalarType,
     Shard,
     TensorType,
     Type,
-    Varying,
 )
 
 _NAME = re.compile(r"[\w.]+")
 _COUNT = re.compile(r"[0-9]{1,18}")
 _DIM = re.compile(r"S([0-9]{1,2})")
+_PLACEMENT = re.compile(r"[A-Za-z_][\w.\-]*(?:\(\w*\))?")
 _KEY = re.compile(r" *([A-Za-z_]\w*)=")
-_PLACEMENTS: dict[str, Placement] = {"R": Replicate(), "P": Partial(), "V": Varying()}
 _DTYPES = {d.value: d for d in DType}
 _SPACES = {space: space for space in (DEVICE, HOST)}
 _OFFLOADS = {what: what for what in ("optimizer", "parameters")}
@@ -118,12 +116,12 @@ class _Line(Cursor):
     def placement(self) -> Placement:
         self.space()
         start = self.at
-        word = self.word("a placement")
-        if word in _PLACEMENTS:
-            return _PLACEMENTS[word]
+        word = self.match(_PLACEMENT, "a placement")
+        if word in PLACEMENTS:
+            return PLACEMENTS[word]
         if found := _DIM.fullmatch(word):
             return Shard(int(found[1]))
-        raise self.error(f"{word} is not a placement: R, V, P, or S and a dim", start)
+        raise self.error(f"{word} is not a placement: {', '.join(PLACEMENTS)}, or S and a dim", start)
 
     def origin(self) -> Origin:
         module, file, number = "", "", 0

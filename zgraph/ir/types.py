@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from zgraph.ir.symbols import Dim, render
 
 __all__ = [
-    "DEVICE", "HOST", "Axis", "DType", "Mesh", "NoneType", "Partial", "Placement", "Replicate", "ScalarType", "Shard",
-    "TensorType", "Type", "Varying", "num_ranks", "num_shards",
+    "DEVICE", "HOST", "PLACEMENTS", "REDUCTIONS", "Axis", "DType", "Mesh", "NoneType", "Partial", "Placement",
+    "Reduction", "Replicate", "ScalarType", "Shard", "TensorType", "Type", "Varying", "num_ranks", "num_shards",
 ]  # fmt: skip
 
 
@@ -66,23 +68,35 @@ class Shard:
         return f"S{self.dim}"
 
 
+Reduction = Literal["sum", "mean", "root"]
+"""What the values of ranks are together: their sum, their mean, or the first rank's."""
+
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """The value meant is the sum of what the ranks of the axis hold."""
+    """The value meant is a reduction of what the ranks of the axis hold, which is pending."""
+
+    reduce: Reduction
 
     def __str__(self) -> str:
-        return "P"
+        return f"P({self.reduce})"
 
 
 @dataclass(frozen=True, slots=True)
 class Varying:
-    """Each rank of the axis has a value of its own: what is computed from its part of the batch."""
+    """Each rank of the axis has a value of its own, computed from its part of the batch, and nothing is pending."""
 
     def __str__(self) -> str:
         return "V"
 
 
 Placement = Replicate | Shard | Partial | Varying
+
+_WHOLE: tuple[Placement, ...] = (Replicate(), Varying(), *(Partial(r) for r in REDUCTIONS))
+PLACEMENTS: Mapping[str, Placement] = {str(p): p for p in _WHOLE}
+"""The placements by their text, but for shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +163,28 @@ class TensorType:
         """Whether ranks have values of their own."""
         return Varying() in self.placement
 
+    @property
+    def reduction(self) -> Reduction | None:
+        """The reduction that is pending; None where none is, or another along each axis."""
+        found = {p.reduce for p in self.placement if isinstance(p, Partial)}
+        return found.pop() if len(found) == 1 else None
+
+    def divisor(self, sizes: Iterable[int]) -> int:
+        """What the sum over all ranks is divided by to reduce it: for a mean their number, for a sum how many of them
+        hold the same.
+
+        Args:
+            sizes: the ranks along each axis.
+        """
+        return math.prod(n for p, n in zip(self.placement, sizes, strict=True) if p != Partial("sum"))
+
     def at(self, *placement: Placement) -> TensorType:
         """The same tensor at another placement."""
         return replace(self, placement=placement)
 
     def reduced(self) -> TensorType:
-        """The same tensor with what the ranks had of their own averaged: alike on all of them."""
-        return self.at(*(Replicate() if isinstance(p, Varying | Partial) else p for p in self.placement))
+        """The same tensor with what was pending reduced: alike on all ranks."""
+        return self.at(*(Replicate() if isinstance(p, Partial) else p for p in self.placement))
 
     def on(self, space: str) -> TensorType:
         """The same tensor in another memory space."""

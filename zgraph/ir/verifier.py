@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 from zgraph.errors import VerifyError
 from zgraph.ir.arena import ALIGN_BYTES, Buffer, buffers, clashes, offsets, runs_in, sizes
-from zgraph.ir.graph import PROGRAMS, Arg, Graph, Input, InputKind, Node, OutputKind, Phase
+from zgraph.ir.graph import PROGRAMS, Arg, Graph, Input, InputKind, Node, Output, OutputKind, Phase
 from zgraph.ir.ops import OPS, TypeRuleError, views
 from zgraph.ir.printer import print_arg, print_node
 from zgraph.ir.symbols import Dim, simplify
-from zgraph.ir.types import DEVICE, Partial, Replicate, Shard, TensorType, Type, Varying
+from zgraph.ir.types import DEVICE, HOST, Partial, Replicate, Shard, TensorType, Type, Varying
 
 Fault = tuple[int | None, str]
 """Position of the node at fault (None: the graph as a whole) and what is wrong."""
@@ -178,7 +178,8 @@ def lifetimes(graph: Graph) -> Iterator[Fault]:
 
 
 def targets(graph: Graph) -> Iterator[Fault]:
-    """A gradient or a new value belongs to an input, and has its shape and dtype, or its master's dtype."""
+    """A gradient or a new value belongs to an input, has its shape and dtype, or its master's dtype, and on a mesh lies
+    as it does."""
     by_name: dict[str, Input] = {i.value.name: i for i in graph.inputs}
     for output in graph.outputs:
         if output.kind is OutputKind.output or output.value is None:
@@ -192,6 +193,28 @@ def targets(graph: Graph) -> Iterator[Fault]:
             continue
         if kind.shape != target.shape or kind.dtype not in (target.dtype, entry.master):
             yield None, f"the {output.kind.value} of %{output.target} is {kind}, but it is {target}"
+        elif graph.mesh and (message := _misplaced(output, kind, entry, target)):
+            makers = (p for p, node in enumerate(graph.nodes) if output.value in node.results)
+            yield next(makers, None), message
+
+
+def _misplaced(output: Output, kind: TensorType, entry: Input, target: TensorType) -> str:
+    """What is wrong with where a gradient of a parameter, or a buffer's new value, lies on a mesh; else nothing."""
+    is_gradient = output.kind is OutputKind.grad and entry.kind is InputKind.param
+    if not is_gradient and not (output.kind is OutputKind.mutation and entry.kind is InputKind.buffer):
+        return ""
+    what = f"the {output.kind.value} of %{output.target} is {kind}"
+    if any(isinstance(p, Partial) for p in kind.placement):
+        return f"{what}: it is pending, and must be reduced to {target.contiguous(kind.dtype)}"
+    if kind.placement != target.placement:
+        return f"{what}, but it must lie as %{output.target} does, which is {target}"
+    space = target.space if not is_gradient else HOST if entry.offload else DEVICE
+    if kind.space != space:
+        return f"{what}, but its {'master' if is_gradient else 'memory'} is the {space}'s"
+    due = Phase.update if entry.stage == 1 else Phase.backward
+    if is_gradient and entry.stage is not None and output.phase is not due:
+        return f"{what} of stage {entry.stage}, and returned in phase {output.phase.value}, not {due.value}"
+    return ""
 
 
 def arenas(graph: Graph) -> Iterator[Fault]:

@@ -170,7 +170,7 @@ function kindOf(op) {
   if (/^(reduce_scatter|all_reduce|broadcast)/.test(op)) return "reduce";
   if (/^(offload|reload)/.test(op)) return "copy";
   if (/^(wait|release|free)/.test(op)) return "wait";
-  if (/^(reshard|cast|pack|unpack|accumulate)/.test(op)) return "place";
+  if (/^(reshard|cast|pending|pack|unpack|accumulate)/.test(op)) return "place";
   return "compute";
 }
 
