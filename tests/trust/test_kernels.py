@@ -1,5 +1,6 @@
 """Kernels are compared by their specification with the ops in whose place they stand."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,9 +83,12 @@ def steps_of(found: RunFile) -> list[tuple[str, Graph]]:
     return [(name.partition("#")[0], found.graph(name)) for name in found.names]
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("matmuls", ["never", "always"])
-@pytest.mark.parametrize("name", MODELS)
+CASES = [(name, matmuls, mixed) for name in MODELS for matmuls in ("never", "always") for mixed in (False, True)]
+if not os.environ.get("ZGRAPH_DEEP"):
+    CASES = [case for number, case in enumerate(CASES) if number % 4 in (number // 4 % 4, 2)]
+
+
+@pytest.mark.parametrize(("name", "matmuls", "mixed"), CASES)
 def test_what_fuse_makes_is_certified(name, matmuls, mixed):
     found = run(name, matmuls, mixed)
     assert any(n.op.startswith("zgraph.") for n in found.graph("fuse").nodes)
@@ -138,9 +142,13 @@ FAULTS: dict[str, tuple[str, str, Change]] = {
     "a dropout's probability": ("gpt2", "never", text(r"less\(0\.1,", "less(0.2,")),
     "two inputs": ("llama", "never", swapped_inputs),
     "rotary turned back": ("llama", "never", of("zgraph.rotary", lambda n: (*n.args[:-1], not n.args[-1]))),
-    "cosines and sines": ("llama", "never", of("zgraph.rotary", lambda n: (n.args[0], n.args[2], n.args[1], *n.args[3:]))),
+    "cosines and sines": (
+        "llama", "never", of("zgraph.rotary", lambda n: (n.args[0], n.args[2], n.args[1], *n.args[3:])),
+    ),
     "a sum for a mean": ("llama", "never", of("zgraph.cross_entropy.", lambda n: (*n.args[:-1], False))),
-    "a sum for a mean in the backward": ("llama", "never", of("zgraph.cross_entropy_b", lambda n: (*n.args[:-1], False))),
+    "a sum for a mean in the backward": (
+        "llama", "never", of("zgraph.cross_entropy_b", lambda n: (*n.args[:-1], False)),
+    ),
     "what is ignored": ("loss only", "never", of("zgraph.linear_cross_entropy.", lambda n: (*n.args[:-2], 0, True))),
     "what is ignored in the backward": (
         "loss only", "never", of("zgraph.linear_cross_entropy_b", lambda n: (*n.args[:-2], 0, True)),
