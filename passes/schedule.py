@@ -265,7 +265,7 @@ class Step:
             timetable: for each collective the op before which it starts.
             waits: for reductions, where they are waited for, among the ops' numbers.
         """
-        priority = dict.fromkeys(range(len(self.graph.nodes)), -1.0)  # where it follows from nothing below: at once
+        priority: dict[int, float] = {}
         last = 0.0
         for number, position in enumerate(self.ops):
             is_release = self.graph.nodes[position].op == "release"
@@ -278,7 +278,7 @@ class Step:
             priority.update(dict.fromkeys((*collective.before, collective.start), at))
             until = self.transfers[number].due - 0.4 if collective.is_gather else waits[number] + rank * step / 9
             priority.update(dict.fromkeys(collective.after, max(at, until)))
-        return reorder(self.graph, lambda position, _: priority[position])
+        return reorder(self.graph, lambda position, _: priority.get(position, -1.0))  # `pending` at once
 
     def _needs(self) -> list[int]:
         """For each collective, the number of the first op that it may start before."""
