@@ -269,8 +269,8 @@ def a_write_between_two_readers(graph: Graph, rng: Random) -> Graph | None:
     found = live(graph)
 
     def read_twice(node: Node) -> bool:
-        names = [r.name for r in node.results if r.name in found and isinstance(r.type, TensorType)]
-        is_float = bool(names) and node.results[0].tensor.dtype in (DType.f32, DType.bf16)
+        kind = node.results[0].type if node.results and node.name in found else None
+        is_float = isinstance(kind, TensorType) and kind.dtype in (DType.f32, DType.bf16)
         return node.op not in OPS and is_float and len(graph.users.get(node.name, ())) > 1
 
     p = at(graph, rng, read_twice)

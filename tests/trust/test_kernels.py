@@ -200,8 +200,4 @@ def test_what_was_not_rounded_before_stays_so():
     steps = steps[: next(i for i, (step, _) in enumerate(steps) if step == "fuse")]
     foreign = {**graph.foreign, "aten._to_copy.default": found.graph("captured").foreign["aten._to_copy.default"]}
     with pytest.raises(VerifyError, match="rounds to bf16 what was not rounded"):
-        certify(
-            [*steps, ("fuse", replace(graph, nodes=tuple(nodes), foreign=foreign))],
-            found.context.reduce_dtype,
-            found.context.hints,
-        )
+        certify([*steps, ("fuse", replace(graph, nodes=tuple(nodes), foreign=foreign))], found.context)
