@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph.certify import certify
+from zgraph.certify.certificate import certify
 from zgraph.errors import VerifyError
 from zgraph.ir import Axis, Graph, Node, OutputKind, Phase, Value, parse_graph, print_graph, verify
 from zgraph.ir.ops import OPS
@@ -121,7 +121,7 @@ def test_a_mean_made_a_sum_is_another_term(stage, mesh, num_passes):
     graph = other_reduction(final(stage, mesh, num_passes=num_passes), "mean", "sum")
     verify(graph)
     with pytest.raises(VerifyError, match=r"\[equality\] .* makes that the gradient of"):
-        certify([("captured", captured()), ("partition", graph)], None, {})
+        certify([("captured", captured()), ("partition", graph)], Context(mesh=graph.mesh))
 
 
 @stages
@@ -177,7 +177,7 @@ def test_a_gradient_that_is_reduced_twice_by_way_of_a_copy_is_another_term():
     twice = appended(graph, index, *nodes)
     verify(twice)
     with pytest.raises(VerifyError, match=r"\[equality\]"):
-        certify([("captured", captured()), ("partition", twice)], None, {})
+        certify([("captured", captured()), ("partition", twice)], Context(mesh=twice.mesh))
 
 
 @stages
@@ -200,7 +200,7 @@ def test_before_graphs_are_placed_gradients_lie_where_they_are_made(num_ranks):
     steps = [("captured", replace(captured("optimizer"), inputs=inputs))]
     for step in parse_recipe("canonicalize,partition,broadcast,all-gather,reduce-scatter,host-copies,release").passes:
         steps.append((step.name, step.run(steps[-1][1], Context(mesh=MESHES["line"][: num_ranks - 1]))))
-    certify(steps, None, {})
+    certify(steps, Context(mesh=MESHES["line"][: num_ranks - 1]))
 
 
 @stages

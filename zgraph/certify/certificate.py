@@ -107,12 +107,12 @@ class Certifier:
             if changed:
                 check.name = step
                 check.rules(graph)
-                if check.fuses(before, graph):
-                    check.fused(step, before, graph)
-                else:
-                    check.compare(step, graph)
             if placed and (changed or step == "release"):
                 check.placed(graph, released=released)
+            if changed and check.fuses(before, graph):
+                check.fused(step, before, graph)
+            elif changed:
+                check.compare(step, graph)
         return self.certificate(check)
 
     def certificate(self, check: _Check) -> Certificate:
