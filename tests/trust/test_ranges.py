@@ -52,8 +52,8 @@ def test_an_embedding_wrong_in_its_upper_rows_is_found(seed: int) -> None:
 
 def test_inputs_cover_what_they_index() -> None:
     known = reference(captured(), 2)
-    whole = [v for v in known.values.values() if isinstance(v, list) and v[0].dtype == torch.int64]
-    assert [set(v[0].flatten().tolist()) for v in whole] == [set(range(5)), set(range(7))]
+    whole = [v for v in known.numbers.batch(0).values() if v[0].dtype == torch.int64]
+    assert [set(v[0].flatten().tolist()) for v in whole] == [set(range(5)), {-100, *range(7)}]
 
 
 def test_ranks_take_turns_where_there_are_too_few() -> None:
