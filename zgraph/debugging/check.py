@@ -20,6 +20,7 @@ from zgraph.debugging.memory import check_memory
 from zgraph.debugging.outcome import Difference, Failure, described
 from zgraph.debugging.programs import SYNCED, Course, Programs, courses, phrase
 from zgraph.debugging.rounding import Rounding
+from zgraph.debugging.threads import suited
 from zgraph.errors import CheckError
 from zgraph.ir import DType, Graph, verify
 
@@ -51,12 +52,13 @@ def reference(
     check_memory(captured, num_ranks, sizes or {}, dtype or DType.f64, max_bytes, num_runs=6)
     found: Known
     try:
-        if dtype is None:
-            rounding = Rounding(captured, num_ranks, seed, sizes, reduce_dtype)
-            found, raw = rounding, rounding.exact.raw
-        else:
-            exact = Reference(captured, num_ranks, seed, sizes, dtype)
-            found, raw = exact, exact.raw
+        with suited(captured):
+            if dtype is None:
+                rounding = Rounding(captured, num_ranks, seed, sizes, reduce_dtype)
+                found, raw = rounding, rounding.exact.raw
+            else:
+                exact = Reference(captured, num_ranks, seed, sizes, dtype)
+                found, raw = exact, exact.raw
     except Exception as error:
         raise CheckError(
             f"the graph to compare with cannot be run here: {type(error).__name__}: {error}. Trace the model on a "
@@ -84,28 +86,50 @@ def examine(
         only: the one program to look at, by its name; empty for all.
         programs: what the runtime runs of the graph, if not what follows from it.
     """
-    program = SYNCED
-    try:
-        verify(candidate)
-        if len(candidate.outputs) != len(known.captured.outputs):
-            text = f"there are {len(candidate.outputs)} outputs, not {len(known.captured.outputs)}"
-            return _differs(Difference(0, "the list of outputs", 0, math.inf, text), program)
-        programs = programs or Programs.of(candidate)
-        for course in known.courses(courses(programs, micro_steps, only)):
-            training = known.training(candidate, programs, own)
-            for at, step in enumerate(course):
-                program = step.program
-                if at and course[at - 1].syncs:
-                    training.update(known.rates(course, at - 1))
-                found = training.run(step)
-                for wrong in known.differing(course, at, programs, found, tolerance, own):
-                    return _differs(wrong, program)
-            if course[0].program == SYNCED:
-                for index, text in misplaced(candidate, own):
-                    return Failure("misplaced", "", f"{described(candidate, index)}: {text}", program=SYNCED)
-    except Exception as error:  # whatever an op says of operands that do not fit
-        return Failure.raised(error, program=program)
-    return None
+    with suited(candidate):
+        return _Examination(known, candidate, tolerance, own, programs).run(micro_steps, only)
+
+
+class _Examination:
+    """One graph, in all of its programs."""
+
+    def __init__(
+        self, known: Known, candidate: Graph, tolerance: float | None, own: Collection[int], programs: Programs | None
+    ) -> None:
+        self.known, self.candidate, self.tolerance, self.own = known, candidate, tolerance, own
+        self.programs = programs
+        self.running = ""
+
+    def run(self, micro_steps: int, only: str) -> Failure | None:
+        """The first failure."""
+        try:
+            verify(self.candidate)
+            count, wanted = len(self.candidate.outputs), len(self.known.captured.outputs)
+            if count != wanted:
+                text = f"there are {count} outputs, not {wanted}"
+                return _differs(Difference(0, "the list of outputs", 0, math.inf, text), SYNCED)
+            programs = self.programs or Programs.of(self.candidate)
+            for course in self.known.courses(courses(programs, micro_steps, only)):
+                if (failure := self.course(course, programs)) is not None:
+                    return failure
+        except Exception as error:  # whatever an op says of operands that do not fit
+            return Failure.raised(error, program=self.running)
+        return None
+
+    def course(self, course: Course, programs: Programs) -> Failure | None:
+        """The first failure in a course."""
+        training = self.known.training(self.candidate, programs, self.own)
+        for at, step in enumerate(course):
+            self.running = step.program
+            if at and course[at - 1].syncs:
+                training.update(self.known.rates(course, at - 1))
+            found = training.run(step)
+            for wrong in self.known.differing(course, at, programs, found, self.tolerance, self.own):
+                return _differs(wrong, step.program)
+        if course[0].program == SYNCED:
+            for index, text in misplaced(self.candidate, self.own):
+                return Failure("misplaced", "", f"{described(self.candidate, index)}: {text}", program=SYNCED)
+        return None
 
 
 def differs(

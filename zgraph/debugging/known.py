@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 from zgraph.aten import TO_TORCH
@@ -67,7 +69,7 @@ class Reference:
         self.num_ranks = captured.num_ranks if captured.mesh else num_ranks
         self.numbers = numbers or Numbers(self.as_run(captured), self.num_ranks, seed, sizes or {})
         self.absent = absent_tangents(captured)
-        self._known: dict[Course, _Course] = {}
+        self._known: dict[Course, _Known] = {}
         self._as_run: tuple[Programs, Programs] | None = None
 
     @property
@@ -81,19 +83,33 @@ class Reference:
 
     def outputs(self, course: Course, at: int) -> Outputs:
         """What the captured graph gives in a micro-step."""
-        return self._of(course).until(at).outputs[at]
+        return self._after(course[: at + 1]).outputs
 
     def rates(self, course: Course, at: int) -> Rates:
         """How parameters are updated after a micro-step that syncs."""
-        return self._of(course).until(at).rates[at]
+        return self._after(course[: at + 1]).rates
 
-    def _of(self, course: Course) -> _Course:
-        if course not in self._known:
-            programs = Programs.of(self.captured)
-            if not self.captured.mesh:
-                programs = Programs(self.captured, self.captured, None, programs.absent)  # it leaves nothing
-            self._known[course] = _Course(course, self.training(self.captured, programs))
-        return self._known[course]
+    def _after(self, steps: Course) -> _Known:
+        """What the captured graph gives in the last of some micro-steps. Courses that begin alike share the runs."""
+        key = steps if self.captured.mesh else _unnamed(steps)
+        if key not in self._known:
+            if before := steps[:-1]:
+                known = self._after(before)
+                training = known.training.fork()
+                if before[-1].syncs:
+                    training.update(known.rates)
+            else:
+                training = self.training(self.captured, self._programs)
+            outputs = training.run(steps[-1])
+            self._known[key] = _Known(outputs, training.rates(RATE_FLOOR), training)
+        return self._known[key]
+
+    @cached_property
+    def _programs(self) -> Programs:
+        """What is run of the captured graph: one for a single device is the same in all programs."""
+        if self.captured.mesh:
+            return Programs.of(self.captured)
+        return Programs(self.captured, self.captured, None, self.absent)
 
     def courses(self, courses: Iterator[Course]) -> Iterator[Course]:
         """All of them."""
@@ -170,21 +186,19 @@ class Reference:
         return found
 
 
-class _Course:
-    """What a captured graph gives in the micro-steps of a course, run as far as is asked."""
+@dataclass(frozen=True)
+class _Known:
+    """What a captured graph gives in a micro-step, and the training that goes on from there."""
 
-    def __init__(self, course: Course, training: Training) -> None:
-        self.course, self.training = course, training
-        self.outputs: list[Outputs] = []
-        self.rates: list[Rates] = []
+    outputs: Outputs
+    rates: Rates
+    training: Training
 
-    def until(self, at: int) -> _Course:
-        for step in self.course[len(self.outputs) : at + 1]:
-            if self.rates and self.course[len(self.outputs) - 1].syncs:
-                self.training.update(self.rates[-1])
-            self.outputs.append(self.training.run(step))
-            self.rates.append(self.training.rates(RATE_FLOOR) if step.syncs else {})
-        return self
+
+def _unnamed(steps: Course) -> Course:
+    """Micro-steps of a graph that is the same in all programs: they are told apart by what they are given."""
+    same = [replace(step, program="") for step in steps]
+    return (*same[:-1], replace(same[-1], syncs=True))
 
 
 def waiting_in(graph: Graph) -> frozenset[str]:

@@ -10,6 +10,7 @@ Changing operands at random to see what rounding does: Parker, "Monte Carlo arit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
@@ -28,7 +29,10 @@ NUM_DRAWS = 4
 MULTIPLE = 4.0
 """How many times further from fp64 an output may be than the furthest of those runs."""
 
-_FLOOR = 1e-30
+NUM_CHANGES = 1 << 16
+"""How many random changes are drawn, to be taken from different places again and again."""
+
+_FLOOR = 1e-60
 
 
 class Disturb:
@@ -36,14 +40,25 @@ class Disturb:
 
     def __init__(self, seed: int) -> None:
         self.random = torch.Generator().manual_seed(seed)
+        self.changes = torch.randint(-1, 2, (NUM_CHANGES,), generator=self.random).double()
+        self.factors: dict[torch.dtype, torch.Tensor] = {}
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The numbers changed; where that is beyond the dtype, as they are."""
         if not tensor.numel():
             return tensor
-        wide = tensor.double()
-        change = torch.empty_like(wide).uniform_(-1.5, 1.5, generator=self.random).round_()
-        made = (wide + wide * change.mul_(torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
-        return torch.where(made.isfinite(), made, tensor)
+        made = tensor * self.drawn(tensor.numel(), tensor.dtype).view(tensor.shape)
+        return made if math.isfinite(made.sum()) else torch.where(made.isfinite(), made, tensor)
+
+    def drawn(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """As many factors, from some place on."""
+        if dtype not in self.factors:
+            self.factors[dtype] = (1 + torch.finfo(dtype).eps * self.changes).to(dtype)
+        begin = int(torch.randint(NUM_CHANGES, (), generator=self.random))
+        factors = self.factors[dtype]
+        if begin + count > NUM_CHANGES:
+            factors = factors.repeat(-(-(begin + count) // NUM_CHANGES))
+        return factors[begin : begin + count]
 
 
 class Rounding:

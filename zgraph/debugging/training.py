@@ -9,6 +9,7 @@ their own is averaged outside.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,15 @@ class Training:
             self.forget_copies()
         return wholes
 
+    def fork(self) -> Training:
+        """Another that goes on from here, and leaves this one as it is."""
+        other = copy(self)
+        other.interpreter = Interpreter(self.num_ranks)
+        other.interpreter.held, other.interpreter.kept = dict(self.interpreter.held), dict(self.interpreter.kept)
+        other.masters, other.resident = dict(self.masters), dict(self.resident)
+        other.buffers, other.gradients = dict(self.buffers), dict(self.gradients)
+        return other
+
     def forget_copies(self) -> None:
         """Let go of gathered parameters that were kept for the next micro-step."""
         self.interpreter.kept.clear()
@@ -105,10 +115,11 @@ class Training:
             if gradients is None:
                 continue
             rate = rates.get(self.names[name], 0.0)
-            for master, gradient in zip(
-                self.masters[name], shards(gradients, kind, self.graph.num_shards), strict=True
-            ):
-                master.sub_(gradient.to(master.dtype).view(master.shape), alpha=rate)
+            steps = shards(gradients, kind, self.graph.num_shards)
+            self.masters[name] = [
+                master.sub(step.to(master.dtype).view(master.shape), alpha=rate)
+                for master, step in zip(self.masters[name], steps, strict=True)
+            ]
         self.gradients.clear()
         self.forget_copies()
         self._refresh()
@@ -117,7 +128,8 @@ class Training:
         """Rates at which an update changes parameters, but by no more than a gradient below the floor is worth."""
         found = {}
         for name, gradients in self.gradients.items():
-            size, slope = (float(t.abs().max()) if t.numel() else 0.0 for t in (self._whole(name), gradients[0]))
+            size = max((float(t.abs().max()) for t in self.masters[name] if t.numel()), default=0.0)
+            slope = float(gradients[0].abs().max()) if gradients[0].numel() else 0.0
             rate = CHANGE * size / max(slope, floor)
             found[self.names[name]] = rate if rate < float("inf") else 0.0
         return found
@@ -130,9 +142,6 @@ class Training:
         given = as_dtype(self.numbers.rest[entry.value.name], TO_TORCH[master])
         own = [given.clone() for _ in range(self.num_ranks)]
         return [t.clone() for t in shards(own, kind, self.graph.num_shards)]
-
-    def _whole(self, name: str) -> torch.Tensor:
-        return torch.cat([t.reshape(-1) for t in self.masters[name]])
 
     def _refresh(self) -> None:
         """Make what is computed with anew, where it is no master itself."""
