@@ -237,3 +237,13 @@ def test_one_rank_and_no_backward():
     graph = zgraph.trace(nn.Linear(3, 3).requires_grad_(False), torch.rand(2, 3))
     after = parse_recipe(RECIPES[3]).run(graph, Context(mesh=(Axis("shard", 2),)))
     assert examine(reference(graph, 2), after) is None
+
+
+@pytest.mark.parametrize("fault", [faults.rounded_gradient, faults.half_forgotten])
+def test_the_program_that_fails_is_enough_to_look_at(fault):
+    dtype = None if fault is faults.rounded_gradient else DType.f64
+    graph = final("bf16 net", PLAIN[1])
+    failure = failing(fault(graph), "bf16 net", dtype)
+    there = known("bf16 net", dtype=dtype)
+    assert failure.is_like(examine(there, fault(graph), only=failure.program))
+    assert examine(there, graph, only=failure.program) is None

@@ -18,7 +18,7 @@ from zgraph.debugging.due import misplaced
 from zgraph.debugging.known import Known, Reference
 from zgraph.debugging.memory import check_memory
 from zgraph.debugging.outcome import Difference, Failure, described
-from zgraph.debugging.programs import SYNCED, Course, Programs, courses, phrase
+from zgraph.debugging.programs import SYNCED, Course, Programs, courses, leading_to, phrase
 from zgraph.debugging.rounding import Rounding
 from zgraph.debugging.threads import suited
 from zgraph.errors import CheckError
@@ -109,7 +109,7 @@ class _Examination:
                 text = f"there are {count} outputs, not {wanted}"
                 return _differs(Difference(0, "the list of outputs", 0, math.inf, text), SYNCED)
             programs = self.programs or Programs.of(self.candidate)
-            for course in self.known.courses(courses(programs, micro_steps, only)):
+            for course in leading_to(only, self.known.courses(courses(programs, micro_steps))):
                 if (failure := self.course(course, programs)) is not None:
                     return failure
         except Exception as error:  # whatever an op says of operands that do not fit

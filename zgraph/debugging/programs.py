@@ -101,18 +101,23 @@ Course = tuple[MicroStep, ...]
 """Micro-steps one after another, from the first numbers on. Parameters are updated after each that syncs."""
 
 
-def courses(programs: Programs, num_micro_steps: int, only: str = "") -> Iterator[Course]:
+def courses(programs: Programs, num_micro_steps: int) -> Iterator[Course]:
     """What is run of a graph, cheapest first.
 
     Args:
         programs: of the graph.
         num_micro_steps: how many micro-steps run under no_sync at most.
-        only: the name of a program that must be among them; empty for all.
     """
     for lean in (False, True) if programs.absent else (False,):
-        for course in _courses(programs, num_micro_steps, lean):
-            if not only or any(step.program == only for step in course):
-                yield course
+        yield from _courses(programs, num_micro_steps, lean)
+
+
+def leading_to(program: str, courses: Iterator[Course]) -> Iterator[Course]:
+    """Of each course what leads to a program, if anything does; all of them where the program is empty."""
+    for course in courses:
+        ends = [at for at, step in enumerate(course, 1) if step.program == program or not program]
+        if ends:
+            yield course[: ends[-1]]
 
 
 def _courses(programs: Programs, num_micro_steps: int, lean: bool) -> Iterator[Course]:
@@ -152,4 +157,4 @@ def named(*words: str, lean: bool = False) -> str:
 
 def phrase(program: str) -> str:
     """Where a failure is, in words; empty for the synced step."""
-    return " ".join(_PHRASES[word] for word in program.split(", ") if word in _PHRASES)
+    return ", ".join(_PHRASES[word] for word in program.split(", ") if word in _PHRASES)
