@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from zgraph.debugging import check
+from zgraph.debugging import known
+from zgraph.debugging.numbers import Numbers
 from zgraph.interp import Ranks
-from zgraph.ir import Axis, DType, Graph, InputKind, TensorType
+from zgraph.ir import Axis, DType, Graph, TensorType
 from zgraph.passes import Context, Pass, Pipeline
 
 
@@ -19,26 +20,25 @@ def context(num_ranks: int, reduce_dtype: DType | None = None, num_copies: int =
     return Context(mesh=(*rows, Axis("shard", num_ranks // num_copies)), reduce_dtype=reduce_dtype)
 
 
-class Reference(check.Reference):
-    """A captured graph with what it gives on ranks, with every number of the dtype that the graph says."""
+class Positive(Numbers):
+    """Parameters are as all numbers are: from 0 to 1."""
 
     def weight(self, kind: TensorType, dtype: DType | None = None) -> torch.Tensor:
         return self.tensor(kind, dtype)
 
-    def next_batch(self) -> Reference:
-        """The same with other inputs and tangents."""
-        other = Reference(self.captured, self.num_ranks, self.seed + 1)
-        same = {i.value.name for i in self.captured.inputs if i.kind not in (InputKind.input, InputKind.tangent)}
-        other.values |= {name: value for name, value in self.values.items() if name in same}
-        other.raw = other.run(self.captured)
-        return other
+
+class Reference(known.Reference):
+    """A captured graph with what it gives on ranks, with every number of the dtype that the graph says."""
+
+    def __init__(self, captured: Graph, num_ranks: int) -> None:
+        super().__init__(captured, num_ranks, numbers=Positive(captured, num_ranks, 0, {}))
 
     def check(self, pipeline: Pipeline, reduce_dtype: DType | None = None, num_copies: int = 1) -> None:
         """The graph after each pass gives the numbers of the captured one, to the last bit."""
         steps = Steps()
         pipeline.run(self.captured, context(self.num_ranks, reduce_dtype, num_copies), [steps])
         for name, graph in steps.graphs:
-            wrong = differences(self.expected(graph, reduce_dtype), self.run(graph))
+            wrong = differences(self.expected(graph, reduce_dtype=reduce_dtype), self.run(graph))
             assert not wrong, f"after {name}: " + "\n".join(wrong)
 
 

@@ -7,45 +7,23 @@ from hypothesis import strategies as st
 from tests.interp.models import captured
 from tests.interp.ranks import Reference, context, differences
 from tests.ir.strategies import graphs
-from zgraph.aten import TO_TORCH
-from zgraph.interp import Ranks, mean
-from zgraph.ir import DType, Graph, Output, OutputKind, Phase
+from zgraph.debugging.programs import MicroStep, Programs
+from zgraph.ir import DType, Graph, Phase
 from zgraph.passes import RECIPES, parse_recipe
 from zgraph.passes.no_sync import without_sync
 
 
 def check_two_micro_steps(captured: Graph, recipe: str, num_ranks: int, reduce_dtype: DType | None = None) -> None:
     """The first without sync, its whole gradients held; the second averages the sums."""
-    first = Reference(captured, num_ranks)
-    second = first.next_batch()
+    known = Reference(captured, num_ranks)
     after = parse_recipe(recipe).run(captured, context(num_ranks, reduce_dtype))
-    targets = {i.value.name: i.target for i in after.params}
-    rest = {i.value.name: TO_TORCH[i.master or i.value.tensor.dtype] for i in after.params}
-    held_targets = {n.option("target") for n in after.nodes if n.op == "accumulate"}
-
-    def is_held(output: Output) -> bool:
-        return output.kind is OutputKind.grad and targets.get(output.target) in held_targets
-
-    def in_reduce_dtype(ranks: Ranks) -> Ranks:
-        return [r.to(TO_TORCH[reduce_dtype]) if reduce_dtype else r for r in ranks]
-
-    unsynced = first.run(without_sync(after))
-    wanted = first.expected(after, reduce_dtype)
-    held = {}
-    for index, output in enumerate(captured.outputs):
-        if is_held(output):
-            wanted[index] = in_reduce_dtype(first.raw[index])
-            held[targets[output.target]] = unsynced[index]
-    assert held.keys() == held_targets
-    assert not differences(wanted, unsynced)
-
-    synced = second.run(after, held)
-    wanted = second.expected(after, reduce_dtype)
-    for index, output in enumerate(captured.outputs):
-        if is_held(output):
-            pairs = zip(in_reduce_dtype(first.raw[index]), in_reduce_dtype(second.raw[index]), strict=True)
-            wanted[index] = [mean([a + b for a, b in pairs]).to(rest[output.target])] * num_ranks
-    assert not differences(wanted, synced)
+    course = (MicroStep(0, syncs=False), MicroStep(1))
+    programs = Programs.of(after)
+    training = known.training(after, programs)
+    for at, step in enumerate(course):
+        assert not differences(known.wanted(course, at, programs, reduce_dtype), training.run(step))
+        held = {} if step.syncs else {n.option("target") for n in after.nodes if n.op == "accumulate"}
+        assert training.interpreter.held.keys() == set(held)
 
 
 @pytest.mark.parametrize("stage", RECIPES)

@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from zgraph.cli.terminal import Terminal, printable
 from zgraph.errors import BudgetError, HardwareError, RecipeError, UsageError, ZgraphError, did_you_mean, nearest
+from zgraph.passes.pipeline import parse_size
 from zgraph.runfile import RunFile, load_run
 
 FAILED, USED_WRONGLY, DOES_NOT_FIT = 1, 2, 3
@@ -87,6 +88,14 @@ def one_of(option: str, value: str, words: Sequence[str]) -> str:
     return value
 
 
+def max_bytes(size: str) -> int | None:
+    """The value of --max-memory. Raises UsageError if it is no size."""
+    try:
+        return parse_size(size) if size else None
+    except ValueError as error:
+        raise UsageError(f"--max-memory: {error}") from None
+
+
 def read_run(file: str, graph: str = "final") -> tuple[RunFile, str]:
     """The run that an argument `FILE` or `FILE@GRAPH` names, and its graph, or else `graph`; `-` is standard input."""
     path, name = file, graph
@@ -130,7 +139,7 @@ def write_run(run: RunFile, output: str) -> None:
 
 def load_commands() -> None:
     """Import the modules that add commands."""
-    from zgraph.cli import commands, debugging, exports, machine, pictures, planning  # noqa: F401
+    from zgraph.cli import checking, commands, debugging, exports, machine, pictures, planning  # noqa: F401
 
 
 def main() -> NoReturn:

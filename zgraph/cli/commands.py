@@ -27,7 +27,7 @@ from zgraph.cli.app import (
 )  # fmt: skip
 from zgraph.cli.completion import any_of, hardware_names, pass_names, several_passes
 from zgraph.compare import compare
-from zgraph.errors import UsageError, VerifyError, ZirError, did_you_mean
+from zgraph.errors import UsageError, did_you_mean
 from zgraph.explain import explain
 from zgraph.ir import DType, Phase, print_graph, verify
 from zgraph.ir.ops import LANES
@@ -356,33 +356,3 @@ def simulate_run(
     for cause, us in sorted(causes.items(), key=lambda item: -item[1]):
         console().print(f"  exposed by {cause}: {us:,.1f} us")
     console().print(f"at rest {mebibytes(run.context.rest_bytes)}")
-
-
-@app.command(name="verify")
-def verify_run(
-    file: Annotated[str, typer.Argument(help="A run file, all of whose graphs are checked; - for standard input.")],
-    as_json: AsJson = False,
-) -> None:
-    """Certify a run: each graph keeps every rule, and computes what the one before it does; the last fits the budget.
-
-    Example: `zgraph verify run.zg`
-    """
-    from zgraph.certify.certificate import certify
-
-    run = read_whole_run(file)
-    steps = []
-    for name in run.names:
-        try:
-            steps.append((name.partition("#")[0], run.graph(name)))
-        except ZirError as error:
-            raise VerifyError(f"the graph after {name}: {error}") from None
-    stated = None if run.stated is None else run.stated.memory.peak.total_bytes
-    certificate = certify(steps, run.context, stated)
-    if as_json:
-        rules = [c.model_dump() for c in certificate.checked]
-        memory = certificate.footprint and certificate.footprint.model_dump()
-        print_json({"graphs": list(run.names), "fine": True, "certificate": rules, "memory": memory})
-        return
-    for line in certificate.lines:
-        console().print(f"  {line}")
-    console().print(f"{len(run.names)} graphs are fine")

@@ -7,11 +7,22 @@ from typing import Annotated
 
 import typer
 
-from zgraph.cli.app import FAILED, AsJson, app, console, errors, one_of, print_json, progress, read_run, write_run
+from zgraph.cli.app import (
+    FAILED,
+    AsJson,
+    app,
+    console,
+    errors,
+    max_bytes,
+    one_of,
+    print_json,
+    progress,
+    read_run,
+    write_run,
+)
 from zgraph.errors import UsageError
 from zgraph.ir import Axis, DType, Graph, num_ranks, print_graph
 from zgraph.passes import Context, Pipeline
-from zgraph.passes.pipeline import parse_size
 from zgraph.runfile import CAPTURED, RunFile, run_file
 
 MAX_LINES = 40
@@ -20,7 +31,8 @@ File = Annotated[str, typer.Argument(help="FILE, or FILE@GRAPH to begin there; -
 Load = Annotated[list[str] | None, typer.Option(help="A Python file that defines passes; may be given again.")]
 World = Annotated[int, typer.Option(min=0, help="Ranks to simulate; 0 takes the file's.")]
 Seed = Annotated[int, typer.Option(help="Of the random inputs.")]
-Dtype = Annotated[str, typer.Option(help="What numbers are taken to be: f64 or f32.")]
+Dtype = Annotated[str, typer.Option(help="What numbers are taken to be: f64, f32, or own for what the graphs say.")]
+MicroSteps = Annotated[int, typer.Option(min=0, help="How many micro-steps run under no_sync at most.")]
 Tolerance = Annotated[float | None, typer.Option(help="How much of its largest number an output may differ.")]
 MaxMemory = Annotated[str, typer.Option(help="To use at most, such as 8GiB; by default half of what is free.")]
 
@@ -33,6 +45,7 @@ def bisect_run(
     world: World = 0,
     seed: Seed = 0,
     dtype: Dtype = "f64",
+    micro_steps: MicroSteps = 2,
     tolerance: Tolerance = None,
     max_memory: MaxMemory = "",
     as_json: AsJson = False,
@@ -58,9 +71,12 @@ def bisect_run(
         steps = Steps(tuple((step, graph) for step, graph, _ in run.steps[run.position(first) :]))
     with progress() as shown:
         task = shown.add_task("running the first graph")
-        known = reference(begin, num_ranks(context.mesh), seed, context.hints, _dtype(dtype), _max_bytes(max_memory))
+        known = reference(
+            begin, num_ranks(context.mesh), seed, context.hints, _dtype(dtype), max_bytes(max_memory),
+            reduce_dtype=context.reduce_dtype,
+        )  # fmt: skip
         found = bisect(
-            known, steps, tolerance=tolerance, sources=run.sources,
+            known, steps, tolerance=tolerance, micro_steps=micro_steps, sources=run.sources,
             tell=lambda text: shown.update(task, description=text),
         )  # fmt: skip
     if as_json:
@@ -91,6 +107,7 @@ def reduce_run(
     world: World = 0,
     seed: Seed = 0,
     dtype: Dtype = "f64",
+    micro_steps: MicroSteps = 2,
     tolerance: Tolerance = None,
     max_memory: MaxMemory = "",
     as_json: AsJson = False,
@@ -115,7 +132,8 @@ def reduce_run(
         Commanded(check, context, run.manifest.provenance)
         if check
         else Passed(
-            pipeline, context, num_ranks(context.mesh), seed, _dtype(dtype), tolerance, _max_bytes(max_memory)
+            pipeline, context, num_ranks(context.mesh), seed, _dtype(dtype), tolerance, max_bytes(max_memory),
+            micro_steps,
         )
     )  # fmt: skip
     with progress() as shown:
@@ -162,15 +180,8 @@ def _context(run: RunFile, world: int) -> Context:
     return dataclasses.replace(run.context, mesh=mesh)
 
 
-def _dtype(name: str) -> DType:
-    return DType(one_of("--dtype", name, ("f64", "f32")))
-
-
-def _max_bytes(size: str) -> int | None:
-    try:
-        return parse_size(size) if size else None
-    except ValueError as error:
-        raise UsageError(f"--max-memory: {error}") from None
+def _dtype(name: str) -> DType | None:
+    return None if one_of("--dtype", name, ("f64", "f32", "own")) == "own" else DType(name)
 
 
 def _shortened(lines: tuple[str, ...]) -> list[str]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from zgraph.debugging.check import Failure, Reference, examine
+from zgraph.debugging.check import NUM_MICRO_STEPS, examine
 from zgraph.debugging.ddmin import minimal
 from zgraph.debugging.hunks import Change, Hunks, print_hunk
+from zgraph.debugging.known import Known
+from zgraph.debugging.outcome import Failure
 from zgraph.ir import Graph, Node
 from zgraph.passes import Context, Pipeline
 from zgraph.passes.pipeline import print_pass, uncollected
@@ -83,43 +85,62 @@ def run_steps(graph: Graph, pipeline: Pipeline, context: Context) -> Steps:
 
 
 def bisect(
-    known: Reference, steps: Steps, *, tolerance: float | None = None, sources: Sources | None = None,
-    tell: Tell = lambda text: None,
+    known: Known, steps: Steps, *, tolerance: float | None = None, micro_steps: int = NUM_MICRO_STEPS,
+    sources: Sources | None = None, tell: Tell = lambda text: None,
 ) -> Culprit | None:  # fmt: skip
     """The pass and the least part of what it did after which a graph is wrong; None where none is.
 
     Args:
         known: the first graph, with what it gives.
         steps: the graphs after each pass.
-        tolerance: how much of its largest number an output may differ; by default what `check.TOLERANCES` says.
+        tolerance: how much of its largest number an output may differ; by default what `known.TOLERANCES` says.
+        micro_steps: how many run under no_sync at most.
         sources: the user's lines, as `RunFile.sources` has them.
         tell: is told what is done, for those who wait.
     """
-    return _Search(known, steps, tolerance, sources or {}, tell).run()
+    return Search(known, steps, tolerance, micro_steps, sources or {}, tell).culprit()
 
 
-class _Search:
-    def __init__(self, known: Reference, steps: Steps, tolerance: float | None, sources: Sources, tell: Tell) -> None:
-        self.known, self.steps, self.tolerance, self.sources, self.tell = known, steps, tolerance, sources, tell
-        self.num_checks = 0
+class Search:
+    """Looks for the first wrong graph of a run, in the program in which the last one is found to be wrong."""
+
+    def __init__(
+        self, known: Known, steps: Steps, tolerance: float | None = None, micro_steps: int = NUM_MICRO_STEPS,
+        sources: Sources | None = None, tell: Tell = lambda text: None,
+    ) -> None:  # fmt: skip
+        self.known, self.steps, self.tolerance, self.micro_steps = known, steps, tolerance, micro_steps
+        self.sources, self.tell = sources or {}, tell
+        self.graphs = [graph for _, graph in steps.graphs]
+        self.num_checks, self.program = 0, ""
         self.num_steps = len(steps.graphs) - 1 + (steps.crash is not None)
 
-    def run(self) -> Culprit | None:
-        """Each of the graphs before the one found is right, as far as it was looked at; the one before it is."""
-        graphs = [graph for _, graph in self.steps.graphs]
-        right, wrong = 0, len(graphs) - 1
-        failure = self.examined(graphs[-1], f"the graph after {self.steps.graphs[-1][0]}")
-        if failure is None:
+    def culprit(self) -> Culprit | None:
+        """The pass that made the first wrong graph, and what of it is to blame."""
+        found = self.first()
+        if found is None:
             return self.crashed()
+        wrong, failure = found
+        rewrite = self.rewrite(self.graphs[wrong - 1], self.graphs[wrong], failure)
+        return Culprit(self.steps.graphs[wrong][0], wrong, self.num_steps, failure, rewrite, self.num_checks)
+
+    def first(self) -> tuple[int, Failure] | None:
+        """The position of the first wrong graph, and how it is wrong; None where the last one is right.
+
+        Each of the graphs before the one found is right, as far as it was looked at; the one before it is.
+        """
+        right, wrong = 0, len(self.graphs) - 1
+        failure = self.examined(self.graphs[-1], f"the graph after {self.steps.graphs[-1][0]}")
+        if failure is None:
+            return None
+        self.program = failure.program
         while wrong - right > 1:
             middle = (right + wrong) // 2
-            found = self.examined(graphs[middle], f"the graph after {self.steps.graphs[middle][0]}")
+            found = self.examined(self.graphs[middle], f"the graph after {self.steps.graphs[middle][0]}")
             if found is None:
                 right = middle
             else:
                 wrong, failure = middle, found
-        rewrite = self.rewrite(graphs[right], graphs[wrong], failure)
-        return Culprit(self.steps.graphs[wrong][0], wrong, self.num_steps, failure, rewrite, self.num_checks)
+        return wrong, failure
 
     def crashed(self) -> Culprit | None:
         if self.steps.crash is None:
@@ -130,7 +151,9 @@ class _Search:
     def examined(self, graph: Graph, what: str, own: Collection[int] | None = None) -> Failure | None:
         self.num_checks += 1
         self.tell(f"check {self.num_checks}: {what}")
-        return examine(self.known, graph, tolerance=self.tolerance, own=own)
+        return examine(
+            self.known, graph, tolerance=self.tolerance, own=own, micro_steps=self.micro_steps, only=self.program
+        )
 
     def rewrite(self, before: Graph, after: Graph, failure: Failure) -> Rewrite:
         """The least part of what lies between two graphs that fails as they do together."""

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from zgraph.debugging.bisection import Tell, run_steps
-from zgraph.debugging.check import Failure, Reference, check_memory, examine
+from zgraph.debugging.check import NUM_MICRO_STEPS, examine, reference
 from zgraph.debugging.ddmin import minimal
-from zgraph.errors import UsageError, VerifyError
+from zgraph.debugging.outcome import Failure
+from zgraph.errors import BudgetError, UsageError, VerifyError
 from zgraph.ir import DType, Graph, Input, InputKind, Node, Output, OutputKind, Phase, TensorType, Value, verify
 from zgraph.ir.arena import sized
 from zgraph.passes import Context, Pipeline
@@ -43,30 +44,44 @@ class Passed:
         context: what they know.
         num_ranks: how many are simulated.
         seed: of the random inputs.
-        dtype: f64 or f32, which all floating-point numbers are taken to be.
-        tolerance: how much of its largest number an output may differ; by default what `check.TOLERANCES` says.
+        dtype: f64 or f32, which all floating-point numbers are taken to be; None for those that the graph says.
+        tolerance: how much of its largest number an output may differ; by default what `known.TOLERANCES` says.
         max_bytes: memory to use at most; by default half of what is free.
+        micro_steps: how many run under no_sync at most.
+        program: the one program to look at; empty for all.
     """
 
     pipeline: Pipeline
     context: Context
     num_ranks: int = 1
     seed: int = 0
-    dtype: DType = DType.f64
+    dtype: DType | None = DType.f64
     tolerance: float | None = None
     max_bytes: int | None = None
+    micro_steps: int = NUM_MICRO_STEPS
+    program: str = ""
 
     def failure(self, graph: Graph) -> Failure | None:
         """How the graph fails. Raises BudgetError if checking it takes too much memory."""
         steps = run_steps(graph, self.pipeline, self.context)
         if steps.crash is not None:
             return broken(steps.graphs[-1][1]) or steps.crash[1]
-        check_memory(graph, self.num_ranks, self.context.hints, self.dtype, self.max_bytes)
         try:
-            known = Reference(graph, self.num_ranks, self.seed, self.context.hints, self.dtype)
+            known = reference(
+                graph, self.num_ranks, self.seed, self.context.hints, self.dtype, self.max_bytes,
+                reduce_dtype=self.context.reduce_dtype,
+            )  # fmt: skip
+        except BudgetError:
+            raise
         except Exception:  # what was cut off may be what made sense of its operands
             return None
-        return examine(known, steps.graphs[-1][1], tolerance=self.tolerance)
+        return examine(
+            known, steps.graphs[-1][1], tolerance=self.tolerance, micro_steps=self.micro_steps, only=self.program
+        )
+
+    def narrowed(self, failure: Failure) -> Passed:
+        """The check of the program that fails."""
+        return replace(self, program=failure.program)
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,8 @@ def reduce(graph: Graph, check: Check, *, tell: Tell = lambda text: None) -> tup
     failure = check.failure(graph)
     if failure is None:
         raise UsageError("nothing fails on this graph, so there is nothing to reduce")
+    if isinstance(check, Passed):
+        check = check.narrowed(failure)
     return _Reduction(graph, check, failure, tell).run(), failure
 
 

@@ -1,0 +1,102 @@
+"""A graph with all its floating-point numbers of one dtype, to be run on simulated ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from zgraph.debugging.draws import FLOATS, SAME_DRAWS
+from zgraph.ir import OPS, Arg, DType, Foreign, Graph, Node, TensorType
+from zgraph.ir.graph import Value
+from zgraph.ir.types import Type
+
+_WIDE: Mapping[DType, DType] = {DType.f32: DType.c64, DType.f64: DType.c128}
+_COMPLEX = frozenset(_WIDE.values())
+_KERNEL_OPERAND = re.compile(rf"\b(?:{'|'.join(d.value for d in FLOATS)})\[")
+_CAST = "aten._to_copy.default"
+
+
+def in_dtype(graph: Graph, dtype: DType, *, draws_in_own: bool = False) -> Graph:
+    """The graph with all its floating-point numbers of one dtype: to be run, not always valid.
+
+    Buckets are laid out anew, since members are aligned to bytes.
+
+    Args:
+        graph: after any pass.
+        dtype: f64 or f32.
+        draws_in_own: random numbers are drawn in the dtype that the graph says, so that they are the graph's own.
+    """
+    return _Rewriter(graph, dtype, draws_in_own).run()
+
+
+class _Rewriter:
+    def __init__(self, graph: Graph, dtype: DType, draws_in_own: bool) -> None:
+        self.graph, self.dtype, self.draws_in_own = graph, dtype, draws_in_own
+        self.made: dict[str, Type] = {}
+
+    def run(self) -> Graph:
+        graph = self.graph
+        inputs = tuple(replace(i, value=self.value(i.value), master=None) for i in graph.inputs)
+        nodes = tuple(made for node in graph.nodes for made in self.nodes(node))
+        outputs = tuple(replace(o, value=None if o.value is None else self.value(o.value)) for o in graph.outputs)
+        foreign = {_CAST: Foreign(), **graph.foreign}
+        return replace(graph, inputs=inputs, nodes=nodes, outputs=outputs, foreign=foreign)
+
+    def nodes(self, node: Node) -> Iterator[Node]:
+        row = self.graph.foreign.get(node.op)
+        if self.draws_in_own and row is not None and row.random and node.op not in SAME_DRAWS:
+            yield from self.drawing(node)
+        else:
+            yield self.node(node)
+
+    def drawing(self, node: Node) -> Iterator[Node]:
+        """A node that draws, between casts to the dtypes that it has and back."""
+        env: dict[str, Value] = {}
+        for value in node.operands:
+            if self.value(value) != value and value.name not in env:
+                env[value.name] = Value(f"{node.name}.{value.name}", value.type)
+                yield _cast(self.value(value), env[value.name], node)
+        results = tuple(Value(f"{r.name}.own", r.type) if self.value(r) != r else r for r in node.results)
+        yield replace(node.substitute(env), results=results)
+        for own, result in zip(results, node.results, strict=True):
+            if own != result:
+                yield _cast(own, self.value(result), node)
+
+    def node(self, node: Node) -> Node:
+        kwargs = tuple((k, self.arg(a)) for k, a in node.kwargs)
+        node = replace(node, args=tuple(map(self.arg, node.args)), kwargs=kwargs, results=self.values(node))
+        if node.op in OPS:
+            kinds = OPS[node.op].rule(node, self.graph.mesh)
+            self.made.update(zip((r.name for r in node.results), kinds, strict=True))
+            node = replace(node, results=self.values(node))
+        return node
+
+    def values(self, node: Node) -> tuple[Value, ...]:
+        return tuple(map(self.value, node.results))
+
+    def value(self, value: Value) -> Value:
+        return Value(value.name, self.made.get(value.name) or self.type(value.type))
+
+    def arg(self, arg: Arg) -> Arg:
+        match arg:
+            case Value():
+                return self.value(arg)
+            case DType():
+                return self.element(arg)
+            case str():
+                return _KERNEL_OPERAND.sub(f"{self.dtype.value}[", arg)
+            case tuple():
+                return tuple(map(self.arg, arg))
+        return arg
+
+    def type(self, kind: Type) -> Type:
+        return replace(kind, dtype=self.element(kind.dtype)) if isinstance(kind, TensorType) else kind
+
+    def element(self, old: DType) -> DType:
+        return self.dtype if old in FLOATS else _WIDE[self.dtype] if old in _COMPLEX else old
+
+
+def _cast(value: Value, result: Value, node: Node) -> Node:
+    assert isinstance(result.type, TensorType)
+    return Node(_CAST, (value,), (result,), (("dtype", result.type.dtype),), node.phase, node.origin)
