@@ -24,6 +24,7 @@ from zgraph.passes.broadcast import Broadcast
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.schedule import Schedule
 from zgraph.runtime import torch_private
+from zgraph.runtime.agreement import wire_of
 from zgraph.runtime.collectives import MAKERS
 
 from .lockstep import local
@@ -213,6 +214,14 @@ def test_what_a_process_group_is_asked_for(monkeypatch, placement, ops, count):
     start = MAKERS["reduce_scatter_start"](parse_graph(text).nodes[0], session)
     start(*[torch.ones(4)] * count)
     assert asked == [ops[0], *[ops[1]] * count]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sum_and_a_mean_are_not_the_same_over_the_wire(way: str) -> None:
+    """Ranks that compile one each alone must not take them for the same."""
+    summed, mean = (wire_of(make_plan(step(way, LINE, reduce)))[1] for reduce in ("sum", "mean"))
+    assert summed == wire_of(make_plan(step(way, LINE, "sum")))[1]
+    assert summed != mean
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])

@@ -39,6 +39,7 @@ NODES = {
         "%a: f32[4, 2]<R> = reshard(%s, %s2)",
         "%a: int = reshard(%n)",
         "%a: f32[4, 2]<V> = reshard(%s)",
+        '%a: f32[4, 2]<R> = reshard(%root, reduce="root")',
         "%a: f32[4, 2]<R> = reshard(%v)",
         "%a: f32[4, 2]<S0> = reshard(%v)",
         "%a: f32[4, 2]<P(mean)> = reshard(%v)",

@@ -171,6 +171,8 @@ def _waited(node: Node, _: Mesh) -> tuple[Type, ...]:
 
 def _resharded(node: Node, _: Mesh) -> tuple[Type, ...]:
     """What is sharded becomes whole, what is pending reduced, and the memory space anything; all else stays."""
+    if node.option("reduce") is not None:
+        raise TypeRuleError("takes no reduce=: what is pending is in the type of its operand")
     results = []
     for value, result in zip(node.operands, node.results, strict=True):
         kind, made = tensor(replace(node, args=(value,), kwargs=())), result.type

@@ -206,7 +206,7 @@ def _misplaced(output: Output, kind: TensorType, entry: Input, target: TensorTyp
     what = f"the {output.kind.value} of %{output.target} is {kind}"
     if any(isinstance(p, Partial) for p in kind.placement):
         return f"{what}: it is pending, and must be reduced to {target.contiguous(kind.dtype)}"
-    if kind.placement != target.placement:
+    if kind.placement != target.placement or (is_gradient and kind.varies):
         return f"{what}, but it must lie as %{output.target} does, which is {target}"
     space = target.space if not is_gradient else HOST if entry.offload else DEVICE
     if kind.space != space:
