@@ -219,6 +219,8 @@ def _misplaced(output: Output, kind: TensorType, entry: Input, target: TensorTyp
 
 def arenas(graph: Graph) -> Iterator[Fault]:
     """What lies in an arena dies in the program that made it, alone has its place while it lives, and ends in it."""
+    if not graph.arenas and all(node.option("at") is None for node in graph.nodes):
+        return
     misplaced = False
     for position, node in enumerate(graph.nodes):
         if (at := node.option("at")) is not None and (wrong := _wrong_offsets(node, at)):
