@@ -48,6 +48,7 @@ LINES = [
     ("fwd %y: f32[4]<V> ^aten.op.default(%x)", "'='"),
     ("fwd %y: f32[4]<V>, ^= aten.op.default(%x)", "'%'"),
     (CALL + "^", "'('"),
+    ("fwd %y: f32[4]<V> = ^aten.nope.default(%x)", "neither an op of zgraph's nor declared"),
     (CALL + "(%x, ^?)", "argument"),
     (CALL + "(%^z)", "not defined above"),
     (CALL + "(%x, ^bogus)", "expected a value"),

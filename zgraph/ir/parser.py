@@ -149,6 +149,7 @@ class _Reader:
         self.lines = _lines(text)
         self.values: dict[str, Value] = {}
         self.phases = {p.value: p for p in Phase}
+        self.undeclared: ZirError | None = None
 
     def graph(self) -> Graph:
         head = next(self.lines, None)
@@ -181,6 +182,8 @@ class _Reader:
                 line.at = start
                 raise line.error(f"expected op, arena, {', '.join([*kinds, *self.phases])} or return")
             line.end()
+        if self.undeclared is not None:
+            raise self.undeclared
         return Graph(name, tuple(inputs), tuple(nodes), tuple(outputs), mesh, foreign, arenas)
 
     def head(self, line: _Line) -> tuple[str, tuple[Axis, ...]]:
@@ -283,8 +286,12 @@ class _Reader:
         at = line.at
         op = line.word("the name of an op")
         line.expect("(")
-        if op not in OPS and op not in foreign and (wrong := refusal(op)):
-            raise line.error(wrong, at)
+        if op not in OPS and op not in foreign:
+            if wrong := refusal(op):
+                raise line.error(wrong, at)
+            self.undeclared = self.undeclared or line.error(
+                f"{op} is neither an op of zgraph's nor declared above with: op {op}", at
+            )
         args: list[Arg] = []
         kwargs: list[tuple[str, Arg]] = []
 
