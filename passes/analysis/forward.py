@@ -260,14 +260,14 @@ class _Writer:
         self.forward, self.graph, self.wanted = forward, forward.graph, again
         self.builder = Builder(self.graph, self.forward.made_by)
         self.made: dict[str, Value] = {}
-        self.moved: set[str] = set()
+        self.placed: set[str] = set()
         self.nodes: list[Node] = []
 
     def run(self) -> Graph:
         for node in self.graph.nodes:
             if node.phase is Phase.forward:
                 self.nodes.append(node)
-            elif not (node.results and node.name in self.moved):
+            elif not (node.results and node.name in self.placed):
                 self.append(node)
         return self.graph.with_nodes(self.nodes)
 
@@ -275,6 +275,7 @@ class _Writer:
         """A node of the backward, behind what it needs."""
         env = {v.name: self.now(v) for v in node.operands if v.name in self.wanted}
         self.nodes.append(node.substitute(env))
+        self.placed.update(r.name for r in node.results)
 
     def now(self, value: Value) -> Value:
         """What the backward reads for a value of the forward."""
@@ -310,8 +311,8 @@ class _Writer:
         source = gathered(self.graph, maker)
         found = self.forward.again.get(source)
         if found is not None:
-            if found.name not in self.moved:
-                self.moved.update(self.hoist(found))
+            if found.name not in self.placed:
+                self.placed.update(self.hoist(found))
             result = found.results[0]
         else:
             result = Value(self.builder.fresh(f"{value.name}_again"), value.type)
@@ -325,7 +326,7 @@ class _Writer:
         """Put a gather of the backward, and the cast before it, here."""
         before = [self.graph.producers[v.name] for v in node.operands if v.name in self.graph.producers]
         for other in (*before, node):
-            if other.phase is not Phase.forward and other.name not in self.moved:
+            if other.phase is not Phase.forward and other.name not in self.placed:
                 self.nodes.append(other)
                 yield other.name
 

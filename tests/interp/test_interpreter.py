@@ -5,7 +5,7 @@ import torch
 
 from tests.interp.ranks import same_bits
 from zgraph.errors import InterpretError
-from zgraph.interp import Interpreter, mean, whole
+from zgraph.interp import Interpreter, mean, shards, whole
 from zgraph.ir import parse_graph, verify
 
 HEAD = """graph "g" mesh(shard=3)
@@ -161,6 +161,55 @@ def test_held_gradients_are_added_once():
     (second,) = interpreter.run(graph, INPUTS)
     assert torch.equal(first[1], torch.arange(5.0) + 100)
     assert torch.equal(second[1], torch.arange(5.0))
+
+
+GATHER = "fwd %s: future f32[5]<R> = all_gather_start(%b, keep=true)\nfwd %f: f32[5]<R> = wait(%s)\n"
+
+
+def test_a_gather_is_kept_until_a_step_ends():
+    graph = parse_graph(HEAD + GATHER + "fwd %c: f32[5]<R> = copy(%f)\nfwd release(%f)\nreturn fwd output %c\n")
+    interpreter = Interpreter()
+    interpreter.syncs = False
+    for given in (B, B + 1, B + 2):
+        (found,) = interpreter.run(graph, INPUTS | {"b": given})
+        assert all(torch.equal(t, B) for t in found)
+    interpreter.kept.clear()
+    interpreter.syncs = True
+    for given in (B + 1, B + 2):
+        (found,) = interpreter.run(graph, INPUTS | {"b": given})
+        assert all(torch.equal(t, given) for t in found)
+    assert not interpreter.kept
+
+
+def test_what_lives_on_is_not_copied():
+    head = HEAD.replace("op aten.add.Tensor", "op aten.add.Tensor\nop aten.mul_.Tensor views(0) writes(0)")
+    graph = parse_graph(head + "fwd %m: f32[4, 2]<V> = aten.mul_.Tensor(%x, 2)\nreturn fwd output %m\n")
+    own = [torch.full((4, 2), float(r)) for r in range(3)]
+    for factor in (2, 4):
+        (found,) = Interpreter().run(graph, INPUTS, {"x": own})
+        assert torch.equal(own[2], torch.full((4, 2), 2.0 * factor))
+        assert torch.equal(found[2], own[2])
+    (found,) = Interpreter().run(graph, INPUTS)
+    assert torch.equal(INPUTS["x"][2], torch.full((4, 2), 2.0))
+
+
+def test_who_runs_ops_may_change_how():
+    graph = parse_graph(HEAD + "fwd %m: f32[4, 2]<V> = aten.add.Tensor(%x, %x)\nreturn fwd output %m\n")
+
+    def caller(node, row, rank, args, kwargs):
+        return args[0] * 0 + rank + 10
+
+    (found,) = Interpreter(caller=caller).run(graph, INPUTS)
+    assert [float(t[0, 0]) for t in found] == [10, 11, 12]
+
+
+def test_copies_of_a_shard_that_differ_are_seen():
+    graph = parse_graph('graph "g" mesh(replicate=2, shard=2)\nparam %w: f32[4]<R, S0> "w"\nreturn fwd output %w\n')
+    chunks = [torch.full((2,), float(rank)) for rank in range(4)]
+    found = whole(graph.outputs[0], chunks, graph.num_shards)
+    assert [t.tolist() for t in found] == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+    again = shards(found, graph.params[0].value.tensor, graph.num_shards)
+    assert all(map(torch.equal, again, chunks))
 
 
 def test_inputs_are_never_changed():

@@ -20,13 +20,16 @@ from zgraph.debugging.known import Known, Reference
 from zgraph.debugging.memory import check_memory
 from zgraph.debugging.outcome import Difference, Failure, described
 from zgraph.debugging.programs import SYNCED, Course, Programs, courses, leading_to, phrase
-from zgraph.debugging.rounding import Rounding
+from zgraph.debugging.rounding import NUM_DRAWS, Rounding
 from zgraph.debugging.threads import suited
 from zgraph.errors import CheckError
 from zgraph.ir import DType, Graph, OutputKind, verify
 
 NUM_MICRO_STEPS = 2
 """How many micro-steps run under no_sync, if nothing is said."""
+
+NUM_KEPT = 12
+"""Of about as many micro-steps of the captured graph the outputs are kept, for each dtype and each change of it."""
 
 
 def reference(
@@ -50,7 +53,8 @@ def reference(
         VerifyError: the graph is not valid.
     """
     verify(captured)
-    check_memory(captured, num_ranks, sizes or {}, dtype or DType.f64, max_bytes, num_runs=6)
+    num_runs = NUM_KEPT * (1 if dtype else 2 + NUM_DRAWS)
+    check_memory(captured, num_ranks, sizes or {}, dtype or DType.f64, max_bytes, num_runs)
     found: Known
     try:
         with suited(captured):
