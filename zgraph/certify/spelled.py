@@ -12,7 +12,9 @@ before. Additions may be in any order. A dropout's draw is known by the dropout'
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 from zgraph.certify.steps import Number, Sized, Steps, keyed, lies, shape_of
@@ -49,9 +51,9 @@ _WORDS = frozenset({"none", "true", "false", "last", "rows"})
 END = 2**63 - 1
 
 
-def kernels(graph: Graph) -> frozenset[tuple[Hashable, ...]]:
-    """What stands in the place of other ops."""
-    return frozenset((n.op, n.args, n.results) for n in graph.nodes if n.op in KERNELS)
+def kernels(graph: Graph) -> Counter[Hashable]:
+    """How often each kernel stands in the place of other ops, whatever it reads."""
+    return Counter((n.op, tuple(constant(a, repeat("%")) for a in n.args)) for n in graph.nodes if n.op in KERNELS)
 
 
 def spelled(graph: Graph, terms: Steps, absent: frozenset[str] = frozenset()) -> Meaning:
