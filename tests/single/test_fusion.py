@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 import small
 import zgraph
-from tests.interp.ranks import Reference
 from zgraph.aten import TO_TORCH
 from zgraph.codegen.spec import KernelSpec
 from zgraph.cost.work import work
+from zgraph.debugging.known import Reference
+from zgraph.debugging.numbers import Numbers
 from zgraph.errors import UsageError
 from zgraph.ir import DType, Graph, Node, Phase, TensorType, Value, parse_graph, print_graph, verify
 from zgraph.passes import RECIPES, Context, fusing, parse_recipe
@@ -61,7 +62,7 @@ def captured(name: str, dtype: torch.dtype | None) -> Graph:
     return zgraph.trace(ALL[name]().train(), **inputs, param_dtype=dtype)
 
 
-class Likely(Reference):
+class LikelyNumbers(Numbers):
     """Numbers as a model has them when training begins; with others rounding is all that gradients are made of."""
 
     def tensor(self, kind: TensorType, dtype: DType | None = None) -> torch.Tensor:
@@ -70,6 +71,29 @@ class Likely(Reference):
             return drawn
         around = 1.0 if drawn.ndim == 1 else 0.0
         return (torch.randn(drawn.shape, generator=self.random) / 10 + around).to(drawn.dtype)
+
+    def weight(self, kind: TensorType, dtype: DType | None = None) -> torch.Tensor:
+        return self.tensor(kind, dtype)
+
+
+class InSingle(Numbers):
+    """The numbers of another graph in fp32."""
+
+    def __init__(self, graph: Graph, numbers: Numbers) -> None:
+        super().__init__(graph, numbers.num_ranks, 0, {})
+        self.numbers = numbers
+        self.rest = {name: single(value) for name, value in numbers.rest.items()}
+
+    def batch(self, number: int) -> dict[str, list]:
+        return {name: [single(v) for v in ranks] for name, ranks in self.numbers.batch(number).items()}
+
+
+def single(value: object) -> object:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def likely(graph: Graph) -> Reference:
+    return Reference(graph, 1, numbers=LikelyNumbers(graph, 1, 0, {}))
 
 
 def kernels(graph: Graph) -> list[Node]:
@@ -96,7 +120,7 @@ def test_a_fused_step_gives_the_same_numbers(name):
     verify(fused)
     assert print_graph(parse_graph(print_graph(fused))) == print_graph(fused)
     assert {n.phase for n in kernels(fused)} == {Phase.forward, Phase.backward}
-    reference = Likely(graph, 1)
+    reference = likely(graph)
     pairs = list(zip(floats(reference, graph), floats(reference, fused), strict=True))
     largest = max(wanted.norm() for wanted, _ in pairs)
     for wanted, made in pairs:  # some gradients are nothing but rounding
@@ -114,7 +138,7 @@ def test_matmuls_with_what_follows_them_give_the_same_numbers(name):
     if name in ("vit", "gpt2"):
         assert any("col_sum" in str(n.args[-1]) for n in joined)
     assert not any(n.op == MATMUL for n in FUSED.run(captured(name, None), Context()).nodes), "none on processors"
-    reference = Likely(graph, 1)
+    reference = likely(graph)
     pairs = list(zip(floats(reference, graph), floats(reference, fused), strict=True))
     largest = max(wanted.norm() for wanted, _ in pairs)
     for wanted, made in pairs:
@@ -125,12 +149,8 @@ def test_matmuls_with_what_follows_them_give_the_same_numbers(name):
 def test_in_bf16_a_fused_step_is_as_close_to_the_truth(name):
     """Kernels round less often: they are about as far from the same step in fp32 as op by op."""
     graph, fused = fused_and_not(name, torch.bfloat16)
-    reference, exact = Likely(graph, 1), Likely(captured(name, None), 1)
-    exact.values = {
-        name: [t.float() if t.is_floating_point() else t for t in value] if isinstance(value, list) else value
-        for name, value in reference.values.items()
-    }
-    truths = floats(exact, captured(name, None))
+    reference, whole = likely(graph), captured(name, None)
+    truths = floats(Reference(whole, 1, numbers=InSingle(whole, reference.numbers)), whole)
     errors = [
         median(float((a - b).norm() / b.norm()) for a, b in zip(floats(reference, g), truths, strict=True))
         for g in (graph, fused)
@@ -233,7 +253,7 @@ def test_long_rows_and_approximations_are_fused():
     fused = FUSED.run(graph, Context())
     assert not any("gelu" in n.op or "layer_norm" in n.op for n in fused.nodes)
     assert {n.phase for n in kernels(fused) if spec(n).is_swept} == {Phase.forward, Phase.backward}
-    reference = Likely(graph, 1)
+    reference = likely(graph)
     for wanted, made in zip(floats(reference, graph), floats(reference, fused), strict=True):
         assert (made - wanted).norm() <= 1e-4 * wanted.norm()
 
@@ -330,7 +350,7 @@ def test_logits_that_are_not_returned_are_never_whole(dtype):
     assert {work(fused, n).dtype for n in losses} == {"f32" if dtype is None else "bf16"}
     assert whole_logits(before)
     assert not whole_logits(fused)
-    reference = Likely(before, 1)
+    reference = likely(before)
     for wanted, made in zip(floats(reference, before), floats(reference, fused), strict=True):
         assert (made - wanted).norm() <= (1e-4 if dtype is None else 6e-2) * wanted.norm()
 
@@ -479,7 +499,7 @@ def test_angles_that_are_learned_get_their_gradients():
     before, fused = BEFORE.run(graph, Context()), FUSED.run(graph, Context())
     verify(fused)
     assert [n.phase for n in fused.nodes if n.op == ROTARY] == [Phase.backward]  # the forward keeps what is inside
-    reference = Likely(before, 1)
+    reference = likely(before)
     for wanted, made in zip(floats(reference, before), floats(reference, fused), strict=True):
         assert (made - wanted).norm() <= 1e-5 * wanted.norm()
 

@@ -139,8 +139,9 @@ class Speller(Reader):
     def patterned(self, node: Node, given: Mapping[str, Sized]) -> Sequence[int] | None:
         """The terms of an op by a pattern; None if none fits."""
         kinds = [v.type for v in (*node.operands, *node.results)]
-        if not all(isinstance(k, TensorType) and (k.dtype in _FLOATS or k.dtype is DType.bool) for k in kinds):
-            return None
+        dtypes = {k.dtype if isinstance(k, TensorType) else None for k in kinds}
+        if not dtypes <= {*_FLOATS, DType.f64, DType.bool} or (DType.f64 in dtypes and node.op in _ANY_OPTIONS):
+            return None  # kernels do not compute in fp64: a cast to it or from it counts
         for pattern in PATTERNS.get(node.op, ()):
             bound = bind(pattern, node)
             if bound is None or len(pattern.results) != len(node.results):
