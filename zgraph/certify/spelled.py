@@ -102,7 +102,8 @@ class Speller(Reader):
             is_linear = operands[0].term == ZERO and (node.op in LINEAR or views(self.graph, node))
             if node.op in PRODUCTS or is_linear:
                 return [ZERO] * len(node.results)
-        key = (node.op, *normal(node.op, args, operands), *kwargs)
+        shape = shape_of(node.results[0]) if node.results else ()
+        key = (node.op, *normal(node.op, args, operands, shape), *kwargs)
         if not self.graph.foreign[node.op].is_pure:
             self.state = self.table.of("state", self.state, key)
             key = (self.state, *key)
@@ -125,7 +126,7 @@ class Speller(Reader):
         operands = [a for a in args if isinstance(a, Sized)]
         if any(o.term == ZERO for o in operands) and (op in PRODUCTS or operands[0].term == ZERO):
             return Sized(ZERO, shape)
-        key = (op, *normal(op, [keyed(a) if isinstance(a, Sized) else a for a in args], operands))
+        key = (op, *normal(op, [keyed(a) if isinstance(a, Sized) else a for a in args], operands, shape))
         return Sized(self.of(key), shape)
 
     def argument(self, arg: Arg, given: Mapping[str, Sized]) -> Hashable:
@@ -242,8 +243,7 @@ class Speller(Reader):
         return self.call("aten.slice.Tensor", args, (*x.shape[:-1], end - start))
 
     def uncut(self, x: Sized, whole: Sized, start: int, end: int) -> Sized:
-        sizes = ("list", *(("int", d) if isinstance(d, int) else ("dim", str(d)) for d in whole.shape))
-        args = (x, sizes, ("int", len(x.shape) - 1), ("int", start), ("int", end), ("int", 1))
+        args = (x, "sizes", ("int", len(x.shape) - 1), ("int", start), ("int", end), ("int", 1))
         return self.call("aten.slice_backward.default", args, whole.shape)
 
     def concat(self, a: Sized, b: Sized, whole: Sized) -> Sized:
@@ -324,7 +324,7 @@ def _word(arg: Arg) -> str:
     return f"{arg:g}" if is_number else str(arg).lower()
 
 
-def normal(op: str, args: list[Hashable], operands: Sequence[Sized]) -> list[Hashable]:
+def normal(op: str, args: list[Hashable], operands: Sequence[Sized], shape: tuple[Dim, ...]) -> list[Hashable]:
     """Arguments that mean the same as the same: dims counted from the front, ends within the size."""
     rank = len(operands[0].shape) if operands else 0
 
@@ -338,8 +338,10 @@ def normal(op: str, args: list[Hashable], operands: Sequence[Sized]) -> list[Has
     if first is None or not rank:
         return args
     dim = number(first, 0) % rank
-    sizes = args[1] if op != "aten.slice.Tensor" else None
-    size = sizes[1 + dim][-1] if isinstance(sizes, tuple) else operands[0].shape[dim]
+    is_back = op == "aten.slice_backward.default"
+    if is_back:
+        args = [args[0], str(shape), *args[2:]]
+    size = (shape if is_back else operands[0].shape)[dim]
     end = number(first + 2, END)
     ends = min(end, size) if isinstance(size, int) else end
     return [*args[:first], dim, number(first + 1, 0), ends, number(first + 3, 1)]
