@@ -14,7 +14,7 @@ from zgraph.runfile import Provenance, run_file
 def runs(tmp_path: Path, monkeypatch) -> None:
     """Files with a run that is right, one that is wrong under no_sync, and one that rounds."""
     monkeypatch.chdir(tmp_path)
-    for name, fault in (("right", None), ("wrong", faults.half_forgotten), ("rounds", faults.rounded_gradient)):
+    for name, fault in (("right", None), ("wrong", faults.forgotten), ("rounds", faults.rounded_gradient)):
         more = [] if fault is None else [("mine", fault(final("net", PLAIN[1])))]
         _, found, there = steps(*more)
         run_file([(s, g, 0.0) for s, g in found], Provenance(model="Net"), there).save(Path(f"{name}.zg"))

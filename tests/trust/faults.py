@@ -72,24 +72,12 @@ def accumulated_too(graph: Graph) -> Graph:
     return put(graph, position, added, node.substitute({source.name: added.results[0]}))
 
 
-def averaged_early(graph: Graph) -> Graph:
-    """What is due when the step ends is done in the backward."""
-
-    def early(phase: Phase) -> Phase:
-        return Phase.backward if phase is Phase.update else phase
-
-    nodes = tuple(replace(n, phase=early(n.phase)) for n in graph.nodes)
-    return replace(graph, nodes=nodes, outputs=tuple(replace(o, phase=early(o.phase)) for o in graph.outputs))
-
-
-def half_forgotten(graph: Graph) -> Graph:
-    """Half of what earlier micro-steps left is lost."""
+def forgotten(graph: Graph) -> Graph:
+    """What earlier micro-steps left is lost."""
     node = graph.nodes[at(graph, "accumulate")]
-    (made,), (source,) = node.results, node.operands
-    both = call("aten.add.Tensor", "both", made.tensor, node.phase, made, source)
-    half = call("aten.mul.Tensor", "half", made.tensor, node.phase, both.results[0], 0.5)
-    found = behind(graph, made, both, half)
-    return found
+    env = {node.results[0].name: node.operands[0]}
+    nodes = tuple(n.substitute(env) for n in graph.nodes if n is not node)
+    return replace(graph, nodes=nodes, outputs=tuple(o.substitute(env) for o in graph.outputs))
 
 
 def zero_matters(graph: Graph) -> Graph:
@@ -108,7 +96,7 @@ def zero_matters(graph: Graph) -> Graph:
 
 def raw_gradient(graph: Graph) -> Value:
     """The first gradient that is averaged, as it is on each rank."""
-    reads = ("accumulate", "reduce_scatter_start", "all_reduce_start", "pack")
+    reads = ("accumulate", "reduce_scatter_start", "all_reduce_start", "pack", "pending")
     found = (v for n in graph.nodes if n.phase is not Phase.forward and n.op in reads for v in n.operands)
     return next(v for v in found if Varying() in v.tensor.placement and v.name in graph.producers)
 
