@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zgraph.ir import Builder, Graph, Node, Value
+from zgraph.ir import OPS, Builder, Graph, Node, Value
 from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.base import Context, Pass
 
@@ -28,7 +28,12 @@ class Release(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         builder = Builder(graph, self.name)
         memory = Memory(graph)
-        last, returned = memory.last_uses(), memory.returned()
+        last, returned = dict(memory.last_uses()), memory.returned()
+        for sends in graph.nodes:
+            if sends.op in OPS and OPS[sends.op].lane != "compute":  # what is sent is read until it is waited for
+                over = max((p for r in sends.results for p in graph.users.get(r.name, ())), default=-1)
+                sent = [root for v in sends.operands for root in memory.roots(v.name)]
+                last.update((root, max(last[root], over)) for root in sent)
         after: dict[int, list[Value]] = {}
         for value in gathered_values(graph):
             roots = memory.roots(value.name)
