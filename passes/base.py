@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import ClassVar, Literal
 
 from zgraph.cost import CostTable, hardware
+from zgraph.cost.memory import ALLOCATION_BYTES
 from zgraph.ir import Axis, DType, Graph
 
 Choice = Literal["never", "auto", "always"]
@@ -31,6 +32,11 @@ def default_costs() -> CostTable:
     return CostTable(hardware=hardware("cpu"), per_host=1)
 
 
+def rounded_down(num_bytes: int) -> int:
+    """Bytes in whole allocations."""
+    return num_bytes // ALLOCATION_BYTES * ALLOCATION_BYTES
+
+
 @dataclass(frozen=True)
 class Context:
     """What passes may know beside the graph: data, never a clock, a device or the environment.
@@ -43,6 +49,7 @@ class Context:
         memory_budget: bytes that one rank may have alive; None sets no limit.
         rest_bytes: bytes of them that lie at rest: parameters, the optimizer's state, buffers.
         update_bytes: bytes that the optimizer's step has alive above them: gradients, and what it takes to compute.
+        fit_bytes: bytes above rest that `fit` and `keep` go by; None leaves them all that the budget does.
         groups_calls: whether the runtime can move many tensors in one call, from and to where they lie. Buckets are
             packed where it cannot.
         keeps_blocks: whether the device's allocator keeps freed memory in blocks, which fragment.
@@ -58,6 +65,7 @@ class Context:
     memory_budget: int | None = None
     rest_bytes: int = 0
     update_bytes: int = 0
+    fit_bytes: int | None = None
     groups_calls: bool = False
     keeps_blocks: bool = False
     recomputes: Choice = "auto"
@@ -67,6 +75,14 @@ class Context:
     def step_bytes(self) -> int | None:
         """Bytes that a step may have alive above what lies at rest; None sets no limit."""
         return None if self.memory_budget is None else self.memory_budget - self.rest_bytes
+
+    @property
+    def fitting(self) -> Context:
+        """What `fit` and `keep` know: a budget in whole allocations, all of which is for the step."""
+        if self.step_bytes is None:
+            return self
+        limit = self.step_bytes if self.fit_bytes is None else self.fit_bytes
+        return replace(self, memory_budget=max(rounded_down(limit), 0), rest_bytes=0, fit_bytes=None)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class Fit(Pass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     def run(self, graph: Graph, context: Context) -> Graph:
+        context = context.fitting
         limit = NO_LIMIT if context.step_bytes is None else context.step_bytes
         is_wanted = any(n.checkpoint for n in graph.nodes) or "always" in (context.recomputes, context.offloads)
         if not graph.phase_nodes(Phase.backward) or (limit == NO_LIMIT and not is_wanted):

@@ -45,16 +45,19 @@ class Keep(Pass):
         pairs = _gathered_twice(graph)
         if context.step_bytes is None or not pairs:
             return graph
-        kept = self._affordable(graph, context, pairs)
+        kept = self._affordable(graph, context.fitting, pairs)
         renamed = {again.results[0].name: full.results[0] for full, again in kept}
         again = {second.name for _, second in kept}
         nodes = [n.substitute(renamed) for n in graph.nodes if n.name not in again]
         return DeadCode().run(graph.with_nodes(nodes), context)
 
     def _affordable(self, graph: Graph, context: Context, pairs: list[tuple[Node, Node]]) -> list[tuple[Node, Node]]:
-        step = lowered(graph, context)
+        step, limit = lowered(graph, context), context.step_bytes
+        _, curve = step.plain
+        if limit is None or curve.peak.total_bytes > limit:
+            return []
         ahead_bytes = step.ahead_bytes(self.num_ahead)
-        room = Room([max(r - ahead_bytes, 0) for r in step.room(0)])
+        room = Room([max(r - ahead_bytes, 0) for r in step.room_beside(curve, 0)])
         kept = []
         for full, again in sorted(pairs, key=lambda pair: step.uses(pair[1].name)):
             begin, end = step.uses(full.name)[1] + 1, step.uses(again.name)[0]

@@ -13,6 +13,7 @@ from typing import Protocol
 from zgraph.errors import ContractError, RecipeError, did_you_mean
 from zgraph.ir import Graph
 from zgraph.passes.base import Context, Pass
+from zgraph.passes.within import Budgeted, Ran, one_by_one
 
 Option = bool | int | float | str
 
@@ -62,18 +63,23 @@ class Pipeline:
             provided |= step.provides
 
     def run(self, graph: Graph, context: Context, instruments: Sequence[Instrument] = ()) -> Graph:
-        """Run the passes, telling the instruments of each."""
-        from time import perf_counter  # the only clock: it times passes, which never see it
+        """Run the passes, telling the instruments of each.
 
+        Raises:
+            BudgetError: no way was found to fit the memory budget.
+        """
         with uncollected():
-            for step in self.passes:
-                began = perf_counter()
-                after = step.run(graph, context)
-                seconds = perf_counter() - began
+            for ran in self.steps(graph, context):
                 for instrument in instruments:
-                    instrument.after(step, graph, after, seconds)
-                graph = after
+                    instrument.after(ran.step, ran.before, ran.after, ran.seconds)
+                graph = ran.after
         return graph
+
+    def steps(self, graph: Graph, context: Context) -> Iterator[Ran]:
+        """Run the passes, giving what each has made; an error when what came before it is told."""
+        if context.memory_budget is None:
+            return one_by_one(self.passes, graph, context)
+        return Budgeted(self.passes, graph, context).run()
 
 
 @contextmanager

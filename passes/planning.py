@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from zgraph.cost import MemoryCurve, simulate_memory
-from zgraph.errors import ContractError
+from zgraph.errors import BudgetError, ContractError
 from zgraph.ir import Graph, InputKind, Instruction, Node, Phase, Plan, Program, TensorType, Value
 from zgraph.ir.arena import offsets
 from zgraph.passes.absent import absent_tangents, without_tangents
+from zgraph.passes.base import Context
 from zgraph.passes.no_sync import without_sync
 
 
@@ -76,6 +77,20 @@ def _as_run(graph: Graph) -> Graph:
     if not same:
         return graph
     return replace(graph, nodes=tuple(nodes), outputs=tuple(o.substitute(same) for o in graph.outputs))
+
+
+OPTIMIZERS_STEP = "the optimizer's step"
+
+
+def over_budget(context: Context, step_bytes: int, where: str) -> BudgetError:
+    """The error of a step that takes so much above what lies at rest."""
+    needed = context.rest_bytes + step_bytes
+    return BudgetError(
+        f"a memory budget of {context.memory_budget:,} bytes cannot hold this step: with {context.rest_bytes:,} at "
+        f"rest and {step_bytes:,} at its peak ({where}), {needed:,} is the smallest that can; offload the optimizer or "
+        "the parameters (offload=), shard over more ranks, or make the batch smaller",
+        needed, where,
+    )  # fmt: skip
 
 
 def _backwards(prefix: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]) -> tuple[Program, Program]:

@@ -19,16 +19,15 @@ from functools import cached_property
 from heapq import nlargest
 from typing import ClassVar
 
-from zgraph.cost import MemoryCurve, Moment, Timeline
+from zgraph.cost import MemoryCurve, Timeline
 from zgraph.cost.memory import local_bytes
-from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Graph, Node, Phase, Value
 from zgraph.ir.ops import is_copied, moved_bytes, padded_bytes
 from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.analysis.order import dependencies, reorder
 from zgraph.passes.analysis.timetable import Problem, Timetable, Transfer, delayed, run, search
 from zgraph.passes.base import Context, Pass
-from zgraph.passes.planning import memory_of
+from zgraph.passes.planning import OPTIMIZERS_STEP, memory_of, over_budget
 
 BEFORE_STARTS, AFTER_STARTS = 0.95, 0.45
 """Where a wait goes before an op: after what starts there, unless its memory is needed."""
@@ -145,8 +144,10 @@ class Step:
         """
         _, curve = self.plain
         limit = self.context.step_bytes
-        if limit is not None and max(curve.peak.total_bytes, self.context.update_bytes) > limit:
-            raise self._too_small(curve.peak)
+        peak, update = curve.peak, self.context.update_bytes
+        if limit is not None and max(peak.total_bytes, update) > limit:
+            where = f"%{peak.node}, {peak.phase}" if peak.total_bytes >= update else OPTIMIZERS_STEP
+            raise over_budget(self.context, max(peak.total_bytes, update), where)
         return self.room_beside(curve, num_ahead)
 
     def room_beside(self, curve: MemoryCurve, num_ahead: int) -> tuple[int, ...]:
@@ -182,17 +183,6 @@ class Step:
             if as_it_came.peak.total_bytes < curve.peak.total_bytes:
                 return self.graph, as_it_came
         return found, curve
-
-    def _too_small(self, peak: Moment) -> BudgetError:
-        context = self.context
-        highest, where = peak.total_bytes, f"%{peak.node}, {peak.phase}"
-        if context.update_bytes > highest:
-            highest, where = context.update_bytes, "the optimizer's step"
-        return BudgetError(
-            f"a memory budget of {context.memory_budget:,} bytes cannot hold this step: with {context.rest_bytes:,} at "
-            f"rest and {highest:,} at its peak ({where}), {context.rest_bytes + highest:,} is the smallest that can; "
-            "offload the optimizer or the parameters (offload=), shard over more ranks, or make the batch smaller"
-        )
 
     def ahead_bytes(self, num_ahead: int) -> int:
         """What the largest `num_ahead` of the collectives hold."""

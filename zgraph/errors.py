@@ -102,7 +102,17 @@ class HardwareError(ZgraphError):
 
 
 class BudgetError(ZgraphError):
-    """A plan does not fit the memory budget. The message says which is the smallest that it fits."""
+    """A plan does not fit the memory budget. The message says which is the smallest that it fits.
+
+    Args:
+        message: what is said.
+        needed_bytes: the budget that it takes; 0 where that is not known.
+        where: the node that takes the most, or what else does.
+    """
+
+    def __init__(self, message: str, needed_bytes: int = 0, where: str = "") -> None:
+        super().__init__(message)
+        self.needed_bytes, self.where = needed_bytes, where
 
 
 class OffloadError(ZgraphError):

@@ -75,9 +75,10 @@ def run_steps(graph: Graph, pipeline: Pipeline, context: Context) -> Steps:
     """Run passes one by one until one of them raises an error."""
     graphs = [("captured", graph)]
     with uncollected():
+        made = pipeline.steps(graph, context)
         for step in pipeline.passes:
             try:
-                graph = step.run(graph, context)
+                graph = next(made).after
             except Exception as error:  # of the pass, whatever it is: that is what is looked for
                 return Steps(tuple(graphs), (print_pass(step), Failure.raised(error, step.name)))
             graphs.append((print_pass(step), graph))
