@@ -1,15 +1,21 @@
-"""Drop nodes that nothing needs and that have no effect."""
+"""Drop nodes that nothing needs and that have no effect.
+
+What was gathered for such a node alone is dropped with its release; what such a node was the last to read is released
+behind the last read that is left.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from zgraph.ir import Graph, Node
 from zgraph.ir.arena import sized
 from zgraph.ir.ops import is_pure
+from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.base import Context, Pass
+from zgraph.passes.release import last_reads
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,10 @@ class DeadCode(Pass):
     name: ClassVar[str] = "dce"
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        return sized(sweep(graph, lambda node: is_pure(graph, node)))
+        released = [n for n in graph.nodes if n.op == "release"]
+        used = graph.with_nodes([n for n in graph.nodes if n.op != "release"]) if released else graph
+        swept = sweep(used, lambda node: is_pure(graph, node))
+        return sized(_released(graph, used, swept) if released else swept)
 
 
 def sweep(graph: Graph, removable: Callable[[Node], bool]) -> Graph:
@@ -32,3 +41,32 @@ def sweep(graph: Graph, removable: Callable[[Node], bool]) -> Graph:
         needed.update(v.name for v in node.operands)
         kept.append(node)
     return graph.with_nodes(kept[::-1]).with_used_ops()
+
+
+def _released(graph: Graph, used: Graph, swept: Graph) -> Graph:
+    """A swept graph with its releases: each where it was, unless what read the memory last is gone.
+
+    Args:
+        graph: with releases.
+        used: the same without them.
+        swept: what is left of that.
+    """
+    before, after = (_last_readers(g) for g in (used, swept))
+    early: dict[int, list[Node]] = {}
+    there: set[int] = set(map(id, swept.nodes))
+    for node in graph.nodes:
+        if node.op == "release" and (last := after.get(name := node.operands[0].name)) is not None:
+            if last is before[name]:
+                there.add(id(node))
+            else:
+                early.setdefault(id(last), []).append(replace(node, phase=last.phase))
+    nodes = (m for n in graph.nodes if id(n) in there for m in (n, *early.get(id(n), ())))
+    return graph.with_nodes(nodes).with_used_ops()
+
+
+def _last_readers(graph: Graph) -> dict[str, Node]:
+    """The last node that reads the memory of each value that a node makes."""
+    memory = Memory(graph)
+    last = last_reads(graph, memory)
+    results = (r.name for n in graph.nodes for r in n.results)
+    return {name: graph.nodes[max(last[root] for root in memory.roots(name))] for name in results}

@@ -28,12 +28,7 @@ class Release(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         builder = Builder(graph, self.name)
         memory = Memory(graph)
-        last, returned = dict(memory.last_uses()), memory.returned()
-        for sends in graph.nodes:
-            if sends.op in OPS and OPS[sends.op].lane != "compute":  # what is sent is read until it is waited for
-                over = max((p for r in sends.results for p in graph.users.get(r.name, ())), default=-1)
-                sent = [root for v in sends.operands for root in memory.roots(v.name)]
-                last.update((root, max(last[root], over)) for root in sent)
+        last, returned = last_reads(graph, memory), memory.returned()
         after: dict[int, list[Value]] = {}
         for value in gathered_values(graph):
             roots = memory.roots(value.name)
@@ -45,6 +40,17 @@ class Release(Pass):
             for value in after.get(position, ()):
                 nodes.append(builder.node("release", (value,), "", node.phase, node.origin))
         return graph.with_nodes(nodes)
+
+
+def last_reads(graph: Graph, memory: Memory) -> dict[str, int]:
+    """The position of the last node that reads each storage; what is sent is read until it is waited for."""
+    last = dict(memory.last_uses())
+    for sends in graph.nodes:
+        if sends.op in OPS and OPS[sends.op].lane != "compute":
+            over = max((p for r in sends.results for p in graph.users.get(r.name, ())), default=-1)
+            sent = [root for v in sends.operands for root in memory.roots(v.name)]
+            last.update((root, max(last[root], over)) for root in sent)
+    return last
 
 
 def gathered_values(graph: Graph) -> list[Value]:

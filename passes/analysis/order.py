@@ -16,17 +16,22 @@ def dependencies(graph: Graph) -> list[set[int]]:
     """For each node, the positions of the nodes that must run before it.
 
     Beside data: a write comes after every earlier reader of that memory and before every later one; random and
-    opaque ops keep their order; a release comes after every user of the memory it frees.
+    opaque ops keep their order; a release comes after every user of the memory it frees. What is sent is read until
+    it is waited for.
     """
     memory = Memory(graph)
     producer = {r.name: position for position, node in enumerate(graph.nodes) for r in node.results}
     readers: dict[str, set[int]] = {}
     writer: dict[str, int] = {}
+    sent: dict[str, set[str]] = {}
     chained: int | None = None
     needs: list[set[int]] = []
     for position, node in enumerate(graph.nodes):
         before = {producer[v.name] for v in node.operands if v.name in producer}
         touched = {root for v in node.operands for root in memory.roots(v.name)}
+        touched |= {root for v in node.operands for root in sent.get(v.name, ())}
+        if node.op in OPS and OPS[node.op].lane != "compute":
+            sent.update((r.name, touched) for r in node.results)
         before |= {writer[root] for root in touched if root in writer}
         for root in _written(graph, memory, node):
             before |= readers.get(root, set())

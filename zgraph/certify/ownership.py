@@ -122,6 +122,7 @@ def gathers(graph: Graph) -> Iterator[Fault]:
     sources: dict[str, frozenset[str]] = {name: frozenset((name,)) for name in graph.param_names}
     stages = {i.value.name: i.stage for i in graph.params}
     seen: dict[tuple[Phase, str], str] = {}
+    returned = set(graph.output_names)
     for position, node in enumerate(graph.nodes):
         behind = frozenset().union(*(sources.get(v.name, frozenset()) for v in node.operands))
         is_gather = node.op == "all_gather_start" or (
@@ -141,7 +142,7 @@ def gathers(graph: Graph) -> Iterator[Fault]:
                     f"{does} the whole of %{name} for further micro-steps, but it is of stage {stages[name]}",
                 )
         for result in node.results:
-            if not graph.users.get(result.name):
+            if not graph.users.get(result.name) and result.name not in returned:
                 yield position, f"gathers %{result.name}, which nothing reads"
 
 
