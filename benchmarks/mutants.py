@@ -34,10 +34,12 @@ FAST = (
     "tests/passes/test_goldens.py",
     "tests/passes/test_decisions.py",
     "tests/passes/test_pipeline.py",
+    "tests/passes/test_readme.py",
     "tests/passes/test_random_graphs.py",
     "tests/passes/test_planning.py",
     "tests/interp/test_captured.py",
     "tests/interp/test_random_graphs.py",
+    "tests/trust/test_valid_recipes.py::test_random_recipes_on_random_graphs",
 )
 ALSO = {
     "absent": ("passes/test_absent.py",),
@@ -50,10 +52,10 @@ ALSO = {
     "blocks": ("passes/test_blocks.py",),
     "order": ("passes/test_order.py",),
     "patterns": ("kernels/test_patterns.py",),
-    "readme": ("passes/test_readme.py",),
     "rows": ("kernels/test_patterns.py",),
     "subgraphs": ("passes/test_subgraphs.py",),
     "timetable": ("passes/test_timetable.py",),
+    "within": ("passes/test_within.py",),
 }
 """Tests of one module's own, which run first."""
 

@@ -60,7 +60,7 @@ def _released(graph: Graph, used: Graph, swept: Graph) -> Graph:
                 there.add(id(node))
             else:
                 early.setdefault(id(last), []).append(replace(node, phase=last.phase))
-    nodes = (m for n in graph.nodes if id(n) in there for m in (n, *early.get(id(n), ())))
+    nodes = [m for n in graph.nodes if id(n) in there for m in (n, *early.get(id(n), ()))]
     return graph.with_nodes(nodes).with_used_ops()
 
 

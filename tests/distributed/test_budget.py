@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
 from benchmarks.memory import measure
+from tests.deep import deep
 from zgraph.errors import BudgetError, HardwareError, UsageError
 
 from .lockstep import Lockstep, assert_same
@@ -51,7 +52,7 @@ def peak(mesh: DeviceMesh, budget: int) -> tuple[float, int]:
     return report.sent_bytes / report.whole_bytes, rest + measured
 
 
-@pytest.mark.parametrize("budget", [26_700_000, 27_500_000, 29_000_000, 32_000_000, 60_000_000])
+@pytest.mark.parametrize("budget", [26_700_000, deep(27_500_000), 29_000_000, deep(32_000_000), deep(60_000_000)])
 def test_the_budget_holds(pool: Pool, budget: int) -> None:
     for _, alive in pool.run(peak, 2, budget):
         assert alive <= budget + 64, "the loss is the caller's"
@@ -120,7 +121,7 @@ def refusal(mesh: DeviceMesh, stage: int) -> int:
     return int(str(caught.value).split(" is the smallest that can")[0].split()[-1].replace(",", ""))
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [0, deep(1), deep(2), 3])
 def test_a_tight_budget_trains_the_same(pool: Pool, stage: int) -> None:
     """With everything kept, everything moved, the smallest budget, and one between."""
     plain = pool.run(trained, 2, stage, None, ())

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 import small
 import zgraph
 from benchmarks.memory import measure
+from tests.deep import deep
 from zgraph.api import compiled_model
 
 from .pool import Pool
@@ -105,7 +106,7 @@ def test_the_predicted_peak_with_arenas(pool: Pool) -> None:
         assert predicted == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [deep(2), 3])
 def test_the_predicted_peak_of_three_ranks(pool: Pool, stage: int) -> None:
     """What a second peer sends lands beside the first's; how long it lies there depends on the network."""
     received = 2 * 4 * 4001 * 192 // 3

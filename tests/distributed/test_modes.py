@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from tests.deep import deep
+
 from . import zoo
 from .lockstep import Lockstep, assert_same, loss_of
 from .nets import Dropping, Normed, Tied, built, dice, images, rows, words
@@ -41,7 +43,7 @@ def change_sizes(mesh: DeviceMesh, stage: int) -> tuple[float, float]:
     return pair.errors
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [deep(1), 3])
 def test_batch_and_sequence_change_between_steps(pool: Pool, stage: int) -> None:
     assert_same(pool.run(change_sizes, 2, stage))
 

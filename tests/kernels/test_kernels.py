@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.deep import DEEP
 from zgraph.aten import TO_TORCH
 from zgraph.codegen import kernels, reference
 from zgraph.codegen.emit import source
@@ -110,7 +111,7 @@ def test_any_kernel_is_its_steps(spec, num_rows, block_m, seed):
 def test_the_kernels_of_captured_steps_are_their_steps():
     """In every dtype and with an odd number of rows; operands away from zero, as some are roots and quotients."""
     for spec in (s for s in of_small_models().values() if not s.is_epilogue):
-        for num_rows in (1, 5):
+        for num_rows in (1, 5) if DEEP else (5,):
             dice = torch.Generator().manual_seed(num_rows)
             inputs = []
             for operand in spec.inputs:

@@ -8,6 +8,7 @@ from subprocess import PIPE, Popen
 
 import pytest
 
+from tests.deep import deep
 from zgraph.codegen.targets import TARGETS
 from zgraph.optim.flat import COLUMNS
 
@@ -29,7 +30,7 @@ def test_kernels_that_sweep_over_rows_compile_without_spills(compiler):
     check(compiler, [str(spec) for spec in specs if spec.is_swept])
 
 
-@pytest.mark.parametrize("captured", [of_demo, of_llama_8b])
+@pytest.mark.parametrize("captured", [of_demo, deep(of_llama_8b)])
 def test_the_kernels_of_captured_models_compile_without_spills(captured, compiler):
     """Matmuls with their epilogues, too."""
     kernels = captured()

@@ -1,4 +1,7 @@
-"""The table of the passes is written from the passes."""
+"""The table of the passes is written from the passes, and what they are made of cannot be changed."""
+
+import ast
+from pathlib import Path
 
 from zgraph.passes import ALL
 from zgraph.passes.readme import PATH, render
@@ -13,3 +16,24 @@ def test_every_pass_has_a_row():
     assert [row.split("`")[1] for row in rows] == [kind.name for kind in ALL]
     assert all(row.count("|") == 7 for row in rows)
     assert all(row.split("|")[2].strip().endswith(".") for row in rows)
+
+
+LOOSE = {"Log", "Dump"}
+"""Instruments, which take notes."""
+
+
+def frozen(path: Path) -> dict[str, bool]:
+    """The dataclasses of a file, and whether each is frozen."""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        for how in getattr(node, "decorator_list", ()):
+            if "dataclass" in ast.dump(how):
+                options = how.keywords if isinstance(how, ast.Call) else ()
+                found[node.name] = any(o.arg == "frozen" and ast.literal_eval(o.value) for o in options)
+    return found
+
+
+def test_passes_and_what_they_work_with_are_frozen():
+    classes = {name: is_frozen for path in PATH.parent.rglob("*.py") for name, is_frozen in frozen(path).items()}
+    assert len(classes) > 30
+    assert {name for name, is_frozen in classes.items() if not is_frozen} == LOOSE

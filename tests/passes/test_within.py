@@ -1,6 +1,5 @@
 """A budget that is refused names the smallest that can: with it the passes fit, with a byte less they do not."""
 
-import os
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import ClassVar
@@ -9,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.deep import DEEP
 from tests.interp.models import captured
 from tests.ir.strategies import graphs
 from zgraph.errors import BudgetError, ContractError, VerifyError
@@ -17,7 +17,6 @@ from zgraph.passes import RECIPES, Context, Pass, Pipeline, parse_recipe
 from zgraph.passes.instruments import Log, Verify
 from zgraph.passes.planning import memory_of
 
-DEEP = bool(os.environ.get("ZGRAPH_DEEP"))
 MESHES = ((), (Axis("shard", 2),), (Axis("shard", 3),), (Axis("replicate", 2), Axis("shard", 2)))
 CHOICES = st.sampled_from(["never", "auto", "always"])
 MORE = tuple(recipe.replace("fit,", "fit,recompute(keep_bytes=256),") for recipe in RECIPES.values()) + tuple(

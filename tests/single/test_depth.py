@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import small
 import zgraph
+from tests.deep import deep
 from zgraph.depth import captured
 from zgraph.errors import CaptureError
 from zgraph.growth import grown
@@ -103,7 +104,7 @@ def few(model: nn.Module, inputs: dict[str, Any], *lengths: int) -> Graph:
 
 @pytest.mark.parametrize(
     ("build", "depth"),
-    [(partial(small.llama, num_layers=5, tie_word_embeddings=True), 5), (partial(small.gpt2, num_layers=5), 5)],
+    [(partial(small.llama, num_layers=5, tie_word_embeddings=True), 5), deep(partial(small.gpt2, num_layers=5), 5)],
 )
 def test_grown_from_two_three_and_four_layers(build, depth):
     """To the letter, names of values included."""

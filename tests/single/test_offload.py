@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import zgraph
-from tests.single.trained import MODELS, Trained, batch, llama, plain
+from tests.deep import deep
+from tests.single.trained import Trained, batch, llama, plain
 from zgraph.errors import OffloadError, UsageError
 from zgraph.offload import Resting, of_parameters
 from zgraph.runtime import host
@@ -12,7 +13,7 @@ from zgraph.runtime import host
 PAGE = host.PAGE_BYTES
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [deep("llama"), deep("t5"), "vit"])
 def test_what_is_offloaded_trains_the_same(name):
     whole = plain(name)
     moved = Trained(name, offload="activations", hardware=quick())

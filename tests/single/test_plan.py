@@ -6,6 +6,7 @@ from torch import nn
 
 import small
 import zgraph
+from tests.deep import deep
 from zgraph import family, plans
 from zgraph.cost.hardware import Link, hardware
 from zgraph.errors import HardwareError, UsageError
@@ -44,7 +45,7 @@ def _captured_once(monkeypatch):
     monkeypatch.setattr(plans, "captured", captured)
 
 
-@pytest.mark.parametrize(("build", "num_ranks"), [(llama, 8), (t5, 1)])
+@pytest.mark.parametrize(("build", "num_ranks"), [(llama, 8), deep(t5, 1)])
 def test_a_model_grown_from_few_layers_is_the_whole_model(build, num_ranks, monkeypatch):
     model = build()
     names = list(model.state_dict())

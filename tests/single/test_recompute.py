@@ -6,10 +6,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import zgraph
+from tests.deep import DEEP
 from tests.single.trained import MODELS, Trained, batch, llama, plain
 from zgraph.errors import BudgetError
 
-NUM_BUDGETS = 10
+NUM_BUDGETS = 10 if DEEP else 4
 
 
 def smallest(name: str, **options: object) -> int:

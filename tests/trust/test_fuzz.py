@@ -1,6 +1,5 @@
 """Whatever a reader is given, it gives a value or an error of zgraph's, soon and in little memory."""
 
-import os
 import random
 import resource
 import time
@@ -8,10 +7,11 @@ import warnings
 
 import pytest
 
+from tests.deep import DEEP
 from tests.trust.readers import readers
 from zgraph.errors import ZgraphError
 
-NUM_INPUTS = 20_000 if os.environ.get("ZGRAPH_DEEP") == "1" else 1_500
+NUM_INPUTS = 20_000 if DEEP else 1_500
 """For all readers together."""
 
 MAX_SECONDS = 4.0

@@ -1,6 +1,5 @@
 """Kernels are compared by their specification with the ops in whose place they stand."""
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from tests.deep import DEEP
 from zgraph.certify.certificate import certify
 from zgraph.errors import VerifyError
 from zgraph.ir import DType, Graph, Node
@@ -84,7 +84,7 @@ def steps_of(found: RunFile) -> list[tuple[str, Graph]]:
 
 
 CASES = [(name, matmuls, mixed) for name in MODELS for matmuls in ("never", "always") for mixed in (False, True)]
-if not os.environ.get("ZGRAPH_DEEP"):
+if not DEEP:
     CASES = [case for number, case in enumerate(CASES) if number % 4 in (number // 4 % 4, 2)]
 
 

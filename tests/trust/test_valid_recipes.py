@@ -1,12 +1,12 @@
 """Valid recipes on valid graphs are certified: random ones, on random graphs and on captured models."""
 
-import os
 from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from tests.deep import DEEP
 from tests.ir.strategies import graphs
 from tests.trust.subjects import CLUSTER, LINE, SQUARE, SUBJECTS, run
 from zgraph.certify.certificate import Certifier, certify
@@ -14,7 +14,6 @@ from zgraph.errors import BudgetError, VerifyError
 from zgraph.ir import Axis, DType, Graph
 from zgraph.passes import Context, parse_recipe
 
-DEEP = bool(os.environ.get("ZGRAPH_DEEP"))
 LOWER = "broadcast,all-gather{grouped},reduce-scatter{grouped},all-reduce,host-copies"
 CAPTURED = ("llama, stage 0", "norms, stage 1", "drops, stage 2, recomputed", "tied llama, stage 3, fused")
 
