@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -18,7 +19,7 @@ from zgraph.capture import Compiled
 from zgraph.certify.certificate import Certifier
 from zgraph.config import environment
 from zgraph.cost.workspace import NUM_THREADS
-from zgraph.errors import UsageError, did_you_mean
+from zgraph.errors import UsageError, VerifyError, did_you_mean
 from zgraph.ir import Graph, print_graph, verify
 from zgraph.passes import BY_NAME, Context, Pipeline, make_plan, parse_recipe
 from zgraph.passes.fusion import Fuse
@@ -85,8 +86,10 @@ class CompiledModel:
             for name in self.replayed.names[1:]:
                 certifier.add(name.partition("#")[0], self.replayed.graph(name))
         else:
-            final = self.pipeline.run(graph, context, instruments)
-        certificate = certifier.finish() if settings.verify else None
+            with _named_remedy():
+                final = self.pipeline.run(graph, context, instruments)
+        with _named_remedy():
+            certificate = certifier.finish() if settings.verify else None
         for path in paths:
             recording.run_file(_made(type(self.model).__name__), context, certificate).save(path)
         plan = make_plan(final)
@@ -164,6 +167,19 @@ class _Again:
         recording = Recording(self.captured, sources=sources_of(self.captured))
         self.pipeline.run(self.captured, self.context, [recording])
         return recording.run_file(_made(self.model), self.context)
+
+
+@contextmanager
+def _named_remedy() -> Iterator[None]:
+    """Say what to do about a graph that is refused."""
+    try:
+        yield
+    except VerifyError as error:
+        raise VerifyError(
+            f'{error}\n\nNothing was run with it. The name behind "after" is the pass to look at: leave it out '
+            '(ZGRAPH_DISABLE), or find the rewrite (save="run.zg", then zgraph bisect run.zg). ZGRAPH_VERIFY=0 runs '
+            "the graph as it is, which may train on wrong numbers."
+        ) from None
 
 
 def _made(model: str) -> Provenance:
