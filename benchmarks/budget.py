@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import zgraph
 from benchmarks.policies import LLAMA_3_70B
 from benchmarks.results import write
+from zgraph.bridge.target import cost_table
 from zgraph.cost import simulate_memory
 from zgraph.ir import Axis
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
-from zgraph.passes.instruments import Log
-from zgraph.target import cost_table
+from zgraph.passes.core.instruments import Log
 
 NUM_RANKS = 64
 

@@ -43,8 +43,8 @@ def large(num_layers: int) -> Large:
     import transformers as hf
 
     from zgraph.certify.certificate import Certifier
+    from zgraph.estimate.trace import traced
     from zgraph.passes import RECIPES, parse_recipe
-    from zgraph.tracing import traced
 
     config = hf.LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=num_layers, num_attention_heads=64,

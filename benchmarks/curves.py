@@ -25,7 +25,7 @@ import zgraph
 from benchmarks.models import SEED, llama
 from benchmarks.results import write
 from examples.text import load_corpus, sample_batch
-from zgraph.checks import Kernels
+from zgraph.options.validate import Kernels
 
 DTYPES: Mapping[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 KERNELS: tuple[Kernels, ...] = ("aten", "triton")

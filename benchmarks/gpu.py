@@ -36,11 +36,11 @@ from benchmarks.contenders import EAGER, Prepare, made_on
 from benchmarks.errors import BenchmarkError, NoGpu, UnknownName
 from benchmarks.groups import Group, Shape, groups
 from benchmarks.results import environment, write
+from zgraph.bridge.target import cost_table
 from zgraph.cost import CostTable, work
 from zgraph.errors import ZgraphError
 from zgraph.ir.symbols import evaluate
 from zgraph.passes import Context, parse_recipe
-from zgraph.target import cost_table
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ import typer
 from playwright.sync_api import Page, sync_playwright
 
 from benchmarks.results import write
-from zgraph.runfile import load_run
+from zgraph.runfile.format import load_run
 from zgraph.viz.page import page as page_of
 
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from zgraph.codegen.loops import Sweep, sweeps
 from zgraph.codegen.ops import JOINED, NEUTRAL, OPS, Extent
 from zgraph.codegen.spec import Arg, KernelSpec, Operand, Step
-from zgraph.codegen.sweeps import Sweep, sweeps
 from zgraph.ir import DType
 
 TRITON_TYPES = {

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from zgraph.aten import TO_TORCH
+from zgraph.bridge.aten import TO_TORCH
+from zgraph.bridge.private_files import private_folder, read_private, write_private
 from zgraph.codegen.emit import source
 from zgraph.codegen.spec import KernelSpec
-from zgraph.config import cache_folder
+from zgraph.environment import cache_folder
 from zgraph.errors import KernelError
-from zgraph.private_files import private_folder, read_private, write_private
 
 BLOCK_NUMEL = 2048
 """Numbers that one program works on at a time, unless a single row has more."""

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from zgraph.aten import TO_TORCH
+from zgraph.bridge import private_runtime
+from zgraph.bridge.aten import TO_TORCH
 from zgraph.codegen import kernels, loss, matmul, reference, rotary
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import KernelSpec
 from zgraph.cost.workspace import REGISTERED
 from zgraph.ir import Node
 from zgraph.ir.symbols import evaluate
-from zgraph.runtime import torch_private
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ def _compiled(spec: KernelSpec, inputs: list[Tensor], num_rows: int) -> list[Ten
     dense = [t.contiguous() for t in inputs]
     key = spec, *(t.shape for t in dense)
     if key not in _BY_INDUCTOR:
-        _BY_INDUCTOR[key] = torch_private.inductor(lambda *given: reference.run(spec, given, num_rows), dense)
+        _BY_INDUCTOR[key] = private_runtime.inductor(lambda *given: reference.run(spec, given, num_rows), dense)
     taken = {t.data_ptr() for t in dense}
     apart = []
     for out in _BY_INDUCTOR[key]([*dense]):  # Inductor may give the same memory out twice
@@ -184,7 +184,7 @@ def _loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
 
 
 REGISTERED["zgraph.rows"] = _rows_scratch
-REGISTERED["zgraph.compiled"] = lambda node, hints: 0
+REGISTERED["zgraph.compiler.compiled_model"] = lambda node, hints: 0
 REGISTERED["zgraph.matmul"] = _matmul_scratch
 REGISTERED["zgraph.rotary"] = _rotary_scratch
 REGISTERED["zgraph.linear_cross_entropy"] = REGISTERED["zgraph.linear_cross_entropy_backward"] = _loss_scratch

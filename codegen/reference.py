@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zgraph.aten import TO_TORCH
+from zgraph.bridge.aten import TO_TORCH
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.philox import uniform
 from zgraph.codegen.spec import KernelSpec

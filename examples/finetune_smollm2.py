@@ -32,7 +32,7 @@ from examples.progress import Display, Started, Stepped
 from examples.smollm2 import SmolLM2, installed_gguf
 from examples.tables import ranks
 from examples.text import manual, sample_batch
-from zgraph.reporting import mebibytes
+from zgraph.compiler.report import mebibytes
 
 QUESTION = "What does the assert statement do in Python?"
 BATCH_SIZE, SEQ_LEN = 2, 128

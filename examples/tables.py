@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from examples.training import Run
-from zgraph.reporting import Report
+from zgraph.compiler.report import Report
 
 NUM_ROWS = 8
 KINDS = ("all_gather", "all_gather again", "reduce_scatter", "all_reduce")

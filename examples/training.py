@@ -16,7 +16,7 @@ import zgraph
 from examples.launch import Rank
 from examples.progress import Started, Stepped
 from examples.text import sample_batch
-from zgraph.reporting import Report
+from zgraph.compiler.report import Report
 
 STAGES = (0, 1, 2, 3)
 STEPS_TO_MEASURE = 3

@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from zgraph.passes.all_gather import AllGather
 from zgraph.passes.all_reduce import AllReduce
 from zgraph.passes.arena import Arena
-from zgraph.passes.base import Context, Numerics, Pass
 from zgraph.passes.broadcast import Broadcast
 from zgraph.passes.bucket import Bucket
 from zgraph.passes.canonicalize import Canonicalize
+from zgraph.passes.core.base import Context, Numerics, Pass
+from zgraph.passes.core.pipeline import Pipeline
+from zgraph.passes.core.recipes import MIXED, RECIPES, fusing
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fit import Fit
-from zgraph.passes.fusion import Fuse
+from zgraph.passes.fuse import Fuse
 from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload
 from zgraph.passes.partition import Partition
-from zgraph.passes.pipeline import Pipeline
-from zgraph.passes.planning import make_plan
+from zgraph.passes.plan.make_plan import make_plan
 from zgraph.passes.prefetch import Prefetch
-from zgraph.passes.recipes import MIXED, RECIPES, fusing
 from zgraph.passes.recompute import Recompute
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release

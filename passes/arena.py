@@ -21,8 +21,8 @@ from typing import ClassVar
 from zgraph.ir import Graph, Node, Phase
 from zgraph.ir.arena import Buffer, buffers, sized
 from zgraph.ir.graph import PROGRAMS
-from zgraph.passes.base import Context, Pass
-from zgraph.passes.planning import memory_of
+from zgraph.passes.core.base import Context, Pass
+from zgraph.passes.plan.make_plan import memory_of
 
 
 @dataclass(frozen=True)

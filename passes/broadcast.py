@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zgraph.ir import Graph, Node, Replicate
-from zgraph.passes.base import Context, Pass
-from zgraph.passes.lowering import lower, reduces
+from zgraph.passes.analysis.lowering import lower, reduces
+from zgraph.passes.core.base import Context, Pass
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import ClassVar
 from zgraph.ir import Graph, Node
 from zgraph.ir.ops import padded_bytes
 from zgraph.passes.analysis.gathers import casts_before, is_gather
+from zgraph.passes.analysis.lookahead import makespan_us, step_memory
+from zgraph.passes.analysis.lowering import placement_change
 from zgraph.passes.analysis.order import reorder
-from zgraph.passes.base import Context, Pass
-from zgraph.passes.lowering import placement_change
-from zgraph.passes.outlook import makespan_us, step_memory
+from zgraph.passes.core.base import Context, Pass
 
 LATENCIES = 20
 """A bucket's bytes take this many times as long as its latency."""

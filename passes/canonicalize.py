@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zgraph.ir import Graph, Node, Value
-from zgraph.passes.base import Context, Pass
+from zgraph.passes.core.base import Context, Pass
 
 RENAMES = frozenset({"aten.detach.default", "aten.alias.default", "aten.lift_fresh.default"})
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from zgraph.ir import Graph, Node
+from zgraph.ir.aliases import Memory
 from zgraph.ir.arena import sized
 from zgraph.ir.ops import is_pure
-from zgraph.passes.analysis.memory import Memory
-from zgraph.passes.base import Context, Pass
+from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.release import last_reads
 
 

@@ -24,9 +24,9 @@ from zgraph.cost import MemoryCurve
 from zgraph.ir import Graph, Phase
 from zgraph.passes.analysis.blocks import Choice
 from zgraph.passes.analysis.forward import Forward
-from zgraph.passes.base import Context, Pass
+from zgraph.passes.analysis.lookahead import makespan_us, peak_bytes, step_memory
+from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.offload import Saved
-from zgraph.passes.outlook import makespan_us, peak_bytes, step_memory
 
 MAX_TRIALS = 12
 """How often the step's memory is simulated to find how many bytes may be kept."""

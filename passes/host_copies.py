@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zgraph.ir import Graph, Node
-from zgraph.passes.base import Context, Pass
-from zgraph.passes.lowering import lower, placement_change
+from zgraph.passes.analysis.lowering import lower, placement_change
+from zgraph.passes.core.base import Context, Pass
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import ClassVar
 from zgraph.ir import Graph, Node, Phase
 from zgraph.ir.ops import padded_bytes
 from zgraph.passes.analysis.gathers import gathered, is_gather
+from zgraph.passes.analysis.lookahead import lowered
 from zgraph.passes.analysis.timetable import Room
-from zgraph.passes.base import Context, Pass
+from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.dce import DeadCode
-from zgraph.passes.outlook import lowered
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from typing import ClassVar
 
 from zgraph.cost.memory import local_bytes
 from zgraph.ir import HOST, Builder, Graph, Node, Phase, TensorType, Value
+from zgraph.ir.aliases import Memory
 from zgraph.ir.graph import values_in
 from zgraph.ir.ops import OPS, views
 from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.gathers import is_gather
-from zgraph.passes.analysis.memory import Memory
-from zgraph.passes.base import Context, Pass
+from zgraph.passes.core.base import Context, Pass
 
 
 @dataclass(frozen=True)

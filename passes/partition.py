@@ -56,7 +56,7 @@ from zgraph.ir import (
 )
 from zgraph.ir.graph import map_values
 from zgraph.ir.ops import views
-from zgraph.passes.base import Context, Numerics, Pass
+from zgraph.passes.core.base import Context, Numerics, Pass
 
 CASTS = frozenset({"aten._to_copy.default"})
 

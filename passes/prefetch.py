@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from zgraph.ir import Graph, Node
 from zgraph.passes.analysis.order import reorder
-from zgraph.passes.base import Context, Pass
+from zgraph.passes.core.base import Context, Pass
 
 _REDUCTIONS = ("reduce_scatter_start", "all_reduce_start", "broadcast_start")
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from zgraph.ir import Graph, Phase
 from zgraph.passes.analysis.forward import Forward
-from zgraph.passes.base import Context, Pass
+from zgraph.passes.core.base import Context, Pass
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zgraph.ir import Graph, Node, Shard
-from zgraph.passes.base import Context, Numerics, Pass
-from zgraph.passes.lowering import lower, reduces
+from zgraph.passes.analysis.lowering import lower, reduces
+from zgraph.passes.core.base import Context, Numerics, Pass
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zgraph.ir import OPS, Builder, Graph, Node, Value
-from zgraph.passes.analysis.memory import Memory
-from zgraph.passes.base import Context, Pass
+from zgraph.ir.aliases import Memory
+from zgraph.passes.core.base import Context, Pass
 
 
 @dataclass(frozen=True)

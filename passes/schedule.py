@@ -22,12 +22,12 @@ from typing import ClassVar
 from zgraph.cost import MemoryCurve, Timeline
 from zgraph.cost.memory import local_bytes
 from zgraph.ir import OPS, Graph, Node, Phase, Value
+from zgraph.ir.aliases import Memory
 from zgraph.ir.ops import is_copied, moved_bytes, padded_bytes
-from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.analysis.order import dependencies, reorder
 from zgraph.passes.analysis.timetable import Problem, Timetable, Transfer, delayed, run, search
-from zgraph.passes.base import Context, Pass
-from zgraph.passes.planning import OPTIMIZERS_STEP, memory_of, over_budget
+from zgraph.passes.core.base import Context, Pass
+from zgraph.passes.plan.make_plan import OPTIMIZERS_STEP, memory_of, over_budget
 
 BEFORE_STARTS, AFTER_STARTS = 0.95, 0.45
 """Where a wait goes before an op: after what starts there, unless its memory is needed."""

@@ -17,7 +17,7 @@ from itertools import chain
 
 import torch
 
-from zgraph.config import environment
+from zgraph.environment import environment
 from zgraph.ir import Graph, Node, Phase, Plan, Program, Value
 from zgraph.ir.ops import OPS
 from zgraph.ir.printer import fingerprint, print_graph, print_node

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from zgraph.aten import TO_TORCH
+from zgraph.bridge import private_runtime
+from zgraph.bridge.aten import TO_TORCH
 from zgraph.ir import DType, Node, Partial, Placement, TensorType
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
-from zgraph.runtime import torch_private
+from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.host import Copy
-from zgraph.runtime.lanes import Transfer
 
 if TYPE_CHECKING:
     from zgraph.runtime.session import Session
@@ -125,7 +125,7 @@ def _gather(node: Node, session: Session) -> Execute:
             work: Work = session.lane.all_gather(*parts, moved=moved)
         else:
             pairs = [(out.view(-1), chunk) for out, chunk in zip(outs, chunks, strict=True)]
-            work = torch_private.all_gathers(pairs, session.shard_group)
+            work = private_runtime.all_gathers(pairs, session.shard_group)
 
         def finish(index: int) -> torch.Tensor:
             shape, numel = wanted[index]
@@ -155,7 +155,7 @@ def reduce_scatter_start(node: Node, session: Session) -> Execute:
         else:
             outs = [torch.empty_like(p[0]) for p in padded]
             pairs = [(out, p.view(-1)) for out, p in zip(outs, padded, strict=True)]
-            work = torch_private.reduce_scatters(pairs, session.shard_group, session.copy_group, ops)
+            work = private_runtime.reduce_scatters(pairs, session.shard_group, session.copy_group, ops)
         return _one_or_all([Future(name, work, p, partial(_item, outs, i)) for i, p in enumerate(padded)])
 
     return execute
@@ -364,11 +364,11 @@ def exchange(kind: str, session: Session, numel: int, count: int) -> Callable[[]
         if kind == "all_gather":
             if lane is not None:
                 return lane.all_gather((whole.unbind(), own))
-            return torch_private.all_gathers([(whole.view(-1), own)], session.shard_group)
+            return private_runtime.all_gathers([(whole.view(-1), own)], session.shard_group)
         if kind == "reduce_scatter":
             if lane is not None:
                 return lane.reduce_scatter(whole.unbind())
-            return torch_private.reduce_scatters([(own, whole.view(-1))], session.shard_group, session.copy_group)
+            return private_runtime.reduce_scatters([(own, whole.view(-1))], session.shard_group, session.copy_group)
         if kind == "broadcast":
             sent: dist.Work = dist.broadcast(whole, dist.get_global_rank(session.group, 0), session.group, True)
             return sent

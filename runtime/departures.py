@@ -16,8 +16,8 @@ from functools import lru_cache
 from types import TracebackType
 from typing import NamedTuple
 
+from zgraph.bridge.private_runtime import Store
 from zgraph.runtime.journal import begun
-from zgraph.runtime.torch_private import Store
 
 LINGER_SECONDS = 1.0
 _ANY = "zgraph/left"

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from zgraph.bridge.private_runtime import Store
 from zgraph.runtime.departures import departures
 from zgraph.runtime.journal import Journal, begun, first_difference, parse_lines, print_lines
-from zgraph.runtime.torch_private import Store
 
 REMEDY = (
     "All ranks must run the same forwards and backwards in the same order: none may skip one (because its loss is not "

@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from zgraph.aten import resolve, to_torch
+from zgraph.bridge import private_runtime
+from zgraph.bridge.aten import resolve, to_torch
 from zgraph.ir import Arg, Instruction, Node, Plan, Program, Value
 from zgraph.ir.arena import offsets
-from zgraph.runtime import torch_private
 from zgraph.runtime.collectives import MAKERS
 from zgraph.runtime.regions import Region, cut
 
@@ -114,7 +114,7 @@ class _Writer:
 
     def call(self, node: Node) -> str:
         if row := self.foreign.get(node.op):
-            function = self.constant(torch_private.direct(resolve(node.op)), node.op)
+            function = self.constant(private_runtime.direct(resolve(node.op)), node.op)
             parts = [self.argument(a) for a in node.args] + [f"{k}={self.argument(a)}" for k, a in node.kwargs]
             multi = row.multi
         else:

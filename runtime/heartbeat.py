@@ -9,8 +9,8 @@ import time
 from functools import lru_cache
 from typing import NamedTuple
 
+from zgraph.bridge.private_runtime import Store
 from zgraph.runtime.departures import watch
-from zgraph.runtime.torch_private import Store
 
 BEAT_SECONDS = 0.5
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from zgraph.config import ranks_here
+from zgraph.environment import ranks_here
 from zgraph.errors import OffloadError
 
 PAGE_BYTES = mmap.PAGESIZE

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from zgraph.bridge import private_runtime
 from zgraph.errors import StateDictError, nearest
 from zgraph.ir.layout import chunk_rows
-from zgraph.runtime import torch_private
 from zgraph.runtime.shards import ShardStore
 
 
@@ -66,7 +66,7 @@ def _like(held: DTensor, whole: torch.Tensor, store: ShardStore) -> DTensor:
     if isinstance(held.placements[-1], Shard):
         start = store.shard * chunk_rows(whole.shape[0], store.num_shards)
         local = local[start : start + held._local_tensor.shape[0]]
-    return torch_private.dtensor_like(local, held)
+    return private_runtime.dtensor_like(local, held)
 
 
 def _near(name: str, given: list[str]) -> str:

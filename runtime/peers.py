@@ -16,14 +16,14 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from zgraph.config import environment
+from zgraph.bridge import private_runtime
+from zgraph.environment import environment
 from zgraph.errors import PeerError, PlanMismatchError
-from zgraph.runtime import torch_private
 from zgraph.runtime.departures import LINGER_SECONDS, departures
 from zgraph.runtime.drift import Wait
+from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.heartbeat import BEAT_SECONDS, Place, beat_key, heartbeat
 from zgraph.runtime.journal import Journal, keep
-from zgraph.runtime.lanes import Transfer
 
 GONE_AFTER_SECONDS = 5.0
 ASK_AFTER_SECONDS = 0.5
@@ -62,7 +62,7 @@ class Peers:
         self.group, self.name = group, name
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.rank = dist.get_rank()
-        self.store = torch_private.store()
+        self.store = private_runtime.store()
         self.polls = device.type == "cpu"
         self.waited_s = 0.0
         self.call = 0

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zgraph.aten import resolve, to_torch
+from zgraph.bridge import private_runtime
+from zgraph.bridge.aten import resolve, to_torch
 from zgraph.errors import KernelError
 from zgraph.ir import Arg, Graph, Instruction, Node, Program, Value
-from zgraph.runtime import torch_private
 from zgraph.runtime.collectives import MAKERS
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class Regions:
             return steps([next(rest) if n is None else n for n in numbers])
 
         try:
-            compiled = torch_private.inductor(of_tensors, tensors)
+            compiled = private_runtime.inductor(of_tensors, tensors)
         except Exception as error:
             raise KernelError(
                 f"Inductor cannot compile {len(steps.calls)} ops of {steps.origin}: {error}. On processors it needs a "

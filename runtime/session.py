@@ -10,16 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from zgraph.bridge import private_runtime
 from zgraph.errors import PeerError
 from zgraph.ir import Node, OutputKind, Phase, Plan, Program, TensorType
 from zgraph.ir.layout import chunk_numel
-from zgraph.runtime import torch_private
 from zgraph.runtime.agreement import plan_text, wire_of
 from zgraph.runtime.collectives import described, divisor_of
 from zgraph.runtime.executor import Runner, link
+from zgraph.runtime.gloo_transport import Hosts, Lane, host_name
 from zgraph.runtime.host import HostMemory
 from zgraph.runtime.journal import Moved
-from zgraph.runtime.lanes import Hosts, Lane, host_name
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.ranges import Ranges
 from zgraph.runtime.recorder import Watcher
@@ -93,7 +93,7 @@ class Session:
     @property
     def watcher(self) -> Watcher | None:
         """Who is told how programs go on: whoever measures, or torch's profiler while it is on; mostly nobody."""
-        return self._ranges if self.recorder is None and torch_private.is_profiling() else self.recorder
+        return self._ranges if self.recorder is None and private_runtime.is_profiling() else self.recorder
 
     def arena(self, num_bytes: int) -> torch.Tensor:
         """The memory in which a program lays its buffers out, each at a multiple of `zgraph.ir.arena.ALIGN_BYTES`."""

@@ -22,10 +22,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from zgraph.aten import compute_dtype
+from zgraph.bridge import private_runtime
+from zgraph.bridge.aten import compute_dtype
 from zgraph.ir.layout import chunk_numel, chunk_rows, dense_strides, local_rows
-from zgraph.runtime import torch_private
-from zgraph.runtime.flats import Flats, Part, align_numel
+from zgraph.runtime.flat_buffers import Flats, Part, align_numel
 from zgraph.runtime.host import PAGE_BYTES, HostMemory
 from zgraph.runtime.materialise import materialise
 
@@ -69,11 +69,11 @@ class Slot:
             held = parameter.grad
             (held._local_tensor if isinstance(held, DTensor) else held).add_(local)
         elif isinstance(parameter, DTensor):
-            parameter.grad = torch_private.dtensor_like(local, parameter)
+            parameter.grad = private_runtime.dtensor_like(local, parameter)
         else:
             parameter.grad = local
         if self.stand_in is not parameter:  # autograd runs the hooks of what it saw itself
-            torch_private.run_grad_hooks(parameter)
+            private_runtime.run_grad_hooks(parameter)
 
     def local_part(self, chunk: torch.Tensor) -> torch.Tensor:
         """The part of a padded chunk that this rank really holds, in the shape of its shard."""
@@ -267,7 +267,7 @@ class ShardStore:
         start = self.shard * chunk_rows(shape[0], self.num_shards)
         local.copy_(self.from_first_rank(parameter.detach())[start : start + rows])
         placement = [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
-        dtensor = torch_private.dtensor(local, self.mesh, placement, shape, stride)
+        dtensor = private_runtime.dtensor(local, self.mesh, placement, shape, stride)
         stand_in = self._hollow(parameter)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         at_rest = nn.Parameter(dtensor, parameter.requires_grad)
@@ -296,7 +296,7 @@ class ShardStore:
         if self.any_sharded:
             assert self.mesh is not None
             placement = [Replicate()] * self.mesh.ndim
-            dtensor = torch_private.dtensor(rest, self.mesh, placement, rest.size(), rest.stride())
+            dtensor = private_runtime.dtensor(rest, self.mesh, placement, rest.size(), rest.stride())
             at_rest = nn.Parameter(dtensor, parameter.requires_grad)
         return Slot(name, stage, at_rest, stand_in, rest, working, offload)
 

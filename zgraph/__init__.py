@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from zgraph import optim
     from zgraph.api import compile, gathered, no_sync, recipe, report
     from zgraph.capture import trace
-    from zgraph.engine.export import export_hf
+    from zgraph.compiler.profiler import profile, profile_machine
+    from zgraph.engine.checkpoint.export import export_hf
     from zgraph.engine.initialize import add_config_arguments, init_distributed, initialize_engine
     from zgraph.engine.initialize import initialize_engine as initialize
-    from zgraph.plans import plan, sweep
-    from zgraph.profiling import profile, profile_machine
+    from zgraph.estimate.plan import plan, sweep
 
 __all__ = [
     "add_config_arguments", "compile", "export_hf", "gathered", "init_distributed", "initialize", "initialize_engine",
@@ -30,15 +30,15 @@ _HOMES = {
     "compile": "zgraph.api",
     "add_config_arguments": "zgraph.engine.initialize",
     "init_distributed": "zgraph.engine.initialize",
-    "export_hf": "zgraph.engine.export",
+    "export_hf": "zgraph.engine.checkpoint.export",
     "gathered": "zgraph.api",
     "initialize": "zgraph.engine.initialize",
     "initialize_engine": "zgraph.engine.initialize",
     "no_sync": "zgraph.api",
-    "plan": "zgraph.plans",
-    "sweep": "zgraph.plans",
-    "profile": "zgraph.profiling",
-    "profile_machine": "zgraph.profiling",
+    "plan": "zgraph.estimate.plan",
+    "sweep": "zgraph.estimate.plan",
+    "profile": "zgraph.compiler.profiler",
+    "profile_machine": "zgraph.compiler.profiler",
     "recipe": "zgraph.api",
     "report": "zgraph.api",
     "trace": "zgraph.capture",

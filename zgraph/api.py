@@ -13,30 +13,30 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from zgraph.aten import FROM_TORCH, compute_dtype
-from zgraph.calls import Unprepared, check_moved, guard
+from zgraph.bridge.aten import FROM_TORCH, compute_dtype
+from zgraph.bridge.private_runtime import whole_group
+from zgraph.bridge.target import Target, cost_table, device_budget, fingerprint_of, num_bytes
 from zgraph.capture import Frontend, ParamInfo, drop_gradient_hooks
-from zgraph.checks import ATTRIBUTE, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
-from zgraph.compiled import CompiledModel, buffer_bytes, enabled
+from zgraph.compiler.call_guard import Unprepared, check_moved, guard
+from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
+from zgraph.compiler.report import Report
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir import Axis
 from zgraph.ir.layout import chunk_numel
-from zgraph.offload import Offload, Resting, activations, of_parameters
+from zgraph.options.offload import Offload, Resting, activations, of_parameters
+from zgraph.options.validate import ATTRIBUTE, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
 from zgraph.passes import MIXED, RECIPES, Context, fusing, parse_recipe
-from zgraph.passes.base import Choice
-from zgraph.passes.fusion import Fuse
-from zgraph.reporting import Report
-from zgraph.runfile import load_run
+from zgraph.passes.core.base import Choice
+from zgraph.passes.fuse import Fuse
+from zgraph.runfile.format import load_run
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.agreement import check_joined, settings_lines
+from zgraph.runtime.eager_fallback import run_whole, whole_parameters
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
 from zgraph.runtime.peers import Peers, unique_name
 from zgraph.runtime.regions import Regions
-from zgraph.runtime.torch_private import whole_group
-from zgraph.runtime.whole import run_whole, whole_parameters
-from zgraph.target import Target, cost_table, device_budget, fingerprint_of, num_bytes
 
 M = TypeVar("M")
 

@@ -15,12 +15,12 @@ from itertools import pairwise
 
 from zgraph.cost.memory import local_bytes
 from zgraph.ir import Builder, Graph, Node, OutputKind, Phase, Type, Value
+from zgraph.ir.aliases import Memory
 from zgraph.ir.graph import map_values
 from zgraph.ir.ops import OPS, is_pure, padded_bytes, views
 from zgraph.passes.analysis.blocks import Block, Choice, Maker, frontier, within
 from zgraph.passes.analysis.gathers import gathered, is_gather
-from zgraph.passes.analysis.memory import Memory
-from zgraph.passes.base import Context
+from zgraph.passes.core.base import Context
 
 MIN_NODES = 24
 """Parts of the model with fewer nodes are taken together with others as small beside them."""

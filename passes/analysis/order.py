@@ -6,8 +6,8 @@ import heapq
 from collections.abc import Callable
 
 from zgraph.ir import OPS, Graph, Node
+from zgraph.ir.aliases import Memory
 from zgraph.ir.graph import values_in
-from zgraph.passes.analysis.memory import Memory
 
 Priority = Callable[[int, Node], float]
 

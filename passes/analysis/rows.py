@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import Step
 from zgraph.ir import Arg, DType, Graph, Node, TensorType, Value
-from zgraph.passes.patterns import PATTERNS, RENAMES, Pattern
+from zgraph.passes.fusion.patterns import PATTERNS, RENAMES, Pattern
 
 FLOATS = frozenset({DType.f32, DType.bf16, DType.f16})
 

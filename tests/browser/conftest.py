@@ -9,9 +9,9 @@ import torch
 import transformers as hf
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from zgraph.estimate.trace import traced
 from zgraph.passes import RECIPES, parse_recipe
-from zgraph.runfile import RunFile
-from zgraph.tracing import traced
+from zgraph.runfile.format import RunFile
 from zgraph.viz.page import page as page_of
 
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",

@@ -6,12 +6,12 @@ from html import escape
 import pytest
 from playwright.sync_api import Page, expect
 
-from zgraph.compare import compare, node_lines
 from zgraph.cost import simulate
 from zgraph.cost.memory import alive_at_peak
 from zgraph.ir import Graph, Origin, parse_graph
 from zgraph.passes import Context, make_plan
-from zgraph.runfile import Provenance, run_file
+from zgraph.runfile.diff import compare, node_lines
+from zgraph.runfile.format import Provenance, run_file
 from zgraph.viz.page import page as page_of
 
 MAX_BYTES = 6 << 20

@@ -7,7 +7,7 @@ import pytest
 
 from tests.trust import faults
 from tests.trust.test_numeric import PLAIN, final, steps
-from zgraph.runfile import Provenance, run_file
+from zgraph.runfile.format import Provenance, run_file
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from zgraph.cli.models import subject
 from zgraph.errors import VerifyError
 from zgraph.ir import parse_graph, print_graph
 from zgraph.passes import RECIPES
-from zgraph.runfile import load_run
+from zgraph.runfile.format import load_run
 
 
 def commands() -> list[str]:

@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.passes.test_goldens import GOLDENS, Golden
-from zgraph.compare import compare, moved
 from zgraph.ir import Instruction, parse_graph, print_graph, print_node
-from zgraph.lines import node_lines, read_line
+from zgraph.ir.lines import node_lines, read_line
+from zgraph.runfile.diff import compare, moved
 
 
 def test_lines_are_nodes():

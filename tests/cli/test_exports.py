@@ -10,9 +10,11 @@ import pytest
 from tests.cost.test_simulator import STEP, table
 from tests.passes.test_goldens import GOLDENS, Golden
 from zgraph.cost import simulate
-from zgraph.export import dot, model_explorer, perfetto
 from zgraph.ir import Graph, parse_graph
 from zgraph.passes import Context, make_plan
+from zgraph.viz.dot import dot
+from zgraph.viz.model_explorer import model_explorer
+from zgraph.viz.perfetto import perfetto
 
 QUOTED = r'"((?:[^"\\]|\\.)*)"'
 

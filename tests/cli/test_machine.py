@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from zgraph.bugreport import bug_report, cores
+from zgraph.cli.environment_report import bug_report, cores
 from zgraph.cost import known
 
 
@@ -38,7 +38,7 @@ def test_a_bug_report_has_no_secrets(zgraph_command, monkeypatch, tmp_path):
 def test_a_bug_report_says_what_is_broken(monkeypatch):
     """Where torch cannot be imported, and the user has no name."""
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setattr("zgraph.bugreport.TOPOLOGY", ((sys.executable, "-c", "print('GPU0 NV18')"),))
+    monkeypatch.setattr("zgraph.cli.environment_report.TOPOLOGY", ((sys.executable, "-c", "print('GPU0 NV18')"),))
     monkeypatch.setattr("getpass.getuser", lambda: {}["user"])
     found = bug_report()
     assert found["torch"]["error"].startswith("ModuleNotFoundError")

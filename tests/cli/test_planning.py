@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import zgraph
-from zgraph import plans
 from zgraph.cost import hardware
+from zgraph.estimate import plan as planning
 
 TINY = ("plan", "model.py:words", "--seq", "16", "--stage", "3", "--dtype", "f32")
 
@@ -17,8 +17,8 @@ TINY = ("plan", "model.py:words", "--seq", "16", "--stage", "3", "--dtype", "f32
 def captures(monkeypatch):
     """Counts how often a model is captured."""
     seen = []
-    capture = plans.captured
-    monkeypatch.setattr(plans, "captured", lambda *args: seen.append(args) or capture(*args))
+    capture = planning.captured
+    monkeypatch.setattr(planning, "captured", lambda *args: seen.append(args) or capture(*args))
     return seen
 
 

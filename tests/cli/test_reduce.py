@@ -12,7 +12,7 @@ from zgraph.debugging.ddmin import minimal
 from zgraph.errors import UsageError
 from zgraph.ir import Axis, Graph, parse_graph, print_graph, verify
 from zgraph.passes import BY_NAME, Context, Pipeline
-from zgraph.runfile import Provenance, load_run, run_file
+from zgraph.runfile.format import Provenance, load_run, run_file
 
 from .graphs import long
 from .wrong import Wrong

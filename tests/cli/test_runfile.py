@@ -14,7 +14,7 @@ from zgraph.errors import RunFileError, ZgraphError, ZirError
 from zgraph.ir import Axis, DType, Graph, parse_graph
 from zgraph.ir.ops import LANES
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
-from zgraph.runfile import MANIFEST, Provenance, Recording, RunFile, load_run
+from zgraph.runfile.format import MANIFEST, Provenance, Recording, RunFile, load_run
 
 SMALL = """graph "small"
 op aten.mm.default

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
 from zgraph.api import compiled_model
+from zgraph.compiler.report import mebibytes
 from zgraph.errors import PeerError
 from zgraph.ir.ops import moved_bytes
-from zgraph.reporting import mebibytes
 from zgraph.runtime import peers
 from zgraph.viz import as_text
 

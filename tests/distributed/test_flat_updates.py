@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 import zgraph
 from zgraph.api import compiled_model
+from zgraph.bridge import private_runtime
 from zgraph.optim import SGD, AdamW, Lion, flat
-from zgraph.runtime import torch_private
 
 from .lockstep import local, own_part
 from .nets import Odd, built
@@ -42,7 +42,7 @@ def give_gradients(model: nn.Module, step: int) -> None:
             parameter.grad = None
         elif isinstance(parameter, DTensor):
             own = own_part(whole, parameter) if isinstance(parameter.placements[-1], Shard) else whole
-            parameter.grad = torch_private.dtensor_like(own, parameter)
+            parameter.grad = private_runtime.dtensor_like(own, parameter)
         else:
             parameter.grad = whole
 

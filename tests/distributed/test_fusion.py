@@ -9,8 +9,8 @@ import pytest
 from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
-from zgraph import tuning
 from zgraph.api import compiled_model
+from zgraph.compiler import autotune
 
 from . import zoo
 from .lockstep import Lockstep, assert_same
@@ -36,7 +36,7 @@ def tune(mesh: DeviceMesh, folder: str) -> tuple[str, int]:
     """Each rank with a cache of its own, as on a host of its own."""
     rank = mesh.get_rank()
     cache = patch.dict(os.environ, {"XDG_CACHE_HOME": f"{folder}/{rank}"})
-    with cache, patch.object(tuning, "has_inductor", return_value=False):
+    with cache, patch.object(autotune, "has_inductor", return_value=False):
         model = zgraph.compile(zoo.builder("vit")(), mesh=mesh, kernels="triton")
         compiled = compiled_model(model)
         compiled.tunes = True

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import zgraph
 from zgraph.errors import PeerError, UsageError
-from zgraph.runtime import joining
+from zgraph.runtime import rendezvous
 
 RANKS = 3
 DIED = "rank {} died while the ranks joined. Start the job again."
@@ -17,7 +17,7 @@ DIED = "rank {} died while the ranks joined. Start the job again."
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
-    monkeypatch.setattr(joining, "GONE_AFTER_SECONDS", 1.5)
+    monkeypatch.setattr(rendezvous, "GONE_AFTER_SECONDS", 1.5)
     return dist.HashStore()
 
 
@@ -26,7 +26,7 @@ def meet(store: dist.Store, *ranks: int, limit_s: float = 20, failing: tuple[int
 
     def one(rank: int) -> str:
         try:
-            with joining._Meeting(store, rank, RANKS).watched(limit_s):
+            with rendezvous._Meeting(store, rank, RANKS).watched(limit_s):
                 if rank in failing:
                     raise RuntimeError("it took too long")
         except PeerError as error:
@@ -39,7 +39,7 @@ def meet(store: dist.Store, *ranks: int, limit_s: float = 20, failing: tuple[int
 
 def die(store: dist.Store, rank: int) -> None:
     """A rank whose heart beats once."""
-    store.set(joining.beat_key(rank), "0 ")
+    store.set(rendezvous.beat_key(rank), "0 ")
 
 
 def test_all_come(store: dist.Store) -> None:

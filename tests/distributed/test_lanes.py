@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from zgraph.runtime import torch_private
-from zgraph.runtime.lanes import Hosts, Lane
+from zgraph.bridge import private_runtime
+from zgraph.runtime.gloo_transport import Hosts, Lane
 
 from .pool import Pool
 
@@ -19,7 +19,7 @@ LAYOUTS = {
 
 
 def open_lane(mesh: DeviceMesh, name: str, hosts: list[str]) -> Lane:
-    return Lane(torch_private.store(), f"test/{name}", mesh.get_local_rank(), Hosts.of(hosts))
+    return Lane(private_runtime.store(), f"test/{name}", mesh.get_local_rank(), Hosts.of(hosts))
 
 
 def run_all(mesh: DeviceMesh, name: str, hosts: list[str], numel: int) -> list[bool]:
@@ -53,7 +53,7 @@ def test_what_arrives_is_what_was_sent(pool: Pool, layout: str, numel: int) -> N
 def run_rows(mesh: DeviceMesh, numel: int) -> list[bool]:
     """Two rows of two ranks, each row with all shards; two tensors in one call."""
     rank, place = mesh.get_local_rank(), mesh.get_local_rank() % 2
-    lane = Lane(torch_private.store(), f"test/rows/{numel}", rank, Hosts.rows_of(4, 2), each_has_all=True)
+    lane = Lane(private_runtime.store(), f"test/rows/{numel}", rank, Hosts.rows_of(4, 2), each_has_all=True)
     whole = [torch.arange(2.0 * numel).view(2, numel) * (r + 1) for r in range(4)]
     mean = torch.stack(whole).mean(0)
     slots = [torch.zeros(2, numel), torch.zeros(2, numel)]

@@ -16,14 +16,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
-from zgraph.interp import Interpreter, whole
+from zgraph.bridge import private_runtime
+from zgraph.interpreter import Interpreter, whole
 from zgraph.ir import Graph, parse_graph, verify
 from zgraph.passes import Context, Pipeline, make_plan
 from zgraph.passes.all_reduce import AllReduce
 from zgraph.passes.broadcast import Broadcast
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.schedule import Schedule
-from zgraph.runtime import torch_private
 from zgraph.runtime.agreement import wire_of
 from zgraph.runtime.collectives import MAKERS
 
@@ -207,8 +207,8 @@ def test_what_a_process_group_is_asked_for(monkeypatch, placement, ops, count):
     group = session.shard_group
     for name in ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"):
         setattr(group, name, lambda outs, wholes, options: asked.append(options.reduceOp) or Mock())
-    monkeypatch.setattr(torch_private, "_scatter", lambda *pair, op, **_: asked.append(op) or Mock())
-    monkeypatch.setattr(torch_private, "_side_stream", lambda device: None)
+    monkeypatch.setattr(private_runtime, "_scatter", lambda *pair, op, **_: asked.append(op) or Mock())
+    monkeypatch.setattr(private_runtime, "_side_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(dist, "all_reduce", lambda out, op, **_: asked.append(op) or Mock())
     start = MAKERS["reduce_scatter_start"](parse_graph(text).nodes[0], session)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph.engine.config import read_config
-from zgraph.engine.keys import EngineConfig
-from zgraph.engine.optimizers import OPTIMIZERS, AdamWParams
-from zgraph.engine.schedules import SCHEDULES, Scheduler
-from zgraph.engine.sections import Section
+from zgraph.engine.config.keys import EngineConfig
+from zgraph.engine.config.lr_schedules import SCHEDULES, Scheduler
+from zgraph.engine.config.optimizers import OPTIMIZERS, AdamWParams
+from zgraph.engine.config.read import read_config
+from zgraph.engine.config.sections import Section
 from zgraph.errors import ConfigError, UsageError
 
 LEAST = {"train_batch_size": 8}

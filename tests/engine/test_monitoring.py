@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 import zgraph
 from zgraph.cost.hardware import hardware, save
-from zgraph.engine import config as configuration
-from zgraph.engine.config import read_config
-from zgraph.engine.flops import flop_by_module, flop_tables, useful_flop
-from zgraph.engine.keys import EngineConfig, FlopsProfiler
-from zgraph.engine.monitoring import say
-from zgraph.engine.writers import Event, is_installed, writers
+from zgraph.engine.config import read as configuration
+from zgraph.engine.config.keys import EngineConfig, FlopsProfiler
+from zgraph.engine.config.read import read_config
+from zgraph.engine.monitor.flops import flop_by_module, flop_tables, useful_flop
+from zgraph.engine.monitor.monitor import say
+from zgraph.engine.monitor.writers import Event, is_installed, writers
 from zgraph.errors import ConfigError
 from zgraph.viz import as_text
 

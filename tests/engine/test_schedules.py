@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from zgraph.engine.schedules import SCHEDULES, Scheduler
+from zgraph.engine.config.lr_schedules import SCHEDULES, Scheduler
 from zgraph.errors import UsageError
 
 

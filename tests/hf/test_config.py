@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from tests.hf.training import arguments, llama, trainer
-from zgraph.engine.config import read_config
+from zgraph.engine.config.read import read_config
 from zgraph.errors import ConfigError, UsageError
 from zgraph.hf import Trainer, enable
 from zgraph.hf.config import filled

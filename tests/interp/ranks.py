@@ -9,7 +9,7 @@ import torch
 
 from zgraph.debugging import known
 from zgraph.debugging.numbers import Numbers
-from zgraph.interp import Ranks
+from zgraph.interpreter import Ranks
 from zgraph.ir import Axis, DType, Graph, TensorType
 from zgraph.passes import Context, Pass, Pipeline
 

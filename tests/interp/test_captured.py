@@ -8,7 +8,7 @@ import torch
 
 from tests.interp.models import NAMES, ConvNet, captured
 from tests.interp.ranks import Reference, context
-from zgraph.interp import Interpreter
+from zgraph.interpreter import Interpreter
 from zgraph.ir import DType, Graph, InputKind, OutputKind, TensorType, parse_graph, print_graph, verify
 from zgraph.passes import RECIPES, parse_recipe
 

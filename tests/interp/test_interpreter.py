@@ -5,7 +5,7 @@ import torch
 
 from tests.interp.ranks import same_bits
 from zgraph.errors import InterpretError
-from zgraph.interp import Interpreter, mean, shards, whole
+from zgraph.interpreter import Interpreter, mean, shards, whole
 from zgraph.ir import parse_graph, verify
 
 HEAD = """graph "g" mesh(shard=3)

@@ -10,7 +10,7 @@ from tests.ir.strategies import graphs
 from zgraph.debugging.programs import MicroStep, Programs
 from zgraph.ir import DType, Graph, Phase
 from zgraph.passes import RECIPES, parse_recipe
-from zgraph.passes.no_sync import without_sync
+from zgraph.passes.plan.no_sync import without_sync
 
 
 def check_two_micro_steps(captured: Graph, recipe: str, num_ranks: int, reduce_dtype: DType | None = None) -> None:

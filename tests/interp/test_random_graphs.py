@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 
 from tests.interp.ranks import Reference, context, differences
 from tests.ir.strategies import FOREIGN, graphs
-from zgraph.aten import effects, resolve
+from zgraph.bridge.aten import effects, resolve
 from zgraph.ir import OPS, DType, Graph, InputKind, verify
 from zgraph.passes import RECIPES, parse_recipe
-from zgraph.passes.absent import without_tangents
 from zgraph.passes.analysis.order import reorder
+from zgraph.passes.plan.zero_tangents import without_tangents
 
 recipes = st.sampled_from([parse_recipe(text) for text in RECIPES.values()])
 ranks = st.integers(1, 4)

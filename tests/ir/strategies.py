@@ -1,6 +1,6 @@
 """Random valid graphs of real ATen ops, as capture gives them: forward and backward, some gradients, odd sizes.
 
-`graphs()` is a hypothesis strategy. What it makes can be printed, compiled and (on `zgraph.interp`) run.
+`graphs()` is a hypothesis strategy. What it makes can be printed, compiled and (on `zgraph.interpreter`) run.
 """
 
 from __future__ import annotations

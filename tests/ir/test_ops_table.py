@@ -2,7 +2,7 @@
 
 import pytest
 
-from zgraph.interp import RULES
+from zgraph.interpreter import RULES
 from zgraph.ir import OPS, Axis, Graph, Node, TensorType, parse_graph, print_graph, verify
 from zgraph.ir.ops import LANES, TypeRuleError, is_pure, views
 from zgraph.runtime.collectives import MAKERS

@@ -8,7 +8,7 @@ import small
 import zgraph
 from zgraph.codegen.spec import KernelSpec
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.fused_rows import MATMUL, ROWS
+from zgraph.passes.fusion.rows import MATMUL, ROWS
 
 
 @cache

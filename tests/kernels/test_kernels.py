@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.deep import DEEP
-from zgraph.aten import TO_TORCH
+from zgraph.bridge.aten import TO_TORCH
 from zgraph.codegen import kernels, reference
 from zgraph.codegen.emit import source
 from zgraph.codegen.philox import uniform

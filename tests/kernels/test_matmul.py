@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
 
-from zgraph.aten import TO_TORCH
+from zgraph.bridge.aten import TO_TORCH
 from zgraph.codegen import library, matmul, reference
 from zgraph.codegen.matmul import MatmulTiles
 from zgraph.codegen.spec import ACC, KernelSpec

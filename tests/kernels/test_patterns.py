@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 
-from zgraph.aten import resolve
+from zgraph.bridge.aten import resolve
 from zgraph.codegen import loss, reference
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import KernelSpec, Operand, Step
 from zgraph.ir import DType
-from zgraph.passes.patterns import PATTERNS, Pattern
+from zgraph.passes.fusion.patterns import PATTERNS, Pattern
 
 from .specs import rms_norm, rms_norm_backward
 

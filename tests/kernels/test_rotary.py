@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.memory import measure
-from zgraph.aten import FROM_TORCH
+from zgraph.bridge.aten import FROM_TORCH
 from zgraph.codegen import library, rotary  # noqa: F401 - the library registers the op
 from zgraph.codegen.rotary import Rotary
 from zgraph.cost.workspace import NUM_THREADS, workspace_bytes
 from zgraph.errors import KernelError
 from zgraph.ir import Node, TensorType, Value
-from zgraph.passes.subgraphs import ROTARY
+from zgraph.passes.fusion.rotary import ROTARY
 
 ORDERS = [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)]
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -4,7 +4,7 @@ import pytest
 
 from zgraph.ir import Axis, Graph, parse_graph, verify
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
-from zgraph.passes.absent import absent_tangents, without_tangents
+from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
 
 HEAD = """graph "g"
 op aten.add.Tensor

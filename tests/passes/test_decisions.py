@@ -20,19 +20,19 @@ from zgraph.cost import CostTable, hardware
 from zgraph.cost.hardware import Link
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Axis, Graph, Node, Phase, TensorType, parse_graph, verify
+from zgraph.ir.aliases import Memory
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.passes.all_gather import AllGather
 from zgraph.passes.analysis.forward import Forward
-from zgraph.passes.analysis.memory import Memory
+from zgraph.passes.analysis.lookahead import lowered, makespan_us, peak_bytes
 from zgraph.passes.bucket import Bucket
 from zgraph.passes.fit import _Fitter
-from zgraph.passes.fused_loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
-from zgraph.passes.fused_rows import ROWS
+from zgraph.passes.fusion.loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
+from zgraph.passes.fusion.rows import ROWS
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload, Saved
-from zgraph.passes.outlook import lowered, makespan_us, peak_bytes
 from zgraph.passes.partition import Partition
-from zgraph.passes.planning import memory_of
+from zgraph.passes.plan.make_plan import memory_of
 from zgraph.passes.recompute import Recompute
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release

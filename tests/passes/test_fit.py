@@ -11,8 +11,8 @@ from tests.interp.models import captured
 from tests.interp.ranks import Reference, context, differences
 from zgraph.ir import Graph, verify
 from zgraph.passes import Context, parse_recipe
+from zgraph.passes.analysis.lookahead import peak_bytes
 from zgraph.passes.fit import Fit
-from zgraph.passes.outlook import peak_bytes
 
 CHOICES = st.sampled_from(["auto", "never"])
 

@@ -8,7 +8,7 @@ import pytest
 from zgraph.errors import VerifyError
 from zgraph.ir import Axis, Graph, parse_graph
 from zgraph.passes import Context, Pass, Pipeline, parse_recipe
-from zgraph.passes.instruments import Dump, Log, Verify
+from zgraph.passes.core.instruments import Dump, Log, Verify
 
 GRAPH = parse_graph("""graph "net"
 op aten.detach.default views(0)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from tests.ir.strategies import graphs
 from zgraph.ir import Axis, parse_graph, verify
+from zgraph.ir.aliases import Memory
 from zgraph.passes import MIXED, Context, parse_recipe
-from zgraph.passes.analysis.memory import Memory
 from zgraph.passes.analysis.order import dependencies, reorder
 
 HEAD = """graph "g"

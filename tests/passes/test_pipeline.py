@@ -10,8 +10,8 @@ from zgraph.errors import ContractError, RecipeError
 from zgraph.ir import Graph
 from zgraph.passes import ALL, BY_NAME, MIXED, RECIPES, Context, Pass, Pipeline, parse_recipe
 from zgraph.passes.bucket import Bucket
+from zgraph.passes.core.pipeline import parse_size, print_size
 from zgraph.passes.partition import Partition
-from zgraph.passes.pipeline import parse_size, print_size
 from zgraph.passes.prefetch import Prefetch
 
 OPTIONS = {

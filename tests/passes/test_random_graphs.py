@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tests.ir.strategies import graphs
 from zgraph.ir import OPS, Axis, DType, Graph, Node, OutputKind, Phase, Replicate, Value
+from zgraph.ir.aliases import Memory
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
-from zgraph.passes.analysis.memory import Memory
-from zgraph.passes.instruments import Verify
+from zgraph.passes.core.instruments import Verify
 from zgraph.passes.partition import CASTS
 
 contexts = st.builds(

@@ -4,11 +4,11 @@ import ast
 from pathlib import Path
 
 from zgraph.passes import ALL
-from zgraph.passes.readme import PATH, render
+from zgraph.passes.core.readme import PATH, render
 
 
 def test_the_table_is_up_to_date():
-    assert PATH.read_text() == render(), "run: python -m zgraph.passes.readme"
+    assert PATH.read_text() == render(), "run: python -m zgraph.passes.core.readme"
 
 
 def test_every_pass_has_a_row():

@@ -5,8 +5,8 @@ import pytest
 from tests.passes.test_goldens import FOLDER, Golden
 from zgraph.ir import Graph, parse_graph, verify
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.absent import without_tangents
-from zgraph.passes.subgraphs import REWRITES, ROTARY
+from zgraph.passes.fusion.rotary import REWRITES, ROTARY
+from zgraph.passes.plan.zero_tangents import without_tangents
 
 TEXT = Golden.read(FOLDER / "fuse-rotary.zir").before
 

@@ -14,8 +14,8 @@ from tests.ir.strategies import graphs
 from zgraph.errors import BudgetError, ContractError, VerifyError
 from zgraph.ir import Axis, Graph
 from zgraph.passes import RECIPES, Context, Pass, Pipeline, parse_recipe
-from zgraph.passes.instruments import Log, Verify
-from zgraph.passes.planning import memory_of
+from zgraph.passes.core.instruments import Log, Verify
+from zgraph.passes.plan.make_plan import memory_of
 
 MESHES = ((), (Axis("shard", 2),), (Axis("shard", 3),), (Axis("replicate", 2), Axis("shard", 2)))
 CHOICES = st.sampled_from(["never", "auto", "always"])

@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 import small
 import zgraph
 from tests.deep import deep
-from zgraph.depth import captured
+from zgraph.capture.deep import captured
+from zgraph.capture.extrapolate import grown
+from zgraph.capture.layers import shortened, stacks
 from zgraph.errors import CaptureError
-from zgraph.growth import grown
 from zgraph.ir import Graph, print_graph
-from zgraph.stacks import shortened, stacks
 
 IDS = torch.zeros(2, 16, dtype=torch.int64)
 TEXT = {"input_ids": IDS, "labels": IDS}

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import zgraph
+from zgraph.engine.checkpoint.export import export_hf
+from zgraph.engine.checkpoint.rng_state import start_anew
 from zgraph.engine.engine import Engine
-from zgraph.engine.export import export_hf
-from zgraph.engine.randomness import start_anew
 from zgraph.errors import CheckpointError, UsageError
 
 

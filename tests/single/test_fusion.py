@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import small
 import zgraph
 from tests.deep import deep
-from zgraph.aten import TO_TORCH
+from zgraph.bridge.aten import TO_TORCH
 from zgraph.codegen.spec import KernelSpec
 from zgraph.cost.work import work
 from zgraph.debugging.known import Reference
@@ -21,9 +21,9 @@ from zgraph.debugging.numbers import Numbers
 from zgraph.errors import UsageError
 from zgraph.ir import DType, Graph, Node, Phase, TensorType, Value, parse_graph, print_graph, verify
 from zgraph.passes import RECIPES, Context, fusing, parse_recipe
-from zgraph.passes.fused_loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
-from zgraph.passes.fused_rows import MATMUL, ROWS, SEED
-from zgraph.passes.subgraphs import ROTARY
+from zgraph.passes.fusion.loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
+from zgraph.passes.fusion.rotary import ROTARY
+from zgraph.passes.fusion.rows import MATMUL, ROWS, SEED
 
 from .trained import MODELS, Trained, batch, losses, plain
 

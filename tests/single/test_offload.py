@@ -7,7 +7,7 @@ import zgraph
 from tests.deep import deep
 from tests.single.trained import Trained, batch, llama, plain
 from zgraph.errors import OffloadError, UsageError
-from zgraph.offload import Resting, of_parameters
+from zgraph.options.offload import Resting, of_parameters
 from zgraph.runtime import host
 
 PAGE = host.PAGE_BYTES

@@ -7,9 +7,10 @@ from torch import nn
 import small
 import zgraph
 from tests.deep import deep
-from zgraph import family, plans
 from zgraph.cost.hardware import Link, hardware
 from zgraph.errors import HardwareError, UsageError
+from zgraph.estimate import layer_scaling
+from zgraph.estimate import plan as planning
 
 IDS = torch.zeros(2, 64, dtype=torch.int64)
 _CAPTURES = {}
@@ -34,15 +35,15 @@ def t5() -> nn.Module:
 @pytest.fixture(autouse=True)
 def _captured_once(monkeypatch):
     """Tests that plan the same model share its capture."""
-    capture = plans.captured
+    capture = planning.captured
 
     def captured(model, args, kwargs, param_dtype):
-        key = type(model), sum(p.numel() for p in model.parameters()), family._are_alike
+        key = type(model), sum(p.numel() for p in model.parameters()), layer_scaling._are_alike
         if key not in _CAPTURES:
             _CAPTURES[key] = capture(model, args, kwargs, param_dtype)
         return _CAPTURES[key]
 
-    monkeypatch.setattr(plans, "captured", captured)
+    monkeypatch.setattr(planning, "captured", captured)
 
 
 @pytest.mark.parametrize(("build", "num_ranks"), [(llama, 8), deep(t5, 1)])
@@ -50,7 +51,7 @@ def test_a_model_grown_from_few_layers_is_the_whole_model(build, num_ranks, monk
     model = build()
     names = list(model.state_dict())
     grown = zgraph.plan(model, **BATCH, hardware="8x8-a100-80", num_ranks=num_ranks, stage=[0, 3])
-    monkeypatch.setattr(family, "_are_alike", _never)
+    monkeypatch.setattr(layer_scaling, "_are_alike", _never)
     whole = zgraph.plan(model, **BATCH, hardware="8x8-a100-80", num_ranks=num_ranks, stage=[0, 3])
     assert list(model.state_dict()) == names
     for a, b in zip(grown.stages, whole.stages, strict=True):

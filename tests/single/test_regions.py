@@ -11,12 +11,12 @@ from torch import nn
 import small
 import zgraph
 from zgraph.api import compiled_model
+from zgraph.bridge import private_runtime
+from zgraph.bridge.target import cost_table
 from zgraph.errors import KernelError
 from zgraph.ir import Axis, Instruction, Plan
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
-from zgraph.runtime import torch_private
 from zgraph.runtime.regions import MAX_SIZES, Region, cut
-from zgraph.target import cost_table
 
 from .trained import MODELS, Trained, batch, losses, plain
 
@@ -32,7 +32,7 @@ def compiled(monkeypatch) -> list[int]:
         found.append(len(examples))
         return lambda args: function(*args)
 
-    monkeypatch.setattr(torch_private, "inductor", op_by_op)
+    monkeypatch.setattr(private_runtime, "inductor", op_by_op)
     return found
 
 
@@ -145,7 +145,7 @@ def test_what_inductor_cannot_compile(monkeypatch):
     def fail(function: Any, examples: Any) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(torch_private, "inductor", fail)
+    monkeypatch.setattr(private_runtime, "inductor", fail)
     torch.compiler.reset()
     model = zgraph.compile(MODELS["llama"](), kernels="inductor")
     with pytest.raises(KernelError, match=r"(?s)no compiler.*g\+\+"):

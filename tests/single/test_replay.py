@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import zgraph
+from zgraph.compiler.report import Report
 from zgraph.errors import RunFileError, VerifyError
+from zgraph.estimate.trace import traced
 from zgraph.passes import RECIPES, parse_recipe
-from zgraph.reporting import Report
-from zgraph.runfile import load_run
-from zgraph.tracing import traced
+from zgraph.runfile.format import load_run
 
 
 class Small(nn.Module):

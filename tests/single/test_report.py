@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import zgraph
 from small import llama
-from zgraph.reporting import Report
+from zgraph.compiler.report import Report
 
 from .nets import Mlp, built, rows
 

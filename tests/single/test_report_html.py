@@ -9,7 +9,7 @@ from torch import nn
 
 import zgraph
 from zgraph.errors import UsageError
-from zgraph.runfile import load_run
+from zgraph.runfile.format import load_run
 
 
 @pytest.fixture

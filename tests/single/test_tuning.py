@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph import tuning
 from zgraph.api import compiled_model
+from zgraph.compiler import autotune
 from zgraph.cost import CostTable, hardware
 from zgraph.ir import Graph
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.fused_rows import COMPILED, MATMUL, RECTIFIED, ROWS
-from zgraph.passes.fusion import Fuse, ways
+from zgraph.passes.fuse import Fuse, ways
+from zgraph.passes.fusion.rows import COMPILED, MATMUL, RECTIFIED, ROWS
 
 H100 = Context(costs=CostTable(hardware=hardware("h100")))
 
@@ -75,7 +75,7 @@ def test_without_measurements_the_cost_model_weighs_the_rate_of_matmuls(graph):
 @pytest.mark.parametrize(("way", "op"), [("library", RECTIFIED), ("inductor", COMPILED)])
 def test_ways_that_are_others_give_the_same_numbers(way, op):
     """Of one rank, run as measured."""
-    if not tuning.has_inductor(torch.device("cpu")):
+    if not autotune.has_inductor(torch.device("cpu")):
         pytest.skip("Inductor needs a C++ compiler")
     losses = []
     for fastest in ("aten", way):
@@ -98,9 +98,9 @@ def test_measuring_in_the_first_call(monkeypatch, tmp_path):
     """Times are kept in a file, read again, and measured anew where the file is damaged."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     counted: list[int] = []
-    measure = tuning.measured
-    monkeypatch.setattr(tuning, "measured", lambda *args: counted.append(1) or measure(*args))
-    monkeypatch.setattr(tuning, "has_inductor", lambda device: False)
+    measure = autotune.measured
+    monkeypatch.setattr(autotune, "measured", lambda *args: counted.append(1) or measure(*args))
+    monkeypatch.setattr(autotune, "has_inductor", lambda device: False)
     device = torch.device("cpu")
     for _ in range(3):
         torch.compiler.reset()
@@ -115,13 +115,13 @@ def test_measuring_in_the_first_call(monkeypatch, tmp_path):
             break
         assert len(counted) == len(groups)
         if _ == 1:
-            tuning.times_path(device).write_text('{"half')
+            autotune.times_path(device).write_text('{"half')
     assert len(counted) == 2 * len(groups)
-    assert json.loads(tuning.times_path(device).read_text()).keys() == groups.keys()
+    assert json.loads(autotune.times_path(device).read_text()).keys() == groups.keys()
 
 
 def test_inductor_is_measured_while_a_graph_is_captured(monkeypatch, tmp_path):
-    if not tuning.has_inductor(torch.device("cpu")):
+    if not autotune.has_inductor(torch.device("cpu")):
         pytest.skip("Inductor needs a C++ compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     torch.compiler.reset()
@@ -131,7 +131,7 @@ def test_inductor_is_measured_while_a_graph_is_captured(monkeypatch, tmp_path):
     model(torch.ones(4, 8)).sum().backward()
     times = [times["inductor"] for times in compiled.context.costs.groups.values() if "inductor" in times]
     assert times
-    assert max(times) < tuning.NEVER_US
+    assert max(times) < autotune.NEVER_US
 
 
 def test_auto_is_op_by_op_on_processors():
@@ -144,7 +144,7 @@ def test_auto_is_op_by_op_on_processors():
 
 def test_what_inductor_makes_of_a_kernel_is_what_its_twin_makes():
     """Random numbers too, and outputs that are copies of each other are memory of their own."""
-    if not tuning.has_inductor(torch.device("cpu")):
+    if not autotune.has_inductor(torch.device("cpu")):
         pytest.skip("Inductor needs a C++ compiler")
     text = (
         "drop 24: x f32[M,N], s i64[], w f32[N] -> y f32[M,N], z f32[M,N], t f32[M,1], d f32[N]; u = random(s); "

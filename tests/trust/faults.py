@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from zgraph.aten import effects, resolve
+from zgraph.bridge.aten import effects, resolve
 from zgraph.ir import Arg, DType, Graph, InputKind, Node, OutputKind, Phase, TensorType, Value, Varying
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 
 from tests.passes.test_goldens import GOLDENS, Golden
 from zgraph.codegen.spec import KernelSpec
-from zgraph.compare import compare
 from zgraph.cost import CostTable, hardware, load_table, simulate
 from zgraph.cost.hardware import FOLDER, load
-from zgraph.engine.config import read_config
-from zgraph.explain import explain
+from zgraph.engine.config.read import read_config
 from zgraph.ir import Axis, parse_graph, print_graph, verify
+from zgraph.ir.lines import node_lines, read_line
 from zgraph.ir.symbols import evaluate, parse_dim
-from zgraph.lines import node_lines, read_line
 from zgraph.passes import RECIPES, Context, fusing, make_plan, parse_recipe
-from zgraph.runfile import MANIFEST, Provenance, Recording, RunFile, load_run
+from zgraph.runfile.diff import compare
+from zgraph.runfile.explain import explain
+from zgraph.runfile.format import MANIFEST, Provenance, Recording, RunFile, load_run
 
 SMALL = """graph "small"
 op aten.mm.default

@@ -9,12 +9,12 @@ import torch
 import transformers as hf
 from torch import nn
 
+from zgraph.capture.deep import captured
 from zgraph.cost import hardware
 from zgraph.cost.table import CostTable
-from zgraph.depth import captured
 from zgraph.ir import Axis, DType, Graph, InputKind
 from zgraph.passes import RECIPES, Context, fusing, parse_recipe
-from zgraph.runfile import Provenance, Recording, RunFile
+from zgraph.runfile.format import Provenance, Recording, RunFile
 
 CLUSTER = CostTable(hardware=hardware("8x8-h100"), per_host=8)
 LINE, SQUARE = (Axis("shard", 2),), (Axis("replicate", 2), Axis("shard", 2))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from zgraph import tuning
+from zgraph.bridge.private_files import drafted, private_folder, read_private
 from zgraph.codegen import kernels
+from zgraph.compiler import autotune
 from zgraph.errors import CacheError
-from zgraph.private_files import drafted, private_folder, read_private
 
 TEXT = '''"""A kernel."""
 
@@ -86,7 +86,7 @@ def test_folders_are_of_this_user_alone(cache: Path, name: str) -> None:
     assert [p.stat().st_mode & 0o777 for p in (cache, folder)] == [0o700, 0o700]
 
 
-@pytest.mark.parametrize("make", [kernels.folder, lambda: tuning.times_path(torch.device("cpu"))])
+@pytest.mark.parametrize("make", [kernels.folder, lambda: autotune.times_path(torch.device("cpu"))])
 @pytest.mark.parametrize("name", ["", "kernels", "times"])
 def test_a_folder_of_everyone_or_a_link_is_refused(cache: Path, tmp_path: Path, make, name: str) -> None:  # type: ignore[no-untyped-def]
     folder = cache / name
@@ -147,14 +147,14 @@ GOOD = {"a group": {"aten": 2.0, "kernel": 1}}
     ],
 )  # fmt: skip
 def test_times_that_are_none_are_measured_again(held: str) -> None:
-    path = tuning.times_path(torch.device("cpu"))
+    path = autotune.times_path(torch.device("cpu"))
     path.write_text(held)
-    assert tuning._read(path) == {}
+    assert autotune._read(path) == {}
 
 
 def test_times_are_read_and_a_file_too_large_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tuning.times_path(torch.device("cpu"))
+    path = autotune.times_path(torch.device("cpu"))
     path.write_text(json.dumps(GOOD))
-    assert tuning._read(path) == GOOD
-    monkeypatch.setattr(tuning, "MAX_BYTES", 10)
-    assert tuning._read(path) == {}
+    assert autotune._read(path) == GOOD
+    monkeypatch.setattr(autotune, "MAX_BYTES", 10)
+    assert autotune._read(path) == {}

@@ -9,10 +9,10 @@ import transformers as hf
 
 from zgraph.certify.certificate import certify
 from zgraph.errors import VerifyError
+from zgraph.estimate.trace import traced
 from zgraph.ir import OPS, Graph, Node, OutputKind, Phase
 from zgraph.passes import RECIPES, parse_recipe
-from zgraph.runfile import load_run
-from zgraph.tracing import traced
+from zgraph.runfile.format import load_run
 
 
 @cache

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph.engine import checksums
-from zgraph.engine.checksums import Box, is_tiled
+from zgraph.engine.checkpoint.checkpoint import checksums
+from zgraph.engine.checkpoint.checksums import Box, is_tiled
+from zgraph.engine.checkpoint.export import export_hf
+from zgraph.engine.checkpoint.storage import INDEX, Index, Reader
 from zgraph.engine.engine import Engine
-from zgraph.engine.export import export_hf
-from zgraph.engine.storage import INDEX, Index, Reader
 from zgraph.errors import CheckpointError
 
 

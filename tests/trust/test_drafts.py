@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from zgraph.engine.folders import Folders
+from zgraph.engine.checkpoint.directory import Folders
 from zgraph.ir import Graph
 from zgraph.passes import Context
-from zgraph.runfile import CAPTURED, Provenance, load_run, run_file
+from zgraph.runfile.format import CAPTURED, Provenance, load_run, run_file
 
 
 def test_a_run_file_follows_no_link_beside_it(tmp_path: Path) -> None:

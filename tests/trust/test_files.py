@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.graphs import long
+from zgraph.capture.sources import MAX_CHARACTERS, context_of, line_of, sources_of
 from zgraph.cli.app import main
 from zgraph.cli.terminal import printable
 from zgraph.codegen.spec import KernelSpec
@@ -22,12 +23,11 @@ from zgraph.cost.hardware import load
 from zgraph.debugging.bisection import _sources
 from zgraph.debugging.hunks import Hunks
 from zgraph.errors import HardwareError, KernelError, RunFileError, VerifyError, ZgraphError, ZirError
-from zgraph.explain import explain
 from zgraph.ir import Graph, Origin, parse_graph, verify
-from zgraph.lines import node_lines, read_line
+from zgraph.ir.lines import node_lines, read_line
 from zgraph.passes import Context, make_plan
-from zgraph.runfile import MANIFEST, Provenance, RunFile, load_run, run_file
-from zgraph.sources import MAX_CHARACTERS, context_of, line_of, sources_of
+from zgraph.runfile.explain import explain
+from zgraph.runfile.format import MANIFEST, Provenance, RunFile, load_run, run_file
 from zgraph.viz.page import page
 
 MEMBER = "graphs/00-captured.zir"
@@ -144,7 +144,7 @@ def test_files_that_would_fill_the_memory(bomb):
     archive = with_members(members).getvalue()
     assert len(archive) < 200_000
     script = (
-        "import io, resource, sys\nfrom zgraph.errors import RunFileError\nfrom zgraph.runfile import load_run\n"
+        "import io, resource, sys\nfrom zgraph.errors import RunFileError\nfrom zgraph.runfile.format import load_run\n"
         "before, data = resource.getrusage(resource.RUSAGE_SELF), io.BytesIO(sys.stdin.buffer.read())\n"
         "try:\n    load_run(data)\nexcept RunFileError as error:\n    print(error)\n"
         "after = resource.getrusage(resource.RUSAGE_SELF)\n"

@@ -13,10 +13,10 @@ from torch import nn
 from tests.deep import DEEP
 from zgraph.certify.certificate import certify
 from zgraph.errors import VerifyError
+from zgraph.estimate.trace import traced
 from zgraph.ir import DType, Graph, Node
 from zgraph.passes import RECIPES, fusing, parse_recipe
-from zgraph.runfile import RunFile
-from zgraph.tracing import traced
+from zgraph.runfile.format import RunFile
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "vocab_size": 64, "use_cache": False}
 

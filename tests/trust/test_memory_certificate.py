@@ -22,12 +22,12 @@ from zgraph.certify.certificate import certify
 from zgraph.certify.memory import peak
 from zgraph.cli.app import main
 from zgraph.errors import BudgetError, VerifyError
+from zgraph.estimate.trace import traced
 from zgraph.ir import Axis, Graph, InputKind, Phase, parse_graph, verify
 from zgraph.ir.arena import ALIGN_BYTES, offsets, sized
 from zgraph.passes import RECIPES, Context, parse_recipe
-from zgraph.passes.planning import memory_of
-from zgraph.runfile import MANIFEST, Provenance, Recording, load_run
-from zgraph.tracing import traced
+from zgraph.passes.plan.make_plan import memory_of
+from zgraph.runfile.format import MANIFEST, Provenance, Recording, load_run
 
 PAIR = (Axis("shard", 2),)
 MESHES = {"1": (), "2": PAIR, "3": (Axis("shard", 3),), "2x2": (Axis("replicate", 2), Axis("shard", 2))}

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.cli.graphs import long
-from zgraph.aten import op_name, resolve
+from zgraph.bridge.aten import op_name, resolve
 from zgraph.cli.app import main
 from zgraph.errors import UnknownOpError, UsageError, ZirError
 from zgraph.ir import Foreign, Graph, Input, InputKind, Node, ScalarType, Value, allow_namespace, parse_graph
 from zgraph.ir.names import SCALAR_FUNCTIONS, refusal
 from zgraph.passes import Context
-from zgraph.runfile import Provenance, run_file
+from zgraph.runfile.format import Provenance, run_file
 
 EVIL = """graph "evil"
 op aten.__class__.__init__.__builtins__.get
@@ -122,7 +122,7 @@ def test_compile_does_not_either(tmp_path, monkeypatch):
 
 def test_a_graph_made_by_hand_is_not_run_either():
     """What no text was read for is still refused where it would run."""
-    from zgraph.interp import Interpreter
+    from zgraph.interpreter import Interpreter
 
     node = Node("py.call", (1,), (Value("y", ScalarType("int")),))
     graph = Graph(

@@ -21,7 +21,7 @@ from zgraph.debugging.runs import Options, check_graphs
 from zgraph.debugging.training import Training
 from zgraph.ir import Axis, DType, Graph, InputKind
 from zgraph.passes import RECIPES, Context, fusing, parse_recipe
-from zgraph.runfile import Recording
+from zgraph.runfile.format import Recording
 
 LOWER = "broadcast,all-gather,reduce-scatter,all-reduce,host-copies,release"
 PLAIN = {stage: f"canonicalize,partition(stage={stage}),{LOWER},dce" for stage in range(4)}

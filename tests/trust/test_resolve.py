@@ -2,7 +2,7 @@
 
 import pytest
 
-from zgraph.aten import resolve
+from zgraph.bridge.aten import resolve
 
 
 @pytest.mark.parametrize(

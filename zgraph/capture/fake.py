@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from zgraph.aten import FROM_TORCH, compute_dtype
+from zgraph.bridge.aten import FROM_TORCH, compute_dtype
 from zgraph.capture.frontend import Frontend, ParamInfo
 from zgraph.capture.hooks import without_gradient_hooks
 from zgraph.errors import CaptureError

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from zgraph.aten import TO_TORCH
-from zgraph.capture import torch_private
+from zgraph.bridge import private_compile
+from zgraph.bridge.aten import TO_TORCH
 from zgraph.capture.importer import Importer, Leaf
 from zgraph.errors import CaptureError, EscapedParameterError, GraphBreakError, ZgraphError
 from zgraph.ir import DType, Graph, InputKind, Phase, Plan, TensorType, Value
@@ -83,19 +83,19 @@ class Frontend:
         compiled = torch.compile(_apart(function), backend=self._backend, fullgraph=True, dynamic=dynamic)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if why := torch_private.dynamo_is_off():
+            if why := private_compile.dynamo_is_off():
                 raise CaptureError(f"torch.compile is switched off, so nothing can be captured: {why}; switch it on")
             try:
-                with torch_private.without_advice():
+                with private_compile.without_advice():
                     return compiled(*args, **kwargs)
-            except torch_private.BackendCompilerFailed as error:
+            except private_compile.BackendCompilerFailed as error:
                 inner = error.inner_exception
                 if isinstance(inner, ZgraphError):
                     raise inner.with_traceback(None) from None
                 raise
-            except (torch_private.Unsupported, torch_private.UserError) as error:
+            except (private_compile.Unsupported, private_compile.UserError) as error:
                 raise _graph_break(error) from None
-            except torch_private.FailOnRecompileLimitHit as error:
+            except private_compile.FailOnRecompileLimitHit as error:
                 raise CaptureError(
                     "the forward was captured anew too often; pass dynamic=True to zgraph.compile, or raise "
                     f"torch._dynamo.config.recompile_limit: {_first_line(error)}"
@@ -107,7 +107,7 @@ class Frontend:
         buffers = self.buffers()
         leaves = {index: self._leaf(example, buffers) for index, example in enumerate(examples)}
         capture = _OneCapture(self, leaves)
-        return torch_private.aot_autograd(
+        return private_compile.aot_autograd(
             fw_compiler=capture.runner_of, bw_compiler=capture.runner_of, partition_fn=capture.partition,
             inference_compiler=capture.inference,
         )(gm, examples)  # fmt: skip
@@ -166,7 +166,7 @@ class _OneCapture:
         importer = Importer(gm, self.leaves, num_forward_outputs, self.frontend.name)
         graph = importer.run()
         _check_escapes(graph, {info.name for info in self.frontend.params.values() if info.hollow})
-        with torch_private.without_modes(), torch.no_grad():
+        with private_compile.without_modes(), torch.no_grad():
             return self.frontend.compiler(graph, importer.constants, importer.hints)
 
 
@@ -192,7 +192,7 @@ class _SavedNodes:
     def __init__(self, joint: fx.GraphModule, plan: Plan) -> None:
         self.metas = {n.name: n.meta for n in joint.graph.nodes}
         self.producers = plan.graph.producers
-        self.mode = torch_private.fake_mode_of(joint)
+        self.mode = private_compile.fake_mode_of(joint)
         device = next(
             (v.device for n in joint.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)),
             torch.device("cpu"),

@@ -14,8 +14,8 @@ import sympy
 import torch
 from torch import fx
 
-from zgraph.aten import FROM_TORCH, draws, effects, from_torch, op_name
-from zgraph.capture import torch_private
+from zgraph.bridge import private_compile
+from zgraph.bridge.aten import FROM_TORCH, draws, effects, from_torch, op_name
 from zgraph.errors import CaptureError
 from zgraph.ir import (
     DType,
@@ -126,7 +126,7 @@ class Importer:
 
     def _input(self, node: fx.Node) -> None:
         value = self._define(node, node.meta["val"], node.name)
-        index = torch_private.input_index(node)
+        index = private_compile.input_index(node)
         if index is None and not _is_tangent(node):
             index = len(self.inputs)
         leaf = Leaf(InputKind.tangent)
@@ -181,7 +181,7 @@ class Importer:
         except (TypeError, KeyError) as error:
             raise self._error(node, f"calls {name} with an argument that has no form in the IR: {error}") from None
         phase = self.phases[node]
-        region = torch_private.checkpoint_region(node) if phase is Phase.forward else 0
+        region = private_compile.checkpoint_region(node) if phase is Phase.forward else 0
         region = region and self.regions.setdefault(region, len(self.regions) + 1)
         self.nodes.append(Node(name, args, results, kwargs, phase, origin_of(node), region))
 
@@ -234,7 +234,7 @@ class Importer:
 
     def _output(self, found: Any, desc: Any, phase: Phase) -> Output:
         value = self.values[found] if isinstance(found, fx.Node) else None
-        mutated, grad_of = torch_private.mutation_target(desc), torch_private.grad_target(desc)
+        mutated, grad_of = private_compile.mutation_target(desc), private_compile.grad_target(desc)
         if mutated is not None:
             kind, target = self.leaves.get(mutated, (InputKind.input, ""))[:2]
             if kind is InputKind.param:

@@ -10,7 +10,7 @@ from zgraph.certify.record import Footprint
 from zgraph.ir import Graph, InputKind
 from zgraph.ir.arena import buffers
 from zgraph.ir.verifier import Fault
-from zgraph.passes.base import Context
+from zgraph.passes.core.base import Context
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from zgraph.certify.spelled import kernels
 from zgraph.errors import VerifyError
 from zgraph.ir import Graph, Mesh, verify
 from zgraph.ir.verifier import Fault, describe
-from zgraph.passes.base import Context, Pass
+from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.partition import Partition
 
 PLACED: Mapping[str, Callable[[Graph], Iterator[Fault]]] = {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensorMode
 
-from zgraph.aten import TO_TORCH, effects, resolve, to_torch
+from zgraph.bridge.aten import TO_TORCH, effects, resolve, to_torch
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.ir import OPS, Foreign, Graph, Node, ScalarType, TensorType, Type, Value
 from zgraph.ir.symbols import evaluate

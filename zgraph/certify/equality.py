@@ -16,8 +16,8 @@ from zgraph.certify.steps import Steps
 from zgraph.certify.terms import ZERO, Meaning, Terms, meaning
 from zgraph.ir import DType, Graph, Input, InputKind, Output, OutputKind, TensorType, Value
 from zgraph.ir.verifier import Fault
-from zgraph.passes.absent import absent_tangents, without_tangents
-from zgraph.passes.no_sync import without_sync
+from zgraph.passes.plan.no_sync import without_sync
+from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
 
 RESENDS = frozenset({"partition", "fit", "keep", "recompute", "offload", "fuse"})
 """Passes that may change what goes over the wire or waits for the backward; no other may."""

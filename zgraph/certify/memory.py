@@ -18,7 +18,7 @@ from zgraph.ir.arena import offsets
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import is_copied, padded_bytes, views
 from zgraph.ir.symbols import evaluate
-from zgraph.passes.absent import absent_tangents, without_tangents
+from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
 
 ALLOCATION_BYTES = 64
 """Allocators round up to this."""

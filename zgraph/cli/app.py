@@ -21,8 +21,8 @@ from typer.core import TyperGroup
 
 from zgraph.cli.terminal import Terminal, printable
 from zgraph.errors import BudgetError, HardwareError, RecipeError, UsageError, ZgraphError, did_you_mean, nearest
-from zgraph.passes.pipeline import parse_size
-from zgraph.runfile import RunFile, load_run
+from zgraph.passes.core.pipeline import parse_size
+from zgraph.runfile.format import RunFile, load_run
 
 FAILED, USED_WRONGLY, DOES_NOT_FIT = 1, 2, 3
 

@@ -12,7 +12,7 @@ from zgraph.errors import VerifyError, ZirError
 
 if TYPE_CHECKING:
     from zgraph.debugging.runs import Checked, Options
-    from zgraph.runfile import RunFile
+    from zgraph.runfile.format import RunFile
 
 RunArgument = Annotated[str, typer.Argument(help="A run file, all of whose graphs are checked; - for standard input.")]
 MicroSteps = Annotated[int, typer.Option(min=0, help="How many micro-steps run under no_sync at most.")]

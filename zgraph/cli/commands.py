@@ -26,16 +26,16 @@ from zgraph.cli.app import (
     write_run,
 )  # fmt: skip
 from zgraph.cli.completion import any_of, hardware_names, pass_names, several_passes
-from zgraph.compare import compare
 from zgraph.errors import UsageError, did_you_mean
-from zgraph.explain import explain
 from zgraph.ir import DType, Phase, print_graph, verify
+from zgraph.ir.lines import node_lines, read_line
 from zgraph.ir.ops import LANES
-from zgraph.lines import node_lines, read_line
 from zgraph.passes import ALL, BY_NAME, RECIPES, Pass, Pipeline, fusing, parse_recipe
-from zgraph.passes.instruments import Step
-from zgraph.passes.pipeline import print_size
-from zgraph.runfile import CAPTURED, Ran, Recording, graph_names
+from zgraph.passes.core.instruments import Step
+from zgraph.passes.core.pipeline import print_size
+from zgraph.runfile.diff import compare
+from zgraph.runfile.explain import explain
+from zgraph.runfile.format import CAPTURED, Ran, Recording, graph_names
 
 KERNELS = ("aten", "triton")
 
@@ -67,9 +67,9 @@ def trace(
 
     Example: `zgraph trace llama-70b/config.json --hardware 8x8-h100 -o run.zg`
     """
-    from zgraph.aten import TO_TORCH
+    from zgraph.bridge.aten import TO_TORCH
     from zgraph.cli.models import subject
-    from zgraph.tracing import traced
+    from zgraph.estimate.trace import traced
 
     param_dtype = TO_TORCH[DType(one_of("--dtype", dtype, DTYPES))]
     is_fused = one_of("--kernels", kernels, KERNELS) == "triton"
@@ -336,7 +336,7 @@ def simulate_run(
 
     Example: `zgraph simulate run.zg`
     """
-    from zgraph.reporting import make_entry, mebibytes, step_summary
+    from zgraph.compiler.report import make_entry, mebibytes, step_summary
 
     run, name = read_run(file)
     plan, timeline = run.step(name)

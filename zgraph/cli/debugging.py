@@ -23,7 +23,7 @@ from zgraph.cli.app import (
 from zgraph.errors import UsageError
 from zgraph.ir import Axis, DType, Graph, num_ranks, print_graph
 from zgraph.passes import Context, Pipeline
-from zgraph.runfile import CAPTURED, RunFile, run_file
+from zgraph.runfile.format import CAPTURED, RunFile, run_file
 
 MAX_LINES = 40
 

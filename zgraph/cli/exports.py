@@ -11,7 +11,9 @@ import typer
 from zgraph.cli.app import AsJson, app, console, print_json, read_run, writing
 from zgraph.cli.terminal import printable
 from zgraph.errors import UsageError
-from zgraph.export import dot, model_explorer, perfetto
+from zgraph.viz.dot import dot
+from zgraph.viz.model_explorer import model_explorer
+from zgraph.viz.perfetto import perfetto
 
 VIEWERS = {
     "perfetto": "open it in https://ui.perfetto.dev", "model-explorer": "open it with model-explorer FILE",

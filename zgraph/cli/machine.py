@@ -11,8 +11,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from zgraph.bugreport import bug_report, cores
 from zgraph.cli.app import AsJson, app, console, print_json
+from zgraph.cli.environment_report import bug_report, cores
 from zgraph.errors import UsageError
 from zgraph.viz import gibibytes
 

@@ -15,9 +15,9 @@ from zgraph.cost import Hardware, hardware
 from zgraph.errors import UsageError
 
 if TYPE_CHECKING:
-    from zgraph.plans import TrainingPlan
-    from zgraph.stage_plans import StagePlan
-    from zgraph.sweeps import Combination, Sweep
+    from zgraph.estimate.plan import TrainingPlan
+    from zgraph.estimate.stage_plan import StagePlan
+    from zgraph.estimate.sweep import Combination, Sweep
 
 BATCHES = (1, 2, 4, 8)
 """What `--sweep` tries where no batch is given."""
@@ -67,7 +67,7 @@ def plan(
 
     Example: `zgraph plan llama-70b/config.json --hardware 8x8-h100`
     """
-    from zgraph.aten import TO_TORCH
+    from zgraph.bridge.aten import TO_TORCH
     from zgraph.ir import DType
 
     names = targets or ["h100"]
@@ -110,11 +110,11 @@ def _combined(
     """All combinations; the model is captured once for each batch that is asked for, or for the usual ones."""
     import torch
 
-    from zgraph.aten import FROM_TORCH
+    from zgraph.bridge.aten import FROM_TORCH
+    from zgraph.bridge.target import cost_table
     from zgraph.cli.models import subject, training_inputs
-    from zgraph.plans import sweep
-    from zgraph.sweeps import Combination, Sweep
-    from zgraph.target import cost_table
+    from zgraph.estimate.plan import sweep
+    from zgraph.estimate.sweep import Combination, Sweep
 
     tables = {name: cost_table(target, torch.device("cpu")) for name, target in targets.items()}
     peaks = {name: table.hardware.device.peak_flops for name, table in tables.items()}

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from zgraph.config import cache_folder
+from zgraph.environment import cache_folder
 from zgraph.errors import HardwareError, did_you_mean
 
 FOLDER = Path(__file__).parent / "profiles"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from zgraph.aten import resolve
+from zgraph.bridge.aten import resolve
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.codegen.philox import uniform
 from zgraph.ir import DType, Foreign, Graph, Node, TensorType

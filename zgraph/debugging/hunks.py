@@ -6,8 +6,8 @@
     %f = reshard(%w)                  %f = wait(%s)                     hunk 1: ~ %b
                                       %b = aten.mul.Tensor(%a, %x)
 
-A node is known by what it makes, as in `zgraph.compare`. Changes belong to one hunk where one of them makes a value
-that is in one of the graphs only, or of another type there, and the other reads it.
+A node is known by what it makes, as in `zgraph.runfile.diff`. Changes belong to one hunk where one of them makes a
+value that is in one of the graphs only, or of another type there, and the other reads it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
-from zgraph.compare import moved
 from zgraph.ir import Graph, Input, InputKind, Node, Output, Replicate, TensorType, Value, Varying, print_node
 from zgraph.ir.arena import sized
+from zgraph.ir.lines import told_apart
 from zgraph.ir.printer import print_input, print_output
 from zgraph.ir.types import Placement, Type
-from zgraph.lines import told_apart
+from zgraph.runfile.diff import moved
 
 Item = Node | Input | Output
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from zgraph.aten import TO_TORCH
+from zgraph.bridge.aten import TO_TORCH
 from zgraph.debugging.draws import Disturb, draw_numbers
 from zgraph.debugging.dtypes import in_dtype
 from zgraph.debugging.numbers import Numbers
 from zgraph.debugging.outcome import Difference, differences
 from zgraph.debugging.programs import Course, MicroStep, Programs
 from zgraph.debugging.training import Outputs, Rates, Setting, Training
-from zgraph.interp import Ranks, mean
+from zgraph.interpreter import Ranks, mean
 from zgraph.ir import DType, Graph, Input, InputKind, Output, OutputKind
-from zgraph.passes.absent import absent_tangents
+from zgraph.passes.plan.zero_tangents import absent_tangents
 
 TOLERANCES: Mapping[DType, tuple[float, float]] = {DType.f64: (1e-8, 1e-6), DType.f32: (1e-3, 1e-3)}
 """By the dtype of a check: how much of its largest number an output may differ, and what counts as that number where

@@ -8,11 +8,11 @@ from zgraph.debugging.dtypes import in_dtype
 from zgraph.debugging.numbers import SIZE
 from zgraph.errors import BudgetError
 from zgraph.ir import DType, Graph, TensorType
+from zgraph.ir.aliases import Memory
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.symbols import evaluate
 from zgraph.ir.types import Type
-from zgraph.passes.analysis.memory import Memory
-from zgraph.passes.pipeline import print_size
+from zgraph.passes.core.pipeline import print_size
 from zgraph.runtime.host import available_bytes
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from zgraph.aten import TO_TORCH
+from zgraph.bridge.aten import TO_TORCH
 from zgraph.debugging.ranges import Span, drawn_from, spans
-from zgraph.interp import Ranks
+from zgraph.interpreter import Ranks
 from zgraph.ir import DType, Graph, Input, InputKind, ScalarType, TensorType
 from zgraph.ir.symbols import Dim, evaluate
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from zgraph.errors import VerifyError
-from zgraph.interp import Ranks
+from zgraph.interpreter import Ranks
 from zgraph.ir import Graph, OutputKind
 
 _DETAILS = re.compile(r"%[\w.]+|\d+|'[^']*'|\"[^\"]*\"")

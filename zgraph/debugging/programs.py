@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from zgraph.ir import Graph, OutputKind, Phase
-from zgraph.passes.absent import absent_tangents, without_tangents
-from zgraph.passes.no_sync import without_sync
+from zgraph.passes.plan.no_sync import without_sync
+from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
 
 SYNCED, NO_SYNC, SECOND, LEAN, SMALL = "synced", "no_sync", "second step", "without tangents", "small gradients"
 """Words of a program's name: the synced step; one that accumulates; the one after it; without absent tangents."""

@@ -23,7 +23,7 @@ from zgraph.errors import BudgetError, UsageError, VerifyError
 from zgraph.ir import DType, Graph, Input, InputKind, Node, Output, OutputKind, Phase, TensorType, Value, verify
 from zgraph.ir.arena import sized
 from zgraph.passes import Context, Pipeline
-from zgraph.runfile import CAPTURED, Provenance, run_file
+from zgraph.runfile.format import CAPTURED, Provenance, run_file
 
 Part = TypeVar("Part")
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
-from zgraph.aten import FROM_TORCH
+from zgraph.bridge.aten import FROM_TORCH
 from zgraph.debugging.known import Reference
 from zgraph.debugging.numbers import Numbers
 from zgraph.debugging.outcome import Difference, compared, differences

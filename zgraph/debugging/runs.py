@@ -11,7 +11,7 @@ from zgraph.debugging.known import Known, Reference
 from zgraph.debugging.outcome import Failure
 from zgraph.ir import DType, Graph, num_ranks
 from zgraph.passes import Context
-from zgraph.runfile import RunFile
+from zgraph.runfile.format import RunFile
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from zgraph.aten import TO_TORCH
+from zgraph.bridge.aten import TO_TORCH
 from zgraph.debugging.draws import Disturb, Drawing
 from zgraph.debugging.numbers import Numbers, as_dtype
 from zgraph.debugging.programs import MicroStep, Programs
-from zgraph.interp import Interpreter, Ranks, mean, shards, whole
+from zgraph.interpreter import Interpreter, Ranks, mean, shards, whole
 from zgraph.ir import Graph, Input, InputKind, Output, OutputKind, TensorType
 
 Outputs = list[Ranks | None]

@@ -17,14 +17,14 @@ from torch.optim import Optimizer
 
 import zgraph
 from zgraph.api import compiled_model
-from zgraph.engine.checkpoint import Checkpoints, Parts
-from zgraph.engine.config import Config
+from zgraph.engine.checkpoint.checkpoint import Checkpoints, Parts
+from zgraph.engine.checkpoint.export import export, save_16bit
+from zgraph.engine.checkpoint.ranks import ranks_of
+from zgraph.engine.config.read import Config
 from zgraph.engine.data import EngineLoader
-from zgraph.engine.export import export, save_16bit
 from zgraph.engine.gradients import Gradients
-from zgraph.engine.monitoring import Monitoring
-from zgraph.engine.ranks import ranks_of
-from zgraph.engine.scaling import LossScale
+from zgraph.engine.loss_scale import LossScale
+from zgraph.engine.monitor.monitor import Monitoring
 from zgraph.errors import UsageError
 
 log = logging.getLogger("zgraph")

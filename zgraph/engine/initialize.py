@@ -19,13 +19,13 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 import zgraph
-from zgraph.engine.config import Config, read_config
+from zgraph.engine.config.lr_schedules import Scheduler
+from zgraph.engine.config.optimizers import handed_over, names_in
+from zgraph.engine.config.read import Config, read_config
 from zgraph.engine.data import EngineLoader
 from zgraph.engine.engine import Engine
-from zgraph.engine.optimizers import handed_over, names_in
-from zgraph.engine.schedules import Scheduler
 from zgraph.errors import UsageError
-from zgraph.runtime.joining import join
+from zgraph.runtime.rendezvous import join
 
 log = logging.getLogger("zgraph")
 

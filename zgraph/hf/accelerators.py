@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from zgraph.api import compiled_model, no_sync
-from zgraph.calls import Unprepared
+from zgraph.bridge import private_runtime
+from zgraph.compiler.call_guard import Unprepared
 from zgraph.errors import UsageError
-from zgraph.runtime import torch_private
 
 
 def prepare(accelerator: Any, model: nn.Module, *others: Any) -> Any:
@@ -79,7 +79,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     kind = tensor.device_mesh.device_type
     if tensor.to_local().device.type != kind:  # it rests on the host
-        tensor = torch_private.dtensor_like(tensor.to_local().to(kind), tensor)
+        tensor = private_runtime.dtensor_like(tensor.to_local().to(kind), tensor)
     return tensor.full_tensor()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zgraph.engine.config import loaded, undecided
+from zgraph.engine.config.read import loaded, undecided
 from zgraph.errors import ConfigError
 
 log = logging.getLogger("zgraph")

@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from zgraph.api import compiled_model
-from zgraph.engine.optimizer_state import OptimizerLoad, OptimizerState, optimizer_rest, optimizer_tensors
-from zgraph.engine.ranks import ranks_of
-from zgraph.engine.storage import INDEX, Reader, Writer, read_json
-from zgraph.engine.transfers import read_shards, write_shards
+from zgraph.engine.checkpoint.dcp import read_shards, write_shards
+from zgraph.engine.checkpoint.optimizer_state import OptimizerLoad, OptimizerState, optimizer_rest, optimizer_tensors
+from zgraph.engine.checkpoint.ranks import ranks_of
+from zgraph.engine.checkpoint.storage import INDEX, Reader, Writer, read_json
 from zgraph.errors import CheckpointError
 
 REST = "optimizer.json"

@@ -20,20 +20,20 @@ from torch.optim import Optimizer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from zgraph import optim
-from zgraph.calls import Unprepared
-from zgraph.checks import ATTRIBUTE
-from zgraph.config import environment
-from zgraph.engine.config import Config, read_config
+from zgraph.compiler.call_guard import Unprepared
+from zgraph.engine.config.lr_schedules import Scheduler
+from zgraph.engine.config.optimizers import handed_over
+from zgraph.engine.config.read import Config, read_config
 from zgraph.engine.gradients import Gradients
 from zgraph.engine.initialize import compile_for
-from zgraph.engine.optimizers import handed_over
-from zgraph.engine.schedules import Scheduler
+from zgraph.environment import environment
 from zgraph.errors import ConfigError, UsageError
 from zgraph.hf.accelerators import own, whole_state_dict
 from zgraph.hf.config import filled
-from zgraph.hf.meeting import meet
-from zgraph.hf.scaling import Scaler
+from zgraph.hf.first_batch import meet
+from zgraph.hf.grad_scaler import Scaler
 from zgraph.hf.state import is_complete, load_state, save_state
+from zgraph.options.validate import ATTRIBUTE
 
 log = logging.getLogger("zgraph")
 

@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch.optim.optimizer import ParamsT
 
+from zgraph.bridge import private_runtime
 from zgraph.codegen import updates
 from zgraph.codegen.spec import KernelSpec
 from zgraph.errors import UsageError
 from zgraph.optim.flat import FlatOptimizer, Group, Kernels, check_numbers
 from zgraph.optim.runs import Piece, Run, local
 from zgraph.optim.streaming import stream
-from zgraph.runtime import torch_private
 from zgraph.runtime.disk import Access, DiskFile
 from zgraph.runtime.host import HostMemory
 
@@ -138,7 +138,7 @@ class AdamW(FlatOptimizer):
     def _aten(self, group: Group, age: float, pieces: Sequence[Piece]) -> None:
         beta1, beta2 = group["betas"]
         parameters, gradients, firsts, seconds = zip(*(piece.tensors for piece in pieces), strict=True)
-        torch_private.fused_adamw(
+        private_runtime.fused_adamw(
             parameters, gradients, firsts, seconds, torch.full((), age, device=parameters[0].device),
             lr=float(group["lr"]), beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip

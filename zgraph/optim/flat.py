@@ -13,12 +13,12 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from zgraph.aten import FROM_TORCH
+from zgraph.bridge import private_runtime
+from zgraph.bridge.aten import FROM_TORCH
 from zgraph.codegen.kernels import can_launch, launch
 from zgraph.codegen.spec import KernelSpec
 from zgraph.errors import UsageError
 from zgraph.optim.runs import Piece, Run, gradient_of, lay_out, local
-from zgraph.runtime import torch_private
 from zgraph.runtime.shards import ShardStore
 
 Kernels = Literal["aten", "triton"]
@@ -97,7 +97,7 @@ class FlatOptimizer(Optimizer):
                 stack.enter_context(store.keeps_copies())
             for group, parameters in zip(self.param_groups, due, strict=True):
                 self._update_group(group, parameters)
-                torch_private.bump_version(parameters)
+                private_runtime.bump_version(parameters)
         return loss
 
     def _lay_out(self, parameters: list[torch.Tensor]) -> None:

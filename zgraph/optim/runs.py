@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
+from zgraph.bridge import private_runtime
 from zgraph.errors import UsageError
-from zgraph.runtime import torch_private
-from zgraph.runtime.flats import align_numel
+from zgraph.runtime.flat_buffers import align_numel
 from zgraph.runtime.shards import ShardStore, Slot, slots_at_rest
 
 MAX_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
@@ -212,4 +212,4 @@ def local(tensor: Any) -> torch.Tensor:
 
 def like(parameter: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """This rank's part as a tensor of the parameter's kind."""
-    return torch_private.dtensor_like(own, parameter) if isinstance(parameter, DTensor) else own
+    return private_runtime.dtensor_like(own, parameter) if isinstance(parameter, DTensor) else own

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch.optim.optimizer import ParamsT
 
+from zgraph.bridge import private_runtime
 from zgraph.codegen import updates
 from zgraph.codegen.spec import KernelSpec
 from zgraph.errors import UsageError
 from zgraph.optim.blocks import Tensors, blocks
 from zgraph.optim.flat import FlatOptimizer, Group, Kernels, check_numbers
 from zgraph.optim.runs import Piece, Run
-from zgraph.runtime import torch_private
 
 FIRST, LATER = 0.0, 1.0
 """Ages: at its first step the direction is the gradient, whatever the dampening."""
@@ -54,8 +54,8 @@ class SGD(FlatOptimizer):
         return [FIRST if is_new else LATER for is_new in are_new]
 
     def _aten(self, group: Group, age: float, pieces: Sequence[Piece]) -> None:
-        if torch_private.has_fused_sgd(pieces[0].parameter):
-            torch_private.fused_sgd(
+        if private_runtime.has_fused_sgd(pieces[0].parameter):
+            private_runtime.fused_sgd(
                 [p.parameter for p in pieces], [p.gradient for p in pieces], [s for p in pieces for s in p.states],
                 lr=float(group["lr"]), momentum=group["momentum"], dampening=group["dampening"],
                 weight_decay=group["weight_decay"], nesterov=group["nesterov"], is_first_step=age == FIRST,

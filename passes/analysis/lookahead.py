@@ -1,0 +1,52 @@
+"""What would become of a graph whose reshards are not lowered yet: for passes that choose between several."""
+
+from __future__ import annotations
+
+from zgraph.cost import MemoryCurve
+from zgraph.ir import Graph
+from zgraph.passes.all_gather import AllGather
+from zgraph.passes.all_reduce import AllReduce
+from zgraph.passes.analysis.timetable import evaluate, first_use_order, latest_first_order
+from zgraph.passes.broadcast import Broadcast
+from zgraph.passes.core.base import Context
+from zgraph.passes.host_copies import HostCopies
+from zgraph.passes.plan.make_plan import memory_of
+from zgraph.passes.reduce_scatter import ReduceScatter
+from zgraph.passes.release import Release
+from zgraph.passes.schedule import Step
+
+
+def lowered(graph: Graph, context: Context) -> Step:
+    """The graph with every reshard lowered, as a scheduling problem."""
+    return Step(Release().run(_lower(graph, context), context), context)
+
+
+def peak_bytes(graph: Graph, context: Context) -> int:
+    """Bytes alive at the peak of a step whose collectives all run where they are needed."""
+    return step_memory(graph, context).peak.total_bytes
+
+
+def step_memory(graph: Graph, context: Context) -> MemoryCurve:
+    """Bytes alive over a step whose collectives all run where they are needed."""
+    return memory_of(_lower(graph, context), context.hints)
+
+
+def _lower(graph: Graph, context: Context) -> Graph:
+    for lowering in (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), HostCopies()):
+        graph = lowering.run(graph, context)
+    return graph
+
+
+def makespan_us(graph: Graph, context: Context, memory: MemoryCurve | None = None, num_ahead: int = 2) -> float:
+    """The time of a step with the better of the two plain orders of its collectives.
+
+    Args:
+        graph: not lowered yet.
+        context: costs and sizes.
+        memory: what `step_memory` says of it, if that is known.
+        num_ahead: of how many collectives there is room for results beside what is used, where there is no budget.
+    """
+    step = lowered(graph, context)
+    problem = step.problem(step.room_beside(memory or step_memory(graph, context), num_ahead))
+    orders = (first_use_order(problem), latest_first_order(problem))
+    return min(t.makespan_us for t in (evaluate(problem, order) for order in orders) if t is not None)

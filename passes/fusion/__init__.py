@@ -1,0 +1,1 @@
+"""The parts of the pass `fuse`: patterns, groups, candidates, losses, rotary embeddings."""

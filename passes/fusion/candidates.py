@@ -1,0 +1,52 @@
+"""How a group can be run, and which way is the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from zgraph.ir import Graph, Node
+from zgraph.passes.core.base import Choice, Context
+from zgraph.passes.fusion.rows import Group
+
+Way = Literal["aten", "kernel", "inductor", "matmul", "library"]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a group can be run, its matmul included: op by op; as a kernel behind it, written here or by Inductor; as its
+    epilogue; or by a call of the vendor's library that does the same.
+
+    Args:
+        group: the group.
+        key: what a cost table has measurements of it under: the matmul and the kernel.
+        matmul: what makes an operand of the group, if it can be one kernel with it.
+        nodes: for each way, what runs.
+        graph: where the nodes' ops are known.
+    """
+
+    group: Group
+    key: str
+    matmul: Node | None
+    nodes: Mapping[Way, tuple[Node, ...]]
+    graph: Graph
+
+    def best(self, context: Context, matmuls: Choice = "auto") -> Way:
+        """The fastest: as measured, where it was, and by the cost model elsewhere.
+
+        A kernel counts as faster than its ops there, as it moves fewer bytes of all that a step moves.
+        """
+        measured = context.costs.groups.get(self.key, {})
+        if matmuls == "always" and "matmul" in self.nodes:
+            return "matmul"
+        if self.nodes.keys() <= measured.keys():
+            return min(self.nodes, key=lambda way: measured[way])
+        left_out: set[Way] = {"inductor", "aten"} if "kernel" in self.nodes else {"inductor"}
+        left_out |= set() if context.costs.hardware.device.generated_matmul_rate else {"matmul", "library"}
+        us = {way: self.us(way, context) for way in self.nodes if way not in left_out}
+        return min(us, key=lambda way: us[way])
+
+    def us(self, way: Way, context: Context) -> float:
+        """What the cost model says of a way, in microseconds."""
+        return sum(context.costs.node_us(self.graph, node, context.hints) for node in self.nodes[way])

@@ -1,0 +1,1 @@
+"""From the last graph to the programs of a step."""

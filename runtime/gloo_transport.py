@@ -1,0 +1,398 @@
+"""Collectives on CPUs: gloo's connections, with a schedule of our own on top.
+
+gloo's all-gather copies through a hidden buffer, and its reduce-scatter sends twice what it must. A receiver there asks
+for data with a small message, which queues behind what its own side is sending on that connection: an exchange may
+end up running one direction after the other. So each direction has connections of its own here, receives are posted
+before sends, and everything is sent from and received into the memory where it belongs.
+
+Ranks on several hosts cross between hosts first and share within the host afterwards (the other way round when they
+reduce), so that every byte crosses the slow link once. Where each host has all shards, gathers stay within it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from zgraph.bridge.private_runtime import JOIN_S, Store, messenger
+from zgraph.runtime.journal import Journal, Moved
+
+CONNECT_TIMEOUT = timedelta(seconds=JOIN_S)
+WAIT_TIMEOUT = timedelta(days=1)  # whoever waits for the transfer gives up before
+NUM_POSTED = 2
+_AT_ONCE = timedelta(milliseconds=1)
+_LAST_TAG = 2**31 - 1
+
+T = TypeVar("T")
+Works = list[dist.Work]
+Chunks = Sequence[torch.Tensor]
+Phases = Generator[Works, None, T]
+"""A collective: it posts a phase, yields what to wait for, goes on when that is over, and returns what it made."""
+
+
+class Transfer:
+    """A collective under way. What it made is in the list `result` when it is over."""
+
+    number = 0
+    """Of the collective, in the lane's journal."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.result: list[torch.Tensor] = []
+        self.error: BaseException | None = None
+
+    def is_completed(self) -> bool:
+        return self.over.is_set()
+
+    def wait(self) -> None:
+        """Wait until it is over. Raises what went wrong."""
+        self.over.wait()
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Which ranks share a host: row h holds the ranks of host h, each row as many."""
+
+    rows: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Hosts:
+        """The hosts of ranks that run on the hosts of these names; each rank its own where hosts are of unequal size.
+
+        >>> Hosts.of(["a", "a", "b", "b"]).rows
+        ((0, 1), (2, 3))
+        >>> Hosts.of(["a", "a", "b"]).rows
+        ((0,), (1,), (2,))
+        """
+        rows = [tuple(r for r, n in enumerate(names) if n == name) for name in dict.fromkeys(names)]
+        if len({len(row) for row in rows}) > 1:
+            rows = [(rank,) for rank in range(len(names))]
+        return cls(tuple(rows))
+
+    @classmethod
+    def rows_of(cls, num_ranks: int, each: int) -> Hosts:
+        """Ranks in rows of `each`, one after the other.
+
+        >>> Hosts.rows_of(4, 2).rows
+        ((0, 1), (2, 3))
+        """
+        return cls(tuple(tuple(range(first, first + each)) for first in range(0, num_ranks, each)))
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """The number of a rank's host, and its place there."""
+        return next((h, row.index(rank)) for h, row in enumerate(self.rows) if rank in row)
+
+
+def host_name() -> str:
+    """A name that processes share if they run on one host, with one network."""
+    network = os.readlink("/proc/self/ns/net") if os.path.exists("/proc/self/ns/net") else ""
+    return f"{socket.gethostname()} {network}"
+
+
+class Lane:
+    """Runs collectives between ranks, one after the other, in a thread of its own.
+
+    Args:
+        store: where the ranks meet.
+        name: a name that is the same on all ranks and used for no other lane.
+        rank: this rank, among those of the lane.
+        hosts: which ranks share a host.
+        each_has_all: tensors are sharded within each host, and each host has all shards; else they are sharded over
+            all ranks.
+
+    Raises:
+        RuntimeError: a peer did not come within a minute.
+    """
+
+    def __init__(self, store: Store, name: str, rank: int, hosts: Hosts, *, each_has_all: bool = False) -> None:
+        self.rank, self.hosts, self.each_has_all = rank, hosts, each_has_all
+        self.num_ranks = sum(len(row) for row in hosts.rows)
+        self.host, self.place = hosts.place(rank)
+        self.mates = hosts.rows[self.host]
+        self.column = tuple(row[self.place] for row in hosts.rows)
+        self._upwards, self._downwards = (
+            messenger(store, f"{name}/{way}", rank, self.num_ranks, CONNECT_TIMEOUT) for way in ("up", "down")
+        )
+        self.journal = Journal()
+        self._line = _Line()
+        self._thread = threading.Thread(target=self._line.serve, name=f"zgraph-{name}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, also if it waits for a peer that will not answer. The lane is of no use afterwards."""
+        if not self._thread.is_alive():
+            return
+        self._line.close()
+        self._thread.join(0.1)
+        if self._thread.is_alive():
+            for group in (self._upwards, self._downwards):
+                with suppress(RuntimeError):  # a receive that times out makes gloo close the connections of its group
+                    group.recv([torch.empty(1)], (self.rank + 1) % self.num_ranks, _LAST_TAG).wait(_AT_ONCE)
+            self._thread.join()
+        del self._upwards, self._downwards
+
+    # --- collectives ---------------------------------------------------------------------------------------------
+
+    def all_gather(self, *tensors: tuple[Chunks, torch.Tensor], moved: Moved | None = None) -> Transfer:
+        """Fill the slots of tensors with what each rank has.
+
+        Args:
+            tensors: for each tensor one dense slot a shard, and what this rank has, as large. That is copied to its
+                slot, and must not change until the transfer is over.
+            moved: what this is; ranks on which it is not the same never receive one another's messages.
+        """
+        number = self.journal.enter("all-gather", [own.nbytes for _, own in tensors], moved)
+        for slots, own in tensors:
+            slots[self.shard].copy_(own)
+        return self._line.join(_together([self._gathered(slots, self.journal.tag()) for slots, _ in tensors]), number)
+
+    def reduce_scatter(self, *tensors: Chunks, moved: Moved | None = None, divisor: int = 0) -> Transfer:
+        """The divided sums over the ranks of the chunks that are this rank's: in the order of the ranks of each host,
+        then in the order of the hosts. They are the transfer's result.
+
+        Args:
+            tensors: for each tensor its chunks, one a shard. They must not change until the transfer is over.
+            moved: as for `all_gather`.
+            divisor: what sums are divided by; 0 takes the number of ranks, which makes them means.
+        """
+        number = self.journal.enter("reduce-scatter", [chunks[0].nbytes for chunks in tensors], moved)
+        divisor = divisor or self.num_ranks
+        return self._line.join(_together([self._reduced(chunks, divisor) for chunks in tensors]), number)
+
+    def all_reduce(self, chunks: Chunks, moved: Moved | None = None, divisor: int = 0) -> Transfer:
+        """Put the divided sum over the ranks in the place of `chunks`: one dense tensor a rank, all of one size."""
+        number = self.journal.enter("all-reduce", [chunks[0].nbytes], moved)
+        tags = self.journal.tag(), self.journal.tag()
+        return self._line.join(_together([self._reduce_and_gather(chunks, divisor or self.num_ranks, *tags)]), number)
+
+    @property
+    def shard(self) -> int:
+        """Which part of a sharded tensor is this rank's."""
+        return self.place if self.each_has_all else self.rank
+
+    def _gathered(self, slots: Chunks, count: int) -> Phases[torch.Tensor]:
+        return self._share(self.mates, slots, count) if self.each_has_all else self._gather(slots, count)
+
+    def _reduced(self, chunks: Chunks, divisor: int) -> Phases[torch.Tensor]:
+        out = torch.empty_like(chunks[self.shard])
+        if not self.each_has_all:
+            return self._reduce(chunks, divisor, out, self.journal.tag())
+        return self._reduce_copies(chunks, divisor, out, [self.journal.tag() for _ in range(3)])
+
+    def _share(self, ranks: Sequence[int], slots: Chunks, count: int) -> Phases[torch.Tensor]:
+        """A gather among `ranks`, one slot each."""
+        own = slots[ranks.index(self.rank)]
+        others = [(i, r) for i, r in enumerate(ranks) if r != self.rank]
+        yield self._exchange(count, [(slots[i], r, 0) for i, r in others], [(own, r, 0) for _, r in others])
+        return own
+
+    def _reduce_copies(self, chunks: Chunks, divisor: int, out: torch.Tensor, tags: list[int]) -> Phases[torch.Tensor]:
+        """A sum within the host, then one over the hosts, each rank of a column summing a piece of it."""
+        chunks = _addends(chunks, divisor)
+        total = yield from self._sum_of(self.mates, chunks, out, tags[0])
+        pieces = torch.tensor_split(total, len(self.column))
+        summed = yield from self._sum_of(self.column, pieces, torch.empty_like(pieces[self.host]), tags[1])
+        pieces[self.host].copy_(summed)
+        yield from self._share(self.column, pieces, tags[2])
+        return _divided(total, divisor)
+
+    def _sum_of(
+        self, ranks: Sequence[int], pieces: Chunks, out: torch.Tensor | None, count: int
+    ) -> Phases[torch.Tensor]:
+        """The sum over `ranks` of the piece that is this one's, in `out` or in memory of its own."""
+        at, spare = ranks.index(self.rank), iter([out])
+        own = pieces[at]
+        parts = [own if i == at else next(spare, None) for i in range(len(ranks))]
+        landed = [torch.empty_like(own) if p is None else p for p in parts]
+        others = [(i, r) for i, r in enumerate(ranks) if r != self.rank]
+        yield self._exchange(count, [(landed[i], r, 0) for i, r in others], [(pieces[i], r, 0) for i, r in others])
+        return _sum(landed, at)
+
+    def _gather(self, slots: Chunks, count: int) -> Phases[torch.Tensor]:
+        others = [r for r in (*self.column, *self.mates) if r != self.rank]
+        yield self._exchange(count, [(slots[r], r, 0) for r in others], [(slots[self.rank], r, 0) for r in others])
+        mates = [(r, p) for p, r in enumerate(self.mates) if r != self.rank]
+        rows = [row for h, row in enumerate(self.hosts.rows) if h != self.host]
+        if mates and rows:
+            yield self._exchange(
+                count,
+                [(slots[row[p]], r, 1 + h) for r, p in mates for h, row in enumerate(rows)],
+                [(slots[row[self.place]], r, 1 + h) for r, _ in mates for h, row in enumerate(rows)],
+            )
+        return slots[self.rank]
+
+    def _reduce(self, chunks: Chunks, divisor: int, out: torch.Tensor | None, count: int) -> Phases[torch.Tensor]:
+        """`out` is where what comes from the first peer lands, and in the end the sum or mean."""
+        chunks, rows = _addends(chunks, divisor), self.hosts.rows
+
+        def landing(like: torch.Tensor) -> torch.Tensor:
+            nonlocal out
+            taken, out = out, None
+            return torch.empty_like(like) if taken is None else taken
+
+        sums = [chunks[row[self.place]] for row in rows]
+        if len(self.mates) > 1:
+            parts = [[own if r == self.rank else landing(own) for r in self.mates] for own in sums]
+            mates = [(r, p) for p, r in enumerate(self.mates) if r != self.rank]
+            yield self._exchange(
+                count,
+                [(parts[h][p], r, 1 + h) for r, p in mates for h in range(len(rows))],
+                [(chunks[row[p]], r, 1 + h) for r, p in mates for h, row in enumerate(rows)],
+            )
+            sums = [_sum(p, self.place) for p in parts]
+            del parts
+        total = sums[self.host]
+        if len(rows) > 1:
+            total = yield from self._sum_of(self.column, sums, out, count)
+        return _divided(total, divisor)
+
+    def _reduce_and_gather(self, chunks: Chunks, divisor: int, first: int, second: int) -> Phases[torch.Tensor]:
+        chunks[self.rank].copy_((yield from self._reduce(chunks, divisor, None, first)))
+        return (yield from self._gather(chunks, second))
+
+    # --- messages ------------------------------------------------------------------------------------------------
+
+    def _exchange(
+        self, count: int, receive: list[tuple[torch.Tensor, int, int]], send: list[tuple[torch.Tensor, int, int]]
+    ) -> Works:
+        """Post messages, each a tensor, the peer, and a number that tells messages of one pair in one collective apart.
+
+        Args:
+            count: the collective's number for its messages (`Journal.tag`).
+            receive: where to put what comes.
+            send: what goes.
+        """
+        num_tags = len(self.hosts.rows) + 1
+        first = count % (_LAST_TAG // num_tags) * num_tags
+        works: Works = []
+        for tensor, peer, number in receive:
+            if tensor.numel():
+                group = self._upwards if peer < self.rank else self._downwards
+                works.append(group.recv([tensor], peer, first + number))
+        for tensor, peer, number in send:
+            if tensor.numel():
+                group = self._upwards if self.rank < peer else self._downwards
+                works.append(group.send([tensor], peer, first + number))
+        return works
+
+
+class _Line:
+    """Transfers that are not over, in their order. The first few are posted, so that the wire never idles; the rest are
+    not, so that the memory they receive into is not taken before its time.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._is_closed = False
+
+    def join(self, phases: Phases[list[torch.Tensor]], number: int) -> Transfer:
+        """Stand in line."""
+        job = _Job(phases)
+        job.transfer.number = number
+        with self._changed:
+            self._jobs.append(job)
+            if len(self._jobs) <= NUM_POSTED:
+                job.post()
+            self._changed.notify()
+        return job.transfer
+
+    def close(self) -> None:
+        """No more is served when those in line are."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+
+    def serve(self) -> None:
+        """Finish one after the other until the line is closed."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._is_closed)
+                if not self._jobs:
+                    return
+                job = self._jobs[0]
+            job.finish()
+            with self._changed:
+                del job  # and with it the memory that it holds
+                self._jobs.popleft()
+                if len(self._jobs) >= NUM_POSTED:
+                    self._jobs[NUM_POSTED - 1].post()
+
+
+class _Job:
+    """A transfer and the phases that are left of it."""
+
+    def __init__(self, phases: Phases[list[torch.Tensor]]) -> None:
+        self.phases, self.transfer = phases, Transfer()
+        self.works: Works = []
+
+    def post(self) -> None:
+        """Post the first phase, or the next."""
+        try:
+            self.works = next(self.phases)
+        except StopIteration as end:
+            self._end(end.value, None)
+        except BaseException as error:  # whoever waits for the transfer raises it
+            self._end([], error)
+
+    def finish(self) -> None:
+        """Wait for what is posted, and do the rest."""
+        while not self.transfer.is_completed():
+            try:
+                while self.works:  # each holds memory: none may outlive the transfer
+                    self.works.pop().wait(WAIT_TIMEOUT)
+            except BaseException as error:
+                self._end([], error)
+            else:
+                self.post()
+
+    def _end(self, result: list[torch.Tensor], error: BaseException | None) -> None:
+        self.works.clear()
+        self.transfer.result[:] = result
+        self.transfer.error = error
+        self.transfer.over.set()
+
+
+def _together(parts: Sequence[Phases[torch.Tensor]]) -> Phases[list[torch.Tensor]]:
+    """Collectives phase by phase side by side, and what each of them made."""
+    made: dict[int, torch.Tensor] = {}
+    while len(made) < len(parts):
+        works: Works = []
+        for number, part in enumerate(parts):
+            if number not in made:
+                try:
+                    works += next(part)
+                except StopIteration as end:
+                    made[number] = end.value
+        if works or len(made) < len(parts):
+            yield works
+    return [made[number] for number in range(len(parts))]
+
+
+def _addends(chunks: Chunks, divisor: int) -> Chunks:
+    """What is summed: of fp16 the shares in the mean, as the sum may be too large for it."""
+    return [c / divisor for c in chunks] if divisor > 1 and chunks[0].dtype == torch.float16 else chunks
+
+
+def _divided(total: torch.Tensor, divisor: int) -> torch.Tensor:
+    return total if divisor == 1 or total.dtype == torch.float16 else total.div_(divisor)
+
+
+def _sum(parts: Chunks, own: int) -> torch.Tensor:
+    """The sum of two or more parts in their order. It takes the place of one of them, but not of the part `own`."""
+    total = torch.add(parts[0], parts[1], out=parts[0 if own else 1])
+    for part in parts[2:]:
+        total.add_(part)
+    return total

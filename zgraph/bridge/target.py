@@ -1,0 +1,75 @@
+"""What `zgraph.compile` plans for: the costs of the hardware at hand, or of the one that the user names."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from zgraph.cost import CostTable, Hardware, hardware, known, load_table
+from zgraph.environment import ranks_here
+from zgraph.errors import UsageError
+from zgraph.passes.core.base import default_costs
+
+Target = str | Path | Hardware | CostTable
+
+
+def cost_table(target: Target | None, device: torch.device) -> CostTable:
+    """The costs to plan with.
+
+    Args:
+        target: a profile's name (`h100`, `16x8-a100-80`), the path of a profile (.toml) or of a table that
+            `zgraph.profile` wrote (.json), or one of these as an object. None takes what fits the device.
+        device: what the model is on.
+
+    Raises:
+        HardwareError: there is no such profile, or the file is none.
+    """
+    if isinstance(target, CostTable):
+        return target
+    if isinstance(target, Hardware):
+        return CostTable(hardware=target)
+    if target is not None:
+        name = str(target)
+        return load_table(Path(name)) if name.endswith(".json") else CostTable(hardware=hardware(name))
+    if device.type == "cpu":
+        return default_costs()
+    title = torch.cuda.get_device_name(device).lower()
+    stems = [n for n in known() if n.split("-")[0] in title]
+    if "a100" in title:
+        stems = ["a100-80" if torch.cuda.get_device_properties(device).total_memory > 50 << 30 else "a100-40"]
+    return CostTable(hardware=hardware(stems[0] if stems else "a100-40"), per_host=ranks_here())
+
+
+def fingerprint_of(costs: CostTable) -> str:
+    """The same for two tables only if they say the same: ranks with other costs would plan otherwise."""
+    return hashlib.sha256(costs.model_dump_json().encode()).hexdigest()[:16]
+
+
+MARGIN = 0.06
+"""The share of a device's memory that stays free where no budget is given: for the driver, for communication, and for
+what does not fit together in the allocator."""
+
+
+def device_budget(device: torch.device) -> int | None:
+    """What a rank may use of a GPU's memory; None on a processor, which has no memory of its own."""
+    if device.type == "cpu":
+        return None
+    return int((1 - MARGIN) * torch.cuda.get_device_properties(device).total_memory)
+
+
+def num_bytes(size: int | str) -> int:
+    """Bytes of a size such as 12_000_000, "12GiB" or "12GB".
+
+    Raises:
+        UsageError: it is none, or not positive.
+    """
+    try:
+        found = int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        found = 0
+    if found <= 0:
+        raise UsageError(f'memory_budget must be bytes, or a size such as "12GiB", not {size!r}')
+    return found

@@ -1,0 +1,132 @@
+"""What surrounds each call of a compiled model: stand-ins in place, peers told of failures, misuse caught."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from zgraph.bridge.private_compile import compiled_backward_node
+from zgraph.bridge.private_runtime import keeps_graph
+from zgraph.errors import BackwardTwiceError, EscapedParameterError, StaleParametersError, UsageError
+from zgraph.runtime import Session
+
+
+def guard(
+    forward: Callable[..., Any], session: Session, param_dtype: torch.dtype | None, like: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The model's new `forward`: stand-ins in place for its length, peers told of failures, misuse caught.
+
+    Args:
+        forward: runs with stand-ins in place.
+        like: the model's own forward, whose signature is the new one's: transformers reads from it what a model takes.
+    """
+    hollow = {id(s.stand_in): s.name for s in session.store.slots.values() if s.stand_in is not s.parameter}
+
+    def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
+        check_moved(session)
+        if param_dtype is not None:
+            args, kwargs = _cast((args, kwargs), param_dtype)
+        session.begin_call()
+        try:
+            with session.store.stand_ins():
+                result = forward(*args, **kwargs)
+            _watch_outputs(result, hollow, session)
+        except BaseException as error:
+            session.fail(error)
+            raise
+        return result
+
+    zgraph_forward.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return zgraph_forward
+
+
+def eager(forward: Callable[..., Any], param_dtype: torch.dtype | None) -> Callable[..., Any]:
+    """The model's own forward, on inputs of the dtype to compute in."""
+    if param_dtype is None:
+        return forward
+
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _cast((args, kwargs), param_dtype)
+        return forward(*args, **kwargs)
+
+    cast.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return cast
+
+
+def check_moved(session: Session) -> None:
+    """Raise UsageError if the memory of a parameter is no longer the session's."""
+    if moved := session.store.moved():
+        raise UsageError(
+            f"the memory of {moved} was replaced after zgraph.compile (by model.to(), .cuda() or .half()?); move "
+            "or convert the model before it is compiled"
+        )
+
+
+class Unprepared:
+    """What a compiled model answers Accelerate, which asks a model whether it is prepared before it wraps it.
+
+    `zgraph.hf.prepare` and the Trainer put True in its place.
+    """
+
+    ATTRIBUTE = "_is_accelerate_prepared"
+
+    def __bool__(self) -> bool:
+        raise UsageError(
+            "Accelerate would wrap a compiled model: call zgraph.hf.prepare(accelerator, model, ...) instead of "
+            "accelerator.prepare, or take zgraph.hf.Trainer instead of transformers.Trainer"
+        )
+
+
+def _cast(inputs: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+
+
+def _watch_outputs(result: Any, hollow: Mapping[int, str], session: Session) -> None:
+    """Catch a parameter that escapes, and a backward that comes too often or too late."""
+    watched: set[Any] = set()
+    for leaf in pytree.tree_leaves(result):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if name := hollow.get(id(leaf)):
+            raise EscapedParameterError(
+                f"the forward returned the parameter {name}, whose gathered memory is gone after the call; return a "
+                "clone of it"
+            )
+        node = compiled_backward_node(leaf) if leaf.requires_grad else None
+        if node is not None and node not in watched:
+            watched.add(node)
+            node.register_prehook(_before_backward(weakref.ref(node), session))
+
+
+def _before_backward(node: weakref.ref[Any], session: Session) -> Callable[[Any], None]:
+    """What happens at the beginning of the backward of one call: checks, and the choice of the lean backward.
+
+    If only the loss is differentiated, and the plan has a backward for that, autograd need not make zeros for the other
+    outputs.
+    """
+    store = session.store
+    spent, version, lean = False, store.version, session.lean_call
+
+    def check(gradients: tuple[torch.Tensor | None, ...]) -> None:
+        nonlocal spent
+        if spent:
+            raise BackwardTwiceError(
+                "this is the second backward through the same forward, whose saved values the first one freed; call "
+                "the first with retain_graph=True, or run the forward again"
+            )
+        if store.version != version:
+            raise StaleParametersError(
+                "parameters were changed (by optimizer.step() or load_state_dict?) between this forward and its "
+                "backward, which would compute with the new ones; run the backward first, or the forward again"
+            )
+        spent = not keeps_graph()
+        present = [g for g in gradients if g is not None]
+        if (context := node()) is not None:
+            context.materialize_grads = not (lean and len(present) == 1 and present[0].dim() == 0)
+
+    return check

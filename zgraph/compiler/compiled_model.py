@@ -1,0 +1,202 @@
+"""A compiled model: each captured graph through the passes, to what runs."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zgraph.capture import Compiled
+from zgraph.capture.sources import sources_of
+from zgraph.certify.certificate import Certifier
+from zgraph.compiler.autotune import tuned
+from zgraph.compiler.call_guard import eager
+from zgraph.compiler.report import Entry, Report, make_entry
+from zgraph.cost.workspace import NUM_THREADS
+from zgraph.environment import environment
+from zgraph.errors import UsageError, VerifyError, did_you_mean
+from zgraph.ir import Graph, print_graph, verify
+from zgraph.passes import BY_NAME, Context, Pipeline, make_plan, parse_recipe
+from zgraph.passes.core.instruments import Dump, Log, Verify
+from zgraph.passes.fuse import Fuse
+from zgraph.runfile.format import Provenance, Recording, RunFile, has_backward, last_graph
+from zgraph.runtime import Session
+
+
+class CompiledModel:
+    """What `zgraph.compile` attached to a model.
+
+    Args:
+        model: the model.
+        session: what its programs work on.
+        recipe: the passes.
+        context: what they know.
+        save: where the first rank writes what the passes made of the first graph; the others have numbers.
+        replayed: a run whose last graph takes the place of the passes, for the training graph.
+    """
+
+    def __init__(
+        self, model: nn.Module, session: Session, recipe: str, context: Context, save: Path | None = None,
+        replayed: RunFile | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.session, self.recipe, self.context = model, session, recipe, context
+        self.save, self.replayed = save, replayed
+        self.pipeline = enabled(parse_recipe(recipe))
+        self.tunes = False
+        self.eager = eager(model.forward, session.store.param_dtype)
+        self.entries: list[Entry] = []
+        self.hints: dict[str, int] = {}
+        self._planned: set[bool] = set()
+
+    def compile_graph(self, graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> Compiled:
+        """A captured graph through the passes, planned, agreed on and linked."""
+        settings = environment()
+        log = Log()
+        instruments: list[Any] = [log]
+        if settings.verify:
+            verify(graph)
+        if settings.verify == 2:
+            instruments.append(Verify())
+        if settings.dump:
+            instruments.append(Dump(settings.dump / f"rank{self.session.store.rank}"))
+        text = print_graph(graph, origins=False)
+        graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
+        hints = self._agreed_hints(graph, hints)
+        self.hints.update(hints)
+        if self.tunes and not self.entries:
+            self._tune(graph, hints)
+        context = replace(self.context, hints=hints)
+        paths = list(self._run_paths(graph.name, settings.dump))
+        recording = Recording(graph, sources=sources_of(graph) if paths else {})
+        if paths:
+            instruments.append(recording)
+        is_replayed = self.replayed is not None and has_backward(graph)
+        certifier = Certifier(graph, context, thorough=settings.verify == 2 or is_replayed)  # fmt: skip
+        instruments.append(certifier)
+        if self.replayed is not None and is_replayed:
+            final = last_graph(self.replayed, graph, context)
+            for name in self.replayed.names[1:]:
+                certifier.add(name.partition("#")[0], self.replayed.graph(name))
+        else:
+            with _named_remedy():
+                final = self.pipeline.run(graph, context, instruments)
+        with _named_remedy():
+            certificate = certifier.finish() if settings.verify else None
+        for path in paths:
+            recording.run_file(_made(type(self.model).__name__), context, certificate).save(path)
+        plan = make_plan(final)
+        replayed = self.replayed if has_backward(graph) else None
+        again = _Again(graph, context, self.pipeline, type(self.model).__name__, replayed)
+        entry = make_entry(plan, log.steps, context, again, certificate=certificate)
+        if waiting := entry.memory.host_peak_bytes:
+            self.session.host.require(waiting, "the values that wait for the backward on the host")
+        known = f"planned for {', '.join(f'{name}={hints[name]}' for name in sorted(hints))}"
+        forward, backward = self.session.link(plan, constants, text, known)
+        self.entries.append(entry)
+        return Compiled(plan, forward, backward)
+
+    def _agreed_hints(self, graph: Graph, hints: Mapping[str, int]) -> Mapping[str, int]:
+        """What sizes and how many threads to plan for.
+
+        All ranks come here with their first graph of each kind, and plan with what the first rank has: with its thread
+        count later too. Sizes that a rank meets alone later are its own.
+        """
+        if self.session.device.type == "cpu":
+            hints = {**hints, NUM_THREADS: self.hints.get(NUM_THREADS, torch.get_num_threads())}
+        kind = has_backward(graph)
+        if self.session.num_ranks == 1 or kind in self._planned:
+            return hints
+        found = json.loads(self.session.peers.exchange(f"sizes/{kind}", json.dumps(dict(hints)))[0])
+        self._planned.add(kind)
+        if found.get(NUM_THREADS) != hints.get(NUM_THREADS):
+            warnings.warn(
+                f"this rank has {hints[NUM_THREADS]} threads; all ranks plan with the first rank's "
+                f"{found[NUM_THREADS]}. Set OMP_NUM_THREADS to the same number on all ranks.",
+                stacklevel=2,
+            )
+        return {name: int(found.get(name, size)) for name, size in hints.items()}
+
+    def _run_paths(self, graph: str, dump: Path | None) -> Iterator[Path]:
+        """Where to write what becomes of a graph."""
+        if self.save is not None and self.session.store.rank == 0:
+            number = len(self.entries)
+            yield self.save.with_stem(f"{self.save.stem}-{number}") if number else self.save
+        if dump is not None:
+            yield dump / f"rank{self.session.store.rank}" / f"{graph}.zg"
+
+    def _tune(self, graph: Graph, hints: Mapping[str, int]) -> None:
+        """Measure the ways of running what can be fused. All ranks come here at their first graph."""
+        before = takewhile(lambda step: step.name != Fuse.name, self.pipeline.passes)
+        context = replace(self.context, hints=hints)
+        seen = Pipeline(tuple(before)).run(graph, context)
+        peers = self.session.peers if self.session.num_ranks > 1 else None
+        self.context = replace(self.context, costs=tuned(seen, context, self.session.device, peers))
+
+    @property
+    def report(self) -> Report:
+        store = self.session.store
+        buffers = buffer_bytes(self.model)
+        whole = sum(s.parameter.nbytes for s in store.slots.values())
+        return Report(
+            type(self.model).__name__, str(self.pipeline), store.num_ranks, whole, store.rest_bytes, store.state_bytes,
+            buffers, store.update_bytes, store.host_bytes, tuple(self.entries), self.session.regions,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Again:
+    """What the passes make of a captured graph: the same whenever they run, and wherever."""
+
+    captured: Graph
+    context: Context
+    pipeline: Pipeline
+    model: str
+    replayed: RunFile | None
+
+    def __call__(self) -> RunFile:
+        if self.replayed is not None:
+            return self.replayed
+        recording = Recording(self.captured, sources=sources_of(self.captured))
+        self.pipeline.run(self.captured, self.context, [recording])
+        return recording.run_file(_made(self.model), self.context)
+
+
+@contextmanager
+def _named_remedy() -> Iterator[None]:
+    """Say what to do about a graph that is refused."""
+    try:
+        yield
+    except VerifyError as error:
+        raise VerifyError(
+            f'{error}\n\nNothing was run with it. The name behind "after" is the pass to look at: leave it out '
+            '(ZGRAPH_DISABLE), or find the rewrite (save="run.zg", then zgraph bisect run.zg). ZGRAPH_VERIFY=0 runs '
+            "the graph as it is, which may train on wrong numbers."
+        ) from None
+
+
+def _made(model: str) -> Provenance:
+    return Provenance(model=model, torch=torch.__version__)
+
+
+def buffer_bytes(model: nn.Module) -> int:
+    """Bytes of a model's buffers, which every rank holds."""
+    return sum(b.nbytes for b in model.buffers())
+
+
+def enabled(pipeline: Pipeline) -> Pipeline:
+    """The passes that ZGRAPH_DISABLE leaves. Raises UsageError if it names what is none."""
+    disabled = environment().disable
+    for name in disabled - BY_NAME.keys():
+        hint = did_you_mean(name, BY_NAME, f"the passes are {', '.join(BY_NAME)}")
+        raise UsageError(f"ZGRAPH_DISABLE names {name}, which is no pass; {hint}")
+    kept = Pipeline(tuple(p for p in pipeline.passes if p.name not in disabled))
+    kept.check()
+    return kept

@@ -1,0 +1,277 @@
+"""What `zgraph.report(model)` shows: the recipe, what each pass changed, bytes at rest, at the peak, on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from zgraph.certify.record import Certificate
+from zgraph.cost import MemoryCurve, Timeline, Traffic, simulate, traffic
+from zgraph.cost.memory import Life, alive_at_peak
+from zgraph.cost.work import work
+from zgraph.errors import UsageError
+from zgraph.ir import Plan
+from zgraph.ir.symbols import evaluate
+from zgraph.passes.arena import sizes
+from zgraph.passes.core.base import Context
+from zgraph.passes.core.instruments import Step
+from zgraph.passes.schedule import step_bound_us
+from zgraph.runfile.format import RunFile
+from zgraph.viz import as_text, memory_chart
+from zgraph.viz.page import page
+
+if TYPE_CHECKING:
+    from zgraph.runtime.regions import Regions
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One captured graph: its plan, what the passes did to it, and what a step of it costs."""
+
+    plan: Plan
+    steps: tuple[Step, ...]
+    memory: MemoryCurve
+    traffic: tuple[Traffic, ...]
+    timeline: Timeline
+    lower_bound_us: float
+    hints: Mapping[str, int]
+    run: Callable[[], RunFile]
+    """What the passes made of the graph; they run again when it is asked for."""
+    certificate: Certificate | None = None
+    """What was checked of it; None where ZGRAPH_VERIFY=0 left it out."""
+
+    @cached_property
+    def at_peak(self) -> list[Life]:
+        """What is alive at the peak, largest first."""
+        return alive_at_peak(self.plan, self.hints, self.memory)
+
+    @cached_property
+    def flop(self) -> int:
+        """What one rank's matmuls do in a step."""
+        return sum(int(evaluate(work(self.plan.graph, n).flop, self.hints)) for n in self.plan.graph.nodes)
+
+    @property
+    def kind(self) -> str:
+        return "training" if self.plan.backward is not None else "inference"
+
+    @property
+    def gap(self) -> float:
+        """How much longer the predicted step is than the lower bound: 0.02 is 2 %."""
+        return self.timeline.step_us / self.lower_bound_us - 1 if self.lower_bound_us else 0.0
+
+
+def make_entry(
+    plan: Plan, steps: Sequence[Step], context: Context, run: Callable[[], RunFile], timeline: Timeline | None = None,
+    certificate: Certificate | None = None,
+) -> Entry:  # fmt: skip
+    """The entry of a plan, of which `run` makes the file; the plan is simulated where no timeline is given."""
+    timeline = timeline or simulate(plan, context.costs, context.hints)
+    bound = step_bound_us(plan.graph, context, timeline)
+    return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, context.hints, run, certificate)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compiled. Prints as a table; its fields are the numbers.
+
+    Args:
+        model: the name of the model's class.
+        recipe: the pipeline that ran.
+        num_ranks: ranks that the model is sharded over.
+        whole_bytes: bytes of all parameters, unsharded.
+        rest_bytes: bytes of parameters that this rank's device holds at rest.
+        state_bytes: bytes of AdamW's two moments there.
+        buffer_bytes: bytes of the model's buffers, which every rank holds.
+        update_bytes: bytes that the optimizer's step has alive above what lies at rest.
+        host_bytes: bytes at rest on the host: masters, AdamW's moments of them, and copies to compute with.
+        entries: one for each captured graph, in the order of capture.
+        regions: what Inductor compiled, if it was to.
+    """
+
+    model: str
+    recipe: str
+    num_ranks: int
+    whole_bytes: int
+    rest_bytes: int
+    state_bytes: int
+    buffer_bytes: int
+    update_bytes: int
+    host_bytes: int
+    entries: tuple[Entry, ...]
+    regions: Regions | None = None
+
+    @property
+    def step_peak_bytes(self) -> int:
+        """The most bytes alive at once in a forward and backward above what lies at rest, over all captured graphs."""
+        return max((e.memory.peak.total_bytes for e in self.entries), default=0)
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """The most bytes on the host at once in a step, above what lies at rest there: activations and gradients."""
+        return max((e.memory.host_peak_bytes for e in self.entries), default=0)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive at once on this rank in a training step with AdamW, whatever they are for."""
+        return self.rest_bytes + self.state_bytes + self.buffer_bytes + max(self.step_peak_bytes, self.update_bytes)
+
+    @property
+    def flop(self) -> int:
+        """FLOP of this rank's matmuls in a training step (of the first training graph captured)."""
+        return next((e.flop for e in self.entries if e.plan.backward is not None), 0)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank sends in a training step (of the first training graph captured)."""
+        first = next((e for e in self.entries if e.plan.backward is not None), None)
+        return sum(t.sent_bytes for t in first.traffic) if first else 0
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [self._rest()]
+        for entry in self.entries:
+            parts += [Text(), _passes(entry), _peak(entry), _certified(entry)]
+            if entry.traffic:
+                parts += [_wire(entry, self.whole_bytes), step_summary(entry)]
+        if not self.entries:
+            parts.append(Text("Nothing captured yet: the first call of the model does that.", style="dim"))
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        return as_text(self, width=110)
+
+    def html(self) -> str:
+        """The text of an HTML file that shows the graph after every pass, the timeline, and the memory of the step.
+
+        It is of the first training graph that was captured, or of the first graph where none was.
+
+        Raises:
+            UsageError: nothing was captured yet.
+        """
+        if not self.entries:
+            raise UsageError("there is nothing to draw yet: the first call of the model captures it")
+        entry = next((e for e in self.entries if e.plan.backward is not None), self.entries[0])
+        return page(entry.run())
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write `html` to a file.
+
+        Raises:
+            UsageError: nothing was captured yet.
+        """
+        Path(path).write_text(self.html(), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """The same, as notebooks show it: in a frame of its own."""
+        if not self.entries:
+            return f"<pre>{escape(str(self))}</pre>"
+        style = "width: 100%; height: 760px; border: 0"
+        return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{escape(self.html())}"></iframe>'
+
+    def _rest(self) -> Table:
+        table = Table(title=f"{self.model} on {self.num_ranks} rank{'s' * (self.num_ranks > 1)}", title_justify="left")
+        table.add_column("at rest, per rank")
+        table.add_column("bytes", justify="right", overflow="fold")
+        table.add_row("recipe", self.recipe)
+        table.add_row("parameters, whole", mebibytes(self.whole_bytes))
+        table.add_row("parameters, this rank", mebibytes(self.rest_bytes))
+        table.add_row("with AdamW's two moments", mebibytes(self.rest_bytes + self.state_bytes))
+        table.add_row("buffers", mebibytes(self.buffer_bytes))
+        table.add_row("above that, in AdamW's step", mebibytes(self.update_bytes))
+        table.add_row("peak of a training step", mebibytes(self.peak_bytes))
+        if self.host_bytes or self.host_peak_bytes:
+            table.add_row("on the host: masters and moments", mebibytes(self.host_bytes))
+            table.add_row("on the host: at the peak of a step", mebibytes(self.host_bytes + self.host_peak_bytes))
+        if self.regions is not None:
+            table.add_row("compiled by Inductor", str(self.regions))
+        return table
+
+
+def mebibytes(num_bytes: int) -> str:
+    """Bytes for people: 1 MiB and more in MiB, less in KiB."""
+    return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.1f} KiB"
+
+
+def _passes(entry: Entry) -> Table:
+    table = Table(
+        title=f"{entry.plan.graph.name}: {entry.kind} graph, plan {entry.plan.fingerprint}", title_justify="left"
+    )
+    table.add_column("pass")
+    table.add_column("changed")
+    table.add_column("nodes", justify="right")
+    table.add_column("ms", justify="right")
+    for step in entry.steps:
+        table.add_row(step.text, step.summary, str(step.num_nodes), f"{step.seconds * 1e3:.0f}")
+    return table
+
+
+def _certified(entry: Entry) -> Text:
+    return Text(str(entry.certificate or "not certified (ZGRAPH_VERIFY=0)"))
+
+
+NUM_VALUES = 6
+
+
+def _peak(entry: Entry) -> Text:
+    peak = entry.memory.peak
+    shares = ", ".join(
+        f"{name} {mebibytes(size)}"
+        for name, size in sorted(peak.bytes_by_category.items(), key=lambda i: -i[1])
+        if size
+    )
+    text = Text(f"peak above rest {mebibytes(peak.total_bytes)} at %{peak.node} ({peak.phase}): {shares}\n")
+    text.append_text(memory_chart(entry.memory)).append("\nlargest at the peak: ")
+    names = [f"%{life.name} {mebibytes(life.num_bytes)} ({life.category})" for life in entry.at_peak[:NUM_VALUES]]
+    text.append(", ".join(names))
+    for program, arena in sizes(entry.plan.graph).items():
+        size, bound = mebibytes(arena.num_bytes), mebibytes(arena.crowded_bytes)
+        text.append(f"\narena of the {program.name} {size}, lower bound {bound}")
+    return text
+
+
+NUM_STALLS = 5
+
+
+def step_summary(entry: Entry) -> Text:
+    """Predicted time, the bound below which no order can go, and what computing waits for."""
+    timeline = entry.timeline
+    text = Text(
+        f"predicted step {_milliseconds(timeline.step_us)}, lower bound {_milliseconds(entry.lower_bound_us)}, gap "
+        f"{max(entry.gap, 0.0):.1%}: computing {_milliseconds(timeline.busy_us['compute'])}, communication "
+        f"{_milliseconds(timeline.busy_us['comm'])}, "
+    )
+    if copies := timeline.busy_us["d2h"] + timeline.busy_us["h2d"]:
+        text.append(f"copies to the host and back {_milliseconds(copies)}, ")
+    text.append(f"of which {_milliseconds(timeline.exposed_us)} exposed")
+    stalls = sorted(timeline.stalls, key=lambda s: -s.us)
+    for stall in stalls[:NUM_STALLS]:
+        text.append(f"\n  {_milliseconds(stall.us)} ({stall.phase}) {stall.node} waits for {stall.start}")
+    if len(stalls) > NUM_STALLS:
+        rest = sum(s.us for s in stalls[NUM_STALLS:])
+        text.append(f"\n  {_milliseconds(rest)} in {len(stalls) - NUM_STALLS} more waits")
+    return text
+
+
+def _milliseconds(us: float) -> str:
+    return f"{us / 1e3:,.1f} ms" if us >= 100 else f"{us:,.1f} us"
+
+
+def _wire(entry: Entry, whole_bytes: int) -> Table:
+    table = Table()
+    table.add_column("collective, per step")
+    table.add_column("phase")
+    table.add_column("calls", justify="right")
+    table.add_column("sent per rank", justify="right")
+    table.add_column("of the model", justify="right")
+    for row in entry.traffic:
+        share = f"{row.sent_bytes / whole_bytes:.2f}" if whole_bytes else ""
+        table.add_row(row.op, row.phase, str(row.num_calls), mebibytes(row.sent_bytes), share)
+    return table

@@ -1,0 +1,216 @@
+"""Checkpoints of an engine: written by torch.distributed.checkpoint, whole or not at all, in the background if asked.
+
+Tensors lie under the names of parameters, so that a checkpoint is resumed at any number of ranks, stage or offload.
+No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from zgraph.api import is_gathered
+from zgraph.bridge import private_runtime
+from zgraph.engine.checkpoint.accumulation import check_between, gradient_targets, gradients_of, take_gradients
+from zgraph.engine.checkpoint.dcp import read_shards, write_shards
+from zgraph.engine.checkpoint.deepspeed import is_deepspeed, load_deepspeed
+from zgraph.engine.checkpoint.directory import Folders, checked_tag
+from zgraph.engine.checkpoint.json_codec import decode, encode
+from zgraph.engine.checkpoint.optimizer_state import OptimizerLoad
+from zgraph.engine.checkpoint.rng_state import Randomness, start_anew
+from zgraph.engine.checkpoint.state import State, model_targets, restore, state_of, tensors_of, without_frozen
+from zgraph.engine.checkpoint.storage import INDEX, Reader, Writer, read_json
+from zgraph.engine.checkpoint.tensors import Tensors, copied, model_tensors
+from zgraph.errors import CheckpointError, UsageError, ZgraphError
+
+if TYPE_CHECKING:
+    from zgraph.engine.engine import Engine
+
+log = logging.getLogger("zgraph")
+
+STATE = "state.json"
+
+Loaded = tuple[str | None, dict[str, Any] | None]
+
+
+class OfRank(Randomness):
+    """What a rank keeps for itself.
+
+    Args:
+        client_state: its own, at stage 3; None where that of the first rank is everyone's.
+    """
+
+    client_state: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What of a checkpoint is loaded."""
+
+    optimizer: bool = True
+    scheduler: bool = True
+    module_only: bool = False
+    strict: bool = True
+
+
+class Checkpoints:
+    """Saves and loads an engine.
+
+    Args:
+        engine: which.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.ranks = engine, engine.ranks
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def save(
+        self, root: Path, tag: object, client_state: Mapping[str, Any], *, is_latest: bool, frozen: bool = True
+    ) -> bool:
+        """As `Engine.save_checkpoint`."""
+        self._check_at_rest()
+        check_between(self.engine)
+        self.wait()
+        name, tensors, beside = self.ranks.together(lambda: self._contents(tag, client_state))
+        if not frozen:
+            tensors = without_frozen(self.engine.module, tensors)
+        tensors |= gradients_of(self.engine)
+        name = self._same_tag(name)
+        folders = Folders(root)
+        folder = self.ranks.first(lambda: folders.begin(name))
+        writer = Writer(folder, self.ranks.rank, beside, lambda: folders.commit(folder, name, is_latest=is_latest))
+        if self.engine.config.keys.checkpoint.asynchronous:
+            self._writing = self._thread.submit(self._write, copied(tensors), writer)
+        else:
+            self._write(tensors, writer)
+        return True
+
+    def wait(self) -> None:
+        """As `Engine.wait_for_checkpoint`."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _contents(self, tag: object, client_state: Mapping[str, Any]) -> tuple[str, Tensors, dict[str, str]]:
+        """The tag, the tensors, and the files beside them that this rank writes."""
+        name = checked_tag(f"global_step{self.engine.global_steps}" if tag is None else tag)
+        state = state_of(self.engine, client_state)
+        mine = encode(dict(client_state), "client_state") if self.engine.zero_optimization_stage() == 3 else None
+        own = OfRank(**dict(Randomness.here()), client_state=mine)
+        beside = {_of_rank(self.ranks.rank): own.model_dump_json()}
+        if self.ranks.rank == 0:
+            beside[STATE] = state.model_dump_json()
+        return name, tensors_of(self.engine), beside
+
+    def _same_tag(self, tag: str) -> str:
+        """The first rank's, if all have the same or may differ."""
+        tags = self.ranks.gather(tag)
+        how = self.engine.config.keys.checkpoint.tag_validation
+        if len(set(tags)) > 1 and how != "ignore":
+            told = f"the ranks save under different tags: {', '.join(sorted(set(tags)))}"
+            if how == "fail":
+                raise CheckpointError(f"{told}; give all of them the same")
+            log.warning("%s; all take that of the first rank, %s", told, tags[0])
+        return tags[0]
+
+    def _write(self, tensors: Tensors, writer: Writer) -> None:
+        try:
+            write_shards(tensors, writer, self.ranks)
+        except ZgraphError as error:
+            log.error("%s", error)
+            if self.ranks.rank == 0:
+                shutil.rmtree(writer.folder, ignore_errors=True)
+            raise
+
+    def _check_at_rest(self) -> None:
+        if is_gathered(self.engine.module):
+            raise UsageError("a checkpoint within zgraph.gathered: there are no shards in there; go out first")
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    def load(self, root: Path, tag: object, parts: Parts) -> Loaded:
+        """As `Engine.load_checkpoint`."""
+        self._check_at_rest()
+        self.wait()
+        folders = Folders(root)
+        folder = self.ranks.first(lambda: folders.find(None if tag is None else checked_tag(tag)))
+        if folder is None:
+            if self.ranks.rank == 0:
+                what, there = "to go on from" if tag is None else tag, ", ".join(folders.tags()) or "nothing"
+                log.warning("there is no checkpoint %s in %s, which has %s", what, root, there)
+            return None, None
+        is_theirs = self.ranks.first(lambda: is_deepspeed(folder))
+        client_state = self._load_deepspeed(folder, parts) if is_theirs else self._load(folder, parts)
+        return str(folder), client_state
+
+    def _load(self, folder: Path, parts: Parts) -> dict[str, Any]:
+        engine, ranks = self.engine, self.ranks
+
+        def opened() -> tuple[Reader, State, OfRank | None, Tensors, OptimizerLoad | None, Tensors]:
+            if not (folder / INDEX).is_file():
+                raise CheckpointError(f"{folder} holds no checkpoint: it has neither {INDEX} nor DeepSpeed's files")
+            reader = Reader(folder)
+            reader.check(ranks.rank, ranks.size)
+            state = read_json(folder / STATE, State)
+            is_old_rank = ranks.rank < state.world_size
+            own = read_json(folder / _of_rank(ranks.rank), OfRank) if is_old_rank else None
+            targets = model_targets(engine.module, reader.index.tensors, strict=parts.strict)
+            gradients = gradient_targets(engine, state, reader.described) if parts.optimizer else {}
+            return reader, state, own, targets, self._optimizer_load(reader, parts), gradients
+
+        reader, state, own, targets, optimizer, gradients = ranks.together(opened)
+        tensors = targets | gradients | (optimizer.targets if optimizer is not None else {})
+        read_shards(tensors, reader, ranks)
+        _written(engine.module)
+
+        def finish() -> None:
+            take_gradients(engine, gradients)
+            if optimizer is not None:
+                optimizer.finish(state)
+            if not parts.module_only:
+                restore(engine, state, scheduler=parts.scheduler, optimizer=parts.optimizer)
+                if own is not None:
+                    own.restore()
+                else:
+                    start_anew(engine.config.keys.seed or 0, state.global_steps, ranks.rank)
+
+        ranks.together(finish)
+        mine = own.client_state if own is not None else None
+        found: dict[str, Any] = decode(state.client_state if mine is None else mine)
+        return found
+
+    def _optimizer_load(self, reader: Reader, parts: Parts) -> OptimizerLoad | None:
+        optimizer = self.engine.optimizer
+        if optimizer is None or not parts.optimizer:
+            return None
+        return OptimizerLoad(optimizer, self.engine.module, reader.described)
+
+    def _load_deepspeed(self, folder: Path, parts: Parts) -> dict[str, Any]:
+        found = self.ranks.together(
+            lambda: load_deepspeed(
+                self.engine, folder, strict=parts.strict, optimizer=parts.optimizer, scheduler=parts.scheduler,
+                module_only=parts.module_only,
+            )
+        )  # fmt: skip
+        _written(self.engine.module)
+        self.engine.zero_grad()
+        return found
+
+
+def _of_rank(rank: int) -> str:
+    return f"rank_{rank}.json"
+
+
+def _written(module: nn.Module) -> None:
+    """Copies to compute with are out of date."""
+    private_runtime.bump_version([t for t in model_tensors(module).values() if isinstance(t, nn.Parameter)])

@@ -1,0 +1,129 @@
+"""What a checkpoint of an engine has: tensors by the names of parameters, and everything else as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import nn
+
+from zgraph.engine.checkpoint.json_codec import decode, encode
+from zgraph.engine.checkpoint.optimizer_state import OptimizerState, optimizer_rest, optimizer_tensors
+from zgraph.engine.checkpoint.storage import Stored
+from zgraph.engine.checkpoint.tensors import Tensors, model_tensors
+from zgraph.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from zgraph.engine.engine import Engine
+
+
+class State(OptimizerState):
+    """All that is not a tensor, and the same on all ranks.
+
+    Args:
+        accumulation: micro-batches of a step.
+        pending: those of them whose gradients are in the checkpoint, as they wait for the rest.
+        buffers: the names of the model's tensors that are not parameters.
+        dtype: what is computed in, where that is not the dtype of the masters.
+        config: that of the run, for information.
+        model_info: the model's own configuration, if it has one as those of transformers have.
+    """
+
+    world_size: PositiveInt
+    global_steps: NonNegativeInt
+    micro_steps: NonNegativeInt
+    skipped_steps: NonNegativeInt
+    accumulation: PositiveInt = 1
+    pending: NonNegativeInt = 0
+    loss_scale: dict[str, int | float]
+    scheduler: dict[str, Any] | None = None
+    dataloader: dict[str, NonNegativeInt] | None = None
+    client_state: dict[str, Any] = Field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
+    dtype: Literal["float16", "bfloat16"] | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    model_info: dict[str, Any] | None = None
+
+
+# --- what is saved ---------------------------------------------------------------------------------------------------
+
+
+def tensors_of(engine: Engine) -> Tensors:
+    """All tensors of a checkpoint: `model.NAME`, and `optimizer.KEY.NAME`."""
+    found = {f"model.{name}": tensor for name, tensor in model_tensors(engine.module).items()}
+    return found | (optimizer_tensors(engine.module, engine.optimizer) if engine.optimizer is not None else {})
+
+
+def without_frozen(module: nn.Module, tensors: Tensors) -> Tensors:
+    """Those of a checkpoint that training changes."""
+    frozen = {f"model.{n}" for n, p in module.named_parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in tensors.items() if name not in frozen}
+
+
+def state_of(engine: Engine, client_state: Mapping[str, Any]) -> State:
+    """The rest.
+
+    Raises:
+        CheckpointError: JSON cannot hold something; the error names the key.
+    """
+    scheduler, loader = engine.lr_scheduler, engine.training_dataloader
+    rest = optimizer_rest(engine.module, engine.optimizer) if engine.optimizer is not None else OptimizerState()
+    config: Any = getattr(engine.module, "config", None)
+    tensors = model_tensors(engine.module)
+    return State(
+        world_size=engine.config.world_size, global_steps=engine.global_steps, micro_steps=engine.micro_steps,
+        skipped_steps=engine.skipped_steps, accumulation=engine.accumulation, pending=engine.pending,
+        loss_scale=engine.loss_scaler.state_dict(),
+        scheduler=encode(scheduler.state_dict(), "lr_scheduler") if scheduler is not None else None,
+        dataloader=loader.state_dict() if loader is not None else None, groups=rest.groups, values=rest.values,
+        client_state=encode(dict(client_state), "client_state"),
+        buffers=tuple(name for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)),
+        dtype=engine.config.param_dtype, config=engine.config.keys.model_dump(mode="json"),
+        model_info=config.to_diff_dict() if hasattr(config, "to_diff_dict") else None,
+    )  # fmt: skip
+
+
+# --- what is loaded --------------------------------------------------------------------------------------------------
+
+
+def model_targets(module: nn.Module, stored: Mapping[str, Stored], *, strict: bool) -> Tensors:
+    """Where a checkpoint's values of the model go.
+
+    Raises:
+        CheckpointError: it does not fit the model.
+    """
+    wanted = {f"model.{name}": tensor for name, tensor in model_tensors(module).items()}
+    given = {name for name in stored if name.startswith("model.")}
+    problems = [
+        f"{name[6:]} has shape {stored[name].shape}, not {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in given and stored[name].shape != tuple(tensor.shape)
+    ]
+    if strict:
+        problems += [f"{name[6:]} is missing" for name in wanted if name not in given]
+        problems += [f"{name[6:]} is not part of the model" for name in sorted(given - set(wanted))]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
+        raise CheckpointError(f"the checkpoint does not fit the model; nothing was loaded:\n  {shown}")
+    return {name: tensor for name, tensor in wanted.items() if name in given}
+
+
+def restore(engine: Engine, state: State, *, scheduler: bool, optimizer: bool) -> None:
+    """Take what is not a tensor. Within a step, training goes on there if the optimizer does.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    try:
+        if optimizer:
+            engine.loss_scaler.load_state_dict(state.loss_scale)
+        if scheduler and engine.lr_scheduler is not None and state.scheduler is not None:
+            engine.lr_scheduler.load_state_dict(decode(state.scheduler))
+        if engine.training_dataloader is not None and state.dataloader is not None:
+            engine.training_dataloader.load_state_dict(state.dataloader)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"the state of scheduler, loader or loss scale does not fit: {error!r}") from None
+    engine.global_steps, engine.skipped_steps = state.global_steps, state.skipped_steps
+    engine.pending = state.pending if optimizer and engine.optimizer is not None else 0
+    engine.micro_steps = state.micro_steps - (0 if engine.pending else state.micro_steps % engine.accumulation)

@@ -1,0 +1,1 @@
+"""DeepSpeed's JSON configuration: read, checked, and turned into options."""

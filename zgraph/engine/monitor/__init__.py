@@ -1,0 +1,1 @@
+"""What the engine tells of a training: throughput, FLOP, communication, and where it is written."""

@@ -1,0 +1,80 @@
+"""A model captured in few layers, for figures of the whole.
+
+Layers that are alike are not captured one by one. The model is captured with two layers of each stack, and with one
+more; every figure grows linearly from there, as the layers of a stack do the same. The first may differ from the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from zgraph.capture import trace
+from zgraph.capture.layers import shortened
+from zgraph.ir import Graph
+
+FEW_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model captured with few layers, and with one more of each stack.
+
+    Args:
+        base: with `FEW_LAYERS` of each stack.
+        longer: for each stack, with one more of it.
+        missing: for each stack, how many layers the model has beyond the base.
+    """
+
+    base: Graph
+    longer: tuple[Graph, ...]
+    missing: tuple[int, ...]
+
+    @property
+    def members(self) -> tuple[Graph, ...]:
+        return (self.base, *self.longer)
+
+    def changed(self, change: Callable[[Graph], Graph]) -> Family:
+        """The same change made to all members."""
+        return replace(self, base=change(self.base), longer=tuple(map(change, self.longer)))
+
+    def grown(self, figures: Sequence[float]) -> float:
+        """A figure of the whole model from those of the members; never below zero."""
+        base, *longer = figures
+        return max(base + sum(n * (value - base) for n, value in zip(self.missing, longer, strict=True)), 0.0)
+
+    def grown_by_key(self, figures: Sequence[Mapping[str, int]]) -> dict[str, int]:
+        """Figures of the whole model under the names that any member has."""
+        names = dict.fromkeys(name for f in figures for name in f)
+        return {name: int(self.grown([f.get(name, 0) for f in figures])) for name in names}
+
+
+def captured(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], param_dtype: torch.dtype | None
+) -> Family:
+    """Capture a model in few layers: layers of one class, with parameters of the same shapes, are taken to be alike.
+
+    Args:
+        model: a module on any device; it is not changed.
+        args, kwargs: what its forward is called with.
+        param_dtype: dtype to compute in.
+    """
+
+    def capture(lengths: Mapping[nn.Module, int]) -> Graph:
+        with shortened(lengths):
+            return trace(model, *args, param_dtype=param_dtype, **kwargs)
+
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and _are_alike(m)]
+    few: dict[nn.Module, int] = dict.fromkeys(stacks, FEW_LAYERS)
+    longer = tuple(capture({**few, stack: FEW_LAYERS + 1}) for stack in stacks)
+    return Family(capture(few), longer, tuple(len(stack) - FEW_LAYERS for stack in stacks))
+
+
+def _are_alike(stack: nn.ModuleList) -> bool:
+    """Whether there are enough layers to leave some out, and all but the first are of one kind."""
+    kinds = {(type(m), tuple((n, p.shape, p.dtype) for n, p in m.named_parameters())) for m in [*stack][1:]}
+    return len(stack) > FEW_LAYERS + 1 and len(kinds) == 1

@@ -1,0 +1,344 @@
+"""What one ZeRO stage takes of a model on given hardware, and how it is made to fit a memory budget.
+
+Bytes are followed in two parts of the step: until the backward reaches the first layer, where activations have their
+peak, and from there on, where gradients have theirs. What does not fit is computed again in the backward or moved to
+the host, whichever is faster; only where neither is enough, optimizer states lie on the host too, and only where that
+is not enough, parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from zgraph.cost import CostTable, Moment, simulate, traffic
+from zgraph.cost.memory import local_bytes
+from zgraph.cost.work import work
+from zgraph.estimate.layer_scaling import Family
+from zgraph.ir import Axis, Graph, InputKind, Phase, TensorType
+from zgraph.passes import RECIPES, Context, Pipeline, make_plan, parse_recipe
+from zgraph.passes.analysis.forward import Forward
+from zgraph.passes.analysis.lookahead import step_memory
+from zgraph.passes.fit import Fit
+from zgraph.passes.offload import Saved
+
+UPDATE_PASSES = 7
+"""How often AdamW's update goes over memory as large as the masters: it reads four tensors and writes three."""
+
+RESTING = ("parameters", "optimizer", "buffers")
+CATEGORIES = (*RESTING, "gradients", "activations", "gathered", "temporaries", "buckets")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage takes on each rank.
+
+    Args:
+        stage: the ZeRO stage.
+        whole: names of parameters that are at stage 0 all the same.
+        offload: what lies at rest on the host: nothing, "optimizer" or "parameters".
+        moved_share: the part of what waits for the backward that does so on the host.
+        rest_bytes: bytes at rest on the device by category: parameters, optimizer state, buffers.
+        peak_bytes: bytes on the device by category at the peak of the step, those at rest included.
+        host_bytes: bytes on the host at the peak of the step.
+        needed_bytes: the peak if all that can be is moved or computed again, layer by layer: what the stage cannot do
+            without.
+        step_us: the predicted time of a forward and backward.
+        update_us: the predicted time of AdamW's update.
+        exposed_us: the part of the step in which computing waits for communication or copies.
+        sent_bytes: what a rank sends in a step.
+        flop: of one rank's matmuls in a step, what is computed again not counted.
+        again_share: FLOP of what is computed again, over those of the step without.
+        fits: whether the peak is within the budget, and the host has room.
+    """
+
+    stage: int
+    whole: frozenset[str]
+    offload: str
+    moved_share: float
+    rest_bytes: dict[str, int]
+    peak_bytes: dict[str, int]
+    host_bytes: int
+    needed_bytes: int
+    step_us: float
+    update_us: float
+    exposed_us: float
+    sent_bytes: int
+    flop: float
+    again_share: float
+    fits: bool
+
+    @property
+    def title(self) -> str:
+        """The stage, and that of parameters that are whole."""
+        return f"{self.stage} and 0" if self.whole else str(self.stage)
+
+    @property
+    def total_bytes(self) -> int:
+        """All bytes on the device at the peak."""
+        return sum(self.peak_bytes.values())
+
+    @property
+    def total_us(self) -> float:
+        """The predicted time of a step with its update."""
+        return self.step_us + self.update_us
+
+    def stage_of(self, name: str) -> int:
+        """The stage of a parameter: this is what `zgraph.compile(model, stage=...)` takes."""
+        return 0 if name in self.whole else self.stage
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans stages of one model on one kind of hardware.
+
+    Args:
+        family: the model.
+        num_ranks: ranks that it is sharded over.
+        costs: of the hardware.
+        budget: bytes that one rank's device may have alive.
+        host_budget: bytes that one rank may have on the host; None sets no limit.
+        places: what may lie at rest on the host, what is tried first before the rest: "", "optimizer", "parameters".
+        moves: whether activations may wait on the host.
+    """
+
+    family: Family
+    num_ranks: int
+    costs: CostTable
+    budget: int
+    host_budget: int | None
+    places: tuple[str, ...]
+    moves: bool
+
+    def plan(self, stage: int) -> StagePlan:
+        """The fastest plan that fits, with as little on the host as that takes; else the one that needs the least."""
+        for place in self.places:
+            shape = _Shape(self, stage, frozenset(), place)
+            if (found := self._fastest(shape)) is not None:
+                return found
+        return shape.finished(shape.smallest)
+
+    def _fastest(self, shape: _Shape) -> StagePlan | None:
+        """The fastest way to make it fit; None if there is none."""
+        if shape.rest_bytes > self.budget or not (options := shape.fitting):
+            return None
+        return min(map(shape.finished, options), key=lambda found: found.total_us)
+
+    def refined(self, plan: StagePlan, parameters: Sequence[tuple[str, int]]) -> StagePlan:
+        """The plan with parameters up to some size kept whole on all ranks, where that is faster and fits.
+
+        Whole parameters need no gather, which the forward waits for; the reduction of their gradients can hide behind
+        the backward. It pays where the network is the bound, at the cost of their bytes.
+
+        Args:
+            plan: what to start from.
+            parameters: names and bytes, of the whole model.
+        """
+        best = plan
+        if not plan.stage or not plan.fits or self.num_ranks == 1:
+            return plan
+        for size in sorted({num_bytes for _, num_bytes in parameters}):
+            whole = frozenset(name for name, num_bytes in parameters if num_bytes <= size)
+            shape = _Shape(self, plan.stage, whole, plan.offload)
+            if shape.rest_bytes > self.budget or not (option := shape.fitted(plan.moved_share)).fits:
+                break
+            best = min(best, shape.finished(option), key=lambda p: p.total_us)
+        return best
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One way to make a step fit: computing again what is not worth a price, moving a share of what waits."""
+
+    price: float | None
+    moved_share: float
+    peak_bytes: dict[str, int]
+    host_bytes: int
+    fits: bool
+    has_room: bool
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.peak_bytes.values())
+
+
+class _Shape:
+    """A model at one stage, with so much at rest on the host: what is left to choose is how values wait."""
+
+    def __init__(self, planner: Planner, stage: int, whole: frozenset[str], place: str) -> None:
+        self.planner, self.stage, self.whole, self.place = planner, stage, whole, place
+        mesh = (Axis("shard", planner.num_ranks),) if planner.num_ranks > 1 else ()
+        context = Context(mesh=mesh, costs=planner.costs, groups_calls=True)
+        self.family = planner.family.changed(self._marked)
+        self.members = [_Member(graph, stage, context) for graph in self.family.members]
+        self.rest = self.family.grown_by_key([at_rest(m.placed) for m in self.members])
+
+    def _marked(self, graph: Graph) -> Graph:
+        inputs = tuple(
+            replace(i, stage=0 if i.target in self.whole else i.stage, offload=self.place)
+            if i.kind is InputKind.param
+            else i
+            for i in graph.inputs
+        )
+        return replace(graph, inputs=inputs)
+
+    @cached_property
+    def shares(self) -> list[float]:
+        """Parts of what waits that may move: what the link carries while the forward computes, and all."""
+        base = self.members[0]
+        hidden = base.forward.hidden_bytes
+        saved = Saved(base.placed, base.context)
+        waiting = sum(saved.num_bytes.values())
+        return [hidden / waiting, 1.0] if hidden < waiting and saved.first(hidden) else [1.0]
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes at rest on the device."""
+        return sum(self.rest[name] for name in RESTING)
+
+    @cached_property
+    def smallest(self) -> _Option:
+        """The way that needs the fewest bytes of the device: all that may be is moved, the rest computed again where
+        that helps; nothing is moved where the host has no room for all."""
+        moved_share = 1.0 if self.planner.moves else 0.0
+        ways = [self.option(price, moved_share) for price in (None, self.prices[-1])]
+        if moved_share and not any(option.has_room for option in ways):
+            ways = [self.option(price, 0.0) for price in (None, self.prices[-1])]
+        return min(ways, key=lambda option: (not option.has_room, option.total_bytes))
+
+    @property
+    def fitting(self) -> list[_Option]:
+        """Ways that fit: nothing moved; and where that computes again, as much moved as is hidden, and all."""
+        found = [self.fitted(0.0)]
+        if self.planner.moves and (not found[0].fits or found[0].price is not None):
+            found += [self.fitted(share) for share in self.shares]
+        return [option for option in found if option.fits] or [self.smallest] * self.smallest.fits
+
+    @cached_property
+    def prices(self) -> list[float | None]:
+        """Prices of a byte, between which some block's choice changes; at none everything is kept."""
+        return [None, *self.members[0].forward.prices()]
+
+    def option(self, price: float | None, moved_share: float) -> _Option:
+        """What this way comes to."""
+        planner = self.planner
+        peak_bytes, host_bytes = self.peak(price, moved_share)
+        has_room = planner.host_budget is None or host_bytes <= planner.host_budget
+        fits = has_room and sum(peak_bytes.values()) <= planner.budget
+        return _Option(price, moved_share, peak_bytes, host_bytes, fits, has_room)
+
+    def fitted(self, moved_share: float) -> _Option:
+        """The way that computes as little again as the budget asks for."""
+        most = self.option(None, moved_share)
+        if most.fits:
+            return most
+        chosen = self.option(self.prices[-1], moved_share)
+        low, high = 0, len(self.prices) - 1  # the first price at which it fits is in (low, high]
+        while chosen.fits and high - low > 1:
+            middle = (low + high) // 2
+            tried = self.option(self.prices[middle], moved_share)
+            low, high, chosen = (low, middle, tried) if tried.fits else (middle, high, chosen)
+        return chosen
+
+    def finished(self, option: _Option) -> StagePlan:
+        """The plan of one way to fit, with its times."""
+        figures = [m.figures(option.price, option.moved_share) for m in self.members]
+        step_us, exposed_us, sent, flop = (self.family.grown(f) for f in zip(*figures, strict=True))
+        usual = self.family.grown([m.flop for m in self.members])
+        return StagePlan(
+            stage=self.stage, whole=self.whole, offload=self.place, moved_share=option.moved_share,
+            rest_bytes={name: self.rest[name] for name in RESTING}, peak_bytes=option.peak_bytes,
+            host_bytes=option.host_bytes, needed_bytes=min(self.smallest.total_bytes, option.total_bytes),
+            step_us=step_us, update_us=self.update_us,
+            exposed_us=exposed_us, sent_bytes=int(sent), flop=usual, again_share=flop / usual - 1 if usual else 0.0,
+            fits=option.fits,
+        )  # fmt: skip
+
+    def peak(self, price: float | None, moved_share: float) -> tuple[dict[str, int], int]:
+        """Bytes on the device by category at the peak of the step, and bytes on the host."""
+        found = [m.peaks(price, moved_share) for m in self.members]
+        parts = [self.family.grown_by_key([m[part].bytes_by_category for m, _ in found]) for part in (0, 1)]
+        update = {"gradients": self.rest["optimizer"]}  # with one more copy, for torch's AdamW
+        highest = max([*parts, update], key=lambda m: sum(m.values()))
+        on_host = self.rest["host"] + int(self.family.grown([on_host for _, on_host in found]))
+        rest = {name: self.rest[name] for name in RESTING}
+        return {**dict.fromkeys(CATEGORIES, 0), **highest, **rest}, on_host
+
+    @property
+    def update_us(self) -> float:
+        """AdamW's update, as fast as memory lets it: the device's, or where it runs on the host, that of the link."""
+        hardware = self.planner.costs.hardware
+        rate = hardware.host_link.bytes_per_s if self.place else hardware.device.memory_bytes_per_s
+        return 1e6 * UPDATE_PASSES * self.rest["masters"] / rate
+
+
+class _Member:
+    """One graph of the family at one stage, with all blocks keeping what is worth a price."""
+
+    def __init__(self, graph: Graph, stage: int, context: Context) -> None:
+        self.context = context
+        passes = parse_recipe(RECIPES[stage]).passes
+        at = next(i for i, step in enumerate(passes) if step.name == Fit.name)
+        self.tail = Pipeline(passes[at + 1 :])
+        self.placed = Pipeline(passes[:at]).run(graph, context)
+        self.forward = Forward(self.placed, context)
+
+    @cached_property
+    def flop(self) -> float:
+        """FLOP of a step in which nothing is computed again."""
+        return float(sum(work(self.placed, node).flop for node in self.placed.nodes))
+
+    def graph(self, us_per_byte: float | None, moved_share: float) -> Graph:
+        """The placed graph; at a price, without what is not worth its bytes; with a share of the rest on the host."""
+        kept = self.placed if us_per_byte is None else self.forward.keeping(self.forward.choices_at(us_per_byte))
+        if not moved_share:
+            return kept
+        saved = Saved(kept, self.context)
+        return saved.offloading(saved.first(int(moved_share * sum(saved.num_bytes.values()))))
+
+    def peaks(self, us_per_byte: float | None, moved_share: float) -> tuple[tuple[Moment, Moment], int]:
+        """The highest moments before the backward reaches the first layer, and after; the most bytes on the host."""
+        graph = self.graph(us_per_byte, moved_share)
+        curve = step_memory(graph, self.context)
+        moments = curve.moments
+        layers = {n.name: n.origin.module for n in graph.nodes if n.phase is Phase.backward}
+        first = next(
+            (i for i, m in enumerate(moments) if m.phase == "bwd" and ".0." in f"{layers.get(m.node, '')}."),
+            len(moments),
+        )
+        before, after = moments[:first] or moments, moments[first:] or moments
+        return (_highest(before), _highest(after)), curve.host_peak_bytes
+
+    def figures(self, us_per_byte: float | None, moved_share: float) -> tuple[float, float, float, float]:
+        """Microseconds of the step and of what is exposed, bytes sent, and FLOP."""
+        scheduled = self.tail.run(self.graph(us_per_byte, moved_share), self.context)
+        whole = make_plan(scheduled, only_step=True)
+        timeline = simulate(whole, self.context.costs, self.context.hints)
+        sent = sum(t.sent_bytes for t in traffic(whole))
+        return timeline.step_us, timeline.exposed_us, sent, sum(work(scheduled, n).flop for n in scheduled.nodes)
+
+
+def at_rest(placed: Graph) -> dict[str, int]:
+    """Bytes of this rank: of parameters, AdamW's moments and buffers on the device, of masters, and on the host."""
+    found = dict.fromkeys(("parameters", "optimizer", "buffers", "masters", "host"), 0)
+    for entry in placed.inputs:
+        kind = entry.value.type
+        num_bytes = local_bytes(kind, placed.mesh, {})
+        if not isinstance(kind, TensorType):
+            continue
+        if entry.kind is not InputKind.param:
+            found["buffers"] += num_bytes if entry.kind in (InputKind.buffer, InputKind.constant) else 0
+            continue
+        master = entry.master or kind.dtype
+        master_bytes = num_bytes * master.itemsize // kind.dtype.itemsize
+        found["masters"] += master_bytes
+        found["host" if kind.is_on_host else "parameters"] += num_bytes
+        found["host" if entry.offload else "optimizer"] += 2 * master_bytes
+        if entry.offload and (master is not kind.dtype or not kind.is_on_host):
+            found["host"] += master_bytes
+    return found
+
+
+def _highest(moments: Sequence[Moment]) -> Moment:
+    return max(moments, key=lambda m: m.total_bytes)

@@ -1,0 +1,73 @@
+"""A model's graph and what the passes make of it, for hardware that is not here, as a run file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from zgraph.bridge.target import MARGIN, Target, cost_table, num_bytes
+from zgraph.capture.deep import captured
+from zgraph.capture.sources import sources_of
+from zgraph.certify.certificate import Certifier
+from zgraph.environment import environment
+from zgraph.errors import UsageError
+from zgraph.estimate.stage_plan import at_rest
+from zgraph.ir import Axis, Graph, OutputKind
+from zgraph.passes import Context, Pipeline
+from zgraph.passes.partition import Partition
+from zgraph.runfile.format import Provenance, Recording, RunFile
+
+
+def traced(
+    model: nn.Module, inputs: Mapping[str, Any], pipeline: Pipeline, *, hardware: Target,
+    num_ranks: int | None = None, memory_budget: int | str | None = None, param_dtype: torch.dtype | None = None,
+) -> RunFile:  # fmt: skip
+    """Capture a model under fake tensors and run passes on it.
+
+    Args:
+        model: on the meta device, or any other; it is not changed.
+        inputs: what its forward is called with on one rank, by name.
+        pipeline: the passes.
+        hardware: what to plan for, as in `zgraph.plan`.
+        num_ranks: by default all devices of the hardware.
+        memory_budget: bytes of one rank; by default the device's memory less a margin.
+        param_dtype: dtype to compute in.
+
+    Raises:
+        UsageError, HardwareError, CaptureError, GraphBreakError, BudgetError: as `zgraph.plan` and the passes do.
+    """
+    costs = cost_table(hardware, torch.device("cpu"))
+    count = costs.hardware.num_devices if num_ranks is None else num_ranks
+    if count < 1:
+        raise UsageError(f"num_ranks must be 1 or more, not {count}")
+    budget = (
+        int(costs.hardware.device.memory_bytes * (1 - MARGIN)) if memory_budget is None else num_bytes(memory_budget)
+    )
+    graph, how = captured(model, inputs, param_dtype)
+    mesh = (Axis("shard", count),) if count > 1 else ()
+    context = Context(mesh=mesh, costs=costs, memory_budget=budget, groups_calls=True, keeps_blocks=True)
+    context = _resting(graph, pipeline, context)
+    recording = Recording(graph, sources=sources_of(graph))
+    level = environment().verify
+    certifier = Certifier(graph, context, thorough=level == 2)  # fmt: skip
+    pipeline.run(graph, context, [recording, certifier])
+    made = Provenance(model=type(model).__name__, torch=torch.__version__, captured=how)
+    return recording.run_file(made, context, certifier.finish() if level else None)
+
+
+def _resting(graph: Graph, pipeline: Pipeline, context: Context) -> Context:
+    """The context with what one rank holds between steps: masters, AdamW's moments of them, and buffers; and what
+    AdamW's step takes above: the gradients, and as much again."""
+    placing = [step for step in pipeline.passes if isinstance(step, Partition)]
+    placed = Pipeline(tuple(placing)).run(graph, context)
+    trained = {o.target for o in placed.outputs if o.kind is OutputKind.grad and o.value is not None}
+    updated = replace(placed, inputs=tuple(i for i in placed.params if i.value.name in trained))
+    found = at_rest(placed)
+    return replace(
+        context, rest_bytes=found["masters"] + found["optimizer"] + found["buffers"],
+        update_bytes=at_rest(updated)["optimizer"],
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The options of `zgraph.compile`: what they mean, and what is refused."""

@@ -1,0 +1,89 @@
+"""What `zgraph.compile` refuses, before it changes anything."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from zgraph.bridge.aten import FROM_TORCH
+from zgraph.errors import AlreadyCompiledError, UsageError
+from zgraph.passes import RECIPES
+
+Stage = int | Callable[[str], int]
+
+Kernels = Literal["auto", "aten", "triton", "inductor"]
+
+ATTRIBUTE = "_zgraph"
+"""Where a compiled model keeps what `zgraph.compile` attached to it."""
+
+
+def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtypes: torch.dtype | None) -> None:
+    if not (callable(stage) or _is_stage(stage)):
+        raise UsageError(f"stage must be 0, 1, 2 or 3, or a function from a parameter's name to one, not {stage!r}")
+    for module_name, module in model.named_modules():
+        if ATTRIBUTE in module.__dict__:
+            what = f"its part {module_name}" if module_name else "it"
+            raise AlreadyCompiledError(
+                f"this {type(model).__name__} cannot be compiled: {what} is compiled already. Compile the outermost "
+                "module once, and build a new model to compile it otherwise."
+            )
+    if mesh is not None:
+        _check_mesh(mesh)
+    for dtype in dtypes:
+        if dtype is not None and not dtype.is_floating_point:
+            raise UsageError(f"param_dtype and reduce_dtype must be floating-point dtypes, not {dtype}")
+    for name, parameter in model.named_parameters():
+        if parameter.layout is not torch.strided or parameter.dtype not in FROM_TORCH:
+            raise UsageError(f"the parameter {name} is {parameter.layout} {parameter.dtype}, which cannot be sharded")
+    devices = {p.device for p in model.parameters()} - {torch.device("meta")}
+    if len(devices) > 1:
+        raise UsageError(f"the model's parameters are on {', '.join(map(str, devices))}; move it to one device first")
+
+
+def check_kernels(kernels: str, has_recipe: bool) -> None:
+    if kernels not in get_args(Kernels):
+        raise UsageError(f'kernels must be "auto", "aten", "triton" or "inductor", not {kernels!r}')
+    if kernels == "triton" and has_recipe:
+        raise UsageError('with passes=, the recipe says what is fused: put fuse in it, and leave kernels="triton" out')
+
+
+def _check_mesh(mesh: DeviceMesh) -> None:
+    if mesh.ndim not in (1, 2):
+        raise UsageError(
+            f"mesh must have one axis, or two of which the second is sharded over, not {mesh.ndim}; pass mesh['name'] "
+            "to choose one"
+        )
+    ranks = mesh.mesh.flatten().tolist()
+    if mesh.ndim == 2 and (mesh.size(1) == 1 or ranks != sorted(ranks)):
+        raise UsageError(
+            f"a mesh of two axes needs two ranks or more along the second, and ranks that ascend row by row, not "
+            f"{mesh.mesh.tolist()}; for whole copies only, pass the first axis alone with stage=0"
+        )
+
+
+def _is_stage(stage: object) -> bool:
+    return isinstance(stage, int) and not isinstance(stage, bool) and stage in RECIPES
+
+
+def check_optimizers(model: nn.Module) -> None:
+    """An optimizer made before holds parameters that are about to be replaced: it would train nothing."""
+    ours = {id(p) for p in model.parameters()}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.optim.Optimizer):  # isinstance would ask dead weak proxies
+            if any(id(p) in ours for group in found.param_groups for p in group["params"]):
+                raise UsageError(
+                    f"a {type(found).__name__} already holds this model's parameters, which are about to be sharded; "
+                    "make the optimizer after zgraph.compile"
+                )
+
+
+def stage_of(stage: Callable[[str], int], name: str) -> int:
+    found = stage(name)
+    if not _is_stage(found):
+        raise UsageError(f"stage must be 0, 1, 2 or 3, but the function gave {found!r} for the parameter {name}")
+    return found

@@ -1,0 +1,1 @@
+"""Run files: the format, and questions to one."""
