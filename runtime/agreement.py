@@ -46,6 +46,11 @@ def check_joined(names: Mapping[str, str] = os.environ) -> str:
     )
 
 
+def described(node: Node) -> str:
+    """A node for whoever waits for it: its name, its op, and when it runs."""
+    return f"%{node.name} ({node.op}, {node.phase.name})"
+
+
 def _version(name: str) -> str:
     try:
         return version(name)

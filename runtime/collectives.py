@@ -14,6 +14,7 @@ from zgraph.bridge.aten import TO_TORCH
 from zgraph.ir import DType, Node, Partial, Placement, TensorType
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
+from zgraph.runtime.agreement import described
 from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.host import Copy
 
@@ -33,11 +34,6 @@ class Future:
         self, name: str, work: Work | Copy | None, held: Any, finish: Callable[[], torch.Tensor | None]
     ) -> None:
         self.name, self.work, self.held, self.finish = name, work, held, finish
-
-
-def described(node: Node) -> str:
-    """A node for whoever waits for it: its name, its op, and when it runs."""
-    return f"%{node.name} ({node.op}, {node.phase.name})"
 
 
 def _one_or_all(futures: list[Future]) -> Any:
@@ -142,7 +138,7 @@ def _gather(node: Node, session: Session) -> Execute:
 def reduce_scatter_start(node: Node, session: Session) -> Execute:
     """The sums or means over the ranks, as the operands' type says, each rank keeping its chunks."""
     num_shards, kind = session.num_shards, node.operands[0].tensor
-    divisor, ops = divisor_of(kind, session), (_op(kind.placement[-1]), _op(kind.placement[0]))
+    divisor, ops = session.divisor(kind), (_op(kind.placement[-1]), _op(kind.placement[0]))
     pads = [_padder(v.tensor, num_shards) for v in node.operands]
     name, moved = described(node), session.moved(node)
 
@@ -164,7 +160,7 @@ def reduce_scatter_start(node: Node, session: Session) -> Execute:
 def all_reduce_start(node: Node, session: Session) -> Execute:
     """The sum or mean over the ranks, as the operand's type says, on every rank."""
     num_ranks, kind = session.num_ranks, node.operands[0].tensor
-    divisor = divisor_of(kind, session)
+    divisor = session.divisor(kind)
     shape, numel, name, moved = _shape(kind), _numel(kind), described(node), session.moved(node)
     pad, is_padded = _padder(kind, num_ranks), not is_even(kind.shape, num_ranks)
 
@@ -279,12 +275,6 @@ MAKERS: Mapping[str, Callable[[Node, Session], Execute]] = {
 """`release` has none: the executor drops the value, and with its last reference goes the memory. Nor has `pending`:
 plans have none of it.
 """
-
-
-def divisor_of(kind: TensorType, session: Session) -> int:
-    """What the sum over all ranks is divided by to reduce a value of this type."""
-    sizes = session.num_ranks // session.num_shards, session.num_shards
-    return kind.divisor(sizes[-len(kind.placement) :])
 
 
 def _op(placement: Placement) -> dist.ReduceOp.RedOpType:

@@ -15,10 +15,11 @@ from zgraph.bridge.aten import resolve, to_torch
 from zgraph.ir import Arg, Instruction, Node, Plan, Program, Value
 from zgraph.ir.arena import offsets
 from zgraph.runtime.collectives import MAKERS
-from zgraph.runtime.regions import Region, cut
+from zgraph.runtime.recorder import Watcher
+from zgraph.runtime.region import Region, cut
+from zgraph.runtime.regions import Regions
 
 if TYPE_CHECKING:
-    from zgraph.runtime.recorder import Watcher
     from zgraph.runtime.session import Session
 
 Runner = Callable[[list[Any]], list[Any]]
@@ -27,8 +28,9 @@ _PLAIN = (bool, int, str, type(None))
 
 
 def link(
-    program: Program, plan: Plan, session: Session, resident: Mapping[str, Any], watcher: Watcher | None = None
-) -> Runner:
+    program: Program, plan: Plan, session: Session, resident: Mapping[str, Any], watcher: Watcher | None = None,
+    regions: Regions | None = None,
+) -> Runner:  # fmt: skip
     """The program as a function from a list of arguments, which it empties, to a list of results.
 
     Args:
@@ -37,8 +39,9 @@ def link(
         session: the state that collectives and accumulation work on.
         resident: the memory of parameters and constants, by the name of their value.
         watcher: if given, it is told after every instruction.
+        regions: if given, they compile what lies between collectives.
     """
-    writer = _Writer(program, plan, session, resident, watcher)
+    writer = _Writer(program, plan, session, resident, watcher, regions)
     source = writer.source()
     label = f"<zgraph {plan.graph.name} {plan.fingerprint} {program.name}>"
     linecache.cache[label] = (len(source), None, source.splitlines(True), label)
@@ -52,9 +55,11 @@ class _Writer:
     """Writes one program as source, with the names that the source refers to."""
 
     def __init__(
-        self, program: Program, plan: Plan, session: Session, resident: Mapping[str, Any], watcher: Watcher | None
-    ) -> None:
+        self, program: Program, plan: Plan, session: Session, resident: Mapping[str, Any], watcher: Watcher | None,
+        regions: Regions | None,
+    ) -> None:  # fmt: skip
         self.program, self.plan, self.session, self.watcher = program, plan, session, watcher
+        self.regions = regions
         self.foreign = plan.graph.foreign
         self.names: dict[str, Any] = {}
         self.locals: dict[str, str] = {}
@@ -89,8 +94,8 @@ class _Writer:
         return "\n".join(lines) + "\n"
 
     def parts(self) -> Iterable[Instruction | Region]:
-        """Instructions, and regions where the session has any: not while single instructions are measured."""
-        if self.session.regions is None or (self.watcher is not None and self.watcher.takes_apart):
+        """Instructions, and regions where they are compiled: not while single instructions are measured."""
+        if self.regions is None or (self.watcher is not None and self.watcher.takes_apart):
             return self.program.instructions
         return cut(self.program, self.plan.graph)
 
@@ -102,8 +107,8 @@ class _Writer:
 
     def region(self, region: Region) -> list[str]:
         """A call of a compiled region, which is given the last references to what it is the last to read."""
-        assert self.session.regions is not None
-        run = self.constant(self.session.regions.runner(region, self.session), "region")
+        assert self.regions is not None
+        run = self.constant(self.regions.runner(region, self.session), "region")
         frees = [self.local(n) for n in region.frees if n not in self.resident]
         results = ", ".join(self.local(v.name) for v in region.outputs)
         return [

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from torch.profiler import record_function
 
 from zgraph.ir import Instruction
-
-if TYPE_CHECKING:
-    from zgraph.runtime.regions import Region
+from zgraph.runtime.region import Region
 
 
 class Ranges:

@@ -6,14 +6,12 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from zgraph.ir import Instruction, Node
-
-if TYPE_CHECKING:
-    from zgraph.runtime.regions import Region
+from zgraph.runtime.region import Region
 
 
 class Watcher(Protocol):

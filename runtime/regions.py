@@ -1,17 +1,14 @@
-"""Runs of ops between collectives, compiled by Inductor: each different one once, whichever layer it stands in.
+"""Regions compiled by Inductor: each different one once, whichever layer it stands in.
 
-A region is a run of ops of one layer with nothing in between that moves data between ranks or to the host. It is known
-by its text, in which values are numbered as they come: layers that are alike have regions of the same text, so that the
-time to compile follows the number of different regions and not that of layers.
+The time to compile follows the number of different regions and not that of layers.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,107 +16,18 @@ import torch
 from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import resolve, to_torch
 from zgraph.errors import KernelError
-from zgraph.ir import Arg, Graph, Instruction, Node, Program, Value
+from zgraph.ir import Value
 from zgraph.runtime.collectives import MAKERS
+from zgraph.runtime.region import Region
 
 if TYPE_CHECKING:
     from zgraph.runtime.session import Session
-
-MIN_OPS = 2
-"""Ops that are no views; a region with fewer has nothing to fuse."""
 
 MAX_SIZES = 8
 """Sizes that one region is compiled for; for others it runs op by op."""
 
 Compute = Callable[[list[Any]], Sequence[Any]]
 """From a list of arguments, which may be emptied, to results."""
-
-
-@dataclass(frozen=True)
-class Region:
-    """Instructions that are run as one.
-
-    Args:
-        nodes: what they compute.
-        inputs: what they read, in the order in which they read it first.
-        outputs: what they make that is read afterwards.
-        frees: values made before that nothing reads afterwards.
-    """
-
-    nodes: tuple[Node, ...]
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
-    frees: tuple[str, ...]
-
-    @cached_property
-    def text(self) -> str:
-        """What it computes: the same text for all regions that compute the same."""
-        numbers = {v.name: i for i, v in enumerate(self.inputs)}
-        lines = [", ".join(str(v.type) for v in self.inputs)]
-        for node in self.nodes:
-            args = [*(_text(a, numbers) for a in node.args), *(f"{k}={_text(a, numbers)}" for k, a in node.kwargs)]
-            for result in node.results:
-                numbers[result.name] = len(numbers)
-            lines.append(f"{node.op}({', '.join(args)}) -> {', '.join(str(r.type) for r in node.results)}")
-        return "\n".join([*lines, ", ".join(str(numbers[v.name]) for v in self.outputs)])
-
-
-def _text(arg: Arg, numbers: dict[str, int]) -> str:
-    if isinstance(arg, Value):
-        return f"%{numbers[arg.name]}"
-    return f"[{', '.join(_text(a, numbers) for a in arg)}]" if isinstance(arg, tuple) else repr(arg)
-
-
-# --- where they lie ------------------------------------------------------------------------------------------------
-
-
-def cut(program: Program, graph: Graph) -> Iterator[Instruction | Region]:
-    """The program's instructions, with regions in the place of those that they hold.
-
-    Copies into memory of their own, which a gradient may be handed out in, do not end a region: they come after it.
-    """
-    run, copies = list[Instruction](), list[Instruction]()
-    layer = ""
-    for instruction in program.instructions:
-        node = instruction.node
-        touched = {*(v.name for v in node.operands), *instruction.frees}
-        if copies and any(v.name in touched for copy in copies for v in (*copy.node.operands, *copy.node.results)):
-            yield from _ended(run, copies, graph)
-        if node.op == "copy" and run:
-            copies.append(instruction)
-            continue
-        if not _is_computing(node, graph) or (node.origin.module and node.origin.layer != layer):
-            yield from _ended(run, copies, graph)
-        layer = node.origin.layer if node.origin.module else layer
-        if _is_computing(node, graph):
-            run.append(instruction)
-        else:
-            yield instruction
-    yield from _ended(run, copies, graph)
-
-
-def _is_computing(node: Node, graph: Graph) -> bool:
-    row = graph.foreign.get(node.op)
-    return row.is_pure if row is not None else node.op in ("cast", "release")
-
-
-def _ended(run: list[Instruction], copies: list[Instruction], graph: Graph) -> Iterator[Instruction | Region]:
-    """A run as a region, if it is worth one, and the copies after it; both lists are empty then."""
-    ops = [i.node for i in run if i.node.op != "release"]
-    if sum(not (n.op in graph.foreign and graph.foreign[n.op].views) for n in ops) < MIN_OPS:
-        yield from run
-    else:
-        made = {r.name: r for n in ops for r in n.results}
-        freed = dict.fromkeys(name for i in run for name in i.frees)
-        inputs = {v.name: v for n in ops for v in n.operands if v.name not in made}
-        outputs = tuple(v for name, v in made.items() if name not in freed)
-        yield Region(tuple(ops), tuple(inputs.values()), outputs, tuple(name for name in freed if name not in made))
-    yield from copies
-    run.clear()
-    copies.clear()
-
-
-# --- how they run --------------------------------------------------------------------------------------------------
 
 
 @dataclass

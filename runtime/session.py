@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from zgraph.bridge import private_runtime
 from zgraph.errors import PeerError
-from zgraph.ir import Node, OutputKind, Phase, Plan, Program, TensorType
+from zgraph.ir import Node, Plan, TensorType
 from zgraph.ir.layout import chunk_numel
-from zgraph.runtime.agreement import plan_text, wire_of
-from zgraph.runtime.collectives import described, divisor_of
-from zgraph.runtime.executor import Runner, link
+from zgraph.runtime.agreement import described
 from zgraph.runtime.gloo_transport import Hosts, Lane, host_name
 from zgraph.runtime.host import HostMemory
 from zgraph.runtime.journal import Moved
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.ranges import Ranges
 from zgraph.runtime.recorder import Watcher
-from zgraph.runtime.regions import Regions
 from zgraph.runtime.shards import ShardStore, Slot
 
 
@@ -55,13 +49,12 @@ class Session:
         self.lean_call = False
         self.recorder: Watcher | None = None
         self._ranges = Ranges()
-        self.regions: Regions | None = None
         self.plans: list[Plan] = []
         self._held: dict[str, torch.Tensor] = {}
-        self._kinds: dict[str, TensorType] = {}
+        self.kinds: dict[str, TensorType] = {}
         self._kept: dict[object, tuple[int, torch.Tensor]] = {}
-        self._agreed: set[tuple[object, ...]] = set()
-        self._marks: dict[int, bytes] = {}
+        self.agreed: set[tuple[object, ...]] = set()
+        self.marks: dict[int, bytes] = {}
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -79,6 +72,16 @@ class Session:
         """The ranks that hold the same shard; None where this is the only one."""
         assert self.store.mesh is not None
         return self.store.mesh.get_group(0) if self._has_copies else None
+
+    def divisor(self, kind: TensorType) -> int:
+        """What the sum over all ranks is divided by to reduce a value of this type."""
+        sizes = self.num_ranks // self.num_shards, self.num_shards
+        return kind.divisor(sizes[-len(kind.placement) :])
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other rank shares the model."""
+        return self._peers is None
 
     @property
     def peers(self) -> Peers:
@@ -119,80 +122,9 @@ class Session:
         peers.keep_journal(lane.journal)
         return lane
 
-    # --- linking -----------------------------------------------------------------------------------------------
-
-    def link(
-        self, plan: Plan, constants: Mapping[str, torch.Tensor], captured: str, known: str = ""
-    ) -> tuple[Runner, Runner | None]:
-        """The runners of a plan's forward and backward, once all ranks have agreed on it.
-
-        Args:
-            plan: the plan.
-            constants: tensors that the forward reads beside parameters and buffers.
-            captured: the graph that the plan was made of, as text.
-            known: what the passes knew.
-
-        Raises:
-            PlanMismatchError: the ranks compiled different plans.
-        """
-        self._agree(plan, captured, known)
-        resident: dict[str, Any] = {}
-        for entry in plan.graph.inputs:
-            if entry.target in self.store.slots and entry.value.name in plan.resident:
-                resident[entry.value.name] = self.store.slots[entry.target].working
-            elif entry.target in constants and entry.value.name in plan.resident:
-                resident[entry.value.name] = constants[entry.target].to(self.device)
-        self.plans.append(plan)
-
-        @cache
-        def runner(program: Program, watcher: Watcher | None) -> Runner:
-            return link(program, plan, self, resident, watcher)
-
-        def forward(args: list[Any]) -> list[Any]:
-            self.lean_call = plan.lean is not None
-            return runner(plan.forward, self.watcher)(args)
-
-        guarded = self._guarded(forward)
-        if plan.backward is None or plan.unsynced is None:
-            return guarded, None
-        programs = {(True, False): plan.backward, (False, False): plan.unsynced}
-        if plan.lean:
-            programs |= {(True, True): plan.lean[0], (False, True): plan.lean[1]}
-
-        def backward(syncs: bool, lean: bool) -> Runner:
-            return runner(programs[syncs, lean], self.watcher)
-
-        return guarded, self._guarded(self._backward(plan, backward))
-
-    def _agree(self, plan: Plan, captured: str, known: str) -> None:
-        """Compare the plan with the peers', unless its collectives are those of a plan that they have agreed on.
-
-        The first plan of each kind must be the same text everywhere, programs included. Later ones may come on some
-        ranks alone (a new sequence length): they are safe as long as what goes over the wire, and when, stays the same.
-        """
-        if self._peers is None:
-            return
-        marks, wire = wire_of(plan)
-        if wire not in self._agreed:
-            self.peers.agree("program", plan_text(plan, captured, known))
-            self._agreed.add(wire)
-        self._marks |= marks
-
     def moved(self, node: Node) -> Moved:
         """What a collective of an agreed plan moves."""
-        return Moved(self._marks.get(id(node), b""), described(node))
-
-    def _guarded(self, run: Runner) -> Runner:
-        """`run`, telling the peers if it fails."""
-
-        def guarded(args: list[Any]) -> list[Any]:
-            try:
-                return run(args)
-            except BaseException as error:
-                self.fail(error)
-                raise
-
-        return guarded
+        return Moved(self.marks.get(id(node), b""), described(node))
 
     def begin_call(self) -> None:
         """A new call of the model begins: what was said of earlier ones is past."""
@@ -218,45 +150,8 @@ class Session:
 
     # --- gradients ---------------------------------------------------------------------------------------------
 
-    def _backward(self, plan: Plan, runner: Callable[[bool, bool], Runner]) -> Runner:
-        """Runs the backward that is due, and puts the parameters' gradients where they belong.
-
-        Args:
-            plan: the plan.
-            runner: gives the backward that syncs or not, and that takes absent tangents as zero or not.
-        """
-        names = {i.value.name: i.target for i in plan.graph.params}
-        outputs = [o for o in plan.graph.outputs if o.phase is not Phase.forward]
-        slots: list[Slot | None] = [
-            self.store.slots[names[o.target]] if o.kind is OutputKind.grad and o.target in names else None
-            for o in outputs
-        ]
-        held = {str(n.option("target")): n.operands[0].tensor for n in plan.graph.nodes if n.op == "accumulate"}
-        self._kinds |= held
-        assert plan.backward is not None
-        absent_at = [i for i, v in enumerate(plan.backward.arguments) if v.name in plan.absent]
-
-        def backward(args: list[Any]) -> list[Any]:
-            syncs = self.syncs
-            lean = bool(absent_at) and all(args[i] is None for i in absent_at)
-            results = runner(syncs, lean)(args)
-            if any(slot is not None and slot.offload for slot in slots):
-                self.host.to_host.synchronize()  # the optimizer reads gradients from here on
-            if syncs:
-                self._kept.clear()
-            for index, slot in enumerate(slots):
-                if slot is None or results[index] is None:
-                    continue
-                if not syncs and slot.name in held:
-                    self._hold(slot.name, results[index])
-                else:
-                    slot.accumulate(results[index])
-                results[index] = None
-            return results
-
-        return backward
-
-    def _hold(self, target: str, gradient: torch.Tensor) -> None:
+    def hold(self, target: str, gradient: torch.Tensor) -> None:
+        """Keep what a backward under no_sync left for a parameter on this rank."""
         held = self._held.get(target)
         self._held[target] = gradient if held is None else held + gradient
 
@@ -277,7 +172,7 @@ class Session:
         held, slot = self._held.get(name), self.store.slots[name]
         if held is None:
             return None
-        return self.mean(slot, held.to(slot.rest.dtype), divisor=divisor_of(self._kinds[name], self))
+        return self.mean(slot, held.to(slot.rest.dtype), divisor=self.divisor(self.kinds[name]))
 
     def mean(self, slot: Slot, gradient: torch.Tensor, divisor: int = 0) -> torch.Tensor:
         """A whole gradient averaged over the ranks: this rank's padded chunk where the parameter is sharded.

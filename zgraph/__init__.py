@@ -9,7 +9,7 @@ The public names below are loaded when they are first used, so that the torch-fr
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from zgraph.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from zgraph import optim

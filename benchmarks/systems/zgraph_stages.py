@@ -91,7 +91,7 @@ class CalibratedStep:
         )
 
     def _waited_s(self) -> float:
-        from zgraph.api import compiled_model
+        from zgraph.compiler.compiled_model import compiled_model
 
         return compiled_model(self.model).session.peers.waited_s
 

@@ -6,10 +6,10 @@ import abc
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import ClassVar, Literal
 
-from zgraph.cost import CostTable, hardware
+from zgraph.cost import CostTable
+from zgraph.cost.defaults import default_costs
 from zgraph.cost.memory import ALLOCATION_BYTES
 from zgraph.ir import Axis, DType, Graph
 
@@ -22,14 +22,6 @@ class Numerics(enum.Enum):
     exact = "exact"
     reassociates = "reassociates"
     approximate = "approximate"
-
-
-@cache
-def default_costs() -> CostTable:
-    """Costs where nothing is known: processors, each behind a gigabit link. What is planned for a slow network loses
-    nothing on a fast one.
-    """
-    return CostTable(hardware=hardware("cpu"), per_host=1)
 
 
 def rounded_down(num_bytes: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 
-from zgraph.cli.app import main
+from zgraph.cli.main import main
 
 MODEL = """
 from types import SimpleNamespace

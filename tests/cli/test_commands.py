@@ -11,7 +11,8 @@ import pytest
 import transformers as hf
 
 import zgraph
-from zgraph.cli.app import app, load_commands
+from zgraph.cli import main as _main  # noqa: F401 - adds the commands
+from zgraph.cli.app import app
 from zgraph.cli.models import subject
 from zgraph.errors import VerifyError
 from zgraph.ir import parse_graph, print_graph
@@ -20,7 +21,6 @@ from zgraph.runfile.format import load_run
 
 
 def commands() -> list[str]:
-    load_commands()
     return sorted(c.name or c.callback.__name__ for c in app.registered_commands)
 
 
@@ -117,7 +117,7 @@ def test_looking_at_a_run_takes_no_torch(zgraph_command):
     script = f"""
 import sys
 sys.modules["torch"] = None
-from zgraph.cli.app import main
+from zgraph.cli.main import main
 for command in {looks}:
     sys.argv[1:] = command.split()
     try:

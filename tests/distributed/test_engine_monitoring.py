@@ -11,7 +11,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
-from zgraph.api import compiled_model
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.compiler.report import mebibytes
 from zgraph.errors import PeerError
 from zgraph.ir.ops import moved_bytes

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 import zgraph
-from zgraph.api import compiled_model
 from zgraph.bridge import private_runtime
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.optim import SGD, AdamW, Lion, flat
 
 from .lockstep import local, own_part

@@ -9,8 +9,8 @@ import pytest
 from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
-from zgraph.api import compiled_model
 from zgraph.compiler import autotune
+from zgraph.compiler.compiled_model import compiled_model
 
 from . import zoo
 from .lockstep import Lockstep, assert_same

@@ -15,7 +15,7 @@ import small
 import zgraph
 from benchmarks.memory import measure
 from tests.deep import deep
-from zgraph.api import compiled_model
+from zgraph.compiler.compiled_model import compiled_model
 
 from .pool import Pool
 

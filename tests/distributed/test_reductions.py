@@ -26,6 +26,7 @@ from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.schedule import Schedule
 from zgraph.runtime.agreement import wire_of
 from zgraph.runtime.collectives import MAKERS
+from zgraph.runtime.linker import link_plan
 
 from .lockstep import local
 from .pool import Pool
@@ -114,7 +115,7 @@ def run_step(mesh: DeviceMesh, graph: Graph, dtype: torch.dtype, micro_steps: in
     model = zgraph.compile(Net(dtype), mesh=grid, stage=lambda name: 2 if name in "wv" else 0)
     session = model._zgraph.session
     session.begin_call()
-    forward, backward = session.link(make_plan(graph), {}, "by hand")
+    forward, backward = link_plan(session, make_plan(graph), {}, "by hand")
     assert backward is not None
     rank = mesh.get_local_rank()
     given = tangents(rank % 2 if copies else rank, dtype)
@@ -262,7 +263,7 @@ def run_buffer(mesh: DeviceMesh) -> list[list[float]]:
     model = zgraph.compile(Net(torch.float32), mesh=mesh, stage=0)
     session = model._zgraph.session
     session.begin_call()
-    forward, _ = session.link(make_plan(lowered(parse_graph(BUFFER))), {}, "by hand")
+    forward, _ = link_plan(session, make_plan(lowered(parse_graph(BUFFER))), {}, "by hand")
     return [t.tolist() for t in forward([torch.zeros(3), torch.full((3,), 1.0 + mesh.get_local_rank())])]
 
 

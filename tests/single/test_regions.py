@@ -10,13 +10,14 @@ from torch import nn
 
 import small
 import zgraph
-from zgraph.api import compiled_model
 from zgraph.bridge import private_runtime
 from zgraph.bridge.target import cost_table
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import KernelError
 from zgraph.ir import Axis, Instruction, Plan
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
-from zgraph.runtime.regions import MAX_SIZES, Region, cut
+from zgraph.runtime.region import Region, cut
+from zgraph.runtime.regions import MAX_SIZES
 
 from .trained import MODELS, Trained, batch, losses, plain
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph.api import compiled_model
 from zgraph.compiler import autotune
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.cost import CostTable, hardware
 from zgraph.ir import Graph
 from zgraph.passes import Context, parse_recipe

@@ -10,7 +10,7 @@ from torch import nn
 import zgraph
 from benchmarks.memory import measure
 from small import llama, t5, vit
-from zgraph.api import compiled_model
+from zgraph.compiler.compiled_model import compiled_model
 
 VOCABULARY = 300
 

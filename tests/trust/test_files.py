@@ -15,7 +15,7 @@ import pytest
 
 from tests.cli.graphs import long
 from zgraph.capture.sources import MAX_CHARACTERS, context_of, line_of, sources_of
-from zgraph.cli.app import main
+from zgraph.cli.main import main
 from zgraph.cli.terminal import printable
 from zgraph.codegen.spec import KernelSpec
 from zgraph.cost import CostTable, hardware, load_table, simulate

@@ -20,7 +20,7 @@ from tests.small import llama
 from zgraph.certify.budget import Limit, footprint, over, rest_bytes
 from zgraph.certify.certificate import certify
 from zgraph.certify.memory import peak
-from zgraph.cli.app import main
+from zgraph.cli.main import main
 from zgraph.errors import BudgetError, VerifyError
 from zgraph.estimate.trace import traced
 from zgraph.ir import Axis, Graph, InputKind, Phase, parse_graph, verify

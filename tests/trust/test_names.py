@@ -8,7 +8,7 @@ import torch
 
 from tests.cli.graphs import long
 from zgraph.bridge.aten import op_name, resolve
-from zgraph.cli.app import main
+from zgraph.cli.main import main
 from zgraph.errors import UnknownOpError, UsageError, ZirError
 from zgraph.ir import Foreign, Graph, Input, InputKind, Node, ScalarType, Value, allow_namespace, parse_graph
 from zgraph.ir.names import SCALAR_FUNCTIONS, refusal

@@ -9,9 +9,9 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from zgraph.cost import CostTable, Hardware, hardware, known, load_table
+from zgraph.cost.defaults import default_costs
 from zgraph.environment import ranks_here
 from zgraph.errors import UsageError
-from zgraph.passes.core.base import default_costs
 
 Target = str | Path | Hardware | CostTable
 

@@ -4,10 +4,10 @@
     rows([x], "...; s = sigmoid(x0); y = mul(x0, s)")   mul(x, sigmoid(x))
 
 What an op is in steps is said by `zgraph.passes.fusion.patterns`, a table whose rows are tested against torch; matching
-matching and sizes are this module's own. A term is the sequence of a value's numbers, whatever shape it is seen in, so that views
-that only change the shape are nothing; what reads a value says how it lies in the result. A cast from one floating
-dtype to another is nothing, as kernels compute in fp32, but no value may be in a dtype of fewer bits that it was not in
-before. Additions may be in any order. A dropout's draw is known by the dropout's name.
+and sizes are this module's own. A term is the sequence of a value's numbers, whatever shape it is seen in, so that
+views that only change the shape are nothing; what reads a value says how it lies in the result. A cast from one
+floating dtype to another is nothing, as kernels compute in fp32, but no value may be in a dtype of fewer bits that it
+was not in before. Additions may be in any order. A dropout's draw is known by the dropout's name.
 """
 
 from __future__ import annotations

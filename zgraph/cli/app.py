@@ -12,15 +12,15 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NoReturn
+from typing import Annotated, Any, BinaryIO
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
-from zgraph.cli.terminal import Terminal, printable
-from zgraph.errors import BudgetError, HardwareError, RecipeError, UsageError, ZgraphError, did_you_mean, nearest
+from zgraph.cli.terminal import Terminal
+from zgraph.errors import UsageError, did_you_mean, nearest
 from zgraph.passes.core.pipeline import parse_size
 from zgraph.runfile.format import RunFile, load_run
 
@@ -135,22 +135,3 @@ def write_run(run: RunFile, output: str) -> None:
     target: Path | BinaryIO = sys.stdout.buffer if output == "-" else Path(output)
     with writing(output):
         run.save(target)
-
-
-def load_commands() -> None:
-    """Import the modules that add commands."""
-    from zgraph.cli import checking, commands, debugging, exports, machine, pictures, planning  # noqa: F401
-
-
-def main() -> NoReturn:
-    """Run the command; a ZgraphError is one line on standard error."""
-    load_commands()
-    try:
-        app(prog_name="zgraph")
-    except ZgraphError as error:
-        sys.stderr.write(f"zgraph: {printable(str(error))}\n")
-        wrongly = isinstance(error, UsageError | RecipeError | HardwareError)
-        sys.exit(DOES_NOT_FIT if isinstance(error, BudgetError) else USED_WRONGLY if wrongly else FAILED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has read enough
-    sys.exit(0)

@@ -16,8 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import zgraph
 from zgraph.environment import cache_folder
+from zgraph.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pydantic", "networkx", "sympy", "rich", "typer")
 
@@ -45,7 +45,7 @@ def _asked(section: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, Any]:
-    found = {"zgraph": zgraph.__version__, "python": platform.python_version()}
+    found = {"zgraph": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

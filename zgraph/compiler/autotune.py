@@ -29,7 +29,8 @@ from zgraph.passes import Context
 from zgraph.passes.fuse import ways
 from zgraph.passes.fusion.candidates import Way
 from zgraph.runtime.peers import Peers
-from zgraph.runtime.regions import Region, Steps
+from zgraph.runtime.region import Region
+from zgraph.runtime.regions import Steps
 
 NUM_WARMUPS = 3
 NUM_ROUNDS = 15

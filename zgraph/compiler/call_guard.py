@@ -67,21 +67,6 @@ def check_moved(session: Session) -> None:
         )
 
 
-class Unprepared:
-    """What a compiled model answers Accelerate, which asks a model whether it is prepared before it wraps it.
-
-    `zgraph.hf.prepare` and the Trainer put True in its place.
-    """
-
-    ATTRIBUTE = "_is_accelerate_prepared"
-
-    def __bool__(self) -> bool:
-        raise UsageError(
-            "Accelerate would wrap a compiled model: call zgraph.hf.prepare(accelerator, model, ...) instead of "
-            "accelerator.prepare, or take zgraph.hf.Trainer instead of transformers.Trainer"
-        )
-
-
 def _cast(inputs: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
 

@@ -24,11 +24,14 @@ from zgraph.cost.workspace import NUM_THREADS
 from zgraph.environment import environment
 from zgraph.errors import UsageError, VerifyError, did_you_mean
 from zgraph.ir import Graph, print_graph, verify
-from zgraph.passes import BY_NAME, Context, Pipeline, make_plan, parse_recipe
+from zgraph.options.validate import ATTRIBUTE
+from zgraph.passes import BY_NAME, Context, Pipeline, make_plan
 from zgraph.passes.core.instruments import Dump, Log, Verify
 from zgraph.passes.fuse import Fuse
 from zgraph.runfile.format import Provenance, Recording, RunFile, has_backward, last_graph
 from zgraph.runtime import Session
+from zgraph.runtime.linker import link_plan
+from zgraph.runtime.regions import Regions
 
 
 class CompiledModel:
@@ -37,20 +40,21 @@ class CompiledModel:
     Args:
         model: the model.
         session: what its programs work on.
-        recipe: the passes.
+        pipeline: the passes.
         context: what they know.
         save: where the first rank writes what the passes made of the first graph; the others have numbers.
         replayed: a run whose last graph takes the place of the passes, for the training graph.
+        regions: if given, they compile what lies between collectives.
+        tunes: whether the ways of running a group are measured before the first graph is compiled.
     """
 
     def __init__(
-        self, model: nn.Module, session: Session, recipe: str, context: Context, save: Path | None = None,
-        replayed: RunFile | None = None,
+        self, model: nn.Module, session: Session, pipeline: Pipeline, context: Context, save: Path | None = None,
+        replayed: RunFile | None = None, regions: Regions | None = None, *, tunes: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.session, self.recipe, self.context = model, session, recipe, context
-        self.save, self.replayed = save, replayed
-        self.pipeline = enabled(parse_recipe(recipe))
-        self.tunes = False
+        self.model, self.session, self.context = model, session, context
+        self.save, self.replayed, self.regions, self.tunes = save, replayed, regions, tunes
+        self.pipeline = enabled(pipeline)
         self.eager = eager(model.forward, session.store.param_dtype)
         self.entries: list[Entry] = []
         self.hints: dict[str, int] = {}
@@ -99,7 +103,7 @@ class CompiledModel:
         if waiting := entry.memory.host_peak_bytes:
             self.session.host.require(waiting, "the values that wait for the backward on the host")
         known = f"planned for {', '.join(f'{name}={hints[name]}' for name in sorted(hints))}"
-        forward, backward = self.session.link(plan, constants, text, known)
+        forward, backward = link_plan(self.session, plan, constants, text, known, self.regions)
         self.entries.append(entry)
         return Compiled(plan, forward, backward)
 
@@ -147,7 +151,7 @@ class CompiledModel:
         whole = sum(s.parameter.nbytes for s in store.slots.values())
         return Report(
             type(self.model).__name__, str(self.pipeline), store.num_ranks, whole, store.rest_bytes, store.state_bytes,
-            buffers, store.update_bytes, store.host_bytes, tuple(self.entries), self.session.regions,
+            buffers, store.update_bytes, store.host_bytes, tuple(self.entries), self.regions,
         )  # fmt: skip
 
 
@@ -200,3 +204,16 @@ def enabled(pipeline: Pipeline) -> Pipeline:
     kept = Pipeline(tuple(p for p in pipeline.passes if p.name not in disabled))
     kept.check()
     return kept
+
+
+def compiled_model(model: nn.Module) -> CompiledModel:
+    """What `zgraph.compile` attached to a model. Raises UsageError if it is not compiled."""
+    found = model.__dict__.get(ATTRIBUTE) if isinstance(model, nn.Module) else None
+    if not isinstance(found, CompiledModel):
+        raise UsageError(f"this {type(model).__name__} is not compiled; call zgraph.compile(model) first")
+    return found
+
+
+def is_gathered(model: nn.Module) -> bool:
+    """Whether a compiled model is within `zgraph.gathered`."""
+    return model.__dict__["forward"] is compiled_model(model).eager

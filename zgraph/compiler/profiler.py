@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zgraph.api import compiled_model
 from zgraph.bridge.target import cost_table
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.cost import CostTable, Hardware, Line, save_table, signature
 from zgraph.cost.hardware import THIS_MACHINE, save, this_machine_path
 from zgraph.errors import UsageError

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-import zgraph
-from zgraph.api import compiled_model
+from zgraph.api import no_sync
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.engine.checkpoint.checkpoint import Checkpoints, Parts
 from zgraph.engine.checkpoint.export import export, save_16bit
 from zgraph.engine.checkpoint.ranks import ranks_of
@@ -145,7 +145,7 @@ class Engine:
 
     def _syncing(self) -> contextlib.AbstractContextManager[None]:
         syncs = self.is_gradient_accumulation_boundary() and not self._is_local
-        return contextlib.nullcontext() if syncs or not self.module.training else zgraph.no_sync(self.module)
+        return contextlib.nullcontext() if syncs or not self.module.training else no_sync(self.module)
 
     def step(self) -> None:
         """End a micro-batch; the last of a step updates the parameters, and forgets the gradients.

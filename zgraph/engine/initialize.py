@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-import zgraph
+from zgraph import api
 from zgraph.engine.config.lr_schedules import Scheduler
 from zgraph.engine.config.optimizers import handed_over, names_in
 from zgraph.engine.config.read import Config, read_config
@@ -156,7 +156,7 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
     if torch.cuda.is_available() and not any(p.is_meta for p in model.parameters()):
         model.to(torch.device("cuda", torch.cuda.current_device()))
     recipe = {} if own.recipe is None else {"passes": own.recipe}
-    return zgraph.compile(
+    return api.compile(
         model, stage=_stage(model, config), mesh=mesh if mesh is not None else _mesh(config), param_dtype=param_dtype,
         reduce_dtype=_DTYPES[keys.communication_data_type], hardware=own.hardware, memory_budget=own.memory_budget,
         recompute=own.recompute, offload=_offload(config), kernels=own.kernels, save=own.save, fullgraph=own.fullgraph,

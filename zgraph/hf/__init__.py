@@ -1,9 +1,26 @@
 """Hugging Face's Trainer over zgraph: `from zgraph.hf import Trainer` instead of `from transformers import Trainer`.
 
-`enable` does the same to any class derived from it, and `prepare` brings a compiled model to an Accelerator.
+`enable` does the same to any class derived from it, and `prepare` brings a compiled model to an Accelerator. These
+names are loaded when they are first used: `zgraph.hf.adapt` needs neither transformers nor Accelerate.
 """
 
-from zgraph.hf.accelerators import prepare
-from zgraph.hf.trainer import Trainer, enable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zgraph.hf.accelerators import prepare
+    from zgraph.hf.trainer import Trainer, enable
 
 __all__ = ["Trainer", "enable", "prepare"]
+
+_HOMES = {"Trainer": "zgraph.hf.trainer", "enable": "zgraph.hf.trainer", "prepare": "zgraph.hf.accelerators"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'zgraph.hf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from zgraph.api import compiled_model, no_sync
+from zgraph.api import no_sync
 from zgraph.bridge import private_runtime
-from zgraph.compiler.call_guard import Unprepared
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import UsageError
+from zgraph.hf.adapt import Unprepared
 
 
 def prepare(accelerator: Any, model: nn.Module, *others: Any) -> Any:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from zgraph.api import compiled_model
+from zgraph.compiler.compiled_model import compiled_model
 
 
 def meet(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
-from zgraph.api import compiled_model
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.engine.checkpoint.dcp import read_shards, write_shards
 from zgraph.engine.checkpoint.optimizer_state import OptimizerLoad, OptimizerState, optimizer_rest, optimizer_tensors
 from zgraph.engine.checkpoint.ranks import ranks_of

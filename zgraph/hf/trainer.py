@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from zgraph import optim
-from zgraph.compiler.call_guard import Unprepared
 from zgraph.engine.config.lr_schedules import Scheduler
 from zgraph.engine.config.optimizers import handed_over
 from zgraph.engine.config.read import Config, read_config
@@ -29,6 +28,7 @@ from zgraph.engine.initialize import compile_for
 from zgraph.environment import environment
 from zgraph.errors import ConfigError, UsageError
 from zgraph.hf.accelerators import own, whole_state_dict
+from zgraph.hf.adapt import Unprepared
 from zgraph.hf.config import filled
 from zgraph.hf.first_batch import meet
 from zgraph.hf.grad_scaler import Scaler

@@ -31,7 +31,6 @@ from typing import BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import zgraph
 from zgraph.bridge.private_files import drafted
 from zgraph.capture.sources import Sources, print_sources, read_sources
 from zgraph.certify.record import Certificate
@@ -43,6 +42,7 @@ from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.core.pipeline import print_pass, uncollected
 from zgraph.passes.plan.make_plan import make_plan
 from zgraph.runfile.archive import opened
+from zgraph.version import __version__
 
 FORMAT = 2
 """In 1, types did not say which reduction is pending."""
@@ -71,7 +71,7 @@ class Provenance(_Frozen):
     """Who made a file: the model's class, versions, when (UTC), and how a model that was traced was captured."""
 
     model: str
-    zgraph: str = zgraph.__version__
+    zgraph: str = __version__
     torch: str = ""
     captured: str = ""
     python: str = platform.python_version()

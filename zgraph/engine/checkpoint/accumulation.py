@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
-from zgraph.api import compiled_model
 from zgraph.bridge import private_runtime
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.engine.checkpoint.state import State
 from zgraph.engine.checkpoint.tensors import Tensors, like, parameter_names
 from zgraph.errors import CheckpointError, UsageError
 from zgraph.optim.runs import local
 
 if TYPE_CHECKING:
-    from zgraph.engine.engine import Engine
+    from zgraph.engine.protocol import Trains
 
 
-def check_between(engine: Engine) -> None:
+def check_between(engine: Trains) -> None:
     """Raise UsageError if the gradients at hand are no part of a checkpoint."""
     if engine.awaits_step:
         raise UsageError(
@@ -38,7 +38,7 @@ def check_between(engine: Engine) -> None:
 
 
 @torch.no_grad()
-def gradients_of(engine: Engine) -> Tensors:
+def gradients_of(engine: Trains) -> Tensors:
     """The gradients so far. All ranks must ask for them."""
     if not engine.pending:
         return {}
@@ -58,7 +58,7 @@ def gradients_of(engine: Engine) -> Tensors:
 
 
 def gradient_targets(
-    engine: Engine, state: State, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    engine: Trains, state: State, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> Tensors:
     """Memory for the gradients of a checkpoint.
 
@@ -78,7 +78,7 @@ def gradient_targets(
     return {n: like(parameters[n], *stored[n]) for n in stored if n in parameters}
 
 
-def take_gradients(engine: Engine, gradients: Tensors) -> None:
+def take_gradients(engine: Trains, gradients: Tensors) -> None:
     """Go on with these, and forget those that are there."""
     engine.zero_grad()
     for name, parameter in engine.module.named_parameters():

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from zgraph.api import is_gathered
 from zgraph.bridge import private_runtime
+from zgraph.compiler.compiled_model import is_gathered
 from zgraph.engine.checkpoint.accumulation import check_between, gradient_targets, gradients_of, take_gradients
 from zgraph.engine.checkpoint.dcp import read_shards, write_shards
 from zgraph.engine.checkpoint.deepspeed import is_deepspeed, load_deepspeed
@@ -31,7 +31,7 @@ from zgraph.engine.checkpoint.tensors import Tensors, copied, model_tensors
 from zgraph.errors import CheckpointError, UsageError, ZgraphError
 
 if TYPE_CHECKING:
-    from zgraph.engine.engine import Engine
+    from zgraph.engine.protocol import Trains
 
 log = logging.getLogger("zgraph")
 
@@ -67,7 +67,7 @@ class Checkpoints:
         engine: which.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Trains) -> None:
         self.engine, self.ranks = engine, engine.ranks
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None

@@ -24,7 +24,7 @@ from zgraph.engine.checkpoint.tensors import fill, model_tensors
 from zgraph.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from zgraph.engine.engine import Engine
+    from zgraph.engine.protocol import Trains
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -61,7 +61,7 @@ def is_deepspeed(folder: Path) -> bool:
 
 
 def load_deepspeed(
-    engine: Engine, folder: Path, *, strict: bool, optimizer: bool, scheduler: bool, module_only: bool
+    engine: Trains, folder: Path, *, strict: bool, optimizer: bool, scheduler: bool, module_only: bool
 ) -> dict[str, Any]:
     """Take parameters, optimizer, schedule and counts from a checkpoint of DeepSpeed's; its client_state is returned.
 
@@ -199,7 +199,7 @@ class Files:
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
-    def shapes(self, engine: Engine) -> dict[str, Sequence[int]]:
+    def shapes(self, engine: Trains) -> dict[str, Sequence[int]]:
         """The shape of each tensor of the model, under the engine's names."""
         model = self.models[0]
         found: dict[str, Sequence[int]] = {name: shape for name, _, _, shape in self.places()}
@@ -214,7 +214,7 @@ class Files:
                 found[name] = found.pop(first)
         return found
 
-    def optimizer_shapes(self, engine: Engine) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def optimizer_shapes(self, engine: Trains) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each state of each parameter."""
         states: Mapping[int, Mapping[str, Any]] = self.base[0]["state"]
         places = {name: (group, shape) for name, group, _, shape in self.places()}
@@ -229,7 +229,7 @@ class Files:
             found[f"optimizer.step.{name}"] = torch.float32, ()
         return found
 
-    def groups(self, engine: Engine) -> tuple[Group, ...]:
+    def groups(self, engine: Trains) -> tuple[Group, ...]:
         """The groups of the optimizer with their options, where it can be told which parameters are in which."""
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.base[0]["param_groups"]]
         members = [tuple(group) for group in self.models[0]["param_shapes"]]
@@ -243,7 +243,7 @@ class Files:
             for names, some in zip(members, options, strict=True)
         )
 
-    def state(self, engine: Engine) -> State:
+    def state(self, engine: Trains) -> State:
         """Counts, schedule and loss scale."""
         model, scaler = self.models[0], self.optimizers[0].get("loss_scaler")
         own = engine.loss_scaler.state_dict()

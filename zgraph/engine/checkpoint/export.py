@@ -18,7 +18,7 @@ from zgraph.engine.checkpoint.tensors import model_tensors, whole
 from zgraph.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from zgraph.engine.engine import Engine
+    from zgraph.engine.protocol import Trains
 
 MAX_BYTES = 5_000_000_000
 """Of a safetensors file that transformers would write."""
@@ -31,7 +31,7 @@ TOKENIZER = (
 Fetch = Callable[[str], torch.Tensor]
 
 
-def save_16bit(engine: Engine, folder: Path, file: str) -> bool:
+def save_16bit(engine: Trains, folder: Path, file: str) -> bool:
     """As `Engine.save_16bit_model`."""
     zero = engine.config.keys.zero_optimization
     if Path(file).name != file or not file.endswith(".safetensors"):
@@ -42,7 +42,7 @@ def save_16bit(engine: Engine, folder: Path, file: str) -> bool:
     return True
 
 
-def export(engine: Engine, folder: Path, tokenizer: Any) -> None:
+def export(engine: Trains, folder: Path, tokenizer: Any) -> None:
     """As `Engine.export`."""
     config: Any = getattr(engine.module, "config", None)
     writing = _Writing(engine)
@@ -141,7 +141,7 @@ class _Writing:
     All ranks take part in gathering; what goes wrong on the first is kept until the end, so that none waits in vain.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Trains) -> None:
         self.tensors, self.ranks = model_tensors(engine.module), engine.ranks
         self.dtype = getattr(torch, engine.config.param_dtype) if engine.config.param_dtype is not None else None
 

@@ -15,7 +15,7 @@ from zgraph.engine.checkpoint.tensors import Tensors, model_tensors
 from zgraph.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from zgraph.engine.engine import Engine
+    from zgraph.engine.protocol import Trains
 
 
 class State(OptimizerState):
@@ -49,7 +49,7 @@ class State(OptimizerState):
 # --- what is saved ---------------------------------------------------------------------------------------------------
 
 
-def tensors_of(engine: Engine) -> Tensors:
+def tensors_of(engine: Trains) -> Tensors:
     """All tensors of a checkpoint: `model.NAME`, and `optimizer.KEY.NAME`."""
     found = {f"model.{name}": tensor for name, tensor in model_tensors(engine.module).items()}
     return found | (optimizer_tensors(engine.module, engine.optimizer) if engine.optimizer is not None else {})
@@ -61,7 +61,7 @@ def without_frozen(module: nn.Module, tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if name not in frozen}
 
 
-def state_of(engine: Engine, client_state: Mapping[str, Any]) -> State:
+def state_of(engine: Trains, client_state: Mapping[str, Any]) -> State:
     """The rest.
 
     Raises:
@@ -109,7 +109,7 @@ def model_targets(module: nn.Module, stored: Mapping[str, Stored], *, strict: bo
     return {name: tensor for name, tensor in wanted.items() if name in given}
 
 
-def restore(engine: Engine, state: State, *, scheduler: bool, optimizer: bool) -> None:
+def restore(engine: Trains, state: State, *, scheduler: bool, optimizer: bool) -> None:
     """Take what is not a tensor. Within a step, training goes on there if the optimizer does.
 
     Raises:

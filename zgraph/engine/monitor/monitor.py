@@ -16,7 +16,7 @@ from rich.console import RenderableType
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from zgraph.api import compiled_model
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.compiler.report import Entry, mebibytes
 from zgraph.engine.config.keys import EngineConfig
 from zgraph.engine.config.read import Config
@@ -26,7 +26,7 @@ from zgraph.engine.monitor.writers import Event, writers
 from zgraph.viz import as_text
 
 if TYPE_CHECKING:
-    from zgraph.engine.engine import Engine
+    from zgraph.engine.protocol import Trains
 
 log = logging.getLogger("zgraph")
 
@@ -93,7 +93,7 @@ class Monitoring:
         self._synchronize()
         self.seconds[what] += time.perf_counter() - began
 
-    def after_step(self, engine: Engine) -> None:
+    def after_step(self, engine: Trains) -> None:
         """At the end of a step, on all ranks."""
         losses, self.losses = self.losses, []
         self.num_steps += 1
@@ -112,7 +112,7 @@ class Monitoring:
 
     # --- what is told ------------------------------------------------------------------------------------------------
 
-    def _events(self, engine: Engine, losses: list[torch.Tensor]) -> list[Event]:
+    def _events(self, engine: Trains, losses: list[torch.Tensor]) -> list[Event]:
         found = {"lr": engine.get_lr()[0]}
         if losses:
             found["train_loss"] = _mean(losses)
@@ -120,7 +120,7 @@ class Monitoring:
             found["loss_scale"] = engine.cur_scale
         return [Event(f"Train/Samples/{name}", value, engine.global_samples) for name, value in found.items()]
 
-    def _print(self, engine: Engine, losses: list[torch.Tensor]) -> None:
+    def _print(self, engine: Trains, losses: list[torch.Tensor]) -> None:
         if self.tells:
             say(f"step {engine.global_steps}: {', '.join(self._line(engine, losses))}")
         entry = self._entry()
@@ -129,7 +129,7 @@ class Monitoring:
             if self.tells:
                 say(self.collectives.table(entry.plan))
 
-    def _line(self, engine: Engine, losses: list[torch.Tensor]) -> Iterator[str]:
+    def _line(self, engine: Trains, losses: list[torch.Tensor]) -> Iterator[str]:
         if losses:
             yield f"loss {_mean(losses):.4f}"
         self._synchronize()

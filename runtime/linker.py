@@ -1,0 +1,133 @@
+"""From a plan to the runners of its forward and backward: agreed on by all ranks, with failures told to the peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+
+from zgraph.ir import OutputKind, Phase, Plan, Program
+from zgraph.runtime.agreement import plan_text, wire_of
+from zgraph.runtime.executor import Runner, link
+from zgraph.runtime.recorder import Watcher
+from zgraph.runtime.regions import Regions
+from zgraph.runtime.session import Session
+from zgraph.runtime.shards import Slot
+
+
+def link_plan(
+    session: Session, plan: Plan, constants: Mapping[str, torch.Tensor], captured: str, known: str = "",
+    regions: Regions | None = None,
+) -> tuple[Runner, Runner | None]:  # fmt: skip
+    """The runners of a plan's forward and backward, once all ranks have agreed on it.
+
+    Args:
+        session: what the programs work on.
+        plan: the plan.
+        constants: tensors that the forward reads beside parameters and buffers.
+        captured: the graph that the plan was made of, as text.
+        known: what the passes knew.
+        regions: if given, they compile what lies between collectives.
+
+    Raises:
+        PlanMismatchError: the ranks compiled different plans.
+    """
+    _agree(session, plan, captured, known)
+    slots = session.store.slots
+    resident: dict[str, Any] = {}
+    for entry in plan.graph.inputs:
+        if entry.target in slots and entry.value.name in plan.resident:
+            resident[entry.value.name] = slots[entry.target].working
+        elif entry.target in constants and entry.value.name in plan.resident:
+            resident[entry.value.name] = constants[entry.target].to(session.device)
+    session.plans.append(plan)
+
+    @cache
+    def runner(program: Program, watcher: Watcher | None) -> Runner:
+        return link(program, plan, session, resident, watcher, regions)
+
+    def forward(args: list[Any]) -> list[Any]:
+        session.lean_call = plan.lean is not None
+        return runner(plan.forward, session.watcher)(args)
+
+    guarded = _guarded(session, forward)
+    if plan.backward is None or plan.unsynced is None:
+        return guarded, None
+    programs = {(True, False): plan.backward, (False, False): plan.unsynced}
+    if plan.lean:
+        programs |= {(True, True): plan.lean[0], (False, True): plan.lean[1]}
+
+    def backward(syncs: bool, lean: bool) -> Runner:
+        return runner(programs[syncs, lean], session.watcher)
+
+    return guarded, _guarded(session, _backward(session, plan, plan.backward, backward))
+
+
+def _agree(session: Session, plan: Plan, captured: str, known: str) -> None:
+    """Compare the plan with the peers', unless its collectives are those of a plan that they have agreed on.
+
+    The first plan of each kind must be the same text everywhere, programs included. Later ones may come on some
+    ranks alone (a new sequence length): they are safe as long as what goes over the wire, and when, stays the same.
+    """
+    if session.is_alone:
+        return
+    marks, wire = wire_of(plan)
+    if wire not in session.agreed:
+        session.peers.agree("program", plan_text(plan, captured, known))
+        session.agreed.add(wire)
+    session.marks |= marks
+
+
+def _guarded(session: Session, run: Runner) -> Runner:
+    """`run`, telling the peers if it fails."""
+
+    def guarded(args: list[Any]) -> list[Any]:
+        try:
+            return run(args)
+        except BaseException as error:
+            session.fail(error)
+            raise
+
+    return guarded
+
+
+def _backward(session: Session, plan: Plan, program: Program, runner: Callable[[bool, bool], Runner]) -> Runner:
+    """Runs the backward that is due, and puts the parameters' gradients where they belong.
+
+    Args:
+        session: what the programs work on.
+        plan: the plan.
+        program: its backward.
+        runner: gives the backward that syncs or not, and that takes absent tangents as zero or not.
+    """
+    names = {i.value.name: i.target for i in plan.graph.params}
+    outputs = [o for o in plan.graph.outputs if o.phase is not Phase.forward]
+    slots: list[Slot | None] = [
+        session.store.slots[names[o.target]] if o.kind is OutputKind.grad and o.target in names else None
+        for o in outputs
+    ]
+    held = {str(n.option("target")): n.operands[0].tensor for n in plan.graph.nodes if n.op == "accumulate"}
+    session.kinds |= held
+    absent_at = [i for i, v in enumerate(program.arguments) if v.name in plan.absent]
+
+    def backward(args: list[Any]) -> list[Any]:
+        syncs = session.syncs
+        lean = bool(absent_at) and all(args[i] is None for i in absent_at)
+        results = runner(syncs, lean)(args)
+        if any(slot is not None and slot.offload for slot in slots):
+            session.host.to_host.synchronize()  # the optimizer reads gradients from here on
+        if syncs:
+            session.forget_copies()
+        for index, slot in enumerate(slots):
+            if slot is None or results[index] is None:
+                continue
+            if not syncs and slot.name in held:
+                session.hold(slot.name, results[index])
+            else:
+                slot.accumulate(results[index])
+            results[index] = None
+        return results
+
+    return backward

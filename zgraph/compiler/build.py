@@ -1,0 +1,128 @@
+"""From a model and its settings to one that is compiled when it is called: its shards first, then what runs it."""
+
+from __future__ import annotations
+
+import functools
+from importlib import import_module
+
+from torch import nn
+
+from zgraph.bridge.aten import FROM_TORCH
+from zgraph.bridge.private_runtime import whole_group
+from zgraph.capture import Frontend, ParamInfo, drop_gradient_hooks
+from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
+from zgraph.compiler.call_guard import guard
+from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
+from zgraph.ir import Axis
+from zgraph.options.settings import Settings
+from zgraph.options.validate import ATTRIBUTE
+from zgraph.passes import Context
+from zgraph.passes.fuse import Fuse
+from zgraph.runtime import HostMemory, Session, ShardStore
+from zgraph.runtime.agreement import settings_lines
+from zgraph.runtime.eager_fallback import run_whole
+from zgraph.runtime.loading import checked_loading, place_state_dict
+from zgraph.runtime.materialise import check_initialisable, materialise_buffers
+from zgraph.runtime.peers import Peers, unique_name
+from zgraph.runtime.regions import Regions
+
+ADAPTERS = ("zgraph.hf.adapt",)
+"""Modules that adapt a compiled model to a library which treats some models in its own way: each has `adapt(model)`."""
+
+
+def shard(model: nn.Module, settings: Settings) -> Session:
+    """Compare the models of all ranks, then shard.
+
+    Raises:
+        PlanMismatchError: the ranks have different models or settings.
+        UsageError: a parameter or buffer without memory cannot be initialised.
+        OffloadError: the host has no room for what is offloaded.
+    """
+    mesh, device = settings.mesh, settings.device
+    group = whole_group(mesh) if mesh is not None else None
+    name = unique_name(group)
+    check_initialisable(model)
+    if group is not None:
+        Peers(group, name, device).agree("model", _described(model, settings))
+    store = ShardStore(
+        model, mesh, group, dict(settings.stages), settings.default_stage, settings.param_dtype, device,
+        dict(settings.offloads), HostMemory(device),
+    )  # fmt: skip
+    materialise_buffers(model, device)
+    if group is not None:
+        for buffer in model.buffers():
+            buffer.detach().copy_(store.from_first_rank(buffer))
+    return Session(store, group, name)
+
+
+def attach(model: nn.Module, settings: Settings, session: Session) -> None:
+    """Put in the place of the model's forward one that compiles what it captures."""
+    compiled = CompiledModel(
+        model, session, settings.pipeline, _context(model, settings, session), settings.save, settings.replayed,
+        Regions() if settings.compiles_regions else None,
+        tunes=settings.is_gpu and any(isinstance(step, Fuse) for step in settings.pipeline.passes),
+    )  # fmt: skip
+    own_forward = forward = model.forward
+    if settings.fullgraph:
+        drop_gradient_hooks(model)
+        frontend = Frontend(
+            _param_infos(session), lambda: {id(b): n for n, b in model.named_buffers()}, compiled.compile_graph,
+            type(model).__name__,
+        )  # fmt: skip
+        forward = frontend.wrap(forward, settings.dynamic)
+    else:
+        forward = run_whole(forward, session)
+    model.__dict__[ATTRIBUTE] = compiled
+    model.__dict__["forward"] = guard(forward, session, settings.param_dtype, own_forward)
+    model.__dict__["load_state_dict"] = checked_loading(model, session.store)
+    model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+        functools.partial(place_state_dict, session.store)
+    )
+    for name in ADAPTERS:
+        import_module(name).adapt(model)
+
+
+def _described(model: nn.Module, settings: Settings) -> str:
+    """What all ranks must have alike, a line each."""
+    stages, offloads = settings.stages, settings.offloads
+    lines = [*settings_lines(str(enabled(settings.pipeline))), settings.text]
+    lines += [
+        f"{n}: {tuple(p.shape)} {p.dtype} stage {stages[n]}" + (f" offload {offloads[n]}" if n in offloads else "")
+        for n, p in model.named_parameters()
+    ]
+    lines += [f"{n}: {tuple(b.shape)} {b.dtype} buffer" for n, b in model.named_buffers()]
+    return "\n".join(lines)
+
+
+def _context(model: nn.Module, settings: Settings, session: Session) -> Context:
+    """What the passes may know."""
+    store = session.store
+    return Context(
+        mesh=_axes(session),
+        reduce_dtype=FROM_TORCH[settings.reduce_dtype] if settings.reduce_dtype is not None else None,
+        costs=settings.costs,
+        memory_budget=settings.memory_budget,
+        rest_bytes=store.rest_bytes + store.state_bytes + buffer_bytes(model),
+        update_bytes=store.update_bytes,
+        groups_calls=settings.is_gpu,
+        keeps_blocks=settings.is_gpu,
+        recomputes=settings.recomputes,
+        offloads=settings.moves,
+    )
+
+
+def _axes(session: Session) -> tuple[Axis, ...]:
+    if session.num_ranks == 1:
+        return ()
+    copies = session.num_ranks // session.num_shards
+    return (*[Axis("replicate", copies)] * (copies > 1), Axis("shard", session.num_shards))
+
+
+def _param_infos(session: Session) -> dict[int, ParamInfo]:
+    infos = {}
+    for slot in session.store.slots.values():
+        at_rest, computed = slot.rest.dtype, slot.stand_in.dtype
+        master = FROM_TORCH[at_rest] if at_rest != computed else None
+        hollow = slot.stand_in is not slot.parameter
+        infos[id(slot.stand_in)] = ParamInfo(slot.name, slot.stage, master, hollow, slot.offload)
+    return infos

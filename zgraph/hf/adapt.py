@@ -1,0 +1,44 @@
+"""What a compiled model must answer transformers, PEFT and Accelerate, none of which need be installed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from zgraph import api
+from zgraph.errors import UsageError
+
+_GENERATES = {"GenerationMixin", "PeftModel"}
+"""Classes of transformers and PEFT whose `generate` is called from outside; that of others may be part of a forward."""
+
+
+class Unprepared:
+    """What a compiled model answers Accelerate, which asks a model whether it is prepared before it wraps it.
+
+    `zgraph.hf.prepare` and the Trainer put True in its place.
+    """
+
+    ATTRIBUTE = "_is_accelerate_prepared"
+
+    def __bool__(self) -> bool:
+        raise UsageError(
+            "Accelerate would wrap a compiled model: call zgraph.hf.prepare(accelerator, model, ...) instead of "
+            "accelerator.prepare, or take zgraph.hf.Trainer instead of transformers.Trainer"
+        )
+
+
+def adapt(model: nn.Module) -> None:
+    """Refuse to be wrapped by Accelerate, and generate with all parameters gathered."""
+    model.__dict__[Unprepared.ATTRIBUTE] = Unprepared()
+    if _GENERATES & {base.__name__ for base in type(model).__mro__}:
+        own_generate: Any = model.generate
+        model.__dict__["generate"] = functools.partial(_generate, model, own_generate)
+
+
+def _generate(model: nn.Module, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`generate` of transformers: ranks need as many tokens as their rows, and lengths are new all the time."""
+    with api.gathered(model):
+        return generate(*args, **kwargs)

@@ -1,0 +1,200 @@
+"""From the options of `zgraph.compile` to settings: checked, completed, and the same for every later step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from zgraph.bridge.aten import compute_dtype
+from zgraph.bridge.target import Target, cost_table, device_budget, fingerprint_of, num_bytes
+from zgraph.cost import CostTable
+from zgraph.errors import ContractError, UsageError
+from zgraph.ir.layout import chunk_numel
+from zgraph.options.offload import Offload, Resting, activations, of_parameters
+from zgraph.options.validate import Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
+from zgraph.passes import MIXED, RECIPES, Pipeline, fusing, parse_recipe
+from zgraph.passes.core.base import Choice
+from zgraph.runfile.format import RunFile, load_run
+from zgraph.runtime.agreement import check_joined
+
+Recompute = Literal["auto"] | bool
+
+RECOMPUTES: Mapping[Recompute, Choice] = {"auto": "auto", True: "always", False: "never"}
+
+
+class Options(TypedDict, total=False):
+    """The options of `zgraph.compile`, for type checkers."""
+
+    stage: Stage
+    mesh: DeviceMesh | None
+    param_dtype: torch.dtype | None
+    reduce_dtype: torch.dtype | None
+    hardware: Target | None
+    memory_budget: int | str | None
+    recompute: Recompute
+    offload: Offload
+    kernels: Kernels
+    passes: str | Path | None
+    save: str | Path | None
+    fullgraph: bool
+    dynamic: bool | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the options mean for one model on this rank.
+
+    Args:
+        device: where the model's shards lie.
+        mesh: the ranks that share it; None for one rank.
+        default_stage: the stage of the parameters that have none of their own.
+        stages: of each parameter by its name; None leaves it to `default_stage`.
+        param_dtype: dtype to compute in; None takes each parameter's own.
+        reduce_dtype: dtype in which gradients are averaged; None takes the one that they come in.
+        pipeline: the passes.
+        replayed: a run whose last graph takes the place of the passes.
+        costs: what to plan with.
+        memory_budget: bytes that this rank's device may have alive; None sets no limit.
+        recomputes: whether the forward may be computed again.
+        moves: whether values of the forward may wait for the backward on the host.
+        offloads: what of each parameter lies on the host: "optimizer" or "parameters".
+        compiles_regions: whether Inductor compiles what lies between collectives.
+        save: where to write a run file.
+        fullgraph: whether the forward must be captured as one graph.
+        dynamic: which sizes are symbols, as in `torch.compile`.
+    """
+
+    device: torch.device
+    mesh: DeviceMesh | None
+    default_stage: int
+    stages: Mapping[str, int | None]
+    param_dtype: torch.dtype | None
+    reduce_dtype: torch.dtype | None
+    pipeline: Pipeline
+    replayed: RunFile | None
+    costs: CostTable
+    memory_budget: int | None
+    recomputes: Choice
+    moves: Choice
+    offloads: Mapping[str, str]
+    compiles_regions: bool
+    save: Path | None
+    fullgraph: bool
+    dynamic: bool | None
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the device has a memory of its own."""
+        return self.device.type != "cpu"
+
+    @property
+    def recipe(self) -> str:
+        """The passes as text."""
+        return str(self.pipeline)
+
+    @property
+    def text(self) -> str:
+        """What all ranks must plan with alike."""
+        return (
+            f"recipe {self.recipe}, param_dtype {self.param_dtype}, memory_budget {self.memory_budget}, "
+            f"costs {fingerprint_of(self.costs)}"
+        )
+
+
+def resolve(
+    model: nn.Module, *, stage: Stage, mesh: DeviceMesh | None, param_dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None, hardware: Target | None, memory_budget: int | str | None, recompute: Recompute,
+    offload: Offload, kernels: Kernels, passes: str | Path | None, save: str | Path | None, fullgraph: bool,
+    dynamic: bool | None,
+) -> Settings:  # fmt: skip
+    """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
+
+    Raises:
+        UsageError, AlreadyCompiledError, RecipeError, ContractError, RunFileError, HardwareError: as `zgraph.compile`.
+    """
+    check_options(model, stage, mesh, param_dtype, reduce_dtype)
+    if recompute not in RECOMPUTES:
+        raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
+    check_kernels(kernels, passes is not None)
+    device = next((p.device for p in model.parameters() if not p.is_meta), default_device(mesh))
+    is_gpu = device.type != "cpu"
+    if kernels == "auto":
+        kernels = "triton" if is_gpu and passes is None else "aten"
+    replayed = load_run(Path(passes)) if passes is not None and str(passes).endswith(".zg") else None
+    pipeline = parse_recipe(_recipe(stage, kernels, passes, replayed))
+    default_stage = stage if isinstance(stage, int) else 3
+    stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
+    costs = cost_table(hardware, device)
+    budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device)
+    mesh = _mesh(model, mesh)
+    if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
+        raise ContractError(f"the recipe '{pipeline}' places nothing on the {mesh.size()} ranks; add partition to it")
+    moves = activations(offload, budget, is_gpu=is_gpu)
+    wanted = {name: default_stage if own is None else own for name, own in stages.items()}
+    resting = _resting(model, wanted, mesh.size(-1) if mesh is not None else 1, param_dtype)
+    offloads = of_parameters(offload, resting, budget, is_gpu=is_gpu)
+    if offloads and not fullgraph:
+        raise UsageError("fullgraph=False gathers all parameters at once, so that none can be offloaded; offload=None")
+    if (mesh is not None and default_stage) or offloads:
+        check_optimizers(model)
+    return Settings(
+        device, mesh, default_stage, stages, param_dtype, reduce_dtype, pipeline, replayed, costs, budget,
+        RECOMPUTES[recompute], moves, offloads, kernels == "inductor", Path(save) if save is not None else None,
+        fullgraph, dynamic,
+    )  # fmt: skip
+
+
+def default_device(mesh: DeviceMesh | None) -> torch.device:
+    """Where a model without parameters in memory is put."""
+    kind = mesh.device_type if mesh is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _recipe(stage: Stage, kernels: Kernels, passes: str | Path | None, replayed: RunFile | None) -> str:
+    if replayed is not None:
+        return replayed.recipe
+    if passes is not None:
+        return str(passes)
+    own = RECIPES[stage] if isinstance(stage, int) else MIXED
+    return fusing(own) if kernels == "triton" else own
+
+
+def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """The ranks to shard over; None for one rank."""
+    found = _joined(model, mesh)
+    return found if found is not None and found.size() > 1 else None
+
+
+def _joined(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
+    if mesh is not None and mesh.ndim == 2 and mesh.size(0) == 1:
+        return mesh[mesh.mesh_dim_names[1]] if mesh.mesh_dim_names else mesh
+    if mesh is None and not dist.is_initialized() and (problem := check_joined()):
+        raise UsageError(problem)
+    if mesh is not None or not dist.is_initialized():
+        return mesh
+    kind = next((p.device.type for p in model.parameters() if not p.is_meta), None)
+    if kind is None:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu" and dist.get_backend() == "nccl":
+        raise UsageError("the model is on the CPU, but the process group is NCCL's; move the model to its GPU first")
+    return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("shard",))
+
+
+def _resting(
+    model: nn.Module, wanted: Mapping[str, int], num_shards: int, param_dtype: torch.dtype | None
+) -> dict[str, Resting]:
+    """What each parameter takes on a rank."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts = num_shards if parameter.dim() and wanted[name] else 1
+        numel = chunk_numel(tuple(parameter.shape), parts)
+        copied = compute_dtype(parameter, param_dtype)
+        found[name] = Resting(numel * parameter.element_size(), numel * copied.itemsize)
+    return found
