@@ -7,12 +7,13 @@ The public names below are loaded when they are first used, so that the torch-fr
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zgraph.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from zgraph import optim
+    from zgraph import errors, hf, ir, optim, passes
     from zgraph.api import compile, gathered, no_sync, recipe, report
     from zgraph.capture import trace
     from zgraph.compiler.profiler import profile, profile_machine
@@ -22,35 +23,37 @@ if TYPE_CHECKING:
     from zgraph.estimate.plan import plan, sweep
 
 __all__ = [
-    "add_config_arguments", "compile", "export_hf", "gathered", "init_distributed", "initialize", "initialize_engine",
-    "no_sync", "optim", "plan", "profile", "profile_machine", "recipe", "report", "sweep", "trace",
+    "add_config_arguments", "compile", "errors", "export_hf", "gathered", "hf", "init_distributed", "initialize",
+    "initialize_engine", "ir", "no_sync", "optim", "passes", "plan", "profile", "profile_machine", "recipe", "report",
+    "sweep", "trace",
 ]  # fmt: skip
 
 _HOMES = {
-    "compile": "zgraph.api",
-    "add_config_arguments": "zgraph.engine.initialize",
-    "init_distributed": "zgraph.engine.initialize",
-    "export_hf": "zgraph.engine.checkpoint.export",
-    "gathered": "zgraph.api",
-    "initialize": "zgraph.engine.initialize",
-    "initialize_engine": "zgraph.engine.initialize",
-    "no_sync": "zgraph.api",
-    "plan": "zgraph.estimate.plan",
-    "sweep": "zgraph.estimate.plan",
-    "profile": "zgraph.compiler.profiler",
-    "profile_machine": "zgraph.compiler.profiler",
-    "recipe": "zgraph.api",
-    "report": "zgraph.api",
-    "trace": "zgraph.capture",
+    "zgraph.api": ("compile", "gathered", "no_sync", "recipe", "report"),
+    "zgraph.capture": ("trace",),
+    "zgraph.compiler.profiler": ("profile", "profile_machine"),
+    "zgraph.engine.checkpoint.export": ("export_hf",),
+    "zgraph.engine.initialize": ("add_config_arguments", "init_distributed", "initialize", "initialize_engine"),
+    "zgraph.estimate.plan": ("plan", "sweep"),
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-
-_MODULES = frozenset({"optim"})
+for _folder in ("passes", "codegen", "runtime"):
+    if not (Path(__file__).parent / _folder).is_dir():
+        raise ImportError(
+            f"{Path(__file__).parent / _folder} is no folder: it is a symbolic link to the folder {_folder} at the top "
+            "of the repository, which this checkout has lost. Run: git config core.symlinks true && "
+            "git checkout -- zgraph (on Windows in developer mode), or install the package with pip"
+        )
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name in _HOME_OF:
+        return getattr(import_module(_HOME_OF[name]), name)
+    if name in __all__:
         return import_module(f"zgraph.{name}")
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'zgraph' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

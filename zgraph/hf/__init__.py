@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer over zgraph: `from zgraph.hf import Trainer` instead of `from transformers import Trainer`.
+"""Hugging Face's Trainer over zgraph: `from zgraph.hf import Trainer`; nothing else imports transformers.
 
 `enable` does the same to any class derived from it, and `prepare` brings a compiled model to an Accelerator. These
 names are loaded when they are first used: `zgraph.hf.adapt` needs neither transformers nor Accelerate.

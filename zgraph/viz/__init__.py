@@ -1,4 +1,4 @@
-"""Pictures of plans for the terminal."""
+"""Pictures of runs: for the terminal, as one HTML file, and in the formats of other viewers."""
 
 from zgraph.viz.curve import memory_chart
 from zgraph.viz.text import as_text, gibibytes
