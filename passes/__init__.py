@@ -1,9 +1,10 @@
-"""The passes, in one explicit tuple. Pure rewrites of graphs: no torch, no clock, no environment."""
+"""The passes: pure rewrites of graphs. No torch, no clock, no environment."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from zgraph.errors import RecipeError
 from zgraph.passes.all_gather import AllGather
 from zgraph.passes.all_reduce import AllReduce
 from zgraph.passes.arena import Arena
@@ -13,6 +14,7 @@ from zgraph.passes.canonicalize import Canonicalize
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.core.pipeline import Pipeline
 from zgraph.passes.core.recipes import MIXED, RECIPES, fusing
+from zgraph.passes.core.registry import build_in, known_passes, register_pass
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fit import Fit
 from zgraph.passes.fuse import Fuse
@@ -33,13 +35,35 @@ ALL: tuple[type[Pass], ...] = (
 )  # fmt: skip
 
 BY_NAME: Mapping[str, type[Pass]] = {kind.name: kind for kind in ALL}
+"""Zgraph's own; `known_passes` has those of others, too."""
+
+build_in(ALL)
 
 __all__ = [
-    "ALL", "BY_NAME", "MIXED", "RECIPES", "Arena", "Context", "Numerics", "Pass", "Pipeline", "fusing", "make_plan",
-    "parse_recipe",
+    "ALL", "BY_NAME", "MIXED", "RECIPES", "Arena", "Context", "Numerics", "Pass", "Pipeline", "fusing", "known_passes",
+    "make_plan", "parse_recipe", "pipeline_of", "register_pass",
 ]  # fmt: skip
 
 
 def parse_recipe(text: str) -> Pipeline:
     """The pipeline that a recipe writes. Raises RecipeError (with a caret) or ContractError."""
-    return Pipeline.parse(text, BY_NAME)
+    return Pipeline.parse(text, known_passes())
+
+
+def pipeline_of(passes: str | Pipeline | Sequence[Pass]) -> Pipeline:
+    """The pipeline of a recipe's text, of passes in order, or itself.
+
+    Raises:
+        RecipeError: the text does not parse, or what is in the sequence is no pass.
+        ContractError: the passes do not fit together.
+    """
+    if isinstance(passes, str):
+        return parse_recipe(passes)
+    steps = passes.passes if isinstance(passes, Pipeline) else tuple(passes)
+    for step in steps:
+        if not isinstance(step, Pass):
+            what = f"the class {step.__name__}; call it" if isinstance(step, type) else f"a {type(step).__name__}"
+            raise RecipeError(f"a sequence of passes holds instances of zgraph.passes.Pass, not {what}")
+    pipeline = Pipeline(steps)
+    pipeline.check()
+    return pipeline

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from zgraph.engine.initialize import add_config_arguments, init_distributed, initialize_engine
     from zgraph.engine.initialize import initialize_engine as initialize
     from zgraph.estimate.plan import plan, sweep
+    from zgraph.passes.core.registry import register_pass
 
 __all__ = [
     "add_config_arguments", "compile", "errors", "export_hf", "gathered", "hf", "init_distributed", "initialize",
-    "initialize_engine", "ir", "no_sync", "optim", "passes", "plan", "profile", "profile_machine", "recipe", "report",
-    "sweep", "trace",
+    "initialize_engine", "ir", "no_sync", "optim", "passes", "plan", "profile", "profile_machine", "recipe",
+    "register_pass", "report", "sweep", "trace",
 ]  # fmt: skip
 
 _HOMES = {
@@ -35,6 +36,7 @@ _HOMES = {
     "zgraph.engine.checkpoint.export": ("export_hf",),
     "zgraph.engine.initialize": ("add_config_arguments", "init_distributed", "initialize", "initialize_engine"),
     "zgraph.estimate.plan": ("plan", "sweep"),
+    "zgraph.passes.core.registry": ("register_pass",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -19,7 +19,7 @@ from zgraph.compiler.compiled_model import compiled_model, is_gathered
 from zgraph.compiler.report import Report
 from zgraph.errors import UsageError
 from zgraph.options.offload import Offload
-from zgraph.options.settings import Options, Recompute, resolve
+from zgraph.options.settings import Options, Passes, Recompute, resolve
 from zgraph.options.validate import Kernels, Stage
 from zgraph.passes import RECIPES
 from zgraph.runtime.eager_fallback import whole_parameters
@@ -35,7 +35,7 @@ def compile(
     model: Any = None, *, stage: Stage = 3, mesh: DeviceMesh | None = None, param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None, hardware: Target | None = None, memory_budget: int | str | None = None,
     recompute: Recompute = "auto", offload: Offload = "auto", kernels: Kernels = "aten",
-    passes: str | Path | None = None, save: str | Path | None = None, fullgraph: bool = True,
+    passes: Passes | None = None, save: str | Path | None = None, fullgraph: bool = True,
     dynamic: bool | None = None,
 ) -> Any:  # fmt: skip
     """Shard a model over the ranks and compile its training step, in place.
@@ -70,8 +70,9 @@ def compile(
             compute in fp32 throughout: on GPUs where they were measured to be faster, in the first call (on processors
             by their twins in torch, which save no time); "inductor" has torch's Inductor compile what lies between
             collectives, each different piece once, whichever layers it stands in; "auto" is "triton" on GPUs.
-        passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that); or the path of a run file
-            (`run.zg`), whose last graph is run as it is, if the model is captured as it was for that file.
+        passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that), a `Pipeline`, or a
+            sequence of passes, your own among them (`zgraph.register_pass` lets recipes name these); or the path of a
+            run file (`run.zg`), whose last graph is run as it is, if the model is captured as it was for that file.
         save: where to write a run file: the captured graph, the graph after every pass, and what the passes knew.
         fullgraph: False lets a forward through that cannot be captured as one graph: everything is gathered for the
             length of the call and runs eagerly, with a warning.

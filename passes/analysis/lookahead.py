@@ -15,6 +15,9 @@ from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
 from zgraph.passes.schedule import Step
 
+LOWERING = (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), HostCopies())
+"""Zgraph's own, for what the pipeline at hand leaves: nothing, as a rule."""
+
 
 def lowered(graph: Graph, context: Context) -> Step:
     """The graph with every reshard lowered, as a scheduling problem."""
@@ -32,7 +35,9 @@ def step_memory(graph: Graph, context: Context) -> MemoryCurve:
 
 
 def _lower(graph: Graph, context: Context) -> Graph:
-    for lowering in (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), HostCopies()):
+    for lowering in (*context.lowering, *LOWERING):
+        if all(node.op != "reshard" for node in graph.nodes):
+            break
         graph = lowering.run(graph, context)
     return graph
 

@@ -6,7 +6,9 @@ import abc
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from zgraph.cost import CostTable
 from zgraph.cost.defaults import default_costs
@@ -48,6 +50,8 @@ class Context:
         recomputes: whether values of the forward are computed again in the backward: where the budget asks for it,
             never, or always.
         offloads: whether they wait for the backward in the host's memory, likewise.
+        lowering: the passes of the pipeline at hand that lower reshards, for passes that look ahead; set by the
+            pipeline, and in no file. Empty takes zgraph's own.
     """
 
     mesh: tuple[Axis, ...] = ()
@@ -62,6 +66,7 @@ class Context:
     keeps_blocks: bool = False
     recomputes: Choice = "auto"
     offloads: Choice = "never"
+    lowering: Annotated[tuple[Any, ...], Field(exclude=True, max_length=0)] = ()
 
     @property
     def step_bytes(self) -> int | None:

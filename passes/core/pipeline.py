@@ -7,7 +7,7 @@ import gc
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from zgraph.errors import ContractError, RecipeError, did_you_mean
@@ -77,6 +77,7 @@ class Pipeline:
 
     def steps(self, graph: Graph, context: Context) -> Iterator[Ran]:
         """Run the passes, giving what each has made; an error when what came before it is told."""
+        context = replace(context, lowering=tuple(step for step in self.passes if "lowered" in step.provides))
         if context.memory_budget is None:
             return one_by_one(self.passes, graph, context)
         return Budgeted(self.passes, graph, context).run()

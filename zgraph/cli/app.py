@@ -20,7 +20,8 @@ from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, T
 from typer.core import TyperGroup
 
 from zgraph.cli.terminal import Terminal
-from zgraph.errors import UsageError, did_you_mean, nearest
+from zgraph.errors import RecipeError, UsageError, did_you_mean, nearest
+from zgraph.passes import known_passes, register_pass
 from zgraph.passes.core.pipeline import parse_size
 from zgraph.runfile.format import RunFile, load_run
 
@@ -56,6 +57,30 @@ def _all() -> None:
     """Commands that read or write files take `-` for standard input or output, and those that print, `--json`."""
 
 
+def _loaded(files: list[str] | None) -> list[str] | None:
+    """Register the passes that Python files define."""
+    for file in files or []:
+        from zgraph.cli.models import passes_of
+
+        for name, kind in passes_of(file).items():
+            known = known_passes().get(name)
+            if known is not None and known.__module__ != kind.__module__:
+                raise UsageError(f"{file} defines a pass called {name}, and there is one already: call it otherwise")
+            try:
+                register_pass(kind)
+            except RecipeError as error:
+                raise UsageError(f"{file}: {error}") from None
+    return files
+
+
+Load = Annotated[
+    list[str] | None,
+    typer.Option(
+        callback=_loaded,
+        is_eager=True,
+        help="A Python file that defines passes, or allows a namespace of ops; may be given again.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zgraph.cli.app import FAILED, AsJson, app, console, max_bytes, print_json, progress, read_whole_run
+from zgraph.cli.app import FAILED, AsJson, Load, app, console, max_bytes, print_json, progress, read_whole_run
 from zgraph.errors import VerifyError, ZirError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def check_run(
     max_memory: Annotated[
         str, typer.Option(help="To use at most, such as 8GiB; by default half of what is free.")
     ] = "",
+    load: Load = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a run's last graph on simulated ranks, in all programs that training makes of it, beside the captured one.
@@ -63,6 +64,7 @@ def verify_run(
     ] = False,
     micro_steps: MicroSteps = 2,
     dtypes: Dtypes = False,
+    load: Load = None,
     as_json: AsJson = False,
 ) -> None:
     """Certify a run: each graph keeps every rule, and computes what the one before it does; the last fits the budget.

@@ -15,6 +15,7 @@ from rich.table import Table
 from zgraph.cli.app import (
     DTYPES,
     AsJson,
+    Load,
     app,
     console,
     errors,
@@ -30,7 +31,7 @@ from zgraph.errors import UsageError, did_you_mean
 from zgraph.ir import DType, Phase, print_graph, verify
 from zgraph.ir.lines import node_lines, read_line
 from zgraph.ir.ops import LANES
-from zgraph.passes import ALL, BY_NAME, RECIPES, Pass, Pipeline, fusing, parse_recipe
+from zgraph.passes import RECIPES, Pass, Pipeline, fusing, known_passes, parse_recipe
 from zgraph.passes.core.instruments import Step
 from zgraph.passes.core.pipeline import print_size
 from zgraph.runfile.diff import compare
@@ -61,6 +62,7 @@ def trace(
     passes: Annotated[
         str, typer.Option(help="A recipe in the place of the stage's own.", autocompletion=several_passes)
     ] = "",
+    load: Load = None,
     as_json: AsJson = False,
 ) -> None:
     """Capture a model under fake tensors, run a stage's passes on it, and write a run file.
@@ -91,18 +93,21 @@ def trace(
 
 
 @app.command(name="passes")
-def list_passes(as_json: AsJson = False) -> None:
+def list_passes(load: Load = None, as_json: AsJson = False) -> None:
     """Every pass with its contract, options and what it does, and the recipe of each stage.
 
     Example: `zgraph passes --json`
     """
     if as_json:
         print_json(
-            {"passes": [_described(kind) for kind in ALL], "recipes": {str(s): text for s, text in RECIPES.items()}}
+            {
+                "passes": [_described(kind) for kind in known_passes().values()],
+                "recipes": {str(s): text for s, text in RECIPES.items()},
+            }
         )
         return
     table = Table("pass", "what it does", "numerics", "needs", "gives", "options")
-    for row in map(_described, ALL):
+    for row in map(_described, known_passes().values()):
         table.add_row(*(", ".join(cell) if isinstance(cell, list) else cell for cell in list(row.values())[:6]))
     console().print(table)
     for stage, text in RECIPES.items():
@@ -129,6 +134,7 @@ def opt(
     passes: Annotated[
         str, typer.Option(help="The recipe to run; by default the file's own.", autocompletion=several_passes)
     ] = "",
+    load: Load = None,
     output: Annotated[str, typer.Option("--output", "-o", help="A run file to write with the new graphs.")] = "",
     print_ir_after: Annotated[
         str,
@@ -184,8 +190,9 @@ def _chosen(pipeline: Pipeline, disabled: list[str], stop_after: str) -> Pipelin
 
 
 def _known(name: str) -> str:
-    if name not in BY_NAME:
-        hint = did_you_mean(name, BY_NAME, f"they are {', '.join(BY_NAME)}")
+    known = known_passes()
+    if name not in known:
+        hint = did_you_mean(name, known, f"they are {', '.join(known)}")
         raise UsageError(f"there is no pass {name}; {hint}")
     return name
 
@@ -218,6 +225,7 @@ def show(
     lane: Annotated[
         str, typer.Option(help="Only this lane: compute, comm, d2h or h2d.", autocompletion=any_of(*LANES))
     ] = "",
+    load: Load = None,
     as_json: AsJson = False,
 ) -> None:
     """The graph after a pass, whole or filtered.
@@ -253,6 +261,7 @@ def diff(
     first: Annotated[str, typer.Argument(help="FILE@GRAPH.")],
     second: Annotated[str, typer.Argument(help="FILE@GRAPH, or @GRAPH of the same file.")],
     stat: Annotated[bool, typer.Option("--stat", help="Only how many nodes of each op.")] = False,
+    load: Load = None,
     as_json: AsJson = False,
 ) -> None:
     """What differs between two graphs: added +, removed -, changed ~, moved >.
@@ -289,6 +298,7 @@ def _counted(counts: Mapping[str, int]) -> str:
 def explain_node(
     file: Annotated[str, typer.Argument(help="A run file; - for standard input.")],
     node: Annotated[str, typer.Argument(help="What a node makes, such as %mm_3.")],
+    load: Load = None,
     as_json: AsJson = False,
 ) -> None:
     """Where a node comes from, which passes made, changed or moved it, and why it is where it is.
@@ -330,7 +340,9 @@ def _shortened(text: str) -> str:
 
 @app.command(name="simulate")
 def simulate_run(
-    file: Annotated[str, typer.Argument(help="A run file; - for standard input.")], as_json: AsJson = False
+    file: Annotated[str, typer.Argument(help="A run file; - for standard input.")],
+    load: Load = None,
+    as_json: AsJson = False,
 ) -> None:
     """The predicted step: time, memory, and what computing waits for.
 

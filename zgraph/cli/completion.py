@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from zgraph.cost import known
 from zgraph.cost.hardware import THIS_MACHINE
-from zgraph.passes import BY_NAME
+from zgraph.passes import known_passes
 
 Completer = Callable[[str], list[str]]
 
@@ -21,7 +21,9 @@ def any_of(*words: str) -> Completer:
     return complete
 
 
-pass_names = any_of(*BY_NAME)
+def pass_names(incomplete: str) -> list[str]:
+    """The passes that start so: zgraph's own, and those of installed packages."""
+    return any_of(*known_passes())(incomplete)
 
 
 def several_passes(incomplete: str) -> list[str]:

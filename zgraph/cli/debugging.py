@@ -10,6 +10,7 @@ import typer
 from zgraph.cli.app import (
     FAILED,
     AsJson,
+    Load,
     app,
     console,
     errors,
@@ -22,13 +23,12 @@ from zgraph.cli.app import (
 )
 from zgraph.errors import UsageError
 from zgraph.ir import Axis, DType, Graph, num_ranks, print_graph
-from zgraph.passes import Context, Pipeline
+from zgraph.passes import Context, Pipeline, parse_recipe
 from zgraph.runfile.format import CAPTURED, RunFile, run_file
 
 MAX_LINES = 40
 
 File = Annotated[str, typer.Argument(help="FILE, or FILE@GRAPH to begin there; - for standard input.")]
-Load = Annotated[list[str] | None, typer.Option(help="A Python file that defines passes; may be given again.")]
 World = Annotated[int, typer.Option(min=0, help="Ranks to simulate; 0 takes the file's.")]
 Seed = Annotated[int, typer.Option(help="Of the random inputs.")]
 Dtype = Annotated[str, typer.Option(help="What numbers are taken to be: f64, f32, or own for what the graphs say.")]
@@ -61,7 +61,7 @@ def bisect_run(
     from zgraph.debugging.bisection import Steps, run_steps
 
     run, first = read_run(file, CAPTURED)
-    pipeline = _pipeline(passes or run.recipe, load) if passes or world or load else None
+    pipeline = parse_recipe(passes or run.recipe) if passes or world or load else None
     begin, context = run.graph(first), _context(run, world)
     if pipeline is not None:
         with progress() as shown:
@@ -126,7 +126,7 @@ def reduce_run(
     run, name = read_run(file, CAPTURED)
     if not (check or passes or run.recipe):
         raise UsageError("the file has no passes: say what fails: --passes RECIPE, or --check 'COMMAND {}'")
-    pipeline = Pipeline(()) if check else _pipeline(passes or run.recipe, load)
+    pipeline = Pipeline(()) if check else parse_recipe(passes or run.recipe)
     graph, context = run.graph(name), _context(run, world)
     judge: Check = (
         Commanded(check, context, run.manifest.provenance)
@@ -159,19 +159,6 @@ def _steps(graph: Graph, pipeline: Pipeline, context: Context) -> list[tuple[str
     from zgraph.debugging.bisection import run_steps
 
     return [(step, made, 0.0) for step, made in run_steps(graph, pipeline, context).graphs]
-
-
-def _pipeline(recipe: str, load: list[str] | None) -> Pipeline:
-    from zgraph.cli.models import passes_of
-    from zgraph.passes import BY_NAME
-
-    known = dict(BY_NAME)
-    for path in load or []:
-        for name, kind in passes_of(path).items():
-            if name in known:
-                raise UsageError(f"{path} defines a pass called {name}, and there is one already: call it otherwise")
-            known[name] = kind
-    return Pipeline.parse(recipe, known)
 
 
 def _context(run: RunFile, world: int) -> Context:

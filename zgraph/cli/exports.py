@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from zgraph.cli.app import AsJson, app, console, print_json, read_run, writing
+from zgraph.cli.app import AsJson, Load, app, console, print_json, read_run, writing
 from zgraph.cli.terminal import printable
 from zgraph.errors import UsageError
 from zgraph.viz.dot import dot
@@ -31,6 +31,7 @@ def trace_export(
         str, typer.Option("--model-explorer", help="Write the graph, as JSON of Model Explorer.")
     ] = "",
     to_dot: Annotated[str, typer.Option("--dot", help="Write the graph, as DOT of Graphviz.")] = "",
+    load: Load = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a graph, or its predicted step, for other tools' viewers; - is standard output.

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from zgraph.errors import UsageError, did_you_mean
+from zgraph.ir.names import known_namespaces
 from zgraph.passes import Pass
 
 
@@ -50,15 +51,16 @@ def subject(name: str, batch: int, seq: int) -> Subject:
 
 
 def passes_of(name: str) -> dict[str, type[Pass]]:
-    """The passes that a Python file defines, by their names.
+    """The passes that a Python file defines, by their names; none where all it does is to allow namespaces of ops.
 
     Raises:
         UsageError: there is no such file, it cannot be imported, or it defines none.
     """
+    namespaces = known_namespaces()
     module = _imported(Path(name))
     kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, Pass)]
     found = {k.name: k for k in kinds if k.__module__ == module.__name__ and isinstance(getattr(k, "name", None), str)}
-    if not found:
+    if not found and known_namespaces() == namespaces:
         raise UsageError(f"{name} defines no pass: a frozen dataclass that is a zgraph.passes.Pass and has a name")
     return found
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from zgraph.cli.app import AsJson, app, console, errors, print_json, read_whole_run, writing
+from zgraph.cli.app import AsJson, Load, app, console, errors, print_json, read_whole_run, writing
 from zgraph.errors import UsageError
 
 
@@ -18,6 +18,7 @@ def view(
     file: Annotated[str, typer.Argument(help="A run file; - for standard input.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The HTML file to write.")] = "report.html",
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    load: Load = None,
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML file: the graph after every pass, the timeline and the memory of the predicted step.

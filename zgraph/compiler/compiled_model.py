@@ -25,7 +25,7 @@ from zgraph.environment import environment
 from zgraph.errors import UsageError, VerifyError, did_you_mean
 from zgraph.ir import Graph, print_graph, verify
 from zgraph.options.validate import ATTRIBUTE
-from zgraph.passes import BY_NAME, Context, Pipeline, make_plan
+from zgraph.passes import Context, Pipeline, known_passes, make_plan
 from zgraph.passes.core.instruments import Dump, Log, Verify
 from zgraph.passes.fuse import Fuse
 from zgraph.runfile.format import Provenance, Recording, RunFile, has_backward, last_graph
@@ -198,8 +198,9 @@ def buffer_bytes(model: nn.Module) -> int:
 def enabled(pipeline: Pipeline) -> Pipeline:
     """The passes that ZGRAPH_DISABLE leaves. Raises UsageError if it names what is none."""
     disabled = environment().disable
-    for name in disabled - BY_NAME.keys():
-        hint = did_you_mean(name, BY_NAME, f"the passes are {', '.join(BY_NAME)}")
+    known = known_passes()
+    for name in disabled - known.keys():
+        hint = did_you_mean(name, known, f"the passes are {', '.join(known)}")
         raise UsageError(f"ZGRAPH_DISABLE names {name}, which is no pass; {hint}")
     kept = Pipeline(tuple(p for p in pipeline.passes if p.name not in disabled))
     kept.check()

@@ -57,6 +57,11 @@ def allow_namespace(name: str) -> None:
     _namespaces.add(name)
 
 
+def known_namespaces() -> frozenset[str]:
+    """Those whose ops texts may name in this process."""
+    return frozenset(_namespaces)
+
+
 def refusal(op: str) -> str:
     """What is wrong with the name of an op that is not zgraph's own, and what would be right; empty if nothing is."""
     namespace, *rest = op.split(".")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -19,12 +19,15 @@ from zgraph.errors import ContractError, UsageError
 from zgraph.ir.layout import chunk_numel
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
 from zgraph.options.validate import Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
-from zgraph.passes import MIXED, RECIPES, Pipeline, fusing, parse_recipe
+from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, fusing, pipeline_of
 from zgraph.passes.core.base import Choice
 from zgraph.runfile.format import RunFile, load_run
 from zgraph.runtime.agreement import check_joined
 
 Recompute = Literal["auto"] | bool
+
+Passes = str | Path | Pipeline | Sequence[Pass]
+"""A recipe's text, the path of a run file, a pipeline, or passes in order."""
 
 RECOMPUTES: Mapping[Recompute, Choice] = {"auto": "auto", True: "always", False: "never"}
 
@@ -41,7 +44,7 @@ class Options(TypedDict, total=False):
     recompute: Recompute
     offload: Offload
     kernels: Kernels
-    passes: str | Path | None
+    passes: Passes | None
     save: str | Path | None
     fullgraph: bool
     dynamic: bool | None
@@ -111,7 +114,7 @@ class Settings:
 def resolve(
     model: nn.Module, *, stage: Stage, mesh: DeviceMesh | None, param_dtype: torch.dtype | None,
     reduce_dtype: torch.dtype | None, hardware: Target | None, memory_budget: int | str | None, recompute: Recompute,
-    offload: Offload, kernels: Kernels, passes: str | Path | None, save: str | Path | None, fullgraph: bool,
+    offload: Offload, kernels: Kernels, passes: Passes | None, save: str | Path | None, fullgraph: bool,
     dynamic: bool | None,
 ) -> Settings:  # fmt: skip
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
@@ -127,8 +130,8 @@ def resolve(
     is_gpu = device.type != "cpu"
     if kernels == "auto":
         kernels = "triton" if is_gpu and passes is None else "aten"
-    replayed = load_run(Path(passes)) if passes is not None and str(passes).endswith(".zg") else None
-    pipeline = parse_recipe(_recipe(stage, kernels, passes, replayed))
+    replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
+    pipeline = pipeline_of(_passes(stage, kernels, passes, replayed))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     costs = cost_table(hardware, device)
@@ -157,11 +160,13 @@ def default_device(mesh: DeviceMesh | None) -> torch.device:
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
-def _recipe(stage: Stage, kernels: Kernels, passes: str | Path | None, replayed: RunFile | None) -> str:
+def _passes(
+    stage: Stage, kernels: Kernels, passes: Passes | None, replayed: RunFile | None
+) -> str | Pipeline | Sequence[Pass]:
     if replayed is not None:
         return replayed.recipe
     if passes is not None:
-        return str(passes)
+        return str(passes) if isinstance(passes, Path) else passes
     own = RECIPES[stage] if isinstance(stage, int) else MIXED
     return fusing(own) if kernels == "triton" else own
 
