@@ -121,7 +121,7 @@ def refusal(mesh: DeviceMesh, stage: int) -> int:
     return int(str(caught.value).split(" is the smallest that can")[0].split()[-1].replace(",", ""))
 
 
-@pytest.mark.parametrize("stage", [0, deep(1), deep(2), 3])
+@pytest.mark.parametrize("stage", [deep(0), deep(1), deep(2), 3])
 def test_a_tight_budget_trains_the_same(pool: Pool, stage: int) -> None:
     """With everything kept, everything moved, the smallest budget, and one between."""
     plain = pool.run(trained, 2, stage, None, ())

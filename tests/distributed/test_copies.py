@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 import zgraph
+from tests.deep import deep
 from zgraph.errors import UsageError
 
 from . import zoo
@@ -103,7 +104,7 @@ def grouped(mesh: DeviceMesh, stage: int) -> tuple[tuple[float, float], int]:
     return pair.errors, max(len(node.operands) for node in plan.collectives)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [deep(1), deep(2), 3])
 def test_grouped_calls_give_what_packed_buckets_give(pool: Pool, stage: int) -> None:
     answers = pool.run(grouped, 2, stage)
     assert_same([errors for errors, _ in answers])

@@ -56,7 +56,7 @@ def bytes_at_rest(mesh: DeviceMesh, stage: int) -> tuple[int, int, int, int]:
     return num_parameters, storage_bytes(held), alive, zgraph.report(model).rest_bytes
 
 
-@pytest.mark.parametrize(("num_ranks", "stage"), [(4, 3), (3, 2), (2, 1)])
+@pytest.mark.parametrize(("num_ranks", "stage"), [(4, 3), deep(3, 2), deep(2, 1)])
 def test_bytes_at_rest(pool: Pool, num_ranks: int, stage: int) -> None:
     for num_parameters, held, alive, told in pool.run(bytes_at_rest, num_ranks, stage):
         least = 12 * num_parameters / num_ranks
@@ -94,7 +94,7 @@ def peak_bytes(mesh: DeviceMesh, stage: int, recipe: str | None = None) -> tuple
     return zgraph.report(model).step_peak_bytes, measured
 
 
-@pytest.mark.parametrize(("num_ranks", "stage"), [(2, 3), (2, 2), (2, 1)])
+@pytest.mark.parametrize(("num_ranks", "stage"), [(2, 3), deep(2, 2), (2, 1)])
 def test_the_predicted_peak_is_the_measured_one(pool: Pool, num_ranks: int, stage: int) -> None:
     for predicted, measured in pool.run(peak_bytes, num_ranks, stage):
         assert predicted == pytest.approx(measured, rel=0.05)

@@ -110,7 +110,8 @@ def test_any_kernel_is_its_steps(spec, num_rows, block_m, seed):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, beyond the rows that count
 def test_the_kernels_of_captured_steps_are_their_steps():
     """In every dtype and with an odd number of rows; operands away from zero, as some are roots and quotients."""
-    for spec in (s for s in of_small_models().values() if not s.is_epilogue):
+    specs = [s for s in of_small_models().values() if not s.is_epilogue]
+    for spec in specs if DEEP else specs[::3]:
         for num_rows in (1, 5) if DEEP else (5,):
             dice = torch.Generator().manual_seed(num_rows)
             inputs = []
