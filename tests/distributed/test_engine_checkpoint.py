@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import zgraph
 from benchmarks import kills
-from zgraph.engine.checkpoint.checkpoint import storage
+from zgraph.engine.checkpoint import storage
 from zgraph.engine.engine import Engine
 from zgraph.errors import CheckpointError
 

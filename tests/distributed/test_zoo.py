@@ -12,7 +12,7 @@ from .pool import Pool
 
 NUM_STEPS = 20
 
-# Each model meets every stage and two numbers of ranks; each stage meets every number of ranks. By default a cell a model.
+# Each model meets every stage and two numbers of ranks; each stage meets every number of ranks. By default one each.
 DESIGN = {
     "llama": {1: (0, 3), 4: (1, 2)},
     "gpt2": {2: (0, 1), 3: (2, 3)},

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph.engine.checkpoint.checkpoint import checksums
+from zgraph.engine.checkpoint import checksums
 from zgraph.engine.checkpoint.checksums import Box, is_tiled
 from zgraph.engine.checkpoint.export import export_hf
 from zgraph.engine.checkpoint.storage import INDEX, Index, Reader
