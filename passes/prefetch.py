@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zgraph.ir import Graph, Node
+from zgraph.ir import OPS, Graph, Node
+from zgraph.ir.ops import transfer
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.core.base import Context, Pass
-
-_REDUCTIONS = ("reduce_scatter_start", "all_reduce_start", "broadcast_start")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class Prefetch(Pass):
         position_of = {n.name: p for p, n in enumerate(graph.nodes) if n.results}
         waits: list[tuple[object, int]] = []
         for position, node in enumerate(graph.nodes):
-            if node.op != "all_gather_start":
+            moves = transfer(node)
+            if moves is None or not moves.brings or OPS[node.op].lane != "comm":
                 continue
             ahead = [at for phase, at in waits if phase is node.phase]
             if ahead:
@@ -65,10 +65,11 @@ class Prefetch(Pass):
         """
         moved: dict[int, float] = {}
         end = float(len(graph.nodes))
-        starts = [p for p, node in enumerate(graph.nodes) if node.op in _REDUCTIONS]
+        reductions = {p: m for p, n in enumerate(graph.nodes) if (m := transfer(n)) is not None and m.reduces}
+        starts = [*reductions]
         for index, start in enumerate(starts):
             behind = index + self.depth
-            in_place = graph.nodes[start].op != "reduce_scatter_start"
+            in_place = not reductions[start].holds
             until = end if in_place or behind >= len(starts) else starts[behind] + 0.5
             for position in _followers(graph, start):
                 moved[position] = until
@@ -82,7 +83,7 @@ def _feeders(graph: Graph, node: Node, position_of: dict[str, int]) -> list[int]
     while todo:
         for value in todo.pop().operands:
             maker = graph.producers.get(value.name)
-            if maker is not None and maker.op in ("cast", "pack"):
+            if maker is not None and maker.op in OPS and OPS[maker.op].prepares:
                 found.append(position_of[maker.name])
                 todo.append(maker)
     return found

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from zgraph.ir import OPS, Builder, Graph, Node, Value
 from zgraph.ir.aliases import Memory
+from zgraph.ir.ops import transfer
 from zgraph.passes.core.base import Context, Pass
 
 
@@ -60,7 +61,8 @@ def gathered_values(graph: Graph) -> list[Value]:
     for node in graph.nodes:
         if node.op == "wait":
             start = graph.producers.get(node.operands[0].name)
-            if start is not None and start.op in ("all_gather_start", "reload_start"):
+            moves = transfer(start) if start is not None else None
+            if moves is not None and moves.brings:
                 found.append(node.results[0])
                 flats.add(node.name)
         elif node.op == "unpack" and node.operands[0].name in flats:

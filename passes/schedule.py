@@ -24,6 +24,7 @@ from zgraph.cost.memory import local_bytes
 from zgraph.ir import OPS, Graph, Node, Phase, Value
 from zgraph.ir.aliases import Memory
 from zgraph.ir.ops import is_copied, moved_bytes, padded_bytes
+from zgraph.ir.ops import transfer as transfer_of
 from zgraph.passes.analysis.order import dependencies, reorder
 from zgraph.passes.analysis.timetable import Problem, Timetable, Transfer, delayed, run, search
 from zgraph.passes.core.base import Context, Pass
@@ -92,13 +93,6 @@ class Schedule(Pass):
             problem = sooner
         assert best is not None, "there is always room for collectives that run when they are needed"
         return step.placed(*best)
-
-
-PREPARES = frozenset({"cast", "pack", "pending"})
-"""Nodes that only prepare a start, if nothing else reads what they make."""
-
-BRINGS = frozenset({"all_gather_start", "reload_start"})
-"""Starts of what an op needs; the others take away what no op needs any more."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +281,7 @@ class Step:
         first, end = max(first, begin), self.phase_end[node.phase]
         us, lane = self.context.costs.transfer_us(graph, node, self.context.hints), OPS[node.op].lane
         if not collective.is_gather:
-            if node.op == "offload_start":
+            if lane == "d2h":
                 first = max(first, min(self._last_use(node.operands[0]) + 1, end))
             return Transfer(us, first, end, self._taken_bytes(node), first, lane)
         results = [r for p in collective.after for r in graph.nodes[p].results]
@@ -302,18 +296,19 @@ class Step:
     def _taken_bytes(self, node: Node) -> int:
         """What a reduction or a copy to the host holds until it is over."""
         mesh, hints = self.graph.mesh, self.context.hints
-        if node.op == "offload_start":
+        if OPS[node.op].lane == "d2h":
             return local_bytes(node.operands[0].type, mesh, hints)
         kept = OPS[node.op].scratch_bytes(node, mesh)
-        if node.op == "reduce_scatter_start":
-            copied = [v.tensor for v in node.operands if is_copied(v.tensor, mesh)]
+        moves = transfer_of(node)
+        if moves is not None and moves.scatters:
+            copied = [v.tensor for v in node.operands if is_copied(node, v, mesh)]
             kept += moved_bytes(node, mesh) + sum(padded_bytes(kind, self.graph.num_shards) for kind in copied)
         return kept
 
     def _brought_bytes(self, collective: Collective, node: Node) -> int:
         """What a gather or a copy from the host holds before it is needed."""
         mesh, hints = self.graph.mesh, self.context.hints
-        if node.op == "reload_start":
+        if OPS[node.op].lane == "h2d":
             return local_bytes(node.results[0].type, mesh, hints)
         whole = moved_bytes(node, mesh)
         prepared = whole // self.graph.num_shards if collective.before else 0
@@ -337,14 +332,16 @@ def _collectives(graph: Graph) -> list[Collective]:
     position_of = {r.name: p for p, n in enumerate(graph.nodes) for r in n.results}
     found = []
     for position, node in enumerate(graph.nodes):
-        if node.op not in OPS or OPS[node.op].lane == "compute":
+        moves = transfer_of(node)
+        if moves is None:
             continue
+        brings = moves.brings
         before: list[int] = []
         todo: list[Node] = [node]
         while todo:
             for value in todo.pop().operands:
                 maker = graph.producers.get(value.name)
-                if maker is None or maker.op not in PREPARES:
+                if maker is None or maker.op not in OPS or not OPS[maker.op].prepares:
                     continue
                 if len(graph.users[maker.results[0].name]) == 1:
                     before.append(position_of[value.name])
@@ -355,8 +352,8 @@ def _collectives(graph: Graph) -> list[Collective]:
             for result in todo.pop().results:
                 for user in graph.users.get(result.name, ()):
                     follower = graph.nodes[user]
-                    if follower.op in ("wait", "unpack") or (follower.op == "cast" and node.op not in BRINGS):
+                    if follower.op in ("wait", "unpack") or (follower.op == "cast" and not brings):
                         after.append(user)
                         todo.append(follower)
-        found.append(Collective(position, tuple(before), tuple(after), node.op in BRINGS))
+        found.append(Collective(position, tuple(before), tuple(after), brings))
     return found

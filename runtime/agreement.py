@@ -22,7 +22,7 @@ from zgraph.ir import Graph, Node, Phase, Plan, Program, Value
 from zgraph.ir.ops import OPS
 from zgraph.ir.printer import fingerprint, print_graph, print_node
 
-COLLECTIVES = ("all_gather_start", "reduce_scatter_start", "all_reduce_start", "broadcast_start")
+COLLECTIVES = frozenset(op.name for op in OPS.values() if op.lane == "comm")
 _MARK_BYTES = 8
 
 

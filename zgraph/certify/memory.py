@@ -16,7 +16,7 @@ from itertools import accumulate
 from zgraph.ir import OPS, Graph, InputKind, Node, Phase, TensorType, Type
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import chunk_numel
-from zgraph.ir.ops import is_copied, padded_bytes, views
+from zgraph.ir.ops import is_copied, num_chunks, padded_bytes, transfer, views
 from zgraph.ir.symbols import evaluate
 from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
 
@@ -27,10 +27,6 @@ NUM_SERVED = 2
 """Collectives that have scratch memory at one time: the runtime serves the others later."""
 
 NUM_SHOWN = 5
-
-_BRINGS = ("all_gather_start", "reload_start")
-_HOLDS = (*_BRINGS, "reduce_scatter_start", "offload_start")
-"""Starts that read their operand until the wait."""
 
 
 @dataclass(frozen=True)
@@ -114,28 +110,28 @@ class _Step:
 
     def start(self, position: int, node: Node) -> None:
         """What a collective or a copy needs beside its results."""
-        graph = self.graph
+        graph, moves = self.graph, transfer(node)
+        assert moves is not None
         self.scratch[node.name] = [_rounded(OPS[node.op].scratch_bytes(node, graph.mesh)), position, len(self.nodes)]
         for value, result in zip(node.operands, node.results, strict=True):
-            if node.op == "reduce_scatter_start" and is_copied(value.tensor, graph.mesh):
+            if is_copied(node, value, graph.mesh):
                 copied = f"{result.name}, sent"
                 self.make(copied, _rounded(padded_bytes(value.tensor, graph.num_shards)), position, position)
                 self.held[result.name] = frozenset((copied,))
-            elif node.op in _HOLDS:
+            elif moves.holds:
                 self.held[result.name] = self.roots.get(value.name, frozenset())
 
     def room(self, node: Node, kind: Type) -> int:
         """Bytes of a result: with room for equal chunks where a collective, or taking a bucket apart, makes it."""
         if isinstance(kind, TensorType) and not (kind.is_sharded or kind.is_on_host):
-            if node.op in ("all_gather_start", "unpack"):
-                return _rounded(padded_bytes(kind, self.graph.num_shards))
-            if node.op == "all_reduce_start":
-                return _rounded(padded_bytes(kind, self.graph.num_ranks))
+            if count := num_chunks(node, self.graph.mesh):
+                return _rounded(padded_bytes(kind, count))
         return local_bytes(kind, self.graph, self.hints)
 
     def unreleased(self) -> set[str]:
         """The memory that was gathered or brought back, is not returned, and has no release."""
-        made = {r.name for n in self.nodes if n.op in _BRINGS for r in n.results}
+        moves = ((n, transfer(n)) for n in self.nodes)
+        made = {r.name for n, m in moves if m is not None and m.brings for r in n.results}
         waits = {n.name for n in self.nodes if n.op == "wait" and self.roots[n.name] <= made}
         made |= {r.name for n in self.nodes if n.op == "unpack" and n.operands[0].name in waits for r in n.results}
         ends = [v.name for n in self.nodes if n.op == "release" for v in n.operands] + list(self.graph.output_names)

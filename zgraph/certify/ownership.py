@@ -10,10 +10,8 @@ from collections.abc import Iterator
 
 from zgraph.ir import OPS, Graph, Node, Output, OutputKind, Phase, TensorType
 from zgraph.ir.graph import values_in
-from zgraph.ir.ops import views
+from zgraph.ir.ops import transfer, views
 from zgraph.ir.verifier import Fault
-
-_BRINGS = ("all_gather_start", "reload_start")
 
 
 class Storage:
@@ -41,7 +39,7 @@ class Storage:
         source = node.operands[0].name
         if node.op == "wait":
             start = self.graph.producers.get(source)
-            return start is not None and start.op in _BRINGS
+            return start is not None and _brings(start)
         return node.op == "unpack" and source in self.gathered
 
 
@@ -71,7 +69,7 @@ def owned(graph: Graph) -> Iterator[Fault]:
             yield made, f"%{name} is gathered, or brought back from the host, and never released"
             continue
         between = graph.nodes[last.get(name, made) + 1 : released[name]]
-        if late := next((n for n in between if n.op in _BRINGS or _makes(graph, n)), None):
+        if late := next((n for n in between if _brings(n) or _makes(graph, n)), None):
             yield released[name], f"releases %{name} late: %{late.name} takes memory after its last use"
 
 
@@ -82,6 +80,12 @@ def not_owned(graph: Graph) -> Iterator[Fault]:
         for position, node in enumerate(graph.nodes):
             if node.op == "release" and (name := node.operands[0].name) not in storage.gathered:
                 yield position, f"releases %{name}, which was neither gathered nor brought back from the host"
+
+
+def _brings(node: Node) -> bool:
+    """Whether a start gathers, or brings back from the host."""
+    moves = transfer(node)
+    return moves is not None and moves.brings
 
 
 def _makes(graph: Graph, node: Node) -> bool:
@@ -125,10 +129,10 @@ def gathers(graph: Graph) -> Iterator[Fault]:
     returned = set(graph.output_names)
     for position, node in enumerate(graph.nodes):
         behind = frozenset().union(*(sources.get(v.name, frozenset()) for v in node.operands))
-        is_gather = node.op == "all_gather_start" or (
+        is_gather = (_brings(node) and OPS[node.op].lane == "comm") or (
             node.op == "reshard" and node.operands[0].tensor.is_sharded and not node.results[0].tensor.is_sharded
         )
-        if node.op in ("cast", "pack"):
+        if node.op in OPS and OPS[node.op].prepares:
             sources.update((r.name, behind) for r in node.results)
         if not is_gather:
             continue

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from itertools import repeat
 
 from zgraph.ir import OPS, Arg, DType, Graph, Input, InputKind, Node, Phase, TensorType, Value
-from zgraph.ir.ops import views
+from zgraph.ir.ops import Op, views
 
 ZERO = 0
 """The term of a tangent that is absent, and of all that only carries it."""
@@ -192,7 +192,7 @@ class Reader:
         op, table = node.op, self.table
         if op == "release":
             return ()
-        if op == "reshard" or OPS[op].lane != "compute":
+        if op == "reshard" or _is_meant(OPS[op]):
             return [self.moved(node, v, r, t) for v, r, t in zip(node.operands, node.results, operands, strict=True)]
         if op in _SAME:
             return operands
@@ -209,6 +209,8 @@ class Reader:
             return self.unpacked(node, operands[0])
         if op == "accumulate":
             return (operands[0] if self.unsynced else table.of("sum", str(node.option("target")), operands[0]),)
+        if OPS[op].lane != "compute":
+            self.found.sent += [(op, node.phase, term) for term in operands]
         return [table.of(op, i, *operands, str(node.kwargs)) for i in range(len(node.results))]
 
     def moved(self, node: Node, value: Value, result: Value, term: int) -> int:
@@ -260,6 +262,12 @@ class Reader:
         if node.op in PRODUCTS or (operands[0] == ZERO and (node.op in LINEAR or views(self.graph, node))):
             return [ZERO] * len(node.results)
         return None
+
+
+def _is_meant(op: Op) -> bool:
+    """Whether the axioms say what a start does to a value: a copy nothing, a reduction what its type says."""
+    moves = op.transfer
+    return moves is not None and (op.lane != "comm" or moves.brings or moves.reduces)
 
 
 def constant(arg: Arg, values: Iterator[Hashable]) -> Hashable:

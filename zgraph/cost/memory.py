@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from heapq import nlargest
 from typing import NamedTuple
@@ -28,11 +28,8 @@ from zgraph.ir import (
 )
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import chunk_numel
-from zgraph.ir.ops import is_copied, padded_bytes, views
+from zgraph.ir.ops import is_copied, num_chunks, padded_bytes, transfer, views
 from zgraph.ir.symbols import evaluate
-
-_SENDS_IN_PLACE = ("all_gather_start", "reduce_scatter_start", "offload_start", "reload_start")
-"""Starts that read their operand until they are waited for. The others copy it first."""
 
 ALLOCATION_BYTES = 64
 """Allocators round up to this."""
@@ -168,7 +165,7 @@ class _Walk:
             in_arena = bool(offsets(node))
             for result in node.results:
                 if not is_view and not in_arena:
-                    self.allocate(result.name, result.type, self.num_chunks(node))
+                    self.allocate(result.name, result.type, num_chunks(node, self.graph.mesh))
                 self.roots[result.name] = shared if is_view else frozenset((result.name,))
                 self.refer(self.roots[result.name])
             if node.op in OPS and OPS[node.op].lane != "compute":
@@ -181,13 +178,14 @@ class _Walk:
 
     def start(self, node: Node) -> None:
         """Until its wait, a collective holds what it sends, in place or as a copy, and its scratch memory."""
-        graph = self.graph
+        graph, moves = self.graph, transfer(node)
+        assert moves is not None
         self.scratch[node.name] = _rounded(OPS[node.op].scratch_bytes(node, graph.mesh))
         for value, result in zip(node.operands, node.results, strict=True):
             name = _in_flight(result.name)
-            if node.op == "reduce_scatter_start" and is_copied(value.tensor, graph.mesh):
+            if is_copied(node, value, graph.mesh):
                 self.hold(name, "buckets", _rounded(padded_bytes(value.tensor, graph.num_shards)))
-            elif node.op in _SENDS_IN_PLACE:
+            elif moves.holds:
                 sent = self.roots.get(value.name, frozenset())
                 self.roots[name] = sent
                 self.refer(sent)
@@ -213,12 +211,6 @@ class _Walk:
             self.allocate(value.name, value.type)
             self.roots[value.name] = frozenset((value.name,))
             self.references[value.name] += 1
-
-    def num_chunks(self, node: Node) -> int:
-        """Into how many chunks of one size what a node makes whole is cut; 0 where it takes as much as it has."""
-        if node.op == "all_reduce_start":
-            return self.graph.num_ranks
-        return self.graph.num_shards if node.op in ("all_gather_start", "unpack") else 0
 
     def allocate(self, name: str, kind: Type, num_chunks: int = 0) -> None:
         """A value is born; with room for chunks of one size, if there are any."""
@@ -276,20 +268,30 @@ def _in_flight(start: str) -> str:
     return f"{start}#"
 
 
+def _category(node: Node, kind: Type, inputs: Container[str]) -> str:
+    """What a value is for that an op of zgraph's own makes; nothing where that is not to be seen from the op."""
+    moves, is_sharded = transfer(node), isinstance(kind, TensorType) and kind.is_sharded
+    if moves is None:
+        if node.op == "unpack":
+            return "gradients" if is_sharded else "gathered"
+        return "" if node.op in ("cast", "wait") else "buckets"
+    if moves.reduces:
+        return "buckets" if node.operands[0].tensor.reduction == "root" else "gradients"
+    if not moves.brings:
+        return "buckets"
+    if OPS[node.op].lane == "comm" or node.operands[0].name in inputs:
+        return "gathered"
+    return "activations"
+
+
 def _categories(plan: Plan) -> dict[str, str]:
     """What each value that is born in the step is for."""
     found: dict[str, str] = {}
     inputs = plan.graph.param_names
     for node in plan.graph.nodes:
         for result in node.results:
-            if node.op in ("reduce_scatter_start", "all_reduce_start"):
-                found[result.name] = "gradients"
-            elif node.op in ("all_gather_start", "unpack") and isinstance(result.type, TensorType):
-                found[result.name] = "gradients" if result.type.is_sharded else "gathered"
-            elif node.op == "reload_start":
-                found[result.name] = "gathered" if node.operands[0].name in inputs else "activations"
-            elif node.op in OPS and node.op not in ("cast", "wait"):
-                found[result.name] = "buckets"
+            if node.op in OPS and (category := _category(node, result.type, inputs)):
+                found[result.name] = category
     for value in plan.saved:
         found.setdefault(value.name, "activations")
     for output in plan.graph.outputs:

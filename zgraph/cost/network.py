@@ -26,6 +26,10 @@ class Quote:
     us: float
 
 
+COLLECTIVES = frozenset({"all_gather", "reduce_scatter", "all_reduce", "broadcast"})
+"""Those whose algorithms are known; what else moves between ranks is taken as one message of each."""
+
+
 @dataclass(frozen=True)
 class Network:
     """The ranks of one mesh axis on a cluster.
@@ -48,6 +52,10 @@ class Network:
     @property
     def num_hosts(self) -> int:
         return self.num_ranks // self.per_host
+
+    def direct_us(self, num_bytes: int) -> float:
+        """What it takes each rank to send so many bytes to others at once, in microseconds."""
+        return 0.0 if self.num_ranks == 1 else _steps(self._flat_link(), 1, num_bytes)
 
     def quote(self, op: str, whole_bytes: float) -> Quote:
         """The cheapest way to run a collective.

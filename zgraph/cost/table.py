@@ -10,20 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zgraph.cost.hardware import Hardware, read_text, shown
 from zgraph.cost.memory import local_bytes
-from zgraph.cost.network import Network
+from zgraph.cost.network import COLLECTIVES, Network
 from zgraph.cost.work import work
 from zgraph.errors import HardwareError
 from zgraph.ir import OPS, Axis, Graph, Mesh, Node, TensorType, Type, num_ranks, num_shards
-from zgraph.ir.ops import moved_bytes
+from zgraph.ir.ops import Transfer, moved_bytes
+from zgraph.ir.ops import transfer as transfer_of
 from zgraph.ir.symbols import evaluate
-
-_COLLECTIVES = {
-    "all_gather_start": "all_gather",
-    "reduce_scatter_start": "reduce_scatter",
-    "all_reduce_start": "all_reduce",
-    "broadcast_start": "broadcast",
-}
-_COPIES = {"offload_start": "offload", "reload_start": "reload"}
 
 GENERATED_MATMUL = "zgraph.matmul.default"
 """The op that runs a matmul with its epilogue as a generated kernel."""
@@ -89,14 +82,14 @@ class CostTable(BaseModel):
 
     def transfer_us(self, graph: Graph, start: Node, hints: Mapping[str, int]) -> float:
         """What a collective or a copy takes on its lane once it has begun, in microseconds."""
-        if start.op in _COPIES:
-            return self.copy_us(local_bytes(start.operands[0].type, graph.mesh, hints), start.op)
+        if OPS[start.op].lane != "comm":
+            return self.copy_us(local_bytes(start.operands[0].type, graph.mesh, hints), moved(start).name)
         staged = self.copy_us(OPS[start.op].scratch_bytes(start, graph.mesh)) if _is_staged(start) else 0.0
         return staged + self._wire_us(graph, start)
 
-    def copy_us(self, num_bytes: int, op: str = "reload_start") -> float:
+    def copy_us(self, num_bytes: int, kind: str = "reload") -> float:
         """What a copy between the device and its host takes, in microseconds."""
-        if line := self.transfers.get(_COPIES[op]):
+        if line := self.transfers.get(kind):
             return line.latency_us + 1e6 * num_bytes / line.bytes_per_s
         link = self.hardware.host_link
         return link.latency_us + 1e6 * num_bytes / link.bytes_per_s
@@ -108,14 +101,16 @@ class CostTable(BaseModel):
         return link.latency_us * link.bytes_per_s / 1e6
 
     def _wire_us(self, graph: Graph, start: Node) -> float:
-        kind = _COLLECTIVES[start.op]
+        kind = moved(start).name
         if line := self.transfers.get(kind):
             return line.latency_us + 1e6 * OPS[start.op].wire_bytes(start, graph.mesh) / line.bytes_per_s
+        if kind not in COLLECTIVES:
+            return self.network(graph.mesh).direct_us(OPS[start.op].wire_bytes(start, graph.mesh))
         whole = moved_bytes(start, graph.mesh)
-        if kind in ("all_reduce", "broadcast"):
+        if moved(start).is_shared:
             return self.network((Axis("all", graph.num_ranks),)).quote(kind, whole).us
         us = self.network(graph.mesh).quote(kind, whole).us
-        if kind == "reduce_scatter" and graph.num_ranks > graph.num_shards:
+        if moved(start).reduces and graph.num_ranks > graph.num_shards:
             us += self._copies(graph.mesh).quote("all_reduce", whole / graph.num_shards).us
         return us
 
@@ -142,9 +137,16 @@ class CostTable(BaseModel):
         return Network(self.hardware, count, each if count % each == 0 else 1)
 
 
+def moved(start: Node) -> Transfer:
+    """What a start moves."""
+    found = transfer_of(start)
+    assert found is not None, f"{start.op} moves nothing"
+    return found
+
+
 def _is_staged(start: Node) -> bool:
     """Whether a gather takes its shards from the host."""
-    return start.op == "all_gather_start" and start.operands[0].tensor.is_on_host
+    return moved(start).brings and start.operands[0].tensor.is_on_host
 
 
 def signature(node: Node, hints: Mapping[str, int]) -> str:

@@ -24,8 +24,8 @@ class Work:
 def work(graph: Graph, node: Node) -> Work:
     """What a node of the compute lane does. Views and what moves on other lanes do nothing."""
     if node.op in OPS:
-        moved = node.op in ("pack", "unpack", "cast", "copy") and not OPS[node.op].views(node)
-        return Work(0, _bytes(node)) if moved else Work()
+        row = OPS[node.op]
+        return Work(0, _bytes(node)) if row.is_work and not row.views(node) else Work()
     if node.op == "zgraph.seed.default":
         return Work()  # it reads nothing of the tensor whose device it draws on
     flop = _flop(node)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 
 from zgraph.ir import OPS, Graph, Node, Output, OutputKind, Phase
 
-_AVERAGES = frozenset({"reshard", "accumulate", "all_reduce_start", "reduce_scatter_start"})
+_AVERAGES = frozenset({"reshard", "accumulate", *(o.name for o in OPS.values() if o.transfer and o.transfer.reduces)})
 
 
 def misplaced(graph: Graph, own: Collection[int] = ()) -> Iterator[tuple[int, str]]:

@@ -123,9 +123,10 @@ def clashes(found: Iterable[Buffer]) -> Iterator[tuple[Buffer, Buffer]]:
 def _can_lie_there(graph: Graph, node: Node, kind: object) -> bool:
     if not isinstance(kind, TensorType) or kind.is_sharded or kind.is_on_host or kind.strides is not None:
         return False
-    if node.op == "reload_start":
-        return node.operands[0].name in graph.param_names
-    return node.op in ("all_gather_start", "pack") and not node.option("keep")
+    row = OPS.get(node.op)
+    if row is None or not row.lies_in_arena or node.option("keep"):
+        return False
+    return row.lane != "h2d" or node.operands[0].name in graph.param_names
 
 
 def _num_bytes(graph: Graph, kind: object) -> int:

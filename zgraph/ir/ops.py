@@ -41,6 +41,33 @@ class TypeRuleError(ValueError):
     """The operands of an op do not fit it."""
 
 
+Kind = Literal["gather", "reduce", "copy", "wait", "place"]
+"""How a report draws an op: colour and glyph."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What a start moves.
+
+    Args:
+        name: what cost tables and profiles call it: `all_gather`, `offload`, ...
+        brings: an op needs what it delivers, in memory that is released after its last use. The others take away what
+            no op needs any more.
+        reduces: it sums or averages over the ranks, or takes the first rank's.
+        holds: it reads its operand until it is waited for; the others copy it first.
+        scatters: each rank keeps a part of the result. Of an operand that is not dense, or needs padding, a copy is
+            sent.
+        is_shared: all ranks take part in it as equals, whatever the mesh.
+    """
+
+    name: str
+    brings: bool = False
+    reduces: bool = False
+    holds: bool = False
+    scatters: bool = False
+    is_shared: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Op:
     """One row.
@@ -56,6 +83,12 @@ class Op:
         pure: running it has no effect but its results, the same each time.
         consumes: it ends the life of its operands.
         recomputable: it may be run again instead of keeping its result.
+        transfer: what a start moves; None for all other ops.
+        chunks: into how many chunks of one size its whole results are cut, from the mesh; None where into none.
+        lies_in_arena: whether its results may have fixed places in an arena.
+        prepares: whether it only prepares a start, where nothing else reads what it makes.
+        is_work: whether it reads and writes the memory of its operands and results, on the compute lane.
+        kind: how a report draws it.
     """
 
     name: str
@@ -68,6 +101,12 @@ class Op:
     pure: bool = True
     consumes: bool = False
     recomputable: bool = False
+    transfer: Transfer | None = None
+    chunks: Callable[[Mesh], int] | None = None
+    lies_in_arena: bool = False
+    prepares: bool = False
+    is_work: bool = False
+    kind: Kind = "place"
 
 
 def tensor(node: Node, index: int = 0) -> TensorType:
@@ -119,7 +158,7 @@ def padded_bytes(kind: TensorType, num_parts: int) -> int:
 
 def moved_bytes(node: Node, mesh: Mesh) -> int:
     """Bytes of the whole of what a collective moves, padding counted."""
-    num_parts = num_ranks(mesh) if node.op == "all_reduce_start" else num_shards(mesh)
+    num_parts = num_chunks(node, mesh) or num_shards(mesh)
     return sum(padded_bytes(tensor(node, i), num_parts) for i in range(len(node.operands)))
 
 
@@ -249,8 +288,11 @@ def _released(node: Node, _: Mesh) -> tuple[Type, ...]:
     return ()
 
 
-def is_copied(kind: TensorType, mesh: Mesh) -> bool:
-    """Whether a reduce-scatter cannot send this as it lies: it is not dense, or needs padding."""
+def is_copied(node: Node, value: Value, mesh: Mesh) -> bool:
+    """Whether a start cannot send an operand as it lies: it scatters, and this is not dense, or needs padding."""
+    moves, kind = transfer(node), value.type
+    if moves is None or not moves.scatters or not isinstance(kind, TensorType):
+        return False
     return kind.strides is not None or not is_even(kind.shape, num_shards(mesh))
 
 
@@ -297,28 +339,48 @@ _ROWS = (
     Op("reshard", "Change the placement or the memory space of values; a lowering pass decides how.",
        _resharded),
     Op("all_gather_start", "Begin to collect the shards of all ranks into the whole tensor.", _gathered, "comm",
-       _gather_sends, scratch_bytes=_staged, pure=False),
+       _gather_sends, scratch_bytes=_staged, pure=False, transfer=Transfer("all_gather", brings=True, holds=True),
+       chunks=num_shards, lies_in_arena=True, kind="gather"),
     Op("reduce_scatter_start", "Begin to sum or average over the ranks, each rank keeping its shard.", _scattered,
-       "comm", _scatter_sends, scratch_bytes=_scatter_lands, pure=False),
+       "comm", _scatter_sends, scratch_bytes=_scatter_lands, pure=False,
+       transfer=Transfer("reduce_scatter", reduces=True, holds=True, scatters=True), kind="reduce"),
     Op("all_reduce_start", "Begin to sum or average over the ranks, every rank keeping the whole.", _all_reduced,
-       "comm", _share_sends, scratch_bytes=_share_lands, pure=False),
+       "comm", _share_sends, scratch_bytes=_share_lands, pure=False,
+       transfer=Transfer("all_reduce", reduces=True, is_shared=True), chunks=num_ranks, kind="reduce"),
     Op("broadcast_start", "Begin to copy the first rank's value to every rank.", _broadcast, "comm", _share_sends,
-       pure=False),
-    Op("offload_start", "Begin to copy a value from the device to its host.", _copied_to(HOST), "d2h", pure=False),
-    Op("reload_start", "Begin to copy a value from the host to its device.", _copied_to(DEVICE), "h2d", pure=False),
-    Op("wait", "Deliver what a start promised.", _waited, views=lambda node: True, pure=False),
-    Op("pack", "Lay tensors out as one bucket: chunk r of it is chunk r of each, one after the other.", _packed),
-    Op("unpack", "Take a bucket apart again.", _unpacked, views=_is_sharded),
-    Op("cast", "Change the dtype.", _cast, recomputable=True),
-    Op("copy", "A dense copy with memory of its own; of a replicated value each rank may take its own.", _copied),
+       pure=False, transfer=Transfer("broadcast", reduces=True, is_shared=True), kind="reduce"),
+    Op("offload_start", "Begin to copy a value from the device to its host.", _copied_to(HOST), "d2h", pure=False,
+       transfer=Transfer("offload", holds=True), kind="copy"),
+    Op("reload_start", "Begin to copy a value from the host to its device.", _copied_to(DEVICE), "h2d", pure=False,
+       transfer=Transfer("reload", brings=True, holds=True), lies_in_arena=True, kind="copy"),
+    Op("wait", "Deliver what a start promised.", _waited, views=lambda node: True, pure=False, kind="wait"),
+    Op("pack", "Lay tensors out as one bucket: chunk r of it is chunk r of each, one after the other.", _packed,
+       lies_in_arena=True, prepares=True, is_work=True),
+    Op("unpack", "Take a bucket apart again.", _unpacked, views=_is_sharded, chunks=num_shards, is_work=True),
+    Op("cast", "Change the dtype.", _cast, recomputable=True, prepares=True, is_work=True),
+    Op("copy", "A dense copy with memory of its own; of a replicated value each rank may take its own.", _copied,
+       is_work=True),
     Op("pending", "Say what the ranks' own values are together: their sum or mean, or the first rank's.", _stated,
-       views=lambda node: True),
+       views=lambda node: True, prepares=True),
     Op("accumulate", "Add the gradients that backwards under no_sync left on this rank for the parameter `target`.",
        _accumulated, views=lambda node: True, pure=False),
-    Op("release", "End the life of a value: its memory is free from here on.", _released, pure=False, consumes=True),
+    Op("release", "End the life of a value: its memory is free from here on.", _released, pure=False, consumes=True,
+       kind="wait"),
 )  # fmt: skip
 
 OPS: Mapping[str, Op] = {op.name: op for op in _ROWS}
+
+
+def transfer(node: Node) -> Transfer | None:
+    """What a start moves; None for all other nodes."""
+    row = OPS.get(node.op)
+    return row.transfer if row is not None else None
+
+
+def num_chunks(node: Node, mesh: Mesh) -> int:
+    """Into how many chunks of one size what a node makes whole is cut; 0 where it takes as much as it has."""
+    row = OPS.get(node.op)
+    return row.chunks(mesh) if row is not None and row.chunks is not None else 0
 
 
 def views(graph: Graph, node: Node) -> tuple[str, ...]:

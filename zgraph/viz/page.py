@@ -18,7 +18,7 @@ from typing import Any
 
 from zgraph.capture.sources import context_of
 from zgraph.cost.memory import lifetimes
-from zgraph.ir import Mesh
+from zgraph.ir import OPS, Mesh
 from zgraph.ir.lines import node_lines, read_line
 from zgraph.passes import make_plan
 from zgraph.passes.schedule import step_bound_us
@@ -65,6 +65,7 @@ def _data(run: RunFile) -> dict[str, Any]:
         ],
         "orders": table.orders,
         "nodes": table.columns,
+        "kinds": {op.name: op.kind for op in OPS.values()},
         "texts": table.texts,
         "sources": context_of(run.sources, zip(table.columns["file"], table.columns["line"], strict=True)),
         **step,

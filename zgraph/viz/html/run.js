@@ -9,6 +9,7 @@ async function readRun() {
 class Run {
   constructor(data) {
     this.data = data;
+    kinds = data.kinds;
     this.nodes = data.nodes;
     this.count = data.nodes.key.length;
     this.last = data.graphs.length - 1;
@@ -165,14 +166,9 @@ const KINDS = ["added", "removed", "changed", "moved"];
 const SIGNS = { added: "+", removed: "−", changed: "~", moved: "⇅" };
 
 // What colours a node: what it does to where a value lies, or that it computes.
-function kindOf(op) {
-  if (op.startsWith("all_gather")) return "gather";
-  if (/^(reduce_scatter|all_reduce|broadcast)/.test(op)) return "reduce";
-  if (/^(offload|reload)/.test(op)) return "copy";
-  if (/^(wait|release|free)/.test(op)) return "wait";
-  if (/^(reshard|cast|pending|pack|unpack|accumulate)/.test(op)) return "place";
-  return "compute";
-}
+// How each of zgraph's own ops is drawn, from their table; all others compute.
+let kinds = {};
+const kindOf = op => kinds[op] ?? "compute";
 
 const shortOp = op => op.replace(/^aten\./, "").replace(/\.(default|Tensor|Scalar|int|dim_IntList|self)$/, "");
 
