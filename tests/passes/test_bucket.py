@@ -8,7 +8,10 @@ import torch
 import small
 import zgraph
 from zgraph.ir import OPS, Axis, Graph
-from zgraph.passes import Context, parse_recipe
+from zgraph.passes import Context, bucket, parse_recipe
+from zgraph.passes.bucket import Bucket
+
+TWO = Context(mesh=(Axis("shard", 2),))
 
 
 @cache
@@ -25,9 +28,26 @@ def computed(graph: Graph) -> list[str]:
 @pytest.mark.parametrize("max_bytes", [2000, 10_000, 1_000_000])
 def test_what_is_computed_again_stays_where_it_is_needed(stage, max_bytes):
     """A bucket waits for the casts of all its members, which must not hold up what comes after it."""
-    context = Context(mesh=(Axis("shard", 2),))
-    before = parse_recipe(f"canonicalize,partition(stage={stage}),recompute(keep_bytes=1)").run(captured(), context)
-    bucket = parse_recipe(f"partition,bucket(max_bytes={max_bytes},pack_below_bytes={max_bytes})").passes[-1]
-    after = bucket.run(before, context)
+    before = parse_recipe(f"canonicalize,partition(stage={stage}),recompute(keep_bytes=1)").run(captured(), TWO)
+    after = Bucket(max_bytes=max_bytes, pack_below_bytes=max_bytes).run(before, TWO)
     assert after != before
     assert computed(after) == computed(before)
+
+
+@pytest.mark.parametrize("fewest", [True, False])
+def test_the_fastest_of_two_choices_is_taken(fewest, monkeypatch):
+    """Two of the three sizes that are tried give the same buckets here, and the largest none."""
+    graph = parse_recipe("canonicalize,partition(stage=3)").run(captured(), TWO)
+    plain, tried = Bucket.groups, list[int]()
+
+    def groups(self: Bucket, graph: Graph, max_bytes: int, below: int) -> list[list[int]]:
+        tried.append(max_bytes)
+        return [] if max_bytes == max(tried) and len(tried) == 3 else plain(self, graph, 20_000, 20_000)
+
+    monkeypatch.setattr(Bucket, "groups", groups)
+    sign = 1 if fewest else -1
+    monkeypatch.setattr(bucket, "makespan_us", lambda g, *_: sign * sum(n.op == "reshard" for n in g.nodes))
+    made = Bucket().run(graph, TWO)
+    assert len(tried) == 3
+    assert max(tried) == tried[-1]
+    assert (sum(n.op == "reshard" for n in made.nodes) < sum(n.op == "reshard" for n in graph.nodes)) == fewest

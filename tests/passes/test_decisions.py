@@ -529,6 +529,28 @@ def test_the_loss_of_a_projection_is_fused_with_it():
     assert ops & {LINEAR_BACKWARD, PLAIN_BACKWARD}
 
 
+LOSS = """graph "g"
+op aten._log_softmax.default
+op aten.nll_loss_forward.default multi
+input %x: f32[8, 8{strides}]
+input %t: i64[8]
+fwd %p: f32[8, 8{strides}] = aten._log_softmax.default(%x, {dim}, false)
+fwd %l: f32[], %n: f32[] = aten.nll_loss_forward.default(%p, %t, none, 1, -100)
+return fwd output %l
+"""
+
+
+@pytest.mark.parametrize(
+    ("dim", "strides", "is_fused"), [(1, "", True), (-1, "", True), (0, "", False), (1, " | 1, 8", False)]
+)
+def test_a_loss_is_fused_where_the_softmax_is_over_rows(dim, strides, is_fused):
+    graph = parse_graph(LOSS.format(dim=dim, strides=strides))
+    verify(graph)
+    fused = parse_recipe("fuse").run(graph, Context())
+    assert bool(of_op(fused, PLAIN)) == is_fused
+    assert bool(of_op(fused, "aten._log_softmax.default")) != is_fused
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
