@@ -184,7 +184,7 @@ def _loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
 
 
 REGISTERED["zgraph.rows"] = _rows_scratch
-REGISTERED["zgraph.compiler.compiled_model"] = lambda node, hints: 0
+REGISTERED["zgraph.compiled"] = lambda node, hints: 0
 REGISTERED["zgraph.matmul"] = _matmul_scratch
 REGISTERED["zgraph.rotary"] = _rotary_scratch
 REGISTERED["zgraph.linear_cross_entropy"] = REGISTERED["zgraph.linear_cross_entropy_backward"] = _loss_scratch

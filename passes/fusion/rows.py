@@ -16,7 +16,7 @@ from zgraph.passes.analysis.rows import Space, Views, match
 ROWS = "zgraph.rows.default"
 """The op that runs a kernel over rows: what it reads, and the kernel's text."""
 
-COMPILED = "zgraph.compiler.compiled_model.default"
+COMPILED = "zgraph.compiled.default"
 """The same, by what Inductor makes of the kernel's steps."""
 
 SEED = "zgraph.seed.default"

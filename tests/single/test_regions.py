@@ -151,4 +151,4 @@ def test_what_inductor_cannot_compile(monkeypatch):
     model = zgraph.compile(MODELS["llama"](), kernels="inductor")
     with pytest.raises(KernelError, match=r"(?s)no compiler.*g\+\+"):
         model(**batch("llama", 0))
-    assert compiled_model(model).session.regions is not None
+    assert compiled_model(model).regions is not None

@@ -28,7 +28,7 @@ from zgraph.ir.ops import views
 from zgraph.ir.symbols import Dim
 from zgraph.passes.fusion.patterns import PATTERNS, Pattern
 
-ROWS = frozenset({"zgraph.rows.default", "zgraph.compiler.compiled_model.default"})
+ROWS = frozenset({"zgraph.rows.default", "zgraph.compiled.default"})
 MATMUL = "zgraph.matmul.default"
 SEED = "zgraph.seed.default"
 ROTARY = "zgraph.rotary.default"
