@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.deep import deep
 from tests.single.trained import Trained, llama
 from zgraph.errors import OffloadError, UsageError
 from zgraph.optim import AdamW
@@ -68,7 +69,12 @@ def test_the_update_is_torchs(place, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"state": "host"}, {"state": "disk", "access": "direct"}, {"state": "host", "update": "device"}],
+    [
+        {},
+        deep({"state": "host"}),
+        {"state": "disk", "access": "direct"},
+        deep({"state": "host", "update": "device"}),
+    ],
 )
 def test_a_compiled_model_is_trained_the_same(options, tmp_path):
     if options.get("state") == "disk":

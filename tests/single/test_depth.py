@@ -124,9 +124,9 @@ def test_two_stacks_at_once():
     ("build", "said"),
     [
         (partial(Deep, depth=13), "with 2, 3, 4, 5 of 13 layers"),
-        (partial(Deep, lambda x, number, depth: x * (number + 1)), "with 2, 3, 4 of 10 layers"),
+        deep(partial(Deep, lambda x, number, depth: x * (number + 1)), "with 2, 3, 4 of 10 layers"),
         (partial(Deep, lambda x, number, depth: x.tanh() if number == depth - 1 else x, 16), "4, 5, 6 of 16 layers"),
-        (partial(Marked, depth=13), "with 2, 3, 4, 5 of 13 layers"),
+        deep(partial(Marked, depth=13), "with 2, 3, 4, 5 of 13 layers"),
         (Turns, "with 3, 5, 7 of 17 layers"),
     ],
 )
