@@ -1,6 +1,6 @@
 """Passes of one's own: registered, installed by a package, given as a sequence; what is refused says why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from typing import ClassVar
 
@@ -159,8 +159,8 @@ def test_what_is_no_pass_in_a_sequence(step, what):
 
 
 def test_what_looks_ahead_takes_the_lowering_of_the_pipeline_at_hand():
-    """The pass `bucket` asks what would become of each choice."""
-    seen = []
+    """The pass `bucket` asks what would become of each choice, where there is a budget."""
+    seen, roomy = [], replace(TWO, memory_budget=1 << 30)
 
     @dataclass(frozen=True)
     class Lower(Pass):
@@ -177,7 +177,7 @@ def test_what_looks_ahead_takes_the_lowering_of_the_pipeline_at_hand():
 
     before, after = parse_recipe("canonicalize,partition(stage=3),bucket"), parse_recipe(f"{RECIPES[3]}").passes[-3:]
     pipeline = Pipeline((*before.passes, Lower(), *after))
-    made = pipeline.run(captured("llama"), TWO)
+    made = pipeline.run(captured("llama"), roomy)
     assert len(seen) > 1
-    plain = parse_recipe(RECIPES[3].replace("fit,keep,", "").replace("release,", "")).run(captured("llama"), TWO)
+    plain = parse_recipe(RECIPES[3].replace("fit,keep,", "").replace("release,", "")).run(captured("llama"), roomy)
     assert made == plain
