@@ -71,6 +71,17 @@ def test_what_is_mistyped_or_does_not_fit(args, code, said, zgraph_command):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(("old", "new"), [("report", "env"), ("trace-export", "export")])
+def test_old_names_are_still_understood_and_not_listed(old, new, zgraph_command):
+    assert zgraph_command(old, "--help")[0] == 0
+    first, rest = zgraph_command(old, "--help")[1].strip().split("\n", 1)
+    assert f"zgraph {old}" in first
+    assert rest == zgraph_command(new, "--help")[1].strip().split("\n", 1)[1]
+    listed = re.findall(r"^│ ([a-z-]+) ", zgraph_command("--help")[1], re.M)
+    assert new in listed
+    assert old not in listed
+
+
 def test_a_file_imports_what_lies_beside_it(tmp_path):
     (tmp_path / "beside_it.py").write_text("from torch import nn\n\nlayer = nn.Linear(2, 2)\n")
     (tmp_path / "mine.py").write_text("from beside_it import layer\n\n\ndef make():\n    return layer, {}\n")

@@ -202,7 +202,7 @@ NASTY = "m\x1b[2J\x9b31m\u202e\x07"
     "arguments",
     [("explain", "run.zg", "%NODE"), ("show", "run.zg"), ("show", "run.zg", "--op", "aten"),
      ("explain", "run.zg", "%\x1b[2J"), ("diff", "run.zg@0", "@0"), ("verify", "bad.zg"), ("bisect", "bad.zg"),
-     ("show", "\x1b[2J.zg"), ("show", "raw.zg"), ("trace-export", "run.zg", "--dot", "-"),
+     ("show", "\x1b[2J.zg"), ("show", "raw.zg"), ("export", "run.zg", "--dot", "-"),
      ("diff", "run.zg@0", "raw.zg@0"), ("verify", "raw.zg")],
     ids=repr,
 )  # fmt: skip
