@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.cli.graphs import long
-from zgraph.capture.sources import MAX_CHARACTERS, context_of, line_of, sources_of
 from zgraph.cli.main import main
 from zgraph.cli.terminal import printable
 from zgraph.codegen.spec import KernelSpec
@@ -28,6 +27,7 @@ from zgraph.ir.lines import node_lines, read_line
 from zgraph.passes import Context, make_plan
 from zgraph.runfile.explain import explain
 from zgraph.runfile.format import MANIFEST, Provenance, RunFile, load_run, run_file
+from zgraph.runfile.sources import MAX_CHARACTERS, context_of, line_of, sources_of
 from zgraph.viz.page import page
 
 MEMBER = "graphs/00-captured.zir"

@@ -28,7 +28,7 @@ from zgraph.runfile.format import RunFile, load_run
 FAILED, USED_WRONGLY, DOES_NOT_FIT = 1, 2, 3
 
 DTYPES = ("bf16", "f16", "f32")
-"""What a model can be told to compute in."""
+"""What shells offer for a dtype."""
 
 FILE_WIDTH = 150
 """Columns of a table that does not go to a terminal."""
