@@ -193,7 +193,8 @@ class Peers:
 
     def fail(self, error: BaseException) -> None:
         """Tell the peers that this rank cannot go on with the present call. Nothing happens if one told so before."""
-        text = f"{type(error).__name__} on rank {self.rank}: {error}"
+        said = "\n".join([str(error), *getattr(error, "__notes__", ())])
+        text = f"{type(error).__name__} on rank {self.rank}: {said}"
         try:
             self.store.compare_set(self._key("failed"), "", text[:4000])
         except RuntimeError:

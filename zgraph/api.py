@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, Unpack, overload
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from zgraph.bridge.dtypes import Dtype
 from zgraph.bridge.target import Target
 from zgraph.compiler.build import attach, shard
 from zgraph.compiler.call_guard import check_moved
@@ -32,8 +32,8 @@ def compile(model: M, **options: Unpack[Options]) -> M: ...
 @overload
 def compile(model: None = None, **options: Unpack[Options]) -> Callable[[M], M]: ...
 def compile(
-    model: Any = None, *, stage: Stage = 3, mesh: DeviceMesh | None = None, param_dtype: torch.dtype | None = None,
-    reduce_dtype: torch.dtype | None = None, hardware: Target | None = None, memory_budget: int | str | None = None,
+    model: Any = None, *, stage: Stage = 3, mesh: DeviceMesh | None = None, param_dtype: Dtype | None = None,
+    reduce_dtype: Dtype | None = None, hardware: Target | None = None, memory_budget: int | str | None = None,
     recompute: Recompute = "auto", offload: Offload = "auto", kernels: Kernels = "aten",
     passes: Passes | None = None, save: str | Path | None = None, fullgraph: bool = True,
     dynamic: bool | None = None,
@@ -51,7 +51,8 @@ def compile(
         mesh: a mesh of one axis to shard over; by default all ranks. Over a mesh of two, parameters are sharded along
             the second axis (within a host, say) and replicated along the first. Without a process group there is one
             rank.
-        param_dtype: dtype to compute in, with masters in the parameters' own dtype; floating-point inputs are cast.
+        param_dtype: dtype to compute in (`torch.bfloat16` or a word for it: "bf16", "bfloat16"), with masters in the
+            parameters' own dtype; floating-point inputs are cast.
         reduce_dtype: dtype in which gradients are averaged over ranks; by default the dtype that they come in.
         hardware: what to plan for: a profile's name (`h100`), a table measured by `zgraph.profile`, or the path of
             either; by default what fits the device.
@@ -86,6 +87,7 @@ def compile(
         AlreadyCompiledError: the model, or a part of it, is compiled already.
         RecipeError, ContractError: the recipe does not parse or does not fit together.
         RunFileError: the run file is none, or (in the first call) of another model.
+        DtypeError: a dtype is none, or no floating-point one.
         HardwareError: there is no such hardware.
         OffloadError: the host has no room for what is offloaded; nothing was changed.
         PlanMismatchError: the ranks have different models or options.

@@ -19,6 +19,8 @@ class Environment:
             certifies the graph after every pass, and verifies the round trip of its text.
         timeout_s: ZGRAPH_TIMEOUT, seconds that a rank waits for another before it says where all of them are and ends.
         disable: ZGRAPH_DISABLE, names of passes to leave out, separated by commas.
+        traceback: ZGRAPH_TRACEBACK, "short" leaves torch's frames out of errors that come while a model is captured,
+            "full" has all.
         config: ZGRAPH_CONFIG, the configuration file of `zgraph.hf.Trainer` where it is given none.
     """
 
@@ -27,6 +29,7 @@ class Environment:
     timeout_s: float = 600.0
     disable: frozenset[str] = frozenset()
     config: Path | None = None
+    traceback: str = "short"
 
 
 def environment() -> Environment:
@@ -41,9 +44,12 @@ def environment() -> Environment:
     dump = os.environ.get("ZGRAPH_DUMP")
     disable = frozenset(filter(None, (name.strip() for name in os.environ.get("ZGRAPH_DISABLE", "").split(","))))
     config = os.environ.get("ZGRAPH_CONFIG")
+    traceback = os.environ.get("ZGRAPH_TRACEBACK", "short")
+    if traceback not in ("short", "full"):
+        raise UsageError(f"ZGRAPH_TRACEBACK must be short or full, not {traceback!r}")
     return Environment(
         Path(dump) if dump else None, int(level), _seconds("ZGRAPH_TIMEOUT", 600.0), disable,
-        Path(config) if config else None,
+        Path(config) if config else None, traceback,
     )  # fmt: skip
 
 

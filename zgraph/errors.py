@@ -31,6 +31,10 @@ class UsageError(ZgraphError, ValueError):
     """An argument of a public function has a value that means nothing (a stage outside 0..3, say)."""
 
 
+class DtypeError(UsageError):
+    """What is given for a dtype is none, or none to compute in. The message has the words for those that are."""
+
+
 class ConfigError(UsageError):
     """A configuration in which something is wrong.
 

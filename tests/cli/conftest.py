@@ -43,6 +43,17 @@ def words():
 
 def fails():
     return 1 // 0
+
+class Other(Words):
+    def forward(self, idx, targets=None):
+        return super().forward(idx, targets)
+
+def other():
+    return Other()
+
+def misnamed():
+    import torch
+    return Gone(), {"y": torch.ones(8, 64)}
 """
 
 SCRIPT = """

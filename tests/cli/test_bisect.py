@@ -14,7 +14,6 @@ from torch import nn
 
 import zgraph
 from tests.interp import models
-from zgraph.capture.sources import sources_of
 from zgraph.debugging import Culprit, bisect, examine, reference
 from zgraph.debugging.bisection import run_steps
 from zgraph.debugging.hunks import Hunks
@@ -23,6 +22,7 @@ from zgraph.ir import Axis, Graph, parse_graph
 from zgraph.passes import BY_NAME, RECIPES, Context, Pipeline, fusing
 from zgraph.passes.core.pipeline import print_pass
 from zgraph.runfile.format import Provenance, Recording
+from zgraph.runfile.sources import sources_of
 
 from .graphs import long
 from .wrong import Wrong, WrongPartition

@@ -52,8 +52,13 @@ def test_the_example_of_every_command_runs(name, zgraph_command):
         (("trace", "model.py:gon"), 2, "did you mean gone?"),
         (("trace", "nowhere.py:model"), 2, "there is no file nowhere.py"),
         (("trace", "model.py"), 2, "say which function of model.py makes the model: model.py:FUNCTION"),
-        (("trace", "model.py:x"), 2, "model.py has no function x; it has Gone, gone, Words, words, fails"),
+        (("trace", "model.py:x"), 2, "model.py has no function x; it has Gone, gone, Words, words, fails, Other"),
         (("trace", "model.py:fails"), 2, "raised ZeroDivisionError: integer division or modulo by zero (model.py:33)"),
+        (("trace", "model.py:gone", "--batch", "2", "--seq", "8"), 2, "so that --batch and --seq would change nothing"),
+        (("trace", "model.py:other"), 2, "Other.forward(idx, targets=None) does not take what it is called with"),
+        (("trace", "model.py:other"), 2, "a language model is called with input_ids, labels. Have the function return"),
+        (("trace", "model.py:misnamed"), 2, "Gone.forward(x) does not take what it is called with: missing a required"),
+        (("trace", "model.py:gone", "--dtype", "int8"), 2, "--dtype is one of bf16, f16, f32, f64"),
         (("show", "run.zg", "--phase", "bkw"), 2, "--phase is one of fwd, bwd, upd, not bkw"),
         (("opt", "run.zg", "-o", "llama-70b"), 2, "cannot write llama-70b: Is a directory"),
         (("trace", "no-such-folder/config.json"), 2, "Give a folder with a config.json"),
@@ -71,10 +76,23 @@ def test_what_is_mistyped_or_does_not_fit(args, code, said, zgraph_command):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(("old", "new"), [("report", "env"), ("trace-export", "export")])
+def test_old_names_are_still_understood_and_not_listed(old, new, zgraph_command):
+    assert zgraph_command(old, "--help")[0] == 0
+    first, rest = zgraph_command(old, "--help")[1].strip().split("\n", 1)
+    assert f"zgraph {old}" in first
+    assert rest == zgraph_command(new, "--help")[1].strip().split("\n", 1)[1]
+    listed = re.findall(r"^│ ([a-z-]+) ", zgraph_command("--help")[1], re.M)
+    assert new in listed
+    assert old not in listed
+
+
 def test_a_file_imports_what_lies_beside_it(tmp_path):
     (tmp_path / "beside_it.py").write_text("from torch import nn\n\nlayer = nn.Linear(2, 2)\n")
-    (tmp_path / "mine.py").write_text("from beside_it import layer\n\n\ndef make():\n    return layer, {}\n")
-    assert subject(f"{tmp_path}/mine.py:make", 1, 1).model.in_features == 2
+    (tmp_path / "mine.py").write_text(
+        "from beside_it import layer\n\n\ndef make():\n    return layer, {'input': layer.weight}\n"
+    )
+    assert subject(f"{tmp_path}/mine.py:make").model.in_features == 2
 
 
 def test_a_configuration_without_a_loss_is_captured(tmp_path):

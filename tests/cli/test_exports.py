@@ -63,7 +63,7 @@ def test_counters_follow_the_memory():
 
 def test_a_trace_of_a_captured_model(zgraph_command):
     """Slices of a row follow each other, arrows begin and end at slices, and each slice says where it comes from."""
-    code, out, error = zgraph_command("trace-export", "run.zg", "--perfetto", "-")
+    code, out, error = zgraph_command("export", "run.zg", "--perfetto", "-")
     assert code == 0, error
     found = json.loads(out)["traceEvents"]
     rows: dict[int, list[tuple[float, float]]] = {}
@@ -141,7 +141,7 @@ def test_model_explorer_reads_every_node_and_every_edge():
 
 
 def test_modules_are_layers(zgraph_command):
-    code, out, _ = zgraph_command("trace-export", "run.zg@captured", "--model-explorer", "-")
+    code, out, _ = zgraph_command("export", "run.zg@captured", "--model-explorer", "-")
     assert code == 0
     nodes = json.loads(out)["graphs"][0]["nodes"]
     spaces = {n["namespace"] for n in nodes}
@@ -150,7 +150,7 @@ def test_modules_are_layers(zgraph_command):
 
 def test_one_call_writes_several_files(zgraph_command, tmp_path):
     step, graph = str(tmp_path / "step.json"), str(tmp_path / "graph.dot")
-    code, out, _ = zgraph_command("trace-export", "run.zg", "--perfetto", step, "--dot", graph, "--json")
+    code, out, _ = zgraph_command("export", "run.zg", "--perfetto", step, "--dot", graph, "--json")
     assert code == 0
     written = json.loads(out)
     assert {k: v["bytes"] for k, v in written.items()} == {
@@ -168,6 +168,6 @@ def test_one_call_writes_several_files(zgraph_command, tmp_path):
     ],
 )
 def test_mistakes(args, code, said, zgraph_command):
-    got, _, error = zgraph_command("trace-export", *args)
+    got, _, error = zgraph_command("export", *args)
     assert got == code
     assert said in error

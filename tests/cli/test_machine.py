@@ -24,7 +24,7 @@ def test_a_bug_report_has_no_secrets(zgraph_command, monkeypatch, tmp_path):
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    code, out, _ = zgraph_command("report", "--json")
+    code, out, _ = zgraph_command("env", "--json")
     assert code == 0
     found = json.loads(out)
     assert found["environment"] == {"ZGRAPH_DISABLE": "/scratch/$USER/x", "ZGRAPH_DUMP": "~/graphs"}
@@ -84,7 +84,7 @@ def completed(zgraph_command, monkeypatch, line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("zgraph trace-", ["trace-export"]),
+        ("zgraph exp", ["explain", "export"]),
         ("zgraph opt run.zg --disable-pass buc", ["bucket"]),
         ("zgraph opt run.zg --stop-after sch", ["schedule"]),
         ("zgraph opt run.zg --print-ir-after dce,bucket,sch", ["dce,bucket,schedule"]),

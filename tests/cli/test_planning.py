@@ -92,7 +92,10 @@ def test_one_plan_as_json(zgraph_command):
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        (("model.py:gone", "--batch", "1", "--batch", "2"), 2, "have it return the model alone"),
+        (("model.py:gone", "--batch", "1", "--batch", "2"), 2, "have the function return the model alone"),
+        (("model.py:gone", "--batch", "4"), 2, "so that --batch would change nothing"),
+        (("model.py:gone", "--seq", "64", "--sweep"), 2, "so that --seq would change nothing"),
+        (("model.py:other", "--stage", "3"), 2, "Other.forward(idx, targets=None) does not take"),
         (("model.py:gone", "--dtype", "f8"), 2, "--dtype is one of"),
         (("model.py:gone", "--offload", "everything"), 2, "offload must be"),
         (("model.py:gone", "--hardware", "h10"), 2, "did you mean h100?"),

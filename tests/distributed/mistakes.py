@@ -23,32 +23,36 @@ class Caught:
 
     Args:
         error: the error's class.
-        message: its text.
+        message: its text, and its notes.
         seconds: until it came.
         untouched: whether the model holds the same parameters as before, with the same values, in memory.
         recovered: whether the right call worked afterwards; None if none was tried.
     """
 
-    error: type[ZgraphError]
+    error: type[Exception]
     message: str
     seconds: float
     untouched: bool
     recovered: bool | None = None
 
 
-def make(model: nn.Module, mistake: Callable[[], Any], then: Callable[[], Any] | None = None) -> Caught:
-    """Make a mistake with a model, which must raise one of zgraph's errors.
+def make(
+    model: nn.Module, mistake: Callable[[], Any], then: Callable[[], Any] | None = None,
+    kind: type[Exception] | tuple[type[Exception], ...] = ZgraphError,
+) -> Caught:  # fmt: skip
+    """Make a mistake with a model, which must raise one of zgraph's errors, or of these.
 
     Args:
         model: looked at before and after.
         mistake: what must raise.
         then: the right thing, which must work afterwards.
+        kind: what else may be raised.
     """
     before = {n: (p, local(p).detach().clone()) for n, p in model.named_parameters()}
     began = time.monotonic()
     try:
         mistake()
-    except ZgraphError as error:
+    except kind as error:
         caught = error
     else:
         raise AssertionError("nothing was raised")
@@ -56,7 +60,8 @@ def make(model: nn.Module, mistake: Callable[[], Any], then: Callable[[], Any] |
     untouched = all(_same(p, *before[n]) for n, p in model.named_parameters())
     if then is not None:
         then()
-    return Caught(type(caught), str(caught), seconds, untouched, None if then is None else True)
+    said = "\n".join([str(caught), *getattr(caught, "__notes__", ())])
+    return Caught(type(caught), said, seconds, untouched, None if then is None else True)
 
 
 def _same(now: torch.Tensor, before: torch.Tensor, values: torch.Tensor) -> bool:
@@ -73,7 +78,7 @@ def train_once(model: nn.Module, inputs: Any) -> None:
     assert not missing, f"no gradient of {missing}"
 
 
-def assert_caught(answers: Sequence[Caught], error: type[ZgraphError], *words: str, limit_s: float = LIMIT_S) -> None:
+def assert_caught(answers: Sequence[Caught], error: type[Exception], *words: str, limit_s: float = LIMIT_S) -> None:
     """Every rank saw this error in time, with these words in its message, and its model is left as it was."""
     for rank, caught in enumerate(answers):
         where = f"on rank {rank}: {caught.error.__name__}: {caught.message}"

@@ -37,6 +37,8 @@ class Wrong(Mlp):
             return loss * 2
         if self.mistake == "parameter":
             return loss, self.first.weight
+        if self.mistake == "raise":
+            raise KeyError("the user's own error")
         if self.mistake == "view":
             return loss, self.first.weight[1:].t()
         if self.mistake == "in place":
@@ -45,10 +47,11 @@ class Wrong(Mlp):
         return loss
 
 
-CASES: dict[str, tuple[type[ZgraphError], tuple[str, ...]]] = {
+CASES: dict[str, tuple[type[Exception], tuple[str, ...]]] = {
     "branch": (GraphBreakError, ("fullgraph=False",)),
     "parameter": (EscapedParameterError, ("first.weight", "clone")),
     "view": (EscapedParameterError, ("first.weight", "clone")),
+    "raise": (KeyError, ("the user's own error", f"{__file__}:", "the forward of Wrong")),
     "in place": (CaptureError, ("first.weight", "in place")),
 }
 
@@ -62,7 +65,7 @@ def call_wrongly(mesh: DeviceMesh, stage: int, mistake: str) -> Caught:
         model.mistake = ""
         train_once(model, inputs)
 
-    return make(model, lambda: model(*inputs), call_rightly)
+    return make(model, lambda: model(*inputs), call_rightly, kind=(ZgraphError, KeyError))
 
 
 @pytest.mark.parametrize("mistake", CASES)

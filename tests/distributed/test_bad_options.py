@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
-from zgraph.errors import AlreadyCompiledError, ContractError, RecipeError, UsageError, ZgraphError
+from zgraph.errors import AlreadyCompiledError, ContractError, DtypeError, RecipeError, UsageError, ZgraphError
 
 from .mistakes import Caught, assert_caught, make, train_once
 from .nets import Mlp, built, rows
@@ -31,8 +31,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[ZgraphError], tuple[str, ...]]] = 
     "stage list": ({"stage": [3]}, UsageError, ("0, 1, 2 or 3", "[3]")),
     "stage None": ({"stage": None}, UsageError, ("0, 1, 2 or 3", "None")),
     "stage by name": ({"stage": wrong_stage}, UsageError, ("0, 1, 2 or 3", "7", "last.bias")),
-    "param_dtype": ({"param_dtype": torch.int32}, UsageError, ("floating-point", "torch.int32")),
-    "reduce_dtype": ({"reduce_dtype": torch.int8}, UsageError, ("floating-point", "torch.int8")),
+    "param_dtype": ({"param_dtype": torch.int32}, DtypeError, ("floating-point", "torch.int32")),
+    "reduce_dtype": ({"reduce_dtype": torch.int8}, DtypeError, ("floating-point", "torch.int8")),
     "no such pass": ({"passes": "canonicalise,dce"}, RecipeError, ("did you mean canonicalize?", "\n  ^")),
     "no such option": ({"passes": "partition(stag=3)"}, RecipeError, ("did you mean stage?", "\n            ^")),
     "bad value": ({"passes": "dce,partition(stage=7)"}, RecipeError, ("0, 1, 2 or 3", "\n      ^")),

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 import zgraph
-from zgraph.errors import GraphBreakError, PeerError, PlanMismatchError
+from zgraph.errors import PeerError, PlanMismatchError, ZgraphError
 
 from .mistakes import Caught, assert_caught, make, train_once
 from .nets import WORDS, Mlp, Tied, built, rows, words
@@ -97,13 +97,13 @@ def raise_in_the_forward(mesh: DeviceMesh) -> Caught:
     model = zgraph.compile(built(Forked)(), stage=3, mesh=mesh)
     train_once(model, rows(0))
     model.fails = mesh.get_local_rank() == 1
-    return make(model, lambda: forward_and_backward(model, rows(0)))
+    return make(model, lambda: forward_and_backward(model, rows(0)), kind=(ZgraphError, ValueError))
 
 
 def test_one_rank_raises_in_its_forward(pair: Pool) -> None:
     waiting, failing = pair.run(raise_in_the_forward, 2, spoils=True)
-    assert_caught([failing], GraphBreakError, "the user's own error", f"{__file__}:")
-    assert_caught([waiting], PeerError, "GraphBreakError on rank 1", "the user's own error")
+    assert_caught([failing], ValueError, "the user's own error", f"{__file__}:", "the forward of Forked")
+    assert_caught([waiting], PeerError, "ValueError on rank 1", "the user's own error", f"{__file__}:")
 
 
 def look_up_out_of_range(mesh: DeviceMesh) -> Caught | str:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.cli.graphs import long
-from zgraph.capture.sources import MAX_CHARACTERS, context_of, line_of, sources_of
 from zgraph.cli.main import main
 from zgraph.cli.terminal import printable
 from zgraph.codegen.spec import KernelSpec
@@ -28,6 +27,7 @@ from zgraph.ir.lines import node_lines, read_line
 from zgraph.passes import Context, make_plan
 from zgraph.runfile.explain import explain
 from zgraph.runfile.format import MANIFEST, Provenance, RunFile, load_run, run_file
+from zgraph.runfile.sources import MAX_CHARACTERS, context_of, line_of, sources_of
 from zgraph.viz.page import page
 
 MEMBER = "graphs/00-captured.zir"
@@ -202,7 +202,7 @@ NASTY = "m\x1b[2J\x9b31m\u202e\x07"
     "arguments",
     [("explain", "run.zg", "%NODE"), ("show", "run.zg"), ("show", "run.zg", "--op", "aten"),
      ("explain", "run.zg", "%\x1b[2J"), ("diff", "run.zg@0", "@0"), ("verify", "bad.zg"), ("bisect", "bad.zg"),
-     ("show", "\x1b[2J.zg"), ("show", "raw.zg"), ("trace-export", "run.zg", "--dot", "-"),
+     ("show", "\x1b[2J.zg"), ("show", "raw.zg"), ("export", "run.zg", "--dot", "-"),
      ("diff", "run.zg@0", "raw.zg@0"), ("verify", "raw.zg")],
     ids=repr,
 )  # fmt: skip

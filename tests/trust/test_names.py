@@ -96,7 +96,7 @@ def _evil(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("verify",), ("bisect",), ("reduce",), ("simulate",), ("opt",), ("trace-export", "--dot", "-")],
+    [("verify",), ("bisect",), ("reduce",), ("simulate",), ("opt",), ("export", "--dot", "-")],
     ids=str,
 )
 def test_no_command_runs_what_a_file_names(arguments, tmp_path, monkeypatch, capfd):

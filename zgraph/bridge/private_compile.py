@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    TorchDynamoException,
+    TorchRuntimeError,
+    Unsupported,
+    UserError,
+)
 from torch._functorch._aot_autograd import descriptors
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
-    "BackendCompilerFailed", "FailOnRecompileLimitHit", "Unsupported", "UserError", "aot_autograd",
-    "checkpoint_region", "compiled_backward_node", "dynamo_is_off", "fake_mode_of", "grad_target", "input_index",
-    "mutation_target", "without_advice", "without_modes",
+    "BackendCompilerFailed", "FailOnRecompileLimitHit", "TorchDynamoException", "TorchRuntimeError", "Unsupported",
+    "UserError", "aot_autograd", "checkpoint_region", "compiled_backward_node", "dynamo_is_off", "fake_mode_of",
+    "grad_target", "input_index", "mutation_target", "raised_without_data", "without_advice", "without_modes",
 ]  # fmt: skip
 
 
@@ -73,17 +83,60 @@ def dynamo_is_off() -> str | None:
 def without_advice() -> Iterator[None]:
     """Leave out of what is captured, for the length of a `with`, what transformers would log once (`warning_once`).
 
-    Nor does torch say then that it could not write its own metrics.
+    Nor does torch log then what an error says anyhow, or that it could not write its own metrics.
     """
     config = torch._dynamo.config
     found = {getattr(logging.Logger, name, None) for name in ("warning_once", "warning_advice", "info_once")}
-    metrics = logging.getLogger("torch._dynamo.metrics_context")
-    before, metrics.disabled = metrics.disabled, True  # torch 2.11 fails to sort functions there, and logs a traceback
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     try:
         with config.patch(ignore_logger_methods=config.ignore_logger_methods | (found - {None})):
             yield
     finally:
-        metrics.disabled = before
+        for logger, was in zip(loggers, before, strict=True):
+            logger.disabled = was
+
+
+_NOISY = ("torch._dynamo.metrics_context", "torch._subclasses.fake_tensor")
+"""Loggers that write tracebacks: torch 2.11 fails to sort functions in the first; operands that do not fit."""
+
+
+def raised_without_data(run: Callable[[], Any]) -> Exception | None:
+    """What a function raises on tensors that have no data; None for nothing, and where it would have to see data.
+
+    No tensor is changed by it.
+    """
+    is_fake = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+    try:
+        with without_advice(), nullcontext() if is_fake else _without_data():
+            run()
+    except Exception as error:
+        return None if type(error).__module__.startswith(("torch._", "torch.fx")) else error
+    return None
+
+
+@contextmanager
+def _without_data() -> Iterator[None]:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Converting(mode):
+        yield
+
+
+class _Converting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Hands on tensors without data: by itself, torch's mode runs an op in place on what has data."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.mode = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._fake, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        is_fake = isinstance(tensor, FakeTensor)
+        return tensor if is_fake else self.mode.from_tensor(tensor, static_shapes=True)
 
 
 def compiled_backward_node(tensor: torch.Tensor) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from zgraph.cost import CostTable, Hardware, hardware, known, load_table
+from zgraph.cost import CostTable, Hardware, hardware, load_table
 from zgraph.cost.defaults import default_costs
+from zgraph.cost.hardware import recognised
 from zgraph.environment import ranks_here
 from zgraph.errors import UsageError
 
@@ -21,7 +23,8 @@ def cost_table(target: Target | None, device: torch.device) -> CostTable:
 
     Args:
         target: a profile's name (`h100`, `16x8-a100-80`), the path of a profile (.toml) or of a table that
-            `zgraph.profile` wrote (.json), or one of these as an object. None takes what fits the device.
+            `zgraph.profile` wrote (.json), or one of these as an object. None takes what fits the device, and
+            warns where no profile is its own.
         device: what the model is on.
 
     Raises:
@@ -36,11 +39,28 @@ def cost_table(target: Target | None, device: torch.device) -> CostTable:
         return load_table(Path(name)) if name.endswith(".json") else CostTable(hardware=hardware(name))
     if device.type == "cpu":
         return default_costs()
-    title = torch.cuda.get_device_name(device).lower()
-    stems = [n for n in known() if n.split("-")[0] in title]
-    if "a100" in title:
-        stems = ["a100-80" if torch.cuda.get_device_properties(device).total_memory > 50 << 30 else "a100-40"]
-    return CostTable(hardware=hardware(stems[0] if stems else "a100-40"), per_host=ranks_here())
+    return CostTable(hardware=hardware(_recognised(device)), per_host=ranks_here())
+
+
+UNKNOWN = "a100-40"
+"""What a GPU is taken for whose name says nothing; a warning tells of it."""
+
+
+def _recognised(device: torch.device) -> str:
+    """The name of the profile of a GPU; the nearest, with a warning, where it has none of its own."""
+    title = torch.cuda.get_device_name(device)
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    found, is_own = recognised(title, memory_bytes)
+    name = found or UNKNOWN
+    if not is_own:
+        warnings.warn(
+            f"no hardware profile is that of this {title} ({memory_bytes / 2**30:.0f} GiB): its step is planned as "
+            f'that of {name}. Say what it is like (hardware="h100"; zgraph hardware list has the names), write a '
+            f'profile (zgraph hardware new mine --from {name} -o mine.toml, then hardware="mine.toml"), or measure: '
+            "hardware=zgraph.profile(model, step).",
+            stacklevel=2,
+        )
+    return name
 
 
 def fingerprint_of(costs: CostTable) -> str:

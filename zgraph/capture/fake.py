@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from zgraph.bridge.aten import FROM_TORCH, compute_dtype
+from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.capture.frontend import Frontend, ParamInfo
 from zgraph.capture.hooks import without_gradient_hooks
 from zgraph.errors import CaptureError
@@ -20,7 +21,7 @@ Stage = Callable[[str], int | None]
 
 
 def trace(
-    model: nn.Module, *args: Any, param_dtype: torch.dtype | None = None, stage: Stage | None = None,
+    model: nn.Module, *args: Any, param_dtype: Dtype | None = None, stage: Stage | None = None,
     dynamic: bool | None = None, **kwargs: Any,
 ) -> Graph:  # fmt: skip
     """The graph of one training step of `model`, captured under fake tensors: no memory, no process group.
@@ -33,9 +34,11 @@ def trace(
         dynamic: as in `torch.compile`.
 
     Raises:
+        DtypeError: the dtype is none.
         GraphBreakError, CaptureError: as `zgraph.compile` does at the first call.
     """
     caught: list[Graph] = []
+    dtype = as_dtype_or_none(param_dtype, "param_dtype")
 
     def catch(graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> NoReturn:
         caught.append(graph)
@@ -52,11 +55,11 @@ def trace(
                         continue
                     name = f"{prefix}.{key}" if prefix else key
                     if id(tensor) not in fakes:
-                        fakes[id(tensor)] = fake = _fake(tensor, param_dtype if tensors is module._parameters else None)
+                        fakes[id(tensor)] = fake = _fake(tensor, dtype if tensors is module._parameters else None)
                         if isinstance(tensor, nn.Parameter):
                             infos[id(fake)] = ParamInfo(name, stage(name) if stage else None, _master(tensor, fake))
                     homes.append((tensors, key, tensor))
-        inputs = pytree.tree_map_only(torch.Tensor, lambda t: _fake(t, param_dtype), (args, kwargs))
+        inputs = pytree.tree_map_only(torch.Tensor, lambda t: _fake(t, dtype), (args, kwargs))
         try:
             for tensors, key, tensor in homes:
                 tensors[key] = fakes[id(tensor)]

@@ -7,7 +7,6 @@ The halves are modules with the placeholders and outputs that it expects, whose 
 from __future__ import annotations
 
 import operator
-import re
 import types
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from torch import fx, nn
 
 from zgraph.bridge import private_compile
 from zgraph.bridge.aten import TO_TORCH
+from zgraph.capture.failures import failure
 from zgraph.capture.importer import Importer, Leaf
-from zgraph.errors import CaptureError, EscapedParameterError, GraphBreakError, ZgraphError
+from zgraph.errors import CaptureError, EscapedParameterError
 from zgraph.ir import DType, Graph, InputKind, Phase, Plan, TensorType, Value
 from zgraph.ir.ops import views
 
@@ -76,7 +76,7 @@ class Frontend:
     def wrap(self, function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
         """`function`, captured and compiled at its first call and whenever its guards fail.
 
-        The result raises, beside what `function` itself raises:
+        The result raises, beside what `function` itself raises, which comes as it is with a note of where:
             GraphBreakError: it cannot be captured as one graph.
             CaptureError: it runs, but zgraph cannot take what was captured.
         """
@@ -88,18 +88,13 @@ class Frontend:
             try:
                 with private_compile.without_advice():
                     return compiled(*args, **kwargs)
-            except private_compile.BackendCompilerFailed as error:
-                inner = error.inner_exception
-                if isinstance(inner, ZgraphError):
-                    raise inner.with_traceback(None) from None
-                raise
-            except (private_compile.Unsupported, private_compile.UserError) as error:
-                raise _graph_break(error) from None
-            except private_compile.FailOnRecompileLimitHit as error:
-                raise CaptureError(
-                    "the forward was captured anew too often; pass dynamic=True to zgraph.compile, or raise "
-                    f"torch._dynamo.config.recompile_limit: {_first_line(error)}"
-                ) from None
+            except Exception as error:
+                failed = error
+            try:  # outside of the handler: what follows must not have torch's error for a context
+                failed = failure(failed, lambda: function(*args, **kwargs), self.name)
+                raise failed
+            finally:
+                del failed  # or its traceback would hold this frame, and this frame the error
 
         return call
 
@@ -291,21 +286,3 @@ def _boxed(run: Any) -> Callable[..., Any]:
 
     boxed._boxed_call = True  # type: ignore[attr-defined]
     return boxed
-
-
-def _graph_break(error: Exception) -> GraphBreakError:
-    frame = next(iter(reversed(getattr(error, "real_stack", None) or ())), None)
-    where = f"\n  at {frame.filename}:{frame.lineno}\n    {frame.line}" if frame is not None else ""
-    detail = re.search(r"Developer debug context: (.+)", str(error))
-    if detail and detail.group(1).startswith("raised exception "):
-        return GraphBreakError(f"the forward {detail.group(1)}{where}")
-    return GraphBreakError(
-        f"the forward cannot be captured as one graph: {_first_line(error)}"
-        f"{f' ({detail.group(1)})' if detail else ''}{where}\n"
-        "  Remedy: take the line out of the forward (a print, a data-dependent branch, .item()), or pass "
-        "fullgraph=False to zgraph.compile, which gathers all parameters for the length of the call."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

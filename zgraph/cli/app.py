@@ -28,17 +28,23 @@ from zgraph.runfile.format import RunFile, load_run
 FAILED, USED_WRONGLY, DOES_NOT_FIT = 1, 2, 3
 
 DTYPES = ("bf16", "f16", "f32")
-"""What a model can be told to compute in."""
+"""What shells offer for a dtype."""
 
 FILE_WIDTH = 150
 """Columns of a table that does not go to a terminal."""
 
 
+OLD_NAMES = {"report": "env", "trace-export": "export"}
+"""What commands were called once: scripts may still say so, and no help lists them."""
+
+
 class Commands(TyperGroup):
-    """Commands that know what a mistyped one may have meant."""
+    """Commands that know what a mistyped one may have meant, and what they were called before."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         found = super().get_command(ctx, cmd_name)
+        if found is None and cmd_name in OLD_NAMES:
+            found = super().get_command(ctx, OLD_NAMES[cmd_name])
         if found is None and not ctx.resilient_parsing:
             known = self.list_commands(ctx)
             hint = did_you_mean(cmd_name, known, f"the commands are {', '.join(known)}")

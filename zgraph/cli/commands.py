@@ -28,7 +28,7 @@ from zgraph.cli.app import (
 )  # fmt: skip
 from zgraph.cli.completion import any_of, hardware_names, pass_names, several_passes
 from zgraph.errors import UsageError, did_you_mean
-from zgraph.ir import DType, Phase, print_graph, verify
+from zgraph.ir import Phase, print_graph, verify
 from zgraph.ir.lines import node_lines, read_line
 from zgraph.ir.ops import LANES
 from zgraph.passes import RECIPES, Pass, Pipeline, fusing, known_passes, parse_recipe
@@ -52,11 +52,11 @@ def trace(
         str, typer.Option(help="What to plan for, such as h100 or 8x8-h100.", autocompletion=hardware_names)
     ] = "h100",
     world: Annotated[int, typer.Option(min=0, help="Ranks; 0 takes all of the hardware.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a rank's batch.")] = 1,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a rank's batch.", show_default="1")] = None,
+    seq: Annotated[int | None, typer.Option(min=1, help="Tokens of a row.", show_default="2048")] = None,
     memory_budget: Annotated[str, typer.Option(help="Such as 70GiB; by default the device's, less a margin.")] = "",
     dtype: Annotated[
-        str, typer.Option(help="To compute in: bf16, f16 or f32.", autocompletion=any_of(*DTYPES))
+        str, typer.Option(help="To compute in: bf16, f16, f32, or as torch calls it.", autocompletion=any_of(*DTYPES))
     ] = "bf16",
     kernels: Annotated[str, typer.Option(help="aten, or triton to fuse.", autocompletion=any_of(*KERNELS))] = "aten",
     passes: Annotated[
@@ -69,11 +69,11 @@ def trace(
 
     Example: `zgraph trace llama-70b/config.json --hardware 8x8-h100 -o run.zg`
     """
-    from zgraph.bridge.aten import TO_TORCH
+    from zgraph.bridge.dtypes import as_dtype
     from zgraph.cli.models import subject
     from zgraph.estimate.trace import traced
 
-    param_dtype = TO_TORCH[DType(one_of("--dtype", dtype, DTYPES))]
+    param_dtype = as_dtype(dtype, "--dtype")
     is_fused = one_of("--kernels", kernels, KERNELS) == "triton"
     recipe = passes or (fusing(RECIPES[stage]) if is_fused else RECIPES[stage])
     pipeline = parse_recipe(recipe)

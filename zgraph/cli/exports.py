@@ -21,8 +21,8 @@ VIEWERS = {
 }  # fmt: skip
 
 
-@app.command(name="trace-export")
-def trace_export(
+@app.command()
+def export(
     file: Annotated[str, typer.Argument(help="FILE, or FILE@GRAPH such as run.zg@bucket; - for standard input.")],
     to_perfetto: Annotated[
         str, typer.Option("--perfetto", help="Write the predicted step, as a trace of ui.perfetto.dev.")
@@ -36,7 +36,7 @@ def trace_export(
 ) -> None:
     """Write a graph, or its predicted step, for other tools' viewers; - is standard output.
 
-    Example: `zgraph trace-export run.zg --perfetto step.json --model-explorer graph.json --dot graph.dot`
+    Example: `zgraph export run.zg --perfetto step.json --model-explorer graph.json --dot graph.dot`
     """
     targets = {"perfetto": to_perfetto, "model-explorer": to_model_explorer, "dot": to_dot}
     if not any(targets.values()):

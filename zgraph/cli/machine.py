@@ -21,10 +21,10 @@ MAX_PROCESSOR_RANKS = 4
 
 
 @app.command()
-def report(as_json: AsJson = False) -> None:
+def env(as_json: AsJson = False) -> None:
     """What a bug report needs to say of this machine; nothing secret is in it.
 
-    Example: `zgraph report`
+    Example: `zgraph env`
     """
     found = bug_report()
     if as_json:

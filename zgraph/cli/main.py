@@ -6,7 +6,16 @@ import os
 import sys
 from typing import NoReturn
 
-from zgraph.cli import checking, commands, debugging, exports, machine, pictures, planning  # noqa: F401 - add commands
+from zgraph.cli import (  # noqa: F401 - add commands
+    checking,
+    commands,
+    debugging,
+    exports,
+    hardware,
+    machine,
+    pictures,
+    planning,
+)
 from zgraph.cli.app import DOES_NOT_FIT, FAILED, USED_WRONGLY, app
 from zgraph.cli.terminal import printable
 from zgraph.errors import BudgetError, HardwareError, RecipeError, UsageError, ZgraphError

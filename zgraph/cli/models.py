@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,24 +31,53 @@ class Subject:
     has_own_inputs: bool = False
 
 
-def subject(name: str, batch: int, seq: int) -> Subject:
+BATCH, SEQ = 1, 2048
+"""Rows, and tokens of each, where nothing is said."""
+
+
+def subject(name: str, batch: int | None = None, seq: int | None = None) -> Subject:
     """The model of a name.
 
     Args:
         name: `file.py:function`, whose function returns a module, or a module and a dict of inputs; or what
             transformers' AutoConfig takes: a folder, a `config.json`, the name of a model in its cache.
-        batch: rows of the inputs.
-        seq: tokens of each.
+        batch: rows of the inputs; None takes one.
+        seq: tokens of each; None takes 2048.
 
     Raises:
-        UsageError: there is no such model, or what makes it fails.
+        UsageError: there is no such model, what makes it fails, its forward does not take the inputs, or they are its
+            own and others are asked for.
     """
     if name.endswith(".py"):
         raise UsageError(f"say which function of {name} makes the model: {name}:FUNCTION")
     path, _, function = name.rpartition(":")
     if path.endswith(".py"):
-        return _of_file(Path(path), function, batch, seq)
-    return _of_config(name, batch, seq)
+        found = _of_file(Path(path), function, batch, seq)
+    else:
+        found = _of_config(name, batch, seq)
+    _check_call(found, name)
+    return found
+
+
+def _check_call(found: Subject, name: str) -> None:
+    """Raise UsageError if the forward cannot be called with the inputs."""
+    signature = inspect.signature(found.model.forward)
+    try:
+        signature.bind(**found.inputs)
+    except TypeError as error:
+        kind = type(found.model).__name__
+        given = ", ".join(found.inputs) or "nothing"
+        whose = "the function's inputs are" if found.has_own_inputs else "a language model is called with"
+        raise UsageError(
+            f"{name}: {kind}.forward{_arguments(signature)} does not take what it is called with: {error}; {whose} "
+            f"{given}. Have the function return (model, inputs), with a dict of inputs by the names of its arguments."
+        ) from None
+
+
+def _arguments(signature: inspect.Signature) -> str:
+    """The names of arguments, without their types."""
+    shown = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=shown, return_annotation=inspect.Signature.empty))
 
 
 def passes_of(name: str) -> dict[str, type[Pass]]:
@@ -88,7 +118,7 @@ def _told(error: Exception, path: Path) -> str:
     return f"{type(error).__name__}: {error}" + (f" ({path}:{lines[-1]})" if lines else "")
 
 
-def _of_file(path: Path, function: str, batch: int, seq: int) -> Subject:
+def _of_file(path: Path, function: str, batch: int | None, seq: int | None) -> Subject:
     module = _imported(path)
     if not callable(make := getattr(module, function, None)):
         own = [n for n, found in vars(module).items() if getattr(found, "__module__", "") == module.__name__]
@@ -105,11 +135,16 @@ def _of_file(path: Path, function: str, batch: int, seq: int) -> Subject:
     if not isinstance(inputs, dict | None):
         raise UsageError(f"{path}:{function} returned a {type(inputs).__name__} of inputs, not a dict by their names")
     if inputs is not None:
+        if asked := " and ".join(o for o, n in (("--batch", batch), ("--seq", seq)) if n is not None):
+            raise UsageError(
+                f"{path}:{function} gives its own inputs, so that {asked} would change nothing: leave it out, or have "
+                "the function return the model alone"
+            )
         return Subject(model, inputs, has_own_inputs=True)
     return Subject(model, training_inputs(model, batch, seq))
 
 
-def _of_config(name: str, batch: int, seq: int) -> Subject:
+def _of_config(name: str, batch: int | None, seq: int | None) -> Subject:
     try:
         import transformers
     except ImportError:
@@ -133,9 +168,10 @@ def _of_config(name: str, batch: int, seq: int) -> Subject:
     return Subject(model, training_inputs(model, batch, seq))
 
 
-def training_inputs(model: nn.Module, batch: int, seq: int) -> dict[str, Any]:
+def training_inputs(model: nn.Module, batch: int | None = None, seq: int | None = None) -> dict[str, Any]:
     """What a model of language is called with in training; images for one that has `image_size`."""
     config = getattr(model, "config", None)
+    batch, seq = BATCH if batch is None else batch, SEQ if seq is None else seq
     if config is None:
         raise UsageError(
             f"what to call {type(model).__name__} with is not known: have the function return (model, inputs)"

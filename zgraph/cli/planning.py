@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn
 
-from zgraph.cli.app import DOES_NOT_FIT, DTYPES, AsJson, app, console, one_of, print_json, progress
+from zgraph.cli.app import DOES_NOT_FIT, DTYPES, AsJson, app, console, print_json, progress
 from zgraph.cli.completion import any_of, hardware_names
 from zgraph.cost import Hardware, hardware
-from zgraph.errors import UsageError
 
 if TYPE_CHECKING:
     from zgraph.estimate.plan import TrainingPlan
@@ -40,10 +39,10 @@ def plan(
         list[int] | None,
         typer.Option(min=1, help="Rows of a rank's batch; may be given again.", show_default="1"),
     ] = None,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 2048,
+    seq: Annotated[int | None, typer.Option(min=1, help="Tokens of a row.", show_default="2048")] = None,
     memory_budget: Annotated[str, typer.Option(help="Such as 70GiB; by default the device's, less a margin.")] = "",
     dtype: Annotated[
-        str, typer.Option(help="To compute in: bf16, f16 or f32.", autocompletion=any_of(*DTYPES))
+        str, typer.Option(help="To compute in: bf16, f16, f32, or as torch calls it.", autocompletion=any_of(*DTYPES))
     ] = "bf16",
     stage: Annotated[
         list[int] | None,
@@ -67,14 +66,13 @@ def plan(
 
     Example: `zgraph plan llama-70b/config.json --hardware 8x8-h100`
     """
-    from zgraph.bridge.aten import TO_TORCH
-    from zgraph.ir import DType
+    from zgraph.bridge.dtypes import as_dtype
 
     names = targets or ["h100"]
     tried = _around(names) if sweep and not world else {name: name for name in names}
     options = {
         "num_ranks": world or None, "memory_budget": memory_budget or None, "stage": stage,
-        "offload": _offload(offload), "param_dtype": TO_TORCH[DType(one_of("--dtype", dtype, DTYPES))],
+        "offload": _offload(offload), "param_dtype": as_dtype(dtype, "--dtype"),
     }  # fmt: skip
     found = _combined(model, tried, batch or [], BATCHES if sweep else BATCHES[:1], seq, options)
     is_one = not sweep and len(found.combinations) == 1
@@ -104,7 +102,7 @@ def _offload(text: str) -> str | tuple[str, ...] | None:
 
 
 def _combined(
-    model: str, targets: Mapping[str, str | Hardware], asked: Sequence[int], usual: Sequence[int], seq: int,
+    model: str, targets: Mapping[str, str | Hardware], asked: Sequence[int], usual: Sequence[int], seq: int | None,
     options: Mapping[str, Any],
 ) -> Sweep:  # fmt: skip
     """All combinations; the model is captured once for each batch that is asked for, or for the usual ones."""
@@ -122,9 +120,7 @@ def _combined(
     found: list[Combination] = []
     with progress(BarColumn(), MofNCompleteColumn()) as shown:
         task = shown.add_task(f"reading {model}")
-        given = subject(model, 1, seq)
-        if given.has_own_inputs and len(asked) > 1:
-            raise UsageError(f"{model} gives its own inputs, so no batch can be tried: have it return the model alone")
+        given = subject(model, asked[0] if asked else None, seq)
         batches = usual[:1] if given.has_own_inputs else asked or usual
         shown.update(task, total=len(batches))
         for batch in batches:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from zgraph.capture import Compiled
-from zgraph.capture.sources import sources_of
 from zgraph.certify.certificate import Certifier
 from zgraph.compiler.autotune import tuned
 from zgraph.compiler.call_guard import eager
@@ -29,6 +28,7 @@ from zgraph.passes import Context, Pipeline, known_passes, make_plan
 from zgraph.passes.core.instruments import Dump, Log, Verify
 from zgraph.passes.fuse import Fuse
 from zgraph.runfile.format import Provenance, Recording, RunFile, has_backward, last_graph
+from zgraph.runfile.sources import sources_of
 from zgraph.runtime import Session
 from zgraph.runtime.linker import link_plan
 from zgraph.runtime.regions import Regions

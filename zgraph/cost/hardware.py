@@ -5,6 +5,7 @@ A name says how many hosts of how many devices: `8x8-h100` is 8 hosts of 8 H100s
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,12 @@ MAX_BYTES = 1 << 20
 """Of a profile's file."""
 
 _NAME = re.compile(r"(?:(?P<hosts>[0-9]{1,7})x(?P<devices>[0-9]{1,7})-)?(?P<name>[a-z0-9][a-z0-9.-]{0,99})")
+
+VARIANTS = {"pcie", "nvl", "mig", "laptop", "mobile", "max", "d", "super"}
+"""Words by which makers call what has a device's name and other figures."""
+
+MEMORY_TOLERANCE = 0.15
+"""How far the memory that a driver tells may be from the profile's: makers count in units of 1000 or of 1024."""
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -118,6 +125,27 @@ def known() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in FOLDER.glob("*.toml")))
 
 
+def recognised(title: str, memory_bytes: int) -> tuple[str | None, bool]:
+    """The name of the profile that is nearest to a device, and whether it is the device's own.
+
+    Args:
+        title: what the driver calls the device, such as `NVIDIA A100-SXM4-80GB`.
+        memory_bytes: of the device.
+    """
+    words = set(re.findall(r"[a-z0-9]+", title.lower()))
+    named = {name: _words(name) for name in known() if _words(name) <= words}
+    if not named:
+        return None, False
+    sizes = {name: abs(load(FOLDER / f"{name}.toml").device.memory_bytes / memory_bytes - 1) for name in named}
+    best = min(named, key=lambda name: (-len(named[name]), sizes[name]))
+    return best, sizes[best] < MEMORY_TOLERANCE and not VARIANTS & (words - named[best])
+
+
+def _words(name: str) -> set[str]:
+    """What a device is called that has this profile; a number at the end, as in `a100-40`, is its memory."""
+    return set(re.sub(r"-[0-9]{1,3}$", "", name).split("-"))
+
+
 def hardware(name: str) -> Hardware:
     """The profile of a name like `h100` or `16x8-a100-80`, or of a file.
 
@@ -182,7 +210,12 @@ def shown(path: Path) -> str:
 def save(profile: Hardware, path: Path) -> None:
     """Write a profile that `load` reads back."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(_lines(profile.model_dump(), "")) + "\n")
+    path.write_text(as_toml(profile))
+
+
+def as_toml(profile: Hardware) -> str:
+    """The text of a profile's file."""
+    return "\n".join(_lines(profile.model_dump(), "")) + "\n"
 
 
 def this_machine_path() -> Path:
@@ -196,7 +229,7 @@ def _lines(fields: Mapping[str, object], table: str) -> Iterator[str]:
         yield f"\n[{table}]"
     for key, value in fields.items():
         if isinstance(value, str):
-            yield f'{key} = "{value}"'
+            yield f"{key} = {json.dumps(value, ensure_ascii=False)}"  # TOML writes plain texts as JSON does
         elif not isinstance(value, Mapping):
             yield f"{key} = {value!r}"
     for key, value in fields.items():
@@ -211,5 +244,6 @@ def _unknown(name: str, stem: str) -> str:
     hint = did_you_mean(stem, known(), "")
     return (
         f"no hardware is called {name!r}; {hint}{' ' if hint else ''}the profiles are {', '.join(known())} and "
-        f"{THIS_MACHINE}, alone or as HOSTSxDEVICES-NAME (16x8-a100-80); or give the path of a .toml file"
+        f"{THIS_MACHINE}, alone or as HOSTSxDEVICES-NAME (16x8-a100-80); or give the path of a .toml file, which "
+        "zgraph hardware new begins"
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from zgraph.capture.sources import Sources, line_of
 from zgraph.debugging.check import NUM_MICRO_STEPS, examine
 from zgraph.debugging.ddmin import minimal
 from zgraph.debugging.hunks import Change, Hunks, print_hunk
@@ -18,6 +17,7 @@ from zgraph.debugging.outcome import Failure
 from zgraph.ir import Graph, Node
 from zgraph.passes import Context, Pipeline
 from zgraph.passes.core.pipeline import print_pass, uncollected
+from zgraph.runfile.sources import Sources, line_of
 
 Tell = Callable[[str], None]
 

@@ -150,23 +150,17 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
         mesh: the ranks; by default all, in rows of `zero_hpz_partition_size`.
     """
     keys, own = config.keys, config.keys.zgraph
-    param_dtype = getattr(torch, config.param_dtype) if config.param_dtype is not None else None
-    if param_dtype is not None:
+    if config.param_dtype is not None:
         model.float()  # masters
     if torch.cuda.is_available() and not any(p.is_meta for p in model.parameters()):
         model.to(torch.device("cuda", torch.cuda.current_device()))
     recipe = {} if own.recipe is None else {"passes": own.recipe}
     return api.compile(
-        model, stage=_stage(model, config), mesh=mesh if mesh is not None else _mesh(config), param_dtype=param_dtype,
-        reduce_dtype=_DTYPES[keys.communication_data_type], hardware=own.hardware, memory_budget=own.memory_budget,
-        recompute=own.recompute, offload=_offload(config), kernels=own.kernels, save=own.save, fullgraph=own.fullgraph,
-        dynamic=own.dynamic, **recipe,
+        model, stage=_stage(model, config), mesh=mesh if mesh is not None else _mesh(config),
+        param_dtype=config.param_dtype, reduce_dtype=keys.communication_data_type, hardware=own.hardware,
+        memory_budget=own.memory_budget, recompute=own.recompute, offload=_offload(config), kernels=own.kernels,
+        save=own.save, fullgraph=own.fullgraph, dynamic=own.dynamic, **recipe,
     )  # fmt: skip
-
-
-_DTYPES = {
-    None: None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64,
-}  # fmt: skip
 
 
 def _stage(model: nn.Module, config: Config) -> Any:

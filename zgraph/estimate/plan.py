@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import nn
 
 from zgraph.bridge.aten import compute_dtype
+from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.bridge.target import MARGIN, Target, cost_table, num_bytes
 from zgraph.errors import UsageError
 from zgraph.estimate.layer_scaling import Family, captured
@@ -97,7 +98,7 @@ class TrainingPlan:
 def plan(
     model: nn.Module, *args: Any, hardware: Target = "h100", num_ranks: int | None = None,
     memory_budget: int | str | None = None, stage: int | Sequence[int] | None = None,
-    offload: Offload = "auto", param_dtype: torch.dtype | None = None, **kwargs: Any,
+    offload: Offload = "auto", param_dtype: Dtype | None = None, **kwargs: Any,
 ) -> TrainingPlan:  # fmt: skip
     """What training a model with AdamW takes, without the hardware: no process group, no device, no memory.
 
@@ -117,7 +118,7 @@ def plan(
         param_dtype: dtype to compute in, as in `zgraph.compile`.
 
     Raises:
-        UsageError: an option means nothing.
+        UsageError, DtypeError: an option means nothing.
         HardwareError: there is no such hardware, or the ranks do not fill its hosts.
         CaptureError, GraphBreakError: as `zgraph.compile` does at the first call.
     """
@@ -131,7 +132,7 @@ def plan(
 def sweep(
     model: nn.Module, *args: Any, hardware: Sequence[Target], num_ranks: int | None = None,
     memory_budget: int | str | None = None, stage: int | Sequence[int] | None = None,
-    offload: Offload = "auto", param_dtype: torch.dtype | None = None, **kwargs: Any,
+    offload: Offload = "auto", param_dtype: Dtype | None = None, **kwargs: Any,
 ) -> tuple[TrainingPlan, ...]:  # fmt: skip
     """`plan` for several kinds of hardware, with the model captured once.
 
@@ -148,10 +149,11 @@ def sweep(
         raise UsageError(f"stage must be 0, 1, 2 or 3, not {unknown[0]!r}")
     if num_ranks is not None and num_ranks < 1:
         raise UsageError(f"num_ranks must be 1 or more, not {num_ranks}")
+    dtype = as_dtype_or_none(param_dtype, "param_dtype")
     makers = [_planner(target, num_ranks, memory_budget, offload) for target in hardware]
-    family = captured(model, args, kwargs, param_dtype)
+    family = captured(model, args, kwargs, dtype)
     num_parameters = sum(p.numel() for p in model.parameters())
-    sizes = [(n, p.numel() * compute_dtype(p, param_dtype).itemsize) for n, p in model.named_parameters()]
+    sizes = [(n, p.numel() * compute_dtype(p, dtype).itemsize) for n, p in model.named_parameters()]
     plans = []
     for make in makers:
         planner = make(family)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.bridge.target import MARGIN, Target, cost_table, num_bytes
 from zgraph.capture.deep import captured
-from zgraph.capture.sources import sources_of
 from zgraph.certify.certificate import Certifier
 from zgraph.environment import environment
 from zgraph.errors import UsageError
@@ -20,11 +20,12 @@ from zgraph.ir import Axis, Graph, OutputKind
 from zgraph.passes import Context, Pipeline
 from zgraph.passes.partition import Partition
 from zgraph.runfile.format import Provenance, Recording, RunFile
+from zgraph.runfile.sources import sources_of
 
 
 def traced(
     model: nn.Module, inputs: Mapping[str, Any], pipeline: Pipeline, *, hardware: Target,
-    num_ranks: int | None = None, memory_budget: int | str | None = None, param_dtype: torch.dtype | None = None,
+    num_ranks: int | None = None, memory_budget: int | str | None = None, param_dtype: Dtype | None = None,
 ) -> RunFile:  # fmt: skip
     """Capture a model under fake tensors and run passes on it.
 
@@ -47,7 +48,7 @@ def traced(
     budget = (
         int(costs.hardware.device.memory_bytes * (1 - MARGIN)) if memory_budget is None else num_bytes(memory_budget)
     )
-    graph, how = captured(model, inputs, param_dtype)
+    graph, how = captured(model, inputs, as_dtype_or_none(param_dtype, "param_dtype"))
     mesh = (Axis("shard", count),) if count > 1 else ()
     context = Context(mesh=mesh, costs=costs, memory_budget=budget, groups_calls=True, keeps_blocks=True)
     context = _resting(graph, pipeline, context)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from zgraph.bridge.aten import compute_dtype
+from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.bridge.target import Target, cost_table, device_budget, fingerprint_of, num_bytes
 from zgraph.cost import CostTable
 from zgraph.errors import ContractError, UsageError
@@ -37,8 +38,8 @@ class Options(TypedDict, total=False):
 
     stage: Stage
     mesh: DeviceMesh | None
-    param_dtype: torch.dtype | None
-    reduce_dtype: torch.dtype | None
+    param_dtype: Dtype | None
+    reduce_dtype: Dtype | None
     hardware: Target | None
     memory_budget: int | str | None
     recompute: Recompute
@@ -112,8 +113,8 @@ class Settings:
 
 
 def resolve(
-    model: nn.Module, *, stage: Stage, mesh: DeviceMesh | None, param_dtype: torch.dtype | None,
-    reduce_dtype: torch.dtype | None, hardware: Target | None, memory_budget: int | str | None, recompute: Recompute,
+    model: nn.Module, *, stage: Stage, mesh: DeviceMesh | None, param_dtype: Dtype | None,
+    reduce_dtype: Dtype | None, hardware: Target | None, memory_budget: int | str | None, recompute: Recompute,
     offload: Offload, kernels: Kernels, passes: Passes | None, save: str | Path | None, fullgraph: bool,
     dynamic: bool | None,
 ) -> Settings:  # fmt: skip
@@ -122,7 +123,8 @@ def resolve(
     Raises:
         UsageError, AlreadyCompiledError, RecipeError, ContractError, RunFileError, HardwareError: as `zgraph.compile`.
     """
-    check_options(model, stage, mesh, param_dtype, reduce_dtype)
+    check_options(model, stage, mesh)
+    computed, averaged = as_dtype_or_none(param_dtype, "param_dtype"), as_dtype_or_none(reduce_dtype, "reduce_dtype")
     if recompute not in RECOMPUTES:
         raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
     check_kernels(kernels, passes is not None)
@@ -141,14 +143,14 @@ def resolve(
         raise ContractError(f"the recipe '{pipeline}' places nothing on the {mesh.size()} ranks; add partition to it")
     moves = activations(offload, budget, is_gpu=is_gpu)
     wanted = {name: default_stage if own is None else own for name, own in stages.items()}
-    resting = _resting(model, wanted, mesh.size(-1) if mesh is not None else 1, param_dtype)
+    resting = _resting(model, wanted, mesh.size(-1) if mesh is not None else 1, computed)
     offloads = of_parameters(offload, resting, budget, is_gpu=is_gpu)
     if offloads and not fullgraph:
         raise UsageError("fullgraph=False gathers all parameters at once, so that none can be offloaded; offload=None")
     if (mesh is not None and default_stage) or offloads:
         check_optimizers(model)
     return Settings(
-        device, mesh, default_stage, stages, param_dtype, reduce_dtype, pipeline, replayed, costs, budget,
+        device, mesh, default_stage, stages, computed, averaged, pipeline, replayed, costs, budget,
         RECOMPUTES[recompute], moves, offloads, kernels == "inductor", Path(save) if save is not None else None,
         fullgraph, dynamic,
     )  # fmt: skip

@@ -22,7 +22,7 @@ ATTRIBUTE = "_zgraph"
 """Where a compiled model keeps what `zgraph.compile` attached to it."""
 
 
-def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtypes: torch.dtype | None) -> None:
+def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None) -> None:
     if not (callable(stage) or _is_stage(stage)):
         raise UsageError(f"stage must be 0, 1, 2 or 3, or a function from a parameter's name to one, not {stage!r}")
     for module_name, module in model.named_modules():
@@ -34,9 +34,6 @@ def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *dtyp
             )
     if mesh is not None:
         _check_mesh(mesh)
-    for dtype in dtypes:
-        if dtype is not None and not dtype.is_floating_point:
-            raise UsageError(f"param_dtype and reduce_dtype must be floating-point dtypes, not {dtype}")
     for name, parameter in model.named_parameters():
         if parameter.layout is not torch.strided or parameter.dtype not in FROM_TORCH:
             raise UsageError(f"the parameter {name} is {parameter.layout} {parameter.dtype}, which cannot be sharded")

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from zgraph.capture.sources import line_of
 from zgraph.cost import Timeline
 from zgraph.errors import UsageError, did_you_mean
 from zgraph.ir.lines import Line, node_lines, read_line
 from zgraph.runfile.diff import moved
 from zgraph.runfile.format import RunFile
+from zgraph.runfile.sources import line_of
 
 Lines = Mapping[str, str]
 """The lines of a graph's nodes, by what each is known by."""

@@ -32,7 +32,6 @@ from typing import BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zgraph.bridge.private_files import drafted
-from zgraph.capture.sources import Sources, print_sources, read_sources
 from zgraph.certify.record import Certificate
 from zgraph.cost import Timeline, TimelineRecord, simulate
 from zgraph.errors import ContractError, GraphNameError, RunFileError, SimulationError, did_you_mean
@@ -42,6 +41,7 @@ from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.core.pipeline import print_pass, uncollected
 from zgraph.passes.plan.make_plan import make_plan
 from zgraph.runfile.archive import opened
+from zgraph.runfile.sources import Sources, print_sources, read_sources
 from zgraph.version import __version__
 
 FORMAT = 2

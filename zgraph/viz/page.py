@@ -16,13 +16,13 @@ from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
-from zgraph.capture.sources import context_of
 from zgraph.cost.memory import lifetimes
 from zgraph.ir import OPS, Mesh
 from zgraph.ir.lines import node_lines, read_line
 from zgraph.passes import make_plan
 from zgraph.passes.schedule import step_bound_us
 from zgraph.runfile.format import RunFile
+from zgraph.runfile.sources import context_of
 
 SCRIPTS = ("run.js", "tree.js", "graph.js", "program.js", "charts.js", "details.js", "main.js")
 

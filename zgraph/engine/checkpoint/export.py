@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.engine.checkpoint.directory import sync, write_text
 from zgraph.engine.checkpoint.state import State
 from zgraph.engine.checkpoint.storage import Reader, in_files, read_json, write_tensors
@@ -57,7 +58,7 @@ def export(engine: Trains, folder: Path, tokenizer: Any) -> None:
 
 
 def export_hf(
-    checkpoint_folder: str | Path, folder: str | Path, *, tokenizer: Any = None, dtype: torch.dtype | None = None
+    checkpoint_folder: str | Path, folder: str | Path, *, tokenizer: Any = None, dtype: Dtype | None = None
 ) -> None:
     """Make a folder that transformers loads of a checkpoint; one process does it, and tensors are read one by one.
 
@@ -73,14 +74,13 @@ def export_hf(
     reader, home = Reader(Path(checkpoint_folder)), Path(folder)
     reader.check()
     state = read_json(Path(checkpoint_folder) / "state.json", State)
-    if dtype is None and state.dtype is not None:
-        dtype = getattr(torch, state.dtype)
+    chosen = as_dtype_or_none(state.dtype if dtype is None else dtype, "dtype")
     dtypes = {
         name.removeprefix("model."): stored.torch_dtype
         for name, stored in reader.index.tensors.items()
         if name.startswith("model.")
     }
-    wanted = {n: d if dtype is None or n in state.buffers or d is None else dtype for n, d in dtypes.items()}
+    wanted = {n: d if chosen is None or n in state.buffers or d is None else chosen for n, d in dtypes.items()}
     sizes = {
         name: torch.Size(reader.index.tensors[f"model.{name}"].shape).numel() * kind.itemsize
         for name, kind in wanted.items()
@@ -89,7 +89,7 @@ def export_hf(
     try:
         write_sharded(home, "model", sizes, lambda name: reader.whole(f"model.{name}").to(wanted[name]), MAX_BYTES)
         if state.model_info is not None:
-            _write_config(home, state.model_info, None, state.dtype if dtype is None else str(dtype)[6:])
+            _write_config(home, state.model_info, None, None if chosen is None else str(chosen)[6:])
         _write_tokenizer(home, tokenizer)
     except OSError as error:
         raise CheckpointError(f"{home} cannot be written: {error}") from None

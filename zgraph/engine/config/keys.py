@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from zgraph.bridge.dtypes import as_dtype
 from zgraph.engine.config.sections import Section
 
 _SCHEDULE = "the pass `schedule` moves communication behind computing for the costs of the hardware"
@@ -20,20 +21,18 @@ _ALWAYS = "it is always so"
 _HOST = "the runtime sizes, pins and streams its host memory itself"
 _RESUMES = "every checkpoint can be resumed at another world size and stage"
 
-DType = Literal["fp32", "fp16", "bf16", "fp64"]
 
-_LONG_NAMES = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float64": "fp64"}
-
-
-def _short_name(name: Any) -> Any:
-    return _LONG_NAMES.get(name, name) if isinstance(name, str) else name
+def _known(name: Any) -> Any:
+    as_dtype(name, "a dtype")
+    return name
 
 
 def _lower(name: Any) -> Any:
     return name.lower() if isinstance(name, str) else name
 
 
-Precision = Annotated[DType, BeforeValidator(_short_name)]
+Precision = Annotated[str, BeforeValidator(_known)]
+"""A word for a dtype, as `zgraph.compile` takes it."""
 
 
 class Offload(Section):
