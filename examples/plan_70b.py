@@ -25,7 +25,9 @@ def main() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
         tokens = torch.zeros(1, 4096, dtype=torch.long)
-    plan = zgraph.plan(model, input_ids=tokens, labels=tokens, hardware=asked.hardware, param_dtype=torch.bfloat16)
+    plan = zgraph.plan(
+        model, input_ids=tokens, labels=tokens, hardware=asked.hardware, param_dtype=torch.bfloat16, stage=(2, 3)
+    )
     print(plan)
     if plan.best is None:
         raise SystemExit(3)
