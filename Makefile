@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-deep test-ranks test-rest bench bench-gpu lint clean
+.PHONY: demo test test-deep test-ranks test-rest bench bench-gpu docs lint clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo
@@ -35,6 +35,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.steps
 
+# The pages of docs/ and the API reference, in build/docs. A broken link is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # With the torch of the GPU's machine: nothing is installed, PYTHON says which Python has it.
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu --json benchmarks/results/gpu.json
@@ -61,6 +65,10 @@ $(VENV)/.chromium: $(VENV)/.python
 
 $(VENV)/.bench: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) --editable '.[bench]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 clean:

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 
 import torch
@@ -21,6 +20,7 @@ from zgraph.environment import environment
 from zgraph.ir import Graph, Node, Phase, Plan, Program, Value
 from zgraph.ir.ops import OPS
 from zgraph.ir.printer import fingerprint, print_graph, print_node
+from zgraph.version import __version__
 
 COLLECTIVES = frozenset(op.name for op in OPS.values() if op.lane == "comm")
 _MARK_BYTES = 8
@@ -29,7 +29,7 @@ _MARK_BYTES = 8
 def settings_lines(pipeline: str) -> list[str]:
     """What must be the same on all ranks beside the model and the options, a line each."""
     return [
-        f"zgraph {_version('zgraph')}, torch {torch.__version__}",
+        f"zgraph {__version__}, torch {torch.__version__}",
         f"ZGRAPH_DISABLE={','.join(sorted(environment().disable))}",
         f"passes {pipeline}",
     ]
@@ -49,13 +49,6 @@ def check_joined(names: Mapping[str, str] = os.environ) -> str:
 def described(node: Node) -> str:
     """A node for whoever waits for it: its name, its op, and when it runs."""
     return f"%{node.name} ({node.op}, {node.phase.name})"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def plan_text(plan: Plan, captured: str, known: str) -> str:

@@ -1,7 +1,9 @@
 """What `import zgraph` gives: the public names and nothing else, without torch, and a clear error without links."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,28 @@ def test_a_checkout_without_links_says_so(tmp_path):
     found = python("import zgraph", tmp_path)
     assert found.stderr.splitlines()[-1].startswith("ImportError: ")
     assert "git config core.symlinks true" in found.stderr
+
+
+def test_one_version_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
+    changed = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    assert {project["version"], cited, changed} == {zgraph.__version__}
+
+
+def test_the_version_does_not_depend_on_how_the_distribution_is_called():
+    """On PyPI, zgraph is another project: what is installed under that name says nothing of this package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "zgraph-compiler"
+    asked = re.compile(r"""\bversion\(["']zgraph|metadata.*["']zgraph["']""")
+    for folder in ("zgraph", "passes", "codegen", "runtime"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not asked.search(path.read_text()), path
+
+
+def test_the_licence_is_there():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["license"] == "Apache-2.0"
+    text = (ROOT / "LICENSE").read_text()
+    assert "Version 2.0, January 2004" in text
+    assert "9. Accepting Warranty or Additional Liability" in text

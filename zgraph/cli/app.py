@@ -24,6 +24,7 @@ from zgraph.errors import RecipeError, UsageError, did_you_mean, nearest
 from zgraph.passes import known_passes, register_pass
 from zgraph.passes.core.pipeline import parse_size
 from zgraph.runfile.format import RunFile, load_run
+from zgraph.version import __version__
 
 FAILED, USED_WRONGLY, DOES_NOT_FIT = 1, 2, 3
 
@@ -58,8 +59,20 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+def _version(is_asked: bool) -> None:
+    """Print the version, and end."""
+    if is_asked:
+        typer.echo(f"zgraph {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+]
+
+
 @app.callback()
-def _all() -> None:
+def _all(version: Version = False) -> None:
     """Commands that read or write files take `-` for standard input or output, and those that print, `--json`."""
 
 
