@@ -13,7 +13,6 @@ from zgraph.capture import Frontend, ParamInfo, drop_gradient_hooks
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.compiler.call_guard import guard
 from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
-from zgraph.compiler.interrupts import say_little
 from zgraph.compiler.narrator import Narrator
 from zgraph.environment import environment
 from zgraph.ir import Axis
@@ -24,6 +23,7 @@ from zgraph.passes.fuse import Fuse
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.agreement import settings_lines
 from zgraph.runtime.eager_fallback import run_whole
+from zgraph.runtime.interrupts import say_little
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
 from zgraph.runtime.peers import Peers, unique_name

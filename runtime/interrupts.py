@@ -12,12 +12,19 @@ from typing import Any
 from zgraph.environment import environment
 from zgraph.errors import PeerError
 
+Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
+"""What Python calls with an error that nobody caught."""
+
 
 def say_little() -> None:
-    """Have this process say little when it is interrupted, unless the user has a hook of their own."""
-    before = sys.excepthook
-    if before is sys.__excepthook__ or before.__module__.startswith("torch."):  # torch names the rank in each line
-        sys.excepthook = partial(_told, before)
+    """Have this process say little when it is interrupted."""
+    sys.excepthook = quiet(sys.excepthook)
+
+
+def quiet(before: Hook) -> Hook:
+    """A hook that says one line of an interrupt, and hands on other errors; a hook of the user's own stays as it is."""
+    is_usual = before is sys.__excepthook__ or getattr(before, "__module__", "").startswith("torch.")
+    return partial(_told, before) if is_usual else before  # torch's names the rank in each line
 
 
 def was_interrupted(error: BaseException) -> bool:
@@ -26,9 +33,6 @@ def was_interrupted(error: BaseException) -> bool:
 
 
 _NAME = f"{KeyboardInterrupt.__name__} on rank "
-
-
-Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 
 def _told(before: Hook, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
