@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from zgraph.bridge.private_runtime import Store
+from zgraph.runtime.interrupts import quiet
 from zgraph.runtime.journal import begun
 
 LINGER_SECONDS = 1.0
@@ -34,7 +35,7 @@ class Departure(NamedTuple):
 @lru_cache(maxsize=1)
 def watch(store: Store, rank: int) -> None:
     """Leave word of this process's end, whichever it is. Hooks that are there already run as before."""
-    before, before_thread = sys.excepthook, threading.excepthook
+    before, before_thread = quiet(sys.excepthook), threading.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)

@@ -6,7 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from zgraph.errors import UsageError
+from zgraph.errors import UsageError, did_you_mean
+
+LOG_KINDS = ("capture", "passes", "recompiles", "progress")
+"""What ZGRAPH_LOGS may name: a line for each captured graph, one for each pass, one for what made torch capture again,
+and a progress bar on a terminal."""
+
+USUAL_LOGS = frozenset({"capture", "recompiles", "progress"})
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,8 @@ class Environment:
         disable: ZGRAPH_DISABLE, names of passes to leave out, separated by commas.
         traceback: ZGRAPH_TRACEBACK, "short" leaves torch's frames out of errors that come while a model is captured,
             "full" has all.
+        logs: ZGRAPH_LOGS, what is told while a model is captured and compiled: kinds of `LOG_KINDS`, separated by
+            commas, "all" or "none".
         config: ZGRAPH_CONFIG, the configuration file of `zgraph.hf.Trainer` where it is given none.
     """
 
@@ -30,6 +38,7 @@ class Environment:
     disable: frozenset[str] = frozenset()
     config: Path | None = None
     traceback: str = "short"
+    logs: frozenset[str] = USUAL_LOGS
 
 
 def environment() -> Environment:
@@ -49,8 +58,20 @@ def environment() -> Environment:
         raise UsageError(f"ZGRAPH_TRACEBACK must be short or full, not {traceback!r}")
     return Environment(
         Path(dump) if dump else None, int(level), _seconds("ZGRAPH_TIMEOUT", 600.0), disable,
-        Path(config) if config else None, traceback,
+        Path(config) if config else None, traceback, _logs(),
     )  # fmt: skip
+
+
+def _logs() -> frozenset[str]:
+    text = os.environ.get("ZGRAPH_LOGS")
+    if text is None or text in ("all", "none"):
+        return USUAL_LOGS if text is None else frozenset(LOG_KINDS if text == "all" else ())
+    kinds = frozenset(filter(None, (name.strip() for name in text.split(","))))
+    for name in sorted(kinds - {*LOG_KINDS}):
+        known = f"the kinds are {', '.join(LOG_KINDS)}, or all, or none"
+        hint = did_you_mean(name, LOG_KINDS, "")
+        raise UsageError(f"ZGRAPH_LOGS names {name!r}, which is no kind of line; {hint}{' ' * bool(hint)}{known}")
+    return kinds
 
 
 def _seconds(name: str, default: float) -> float:

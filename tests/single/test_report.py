@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import zgraph
 from small import llama
-from zgraph.compiler.report import Report
+from zgraph.compiler.report import Report, alike, mebibytes
 
 from .nets import Mlp, built, rows
 
@@ -66,3 +66,21 @@ def test_the_reports_numbers() -> None:
 
 def test_a_report_before_the_first_call_says_so() -> None:
     assert "Nothing captured yet" in str(zgraph.report(zgraph.compile(built(Mlp))))
+
+
+def test_graphs_that_differ_in_sizes_alone_are_one_table() -> None:
+    """A model that generates is captured once for each length."""
+    model = zgraph.compile(built(lambda: llama(32, 1, 61)), dynamic=False)
+    with torch.no_grad():
+        for length in (4, 5, 6, 7):
+            model(input_ids=torch.ones(1, length, dtype=torch.int64))
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    model(input_ids=ids, labels=ids).loss.backward()
+    report = zgraph.report(model)
+    text = str(report)
+    assert [len(group) for group in alike(report.entries)] == [4, 1]
+    assert text.count("inference graph") == text.count("training graph") == 1
+    said = " ".join(text.split())
+    assert "and 3 more like it, LlamaForCausalLM-1 to LlamaForCausalLM-3, of sizes 4, 5, 6, 7: peak above rest" in said
+    peaks = [e.memory.peak.total_bytes for e in report.entries[:4]]
+    assert f"{mebibytes(min(peaks))} to {mebibytes(max(peaks))}" in said

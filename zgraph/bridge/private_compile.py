@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch._dynamo import callback
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import (
     BackendCompilerFailed,
@@ -28,7 +29,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 __all__ = [
     "BackendCompilerFailed", "FailOnRecompileLimitHit", "TorchDynamoException", "TorchRuntimeError", "Unsupported",
     "UserError", "aot_autograd", "checkpoint_region", "compiled_backward_node", "dynamo_is_off", "fake_mode_of",
-    "grad_target", "input_index", "mutation_target", "raised_without_data", "without_advice", "without_modes",
+    "grad_target", "input_index", "mutation_target", "on_capture", "raised_without_data", "without_advice",
+    "without_modes",
 ]  # fmt: skip
 
 
@@ -137,6 +139,16 @@ class _Converting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
         is_fake = isinstance(tensor, FakeTensor)
         return tensor if is_fake else self.mode.from_tensor(tensor, static_shapes=True)
+
+
+def on_capture(begun: Callable[[], None]) -> None:
+    """Have a function called whenever torch begins to capture a call; a second time for the same does nothing."""
+    if begun not in _told:
+        _told.append(begun)
+        callback.on_compile_start(lambda _: begun())
+
+
+_told: list[Callable[[], None]] = []
 
 
 def compiled_backward_node(tensor: torch.Tensor) -> Any:

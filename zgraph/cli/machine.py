@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -72,6 +73,8 @@ def launch(
     if num_ranks < 1:
         raise UsageError(f"--nproc-per-node must be 1 or more, not {num_ranks}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores() // num_ranks, 1)))
+    for name in ("agent.server.api", "multiprocessing.api"):  # which tell of every signal that is handed on
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
     try:
         run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:

@@ -13,6 +13,8 @@ from zgraph.capture import Frontend, ParamInfo, drop_gradient_hooks
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.compiler.call_guard import guard
 from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
+from zgraph.compiler.narrator import Narrator
+from zgraph.environment import environment
 from zgraph.ir import Axis
 from zgraph.options.settings import Settings
 from zgraph.options.validate import ATTRIBUTE
@@ -21,6 +23,7 @@ from zgraph.passes.fuse import Fuse
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.agreement import settings_lines
 from zgraph.runtime.eager_fallback import run_whole
+from zgraph.runtime.interrupts import say_little
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
 from zgraph.runtime.peers import Peers, unique_name
@@ -57,19 +60,23 @@ def shard(model: nn.Module, settings: Settings) -> Session:
 
 def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     """Put in the place of the model's forward one that compiles what it captures."""
+    told = environment().logs if session.store.rank == 0 else ()
+    narrator = Narrator(type(model).__name__, model.forward, told, _where(settings, session))
     compiled = CompiledModel(
         model, session, settings.pipeline, _context(model, settings, session), settings.save, settings.replayed,
         Regions() if settings.compiles_regions else None,
         tunes=settings.is_gpu and any(isinstance(step, Fuse) for step in settings.pipeline.passes),
+        narrator=narrator,
     )  # fmt: skip
     own_forward = forward = model.forward
+    say_little()
     if settings.fullgraph:
         drop_gradient_hooks(model)
         frontend = Frontend(
             _param_infos(session), lambda: {id(b): n for n, b in model.named_buffers()}, compiled.compile_graph,
             type(model).__name__,
         )  # fmt: skip
-        forward = frontend.wrap(forward, settings.dynamic)
+        forward = narrator.watched(frontend.wrap(forward, settings.dynamic))
     else:
         forward = run_whole(forward, session)
     model.__dict__[ATTRIBUTE] = compiled
@@ -80,6 +87,13 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     )
     for name in ADAPTERS:
         import_module(name).adapt(model)
+
+
+def _where(settings: Settings, session: Session) -> str:
+    """The stages and the ranks, in words."""
+    stages = sorted({settings.default_stage if own is None else own for own in settings.stages.values()})
+    listed = f"stage{'s' * (len(stages) > 1)} {' and '.join(map(str, stages or [settings.default_stage]))}"
+    return f"{listed} on {session.num_ranks} rank{'s' * (session.num_ranks > 1)}"
 
 
 def _described(model: nn.Module, settings: Settings) -> str:

@@ -18,6 +18,7 @@ from zgraph.capture import Compiled
 from zgraph.certify.certificate import Certifier
 from zgraph.compiler.autotune import tuned
 from zgraph.compiler.call_guard import eager
+from zgraph.compiler.narrator import Narrator
 from zgraph.compiler.report import Entry, Report, make_entry
 from zgraph.cost.workspace import NUM_THREADS
 from zgraph.environment import environment
@@ -46,16 +47,19 @@ class CompiledModel:
         replayed: a run whose last graph takes the place of the passes, for the training graph.
         regions: if given, they compile what lies between collectives.
         tunes: whether the ways of running a group are measured before the first graph is compiled.
+        narrator: tells the user of what is captured; nobody does where there is none.
     """
 
     def __init__(
         self, model: nn.Module, session: Session, pipeline: Pipeline, context: Context, save: Path | None = None,
         replayed: RunFile | None = None, regions: Regions | None = None, *, tunes: bool = False,
+        narrator: Narrator | None = None,
     ) -> None:  # fmt: skip
         self.model, self.session, self.context = model, session, context
         self.save, self.replayed, self.regions, self.tunes = save, replayed, regions, tunes
         self.pipeline = enabled(pipeline)
         self.eager = eager(model.forward, session.store.param_dtype)
+        self.narrator = narrator or Narrator(type(model).__name__, model.forward, (), "")
         self.entries: list[Entry] = []
         self.hints: dict[str, int] = {}
         self._planned: set[bool] = set()
@@ -64,7 +68,9 @@ class CompiledModel:
         """A captured graph through the passes, planned, agreed on and linked."""
         settings = environment()
         log = Log()
-        instruments: list[Any] = [log]
+        instruments: list[Any] = [log, self.narrator]
+        is_general = any(not name.startswith(NUM_THREADS) for name in hints)
+        self.narrator.captured(graph, len(self.pipeline.passes), is_general=is_general)
         if settings.verify:
             verify(graph)
         if settings.verify == 2:
@@ -105,6 +111,9 @@ class CompiledModel:
         known = f"planned for {', '.join(f'{name}={hints[name]}' for name in sorted(hints))}"
         forward, backward = link_plan(self.session, plan, constants, text, known, self.regions)
         self.entries.append(entry)
+        update_bytes = context.update_bytes if plan.backward is not None else 0
+        peak_bytes = context.rest_bytes + max(entry.memory.peak.total_bytes, update_bytes)
+        self.narrator.compiled(graph, entry.steps, entry.timeline.step_us, peak_bytes)
         return Compiled(plan, forward, backward)
 
     def _agreed_hints(self, graph: Graph, hints: Mapping[str, int]) -> Mapping[str, int]:

@@ -19,7 +19,7 @@ from zgraph.cost import MemoryCurve, Timeline, Traffic, simulate, traffic
 from zgraph.cost.memory import Life, alive_at_peak
 from zgraph.cost.work import work
 from zgraph.errors import UsageError
-from zgraph.ir import Plan
+from zgraph.ir import InputKind, Plan, TensorType
 from zgraph.ir.symbols import evaluate
 from zgraph.passes.arena import sizes
 from zgraph.passes.core.base import Context
@@ -137,10 +137,12 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._rest()]
-        for entry in self.entries:
+        for entry, *others in alike(self.entries):
             parts += [Text(), _passes(entry), _peak(entry), _certified(entry)]
             if entry.traffic:
                 parts += [_wire(entry, self.whole_bytes), step_summary(entry)]
+            if others:
+                parts.append(_like_it(entry, others))
         if not self.entries:
             parts.append(Text("Nothing captured yet: the first call of the model does that.", style="dim"))
         return Group(*parts)
@@ -195,6 +197,41 @@ class Report:
         return table
 
 
+def alike(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Graphs that the passes did the same to: those of a model that generates, one for each length."""
+    found: dict[object, list[Entry]] = {}
+    for entry in entries:
+        did = tuple((step.text, step.num_nodes, frozenset(step.changed.items())) for step in entry.steps)
+        found.setdefault((entry.kind, did), []).append(entry)
+    return list(found.values())
+
+
+MOST_SIZES = 12
+
+
+def _like_it(entry: Entry, others: Sequence[Entry]) -> Text:
+    """The graphs that differ from one in sizes alone."""
+    every = [entry, *others]
+    lists = [_sizes(e) for e in every]
+    columns = [*zip(*lists, strict=True)] if len({*map(len, lists)}) == 1 else []
+    varied = dict.fromkeys(column for column in columns if len(set(column)) > 1)
+    sizes = [", ".join(map(str, column[:MOST_SIZES])) + ", ..." * (len(column) > MOST_SIZES) for column in varied]
+    names = f"{others[0].plan.graph.name} to {others[-1].plan.graph.name}" if others[1:] else others[0].plan.graph.name
+    peaks = [e.memory.peak.total_bytes for e in every]
+    steps = [e.timeline.step_us for e in every]
+    return Text(
+        f"and {len(others)} more like it, {names}" + (f", of sizes {' and '.join(sizes)}" if sizes else "")
+        + f": peak above rest {mebibytes(min(peaks))} to {mebibytes(max(peaks))}, predicted step "
+        f"{milliseconds(min(steps))} to {milliseconds(max(steps))}"
+    )  # fmt: skip
+
+
+def _sizes(entry: Entry) -> list[int]:
+    """The sizes of what the model is called with."""
+    kinds = [i.value.type for i in entry.plan.graph.inputs if i.kind is InputKind.input]
+    return [int(evaluate(dim, entry.hints)) for kind in kinds if isinstance(kind, TensorType) for dim in kind.shape]
+
+
 def mebibytes(num_bytes: int) -> str:
     """Bytes for people: 1 MiB and more in MiB, less in KiB."""
     return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.1f} KiB"
@@ -244,23 +281,24 @@ def step_summary(entry: Entry) -> Text:
     """Predicted time, the bound below which no order can go, and what computing waits for."""
     timeline = entry.timeline
     text = Text(
-        f"predicted step {_milliseconds(timeline.step_us)}, lower bound {_milliseconds(entry.lower_bound_us)}, gap "
-        f"{max(entry.gap, 0.0):.1%}: computing {_milliseconds(timeline.busy_us['compute'])}, communication "
-        f"{_milliseconds(timeline.busy_us['comm'])}, "
+        f"predicted step {milliseconds(timeline.step_us)}, lower bound {milliseconds(entry.lower_bound_us)}, gap "
+        f"{max(entry.gap, 0.0):.1%}: computing {milliseconds(timeline.busy_us['compute'])}, communication "
+        f"{milliseconds(timeline.busy_us['comm'])}, "
     )
     if copies := timeline.busy_us["d2h"] + timeline.busy_us["h2d"]:
-        text.append(f"copies to the host and back {_milliseconds(copies)}, ")
-    text.append(f"of which {_milliseconds(timeline.exposed_us)} exposed")
+        text.append(f"copies to the host and back {milliseconds(copies)}, ")
+    text.append(f"of which {milliseconds(timeline.exposed_us)} exposed")
     stalls = sorted(timeline.stalls, key=lambda s: -s.us)
     for stall in stalls[:NUM_STALLS]:
-        text.append(f"\n  {_milliseconds(stall.us)} ({stall.phase}) {stall.node} waits for {stall.start}")
+        text.append(f"\n  {milliseconds(stall.us)} ({stall.phase}) {stall.node} waits for {stall.start}")
     if len(stalls) > NUM_STALLS:
         rest = sum(s.us for s in stalls[NUM_STALLS:])
-        text.append(f"\n  {_milliseconds(rest)} in {len(stalls) - NUM_STALLS} more waits")
+        text.append(f"\n  {milliseconds(rest)} in {len(stalls) - NUM_STALLS} more waits")
     return text
 
 
-def _milliseconds(us: float) -> str:
+def milliseconds(us: float) -> str:
+    """A time for people: in milliseconds, or in microseconds where it is short."""
     return f"{us / 1e3:,.1f} ms" if us >= 100 else f"{us:,.1f} us"
 
 
