@@ -42,7 +42,7 @@ FAST = (
     "tests/trust/test_valid_recipes.py::test_random_recipes_on_random_graphs",
 )
 ALSO = {
-    "absent": ("passes/test_absent.py",),
+    "zero_tangents": ("passes/test_absent.py",),
     "arena": ("passes/test_arena.py",),
     "bucket": ("passes/test_bucket.py",),
     "fit": ("passes/test_fit.py",),
@@ -53,9 +53,11 @@ ALSO = {
     "order": ("passes/test_order.py",),
     "patterns": ("kernels/test_patterns.py",),
     "rows": ("kernels/test_patterns.py",),
+    "registry": ("passes/test_registry.py",),
+    "rotary": ("passes/test_subgraphs.py",),
     "subgraphs": ("passes/test_subgraphs.py",),
     "timetable": ("passes/test_timetable.py",),
-    "within": ("passes/test_within.py",),
+    "budgeted": ("passes/test_within.py",),
 }
 """Tests of one module's own, which run first."""
 
