@@ -173,7 +173,7 @@ def line(step: Step) -> str:
 
 
 def _inside(step: Step) -> str:
-    """What a step reduces, with nothing that counts beyond the last row and column."""
+    """The operand of a reduction, with the neutral number beyond the last row and column."""
     return f"tl.where(inside, {_text(step.args[0])}, {NEUTRAL[step.op]})"
 
 
@@ -189,7 +189,7 @@ def _store_sum(output: Operand, columns: int) -> str:
 
 
 def _sum_so_far(step: Step, columns: int) -> str:
-    """What a program has summed over blocks of rows before this one."""
+    """The sum that a program has from the blocks of rows before this one."""
     is_later = "in_row & (block != tl.program_id(0))"
     return f"tl.load({_own_sum(step.name, columns)}, mask={is_later}, other=0.0)"
 

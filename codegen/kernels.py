@@ -100,7 +100,7 @@ def tiles(spec: KernelSpec) -> Tiles:
 def launch(
     spec: KernelSpec, inputs: Sequence[torch.Tensor], num_rows: int, out: Sequence[torch.Tensor] | None = None
 ) -> list[torch.Tensor]:
-    """What the kernel writes.
+    """Run a kernel.
 
     Args:
         spec: the kernel.
@@ -142,7 +142,7 @@ def empty(spec: KernelSpec, num_rows: int, num_sums: int, device: torch.device) 
 
 
 def summed(spec: KernelSpec, outs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What a kernel wrote, with the sums of its programs as one."""
+    """The outputs of a kernel, with the partial sums of its programs added up."""
     return [
         out.sum(0).to(TO_TORCH[output.dtype]) if output.name in spec.row_sums else out
         for output, out in zip(spec.outputs, outs, strict=True)

@@ -58,7 +58,7 @@ def _like(spec: KernelSpec, given: Sequence[T]) -> T:
 
 
 def _shapes(spec: KernelSpec, like: Tensor) -> list[tuple[int, ...]]:
-    """What the outputs look like: rows as another tensor has them."""
+    """Shapes of the outputs, with the rows of `like`."""
     return [output.extent.shape(like.shape[:-1], spec.columns) for output in spec.outputs]
 
 
@@ -88,7 +88,7 @@ def _rows_fake(inputs: list[Tensor], kernel: str) -> list[Tensor]:
 
 
 _BY_INDUCTOR: dict[tuple[object, ...], Callable[[list[Tensor]], Sequence[Tensor]]] = {}
-"""What Inductor made of a kernel's steps, by the kernel and the sizes of what it reads."""
+"""Functions that Inductor compiled from a kernel's steps, by the kernel and the sizes of its inputs."""
 
 
 def _compiled(spec: KernelSpec, inputs: list[Tensor], num_rows: int) -> list[Tensor]:

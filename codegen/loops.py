@@ -23,7 +23,7 @@ class Sweep:
 
     Args:
         before: steps with one number for each row, made before it.
-        inputs: what it reads of each block of columns.
+        inputs: operands that it reads of each block of columns.
         steps: what it makes of that.
         outputs: what it writes.
     """

@@ -74,7 +74,7 @@ def _summed(losses: Tensor, target: Tensor, ignore_index: int, mean: bool) -> tu
 
 
 def _scale(tangent: Tensor, target: Tensor, number: Tensor, ignore_index: int, mean: bool) -> Tensor:
-    """What each token's gradient is multiplied by, [T, 1]."""
+    """The factor of each token's gradient, [T, 1]."""
     own = tangent.to(number.dtype)
     own = own / number if mean else own
     return torch.where(target != ignore_index, own, 0.0)[:, None]

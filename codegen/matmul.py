@@ -141,7 +141,7 @@ def load(spec: KernelSpec) -> Any:
 
 
 def launch(spec: KernelSpec, a: Tensor, b: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What the kernel writes.
+    """Run a matmul with its epilogue.
 
     Args:
         spec: the epilogue.

@@ -16,7 +16,7 @@ D = TypeVar("D")
 
 
 class Extent(enum.Enum):
-    """What a value has a number for; its text is its shape."""
+    """Extent of a value over a kernel's rows and columns; the text of each member is the shape."""
 
     full = "M,N"
     column = "M,1"
@@ -77,7 +77,7 @@ _ROWS = (
 OPS: Mapping[str, ScalarOp] = {op.name: op for op in _ROWS}
 
 NEUTRAL: Mapping[str, str] = {"row_sum": "0.0", "row_max": "float('-inf')", "col_sum": "0.0"}
-"""What a reduction takes for columns beyond the last and rows beyond the last."""
+"""Neutral number of each reduction, put in place of columns and rows beyond the last."""
 
 JOINED: Mapping[str, str] = {"row_sum": "{0} + {1}", "row_max": "tl.maximum({0}, {1})"}
 """How reductions over the columns of two blocks become one."""

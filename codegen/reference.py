@@ -53,7 +53,7 @@ TWINS: Mapping[str, Callable[..., torch.Tensor]] = {
 
 
 def run(spec: KernelSpec, inputs: Tensors, num_rows: int, compute: torch.dtype | None = None) -> list[torch.Tensor]:
-    """What a kernel writes.
+    """Compute the outputs of a kernel with torch.
 
     Args:
         spec: the kernel.

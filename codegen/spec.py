@@ -1,4 +1,4 @@
-"""What one kernel computes, as data with a text: operands, steps, and what is written.
+"""Spec of one kernel, as data with a text: operands, steps, and outputs.
 
     rms_norm 64: x bf16[M,N], w bf16[N] -> y bf16[M,N], r f32[M,1]; s = mul(x, x); t = row_sum(s); ...
 

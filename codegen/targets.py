@@ -34,7 +34,7 @@ _SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program of a kernel takes.
+    """Resources that one program of a kernel uses.
 
     Args:
         kernel: its name.
@@ -84,7 +84,7 @@ def resources(spec: KernelSpec | Rotary, target: str) -> Resources:
 
 @dataclass(frozen=True)
 class _Compiled:
-    """What Triton compiles.
+    """Input of one compilation by Triton.
 
     Args:
         function: the kernel.
@@ -102,7 +102,7 @@ class _Compiled:
 
     @property
     def aligned(self) -> dict[tuple[int], list[list[str | int]]]:
-        """What Triton may take for granted of its arguments."""
+        """Alignment that Triton may assume of each argument, by its position."""
         kinds = enumerate(self.arguments.values())
         return {
             (at,): [["tt.divisibility", 16]] for at, k in kinds if k[0] == "*" or (k == "i32" and self.has_even_sizes)
@@ -145,7 +145,7 @@ def _blocks(cut: Tiles | MatmulTiles) -> dict[str, int]:
 
 
 def _of_hip(made: Any) -> tuple[int, int]:
-    """What AMD's assembler writes into the kernel's metadata."""
+    """Registers of one thread and its spilled bytes, from the metadata that AMD's assembler writes."""
     text = made.asm["amdgcn"]
 
     def number(key: str) -> int:
@@ -156,7 +156,7 @@ def _of_hip(made: Any) -> tuple[int, int]:
 
 
 def _of_cuda(made: Any, target: str) -> tuple[int, int]:
-    """What the assembler for NVIDIA's GPUs says of the kernel's PTX."""
+    """Registers of one thread and its spilled bytes, from what ptxas prints for the kernel's PTX."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
 """Updates of optimizers as kernels over flat memory: one pass reads parameter, gradient and state, and writes parameter
 and state, and where there is a copy to compute with, that too.
 
-What changes from step to step is a scalar in memory (`rate`, `decay`, `fix`, `fresh`); what does not is in the text. As
-every number depends on its own place only, outputs may be written over inputs.
+Numbers that change from step to step are scalars in memory (`rate`, `decay`, `fix`, `fresh`); the others are in the
+text. As every number depends on its own place only, outputs may be written over inputs.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     fwd %b: f32[4] = aten.detach.default(%a)            ->      fwd %a: f32[4] = aten.mul.Tensor(%x, %y)
     fwd %c: f32[4] = aten.exp.default(%b)                       fwd %c: f32[4] = aten.exp.default(%a)
 
-What a graph returns keeps its own name: a host framework may tell a value from a view of it.
+A value that the graph returns keeps its own name: a host framework may tell a value from a view of it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Drop nodes that nothing needs and that have no effect.
 
-What was gathered for such a node alone is dropped with its release; what such a node was the last to read is released
-behind the last read that is left.
+A gather for such a node alone is dropped with its release. A value that such a node was the last to read is released
+after the last read that is left.
 """
 
 from __future__ import annotations

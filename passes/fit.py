@@ -129,9 +129,9 @@ class _Fitter:
         return _Trial(keep_bytes, kept_bytes, move_bytes, graph, step_memory(graph, context), is_again, context)
 
     def least_us(self, move_bytes: int) -> float:
-        """What a step takes at least that computes nothing again, and moves so much if it has to.
+        """Lower bound in microseconds of a step that computes nothing again and may move `move_bytes` to the host.
 
-        What must leave is gone when the forward ends, and what its computing does not hide holds it up.
+        Bytes that must leave are gone when the forward ends. Copies that the forward does not hide delay the step.
         """
         forward = self.forward
         leaving = min(move_bytes, max(self.trial(None, 0).peak_bytes - self.limit, 0))
@@ -139,7 +139,7 @@ class _Fitter:
         return forward.us + 1e6 * max(leaving - forward.hidden_bytes, 0) / link.bytes_per_s
 
     def keeping(self, keep_bytes: int | None, exactly: bool) -> tuple[list[Choice], Saved]:
-        """What is kept of each block, and the graph that keeps it with what could wait on the host."""
+        """The choice for each block, and the graph that keeps them, with the values that could wait on the host."""
         key = keep_bytes, exactly
         if key not in self.kept:
             choices = self.forward.choices(keep_bytes, exactly=exactly)

@@ -7,11 +7,11 @@
     fwd %y: bf16[8, 64] = zgraph.rows.default([%gate, %up], "silu_mul 64: x0 bf16[M,N], x1 bf16[M,N] -> ...")
 
 A group grows along the program: an op joins the groups that it reads from, as long as nothing else has read from them.
-So a kernel can run where its last op stood. What the backward reads of the forward is made again inside its kernels
-where that reads no more: of a norm the input and one number a row stay, not the normalized rows.
+So a kernel can run where its last op stood. Kernels of the backward compute values of the forward again where that
+reads no more memory: a norm keeps its input and one number a row, not the normalized rows.
 
-What a dropout keeps is a function of a seed and of positions, drawn again where it is needed: its mask is never kept,
-and is another than torch's own. Numbers inside a kernel are fp32, so that casts between its ops round no more.
+A dropout's mask is a function of a seed and of positions. It is drawn again where it is needed, never kept, and differs
+from torch's own. Numbers inside a kernel are fp32, so that casts between its ops round no more.
 `patterns.py` says what can be fused. Losses (`fused_loss.py`) and rotary embeddings (`subgraphs.py`) are ops of their
 own.
 """

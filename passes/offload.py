@@ -7,8 +7,8 @@
                                                    bwd %h_back = reshard(%h_host)
     bwd %dh = aten.silu_backward.default(%d, %h)   bwd %dh = aten.silu_backward.default(%d, %h_back)
 
-What the forward made first goes first: it is read last, so that both copies have the most time to hide in. Views are
-taken again of what came back. The pass `fit` does this for a memory budget.
+The value that the forward made first goes first: it is read last, so both copies have the most time to hide in. Views
+are taken again of the value that came back. The pass `fit` does this for a memory budget.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ The stage is nothing but this statement (the source of the stages: Rajbhandari e
 A gradient as the backward makes it is each rank's own, V. That the mean of them is meant is said here, once, by
 `pending`; from then on the type says it, and no op of a model can read the gradient until it is reduced.
 
-What the user offloads lies on the host: the gradient is moved there as soon as it is reduced, for an optimizer that
-works there on the master copy; a parameter, too, is brought from there whenever it is gathered, in the dtype that it is
-computed with.
+Offloaded state lies on the host. The gradient is moved there as soon as it is reduced, for an optimizer that works
+there on the master copy. An offloaded parameter is also brought from there whenever it is gathered, in the compute
+dtype.
 
 Buffers are replicated. Where the forward changes one (BatchNorm's running mean), the first rank's new value is taken on
 every rank (P(root) -> R), so that all ranks evaluate alike and any of them may save it.
@@ -188,7 +188,7 @@ class _Partitioner:
         return self.sharded or entry.value.tensor.is_on_host
 
     def needed(self, value: Value, user: Node) -> Value:
-        """What `user` must read for the captured `value`."""
+        """The value that `user` must read in place of the captured `value`."""
         here = self.env[user.phase]
         if value.name in here:
             return here[value.name]

@@ -6,8 +6,8 @@
     bwd %du = aten.mul.Tensor(%dy, %g)             bwd %g_again = aten.silu.default(%x)
                                                    bwd %du = aten.mul.Tensor(%dy, %g_again)
 
-What is kept is chosen block by block at the least time for the bytes (`analysis/forward.py`). Regions that the user put
-under `torch.utils.checkpoint` are always computed again. The pass `fit` does this for a memory budget.
+The values to keep are chosen block by block, at the least time for the bytes (`analysis/forward.py`). Regions that the
+user put under `torch.utils.checkpoint` are always computed again. The pass `fit` does this for a memory budget.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class Step:
         return found, curve
 
     def ahead_bytes(self, num_ahead: int) -> int:
-        """What the largest `num_ahead` of the collectives hold."""
+        """Bytes that the largest `num_ahead` of the collectives hold."""
         return sum(nlargest(num_ahead, (t.num_bytes for t in self.transfers)))
 
     def uses(self, name: str) -> tuple[int, int]:
@@ -294,7 +294,7 @@ class Step:
         return max((self._uses.get(root, (0, -1))[1] for root in self._memory.roots(value.name)), default=-1)
 
     def _taken_bytes(self, node: Node) -> int:
-        """What a reduction or a copy to the host holds until it is over."""
+        """Bytes that a reduction or a copy to the host holds until it is over."""
         mesh, hints = self.graph.mesh, self.context.hints
         if OPS[node.op].lane == "d2h":
             return local_bytes(node.operands[0].type, mesh, hints)
@@ -306,7 +306,7 @@ class Step:
         return kept
 
     def _brought_bytes(self, collective: Collective, node: Node) -> int:
-        """What a gather or a copy from the host holds before it is needed."""
+        """Bytes that a gather or a copy from the host holds before its result is needed."""
         mesh, hints = self.graph.mesh, self.context.hints
         if OPS[node.op].lane == "h2d":
             return local_bytes(node.results[0].type, mesh, hints)

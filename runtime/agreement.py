@@ -1,4 +1,4 @@
-"""What ranks compare before they run: the settings, a plan's programs as text, and what each collective moves.
+"""Texts that ranks compare before they run: settings, a plan's programs, and the data that each collective moves.
 
 A collective is described by what it moves, not by its name: the parameters that feed it, in the order of a bucket's
 members, and the gradients that follow from it. So plans that ranks compile alone (another sequence length) can be told
@@ -27,7 +27,7 @@ _MARK_BYTES = 8
 
 
 def settings_lines(pipeline: str) -> list[str]:
-    """What must be the same on all ranks beside the model and the options, a line each."""
+    """Settings that must be the same on all ranks, beside the model and the options; a line each."""
     return [
         f"zgraph {__version__}, torch {torch.__version__}",
         f"ZGRAPH_DISABLE={','.join(sorted(environment().disable))}",
@@ -36,7 +36,7 @@ def settings_lines(pipeline: str) -> list[str]:
 
 
 def check_joined(names: Mapping[str, str] = os.environ) -> str:
-    """What is wrong where a launcher has started several ranks and none has joined a process group; else nothing."""
+    """The problem where a launcher has started several ranks and none has joined a process group; else empty."""
     count = names.get("WORLD_SIZE", "1")
     if not count.isdigit() or int(count) < 2 or "RANK" not in names:
         return ""
@@ -79,7 +79,7 @@ def _program_lines(program: Program) -> Iterator[str]:
 
 
 def wire_of(plan: Plan) -> tuple[dict[int, bytes], tuple[object, ...]]:
-    """What goes over the wire: a mark for each collective by the id of its node, and all marks of each program."""
+    """Marks of a plan's collectives: one for each by the id of its node, and all marks of each program."""
     marks: dict[int, bytes] = {}
     found: list[tuple[bytes, ...]] = []
     lean = plan.lean or (plan.backward, plan.unsynced)
@@ -93,7 +93,7 @@ def wire_of(plan: Plan) -> tuple[dict[int, bytes], tuple[object, ...]]:
 
 
 class _Moved:
-    """What the collectives of one program of a plan move."""
+    """Describes the data that the collectives of one program of a plan move."""
 
     def __init__(self, plan: Plan, program: Program) -> None:
         self.plan = plan
@@ -168,7 +168,7 @@ class _Moved:
 
 
 def _placed(value: Value) -> str:
-    """What is moved of a value, and how it is reduced on the way."""
+    """The dtype, shape and placement of a value that a collective moves; a partial placement names its reduction."""
     kind = value.tensor
     return f"{kind.dtype.value}{list(kind.shape)}<{', '.join(map(str, kind.placement))}>"
 

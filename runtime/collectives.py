@@ -37,12 +37,12 @@ class Future:
 
 
 def _one_or_all(futures: list[Future]) -> Any:
-    """What a start gives: its future, or a list of them where it moves several tensors."""
+    """The result of a start: its future, or a list of them where it moves several tensors."""
     return futures if len(futures) > 1 else futures[0]
 
 
 def _item(made: list[torch.Tensor], index: int) -> torch.Tensor:
-    """What a collective has put into its list by now; the list lets go of it."""
+    """The tensor that a collective has put into its list by now; the list lets go of it."""
     result, made[index] = made[index], torch.empty(0)
     return result
 
@@ -278,7 +278,7 @@ plans have none of it.
 
 
 def _op(placement: Placement) -> dist.ReduceOp.RedOpType:
-    """What reduces along an axis; ranks that hold the same average it."""
+    """The reduction along an axis: a sum for `Partial("sum")`, else an average, also of ranks that hold the same."""
     return dist.ReduceOp.SUM if placement == Partial("sum") else dist.ReduceOp.AVG
 
 

@@ -1,7 +1,7 @@
 """Why a process of the job ended: it leaves word in the store, for those that wait for it.
 
-What fails within a call of a model is told by the call. This is for what fails between calls (a data loader, an
-optimizer that is out of memory), and for a script that ends while the others go on.
+The call of a model itself tells of failures within it. This is for failures between calls (a data loader, an optimizer
+that is out of memory), and for a script that ends while the others go on.
 """
 
 from __future__ import annotations

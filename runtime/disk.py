@@ -115,11 +115,12 @@ class DiskFile:
         """Begin to bring a dense tensor of the file, or a part that begins at a page, to a block of the host's memory.
 
         Args:
-            tensor: what to read.
+            tensor: the tensor to read.
             pool: where the block comes from.
 
         Returns:
-            What will hold the same numbers, and what says when it does. OffloadError is raised there if the disk fails.
+            The tensor that will hold the same numbers, and the copy to wait for, which raises OffloadError if the disk
+            fails.
         """
         block = pool.empty((whole_pages(tensor.nbytes),), torch.uint8)
         copy = self._submit(self._readers, os.preadv, tensor, block)

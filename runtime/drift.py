@@ -61,7 +61,7 @@ class Wait:
         self.store.set(_key(self.rank), json.dumps(word))
 
     def drifted(self) -> str:
-        """What another rank does that does not go with this one's; nothing as far as can be told."""
+        """Describes another rank whose work does not match this one's; empty if none is known."""
         for rank in self.ranks:
             if rank != self.rank and self.store.check([_key(rank)]):
                 word = json.loads(self.store.get(_key(rank)))

@@ -99,7 +99,7 @@ class _Whole:
         self.version = self.session.store.version
 
     def share_buffers(self) -> None:
-        """What a forward in training made of the buffers on the first rank is taken on every rank."""
+        """Copy the first rank's buffers to every rank, after a forward in training may have changed them."""
         if self.session.num_ranks > 1 and self.session.store.model.training:
             with torch.no_grad():
                 for buffer in self.session.store.model.buffers():

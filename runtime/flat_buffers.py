@@ -12,7 +12,7 @@ from zgraph.runtime.host import HostMemory
 
 
 class Part(NamedTuple):
-    """What one tensor wants: so many elements of a dtype, on the host or on the device, aligned to so many elements."""
+    """Request of one tensor: how many elements of a dtype, on the host or the device, and its alignment in elements."""
 
     numel: int
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class Flats:
     """One buffer for all parts that are alike, each part aligned, in the order given.
 
     Args:
-        parts: what each name wants.
+        parts: the request of each name.
         device: for what is not on the host.
         host: for what is.
     """

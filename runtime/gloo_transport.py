@@ -165,7 +165,7 @@ class Lane:
         Args:
             tensors: for each tensor its chunks, one a shard. They must not change until the transfer is over.
             moved: as for `all_gather`.
-            divisor: what sums are divided by; 0 takes the number of ranks, which makes them means.
+            divisor: divisor of the sums; 0 takes the number of ranks, which makes them means.
         """
         number = self.journal.enter("reduce-scatter", [chunks[0].nbytes for chunks in tensors], moved)
         divisor = divisor or self.num_ranks
@@ -382,7 +382,7 @@ def _together(parts: Sequence[Phases[torch.Tensor]]) -> Phases[list[torch.Tensor
 
 
 def _addends(chunks: Chunks, divisor: int) -> Chunks:
-    """What is summed: of fp16 the shares in the mean, as the sum may be too large for it."""
+    """The chunks to sum. Those of fp16 are divided first where a mean is wanted, as their sum may overflow."""
     return [c / divisor for c in chunks] if divisor > 1 and chunks[0].dtype == torch.float16 else chunks
 
 

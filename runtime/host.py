@@ -112,7 +112,7 @@ def _pin(block: mmap.mmap, num_bytes: int) -> None:
 
 
 def available_bytes() -> int:
-    """What the host's memory still has room for: of the machine, and of the control group that the process runs in."""
+    """Bytes free in the host's memory: the smaller figure of the machine and of the process's control group."""
     found = [1 << 62]
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -134,7 +134,7 @@ class Copy:
         self._done = done
 
     def wait(self) -> None:
-        """What computes from here on sees the copy: the stream waits for it, or the processor does."""
+        """Make later computation see the copy: the current stream waits for it, or the processor does."""
         if isinstance(self._done, Promise):
             self._done.result()
         else:
@@ -188,7 +188,7 @@ class HostMemory:
 
     @property
     def free_bytes(self) -> int:
-        """What each rank of this host may take, if all take as much."""
+        """Bytes of the host's memory that each rank of this host may take, if all take the same."""
         return available_bytes() // max(ranks_here(), 1)
 
     def require(self, num_bytes: int, what: str) -> None:
@@ -212,7 +212,7 @@ class HostMemory:
 
     @contextmanager
     def after(self, copies: Iterable[Copy]) -> Iterator[None]:
-        """What is started here begins once these copies to the device are over; what computes does not wait."""
+        """Context whose work starts once these copies to the device are over; on a GPU, computation does not wait."""
         if self.device.type == "cuda":
             with torch.cuda.stream(self.to_device.stream):
                 yield

@@ -13,7 +13,7 @@ from zgraph.environment import environment
 from zgraph.errors import PeerError
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
-"""What Python calls with an error that nobody caught."""
+"""Function that Python calls with an uncaught error, as `sys.excepthook`."""
 
 
 def say_little() -> None:

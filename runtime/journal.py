@@ -18,7 +18,7 @@ NUM_KEPT = 256
 
 
 class Moved(NamedTuple):
-    """What a collective moves: a hash that is the same on all ranks, and its name for a message."""
+    """Identity of a collective's data: a hash that is the same on all ranks, and its name for a message."""
 
     mark: bytes
     what: str

@@ -1,4 +1,4 @@
-"""What ranks tell each other beside their data: that they live, that they failed, and what they compiled.
+"""Messages between ranks beside their data: that they live, that they failed, and what they compiled.
 
 All of it goes through the job's key-value store, so that no comparison can ever be mistaken for a gather.
 """
@@ -300,7 +300,7 @@ class Peers:
         self._at(comparison, waits=False)
 
     def _difference(self, what: str, text: str, different: int) -> str:
-        """What differs between the first rank's text and that of the first rank that differs from it."""
+        """Message with the first line that differs between the first rank's text and that of rank `different`."""
         pair = (self.ranks[0], different)
         keys = [self._key(f"text/{self.compared}/{r}") for r in pair]
         if self.rank in pair:
@@ -330,7 +330,7 @@ class Peers:
             return self.store.check(keys)
 
     def _read(self, key: str) -> bytes:
-        """What is under a key; nothing if it is not there."""
+        """The bytes under a key; empty if it is not there."""
         with store_errors():
             return bytes(self.store.get(key)) if self.store.check([key]) else b""
 

@@ -1,4 +1,4 @@
-"""What each instruction of a program takes on the device at hand."""
+"""Measures how long each instruction of a program takes on the device at hand."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Region:
 
     @cached_property
     def text(self) -> str:
-        """What it computes: the same text for all regions that compute the same."""
+        """Text of the region's computation: the same for all regions that compute the same."""
         numbers = {v.name: i for i, v in enumerate(self.inputs)}
         lines = [", ".join(str(v.type) for v in self.inputs)]
         for node in self.nodes:

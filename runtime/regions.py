@@ -36,7 +36,7 @@ class Regions:
 
     Args:
         num_regions: how many there are, in all programs.
-        seconds: what compiling them has taken.
+        seconds: time that compiling them has taken.
     """
 
     num_regions: int = 0
@@ -51,7 +51,7 @@ class Regions:
         return f"{self.num_regions} regions, {self.num_different} of them different, {self.seconds:.1f} s"
 
     def runner(self, region: Region, session: Session) -> Compute:
-        """What runs a region: the same for all that compute the same."""
+        """The function that runs a region, shared by all regions that compute the same."""
         self.num_regions += 1
         if region.text not in self._by_text:
             own = {n.name: MAKERS[n.op](n, session) for n in region.nodes if n.op in MAKERS}
@@ -101,7 +101,7 @@ class Steps:
     """A region op by op.
 
     Args:
-        region: what to run.
+        region: the region to run.
         device: of this rank.
         own: what runs zgraph's own ops, by the names of their nodes.
     """

@@ -87,7 +87,7 @@ class _Meeting:
             self.heart.stop()
 
     def _rule(self, limit_s: float) -> str:
-        """What the first rank says when all have come, or cannot come any more; the others read it."""
+        """The first rank's ruling once all have come, or cannot come any more; the others read it."""
         everyone, until = range(self.num_ranks), time.monotonic() + limit_s
         self._listen(everyone)
         while len(self._heard) < self.num_ranks and not self._gone() and time.monotonic() < until:

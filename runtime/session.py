@@ -74,7 +74,7 @@ class Session:
         return self.store.mesh.get_group(0) if self._has_copies else None
 
     def divisor(self, kind: TensorType) -> int:
-        """What the sum over all ranks is divided by to reduce a value of this type."""
+        """The divisor of the sum over all ranks, to reduce a value of this type."""
         sizes = self.num_ranks // self.num_shards, self.num_shards
         return kind.divisor(sizes[-len(kind.placement) :])
 
@@ -123,7 +123,7 @@ class Session:
         return lane
 
     def moved(self, node: Node) -> Moved:
-        """What a collective of an agreed plan moves."""
+        """Identity of the data that a collective of an agreed plan moves."""
         return Moved(self.marks.get(id(node), b""), described(node))
 
     def begin_call(self) -> None:
@@ -165,7 +165,7 @@ class Session:
         self._held.clear()
 
     def held_reduced(self, name: str) -> torch.Tensor | None:
-        """What backwards under no_sync left for a parameter, reduced as its type says; None where there is nothing.
+        """Gradient that backwards under no_sync left for a parameter, reduced as its type says; None if there is none.
 
         All ranks must ask for it.
         """
@@ -180,7 +180,7 @@ class Session:
         Args:
             slot: the parameter.
             gradient: this rank's.
-            divisor: what the sum is divided by; 0 takes the number of ranks.
+            divisor: divisor of the sum; 0 takes the number of ranks.
         """
         if self.num_ranks == 1:
             return gradient

@@ -1,7 +1,7 @@
 """Parameters at rest: this rank's shards side by side in flat buffers, seen from outside as DTensors.
 
-What the user offloads lies in the host's memory: the masters, for an optimizer that works there. A copy to compute
-with, in the dtype to compute in, stays on the device or lies on the host too; it is made anew when a master changed.
+Offloaded masters lie in the host's memory, for an optimizer that works there. A copy in the compute dtype stays on the
+device or lies on the host too; it is made anew when a master changed.
 
 While the model runs, each parameter is represented by a *stand-in*: a parameter of full shape whose memory has been
 freed. torch.compile looks at its metadata only; what computes is the gathered value that the plan makes.
@@ -43,7 +43,7 @@ class Slot:
         parameter: what the model holds at rest.
         stand_in: what the model holds while it runs; `parameter` itself where that can serve.
         rest: this rank's memory of it: its padded chunk in one dimension, or the whole tensor where it is replicated.
-        working: what is computed with: `rest`, or where the parameter is offloaded a copy of it.
+        working: the tensor to compute with: `rest`, or where the parameter is offloaded a copy of it.
         offload: what of it lies on the host: nothing, "optimizer" (master, gradient, optimizer state) or "parameters".
         homes: every `_parameters` dictionary and key that holds it.
     """
@@ -177,7 +177,7 @@ class ShardStore:
 
     @contextmanager
     def keeps_copies(self) -> Iterator[None]:
-        """What updates masters in here writes their copies too: those that were right before are so afterwards."""
+        """Context for an update that writes masters and their copies: copies that were right before stay right."""
         were_right = self._copied_version == self.version
         yield
         if were_right:

@@ -1,1 +1,1 @@
-"""What passes ask about a graph before they change it: dependencies, memory sharing, order."""
+"""Analyses that passes run on a graph before they change it: dependencies, memory sharing, order."""

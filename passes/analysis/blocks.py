@@ -28,7 +28,7 @@ class Maker:
     """A node of the forward.
 
     Args:
-        us: what running it again takes.
+        us: duration of running it again, in microseconds.
         reads: the values that it needs, by number; those that are there anyhow left out.
         makes: the values that it makes.
         runs_again: whether it may.
@@ -42,10 +42,10 @@ class Maker:
 
 @dataclass(frozen=True)
 class Block:
-    """What one block's choice is about. Values without a maker come from other blocks.
+    """A block of the forward, and which of its values to keep. Values without a maker come from other blocks.
 
     Args:
-        num_bytes: what keeping each value takes.
+        num_bytes: bytes that keeping each value takes.
         may_keep: whether each value may be kept. Views may not: their maker, which costs nothing, runs again.
         makers: the block's nodes.
         needed: the values that the backward reads.
@@ -73,7 +73,7 @@ class Choice:
 
 
 def chosen(block: Block, kept: Iterable[int]) -> Choice | None:
-    """What keeping these values comes to; None if the backward would miss something."""
+    """The choice that keeps these values; None if the backward would then miss a value that cannot be recomputed."""
     held = frozenset(kept)
     again: set[int] = set()
     used: set[int] = set()

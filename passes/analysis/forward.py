@@ -1,4 +1,4 @@
-"""What the backward needs of the forward, as one problem a block: keep a value, or compute it again.
+"""The values that the backward needs of the forward, as one problem a block: keep a value, or compute it again.
 
 A block is a layer of the model, or a region that the user put under `torch.utils.checkpoint`; blocks that are alike are
 solved once (`blocks.py`). Values that one block makes and another reads are kept. Random ops are never run again, nor
@@ -27,7 +27,7 @@ MIN_NODES = 24
 
 
 class Forward:
-    """What of a graph's forward the backward needs, as one problem a block.
+    """The part of a graph's forward that the backward needs, as one problem a block.
 
     Args:
         graph: a placed graph, not lowered yet.
@@ -55,12 +55,12 @@ class Forward:
 
     @cached_property
     def us(self) -> float:
-        """What computing the whole step takes, with nothing computed again."""
+        """Duration of the whole step in microseconds, with nothing computed again."""
         return self._us(self.graph.nodes)
 
     @cached_property
     def hidden_bytes(self) -> int:
-        """What the link to the host carries while the forward computes."""
+        """Bytes that the link to the host carries while the forward computes."""
         return int(self._us(self.nodes) / 1e6 * self.context.costs.hardware.host_link.bytes_per_s)
 
     def _us(self, nodes: Iterable[Node]) -> float:
@@ -156,7 +156,7 @@ class Forward:
         return not returned and all(n.checkpoint == node.checkpoint for n in readers if n.phase is Phase.forward)
 
     def _again_us(self, node: Node) -> float:
-        """What a node takes, with the gathers of parameters that the backward does not do anyhow."""
+        """Duration of running a node again, in microseconds, with the parameter gathers that only this needs."""
         us = self.context.costs.node_us(self.graph, node, self.context.hints)
         for value in node.operands:
             maker = self.graph.producers.get(value.name)
@@ -167,7 +167,7 @@ class Forward:
         return us
 
     def _gather_us(self, gather: Node) -> float:
-        """What bringing a parameter to where it is computed with takes."""
+        """Duration of gathering a parameter, in microseconds, with its copy to the device if it lies on the host."""
         costs, shard = self.context.costs, gather.operands[0]
         us = costs.copy_us(self._local_bytes(shard.type)) if shard.tensor.is_on_host else 0.0
         if self.graph.num_shards > 1:
@@ -278,7 +278,7 @@ class _Writer:
         self.placed.update(r.name for r in node.results)
 
     def now(self, value: Value) -> Value:
-        """What the backward reads for a value of the forward."""
+        """The value that the backward reads in place of a forward's value; its makers run again first if needed."""
         todo = [value.name]
         while todo:
             name = todo[-1]
@@ -337,7 +337,7 @@ def _gathers_again(graph: Graph) -> Mapping[str, Node]:
 
 
 def _nothing(block: Block) -> Choice:
-    """What is left of a block that has no choice: its values stay as they are."""
+    """The choice for a block that has none to make: all the values that the backward needs are kept."""
     return Choice(block.needed, frozenset(), sum(block.num_bytes[v] for v in block.needed), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""What would become of a graph whose reshards are not lowered yet: for passes that choose between several."""
+"""Predicts a graph whose reshards are not lowered yet, for passes that choose between several such graphs."""
 
 from __future__ import annotations
 

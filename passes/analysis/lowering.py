@@ -1,4 +1,4 @@
-"""What the lowering passes share: a reshard becomes pack, start, wait, unpack; or one grouped start, and waits."""
+"""Code shared by the lowering passes: a reshard becomes pack, start, wait, unpack; or one grouped start, and waits."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Space:
     columns: int
 
     def extent(self, value: Value) -> Extent | None:
-        """What a value has a number for; None if it is none of a kernel's."""
+        """The extent of a value in a kernel over these rows; None if such a kernel cannot take the value."""
         kind = value.type
         if not isinstance(kind, TensorType) or kind.strides is not None or kind.is_sharded:
             return None

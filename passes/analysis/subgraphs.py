@@ -15,7 +15,7 @@ from zgraph.ir import Arg, Graph, Node, TensorType, Value
 from zgraph.passes.analysis.rows import TAKES_OPTIONS, dims, written
 
 Bound = Mapping[str, Arg]
-"""What each name stands for."""
+"""The argument that each name of a subgraph stands for."""
 
 Wanted = str | tuple["Wanted", ...]
 """An argument as text: a name, a word, or several of them."""

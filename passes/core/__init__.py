@@ -1,1 +1,1 @@
-"""What passes are made of: the base class, recipes, pipelines, instruments."""
+"""The parts that make up a pass pipeline: the base class, recipes, pipelines, instruments."""

@@ -1,4 +1,4 @@
-"""What a pass is: a frozen dataclass whose fields are its options, a contract, and one pure `run`."""
+"""The base class of passes: a frozen dataclass whose fields are its options, a contract, and one pure `run`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Choice = Literal["never", "auto", "always"]
 
 
 class Numerics(enum.Enum):
-    """What a pass does to numbers."""
+    """The effect of a pass on numerical results."""
 
     exact = "exact"
     reassociates = "reassociates"
@@ -33,13 +33,13 @@ def rounded_down(num_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Context:
-    """What passes may know beside the graph: data, never a clock, a device or the environment.
+    """Facts that passes may use beside the graph: data, never a clock, a device or the environment.
 
     Args:
         mesh: the mesh axes that the model is sharded over; empty for one rank.
         reduce_dtype: the dtype in which gradients are summed over ranks; None keeps the gradient's own.
         hints: a number for each symbolic size, as seen at capture.
-        costs: what ops and collectives take on the hardware at hand.
+        costs: durations of ops and collectives on the hardware at hand.
         memory_budget: bytes that one rank may have alive; None sets no limit.
         rest_bytes: bytes of them that lie at rest: parameters, the optimizer's state, buffers.
         update_bytes: bytes that the optimizer's step has alive above them: gradients, and what it takes to compute.
@@ -75,7 +75,7 @@ class Context:
 
     @property
     def fitting(self) -> Context:
-        """What `fit` and `keep` know: a budget in whole allocations, all of which is for the step."""
+        """The context for `fit` and `keep`: a budget in whole allocations, all of which is for the step."""
         if self.step_bytes is None:
             return self
         limit = self.step_bytes if self.fit_bytes is None else self.fit_bytes

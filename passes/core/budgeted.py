@@ -1,9 +1,10 @@
-"""Passes within a memory budget: what does not fit is made anew, and the smallest budget that can is found by trying.
+"""Passes within a memory budget: a graph that does not fit is made anew; the smallest budget is found by trying.
 
-What `fit` chooses is not yet bucketed and scheduled, which may take more memory. Where the last graph is over the
-budget, the passes run again, and `fit` and `keep` go by that much less. Where that is over as well, amounts for them to
-go by are tried that are the same for every budget: the one of them that needs the least is there for all budgets from
-its need on, which makes that the smallest budget that can, if none of the other ways fits into less by then.
+The graph that `fit` chooses is not yet bucketed and scheduled, which may take more memory. Where the last graph is over
+the budget, the passes run again, and `fit` and `keep` go by that much less. Where that is over as well, amounts for
+them to go by are tried that are the same for every budget: the one of them that needs the least is there for all
+budgets from its need on, which makes that the smallest budget that can, if none of the other ways fits into less by
+then.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SHARES = (0.5, 0.65, 0.8, 0.9)
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What a pass made of a graph, and how long it took."""
+    """One run of a pass: the graphs before and after it, and how long it took."""
 
     step: Pass
     before: Graph
@@ -48,7 +49,7 @@ def one_by_one(passes: Sequence[Pass], graph: Graph, context: Context) -> Iterat
 
 @dataclass(frozen=True)
 class Attempt:
-    """What passes made of a graph, and the error that ended it, if one did."""
+    """The passes that ran in one attempt, and the error that ended it, if one did."""
 
     ran: tuple[Ran, ...]
     error: Exception | None = None
@@ -56,7 +57,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Need:
-    """What a step takes where `fit` and `keep` go by so much: the budget, and where it takes that."""
+    """Memory that a step needs when `fit` and `keep` aim at `fit_bytes`, and where in the step it needs that."""
 
     num_bytes: int
     fit_bytes: int
@@ -79,7 +80,7 @@ class Budgeted:
         self.first, self.others = first, tuple(passes[len(first) :])
 
     def run(self) -> Iterator[Ran]:
-        """What the passes make, where it fits.
+        """Run the passes so that the step fits, and yield each run.
 
         Raises:
             BudgetError: nothing fits; the message has the smallest budget that can hold the step.
@@ -95,24 +96,24 @@ class Budgeted:
             raise found.error
 
     def again(self, error: BudgetError) -> Attempt | None:
-        """What fits, where `fit` and `keep` have to go by less than the budget; None where nothing does."""
+        """An attempt that fits, where `fit` and `keep` must aim at less than the budget; None where nothing fits."""
         fit_bytes = self.lower(rounded_down(self.budget - self.context.rest_bytes), error)
         if fit_bytes is not None and _refusal(found := self.attempt(self.budget, fit_bytes)) is None:
             return found
         return self.attempt(self.budget, self.least.fit_bytes) if self.least.num_bytes <= self.budget else None
 
     def lower(self, limit: int, error: BudgetError) -> int | None:
-        """What to go by where going by a limit ended in an error: less by as much as was over."""
+        """The limit to try after one that ended in an error: lower by as many bytes as the step was over it."""
         found = 2 * limit - (error.needed_bytes - self.context.rest_bytes)
         return found if 0 < found < limit else None
 
     @cached_property
     def begun(self) -> Attempt:
-        """What the first passes make, which is the same for all budgets."""
+        """The attempt with the first passes alone, which is the same for all budgets."""
         return _attempt(self.first, self.graph, self.context)
 
     def attempt(self, budget: int, fit_bytes: int | None = None) -> Attempt:
-        """What the passes make within a budget, where `fit` and `keep` go by so much."""
+        """Run the passes within a budget; `fit` and `keep` aim at `fit_bytes`, or at all of the budget if None."""
         if self.begun.error is not None:
             return self.begun
         graph = self.begun.ran[-1].after if self.begun.ran else self.graph
@@ -143,7 +144,7 @@ class Budgeted:
         return found if fit_bytes is None else min(found, self.need(fit_bytes), key=lambda n: n.num_bytes)
 
     def need(self, fit_bytes: int) -> Need:
-        """What the step takes where `fit` and `keep` go by so much."""
+        """The memory that the step needs when `fit` and `keep` aim at `fit_bytes`."""
         error = _refusal(self.attempt(self.context.rest_bytes - 1, fit_bytes))
         assert error is not None, "no step takes less than nothing"
         return Need(error.needed_bytes, fit_bytes, error.where)

@@ -1,4 +1,4 @@
-"""What watches a pipeline run: timing and counts, dumps, verification."""
+"""Instruments that watch a pipeline run: timing and counts, dumps, verification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zgraph.passes.core.pipeline import print_pass
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one pass did: how many ops of each kind it added (or removed, below zero), and how long it took."""
+    """Summary of one pass: how many ops of each kind it added (or removed, below zero), and how long it took."""
 
     text: str
     seconds: float
@@ -24,7 +24,7 @@ class Step:
 
     @classmethod
     def of(cls, text: str, before: Graph, after: Graph, seconds: float) -> Step:
-        """What a pass did, by the graphs before and after it."""
+        """The summary of a pass, from the graphs before and after it."""
         counts = Counter(n.op for n in after.nodes)
         counts.subtract(n.op for n in before.nodes)
         return cls(text, seconds, len(after.nodes), {op: count for op, count in counts.items() if count})

@@ -48,5 +48,5 @@ class Ways:
         return min(us, key=lambda way: us[way])
 
     def us(self, way: Way, context: Context) -> float:
-        """What the cost model says of a way, in microseconds."""
+        """Duration of a way by the cost model, in microseconds."""
         return sum(context.costs.node_us(self.graph, node, context.hints) for node in self.nodes[way])

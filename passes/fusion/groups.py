@@ -223,7 +223,7 @@ class Groups:
 
     @cached_property
     def readers_of(self) -> Mapping[str, list[Node]]:
-        """What reads each value, seen in whatever shape."""
+        """The nodes that read each value, directly or through views of it."""
         found: dict[str, list[Node]] = defaultdict(list)
         for node in self.graph.nodes:
             if node.op not in RENAMES:
@@ -260,7 +260,7 @@ class Groups:
         return Kernel(group, self.views, self.seeds, self.trial, needed).nodes()
 
     def inputs(self, group: Group) -> dict[str, Value]:
-        """What a kernel reads from memory, without seeds."""
+        """Values that a kernel reads from memory, without seeds."""
         read: dict[str, Value] = {}
         for node in reversed(group.members):
             read.update((v.name, v) for v in map(self.views.root, node.operands))
@@ -270,7 +270,7 @@ class Groups:
         return {name: v for name, v in read.items() if name not in made}
 
     def reads(self, node: Node, space: Space, wanted: Collection[str]) -> list[Value]:
-        """What those results of a node that are wanted are made of."""
+        """Operands of a node from which its wanted results are computed."""
         found = match(node, self.views, space)
         assert found is not None, "it was matched before"
         used = {a for step in found.making(node, wanted) for a in step.args}

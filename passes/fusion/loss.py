@@ -53,7 +53,7 @@ class _Loss:
 
 @dataclass(frozen=True)
 class _Projection:
-    """What logits are made of, and the matmuls that make the gradients of both."""
+    """The operands of the matmul that makes the logits, and the two matmuls that make their gradients."""
 
     x: Value
     weight: Value
@@ -100,7 +100,7 @@ def _forward(
 def _linear(
     loss: _Loss, projection: _Projection, builder: Builder, position: Mapping[str, int]
 ) -> dict[str, list[Node]]:
-    """What stands in the place of nodes, by their names."""
+    """Replacement nodes of the loss that takes the projection in, by the name of the node that they replace."""
     forward, kept = _forward(loss, LINEAR, (projection.x, projection.weight), builder)
     found = {loss.node.name: forward}
     if projection.gradients is not None:
@@ -114,7 +114,7 @@ def _linear(
 
 
 def _plain(loss: _Loss, builder: Builder) -> dict[str, list[Node]]:
-    """What stands in the place of nodes where the logits stay."""
+    """Replacement nodes of the loss where the logits stay, by the name of the node that they replace."""
     forward, kept = _forward(loss, PLAIN, (loss.logits,), builder)
     found = {loss.node.name: forward}
     if (node := loss.gradient) is not None:
@@ -198,7 +198,10 @@ def _projection(graph: Graph, loss: _Loss) -> _Projection | None:
 
 
 def _gradient(graph: Graph, backward: Node) -> Node | None:
-    """What makes the gradient of the logits, where it leaves what belongs to the loss."""
+    """The last node of the loss's backward that makes the gradient of the logits, past casts and views.
+
+    None where the backward is not that of a log-softmax with one reader.
+    """
     readers = graph.readers(*backward.results)
     if len(readers) != 1 or readers[0].op != "aten._log_softmax_backward_data.default":
         return None

@@ -1,4 +1,4 @@
-"""What each op of a transformer's glue is in the steps of a kernel: data that the fusion pass matches.
+"""Each op of a transformer's glue as the steps of a kernel: data that the fusion pass matches.
 
 A pattern says what the op is called with, what it makes, and the steps between; lines that begin with blanks go on.
 

@@ -8,8 +8,8 @@
     fwd %b = aten.mul.Tensor(%r, %sin)
     fwd %y = aten.add.Tensor(%a, %b)    ->    fwd %y = zgraph.rotary.default(%q, %cos, %sin, [0, 2, 1, 3], false)
 
-What is one op, and what it is made of, is text (`_LINES`): what stands there afterwards, a colon, and what is matched;
-lines that begin with blanks go on. A name is bound to a value or a number, and stands for the same everywhere. `last`
+Each rewrite is text (`_LINES`): the op that stands there afterwards, a colon, and the ops that are matched; lines that
+begin with blanks go on. A name is bound to a value or a number, and stands for the same everywhere. `last`
 is the last dimension, `half` half of its size, `end` its size or more, and `_` anything. `order` is the one of the
 dimensions in memory for which the last result lies as it lay before.
 """
@@ -100,7 +100,7 @@ def _rewritten(graph: Graph, rewrite: Rewrite, builder: Builder) -> Graph:
 
 
 def _made(rewrite: Rewrite, found: Found, builder: Builder) -> tuple[Node, ...]:
-    """What stands in a subgraph's place; nothing if no order of dimensions gives the root the type that it had."""
+    """The nodes that replace a subgraph; empty if no order of dimensions gives the root the type that it had."""
     root = found.nodes[-1]
     last = len(root.results[0].tensor.shape) - 1
     for order in permutations(range(last)):
@@ -170,4 +170,4 @@ _TYPES: Mapping[str, Callable[..., TensorType | None]] = {
     ROTARY: _rotary_type,
     "aten.transpose.int": _transposed_type,
 }
-"""What is made by the ops that stand in place of others; None where they do not fit what they are called with."""
+"""Result type of each op that replaces others, as a function of its arguments; None where they do not fit the op."""

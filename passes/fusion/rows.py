@@ -39,7 +39,7 @@ FOREIGN = {
     RECTIFIED: Foreign(),
     "aten.view.default": Foreign(views=(0,)),
 }
-"""What is known of the ops that stand in the place of groups."""
+"""Properties of the ops that replace groups."""
 
 MAX_WORDS = 4
 """Ops that a kernel is named after."""
@@ -64,7 +64,7 @@ class Group:
 
     @property
     def members(self) -> list[Node]:
-        """What the kernel stands for, in order."""
+        """The nodes that the kernel replaces, in order."""
         return [*([self.matmul] if self.matmul else []), *self.nodes]
 
 
@@ -76,7 +76,7 @@ class Seeds:
         self._of: dict[str, Value] = {}
 
     def of(self, dropout: Node) -> Value:
-        """What a dropout's seed is called."""
+        """The seed of a dropout; a new value the first time."""
         if dropout.name not in self._of:
             self._of[dropout.name] = self._builder.value(f"{dropout.name}_seed", TensorType(DType.i64, ()))
         return self._of[dropout.name]
@@ -97,7 +97,7 @@ class Kernel:
         self.made: dict[tuple[str, tuple[Arg, ...]], str] = {}
 
     def nodes(self) -> tuple[Node, ...] | None:
-        """What stands in the group's place: seeds, the call, and views that give its results the shapes wanted.
+        """The nodes that replace the group: seeds, the call, and views that give its results the shapes wanted.
 
         None where a kernel would not do.
         """
@@ -187,7 +187,7 @@ class Kernel:
         return self._named(seed)
 
     def _named(self, value: Value) -> Arg:
-        """What a step calls a value: what another step made, or the next input."""
+        """The argument that stands for a value in a step: a result of an earlier step, or the next input."""
         value = self.views.root(value)
         if value.name not in self.names:
             self.names[value.name] = f"x{len(self.inputs)}"
@@ -202,7 +202,7 @@ class Kernel:
         return self.made[key]
 
     def _outputs(self, wanted: Iterable[Value]) -> Iterator[Operand]:
-        """What the kernel writes; an input or what is written twice, as a copy of its own."""
+        """The operands that the kernel writes. An input, or a value written twice, is written as a copy of its own."""
         taken = {name for name in self.names.values() if isinstance(name, str) and name.startswith(("x", ACC))}
         for value in wanted:
             name = self.names[value.name]

@@ -1,4 +1,4 @@
-"""What a compiler did wrong: a check on simulated ranks, the rewrite that is to blame, a small failing graph."""
+"""Debugger of the compiler: a check on simulated ranks, the rewrite that is to blame, a small failing graph."""
 
 from zgraph.debugging.bisection import Culprit, bisect
 from zgraph.debugging.check import differs, examine, reference

@@ -39,7 +39,7 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Culprit:
-    """What made a graph wrong.
+    """Pass that made a graph wrong.
 
     Args:
         step: the pass, as the recipe writes it.

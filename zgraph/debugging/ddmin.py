@@ -39,7 +39,7 @@ def minimal(items: Sequence[T], fails: Callable[[Sequence[T]], bool]) -> list[T]
 
 
 class _Search(Generic[T]):
-    """What was tried already is not tried again."""
+    """Search that tries each selection of items only once."""
 
     def __init__(self, fails: Callable[[Sequence[T]], bool]) -> None:
         self._fails, self._known = fails, dict[tuple[T, ...], bool]()
@@ -51,7 +51,7 @@ class _Search(Generic[T]):
         return self._known[key]
 
     def without_chunks(self, kept: list[T], size: int) -> list[T]:
-        """What is left when every chunk that is not needed is left out."""
+        """The items that are left after every chunk that is not needed is dropped."""
         at = 0
         while at < len(kept):
             fewer = kept[:at] + kept[at + size :]

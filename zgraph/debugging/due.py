@@ -32,7 +32,7 @@ def misplaced(graph: Graph, own: Collection[int] = ()) -> Iterator[tuple[int, st
 
 
 def _averaging(graph: Graph, output: Output) -> Iterator[Node]:
-    """What averages a gradient, from its end to where it is whole on each rank."""
+    """The nodes that average a gradient, from the output back to where it is whole on each rank."""
     waiting = [] if output.value is None else [output.value.name]
     seen = set(waiting)
     while waiting:

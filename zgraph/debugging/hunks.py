@@ -162,7 +162,7 @@ class Hunks:
 
 
 def print_hunk(changes: Sequence[Change]) -> list[str]:
-    """What a hunk takes away (-), puts there (+) and moves (>), a line each."""
+    """Lines of a hunk: nodes that it removes (-), adds (+) and moves (>)."""
     found = []
     for change in changes:
         if change.moved and change.before is not None and _text(change.before) == _text(change.after):

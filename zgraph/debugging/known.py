@@ -27,7 +27,7 @@ RATE_FLOOR = 1e-3
 
 
 class Known(Protocol):
-    """What a graph is compared with."""
+    """Reference that a graph is compared with."""
 
     captured: Graph
 
@@ -74,7 +74,7 @@ class Reference:
 
     @property
     def raw(self) -> Outputs:
-        """What the captured graph gives in the first micro-step."""
+        """Outputs of the captured graph in the first micro-step."""
         return self.outputs((MicroStep(0),), 0)
 
     def as_run(self, graph: Graph) -> Graph:
@@ -82,7 +82,7 @@ class Reference:
         return graph if self.dtype is None else in_dtype(graph, self.dtype, draws_in_own=self.draws_in_own)
 
     def outputs(self, course: Course, at: int) -> Outputs:
-        """What the captured graph gives in a micro-step."""
+        """Outputs of the captured graph in a micro-step."""
         return self._after(course[: at + 1]).outputs
 
     def rates(self, course: Course, at: int) -> Rates:
@@ -90,7 +90,7 @@ class Reference:
         return self._after(course[: at + 1]).rates
 
     def _after(self, steps: Course) -> _Known:
-        """What the captured graph gives in the last of some micro-steps. Courses that begin alike share the runs."""
+        """Outputs of the captured graph in the last of some micro-steps. Courses that begin alike share the runs."""
         key = steps if self.captured.mesh else _unnamed(steps)
         if key not in self._known:
             if before := steps[:-1]:
@@ -106,7 +106,7 @@ class Reference:
 
     @cached_property
     def _programs(self) -> Programs:
-        """What is run of the captured graph: one for a single device is the same in all programs."""
+        """Programs of the captured graph. A graph for a single device is the same in all of them."""
         if self.captured.mesh:
             return Programs.of(self.captured)
         return Programs(self.captured, self.captured, None, self.absent)
@@ -146,7 +146,7 @@ class Reference:
     def wanted(
         self, course: Course, at: int, after: Programs, reduce_dtype: DType | None = None, own: Collection[int] = ()
     ) -> Outputs:
-        """What a micro-step of programs must give."""
+        """Outputs that a micro-step of `after` must give."""
         begun = next((i + 1 for i in range(at - 1, -1, -1) if course[i].syncs), 0)
         raws = [self.outputs(course, i) for i in range(begun, at + 1)]
         step, waiting = course[at], waiting_in(after.synced)
@@ -156,7 +156,7 @@ class Reference:
         self, after: Graph, raws: Sequence[Outputs] = (), reduce_dtype: DType | None = None, *, syncs: bool = True,
         own: Collection[int] = (), waiting: Collection[str] = (),
     ) -> Outputs:  # fmt: skip
-        """What `after` must give: what the captured graph gave, gradients averaged and buffers the first rank's.
+        """Outputs that `after` must give: the captured graph's, with gradients averaged and the first rank's buffers.
 
         Args:
             after: what passes have made of the captured graph.
@@ -188,7 +188,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class _Known:
-    """What a captured graph gives in a micro-step, and the training that goes on from there."""
+    """Outputs of a captured graph in a micro-step, and the training that goes on from there."""
 
     outputs: Outputs
     rates: Rates

@@ -1,4 +1,4 @@
-"""What a check takes of memory, so that one that does not fit is refused before it begins."""
+"""Memory that a check needs, so that one that does not fit is refused before it begins."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from zgraph.ir import DType, Graph, Input, InputKind, ScalarType, TensorType
 from zgraph.ir.symbols import Dim, evaluate
 
 SIZE = 6
-"""What a symbolic size without a hint is taken to be."""
+"""Value of a symbolic size without a hint."""
 
 _BATCH = (InputKind.input, InputKind.tangent)
 _APART = 1_000_003
@@ -46,7 +46,7 @@ class Numbers:
         self._batches: dict[int, dict[str, Ranks]] = {}
 
     def batch(self, number: int) -> dict[str, Ranks]:
-        """What the ranks are given in a micro-step, by the value's name: inputs and tangents."""
+        """Inputs and tangents of each rank in a micro-step, by the value's name."""
         if number not in self._batches:
             self.random.manual_seed(self.seed + _APART * (number + 1))
             own = [i.value for i in self.graph.inputs if self._is_own(i)]

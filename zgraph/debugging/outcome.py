@@ -1,4 +1,4 @@
-"""What a check finds: an output that differs, or how else a graph is wrong."""
+"""Findings of a check: an output that differs, or another way in which a graph is wrong."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Failure:
 def differences(
     graph: Graph, index: int, wanted: Ranks | None, got: Ranks | None, floor: float
 ) -> Iterator[Difference]:
-    """What differs in an output, rank by rank, rounding included.
+    """Differences in an output, rank by rank, rounding included.
 
     Args:
         graph: that has the output.

@@ -1,4 +1,4 @@
-"""What a whole number of a graph was made of: the input that it comes from, and the steps on the way, to be undone."""
+"""Paths from a graph's whole number back to the input that it was made of, with steps that can be undone."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Path:
         return replace(self, steps=(*self.steps, step))
 
     def undo(self, wanted: Interval) -> Interval:
-        """What the input may be, if the value may be what is wanted."""
+        """Interval in which the input must be for the value to be in `wanted`."""
         for step in reversed(self.steps):
             wanted = step(wanted)
         return wanted

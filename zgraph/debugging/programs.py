@@ -24,7 +24,7 @@ _PHRASES = {
 
 @dataclass(frozen=True)
 class Programs:
-    """What the runtime runs of a graph, each with its forward.
+    """Programs that the runtime runs of a graph, each with its forward.
 
     Args:
         synced: the step that ends with averaged gradients: the graph itself.
@@ -54,7 +54,7 @@ class Programs:
         return replace(self, synced=change(self.synced), unsynced=change(self.unsynced), lean=lean)
 
     def program(self, step: MicroStep) -> Graph:
-        """What runs in a micro-step."""
+        """The graph that runs in a micro-step."""
         if step.lean and self.lean is not None:
             return self.lean[0 if step.syncs else 1]
         return self.synced if step.syncs else self.unsynced
@@ -102,7 +102,7 @@ Course = tuple[MicroStep, ...]
 
 
 def courses(programs: Programs, num_micro_steps: int) -> Iterator[Course]:
-    """What is run of a graph, cheapest first.
+    """Courses of micro-steps to run of a graph, cheapest first.
 
     Args:
         programs: of the graph.
@@ -135,7 +135,7 @@ def _courses(programs: Programs, num_micro_steps: int, lean: bool) -> Iterator[C
 
 
 def rounded(courses: Iterator[Course]) -> Iterator[Course]:
-    """What is run in real dtypes: first steps, with at most one under no_sync, and one whose gradients are small."""
+    """Courses to run in real dtypes: first steps, with at most one under no_sync, and one with small gradients."""
     for course in courses:
         end = next(at for at, step in enumerate(course) if step.syncs) + 1
         if end <= 2:
@@ -147,7 +147,7 @@ def rounded(courses: Iterator[Course]) -> Iterator[Course]:
 
 
 SMALLER = 2.0**-30
-"""What makes gradients so small that a dtype without their exponents loses them."""
+"""Scale that makes gradients so small that a dtype with a narrower exponent range loses them."""
 
 
 def named(*words: str, lean: bool = False) -> str:

@@ -52,7 +52,7 @@ def spans(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Span]:
 
 
 def _at_root(path: Path, size: int, left_out: int | None) -> Span | None:
-    """What an input may be so that what is made of it is below a size; None where it may be anything."""
+    """Numbers that an input may have so that the index made of it is below a size; None where any will do."""
     found, beside = path.undo(Interval(0, size - 1)), path.replaced
     if left_out is not None and (there := path.undo(Interval(left_out, left_out)).only) is not None:
         beside |= {there}
@@ -60,7 +60,7 @@ def _at_root(path: Path, size: int, left_out: int | None) -> Span | None:
 
 
 def _common(wanted: list[Span]) -> Span | None:
-    """What all uses allow; None where that is nothing."""
+    """Numbers that all uses allow; None where there are none."""
     low, high = max(s.low for s in wanted), min(s.high for s in wanted)
     beside = {n for span in wanted for n in span.beside if not low <= n <= high}
     allowed = frozenset(n for n in beside if all(s.low <= n <= s.high or n in s.beside for s in wanted))
@@ -108,7 +108,7 @@ _LOSSES = frozenset({"aten.nll_loss_forward.default", "aten.nll_loss2d_forward.d
 _INDICES = frozenset({"aten.index.Tensor", "aten.index_put.default", "aten._unsafe_index.Tensor"})
 
 _Use = tuple[Value, int, int | None]
-"""What indexes, the size of what it chooses from, and a number that is left out."""
+"""Use of an index: the index, the size of the dimension it chooses from, and a number that is left out."""
 
 
 def _indexed(node: Node, known: Known) -> Iterator[_Use]:

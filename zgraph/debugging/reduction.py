@@ -29,7 +29,7 @@ Part = TypeVar("Part")
 
 
 class Check(Protocol):
-    """What a graph must not fail."""
+    """Check that a graph must pass."""
 
     def failure(self, graph: Graph) -> Failure | None:
         """How the graph fails; None where it does not, or where that cannot be told."""

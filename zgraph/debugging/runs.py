@@ -54,7 +54,7 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was checked of a run.
+    """Record of what was checked of a run.
 
     Args:
         graphs: what the graphs are called.
@@ -150,5 +150,5 @@ class _Check:
         return None
 
     def tolerance(self, known: Known) -> float | None:
-        """What the user allows is for fp64."""
+        """Tolerance for a comparison: the user's where it is in fp64, else None."""
         return self.options.tolerance if isinstance(known, Reference) else None

@@ -37,7 +37,7 @@ _SEEDS_APART = 15_485_863
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs of one check have in common.
+    """Settings that the runs of one check have in common.
 
     Args:
         numbers: the inputs.

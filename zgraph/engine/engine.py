@@ -31,7 +31,7 @@ log = logging.getLogger("zgraph")
 
 
 class Engine:
-    """What `zgraph.initialize_engine` returns. Whatever it does not have itself, it has from the model.
+    """Engine that `zgraph.initialize_engine` returns. Attributes that it does not have are those of the model.
 
     Args:
         model: the compiled model.

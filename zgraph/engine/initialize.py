@@ -173,7 +173,7 @@ def _stage(model: nn.Module, config: Config) -> Any:
 
 
 def _offload(config: Config) -> Any:
-    """What goes to the host, as `zgraph.compile` takes it."""
+    """The kinds of state to offload to the host, as `zgraph.compile` takes them."""
     zero, keys = config.keys.zero_optimization, config.keys
     asked = {
         "parameters": zero.offload_param.device != "none" and zero.stage == 3,

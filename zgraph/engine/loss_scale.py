@@ -8,7 +8,7 @@ from zgraph.engine.config.keys import FP16
 
 
 class LossScale:
-    """What a loss is multiplied by. Halved after overflows, doubled after a number of steps without one.
+    """Factor of the loss. Halved after overflows, doubled after a number of steps without one.
 
     As with DeepSpeed, the first of these steps does not count.
 
@@ -52,7 +52,7 @@ class LossScale:
         self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {"scale": self.scale, "patience": self.patience, "step": self.step, "last_overflow": self.last_overflow}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

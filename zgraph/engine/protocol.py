@@ -1,4 +1,4 @@
-"""What checkpoints and monitors need of an engine."""
+"""Protocol of an engine, as checkpoints and monitors need it."""
 
 from __future__ import annotations
 

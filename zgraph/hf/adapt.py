@@ -1,4 +1,4 @@
-"""What a compiled model must answer transformers, PEFT and Accelerate, none of which need be installed."""
+"""Attributes of a compiled model that transformers, PEFT and Accelerate ask for. None of them need be installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GENERATES = {"GenerationMixin", "PeftModel"}
 
 
 class Unprepared:
-    """What a compiled model answers Accelerate, which asks a model whether it is prepared before it wraps it.
+    """Value of the attribute by which Accelerate asks a model whether it is prepared, before it wraps it.
 
     `zgraph.hf.prepare` and the Trainer put True in its place.
     """

@@ -26,7 +26,7 @@ _LEFT_TO_ZGRAPH = "zero_optimization.stage3_param_persistence_threshold"
 
 
 class _Known(NamedTuple):
-    """What TrainingArguments say of a key.
+    """Value that TrainingArguments give to a key.
 
     Args:
         place: of the key, with dots.

@@ -42,7 +42,7 @@ def meet(model: nn.Module) -> None:
 
 
 def _first_batch(inputs: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
-    """What the first rank calls the model with; None where all do so with the same sizes."""
+    """Inputs with which the first rank calls the model; None where all ranks' inputs have the same sizes."""
     own = [leaf.shape for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
     shapes: list[Any] = [None] * group.size()
     dist.all_gather_object(shapes, own, group)

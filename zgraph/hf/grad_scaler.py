@@ -48,11 +48,11 @@ class Scaler:
         self._norm = None
 
     def get_scale(self) -> float:
-        """What losses are multiplied by."""
+        """The factor of the loss."""
         return self.loss_scale.scale
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return self.loss_scale.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

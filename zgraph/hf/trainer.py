@@ -49,7 +49,7 @@ _STEP = re.compile(r"checkpoint-\d+")
 
 
 class Sharded(Base):  # type: ignore[misc]
-    """What `enable` puts before a Trainer class. The model is compiled in place when it is first needed.
+    """Class that `enable` puts before a Trainer class. The model is compiled in place when it is first needed.
 
     Args:
         args, kwargs: as the Trainer takes them.
@@ -126,7 +126,7 @@ class Sharded(Base):  # type: ignore[misc]
         return made
 
     def _own_adamw(self) -> tuple[Any, dict[str, Any]]:
-        """What TrainingArguments name; zgraph's AdamW for torch's."""
+        """The optimizer class and options of TrainingArguments, with zgraph's AdamW in place of torch's."""
         folder = self.zgraph_config.state_folder
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if kind is not torch.optim.AdamW or options.keys() - {"lr", "betas", "eps", "weight_decay", "fused", "foreach"}:

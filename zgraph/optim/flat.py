@@ -1,4 +1,4 @@
-"""What all optimizers here share: states in runs, gradients side by side, one update a run."""
+"""Base of all optimizers here: states in runs, gradients side by side, one update a run."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ class FlatOptimizer(Optimizer):
 
     @abstractmethod
     def _scalars(self, group: Group, age: float) -> tuple[float, ...]:
-        """What the kernel reads beside the piece."""
+        """Numbers that the kernel reads beside the piece."""
 
     def _ages(self, run: Run, indices: list[int], are_new: list[bool]) -> list[float]:
-        """What a step must know of the past of these parameters: those of different ages are updated apart."""
+        """Age of each of these parameters, for the update: parameters of different ages are updated apart."""
         return [0.0] * len(indices)
 
     def _in_place(self, parameter: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ Make = Callable[[torch.Tensor, str], torch.Tensor]
 
 
 class Piece(NamedTuple):
-    """What is updated at once: a parameter, its gradient, its states, and the copy to compute with."""
+    """Tensors that are updated at once: a parameter, its gradient, its states, and the copy to compute with."""
 
     parameter: torch.Tensor
     gradient: torch.Tensor

@@ -24,7 +24,7 @@ _END = struct.Struct("<4s4H2LH")
 
 @dataclass(frozen=True)
 class Limits:
-    """What an archive may hold. 80 layers after each of 14 passes have 400,000 lines in 50 MB.
+    """Limits of an archive. 80 layers after each of 14 passes have 400,000 lines in 50 MB.
 
     Args:
         max_bytes: of all members, unpacked.

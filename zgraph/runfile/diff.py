@@ -1,6 +1,6 @@
-"""What differs between two graphs, line by line of their texts.
+"""Differences between two graphs, line by line of their texts.
 
-What is in both graphs but not on a longest run that has the same order in both has moved (Hunt, Szymanski: "A fast
+A node in both graphs has moved if it is not on a longest run that has the same order in both (Hunt, Szymanski: "A fast
 algorithm for computing longest common subsequences", 1977).
 """
 
@@ -41,7 +41,7 @@ class Difference:
 
 
 def compare(before: str, after: str) -> Difference:
-    """What differs between the texts of two graphs."""
+    """Compare the texts of two graphs."""
     old, new = node_lines(before), node_lines(after)
     pairs = ((key, old[key], line) for key, line in new.items() if old.get(key, line) != line)
     lines = ((read_line(was, key), read_line(now, key)) for key, was, now in pairs)
@@ -54,7 +54,7 @@ def compare(before: str, after: str) -> Difference:
 
 
 def moved(before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """What is in both, but not on a longest run that has the same order in both."""
+    """Keys in both, but not on a longest run that has the same order in both."""
     position = {key: at for at, key in enumerate(before)}
     common = [key for key in after if key in position]
     in_order = _increasing([position[key] for key in common])

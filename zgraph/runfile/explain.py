@@ -19,7 +19,7 @@ Lines = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Event:
-    """What a pass did to a node: made, changed, moved or removed it."""
+    """Effect of a pass on a node: made, changed, moved or removed it."""
 
     graph: str
     did: str
@@ -48,7 +48,7 @@ class Explanation:
 
 
 def explain(run: RunFile, name: str) -> Explanation:
-    """What is known of a node.
+    """Collect all that a run tells of a node.
 
     Raises:
         UsageError: no graph of the run has such a node; the message has the nearest names.
@@ -103,7 +103,7 @@ def _events(run: RunFile, name: str, graphs: Mapping[str, Lines]) -> Iterator[Ev
 
 
 def _behind(name: str, lines: Lines) -> str:
-    """What stands before a node."""
+    """The key before a node in the text, or "nothing" if it is the first."""
     last = "nothing"
     for key in lines:
         if key == name:
@@ -113,7 +113,7 @@ def _behind(name: str, lines: Lines) -> str:
 
 
 def _reads(node: Line, lines: Lines) -> Iterator[str]:
-    """What a node reads, each with the op that makes it."""
+    """The values that a node reads, each with the op that makes it."""
     wanted = set(node.reads)
     makers: dict[str, str] = {}
     for key, line in lines.items():

@@ -88,7 +88,7 @@ class Snapshot(_Frozen):
 
 
 class Manifest(_Frozen):
-    """What `run.json` says."""
+    """Contents of `run.json`."""
 
     format: Literal[2] = 2
     provenance: Provenance
@@ -97,7 +97,7 @@ class Manifest(_Frozen):
 
 
 class _Predicted(_Frozen):
-    """What `timeline.json` says: the timeline, and the digest of what it was simulated from."""
+    """Contents of `timeline.json`: the timeline, and the digest of what it was simulated from."""
 
     digest: str
     timeline: TimelineRecord
@@ -132,12 +132,12 @@ class RunFile:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """What each graph is called: by the pass that made it, with #2 where that ran a second time."""
+        """The name of each graph: that of the pass that made it, with #2 where that ran a second time."""
         return graph_names(snapshot.step for snapshot in self.manifest.snapshots)
 
     @property
     def steps(self) -> list[Ran]:
-        """What ran: each step with its graph and seconds."""
+        """The steps that ran, each with its graph and seconds."""
         return [(s.step, self.graph_of(s.member), s.seconds) for s in self.manifest.snapshots]
 
     def graph(self, name: str = "final") -> Graph:
@@ -290,7 +290,7 @@ def _problems(error: ValidationError) -> str:
 
 
 def graph_names(steps: Iterable[str]) -> tuple[str, ...]:
-    """What the graphs after these steps are called."""
+    """The names of the graphs after these steps."""
     return tuple(told_apart(step.partition("(")[0] for step in steps))
 
 
@@ -338,7 +338,7 @@ class Recording:
     def run_file(
         self, provenance: Provenance, context: Context, certificate: Certificate | None = None
     ) -> RunFile:  # fmt: skip
-        """What was recorded, as a file holds it, with its timeline and what was checked."""
+        """The recording as a run file, with its timeline and what was checked."""
         steps = [(CAPTURED, self.captured, 0.0), *self.steps]
         run = run_file(steps, provenance, context, self.sources).with_timeline()
         return replace(run, certificate=certificate)

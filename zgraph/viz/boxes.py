@@ -1,4 +1,4 @@
-"""What a drawing of a graph is made of: one box for each input, node and output, in scopes named after modules."""
+"""Parts of a drawing of a graph: one box for each input, node and output, in scopes named after modules."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ STYLES = {
     "gradients": ("g", "magenta"),
     "buckets": ("b", "yellow"),
 }
-"""What a category is drawn with; the letter tells them apart where there is no colour."""
+"""Letter and colour of each category; the letter tells them apart where there is no colour."""
 
 
 def memory_chart(curve: MemoryCurve, width: int = 72, height: int = 8) -> Text:

@@ -19,7 +19,7 @@ ROWS = {
     "compute": "computing", "waits": "waiting for", "comm": "communication", "d2h": "copies to the host",
     "h2d": "copies from the host",
 }  # fmt: skip
-"""What each row is called, in their order from the top."""
+"""Name of each row, in their order from the top."""
 
 NUMBERS = {row: number for number, row in enumerate(ROWS, 1)}
 
@@ -68,7 +68,7 @@ def _stall(stall: Stall, start: Node) -> Event:
 
 
 class _Walk:
-    """What happens in the order of the program; what takes no time does so when the op before it ends."""
+    """Walks the program in order and yields events; one that takes no time is put where the op before it ends."""
 
     def __init__(self, plan: Plan, timeline: Timeline, rest_bytes: int) -> None:
         self.plan, self.timeline = plan, timeline
@@ -121,7 +121,7 @@ class _Walk:
 
 
 def _step(plan: Plan) -> tuple[Instruction, ...]:
-    """What the simulator runs."""
+    """The instructions that the simulator runs."""
     if plan.backward is None:
         return plan.forward.instructions
     return (*plan.forward.instructions, *(plan.lean[0] if plan.lean else plan.backward).instructions)

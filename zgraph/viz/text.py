@@ -1,4 +1,4 @@
-"""What prints in a terminal, as a string."""
+"""Terminal output as a string."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 
 
 def as_text(renderable: RenderableType, *, width: int) -> str:
-    """What rich would print, without colour, in lines of this width."""
+    """The text that rich would print, without colour, in lines of this width."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)

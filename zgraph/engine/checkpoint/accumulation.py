@@ -1,7 +1,8 @@
 """Gradients of a step that is under way, as a checkpoint keeps them: `gradient.NAME`, laid out as the parameters are.
 
-What backwards under no_sync hold back on each rank is averaged for the checkpoint, so that any number of ranks and any
-stage can go on with it: in the dtype of the masters, where it would else be rounded to that of computing once more.
+Gradients that backwards under no_sync hold back on each rank are averaged for the checkpoint, so that any number of
+ranks and any stage can go on with them. They are in the dtype of the masters, where they would else be rounded to the
+compute dtype once more.
 """
 
 from __future__ import annotations

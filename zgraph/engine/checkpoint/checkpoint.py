@@ -41,7 +41,7 @@ Loaded = tuple[str | None, dict[str, Any] | None]
 
 
 class OfRank(Randomness):
-    """What a rank keeps for itself.
+    """State that each rank saves for itself.
 
     Args:
         client_state: its own, at stage 3; None where that of the first rank is everyone's.
@@ -52,7 +52,7 @@ class OfRank(Randomness):
 
 @dataclass(frozen=True)
 class Parts:
-    """What of a checkpoint is loaded."""
+    """Parts of a checkpoint to load."""
 
     optimizer: bool = True
     scheduler: bool = True

@@ -41,7 +41,7 @@ def read_shards(targets: Tensors, reader: Reader, ranks: Ranks) -> None:
 
 @contextmanager
 def _failing_alike(done: str, ranks: Ranks) -> Iterator[None]:
-    """What dcp raises, as the same error on all ranks."""
+    """Context in which an error of dcp is raised as the same CheckpointError on all ranks."""
     try:
         with warnings.catch_warnings(), ranks.watched(f"a checkpoint to be {done}"):
             if not dist.is_initialized():

@@ -114,7 +114,7 @@ class Vector:
 
 @dataclass
 class Files:
-    """What the files of all ranks hold.
+    """Contents of the files of all ranks.
 
     Args:
         models: of each model's file; one for stages 1 and 2.
@@ -258,7 +258,7 @@ class Files:
         )  # fmt: skip
 
     def client_state(self, rank: int) -> dict[str, Any]:
-        """What the user has saved beside it: at stage 3 on this rank, if there was one, else on the first."""
+        """The user's client state: of this rank, if it saved one at stage 3, else of the first rank."""
         model = self.models[rank if rank < len(self.models) else 0]
         return {key: value for key, value in model.items() if key not in _OWN}
 
@@ -293,7 +293,7 @@ def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 
 def _load(path: Path) -> Any:
-    """What a file holds, read by torch's restricted loader.
+    """The contents of a file, read by torch's restricted loader.
 
     Raises:
         CheckpointError: it is damaged, or has an object of another class.

@@ -113,7 +113,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """What a file holds.
+    """The text in a file.
 
     Raises:
         CheckpointError: it cannot be read, or is no text.

@@ -33,7 +33,7 @@ def encode(value: Any, place: str) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """What `encode` was given."""
+    """The value that `encode` was given."""
     if isinstance(value, list):
         return [decode(item) for item in value]
     if isinstance(value, dict):

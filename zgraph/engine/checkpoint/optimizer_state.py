@@ -1,4 +1,4 @@
-"""What an optimizer has to keep, by the names of parameters: tensors, and everything else as JSON."""
+"""State of an optimizer, by the names of parameters: tensors, and everything else as JSON."""
 
 from __future__ import annotations
 

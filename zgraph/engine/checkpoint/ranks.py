@@ -24,7 +24,7 @@ class Ranks:
     goes on.
 
     Args:
-        group: what the model trains on; None for one process.
+        group: the process group that the model trains on; None for one process.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -86,7 +86,7 @@ class Ranks:
             self._peers.blame(what, error)
 
     def together(self, action: Callable[[], T]) -> T:
-        """What the action returns here, if it succeeds everywhere.
+        """The result of the action on this rank, if it succeeds on all of them.
 
         Raises:
             CheckpointError: it failed on some rank; the same on all of them.
@@ -100,7 +100,7 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def first(self, action: Callable[[], T]) -> T:
-        """What the action returns on the first rank, on all of them."""
+        """The first rank's result of the action, on all ranks."""
         return self.gather(self.together(lambda: action() if self.rank == 0 else None))[0]  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of an engine has: tensors by the names of parameters, and everything else as JSON."""
+"""State in an engine's checkpoint: tensors by the names of parameters, and everything else as JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class State(OptimizerState):
         accumulation: micro-batches of a step.
         pending: those of them whose gradients are in the checkpoint, as they wait for the rest.
         buffers: the names of the model's tensors that are not parameters.
-        dtype: what is computed in, where that is not the dtype of the masters.
+        dtype: the compute dtype, where that is not the dtype of the masters.
         config: that of the run, for information.
         model_info: the model's own configuration, if it has one as those of transformers have.
     """

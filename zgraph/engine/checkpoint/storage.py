@@ -90,7 +90,7 @@ class Stored(BaseModel):
 
 
 class Index(BaseModel):
-    """What is in a checkpoint: its tensors, and the bytes of its files.
+    """Index of a checkpoint: its tensors, and the bytes of its files.
 
     Args:
         version: 1 had no checksums.
@@ -108,7 +108,7 @@ class Index(BaseModel):
     checksum: Checksum | None = None
 
     def computed(self) -> int:
-        """What its checksum must be."""
+        """The checksum that the index must have."""
         return zlib.crc32(self.model_dump_json(exclude={"checksum"}).encode())
 
 

@@ -21,7 +21,7 @@ Rates = float | tuple[float, ...]
 
 
 class Schedule(Section):
-    """What the rates are in each step; steps are counted from 0, and -1 is before the first."""
+    """Learning rates of each step; steps are counted from 0, and -1 is before the first."""
 
     @abstractmethod
     def rates(self, step: int, base: Sequence[float]) -> list[float]:
@@ -192,7 +192,7 @@ class Scheduler:
 
     Args:
         optimizer: its groups' rates at this moment are those that a schedule rises to.
-        schedule: what the rates are.
+        schedule: the rates of each step.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: Schedule) -> None:
@@ -233,7 +233,7 @@ class Scheduler:
         return [(momentum, 0.99) for group in self.optimizer.param_groups if "betas" in group]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {"last_batch_iteration": self.last_batch_iteration, "base": self.base}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

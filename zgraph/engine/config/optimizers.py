@@ -25,7 +25,7 @@ _FLAT = "the update is one pass over flat shards"
 
 
 class OptimizerParams(Section):
-    """What an optimizer takes."""
+    """Parameters of an optimizer."""
 
     superseded: ClassVar[Mapping[str, str]] = dict.fromkeys(("torch_adam", "foreach", "fused", "capturable"), _FLAT)
 

@@ -23,14 +23,14 @@ from zgraph.errors import ConfigError
 
 @dataclass(frozen=True)
 class Config:
-    """What `read_config` returns.
+    """Result of `read_config`.
 
     Args:
         keys: the configuration's keys.
         micro_batch: rows of one forward on one rank.
         accumulation: forwards before a step.
         world_size: ranks.
-        optimizer: what the optimizer takes; None if the configuration names none.
+        optimizer: parameters of the optimizer; None if the configuration names none.
         schedule: the learning rates; None if the configuration names none.
         notes: for each key that has no effect, what decides instead.
     """
@@ -56,7 +56,7 @@ class Config:
 
     @property
     def param_dtype(self) -> Literal["float16", "bfloat16"] | None:
-        """What is computed in, as torch calls it; None for the dtype of the parameters."""
+        """Compute dtype, as a torch attribute name; None for the dtype of the parameters."""
         return "float16" if self.keys.fp16.enabled else "bfloat16" if self.keys.bf16.enabled else None
 
 
@@ -177,7 +177,7 @@ def _without_auto(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named(reading: Reading, section: str, found: Mapping[str, Any], kinds: Mapping[str, type[Any]]) -> Any:
-    """What an optimizer or a scheduler takes, by its type."""
+    """The parameters of an optimizer or a scheduler, by its type."""
     name, params = found.get("type"), found.get("params", {})
     kind = next((k for n, k in kinds.items() if isinstance(name, str) and n.lower() == name.lower()), None)
     if kind is None:

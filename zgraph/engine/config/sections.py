@@ -40,7 +40,7 @@ class Section(BaseModel):
 
 @dataclass
 class Reading:
-    """What was found while a configuration was read.
+    """Problems and notes that were found while a configuration was read.
 
     Args:
         problems: all that is wrong, each with its place.

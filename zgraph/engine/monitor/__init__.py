@@ -1,1 +1,1 @@
-"""What the engine tells of a training: throughput, FLOP, communication, and where it is written."""
+"""Reports on a training: throughput, FLOP, communication, and where they are written."""

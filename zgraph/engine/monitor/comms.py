@@ -1,4 +1,4 @@
-"""What collectives of a step take, each alone: the bandwidth that the network gives them, without computing beside."""
+"""Times each collective of a step alone: the bandwidth that the network gives it with no computation beside it."""
 
 from __future__ import annotations
 

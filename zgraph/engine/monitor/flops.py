@@ -18,7 +18,7 @@ from zgraph.passes.recompute import Recompute
 
 @dataclass
 class ModuleFlop:
-    """What one rank's matmuls do in a forward and backward of a module, and of all modules in it."""
+    """FLOP of one rank's matmuls in a forward and backward of a module, and of all modules in it."""
 
     path: str
     forward: int = 0
@@ -46,7 +46,7 @@ def flop_by_module(entry: Entry) -> list[ModuleFlop]:
 
 
 def useful_flop(entry: Entry) -> int:
-    """What the model asks for: all but what is computed again."""
+    """FLOP that the model asks for: all but those computed again."""
     whole = flop_by_module(entry)[0]
     return whole.forward + whole.backward
 

@@ -1,4 +1,4 @@
-"""What an engine tells while it trains: a line every so many steps, tables, and events for those who draw curves."""
+"""Reports of an engine while it trains: a line every so many steps, tables, and events for tools that draw curves."""
 
 from __future__ import annotations
 
