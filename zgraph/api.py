@@ -158,7 +158,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def report(model: nn.Module) -> Report:
-    """What was compiled, and why: the recipe, what each pass changed, bytes at rest, at the peak and on the wire.
+    """Report of a compiled model: its recipe, what each pass changed, bytes at rest, at the peak and on the wire.
 
     Raises:
         UsageError: the model is not compiled.

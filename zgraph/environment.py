@@ -1,4 +1,4 @@
-"""What the environment may set, declared once."""
+"""Environment variables that zgraph reads, declared once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from zgraph.errors import UsageError, did_you_mean
 
 LOG_KINDS = ("capture", "passes", "recompiles", "progress")
-"""What ZGRAPH_LOGS may name: a line for each captured graph, one for each pass, one for what made torch capture again,
-and a progress bar on a terminal."""
+"""Kinds that ZGRAPH_LOGS may name: a line for each captured graph, one for each pass, one for the cause of each
+recompile, and a progress bar on a terminal."""
 
 USUAL_LOGS = frozenset({"capture", "recompiles", "progress"})
 

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
-    """What a mistyped name may have meant: known names that begin with it, then those that are like it.
+    """Suggestions for a mistyped name: known names that begin with it, then similar ones.
 
     >>> nearest("a100", ["h100", "a100-80"])
     ['a100-80']
@@ -32,7 +32,7 @@ class UsageError(ZgraphError, ValueError):
 
 
 class DtypeError(UsageError):
-    """What is given for a dtype is none, or none to compute in. The message has the words for those that are."""
+    """A dtype option has a value that is no dtype, or none to compute in. The message lists the accepted ones."""
 
 
 class ConfigError(UsageError):
@@ -120,7 +120,7 @@ class BudgetError(ZgraphError):
 
 
 class OffloadError(ZgraphError):
-    """What is to be offloaded does not fit where it is to go. Nothing was moved."""
+    """Offloaded tensors do not fit where they are to go. Nothing was moved."""
 
 
 class SimulationError(ZgraphError):

@@ -126,7 +126,7 @@ class Interpreter:
         return [[ranks[i] for ranks in by_rank] for i in range(len(node.results))]
 
     def _gather(self, node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
-        """What an earlier micro-step kept, or else the shards put together."""
+        """Results of a gather: those that an earlier micro-step kept, or else the shards put together."""
         names = [r.name for r in node.results]
         if not self.kept.keys() >= set(names):
             made = _reshard(node, operands, mesh)

@@ -75,7 +75,7 @@ def resolve(name: str) -> Callable[..., Any]:
 
 
 def effects(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], *, multi: bool) -> Foreign:
-    """What the schema says about the effects of a call. An op outside ATen has effects that no schema tells."""
+    """Effects of a call, read off the op's schema. An op outside ATen has effects that no schema tells."""
     if not isinstance(target, torch._ops.OpOverload):
         return Foreign(multi=multi)
     views: list[int] = []

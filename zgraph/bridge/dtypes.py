@@ -8,7 +8,7 @@ from zgraph.bridge.aten import FROM_TORCH
 from zgraph.errors import DtypeError
 
 Dtype = torch.dtype | str
-"""What options take for a dtype."""
+"""Dtype as options take it: a torch dtype, or a name."""
 
 WORDS = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,

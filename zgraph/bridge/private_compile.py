@@ -106,7 +106,7 @@ _NOISY = ("torch._dynamo.metrics_context", "torch._subclasses.fake_tensor")
 
 
 def raised_without_data(run: Callable[[], Any]) -> Exception | None:
-    """What a function raises on tensors that have no data; None for nothing, and where it would have to see data.
+    """Error that a function raises on tensors without data; None if it raises none, or would have to see data.
 
     No tensor is changed by it.
     """

@@ -43,7 +43,7 @@ def private_folder(root: Path, name: str) -> Path:
 
 
 def read_private(path: Path, max_bytes: int) -> bytes | None:
-    """What a file holds; None where there is none, it is longer, a link, no plain file, or another user's."""
+    """Content of a file; None if it is missing, unreadable, longer, a link, no plain file, or another user's."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -160,7 +160,7 @@ def store() -> Store:
 
 
 class Messenger(Protocol):
-    """What a gloo group can do beside its collectives; torch's stubs leave it out."""
+    """Methods of a gloo group beside its collectives; torch's stubs leave them out."""
 
     def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> dist.Work: ...
 
@@ -225,7 +225,7 @@ def bump_version(tensors: Tensors) -> None:
 
 
 def direct(op: Callable[..., Any]) -> Callable[..., Any]:
-    """What an ATen op calls, without the Python frame around it."""
+    """Callable behind an ATen op, without the Python frame around it."""
     inner: Callable[..., Any] = getattr(op, "_op", op)
     return inner
 

@@ -1,4 +1,4 @@
-"""What `zgraph.compile` plans for: the costs of the hardware at hand, or of the one that the user names."""
+"""Target that `zgraph.compile` plans for: the costs of the hardware at hand, or of the one that the user names."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cost_table(target: Target | None, device: torch.device) -> CostTable:
 
 
 UNKNOWN = "a100-40"
-"""What a GPU is taken for whose name says nothing; a warning tells of it."""
+"""Profile for a GPU whose name says nothing; a warning tells of it."""
 
 
 def _recognised(device: torch.device) -> str:
@@ -74,7 +74,7 @@ what does not fit together in the allocator."""
 
 
 def device_budget(device: torch.device) -> int | None:
-    """What a rank may use of a GPU's memory; None on a processor, which has no memory of its own."""
+    """Bytes of a GPU's memory that a rank may use; None on a processor, which has no memory of its own."""
     if device.type == "cpu":
         return None
     return int((1 - MARGIN) * torch.cuda.get_device_properties(device).total_memory)

@@ -96,7 +96,7 @@ class _Shallow:
 
     @property
     def described(self) -> str:
-        """What was captured, for people."""
+        """Description of what was captured, for people."""
         numbers = [sorted({lengths[n] for lengths in self.graphs}) for n in range(len(self.stacks))]
         return "with " + ", and ".join(
             f"{', '.join(map(str, few))} of {len(stack.layers)} layers"

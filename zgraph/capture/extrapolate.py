@@ -83,12 +83,12 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Stack:
-    """What a stack does to a part of the text.
+    """Growth of a part of the text with one stack's layers.
 
     Args:
         begin, end: where the layer stands in the smallest graph; nowhere if both are the same.
-        with_count: what the numbers of each line grow by with the number of layers.
-        with_layer: what those of the layer's lines grow by from one to the next.
+        with_count: growth of each line's numbers for one layer more in the stack.
+        with_layer: growth of the numbers in the layer's lines from one layer to the next.
     """
 
     begin: int
@@ -184,7 +184,7 @@ def _layer_step(number: int, size: int, one: Sequence[_Line], two: Sequence[_Lin
 
 
 def _step(first: _Line, second: _Line, third: _Line) -> Numbers | None:
-    """What the numbers of a line grow by twice; None if the lines are not alike."""
+    """Growth of a line's numbers, the same in both steps; None if it is not, or if the lines are not alike."""
     step = _difference(first, second)
     return step if step == _difference(second, third) else None
 

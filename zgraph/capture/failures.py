@@ -1,4 +1,4 @@
-"""What a call that fails while it is captured raises: the user's own error as it is, or what zgraph says of it.
+"""Errors of a call that fails while it is captured: the user's own error as it is, or what zgraph says of it.
 
 torch.compile tells of an error in the forward in its own words, and under two hundred lines of its own frames. The
 forward is then run once more, on tensors without data and only as far as the error, which gives the error itself, its
@@ -27,10 +27,10 @@ _MADE_UP = re.compile(r"<.*>")
 
 
 def failure(error: Exception, run: Callable[[], Any], name: str) -> Exception:
-    """What to raise for an error of a call.
+    """Error to raise for a call that fails while it is captured.
 
     Args:
-        error: what torch.compile raised.
+        error: the one that torch.compile raised.
         run: calls the forward as it was called.
         name: of the model.
     """

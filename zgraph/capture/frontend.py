@@ -32,10 +32,10 @@ Runner = Callable[[list[Any]], Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class ParamInfo:
-    """What capture must know of a parameter: its name, its stage, its dtype at rest if that is another.
+    """Facts about a parameter for capture: its name, its stage, its dtype at rest if that is another.
 
-    `hollow` says that what is traced in its place has no memory, so that nothing may escape with it. `offload` is what
-    of it lies on the host.
+    `hollow` says that the tensor traced in its place has no memory, so nothing may escape with it. `offload` is the
+    part of it that lies on the host.
     """
 
     name: str
@@ -47,7 +47,7 @@ class ParamInfo:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What compiling one captured graph gives: its plan, and the runners of its two halves."""
+    """Result of compiling one captured graph: its plan, and the runners of its two halves."""
 
     plan: Plan
     forward: Runner

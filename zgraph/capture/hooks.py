@@ -43,4 +43,4 @@ def _turning(module: Any, inputs: Any, output: Any) -> None:
 
 
 _CODE = ("co_code", "co_names", "co_consts")
-"""What two functions have alike that do the same, whatever they and their arguments are called."""
+"""Attributes of the code that two functions share if they do the same, whatever they and their arguments are called."""

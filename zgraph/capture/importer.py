@@ -39,7 +39,7 @@ from zgraph.ir.symbols import Dim, is_readable, simplify, symbol
 
 
 class Leaf(NamedTuple):
-    """What the importer is told of an input: the fields of `Input` of the same names."""
+    """Description of an input for the importer: the fields of `Input` of the same names."""
 
     kind: InputKind
     target: str = ""

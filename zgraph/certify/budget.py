@@ -15,7 +15,7 @@ from zgraph.passes.core.base import Context
 
 @dataclass(frozen=True)
 class Limit:
-    """What a run must keep within.
+    """Memory limit of a run.
 
     Args:
         budget: bytes that one rank's device may have alive; None for no limit.
@@ -41,7 +41,7 @@ def is_lowered(graph: Graph) -> bool:
 
 
 def footprint(graph: Graph, peak: Peak, limit: Limit, hints: Mapping[str, int]) -> Footprint:
-    """What a graph with this peak takes of the device: at rest what the run says, but at least what the graph has."""
+    """Device memory of a graph with this peak. Bytes at rest are the run's own figure, but at least the graph's."""
     rest = max(limit.rest_bytes, rest_bytes(graph, hints))
     return Footprint(
         node=peak.node[:200], phase=peak.phase, peak_bytes=peak.num_bytes, rest_bytes=rest,

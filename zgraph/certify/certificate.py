@@ -116,7 +116,7 @@ class Certifier:
         return self.certificate(check)
 
     def certificate(self, check: _Check) -> Certificate:
-        """What was checked, and of the last graph whether it keeps within the budget."""
+        """Certificate of what was checked. A lowered last graph is held to the budget and gives the footprint."""
         (*_, (_, last)), names = self.steps, {step for step, _ in self.steps}
         limit = Limit.of(self.context, self.stated)
         if Partition.name not in names:
@@ -188,7 +188,7 @@ class _Check:
             self.run("ownership", graph, owned(graph))
 
     def memory(self, graph: Graph, limit: Limit, *, released: bool) -> Footprint:
-        """What the last graph takes of the device's memory."""
+        """Device memory of the last graph, which is checked against the budget."""
         began, hints = perf_counter(), self.context.hints
         highest = peak(graph, hints, released=released)
         found = footprint(graph, highest, limit, hints)

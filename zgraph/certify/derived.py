@@ -74,7 +74,7 @@ class Derived:
         return str(kind)
 
     def wrong(self, node: Node, target: Any, mode: Any) -> str:
-        """What is wrong with a node's results; nothing where nothing is, or where torch cannot tell."""
+        """Mismatch between a node's results and what torch derives; empty if there is none, or if torch cannot tell."""
         try:
             args = [to_torch(a, _CPU, self.fake) for a in node.args]
             kwargs = {k: to_torch(a, _CPU, self.fake) for k, a in node.kwargs}

@@ -31,7 +31,7 @@ LEAN = " where only the loss is differentiated"
 
 @dataclass(frozen=True)
 class Programs:
-    """What the programs of a graph compute: the synced step, one under no_sync, and both without absent tangents."""
+    """Meanings of a graph's programs: the synced step, one under no_sync, and both without absent tangents."""
 
     graph: Graph
     synced: Meaning
@@ -55,7 +55,7 @@ class Equality:
         self.zeros = absent_tangents(captured)
 
     def programs(self, graph: Graph) -> Programs:
-        """What a graph computes."""
+        """Meanings of a graph's programs."""
         synced = self.read(graph)
         if not any(o.kind is OutputKind.grad for o in graph.outputs):
             return Programs(graph, synced, None, None)
@@ -67,7 +67,7 @@ class Equality:
         )  # fmt: skip
 
     def zeroed(self, graph: Graph) -> tuple[Meaning, Meaning]:
-        """What a graph computes where absent tangents are zero: synced, and under no_sync."""
+        """Meanings of a graph in which absent tangents are zero: synced, and under no_sync."""
         return self.read(graph, self.zeros), self.read(without_sync(graph), self.zeros, unsynced=True)
 
     def lean(self, programs: Programs) -> Iterator[Fault]:
@@ -153,7 +153,7 @@ class Equality:
     def allowed(
         self, source: Output, wanted: int | None, new: Graph, places: bool, unsynced: bool
     ) -> tuple[int | None, ...]:
-        """What an output may be; the placed graph's, if a pass has placed the graph before."""
+        """Terms that an output may have; if `places`, those that placing the graph makes of the term before."""
         nothing = (None, ZERO) if wanted in (None, ZERO) else ()
         entry = next((i for i in new.inputs if i.value.name == source.target), None)
         if not places or wanted is None or wanted == ZERO or entry is None or source.value is None:
@@ -179,7 +179,7 @@ class Equality:
         return table.cast(table.reduced("mean", term), summed, rest)
 
     def placed(self, old: Graph, new: Graph) -> Iterator[Fault]:
-        """What a pass that places says of the inputs."""
+        """Faults in the inputs after a pass that places: other numbers, names, kinds, targets, stages or shapes."""
         if len(old.inputs) != len(new.inputs):
             yield None, f"has {len(new.inputs)} inputs, not {len(old.inputs)}"
             return
@@ -195,7 +195,10 @@ class Equality:
                 yield None, f"the input %{name} has another shape than before"
 
     def resent(self, before: Programs, after: Programs, step: str) -> Iterator[Fault]:
-        """What goes over the wire, or waits for the backward, and did not before; and the other way round."""
+        """Faults in communication and in saved values: a collective more or less than before, or more saved values.
+
+        After passes in `CLEANS`, fewer collectives are no fault.
+        """
         sent, was = Counter(after.synced.sent), Counter(before.synced.sent)
         less = () if step in CLEANS else (was - sent)
         for how, phase, _ in [*(sent - was), *less]:

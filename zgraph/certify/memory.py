@@ -86,12 +86,12 @@ class _Step:
         self.lives[name], self.roots[name] = [num_bytes, born, last], frozenset((name,))
 
     def touch(self, names: Iterable[str], position: int) -> None:
-        """What these names lie in is still needed here."""
+        """Extends the lifetime of the memory behind these names to this position."""
         for root in (root for name in names for root in self.roots.get(name, ())):
             self.lives[root][2] = max(self.lives[root][2], position)
 
     def run(self, position: int, node: Node) -> None:
-        """What a node reads and makes, and what it holds until it is waited for."""
+        """Records the memory that a node reads and makes, and that a start holds until it is waited for."""
         self.touch((v.name for v in node.operands), position)
         sources, is_placed = views(self.graph, node), bool(offsets(node))
         shared = frozenset().union(*(self.roots.get(name, frozenset()) for name in sources))
@@ -109,7 +109,7 @@ class _Step:
             self.start(position, node)
 
     def start(self, position: int, node: Node) -> None:
-        """What a collective or a copy needs beside its results."""
+        """Records what a collective or a copy needs beside its results: scratch memory, and the operand or its copy."""
         graph, moves = self.graph, transfer(node)
         assert moves is not None
         self.scratch[node.name] = [_rounded(OPS[node.op].scratch_bytes(node, graph.mesh)), position, len(self.nodes)]

@@ -44,7 +44,7 @@ class Storage:
 
 
 def owned(graph: Graph) -> Iterator[Fault]:
-    """What is gathered is released once, directly behind its last use."""
+    """Memory that is gathered, or brought back from the host, is released once, directly behind its last use."""
     storage = Storage(graph)
     last: dict[str, int] = {}
     released: dict[str, int] = {}
@@ -94,7 +94,7 @@ def _makes(graph: Graph, node: Node) -> bool:
 
 
 def under_way(graph: Graph) -> Iterator[Fault]:
-    """What a collective or a copy reads is neither written to nor released before it is waited for."""
+    """Memory that a collective or a copy reads is neither written to nor released before the wait."""
     storage = Storage(graph)
     busy: dict[str, Node] = {}
     starts: dict[str, Node] = {}

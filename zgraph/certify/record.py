@@ -1,4 +1,4 @@
-"""What a certificate says: which rules hold of which graphs. Written into run files."""
+"""Certificates: which rules hold of which graphs. Written into run files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Checked(BaseModel):
 
 
 class Footprint(BaseModel):
-    """What a run takes of one rank's device: bytes at its peak above those at rest, the node where that is, and bytes
-    of the optimizer's step; the budget is None where there is no limit."""
+    """Memory of a run on one rank's device: bytes at rest, bytes at the peak above them and the node where it is, and
+    bytes of the optimizer's step. The budget is None where there is no limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,7 +44,7 @@ class Footprint(BaseModel):
 
 
 class Certificate(BaseModel):
-    """What was checked of a run. A file's own is a claim; `zgraph verify` makes it anew."""
+    """Record of what was checked of a run. The one in a file is a claim; `zgraph verify` makes it anew."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -57,7 +57,7 @@ def kernels(graph: Graph) -> Counter[Hashable]:
 
 
 def spelled(graph: Graph, terms: Steps, absent: frozenset[str] = frozenset()) -> Meaning:
-    """What a graph that is not yet placed computes, in scalar steps."""
+    """Meaning of a graph that is not yet placed, in scalar steps."""
     return Speller(graph, terms, absent).run()
 
 
@@ -122,7 +122,7 @@ class Speller(Reader):
         return self.table.of(key)
 
     def call(self, op: str, args: Sequence[Hashable | Sized], shape: tuple[Dim, ...]) -> Sized:
-        """What an op that a kernel stands for would make."""
+        """Result of an op that a kernel stands for."""
         operands = [a for a in args if isinstance(a, Sized)]
         if any(o.term == ZERO for o in operands) and (op in PRODUCTS or operands[0].term == ZERO):
             return Sized(ZERO, shape)
@@ -169,7 +169,7 @@ class Speller(Reader):
     # --- kernels -------------------------------------------------------------------------------------------------
 
     def kernel(self, node: Node, given: Mapping[str, Sized]) -> Sequence[int] | None:
-        """What a kernel makes; None if it does not fit what it reads."""
+        """Terms of a kernel's results; None if the kernel does not fit its operands."""
         operands = [given[v.name] for v in node.operands]
         try:
             if node.op in ROWS:
@@ -293,7 +293,7 @@ class Speller(Reader):
 
 
 def bind(pattern: Pattern, node: Node) -> dict[str, Value | float] | None:
-    """What the names of a pattern stand for; None if a node is not of it."""
+    """Values that the names of a pattern stand for; None if the node does not match it."""
     if node.op not in _ANY_OPTIONS and {n: _word(a) for n, a in node.kwargs} != dict(pattern.keywords):
         return None
     if len(node.args) > len(pattern.args):

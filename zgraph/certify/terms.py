@@ -82,11 +82,10 @@ class Terms:
 
 @dataclass
 class Meaning:
-    """What a graph computes.
+    """Meaning of a graph: the terms of all that it computes.
 
     Args:
         terms: of each value, when it was made.
-        read: of each node that has operands, what it read, in order.
         outputs: of each output; None where there is none.
         sent: the collectives: kind, phase, and the term of each value that they move.
         effects: the state that random, writing and opaque ops leave behind in the end.
@@ -102,7 +101,7 @@ def meaning(
     graph: Graph, terms: Terms, masters: Mapping[str, DType], absent: frozenset[str] = frozenset(),
     *, unsynced: bool = False,
 ) -> Meaning:  # fmt: skip
-    """What a graph computes, in terms of its inputs.
+    """Meaning of a graph, in terms of its inputs.
 
     Args:
         graph: before or after any pass.
@@ -152,7 +151,7 @@ class Reader:
         return self.table.of("input", entry.kind.value, name, entry.target)
 
     def read(self, name: str) -> int:
-        """What a value is now: another term than when it was made, if its memory was written to since."""
+        """Term of a value now: another than when it was made, if its memory was written to since."""
         term = self.found.terms[name]
         if not self.written:
             return term
@@ -214,7 +213,7 @@ class Reader:
         return [table.of(op, i, *operands, str(node.kwargs)) for i in range(len(node.results))]
 
     def moved(self, node: Node, value: Value, result: Value, term: int) -> int:
-        """What a collective, or a reshard that will become one, makes of a value."""
+        """Term of a value after a collective, or after a reshard that will become one."""
         old, new = value.tensor, result.tensor
         if old.placement == new.placement:
             if old.space != new.space:

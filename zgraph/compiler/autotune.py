@@ -36,7 +36,7 @@ NUM_WARMUPS = 3
 NUM_ROUNDS = 15
 
 NEVER_US = 1e12
-"""What a way takes that is none here."""
+"""Time of a way that cannot run here, in microseconds."""
 
 FLUSH_BYTES = 256 << 20
 """More than a GPU's L2 cache: what runs finds there only what it wrote itself."""
@@ -49,13 +49,13 @@ MAX_BYTES = 16 << 20
 
 
 class _Kept(RootModel[dict[str, dict[Way, Annotated[float, Field(ge=0, allow_inf_nan=False)]]]]):
-    """What a file of times holds."""
+    """Content of a file of times."""
 
     model_config = ConfigDict(strict=True)
 
 
 def tuned(graph: Graph, context: Context, device: torch.device, peers: Peers | None) -> CostTable:
-    """The cost table, with what the ways of running each group of a graph take.
+    """Cost table with the times of the ways of running each group of a graph.
 
     Args:
         graph: as the pass `fuse` will see it.
@@ -93,7 +93,7 @@ def _kept_or_measured(graph: Graph, context: Context, device: torch.device) -> T
 
 
 def _read(path: Path) -> Times:
-    """What was measured before; nothing where the file is missing or is none of ours: it is measured again then."""
+    """Times that were measured before. Empty if the file is missing or none of ours: they are measured again then."""
     held = read_private(path, MAX_BYTES)
     try:
         return {} if held is None else _Kept.model_validate_json(held).root

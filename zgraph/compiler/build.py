@@ -97,7 +97,7 @@ def _where(settings: Settings, session: Session) -> str:
 
 
 def _described(model: nn.Module, settings: Settings) -> str:
-    """What all ranks must have alike, a line each."""
+    """Text of what all ranks must have alike, one line for each item."""
     stages, offloads = settings.stages, settings.offloads
     lines = [*settings_lines(str(enabled(settings.pipeline))), settings.text]
     lines += [
@@ -109,7 +109,7 @@ def _described(model: nn.Module, settings: Settings) -> str:
 
 
 def _context(model: nn.Module, settings: Settings, session: Session) -> Context:
-    """What the passes may know."""
+    """Context of the passes: mesh, costs, memory and choices."""
     store = session.store
     return Context(
         mesh=_axes(session),

@@ -1,4 +1,4 @@
-"""What surrounds each call of a compiled model: stand-ins in place, peers told of failures, misuse caught."""
+"""Guard around each call of a compiled model: stand-ins in place, peers told of failures, misuse caught."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _watch_outputs(result: Any, hollow: Mapping[int, str], session: Session) -> 
 
 
 def _before_backward(node: weakref.ref[Any], session: Session) -> Callable[[Any], None]:
-    """What happens at the beginning of the backward of one call: checks, and the choice of the lean backward.
+    """Hook for the beginning of one call's backward: checks, and the choice of the lean backward.
 
     If only the loss is differentiated, and the plan has a backward for that, autograd need not make zeros for the other
     outputs.

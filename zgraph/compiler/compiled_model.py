@@ -36,18 +36,18 @@ from zgraph.runtime.regions import Regions
 
 
 class CompiledModel:
-    """What `zgraph.compile` attached to a model.
+    """Compiled state that `zgraph.compile` attaches to a model.
 
     Args:
         model: the model.
         session: what its programs work on.
         pipeline: the passes.
-        context: what they know.
+        context: of the passes.
         save: where the first rank writes what the passes made of the first graph; the others have numbers.
         replayed: a run whose last graph takes the place of the passes, for the training graph.
         regions: if given, they compile what lies between collectives.
         tunes: whether the ways of running a group are measured before the first graph is compiled.
-        narrator: tells the user of what is captured; nobody does where there is none.
+        narrator: tells the user of what is captured; None tells nothing.
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class CompiledModel:
         return Compiled(plan, forward, backward)
 
     def _agreed_hints(self, graph: Graph, hints: Mapping[str, int]) -> Mapping[str, int]:
-        """What sizes and how many threads to plan for.
+        """Sizes and thread count to plan for.
 
-        All ranks come here with their first graph of each kind, and plan with what the first rank has: with its thread
-        count later too. Sizes that a rank meets alone later are its own.
+        All ranks come here with their first graph of each kind, and plan with the first rank's sizes and threads. Its
+        thread count holds later too. Sizes that a rank meets alone later are its own.
         """
         if self.session.device.type == "cpu":
             hints = {**hints, NUM_THREADS: self.hints.get(NUM_THREADS, torch.get_num_threads())}
@@ -166,7 +166,7 @@ class CompiledModel:
 
 @dataclass(frozen=True)
 class _Again:
-    """What the passes make of a captured graph: the same whenever they run, and wherever."""
+    """Runs the passes on a captured graph again. The result is the same whenever and wherever they run."""
 
     captured: Graph
     context: Context
@@ -217,7 +217,7 @@ def enabled(pipeline: Pipeline) -> Pipeline:
 
 
 def compiled_model(model: nn.Module) -> CompiledModel:
-    """What `zgraph.compile` attached to a model. Raises UsageError if it is not compiled."""
+    """Compiled state that `zgraph.compile` attached to a model. Raises UsageError if it is not compiled."""
     found = model.__dict__.get(ATTRIBUTE) if isinstance(model, nn.Module) else None
     if not isinstance(found, CompiledModel):
         raise UsageError(f"this {type(model).__name__} is not compiled; call zgraph.compile(model) first")

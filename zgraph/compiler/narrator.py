@@ -1,4 +1,4 @@
-"""What a user is told while a model is captured and compiled: a line a graph, and a bar where it takes long.
+"""Messages to the user while a model is captured and compiled: a line for each graph, and a bar where it takes long.
 
 Lines go to the logger `zgraph`. Where the user has set up no logging they go to standard error as well, so that a first
 step is never silent. ZGRAPH_LOGS chooses the kinds.
@@ -32,21 +32,21 @@ from zgraph.viz import gibibytes
 log = logging.getLogger("zgraph")
 
 SILENT_SECONDS = 2.0
-"""What takes longer shows a bar."""
+"""Seconds after which a bar is shown."""
 
 _calling: ContextVar[Narrator | None] = ContextVar("zgraph_calling", default=None)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """What torch looks at of a tensor that a call is made with."""
+    """Properties of a tensor argument that torch looks at."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 Arguments = Mapping[str, Any]
-"""What a call was made with, by name: a `Tensor` each, and other values as they are."""
+"""Arguments of a call, by name: a `Tensor` for each tensor, and other values as they are."""
 
 
 def tell(text: str) -> None:
@@ -146,7 +146,7 @@ def _begun() -> None:
 
 
 def described(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-    """What a call is made with, by the names of its arguments."""
+    """Arguments of a call, by name."""
     try:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -165,7 +165,7 @@ def described(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mappi
 
 
 def changes(before: Arguments, now: Arguments) -> Iterator[str]:
-    """What changed from one call to another, sizes first."""
+    """Changes in the arguments from one call to another, sizes first."""
     both = [(place, old, now[place]) for place, old in before.items() if place in now and now[place] != old]
     for place, old, new in both:
         if isinstance(old, Tensor) and isinstance(new, Tensor):

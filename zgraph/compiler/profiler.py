@@ -115,7 +115,7 @@ def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
 def _agreed(
     session: Session, ops: dict[str, float], transfers: dict[str, tuple[float, float]]
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """What all ranks measured, averaged alike on each."""
+    """Measurements of all ranks, averaged, and the same on each rank."""
     session.begin_call()
     answers = [json.loads(a) for a in session.peers.exchange("profile", json.dumps([ops, transfers]))]
     all_ops = {

@@ -1,4 +1,4 @@
-"""What `zgraph.report(model)` shows: the recipe, what each pass changed, bytes at rest, at the peak, on the wire."""
+"""Report of `zgraph.report(model)`: the recipe, what each pass changed, bytes at rest, at the peak, on the wire."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ class Entry:
     lower_bound_us: float
     hints: Mapping[str, int]
     run: Callable[[], RunFile]
-    """What the passes made of the graph; they run again when it is asked for."""
+    """Runs the passes on the graph again, and returns their run file."""
     certificate: Certificate | None = None
-    """What was checked of it; None where ZGRAPH_VERIFY=0 left it out."""
+    """Certificate of what was checked; None where ZGRAPH_VERIFY=0 left the checks out."""
 
     @cached_property
     def at_peak(self) -> list[Life]:
-        """What is alive at the peak, largest first."""
+        """Values that are alive at the peak, largest first."""
         return alive_at_peak(self.plan, self.hints, self.memory)
 
     @cached_property
     def flop(self) -> int:
-        """What one rank's matmuls do in a step."""
+        """FLOP of one rank's matmuls in a step."""
         return sum(int(evaluate(work(self.plan.graph, n).flop, self.hints)) for n in self.plan.graph.nodes)
 
     @property
@@ -81,7 +81,7 @@ def make_entry(
 
 @dataclass(frozen=True)
 class Report:
-    """What was compiled. Prints as a table; its fields are the numbers.
+    """Report of a compiled model. Prints as a table; its fields are the numbers.
 
     Args:
         model: the name of the model's class.

@@ -1,4 +1,4 @@
-"""What a plan costs: bytes over the step, bytes on the wire, time on given hardware. No torch here."""
+"""Costs of a plan: bytes over the step, bytes on the wire, time on given hardware. No torch here."""
 
 from zgraph.cost.forms import NUM_RANKS, StepForm, closed_form
 from zgraph.cost.hardware import Device, Hardware, Link, hardware, known

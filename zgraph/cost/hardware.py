@@ -142,7 +142,7 @@ def recognised(title: str, memory_bytes: int) -> tuple[str | None, bool]:
 
 
 def _words(name: str) -> set[str]:
-    """What a device is called that has this profile; a number at the end, as in `a100-40`, is its memory."""
+    """Words in the name of a device with this profile; the number of `a100-40`, its memory, is left out."""
     return set(re.sub(r"-[0-9]{1,3}$", "", name).split("-"))
 
 

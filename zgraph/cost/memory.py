@@ -115,7 +115,7 @@ def lifetimes(plan: Plan, hints: Mapping[str, int]) -> list[Life]:
 
 
 def alive_at_peak(plan: Plan, hints: Mapping[str, int], curve: MemoryCurve) -> list[Life]:
-    """What is alive on the device at the peak of a plan's curve, largest first."""
+    """Values that are alive on the device at the peak of a plan's curve, largest first."""
     peak = curve.peak_at
     found = [s for s in lifetimes(plan, hints) if s.born <= peak < s.freed and s.category != HOST]
     return sorted(found, key=lambda s: (-s.num_bytes, s.name))
@@ -196,7 +196,7 @@ class _Walk:
         self.free(start)
 
     def moment(self, node: Node) -> Moment:
-        """What is alive now. Of the collectives under way the oldest two are served, and have scratch memory."""
+        """Bytes alive now, by category. Two collectives have scratch memory at a time; the largest two are counted."""
         by_category = dict(self.by_category)
         if self.scratch:
             by_category["buckets"] = by_category.get("buckets", 0) + sum(nlargest(NUM_SERVED, self.scratch.values()))
@@ -269,7 +269,7 @@ def _in_flight(start: str) -> str:
 
 
 def _category(node: Node, kind: Type, inputs: Container[str]) -> str:
-    """What a value is for that an op of zgraph's own makes; nothing where that is not to be seen from the op."""
+    """Category of a value that one of zgraph's own ops makes; empty where the op does not tell it."""
     moves, is_sharded = transfer(node), isinstance(kind, TensorType) and kind.is_sharded
     if moves is None:
         if node.op == "unpack":
@@ -285,7 +285,7 @@ def _category(node: Node, kind: Type, inputs: Container[str]) -> str:
 
 
 def _categories(plan: Plan) -> dict[str, str]:
-    """What each value that is born in the step is for."""
+    """Categories of the values that are born in the step, by the value's name."""
     found: dict[str, str] = {}
     inputs = plan.graph.param_names
     for node in plan.graph.nodes:

@@ -1,4 +1,4 @@
-"""What a collective costs: alpha-beta models, and the choice of the cheapest algorithm for a size and a topology.
+"""Costs of collectives: alpha-beta models, and the choice of the cheapest algorithm for a size and a topology.
 
 A message costs alpha + bytes / bandwidth. With N ranks and a whole of B bytes (Thakur, Rabenseifner, Gropp:
 "Optimization of Collective Communication Operations in MPICH", 2005; for the pipelined tree: Sanders, Speck, Traeff,
@@ -20,7 +20,7 @@ from zgraph.cost.hardware import Hardware, Link
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """What the cheapest algorithm takes."""
+    """The cheapest algorithm, and its time in microseconds."""
 
     algorithm: str
     us: float
@@ -54,7 +54,7 @@ class Network:
         return self.num_ranks // self.per_host
 
     def direct_us(self, num_bytes: int) -> float:
-        """What it takes each rank to send so many bytes to others at once, in microseconds."""
+        """Time for each rank to send `num_bytes` to others in one step, in microseconds."""
         return 0.0 if self.num_ranks == 1 else _steps(self._flat_link(), 1, num_bytes)
 
     def quote(self, op: str, whole_bytes: float) -> Quote:

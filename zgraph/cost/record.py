@@ -17,7 +17,7 @@ PhaseName = Literal["fwd", "bwd", "upd"]
 
 
 class TimelineRecord(BaseModel):
-    """What a file holds of a timeline.
+    """Record of a timeline, as a file holds it.
 
     Args:
         step_us, busy_us: as in `Timeline`.

@@ -1,4 +1,4 @@
-"""What each node of a graph takes: measured where it was measured, a roofline and alpha-beta models elsewhere."""
+"""Time of each node of a graph: measured where there is a measurement, a roofline and alpha-beta models elsewhere."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class CostTable(BaseModel):
     groups: Mapping[str, Mapping[str, Us]] = {}
 
     def node_us(self, graph: Graph, node: Node, hints: Mapping[str, int]) -> float:
-        """What a node of the compute lane takes, in microseconds."""
+        """Time of a node of the compute lane, in microseconds."""
         measured = self.ops.get(signature(node, hints)) if self.ops else None
         return measured if measured is not None else self.roofline_us(graph, node, hints)
 
@@ -77,18 +77,18 @@ class CostTable(BaseModel):
         return device.launch_us + 1e6 * max(computing, num_bytes / device.memory_bytes_per_s)
 
     def start_us(self, start: Node, hints: Mapping[str, int]) -> float:
-        """What it takes the compute lane to hand a collective over: nothing where it was not measured."""
+        """Time for the compute lane to hand a collective over, in microseconds; 0 where it was not measured."""
         return self.ops.get(signature(start, hints), 0.0) if self.ops else 0.0
 
     def transfer_us(self, graph: Graph, start: Node, hints: Mapping[str, int]) -> float:
-        """What a collective or a copy takes on its lane once it has begun, in microseconds."""
+        """Time of a collective or a copy on its lane once it has begun, in microseconds."""
         if OPS[start.op].lane != "comm":
             return self.copy_us(local_bytes(start.operands[0].type, graph.mesh, hints), moved(start).name)
         staged = self.copy_us(OPS[start.op].scratch_bytes(start, graph.mesh)) if _is_staged(start) else 0.0
         return staged + self._wire_us(graph, start)
 
     def copy_us(self, num_bytes: int, kind: str = "reload") -> float:
-        """What a copy between the device and its host takes, in microseconds."""
+        """Time of a copy between the device and its host, in microseconds."""
         if line := self.transfers.get(kind):
             return line.latency_us + 1e6 * num_bytes / line.bytes_per_s
         link = self.hardware.host_link
@@ -96,7 +96,7 @@ class CostTable(BaseModel):
 
     @property
     def latency_bytes(self) -> float:
-        """What a copy to the host moves in the time that its latency takes."""
+        """Bytes that a copy to the host moves in a time as long as its latency."""
         link = self.hardware.host_link
         return link.latency_us * link.bytes_per_s / 1e6
 
@@ -115,7 +115,10 @@ class CostTable(BaseModel):
         return us
 
     def gather_line(self, mesh: Mesh) -> Line:
-        """What an all-gather takes as a line in the bytes that a rank sends: measured, or through two sizes."""
+        """Alpha-beta model of an all-gather: latency and bandwidth in the bytes that one rank sends.
+
+        It is measured, or else a line through two sizes of the network's model.
+        """
         if line := self.transfers.get("all_gather"):
             return line
         network, large = self.network(mesh), 1e9
@@ -138,7 +141,7 @@ class CostTable(BaseModel):
 
 
 def moved(start: Node) -> Transfer:
-    """What a start moves."""
+    """Transfer that a start begins."""
     found = transfer_of(start)
     assert found is not None, f"{start.op} moves nothing"
     return found
@@ -150,7 +153,7 @@ def _is_staged(start: Node) -> bool:
 
 
 def signature(node: Node, hints: Mapping[str, int]) -> str:
-    """What a measurement of a node holds for: the op, the types of its operands with sizes as numbers, its kernel."""
+    """Key of a node's measurement: the op, the types of its operands with sizes as numbers, and its kernel."""
     kernels = [f"; {a}" for a in node.args if isinstance(a, str) and node.op.startswith("zgraph.")]
     return f"{node.op}({', '.join(_text(v.type, hints) for v in node.operands)}{''.join(kernels)})"
 

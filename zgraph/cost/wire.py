@@ -9,7 +9,7 @@ from zgraph.ir import OPS, Plan
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What one kind of collective does in one step: how often, and the bytes that one rank sends in all."""
+    """Traffic of one kind of collective in one step: the number of calls, and the bytes that one rank sends in all."""
 
     op: str
     phase: str

@@ -1,4 +1,4 @@
-"""What an op does: FLOP and bytes of memory, as numbers or as expressions in the symbolic sizes."""
+"""Work of an op: FLOP and bytes of memory, as numbers or as expressions in the symbolic sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zgraph.ir.symbols import Dim
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one rank does for one node. `dtype` is the one that its matmuls run in; empty where there are none."""
+    """Work of one rank for one node. `dtype` is the one that its matmuls run in; empty where there are none."""
 
     flop: Any = 0
     num_bytes: Any = 0
@@ -22,7 +22,7 @@ class Work:
 
 
 def work(graph: Graph, node: Node) -> Work:
-    """What a node of the compute lane does. Views and what moves on other lanes do nothing."""
+    """Work of a node of the compute lane. Views, and transfers on other lanes, have none."""
     if node.op in OPS:
         row = OPS[node.op]
         return Work(0, _bytes(node)) if row.is_work and not row.views(node) else Work()

@@ -26,7 +26,7 @@ from zgraph.viz import as_text, gibibytes
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What `zgraph.plan` found. Prints as a table.
+    """Result of `zgraph.plan`. Prints as a table.
 
     Args:
         model: the name of the model's class.
@@ -100,11 +100,11 @@ def plan(
     memory_budget: int | str | None = None, stage: int | Sequence[int] | None = None,
     offload: Offload = "auto", param_dtype: Dtype | None = None, **kwargs: Any,
 ) -> TrainingPlan:  # fmt: skip
-    """What training a model with AdamW takes, without the hardware: no process group, no device, no memory.
+    """Plans memory and time of training a model with AdamW, without the hardware: no process group, device or memory.
 
-    Where a stage does not fit the budget as it is, as much of the forward is computed again or moved to the host as it
-    takes; where that is not enough, optimizer states and then parameters lie on the host. Layers of one class and with
-    parameters of the same shapes are taken to be alike.
+    If a stage does not fit the budget, as much of the forward as needed is computed again or moved to the host. If that
+    is not enough, optimizer states and then parameters lie on the host. Layers of one class with parameters of the same
+    shapes are taken to be alike.
 
     Args:
         model: a module, on the meta device or any other; it is not changed.
@@ -191,7 +191,7 @@ def seconds(us: float) -> str:
 
 
 def resting(plan: StagePlan) -> str:
-    """What lies on the host, in words."""
+    """Text that says what lies on the host; empty if nothing does."""
     return f" with {plan.offload} on the host" if plan.offload else ""
 
 

@@ -1,9 +1,9 @@
-"""What one ZeRO stage takes of a model on given hardware, and how it is made to fit a memory budget.
+"""Plan of one ZeRO stage: memory and time of a model on given hardware, and how it is made to fit a memory budget.
 
 Bytes are followed in two parts of the step: until the backward reaches the first layer, where activations have their
 peak, and from there on, where gradients have theirs. What does not fit is computed again in the backward or moved to
-the host, whichever is faster; only where neither is enough, optimizer states lie on the host too, and only where that
-is not enough, parameters.
+the host, whichever is faster. If neither is enough, optimizer states lie on the host too, and if that is not enough,
+parameters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CATEGORIES = (*RESTING, "gradients", "activations", "gathered", "temporaries", "
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage takes on each rank.
+    """Memory, time and traffic of one stage on each rank.
 
     Args:
         stage: the ZeRO stage.
@@ -47,7 +47,7 @@ class StagePlan:
         step_us: the predicted time of a forward and backward.
         update_us: the predicted time of AdamW's update.
         exposed_us: the part of the step in which computing waits for communication or copies.
-        sent_bytes: what a rank sends in a step.
+        sent_bytes: bytes that a rank sends in a step.
         flop: of one rank's matmuls in a step, what is computed again not counted.
         again_share: FLOP of what is computed again, over those of the step without.
         fits: whether the peak is within the budget, and the host has room.
@@ -221,7 +221,7 @@ class _Shape:
         return [None, *self.members[0].forward.prices()]
 
     def option(self, price: float | None, moved_share: float) -> _Option:
-        """What this way comes to."""
+        """Option at this price and moved share: its bytes, and whether it fits."""
         planner = self.planner
         peak_bytes, host_bytes = self.peak(price, moved_share)
         has_room = planner.host_budget is None or host_bytes <= planner.host_budget

@@ -42,7 +42,7 @@ class Combination:
 
     @property
     def items_per_s(self) -> float:
-        """What all ranks together train on in a second."""
+        """Items that all ranks together train on in a second."""
         return 1e6 * self.num_items * self.plan.num_ranks / self.stage.total_us
 
     @property
@@ -65,7 +65,7 @@ class Sweep:
 
     @property
     def fastest(self) -> Combination | None:
-        """What trains on the most in a second; None if nothing fits."""
+        """Combination that trains on the most items in a second; None if nothing fits."""
         return max((c for c in self.combinations if c.fits), key=lambda c: c.items_per_s, default=None)
 
     @property
@@ -76,7 +76,7 @@ class Sweep:
 
     @property
     def reason(self) -> str:
-        """What to take, in a sentence."""
+        """Advice on what to take, in a sentence."""
         if self.fastest is None or self.smallest is None:
             least = min(self.combinations, key=lambda c: c.stage.needed_bytes)
             return f"nothing fits; with batch {least.batch} on {least.hardware}, {least.plan.reason}"

@@ -48,7 +48,8 @@ def runs_in(node: Node, program: Phase) -> bool:
 
 
 def buffers(graph: Graph, program: Phase) -> list[Buffer]:
-    """What could lie in a program's arena: gathered parameters and buckets that die in the program that makes them.
+    """Buffers that could lie in a program's arena: gathered parameters and buckets that die in the program that makes
+    them.
 
     Args:
         graph: lowered and in its final order.
@@ -130,7 +131,7 @@ def _can_lie_there(graph: Graph, node: Node, kind: object) -> bool:
 
 
 def _num_bytes(graph: Graph, kind: object) -> int:
-    """What a buffer takes in an arena."""
+    """Bytes that a buffer takes in an arena, padded and rounded up."""
     assert isinstance(kind, TensorType)
     return _rounded(padded_bytes(kind, num_shards(graph.mesh)))
 

@@ -182,7 +182,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """What is known of an op that is not zgraph's own, read off its schema at capture.
+    """Properties of an op that is not zgraph's own, read off its schema at capture.
 
     Args:
         views: positions of arguments that the results may share memory with.

@@ -63,7 +63,7 @@ def known_namespaces() -> frozenset[str]:
 
 
 def refusal(op: str) -> str:
-    """What is wrong with the name of an op that is not zgraph's own, and what would be right; empty if nothing is."""
+    """Reason to refuse the name of an op that is not zgraph's own, and what would be right; empty if it is accepted."""
     namespace, *rest = op.split(".")
     shown = op if len(op) <= 60 else op[:57] + "..."
     if namespace in SCALAR_FUNCTIONS:
@@ -85,7 +85,7 @@ def refusal(op: str) -> str:
 
 
 def token_refusal(kind: str, name: str) -> str:
-    """What is wrong with a constant of the host framework, and what would be right; empty if nothing is."""
+    """Reason to refuse a constant of the host framework, and what would be right; empty if it is accepted."""
     if kind not in TOKENS:
         return f"{kind[:60]} is no kind of constant; the kinds are {_list(TOKENS)}"
     if name not in TOKENS[kind]:

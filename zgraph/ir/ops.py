@@ -30,7 +30,7 @@ from zgraph.ir.types import (
 )
 
 Lane = Literal["compute", "comm", "d2h", "h2d"]
-"""What runs an op: computing, the network, or copies from the device to its host and back."""
+"""Lane that runs an op: computing, the network, or copies from the device to its host and back."""
 
 LANES: tuple[Lane, ...] = get_args(Lane)
 
@@ -47,15 +47,15 @@ Kind = Literal["gather", "reduce", "copy", "wait", "place"]
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What a start moves.
+    """Transfer that a start begins: a collective, or a copy between the device and its host.
 
     Args:
-        name: what cost tables and profiles call it: `all_gather`, `offload`, ...
+        name: its name in cost tables and profiles: `all_gather`, `offload`, ...
         brings: an op needs what it delivers, in memory that is released after its last use. The others take away what
             no op needs any more.
         reduces: it sums or averages over the ranks, or takes the first rank's.
         holds: it reads its operand until it is waited for; the others copy it first.
-        scatters: each rank keeps a part of the result. Of an operand that is not dense, or needs padding, a copy is
+        scatters: each rank keeps a part of the result. If the operand is not dense, or needs padding, a copy of it is
             sent.
         is_shared: all ranks take part in it as equals, whatever the mesh.
     """
@@ -124,7 +124,7 @@ def _one(node: Node) -> TensorType:
 
 
 def _moved(node: Node, change: Callable[[TensorType], TensorType]) -> tuple[Type, ...]:
-    """What a collective promises of each of its operands: `change` says how it is placed then."""
+    """Result types of a collective: a future for each operand, with the placement that `change` gives it."""
     if not node.operands:
         raise TypeRuleError("takes one operand or more")
     kinds = [tensor(node, i) for i in range(len(node.operands))]
@@ -209,7 +209,8 @@ def _waited(node: Node, _: Mesh) -> tuple[Type, ...]:
 
 
 def _resharded(node: Node, _: Mesh) -> tuple[Type, ...]:
-    """What is sharded becomes whole, what is pending reduced, and the memory space anything; all else stays."""
+    """Result types of a reshard: shards become whole, pending values are reduced, the memory space may change. All else
+    stays."""
     if node.option("reduce") is not None:
         raise TypeRuleError("takes no reduce=: what is pending is in the type of its operand")
     results = []
@@ -372,7 +373,7 @@ OPS: Mapping[str, Op] = {op.name: op for op in _ROWS}
 
 
 def transfer(node: Node) -> Transfer | None:
-    """What a start moves; None for all other nodes."""
+    """Transfer that a start begins; None for all other nodes."""
     row = OPS.get(node.op)
     return row.transfer if row is not None else None
 

@@ -1,4 +1,4 @@
-"""What a value is: dtype, shape, placement on the mesh, memory space, and whether it is still on its way."""
+"""Types of values: dtype, shape, placement on the mesh, memory space, and whether the value is still on its way."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Shard:
 
 
 Reduction = Literal["sum", "mean", "root"]
-"""What the values of ranks are together: their sum, their mean, or the first rank's."""
+"""Reduction that makes one value of the ranks' values: their sum, their mean, or the first rank's."""
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
@@ -170,8 +170,9 @@ class TensorType:
         return found.pop() if len(found) == 1 else None
 
     def divisor(self, sizes: Iterable[int]) -> int:
-        """What the sum over all ranks is divided by to reduce it: for a mean their number, for a sum how many of them
-        hold the same.
+        """Divisor that turns the sum over all ranks into the reduced value.
+
+        For a mean it is the number of ranks, for a sum the number of ranks that hold the same value.
 
         Args:
             sizes: the ranks along each axis.
@@ -204,7 +205,7 @@ class TensorType:
         return replace(self, future=True)
 
     def delivered(self) -> TensorType:
-        """What waiting for this future gives."""
+        """Type of the value that waiting for this future gives."""
         return replace(self, future=False)
 
 

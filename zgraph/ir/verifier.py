@@ -1,4 +1,4 @@
-"""What a valid graph is: SSA, phases, effects, types, placements, futures, lifetimes. One rule, one function."""
+"""Rules of a valid graph: SSA, phases, effects, types, placements, futures, lifetimes. One rule, one function."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def targets(graph: Graph) -> Iterator[Fault]:
 
 
 def _misplaced(output: Output, kind: TensorType, entry: Input, target: TensorType) -> str:
-    """What is wrong with where a gradient of a parameter, or a buffer's new value, lies on a mesh; else nothing."""
+    """Mistake in the placement, memory or phase of a parameter's gradient or a buffer's new value; empty if none."""
     is_gradient = output.kind is OutputKind.grad and entry.kind is InputKind.param
     if not is_gradient and not (output.kind is OutputKind.mutation and entry.kind is InputKind.buffer):
         return ""
@@ -218,7 +218,7 @@ def _misplaced(output: Output, kind: TensorType, entry: Input, target: TensorTyp
 
 
 def arenas(graph: Graph) -> Iterator[Fault]:
-    """What lies in an arena dies in the program that made it, alone has its place while it lives, and ends in it."""
+    """A buffer in an arena dies in the program that made it, overlaps no live buffer, and ends inside the arena."""
     if not graph.arenas and all(node.option("at") is None for node in graph.nodes):
         return
     misplaced = False
@@ -242,7 +242,7 @@ def arenas(graph: Graph) -> Iterator[Fault]:
 
 
 def _wrong_offsets(node: Node, at: Arg) -> str:
-    """What is wrong with where a node's results lie; nothing where nothing is."""
+    """Mistake in the arena offsets of a node's results; empty if there is none."""
     where = offsets(node)
     if not where or not isinstance(at, tuple) or len(where) != len(at) or len(where) != len(node.results):
         return f"needs an offset for each result, not at={print_arg(at)}"

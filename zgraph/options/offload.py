@@ -1,4 +1,4 @@
-"""What goes to the host's memory: what the user asks for, or what a memory budget makes necessary."""
+"""Offload to the host's memory: as the user asks for it, or as a memory budget makes it necessary."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def activations(offload: Offload, memory_budget: int | None, *, is_gpu: bool) ->
 
 
 def places(offload: Offload, *, is_gpu: bool) -> tuple[str, ...]:
-    """What may lie at rest on the host, for all parameters alike; what is to be preferred comes first.
+    """Choices of what lies at rest on the host, for all parameters alike; the preferred one comes first.
 
     Raises:
         UsageError: `offload` names nothing that can be offloaded.
@@ -54,7 +54,7 @@ def places(offload: Offload, *, is_gpu: bool) -> tuple[str, ...]:
 def of_parameters(
     offload: Offload, resting: Mapping[str, Resting], memory_budget: int | None, *, is_gpu: bool
 ) -> dict[str, str]:
-    """What of each parameter lies on the host: "optimizer" or "parameters"; those of which nothing does are left out.
+    """Offload of each parameter to the host: "optimizer" or "parameters". Parameters without any are left out.
 
     Args:
         offload: as given to `zgraph.compile`.

@@ -53,7 +53,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the options mean for one model on this rank.
+    """Options of `zgraph.compile`, resolved for one model on this rank.
 
     Args:
         device: where the model's shards lie.
@@ -105,7 +105,7 @@ class Settings:
 
     @property
     def text(self) -> str:
-        """What all ranks must plan with alike."""
+        """Text of the settings that all ranks must plan with alike."""
         return (
             f"recipe {self.recipe}, param_dtype {self.param_dtype}, memory_budget {self.memory_budget}, "
             f"costs {fingerprint_of(self.costs)}"
@@ -197,7 +197,7 @@ def _joined(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
 def _resting(
     model: nn.Module, wanted: Mapping[str, int], num_shards: int, param_dtype: torch.dtype | None
 ) -> dict[str, Resting]:
-    """What each parameter takes on a rank."""
+    """Bytes that each parameter takes on a rank, by name."""
     found = {}
     for name, parameter in model.named_parameters():
         parts = num_shards if parameter.dim() and wanted[name] else 1

@@ -1,4 +1,4 @@
-"""What `zgraph.compile` refuses, before it changes anything."""
+"""Checks of models and options that `zgraph.compile` makes before it changes anything."""
 
 from __future__ import annotations
 
