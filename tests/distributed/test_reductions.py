@@ -6,6 +6,7 @@ The graphs are written by hand: what the passes make of models has means alone.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -27,6 +28,7 @@ from zgraph.passes.schedule import Schedule
 from zgraph.runtime.agreement import wire_of
 from zgraph.runtime.collectives import MAKERS
 from zgraph.runtime.linker import link_plan
+from zgraph.runtime.session import Session
 
 from .lockstep import local
 from .pool import Pool
@@ -183,7 +185,9 @@ def test_what_a_process_group_is_given_to_sum(monkeypatch, placement, divisor):
     given = []
     monkeypatch.setattr(dist, "all_reduce", lambda out, **_: given.append(out) or Mock())
     gradient = torch.arange(4.0)
-    MAKERS["all_reduce_start"](node, Mock(num_ranks=4, num_shards=2, lane=None))(gradient)
+    session = Mock(num_ranks=4, num_shards=2, lane=None)
+    session.divisor = partial(Session.divisor, session)
+    MAKERS["all_reduce_start"](node, session)(gradient)
     (summed,) = given
     assert torch.equal(summed, gradient / divisor)
     assert summed.data_ptr() != gradient.data_ptr()

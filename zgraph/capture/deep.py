@@ -18,7 +18,7 @@ from torch import nn
 from zgraph.capture import trace
 from zgraph.capture.extrapolate import Counts, grown
 from zgraph.capture.layers import Stack, shortened, stacks
-from zgraph.errors import CaptureError
+from zgraph.errors import CaptureError, ZgraphError
 from zgraph.ir import Graph, InputKind
 
 FEWEST_LAYERS = (2, 3, 4)
@@ -45,7 +45,8 @@ def captured(model: nn.Module, inputs: Mapping[str, Any], param_dtype: torch.dty
         try:
             return shallow.grown(lengths), shallow.described
         except Exception as error:  # a model may count on its number of layers, and fail in a way of its own
-            why = f": {next(iter(str(error).splitlines()), type(error).__name__)}"
+            said = next(iter(str(error).splitlines()), "")
+            why = f": {said}" if isinstance(error, ZgraphError) and said else f": {type(error).__name__}: {said}"
     return trace(model, **inputs, param_dtype=param_dtype), f"whole{why}"
 
 
