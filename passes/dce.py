@@ -28,6 +28,8 @@ class DeadCode(Pass):
         released = [n for n in graph.nodes if n.op == "release"]
         used = graph.with_nodes([n for n in graph.nodes if n.op != "release"]) if released else graph
         swept = sweep(used, lambda node: is_pure(graph, node))
+        if len(swept.nodes) == len(used.nodes):
+            return sized(graph.with_used_ops())
         return sized(_released(graph, used, swept) if released else swept)
 
 

@@ -1,4 +1,4 @@
-"""What takes long and adds little: left out by `make test`, run by `make test-deep`."""
+"""Cases that take long and add little: left out by `make test`, run by `make test-deep`."""
 
 import os
 from typing import Any

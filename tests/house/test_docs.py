@@ -98,7 +98,7 @@ def test_python(page, tmp_path, monkeypatch):
 
 
 def run(command: str, folder: Path, monkeypatch, capfd) -> tuple[str, int]:
-    """What a command prints, on both streams, and its exit code."""
+    """Output of a command, on both streams, and its exit code."""
     words = shlex.split(command)
     if words[0] == "zgraph":
         torch.compiler.reset()

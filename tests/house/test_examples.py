@@ -23,7 +23,7 @@ IN_TURN = ROOT / "tests" / "house" / "in_turn.py"
 
 ON_TWO_RANKS = ("own_pass.py", "from_fsdp2.py", "from_deepspeed.py")
 LATER = ("lora.py", "vision.py", "hf_trainer.py")
-"""What `make test-deep` runs beside them."""
+"""Examples that `make test-deep` runs beside them."""
 
 RUN_ELSEWHERE = {
     "train.py": "by test_docs.py: it is the README's",
@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(folder) -> dict[str, str]:
-    """What the first rank of each example said."""
+    """Output of the first rank of each example."""
     names = ON_TWO_RANKS + (LATER if DEEP else ())
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     text = run([sys.executable, *launch, str(IN_TURN), *(str(EXAMPLES / name) for name in names)], folder)

@@ -1,4 +1,4 @@
-"""What `import zgraph` gives: the public names and nothing else, without torch, and a clear error without links."""
+"""`import zgraph` gives the public names and nothing else, without torch, and a clear error without links."""
 
 import re
 import subprocess

@@ -27,7 +27,7 @@ def sources() -> dict[str, Path]:
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """What a module imports, for types and late imports included."""
+    """Imports of a module, for types and late imports included."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -46,7 +46,7 @@ ROW = Op(
 
 
 def missing(name: str) -> list[str]:
-    """What an op of the table lacks."""
+    """Parts that an op of the table lacks."""
     row, found = OPS[name], []
     if name not in interpreter.RULES and name not in ("accumulate", "release"):
         found.append("an interpreter rule")

@@ -1,4 +1,4 @@
-"""What is told while a model is captured: one line a graph, and why it is captured again."""
+"""Messages while a model is captured: one line a graph, and why it is captured again."""
 
 from __future__ import annotations
 
