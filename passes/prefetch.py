@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zgraph.ir import OPS, Graph, Node
-from zgraph.ir.ops import transfer
+from zgraph.ir.ops import brings, transfer
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.core.base import Context, Pass
 
@@ -47,8 +47,7 @@ class Prefetch(Pass):
         position_of = {n.name: p for p, n in enumerate(graph.nodes) if n.results}
         waits: list[tuple[object, int]] = []
         for position, node in enumerate(graph.nodes):
-            moves = transfer(node)
-            if moves is None or not moves.brings or OPS[node.op].lane != "comm":
+            if not brings(node) or OPS[node.op].lane != "comm":
                 continue
             ahead = [at for phase, at in waits if phase is node.phase]
             if ahead:

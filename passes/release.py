@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from zgraph.ir import OPS, Builder, Graph, Node, Value
 from zgraph.ir.aliases import Memory
-from zgraph.ir.ops import transfer
+from zgraph.ir.ops import brings
 from zgraph.passes.core.base import Context, Pass
 
 
@@ -61,8 +61,7 @@ def gathered_values(graph: Graph) -> list[Value]:
     for node in graph.nodes:
         if node.op == "wait":
             start = graph.producers.get(node.operands[0].name)
-            moves = transfer(start) if start is not None else None
-            if moves is not None and moves.brings:
+            if start is not None and brings(start):
                 found.append(node.results[0])
                 flats.add(node.name)
         elif node.op == "unpack" and node.operands[0].name in flats:

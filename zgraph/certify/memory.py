@@ -16,7 +16,7 @@ from itertools import accumulate
 from zgraph.ir import OPS, Graph, InputKind, Node, Phase, TensorType, Type
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import chunk_numel
-from zgraph.ir.ops import is_copied, num_chunks, padded_bytes, transfer, views
+from zgraph.ir.ops import brings, is_copied, num_chunks, padded_bytes, transfer, views
 from zgraph.ir.symbols import evaluate
 from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
 
@@ -130,8 +130,7 @@ class _Step:
 
     def unreleased(self) -> set[str]:
         """The memory that was gathered or brought back, is not returned, and has no release."""
-        moves = ((n, transfer(n)) for n in self.nodes)
-        made = {r.name for n, m in moves if m is not None and m.brings for r in n.results}
+        made = {r.name for n in self.nodes if brings(n) for r in n.results}
         waits = {n.name for n in self.nodes if n.op == "wait" and self.roots[n.name] <= made}
         made |= {r.name for n in self.nodes if n.op == "unpack" and n.operands[0].name in waits for r in n.results}
         ends = [v.name for n in self.nodes if n.op == "release" for v in n.operands] + list(self.graph.output_names)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from zgraph.ir import OPS, Graph, Node, Output, OutputKind, Phase, TensorType
 from zgraph.ir.graph import values_in
-from zgraph.ir.ops import transfer, views
+from zgraph.ir.ops import brings, views
 from zgraph.ir.verifier import Fault
 
 
@@ -39,7 +39,7 @@ class Storage:
         source = node.operands[0].name
         if node.op == "wait":
             start = self.graph.producers.get(source)
-            return start is not None and _brings(start)
+            return start is not None and brings(start)
         return node.op == "unpack" and source in self.gathered
 
 
@@ -69,7 +69,7 @@ def owned(graph: Graph) -> Iterator[Fault]:
             yield made, f"%{name} is gathered, or brought back from the host, and never released"
             continue
         between = graph.nodes[last.get(name, made) + 1 : released[name]]
-        if late := next((n for n in between if _brings(n) or _makes(graph, n)), None):
+        if late := next((n for n in between if brings(n) or _makes(graph, n)), None):
             yield released[name], f"releases %{name} late: %{late.name} takes memory after its last use"
 
 
@@ -80,12 +80,6 @@ def not_owned(graph: Graph) -> Iterator[Fault]:
         for position, node in enumerate(graph.nodes):
             if node.op == "release" and (name := node.operands[0].name) not in storage.gathered:
                 yield position, f"releases %{name}, which was neither gathered nor brought back from the host"
-
-
-def _brings(node: Node) -> bool:
-    """Whether a start gathers, or brings back from the host."""
-    moves = transfer(node)
-    return moves is not None and moves.brings
 
 
 def _makes(graph: Graph, node: Node) -> bool:
@@ -129,7 +123,7 @@ def gathers(graph: Graph) -> Iterator[Fault]:
     returned = set(graph.output_names)
     for position, node in enumerate(graph.nodes):
         behind = frozenset().union(*(sources.get(v.name, frozenset()) for v in node.operands))
-        is_gather = (_brings(node) and OPS[node.op].lane == "comm") or (
+        is_gather = (brings(node) and OPS[node.op].lane == "comm") or (
             node.op == "reshard" and node.operands[0].tensor.is_sharded and not node.results[0].tensor.is_sharded
         )
         if node.op in OPS and OPS[node.op].prepares:

@@ -378,6 +378,12 @@ def transfer(node: Node) -> Transfer | None:
     return row.transfer if row is not None else None
 
 
+def brings(node: Node) -> bool:
+    """Whether a start gathers, or brings back from the host."""
+    moves = transfer(node)
+    return moves is not None and moves.brings
+
+
 def num_chunks(node: Node, mesh: Mesh) -> int:
     """Into how many chunks of one size what a node makes whole is cut; 0 where it takes as much as it has."""
     row = OPS.get(node.op)
