@@ -16,6 +16,7 @@ from zgraph.ir.arena import offsets
 from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
 from zgraph.runtime.agreement import described
 from zgraph.runtime.gloo_transport import Transfer
+from zgraph.runtime.gradients import with_unreduced
 from zgraph.runtime.host import Copy
 
 if TYPE_CHECKING:
@@ -263,7 +264,8 @@ def copy(node: Node, session: Session) -> Execute:
 def accumulate(node: Node, session: Session) -> Execute:
     target = node.option("target")
     assert isinstance(target, str)
-    return lambda gradient: session.take_held(target, gradient)
+    slot = session.store.slots[target]
+    return lambda gradient: with_unreduced(session, slot, gradient)
 
 
 MAKERS: Mapping[str, Callable[[Node, Session], Execute]] = {

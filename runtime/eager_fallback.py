@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd import Variable
 
 from zgraph.bridge import private_runtime
+from zgraph.runtime.gradients import Gradient, delivered, is_unreduced, needs_token, with_unreduced
 from zgraph.runtime.session import Session
 from zgraph.runtime.shards import Slot
 
@@ -63,32 +64,54 @@ def run_whole(forward: Callable[..., Any], session: Session) -> Callable[..., An
     whole = _Whole(session)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        whole.gather()
-        result = forward(*args, **kwargs)
+        with whole.gathered():
+            result = forward(*args, **kwargs)
         whole.share_buffers()
-        if not torch.is_grad_enabled():
-            whole.free()
+        whole.free_if_done()
         return result
 
     return call
 
 
+class _Call:
+    """One call whose backward may come: parameters stay whole for it."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+
 class _Whole:
-    """The stand-ins of a session, filled for as long as somebody may read them."""
+    """The placeholders of a session, filled for as long as somebody may read them."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.slots = list(session.store.slots.values())
-        self.waiting = False
+        self.calls: weakref.WeakSet[_Call] = weakref.WeakSet()
         self.version = -1
-        for slot in self.slots:
-            if slot.stand_in.requires_grad:
-                slot.stand_in.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    lambda _: self.at_end()
-                )
 
-    def gather(self) -> None:
-        """Fill the stand-ins, unless they hold the present values already."""
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """The model with whole parameters, which autograd knows as made of the parameters at rest."""
+        self.fill()
+        trained = [s for s in self.slots if s.parameter.requires_grad and needs_token(s, self.session)]
+        if not trained or not torch.is_grad_enabled():
+            yield
+            return
+        call = _Call()
+        self.calls.add(call)
+        attached = _AttachWhole.apply(self, call, trained, *(s.parameter for s in trained))  # type: ignore[no-untyped-call]
+        before = [(home, key, home[key]) for slot in trained for home, key in slot.homes]
+        for slot, whole in zip(trained, attached, strict=True):
+            for home, key in slot.homes:
+                home[key] = whole
+        try:
+            yield
+        finally:
+            for home, key, held in before:
+                home[key] = held
+
+    def fill(self) -> None:
+        """Fill the placeholders, unless they hold the present values already."""
         if self.version == self.session.store.version:
             return
         for slot in self.slots:
@@ -105,36 +128,51 @@ class _Whole:
                 for buffer in self.session.store.model.buffers():
                     buffer.data.copy_(self.session.store.from_first_rank(buffer))  # unseen by autograd, which saved it
 
-    def free(self) -> None:
+    def free_if_done(self) -> None:
+        """Let go of whole parameters, unless a backward may still read them."""
+        if any(not call.is_over for call in self.calls):
+            return
         self.version = -1
         for slot in self.slots:
             if slot.stand_in is not slot.parameter and slot.is_sharded:
                 slot.stand_in.untyped_storage().resize_(0)
 
-    def at_end(self) -> None:
-        """Have the gradients reduced when the backward that runs now is over."""
-        if not self.waiting:
-            self.waiting = True
-            Variable._execution_engine.queue_callback(self.reduce)
+    def reduced(self, slots: Sequence[Slot], made: Sequence[torch.Tensor | None]) -> Iterator[tuple[int, Gradient]]:
+        """The gradients of a backward, by position: averaged over the ranks, unless under no_sync.
 
-    def reduce(self) -> None:
-        self.waiting = False
-        if not self.session.syncs:
+        Each rank may have gone another way through the forward: one that has no gradient for a parameter gives zeros.
+        """
+        session = self.session
+        if not session.syncs or session.is_alone:
+            for index, gradient in enumerate(made):
+                if gradient is not None:
+                    yield index, Gradient(gradient, is_unreduced=not session.is_alone)
             return
-        if self.session.num_ranks > 1 or any(s.stand_in is not s.parameter for s in self.slots):
-            with torch.no_grad():
-                for slot in self.used():
-                    gradient = slot.stand_in.grad
-                    slot.stand_in.grad = None
-                    whole = torch.zeros_like(slot.stand_in) if gradient is None else gradient
-                    slot.accumulate(self.session.mean(slot, whole).to(slot.rest.dtype))
-        self.free()
+        mine = [g is not None or is_unreduced(s) for s, g in zip(slots, made, strict=True)]
+        has = torch.tensor(mine, dtype=torch.uint8, device=session.device)
+        work = dist.all_reduce(has, dist.ReduceOp.MAX, group=session.group, async_op=True)
+        session.peers.wait(work, "which parameters have gradients")
+        for index, (slot, gradient, anywhere) in enumerate(zip(slots, made, has.tolist(), strict=True)):
+            if anywhere:
+                whole = torch.zeros_like(slot.stand_in) if gradient is None else gradient
+                yield index, Gradient(session.mean(slot, with_unreduced(session, slot, whole)).to(slot.rest.dtype))
 
-    def used(self) -> list[Slot]:
-        """The parameters that have a gradient on any rank: each rank may have gone another way through the forward."""
-        mine = torch.tensor([s.stand_in.grad is not None for s in self.slots], dtype=torch.uint8)
-        if self.session.num_ranks > 1:
-            mine = mine.to(self.session.device)
-            work = dist.all_reduce(mine, dist.ReduceOp.MAX, group=self.session.group, async_op=True)
-            self.session.peers.wait(work, "which parameters have gradients")
-        return [slot for slot, has in zip(self.slots, mine.tolist(), strict=True) if has]
+
+class _AttachWhole(torch.autograd.Function):
+    """From parameters at rest to whole ones, and from whole gradients to gradients at rest."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: _Whole, call: _Call, slots: Sequence[Slot], *parameters: torch.Tensor) -> Any:
+        ctx.whole, ctx.call, ctx.slots = whole, call, slots
+        ctx.set_materialize_grads(False)
+        return tuple(slot.stand_in.detach() for slot in slots)
+
+    @staticmethod
+    def backward(ctx: Any, *made: torch.Tensor | None) -> Any:
+        whole, nodes = ctx.whole, [node for node, _ in ctx.next_functions]
+        found: list[torch.Tensor | None] = [None] * len(made)
+        for index, gradient in whole.reduced(ctx.slots, made):
+            found[index] = delivered(whole.session, ctx.slots[index], gradient, nodes[index])
+        ctx.call.is_over = not private_runtime.keeps_graph()
+        whole.free_if_done()
+        return None, None, None, *found

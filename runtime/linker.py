@@ -11,6 +11,7 @@ import torch
 from zgraph.ir import OutputKind, Phase, Plan, Program
 from zgraph.runtime.agreement import plan_text, wire_of
 from zgraph.runtime.executor import Runner, link
+from zgraph.runtime.gradients import Gradient, needs_token, token
 from zgraph.runtime.recorder import Watcher
 from zgraph.runtime.regions import Regions
 from zgraph.runtime.session import Session
@@ -94,7 +95,7 @@ def _guarded(session: Session, run: Runner) -> Runner:
 
 
 def _backward(session: Session, plan: Plan, program: Program, runner: Callable[[bool, bool], Runner]) -> Runner:
-    """Runs the backward that is due, and puts the parameters' gradients where they belong.
+    """Runs the backward that is due. Gradients of parameters leave as tokens, where autograd could not take them.
 
     Args:
         session: what the programs work on.
@@ -104,9 +105,9 @@ def _backward(session: Session, plan: Plan, program: Program, runner: Callable[[
     """
     names = {i.value.name: i.target for i in plan.graph.params}
     outputs = [o for o in plan.graph.outputs if o.phase is not Phase.forward]
+    by_name = {name: slot for name, slot in session.store.slots.items() if needs_token(slot, session)}
     slots: list[Slot | None] = [
-        session.store.slots[names[o.target]] if o.kind is OutputKind.grad and o.target in names else None
-        for o in outputs
+        by_name.get(names[o.target]) if o.kind is OutputKind.grad and o.target in names else None for o in outputs
     ]
     held = {str(n.option("target")): n.operands[0].tensor for n in plan.graph.nodes if n.op == "accumulate"}
     session.kinds |= held
@@ -123,11 +124,7 @@ def _backward(session: Session, plan: Plan, program: Program, runner: Callable[[
         for index, slot in enumerate(slots):
             if slot is None or results[index] is None:
                 continue
-            if not syncs and slot.name in held:
-                session.hold(slot.name, results[index])
-            else:
-                slot.accumulate(results[index])
-            results[index] = None
+            results[index] = token(slot, Gradient(results[index], not syncs and slot.name in held))
         return results
 
     return backward

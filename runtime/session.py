@@ -50,7 +50,6 @@ class Session:
         self.recorder: Watcher | None = None
         self._ranges = Ranges()
         self.plans: list[Plan] = []
-        self._held: dict[str, torch.Tensor] = {}
         self.kinds: dict[str, TensorType] = {}
         self._kept: dict[object, tuple[int, torch.Tensor]] = {}
         self.agreed: set[tuple[object, ...]] = set()
@@ -77,6 +76,10 @@ class Session:
         """The divisor of the sum over all ranks, to reduce a value of this type."""
         sizes = self.num_ranks // self.num_shards, self.num_shards
         return kind.divisor(sizes[-len(kind.placement) :])
+
+    def divisor_of(self, slot: Slot) -> int:
+        """The divisor of the sum over all ranks, to reduce the gradient of a parameter."""
+        return self.divisor(self.kinds[slot.name]) if slot.name in self.kinds else self.num_ranks
 
     @property
     def is_alone(self) -> bool:
@@ -149,30 +152,6 @@ class Session:
         dist.barrier(self.group)
 
     # --- gradients ---------------------------------------------------------------------------------------------
-
-    def hold(self, target: str, gradient: torch.Tensor) -> None:
-        """Keep what a backward under no_sync left for a parameter on this rank."""
-        held = self._held.get(target)
-        self._held[target] = gradient if held is None else held + gradient
-
-    def take_held(self, target: str, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient with what backwards under no_sync left for it, which is forgotten."""
-        held = self._held.pop(target, None)
-        return gradient if held is None else held + gradient
-
-    def forget_held(self) -> None:
-        """Forget what backwards under no_sync left on this rank."""
-        self._held.clear()
-
-    def held_reduced(self, name: str) -> torch.Tensor | None:
-        """Gradient that backwards under no_sync left for a parameter, reduced as its type says; None if there is none.
-
-        All ranks must ask for it.
-        """
-        held, slot = self._held.get(name), self.store.slots[name]
-        if held is None:
-            return None
-        return self.mean(slot, held.to(slot.rest.dtype), divisor=self.divisor(self.kinds[name]))
 
     def mean(self, slot: Slot, gradient: torch.Tensor, divisor: int = 0) -> torch.Tensor:
         """A whole gradient averaged over the ranks: this rank's padded chunk where the parameter is sharded.

@@ -46,6 +46,7 @@ class Slot:
         working: the tensor to compute with: `rest`, or where the parameter is offloaded a copy of it.
         offload: what of it lies on the host: nothing, "optimizer" (master, gradient, optimizer state) or "parameters".
         homes: every `_parameters` dictionary and key that holds it.
+        holds_unreduced: whether a plain tensor in `.grad` has what this rank alone made.
     """
 
     name: str
@@ -56,24 +57,11 @@ class Slot:
     working: torch.Tensor
     offload: str = ""
     homes: list[tuple[dict[str, nn.Parameter | None], str]] = field(default_factory=list)
+    holds_unreduced: bool = False
 
     @property
     def is_sharded(self) -> bool:
         return isinstance(self.parameter, DTensor) and isinstance(self.parameter.placements[-1], Shard)
-
-    def accumulate(self, gradient: torch.Tensor) -> None:
-        """Add to `.grad` what a backward made: a padded chunk where the parameter is sharded, else the whole."""
-        parameter = self.parameter
-        local = self.local_part(gradient) if self.is_sharded else gradient
-        if parameter.grad is not None:
-            held = parameter.grad
-            (held._local_tensor if isinstance(held, DTensor) else held).add_(local)
-        elif isinstance(parameter, DTensor):
-            parameter.grad = private_runtime.dtensor_like(local, parameter)
-        else:
-            parameter.grad = local
-        if self.stand_in is not parameter:  # autograd runs the hooks of what it saw itself
-            private_runtime.run_grad_hooks(parameter)
 
     def local_part(self, chunk: torch.Tensor) -> torch.Tensor:
         """The part of a padded chunk that this rank really holds, in the shape of its shard."""

@@ -23,6 +23,7 @@ from zgraph.options.settings import Options, Passes, Recompute, resolve
 from zgraph.options.validate import Kernels, Stage
 from zgraph.passes import RECIPES
 from zgraph.runtime.eager_fallback import whole_parameters
+from zgraph.runtime.gradients import without_sync
 
 M = TypeVar("M")
 
@@ -115,19 +116,16 @@ def compile(
 def no_sync(model: nn.Module) -> Iterator[None]:
     """Accumulate gradients without averaging them over the ranks, for all but the last micro-step of a step.
 
-    Gradients of stages 0 and 1 stay on the rank, whole, until the first backward outside. Those of stages 2 and 3 are
-    reduced in every micro-step all the same: not to hold them whole is what these stages are for. Whole parameters of
-    stages 1 and 2 are gathered once for all micro-steps.
+    Gradients of stages 0 and 1 stay on the rank, whole, until the first backward outside or `optimizer.step()`. They
+    are in `.grad`, of a sharded parameter as a DTensor that is `Partial`. Gradients of stages 2 and 3 are reduced in
+    every micro-step all the same: not to hold them whole is what these stages are for. Whole parameters of stages 1 and
+    2 are gathered once for all micro-steps. Post-accumulate hooks wait for the first backward outside.
 
     Raises:
         UsageError: the model is not compiled.
     """
-    session = compiled_model(model).session
-    before, session.syncs = session.syncs, False
-    try:
+    with without_sync(compiled_model(model).session):
         yield
-    finally:
-        session.syncs = before
 
 
 @contextmanager

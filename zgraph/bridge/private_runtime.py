@@ -20,6 +20,7 @@ __all__ = [
     "Messenger",
     "PrefixStore",
     "Store",
+    "accumulator",
     "all_gathers",
     "bump_version",
     "default_pg_timeout",
@@ -28,6 +29,7 @@ __all__ = [
     "dtensor_like",
     "fused_adamw",
     "fused_sgd",
+    "grad_hooks",
     "has_fused_sgd",
     "inductor",
     "init_group",
@@ -36,9 +38,9 @@ __all__ = [
     "keeps_graph",
     "messenger",
     "reduce_scatters",
-    "run_grad_hooks",
     "store",
     "whole_group",
+    "will_accumulate",
 ]
 
 _gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -240,8 +242,21 @@ def is_profiling() -> bool:
     return profiler._is_profiler_enabled
 
 
-def run_grad_hooks(parameter: torch.Tensor) -> None:
-    """Run what `register_post_accumulate_grad_hook` registered."""
-    hooks: dict[int, Callable[[torch.Tensor], None]] | None = parameter._post_accumulate_grad_hooks
-    for hook in (hooks or {}).values():
-        hook(parameter)
+def grad_hooks(parameter: torch.Tensor) -> dict[int, Callable[[torch.Tensor], None]]:
+    """What `register_post_accumulate_grad_hook` registered; autograd runs what is in it."""
+    return parameter._post_accumulate_grad_hooks or {}
+
+
+def accumulator(parameter: torch.Tensor) -> Any:
+    """The autograd node that adds to the `.grad` of a parameter."""
+    return torch.autograd.graph.get_gradient_edge(parameter).node
+
+
+def will_accumulate(node: Any) -> bool:
+    """Whether the backward that runs now adds to the `.grad` behind an accumulator: it was called for all leaves, or
+    `inputs=` names this one. `autograd.grad` adds to none.
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # of a leaf that autograd.grad was asked for
+        return False

@@ -66,12 +66,15 @@ class Frontend:
         buffers: gives the name of each buffer that the model has at present, by `id`.
         compiler: called with each captured graph.
         name: what the graphs are called.
+        attach: given what runs a captured graph and which of its arguments are which parameters, gives what runs it
+            with gradients brought to the parameters at rest.
     """
 
     def __init__(
-        self, params: Mapping[int, ParamInfo], buffers: Callable[[], Mapping[int, str]], compiler: Compiler, name: str
-    ) -> None:
-        self.params, self.buffers, self.compiler, self.name = params, buffers, compiler, name
+        self, params: Mapping[int, ParamInfo], buffers: Callable[[], Mapping[int, str]], compiler: Compiler, name: str,
+        attach: Callable[[Callable[..., Any], Mapping[int, str]], Callable[..., Any]] = lambda run, _: run,
+    ) -> None:  # fmt: skip
+        self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
 
     def wrap(self, function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
         """`function`, captured and compiled at its first call and whenever its guards fail.
@@ -102,10 +105,11 @@ class Frontend:
         buffers = self.buffers()
         leaves = {index: self._leaf(example, buffers) for index, example in enumerate(examples)}
         capture = _OneCapture(self, leaves)
-        return private_compile.aot_autograd(
+        run = private_compile.aot_autograd(
             fw_compiler=capture.runner_of, bw_compiler=capture.runner_of, partition_fn=capture.partition,
             inference_compiler=capture.inference,
         )(gm, examples)  # fmt: skip
+        return self.attach(run, {i: leaf.target for i, leaf in leaves.items() if leaf.kind is InputKind.param})
 
     def _leaf(self, example: Any, buffers: Mapping[int, str]) -> Leaf:
         if info := self.params.get(id(example)):

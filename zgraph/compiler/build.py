@@ -23,6 +23,7 @@ from zgraph.passes.fuse import Fuse
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.agreement import settings_lines
 from zgraph.runtime.eager_fallback import run_whole
+from zgraph.runtime.gradients import attached, reduce_before_steps
 from zgraph.runtime.interrupts import say_little
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
@@ -70,11 +71,13 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     )  # fmt: skip
     own_forward = forward = model.forward
     say_little()
+    if not session.is_alone:
+        reduce_before_steps(session)
     if settings.fullgraph:
         drop_gradient_hooks(model)
         frontend = Frontend(
             _param_infos(session), lambda: {id(b): n for n, b in model.named_buffers()}, compiled.compile_graph,
-            type(model).__name__,
+            type(model).__name__, lambda run, parameters: attached(run, parameters, session),
         )  # fmt: skip
         forward = narrator.watched(frontend.wrap(forward, settings.dynamic))
     else:

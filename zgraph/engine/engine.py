@@ -207,11 +207,10 @@ class Engine:
         return self._was_applied
 
     def zero_grad(self) -> None:
-        """Forget the gradients, those that wait for the ranks to be averaged too."""
+        """Forget the gradients."""
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             for parameter in group["params"]:
                 parameter.grad = None
-        compiled_model(self.module).session.forget_held()
         self.pending, self.awaits_step = 0, False
 
     def _needs_optimizer(self, what: str) -> Optimizer:

@@ -1,8 +1,7 @@
 """Gradients of a step that is under way, as a checkpoint keeps them: `gradient.NAME`, laid out as the parameters are.
 
-Gradients that backwards under no_sync hold back on each rank are averaged for the checkpoint, so that any number of
-ranks and any stage can go on with them. They are in the dtype of the masters, where they would else be rounded to the
-compute dtype once more.
+Gradients that backwards under no_sync left unreduced are averaged for the checkpoint, so that any number of ranks and
+any stage can go on with them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from zgraph.compiler.compiled_model import compiled_model
 from zgraph.engine.checkpoint.state import State
 from zgraph.engine.checkpoint.tensors import Tensors, like, parameter_names
 from zgraph.errors import CheckpointError, UsageError
-from zgraph.optim.runs import local
+from zgraph.runtime.gradients import reduced
 
 if TYPE_CHECKING:
     from zgraph.engine.protocol import Trains
@@ -45,12 +44,8 @@ def gradients_of(engine: Trains) -> Tensors:
         return {}
     session, names = compiled_model(engine.module).session, parameter_names(engine.module)
     found: Tensors = {}
-    for key, slot in session.store.slots.items():
-        held, gradient = session.held_reduced(key), slot.parameter.grad
-        own = None if gradient is None else local(gradient)
-        if held is not None:
-            part = (slot.local_part(held) if slot.is_sharded else held).to(slot.rest.device)
-            own = part if own is None else own + part
+    for slot in session.store.slots.values():
+        own = reduced(session, slot)
         if own is not None:
             parameter = slot.parameter
             laid_out = private_runtime.dtensor_like(own, parameter) if isinstance(parameter, DTensor) else own

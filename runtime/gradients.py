@@ -1,0 +1,232 @@
+"""The way of gradients from a compiled backward to the parameters at rest: through autograd's own graph.
+
+torch.compile sees placeholders, not the parameters at rest. `attached` puts a node between both into the graph of each
+call, so that autograd decides where gradients go:
+
+    parameter at rest  ->  _Attach  ->  placeholder  ->  compiled forward  ->  loss
+    AccumulateGrad     <-  _Attach  <-  token        <-  compiled backward <-
+
+A gradient at rest is a shard, or lies in another dtype or on the host, which autograd does not accept as the gradient
+of a whole placeholder. The compiled backward returns a *token* in its place: of the placeholder's shape, without
+memory of its own, with the gradient as an attribute.
+
+Under no_sync, gradients of stages 0 and 1 are *unreduced*: this rank's own. They are in `.grad` as well, where
+`zero_grad` finds them: of a DTensor as a DTensor that is `Partial`, of a plain tensor as DDP leaves them. The next
+backward that syncs takes them with it, and so does `optimizer.step()`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Partial
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from zgraph.bridge import private_runtime
+from zgraph.runtime.session import Session
+from zgraph.runtime.shards import Slot
+
+Run = Callable[..., Any]
+
+
+def attached(run: Run, parameters: Mapping[int, str], session: Session) -> Run:
+    """`run`, with the placeholders among its arguments attached to their parameters at rest.
+
+    Args:
+        run: a compiled graph.
+        parameters: which parameter each argument is, by position.
+        session: whose parameters.
+    """
+    slots = session.store.slots
+    mine = {index: slots[name] for index, name in parameters.items() if needs_token(slots[name], session)}
+    if not mine:
+        return run
+
+    def call(*args: Any) -> Any:
+        trained = {i: slot for i, slot in mine.items() if args[i].requires_grad} if torch.is_grad_enabled() else {}
+        if not trained:
+            return run(*args)
+        given = list(args)
+        attached = _Attach.apply(session, [*trained.values()], *(s.parameter for s in trained.values()))  # type: ignore[no-untyped-call]
+        for index, placeholder in zip(trained, attached, strict=True):
+            given[index] = placeholder
+        return run(*given)
+
+    return call
+
+
+def needs_token(slot: Slot, session: Session) -> bool:
+    """Whether autograd cannot bring the gradient to the parameter by itself."""
+    return slot.stand_in is not slot.parameter or not session.is_alone
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """What a backward made for a parameter.
+
+    Args:
+        tensor: a padded chunk where the parameter is sharded, else the whole; the whole if it is unreduced.
+        is_unreduced: whether this rank alone made it.
+    """
+
+    tensor: torch.Tensor
+    is_unreduced: bool = False
+
+
+def token(slot: Slot, gradient: Gradient) -> torch.Tensor:
+    """What a compiled backward returns in the place of a gradient: see above."""
+    made = _zero(slot.stand_in.dtype, slot.stand_in.device).expand(slot.stand_in.shape)
+    made.zgraph_gradient = gradient  # type: ignore[attr-defined]
+    return made
+
+
+@cache
+def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
+
+
+class _Attach(torch.autograd.Function):
+    """From parameters at rest to their placeholders, and from tokens to gradients at rest."""
+
+    @staticmethod
+    def forward(ctx: Any, session: Session, slots: Sequence[Slot], *parameters: torch.Tensor) -> Any:
+        ctx.session, ctx.slots = session, slots
+        ctx.set_materialize_grads(False)
+        return tuple(slot.stand_in.detach() for slot in slots)
+
+    @staticmethod
+    def backward(ctx: Any, *tokens: Any) -> Any:
+        found: list[torch.Tensor | None] = []
+        for slot, made, (node, _) in zip(ctx.slots, tokens, ctx.next_functions, strict=True):
+            found.append(None if made is None else delivered(ctx.session, slot, made.zgraph_gradient, node))
+        return None, None, *found
+
+
+def delivered(session: Session, slot: Slot, gradient: Gradient, node: Any) -> torch.Tensor | None:
+    """The gradient for autograd to bring to the parameter; None once it is there, or where nobody asked for it."""
+    if not private_runtime.will_accumulate(node) or slot.parameter._backward_hooks:
+        return _at_rest(session, slot, gradient)
+    accumulate(session, slot, gradient)
+    return None
+
+
+def accumulate(session: Session, slot: Slot, gradient: Gradient) -> None:
+    """Add to `.grad` what a backward made."""
+    parameter, held = slot.parameter, slot.parameter.grad
+    if gradient.is_unreduced and held is not None and not is_unreduced(slot):
+        gradient = Gradient(_reduced(session, slot, gradient.tensor.to(slot.rest.dtype)))
+    made = _at_rest(session, slot, gradient)
+    if held is None:
+        parameter.grad, slot.holds_unreduced = made, gradient.is_unreduced
+    else:
+        _local(held).add_(_local(made))
+
+
+def _at_rest(session: Session, slot: Slot, gradient: Gradient) -> torch.Tensor:
+    """The gradient as the parameter's `.grad` holds it, in memory of its own."""
+    parameter, tensor = slot.parameter, gradient.tensor
+    if not gradient.is_unreduced:
+        return _laid_out(slot.local_part(tensor) if slot.is_sharded else tensor, parameter)
+    whole = tensor.to(slot.rest.device, slot.rest.dtype)
+    if not isinstance(parameter, DTensor):
+        return whole.clone() if whole is tensor else whole
+    mesh = parameter.device_mesh
+    part = whole / session.divisor_of(slot)  # a sum is what every backend reduces
+    return private_runtime.dtensor(part, mesh, [Partial()] * mesh.ndim, parameter.shape, parameter.stride())
+
+
+def _laid_out(own: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a gradient as the parameter is laid out."""
+    return private_runtime.dtensor_like(own, parameter) if isinstance(parameter, DTensor) else own
+
+
+def is_unreduced(slot: Slot) -> bool:
+    """Whether `.grad` of a parameter holds what this rank alone made."""
+    gradient = slot.parameter.grad
+    if isinstance(gradient, DTensor):
+        return any(isinstance(p, Partial) for p in gradient.placements)
+    return gradient is not None and slot.holds_unreduced
+
+
+def with_unreduced(session: Session, slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
+    """A backward's gradient of a parameter with what is unreduced in `.grad`, which moves there.
+
+    It stays in `.grad` where this backward does not reach the parameter, as in `autograd.grad` for other tensors.
+    """
+    parameter = slot.parameter
+    if not is_unreduced(slot) or not private_runtime.will_accumulate(private_runtime.accumulator(parameter)):
+        return gradient
+    held, parameter.grad = _unreduced(session, slot), None
+    return gradient + held.to(gradient.device, gradient.dtype)
+
+
+def _unreduced(session: Session, slot: Slot) -> torch.Tensor:
+    held = slot.parameter.grad
+    assert held is not None
+    return held._local_tensor * session.divisor_of(slot) if isinstance(held, DTensor) else held
+
+
+def reduced(session: Session, slot: Slot) -> torch.Tensor | None:
+    """This rank's part of the reduced gradient of a parameter; `.grad` stays as it is. All ranks must ask for it."""
+    gradient = slot.parameter.grad
+    if gradient is None or not is_unreduced(slot):
+        return None if gradient is None else _local(gradient)
+    made = _reduced(session, slot, _unreduced(session, slot))
+    return slot.local_part(made) if slot.is_sharded else made
+
+
+def _reduced(session: Session, slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
+    """A whole gradient of this rank as the ranks' mean, in the memory that the parameter is in."""
+    mean = session.mean(slot, gradient.to(session.device), divisor=session.divisor_of(slot))
+    return mean.to(slot.rest.device)
+
+
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient._local_tensor if isinstance(gradient, DTensor) else gradient
+
+
+@contextmanager
+def without_sync(session: Session) -> Iterator[None]:
+    """Context whose backwards leave gradients unreduced. Post-accumulate hooks wait for the first backward behind it:
+    an optimizer in a hook would else update with a part of a step's gradients.
+    """
+    hooks = [h for s in session.store.slots.values() if (h := private_runtime.grad_hooks(s.parameter))]
+    waiting = [(some, dict(some)) for some in hooks]
+    for some in hooks:
+        some.clear()
+    before, session.syncs = session.syncs, False
+    try:
+        yield
+    finally:
+        session.syncs = before
+        for some, own in waiting:
+            own.update(some)
+            some.update(own)
+
+
+def reduce_before_steps(session: Session) -> None:
+    """Have every optimizer reduce first what is unreduced: a loader may end within an accumulation.
+
+    The step would else part the ranks.
+    """
+    watched = weakref.ref(session)
+
+    @torch.no_grad()
+    def before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        session = watched()
+        if session is None:
+            return
+        found = [slot for slot in session.store.slots.values() if is_unreduced(slot)]
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]} if found else ()
+        for slot in found:
+            parameter = slot.parameter
+            if id(parameter) in stepped and (made := reduced(session, slot)) is not None:
+                parameter.grad, slot.holds_unreduced = _laid_out(made, parameter), False
+
+    weakref.finalize(session, register_optimizer_step_pre_hook(before).remove)
