@@ -41,13 +41,13 @@ def whole_parameters(session: Session) -> Iterator[None]:
 
 def _full(session: Session, slot: Slot) -> torch.Tensor:
     """A parameter as it is computed with: on the device, gathered where it is sharded."""
-    chunk = slot.rest.to(session.device, slot.stand_in.dtype)
+    chunk = slot.rest.to(session.device, slot.placeholder.dtype)
     if not slot.is_sharded:
         return chunk
     out = chunk.new_empty(chunk.numel() * session.num_shards)
     work = private_runtime.all_gathers([(out, chunk)], session.shard_group)
     session.peers.wait(work, slot.name)
-    return out[: slot.stand_in.numel()].view(slot.stand_in.shape)
+    return out[: slot.placeholder.numel()].view(slot.placeholder.shape)
 
 
 def run_whole(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
@@ -74,7 +74,7 @@ def run_whole(forward: Callable[..., Any], session: Session) -> Callable[..., An
 
 
 class _Whole:
-    """The stand-ins of a session, filled for as long as somebody may read them."""
+    """The placeholders of a session, filled for as long as somebody may read them."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -82,20 +82,20 @@ class _Whole:
         self.waiting = False
         self.version = -1
         for slot in self.slots:
-            if slot.stand_in.requires_grad:
-                slot.stand_in.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            if slot.placeholder.requires_grad:
+                slot.placeholder.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     lambda _: self.at_end()
                 )
 
     def gather(self) -> None:
-        """Fill the stand-ins, unless they hold the present values already."""
+        """Fill the placeholders, unless they hold the present values already."""
         if self.version == self.session.store.version:
             return
         for slot in self.slots:
-            if slot.stand_in is not slot.parameter:
+            if slot.placeholder is not slot.parameter:
                 with torch.no_grad():
-                    slot.stand_in.untyped_storage().resize_(slot.stand_in.nbytes)
-                    slot.stand_in.copy_(_full(self.session, slot))
+                    slot.placeholder.untyped_storage().resize_(slot.placeholder.nbytes)
+                    slot.placeholder.copy_(_full(self.session, slot))
         self.version = self.session.store.version
 
     def share_buffers(self) -> None:
@@ -108,8 +108,8 @@ class _Whole:
     def free(self) -> None:
         self.version = -1
         for slot in self.slots:
-            if slot.stand_in is not slot.parameter and slot.is_sharded:
-                slot.stand_in.untyped_storage().resize_(0)
+            if slot.placeholder is not slot.parameter and slot.is_sharded:
+                slot.placeholder.untyped_storage().resize_(0)
 
     def at_end(self) -> None:
         """Have the gradients reduced when the backward that runs now is over."""
@@ -121,18 +121,18 @@ class _Whole:
         self.waiting = False
         if not self.session.syncs:
             return
-        if self.session.num_ranks > 1 or any(s.stand_in is not s.parameter for s in self.slots):
+        if self.session.num_ranks > 1 or any(s.placeholder is not s.parameter for s in self.slots):
             with torch.no_grad():
                 for slot in self.used():
-                    gradient = slot.stand_in.grad
-                    slot.stand_in.grad = None
-                    whole = torch.zeros_like(slot.stand_in) if gradient is None else gradient
+                    gradient = slot.placeholder.grad
+                    slot.placeholder.grad = None
+                    whole = torch.zeros_like(slot.placeholder) if gradient is None else gradient
                     slot.accumulate(self.session.mean(slot, whole).to(slot.rest.dtype))
         self.free()
 
     def used(self) -> list[Slot]:
         """The parameters that have a gradient on any rank: each rank may have gone another way through the forward."""
-        mine = torch.tensor([s.stand_in.grad is not None for s in self.slots], dtype=torch.uint8)
+        mine = torch.tensor([s.placeholder.grad is not None for s in self.slots], dtype=torch.uint8)
         if self.session.num_ranks > 1:
             mine = mine.to(self.session.device)
             work = dist.all_reduce(mine, dist.ReduceOp.MAX, group=self.session.group, async_op=True)

@@ -3,7 +3,7 @@
 Offloaded masters lie in the host's memory, for an optimizer that works there. A copy in the compute dtype stays on the
 device or lies on the host too; it is made anew when a master changed.
 
-While the model runs, each parameter is represented by a *stand-in*: a parameter of full shape whose memory has been
+While the model runs, each parameter is represented by a *placeholder*: a parameter of full shape whose memory has been
 freed. torch.compile looks at its metadata only; what computes is the gathered value that the plan makes.
 """
 
@@ -41,7 +41,7 @@ class Slot:
         name: its first name in the model.
         stage: its ZeRO stage; None leaves it to the recipe.
         parameter: what the model holds at rest.
-        stand_in: what the model holds while it runs; `parameter` itself where that can serve.
+        placeholder: what the model holds while it runs; `parameter` itself where that can serve.
         rest: this rank's memory of it: its padded chunk in one dimension, or the whole tensor where it is replicated.
         working: the tensor to compute with: `rest`, or where the parameter is offloaded a copy of it.
         offload: what of it lies on the host: nothing, "optimizer" (master, gradient, optimizer state) or "parameters".
@@ -51,7 +51,7 @@ class Slot:
     name: str
     stage: int | None
     parameter: nn.Parameter
-    stand_in: nn.Parameter
+    placeholder: nn.Parameter
     rest: torch.Tensor
     working: torch.Tensor
     offload: str = ""
@@ -72,7 +72,7 @@ class Slot:
             parameter.grad = private_runtime.dtensor_like(local, parameter)
         else:
             parameter.grad = local
-        if self.stand_in is not parameter:  # autograd runs the hooks of what it saw itself
+        if self.placeholder is not parameter:  # autograd runs the hooks of what it saw itself
             private_runtime.run_grad_hooks(parameter)
 
     def local_part(self, chunk: torch.Tensor) -> torch.Tensor:
@@ -148,19 +148,19 @@ class ShardStore:
         self._whole = [s for s in self.slots.values() if not s.is_sharded]
         self._copied = [s for s in self.slots.values() if s.working is not s.rest]
         self._copied_version = -1
-        self._by_swap = [s for s in self.slots.values() if s.stand_in is not s.parameter]
+        self._by_swap = [s for s in self.slots.values() if s.placeholder is not s.parameter]
         self._put(at_rest=True)
         _STORES.add(self)
 
     # --- running -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def stand_ins(self) -> Iterator[None]:
-        """The model with stand-ins in the place of its parameters."""
+    def placeholders(self) -> Iterator[None]:
+        """The model with placeholders in the place of its parameters."""
         self.refresh()
         for slot in self._by_swap:
-            if slot.stand_in.requires_grad != slot.parameter.requires_grad:
-                slot.stand_in.requires_grad_(slot.parameter.requires_grad)
+            if slot.placeholder.requires_grad != slot.parameter.requires_grad:
+                slot.placeholder.requires_grad_(slot.parameter.requires_grad)
         self._put(at_rest=False)
         try:
             yield
@@ -185,7 +185,7 @@ class ShardStore:
 
     def _put(self, *, at_rest: bool) -> None:
         for slot in self._by_swap:
-            held = slot.parameter if at_rest else slot.stand_in
+            held = slot.parameter if at_rest else slot.placeholder
             for home, key in slot.homes:
                 home[key] = held
 
@@ -268,11 +268,11 @@ class ShardStore:
         local.copy_(self.from_first_rank(parameter.detach())[start : start + rows])
         placement = [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
         dtensor = private_runtime.dtensor(local, self.mesh, placement, shape, stride)
-        stand_in = self._hollow(parameter)
+        placeholder = self._placeholder(parameter)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         at_rest = nn.Parameter(dtensor, parameter.requires_grad)
         working = self._copies.views.get(name, chunk)
-        return Slot(name, stage, at_rest, stand_in, chunk, working, self.offloads.get(name, ""))
+        return Slot(name, stage, at_rest, placeholder, chunk, working, self.offloads.get(name, ""))
 
     def _replicate(self, name: str, stage: int | None, parameter: nn.Parameter) -> Slot:
         """Keep the parameter whole, the first rank's values everywhere; a DTensor too if others are."""
@@ -280,9 +280,9 @@ class ShardStore:
         if self.num_ranks > 1:
             whole.copy_(self.from_first_rank(whole))
         offload, casts = self.offloads.get(name, ""), compute_dtype(parameter, self.param_dtype) != parameter.dtype
-        stand_in, at_rest, rest, working = parameter, parameter, whole, whole
+        placeholder, at_rest, rest, working = parameter, parameter, whole, whole
         if casts or offload:
-            stand_in = self._hollow(parameter)
+            placeholder = self._placeholder(parameter)
         if offload:
             rest = working = self.host.pool.empty(whole.size(), whole.dtype).copy_(whole)
             if self._needs_copy(name, parameter):
@@ -298,13 +298,13 @@ class ShardStore:
             placement = [Replicate()] * self.mesh.ndim
             dtensor = private_runtime.dtensor(rest, self.mesh, placement, rest.size(), rest.stride())
             at_rest = nn.Parameter(dtensor, parameter.requires_grad)
-        return Slot(name, stage, at_rest, stand_in, rest, working, offload)
+        return Slot(name, stage, at_rest, placeholder, rest, working, offload)
 
-    def _hollow(self, parameter: nn.Parameter) -> nn.Parameter:
+    def _placeholder(self, parameter: nn.Parameter) -> nn.Parameter:
         """A parameter of this shape, in the dtype to compute in, without memory."""
-        hollow = torch.empty(parameter.shape, dtype=compute_dtype(parameter, self.param_dtype), device=self.device)
-        hollow.untyped_storage().resize_(0)
-        return nn.Parameter(hollow, parameter.requires_grad)
+        tensor = torch.empty(parameter.shape, dtype=compute_dtype(parameter, self.param_dtype), device=self.device)
+        tensor.untyped_storage().resize_(0)
+        return nn.Parameter(tensor, parameter.requires_grad)
 
     def from_first_rank(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first rank's values of `tensor`, dense and on this store's device."""

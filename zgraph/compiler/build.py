@@ -135,8 +135,8 @@ def _axes(session: Session) -> tuple[Axis, ...]:
 def _param_infos(session: Session) -> dict[int, ParamInfo]:
     infos = {}
     for slot in session.store.slots.values():
-        at_rest, computed = slot.rest.dtype, slot.stand_in.dtype
+        at_rest, computed = slot.rest.dtype, slot.placeholder.dtype
         master = FROM_TORCH[at_rest] if at_rest != computed else None
-        hollow = slot.stand_in is not slot.parameter
-        infos[id(slot.stand_in)] = ParamInfo(slot.name, slot.stage, master, hollow, slot.offload)
+        is_placeholder = slot.placeholder is not slot.parameter
+        infos[id(slot.placeholder)] = ParamInfo(slot.name, slot.stage, master, is_placeholder, slot.offload)
     return infos
