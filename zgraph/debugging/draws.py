@@ -16,7 +16,7 @@ import torch
 from zgraph.bridge.aten import resolve
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.codegen.philox import uniform
-from zgraph.ir import DType, Foreign, Graph, Node, TensorType
+from zgraph.ir import DType, ExternalOp, Graph, Node, TensorType
 from zgraph.ir.ops import is_pure, views
 
 DROPOUT = "aten.native_dropout.default"
@@ -73,7 +73,7 @@ class Drawing:
     def __init__(self, numbers: Mapping[str, int], seed: int, graph: Graph, disturb: Disturb | None = None) -> None:
         self.numbers, self.seed, self.graph, self.disturb = numbers, seed, graph, disturb
 
-    def __call__(self, node: Node, row: Foreign, rank: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def __call__(self, node: Node, row: ExternalOp, rank: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if row.random:
             number = self.numbers.get(node.name, self.numbers.get(node.name.removesuffix(".own"), 0))
             seed = self.seed + _RANKS_APART * rank + _DRAWS_APART * number

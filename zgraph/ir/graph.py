@@ -10,7 +10,7 @@ from functools import cached_property
 from zgraph.ir.types import Axis, DType, TensorType, Type, num_ranks, num_shards
 
 __all__ = [
-    "Arg", "Foreign", "Graph", "Input", "InputKind", "Node", "Origin", "Output", "OutputKind", "Phase", "Token",
+    "Arg", "ExternalOp", "Graph", "Input", "InputKind", "Node", "Origin", "Output", "OutputKind", "Phase", "Token",
     "Value", "map_values", "values_in",
 ]  # fmt: skip
 
@@ -181,7 +181,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Foreign:
+class ExternalOp:
     """Properties of an op that is not zgraph's own, read off its schema at capture.
 
     Args:
@@ -216,7 +216,7 @@ class Graph:
     nodes: tuple[Node, ...] = ()
     outputs: tuple[Output, ...] = ()
     mesh: tuple[Axis, ...] = ()
-    foreign: Mapping[str, Foreign] = field(default_factory=dict)
+    foreign: Mapping[str, ExternalOp] = field(default_factory=dict)
     arenas: Mapping[Phase, int] = field(default_factory=dict)
 
     def with_nodes(self, nodes: list[Node] | tuple[Node, ...]) -> Graph:

@@ -1,6 +1,6 @@
 """The table of zgraph's own ops: one row an op, everything that the rest of the compiler asks about it.
 
-ATen ops are not here: a graph declares those it uses, with the effects read off their schemas (`graph.Foreign`).
+ATen ops are not here: a graph declares those it uses, with the effects read off their schemas (`graph.ExternalOp`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from zgraph.ir.cursor import NUMBER, Cursor
 from zgraph.ir.graph import (
     PROGRAMS,
     Arg,
-    Foreign,
+    ExternalOp,
     Graph,
     Input,
     InputKind,
@@ -156,7 +156,7 @@ class _Reader:
         if head is None:
             raise ZirError('the text is empty; a graph begins with: graph "name"')
         name, mesh = self.head(head)
-        foreign: dict[str, Foreign] = {}
+        foreign: dict[str, ExternalOp] = {}
         inputs: list[Input] = []
         nodes: list[Node] = []
         outputs: list[Output] = []
@@ -222,7 +222,7 @@ class _Reader:
             found[phase] = size
         return found
 
-    def declaration(self, line: _Line) -> tuple[str, Foreign]:
+    def declaration(self, line: _Line) -> tuple[str, ExternalOp]:
         line.space()
         at = line.at
         name, positions, flags = line.word("the name of an op"), {"views": (), "writes": ()}, set[str]()
@@ -238,7 +238,7 @@ class _Reader:
             else:
                 line.at = start
                 raise line.error("expected views(...), writes(...), random, multi or opaque")
-        return name, Foreign(**positions, **{f: f in flags for f in ("random", "multi", "opaque")})  # type: ignore[arg-type]
+        return name, ExternalOp(**positions, **{f: f in flags for f in ("random", "multi", "opaque")})  # type: ignore[arg-type]
 
     def define(self, line: _Line) -> Value:
         line.expect("%")
@@ -275,7 +275,7 @@ class _Reader:
         target = line.string() if line.peek('"') else ""
         return Output(kind, None if line.accept("none") else self.use(line), target, phase)
 
-    def node(self, line: _Line, phase: Phase, foreign: Mapping[str, Foreign]) -> Node:
+    def node(self, line: _Line, phase: Phase, foreign: Mapping[str, ExternalOp]) -> Node:
         results: list[Value] = []
         if line.peek("%"):
             results.append(self.define(line))
