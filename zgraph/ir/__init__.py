@@ -44,6 +44,7 @@ from zgraph.ir.verifier import verify
 __all__ = [
     "DEVICE", "HOST", "OPS", "Arg", "Axis", "Builder", "DType", "ExternalOp", "Graph", "Input", "InputKind",
     "Instruction", "Mesh", "Node", "NoneType", "Op", "Origin", "Output", "OutputKind", "Partial", "Phase", "Placement",
-    "Plan", "Program", "Reduction", "Replicate", "ScalarType", "Shard", "TensorType", "Token", "Type", "Value", "Varying",
-    "allow_namespace", "fingerprint", "num_ranks", "num_shards", "parse_graph", "print_graph", "print_node", "verify",
+    "Plan", "Program", "Reduction", "Replicate", "ScalarType", "Shard", "TensorType", "Token", "Type", "Value",
+    "Varying", "allow_namespace", "fingerprint", "num_ranks", "num_shards", "parse_graph", "print_graph", "print_node",
+    "verify",
 ]  # fmt: skip
