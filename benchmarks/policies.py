@@ -64,7 +64,7 @@ def prefetch_one(graph: Graph, context: Context) -> Graph:
 def greedy(graph: Graph, context: Context) -> Graph:
     lowered = parse_recipe(LOWERED).run(graph, context, [])
     step = Step(lowered, context)
-    problem = step.problem(step.room(Schedule().num_ahead))
+    problem = step.problem(step.headroom(Schedule().num_ahead))
     found = evaluate(problem, first_use_order(problem))
     assert found is not None
     _, timetable, waits = step.waits(problem, found, slack=0.0)

@@ -52,6 +52,6 @@ def makespan_us(graph: Graph, context: Context, memory: MemoryCurve | None = Non
         num_ahead: of how many collectives there is room for results beside what is used, where there is no budget.
     """
     step = lowered(graph, context)
-    problem = step.problem(step.room_beside(memory or step_memory(graph, context), num_ahead))
+    problem = step.problem(step.headroom_beside(memory or step_memory(graph, context), num_ahead))
     orders = (first_use_order(problem), latest_first_order(problem))
     return min(t.makespan_us for t in (evaluate(problem, order) for order in orders) if t is not None)
