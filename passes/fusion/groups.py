@@ -13,7 +13,7 @@ from zgraph.ir import Builder, Graph, Node, Phase, TensorType, Value
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.analysis.rows import Space, Views, match
 from zgraph.passes.core.base import Choice
-from zgraph.passes.fusion.candidates import Way, Ways
+from zgraph.passes.fusion.candidates import Candidate, Candidates
 from zgraph.passes.fusion.patterns import PATTERNS, RENAMES
 from zgraph.passes.fusion.rows import COMPILED, FOREIGN, MATMULS, RECTIFIED, ROWS, Group, Kernel, Seeds
 from zgraph.passes.plan.zero_tangents import absent_tangents
@@ -71,7 +71,7 @@ class Groups:
             self.run_again(group)
         return self.groups
 
-    def ways(self, matmuls: Choice, hints: Mapping[str, int]) -> Iterator[Ways]:
+    def candidates(self, matmuls: Choice, hints: Mapping[str, int]) -> Iterator[Candidates]:
         """How each group can be run, the groups in the order of the program."""
         found = self.found()
         graph = replace(self.graph, foreign={**self.graph.foreign, **FOREIGN})
@@ -83,7 +83,7 @@ class Groups:
                 continue
             matmul = self.matmul(group) if matmuls != "never" else None
             before = (matmul,) if matmul is not None else ()
-            nodes: dict[Way, tuple[Node, ...]] = {"aten": (*before, *group.nodes)}
+            nodes: dict[Candidate, tuple[Node, ...]] = {"aten": (*before, *group.nodes)}
             if len(group.nodes) + len(group.again) > 1 or group.nodes[0].op == DROPOUT:
                 nodes["kernel"] = (*before, *alone)
                 nodes["inductor"] = *before, *(replace(n, op=COMPILED) if n.op == ROWS else n for n in alone)
@@ -98,7 +98,7 @@ class Groups:
                 if call := self.library_call(group, matmul, read):
                     nodes["library"] = call
             kernel = next(n for n in alone if n.op == ROWS)
-            yield Ways(group, " ".join(signature(n, hints) for n in (*before, kernel)), matmul, nodes, graph)
+            yield Candidates(group, " ".join(signature(n, hints) for n in (*before, kernel)), matmul, nodes, graph)
 
     def visit(self, node: Node) -> None:
         if node.op in RENAMES:
