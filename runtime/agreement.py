@@ -67,7 +67,7 @@ def _unnamed(graph: Graph) -> Graph:
 
 def programs(plan: Plan) -> Iterator[Program]:
     """The programs of a plan: forward, backward, unsynced, and those without absent tangents."""
-    return (p for p in (plan.forward, plan.backward, plan.unsynced, *(plan.lean or ())) if p is not None)
+    return (p for p in (plan.forward, plan.backward, plan.unsynced, *(plan.loss_only or ())) if p is not None)
 
 
 def _program_lines(program: Program) -> Iterator[str]:
@@ -82,8 +82,8 @@ def wire_of(plan: Plan) -> tuple[dict[int, bytes], tuple[object, ...]]:
     """Marks of a plan's collectives: one for each by the id of its node, and all marks of each program."""
     marks: dict[int, bytes] = {}
     found: list[tuple[bytes, ...]] = []
-    lean = plan.lean or (plan.backward, plan.unsynced)
-    for program in (plan.forward, plan.backward, plan.unsynced, *lean):
+    loss_only = plan.loss_only or (plan.backward, plan.unsynced)
+    for program in (plan.forward, plan.backward, plan.unsynced, *loss_only):
         if program is not None:
             moved = _Moved(plan, program)
             own = {id(n): moved.mark(n) for n in moved.nodes if n.op in COLLECTIVES}

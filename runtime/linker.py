@@ -49,18 +49,18 @@ def link_plan(
         return link(program, plan, session, resident, watcher, regions)
 
     def forward(args: list[Any]) -> list[Any]:
-        session.lean_call = plan.lean is not None
+        session.loss_only_call = plan.loss_only is not None
         return runner(plan.forward, session.watcher)(args)
 
     guarded = _guarded(session, forward)
     if plan.backward is None or plan.unsynced is None:
         return guarded, None
     programs = {(True, False): plan.backward, (False, False): plan.unsynced}
-    if plan.lean:
-        programs |= {(True, True): plan.lean[0], (False, True): plan.lean[1]}
+    if plan.loss_only:
+        programs |= {(True, True): plan.loss_only[0], (False, True): plan.loss_only[1]}
 
-    def backward(syncs: bool, lean: bool) -> Runner:
-        return runner(programs[syncs, lean], session.watcher)
+    def backward(syncs: bool, loss_only: bool) -> Runner:
+        return runner(programs[syncs, loss_only], session.watcher)
 
     return guarded, _guarded(session, _backward(session, plan, plan.backward, backward))
 
@@ -114,8 +114,8 @@ def _backward(session: Session, plan: Plan, program: Program, runner: Callable[[
 
     def backward(args: list[Any]) -> list[Any]:
         syncs = session.syncs
-        lean = bool(absent_at) and all(args[i] is None for i in absent_at)
-        results = runner(syncs, lean)(args)
+        loss_only = bool(absent_at) and all(args[i] is None for i in absent_at)
+        results = runner(syncs, loss_only)(args)
         if any(slot is not None and slot.offload for slot in slots):
             session.host.to_host.synchronize()  # the optimizer reads gradients from here on
         if syncs:

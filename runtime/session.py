@@ -46,7 +46,7 @@ class Session:
                 self._hosts = Hosts.of(self._peers.exchange("host", host_name()))
             self._lane = self._open_lane()
         self.syncs = True
-        self.lean_call = False
+        self.loss_only_call = False
         self.recorder: Watcher | None = None
         self._ranges = Ranges()
         self.plans: list[Plan] = []

@@ -43,15 +43,15 @@ def make_plan(graph: Graph, *, only_step: bool = False) -> Plan:
     if not any(o.phase is not Phase.forward for o in graph.outputs):
         return Plan(graph, plan_forward, None, None, ())
     zeros = absent_tangents(graph)
-    lean = without_tangents(graph, zeros) if zeros else None
-    absent_here = zeros if lean else frozenset[str]()
+    loss_only = without_tangents(graph, zeros) if zeros else None
+    absent_here = zeros if loss_only else frozenset[str]()
     if only_step:
-        backward = _backward("backward", lean or graph, saved, tangents)
+        backward = _backward("backward", loss_only or graph, saved, tangents)
         both = backward, backward
-        return Plan(graph, plan_forward, *both, saved, absent_here, both if lean else None)
+        return Plan(graph, plan_forward, *both, saved, absent_here, both if loss_only else None)
     return Plan(
         graph, plan_forward, *_backwards("", graph, saved, tangents), saved, absent_here,
-        _backwards("lean_", lean, saved, tangents) if lean else None,
+        _backwards("loss_only_", loss_only, saved, tangents) if loss_only else None,
     )  # fmt: skip
 
 

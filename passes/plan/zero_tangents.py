@@ -72,9 +72,9 @@ def without_tangents(graph: Graph, absent: frozenset[str]) -> Graph | None:
             value = None if value.name in zero else same.get(value.name, value)
         outputs.append(replace(output, value=value))
     inputs = tuple(i for i in graph.inputs if i.value.name not in absent)
-    lean = replace(graph, inputs=inputs, nodes=tuple(kept), outputs=tuple(outputs))
-    lean = sweep(lean, lambda node: is_pure(graph, node))
-    return None if _gradients_share_memory(lean) else lean
+    loss_only = replace(graph, inputs=inputs, nodes=tuple(kept), outputs=tuple(outputs))
+    loss_only = sweep(loss_only, lambda node: is_pure(graph, node))
+    return None if _gradients_share_memory(loss_only) else loss_only
 
 
 def _gradients_share_memory(graph: Graph) -> bool:

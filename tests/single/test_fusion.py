@@ -228,7 +228,7 @@ def test_repeated_layers_share_their_kernels():
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_training_with_kernels(stage):
-    """The tangent that is never there does not cost a step its lean backward."""
+    """The tangent that is never there does not cost a step its backward of the loss only."""
     fused = Trained("llama", stage=stage, kernels="triton")
     assert fused.losses == pytest.approx(plain("llama").losses, rel=1e-5)
     (entry,) = fused.report.entries

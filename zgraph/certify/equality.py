@@ -26,7 +26,7 @@ RESENDS = frozenset({"partition", "fit", "keep", "recompute", "offload", "fuse"}
 CLEANS = frozenset({"canonicalize", "dce"})
 """Passes that take out what nothing needs; what that sent, too."""
 
-LEAN = " where only the loss is differentiated"
+LOSS_ONLY = " where only the loss is differentiated"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Programs:
     graph: Graph
     synced: Meaning
     unsynced: Meaning | None
-    lean: tuple[Meaning, Meaning] | None
+    loss_only: tuple[Meaning, Meaning] | None
 
 
 class Equality:
@@ -60,22 +60,22 @@ class Equality:
         if not any(o.kind is OutputKind.grad for o in graph.outputs):
             return Programs(graph, synced, None, None)
         unsynced = without_sync(graph)
-        lean = without_tangents(graph, self.zeros) if self.zeros else None
+        loss_only = without_tangents(graph, self.zeros) if self.zeros else None
         return Programs(
             graph, synced, self.read(unsynced, unsynced=True) if unsynced.outputs != graph.outputs else None,
-            (self.read(lean), self.read(without_sync(lean), unsynced=True)) if lean is not None else None,
+            None if loss_only is None else (self.read(loss_only), self.read(without_sync(loss_only), unsynced=True)),
         )  # fmt: skip
 
     def zeroed(self, graph: Graph) -> tuple[Meaning, Meaning]:
         """Meanings of a graph in which absent tangents are zero: synced, and under no_sync."""
         return self.read(graph, self.zeros), self.read(without_sync(graph), self.zeros, unsynced=True)
 
-    def lean(self, programs: Programs) -> Iterator[Fault]:
+    def loss_only(self, programs: Programs) -> Iterator[Fault]:
         """In what a graph's programs without absent tangents are other than with zeros in their place."""
-        if programs.lean is not None:
-            for known, made in zip(self.zeroed(programs.graph), programs.lean, strict=True):
+        if programs.loss_only is not None:
+            for known, made in zip(self.zeroed(programs.graph), programs.loss_only, strict=True):
                 yield from self.alike(
-                    known, programs.graph, made, programs.graph, places=False, unsynced=False, what=LEAN
+                    known, programs.graph, made, programs.graph, places=False, unsynced=False, what=LOSS_ONLY
                 )
 
     def read(self, graph: Graph, absent: frozenset[str] = frozenset(), *, unsynced: bool = False) -> Meaning:
@@ -104,10 +104,10 @@ class Equality:
             yield from self.alike(known, old, after.unsynced, new, places, unsynced=True, what=" under no_sync")
         elif before.unsynced is not None and any(n.op == "accumulate" for n in old.nodes):
             yield None, "no gradient accumulates under no_sync any more"
-        if after.lean is not None:
-            zeroed = before.lean or self.zeroed(old)
-            for known, made, unsynced in zip(zeroed, after.lean, (False, True), strict=True):
-                what = LEAN + (" under no_sync" if unsynced else "")
+        if after.loss_only is not None:
+            zeroed = before.loss_only or self.zeroed(old)
+            for known, made, unsynced in zip(zeroed, after.loss_only, (False, True), strict=True):
+                what = LOSS_ONLY + (" under no_sync" if unsynced else "")
                 yield from self.alike(known, old, made, new, places, unsynced=unsynced, what=what)
         if not places and step not in RESENDS:
             yield from self.resent(before, after, step)
@@ -119,14 +119,14 @@ class Equality:
             return
         table = Steps()
         for absent in (frozenset(), self.zeros) if self.zeros else (frozenset(),):
-            lean = (without_tangents(new, self.zeros) or new) if absent else new
-            what = LEAN if absent else ""
-            known, made = spelled(old, table, absent), spelled(lean, table)
-            yield from self.alike(known, old, made, lean, places=False, unsynced=False, what=what)
+            loss_only = (without_tangents(new, self.zeros) or new) if absent else new
+            what = LOSS_ONLY if absent else ""
+            known, made = spelled(old, table, absent), spelled(loss_only, table)
+            yield from self.alike(known, old, made, loss_only, places=False, unsynced=False, what=what)
             if known.effects != made.effects:
                 yield None, "random, writing or opaque ops run in another order, or not as often, as before"
             narrow = {(term, dtype) for _, term, dtype in rounded(old, known)}
-            for position, term, dtype in rounded(lean, made) if not absent else ():
+            for position, term, dtype in rounded(loss_only, made) if not absent else ():
                 if (term, dtype) not in narrow:
                     yield position, f"rounds to {dtype.value} what was not rounded to it before"
         for before, after in zip(old.outputs, new.outputs, strict=True):

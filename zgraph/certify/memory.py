@@ -49,17 +49,17 @@ def peak(graph: Graph, hints: Mapping[str, int], *, released: bool = False) -> P
         released: what is gathered lives until its release; to the end of the step where it has none.
     """
     zeros = absent_tangents(graph)
-    lean = without_tangents(graph, zeros) if zeros else None
-    return _Step(graph, lean or graph, hints, released).peak()
+    loss_only = without_tangents(graph, zeros) if zeros else None
+    return _Step(graph, loss_only or graph, hints, released).peak()
 
 
 class _Step:
     """The storages of a step, each with its bytes and the positions of the first and the last node that need it."""
 
-    def __init__(self, graph: Graph, lean: Graph, hints: Mapping[str, int], released: bool) -> None:
+    def __init__(self, graph: Graph, loss_only: Graph, hints: Mapping[str, int], released: bool) -> None:
         self.graph, self.hints = graph, hints
         forward = graph.phase_nodes(Phase.forward)
-        backward = tuple(n for n in lean.nodes if n.phase is not Phase.forward)
+        backward = tuple(n for n in loss_only.nodes if n.phase is not Phase.forward)
         self.nodes, begin = (*forward, *backward), len(forward)
         self.lives: dict[str, list[int]] = {}
         self.roots: dict[str, frozenset[str]] = {}
@@ -69,13 +69,13 @@ class _Step:
             self.run(position, node)
         waiting = [v.name for n in graph.nodes if n.phase is not Phase.forward for v in n.operands]
         self.touch([*waiting, *graph.output_names], begin - 1)
-        for entry in lean.inputs if backward else ():
+        for entry in loss_only.inputs if backward else ():
             if entry.kind is InputKind.tangent:
                 self.make(entry.value.name, local_bytes(entry.value.type, graph, hints), begin, begin - 1)
         for position, node in enumerate(backward, begin):
             self.run(position, node)
         last = len(self.nodes) - 1
-        self.touch([o.value.name for o in lean.outputs if o.value and o.phase is not Phase.forward], last)
+        self.touch([o.value.name for o in loss_only.outputs if o.value and o.phase is not Phase.forward], last)
         if released:
             self.touch(self.unreleased(), last)
         for phase, nodes, first in ((Phase.forward, forward, 0), (Phase.backward, backward, begin)):

@@ -89,13 +89,13 @@ def _watch_outputs(result: Any, placeholders: Mapping[int, str], session: Sessio
 
 
 def _before_backward(node: weakref.ref[Any], session: Session) -> Callable[[Any], None]:
-    """Hook for the beginning of one call's backward: checks, and the choice of the lean backward.
+    """Hook for the beginning of one call's backward: checks, and the choice of the backward of the loss only.
 
     If only the loss is differentiated, and the plan has a backward for that, autograd need not make zeros for the other
     outputs.
     """
     store = session.store
-    spent, version, lean = False, store.version, session.lean_call
+    spent, version, loss_only = False, store.version, session.loss_only_call
 
     def check(gradients: tuple[torch.Tensor | None, ...]) -> None:
         nonlocal spent
@@ -112,6 +112,6 @@ def _before_backward(node: weakref.ref[Any], session: Session) -> Callable[[Any]
         spent = not keeps_graph()
         present = [g for g in gradients if g is not None]
         if (context := node()) is not None:
-            context.materialize_grads = not (lean and len(present) == 1 and present[0].dim() == 0)
+            context.materialize_grads = not (loss_only and len(present) == 1 and present[0].dim() == 0)
 
     return check

@@ -129,7 +129,7 @@ def _walked(plan: Plan, hints: Mapping[str, int]) -> _Walk:
     if plan.backward is not None:
         tangents = [i.value for i in plan.graph.inputs if i.kind is InputKind.tangent]
         walk.adopt(t for t in tangents if t.name not in plan.absent)
-        backward = plan.lean[0] if plan.lean else plan.backward
+        backward = plan.loss_only[0] if plan.loss_only else plan.backward
         walk.drop(backward.unread)
         walk.run_in_arena(backward)
     return walk

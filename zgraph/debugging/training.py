@@ -160,7 +160,7 @@ class Training:
             return value
         scale = 1.0
         if entry.kind is InputKind.tangent:
-            scale = 0.0 if step.lean and entry.value.name in self.setting.absent else step.scale
+            scale = 0.0 if step.loss_only and entry.value.name in self.setting.absent else step.scale
 
         def fed(tensor: torch.Tensor) -> torch.Tensor:
             made = as_dtype(tensor, TO_TORCH[kind.dtype])

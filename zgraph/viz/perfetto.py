@@ -124,7 +124,7 @@ def _step(plan: Plan) -> tuple[Instruction, ...]:
     """The instructions that the simulator runs."""
     if plan.backward is None:
         return plan.forward.instructions
-    return (*plan.forward.instructions, *(plan.lean[0] if plan.lean else plan.backward).instructions)
+    return (*plan.forward.instructions, *(plan.loss_only[0] if plan.loss_only else plan.backward).instructions)
 
 
 class _Memory:
