@@ -66,7 +66,7 @@ def _unnamed(graph: Graph) -> Graph:
 
 
 def programs(plan: Plan) -> Iterator[Program]:
-    """The programs of a plan: forward, backward, unsynced, and those without absent tangents."""
+    """The programs of a plan: forward, backward, unsynced, and those without zero tangents."""
     return (p for p in (plan.forward, plan.backward, plan.unsynced, *(plan.loss_only or ())) if p is not None)
 
 

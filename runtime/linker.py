@@ -100,7 +100,7 @@ def _backward(session: Session, plan: Plan, program: Program, runner: Callable[[
         session: what the programs work on.
         plan: the plan.
         program: its backward.
-        runner: gives the backward that syncs or not, and that takes absent tangents as zero or not.
+        runner: gives the backward that syncs or not, and that leaves out zero tangents or not.
     """
     names = {i.value.name: i.target for i in plan.graph.params}
     outputs = [o for o in plan.graph.outputs if o.phase is not Phase.forward]
@@ -110,11 +110,11 @@ def _backward(session: Session, plan: Plan, program: Program, runner: Callable[[
     ]
     held = {str(n.option("target")): n.operands[0].tensor for n in plan.graph.nodes if n.op == "accumulate"}
     session.kinds |= held
-    absent_at = [i for i, v in enumerate(program.arguments) if v.name in plan.absent]
+    zeros_at = [i for i, v in enumerate(program.arguments) if v.name in plan.zero_tangents]
 
     def backward(args: list[Any]) -> list[Any]:
         syncs = session.syncs
-        loss_only = bool(absent_at) and all(args[i] is None for i in absent_at)
+        loss_only = bool(zeros_at) and all(args[i] is None for i in zeros_at)
         results = runner(syncs, loss_only)(args)
         if any(slot is not None and slot.offload for slot in slots):
             session.host.to_host.synchronize()  # the optimizer reads gradients from here on

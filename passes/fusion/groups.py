@@ -16,7 +16,7 @@ from zgraph.passes.core.base import Choice
 from zgraph.passes.fusion.candidates import Candidate, Candidates
 from zgraph.passes.fusion.patterns import PATTERNS, RENAMES
 from zgraph.passes.fusion.rows import COMPILED, FOREIGN, MATMULS, RECTIFIED, ROWS, Group, Kernel, Seeds
-from zgraph.passes.plan.zero_tangents import absent_tangents
+from zgraph.passes.plan.zero_tangents import zero_tangents
 
 DROPOUT = "aten.native_dropout.default"
 
@@ -54,7 +54,7 @@ class Groups:
         self.builder, self.trial = Builder(graph, made_by), Builder(graph, made_by)
         self.position = {id(node): position for position, node in enumerate(graph.nodes)}
         self.seeds = Seeds(self.builder)
-        self.absent = absent_tangents(graph)
+        self.zero_tangents = zero_tangents(graph)
         self.owner: dict[str, Group] = {}
         self.readers: dict[str, Group] = {}
         self.groups: list[Group] = []
@@ -129,8 +129,8 @@ class Groups:
         return Space(kind.numel, columns)
 
     def is_absent(self, node: Node) -> bool:
-        """Whether a node reads a tangent that is likely to be absent, and must be left to be taken out."""
-        return any(self.views.base.get(v.name, v.name) in self.absent for v in node.operands)
+        """Whether a node reads a tangent that is likely to be zero, and must be left to be taken out."""
+        return any(self.views.base.get(v.name, v.name) in self.zero_tangents for v in node.operands)
 
     def may_join(self, node: Node, group: Group) -> bool:
         if not group.is_open or node.checkpoint != group.nodes[0].checkpoint:

@@ -17,7 +17,7 @@ from zgraph.certify.terms import ZERO, Meaning, Terms, meaning
 from zgraph.ir import DType, Graph, Input, InputKind, Output, OutputKind, TensorType, Value
 from zgraph.ir.verifier import Fault
 from zgraph.passes.plan.no_sync import without_sync
-from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
+from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
 RESENDS = frozenset({"partition", "fit", "keep", "recompute", "offload", "fuse"})
 """Passes that may change what goes over the wire or waits for the backward; no other may."""
@@ -31,7 +31,7 @@ LOSS_ONLY = " where only the loss is differentiated"
 
 @dataclass(frozen=True)
 class Programs:
-    """Meanings of a graph's programs: the synced step, one under no_sync, and both without absent tangents."""
+    """Meanings of a graph's programs: the synced step, one under no_sync, and both without zero tangents."""
 
     graph: Graph
     synced: Meaning
@@ -52,7 +52,7 @@ class Equality:
         self.masters = {
             i.target: i.master or i.value.type.dtype for i in captured.params if isinstance(i.value.type, TensorType)
         }
-        self.zeros = absent_tangents(captured)
+        self.zeros = zero_tangents(captured)
 
     def programs(self, graph: Graph) -> Programs:
         """Meanings of a graph's programs."""
@@ -67,19 +67,19 @@ class Equality:
         )  # fmt: skip
 
     def zeroed(self, graph: Graph) -> tuple[Meaning, Meaning]:
-        """Meanings of a graph in which absent tangents are zero: synced, and under no_sync."""
+        """Meanings of a graph whose zero tangents are taken as zero: synced, and under no_sync."""
         return self.read(graph, self.zeros), self.read(without_sync(graph), self.zeros, unsynced=True)
 
     def loss_only(self, programs: Programs) -> Iterator[Fault]:
-        """In what a graph's programs without absent tangents are other than with zeros in their place."""
+        """In what a graph's programs without zero tangents are other than with zeros in their place."""
         if programs.loss_only is not None:
             for known, made in zip(self.zeroed(programs.graph), programs.loss_only, strict=True):
                 yield from self.alike(
                     known, programs.graph, made, programs.graph, places=False, unsynced=False, what=LOSS_ONLY
                 )
 
-    def read(self, graph: Graph, absent: frozenset[str] = frozenset(), *, unsynced: bool = False) -> Meaning:
-        return meaning(graph, self.table, self.masters, absent, unsynced=unsynced)
+    def read(self, graph: Graph, zeros: frozenset[str] = frozenset(), *, unsynced: bool = False) -> Meaning:
+        return meaning(graph, self.table, self.masters, zeros, unsynced=unsynced)
 
     def faults(self, before: Programs, after: Programs, step: str) -> Iterator[Fault]:
         """In what a graph is another than the one before it, of which a pass has made it.
@@ -118,15 +118,15 @@ class Equality:
             yield None, "has other inputs or outputs than the graph before it"
             return
         table = Steps()
-        for absent in (frozenset(), self.zeros) if self.zeros else (frozenset(),):
-            loss_only = (without_tangents(new, self.zeros) or new) if absent else new
-            what = LOSS_ONLY if absent else ""
-            known, made = spelled(old, table, absent), spelled(loss_only, table)
+        for zeros in (frozenset(), self.zeros) if self.zeros else (frozenset(),):
+            loss_only = (without_tangents(new, self.zeros) or new) if zeros else new
+            what = LOSS_ONLY if zeros else ""
+            known, made = spelled(old, table, zeros), spelled(loss_only, table)
             yield from self.alike(known, old, made, loss_only, places=False, unsynced=False, what=what)
             if known.effects != made.effects:
                 yield None, "random, writing or opaque ops run in another order, or not as often, as before"
             narrow = {(term, dtype) for _, term, dtype in rounded(old, known)}
-            for position, term, dtype in rounded(loss_only, made) if not absent else ():
+            for position, term, dtype in rounded(loss_only, made) if not zeros else ():
                 if (term, dtype) not in narrow:
                     yield position, f"rounds to {dtype.value} what was not rounded to it before"
         for before, after in zip(old.outputs, new.outputs, strict=True):

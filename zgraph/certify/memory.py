@@ -18,7 +18,7 @@ from zgraph.ir.arena import offsets
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import brings, is_copied, num_chunks, padded_bytes, transfer, views
 from zgraph.ir.symbols import evaluate
-from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
+from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
 ALLOCATION_BYTES = 64
 """Allocators round up to this."""
@@ -48,7 +48,7 @@ def peak(graph: Graph, hints: Mapping[str, int], *, released: bool = False) -> P
         hints: a number for each symbolic size.
         released: what is gathered lives until its release; to the end of the step where it has none.
     """
-    zeros = absent_tangents(graph)
+    zeros = zero_tangents(graph)
     loss_only = without_tangents(graph, zeros) if zeros else None
     return _Step(graph, loss_only or graph, hints, released).peak()
 

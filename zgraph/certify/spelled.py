@@ -56,9 +56,9 @@ def kernels(graph: Graph) -> Counter[Hashable]:
     return Counter((n.op, tuple(constant(a, repeat("%")) for a in n.args)) for n in graph.nodes if n.op in KERNELS)
 
 
-def spelled(graph: Graph, terms: Steps, absent: frozenset[str] = frozenset()) -> Meaning:
+def spelled(graph: Graph, terms: Steps, zeros: frozenset[str] = frozenset()) -> Meaning:
     """Meaning of a graph that is not yet placed, in scalar steps."""
-    return Speller(graph, terms, absent).run()
+    return Speller(graph, terms, zeros).run()
 
 
 class Speller(Reader):
@@ -66,8 +66,8 @@ class Speller(Reader):
 
     table: Steps
 
-    def __init__(self, graph: Graph, terms: Steps, absent: frozenset[str]) -> None:
-        super().__init__(graph, terms, {}, absent, unsynced=False)
+    def __init__(self, graph: Graph, terms: Steps, zeros: frozenset[str]) -> None:
+        super().__init__(graph, terms, {}, zeros, unsynced=False)
 
     def foreign(self, node: Node, operands: list[int]) -> Sequence[int]:
         given = {v.name: Sized(t, shape_of(v)) for v, t in zip(node.operands, operands, strict=True)}

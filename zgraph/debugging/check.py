@@ -1,7 +1,7 @@
 """Whether a graph does what the graph that it was made of does, on simulated ranks with random inputs.
 
 All programs that the runtime makes of it are run (`programs.py`): the step, steps that accumulate under no_sync, each
-without the tangents that may be absent, and the step after an update.
+without the tangents that may be zero, and the step after an update.
 
 Numbers are of one dtype, fp64 where nothing else is wanted, whatever the graph says: rounding is far below the
 tolerance then, and what is above it is a mistake. `rounding.py` looks for mistakes of rounding, in real dtypes.

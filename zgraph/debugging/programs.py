@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 from zgraph.ir import Graph, OutputKind, Phase
 from zgraph.passes.plan.no_sync import without_sync
-from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
+from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
 SYNCED, NO_SYNC, SECOND, LOSS_ONLY, SMALL = "synced", "no_sync", "second step", "without tangents", "small gradients"
-"""Words of a program's name: the synced step; one that accumulates; the one after it; without absent tangents."""
+"""Words of a program's name: the synced step; one that accumulates; the one after it; without zero tangents."""
 
 _PHRASES = {
     NO_SYNC: "accumulating under no_sync", SECOND: "in the second step", SMALL: "with small gradients",
@@ -29,26 +29,26 @@ class Programs:
     Args:
         synced: the step that ends with averaged gradients: the graph itself.
         unsynced: the same under no_sync: gradients of stages 0 and 1 stay on the rank.
-        loss_only: both without the tangents `absent`; None where those cannot be left out, and are given as zeros.
-        absent: the tangents of all outputs but the loss; none where the loss is not one output among others.
+        loss_only: both without the tangents `zero_tangents`; None where those cannot be left out, but are given.
+        zero_tangents: the tangents of all outputs but the loss; none where the loss is not one output among others.
     """
 
     synced: Graph
     unsynced: Graph
     loss_only: tuple[Graph, Graph] | None
-    absent: frozenset[str]
+    zero_tangents: frozenset[str]
 
     @classmethod
     def of(cls, graph: Graph) -> Programs:
         """The programs of a graph, before or after any pass."""
         if not any(o.phase is not Phase.forward for o in graph.outputs):
             return cls(graph, graph, None, frozenset())
-        absent = absent_tangents(graph)
-        loss_only = without_tangents(graph, absent) if absent else None
+        zeros = zero_tangents(graph)
+        loss_only = without_tangents(graph, zeros) if zeros else None
         both = (
             None if loss_only is None else (_on_forward(graph, loss_only), _on_forward(graph, without_sync(loss_only)))
         )
-        return cls(graph, _on_forward(graph, without_sync(graph)), both, absent)
+        return cls(graph, _on_forward(graph, without_sync(graph)), both, zeros)
 
     def map(self, change: Callable[[Graph], Graph]) -> Programs:
         """The same of changed graphs."""
@@ -110,7 +110,7 @@ def courses(programs: Programs, num_micro_steps: int) -> Iterator[Course]:
         programs: of the graph.
         num_micro_steps: how many micro-steps run under no_sync at most.
     """
-    for loss_only in (False, True) if programs.absent else (False,):
+    for loss_only in (False, True) if programs.zero_tangents else (False,):
         yield from _courses(programs, num_micro_steps, loss_only)
 
 
