@@ -1,5 +1,5 @@
 """The scalar operations that kernels are made of: one row each, with its Triton text; `reference.py`
-has the torch twin.
+has the reference implementation in torch.
 
 Everything is computed in fp32. A value has an *extent*: `full` is one number for each row and column, `column` one for
 each row, `row` one for each column, `scalar` one.

@@ -69,8 +69,8 @@ def compile(
             "parameters" (all of that, and what is computed with).
         kernels: "aten" runs all ops one by one; "triton" fuses what lies between matmuls into generated kernels, which
             compute in fp32 throughout: on GPUs where they were measured to be faster, in the first call (on processors
-            by their twins in torch, which save no time); "inductor" has torch's Inductor compile what lies between
-            collectives, each different piece once, whichever layers it stands in; "auto" is "triton" on GPUs.
+            by reference implementations in torch, which save no time); "inductor" has torch's Inductor compile what is
+            between collectives, each different piece once, whatever layers it is in; "auto" is "triton" on GPUs.
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that), a `Pipeline`, or a
             sequence of passes, your own among them (`zgraph.register_pass` lets recipes name these); or the path of a
             run file (`run.zg`), whose last graph is run as it is, if the model is captured as it was for that file.

@@ -79,11 +79,11 @@ def test_a_kernel_is_its_steps(name, dtype, num_rows, columns, seed):
     spec = SPECS[name](columns, dtype)
     inputs = operands(spec, num_rows, seed)
     wanted = reference.run(spec, inputs, num_rows, torch.float64)
-    twin = reference.run(spec, inputs, num_rows)
+    plain = reference.run(spec, inputs, num_rows)
     for cut in cuts(spec):
         with cut():
             made = kernels.launch(spec, inputs, num_rows)
-        for output, got, same, exact in zip(spec.outputs, made, twin, wanted, strict=True):
+        for output, got, same, exact in zip(spec.outputs, made, plain, wanted, strict=True):
             limit = max(TOLERANCE[dtype], TOLERANCE[output.dtype.value])
             assert got.shape == exact.shape
             assert got.dtype == same.dtype == TO_TORCH[output.dtype]
@@ -139,12 +139,12 @@ def test_random_numbers_are_those_of_the_twin_to_the_last_bit(seed, num_rows, co
         "r = random(s); z = mul(x, 0.0); u = add(r, z); t = row_max(u)"
     )
     inputs = [torch.ones(num_rows, columns), torch.tensor(seed)]
-    twin = reference.run(spec, inputs, num_rows)
+    plain = reference.run(spec, inputs, num_rows)
     for cut in cuts(spec):
         with cut():
             made = kernels.launch(spec, inputs, num_rows)
-        assert all(map(torch.equal, made, twin))
-    assert torch.equal(twin[0].flatten(), uniform(torch.tensor(seed), num_rows * columns))
+        assert all(map(torch.equal, made, plain))
+    assert torch.equal(plain[0].flatten(), uniform(torch.tensor(seed), num_rows * columns))
 
 
 def test_random_numbers_are_uniform_and_differ_by_seed():
