@@ -137,7 +137,7 @@ class KernelSpec:
         return any(operand.name == ACC for operand in self.inputs)
 
     @property
-    def is_swept(self) -> bool:
+    def is_looped(self) -> bool:
         """Whether it needs whole rows that are too long for one program to hold."""
         return self.needs_whole_rows and self.columns > MAX_WHOLE_COLUMNS
 

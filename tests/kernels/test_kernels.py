@@ -1,4 +1,4 @@
-"""Generated kernels, in Triton's interpreter, against their steps in float64: of rows held whole, and swept over."""
+"""Generated kernels, in Triton's interpreter, against their steps in float64: of rows held whole, and looped over."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,12 +38,12 @@ def poisoned(made: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def swept(block_m: int = 2, block_n: int = 16) -> Iterator[None]:
+def looped(block_m: int = 2, block_n: int = 16) -> Iterator[None]:
     """All rows are too long for a program to hold, and few programs sum over many."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("zgraph.codegen.spec.MAX_WHOLE_COLUMNS", 0)
-        patched.setattr(kernels, "SWEPT", kernels.Tiles(block_m, block_n, 1))
-        patched.setattr(kernels, "SWEPT_SUMS", kernels.Tiles(block_m, block_n, 1))
+        patched.setattr(kernels, "LOOPED", kernels.Tiles(block_m, block_n, 1))
+        patched.setattr(kernels, "LOOPED_SUMS", kernels.Tiles(block_m, block_n, 1))
         patched.setattr(kernels, "MAX_PROGRAMS", 2)
         kernels.load.cache_clear()
         yield
@@ -68,7 +68,7 @@ def is_close(got: torch.Tensor, wanted: torch.Tensor, limit: float) -> bool:
 
 def cuts(spec: KernelSpec) -> list[Callable[[], AbstractContextManager[None]]]:
     """How the kernel may be cut."""
-    return [nullcontext, swept] if spec.needs_whole_rows else [nullcontext]
+    return [nullcontext, looped] if spec.needs_whole_rows else [nullcontext]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -98,8 +98,8 @@ def test_any_kernel_is_its_steps(spec, num_rows, block_m, seed):
     inputs = operands(spec, num_rows, seed)
     wanted = reference.run(spec, inputs, num_rows, torch.float64)
     whole = kernels.launch(spec, inputs, num_rows)
-    with swept(block_m):
-        assert spec.is_swept
+    with looped(block_m):
+        assert spec.is_looped
         assert "for first in range" in source(spec)
         made = kernels.launch(spec, inputs, num_rows)
     for output, *found, exact in zip(spec.outputs, whole, made, wanted, strict=True):

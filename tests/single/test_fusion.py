@@ -253,7 +253,7 @@ def test_long_rows_and_approximations_are_fused():
     graph = BEFORE.run(zgraph.trace(Long(), torch.ones(3, 4)), Context())
     fused = FUSED.run(graph, Context())
     assert not any("gelu" in n.op or "layer_norm" in n.op for n in fused.nodes)
-    assert {n.phase for n in kernels(fused) if spec(n).is_swept} == {Phase.forward, Phase.backward}
+    assert {n.phase for n in kernels(fused) if spec(n).is_looped} == {Phase.forward, Phase.backward}
     reference = likely(graph)
     for wanted, made in zip(floats(reference, graph), floats(reference, fused), strict=True):
         assert (made - wanted).norm() <= 1e-4 * wanted.norm()
