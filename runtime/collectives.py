@@ -266,7 +266,7 @@ def accumulate(node: Node, session: Session) -> Execute:
     return lambda gradient: session.take_held(target, gradient)
 
 
-MAKERS: Mapping[str, Callable[[Node, Session], Execute]] = {
+EXECUTORS: Mapping[str, Callable[[Node, Session], Execute]] = {
     "all_gather_start": all_gather_start, "reduce_scatter_start": reduce_scatter_start,
     "all_reduce_start": all_reduce_start, "broadcast_start": broadcast_start, "offload_start": offload_start,
     "reload_start": reload_start, "wait": wait, "pack": pack,
