@@ -263,7 +263,7 @@ def copy(node: Node, session: Session) -> Execute:
 def accumulate(node: Node, session: Session) -> Execute:
     target = node.option("target")
     assert isinstance(target, str)
-    return lambda gradient: session.take_held(target, gradient)
+    return lambda gradient: session.take_accumulated(target, gradient)
 
 
 EXECUTORS: Mapping[str, Callable[[Node, Session], Execute]] = {

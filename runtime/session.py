@@ -50,7 +50,7 @@ class Session:
         self.recorder: Watcher | None = None
         self._ranges = Ranges()
         self.plans: list[Plan] = []
-        self._held: dict[str, torch.Tensor] = {}
+        self._accumulated: dict[str, torch.Tensor] = {}
         self.kinds: dict[str, TensorType] = {}
         self._kept: dict[object, tuple[int, torch.Tensor]] = {}
         self.agreed: set[tuple[object, ...]] = set()
@@ -152,24 +152,24 @@ class Session:
 
     def hold(self, target: str, gradient: torch.Tensor) -> None:
         """Keep what a backward under no_sync left for a parameter on this rank."""
-        held = self._held.get(target)
-        self._held[target] = gradient if held is None else held + gradient
+        held = self._accumulated.get(target)
+        self._accumulated[target] = gradient if held is None else held + gradient
 
-    def take_held(self, target: str, gradient: torch.Tensor) -> torch.Tensor:
+    def take_accumulated(self, target: str, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient with what backwards under no_sync left for it, which is forgotten."""
-        held = self._held.pop(target, None)
+        held = self._accumulated.pop(target, None)
         return gradient if held is None else held + gradient
 
     def forget_held(self) -> None:
         """Forget what backwards under no_sync left on this rank."""
-        self._held.clear()
+        self._accumulated.clear()
 
     def held_reduced(self, name: str) -> torch.Tensor | None:
         """Gradient that backwards under no_sync left for a parameter, reduced as its type says; None if there is none.
 
         All ranks must ask for it.
         """
-        held, slot = self._held.get(name), self.store.slots[name]
+        held, slot = self._accumulated.get(name), self.store.slots[name]
         if held is None:
             return None
         return self.mean(slot, held.to(slot.rest.dtype), divisor=self.divisor(self.kinds[name]))
