@@ -36,7 +36,7 @@ from zgraph.certify.record import Certificate
 from zgraph.cost import Timeline, TimelineRecord, simulate
 from zgraph.errors import ContractError, GraphNameError, RunFileError, SimulationError, did_you_mean
 from zgraph.ir import Graph, Phase, Plan, parse_graph, print_graph
-from zgraph.ir.lines import told_apart
+from zgraph.ir.lines import unique_names
 from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.core.pipeline import print_pass, uncollected
 from zgraph.passes.plan.make_plan import make_plan
@@ -291,7 +291,7 @@ def _problems(error: ValidationError) -> str:
 
 def graph_names(steps: Iterable[str]) -> tuple[str, ...]:
     """The names of the graphs after these steps."""
-    return tuple(told_apart(step.partition("(")[0] for step in steps))
+    return tuple(unique_names(step.partition("(")[0] for step in steps))
 
 
 def has_backward(graph: Graph) -> bool:
