@@ -35,7 +35,7 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d*(?:e[+-]?\d+)?|e[+-]?\d+)|(?<!\d)(0|
 _PARTS = {"op": "graph", "param": "input", "buffer": "input"}
 
 
-def grown(captured: Mapping[Counts, Graph], counts: Counts) -> Graph:
+def extrapolate(captured: Mapping[Counts, Graph], counts: Counts) -> Graph:
     """The graph of a model with more layers than any that was captured.
 
     Args:
@@ -60,14 +60,14 @@ def grown(captured: Mapping[Counts, Graph], counts: Counts) -> Graph:
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class _NumberedLine:
     """A line as its whole numbers and what stands around them. A name without a number has that of 0."""
 
     words: tuple[str, ...]
     numbers: Numbers
 
     @classmethod
-    def read(cls, text: str) -> _Line:
+    def read(cls, text: str) -> _NumberedLine:
         text = _NAME.sub(lambda name: name[0] if re.search(r"_\d+$", name[0]) else f"{name[0]}_0", text)
         found = [number for number in _NUMBER.finditer(text) if number[1]]
         ends = [0, *(number.end() for number in found)]
@@ -76,7 +76,7 @@ class _Line:
         return cls(words, tuple(int(number[1]) for number in found))
 
     def written(self, growth: Numbers) -> str:
-        """The line with its numbers grown."""
+        """The line with its numbers extrapolated."""
         numbers = (str(n + more) for n, more in zip(self.numbers, growth, strict=True))
         return "".join(piece for pair in zip(self.words, (*numbers, ""), strict=True) for piece in pair)
 
@@ -101,7 +101,7 @@ class _Stack:
 class _Part:
     """A part of the smallest graph's text, and how it grows with each stack."""
 
-    lines: tuple[_Line, ...]
+    lines: tuple[_NumberedLine, ...]
     stacks: tuple[_Stack, ...]
 
     def written(self, counts: Counts) -> Iterator[str]:
@@ -126,11 +126,11 @@ class _Part:
         return growth
 
 
-def _parts(text: str) -> dict[str, list[_Line]]:
+def _parts(text: str) -> dict[str, list[_NumberedLine]]:
     """The lines of a graph's text by what they are: its head, inputs, forward, and so on."""
-    found: dict[str, list[_Line]] = {}
+    found: dict[str, list[_NumberedLine]] = {}
     for name, lines in groupby(text.splitlines(), _part_name):
-        found.setdefault(name, []).extend(map(_Line.read, lines))
+        found.setdefault(name, []).extend(map(_NumberedLine.read, lines))
     return found
 
 
@@ -139,7 +139,7 @@ def _part_name(line: str) -> str:
     return f"return {second}" if first == "return" else _PARTS.get(first, first)
 
 
-def _part(name: str, read: Mapping[Counts, Mapping[str, Sequence[_Line]]], num_stacks: int) -> _Part:
+def _part(name: str, read: Mapping[Counts, Mapping[str, Sequence[_NumberedLine]]], num_stacks: int) -> _Part:
     stacks: list[_Stack] = []
     for number in range(num_stacks):
         few, one, two = (
@@ -151,7 +151,9 @@ def _part(name: str, read: Mapping[Counts, Mapping[str, Sequence[_Line]]], num_s
     return _Part(tuple(read[(0,) * num_stacks][name]), tuple(stacks))
 
 
-def _stack(few: Sequence[_Line], one: Sequence[_Line], two: Sequence[_Line], others: Sequence[_Stack]) -> _Stack | None:
+def _stack(
+    few: Sequence[_NumberedLine], one: Sequence[_NumberedLine], two: Sequence[_NumberedLine], others: Sequence[_Stack]
+) -> _Stack | None:
     """Where the layer stands and how numbers grow, from lines with none, one and two more layers; None if nowhere.
 
     Layers of several stacks may look alike: it does not stand where those of the others do.
@@ -177,19 +179,19 @@ def _all_of(steps: Sequence[Numbers | None]) -> tuple[Numbers, ...] | None:
     return found if len(found) == len(steps) else None
 
 
-def _layer_step(number: int, size: int, one: Sequence[_Line], two: Sequence[_Line]) -> Numbers | None:
+def _layer_step(number: int, size: int, one: Sequence[_NumberedLine], two: Sequence[_NumberedLine]) -> Numbers | None:
     """How the numbers of a line grow to the same line of the next layer, and of the one after that."""
     step = _step(two[number], two[number + size], two[number + 2 * size])
     return step if step == _difference(one[number], one[number + size]) else None
 
 
-def _step(first: _Line, second: _Line, third: _Line) -> Numbers | None:
+def _step(first: _NumberedLine, second: _NumberedLine, third: _NumberedLine) -> Numbers | None:
     """Growth of a line's numbers, the same in both steps; None if it is not, or if the lines are not alike."""
     step = _difference(first, second)
     return step if step == _difference(second, third) else None
 
 
-def _difference(first: _Line, second: _Line) -> Numbers | None:
+def _difference(first: _NumberedLine, second: _NumberedLine) -> Numbers | None:
     return _plus(second.numbers, first.numbers, -1) if first.words == second.words else None
 
 
