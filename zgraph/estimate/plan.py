@@ -17,7 +17,7 @@ from zgraph.bridge.aten import compute_dtype
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.bridge.target import MARGIN, Target, cost_table, num_bytes
 from zgraph.errors import UsageError
-from zgraph.estimate.layer_scaling import Family, captured
+from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.stage_plan import Planner, StagePlan
 from zgraph.options.offload import Offload, activations, places
 from zgraph.passes import RECIPES
@@ -151,12 +151,12 @@ def sweep(
         raise UsageError(f"num_ranks must be 1 or more, not {num_ranks}")
     dtype = as_dtype_or_none(param_dtype, "param_dtype")
     makers = [_planner(target, num_ranks, memory_budget, offload) for target in hardware]
-    family = captured(model, args, kwargs, dtype)
+    samples = capture_samples(model, args, kwargs, dtype)
     num_parameters = sum(p.numel() for p in model.parameters())
     sizes = [(n, p.numel() * compute_dtype(p, dtype).itemsize) for n, p in model.named_parameters()]
     plans = []
     for make in makers:
-        planner = make(family)
+        planner = make(samples)
         found = tuple(map(planner.plan, stages))
         whole = TrainingPlan(
             type(model).__name__, num_parameters, planner.num_ranks, planner.costs.hardware.name, planner.budget, found
@@ -170,7 +170,7 @@ def sweep(
 
 def _planner(
     target: Target, num_ranks: int | None, memory_budget: int | str | None, offload: Offload
-) -> Callable[[Family], Planner]:
+) -> Callable[[LayerSamples], Planner]:
     """A planner for one kind of hardware, once the model is captured."""
     costs = cost_table(target, torch.device("cpu"))
     hardware = costs.hardware

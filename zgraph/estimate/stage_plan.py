@@ -15,7 +15,7 @@ from functools import cached_property
 from zgraph.cost import CostTable, Moment, simulate, traffic
 from zgraph.cost.memory import local_bytes
 from zgraph.cost.work import work
-from zgraph.estimate.layer_scaling import Family
+from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.ir import Axis, Graph, InputKind, Phase, TensorType
 from zgraph.passes import RECIPES, Context, Pipeline, make_plan, parse_recipe
 from zgraph.passes.analysis.forward import Forward
@@ -94,7 +94,7 @@ class Planner:
     """Plans stages of one model on one kind of hardware.
 
     Args:
-        family: the model.
+        samples: the model.
         num_ranks: ranks that it is sharded over.
         costs: of the hardware.
         budget: bytes that one rank's device may have alive.
@@ -103,7 +103,7 @@ class Planner:
         moves: whether activations may wait on the host.
     """
 
-    family: Family
+    samples: LayerSamples
     num_ranks: int
     costs: CostTable
     budget: int
@@ -170,9 +170,9 @@ class _Shape:
         self.planner, self.stage, self.whole, self.place = planner, stage, whole, place
         mesh = (Axis("shard", planner.num_ranks),) if planner.num_ranks > 1 else ()
         context = Context(mesh=mesh, costs=planner.costs, groups_calls=True)
-        self.family = planner.family.changed(self._marked)
-        self.members = [_Member(graph, stage, context) for graph in self.family.members]
-        self.rest = self.family.grown_by_key([at_rest(m.placed) for m in self.members])
+        self.samples = planner.samples.changed(self._marked)
+        self.members = [_Member(graph, stage, context) for graph in self.samples.members]
+        self.rest = self.samples.scale_by_key([at_rest(m.placed) for m in self.members])
 
     def _marked(self, graph: Graph) -> Graph:
         inputs = tuple(
@@ -244,8 +244,8 @@ class _Shape:
     def finished(self, option: _Option) -> StagePlan:
         """The plan of one way to fit, with its times."""
         figures = [m.figures(option.price, option.moved_share) for m in self.members]
-        step_us, exposed_us, sent, flop = (self.family.grown(f) for f in zip(*figures, strict=True))
-        usual = self.family.grown([m.flop for m in self.members])
+        step_us, exposed_us, sent, flop = (self.samples.scale(f) for f in zip(*figures, strict=True))
+        usual = self.samples.scale([m.flop for m in self.members])
         return StagePlan(
             stage=self.stage, whole=self.whole, offload=self.place, moved_share=option.moved_share,
             rest_bytes={name: self.rest[name] for name in RESTING}, peak_bytes=option.peak_bytes,
@@ -258,10 +258,10 @@ class _Shape:
     def peak(self, price: float | None, moved_share: float) -> tuple[dict[str, int], int]:
         """Bytes on the device by category at the peak of the step, and bytes on the host."""
         found = [m.peaks(price, moved_share) for m in self.members]
-        parts = [self.family.grown_by_key([m[part].bytes_by_category for m, _ in found]) for part in (0, 1)]
+        parts = [self.samples.scale_by_key([m[part].bytes_by_category for m, _ in found]) for part in (0, 1)]
         update = {"gradients": self.rest["optimizer"]}  # with one more copy, for torch's AdamW
         highest = max([*parts, update], key=lambda m: sum(m.values()))
-        on_host = self.rest["host"] + int(self.family.grown([on_host for _, on_host in found]))
+        on_host = self.rest["host"] + int(self.samples.scale([on_host for _, on_host in found]))
         rest = {name: self.rest[name] for name in RESTING}
         return {**dict.fromkeys(CATEGORIES, 0), **highest, **rest}, on_host
 
@@ -274,7 +274,7 @@ class _Shape:
 
 
 class _Member:
-    """One graph of the family at one stage, with all blocks keeping what is worth a price."""
+    """One graph of the samples at one stage, with all blocks keeping what is worth a price."""
 
     def __init__(self, graph: Graph, stage: int, context: Context) -> None:
         self.context = context
