@@ -29,14 +29,14 @@ def whole_parameters(session: Session) -> Iterator[None]:
         raise
     before = []
     for slot, parameter in zip(session.store.slots.values(), whole, strict=True):
-        for home, key in slot.homes:
-            before.append((home, key, home[key]))
-            home[key] = parameter
+        for owner, key in slot.owners:
+            before.append((owner, key, owner[key]))
+            owner[key] = parameter
     try:
         yield
     finally:
-        for home, key, held in before:
-            home[key] = held
+        for owner, key, held in before:
+            owner[key] = held
 
 
 def _full(session: Session, slot: Slot) -> torch.Tensor:

@@ -45,7 +45,7 @@ class Slot:
         rest: this rank's memory of it: its padded chunk in one dimension, or the whole tensor where it is replicated.
         working: the tensor to compute with: `rest`, or where the parameter is offloaded a copy of it.
         offload: what of it lies on the host: nothing, "optimizer" (master, gradient, optimizer state) or "parameters".
-        homes: every `_parameters` dictionary and key that holds it.
+        owners: every `_parameters` dictionary and key that holds it.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Slot:
     rest: torch.Tensor
     working: torch.Tensor
     offload: str = ""
-    homes: list[tuple[dict[str, nn.Parameter | None], str]] = field(default_factory=list)
+    owners: list[tuple[dict[str, nn.Parameter | None], str]] = field(default_factory=list)
 
     @property
     def is_sharded(self) -> bool:
@@ -119,7 +119,7 @@ class ShardStore:
         self.shard = self.rank % self.num_shards
         self.offloads, self.host = offloads, host
         self.slots: dict[str, Slot] = {}
-        found = _homes(model)
+        found = _owners(model)
         shards = {
             name: self.num_ranks > 1 and p.dim() > 0 and (default_stage if stages[name] is None else stages[name]) != 0
             for name, (p, _) in found.items()
@@ -135,7 +135,7 @@ class ShardStore:
         copies = {n: self._copy(n, p) for n, p in sharded.items() if self._needs_copy(n, p)}
         self._copies = Flats(copies, device, host)
         self.flats = list(self._masters.buffers.values())
-        for name, (parameter, homes) in found.items():
+        for name, (parameter, owners) in found.items():
             if parameter.is_meta:
                 parameter = materialise(model, name, device)
             stage = stages[name] if parameter.dim() > 0 else 0
@@ -143,7 +143,7 @@ class ShardStore:
                 slot = self._shard(name, stage, parameter)
             else:
                 slot = self._replicate(name, stage, parameter)
-            slot.homes = homes
+            slot.owners = owners
             self.slots[name] = slot
         self._whole = [s for s in self.slots.values() if not s.is_sharded]
         self._copied = [s for s in self.slots.values() if s.working is not s.rest]
@@ -186,8 +186,8 @@ class ShardStore:
     def _put(self, *, at_rest: bool) -> None:
         for slot in self._by_swap:
             held = slot.parameter if at_rest else slot.placeholder
-            for home, key in slot.homes:
-                home[key] = held
+            for owner, key in slot.owners:
+                owner[key] = held
 
     @property
     def version(self) -> int:
@@ -314,7 +314,7 @@ class ShardStore:
         return dense
 
 
-def _homes(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[tuple[dict[str, nn.Parameter | None], str]]]]:
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[tuple[dict[str, nn.Parameter | None], str]]]]:
     """Every parameter under its first name, with every place that holds it: tied weights have several."""
     found: dict[int, tuple[str, nn.Parameter, list[tuple[dict[str, nn.Parameter | None], str]]]] = {}
     for prefix, module in model.named_modules():
@@ -322,7 +322,7 @@ def _homes(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[tuple[dict[st
             if parameter is not None:
                 name = f"{prefix}.{key}" if prefix else key
                 found.setdefault(id(parameter), (name, parameter, []))[2].append((module._parameters, key))
-    return {name: (parameter, homes) for name, parameter, homes in found.values()}
+    return {name: (parameter, owners) for name, parameter, owners in found.values()}
 
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
