@@ -50,7 +50,7 @@ def _full(session: Session, slot: Slot) -> torch.Tensor:
     return out[: slot.placeholder.numel()].view(slot.placeholder.shape)
 
 
-def run_whole(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
+def eager_fallback(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
     """`forward` with every parameter whole from its beginning to the end of the backward.
 
     Gradients are averaged over the ranks when the backward ends.
@@ -60,20 +60,20 @@ def run_whole(forward: Callable[..., Any], session: Session) -> Callable[..., An
         "the peak is that of the whole model. Make the forward one graph to have it compiled.",
         stacklevel=3,
     )
-    whole = _Whole(session)
+    gathered = _GatheredModel(session)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        whole.gather()
+        gathered.gather()
         result = forward(*args, **kwargs)
-        whole.share_buffers()
+        gathered.share_buffers()
         if not torch.is_grad_enabled():
-            whole.free()
+            gathered.free()
         return result
 
     return call
 
 
-class _Whole:
+class _GatheredModel:
     """The placeholders of a session, filled for as long as somebody may read them."""
 
     def __init__(self, session: Session) -> None:

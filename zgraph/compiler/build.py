@@ -22,7 +22,7 @@ from zgraph.passes import Context
 from zgraph.passes.fuse import Fuse
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.agreement import settings_lines
-from zgraph.runtime.eager_fallback import run_whole
+from zgraph.runtime.eager_fallback import eager_fallback
 from zgraph.runtime.interrupts import say_little
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
@@ -78,7 +78,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         )  # fmt: skip
         forward = narrator.watched(frontend.wrap(forward, settings.dynamic))
     else:
-        forward = run_whole(forward, session)
+        forward = eager_fallback(forward, session)
     model.__dict__[ATTRIBUTE] = compiled
     model.__dict__["forward"] = guard(forward, session, settings.param_dtype, own_forward)
     model.__dict__["load_state_dict"] = checked_loading(model, session.store)
