@@ -171,7 +171,7 @@ class Forward:
         costs, shard = self.context.costs, gather.operands[0]
         us = costs.copy_us(self._local_bytes(shard.type)) if shard.tensor.is_on_host else 0.0
         if self.graph.num_shards > 1:
-            line = costs.gather_line(self.graph.mesh)
+            line = costs.gather_alpha_beta(self.graph.mesh)
             us += line.latency_us + 1e6 * padded_bytes(shard.tensor, self.graph.num_shards) / line.bytes_per_s
         return us
 
