@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from zgraph.codegen.loops import Loop, loops
-from zgraph.codegen.ops import JOINED, NEUTRAL, OPS, Extent
+from zgraph.codegen.ops import JOINED, NEUTRAL, SCALAR_OPS, Extent
 from zgraph.codegen.spec import Arg, KernelSpec, Operand, Step
 from zgraph.ir import DType
 
@@ -126,7 +126,7 @@ def _looped_rows(spec: KernelSpec) -> Iterator[str]:
             yield f"for first in range(0, {spec.columns}, BLOCK_N):"
             yield from indented(_looped_columns(spec, loop))
         for step in loop.reductions:
-            yield f"{step.name} = {OPS[step.op].triton.format(f'{step.name}_parts')}"
+            yield f"{step.name} = {SCALAR_OPS[step.op].triton.format(f'{step.name}_parts')}"
     yield from (store(output) for output in spec.outputs if output.extent is Extent.column)
     if spec.row_sums:
         yield "tl.debug_barrier()  # a thread may add to what another wrote"
@@ -143,7 +143,7 @@ def _looped_columns(spec: KernelSpec, loop: Loop) -> Iterator[str]:
             parts = f"{step.name}_parts"
             yield f"{parts} = {JOINED[step.op].format(parts, _inside(step))}"
             continue
-        if OPS[step.op].reduces:
+        if SCALAR_OPS[step.op].reduces:
             yield f"{step.name} = {_sum_so_far(step, spec.columns)}"
         yield line(step)
     for output in loop.outputs:
@@ -165,7 +165,7 @@ def load(operand: Operand) -> str:
 
 def line(step: Step) -> str:
     args = [_text(a) for a in step.args]
-    op = OPS[step.op]
+    op = SCALAR_OPS[step.op]
     if op.reduces:
         args[0] = _inside(step)
     value = op.triton.format(*args)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from zgraph.codegen.ops import OPS, Extent
+from zgraph.codegen.ops import SCALAR_OPS, Extent
 from zgraph.codegen.spec import KernelSpec, Operand, Step
 
 _WITH_COLUMNS = (Extent.full, Extent.row)
@@ -36,7 +36,7 @@ class Loop:
     @property
     def reductions(self) -> tuple[Step, ...]:
         """Steps whose value is there when it is over."""
-        return tuple(step for step in self.steps if OPS[step.op].reduces == "columns")
+        return tuple(step for step in self.steps if SCALAR_OPS[step.op].reduces == "columns")
 
 
 def loops(spec: KernelSpec) -> list[Loop]:
@@ -52,13 +52,13 @@ def _levels(spec: KernelSpec) -> Mapping[str, int]:
     found = {operand.name: 0 for operand in spec.inputs}
     for step in spec.steps:
         before = max((found[a] for a in step.args if isinstance(a, str)), default=0)
-        found[step.name] = before + (OPS[step.op].reduces == "columns")
+        found[step.name] = before + (SCALAR_OPS[step.op].reduces == "columns")
     return found
 
 
 def _loop(spec: KernelSpec, levels: Mapping[str, int], level: int, outputs: list[Operand]) -> Loop:
     kept = [step for step in spec.steps if spec.extents[step.name] is Extent.column]
-    reduced = {step.name for step in kept if OPS[step.op].reduces}
+    reduced = {step.name for step in kept if SCALAR_OPS[step.op].reduces}
     goals = {name for name in reduced if levels[name] == level + 1}.union(o.name for o in outputs)
     needed = _needed(spec, goals)
     return Loop(

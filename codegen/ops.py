@@ -74,7 +74,7 @@ _ROWS = (
     ScalarOp("col_sum", 1, "tl.sum({0}, axis=0)", "rows"),
 )
 
-OPS: Mapping[str, ScalarOp] = {op.name: op for op in _ROWS}
+SCALAR_OPS: Mapping[str, ScalarOp] = {op.name: op for op in _ROWS}
 
 NEUTRAL: Mapping[str, str] = {"row_sum": "0.0", "row_max": "float('-inf')", "col_sum": "0.0"}
 """Neutral number of each reduction, put in place of columns and rows beyond the last."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from zgraph.codegen.ops import OPS, Extent
+from zgraph.codegen.ops import SCALAR_OPS, Extent
 from zgraph.cost import signature
 from zgraph.ir import Builder, Graph, Node, Phase, TensorType, Value
 from zgraph.passes.analysis.order import reorder
@@ -159,7 +159,7 @@ class Groups:
     def add(self, node: Node, group: Group) -> None:
         found = match(node, self.views, group.space)
         assert found is not None, "it was matched before"
-        sums = {s.name for s in found.pattern.steps if OPS[s.op].reduces == "rows"}
+        sums = {s.name for s in found.pattern.steps if SCALAR_OPS[s.op].reduces == "rows"}
         names = zip(found.pattern.results, node.results, strict=True)
         group.sums.update(result.name for name, result in names if name in sums)
         group.nodes.append(node)
@@ -296,7 +296,7 @@ class Groups:
         if maker is None or maker.phase is not Phase.forward or maker.op in RENAMES or len(trying) > MAX_DEPTH:
             return kept, []
         found = match(maker, self.views, group.space)
-        if found is None or any(OPS[s.op].reduces for s in found.making(maker, (value.name,))):
+        if found is None or any(SCALAR_OPS[s.op].reduces for s in found.making(maker, (value.name,))):
             return kept, []
         total, nodes = 0, list[Node]()
         for operand in self.reads(maker, group.space, (value.name,)):

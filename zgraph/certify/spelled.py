@@ -19,8 +19,7 @@ from typing import Any
 
 from zgraph.certify.steps import Number, Sized, Steps, keyed, lies, shape_of
 from zgraph.certify.terms import LINEAR, PRODUCTS, RENAMES, ZERO, Meaning, Reader, constant
-from zgraph.codegen.ops import OPS as SCALAR_OPS
-from zgraph.codegen.ops import Extent
+from zgraph.codegen.ops import SCALAR_OPS, Extent
 from zgraph.codegen.spec import ACC, KernelSpec
 from zgraph.errors import KernelError
 from zgraph.ir import Arg, DType, Graph, Node, TensorType, Value
