@@ -27,7 +27,7 @@ from zgraph.ir.ops import views
 from zgraph.ir.symbols import Dim
 from zgraph.passes.fusion.patterns import PATTERNS, Pattern
 
-ROWS = frozenset({"zgraph.rows.default", "zgraph.compiled.default"})
+ROW_KERNELS = frozenset({"zgraph.rows.default", "zgraph.compiled.default"})
 MATMUL = "zgraph.matmul.default"
 SEED = "zgraph.seed.default"
 ROTARY = "zgraph.rotary.default"
@@ -38,7 +38,7 @@ LOSSES = {
 """Whether the projection is part of it, and whether it is the backward."""
 
 RECTIFIED = "aten._addmm_activation.default"
-KERNELS = ROWS | LOSSES.keys() | {MATMUL, ROTARY, RECTIFIED}
+KERNELS = ROW_KERNELS | LOSSES.keys() | {MATMUL, ROTARY, RECTIFIED}
 
 _RESHAPES = frozenset({
     "aten.view.default", "aten._unsafe_view.default", "aten._reshape_alias.default", "aten.unsqueeze.default",
@@ -171,7 +171,7 @@ class Speller(Reader):
         """Terms of a kernel's results; None if the kernel does not fit its operands."""
         operands = [given[v.name] for v in node.operands]
         try:
-            if node.op in ROWS:
+            if node.op in ROW_KERNELS:
                 return self.rows(node, operands, KernelSpec.parse(str(node.args[1])), None)
             if node.op == MATMUL:
                 a, b, *others = operands
