@@ -15,7 +15,7 @@ from torch import nn
 
 from zgraph.bridge.aten import compute_dtype
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
-from zgraph.bridge.target import MARGIN, Target, cost_table, num_bytes
+from zgraph.bridge.target import MEMORY_MARGIN, Target, cost_table, num_bytes
 from zgraph.errors import UsageError
 from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.stage_plan import Planner, StagePlan
@@ -175,9 +175,9 @@ def _planner(
     costs = cost_table(target, torch.device("cpu"))
     hardware = costs.hardware
     count = hardware.num_devices if num_ranks is None else num_ranks
-    device_bytes = int(hardware.device.memory_bytes * (1 - MARGIN))
+    device_bytes = int(hardware.device.memory_bytes * (1 - MEMORY_MARGIN))
     budget = device_bytes if memory_budget is None else num_bytes(memory_budget)
-    host_bytes = hardware.host_memory_bytes * (1 - MARGIN) / hardware.spread(count)[1]
+    host_bytes = hardware.host_memory_bytes * (1 - MEMORY_MARGIN) / hardware.spread(count)[1]
     return partial(
         Planner, num_ranks=count, costs=costs, budget=budget, host_budget=int(host_bytes) or None,
         places=places(offload, is_gpu=hardware.has_host),
