@@ -65,7 +65,7 @@ class Schedule(Pass):
             raise ValueError("num_ahead, slack and effort must be 0 or more")
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        step = Step(graph, context)
+        step = LoweredStep(graph, context)
         if not step.collectives:
             step.headroom(0)  # raises where the budget does not hold
             return graph
@@ -78,7 +78,7 @@ class Schedule(Pass):
             headroom = tuple(max(r - over_bytes, 0) for r in headroom)
         return step.plain[0]
 
-    def _best(self, step: Step, problem: Problem) -> Graph:
+    def _best(self, step: LoweredStep, problem: Problem) -> Graph:
         """The graph by the best timetable found."""
         best: tuple[Timetable, dict[int, float]] | None = None
         for _ in range(NUM_ROUNDS):
@@ -106,7 +106,7 @@ class Collective:
     is_gather: bool
 
 
-class Step:
+class LoweredStep:
     """A lowered graph as a scheduling problem: ops of the compute lane in their order, collectives and copies between
     them."""
 
@@ -318,7 +318,7 @@ class Step:
 def lower_bound_us(graph: Graph, context: Context) -> float:
     """A time below which no schedule of this graph can go, whatever the memory: all computing, all communication, or
     the longest way through both."""
-    step = Step(graph, context)
+    step = LoweredStep(graph, context)
     headroom = (0,) * len(step.ops)
     return step.problem(headroom).lower_bound_us if step.ops else 0.0
 

@@ -13,15 +13,15 @@ from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.plan.make_plan import memory_of
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
-from zgraph.passes.schedule import Step
+from zgraph.passes.schedule import LoweredStep
 
 LOWERING = (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), HostCopies())
 """Zgraph's own, for what the pipeline at hand leaves: nothing, as a rule."""
 
 
-def lowered(graph: Graph, context: Context) -> Step:
+def lowered(graph: Graph, context: Context) -> LoweredStep:
     """The graph with every reshard lowered, as a scheduling problem."""
-    return Step(Release().run(_lower(graph, context), context), context)
+    return LoweredStep(Release().run(_lower(graph, context), context), context)
 
 
 def peak_bytes(graph: Graph, context: Context) -> int:

@@ -36,7 +36,7 @@ from zgraph.passes.plan.make_plan import memory_of
 from zgraph.passes.recompute import Recompute
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
-from zgraph.passes.schedule import Schedule, Step
+from zgraph.passes.schedule import LoweredStep, Schedule
 
 TWO = Context((Axis("shard", 2),))
 
@@ -236,7 +236,7 @@ return bwd grad "x" %gx
 )
 def test_a_reduction_holds_the_gradient_a_padded_copy_and_where_it_lands(rows, whole_bytes, copied_bytes):
     text = UNEVEN.replace("{shape}", "5, 3").replace("5, 3", f"{rows}, 3")
-    step = Step(parse_graph(text), TWO)
+    step = LoweredStep(parse_graph(text), TWO)
     (transfer,) = step.transfers
     (start,) = of_op(step.graph, "reduce_scatter_start")
     scratch = OPS[start.op].scratch_bytes(start, step.graph.mesh)
