@@ -32,7 +32,7 @@ from zgraph.ir import Phase, print_graph, verify
 from zgraph.ir.lines import node_lines, read_line
 from zgraph.ir.ops import LANES
 from zgraph.passes import RECIPES, Pass, Pipeline, fusing, known_passes, parse_recipe
-from zgraph.passes.core.instruments import Step
+from zgraph.passes.core.instruments import PassSummary
 from zgraph.passes.core.pipeline import print_size
 from zgraph.runfile.diff import compare
 from zgraph.runfile.explain import explain
@@ -199,9 +199,9 @@ def _known(name: str) -> str:
 
 def _print_steps(steps: Sequence[Ran], as_json: bool) -> None:
     """What each pass changed, and what it took."""
-    found, before = dict[str, Step](), steps[0][1]
+    found, before = dict[str, PassSummary](), steps[0][1]
     for name, (text, graph, seconds) in zip(graph_names(text for text, _, _ in steps), steps, strict=True):
-        found[name], before = Step.of(text, before, graph, seconds), graph
+        found[name], before = PassSummary.of(text, before, graph, seconds), graph
     if as_json:
         print_json([
             {"graph": name, "step": s.text, "seconds": s.seconds, "nodes": s.num_nodes, "changed": s.changed}

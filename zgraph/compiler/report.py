@@ -23,7 +23,7 @@ from zgraph.ir import InputKind, Plan, TensorType
 from zgraph.ir.symbols import evaluate
 from zgraph.passes.arena import sizes
 from zgraph.passes.core.base import Context
-from zgraph.passes.core.instruments import Step
+from zgraph.passes.core.instruments import PassSummary
 from zgraph.passes.schedule import step_bound_us
 from zgraph.runfile.format import RunFile
 from zgraph.viz import as_text, memory_chart
@@ -38,7 +38,7 @@ class Entry:
     """One captured graph: its plan, what the passes did to it, and what a step of it costs."""
 
     plan: Plan
-    steps: tuple[Step, ...]
+    steps: tuple[PassSummary, ...]
     memory: MemoryCurve
     traffic: tuple[Traffic, ...]
     timeline: Timeline
@@ -70,8 +70,8 @@ class Entry:
 
 
 def make_entry(
-    plan: Plan, steps: Sequence[Step], context: Context, run: Callable[[], RunFile], timeline: Timeline | None = None,
-    certificate: Certificate | None = None,
+    plan: Plan, steps: Sequence[PassSummary], context: Context, run: Callable[[], RunFile],
+    timeline: Timeline | None = None, certificate: Certificate | None = None,
 ) -> Entry:  # fmt: skip
     """The entry of a plan, of which `run` makes the file; the plan is simulated where no timeline is given."""
     timeline = timeline or simulate(plan, context.costs, context.hints)
