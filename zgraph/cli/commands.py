@@ -115,7 +115,7 @@ def list_passes(load: Load = None, as_json: AsJson = False) -> None:
 
 
 def _described(kind: type[Pass]) -> dict[str, str | list[str]]:
-    """What a pass says of itself."""
+    """Description of a pass: its docstring, options, numerics and contracts."""
     defaults = {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
     return {
         "name": kind.name,
@@ -198,7 +198,7 @@ def _known(name: str) -> str:
 
 
 def _print_steps(steps: Sequence[Ran], as_json: bool) -> None:
-    """What each pass changed, and what it took."""
+    """Print the ops that each pass changed, and its time."""
     found, before = dict[str, PassSummary](), steps[0][1]
     for name, (text, graph, seconds) in zip(graph_names(text for text, _, _ in steps), steps, strict=True):
         found[name], before = PassSummary.of(text, before, graph, seconds), graph
@@ -264,7 +264,7 @@ def diff(
     load: Load = None,
     as_json: AsJson = False,
 ) -> None:
-    """What differs between two graphs: added +, removed -, changed ~, moved >.
+    """Compare two graphs: added +, removed -, changed ~, moved >.
 
     Example: `zgraph diff run.zg@partition @bucket --stat`
     """

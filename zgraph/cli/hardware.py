@@ -61,7 +61,7 @@ def show_profile(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """What a profile says, and where its figures are from.
+    """Show a profile, and where its figures are from.
 
     Example: `zgraph hardware show h100`
     """
