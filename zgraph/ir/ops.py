@@ -359,7 +359,7 @@ _ROWS = (
        lies_in_arena=True, prepares=True, is_work=True),
     Op("unpack", "Take a bucket apart again.", _unpacked, views=_is_sharded, chunks=num_shards, is_work=True),
     Op("cast", "Change the dtype.", _cast, recomputable=True, prepares=True, is_work=True),
-    Op("copy", "A dense copy with memory of its own; of a replicated value each rank may take its own.", _copied,
+    Op("copy", "A dense copy in new memory; of a replicated value each rank may take its own.", _copied,
        is_work=True),
     Op("pending", "Say what the ranks' own values are together: their sum or mean, or the first rank's.", _stated,
        views=lambda node: True, prepares=True),
