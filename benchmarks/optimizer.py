@@ -3,7 +3,7 @@
 Every rank holds its shards of a model of small layers, as `zgraph.compile(stage=3)` leaves them: DTensors over one flat
 buffer. zgraph's AdamW updates the buffer, torch's goes through the parameters. Gradients are there as a backward leaves
 them, each a tensor of its own, so that what zgraph copies side by side is part of its time. The optimizers take turns,
-each with a model of its own that starts alike; a step ends when the slowest rank has.
+each with a separate model that starts the same; a step ends when the slowest rank has.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks.overhead --json overhead.json
 
 No process group, no sharding: both train the same model on the same batches. Their steps alternate, so that
-whatever else the machine does hits both alike.
+whatever else the machine does hits both equally.
 """
 
 from __future__ import annotations

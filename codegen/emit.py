@@ -33,7 +33,7 @@ def source(spec: KernelSpec) -> str:
 
     The kernel takes a pointer for each input and output, the number of rows, and BLOCK_M and BLOCK_N. One program works
     on BLOCK_M rows at a time: on whole rows if something is summed over their columns, else on BLOCK_N columns, which
-    the second axis of the grid counts. Where it sums over rows, each program of the first axis writes a sum of its own:
+    the second axis of the grid counts. Where it sums over rows, each program of the first axis writes a separate sum:
     the output has one row for each, which are summed up afterwards, always in the same order.
 
     Where whole rows are too long for one program to hold, it loops over them in blocks of BLOCK_N columns

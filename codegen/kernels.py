@@ -34,7 +34,7 @@ MAX_COLUMNS = 1024
 """Columns of a program that needs no whole rows."""
 
 MAX_PROGRAMS = 512
-"""Programs that sum over rows: each writes a sum of its own."""
+"""Programs that sum over rows: each writes a separate sum."""
 
 
 def folder() -> Path:

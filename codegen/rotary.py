@@ -1,4 +1,4 @@
-"""The rotary embedding as one kernel: pairs of columns of each row, turned by an angle of their own.
+"""The rotary embedding as one kernel: pairs of columns of each row, each turned by its own angle.
 
 Columns j and j + H of x, with 2H columns of cosines and sines, become
 

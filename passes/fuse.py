@@ -74,7 +74,7 @@ def candidates(graph: Graph, hints: Mapping[str, int]) -> list[Candidates]:
 
 
 def _prepared(graph: Graph) -> Graph:
-    """The graph with losses and rotary embeddings as ops of their own."""
+    """The graph with losses and rotary embeddings as single ops."""
     return fused_losses(fused_subgraphs(graph, Fuse.name), Fuse.name)
 
 

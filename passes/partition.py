@@ -25,7 +25,7 @@ there on the master copy. An offloaded parameter is also brought from there when
 dtype.
 
 Buffers are replicated. Where the forward changes one (BatchNorm's running mean), the first rank's new value is taken on
-every rank (P(root) -> R), so that all ranks evaluate alike and any of them may save it.
+every rank (P(root) -> R), so that all ranks evaluate the same and any of them may save it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Partition(Pass):
     """State where parameters, gradients and inputs live, and put a reshard where they must be elsewhere.
 
     Args:
-        stage: the stage of the parameters that do not have one of their own.
+        stage: the stage of the parameters that state none.
     """
 
     stage: int = field(default=3, metadata={"always_printed": True})

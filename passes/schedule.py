@@ -47,7 +47,7 @@ class Schedule(Pass):
 
     Args:
         num_ahead: as above.
-        slack: a collective starts this many of its own durations before the clock says it must, and a reduction is
+        slack: a collective starts this many of its durations before the clock says it must, and a reduction is
             waited for as many after the clock says that it is over. Clocks are wrong.
         effort: how many orders of the collectives are tried beyond the two plain ones.
     """

@@ -52,7 +52,7 @@ def described(node: Node) -> str:
 
 
 def plan_text(plan: Plan, captured: str, known: str) -> str:
-    """All that ranks must have alike to run a plan: what the passes knew, were given and made, and the programs."""
+    """All that must be equal on all ranks to run a plan: what passes knew, were given and made, and the programs."""
     lines = [known, *captured.splitlines()[1:], f"final graph {fingerprint(_unnamed(plan.graph))}"]
     lines += print_graph(_unnamed(plan.graph), origins=False).splitlines()
     for program in programs(plan):

@@ -26,7 +26,7 @@ def align_numel(dtype: torch.dtype) -> int:
 
 
 class Flats:
-    """One buffer for all parts that are alike, each part aligned, in the order given.
+    """One buffer for all parts of one kind, each part aligned, in the order given.
 
     Args:
         parts: the request of each name.

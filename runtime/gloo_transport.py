@@ -2,7 +2,7 @@
 
 gloo's all-gather copies through a hidden buffer, and its reduce-scatter sends twice what it must. A receiver there asks
 for data with a small message, which queues behind what its own side is sending on that connection: an exchange may
-end up running one direction after the other. So each direction has connections of its own here, receives are posted
+end up running one direction after the other. So each direction has separate connections here, receives are posted
 before sends, and everything is sent from and received into the memory where it belongs.
 
 Ranks on several hosts cross between hosts first and share within the host afterwards (the other way round when they
@@ -102,7 +102,7 @@ def host_name() -> str:
 
 
 class Lane:
-    """Runs collectives between ranks, one after the other, in a thread of its own.
+    """Runs collectives between ranks, one after the other, in a separate thread.
 
     Args:
         store: where the ranks meet.
@@ -211,7 +211,7 @@ class Lane:
     def _sum_of(
         self, ranks: Sequence[int], pieces: Chunks, out: torch.Tensor | None, count: int
     ) -> Phases[torch.Tensor]:
-        """The sum over `ranks` of the piece that is this one's, in `out` or in memory of its own."""
+        """The sum over `ranks` of the piece that is this one's, in `out` or in new memory."""
         at, spare = ranks.index(self.rank), iter([out])
         own = pieces[at]
         parts = [own if i == at else next(spare, None) for i in range(len(ranks))]

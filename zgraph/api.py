@@ -136,7 +136,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     All ranks enter it together; within it they do not meet, and may do different things. Each has the whole model in
     its memory there, in the dtype to compute in. No gradients reach the parameters from there, and they must not be
-    changed: what is whole anyhow is the parameter itself. `model.generate` of transformers runs so by itself.
+    changed: what is whole in any case is the parameter itself. `model.generate` of transformers runs so by itself.
 
     Raises:
         UsageError: the model is not compiled.

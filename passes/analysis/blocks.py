@@ -29,7 +29,7 @@ class Maker:
 
     Args:
         us: duration of running it again, in microseconds.
-        reads: the values that it needs, by number; those that are there anyhow left out.
+        reads: the values that it needs, by number; those that are there in any case left out.
         makes: the values that it makes.
         runs_again: whether it may.
     """

@@ -1,6 +1,6 @@
 """The values that the backward needs of the forward, as one problem a block: keep a value, or compute it again.
 
-A block is a layer of the model, or a region that the user put under `torch.utils.checkpoint`; blocks that are alike are
+A block is a layer of the model, or a region that the user put under `torch.utils.checkpoint`; identical blocks are
 solved once (`blocks.py`). Values that one block makes and another reads are kept. Random ops are never run again, nor
 is what reads a buffer that the forward changes, nor a collective: gathered parameters come from the backward's own
 gathers.

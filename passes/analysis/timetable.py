@@ -1,6 +1,6 @@
 """When to start each transfer, exactly: the longest path for a fixed order, and a search over orders on top of it.
 
-Computing runs its ops in a fixed order. A lane carries transfers in an order of its own; there is one for collectives,
+Computing runs its ops in a fixed order. A lane carries transfers in its own order; there is one for collectives,
 and one for copies to the host and for those from it. A transfer may start after a given op, and an op may wait for it.
 While a transfer holds memory that is not needed yet, there must be headroom for it.
 
@@ -33,7 +33,7 @@ class Transfer:
         us: what it takes on the lane.
         first: it may start before the op of this number, not earlier.
         due: the op of this number waits for it; the number of ops if only the end of the step does.
-        num_bytes: what it holds from its start until op `until` begins, beyond what that op needs anyhow.
+        num_bytes: what it holds from its start until op `until` begins, beyond what that op needs.
         until: as above; at most `due` for a gather, whose memory counts among the op's own from then on. What takes
             memory away (a reduction, a copy to the host) holds it from `first` on, whenever it starts: `until` is
             `first` then.

@@ -285,7 +285,7 @@ class Groups:
         Args:
             value: what is wanted.
             group: whose kernel wants it.
-            inputs: what the kernel reads anyhow.
+            inputs: what the kernel reads in any case.
             trying: values that are not there for nothing although they are among the inputs.
         """
         extent = group.space.extent(value)

@@ -202,7 +202,7 @@ class Kernel:
         return self.made[key]
 
     def _outputs(self, wanted: Iterable[Value]) -> Iterator[Operand]:
-        """The operands that the kernel writes. An input, or a value written twice, is written as a copy of its own."""
+        """The operands that the kernel writes. An input, or a value written twice, is written as a separate copy."""
         taken = {name for name in self.names.values() if isinstance(name, str) and name.startswith(("x", ACC))}
         for value in wanted:
             name = self.names[value.name]

@@ -41,7 +41,7 @@ def poisoned(*args, **kwargs) -> torch.Tensor:
 
 @st.composite
 def operands(draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows in some layout with gaps or without; angles alike in some dimensions, whose halves differ."""
+    """Rows in some layout with gaps or without; angles the same in some dimensions, whose halves differ."""
     shape = [draw(st.integers(0, 3)), draw(st.integers(1, 7)), draw(st.integers(1, 9))]
     half, rest = draw(st.integers(1, 20)), draw(st.integers(0, 50))
     dice = torch.Generator().manual_seed(draw(st.integers(0, 99)))

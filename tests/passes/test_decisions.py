@@ -477,7 +477,7 @@ return bwd output none
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.75])
 def test_a_fused_dropout_keeps_the_mean(p):
-    """What is kept is divided by the probability that it is, in the forward and in the backward alike."""
+    """What is kept is divided by the probability that it is, in the forward and in the backward."""
     text = DROPOUT.replace("{p}", str(p)).replace("{scale}", str(1 / (1 - p)))
     fused = parse_recipe("canonicalize,fuse").run(parse_graph(text), Context())
     kernels = of_op(fused, ROWS)

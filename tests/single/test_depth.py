@@ -1,4 +1,4 @@
-"""A deep model captured by a few of its layers: the graph is that of all of them, and what is not alike is found."""
+"""A deep model captured by a few of its layers: the graph is that of all of them, and layers that differ are found."""
 
 from functools import partial
 from types import SimpleNamespace

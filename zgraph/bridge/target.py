@@ -74,7 +74,7 @@ what does not fit together in the allocator."""
 
 
 def device_budget(device: torch.device) -> int | None:
-    """Bytes of a GPU's memory that a rank may use; None on a processor, which has no memory of its own."""
+    """Bytes of a GPU's memory that a rank may use; None on a processor, which has no separate memory."""
     if device.type == "cpu":
         return None
     return int((1 - MEMORY_MARGIN) * torch.cuda.get_device_properties(device).total_memory)

@@ -1,6 +1,6 @@
 """Capturing a deep model: a few of its layers are captured, and the rest extrapolated from them.
 
-torch takes about a second for each layer. Where the layers of a stack are alike, the model is captured with two of
+torch takes about a second for each layer. Where the layers of a stack repeat, the model is captured with two of
 them, with three and with four, and the graph of all is read off these (`zgraph.capture.extrapolate`). It is the one
 that capturing all of them gives, names of values included. Where the layers differ, or their graphs do, all are
 captured.
@@ -44,7 +44,7 @@ def capture_deep(model: nn.Module, inputs: Mapping[str, Any], param_dtype: torch
             break
         try:
             return shallow.extrapolated(lengths), shallow.described
-        except Exception as error:  # a model may count on its number of layers, and fail in a way of its own
+        except Exception as error:  # a model may count on its number of layers, and fail in its own way
             said = next(iter(str(error).splitlines()), "")
             why = f": {said}" if isinstance(error, ZgraphError) and said else f": {type(error).__name__}: {said}"
     return trace(model, **inputs, param_dtype=param_dtype), f"whole{why}"

@@ -1,14 +1,14 @@
 """The graph of a deep model from those of shallow ones, by the lines of their texts.
 
 In the text of a captured graph each layer is the same lines, and all that differs are whole numbers: that of the layer
-in paths, and those in the names of values, which torch counts op by op. They grow evenly, from layer to layer and with
-the number of layers:
+in paths, and those in the names of values, which torch counts op by op. They grow linearly from layer to layer and
+with the number of layers:
 
     fwd %relu_4: ... = aten.relu.default(%addmm_4) @ "layers.4"          the fifth layer, whatever follows
     bwd %mul_9: ... = aten.mul.Tensor(%add_31, %primals_10) @ "layers.4" the same, where the model has nine
 
 So each part of the text (inputs, forward, backward, what is returned) is lines before a layer, the layer, and lines
-behind it. Where it stands and how its numbers grow is read from graphs with one layer more, and with two. What was read
+behind it. Its place and the growth of its numbers are read from graphs with one layer more, and with two. What was read
 has to give back every graph that was captured, to the letter.
 """
 
@@ -61,7 +61,7 @@ def extrapolate(captured: Mapping[Counts, Graph], counts: Counts) -> Graph:
 
 @dataclass(frozen=True, slots=True)
 class _NumberedLine:
-    """A line as its whole numbers and what stands around them. A name without a number has that of 0."""
+    """A line as its whole numbers and the words around them. A name without a number has that of 0."""
 
     words: tuple[str, ...]
     numbers: Numbers
@@ -86,7 +86,7 @@ class _Stack:
     """Growth of a part of the text with one stack's layers.
 
     Args:
-        begin, end: where the layer stands in the smallest graph; nowhere if both are the same.
+        begin, end: place of the layer in the smallest graph; nowhere if both are the same.
         with_count: growth of each line's numbers for one layer more in the stack.
         with_layer: growth of the numbers in the layer's lines from one layer to the next.
     """
@@ -154,9 +154,9 @@ def _part(name: str, read: Mapping[Counts, Mapping[str, Sequence[_NumberedLine]]
 def _stack(
     few: Sequence[_NumberedLine], one: Sequence[_NumberedLine], two: Sequence[_NumberedLine], others: Sequence[_Stack]
 ) -> _Stack | None:
-    """Where the layer stands and how numbers grow, from lines with none, one and two more layers; None if nowhere.
+    """Place of the layer and growth of numbers, from lines with none, one and two more layers; None if nowhere.
 
-    Layers of several stacks may look alike: it does not stand where those of the others do.
+    Layers of several stacks may look the same: places of the others' layers are left out.
     """
     size = len(one) - len(few)
     if size < 0 or len(two) - len(one) != size:
@@ -186,7 +186,7 @@ def _layer_step(number: int, size: int, one: Sequence[_NumberedLine], two: Seque
 
 
 def _step(first: _NumberedLine, second: _NumberedLine, third: _NumberedLine) -> Numbers | None:
-    """Growth of a line's numbers, the same in both steps; None if it is not, or if the lines are not alike."""
+    """Growth of a line's numbers, the same in both steps; None if it is not, or if the words of the lines differ."""
     step = _difference(first, second)
     return step if step == _difference(second, third) else None
 

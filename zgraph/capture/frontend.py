@@ -219,7 +219,7 @@ class _SavedNodes:
 
 
 def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` behind a code object of its own.
+    """`function` behind a separate code object.
 
     torch.compile counts recompilations by code object: without this, all models of one class would share one limit.
     """

@@ -1,4 +1,4 @@
-"""Stacks of layers that are alike, and models with most of them left out."""
+"""Stacks of repeated layers, and models with most of them left out."""
 
 from __future__ import annotations
 

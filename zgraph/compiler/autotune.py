@@ -1,7 +1,7 @@
 """The fastest candidate for running a group: measured once for each group that differs, on the device at hand.
 
 What was measured is kept in a file for each kind of device and version of torch. The first rank measures and tells the
-others, so that all of them choose alike.
+others, so that all of them choose the same.
 """
 
 from __future__ import annotations

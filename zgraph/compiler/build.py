@@ -30,7 +30,7 @@ from zgraph.runtime.peers import Peers, unique_name
 from zgraph.runtime.regions import Regions
 
 ADAPTERS = ("zgraph.hf.adapt",)
-"""Modules that adapt a compiled model to a library which treats some models in its own way: each has `adapt(model)`."""
+"""Modules that adapt a compiled model to a library which treats some models specially: each has `adapt(model)`."""
 
 
 def shard(model: nn.Module, settings: Settings) -> Session:
@@ -97,7 +97,7 @@ def _where(settings: Settings, session: Session) -> str:
 
 
 def _described(model: nn.Module, settings: Settings) -> str:
-    """Text of what all ranks must have alike, one line for each item."""
+    """Text of what must be the same on all ranks, one line for each item."""
     stages, offloads = settings.stages, settings.offloads
     lines = [*settings_lines(str(enabled(settings.pipeline))), settings.text]
     lines += [

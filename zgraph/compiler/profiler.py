@@ -1,4 +1,4 @@
-"""Measure what a compiled model costs on the devices and the network at hand, alike on all ranks."""
+"""Measure what a compiled model costs on the devices and the network at hand, the same on all ranks."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ class Report:
         Path(path).write_text(self.html(), encoding="utf-8")
 
     def _repr_html_(self) -> str:
-        """The same, as notebooks show it: in a frame of its own."""
+        """The same, as notebooks show it: in a separate frame."""
         if not self.entries:
             return f"<pre>{escape(str(self))}</pre>"
         style = "width: 100%; height: 760px; border: 0"

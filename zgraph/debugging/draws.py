@@ -1,6 +1,6 @@
 """How ops run in a check: random ones draw what those of the captured graph draw, whatever became of the graph.
 
-A draw is a number of its own: what a node draws follows from the seed of the micro-step, the rank, and which of the
+A draw is a separate number: what a node draws follows from the seed of the micro-step, the rank, and which of the
 captured graph's draws the node stands for. Dropouts draw as those of generated kernels do, from a seed and a position
 (`zgraph.codegen.philox`), fused or not: so that a fused dropout drops what the captured one does.
 """

@@ -90,7 +90,7 @@ class Reference:
         return self._after(course[: at + 1]).rates
 
     def _after(self, steps: Course) -> _Known:
-        """Outputs of the captured graph in the last of some micro-steps. Courses that begin alike share the runs."""
+        """Outputs of the captured graph in the last of some micro-steps. Courses that begin the same share the runs."""
         key = steps if self.captured.mesh else _unnamed(steps)
         if key not in self._known:
             if before := steps[:-1]:

@@ -1,6 +1,6 @@
 """A model captured in few layers, for figures of the whole.
 
-Layers that are alike are not captured one by one. The model is captured with two layers of each stack, and with one
+Repeated layers are not captured one by one. The model is captured with two layers of each stack, and with one
 more; every figure grows linearly from there, as the layers of a stack do the same. The first may differ from the rest.
 """
 
@@ -56,7 +56,7 @@ class LayerSamples:
 def capture_samples(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], param_dtype: torch.dtype | None
 ) -> LayerSamples:
-    """Capture a model in few layers: layers of one class, with parameters of the same shapes, are taken to be alike.
+    """Capture a model in few layers: layers of one class, with parameters of the same shapes, count as repeated.
 
     Args:
         model: a module on any device; it is not changed.

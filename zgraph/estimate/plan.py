@@ -104,7 +104,7 @@ def plan(
 
     If a stage does not fit the budget, as much of the forward as needed is computed again or moved to the host. If that
     is not enough, optimizer states and then parameters lie on the host. Layers of one class with parameters of the same
-    shapes are taken to be alike.
+    shapes count as repeated.
 
     Args:
         model: a module, on the meta device or any other; it is not changed.

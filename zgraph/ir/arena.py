@@ -28,7 +28,7 @@ class Buffer:
         node: the position of the node that makes it.
         num_bytes: rounded up to ALIGN_BYTES.
         last: the position of the last node that it must be there for.
-        offset: where it lies; None where it has memory of its own.
+        offset: its place in bytes; None where it is allocated separately.
     """
 
     name: str

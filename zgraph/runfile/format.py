@@ -9,7 +9,7 @@ A zip archive of texts that any tool opens; nothing in it is ever run as code:
     timeline.json               the predicted step of the last graph (`zgraph.cost.TimelineRecord`), and a digest
     sources.json                the user's lines that the nodes come from: file, number, text; a file may lack it
 
-A pass that changed nothing has no text of its own: the list names the one that it left as it was. The plan is not in
+A pass that changed nothing has no separate text: the list names the one that it left as it was. The plan is not in
 the file: it follows from the last graph (`zgraph.passes.make_plan`). So does the timeline, which is there because it
 takes seconds to simulate. A file may lack it, and where its digest is not that of the last graph and the context, as
 after an edit, it is simulated anew.
