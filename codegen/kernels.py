@@ -38,7 +38,7 @@ MAX_PROGRAMS = 512
 
 
 def folder() -> Path:
-    """Where the sources lie: a folder of this user alone.
+    """Folder of the sources: a folder of this user alone.
 
     Raises:
         CacheError: it cannot be one.

@@ -95,6 +95,6 @@ def sizes(graph: Graph) -> dict[Phase, ArenaSize]:
 
 
 def _at(node: Node, offsets: dict[str, int | None]) -> Node:
-    """The node with its results where they lie, if all of them do."""
+    """The node with the places of its results, if all of them have one."""
     at = tuple(offsets.get(result.name) for result in node.results)
     return replace(node, kwargs=(*node.kwargs, ("at", at))) if at and None not in at else node

@@ -1,4 +1,4 @@
-"""Fuse what lies between matmuls into kernels over rows, in the forward and in the backward.
+"""Fuse the ops between matmuls into kernels over rows, in the forward and in the backward.
 
     fwd %a: bf16[8, 64] = aten.silu.default(%gate)
     fwd %y: bf16[8, 64] = aten.mul.Tensor(%a, %up)
@@ -35,7 +35,7 @@ from zgraph.passes.fusion.rows import COMPILED, FOREIGN, ROWS, Group
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Fuse what lies between matmuls into kernels over rows, in the forward and in the backward."""
+    """Fuse the ops between matmuls into kernels over rows, in the forward and in the backward."""
 
     name: ClassVar[str] = "fuse"
     numerics: ClassVar[Numerics] = Numerics.reassociates

@@ -39,7 +39,7 @@ def link(
         session: the state that collectives and accumulation work on.
         resident: the memory of parameters and constants, by the name of their value.
         watcher: if given, it is told after every instruction.
-        regions: if given, they compile what lies between collectives.
+        regions: if given, they compile what is between collectives.
     """
     writer = _Writer(program, plan, session, resident, watcher, regions)
     source = writer.source()

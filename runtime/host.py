@@ -38,7 +38,7 @@ class HostPool:
     """Blocks of the host's memory, kept for the next of their size when their tensor dies.
 
     Args:
-        device: whose values will lie there; its copies need pinned memory if it is a GPU.
+        device: whose values will be there; its copies need pinned memory if it is a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -29,7 +29,7 @@ def link_plan(
         constants: tensors that the forward reads beside parameters and buffers.
         captured: the graph that the plan was made of, as text.
         known: what the passes knew.
-        regions: if given, they compile what lies between collectives.
+        regions: if given, they compile what is between collectives.
 
     Raises:
         PlanMismatchError: the ranks compiled different plans.

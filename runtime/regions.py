@@ -1,4 +1,4 @@
-"""Regions compiled by Inductor: each different one once, whichever layer it stands in.
+"""Regions compiled by Inductor: each different one once, whatever layer it is in.
 
 The time to compile follows the number of different regions and not that of layers.
 """

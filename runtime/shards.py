@@ -1,7 +1,7 @@
 """Parameters at rest: this rank's shards side by side in flat buffers, seen from outside as DTensors.
 
 Offloaded masters lie in the host's memory, for an optimizer that works there. A copy in the compute dtype stays on the
-device or lies on the host too; it is made anew when a master changed.
+device or is on the host too; it is made anew when a master changed.
 
 While the model runs, each parameter is represented by a *placeholder*: a parameter of full shape whose memory has been
 freed. torch.compile looks at its metadata only; what computes is the gathered value that the plan makes.
@@ -30,7 +30,7 @@ from zgraph.runtime.host import PAGE_BYTES, HostMemory
 from zgraph.runtime.materialise import materialise
 
 PARAMETERS = "parameters"
-"""Of a parameter that is offloaded so, what is computed with lies on the host too."""
+"""Of a parameter that is offloaded so, what is computed with is on the host too."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Slot:
         placeholder: what the model holds while it runs; `parameter` itself where that can serve.
         rest: this rank's memory of it: its padded chunk in one dimension, or the whole tensor where it is replicated.
         working: the tensor to compute with: `rest`, or where the parameter is offloaded a copy of it.
-        offload: what of it lies on the host: nothing, "optimizer" (master, gradient, optimizer state) or "parameters".
+        offload: what of it is on the host: nothing, "optimizer" (master, gradient, optimizer state) or "parameters".
         owners: every `_parameters` dictionary and key that holds it.
     """
 
@@ -210,7 +210,7 @@ class ShardStore:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of AdamW's two moments on the device: of parameters whose master lies there."""
+        """Bytes of AdamW's two moments on the device: of parameters whose master is there."""
         return 2 * (self._masters.num_bytes(on_host=False) + _num_bytes(s.rest for s in self._whole if not s.offload))
 
     @property

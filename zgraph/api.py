@@ -67,7 +67,7 @@ def compile(
             else any of "activations" (of what waits for the backward that which has no room; all, without a budget),
             "optimizer" (masters, gradients and optimizer state: the optimizer's step runs on the host) and
             "parameters" (all of that, and what is computed with).
-        kernels: "aten" runs all ops one by one; "triton" fuses what lies between matmuls into generated kernels, which
+        kernels: "aten" runs all ops one by one; "triton" fuses what is between matmuls into generated kernels, which
             compute in fp32 throughout: on GPUs where they were measured to be faster, in the first call (on processors
             by reference implementations in torch, which save no time); "inductor" has torch's Inductor compile what is
             between collectives, each different piece once, whatever layers it is in; "auto" is "triton" on GPUs.

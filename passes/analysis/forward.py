@@ -167,7 +167,7 @@ class Forward:
         return us
 
     def _gather_us(self, gather: Node) -> float:
-        """Duration of gathering a parameter, in microseconds, with its copy to the device if it lies on the host."""
+        """Duration of gathering a parameter, in microseconds, with its copy to the device if it is on the host."""
         costs, shard = self.context.costs, gather.operands[0]
         us = costs.copy_us(self._local_bytes(shard.type)) if shard.tensor.is_on_host else 0.0
         if self.graph.num_shards > 1:
@@ -304,7 +304,7 @@ class _Writer:
         self.made.update((old.name, new) for old, new in zip(node.results, results, strict=True))
 
     def from_gather(self, value: Value) -> Value:
-        """The backward's own gather of a parameter, moved here if it stands further down, or a new one."""
+        """The backward's own gather of a parameter, moved here if it is further down, or a new one."""
         maker = self.graph.producers.get(value.name)
         if maker is None or not self.forward.is_gathered_anew(maker):
             return value

@@ -130,7 +130,7 @@ def _plain(loss: _Loss, builder: Builder) -> dict[str, list[Node]]:
 
 
 def _loss(graph: Graph, node: Node) -> _Loss | None:
-    """The loss that a node makes, if nothing else reads what lies between it and the logits."""
+    """The loss that a node makes, if nothing else reads what is between it and the logits."""
     probabilities, target, weights, reduction, ignore_index = node.args
     softmax = _maker(graph, probabilities)
     if weights is not None or reduction not in _REDUCTIONS or not isinstance(ignore_index, int):

@@ -83,7 +83,7 @@ OPTIMIZERS_STEP = "the optimizer's step"
 
 
 def over_budget(context: Context, step_bytes: int, where: str) -> BudgetError:
-    """The error of a step that takes so much above what lies at rest."""
+    """The error of a step that takes so much above what is at rest."""
     needed = context.rest_bytes + step_bytes
     return BudgetError(
         f"a memory budget of {context.memory_budget:,} bytes cannot hold this step: with {context.rest_bytes:,} at "

@@ -99,7 +99,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def dtensor(
     local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: Sequence[int]
 ) -> DTensor:
-    """A DTensor over this rank's part, which may lie in the host's memory though the mesh is of GPUs."""
+    """A DTensor over this rank's part, which may be in the host's memory though the mesh is of GPUs."""
     if local.device.type == mesh.device_type:
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=tuple(stride))
     spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, tuple(stride), local.dtype))

@@ -67,7 +67,7 @@ class Derived:
                 yield None, f"{op} is declared with other effects than its schema has: {has}, not {row}"
 
     def abstract(self, kind: Type) -> Hashable:
-        """A type without where it lies, sizes as numbers."""
+        """A type without where it is, sizes as numbers."""
         if isinstance(kind, TensorType):
             strides = None if kind.strides is None else tuple(evaluate(d, self.hints) for d in kind.strides)
             return kind.dtype.value, tuple(evaluate(d, self.hints) for d in kind.shape), strides

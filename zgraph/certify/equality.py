@@ -214,7 +214,7 @@ def _dtypes(graph: Graph) -> list[DType | None]:
 
 
 def _saved(programs: Programs) -> Iterator[tuple[int, str]]:
-    """The terms of what lives from the forward to the backward, and where it lies."""
+    """The terms of what lives from the forward to the backward, and where it is."""
     graph, terms = programs.graph, programs.synced.terms
     made = {r.name: r for n in graph.nodes if n.phase.rank == 0 for r in n.results}
     for node in graph.nodes:

@@ -2,7 +2,7 @@
 
 A storage is alive from the node that makes it to the last that touches it or a view of it, the release among them; what
 is sent, until the wait. What waits for the backward is alive in between, gradients to the end, an arena for the whole
-program. Not counted is what the caller holds (the inputs, and outputs once the forward is over), what lies on the host,
+program. Not counted is what the caller holds (the inputs, and outputs once the forward is over), what is on the host,
 and what kernels of processors take for themselves while they run.
 """
 
@@ -31,7 +31,7 @@ NUM_SHOWN = 5
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes of the device alive at once in a step above what lies at rest, the node where that is, its phase,
+    """The most bytes of the device alive at once in a step above what is at rest, the node where that is, its phase,
     and names and bytes of the largest of what is alive there."""
 
     num_bytes: int = 0

@@ -7,7 +7,7 @@ zgraph's own ops do to a value:
     reload(offload x) = x                  copy(x) = x                         cast(x, its own dtype) = x
     pending(x) = x                         reduction of x = mean(x), sum(x) or root(x), as the type of x says
 
-A term says nothing of where a value lies: that is in its type, which `zgraph.ir.verifier` checks. Ops that draw random
+A term says nothing of where a value is: that is in its type, which `zgraph.ir.verifier` checks. Ops that draw random
 numbers take the state of the generator as an operand and leave another, so that neither their number nor their order
 can change. What shares memory with what is written to reads as another term afterwards. Casts and gathers commute, as
 a term has no placement.

@@ -45,7 +45,7 @@ class CompiledModel:
         context: of the passes.
         save: where the first rank writes what the passes made of the first graph; the others have numbers.
         replayed: a run whose last graph takes the place of the passes, for the training graph.
-        regions: if given, they compile what lies between collectives.
+        regions: if given, they compile what is between collectives.
         tunes: whether the candidates for running a group are measured before the first graph is compiled.
         narrator: tells the user of what is captured; None tells nothing.
     """

@@ -91,7 +91,7 @@ class Report:
         rest_bytes: bytes of parameters that this rank's device holds at rest.
         state_bytes: bytes of AdamW's two moments there.
         buffer_bytes: bytes of the model's buffers, which every rank holds.
-        update_bytes: bytes that the optimizer's step has alive above what lies at rest.
+        update_bytes: bytes that the optimizer's step has alive above what is at rest.
         host_bytes: bytes at rest on the host: masters, AdamW's moments of them, and copies to compute with.
         entries: one for each captured graph, in the order of capture.
         regions: what Inductor compiled, if it was to.
@@ -111,12 +111,12 @@ class Report:
 
     @property
     def step_peak_bytes(self) -> int:
-        """The most bytes alive at once in a forward and backward above what lies at rest, over all captured graphs."""
+        """The most bytes alive at once in a forward and backward above what is at rest, over all captured graphs."""
         return max((e.memory.peak.total_bytes for e in self.entries), default=0)
 
     @property
     def host_peak_bytes(self) -> int:
-        """The most bytes on the host at once in a step, above what lies at rest there: activations and gradients."""
+        """The most bytes on the host at once in a step, above what is at rest there: activations and gradients."""
         return max((e.memory.host_peak_bytes for e in self.entries), default=0)
 
     @property

@@ -43,7 +43,7 @@ NUM_SERVED = 2
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Bytes alive while one instruction runs, by category; nothing of what lies at rest is counted.
+    """Bytes alive while one instruction runs, by category; nothing of what is at rest is counted.
 
     `host_bytes` lie in the host's memory, all others in the device's.
     """
@@ -60,7 +60,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class MemoryCurve:
-    """Bytes alive over one step, above what lies at rest."""
+    """Bytes alive over one step, above what is at rest."""
 
     moments: tuple[Moment, ...]
 

@@ -87,7 +87,7 @@ def examine(
         tolerance: how much of its largest number an output may differ; by default what `TOLERANCES` says, or in real
             dtypes how many times what rounding makes of it.
         own: of a graph in which a part of what places it on ranks is done, the positions of outputs that are not
-            averaged over the ranks yet; None for any other graph. Outputs of such a one may lie in other places than
+            averaged over the ranks yet; None for any other graph. Outputs of such a one may be in other places than
             what they belong to.
         micro_steps: how many run under no_sync at most.
         only: the one program to look at, by its name; empty for all.

@@ -27,7 +27,7 @@ SAME_DRAWS = frozenset({DROPOUT, SEED})
 FLOATS = frozenset({DType.f64, DType.f32, DType.f16, DType.bf16})
 
 _RANKS_APART, _DRAWS_APART = 1_000_003, 7_919
-"""Seeds of ranks and of draws lie this far apart."""
+"""Seeds of ranks and of draws are this far apart."""
 
 Disturb = Callable[[torch.Tensor], torch.Tensor]
 

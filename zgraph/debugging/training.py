@@ -32,7 +32,7 @@ CHANGE = 0.1
 """An update changes a parameter by about this much of its largest number."""
 
 _SEEDS_APART = 15_485_863
-"""Seeds of micro-steps lie this far apart."""
+"""Seeds of micro-steps are this far apart."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def plan(
     """Plans memory and time of training a model with AdamW, without the hardware: no process group, device or memory.
 
     If a stage does not fit the budget, as much of the forward as needed is computed again or moved to the host. If that
-    is not enough, optimizer states and then parameters lie on the host. Layers of one class with parameters of the same
+    is not enough, optimizer states and then parameters are on the host. Layers of one class with parameters of the same
     shapes count as repeated.
 
     Args:
@@ -191,7 +191,7 @@ def seconds(us: float) -> str:
 
 
 def resting(plan: StagePlan) -> str:
-    """Text that says what lies on the host; empty if nothing does."""
+    """Text that says what is on the host; empty if nothing does."""
     return f" with {plan.offload} on the host" if plan.offload else ""
 
 

@@ -2,7 +2,7 @@
 
 Bytes are followed in two parts of the step: until the backward reaches the first layer, where activations have their
 peak, and from there on, where gradients have theirs. What does not fit is computed again in the backward or moved to
-the host, whichever is faster. If neither is enough, optimizer states lie on the host too, and if that is not enough,
+the host, whichever is faster. If neither is enough, optimizer states are on the host too, and if that is not enough,
 parameters.
 """
 
@@ -37,7 +37,7 @@ class StagePlan:
     Args:
         stage: the ZeRO stage.
         whole: names of parameters that are at stage 0 all the same.
-        offload: what lies at rest on the host: nothing, "optimizer" or "parameters".
+        offload: what is at rest on the host: nothing, "optimizer" or "parameters".
         moved_share: the part of what waits for the backward that does so on the host.
         rest_bytes: bytes at rest on the device by category: parameters, optimizer state, buffers.
         peak_bytes: bytes on the device by category at the peak of the step, those at rest included.
@@ -99,7 +99,7 @@ class Planner:
         costs: of the hardware.
         budget: bytes that one rank's device may have alive.
         host_budget: bytes that one rank may have on the host; None sets no limit.
-        places: what may lie at rest on the host, what is tried first before the rest: "", "optimizer", "parameters".
+        places: what may be at rest on the host, what is tried first before the rest: "", "optimizer", "parameters".
         moves: whether activations may wait on the host.
     """
 

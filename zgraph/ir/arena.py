@@ -21,7 +21,7 @@ read 16 bytes at once, and collectives that want whole lines, find what lies in 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """A result of a node that can lie in an arena.
+    """A result of a node that can be in an arena.
 
     Args:
         name: of the value.

@@ -144,7 +144,7 @@ class Input:
         target: the name in the model of a parameter, buffer or lifted constant.
         stage: for a parameter, the ZeRO stage wanted for it; None leaves it to the recipe.
         master: for a parameter, the dtype of its master copy where that is not the dtype it is computed with.
-        offload: for a parameter, what of it lies on the host: nothing; `optimizer`: its master, gradient and optimizer
+        offload: for a parameter, what of it is on the host: nothing; `optimizer`: its master, gradient and optimizer
             state, while a copy to compute with stays on the device; `parameters`: that copy too.
     """
 

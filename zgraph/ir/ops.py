@@ -328,7 +328,7 @@ def _share_lands(node: Node, mesh: Mesh) -> int:
 
 
 def _staged(node: Node, mesh: Mesh) -> int:
-    """Shards that lie on the host go to the device first."""
+    """Shards that are on the host go to the device first."""
     return moved_bytes(node, mesh) // num_shards(mesh) if tensor(node).is_on_host else 0
 
 

@@ -112,7 +112,7 @@ def lay_out(parameters: Iterable[torch.Tensor], in_place: Callable[[torch.Tensor
 
     Args:
         parameters: of one group.
-        in_place: whether a parameter is updated where it lies, with its states beside it.
+        in_place: whether a parameter is updated where it is, with its states beside it.
     """
     known = slots_at_rest()
     flat: list[tuple[ShardStore, Slot]] = []

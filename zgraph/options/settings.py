@@ -68,8 +68,8 @@ class Settings:
         memory_budget: bytes that this rank's device may have alive; None sets no limit.
         recomputes: whether the forward may be computed again.
         moves: whether values of the forward may wait for the backward on the host.
-        offloads: what of each parameter lies on the host: "optimizer" or "parameters".
-        compiles_regions: whether Inductor compiles what lies between collectives.
+        offloads: what of each parameter is on the host: "optimizer" or "parameters".
+        compiles_regions: whether Inductor compiles what is between collectives.
         save: where to write a run file.
         fullgraph: whether the forward must be captured as one graph.
         dynamic: which sizes are symbols, as in `torch.compile`.

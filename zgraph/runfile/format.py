@@ -161,7 +161,7 @@ class RunFile:
         return self.manifest.snapshots[self.position(name)].member
 
     def position(self, name: str) -> int:
-        """Where a graph stands among all of them. Raises GraphNameError if there is none of that name."""
+        """Position of a graph among all of them. Raises GraphNameError if there is none of that name."""
         if name == "final":
             return len(self.names) - 1
         if name in self.names:
