@@ -156,7 +156,7 @@ class _Option:
     peak_bytes: dict[str, int]
     host_bytes: int
     fits: bool
-    has_room: bool
+    has_headroom: bool
 
     @property
     def total_bytes(self) -> int:
@@ -203,9 +203,9 @@ class _Shape:
         that helps; nothing is moved where the host has no room for all."""
         moved_share = 1.0 if self.planner.moves else 0.0
         ways = [self.option(price, moved_share) for price in (None, self.prices[-1])]
-        if moved_share and not any(option.has_room for option in ways):
+        if moved_share and not any(option.has_headroom for option in ways):
             ways = [self.option(price, 0.0) for price in (None, self.prices[-1])]
-        return min(ways, key=lambda option: (not option.has_room, option.total_bytes))
+        return min(ways, key=lambda option: (not option.has_headroom, option.total_bytes))
 
     @property
     def fitting(self) -> list[_Option]:
@@ -224,9 +224,9 @@ class _Shape:
         """Option at this price and moved share: its bytes, and whether it fits."""
         planner = self.planner
         peak_bytes, host_bytes = self.peak(price, moved_share)
-        has_room = planner.host_budget is None or host_bytes <= planner.host_budget
-        fits = has_room and sum(peak_bytes.values()) <= planner.budget
-        return _Option(price, moved_share, peak_bytes, host_bytes, fits, has_room)
+        has_headroom = planner.host_budget is None or host_bytes <= planner.host_budget
+        fits = has_headroom and sum(peak_bytes.values()) <= planner.budget
+        return _Option(price, moved_share, peak_bytes, host_bytes, fits, has_headroom)
 
     def fitted(self, moved_share: float) -> _Option:
         """The way that computes as little again as the budget asks for."""
