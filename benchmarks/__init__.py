@@ -1,1 +1,1 @@
-"""Benchmarks of zgraph beside its peers. They are not installed with the package: see README.md."""
+"""Benchmarks of zgraph beside its baselines. They are not installed with the package: see README.md."""

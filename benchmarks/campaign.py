@@ -1,4 +1,4 @@
-"""Every launch of a benchmark, in an order in which the noise of the machine hits all systems alike."""
+"""Every launch of a benchmark, in an order in which the noise of the machine hits all systems equally."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """From the call of the compiler to the end of the first step: python -m benchmarks.compile_time
 
-A Llama of many layers that are alike, trained on one process: by torch.compile, and in regions that Inductor compiles,
+A Llama of many identical layers, trained on one process: by torch.compile, and in regions that Inductor compiles,
 each different one once (`kernels="inductor"`). Every run is a process of its own with an empty cache of kernels. What a
 machine does once (the compiler's precompiled headers, the test of its vector instructions) is done before the clock
 starts, by compiling something small.

@@ -2,8 +2,8 @@
 
 A Llama trains on text from Python's own library, four times from the same seed on the same batches: with
 `kernels="aten"` and with `kernels="triton"`, in fp32, and in bf16 with masters in fp32. On processors the kernels'
-twins in torch run, which compute the same. The difference between bf16 and fp32, op by op in both, is drawn beside the
-others as a scale.
+reference implementations in torch run, which compute the same. The difference between bf16 and fp32, op by op in both,
+is drawn beside the others as a scale.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every rank holds its shards of a model of small layers, as `zgraph.compile(stage=3)` leaves them: DTensors over one flat
 buffer. zgraph's AdamW updates the buffer, torch's goes through the parameters. Gradients are there as a backward leaves
 them, each a tensor of its own, so that what zgraph copies side by side is part of its time. The optimizers take turns,
-each with a model of its own that starts alike; a step ends when the slowest rank has.
+each with a separate model that starts the same; a step ends when the slowest rank has.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ import zgraph
 from benchmarks.results import write
 from zgraph.optim import AdamW
 
-PEER = "torch, foreach"
+BASELINE = "torch, foreach"
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "zgraph": lambda parameters: AdamW(parameters, lr=1e-3),
-    PEER: lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, foreach=True),
+    BASELINE: lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, foreach=True),
     "torch, fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, fused=True),
 }
 
@@ -82,7 +82,7 @@ def rank_main(rank: int, options: Options, folder: str) -> None:
             slowest = torch.tensor(time.perf_counter() - began)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             seconds[name].append(slowest.item())
-    errors = {name: error(models[name], models[PEER]) for name in OPTIMIZERS}
+    errors = {name: error(models[name], models[BASELINE]) for name in OPTIMIZERS}
     if rank == 0:
         Path(folder, "times.json").write_text(json.dumps({"seconds": seconds, "errors": errors}))
     dist.destroy_process_group()
@@ -114,11 +114,11 @@ def measure(options: Options) -> list[Timed]:
         torch.multiprocessing.spawn(rank_main, (options, folder), options.num_ranks)
         found = json.loads(Path(folder, "times.json").read_text())
     seconds = {name: times[options.num_warmup :] for name, times in found["seconds"].items()}
-    peer_s = median(seconds[PEER])
+    baseline_s = median(seconds[BASELINE])
     rows = []
     for name, times in seconds.items():
         low, middle, high = quantiles(times, n=4, method="inclusive")
-        rows.append(Timed(name, middle, low, high, middle / peer_s, found["errors"][name]))
+        rows.append(Timed(name, middle, low, high, middle / baseline_s, found["errors"][name]))
     return rows
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.overhead --json overhead.json
 
 No process group, no sharding: both train the same model on the same batches. Their steps alternate, so that
-whatever else the machine does hits both alike.
+whatever else the machine does hits both equally.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Overhead:
     """Step times of one model, in seconds, each list in the order of the steps.
 
     ratio: median of compiled over median of eager; below 1 the compiled model is faster.
-    ratio_low, ratio_high: quartiles of the ratio between one step and its twin.
+    ratio_low, ratio_high: quartiles of the ratio between one step and its counterpart.
     """
 
     model: str

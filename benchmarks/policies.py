@@ -28,7 +28,7 @@ from zgraph.cost import CostTable, hardware, simulate
 from zgraph.ir import Axis, Graph
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.passes.analysis.timetable import evaluate, first_use_order
-from zgraph.passes.schedule import Schedule, Step, lower_bound_us
+from zgraph.passes.schedule import LoweredStep, Schedule, lower_bound_us
 
 LLAMA_3_70B = {
     "hidden_size": 8192,
@@ -63,8 +63,8 @@ def prefetch_one(graph: Graph, context: Context) -> Graph:
 
 def greedy(graph: Graph, context: Context) -> Graph:
     lowered = parse_recipe(LOWERED).run(graph, context, [])
-    step = Step(lowered, context)
-    problem = step.problem(step.room(Schedule().num_ahead))
+    step = LoweredStep(lowered, context)
+    problem = step.problem(step.headroom(Schedule().num_ahead))
     found = evaluate(problem, first_use_order(problem))
     assert found is not None
     _, timetable, waits = step.waits(problem, found, slack=0.0)

@@ -131,19 +131,19 @@ def main(
 ) -> None:
     """Measure PyTorch's ways, give zgraph their peaks as budgets, and print both."""
     plain, roomy = apart(eager, "eager, all kept", checkpoint=False), apart(ours, "zgraph", None)
-    peers = [plain, apart(eager, "eager, torch.utils.checkpoint on each layer", checkpoint=True)]
-    peers += [apart(partitioned, f"torch's partitioner, budget {b}", b) for b in BUDGETS]
+    baselines = [plain, apart(eager, "eager, torch.utils.checkpoint on each layer", checkpoint=True)]
+    baselines += [apart(partitioned, f"torch's partitioner, budget {b}", b) for b in BUDGETS]
     table = Table(title="Llama, 6 layers of 256, batch 4 x 256, fp32, AdamW, one process", title_justify="left")
     for column in ("way", "peak MB", "FLOP added", "zgraph in that budget: peak MB", "FLOP added"):
         table.add_column(column, justify="right" if column != "way" else "left")
     found = []
-    for peer in peers:
-        same = apart(ours, "zgraph", peer.peak_bytes)
+    for baseline in baselines:
+        same = apart(ours, "zgraph", baseline.peak_bytes)
         table.add_row(
-            peer.name, f"{peer.peak_bytes / 1e6:.1f}", f"{peer.flop / plain.flop - 1:.1%}",
+            baseline.name, f"{baseline.peak_bytes / 1e6:.1f}", f"{baseline.flop / plain.flop - 1:.1%}",
             f"{same.peak_bytes / 1e6:.1f}", f"{same.flop / roomy.flop - 1:.1%}",
         )  # fmt: skip
-        found.append({"peer": asdict(peer), "zgraph": asdict(same)})
+        found.append({"peer": asdict(baseline), "zgraph": asdict(same)})
     Console().print(table)
     write(json_file, plain=asdict(plain), roomy=asdict(roomy), rows=found)
 

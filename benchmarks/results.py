@@ -62,7 +62,7 @@ class Row:
     """One system, as it is printed. What could not be measured is None.
 
     step_s, step_low_s, step_high_s: median of the rounds' medians, and the quartiles of all steps.
-    vs_best_peer, vs_stage_peer: step time over that of the fastest peer, and of the fastest peer of the same
+    vs_best_peer, vs_stage_peer: step time over that of the fastest baseline, and of the fastest baseline of the same
         ZeRO stage. Both are medians over rounds, each round compared with itself, so that a slow spell of the
         machine cancels.
     sent_bytes: of one rank in one step, on the wire, headers included.
@@ -105,9 +105,9 @@ def rows(records: Sequence[Record], world_size: int, link_bytes_per_s: float | N
 
     link_bytes_per_s: what the link between hosts carries in each direction; None if nothing limits it.
     """
-    peers = [record for record in records if record.system.role is Role.PEER and record.rounds]
+    baselines = [record for record in records if record.system.role is Role.BASELINE and record.rounds]
     alone = [median(r.round_medians_s) for r in records if r.system.role is Role.COMPUTE and r.rounds]
-    found = [_row(record, peers, world_size) for record in records]
+    found = [_row(record, baselines, world_size) for record in records]
     return [_bounded(row, alone[0] if alone else None, link_bytes_per_s) for row in found]
 
 
@@ -146,7 +146,7 @@ def write(path: Path | None, **found: Any) -> None:
         path.write_text(json.dumps({"environment": environment(), **found}, indent=1, default=sorted) + "\n")
 
 
-def _row(record: Record, peers: Sequence[Record], world_size: int) -> Row:
+def _row(record: Record, baselines: Sequence[Record], world_size: int) -> Row:
     system = record.system
     row = Row(
         system.name,
@@ -168,8 +168,8 @@ def _row(record: Record, peers: Sequence[Record], world_size: int) -> Row:
         step_s=median(record.round_medians_s),
         step_low_s=low,
         step_high_s=high,
-        vs_best_peer=_ratio(record, peers),
-        vs_stage_peer=_ratio(record, [peer for peer in peers if peer.system.stage == system.stage]),
+        vs_best_peer=_ratio(record, baselines),
+        vs_stage_peer=_ratio(record, [baseline for baseline in baselines if baseline.system.stage == system.stage]),
         sent_bytes=sent,
         sent_ratio=None if sent is None else sent / (BYTES_PER_PARAMETER * reports[0].num_parameters),
         zero_ratio=zero_ratio(system.stage, world_size) if system.is_distributed else 0.0,
@@ -182,11 +182,11 @@ def _row(record: Record, peers: Sequence[Record], world_size: int) -> Row:
     )
 
 
-def _ratio(record: Record, peers: Sequence[Record]) -> float | None:
-    """Step time over that of the fastest of the peers, round by round."""
-    if not peers or not record.system.is_distributed:
+def _ratio(record: Record, baselines: Sequence[Record]) -> float | None:
+    """Step time over that of the fastest of the baselines, round by round."""
+    if not baselines or not record.system.is_distributed:
         return None
-    best = min(peers, key=lambda peer: median(peer.round_medians_s))
+    best = min(baselines, key=lambda baseline: median(baseline.round_medians_s))
     # Not strict: one of the two may have failed in a later round.
     pairs = zip(record.round_medians_s, best.round_medians_s, strict=False)
     return median(own / other for own, other in pairs)

@@ -1,4 +1,4 @@
-"""Training steps of zgraph and its peers, on the same model, data and seeds, in one run.
+"""Training steps of zgraph and its baselines, on the same model, data and seeds, in one run.
 
 python -m benchmarks.steps --hosts emulated --rate 1gbit --json results.json
 """
@@ -51,7 +51,7 @@ def main(
     logs: Annotated[Path | None, typer.Option(help="Folder to keep each rank's output in.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
 ) -> None:
-    """Measure training steps of zgraph and its peers, and print a table."""
+    """Measure training steps of zgraph and its baselines, and print a table."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a killed run, too, ends its ranks and its hosts
     say = partial(typer.echo, err=True)
     options = {

@@ -1,1 +1,1 @@
-"""Generated kernels: from a fused region to Triton source and its reference twin."""
+"""Generated kernels: from a fused region to Triton source and its reference implementation."""

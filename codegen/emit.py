@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from zgraph.codegen.loops import Sweep, sweeps
-from zgraph.codegen.ops import JOINED, NEUTRAL, OPS, Extent
+from zgraph.codegen.loops import Loop, loops
+from zgraph.codegen.ops import JOINED, NEUTRAL, SCALAR_OPS, Extent
 from zgraph.codegen.spec import Arg, KernelSpec, Operand, Step
 from zgraph.ir import DType
 
@@ -33,11 +33,11 @@ def source(spec: KernelSpec) -> str:
 
     The kernel takes a pointer for each input and output, the number of rows, and BLOCK_M and BLOCK_N. One program works
     on BLOCK_M rows at a time: on whole rows if something is summed over their columns, else on BLOCK_N columns, which
-    the second axis of the grid counts. Where it sums over rows, each program of the first axis writes a sum of its own:
+    the second axis of the grid counts. Where it sums over rows, each program of the first axis writes a separate sum:
     the output has one row for each, which are summed up afterwards, always in the same order.
 
-    Where whole rows are too long for one program to hold, it sweeps over them in blocks of BLOCK_N columns
-    (`sweeps.py`), and adds to its row of such an output in memory.
+    Where whole rows are too long for one program to hold, it loops over them in blocks of BLOCK_N columns
+    (`loops.py`), and adds to its row of such an output in memory.
     """
     return module(spec, "rows", _kernel(spec))
 
@@ -54,7 +54,7 @@ def _kernel(spec: KernelSpec) -> Iterator[str]:
     pointers = [f"{operand.name}_in" for operand in spec.inputs] + [f"{operand.name}_out" for operand in spec.outputs]
     yield "@triton.jit"
     yield f"def {spec.name}({', '.join(pointers)}, num_rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):"
-    yield from indented(_swept(spec) if spec.is_swept else _whole(spec))
+    yield from indented(_looped(spec) if spec.is_looped else _whole(spec))
 
 
 def indented(lines: Iterable[str]) -> Iterator[str]:
@@ -106,47 +106,47 @@ def _rows(spec: KernelSpec) -> Iterator[str]:
             yield store(output)
 
 
-def _swept(spec: KernelSpec) -> Iterator[str]:
-    """A kernel that sweeps over the columns of blocks of rows."""
+def _looped(spec: KernelSpec) -> Iterator[str]:
+    """A kernel that loops over the columns of blocks of rows."""
     yield from (load(operand) for operand in spec.inputs if operand.extent is Extent.scalar)
     yield from (line(step) for step in spec.steps if spec.extents[step.name] is Extent.scalar)
     yield _BLOCKS
-    yield from indented(_swept_rows(spec))
+    yield from indented(_looped_rows(spec))
 
 
-def _swept_rows(spec: KernelSpec) -> Iterator[str]:
-    """The work on one block of rows, sweep by sweep."""
+def _looped_rows(spec: KernelSpec) -> Iterator[str]:
+    """The work on one block of rows, loop by loop."""
     yield from _ROWS
     yield from (load(operand) for operand in spec.inputs if operand.extent is Extent.column)
-    for sweep in sweeps(spec):
-        yield from map(line, sweep.before)
-        for step in sweep.reductions:
+    for loop in loops(spec):
+        yield from map(line, loop.before)
+        for step in loop.reductions:
             yield f"{step.name}_parts = tl.full([BLOCK_M, BLOCK_N], {NEUTRAL[step.op]}, tl.float32)"
-        if sweep.steps or sweep.outputs:
+        if loop.steps or loop.outputs:
             yield f"for first in range(0, {spec.columns}, BLOCK_N):"
-            yield from indented(_swept_columns(spec, sweep))
-        for step in sweep.reductions:
-            yield f"{step.name} = {OPS[step.op].triton.format(f'{step.name}_parts')}"
+            yield from indented(_looped_columns(spec, loop))
+        for step in loop.reductions:
+            yield f"{step.name} = {SCALAR_OPS[step.op].triton.format(f'{step.name}_parts')}"
     yield from (store(output) for output in spec.outputs if output.extent is Extent.column)
     if spec.row_sums:
         yield "tl.debug_barrier()  # a thread may add to what another wrote"
 
 
-def _swept_columns(spec: KernelSpec, sweep: Sweep) -> Iterator[str]:
+def _looped_columns(spec: KernelSpec, loop: Loop) -> Iterator[str]:
     """The work on one block of columns."""
     yield "columns = first + tl.arange(0, BLOCK_N)"
     yield f"in_row = columns < {spec.columns}"
     yield from positions(spec)
-    yield from map(load, sweep.inputs)
-    for step in sweep.steps:
-        if step in sweep.reductions:
+    yield from map(load, loop.inputs)
+    for step in loop.steps:
+        if step in loop.reductions:
             parts = f"{step.name}_parts"
             yield f"{parts} = {JOINED[step.op].format(parts, _inside(step))}"
             continue
-        if OPS[step.op].reduces:
+        if SCALAR_OPS[step.op].reduces:
             yield f"{step.name} = {_sum_so_far(step, spec.columns)}"
         yield line(step)
-    for output in sweep.outputs:
+    for output in loop.outputs:
         yield _store_sum(output, spec.columns) if output.name in spec.row_sums else store(output)
 
 
@@ -165,7 +165,7 @@ def load(operand: Operand) -> str:
 
 def line(step: Step) -> str:
     args = [_text(a) for a in step.args]
-    op = OPS[step.op]
+    op = SCALAR_OPS[step.op]
     if op.reduces:
         args[0] = _inside(step)
     value = op.triton.format(*args)

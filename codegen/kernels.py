@@ -34,11 +34,11 @@ MAX_COLUMNS = 1024
 """Columns of a program that needs no whole rows."""
 
 MAX_PROGRAMS = 512
-"""Programs that sum over rows: each writes a sum of its own."""
+"""Programs that sum over rows: each writes a separate sum."""
 
 
 def folder() -> Path:
-    """Where the sources lie: a folder of this user alone.
+    """Folder of the sources: a folder of this user alone.
 
     Raises:
         CacheError: it cannot be one.
@@ -79,18 +79,18 @@ class Tiles:
     num_warps: int
 
 
-SWEPT = Tiles(1, 2048, 8)
-"""Those of a kernel that sweeps over rows: 8 numbers a thread, 16 bytes in bf16. With few rows at a time, later sweeps
+LOOPED = Tiles(1, 2048, 8)
+"""Those of a kernel that loops over rows: 8 numbers a thread, 16 bytes in bf16. With few rows at a time, later loops
 find them in the L2 cache."""
 
-SWEPT_SUMS = Tiles(2, 2048, 8)
+LOOPED_SUMS = Tiles(2, 2048, 8)
 """Those of one that sums over rows besides: it adds to its sums in memory once for each two rows."""
 
 
 def tiles(spec: KernelSpec) -> Tiles:
     """The default tiles of a kernel."""
-    if spec.is_swept:
-        return SWEPT_SUMS if spec.row_sums else SWEPT
+    if spec.is_looped:
+        return LOOPED_SUMS if spec.row_sums else LOOPED
     columns = spec.columns if spec.needs_whole_rows else min(spec.columns, MAX_COLUMNS)
     block_n = 1 << (columns - 1).bit_length()
     block_m = max(BLOCK_NUMEL // block_n, 1)

@@ -1,4 +1,4 @@
-"""Kernels as ops of torch: `zgraph::rows` runs one over rows, by Triton on GPUs and by its twin elsewhere;
+"""Kernels as ops of torch: `zgraph::rows` runs one over rows, by Triton on GPUs and by its reference elsewhere;
 `zgraph::linear_cross_entropy` is the loss of a projection, block by block (`loss.py`), `zgraph::rotary` the rotary
 embedding (`rotary.py`).
 
@@ -194,10 +194,10 @@ _LIBRARY.impl("rows", _rows(kernels.launch), "CUDA")
 torch.library.register_fake("zgraph::rows", _rows_fake, lib=_LIBRARY)
 _LIBRARY.impl("compiled", _rows(_compiled), "CompositeExplicitAutograd")
 torch.library.register_fake("zgraph::compiled", _rows_fake, lib=_LIBRARY)
-_LIBRARY.impl("matmul", _matmul(matmul.twin), "CPU")
+_LIBRARY.impl("matmul", _matmul(matmul.run_reference), "CPU")
 _LIBRARY.impl("matmul", _matmul(matmul.launch), "CUDA")
 torch.library.register_fake("zgraph::matmul", _matmul_fake, lib=_LIBRARY)
-_LIBRARY.impl("rotary", rotary.twin, "CPU")
+_LIBRARY.impl("rotary", rotary.run_reference, "CPU")
 _LIBRARY.impl("rotary", rotary.launch, "CUDA")
 torch.library.register_fake("zgraph::rotary", _rotary_fake, lib=_LIBRARY)
 _LIBRARY.impl("seed", _seed, "CompositeExplicitAutograd")

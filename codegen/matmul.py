@@ -166,7 +166,7 @@ def launch(spec: KernelSpec, a: Tensor, b: Tensor, inputs: Sequence[Tensor]) -> 
     return summed(spec, outs)
 
 
-def twin(spec: KernelSpec, a: Tensor, b: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+def run_reference(spec: KernelSpec, a: Tensor, b: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The same in torch, for processors; the product is rounded to the dtype of a and b there."""
     product = a @ b
     given = iter(inputs)
@@ -175,5 +175,5 @@ def twin(spec: KernelSpec, a: Tensor, b: Tensor, inputs: Sequence[Tensor]) -> li
 
 
 def scratch_bytes(spec: KernelSpec, num_rows: int, itemsize: int) -> int:
-    """About the most bytes that the twin has alive at once, beside what it reads and what it writes."""
+    """About the most bytes that the reference has alive at once, beside what it reads and what it writes."""
     return itemsize * num_rows * spec.columns + reference.scratch_bytes(spec, num_rows)

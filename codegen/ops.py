@@ -1,5 +1,5 @@
 """The scalar operations that kernels are made of: one row each, with its Triton text; `reference.py`
-has the torch twin.
+has the reference implementation in torch.
 
 Everything is computed in fp32. A value has an *extent*: `full` is one number for each row and column, `column` one for
 each row, `row` one for each column, `scalar` one.
@@ -74,7 +74,7 @@ _ROWS = (
     ScalarOp("col_sum", 1, "tl.sum({0}, axis=0)", "rows"),
 )
 
-OPS: Mapping[str, ScalarOp] = {op.name: op for op in _ROWS}
+SCALAR_OPS: Mapping[str, ScalarOp] = {op.name: op for op in _ROWS}
 
 NEUTRAL: Mapping[str, str] = {"row_sum": "0.0", "row_max": "float('-inf')", "col_sum": "0.0"}
 """Neutral number of each reduction, put in place of columns and rows beyond the last."""

@@ -1,4 +1,4 @@
-"""A kernel's twin in torch: the same steps on the same operands, for processors and for tests."""
+"""A kernel's reference implementation in torch: the same steps on the same operands, for processors and for tests."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def computed_in(spec: KernelSpec) -> DType:
 
 
 def scratch_bytes(spec: KernelSpec, num_rows: int) -> int:
-    """The most bytes that the twin has alive at once, beside what it reads and what it writes."""
+    """The most bytes that the reference has alive at once, beside what it reads and what it writes."""
     compute = computed_in(spec)
 
     def num_bytes(extent: Extent) -> int:

@@ -1,4 +1,4 @@
-"""The rotary embedding as one kernel: pairs of columns of each row, turned by an angle of their own.
+"""The rotary embedding as one kernel: pairs of columns of each row, each turned by its own angle.
 
 Columns j and j + H of x, with 2H columns of cosines and sines, become
 
@@ -144,7 +144,7 @@ def load(kernel: Rotary) -> Any:
     return load_source(kernel.name, kernel.source)
 
 
-def twin(x: Tensor, cos: Tensor, sin: Tensor, order: Sequence[int], back: bool) -> Tensor:
+def run_reference(x: Tensor, cos: Tensor, sin: Tensor, order: Sequence[int], back: bool) -> Tensor:
     """The same in torch, for processors and for tests; in float64 if x is.
 
     Args:
@@ -195,7 +195,7 @@ def empty(x: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def scratch_bytes(num_turned: int, num_angles: int, itemsize: int, angle_itemsize: int) -> int:
-    """The most bytes that the twin has alive at once, beside what it reads and what it writes.
+    """The most bytes that the reference has alive at once, beside what it reads and what it writes.
 
     Args:
         num_turned: numbers of x that are turned.

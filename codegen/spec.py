@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from zgraph.codegen.ops import OPS, Extent, joined
+from zgraph.codegen.ops import SCALAR_OPS, Extent, joined
 from zgraph.errors import KernelError
 from zgraph.ir import DType
 
@@ -94,9 +94,9 @@ class KernelSpec:
             raise KernelError(f"two inputs of {self.name} share a name")
         summed: set[str] = set()
         for step in self.steps:
-            op = OPS.get(step.op)
+            op = SCALAR_OPS.get(step.op)
             if op is None or len(step.args) != op.num_args:
-                raise KernelError(f"{self.name}: {step} is no operation; they are {', '.join(OPS)}")
+                raise KernelError(f"{self.name}: {step} is no operation; they are {', '.join(SCALAR_OPS)}")
             names = [a for a in step.args if isinstance(a, str)]
             if unknown := [n for n in names if n not in found or n in summed]:
                 raise KernelError(f"{self.name}: {step} reads {unknown[0]}, which is not there by then")
@@ -124,12 +124,12 @@ class KernelSpec:
     @cached_property
     def row_sums(self) -> tuple[str, ...]:
         """The names of sums over all rows: only written, never read."""
-        return tuple(step.name for step in self.steps if OPS[step.op].reduces == "rows")
+        return tuple(step.name for step in self.steps if SCALAR_OPS[step.op].reduces == "rows")
 
     @cached_property
     def needs_whole_rows(self) -> bool:
         """Whether anything is summed or compared over the columns of a row."""
-        return any(OPS[step.op].reduces == "columns" for step in self.steps)
+        return any(SCALAR_OPS[step.op].reduces == "columns" for step in self.steps)
 
     @property
     def is_epilogue(self) -> bool:
@@ -137,7 +137,7 @@ class KernelSpec:
         return any(operand.name == ACC for operand in self.inputs)
 
     @property
-    def is_swept(self) -> bool:
+    def is_looped(self) -> bool:
         """Whether it needs whole rows that are too long for one program to hold."""
         return self.needs_whole_rows and self.columns > MAX_WHOLE_COLUMNS
 

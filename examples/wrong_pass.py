@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from zgraph.ir import Foreign, Graph, Node
+from zgraph.ir import ExternalOp, Graph, Node
 from zgraph.passes import Context, Pass
 
 
@@ -22,7 +22,7 @@ class Powers(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         nodes = tuple(self.written(node) for node in graph.nodes)
         used = {node.op for node in nodes}
-        made = {op: Foreign() for op in ("aten.mul.Tensor", "aten.add.Tensor") if op in used}
+        made = {op: ExternalOp() for op in ("aten.mul.Tensor", "aten.add.Tensor") if op in used}
         kept = {op: row for op, row in graph.foreign.items() if op in used}
         return replace(graph, nodes=nodes, foreign={**made, **kept})
 

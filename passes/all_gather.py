@@ -21,7 +21,7 @@ class AllGather(Pass):
     """Lower reshards from shards to the whole into all-gathers.
 
     Args:
-        grouped: a bucket is one call that moves its members from and to where they lie; else they are packed, but
+        grouped: a bucket is one call that moves its members from and to where they are; else they are packed, but
             where the context says that the runtime groups calls.
     """
 

@@ -9,7 +9,7 @@
 Large buffers are placed first, each at the lowest place that is free for as long as it lives (Pisarchyk, Lee:
 "Efficient memory management for deep neural net inference", 2020, greedy by size). The forward and the backward have an
 arena each, as large as their most crowded moment wants, and the graph says how large. It is there for the whole
-program, which may raise the peak: then, if there is no room for that, buffers keep memory of their own.
+program, which may raise the peak: then, if there is no room for that, buffers are allocated separately.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Arena(Pass):
     """Give gathered parameters and buckets fixed places in one block of memory, so that nothing fragments.
 
     Args:
-        always: also where the device's allocator keeps no blocks, so that nothing fragments anyhow. A memory budget
-            still goes first.
+        always: also where the device's allocator keeps no blocks, and nothing fragments. A memory budget still goes
+            first.
     """
 
     always: bool = False
@@ -95,6 +95,6 @@ def sizes(graph: Graph) -> dict[Phase, ArenaSize]:
 
 
 def _at(node: Node, offsets: dict[str, int | None]) -> Node:
-    """The node with its results where they lie, if all of them do."""
+    """The node with the places of its results, if all of them have one."""
     at = tuple(offsets.get(result.name) for result in node.results)
     return replace(node, kwargs=(*node.kwargs, ("at", at))) if at and None not in at else node

@@ -113,7 +113,7 @@ def _latency_bytes(graph: Graph, context: Context) -> int:
     """The whole that a gather would move in the time that its latency takes."""
     if graph.num_shards == 1:
         return 0
-    network = context.costs.gather_line(graph.mesh)
+    network = context.costs.gather_alpha_beta(graph.mesh)
     sent = network.latency_us * network.bytes_per_s / 1e6
     return int(sent * graph.num_shards / (graph.num_shards - 1))
 

@@ -33,7 +33,7 @@ MAX_TRIALS = 12
 
 NO_LIMIT = 1 << 62
 
-MARGIN = 64
+SEARCH_MARGIN = 64
 """The search keeps this part of its interval away from both of its ends."""
 
 PRECISION = 100
@@ -218,5 +218,5 @@ class _Fitter:
             share = below / max(below + above, 1)
         else:
             share = below / span if below < above else 1 - above / span
-        share = min(max(share, 1 / MARGIN), 1 - 1 / MARGIN)
+        share = min(max(share, 1 / SEARCH_MARGIN), 1 - 1 / SEARCH_MARGIN)
         return fits_at + int(share * (over_at - fits_at))

@@ -1,4 +1,4 @@
-"""Fuse what lies between matmuls into kernels over rows, in the forward and in the backward.
+"""Fuse the ops between matmuls into kernels over rows, in the forward and in the backward.
 
     fwd %a: bf16[8, 64] = aten.silu.default(%gate)
     fwd %y: bf16[8, 64] = aten.mul.Tensor(%a, %up)
@@ -25,7 +25,7 @@ from typing import ClassVar, get_args
 from zgraph.ir import Graph, Node
 from zgraph.passes.core.base import Choice, Context, Numerics, Pass
 from zgraph.passes.dce import DeadCode
-from zgraph.passes.fusion.candidates import Ways
+from zgraph.passes.fusion.candidates import Candidates
 from zgraph.passes.fusion.groups import Groups
 from zgraph.passes.fusion.loss import fused_losses
 from zgraph.passes.fusion.patterns import RENAMES
@@ -35,7 +35,7 @@ from zgraph.passes.fusion.rows import COMPILED, FOREIGN, ROWS, Group
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Fuse what lies between matmuls into kernels over rows, in the forward and in the backward."""
+    """Fuse the ops between matmuls into kernels over rows, in the forward and in the backward."""
 
     name: ClassVar[str] = "fuse"
     numerics: ClassVar[Numerics] = Numerics.reassociates
@@ -50,12 +50,12 @@ class Fuse(Pass):
     def run(self, graph: Graph, context: Context) -> Graph:
         graph = _prepared(graph)
         groups, found = Groups(graph, self.name), list[Group]()
-        for each in groups.ways(self.matmuls, context.hints):
-            way = each.best(context, self.matmuls)
-            if way != "aten":
-                each.group.matmul = each.matmul if way in ("matmul", "library") else None
-                each.group.call = each.nodes["library"] if way == "library" else None
-                each.group.op = COMPILED if way == "inductor" else ROWS
+        for each in groups.candidates(self.matmuls, context.hints):
+            candidate = each.best(context, self.matmuls)
+            if candidate != "aten":
+                each.group.matmul = each.matmul if candidate in ("matmul", "library") else None
+                each.group.call = each.nodes["library"] if candidate == "library" else None
+                each.group.op = COMPILED if candidate == "inductor" else ROWS
                 found.append(each.group)
         while True:
             fused = {id(node) for group in found for node in group.members}
@@ -68,13 +68,13 @@ class Fuse(Pass):
         return DeadCode().run(_replaced(groups.graph, done) if done else graph, context)
 
 
-def ways(graph: Graph, hints: Mapping[str, int]) -> list[Ways]:
+def candidates(graph: Graph, hints: Mapping[str, int]) -> list[Candidates]:
     """How the groups of a captured graph can be run, to measure."""
-    return list(Groups(_prepared(graph), Fuse.name).ways("auto", hints))
+    return list(Groups(_prepared(graph), Fuse.name).candidates("auto", hints))
 
 
 def _prepared(graph: Graph) -> Graph:
-    """The graph with losses and rotary embeddings as ops of their own."""
+    """The graph with losses and rotary embeddings as single ops."""
     return fused_losses(fused_subgraphs(graph, Fuse.name), Fuse.name)
 
 

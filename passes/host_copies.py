@@ -5,7 +5,7 @@
     fwd %h_host_start: future f32[8, 64]<V>@host = offload_start(%h)
     fwd %h_host: f32[8, 64]<V>@host = wait(%h_host_start)
 
-Shards on the host that are gathered need no copy of their own: the all-gather takes them from there.
+Shards on the host that are gathered need no separate copy: the all-gather takes them from there.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from zgraph.ir import Graph, Node, Phase
 from zgraph.ir.ops import padded_bytes
 from zgraph.passes.analysis.gathers import gathered, is_gather
 from zgraph.passes.analysis.lookahead import lowered
-from zgraph.passes.analysis.timetable import Room
+from zgraph.passes.analysis.timetable import HeadroomTree
 from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.dce import DeadCode
 
@@ -57,13 +57,13 @@ class Keep(Pass):
         if limit is None or curve.peak.total_bytes > limit:
             return []
         ahead_bytes = step.ahead_bytes(self.num_ahead)
-        room = Room([max(r - ahead_bytes, 0) for r in step.room_beside(curve, 0)])
+        headroom = HeadroomTree([max(r - ahead_bytes, 0) for r in step.headroom_beside(curve, 0)])
         kept = []
         for full, again in sorted(pairs, key=lambda pair: step.uses(pair[1].name)):
             begin, end = step.uses(full.name)[1] + 1, step.uses(again.name)[0]
             num_bytes = padded_bytes(full.operands[0].tensor, graph.num_shards)
-            if room.last_below(num_bytes, end) < begin:
-                room.take(num_bytes, begin, end)
+            if headroom.last_below(num_bytes, end) < begin:
+                headroom.take(num_bytes, begin, end)
                 kept.append((full, again))
         return kept
 

@@ -20,12 +20,12 @@ The stage is nothing but this statement (the source of the stages: Rajbhandari e
 A gradient as the backward makes it is each rank's own, V. That the mean of them is meant is said here, once, by
 `pending`; from then on the type says it, and no op of a model can read the gradient until it is reduced.
 
-Offloaded state lies on the host. The gradient is moved there as soon as it is reduced, for an optimizer that works
+Offloaded state is on the host. The gradient is moved there as soon as it is reduced, for an optimizer that works
 there on the master copy. An offloaded parameter is also brought from there whenever it is gathered, in the compute
 dtype.
 
 Buffers are replicated. Where the forward changes one (BatchNorm's running mean), the first rank's new value is taken on
-every rank (P(root) -> R), so that all ranks evaluate alike and any of them may save it.
+every rank (P(root) -> R), so that all ranks evaluate the same and any of them may save it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Partition(Pass):
     """State where parameters, gradients and inputs live, and put a reshard where they must be elsewhere.
 
     Args:
-        stage: the stage of the parameters that do not have one of their own.
+        stage: the stage of the parameters that state none.
     """
 
     stage: int = field(default=3, metadata={"always_printed": True})
@@ -204,7 +204,7 @@ class _Partitioner:
         return here[value.name]
 
     def whole(self, entry: Input, kind: TensorType, user: Node) -> Value:
-        """The parameter as compute wants it: cast from its master, then gathered, from the host if it lies there."""
+        """The parameter as compute wants it: cast from its master, then gathered, from the host if it is there."""
         current, origin = entry.value, user.origin
         stem = f"{entry.value.name}_{'again' if user.phase is Phase.backward else 'full'}"
         if current.tensor.dtype is not kind.dtype:

@@ -21,7 +21,7 @@ class ReduceScatter(Pass):
     """Lower reshards of gradients into shards to reduce-scatters.
 
     Args:
-        grouped: a bucket is one call that moves its members from and to where they lie; else they are packed, but
+        grouped: a bucket is one call that moves its members from and to where they are; else they are packed, but
             where the context says that the runtime groups calls.
     """
 

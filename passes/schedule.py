@@ -47,7 +47,7 @@ class Schedule(Pass):
 
     Args:
         num_ahead: as above.
-        slack: a collective starts this many of its own durations before the clock says it must, and a reduction is
+        slack: a collective starts this many of its durations before the clock says it must, and a reduction is
             waited for as many after the clock says that it is over. Clocks are wrong.
         effort: how many orders of the collectives are tried beyond the two plain ones.
     """
@@ -65,20 +65,20 @@ class Schedule(Pass):
             raise ValueError("num_ahead, slack and effort must be 0 or more")
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        step = Step(graph, context)
+        step = LoweredStep(graph, context)
         if not step.collectives:
-            step.room(0)  # raises where the budget does not hold
+            step.headroom(0)  # raises where the budget does not hold
             return graph
-        room = step.room(self.num_ahead)
+        headroom = step.headroom(self.num_ahead)
         for _ in range(NUM_ROUNDS):
-            placed = self._best(step, step.problem(room))
+            placed = self._best(step, step.problem(headroom))
             over_bytes = step.over_bytes(placed)
             if over_bytes <= 0:
                 return placed
-            room = tuple(max(r - over_bytes, 0) for r in room)
+            headroom = tuple(max(r - over_bytes, 0) for r in headroom)
         return step.plain[0]
 
-    def _best(self, step: Step, problem: Problem) -> Graph:
+    def _best(self, step: LoweredStep, problem: Problem) -> Graph:
         """The graph by the best timetable found."""
         best: tuple[Timetable, dict[int, float]] | None = None
         for _ in range(NUM_ROUNDS):
@@ -106,7 +106,7 @@ class Collective:
     is_gather: bool
 
 
-class Step:
+class LoweredStep:
     """A lowered graph as a scheduling problem: ops of the compute lane in their order, collectives and copies between
     them."""
 
@@ -119,8 +119,8 @@ class Step:
         self.phase_end = {phase: sum(graph.nodes[p].phase.rank <= phase.rank for p in self.ops) for phase in Phase}
         self.transfers = [self._transfer(c, needs) for c, needs in zip(self.collectives, self._needs(), strict=True)]
 
-    def problem(self, room: tuple[int, ...]) -> Problem:
-        """The problem with this room beside each op."""
+    def problem(self, headroom: tuple[int, ...]) -> Problem:
+        """The problem with this headroom beside each op."""
         hints, costs = self.context.hints, self.context.costs
         us = [costs.node_us(self.graph, self.graph.nodes[p], hints) for p in self.ops]
         for collective, transfer in zip(self.collectives, self.transfers, strict=True):
@@ -128,9 +128,9 @@ class Step:
             extra = (*collective.before, *collective.after)
             us[at] += sum(costs.node_us(self.graph, self.graph.nodes[p], hints) for p in extra)
             us[at] += costs.start_us(self.graph.nodes[collective.start], hints)
-        return Problem(tuple(us), room, tuple(self.transfers))
+        return Problem(tuple(us), headroom, tuple(self.transfers))
 
-    def room(self, num_ahead: int) -> tuple[int, ...]:
+    def headroom(self, num_ahead: int) -> tuple[int, ...]:
         """Bytes that collectives may hold beside each op, where all run exactly when they are needed.
 
         Raises:
@@ -142,9 +142,9 @@ class Step:
         if limit is not None and max(peak.total_bytes, update) > limit:
             where = f"%{peak.node}, {peak.phase}" if peak.total_bytes >= update else OPTIMIZERS_STEP
             raise over_budget(self.context, max(peak.total_bytes, update), where)
-        return self.room_beside(curve, num_ahead)
+        return self.headroom_beside(curve, num_ahead)
 
-    def room_beside(self, curve: MemoryCurve, num_ahead: int) -> tuple[int, ...]:
+    def headroom_beside(self, curve: MemoryCurve, num_ahead: int) -> tuple[int, ...]:
         """Bytes that collectives may hold beside each op, of which this is the memory with none under way."""
         number = {(self.graph.nodes[p].phase.value, self.graph.nodes[p].name): i for i, p in enumerate(self.ops)}
         used = [0] * len(self.ops)
@@ -230,7 +230,7 @@ class Step:
         for op in range(problem.num_ops):
             used += held[op]
             for number in first_out:
-                if used <= problem.room[op]:
+                if used <= problem.headroom[op]:
                     break
                 if found.starts[number] <= op < waits[number]:
                     held[waits[number]] += transfers[number].num_bytes
@@ -318,9 +318,9 @@ class Step:
 def lower_bound_us(graph: Graph, context: Context) -> float:
     """A time below which no schedule of this graph can go, whatever the memory: all computing, all communication, or
     the longest way through both."""
-    step = Step(graph, context)
-    room = (0,) * len(step.ops)
-    return step.problem(room).lower_bound_us if step.ops else 0.0
+    step = LoweredStep(graph, context)
+    headroom = (0,) * len(step.ops)
+    return step.problem(headroom).lower_bound_us if step.ops else 0.0
 
 
 def step_bound_us(graph: Graph, context: Context, timeline: Timeline) -> float:

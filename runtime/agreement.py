@@ -52,7 +52,7 @@ def described(node: Node) -> str:
 
 
 def plan_text(plan: Plan, captured: str, known: str) -> str:
-    """All that ranks must have alike to run a plan: what the passes knew, were given and made, and the programs."""
+    """All that must be equal on all ranks to run a plan: what passes knew, were given and made, and the programs."""
     lines = [known, *captured.splitlines()[1:], f"final graph {fingerprint(_unnamed(plan.graph))}"]
     lines += print_graph(_unnamed(plan.graph), origins=False).splitlines()
     for program in programs(plan):
@@ -66,8 +66,8 @@ def _unnamed(graph: Graph) -> Graph:
 
 
 def programs(plan: Plan) -> Iterator[Program]:
-    """The programs of a plan: forward, backward, unsynced, and those without absent tangents."""
-    return (p for p in (plan.forward, plan.backward, plan.unsynced, *(plan.lean or ())) if p is not None)
+    """The programs of a plan: forward, backward, unsynced, and those without zero tangents."""
+    return (p for p in (plan.forward, plan.backward, plan.unsynced, *(plan.loss_only or ())) if p is not None)
 
 
 def _program_lines(program: Program) -> Iterator[str]:
@@ -82,8 +82,8 @@ def wire_of(plan: Plan) -> tuple[dict[int, bytes], tuple[object, ...]]:
     """Marks of a plan's collectives: one for each by the id of its node, and all marks of each program."""
     marks: dict[int, bytes] = {}
     found: list[tuple[bytes, ...]] = []
-    lean = plan.lean or (plan.backward, plan.unsynced)
-    for program in (plan.forward, plan.backward, plan.unsynced, *lean):
+    loss_only = plan.loss_only or (plan.backward, plan.unsynced)
+    for program in (plan.forward, plan.backward, plan.unsynced, *loss_only):
         if program is not None:
             moved = _Moved(plan, program)
             own = {id(n): moved.mark(n) for n in moved.nodes if n.op in COLLECTIVES}

@@ -60,7 +60,7 @@ def offload_start(node: Node, session: Session) -> Execute:
 
 
 def reload_start(node: Node, session: Session) -> Execute:
-    """A copy on the device of what lies on the host."""
+    """A copy on the device of what is on the host."""
     host, place, name = session.host, _place(node), described(node)
 
     def execute(tensor: torch.Tensor, arena: torch.Tensor | None = None) -> Future:
@@ -205,7 +205,7 @@ def wait(node: Node, session: Session) -> Execute:
 
 
 def pack(node: Node, session: Session) -> Execute:
-    """One bucket of several tensors. Shards that lie side by side already are not copied."""
+    """One bucket of several tensors. Shards that are adjacent already are not copied."""
     kinds = [v.tensor for v in node.operands]
     layout = bucket_layout(kinds, session.num_shards)
     if kinds[0].is_sharded:
@@ -268,7 +268,7 @@ def accumulate(node: Node, session: Session) -> Execute:
     return lambda gradient: with_unreduced(session, slot, gradient)
 
 
-MAKERS: Mapping[str, Callable[[Node, Session], Execute]] = {
+EXECUTORS: Mapping[str, Callable[[Node, Session], Execute]] = {
     "all_gather_start": all_gather_start, "reduce_scatter_start": reduce_scatter_start,
     "all_reduce_start": all_reduce_start, "broadcast_start": broadcast_start, "offload_start": offload_start,
     "reload_start": reload_start, "wait": wait, "pack": pack,
@@ -322,7 +322,7 @@ def _padder(kind: TensorType, num_ranks: int) -> Callable[[torch.Tensor], torch.
 
 
 def _side_by_side(chunks: tuple[torch.Tensor, ...], layout: BucketLayout) -> torch.Tensor | None:
-    """The chunks as one view, where they lie in memory as the bucket wants them."""
+    """The chunks as one view, if they have the bucket's layout in memory."""
     first = chunks[0]
     start, storage = first.storage_offset(), first.untyped_storage().data_ptr()
     for chunk, offset in zip(chunks, layout.offsets, strict=True):

@@ -36,7 +36,7 @@ class DiskFile:
     """A file that tensors are cut from. It has no name, so that nothing is left behind.
 
     Args:
-        folder: where it lies; made if it is missing.
+        folder: where it is; made if it is missing.
         num_bytes: of all tensors.
         num_tensors: how many.
         access: "direct" past the page cache, or "mapped". "auto" is direct where the file is larger than what the

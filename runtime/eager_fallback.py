@@ -30,28 +30,28 @@ def whole_parameters(session: Session) -> Iterator[None]:
         raise
     before = []
     for slot, parameter in zip(session.store.slots.values(), whole, strict=True):
-        for home, key in slot.homes:
-            before.append((home, key, home[key]))
-            home[key] = parameter
+        for owner, key in slot.owners:
+            before.append((owner, key, owner[key]))
+            owner[key] = parameter
     try:
         yield
     finally:
-        for home, key, held in before:
-            home[key] = held
+        for owner, key, held in before:
+            owner[key] = held
 
 
 def _full(session: Session, slot: Slot) -> torch.Tensor:
     """A parameter as it is computed with: on the device, gathered where it is sharded."""
-    chunk = slot.rest.to(session.device, slot.stand_in.dtype)
+    chunk = slot.rest.to(session.device, slot.placeholder.dtype)
     if not slot.is_sharded:
         return chunk
     out = chunk.new_empty(chunk.numel() * session.num_shards)
     work = private_runtime.all_gathers([(out, chunk)], session.shard_group)
     session.peers.wait(work, slot.name)
-    return out[: slot.stand_in.numel()].view(slot.stand_in.shape)
+    return out[: slot.placeholder.numel()].view(slot.placeholder.shape)
 
 
-def run_whole(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
+def eager_fallback(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
     """`forward` with every parameter whole from its beginning to the end of the backward.
 
     Gradients are averaged over the ranks when the backward ends.
@@ -61,7 +61,7 @@ def run_whole(forward: Callable[..., Any], session: Session) -> Callable[..., An
         "the peak is that of the whole model. Make the forward one graph to have it compiled.",
         stacklevel=3,
     )
-    whole = _Whole(session)
+    whole = _GatheredModel(session)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with whole.gathered():
@@ -80,7 +80,7 @@ class _Call:
         self.is_over = False
 
 
-class _Whole:
+class _GatheredModel:
     """The placeholders of a session, filled for as long as somebody may read them."""
 
     def __init__(self, session: Session) -> None:
@@ -100,25 +100,25 @@ class _Whole:
         call = _Call()
         self.calls.add(call)
         attached = _AttachWhole.apply(self, call, trained, *(s.parameter for s in trained))  # type: ignore[no-untyped-call]
-        before = [(home, key, home[key]) for slot in trained for home, key in slot.homes]
+        before = [(owner, key, owner[key]) for slot in trained for owner, key in slot.owners]
         for slot, whole in zip(trained, attached, strict=True):
-            for home, key in slot.homes:
-                home[key] = whole
+            for owner, key in slot.owners:
+                owner[key] = whole
         try:
             yield
         finally:
-            for home, key, held in before:
-                home[key] = held
+            for owner, key, held in before:
+                owner[key] = held
 
     def fill(self) -> None:
         """Fill the placeholders, unless they hold the present values already."""
         if self.version == self.session.store.version:
             return
         for slot in self.slots:
-            if slot.stand_in is not slot.parameter:
+            if slot.placeholder is not slot.parameter:
                 with torch.no_grad():
-                    slot.stand_in.untyped_storage().resize_(slot.stand_in.nbytes)
-                    slot.stand_in.copy_(_full(self.session, slot))
+                    slot.placeholder.untyped_storage().resize_(slot.placeholder.nbytes)
+                    slot.placeholder.copy_(_full(self.session, slot))
         self.version = self.session.store.version
 
     def share_buffers(self) -> None:
@@ -134,8 +134,8 @@ class _Whole:
             return
         self.version = -1
         for slot in self.slots:
-            if slot.stand_in is not slot.parameter and slot.is_sharded:
-                slot.stand_in.untyped_storage().resize_(0)
+            if slot.placeholder is not slot.parameter and slot.is_sharded:
+                slot.placeholder.untyped_storage().resize_(0)
 
     def reduced(self, slots: Sequence[Slot], made: Sequence[torch.Tensor | None]) -> Iterator[tuple[int, Gradient]]:
         """The gradients of a backward, by position: averaged over the ranks, unless under no_sync.
@@ -154,7 +154,7 @@ class _Whole:
         session.peers.wait(work, "which parameters have gradients")
         for index, (slot, gradient, anywhere) in enumerate(zip(slots, made, has.tolist(), strict=True)):
             if anywhere:
-                whole = torch.zeros_like(slot.stand_in) if gradient is None else gradient
+                whole = torch.zeros_like(slot.placeholder) if gradient is None else gradient
                 yield index, Gradient(session.mean(slot, with_unreduced(session, slot, whole)).to(slot.rest.dtype))
 
 
@@ -162,10 +162,10 @@ class _AttachWhole(torch.autograd.Function):
     """From parameters at rest to whole ones, and from whole gradients to gradients at rest."""
 
     @staticmethod
-    def forward(ctx: Any, whole: _Whole, call: _Call, slots: Sequence[Slot], *parameters: torch.Tensor) -> Any:
+    def forward(ctx: Any, whole: _GatheredModel, call: _Call, slots: Sequence[Slot], *parameters: torch.Tensor) -> Any:
         ctx.whole, ctx.call, ctx.slots = whole, call, slots
         ctx.set_materialize_grads(False)
-        return tuple(slot.stand_in.detach() for slot in slots)
+        return tuple(slot.placeholder.detach() for slot in slots)
 
     @staticmethod
     def backward(ctx: Any, *made: torch.Tensor | None) -> Any:

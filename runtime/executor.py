@@ -14,7 +14,7 @@ from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import resolve, to_torch
 from zgraph.ir import Arg, Instruction, Node, Plan, Program, Value
 from zgraph.ir.arena import offsets
-from zgraph.runtime.collectives import MAKERS
+from zgraph.runtime.collectives import EXECUTORS
 from zgraph.runtime.recorder import Watcher
 from zgraph.runtime.region import Region, cut
 from zgraph.runtime.regions import Regions
@@ -39,7 +39,7 @@ def link(
         session: the state that collectives and accumulation work on.
         resident: the memory of parameters and constants, by the name of their value.
         watcher: if given, it is told after every instruction.
-        regions: if given, they compile what lies between collectives.
+        regions: if given, they compile what is between collectives.
     """
     writer = _Writer(program, plan, session, resident, watcher, regions)
     source = writer.source()
@@ -123,7 +123,7 @@ class _Writer:
             parts = [self.argument(a) for a in node.args] + [f"{k}={self.argument(a)}" for k, a in node.kwargs]
             multi = row.multi
         else:
-            function = self.constant(MAKERS[node.op](node, self.session), f"{node.op}_{node.name}")
+            function = self.constant(EXECUTORS[node.op](node, self.session), f"{node.op}_{node.name}")
             parts = [self.local(v.name) for v in node.operands] + ["arena=arena"] * bool(offsets(node))
             multi = len(node.results) > 1
         call = f"{function}({', '.join(parts)})"

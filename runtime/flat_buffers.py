@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from zgraph.ir.layout import ALIGN_BYTES
+from zgraph.ir.layout import MEMBER_ALIGN_BYTES
 from zgraph.runtime.host import HostMemory
 
 
@@ -22,11 +22,11 @@ class Part(NamedTuple):
 
 def align_numel(dtype: torch.dtype) -> int:
     """Elements between places where a tensor of a bucket may begin."""
-    return max(1, ALIGN_BYTES // dtype.itemsize)
+    return max(1, MEMBER_ALIGN_BYTES // dtype.itemsize)
 
 
 class Flats:
-    """One buffer for all parts that are alike, each part aligned, in the order given.
+    """One buffer for all parts of one kind, each part aligned, in the order given.
 
     Args:
         parts: the request of each name.

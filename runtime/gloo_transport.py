@@ -2,7 +2,7 @@
 
 gloo's all-gather copies through a hidden buffer, and its reduce-scatter sends twice what it must. A receiver there asks
 for data with a small message, which queues behind what its own side is sending on that connection: an exchange may
-end up running one direction after the other. So each direction has connections of its own here, receives are posted
+end up running one direction after the other. So each direction has separate connections here, receives are posted
 before sends, and everything is sent from and received into the memory where it belongs.
 
 Ranks on several hosts cross between hosts first and share within the host afterwards (the other way round when they
@@ -102,7 +102,7 @@ def host_name() -> str:
 
 
 class Lane:
-    """Runs collectives between ranks, one after the other, in a thread of its own.
+    """Runs collectives between ranks, one after the other, in a separate thread.
 
     Args:
         store: where the ranks meet.
@@ -120,21 +120,21 @@ class Lane:
         self.rank, self.hosts, self.each_has_all = rank, hosts, each_has_all
         self.num_ranks = sum(len(row) for row in hosts.rows)
         self.host, self.place = hosts.place(rank)
-        self.mates = hosts.rows[self.host]
-        self.column = tuple(row[self.place] for row in hosts.rows)
+        self.local_ranks = hosts.rows[self.host]
+        self.cross_host_ranks = tuple(row[self.place] for row in hosts.rows)
         self._upwards, self._downwards = (
             messenger(store, f"{name}/{way}", rank, self.num_ranks, CONNECT_TIMEOUT) for way in ("up", "down")
         )
         self.journal = Journal()
-        self._line = _Line()
-        self._thread = threading.Thread(target=self._line.serve, name=f"zgraph-{name}", daemon=True)
+        self._queue = _Queue()
+        self._thread = threading.Thread(target=self._queue.serve, name=f"zgraph-{name}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """End the thread, also if it waits for a peer that will not answer. The lane is of no use afterwards."""
         if not self._thread.is_alive():
             return
-        self._line.close()
+        self._queue.close()
         self._thread.join(0.1)
         if self._thread.is_alive():
             for group in (self._upwards, self._downwards):
@@ -156,7 +156,7 @@ class Lane:
         number = self.journal.enter("all-gather", [own.nbytes for _, own in tensors], moved)
         for slots, own in tensors:
             slots[self.shard].copy_(own)
-        return self._line.join(_together([self._gathered(slots, self.journal.tag()) for slots, _ in tensors]), number)
+        return self._queue.add(_together([self._gathered(slots, self.journal.tag()) for slots, _ in tensors]), number)
 
     def reduce_scatter(self, *tensors: Chunks, moved: Moved | None = None, divisor: int = 0) -> Transfer:
         """The divided sums over the ranks of the chunks that are this rank's: in the order of the ranks of each host,
@@ -169,13 +169,13 @@ class Lane:
         """
         number = self.journal.enter("reduce-scatter", [chunks[0].nbytes for chunks in tensors], moved)
         divisor = divisor or self.num_ranks
-        return self._line.join(_together([self._reduced(chunks, divisor) for chunks in tensors]), number)
+        return self._queue.add(_together([self._reduced(chunks, divisor) for chunks in tensors]), number)
 
     def all_reduce(self, chunks: Chunks, moved: Moved | None = None, divisor: int = 0) -> Transfer:
         """Put the divided sum over the ranks in the place of `chunks`: one dense tensor a rank, all of one size."""
         number = self.journal.enter("all-reduce", [chunks[0].nbytes], moved)
         tags = self.journal.tag(), self.journal.tag()
-        return self._line.join(_together([self._reduce_and_gather(chunks, divisor or self.num_ranks, *tags)]), number)
+        return self._queue.add(_together([self._reduce_and_gather(chunks, divisor or self.num_ranks, *tags)]), number)
 
     @property
     def shard(self) -> int:
@@ -183,7 +183,7 @@ class Lane:
         return self.place if self.each_has_all else self.rank
 
     def _gathered(self, slots: Chunks, count: int) -> Phases[torch.Tensor]:
-        return self._share(self.mates, slots, count) if self.each_has_all else self._gather(slots, count)
+        return self._share(self.local_ranks, slots, count) if self.each_has_all else self._gather(slots, count)
 
     def _reduced(self, chunks: Chunks, divisor: int) -> Phases[torch.Tensor]:
         out = torch.empty_like(chunks[self.shard])
@@ -199,19 +199,19 @@ class Lane:
         return own
 
     def _reduce_copies(self, chunks: Chunks, divisor: int, out: torch.Tensor, tags: list[int]) -> Phases[torch.Tensor]:
-        """A sum within the host, then one over the hosts, each rank of a column summing a piece of it."""
+        """A sum within the host, then one over the hosts, each rank of one place summing a piece of it."""
         chunks = _addends(chunks, divisor)
-        total = yield from self._sum_of(self.mates, chunks, out, tags[0])
-        pieces = torch.tensor_split(total, len(self.column))
-        summed = yield from self._sum_of(self.column, pieces, torch.empty_like(pieces[self.host]), tags[1])
+        total = yield from self._sum_of(self.local_ranks, chunks, out, tags[0])
+        pieces = torch.tensor_split(total, len(self.cross_host_ranks))
+        summed = yield from self._sum_of(self.cross_host_ranks, pieces, torch.empty_like(pieces[self.host]), tags[1])
         pieces[self.host].copy_(summed)
-        yield from self._share(self.column, pieces, tags[2])
+        yield from self._share(self.cross_host_ranks, pieces, tags[2])
         return _divided(total, divisor)
 
     def _sum_of(
         self, ranks: Sequence[int], pieces: Chunks, out: torch.Tensor | None, count: int
     ) -> Phases[torch.Tensor]:
-        """The sum over `ranks` of the piece that is this one's, in `out` or in memory of its own."""
+        """The sum over `ranks` of the piece that is this one's, in `out` or in new memory."""
         at, spare = ranks.index(self.rank), iter([out])
         own = pieces[at]
         parts = [own if i == at else next(spare, None) for i in range(len(ranks))]
@@ -221,15 +221,15 @@ class Lane:
         return _sum(landed, at)
 
     def _gather(self, slots: Chunks, count: int) -> Phases[torch.Tensor]:
-        others = [r for r in (*self.column, *self.mates) if r != self.rank]
+        others = [r for r in (*self.cross_host_ranks, *self.local_ranks) if r != self.rank]
         yield self._exchange(count, [(slots[r], r, 0) for r in others], [(slots[self.rank], r, 0) for r in others])
-        mates = [(r, p) for p, r in enumerate(self.mates) if r != self.rank]
+        local = [(r, p) for p, r in enumerate(self.local_ranks) if r != self.rank]
         rows = [row for h, row in enumerate(self.hosts.rows) if h != self.host]
-        if mates and rows:
+        if local and rows:
             yield self._exchange(
                 count,
-                [(slots[row[p]], r, 1 + h) for r, p in mates for h, row in enumerate(rows)],
-                [(slots[row[self.place]], r, 1 + h) for r, _ in mates for h, row in enumerate(rows)],
+                [(slots[row[p]], r, 1 + h) for r, p in local for h, row in enumerate(rows)],
+                [(slots[row[self.place]], r, 1 + h) for r, _ in local for h, row in enumerate(rows)],
             )
         return slots[self.rank]
 
@@ -243,19 +243,19 @@ class Lane:
             return torch.empty_like(like) if taken is None else taken
 
         sums = [chunks[row[self.place]] for row in rows]
-        if len(self.mates) > 1:
-            parts = [[own if r == self.rank else landing(own) for r in self.mates] for own in sums]
-            mates = [(r, p) for p, r in enumerate(self.mates) if r != self.rank]
+        if len(self.local_ranks) > 1:
+            parts = [[own if r == self.rank else landing(own) for r in self.local_ranks] for own in sums]
+            local = [(r, p) for p, r in enumerate(self.local_ranks) if r != self.rank]
             yield self._exchange(
                 count,
-                [(parts[h][p], r, 1 + h) for r, p in mates for h in range(len(rows))],
-                [(chunks[row[p]], r, 1 + h) for r, p in mates for h, row in enumerate(rows)],
+                [(parts[h][p], r, 1 + h) for r, p in local for h in range(len(rows))],
+                [(chunks[row[p]], r, 1 + h) for r, p in local for h, row in enumerate(rows)],
             )
             sums = [_sum(p, self.place) for p in parts]
             del parts
         total = sums[self.host]
         if len(rows) > 1:
-            total = yield from self._sum_of(self.column, sums, out, count)
+            total = yield from self._sum_of(self.cross_host_ranks, sums, out, count)
         return _divided(total, divisor)
 
     def _reduce_and_gather(self, chunks: Chunks, divisor: int, first: int, second: int) -> Phases[torch.Tensor]:
@@ -288,7 +288,7 @@ class Lane:
         return works
 
 
-class _Line:
+class _Queue:
     """Transfers that are not over, in their order. The first few are posted, so that the wire never idles; the rest are
     not, so that the memory they receive into is not taken before its time.
     """
@@ -298,8 +298,8 @@ class _Line:
         self._changed = threading.Condition()
         self._is_closed = False
 
-    def join(self, phases: Phases[list[torch.Tensor]], number: int) -> Transfer:
-        """Stand in line."""
+    def add(self, phases: Phases[list[torch.Tensor]], number: int) -> Transfer:
+        """Add a transfer to the queue."""
         job = _Job(phases)
         job.transfer.number = number
         with self._changed:
@@ -310,13 +310,13 @@ class _Line:
         return job.transfer
 
     def close(self) -> None:
-        """No more is served when those in line are."""
+        """No more is served when those in the queue are."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
 
     def serve(self) -> None:
-        """Finish one after the other until the line is closed."""
+        """Finish one after the other until the queue is closed."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._jobs or self._is_closed)

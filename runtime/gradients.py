@@ -63,7 +63,7 @@ def attached(run: Run, parameters: Mapping[int, str], session: Session) -> Run:
 
 def needs_token(slot: Slot, session: Session) -> bool:
     """Whether autograd cannot bring the gradient to the parameter by itself."""
-    return slot.stand_in is not slot.parameter or not session.is_alone
+    return slot.placeholder is not slot.parameter or not session.is_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Gradient:
 
 def token(slot: Slot, gradient: Gradient) -> torch.Tensor:
     """What a compiled backward returns in the place of a gradient: see above."""
-    made = _zero(slot.stand_in.dtype, slot.stand_in.device).expand(slot.stand_in.shape)
+    made = _zero(slot.placeholder.dtype, slot.placeholder.device).expand(slot.placeholder.shape)
     made.zgraph_gradient = gradient  # type: ignore[attr-defined]
     return made
 
@@ -98,7 +98,7 @@ class _Attach(torch.autograd.Function):
     def forward(ctx: Any, session: Session, slots: Sequence[Slot], *parameters: torch.Tensor) -> Any:
         ctx.session, ctx.slots = session, slots
         ctx.set_materialize_grads(False)
-        return tuple(slot.stand_in.detach() for slot in slots)
+        return tuple(slot.placeholder.detach() for slot in slots)
 
     @staticmethod
     def backward(ctx: Any, *tokens: Any) -> Any:

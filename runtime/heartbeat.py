@@ -67,6 +67,6 @@ class Heartbeat(threading.Thread):
 @lru_cache(maxsize=1)
 def heartbeat(store: Store, rank: int) -> Heartbeat:
     """This process's; begun if it is not."""
-    heart = Heartbeat(store, rank)
+    made = Heartbeat(store, rank)
     watch(store, rank)
-    return heart
+    return made

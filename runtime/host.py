@@ -1,6 +1,6 @@
 """Memory of the host that a device's values wait in, and the lanes of copies to and from it.
 
-On GPUs the memory is pinned, and each direction has a stream of its own: copies run beside computing, in the order of
+On GPUs the memory is pinned, and each direction has a separate stream: copies run beside computing, in the order of
 events.
 On processors, where device and host are the same memory, it is taken apart from torch's allocator, so that what is
 counted as the device's is what the plan says; a thread copies in each direction.
@@ -38,7 +38,7 @@ class HostPool:
     """Blocks of the host's memory, kept for the next of their size when their tensor dies.
 
     Args:
-        device: whose values will lie there; its copies need pinned memory if it is a GPU.
+        device: whose values will be there; its copies need pinned memory if it is a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -24,7 +24,7 @@ class Moved(NamedTuple):
     what: str
 
 
-class Line(NamedTuple):
+class Entry(NamedTuple):
     """A collective that a rank has begun: its number, the hash of all up to it, and where that was."""
 
     number: int
@@ -43,7 +43,7 @@ class Journal:
     call: int = 0
     number: int = 0
     hash: int = 0
-    lines: deque[Line] = field(default_factory=lambda: deque(maxlen=NUM_KEPT))
+    lines: deque[Entry] = field(default_factory=lambda: deque(maxlen=NUM_KEPT))
     _part: int = 0
 
     def enter(self, kind: str, sizes: Sequence[int], moved: Moved | None) -> int:
@@ -52,7 +52,7 @@ class Journal:
         self.hash = zlib.crc32(mark, zlib.crc32(f"{kind}{sizes}".encode(), self.hash))
         self.number += 1
         self._part = 0
-        self.lines.append(Line(self.number, self.hash, f"{what} in call {self.call}"))
+        self.lines.append(Entry(self.number, self.hash, f"{what} in call {self.call}"))
         return self.number
 
     def tag(self) -> int:
@@ -74,22 +74,22 @@ def begun() -> dict[str, int]:
     return {name: journal.number for name, journal in _journals.items()}
 
 
-def print_lines(lines: Sequence[Line]) -> str:
+def print_lines(lines: Sequence[Entry]) -> str:
     """Lines of a journal as text."""
     return "\n".join(f"{line.number} {line.hash} {line.place}" for line in lines)
 
 
-def parse_lines(text: str) -> list[Line]:
+def parse_lines(text: str) -> list[Entry]:
     """The lines that `print_lines` wrote."""
     split = (line.split(" ", 2) for line in text.splitlines())
-    return [Line(int(number), int(found), place) for number, found, place in split]
+    return [Entry(int(number), int(found), place) for number, found, place in split]
 
 
-def first_difference(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[Line, Line] | None:
+def first_difference(ours: Sequence[Entry], theirs: Sequence[Entry]) -> tuple[Entry, Entry] | None:
     """The first number under which two ranks began another collective; None as far as they did the same.
 
-    >>> first_difference([Line(1, 7, "a"), Line(2, 8, "b")], [Line(1, 7, "a"), Line(2, 9, "c")])
-    (Line(number=2, hash=8, place='b'), Line(number=2, hash=9, place='c'))
+    >>> first_difference([Entry(1, 7, "a"), Entry(2, 8, "b")], [Entry(1, 7, "a"), Entry(2, 9, "c")])
+    (Entry(number=2, hash=8, place='b'), Entry(number=2, hash=9, place='c'))
     """
     known = {line.number: line for line in ours}
     pairs = ((known[line.number], line) for line in theirs if line.number in known)

@@ -30,7 +30,7 @@ def link_plan(
         constants: tensors that the forward reads beside parameters and buffers.
         captured: the graph that the plan was made of, as text.
         known: what the passes knew.
-        regions: if given, they compile what lies between collectives.
+        regions: if given, they compile what is between collectives.
 
     Raises:
         PlanMismatchError: the ranks compiled different plans.
@@ -50,18 +50,18 @@ def link_plan(
         return link(program, plan, session, resident, watcher, regions)
 
     def forward(args: list[Any]) -> list[Any]:
-        session.lean_call = plan.lean is not None
+        session.loss_only_call = plan.loss_only is not None
         return runner(plan.forward, session.watcher)(args)
 
     guarded = _guarded(session, forward)
     if plan.backward is None or plan.unsynced is None:
         return guarded, None
     programs = {(True, False): plan.backward, (False, False): plan.unsynced}
-    if plan.lean:
-        programs |= {(True, True): plan.lean[0], (False, True): plan.lean[1]}
+    if plan.loss_only:
+        programs |= {(True, True): plan.loss_only[0], (False, True): plan.loss_only[1]}
 
-    def backward(syncs: bool, lean: bool) -> Runner:
-        return runner(programs[syncs, lean], session.watcher)
+    def backward(syncs: bool, loss_only: bool) -> Runner:
+        return runner(programs[syncs, loss_only], session.watcher)
 
     return guarded, _guarded(session, _backward(session, plan, plan.backward, backward))
 
@@ -101,7 +101,7 @@ def _backward(session: Session, plan: Plan, program: Program, runner: Callable[[
         session: what the programs work on.
         plan: the plan.
         program: its backward.
-        runner: gives the backward that syncs or not, and that takes absent tangents as zero or not.
+        runner: gives the backward that syncs or not, and that leaves out zero tangents or not.
     """
     names = {i.value.name: i.target for i in plan.graph.params}
     outputs = [o for o in plan.graph.outputs if o.phase is not Phase.forward]
@@ -111,12 +111,12 @@ def _backward(session: Session, plan: Plan, program: Program, runner: Callable[[
     ]
     held = {str(n.option("target")): n.operands[0].tensor for n in plan.graph.nodes if n.op == "accumulate"}
     session.kinds |= held
-    absent_at = [i for i, v in enumerate(program.arguments) if v.name in plan.absent]
+    zeros_at = [i for i, v in enumerate(program.arguments) if v.name in plan.zero_tangents]
 
     def backward(args: list[Any]) -> list[Any]:
         syncs = session.syncs
-        lean = bool(absent_at) and all(args[i] is None for i in absent_at)
-        results = runner(syncs, lean)(args)
+        loss_only = bool(zeros_at) and all(args[i] is None for i in zeros_at)
+        results = runner(syncs, loss_only)(args)
         if any(slot is not None and slot.offload for slot in slots):
             session.host.to_host.synchronize()  # the optimizer reads gradients from here on
         if syncs:

@@ -69,7 +69,7 @@ class Peers:
         self.compared = 0
         self.journal: Journal | None = None
         self.limit_s = environment().timeout_s
-        self._heart = heartbeat(self.store, self.rank)
+        self._heartbeat = heartbeat(self.store, self.rank)
 
     # --- waiting -----------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ class Peers:
         self.waited_s += time.perf_counter() - began
 
     def _at(self, what: str, *, waits: bool) -> None:
-        self._heart.place = Place(self.call, what, waits, time.monotonic())
+        self._heartbeat.place = Place(self.call, what, waits, time.monotonic())
 
     def _poll(self, work: dist.Work | Transfer, what: str) -> None:
         nap, asked, told = _FIRST_NAP, time.monotonic(), False
@@ -154,7 +154,7 @@ class Peers:
     def _give_up(self) -> NoReturn:
         """Tell the others where every rank is, and raise."""
         gone, beats = self.gone(), self._beats()
-        beats[self.rank] = f"0 {self._heart.place}".encode()
+        beats[self.rank] = f"0 {self._heartbeat.place}".encode()
         places = []
         for rank in self.ranks:
             place = beats[rank].decode().partition(" ")[2] or "has never been seen"
@@ -173,7 +173,7 @@ class Peers:
         raise blame from None
 
     def gone(self) -> list[int]:
-        """Ranks whose heart does not beat any more.
+        """Ranks whose heartbeat has stopped.
 
         Raises:
             PeerError: another rank has found out already.

@@ -1,7 +1,7 @@
 """Runs of ops between collectives that are run as one.
 
 A region is a run of ops of one layer with nothing in between that moves data between ranks or to the host. It is known
-by its text, in which values are numbered as they come: layers that are alike have regions of the same text.
+by its text, in which values are numbered as they come: repeated layers have regions of the same text.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _text(arg: Arg, numbers: dict[str, int]) -> str:
 def cut(program: Program, graph: Graph) -> Iterator[Instruction | Region]:
     """The program's instructions, with regions in the place of those that they hold.
 
-    Copies into memory of their own, which a gradient may be handed out in, do not end a region: they come after it.
+    Copies into new memory, which a gradient may be handed out in, do not end a region: they come after it.
     """
     run, copies = list[Instruction](), list[Instruction]()
     layer = ""

@@ -1,4 +1,4 @@
-"""Regions compiled by Inductor: each different one once, whichever layer it stands in.
+"""Regions compiled by Inductor: each different one once, whatever layer it is in.
 
 The time to compile follows the number of different regions and not that of layers.
 """
@@ -17,7 +17,7 @@ from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import resolve, to_torch
 from zgraph.errors import KernelError
 from zgraph.ir import Value
-from zgraph.runtime.collectives import MAKERS
+from zgraph.runtime.collectives import EXECUTORS
 from zgraph.runtime.region import Region
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Regions:
         """The function that runs a region, shared by all regions that compute the same."""
         self.num_regions += 1
         if region.text not in self._by_text:
-            own = {n.name: MAKERS[n.op](n, session) for n in region.nodes if n.op in MAKERS}
+            own = {n.name: EXECUTORS[n.op](n, session) for n in region.nodes if n.op in EXECUTORS}
             self._by_text[region.text] = self._compiling(Steps(region, session.device, own))
         return self._by_text[region.text]
 

@@ -26,7 +26,7 @@ _ALL_HERE = "all are here"
 _DAY_S = 86_400.0
 
 
-def join(
+def join_ranks(
     backend: str, init_method: str = "env://", rank: int = -1, num_ranks: int = -1, timeout: timedelta | None = None
 ) -> None:
     """Make torch's default process group of the ranks that a launcher has started.
@@ -47,13 +47,13 @@ def join(
         raise UsageError(f"{error}. Start the script with torchrun, which sets what it needs") from None
     except RuntimeError as error:
         raise PeerError(f"the ranks did not meet within {limit_s:g} s: {error}") from None
-    with _Meeting(PrefixStore("zgraph/join", store), rank, num_ranks).watched(limit_s):
+    with _Rendezvous(PrefixStore("zgraph/join", store), rank, num_ranks).watched(limit_s):
         private_runtime.init_group(backend, store, rank, num_ranks, timeout)
         store.set_timeout(timeout or default_pg_timeout)
     heartbeat(private_runtime.store(), rank)  # from now on: whoever waits for this rank can tell whether it lives
 
 
-class _Meeting:
+class _Rendezvous:
     """Ranks on their way into a process group.
 
     Args:
@@ -63,7 +63,7 @@ class _Meeting:
 
     def __init__(self, store: Store, rank: int, num_ranks: int) -> None:
         self.store, self.rank, self.num_ranks = store, rank, num_ranks
-        self.heart = Heartbeat(store, rank)
+        self.heartbeat = Heartbeat(store, rank)
         self._heard: dict[int, tuple[bytes, float]] = {}
 
     @contextmanager
@@ -84,7 +84,7 @@ class _Meeting:
             except RuntimeError as error:
                 raise PeerError(self._blame() or f"the ranks could not be joined: {error}") from None
         finally:
-            self.heart.stop()
+            self.heartbeat.stop()
 
     def _rule(self, limit_s: float) -> str:
         """The first rank's ruling once all have come, or cannot come any more; the others read it."""
@@ -112,7 +112,7 @@ class _Meeting:
         return self.store.get(_RULING).decode()
 
     def _blame(self) -> str:
-        """Who has died on the way; nothing if none has. The hearts of those that have joined stand still in here."""
+        """Ranks that died on the way; nothing if none did. Those that have joined send no heartbeat in here."""
         self._heard.clear()
         until = time.monotonic() + 2 * GONE_AFTER_SECONDS
         with store_errors():

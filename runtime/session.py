@@ -46,7 +46,7 @@ class Session:
                 self._hosts = Hosts.of(self._peers.exchange("host", host_name()))
             self._lane = self._open_lane()
         self.syncs = True
-        self.lean_call = False
+        self.loss_only_call = False
         self.recorder: Watcher | None = None
         self._ranges = Ranges()
         self.plans: list[Plan] = []
@@ -167,7 +167,7 @@ class Session:
         self.peers.wait(dist.all_reduce(total, group=self.group, async_op=True), slot.name)
         if not slot.is_sharded:
             return total
-        chunk = chunk_numel(tuple(slot.stand_in.shape), self.num_shards)
+        chunk = chunk_numel(tuple(slot.placeholder.shape), self.num_shards)
         own = total.new_zeros(chunk)
         piece = total.view(-1)[self.store.shard * chunk : (self.store.shard + 1) * chunk]
         own[: piece.numel()].copy_(piece)

@@ -1,9 +1,9 @@
 """Parameters at rest: this rank's shards side by side in flat buffers, seen from outside as DTensors.
 
 Offloaded masters lie in the host's memory, for an optimizer that works there. A copy in the compute dtype stays on the
-device or lies on the host too; it is made anew when a master changed.
+device or is on the host too; it is made anew when a master changed.
 
-While the model runs, each parameter is represented by a *stand-in*: a parameter of full shape whose memory has been
+While the model runs, each parameter is represented by a *placeholder*: a parameter of full shape whose memory has been
 freed. torch.compile looks at its metadata only; what computes is the gathered value that the plan makes.
 """
 
@@ -30,7 +30,7 @@ from zgraph.runtime.host import PAGE_BYTES, HostMemory
 from zgraph.runtime.materialise import materialise
 
 PARAMETERS = "parameters"
-"""Of a parameter that is offloaded so, what is computed with lies on the host too."""
+"""Of a parameter that is offloaded so, what is computed with is on the host too."""
 
 
 @dataclass
@@ -41,22 +41,22 @@ class Slot:
         name: its first name in the model.
         stage: its ZeRO stage; None leaves it to the recipe.
         parameter: what the model holds at rest.
-        stand_in: what the model holds while it runs; `parameter` itself where that can serve.
+        placeholder: what the model holds while it runs; `parameter` itself where that can serve.
         rest: this rank's memory of it: its padded chunk in one dimension, or the whole tensor where it is replicated.
         working: the tensor to compute with: `rest`, or where the parameter is offloaded a copy of it.
-        offload: what of it lies on the host: nothing, "optimizer" (master, gradient, optimizer state) or "parameters".
-        homes: every `_parameters` dictionary and key that holds it.
+        offload: what of it is on the host: nothing, "optimizer" (master, gradient, optimizer state) or "parameters".
+        owners: every `_parameters` dictionary and key that holds it.
         holds_unreduced: whether a plain tensor in `.grad` has what this rank alone made.
     """
 
     name: str
     stage: int | None
     parameter: nn.Parameter
-    stand_in: nn.Parameter
+    placeholder: nn.Parameter
     rest: torch.Tensor
     working: torch.Tensor
     offload: str = ""
-    homes: list[tuple[dict[str, nn.Parameter | None], str]] = field(default_factory=list)
+    owners: list[tuple[dict[str, nn.Parameter | None], str]] = field(default_factory=list)
     holds_unreduced: bool = False
 
     @property
@@ -107,7 +107,7 @@ class ShardStore:
         self.shard = self.rank % self.num_shards
         self.offloads, self.host = offloads, host
         self.slots: dict[str, Slot] = {}
-        found = _homes(model)
+        found = _owners(model)
         shards = {
             name: self.num_ranks > 1 and p.dim() > 0 and (default_stage if stages[name] is None else stages[name]) != 0
             for name, (p, _) in found.items()
@@ -123,7 +123,7 @@ class ShardStore:
         copies = {n: self._copy(n, p) for n, p in sharded.items() if self._needs_copy(n, p)}
         self._copies = Flats(copies, device, host)
         self.flats = list(self._masters.buffers.values())
-        for name, (parameter, homes) in found.items():
+        for name, (parameter, owners) in found.items():
             if parameter.is_meta:
                 parameter = materialise(model, name, device)
             stage = stages[name] if parameter.dim() > 0 else 0
@@ -131,24 +131,24 @@ class ShardStore:
                 slot = self._shard(name, stage, parameter)
             else:
                 slot = self._replicate(name, stage, parameter)
-            slot.homes = homes
+            slot.owners = owners
             self.slots[name] = slot
         self._whole = [s for s in self.slots.values() if not s.is_sharded]
         self._copied = [s for s in self.slots.values() if s.working is not s.rest]
         self._copied_version = -1
-        self._by_swap = [s for s in self.slots.values() if s.stand_in is not s.parameter]
+        self._by_swap = [s for s in self.slots.values() if s.placeholder is not s.parameter]
         self._put(at_rest=True)
         _STORES.add(self)
 
     # --- running -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def stand_ins(self) -> Iterator[None]:
-        """The model with stand-ins in the place of its parameters."""
+    def placeholders(self) -> Iterator[None]:
+        """The model with placeholders in the place of its parameters."""
         self.refresh()
         for slot in self._by_swap:
-            if slot.stand_in.requires_grad != slot.parameter.requires_grad:
-                slot.stand_in.requires_grad_(slot.parameter.requires_grad)
+            if slot.placeholder.requires_grad != slot.parameter.requires_grad:
+                slot.placeholder.requires_grad_(slot.parameter.requires_grad)
         self._put(at_rest=False)
         try:
             yield
@@ -173,9 +173,9 @@ class ShardStore:
 
     def _put(self, *, at_rest: bool) -> None:
         for slot in self._by_swap:
-            held = slot.parameter if at_rest else slot.stand_in
-            for home, key in slot.homes:
-                home[key] = held
+            held = slot.parameter if at_rest else slot.placeholder
+            for owner, key in slot.owners:
+                owner[key] = held
 
     @property
     def version(self) -> int:
@@ -198,7 +198,7 @@ class ShardStore:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of AdamW's two moments on the device: of parameters whose master lies there."""
+        """Bytes of AdamW's two moments on the device: of parameters whose master is there."""
         return 2 * (self._masters.num_bytes(on_host=False) + _num_bytes(s.rest for s in self._whole if not s.offload))
 
     @property
@@ -256,11 +256,11 @@ class ShardStore:
         local.copy_(self.from_first_rank(parameter.detach())[start : start + rows])
         placement = [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
         dtensor = private_runtime.dtensor(local, self.mesh, placement, shape, stride)
-        stand_in = self._hollow(parameter)
+        placeholder = self._placeholder(parameter)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         at_rest = nn.Parameter(dtensor, parameter.requires_grad)
         working = self._copies.views.get(name, chunk)
-        return Slot(name, stage, at_rest, stand_in, chunk, working, self.offloads.get(name, ""))
+        return Slot(name, stage, at_rest, placeholder, chunk, working, self.offloads.get(name, ""))
 
     def _replicate(self, name: str, stage: int | None, parameter: nn.Parameter) -> Slot:
         """Keep the parameter whole, the first rank's values everywhere; a DTensor too if others are."""
@@ -268,9 +268,9 @@ class ShardStore:
         if self.num_ranks > 1:
             whole.copy_(self.from_first_rank(whole))
         offload, casts = self.offloads.get(name, ""), compute_dtype(parameter, self.param_dtype) != parameter.dtype
-        stand_in, at_rest, rest, working = parameter, parameter, whole, whole
+        placeholder, at_rest, rest, working = parameter, parameter, whole, whole
         if casts or offload:
-            stand_in = self._hollow(parameter)
+            placeholder = self._placeholder(parameter)
         if offload:
             rest = working = self.host.pool.empty(whole.size(), whole.dtype).copy_(whole)
             if self._needs_copy(name, parameter):
@@ -286,13 +286,13 @@ class ShardStore:
             placement = [Replicate()] * self.mesh.ndim
             dtensor = private_runtime.dtensor(rest, self.mesh, placement, rest.size(), rest.stride())
             at_rest = nn.Parameter(dtensor, parameter.requires_grad)
-        return Slot(name, stage, at_rest, stand_in, rest, working, offload)
+        return Slot(name, stage, at_rest, placeholder, rest, working, offload)
 
-    def _hollow(self, parameter: nn.Parameter) -> nn.Parameter:
+    def _placeholder(self, parameter: nn.Parameter) -> nn.Parameter:
         """A parameter of this shape, in the dtype to compute in, without memory."""
-        hollow = torch.empty(parameter.shape, dtype=compute_dtype(parameter, self.param_dtype), device=self.device)
-        hollow.untyped_storage().resize_(0)
-        return nn.Parameter(hollow, parameter.requires_grad)
+        tensor = torch.empty(parameter.shape, dtype=compute_dtype(parameter, self.param_dtype), device=self.device)
+        tensor.untyped_storage().resize_(0)
+        return nn.Parameter(tensor, parameter.requires_grad)
 
     def from_first_rank(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first rank's values of `tensor`, dense and on this store's device."""
@@ -302,7 +302,7 @@ class ShardStore:
         return dense
 
 
-def _homes(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[tuple[dict[str, nn.Parameter | None], str]]]]:
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[tuple[dict[str, nn.Parameter | None], str]]]]:
     """Every parameter under its first name, with every place that holds it: tied weights have several."""
     found: dict[int, tuple[str, nn.Parameter, list[tuple[dict[str, nn.Parameter | None], str]]]] = {}
     for prefix, module in model.named_modules():
@@ -310,7 +310,7 @@ def _homes(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[tuple[dict[st
             if parameter is not None:
                 name = f"{prefix}.{key}" if prefix else key
                 found.setdefault(id(parameter), (name, parameter, []))[2].append((module._parameters, key))
-    return {name: (parameter, homes) for name, parameter, homes in found.values()}
+    return {name: (parameter, owners) for name, parameter, owners in found.values()}
 
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:

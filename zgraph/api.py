@@ -68,10 +68,10 @@ def compile(
             else any of "activations" (of what waits for the backward that which has no room; all, without a budget),
             "optimizer" (masters, gradients and optimizer state: the optimizer's step runs on the host) and
             "parameters" (all of that, and what is computed with).
-        kernels: "aten" runs all ops one by one; "triton" fuses what lies between matmuls into generated kernels, which
+        kernels: "aten" runs all ops one by one; "triton" fuses what is between matmuls into generated kernels, which
             compute in fp32 throughout: on GPUs where they were measured to be faster, in the first call (on processors
-            by their twins in torch, which save no time); "inductor" has torch's Inductor compile what lies between
-            collectives, each different piece once, whichever layers it stands in; "auto" is "triton" on GPUs.
+            by reference implementations in torch, which save no time); "inductor" has torch's Inductor compile what is
+            between collectives, each different piece once, whatever layers it is in; "auto" is "triton" on GPUs.
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that), a `Pipeline`, or a
             sequence of passes, your own among them (`zgraph.register_pass` lets recipes name these); or the path of a
             run file (`run.zg`), whose last graph is run as it is, if the model is captured as it was for that file.
@@ -134,7 +134,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     All ranks enter it together; within it they do not meet, and may do different things. Each has the whole model in
     its memory there, in the dtype to compute in. No gradients reach the parameters from there, and they must not be
-    changed: what is whole anyhow is the parameter itself. `model.generate` of transformers runs so by itself.
+    changed: what is whole in any case is the parameter itself. `model.generate` of transformers runs so by itself.
 
     Raises:
         UsageError: the model is not compiled.

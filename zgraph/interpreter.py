@@ -15,7 +15,7 @@ import torch
 
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.errors import InterpretError
-from zgraph.ir import Axis, DType, Foreign, Graph, Input, Mesh, Node, Output, TensorType, num_ranks, num_shards
+from zgraph.ir import Axis, DType, ExternalOp, Graph, Input, Mesh, Node, Output, TensorType, num_ranks, num_shards
 from zgraph.ir.layout import bucket_layout, chunk_numel
 
 Ranks = list[Any]
@@ -27,7 +27,9 @@ _CPU = torch.device("cpu")
 class Caller(Protocol):
     """Runs ops that are not zgraph's own, on one rank. It may seed torch's generator, which is put back in the end."""
 
-    def __call__(self, node: Node, row: Foreign, rank: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any: ...
+    def __call__(
+        self, node: Node, row: ExternalOp, rank: int, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any: ...
 
 
 class Torch:
@@ -37,7 +39,7 @@ class Torch:
         self.seed = seed
         self.states: dict[int, torch.Tensor] = {}
 
-    def __call__(self, node: Node, row: Foreign, rank: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def __call__(self, node: Node, row: ExternalOp, rank: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not row.random:
             return resolve(node.op)(*args, **kwargs)
         if rank not in self.states:

@@ -40,7 +40,7 @@ class Role(StrEnum):
     """What a system is measured for."""
 
     ZGRAPH = "zgraph"
-    PEER = "peer"
+    BASELINE = "peer"
     COMPUTE = "compute"
     """The work of one rank with nothing sent: the floor under everybody's step."""
 

@@ -13,4 +13,4 @@ def prepare(model: nn.Module, device: torch.device) -> Step:
     return adamw_step(DistributedDataParallel(model, gradient_as_bucket_view=True))
 
 
-DDP = (System("DDP", Role.PEER, 0, prepare),)
+DDP = (System("DDP", Role.BASELINE, 0, prepare),)

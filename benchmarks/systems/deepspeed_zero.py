@@ -52,7 +52,7 @@ def prepare(
 DEEPSPEED = tuple(
     System(
         name,
-        Role.PEER,
+        Role.BASELINE,
         stage,
         partial(prepare, stage=stage, bucket_elements=bucket_elements),
         needs="deepspeed",

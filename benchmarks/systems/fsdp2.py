@@ -23,6 +23,6 @@ def prepare(model: nn.Module, device: torch.device, *, reshard_after_forward: bo
 
 
 FSDP2 = (
-    System("FSDP2", Role.PEER, 3, partial(prepare, reshard_after_forward=None)),
-    System("FSDP2 no reshard", Role.PEER, 2, partial(prepare, reshard_after_forward=False)),
+    System("FSDP2", Role.BASELINE, 3, partial(prepare, reshard_after_forward=None)),
+    System("FSDP2 no reshard", Role.BASELINE, 2, partial(prepare, reshard_after_forward=False)),
 )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from zgraph.cost import CostTable
 
 BUDGET = "650MB"
-"""What ZeRO-3 of a peer takes at its peak for the 30 M Llama; zgraph keeps gathered parameters in what is left."""
+"""What ZeRO-3 of a baseline takes at its peak for the 30 M Llama; zgraph keeps gathered parameters in what is left."""
 
 
 def prepare(model: nn.Module, device: torch.device, *, stage: int) -> Step:

@@ -29,7 +29,7 @@ class Maker:
 
     Args:
         us: duration of running it again, in microseconds.
-        reads: the values that it needs, by number; those that are there anyhow left out.
+        reads: the values that it needs, by number; those that are there in any case left out.
         makes: the values that it makes.
         runs_again: whether it may.
     """
@@ -148,8 +148,8 @@ def frontier(block: Block) -> tuple[Choice, ...]:
     return tuple(kept)
 
 
-def around(block: Block, room: int) -> tuple[Choice, ...]:
-    """The last corner with more than `room` bytes and the first that fits; one alone where all fit, or none does.
+def around(block: Block, headroom: int) -> tuple[Choice, ...]:
+    """The last corner with more than `headroom` bytes and the first that fits; one alone where all fit, or none does.
 
     Returns:
         Nothing if there is no choice at all.
@@ -158,12 +158,12 @@ def around(block: Block, room: int) -> tuple[Choice, ...]:
     if ends is None:
         return ()
     high, low = ends
-    if high.num_bytes <= room:
+    if high.num_bytes <= headroom:
         return (high,)
-    if low.num_bytes > room:
+    if low.num_bytes > headroom:
         return (low,)
     while (found := _middle(block, high, low)) is not None:
-        high, low = (high, found) if found.num_bytes <= room else (found, low)
+        high, low = (high, found) if found.num_bytes <= headroom else (found, low)
     return high, low
 
 
@@ -224,11 +224,11 @@ class _Search:
 
     def branch(self, block: Block, kept: frozenset[int]) -> None:
         """`block` with its needs met by `kept` taken out of it."""
-        room = self.max_bytes - sum(self.block.num_bytes[v] for v in kept)
-        if self.left <= 0 or room < 0:
+        headroom = self.max_bytes - sum(self.block.num_bytes[v] for v in kept)
+        if self.left <= 0 or headroom < 0:
             return
         self.left -= len(block.makers)
-        corners = around(block, room)
+        corners = around(block, headroom)
         for corner in corners:
             if (found := chosen(self.block, corner.kept | kept)) is not None:
                 self.take(found)
@@ -236,16 +236,16 @@ class _Search:
             return
         high, low = corners
         undecided = (high.kept ^ low.kept) - kept
-        if not undecided or (self.best is not None and _bound(high, low, room) >= self.best.us - 1e-9):
+        if not undecided or (self.best is not None and _bound(high, low, headroom) >= self.best.us - 1e-9):
             return
         value = max(undecided, key=lambda v: block.num_bytes[v])
         self.branch(_given(block, value), kept | {value})
         self.branch(_refused(block, value), kept)
 
 
-def _bound(high: Choice, low: Choice, room: int) -> float:
-    """The time of the hull at `room`, which lies between two corners: no choice is below it."""
-    share = (high.num_bytes - room) / (high.num_bytes - low.num_bytes)
+def _bound(high: Choice, low: Choice, headroom: int) -> float:
+    """The time of the hull at `headroom`, which lies between two corners: no choice is below it."""
+    share = (high.num_bytes - headroom) / (high.num_bytes - low.num_bytes)
     return high.us + share * (low.us - high.us)
 
 

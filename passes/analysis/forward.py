@@ -1,6 +1,6 @@
 """The values that the backward needs of the forward, as one problem a block: keep a value, or compute it again.
 
-A block is a layer of the model, or a region that the user put under `torch.utils.checkpoint`; blocks that are alike are
+A block is a layer of the model, or a region that the user put under `torch.utils.checkpoint`; identical blocks are
 solved once (`blocks.py`). Values that one block makes and another reads are kept. Random ops are never run again, nor
 is what reads a buffer that the forward changes, nor a collective: gathered parameters come from the backward's own
 gathers.
@@ -167,11 +167,11 @@ class Forward:
         return us
 
     def _gather_us(self, gather: Node) -> float:
-        """Duration of gathering a parameter, in microseconds, with its copy to the device if it lies on the host."""
+        """Duration of gathering a parameter, in microseconds, with its copy to the device if it is on the host."""
         costs, shard = self.context.costs, gather.operands[0]
         us = costs.copy_us(self._local_bytes(shard.type)) if shard.tensor.is_on_host else 0.0
         if self.graph.num_shards > 1:
-            line = costs.gather_line(self.graph.mesh)
+            line = costs.gather_alpha_beta(self.graph.mesh)
             us += line.latency_us + 1e6 * padded_bytes(shard.tensor, self.graph.num_shards) / line.bytes_per_s
         return us
 
@@ -304,7 +304,7 @@ class _Writer:
         self.made.update((old.name, new) for old, new in zip(node.results, results, strict=True))
 
     def from_gather(self, value: Value) -> Value:
-        """The backward's own gather of a parameter, moved here if it stands further down, or a new one."""
+        """The backward's own gather of a parameter, moved here if it is further down, or a new one."""
         maker = self.graph.producers.get(value.name)
         if maker is None or not self.forward.is_gathered_anew(maker):
             return value

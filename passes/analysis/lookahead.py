@@ -13,15 +13,15 @@ from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.plan.make_plan import memory_of
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
-from zgraph.passes.schedule import Step
+from zgraph.passes.schedule import LoweredStep
 
 LOWERING = (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), HostCopies())
 """Zgraph's own, for what the pipeline at hand leaves: nothing, as a rule."""
 
 
-def lowered(graph: Graph, context: Context) -> Step:
+def lowered(graph: Graph, context: Context) -> LoweredStep:
     """The graph with every reshard lowered, as a scheduling problem."""
-    return Step(Release().run(_lower(graph, context), context), context)
+    return LoweredStep(Release().run(_lower(graph, context), context), context)
 
 
 def peak_bytes(graph: Graph, context: Context) -> int:
@@ -52,6 +52,6 @@ def makespan_us(graph: Graph, context: Context, memory: MemoryCurve | None = Non
         num_ahead: of how many collectives there is room for results beside what is used, where there is no budget.
     """
     step = lowered(graph, context)
-    problem = step.problem(step.room_beside(memory or step_memory(graph, context), num_ahead))
+    problem = step.problem(step.headroom_beside(memory or step_memory(graph, context), num_ahead))
     orders = (first_use_order(problem), latest_first_order(problem))
     return min(t.makespan_us for t in (evaluate(problem, order) for order in orders) if t is not None)

@@ -30,7 +30,7 @@ def lower(
         wanted: which reshards.
         collective: the op that starts it.
         made_by: the pass.
-        grouped: a bucket is one call that moves its members from and to where they lie, without a copy.
+        grouped: a bucket is one call that moves its members from and to where they are, without a copy.
     """
     if not any(node.op == "reshard" and wanted(node) for node in graph.nodes):
         return graph

@@ -72,7 +72,7 @@ def same_rows(source: Value, result: Value) -> bool:
 
 @dataclass(frozen=True)
 class Match:
-    """A pattern, with the value or number that each of its names stands for."""
+    """A pattern, with the value or number that each of its names is bound to."""
 
     pattern: Pattern
     bound: Mapping[str, Value | float]

@@ -15,7 +15,7 @@ from zgraph.ir import Arg, Graph, Node, TensorType, Value
 from zgraph.passes.analysis.rows import TAKES_OPTIONS, dims, written
 
 Bound = Mapping[str, Arg]
-"""The argument that each name of a subgraph stands for."""
+"""The argument that each name of a subgraph is bound to."""
 
 Wanted = str | tuple["Wanted", ...]
 """An argument as text: a name, a word, or several of them."""
@@ -52,7 +52,7 @@ class Subgraph:
 
 @dataclass(frozen=True)
 class Found:
-    """A subgraph of a graph: its nodes in their order, the root last, and what each name stands for."""
+    """A subgraph of a graph: its nodes in their order, the root last, and what each name is bound to."""
 
     nodes: tuple[Node, ...]
     bound: Bound

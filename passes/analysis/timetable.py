@@ -1,12 +1,12 @@
 """When to start each transfer, exactly: the longest path for a fixed order, and a search over orders on top of it.
 
-Computing runs its ops in a fixed order. A lane carries transfers in an order of its own; there is one for collectives,
+Computing runs its ops in a fixed order. A lane carries transfers in its own order; there is one for collectives,
 and one for copies to the host and for those from it. A transfer may start after a given op, and an op may wait for it.
-While a transfer holds memory that is not needed yet, there must be room for it.
+While a transfer holds memory that is not needed yet, there must be headroom for it.
 
-For fixed orders, starting every transfer as soon as there is room is optimal. What it holds ends at a fixed op, and
-later transfers start later anyhow, so that starting it early takes no room from them: each may be placed at its
-earliest in turn, and no placement is faster. Where several lanes compete for room, those first in the common order
+For fixed orders, starting every transfer as soon as there is headroom is optimal. What it holds ends at a fixed op, and
+later transfers start later in any case, so starting it early takes no headroom from them: each may be placed at its
+earliest in turn, and no placement is faster. Where several lanes compete for headroom, those first in the common order
 have it.
 
 Of all fastest placements the latest is taken: it holds memory for the least time. What starts late for no reason but
@@ -33,7 +33,7 @@ class Transfer:
         us: what it takes on the lane.
         first: it may start before the op of this number, not earlier.
         due: the op of this number waits for it; the number of ops if only the end of the step does.
-        num_bytes: what it holds from its start until op `until` begins, beyond what that op needs anyhow.
+        num_bytes: what it holds from its start until op `until` begins, beyond what that op needs.
         until: as above; at most `due` for a gather, whose memory counts among the op's own from then on. What takes
             memory away (a reduction, a copy to the host) holds it from `first` on, whenever it starts: `until` is
             `first` then.
@@ -59,12 +59,12 @@ class Problem:
 
     Args:
         compute_us: what each op takes, in order.
-        room: bytes that may be held beside each op.
+        headroom: bytes that may be held beside each op.
         transfers: all of them, in no particular order.
     """
 
     compute_us: tuple[float, ...]
-    room: tuple[int, ...]
+    headroom: tuple[int, ...]
     transfers: tuple[Transfer, ...]
 
     @property
@@ -112,22 +112,22 @@ def evaluate(problem: Problem, order: Sequence[int]) -> Timetable | None:
 
 def earliest_starts(problem: Problem, order: Sequence[int]) -> tuple[int, ...] | None:
     """For each transfer the earliest op before which it may start; None if no placement has room."""
-    room = Room(problem.room)
+    headroom = HeadroomTree(problem.headroom)
     starts = [0] * len(order)
     last: dict[str, int] = {}
     for number in order:
         transfer = problem.transfers[number]
         earliest = max(last.get(transfer.lane, 0), transfer.first)
         if transfer.num_bytes and transfer.until > earliest:
-            earliest = max(earliest, room.last_below(transfer.num_bytes, transfer.until) + 1)
+            earliest = max(earliest, headroom.last_below(transfer.num_bytes, transfer.until) + 1)
         if earliest > transfer.due:
             return None
         if transfer.frees and earliest > transfer.first:
-            if room.last_below(transfer.num_bytes, earliest) >= transfer.first:
+            if headroom.last_below(transfer.num_bytes, earliest) >= transfer.first:
                 return None
-            room.take(transfer.num_bytes, transfer.first, earliest)
+            headroom.take(transfer.num_bytes, transfer.first, earliest)
         elif transfer.num_bytes and transfer.until > earliest:
-            room.take(transfer.num_bytes, earliest, transfer.until)
+            headroom.take(transfer.num_bytes, earliest, transfer.until)
         starts[number] = last[transfer.lane] = earliest
     return tuple(starts)
 
@@ -266,15 +266,15 @@ def _neighbours(timetable: Timetable) -> Iterator[tuple[int, ...]]:
         yield tuple(order)
 
 
-class Room:
+class HeadroomTree:
     """Bytes left beside each op, with the two questions that placing asks, each in logarithmic time.
 
     A segment tree of minima with lazy subtraction.
     """
 
-    def __init__(self, room: Sequence[int]) -> None:
-        self.size = 1 << max(len(room) - 1, 0).bit_length()
-        self.low = [0] * self.size + [*room] + [2**62] * (self.size - len(room))
+    def __init__(self, headroom: Sequence[int]) -> None:
+        self.size = 1 << max(len(headroom) - 1, 0).bit_length()
+        self.low = [0] * self.size + [*headroom] + [2**62] * (self.size - len(headroom))
         for node in range(self.size - 1, 0, -1):
             self.low[node] = min(self.low[2 * node], self.low[2 * node + 1])
         self.taken = [0] * (2 * self.size)
@@ -303,7 +303,7 @@ class Room:
             self.taken[node] += num_bytes
 
     def last_below(self, num_bytes: int, end: int) -> int:
-        """The last op before `end` that has less room than `num_bytes`; -1 if none has."""
+        """The last op before `end` that has less headroom than `num_bytes`; -1 if none has."""
         return self._last_below(1, 0, self.size, num_bytes, end)
 
     def _last_below(self, node: int, begin: int, stop: int, num_bytes: int, end: int) -> int:

@@ -41,10 +41,10 @@ class Context:
         hints: a number for each symbolic size, as seen at capture.
         costs: durations of ops and collectives on the hardware at hand.
         memory_budget: bytes that one rank may have alive; None sets no limit.
-        rest_bytes: bytes of them that lie at rest: parameters, the optimizer's state, buffers.
+        rest_bytes: bytes of them at rest: parameters, the optimizer's state, buffers.
         update_bytes: bytes that the optimizer's step has alive above them: gradients, and what it takes to compute.
         fit_bytes: bytes above rest that `fit` and `keep` go by; None leaves them all that the budget does.
-        groups_calls: whether the runtime can move many tensors in one call, from and to where they lie. Buckets are
+        groups_calls: whether the runtime can move many tensors in one call, from and to where they are. Buckets are
             packed where it cannot.
         keeps_blocks: whether the device's allocator keeps freed memory in blocks, which fragment.
         recomputes: whether values of the forward are computed again in the backward: where the budget asks for it,
@@ -70,7 +70,7 @@ class Context:
 
     @property
     def step_bytes(self) -> int | None:
-        """Bytes that a step may have alive above what lies at rest; None sets no limit."""
+        """Bytes that a step may have alive above what is at rest; None sets no limit."""
         return None if self.memory_budget is None else self.memory_budget - self.rest_bytes
 
     @property

@@ -14,7 +14,7 @@ from zgraph.passes.core.pipeline import print_pass
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class PassSummary:
     """Summary of one pass: how many ops of each kind it added (or removed, below zero), and how long it took."""
 
     text: str
@@ -23,7 +23,7 @@ class Step:
     changed: Mapping[str, int]
 
     @classmethod
-    def of(cls, text: str, before: Graph, after: Graph, seconds: float) -> Step:
+    def of(cls, text: str, before: Graph, after: Graph, seconds: float) -> PassSummary:
         """The summary of a pass, from the graphs before and after it."""
         counts = Counter(n.op for n in after.nodes)
         counts.subtract(n.op for n in before.nodes)
@@ -38,12 +38,12 @@ class Step:
 
 @dataclass
 class Log:
-    """Keeps a Step for every pass: the timing and op-count difference of the report."""
+    """Keeps a PassSummary for every pass: the timing and op-count difference of the report."""
 
-    steps: list[Step] = field(default_factory=list)
+    steps: list[PassSummary] = field(default_factory=list)
 
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
-        self.steps.append(Step.of(print_pass(step), before, after, seconds))
+        self.steps.append(PassSummary.of(print_pass(step), before, after, seconds))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ RECIPES: Mapping[int, str] = {
 
 
 def fusing(recipe: str) -> str:
-    """The recipe with what lies between matmuls in generated kernels."""
+    """The recipe with what is between matmuls in generated kernels."""
     return recipe.replace("canonicalize,", "canonicalize,fuse,", 1)
 
 

@@ -35,7 +35,7 @@ def build_in(kinds: tuple[type[Pass], ...]) -> None:
 
 
 def register_pass(kind: P) -> P:
-    """Make a pass of one's own known to recipes, ZGRAPH_DISABLE and the command line; a decorator, too.
+    """Make a user-defined pass known to recipes, ZGRAPH_DISABLE and the command line; a decorator, too.
 
     Registering a class anew (in a notebook, say) replaces it.
 

@@ -1,4 +1,4 @@
-"""How a group can be run, and which way is the fastest."""
+"""Candidate implementations of a group, and the choice of the fastest."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from zgraph.ir import Graph, Node
 from zgraph.passes.core.base import Choice, Context
 from zgraph.passes.fusion.rows import Group
 
-Way = Literal["aten", "kernel", "inductor", "matmul", "library"]
+Candidate = Literal["aten", "kernel", "inductor", "matmul", "library"]
 
 
 @dataclass(frozen=True)
-class Ways:
-    """How a group can be run, its matmul included: op by op; as a kernel behind it, written here or by Inductor; as its
-    epilogue; or by a call of the vendor's library that does the same.
+class Candidates:
+    """Candidate implementations of a group, its matmul included: op by op; as a kernel behind it, written here or by
+    Inductor; as its epilogue; or by a call of the vendor's library that does the same.
 
     Args:
         group: the group.
         key: what a cost table has measurements of it under: the matmul and the kernel.
         matmul: what makes an operand of the group, if it can be one kernel with it.
-        nodes: for each way, what runs.
+        nodes: for each candidate, what runs.
         graph: where the nodes' ops are known.
     """
 
     group: Group
     key: str
     matmul: Node | None
-    nodes: Mapping[Way, tuple[Node, ...]]
+    nodes: Mapping[Candidate, tuple[Node, ...]]
     graph: Graph
 
-    def best(self, context: Context, matmuls: Choice = "auto") -> Way:
+    def best(self, context: Context, matmuls: Choice = "auto") -> Candidate:
         """The fastest: as measured, where it was, and by the cost model elsewhere.
 
         A kernel counts as faster than its ops there, as it moves fewer bytes of all that a step moves.
@@ -41,12 +41,12 @@ class Ways:
         if matmuls == "always" and "matmul" in self.nodes:
             return "matmul"
         if self.nodes.keys() <= measured.keys():
-            return min(self.nodes, key=lambda way: measured[way])
-        left_out: set[Way] = {"inductor", "aten"} if "kernel" in self.nodes else {"inductor"}
+            return min(self.nodes, key=lambda candidate: measured[candidate])
+        left_out: set[Candidate] = {"inductor", "aten"} if "kernel" in self.nodes else {"inductor"}
         left_out |= set() if context.costs.hardware.device.generated_matmul_rate else {"matmul", "library"}
-        us = {way: self.us(way, context) for way in self.nodes if way not in left_out}
-        return min(us, key=lambda way: us[way])
+        us = {candidate: self.us(candidate, context) for candidate in self.nodes if candidate not in left_out}
+        return min(us, key=lambda candidate: us[candidate])
 
-    def us(self, way: Way, context: Context) -> float:
-        """Duration of a way by the cost model, in microseconds."""
-        return sum(context.costs.node_us(self.graph, node, context.hints) for node in self.nodes[way])
+    def us(self, candidate: Candidate, context: Context) -> float:
+        """Duration of a candidate by the cost model, in microseconds."""
+        return sum(context.costs.node_us(self.graph, node, context.hints) for node in self.nodes[candidate])

@@ -7,16 +7,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from zgraph.codegen.ops import OPS, Extent
+from zgraph.codegen.ops import SCALAR_OPS, Extent
 from zgraph.cost import signature
 from zgraph.ir import Builder, Graph, Node, Phase, TensorType, Value
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.analysis.rows import Space, Views, match
 from zgraph.passes.core.base import Choice
-from zgraph.passes.fusion.candidates import Way, Ways
+from zgraph.passes.fusion.candidates import Candidate, Candidates
 from zgraph.passes.fusion.patterns import PATTERNS, RENAMES
 from zgraph.passes.fusion.rows import COMPILED, FOREIGN, MATMULS, RECTIFIED, ROWS, Group, Kernel, Seeds
-from zgraph.passes.plan.zero_tangents import absent_tangents
+from zgraph.passes.plan.zero_tangents import zero_tangents
 
 DROPOUT = "aten.native_dropout.default"
 
@@ -54,7 +54,7 @@ class Groups:
         self.builder, self.trial = Builder(graph, made_by), Builder(graph, made_by)
         self.position = {id(node): position for position, node in enumerate(graph.nodes)}
         self.seeds = Seeds(self.builder)
-        self.absent = absent_tangents(graph)
+        self.zero_tangents = zero_tangents(graph)
         self.owner: dict[str, Group] = {}
         self.readers: dict[str, Group] = {}
         self.groups: list[Group] = []
@@ -71,7 +71,7 @@ class Groups:
             self.run_again(group)
         return self.groups
 
-    def ways(self, matmuls: Choice, hints: Mapping[str, int]) -> Iterator[Ways]:
+    def candidates(self, matmuls: Choice, hints: Mapping[str, int]) -> Iterator[Candidates]:
         """How each group can be run, the groups in the order of the program."""
         found = self.found()
         graph = replace(self.graph, foreign={**self.graph.foreign, **FOREIGN})
@@ -83,7 +83,7 @@ class Groups:
                 continue
             matmul = self.matmul(group) if matmuls != "never" else None
             before = (matmul,) if matmul is not None else ()
-            nodes: dict[Way, tuple[Node, ...]] = {"aten": (*before, *group.nodes)}
+            nodes: dict[Candidate, tuple[Node, ...]] = {"aten": (*before, *group.nodes)}
             if len(group.nodes) + len(group.again) > 1 or group.nodes[0].op == DROPOUT:
                 nodes["kernel"] = (*before, *alone)
                 nodes["inductor"] = *before, *(replace(n, op=COMPILED) if n.op == ROWS else n for n in alone)
@@ -98,7 +98,7 @@ class Groups:
                 if call := self.library_call(group, matmul, read):
                     nodes["library"] = call
             kernel = next(n for n in alone if n.op == ROWS)
-            yield Ways(group, " ".join(signature(n, hints) for n in (*before, kernel)), matmul, nodes, graph)
+            yield Candidates(group, " ".join(signature(n, hints) for n in (*before, kernel)), matmul, nodes, graph)
 
     def visit(self, node: Node) -> None:
         if node.op in RENAMES:
@@ -129,8 +129,8 @@ class Groups:
         return Space(kind.numel, columns)
 
     def is_absent(self, node: Node) -> bool:
-        """Whether a node reads a tangent that is likely to be absent, and must be left to be taken out."""
-        return any(self.views.base.get(v.name, v.name) in self.absent for v in node.operands)
+        """Whether a node reads a tangent that is likely to be zero, and must be left to be taken out."""
+        return any(self.views.base.get(v.name, v.name) in self.zero_tangents for v in node.operands)
 
     def may_join(self, node: Node, group: Group) -> bool:
         if not group.is_open or node.checkpoint != group.nodes[0].checkpoint:
@@ -159,7 +159,7 @@ class Groups:
     def add(self, node: Node, group: Group) -> None:
         found = match(node, self.views, group.space)
         assert found is not None, "it was matched before"
-        sums = {s.name for s in found.pattern.steps if OPS[s.op].reduces == "rows"}
+        sums = {s.name for s in found.pattern.steps if SCALAR_OPS[s.op].reduces == "rows"}
         names = zip(found.pattern.results, node.results, strict=True)
         group.sums.update(result.name for name, result in names if name in sums)
         group.nodes.append(node)
@@ -285,7 +285,7 @@ class Groups:
         Args:
             value: what is wanted.
             group: whose kernel wants it.
-            inputs: what the kernel reads anyhow.
+            inputs: what the kernel reads in any case.
             trying: values that are not there for nothing although they are among the inputs.
         """
         extent = group.space.extent(value)
@@ -296,7 +296,7 @@ class Groups:
         if maker is None or maker.phase is not Phase.forward or maker.op in RENAMES or len(trying) > MAX_DEPTH:
             return kept, []
         found = match(maker, self.views, group.space)
-        if found is None or any(OPS[s.op].reduces for s in found.making(maker, (value.name,))):
+        if found is None or any(SCALAR_OPS[s.op].reduces for s in found.making(maker, (value.name,))):
             return kept, []
         total, nodes = 0, list[Node]()
         for operand in self.reads(maker, group.space, (value.name,)):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from zgraph.ir import Arg, Builder, DType, Foreign, Graph, Node, Phase, TensorType, Value
+from zgraph.ir import Arg, Builder, DType, ExternalOp, Graph, Node, Phase, TensorType, Value
 from zgraph.passes.analysis.rows import same_rows
 
 LINEAR = "zgraph.linear_cross_entropy.default"
@@ -72,8 +72,8 @@ def fused_losses(graph: Graph, made_by: str) -> Graph:
         projection = _projection(graph, loss)
         instead.update(_plain(loss, builder) if projection is None else _linear(loss, projection, builder, position))
     nodes = [new for node in graph.nodes for new in (instead.get(node.name, [node]) if node.results else [node])]
-    own = {op: Foreign(multi=True) for op in (LINEAR, LINEAR_BACKWARD, PLAIN)}
-    own |= {PLAIN_BACKWARD: Foreign(), _CAST: Foreign(), "aten.view.default": Foreign(views=(0,))}
+    own = {op: ExternalOp(multi=True) for op in (LINEAR, LINEAR_BACKWARD, PLAIN)}
+    own |= {PLAIN_BACKWARD: ExternalOp(), _CAST: ExternalOp(), "aten.view.default": ExternalOp(views=(0,))}
     return replace(graph, nodes=tuple(nodes), foreign={**graph.foreign, **own})
 
 
@@ -130,7 +130,7 @@ def _plain(loss: _Loss, builder: Builder) -> dict[str, list[Node]]:
 
 
 def _loss(graph: Graph, node: Node) -> _Loss | None:
-    """The loss that a node makes, if nothing else reads what lies between it and the logits."""
+    """The loss that a node makes, if nothing else reads what is between it and the logits."""
     probabilities, target, weights, reduction, ignore_index = node.args
     softmax = _maker(graph, probabilities)
     if weights is not None or reduction not in _REDUCTIONS or not isinstance(ignore_index, int):

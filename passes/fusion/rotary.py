@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-from zgraph.ir import Arg, Builder, Foreign, Graph, Node, TensorType, Value
+from zgraph.ir import Arg, Builder, ExternalOp, Graph, Node, TensorType, Value
 from zgraph.ir.layout import dense_strides, is_contiguous
 from zgraph.ir.symbols import Dim
 from zgraph.passes.analysis.rows import FLOATS
@@ -96,7 +96,7 @@ def _rewritten(graph: Graph, rewrite: Rewrite, builder: Builder) -> Graph:
     if not instead:
         return graph
     nodes = [new for node in graph.nodes for new in instead.get(node.name, (node,))]
-    return replace(graph, nodes=tuple(nodes), foreign={**graph.foreign, ROTARY: Foreign()})
+    return replace(graph, nodes=tuple(nodes), foreign={**graph.foreign, ROTARY: ExternalOp()})
 
 
 def _made(rewrite: Rewrite, found: Found, builder: Builder) -> tuple[Node, ...]:

@@ -10,7 +10,7 @@ from zgraph.codegen.spec import ACC, Arg, KernelSpec, Operand, Step
 from zgraph.cost.table import GENERATED_MATMUL
 from zgraph.errors import KernelError
 from zgraph.ir import Arg as IrArg
-from zgraph.ir import Builder, DType, Foreign, Node, TensorType, Value
+from zgraph.ir import Builder, DType, ExternalOp, Node, TensorType, Value
 from zgraph.passes.analysis.rows import Space, Views, match
 
 ROWS = "zgraph.rows.default"
@@ -32,12 +32,12 @@ RECTIFIED = "aten._addmm_activation.default"
 """A matmul whose bias and rectifier are its end, as the vendor's library has it."""
 
 FOREIGN = {
-    ROWS: Foreign(multi=True),
-    COMPILED: Foreign(multi=True),
-    MATMUL: Foreign(multi=True),
-    SEED: Foreign(random=True),
-    RECTIFIED: Foreign(),
-    "aten.view.default": Foreign(views=(0,)),
+    ROWS: ExternalOp(multi=True),
+    COMPILED: ExternalOp(multi=True),
+    MATMUL: ExternalOp(multi=True),
+    SEED: ExternalOp(random=True),
+    RECTIFIED: ExternalOp(),
+    "aten.view.default": ExternalOp(views=(0,)),
 }
 """Properties of the ops that replace groups."""
 
@@ -202,7 +202,7 @@ class Kernel:
         return self.made[key]
 
     def _outputs(self, wanted: Iterable[Value]) -> Iterator[Operand]:
-        """The operands that the kernel writes. An input, or a value written twice, is written as a copy of its own."""
+        """The operands that the kernel writes. An input, or a value written twice, is written as a separate copy."""
         taken = {name for name in self.names.values() if isinstance(name, str) and name.startswith(("x", ACC))}
         for value in wanted:
             name = self.names[value.name]

@@ -11,7 +11,7 @@ from zgraph.ir import Graph, InputKind, Instruction, Node, Phase, Plan, Program,
 from zgraph.ir.arena import offsets
 from zgraph.passes.core.base import Context
 from zgraph.passes.plan.no_sync import without_sync
-from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
+from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
 
 def make_plan(graph: Graph, *, only_step: bool = False) -> Plan:
@@ -20,7 +20,7 @@ def make_plan(graph: Graph, *, only_step: bool = False) -> Plan:
     Args:
         graph: the graph.
         only_step: for those who only look at a step: in place of all backwards the one that syncs, with the tangents
-            that are likely to be absent left out.
+            that are likely to be zero left out.
 
     Raises:
         ContractError: the recipe left a reshard without a collective to carry it out.
@@ -42,16 +42,16 @@ def make_plan(graph: Graph, *, only_step: bool = False) -> Plan:
     tangents = [i.value for i in graph.inputs if i.kind is InputKind.tangent]
     if not any(o.phase is not Phase.forward for o in graph.outputs):
         return Plan(graph, plan_forward, None, None, ())
-    zeros = absent_tangents(graph)
-    lean = without_tangents(graph, zeros) if zeros else None
-    absent_here = zeros if lean else frozenset[str]()
+    zeros = zero_tangents(graph)
+    loss_only = without_tangents(graph, zeros) if zeros else None
+    left_out = zeros if loss_only else frozenset[str]()
     if only_step:
-        backward = _backward("backward", lean or graph, saved, tangents)
+        backward = _backward("backward", loss_only or graph, saved, tangents)
         both = backward, backward
-        return Plan(graph, plan_forward, *both, saved, absent_here, both if lean else None)
+        return Plan(graph, plan_forward, *both, saved, left_out, both if loss_only else None)
     return Plan(
-        graph, plan_forward, *_backwards("", graph, saved, tangents), saved, absent_here,
-        _backwards("lean_", lean, saved, tangents) if lean else None,
+        graph, plan_forward, *_backwards("", graph, saved, tangents), saved, left_out,
+        _backwards("loss_only_", loss_only, saved, tangents) if loss_only else None,
     )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ OPTIMIZERS_STEP = "the optimizer's step"
 
 
 def over_budget(context: Context, step_bytes: int, where: str) -> BudgetError:
-    """The error of a step that takes so much above what lies at rest."""
+    """The error of a step that takes so much above what is at rest."""
     needed = context.rest_bytes + step_bytes
     return BudgetError(
         f"a memory budget of {context.memory_budget:,} bytes cannot hold this step: with {context.rest_bytes:,} at "

@@ -5,7 +5,7 @@ is all zeros, as large as they are, and is added to what the loss gives. Here su
 what only carries zeros is left out:
 
     tangent %t: f32[]
-    tangent %u: f32[512, 4096]                                 <- absent
+    tangent %u: f32[512, 4096]                                 <- zero
     bwd %a: f32[512, 4096] = aten._log_softmax_backward_data.default(...)
     bwd %b: f32[512, 4096] = aten.add.Tensor(%a, %u)           ->  readers of %b read %a
 """
@@ -33,20 +33,20 @@ PRODUCTS = frozenset({"aten.bmm.default", "aten.mm.default", "aten.mul.Tensor"})
 SUMS = frozenset({"aten.add.Tensor"})
 
 
-def absent_tangents(graph: Graph) -> frozenset[str]:
-    """The tangents that are likely to be absent: all but the loss's, if one output alone is a scalar."""
+def zero_tangents(graph: Graph) -> frozenset[str]:
+    """The tangents that are likely to be zero: all but the loss's, if one output alone is a scalar."""
     tangents = [i.value for i in graph.inputs if i.kind is InputKind.tangent]
     scalars = [t for t in tangents if isinstance(t.type, TensorType) and not t.type.shape]
     return frozenset(t.name for t in tangents if t not in scalars) if len(scalars) == 1 else frozenset()
 
 
-def without_tangents(graph: Graph, absent: frozenset[str]) -> Graph | None:
-    """The graph with the tangents `absent` taken as zero.
+def without_tangents(graph: Graph, tangents: frozenset[str]) -> Graph | None:
+    """The graph with these tangents taken as zero.
 
     None where an op reads a zero that it cannot do without, where two gradients would share memory, or where a
     parameter's would be zero: collectives must stay the same on every rank, whatever each rank differentiates.
     """
-    zero, same = set(absent), dict[str, Value]()
+    zero, same = set(tangents), dict[str, Value]()
     kept: list[Node] = []
     for node in graph.nodes:
         if node.phase is Phase.forward:
@@ -71,10 +71,10 @@ def without_tangents(graph: Graph, absent: frozenset[str]) -> Graph | None:
                 return None
             value = None if value.name in zero else same.get(value.name, value)
         outputs.append(replace(output, value=value))
-    inputs = tuple(i for i in graph.inputs if i.value.name not in absent)
-    lean = replace(graph, inputs=inputs, nodes=tuple(kept), outputs=tuple(outputs))
-    lean = sweep(lean, lambda node: is_pure(graph, node))
-    return None if _gradients_share_memory(lean) else lean
+    inputs = tuple(i for i in graph.inputs if i.value.name not in tangents)
+    loss_only = replace(graph, inputs=inputs, nodes=tuple(kept), outputs=tuple(outputs))
+    loss_only = sweep(loss_only, lambda node: is_pure(graph, node))
+    return None if _gradients_share_memory(loss_only) else loss_only
 
 
 def _gradients_share_memory(graph: Graph) -> bool:

@@ -17,8 +17,8 @@ TINY = ("plan", "model.py:words", "--seq", "16", "--stage", "3", "--dtype", "f32
 def captures(monkeypatch):
     """Counts how often a model is captured."""
     seen = []
-    capture = planning.captured
-    monkeypatch.setattr(planning, "captured", lambda *args: seen.append(args) or capture(*args))
+    capture = planning.capture_samples
+    monkeypatch.setattr(planning, "capture_samples", lambda *args: seen.append(args) or capture(*args))
     return seen
 
 

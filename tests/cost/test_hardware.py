@@ -2,7 +2,7 @@
 
 import pytest
 
-from zgraph.cost import CostTable, Line, hardware, known, load_table, save_table
+from zgraph.cost import AlphaBeta, CostTable, hardware, known, load_table, save_table
 from zgraph.cost.hardware import load, recognised, save
 from zgraph.errors import HardwareError
 
@@ -128,7 +128,7 @@ def test_a_broken_profile_is_told(tmp_path, text, says):
 def test_a_table_comes_back_from_its_file(tmp_path):
     table = CostTable(
         hardware=hardware("cpu"), ops={"aten.mm.default(f32[2x2])": 3.5},
-        transfers={"all_gather": Line(latency_us=1.0, bytes_per_s=2.0)},
+        transfers={"all_gather": AlphaBeta(latency_us=1.0, bytes_per_s=2.0)},
     )  # fmt: skip
     save_table(table, tmp_path / "table.json")
     assert load_table(tmp_path / "table.json") == table

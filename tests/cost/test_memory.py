@@ -108,7 +108,9 @@ def test_bytes_never_go_below_zero_and_come_in_whole_allocations(graph, recipe, 
     for moment in curve.moments:
         assert all(v >= 0 for v in moment.bytes_by_category.values())
         assert moment.total_bytes % ALLOCATION_BYTES == 0
-    assert len(curve.moments) == len(plan.forward.instructions) + len((plan.lean or (plan.backward,))[0].instructions)
+    assert len(curve.moments) == len(plan.forward.instructions) + len(
+        (plan.loss_only or (plan.backward,))[0].instructions
+    )
 
 
 def deep(num_layers: int) -> Graph:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zgraph.cost import CostTable, Line, hardware, signature, simulate
+from zgraph.cost import AlphaBeta, CostTable, hardware, signature, simulate
 from zgraph.errors import SimulationError
 from zgraph.ir import parse_graph
 from zgraph.passes import make_plan
@@ -38,7 +38,7 @@ def table(graph, slowdown=1.0):
     """Every mul takes 10 us, every tanh 4, every collective 8: 64 bytes are sent at 8 bytes a microsecond."""
     us = {"aten.mul.Tensor": MUL_US, "aten.tanh.default": TANH_US, "aten.tanh_.default": TANH_US}
     ops = {signature(n, {}): us[n.op] for n in graph.nodes if n.op in us}
-    line = Line(latency_us=0.0, bytes_per_s=64 / WIRE_US * 1e6)
+    line = AlphaBeta(latency_us=0.0, bytes_per_s=64 / WIRE_US * 1e6)
     profile = hardware("cpu").model_copy(update={"overlap_slowdown": slowdown})
     return CostTable(hardware=profile, ops=ops, transfers=dict.fromkeys(("all_gather", "reduce_scatter"), line))
 

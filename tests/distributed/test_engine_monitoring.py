@@ -35,7 +35,7 @@ def profiled(mesh: DeviceMesh) -> tuple[list[str], list[str], float]:
         again = model(*inputs)
         again.backward()
     plan = zgraph.report(model).entries[0].plan
-    programs = (plan.forward, plan.lean[0] if plan.lean else plan.backward)
+    programs = (plan.forward, plan.loss_only[0] if plan.loss_only else plan.backward)
     wanted = [f"%{i.node.name} {i.node.op}" for program in programs for i in program.instructions]
     found = sorted((e for e in profile.events() if e.name.startswith("%")), key=lambda e: e.time_range.start)
     return [e.name for e in found], wanted, float((again - loss).abs())

@@ -26,7 +26,7 @@ def meet(store: dist.Store, *ranks: int, limit_s: float = 20, failing: tuple[int
 
     def one(rank: int) -> str:
         try:
-            with rendezvous._Meeting(store, rank, RANKS).watched(limit_s):
+            with rendezvous._Rendezvous(store, rank, RANKS).watched(limit_s):
                 if rank in failing:
                     raise RuntimeError("it took too long")
         except PeerError as error:
@@ -38,7 +38,7 @@ def meet(store: dist.Store, *ranks: int, limit_s: float = 20, failing: tuple[int
 
 
 def die(store: dist.Store, rank: int) -> None:
-    """A rank whose heart beats once."""
+    """A rank with one heartbeat."""
     store.set(rendezvous.beat_key(rank), "0 ")
 
 

@@ -26,7 +26,7 @@ from zgraph.passes.broadcast import Broadcast
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.schedule import Schedule
 from zgraph.runtime.agreement import wire_of
-from zgraph.runtime.collectives import MAKERS
+from zgraph.runtime.collectives import EXECUTORS
 from zgraph.runtime.linker import link_plan
 from zgraph.runtime.session import Session
 
@@ -187,7 +187,7 @@ def test_what_a_process_group_is_given_to_sum(monkeypatch, placement, divisor):
     gradient = torch.arange(4.0)
     session = Mock(num_ranks=4, num_shards=2, lane=None)
     session.divisor = partial(Session.divisor, session)
-    MAKERS["all_reduce_start"](node, session)(gradient)
+    EXECUTORS["all_reduce_start"](node, session)(gradient)
     (summed,) = given
     assert torch.equal(summed, gradient / divisor)
     assert summed.data_ptr() != gradient.data_ptr()
@@ -216,7 +216,7 @@ def test_what_a_process_group_is_asked_for(monkeypatch, placement, ops, count):
     monkeypatch.setattr(private_runtime, "_side_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(dist, "all_reduce", lambda out, op, **_: asked.append(op) or Mock())
-    start = MAKERS["reduce_scatter_start"](parse_graph(text).nodes[0], session)
+    start = EXECUTORS["reduce_scatter_start"](parse_graph(text).nodes[0], session)
     start(*[torch.ones(4)] * count)
     assert asked == [ops[0], *[ops[1]] * count]
 

@@ -186,7 +186,7 @@ SCALARS = (
 
 def section(draw: random.Random, kind: type[Section]) -> dict[str, object]:
     """Some of its keys, some misspelt, with values that may fit."""
-    known, inner = [*kind.keys(), *kind.superseded, *kind.unsupported], kind.keys()
+    known, inner = [*kind.keys(), *kind.ignored, *kind.unsupported], kind.keys()
     found: dict[str, object] = {}
     for key in draw.sample(known, min(len(known), draw.randrange(6))):
         within = inner.get(key)

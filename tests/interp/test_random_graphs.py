@@ -65,15 +65,15 @@ def test_tangents_left_out_are_zeros(graph, pipeline, num_ranks, data):
     tangents = [i.value.name for i in graph.inputs if i.kind is InputKind.tangent]
     absent = frozenset(data.draw(st.sets(st.sampled_from(tangents), min_size=1)))
     after = pipeline.run(graph, context(num_ranks))
-    lean = without_tangents(after, absent)
-    if lean is None:
+    loss_only = without_tangents(after, absent)
+    if loss_only is None:
         return
-    verify(lean)
-    assert collectives(lean) == collectives(after)
+    verify(loss_only)
+    assert collectives(loss_only) == collectives(after)
     reference = Reference(graph, num_ranks)
     for name in absent:
         reference.numbers.batch(0)[name] = [t * 0 for t in reference.numbers.batch(0)[name]]
-    wanted, found = reference.run(after), reference.run(lean)
+    wanted, found = reference.run(after), reference.run(loss_only)
     for a, b in zip(wanted, found, strict=True):
         assert a is b is None or all((x == (0 if b is None else b[rank])).all() for rank, x in enumerate(a))
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from zgraph.ir import (
     Arg,
     DType,
-    Foreign,
+    ExternalOp,
     Graph,
     Input,
     InputKind,
@@ -27,22 +27,22 @@ from zgraph.ir import (
 )
 
 FOREIGN = {
-    "aten._to_copy.default": Foreign(),
-    "aten.add.Tensor": Foreign(),
-    "aten.alias.default": Foreign(views=(0,)),
-    "aten.bernoulli.p": Foreign(random=True),
-    "aten.clone.default": Foreign(),
-    "aten.detach.default": Foreign(views=(0,)),
-    "aten.expand.default": Foreign(views=(0,)),
-    "aten.full.default": Foreign(),
-    "aten.mm.default": Foreign(),
-    "aten.mul.Tensor": Foreign(),
-    "aten.neg.default": Foreign(),
-    "aten.split.Tensor": Foreign(views=(0,), multi=True),
-    "aten.sum.default": Foreign(),
-    "aten.t.default": Foreign(views=(0,)),
-    "aten.tanh.default": Foreign(),
-    "aten.view.default": Foreign(views=(0,)),
+    "aten._to_copy.default": ExternalOp(),
+    "aten.add.Tensor": ExternalOp(),
+    "aten.alias.default": ExternalOp(views=(0,)),
+    "aten.bernoulli.p": ExternalOp(random=True),
+    "aten.clone.default": ExternalOp(),
+    "aten.detach.default": ExternalOp(views=(0,)),
+    "aten.expand.default": ExternalOp(views=(0,)),
+    "aten.full.default": ExternalOp(),
+    "aten.mm.default": ExternalOp(),
+    "aten.mul.Tensor": ExternalOp(),
+    "aten.neg.default": ExternalOp(),
+    "aten.split.Tensor": ExternalOp(views=(0,), multi=True),
+    "aten.sum.default": ExternalOp(),
+    "aten.t.default": ExternalOp(views=(0,)),
+    "aten.tanh.default": ExternalOp(),
+    "aten.view.default": ExternalOp(views=(0,)),
 }
 """What a schema says of each op that the strategy uses."""
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from zgraph.errors import VerifyError
 from zgraph.ir import DType, TensorType
-from zgraph.ir.layout import ALIGN_BYTES, bucket_layout, chunk_numel, chunk_rows, is_even, local_rows
+from zgraph.ir.layout import MEMBER_ALIGN_BYTES, bucket_layout, chunk_numel, chunk_rows, is_even, local_rows
 from zgraph.ir.symbols import symbol
 
 ranks = st.integers(1, 9)
@@ -47,8 +47,8 @@ def test_members_of_a_bucket_are_aligned_and_disjoint(shapes, num_ranks, dtype):
     end = 0
     for offset, chunk in zip(layout.offsets, layout.chunks, strict=True):
         assert offset >= end
-        assert offset * dtype.itemsize % ALIGN_BYTES == 0
-        assert (offset - end) * dtype.itemsize < ALIGN_BYTES
+        assert offset * dtype.itemsize % MEMBER_ALIGN_BYTES == 0
+        assert (offset - end) * dtype.itemsize < MEMBER_ALIGN_BYTES
         end = offset + chunk
     assert layout.part_numel == end
 

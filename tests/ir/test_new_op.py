@@ -50,7 +50,7 @@ def missing(name: str) -> list[str]:
     row, found = OPS[name], []
     if name not in interpreter.RULES and name not in ("accumulate", "release"):
         found.append("an interpreter rule")
-    if name not in collectives.MAKERS and name not in ("release", "reshard", "pending"):
+    if name not in collectives.EXECUTORS and name not in ("release", "reshard", "pending"):
         found.append("an executor")
     if row.lane != "compute" and row.transfer is None:
         found.append("what it moves (transfer=)")
@@ -66,7 +66,7 @@ def add(monkeypatch) -> Callable[..., None]:
         if rule:
             monkeypatch.setitem(interpreter.RULES, row.name, lambda node, operands, mesh: [operands[0][::-1]])
         if executor:
-            monkeypatch.setitem(collectives.MAKERS, row.name, lambda node, session: partial(print, node))
+            monkeypatch.setitem(collectives.EXECUTORS, row.name, lambda node, session: partial(print, node))
 
     return add
 

@@ -5,7 +5,7 @@ import pytest
 from zgraph.interpreter import RULES
 from zgraph.ir import OPS, Axis, Graph, Node, TensorType, parse_graph, print_graph, verify
 from zgraph.ir.ops import LANES, TypeRuleError, is_pure, views
-from zgraph.runtime.collectives import MAKERS
+from zgraph.runtime.collectives import EXECUTORS
 
 VALUES = """graph "g" mesh(shard=2)
 op aten.mm.default
@@ -220,7 +220,7 @@ def test_only_what_leaves_the_compute_lane_promises(name):
 @each_op
 def test_it_can_be_interpreted_and_executed(name):
     assert name in RULES or name in ("accumulate", "release")
-    assert (name in MAKERS) or name in ("release", "reshard", "pending")
+    assert (name in EXECUTORS) or name in ("release", "reshard", "pending")
 
 
 @each_op

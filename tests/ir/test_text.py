@@ -11,7 +11,7 @@ from tests.ir.strategies import graphs
 from zgraph.ir import (
     Axis,
     DType,
-    Foreign,
+    ExternalOp,
     Graph,
     Input,
     InputKind,
@@ -68,7 +68,7 @@ TYPES = [
 
 def one_node(*args: object, made: object = X.type, **options: object) -> Graph:
     node = Node("aten.op.default", args, (Value("y", made),), tuple(options.items()))  # type: ignore[arg-type]
-    return Graph("g", (Input(InputKind.input, X),), (node,), foreign={"aten.op.default": Foreign()})
+    return Graph("g", (Input(InputKind.input, X),), (node,), foreign={"aten.op.default": ExternalOp()})
 
 
 def same(a: Graph) -> None:
@@ -131,8 +131,8 @@ def test_every_kind_of_input_and_output_comes_back():
 
 def test_mesh_effects_phases_and_origins_come_back():
     foreign = {
-        "aten.a.default": Foreign(),
-        "aten.b.out": Foreign(views=(0, 2), writes=(1,), random=True, multi=True, opaque=True),
+        "aten.a.default": ExternalOp(),
+        "aten.b.out": ExternalOp(views=(0, 2), writes=(1,), random=True, multi=True, opaque=True),
     }
     origins = [
         Origin(),

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from zgraph.codegen.ops import OPS, Extent
+from zgraph.codegen.ops import SCALAR_OPS, Extent
 from zgraph.codegen.spec import KernelSpec, Operand, Step, parse_step
 from zgraph.ir import DType
 
@@ -27,7 +27,7 @@ def kernels(draw: st.DrawFn) -> KernelSpec:
     steps = [Step("top", "row_max", ("x",)), Step("low", "sub", ("z", "top"))]
     for number in range(draw(st.integers(0, 8))):
         extents = KernelSpec("k", columns, tuple(inputs), (inputs[0],), tuple(steps)).extents
-        sums = {step.name for step in steps if OPS[step.op].reduces == "rows"}
+        sums = {step.name for step in steps if SCALAR_OPS[step.op].reduces == "rows"}
         names = [name for name in extents if name not in sums and name != "seed"]
         a, b = draw(st.sampled_from(names)), draw(st.sampled_from(names))
         f = draw(st.sampled_from([name for name in names if extents[name] is Extent.full]))

@@ -1,4 +1,4 @@
-"""Generated kernels, in Triton's interpreter, against their steps in float64: of rows held whole, and swept over."""
+"""Generated kernels, in Triton's interpreter, against their steps in float64: of rows held whole, and looped over."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,12 +38,12 @@ def poisoned(made: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def swept(block_m: int = 2, block_n: int = 16) -> Iterator[None]:
+def looped(block_m: int = 2, block_n: int = 16) -> Iterator[None]:
     """All rows are too long for a program to hold, and few programs sum over many."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("zgraph.codegen.spec.MAX_WHOLE_COLUMNS", 0)
-        patched.setattr(kernels, "SWEPT", kernels.Tiles(block_m, block_n, 1))
-        patched.setattr(kernels, "SWEPT_SUMS", kernels.Tiles(block_m, block_n, 1))
+        patched.setattr(kernels, "LOOPED", kernels.Tiles(block_m, block_n, 1))
+        patched.setattr(kernels, "LOOPED_SUMS", kernels.Tiles(block_m, block_n, 1))
         patched.setattr(kernels, "MAX_PROGRAMS", 2)
         kernels.load.cache_clear()
         yield
@@ -68,7 +68,7 @@ def is_close(got: torch.Tensor, wanted: torch.Tensor, limit: float) -> bool:
 
 def cuts(spec: KernelSpec) -> list[Callable[[], AbstractContextManager[None]]]:
     """How the kernel may be cut."""
-    return [nullcontext, swept] if spec.needs_whole_rows else [nullcontext]
+    return [nullcontext, looped] if spec.needs_whole_rows else [nullcontext]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -79,11 +79,11 @@ def test_a_kernel_is_its_steps(name, dtype, num_rows, columns, seed):
     spec = SPECS[name](columns, dtype)
     inputs = operands(spec, num_rows, seed)
     wanted = reference.run(spec, inputs, num_rows, torch.float64)
-    twin = reference.run(spec, inputs, num_rows)
+    plain = reference.run(spec, inputs, num_rows)
     for cut in cuts(spec):
         with cut():
             made = kernels.launch(spec, inputs, num_rows)
-        for output, got, same, exact in zip(spec.outputs, made, twin, wanted, strict=True):
+        for output, got, same, exact in zip(spec.outputs, made, plain, wanted, strict=True):
             limit = max(TOLERANCE[dtype], TOLERANCE[output.dtype.value])
             assert got.shape == exact.shape
             assert got.dtype == same.dtype == TO_TORCH[output.dtype]
@@ -98,8 +98,8 @@ def test_any_kernel_is_its_steps(spec, num_rows, block_m, seed):
     inputs = operands(spec, num_rows, seed)
     wanted = reference.run(spec, inputs, num_rows, torch.float64)
     whole = kernels.launch(spec, inputs, num_rows)
-    with swept(block_m):
-        assert spec.is_swept
+    with looped(block_m):
+        assert spec.is_looped
         assert "for first in range" in source(spec)
         made = kernels.launch(spec, inputs, num_rows)
     for output, *found, exact in zip(spec.outputs, whole, made, wanted, strict=True):
@@ -139,12 +139,12 @@ def test_random_numbers_are_those_of_the_twin_to_the_last_bit(seed, num_rows, co
         "r = random(s); z = mul(x, 0.0); u = add(r, z); t = row_max(u)"
     )
     inputs = [torch.ones(num_rows, columns), torch.tensor(seed)]
-    twin = reference.run(spec, inputs, num_rows)
+    plain = reference.run(spec, inputs, num_rows)
     for cut in cuts(spec):
         with cut():
             made = kernels.launch(spec, inputs, num_rows)
-        assert all(map(torch.equal, made, twin))
-    assert torch.equal(twin[0].flatten(), uniform(torch.tensor(seed), num_rows * columns))
+        assert all(map(torch.equal, made, plain))
+    assert torch.equal(plain[0].flatten(), uniform(torch.tensor(seed), num_rows * columns))
 
 
 def test_random_numbers_are_uniform_and_differ_by_seed():

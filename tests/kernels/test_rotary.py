@@ -1,4 +1,4 @@
-"""The rotary embedding: its kernel in Triton's interpreter and its twin, against Hugging Face's formula in float64."""
+"""Rotary embedding: its kernel in Triton's interpreter and its reference, against Hugging Face's formula in float64."""
 
 from collections.abc import Callable
 
@@ -41,7 +41,7 @@ def poisoned(*args, **kwargs) -> torch.Tensor:
 
 @st.composite
 def operands(draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows in some layout with gaps or without; angles alike in some dimensions, whose halves differ."""
+    """Rows in some layout with gaps or without; angles the same in some dimensions, whose halves differ."""
     shape = [draw(st.integers(0, 3)), draw(st.integers(1, 7)), draw(st.integers(1, 9))]
     half, rest = draw(st.integers(1, 20)), draw(st.integers(0, 50))
     dice = torch.Generator().manual_seed(draw(st.integers(0, 99)))
@@ -61,7 +61,7 @@ def test_the_kernel_and_its_twin_are_the_formula(dtype, given, order, back):
     exact = (gradient if back else formula)(x.double(), cos.double(), sin.double())
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch, "empty", poisoned)
-        made = [run(x, cos, sin, order, back) for run in (rotary.launch, rotary.twin, torch.ops.zgraph.rotary)]
+        made = [run(x, cos, sin, order, back) for run in (rotary.launch, rotary.run_reference, torch.ops.zgraph.rotary)]
     for got in made:
         assert (got.shape, got.dtype) == (x.shape, dtype)
         assert got.permute(order).is_contiguous()

@@ -4,7 +4,7 @@ import pytest
 
 from zgraph.ir import Axis, Graph, parse_graph, verify
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
-from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
+from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
 HEAD = """graph "g"
 op aten.add.Tensor
@@ -26,7 +26,7 @@ return fwd output %h
 """
 
 
-def lean(lines: str, *absent: str) -> Graph | None:
+def loss_only(lines: str, *absent: str) -> Graph | None:
     graph = parse_graph(HEAD + lines)
     found = without_tangents(graph, frozenset(absent or ("u",)))
     if found is not None:
@@ -39,7 +39,7 @@ def backward(graph: Graph) -> list[str]:
 
 
 def test_a_sum_with_zeros_is_its_other_summand():
-    found = lean(
+    found = loss_only(
         "bwd %e: f32[4 | 0] = aten.expand.default(%t, [4])\n"
         "bwd %c: f32[4] = aten.mul.Tensor(%e, %x)\n"
         "bwd %s: f32[4] = aten.add.Tensor(%c, %u)\n"
@@ -52,7 +52,7 @@ def test_a_sum_with_zeros_is_its_other_summand():
 
 
 def test_what_only_carries_zeros_is_left_out():
-    found = lean(
+    found = loss_only(
         "bwd %z: f32[4] = aten.mul.Tensor(%x, %u)\n"
         "bwd %y: f32[] = aten.sum.default(%z)\n"
         "bwd %s: f32[] = aten.add.Tensor(%y, %t)\n"
@@ -78,11 +78,11 @@ def test_what_only_carries_zeros_is_left_out():
     ],
 )
 def test_where_zeros_matter_there_is_no_lean_backward(lines):
-    assert lean(lines) is None
+    assert loss_only(lines) is None
 
 
 def test_two_gradients_never_become_one_tensor():
-    found = lean(
+    found = loss_only(
         "bwd %c: f32[4] = aten.mul.Tensor(%x, %t)\n"
         "bwd %s: f32[4] = aten.add.Tensor(%c, %u)\n"
         'return bwd grad "w" %c\nreturn bwd grad "v" %s\n'
@@ -92,9 +92,9 @@ def test_two_gradients_never_become_one_tensor():
 
 
 def test_only_the_tangents_beside_the_loss_are_taken_to_be_absent():
-    assert absent_tangents(parse_graph(HEAD)) == {"u"}
-    assert absent_tangents(parse_graph(HEAD.replace("tangent %u: f32[4]", "tangent %u: f32[]"))) == set()
-    assert absent_tangents(parse_graph(HEAD.replace("tangent %t: f32[]", "tangent %t: f32[1]"))) == set()
+    assert zero_tangents(parse_graph(HEAD)) == {"u"}
+    assert zero_tangents(parse_graph(HEAD.replace("tangent %u: f32[4]", "tangent %u: f32[]"))) == set()
+    assert zero_tangents(parse_graph(HEAD.replace("tangent %t: f32[]", "tangent %t: f32[1]"))) == set()
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -104,8 +104,8 @@ def test_a_plan_has_both_backwards(stage, num_ranks):
     lines += "bwd %d: f32[4] = aten.mul.Tensor(%s, %h)\n"
     graph = parse_graph(HEAD + lines + 'return bwd grad "w" %s\nreturn bwd grad "v" %d\n')
     plan = make_plan(parse_recipe(RECIPES[stage]).run(graph, Context((Axis("shard", num_ranks),))))
-    assert plan.absent == {"u"}
-    for full, without in zip((plan.backward, plan.unsynced), plan.lean, strict=True):
+    assert plan.zero_tangents == {"u"}
+    for full, without in zip((plan.backward, plan.unsynced), plan.loss_only, strict=True):
         assert "aten.add.Tensor" in [i.node.op for i in full.instructions]
         assert "aten.add.Tensor" not in [i.node.op for i in without.instructions]
         assert without.arguments == full.arguments

@@ -36,7 +36,7 @@ from zgraph.passes.plan.make_plan import memory_of
 from zgraph.passes.recompute import Recompute
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
-from zgraph.passes.schedule import Schedule, Step
+from zgraph.passes.schedule import LoweredStep, Schedule
 
 TWO = Context((Axis("shard", 2),))
 
@@ -236,7 +236,7 @@ return bwd grad "x" %gx
 )
 def test_a_reduction_holds_the_gradient_a_padded_copy_and_where_it_lands(rows, whole_bytes, copied_bytes):
     text = UNEVEN.replace("{shape}", "5, 3").replace("5, 3", f"{rows}, 3")
-    step = Step(parse_graph(text), TWO)
+    step = LoweredStep(parse_graph(text), TWO)
     (transfer,) = step.transfers
     (start,) = of_op(step.graph, "reduce_scatter_start")
     scratch = OPS[start.op].scratch_bytes(start, step.graph.mesh)
@@ -477,7 +477,7 @@ return bwd output none
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.75])
 def test_a_fused_dropout_keeps_the_mean(p):
-    """What is kept is divided by the probability that it is, in the forward and in the backward alike."""
+    """What is kept is divided by the probability that it is, in the forward and in the backward."""
     text = DROPOUT.replace("{p}", str(p)).replace("{scale}", str(1 / (1 - p)))
     fused = parse_recipe("canonicalize,fuse").run(parse_graph(text), Context())
     kernels = of_op(fused, ROWS)

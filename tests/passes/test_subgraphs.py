@@ -94,9 +94,9 @@ def test_layouts_are_those_that_readers_saw():
 def test_the_gradient_of_nothing_is_nothing():
     graph = fused(('param %w: bf16[2, 5, 3, 8] "w" stage=0', "input %w: bf16[2, 5, 3, 8]"))
     assert rotary(graph) == BOTH
-    lean = without_tangents(graph, frozenset({"g"}))
-    assert lean is not None
-    assert rotary(lean) == FORWARD
+    loss_only = without_tangents(graph, frozenset({"g"}))
+    assert loss_only is not None
+    assert rotary(loss_only) == FORWARD
 
 
 def test_patterns_hold_together():

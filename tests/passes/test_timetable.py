@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zgraph.passes.analysis.timetable import (
+    HeadroomTree,
     Problem,
-    Room,
     Timetable,
     Transfer,
     delayed,
@@ -31,18 +31,18 @@ def problems(draw: st.DrawFn) -> Problem:
         num_bytes = draw(st.integers(0, 4)) if is_gather else 0
         transfers.append(Transfer(float(draw(st.integers(0, 9))), first, due, num_bytes, due if is_gather else first))
     us = draw(st.lists(st.integers(0, 9), min_size=num_ops, max_size=num_ops))
-    room = draw(st.lists(st.integers(0, 6), min_size=num_ops, max_size=num_ops))
-    return Problem(tuple(map(float, us)), tuple(room), tuple(transfers))
+    headroom = draw(st.lists(st.integers(0, 6), min_size=num_ops, max_size=num_ops))
+    return Problem(tuple(map(float, us)), tuple(headroom), tuple(transfers))
 
 
 def placements(problem: Problem, order: tuple[int, ...]) -> list[Timetable]:
-    """Every placement of the transfers that has this order and room, on the clock."""
+    """Every placement of the transfers that has this order and headroom, on the clock."""
     found = []
     choices = [range(t.first, t.due + 1) for t in problem.transfers]
     for starts in product(*choices):
         if any(starts[a] > starts[b] for a, b in pairwise(order)):
             continue
-        if any(held(problem, starts, op) > problem.room[op] for op in range(problem.num_ops)):
+        if any(held(problem, starts, op) > problem.headroom[op] for op in range(problem.num_ops)):
             continue
         found.append(run(problem, order, starts))
     return found
@@ -64,7 +64,7 @@ def test_the_evaluator_finds_what_brute_force_finds(problem, random):
         return
     assert found is not None
     assert found.makespan_us == min(t.makespan_us for t in possible)
-    assert all(held(problem, found.starts, op) <= problem.room[op] for op in range(problem.num_ops))
+    assert all(held(problem, found.starts, op) <= problem.headroom[op] for op in range(problem.num_ops))
 
 
 @settings(max_examples=300, deadline=None)
@@ -111,13 +111,13 @@ def test_a_stall_names_the_transfer_and_the_time():
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=40), st.data())
 def test_room_is_that_of_a_plain_list(sizes, data):
-    room, plain = Room(sizes), list(sizes)
+    headroom, plain = HeadroomTree(sizes), list(sizes)
     for _ in range(data.draw(st.integers(0, 8))):
         begin = data.draw(st.integers(0, len(plain) - 1))
         end = data.draw(st.integers(begin + 1, len(plain)))
         num_bytes = data.draw(st.integers(0, 9))
-        room.take(num_bytes, begin, end)
+        headroom.take(num_bytes, begin, end)
         plain[begin:end] = [left - num_bytes for left in plain[begin:end]]
         asked = data.draw(st.integers(-5, 20))
         wanted = max((i for i in range(end) if plain[i] < asked), default=-1)
-        assert room.last_below(asked, end) == wanted
+        assert headroom.last_below(asked, end) == wanted

@@ -1,4 +1,4 @@
-"""A deep model captured by a few of its layers: the graph is that of all of them, and what is not alike is found."""
+"""A deep model captured by a few of its layers: the graph is that of all of them, and layers that differ are found."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import small
 import zgraph
 from tests.deep import deep
-from zgraph.capture.deep import captured
-from zgraph.capture.extrapolate import grown
+from zgraph.capture.deep import capture_deep
+from zgraph.capture.extrapolate import extrapolate
 from zgraph.capture.layers import shortened, stacks
 from zgraph.errors import CaptureError
 from zgraph.ir import Graph, print_graph
@@ -110,14 +110,14 @@ def test_grown_from_two_three_and_four_layers(build, depth):
     """To the letter, names of values included."""
     model = on_meta(build)
     graphs = {(more,): few(model, TEXT, 2 + more) for more in range(3)}
-    assert print_graph(grown(graphs, (depth - 2,))) == print_graph(whole(model, TEXT))
+    assert print_graph(extrapolate(graphs, (depth - 2,))) == print_graph(whole(model, TEXT))
 
 
 def test_two_stacks_at_once():
     model = on_meta(Two)
     counts = ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 1))
     graphs = {(a, b): few(model, {"x": IDS}, 3 + a, 3 + b) for a, b in counts}
-    assert print_graph(grown(graphs, (3, 2))) == print_graph(whole(model, {"x": IDS}))
+    assert print_graph(extrapolate(graphs, (3, 2))) == print_graph(whole(model, {"x": IDS}))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_two_stacks_at_once():
 )
 def test_layers_that_are_alike(build, said):
     model = on_meta(build)
-    graph, how = captured(model, ROWS, None)
+    graph, how = capture_deep(model, ROWS, None)
     assert said in how
     assert print_graph(graph) == print_graph(whole(model, ROWS))
 
@@ -174,7 +174,7 @@ def mixed() -> nn.Module:
 )
 def test_layers_that_differ_are_all_captured(build, why):
     model = on_meta(build)
-    graph, how = captured(model, ROWS, None)
+    graph, how = capture_deep(model, ROWS, None)
     assert how.startswith("whole")
     assert why in how
     assert {i.target for i in graph.params} == {name for name, _ in model.named_parameters()}
@@ -183,4 +183,4 @@ def test_layers_that_differ_are_all_captured(build, why):
 def test_graphs_that_follow_no_pattern():
     graphs = {(more,): few(on_meta(Deep), ROWS, length) for more, length in enumerate((3, 4, 6))}
     with pytest.raises(CaptureError, match="do not repeat evenly"):
-        grown(graphs, (5,))
+        extrapolate(graphs, (5,))

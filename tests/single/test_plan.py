@@ -35,26 +35,26 @@ def t5() -> nn.Module:
 @pytest.fixture(autouse=True)
 def _captured_once(monkeypatch):
     """Tests that plan the same model share its capture."""
-    capture = planning.captured
+    capture = planning.capture_samples
 
-    def captured(model, args, kwargs, param_dtype):
+    def capture_samples(model, args, kwargs, param_dtype):
         key = type(model), sum(p.numel() for p in model.parameters()), layer_scaling._are_alike
         if key not in _CAPTURES:
             _CAPTURES[key] = capture(model, args, kwargs, param_dtype)
         return _CAPTURES[key]
 
-    monkeypatch.setattr(planning, "captured", captured)
+    monkeypatch.setattr(planning, "capture_samples", capture_samples)
 
 
 @pytest.mark.parametrize(("build", "num_ranks"), [(llama, 8), deep(t5, 1)])
 def test_a_model_grown_from_few_layers_is_the_whole_model(build, num_ranks, monkeypatch):
     model = build()
     names = list(model.state_dict())
-    grown = zgraph.plan(model, **BATCH, hardware="8x8-a100-80", num_ranks=num_ranks, stage=[0, 3])
+    scaled = zgraph.plan(model, **BATCH, hardware="8x8-a100-80", num_ranks=num_ranks, stage=[0, 3])
     monkeypatch.setattr(layer_scaling, "_are_alike", _never)
     whole = zgraph.plan(model, **BATCH, hardware="8x8-a100-80", num_ranks=num_ranks, stage=[0, 3])
     assert list(model.state_dict()) == names
-    for a, b in zip(grown.stages, whole.stages, strict=True):
+    for a, b in zip(scaled.stages, whole.stages, strict=True):
         assert a.rest_bytes == b.rest_bytes
         assert a.sent_bytes == b.sent_bytes
         assert a.total_bytes == pytest.approx(b.total_bytes, rel=0.01)

@@ -78,7 +78,7 @@ def test_a_step_in_regions_is_the_same_step(name, compiled):
 
 
 class Layers(nn.Module):
-    """Layers that are alike, with dropout."""
+    """Repeated layers, with dropout."""
 
     def __init__(self) -> None:
         super().__init__()

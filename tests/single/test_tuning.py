@@ -1,4 +1,4 @@
-"""The ways of running a group, measured: what is chosen, kept, and told."""
+"""The candidates for running a group, measured: what is chosen, kept, and told."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from zgraph.compiler.compiled_model import compiled_model
 from zgraph.cost import CostTable, hardware
 from zgraph.ir import Graph
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.fuse import Fuse, ways
+from zgraph.passes.fuse import Fuse, candidates
 from zgraph.passes.fusion.rows import COMPILED, MATMUL, RECTIFIED, ROWS
 
 H100 = Context(costs=CostTable(hardware=hardware("h100")))
@@ -38,8 +38,10 @@ def graph() -> Graph:
 
 
 def measured(graph: Graph, fastest: str) -> Context:
-    """As if this way was the fastest wherever it is one."""
-    groups = {w.key: {way: 1.0 if way == fastest else 2.0 for way in w.nodes} for w in ways(graph, {})}
+    """As if this candidate was the fastest wherever it is one."""
+    groups = {
+        w.key: {candidate: 1.0 if candidate == fastest else 2.0 for candidate in w.nodes} for w in candidates(graph, {})
+    }
     return replace(H100, costs=H100.costs.model_copy(update={"groups": groups}))
 
 
@@ -48,7 +50,7 @@ def ops(graph: Graph) -> set[str]:
 
 
 def test_all_ways_are_there_to_be_measured(graph):
-    found = {way for w in ways(graph, {}) for way in w.nodes}
+    found = {candidate for w in candidates(graph, {}) for candidate in w.nodes}
     assert found == {"aten", "kernel", "inductor", "matmul", "library"}
 
 
@@ -72,13 +74,13 @@ def test_without_measurements_the_cost_model_weighs_the_rate_of_matmuls(graph):
         assert (MATMUL in ops(Fuse().run(graph, context))) == is_fused
 
 
-@pytest.mark.parametrize(("way", "op"), [("library", RECTIFIED), ("inductor", COMPILED)])
-def test_ways_that_are_others_give_the_same_numbers(way, op):
+@pytest.mark.parametrize(("candidate", "op"), [("library", RECTIFIED), ("inductor", COMPILED)])
+def test_ways_that_are_others_give_the_same_numbers(candidate, op):
     """Of one rank, run as measured."""
     if not autotune.has_inductor(torch.device("cpu")):
         pytest.skip("Inductor needs a C++ compiler")
     losses = []
-    for fastest in ("aten", way):
+    for fastest in ("aten", candidate):
         torch.compiler.reset()
         torch.manual_seed(0)
         model = Mlp()
@@ -90,7 +92,7 @@ def test_ways_that_are_others_give_the_same_numbers(way, op):
         loss.backward()
         losses.append([loss.item(), *(float(p.grad.norm()) for p in model.parameters())])
         (entry,) = zgraph.report(model).entries
-        assert (op in ops(entry.plan.graph)) == (fastest == way)
+        assert (op in ops(entry.plan.graph)) == (fastest == candidate)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -151,7 +153,7 @@ def test_what_inductor_makes_of_a_kernel_is_what_its_twin_makes():
         "k = less(0.3, u); a = mul(x, k); y = mul(a, w); z = copy(y); t = row_sum(y); d = col_sum(y)"
     )
     inputs = [torch.randn(7, 24), torch.tensor(5), torch.randn(24)]
-    made, twin = torch.ops.zgraph.compiled(inputs, text), torch.ops.zgraph.rows(inputs, text)
-    for got, same in zip(made, twin, strict=True):
+    made, plain = torch.ops.zgraph.compiled(inputs, text), torch.ops.zgraph.rows(inputs, text)
+    for got, same in zip(made, plain, strict=True):
         assert torch.allclose(got, same, rtol=1e-5, atol=1e-6)
     assert len({t.data_ptr() for t in made}) == 4

@@ -16,7 +16,7 @@ from zgraph.ir import (
     OPS,
     Arg,
     DType,
-    Foreign,
+    ExternalOp,
     Graph,
     InputKind,
     Node,
@@ -252,7 +252,7 @@ def _write(value: Value, phase: Phase, name: str) -> Node:
 
 
 def _writing(graph: Graph) -> Graph:
-    return replace(graph, foreign={**graph.foreign, "aten.mul_.Scalar": Foreign(views=(0,), writes=(0,))})
+    return replace(graph, foreign={**graph.foreign, "aten.mul_.Scalar": ExternalOp(views=(0,), writes=(0,))})
 
 
 @kind
@@ -391,7 +391,7 @@ def _scaled(graph: Graph, position: int, value: Value, by: float) -> Graph:
     node = Node("aten.mul.Scalar", (value, by), (made,), phase=graph.nodes[position].phase)
     after = renamed(graph.nodes[position + 1 :], value, made)
     changed = tuple(o.substitute({value.name: made}) for o in graph.outputs)
-    foreign = {**graph.foreign, "aten.mul.Scalar": Foreign()}
+    foreign = {**graph.foreign, "aten.mul.Scalar": ExternalOp()}
     nodes = (*graph.nodes[: position + 1], node, *after)
     return replace(graph, nodes=nodes, outputs=changed, foreign=foreign)
 
@@ -659,7 +659,7 @@ def another_op(graph: Graph, rng: Random) -> Graph | None:
     if p is None:
         return None
     new = REPLACED[graph.nodes[p].op]
-    row = Foreign(views=(0,)) if new == "aten.detach.default" else Foreign()
+    row = ExternalOp(views=(0,)) if new == "aten.detach.default" else ExternalOp()
     return replace(put(graph, p, replace(graph.nodes[p], op=new)), foreign={**graph.foreign, new: row})
 
 

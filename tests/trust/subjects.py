@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from zgraph.capture.deep import captured
+from zgraph.capture.deep import capture_deep
 from zgraph.cost import hardware
 from zgraph.cost.table import CostTable
 from zgraph.ir import Axis, DType, Graph, InputKind
@@ -81,7 +81,7 @@ class Subject:
     def run(self) -> RunFile:
         with torch.device("meta"):
             model, inputs = self.model(), self.inputs()
-        graph, how = captured(model, inputs, torch.bfloat16 if self.mixed else None)
+        graph, how = capture_deep(model, inputs, torch.bfloat16 if self.mixed else None)
         graph = replace(graph, inputs=tuple(
             replace(i, offload=self.offload, master=i.master or i.value.tensor.dtype)
             if self.offload and i.kind is InputKind.param else i for i in graph.inputs

@@ -10,7 +10,7 @@ from tests.cli.graphs import long
 from zgraph.bridge.aten import op_name, resolve
 from zgraph.cli.main import main
 from zgraph.errors import UnknownOpError, UsageError, ZirError
-from zgraph.ir import Foreign, Graph, Input, InputKind, Node, ScalarType, Value, allow_namespace, parse_graph
+from zgraph.ir import ExternalOp, Graph, Input, InputKind, Node, ScalarType, Value, allow_namespace, parse_graph
 from zgraph.ir.names import SCALAR_FUNCTIONS, refusal
 from zgraph.passes import Context
 from zgraph.runfile.format import Provenance, run_file
@@ -126,7 +126,7 @@ def test_a_graph_made_by_hand_is_not_run_either():
 
     node = Node("py.call", (1,), (Value("y", ScalarType("int")),))
     graph = Graph(
-        "g", (Input(InputKind.input, Value("x", ScalarType("int"))),), (node,), foreign={"py.call": Foreign()}
+        "g", (Input(InputKind.input, Value("x", ScalarType("int"))),), (node,), foreign={"py.call": ExternalOp()}
     )
     with pytest.raises(UnknownOpError):
         Interpreter().run(graph, {"x": 1})

@@ -120,12 +120,12 @@ def test_a_fault_in_one_derived_program_is_found_there():
     """Where what derives the program is wrong, and the graph is right."""
     graph = final("net", PLAIN[0])
     right = Programs.of(graph)
-    assert right.lean is not None
+    assert right.loss_only is not None
     programs = replace(right, unsynced=faults.scaled_gradient_output(right.unsynced))
     assert failing(graph, "net", programs=programs).program == "no_sync"
-    programs = replace(right, lean=(faults.scaled_gradient(right.lean[0]), right.lean[1]))
+    programs = replace(right, loss_only=(faults.scaled_gradient(right.loss_only[0]), right.loss_only[1]))
     assert failing(graph, "net", programs=programs).program == "without tangents"
-    programs = replace(right, lean=(right.lean[0], faults.scaled_gradient_output(right.lean[1])))
+    programs = replace(right, loss_only=(right.loss_only[0], faults.scaled_gradient_output(right.loss_only[1])))
     assert failing(graph, "net", programs=programs).program == "without tangents, no_sync"
 
 

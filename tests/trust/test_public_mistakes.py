@@ -13,7 +13,7 @@ import pytest
 from tests.trust.subjects import run, steps
 from zgraph.certify.certificate import certify
 from zgraph.errors import VerifyError
-from zgraph.ir import Foreign, Graph, Node, OutputKind, Value, Varying
+from zgraph.ir import ExternalOp, Graph, Node, OutputKind, Value, Varying
 
 ZERO, ONE, THREE = "llama, stage 0", "llama, stage 1", "llama, stage 3"
 AXES = "llama, stage 0, two axes"
@@ -62,7 +62,7 @@ def a_bucket_is_read_before_it_is_written(graph: Graph) -> Graph:
                          for v in sources(graph, n.operands[0]) if v.tensor.varies)  # fmt: skip
     start = graph.nodes[position]
     node = Node("aten.mul_.Scalar", (raw, 2), (Value(f"{raw.name}_late", raw.type),), (), start.phase)
-    foreign = {**graph.foreign, "aten.mul_.Scalar": Foreign(views=(0,), writes=(0,))}
+    foreign = {**graph.foreign, "aten.mul_.Scalar": ExternalOp(views=(0,), writes=(0,))}
     return replace(put(graph, position, start, node), foreign=foreign)
 
 
@@ -79,7 +79,7 @@ def a_gradient_is_scaled_once_more(graph: Graph) -> Graph:
     raw = graph.nodes[position].operands[0]
     made = Value(f"{raw.name}_scaled", raw.type)
     node = Node("aten.div.Scalar", (raw, 2), (made,), (), graph.nodes[position].phase)
-    foreign = {**graph.foreign, "aten.div.Scalar": Foreign()}
+    foreign = {**graph.foreign, "aten.div.Scalar": ExternalOp()}
     reads = graph.nodes[position].substitute({raw.name: made})
     return replace(put(graph, position, node, reads), foreign=foreign)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from zgraph.errors import UnknownOpError
-from zgraph.ir import Arg, DType, Foreign, Token, Value, allow_namespace
+from zgraph.ir import Arg, DType, ExternalOp, Token, Value, allow_namespace
 from zgraph.ir.names import SCALAR_FUNCTIONS, TOKENS, refusal, token_refusal
 
 TO_TORCH: dict[DType, torch.dtype] = {
@@ -74,10 +74,10 @@ def resolve(name: str) -> Callable[..., Any]:
     return found
 
 
-def effects(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], *, multi: bool) -> Foreign:
+def effects(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], *, multi: bool) -> ExternalOp:
     """Effects of a call, read off the op's schema. An op outside ATen has effects that no schema tells."""
     if not isinstance(target, torch._ops.OpOverload):
-        return Foreign(multi=multi)
+        return ExternalOp(multi=multi)
     views: list[int] = []
     writes: list[int] = []
     for position, argument in enumerate(target._schema.arguments):
@@ -87,7 +87,7 @@ def effects(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, An
         views = [0]
     if writes and any(r.alias_info is not None for r in target._schema.returns):
         views += writes
-    return Foreign(
+    return ExternalOp(
         views=tuple(views), writes=tuple(writes), random=draws(target, args, kwargs), multi=multi,
         opaque=target.namespace not in ("aten", "prims", "prim"),
     )  # fmt: skip

@@ -85,7 +85,7 @@ def dynamo_is_off() -> str | None:
 def without_advice() -> Iterator[None]:
     """Leave out of what is captured, for the length of a `with`, what transformers would log once (`warning_once`).
 
-    Nor does torch log then what an error says anyhow, or that it could not write its own metrics.
+    Nor does torch log then what an error says in any case, or that it could not write its own metrics.
     """
     config = torch._dynamo.config
     found = {getattr(logging.Logger, name, None) for name in ("warning_once", "warning_advice", "info_once")}

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from zgraph.errors import CacheError
 
-_REMEDY = "set XDG_CACHE_HOME to a folder of your own"
+_REMEDY = "set XDG_CACHE_HOME to your own folder"
 
 
 def private_folder(root: Path, name: str) -> Path:

@@ -85,7 +85,7 @@ def reduce_scatters(
         work = cast(dist.Work, together([out for out, _ in pairs], [whole for _, whole in pairs], options))
     if copies is None:
         return work
-    # the second step waits for the first on a stream of its own, so that computing waits for neither
+    # the second step waits for the first on a separate stream, so that computing waits for neither
     with torch.cuda.stream(_side_stream(pairs[0][0].device)):
         work.wait()
         works = [dist.all_reduce(out, ops[1], group=copies, async_op=True) for out, _ in pairs]
@@ -101,7 +101,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def dtensor(
     local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: Sequence[int]
 ) -> DTensor:
-    """A DTensor over this rank's part, which may lie in the host's memory though the mesh is of GPUs."""
+    """A DTensor over this rank's part, which may be in the host's memory though the mesh is of GPUs."""
     if local.device.type == mesh.device_type:
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=tuple(stride))
     spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, tuple(stride), local.dtype))
@@ -119,7 +119,7 @@ JOIN_S = 30.0
 
 
 def init_group(backend: str, store: Store, rank: int, num_ranks: int, timeout: timedelta | None) -> None:
-    """The default group. Over gloo, whose ranks connect at once, joining has a limit of its own."""
+    """The default group. Over gloo, whose ranks connect at once, joining has a separate limit."""
     is_gloo = backend == "gloo"
     limit = timedelta(seconds=JOIN_S) if is_gloo else timeout
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=limit)
@@ -170,7 +170,7 @@ class Messenger(Protocol):
 
 
 def messenger(store: Store, name: str, rank: int, num_ranks: int, timeout: timedelta) -> Messenger:
-    """A gloo group of its own, with connections between all its ranks."""
+    """A separate gloo group, with connections between all its ranks."""
     group = dist.ProcessGroupGloo(PrefixStore(name, store), rank, num_ranks, timeout)
     return cast(Messenger, group)
 
@@ -199,7 +199,7 @@ def inductor(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     mode = FakeTensorMode()
-    outside = tracing(None)  # a capture that may be under way has a mode of its own
+    outside = tracing(None)  # a capture that may be under way has its own mode
     fakes = [mode.from_tensor(t.detach()) for t in examples]
     with torch.no_grad(), outside, mode:
         traced = make_fx(function, decomposition_table=select_decomp_table())(*fakes)

@@ -68,16 +68,16 @@ def fingerprint_of(costs: CostTable) -> str:
     return hashlib.sha256(costs.model_dump_json().encode()).hexdigest()[:16]
 
 
-MARGIN = 0.06
+MEMORY_MARGIN = 0.06
 """The share of a device's memory that stays free where no budget is given: for the driver, for communication, and for
 what does not fit together in the allocator."""
 
 
 def device_budget(device: torch.device) -> int | None:
-    """Bytes of a GPU's memory that a rank may use; None on a processor, which has no memory of its own."""
+    """Bytes of a GPU's memory that a rank may use; None on a processor, which has no separate memory."""
     if device.type == "cpu":
         return None
-    return int((1 - MARGIN) * torch.cuda.get_device_properties(device).total_memory)
+    return int((1 - MEMORY_MARGIN) * torch.cuda.get_device_properties(device).total_memory)
 
 
 def num_bytes(size: int | str) -> int:

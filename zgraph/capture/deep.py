@@ -1,6 +1,6 @@
-"""Capturing a deep model: a few of its layers are captured, and the rest grown from them.
+"""Capturing a deep model: a few of its layers are captured, and the rest extrapolated from them.
 
-torch takes about a second for each layer. Where the layers of a stack are alike, the model is captured with two of
+torch takes about a second for each layer. Where the layers of a stack repeat, the model is captured with two of
 them, with three and with four, and the graph of all is read off these (`zgraph.capture.extrapolate`). It is the one
 that capturing all of them gives, names of values included. Where the layers differ, or their graphs do, all are
 captured.
@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from zgraph.capture import trace
-from zgraph.capture.extrapolate import Counts, grown
-from zgraph.capture.layers import Stack, shortened, stacks
+from zgraph.capture.extrapolate import Counts, extrapolate
+from zgraph.capture.layers import RepeatedLayers, shortened, stacks
 from zgraph.errors import CaptureError, ZgraphError
 from zgraph.ir import Graph, InputKind
 
@@ -25,7 +25,7 @@ FEWEST_LAYERS = (2, 3, 4)
 """With so many layers a model is captured first; with more where the first and the last are not as those between."""
 
 
-def captured(model: nn.Module, inputs: Mapping[str, Any], param_dtype: torch.dtype | None) -> tuple[Graph, str]:
+def capture_deep(model: nn.Module, inputs: Mapping[str, Any], param_dtype: torch.dtype | None) -> tuple[Graph, str]:
     """The graph of a training step, as `zgraph.trace` captures it, and how it was come by, in words.
 
     Args:
@@ -43,8 +43,8 @@ def captured(model: nn.Module, inputs: Mapping[str, Any], param_dtype: torch.dty
         if not shallow.saves(lengths):
             break
         try:
-            return shallow.grown(lengths), shallow.described
-        except Exception as error:  # a model may count on its number of layers, and fail in a way of its own
+            return shallow.extrapolated(lengths), shallow.described
+        except Exception as error:  # a model may count on its number of layers, and fail in its own way
             said = next(iter(str(error).splitlines()), "")
             why = f": {said}" if isinstance(error, ZgraphError) and said else f": {type(error).__name__}: {said}"
     return trace(model, **inputs, param_dtype=param_dtype), f"whole{why}"
@@ -59,7 +59,7 @@ class _Shallow:
         self.graphs: dict[tuple[int, ...], Graph] = {}
 
     @staticmethod
-    def length(stack: Stack, fewest: int) -> int:
+    def length(stack: RepeatedLayers, fewest: int) -> int:
         """Layers to begin with: whole periods fewer than the stack has, and a period after the first of them."""
         fewest = max(fewest, stack.period + 1)
         return fewest + (len(stack.layers) - fewest) % stack.period
@@ -77,11 +77,11 @@ class _Shallow:
     def longer(self, lengths: Sequence[int], counts: Counts) -> tuple[int, ...]:
         return tuple(n + more * s.period for n, more, s in zip(lengths, counts, self.stacks, strict=True))
 
-    def grown(self, lengths: Sequence[int]) -> Graph:
+    def extrapolated(self, lengths: Sequence[int]) -> Graph:
         """The graph of all layers. Raises CaptureError if that of a few does not tell it."""
         captured = {counts: self.capture(self.longer(lengths, counts)) for counts in self.counts}
         missing = (len(s.layers) - n for s, n in zip(self.stacks, lengths, strict=True))
-        graph = grown(captured, tuple(n // s.period for n, s in zip(missing, self.stacks, strict=True)))
+        graph = extrapolate(captured, tuple(n // s.period for n, s in zip(missing, self.stacks, strict=True)))
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         for entry in graph.inputs:
             if entry.kind in (InputKind.param, InputKind.buffer):

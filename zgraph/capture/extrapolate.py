@@ -1,14 +1,14 @@
 """The graph of a deep model from those of shallow ones, by the lines of their texts.
 
 In the text of a captured graph each layer is the same lines, and all that differs are whole numbers: that of the layer
-in paths, and those in the names of values, which torch counts op by op. They grow evenly, from layer to layer and with
-the number of layers:
+in paths, and those in the names of values, which torch counts op by op. They grow linearly from layer to layer and
+with the number of layers:
 
     fwd %relu_4: ... = aten.relu.default(%addmm_4) @ "layers.4"          the fifth layer, whatever follows
     bwd %mul_9: ... = aten.mul.Tensor(%add_31, %primals_10) @ "layers.4" the same, where the model has nine
 
 So each part of the text (inputs, forward, backward, what is returned) is lines before a layer, the layer, and lines
-behind it. Where it stands and how its numbers grow is read from graphs with one layer more, and with two. What was read
+behind it. Its place and the growth of its numbers are read from graphs with one layer more, and with two. What was read
 has to give back every graph that was captured, to the letter.
 """
 
@@ -35,7 +35,7 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d*(?:e[+-]?\d+)?|e[+-]?\d+)|(?<!\d)(0|
 _PARTS = {"op": "graph", "param": "input", "buffer": "input"}
 
 
-def grown(captured: Mapping[Counts, Graph], counts: Counts) -> Graph:
+def extrapolate(captured: Mapping[Counts, Graph], counts: Counts) -> Graph:
     """The graph of a model with more layers than any that was captured.
 
     Args:
@@ -60,14 +60,14 @@ def grown(captured: Mapping[Counts, Graph], counts: Counts) -> Graph:
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
-    """A line as its whole numbers and what stands around them. A name without a number has that of 0."""
+class _NumberedLine:
+    """A line as its whole numbers and the words around them. A name without a number has that of 0."""
 
     words: tuple[str, ...]
     numbers: Numbers
 
     @classmethod
-    def read(cls, text: str) -> _Line:
+    def read(cls, text: str) -> _NumberedLine:
         text = _NAME.sub(lambda name: name[0] if re.search(r"_\d+$", name[0]) else f"{name[0]}_0", text)
         found = [number for number in _NUMBER.finditer(text) if number[1]]
         ends = [0, *(number.end() for number in found)]
@@ -76,7 +76,7 @@ class _Line:
         return cls(words, tuple(int(number[1]) for number in found))
 
     def written(self, growth: Numbers) -> str:
-        """The line with its numbers grown."""
+        """The line with its numbers extrapolated."""
         numbers = (str(n + more) for n, more in zip(self.numbers, growth, strict=True))
         return "".join(piece for pair in zip(self.words, (*numbers, ""), strict=True) for piece in pair)
 
@@ -86,7 +86,7 @@ class _Stack:
     """Growth of a part of the text with one stack's layers.
 
     Args:
-        begin, end: where the layer stands in the smallest graph; nowhere if both are the same.
+        begin, end: place of the layer in the smallest graph; nowhere if both are the same.
         with_count: growth of each line's numbers for one layer more in the stack.
         with_layer: growth of the numbers in the layer's lines from one layer to the next.
     """
@@ -101,7 +101,7 @@ class _Stack:
 class _Part:
     """A part of the smallest graph's text, and how it grows with each stack."""
 
-    lines: tuple[_Line, ...]
+    lines: tuple[_NumberedLine, ...]
     stacks: tuple[_Stack, ...]
 
     def written(self, counts: Counts) -> Iterator[str]:
@@ -126,11 +126,11 @@ class _Part:
         return growth
 
 
-def _parts(text: str) -> dict[str, list[_Line]]:
+def _parts(text: str) -> dict[str, list[_NumberedLine]]:
     """The lines of a graph's text by what they are: its head, inputs, forward, and so on."""
-    found: dict[str, list[_Line]] = {}
+    found: dict[str, list[_NumberedLine]] = {}
     for name, lines in groupby(text.splitlines(), _part_name):
-        found.setdefault(name, []).extend(map(_Line.read, lines))
+        found.setdefault(name, []).extend(map(_NumberedLine.read, lines))
     return found
 
 
@@ -139,7 +139,7 @@ def _part_name(line: str) -> str:
     return f"return {second}" if first == "return" else _PARTS.get(first, first)
 
 
-def _part(name: str, read: Mapping[Counts, Mapping[str, Sequence[_Line]]], num_stacks: int) -> _Part:
+def _part(name: str, read: Mapping[Counts, Mapping[str, Sequence[_NumberedLine]]], num_stacks: int) -> _Part:
     stacks: list[_Stack] = []
     for number in range(num_stacks):
         few, one, two = (
@@ -151,10 +151,12 @@ def _part(name: str, read: Mapping[Counts, Mapping[str, Sequence[_Line]]], num_s
     return _Part(tuple(read[(0,) * num_stacks][name]), tuple(stacks))
 
 
-def _stack(few: Sequence[_Line], one: Sequence[_Line], two: Sequence[_Line], others: Sequence[_Stack]) -> _Stack | None:
-    """Where the layer stands and how numbers grow, from lines with none, one and two more layers; None if nowhere.
+def _stack(
+    few: Sequence[_NumberedLine], one: Sequence[_NumberedLine], two: Sequence[_NumberedLine], others: Sequence[_Stack]
+) -> _Stack | None:
+    """Place of the layer and growth of numbers, from lines with none, one and two more layers; None if nowhere.
 
-    Layers of several stacks may look alike: it does not stand where those of the others do.
+    Layers of several stacks may look the same: places of the others' layers are left out.
     """
     size = len(one) - len(few)
     if size < 0 or len(two) - len(one) != size:
@@ -177,19 +179,19 @@ def _all_of(steps: Sequence[Numbers | None]) -> tuple[Numbers, ...] | None:
     return found if len(found) == len(steps) else None
 
 
-def _layer_step(number: int, size: int, one: Sequence[_Line], two: Sequence[_Line]) -> Numbers | None:
+def _layer_step(number: int, size: int, one: Sequence[_NumberedLine], two: Sequence[_NumberedLine]) -> Numbers | None:
     """How the numbers of a line grow to the same line of the next layer, and of the one after that."""
     step = _step(two[number], two[number + size], two[number + 2 * size])
     return step if step == _difference(one[number], one[number + size]) else None
 
 
-def _step(first: _Line, second: _Line, third: _Line) -> Numbers | None:
-    """Growth of a line's numbers, the same in both steps; None if it is not, or if the lines are not alike."""
+def _step(first: _NumberedLine, second: _NumberedLine, third: _NumberedLine) -> Numbers | None:
+    """Growth of a line's numbers, the same in both steps; None if it is not, or if the words of the lines differ."""
     step = _difference(first, second)
     return step if step == _difference(second, third) else None
 
 
-def _difference(first: _Line, second: _Line) -> Numbers | None:
+def _difference(first: _NumberedLine, second: _NumberedLine) -> Numbers | None:
     return _plus(second.numbers, first.numbers, -1) if first.words == second.words else None
 
 

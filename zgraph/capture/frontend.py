@@ -34,14 +34,14 @@ Runner = Callable[[list[Any]], Sequence[Any]]
 class ParamInfo:
     """Facts about a parameter for capture: its name, its stage, its dtype at rest if that is another.
 
-    `hollow` says that the tensor traced in its place has no memory, so nothing may escape with it. `offload` is the
-    part of it that lies on the host.
+    `is_placeholder` says that the tensor traced in its place has no memory, so nothing may escape with it. `offload` is
+    the part of it that is on the host.
     """
 
     name: str
     stage: int | None = None
     master: DType | None = None
-    hollow: bool = False
+    is_placeholder: bool = False
     offload: str = ""
 
 
@@ -62,7 +62,7 @@ class Frontend:
     """Captures the calls of one function and has each different one compiled.
 
     Args:
-        params: what each parameter's stand-in, by `id`, is.
+        params: what each parameter's placeholder, by `id`, is.
         buffers: gives the name of each buffer that the model has at present, by `id`.
         compiler: called with each captured graph.
         name: what the graphs are called.
@@ -164,14 +164,14 @@ class _OneCapture:
     def _compile(self, gm: fx.GraphModule, num_forward_outputs: int | None) -> Compiled:
         importer = Importer(gm, self.leaves, num_forward_outputs, self.frontend.name)
         graph = importer.run()
-        _check_escapes(graph, {info.name for info in self.frontend.params.values() if info.hollow})
+        _check_escapes(graph, {info.name for info in self.frontend.params.values() if info.is_placeholder})
         with private_compile.without_modes(), torch.no_grad():
             return self.frontend.compiler(graph, importer.constants, importer.hints)
 
 
-def _check_escapes(graph: Graph, hollow: Set[str]) -> None:
+def _check_escapes(graph: Graph, placeholders: Set[str]) -> None:
     """Refuse a forward that returns a parameter or a view of one: its gathered memory is gone after the call."""
-    params = {i.value.name: i.target for i in graph.params if i.target in hollow}
+    params = {i.value.name: i.target for i in graph.params if i.target in placeholders}
     for output in graph.outputs:
         todo = [output.value.name] if output.value is not None and output.phase is Phase.forward else []
         while todo:
@@ -223,7 +223,7 @@ class _SavedNodes:
 
 
 def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` behind a code object of its own.
+    """`function` behind a separate code object.
 
     torch.compile counts recompilations by code object: without this, all models of one class would share one limit.
     """

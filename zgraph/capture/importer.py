@@ -19,7 +19,7 @@ from zgraph.bridge.aten import FROM_TORCH, draws, effects, from_torch, op_name
 from zgraph.errors import CaptureError
 from zgraph.ir import (
     DType,
-    Foreign,
+    ExternalOp,
     Graph,
     Input,
     InputKind,
@@ -69,7 +69,7 @@ class Importer:
         self.gm, self.leaves, self.num_forward_outputs, self.name = gm, leaves, num_forward_outputs, name
         self.values: dict[fx.Node, Value] = {}
         self.results: dict[fx.Node, tuple[Value, ...]] = {}
-        self.foreign: dict[str, Foreign] = {}
+        self.foreign: dict[str, ExternalOp] = {}
         self.inputs: list[Input] = []
         self.nodes: list[Node] = []
         self.by_index: dict[int, str] = {}

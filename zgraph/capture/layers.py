@@ -1,4 +1,4 @@
-"""Stacks of layers that are alike, and models with most of them left out."""
+"""Stacks of repeated layers, and models with most of them left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OF_ALL_MODULES = frozenset(vars(nn.Module())) - {"training"}
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
+class RepeatedLayers:
     """Layers that are run one after the other.
 
     Args:
@@ -26,14 +26,14 @@ class Stack:
     period: int
 
 
-def stacks(model: nn.Module) -> list[Stack]:
+def stacks(model: nn.Module) -> list[RepeatedLayers]:
     """The stacks of a model; none inside a layer of another."""
-    found: list[Stack] = []
+    found: list[RepeatedLayers] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and module not in inside:
             if period := _period([*module], _lists(model, len(module))):
-                found.append(Stack(module, period))
+                found.append(RepeatedLayers(module, period))
                 inside.update(module.modules())
     return found
 

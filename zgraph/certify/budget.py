@@ -19,7 +19,7 @@ class Limit:
 
     Args:
         budget: bytes that one rank's device may have alive; None for no limit.
-        rest_bytes: bytes of them that lie at rest, with the optimizer's state, as the run says.
+        rest_bytes: bytes of them at rest, with the optimizer's state, as the run says.
         update_bytes: bytes that the optimizer's step has alive above them, as the run says.
         stated: the peak above rest that the run's own prediction has; None where it has none.
     """

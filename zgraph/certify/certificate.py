@@ -138,7 +138,7 @@ class _Check:
         self.name, self.graph = step, graph
         self.equality = Equality(graph, self.context.reduce_dtype)
         self.known: Programs = self.equality.programs(graph)
-        self.run("equality", graph, self.equality.lean(self.known))
+        self.run("equality", graph, self.equality.loss_only(self.known))
 
     def begin_again(self, step: str, graph: Graph) -> None:
         """Compare what follows with this graph, whose inputs are those of the graph before it."""

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from zgraph.bridge.aten import TO_TORCH, effects, resolve, to_torch
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
-from zgraph.ir import OPS, Foreign, Graph, Node, ScalarType, TensorType, Type, Value
+from zgraph.ir import OPS, ExternalOp, Graph, Node, ScalarType, TensorType, Type, Value
 from zgraph.ir.symbols import evaluate
 from zgraph.ir.verifier import Fault
 
@@ -32,7 +32,7 @@ class Derived:
         self.known: dict[Hashable, Any] = {}
         self.num_unknown = 0
         self.seen: dict[int, Node] = {}
-        self.declared: dict[str, Foreign] = {}
+        self.declared: dict[str, ExternalOp] = {}
 
     def faults(self, graph: Graph) -> Iterator[Fault]:
         """The nodes whose results are not what torch makes of these operands, and ops with other effects."""
@@ -67,7 +67,7 @@ class Derived:
                 yield None, f"{op} is declared with other effects than its schema has: {has}, not {row}"
 
     def abstract(self, kind: Type) -> Hashable:
-        """A type without where it lies, sizes as numbers."""
+        """A type without where it is, sizes as numbers."""
         if isinstance(kind, TensorType):
             strides = None if kind.strides is None else tuple(evaluate(d, self.hints) for d in kind.strides)
             return kind.dtype.value, tuple(evaluate(d, self.hints) for d in kind.shape), strides

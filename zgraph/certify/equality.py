@@ -17,7 +17,7 @@ from zgraph.certify.terms import ZERO, Meaning, Terms, meaning
 from zgraph.ir import DType, Graph, Input, InputKind, Output, OutputKind, TensorType, Value
 from zgraph.ir.verifier import Fault
 from zgraph.passes.plan.no_sync import without_sync
-from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
+from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
 RESENDS = frozenset({"partition", "fit", "keep", "recompute", "offload", "fuse"})
 """Passes that may change what goes over the wire or waits for the backward; no other may."""
@@ -26,17 +26,17 @@ RESENDS = frozenset({"partition", "fit", "keep", "recompute", "offload", "fuse"}
 CLEANS = frozenset({"canonicalize", "dce"})
 """Passes that take out what nothing needs; what that sent, too."""
 
-LEAN = " where only the loss is differentiated"
+LOSS_ONLY = " where only the loss is differentiated"
 
 
 @dataclass(frozen=True)
 class Programs:
-    """Meanings of a graph's programs: the synced step, one under no_sync, and both without absent tangents."""
+    """Meanings of a graph's programs: the synced step, one under no_sync, and both without zero tangents."""
 
     graph: Graph
     synced: Meaning
     unsynced: Meaning | None
-    lean: tuple[Meaning, Meaning] | None
+    loss_only: tuple[Meaning, Meaning] | None
 
 
 class Equality:
@@ -52,7 +52,7 @@ class Equality:
         self.masters = {
             i.target: i.master or i.value.type.dtype for i in captured.params if isinstance(i.value.type, TensorType)
         }
-        self.zeros = absent_tangents(captured)
+        self.zeros = zero_tangents(captured)
 
     def programs(self, graph: Graph) -> Programs:
         """Meanings of a graph's programs."""
@@ -60,26 +60,26 @@ class Equality:
         if not any(o.kind is OutputKind.grad for o in graph.outputs):
             return Programs(graph, synced, None, None)
         unsynced = without_sync(graph)
-        lean = without_tangents(graph, self.zeros) if self.zeros else None
+        loss_only = without_tangents(graph, self.zeros) if self.zeros else None
         return Programs(
             graph, synced, self.read(unsynced, unsynced=True) if unsynced.outputs != graph.outputs else None,
-            (self.read(lean), self.read(without_sync(lean), unsynced=True)) if lean is not None else None,
+            None if loss_only is None else (self.read(loss_only), self.read(without_sync(loss_only), unsynced=True)),
         )  # fmt: skip
 
     def zeroed(self, graph: Graph) -> tuple[Meaning, Meaning]:
-        """Meanings of a graph in which absent tangents are zero: synced, and under no_sync."""
+        """Meanings of a graph whose zero tangents are taken as zero: synced, and under no_sync."""
         return self.read(graph, self.zeros), self.read(without_sync(graph), self.zeros, unsynced=True)
 
-    def lean(self, programs: Programs) -> Iterator[Fault]:
-        """In what a graph's programs without absent tangents are other than with zeros in their place."""
-        if programs.lean is not None:
-            for known, made in zip(self.zeroed(programs.graph), programs.lean, strict=True):
+    def loss_only(self, programs: Programs) -> Iterator[Fault]:
+        """In what a graph's programs without zero tangents are other than with zeros in their place."""
+        if programs.loss_only is not None:
+            for known, made in zip(self.zeroed(programs.graph), programs.loss_only, strict=True):
                 yield from self.alike(
-                    known, programs.graph, made, programs.graph, places=False, unsynced=False, what=LEAN
+                    known, programs.graph, made, programs.graph, places=False, unsynced=False, what=LOSS_ONLY
                 )
 
-    def read(self, graph: Graph, absent: frozenset[str] = frozenset(), *, unsynced: bool = False) -> Meaning:
-        return meaning(graph, self.table, self.masters, absent, unsynced=unsynced)
+    def read(self, graph: Graph, zeros: frozenset[str] = frozenset(), *, unsynced: bool = False) -> Meaning:
+        return meaning(graph, self.table, self.masters, zeros, unsynced=unsynced)
 
     def faults(self, before: Programs, after: Programs, step: str) -> Iterator[Fault]:
         """In what a graph is another than the one before it, of which a pass has made it.
@@ -104,10 +104,10 @@ class Equality:
             yield from self.alike(known, old, after.unsynced, new, places, unsynced=True, what=" under no_sync")
         elif before.unsynced is not None and any(n.op == "accumulate" for n in old.nodes):
             yield None, "no gradient accumulates under no_sync any more"
-        if after.lean is not None:
-            zeroed = before.lean or self.zeroed(old)
-            for known, made, unsynced in zip(zeroed, after.lean, (False, True), strict=True):
-                what = LEAN + (" under no_sync" if unsynced else "")
+        if after.loss_only is not None:
+            zeroed = before.loss_only or self.zeroed(old)
+            for known, made, unsynced in zip(zeroed, after.loss_only, (False, True), strict=True):
+                what = LOSS_ONLY + (" under no_sync" if unsynced else "")
                 yield from self.alike(known, old, made, new, places, unsynced=unsynced, what=what)
         if not places and step not in RESENDS:
             yield from self.resent(before, after, step)
@@ -118,15 +118,15 @@ class Equality:
             yield None, "has other inputs or outputs than the graph before it"
             return
         table = Steps()
-        for absent in (frozenset(), self.zeros) if self.zeros else (frozenset(),):
-            lean = (without_tangents(new, self.zeros) or new) if absent else new
-            what = LEAN if absent else ""
-            known, made = spelled(old, table, absent), spelled(lean, table)
-            yield from self.alike(known, old, made, lean, places=False, unsynced=False, what=what)
+        for zeros in (frozenset(), self.zeros) if self.zeros else (frozenset(),):
+            loss_only = (without_tangents(new, self.zeros) or new) if zeros else new
+            what = LOSS_ONLY if zeros else ""
+            known, made = spelled(old, table, zeros), spelled(loss_only, table)
+            yield from self.alike(known, old, made, loss_only, places=False, unsynced=False, what=what)
             if known.effects != made.effects:
                 yield None, "random, writing or opaque ops run in another order, or not as often, as before"
             narrow = {(term, dtype) for _, term, dtype in rounded(old, known)}
-            for position, term, dtype in rounded(lean, made) if not absent else ():
+            for position, term, dtype in rounded(loss_only, made) if not zeros else ():
                 if (term, dtype) not in narrow:
                     yield position, f"rounds to {dtype.value} what was not rounded to it before"
         for before, after in zip(old.outputs, new.outputs, strict=True):
@@ -214,7 +214,7 @@ def _dtypes(graph: Graph) -> list[DType | None]:
 
 
 def _saved(programs: Programs) -> Iterator[tuple[int, str]]:
-    """The terms of what lives from the forward to the backward, and where it lies."""
+    """The terms of what lives from the forward to the backward, and where it is."""
     graph, terms = programs.graph, programs.synced.terms
     made = {r.name: r for n in graph.nodes if n.phase.rank == 0 for r in n.results}
     for node in graph.nodes:

@@ -2,7 +2,7 @@
 
 A storage is alive from the node that makes it to the last that touches it or a view of it, the release among them; what
 is sent, until the wait. What waits for the backward is alive in between, gradients to the end, an arena for the whole
-program. Not counted is what the caller holds (the inputs, and outputs once the forward is over), what lies on the host,
+program. Not counted is what the caller holds (the inputs, and outputs once the forward is over), what is on the host,
 and what kernels of processors take for themselves while they run.
 """
 
@@ -18,7 +18,7 @@ from zgraph.ir.arena import offsets
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import brings, is_copied, num_chunks, padded_bytes, transfer, views
 from zgraph.ir.symbols import evaluate
-from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
+from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
 ALLOCATION_BYTES = 64
 """Allocators round up to this."""
@@ -31,7 +31,7 @@ NUM_SHOWN = 5
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes of the device alive at once in a step above what lies at rest, the node where that is, its phase,
+    """The most bytes of the device alive at once in a step above what is at rest, the node where that is, its phase,
     and names and bytes of the largest of what is alive there."""
 
     num_bytes: int = 0
@@ -48,18 +48,18 @@ def peak(graph: Graph, hints: Mapping[str, int], *, released: bool = False) -> P
         hints: a number for each symbolic size.
         released: what is gathered lives until its release; to the end of the step where it has none.
     """
-    zeros = absent_tangents(graph)
-    lean = without_tangents(graph, zeros) if zeros else None
-    return _Step(graph, lean or graph, hints, released).peak()
+    zeros = zero_tangents(graph)
+    loss_only = without_tangents(graph, zeros) if zeros else None
+    return _Step(graph, loss_only or graph, hints, released).peak()
 
 
 class _Step:
     """The storages of a step, each with its bytes and the positions of the first and the last node that need it."""
 
-    def __init__(self, graph: Graph, lean: Graph, hints: Mapping[str, int], released: bool) -> None:
+    def __init__(self, graph: Graph, loss_only: Graph, hints: Mapping[str, int], released: bool) -> None:
         self.graph, self.hints = graph, hints
         forward = graph.phase_nodes(Phase.forward)
-        backward = tuple(n for n in lean.nodes if n.phase is not Phase.forward)
+        backward = tuple(n for n in loss_only.nodes if n.phase is not Phase.forward)
         self.nodes, begin = (*forward, *backward), len(forward)
         self.lives: dict[str, list[int]] = {}
         self.roots: dict[str, frozenset[str]] = {}
@@ -69,13 +69,13 @@ class _Step:
             self.run(position, node)
         waiting = [v.name for n in graph.nodes if n.phase is not Phase.forward for v in n.operands]
         self.touch([*waiting, *graph.output_names], begin - 1)
-        for entry in lean.inputs if backward else ():
+        for entry in loss_only.inputs if backward else ():
             if entry.kind is InputKind.tangent:
                 self.make(entry.value.name, local_bytes(entry.value.type, graph, hints), begin, begin - 1)
         for position, node in enumerate(backward, begin):
             self.run(position, node)
         last = len(self.nodes) - 1
-        self.touch([o.value.name for o in lean.outputs if o.value and o.phase is not Phase.forward], last)
+        self.touch([o.value.name for o in loss_only.outputs if o.value and o.phase is not Phase.forward], last)
         if released:
             self.touch(self.unreleased(), last)
         for phase, nodes, first in ((Phase.forward, forward, 0), (Phase.backward, backward, begin)):

@@ -83,7 +83,7 @@ def not_owned(graph: Graph) -> Iterator[Fault]:
 
 
 def _makes(graph: Graph, node: Node) -> bool:
-    """Whether a node computes: its results take memory of their own."""
+    """Whether a node computes: its results take new memory."""
     return node.op not in OPS and bool(node.results) and not views(graph, node)
 
 

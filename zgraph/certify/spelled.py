@@ -19,8 +19,7 @@ from typing import Any
 
 from zgraph.certify.steps import Number, Sized, Steps, keyed, lies, shape_of
 from zgraph.certify.terms import LINEAR, PRODUCTS, RENAMES, ZERO, Meaning, Reader, constant
-from zgraph.codegen.ops import OPS as SCALAR_OPS
-from zgraph.codegen.ops import Extent
+from zgraph.codegen.ops import SCALAR_OPS, Extent
 from zgraph.codegen.spec import ACC, KernelSpec
 from zgraph.errors import KernelError
 from zgraph.ir import Arg, DType, Graph, Node, TensorType, Value
@@ -28,7 +27,7 @@ from zgraph.ir.ops import views
 from zgraph.ir.symbols import Dim
 from zgraph.passes.fusion.patterns import PATTERNS, Pattern
 
-ROWS = frozenset({"zgraph.rows.default", "zgraph.compiled.default"})
+ROW_KERNELS = frozenset({"zgraph.rows.default", "zgraph.compiled.default"})
 MATMUL = "zgraph.matmul.default"
 SEED = "zgraph.seed.default"
 ROTARY = "zgraph.rotary.default"
@@ -39,7 +38,7 @@ LOSSES = {
 """Whether the projection is part of it, and whether it is the backward."""
 
 RECTIFIED = "aten._addmm_activation.default"
-KERNELS = ROWS | LOSSES.keys() | {MATMUL, ROTARY, RECTIFIED}
+KERNELS = ROW_KERNELS | LOSSES.keys() | {MATMUL, ROTARY, RECTIFIED}
 
 _RESHAPES = frozenset({
     "aten.view.default", "aten._unsafe_view.default", "aten._reshape_alias.default", "aten.unsqueeze.default",
@@ -56,9 +55,9 @@ def kernels(graph: Graph) -> Counter[Hashable]:
     return Counter((n.op, tuple(constant(a, repeat("%")) for a in n.args)) for n in graph.nodes if n.op in KERNELS)
 
 
-def spelled(graph: Graph, terms: Steps, absent: frozenset[str] = frozenset()) -> Meaning:
+def spelled(graph: Graph, terms: Steps, zeros: frozenset[str] = frozenset()) -> Meaning:
     """Meaning of a graph that is not yet placed, in scalar steps."""
-    return Speller(graph, terms, absent).run()
+    return Speller(graph, terms, zeros).run()
 
 
 class Speller(Reader):
@@ -66,8 +65,8 @@ class Speller(Reader):
 
     table: Steps
 
-    def __init__(self, graph: Graph, terms: Steps, absent: frozenset[str]) -> None:
-        super().__init__(graph, terms, {}, absent, unsynced=False)
+    def __init__(self, graph: Graph, terms: Steps, zeros: frozenset[str]) -> None:
+        super().__init__(graph, terms, {}, zeros, unsynced=False)
 
     def foreign(self, node: Node, operands: list[int]) -> Sequence[int]:
         given = {v.name: Sized(t, shape_of(v)) for v, t in zip(node.operands, operands, strict=True)}
@@ -172,7 +171,7 @@ class Speller(Reader):
         """Terms of a kernel's results; None if the kernel does not fit its operands."""
         operands = [given[v.name] for v in node.operands]
         try:
-            if node.op in ROWS:
+            if node.op in ROW_KERNELS:
                 return self.rows(node, operands, KernelSpec.parse(str(node.args[1])), None)
             if node.op == MATMUL:
                 a, b, *others = operands

@@ -7,7 +7,7 @@ zgraph's own ops do to a value:
     reload(offload x) = x                  copy(x) = x                         cast(x, its own dtype) = x
     pending(x) = x                         reduction of x = mean(x), sum(x) or root(x), as the type of x says
 
-A term says nothing of where a value lies: that is in its type, which `zgraph.ir.verifier` checks. Ops that draw random
+A term says nothing of where a value is: that is in its type, which `zgraph.ir.verifier` checks. Ops that draw random
 numbers take the state of the generator as an operand and leave another, so that neither their number nor their order
 can change. What shares memory with what is written to reads as another term afterwards. Casts and gathers commute, as
 a term has no placement.
@@ -26,7 +26,7 @@ from zgraph.ir import OPS, Arg, DType, Graph, Input, InputKind, Node, Phase, Ten
 from zgraph.ir.ops import Op, views
 
 ZERO = 0
-"""The term of a tangent that is absent, and of all that only carries it."""
+"""The term of a tangent that is zero, and of all that only carries it."""
 
 SUMS = frozenset({"aten.add.Tensor"})
 PRODUCTS = frozenset({"aten.bmm.default", "aten.mm.default", "aten.mul.Tensor"})
@@ -98,7 +98,7 @@ class Meaning:
 
 
 def meaning(
-    graph: Graph, terms: Terms, masters: Mapping[str, DType], absent: frozenset[str] = frozenset(),
+    graph: Graph, terms: Terms, masters: Mapping[str, DType], zeros: frozenset[str] = frozenset(),
     *, unsynced: bool = False,
 ) -> Meaning:  # fmt: skip
     """Meaning of a graph, in terms of its inputs.
@@ -107,19 +107,19 @@ def meaning(
         graph: before or after any pass.
         terms: the table.
         masters: the dtype of each parameter's master, by the parameter's name in the model.
-        absent: tangents that are taken as zero.
+        zeros: tangents that are taken as zero.
         unsynced: an `accumulate` adds nothing of earlier micro-steps.
     """
-    return Reader(graph, terms, masters, absent, unsynced).run()
+    return Reader(graph, terms, masters, zeros, unsynced).run()
 
 
 class Reader:
     """Walks a graph in order."""
 
     def __init__(
-        self, graph: Graph, terms: Terms, masters: Mapping[str, DType], absent: frozenset[str], unsynced: bool
+        self, graph: Graph, terms: Terms, masters: Mapping[str, DType], zeros: frozenset[str], unsynced: bool
     ) -> None:
-        self.graph, self.table, self.masters, self.absent, self.unsynced = graph, terms, masters, absent, unsynced
+        self.graph, self.table, self.masters, self.zero_tangents, self.unsynced = graph, terms, masters, zeros, unsynced
         self.found = Meaning()
         self.dtypes: dict[int, DType] = {}
         self.buckets: dict[int, tuple[tuple[int, Hashable], ...]] = {}
@@ -144,7 +144,7 @@ class Reader:
 
     def entry(self, entry: Input) -> int:
         name, kind = entry.value.name, entry.value.type
-        if name in self.absent:
+        if name in self.zero_tangents:
             return ZERO
         if entry.kind is InputKind.param and isinstance(kind, TensorType):
             return self.table.param(entry.target, self.masters.get(entry.target, kind.dtype), kind.dtype)

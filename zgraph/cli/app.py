@@ -29,14 +29,14 @@ from zgraph.version import __version__
 FAILED, USED_WRONGLY, DOES_NOT_FIT = 1, 2, 3
 
 DTYPES = ("bf16", "f16", "f32")
-"""What shells offer for a dtype."""
+"""Completions that shells offer for a dtype."""
 
 FILE_WIDTH = 150
 """Columns of a table that does not go to a terminal."""
 
 
 OLD_NAMES = {"report": "env", "trace-export": "export"}
-"""What commands were called once: scripts may still say so, and no help lists them."""
+"""Earlier names of commands: scripts may still use them, and no help lists them."""
 
 
 class Commands(TyperGroup):
@@ -115,7 +115,7 @@ def errors() -> Console:
 
 
 def progress(*more: ProgressColumn) -> Progress:
-    """What is being done, and for how long; nothing where no one watches."""
+    """Progress on the terminal: the task and its time; nothing where no one watches."""
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), *more, TimeElapsedColumn()
     return Progress(*columns, console=errors(), transient=True, disable=not sys.stderr.isatty())
 

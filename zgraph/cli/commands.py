@@ -32,7 +32,7 @@ from zgraph.ir import Phase, print_graph, verify
 from zgraph.ir.lines import node_lines, read_line
 from zgraph.ir.ops import LANES
 from zgraph.passes import RECIPES, Pass, Pipeline, fusing, known_passes, parse_recipe
-from zgraph.passes.core.instruments import Step
+from zgraph.passes.core.instruments import PassSummary
 from zgraph.passes.core.pipeline import print_size
 from zgraph.runfile.diff import compare
 from zgraph.runfile.explain import explain
@@ -115,7 +115,7 @@ def list_passes(load: Load = None, as_json: AsJson = False) -> None:
 
 
 def _described(kind: type[Pass]) -> dict[str, str | list[str]]:
-    """What a pass says of itself."""
+    """Description of a pass: its docstring, options, numerics and contracts."""
     defaults = {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
     return {
         "name": kind.name,
@@ -198,10 +198,10 @@ def _known(name: str) -> str:
 
 
 def _print_steps(steps: Sequence[Ran], as_json: bool) -> None:
-    """What each pass changed, and what it took."""
-    found, before = dict[str, Step](), steps[0][1]
+    """Print the ops that each pass changed, and its time."""
+    found, before = dict[str, PassSummary](), steps[0][1]
     for name, (text, graph, seconds) in zip(graph_names(text for text, _, _ in steps), steps, strict=True):
-        found[name], before = Step.of(text, before, graph, seconds), graph
+        found[name], before = PassSummary.of(text, before, graph, seconds), graph
     if as_json:
         print_json([
             {"graph": name, "step": s.text, "seconds": s.seconds, "nodes": s.num_nodes, "changed": s.changed}
@@ -264,7 +264,7 @@ def diff(
     load: Load = None,
     as_json: AsJson = False,
 ) -> None:
-    """What differs between two graphs: added +, removed -, changed ~, moved >.
+    """Compare two graphs: added +, removed -, changed ~, moved >.
 
     Example: `zgraph diff run.zg@partition @bucket --stat`
     """

@@ -1,4 +1,4 @@
-"""What shells offer for an argument: names of passes, of hardware, of graphs. Anything else is a file."""
+"""Completions that shells offer for an argument: names of passes, of hardware, of graphs. Anything else is a file."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def _steps(graph: Graph, pipeline: Pipeline, context: Context) -> list[tuple[str
 
 
 def _context(run: RunFile, world: int) -> Context:
-    """What the passes knew, for as many ranks as are wanted."""
+    """Context of the passes, for as many ranks as are wanted."""
     mesh = run.context.mesh if not world else (Axis("shard", world),) if world > 1 else ()
     return dataclasses.replace(run.context, mesh=mesh)
 

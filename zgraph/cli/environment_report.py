@@ -1,4 +1,4 @@
-"""What a bug report needs to say of a machine: versions, processors, GPUs, variables and caches, and nothing secret.
+"""Facts about a machine for a bug report: versions, processors, GPUs, variables and caches, and nothing secret.
 
 Whatever is missing, or fails when asked, is left out or said in its place.
 """
@@ -75,7 +75,7 @@ def cores() -> int:
 
 
 def _torch() -> dict[str, Any]:
-    """What torch was built for, and the GPUs that it sees."""
+    """CUDA or ROCm that torch was built for, and the GPUs that it sees."""
     import torch
 
     found: dict[str, Any] = {

@@ -61,7 +61,7 @@ def show_profile(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """What a profile says, and where its figures are from.
+    """Show a profile, and where its figures are from.
 
     Example: `zgraph hardware show h100`
     """
@@ -82,7 +82,7 @@ def new_profile(
         str, typer.Option("--output", "-o", help="The file to write, by default NAME.toml; - for standard output.")
     ] = "",
 ) -> None:
-    """Write a profile to edit: a copy of another, under a name of its own.
+    """Write a profile to edit: a copy of another, under a new name.
 
     Example: `zgraph hardware new mine --from h100 -o mine.toml`
     """

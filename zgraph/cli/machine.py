@@ -23,7 +23,7 @@ MAX_PROCESSOR_RANKS = 4
 
 @app.command()
 def env(as_json: AsJson = False) -> None:
-    """What a bug report needs to say of this machine; nothing secret is in it.
+    """Describe this machine for a bug report; nothing secret is in it.
 
     Example: `zgraph env`
     """
@@ -86,7 +86,7 @@ def launch(
 
 
 def _torchrun_options(arguments: list[str]) -> Namespace:
-    """What torchrun makes of its arguments, with another number of ranks where none is given."""
+    """Parse arguments as torchrun does, with another number of ranks where none is given."""
     from torch.distributed.run import get_args_parser
 
     parser = get_args_parser()

@@ -1,4 +1,4 @@
-"""What `MODEL` names on the command line: a Hugging Face configuration, or a function in a file."""
+"""Models that `MODEL` names on the command line: a Hugging Face configuration, or a function in a file."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _imported(path: Path) -> ModuleType:
 
 
 def _told(error: Exception, path: Path) -> str:
-    """What the code of a file raised, and the last of its lines that led there."""
+    """Text of an error that the code of a file raised, with the last of its lines that led there."""
     lines = [frame.lineno for frame in extract_tb(error.__traceback__) if Path(frame.filename) == path.absolute()]
     return f"{type(error).__name__}: {error}" + (f" ({path}:{lines[-1]})" if lines else "")
 
@@ -169,7 +169,7 @@ def _of_config(name: str, batch: int | None, seq: int | None) -> Subject:
 
 
 def training_inputs(model: nn.Module, batch: int | None = None, seq: int | None = None) -> dict[str, Any]:
-    """What a model of language is called with in training; images for one that has `image_size`."""
+    """Inputs of a training step: tokens for a language model, images for one that has `image_size`."""
     config = getattr(model, "config", None)
     batch, seq = BATCH if batch is None else batch, SEQ if seq is None else seq
     if config is None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from zgraph.estimate.sweep import Combination, Sweep
 
 BATCHES = (1, 2, 4, 8)
-"""What `--sweep` tries where no batch is given."""
+"""Batches that `--sweep` tries where none is given."""
 
 
 @app.command()
@@ -60,7 +60,7 @@ def plan(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What training a model takes on hardware that is not here: memory, time, what fits, and what to take.
+    """Predict training of a model on hardware that is not here: memory, time, what fits, and what to choose.
 
     Several kinds of hardware or batches are compared in one table. The exit code is 3 where nothing fits.
 

@@ -1,4 +1,4 @@
-"""What is printed to a terminal: texts from files as text only, whatever commands to the terminal they hold."""
+"""Printing to a terminal: texts from files as text only, whatever commands to the terminal they hold."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which way of running a group is the fastest: measured once for each group that differs, on the device at hand.
+"""The fastest candidate for running a group: measured once for each group that differs, on the device at hand.
 
 What was measured is kept in a file for each kind of device and version of torch. The first rank measures and tells the
-others, so that all of them choose alike.
+others, so that all of them choose the same.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from zgraph.ir import Graph, Node, TensorType, Value
 from zgraph.ir.layout import dense_strides
 from zgraph.ir.symbols import evaluate
 from zgraph.passes import Context
-from zgraph.passes.fuse import ways
-from zgraph.passes.fusion.candidates import Way
+from zgraph.passes.fuse import candidates
+from zgraph.passes.fusion.candidates import Candidate
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.region import Region
 from zgraph.runtime.regions import Steps
@@ -36,26 +36,26 @@ NUM_WARMUPS = 3
 NUM_ROUNDS = 15
 
 NEVER_US = 1e12
-"""Time of a way that cannot run here, in microseconds."""
+"""Time of a candidate that cannot run here, in microseconds."""
 
 FLUSH_BYTES = 256 << 20
 """More than a GPU's L2 cache: what runs finds there only what it wrote itself."""
 
-Times = dict[str, dict[Way, float]]
-"""Microseconds of each way, by the key of a group."""
+Times = dict[str, dict[Candidate, float]]
+"""Microseconds of each candidate, by the key of a group."""
 
 MAX_BYTES = 16 << 20
 """A file of times that is longer is none of ours: a group takes some 500 bytes."""
 
 
-class _Kept(RootModel[dict[str, dict[Way, Annotated[float, Field(ge=0, allow_inf_nan=False)]]]]):
+class _Kept(RootModel[dict[str, dict[Candidate, Annotated[float, Field(ge=0, allow_inf_nan=False)]]]]):
     """Content of a file of times."""
 
     model_config = ConfigDict(strict=True)
 
 
 def tuned(graph: Graph, context: Context, device: torch.device, peers: Peers | None) -> CostTable:
-    """Cost table with the times of the ways of running each group of a graph.
+    """Cost table with the times of the candidates for running each group of a graph.
 
     Args:
         graph: as the pass `fuse` will see it.
@@ -83,7 +83,7 @@ def times_path(device: torch.device) -> Path:
 def _kept_or_measured(graph: Graph, context: Context, device: torch.device) -> Times:
     path = times_path(device)
     kept: Times = _read(path)
-    wanted = {found.key: found.nodes for found in ways(graph, context.hints) if len(found.nodes) > 1}
+    wanted = {found.key: found.nodes for found in candidates(graph, context.hints) if len(found.nodes) > 1}
     missing = {key: nodes for key, nodes in wanted.items() if not nodes.keys() <= kept.get(key, {}).keys()}
     for key, nodes in missing.items():
         kept[key] = measured(nodes, context.hints, device)
@@ -101,18 +101,20 @@ def _read(path: Path) -> Times:
         return {}
 
 
-def measured(nodes: Mapping[Way, Sequence[Node]], hints: Mapping[str, int], device: torch.device) -> dict[Way, float]:
-    """The median time of each way in microseconds; they take turns. Inductor has no way where it has no compiler."""
-    wanted = {way: some for way, some in nodes.items() if way != "inductor" or has_inductor(device)}
-    runs = {way: _prepared(some, hints, device) for way, some in wanted.items()}
+def measured(
+    nodes: Mapping[Candidate, Sequence[Node]], hints: Mapping[str, int], device: torch.device
+) -> dict[Candidate, float]:
+    """The median time of each candidate in microseconds; they take turns. Without a compiler, Inductor has none."""
+    wanted = {candidate: some for candidate, some in nodes.items() if candidate != "inductor" or has_inductor(device)}
+    runs = {candidate: _prepared(some, hints, device) for candidate, some in wanted.items()}
     clock = _Clock(device)
     for run in [*runs.values()] * NUM_WARMUPS:
         run()
-    taken: dict[Way, list[float]] = {way: [] for way in runs}
+    taken: dict[Candidate, list[float]] = {candidate: [] for candidate in runs}
     for _ in range(NUM_ROUNDS):
-        for way, run in runs.items():
-            taken[way].append(clock.us(run))
-    return {way: median(taken[way]) if way in taken else NEVER_US for way in nodes}
+        for candidate, run in runs.items():
+            taken[candidate].append(clock.us(run))
+    return {candidate: median(taken[candidate]) if candidate in taken else NEVER_US for candidate in nodes}
 
 
 def has_inductor(device: torch.device) -> bool:

@@ -22,7 +22,7 @@ from zgraph.passes import Context
 from zgraph.passes.fuse import Fuse
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.agreement import settings_lines
-from zgraph.runtime.eager_fallback import run_whole
+from zgraph.runtime.eager_fallback import eager_fallback
 from zgraph.runtime.gradients import attached, reduce_before_steps
 from zgraph.runtime.interrupts import say_little
 from zgraph.runtime.loading import checked_loading, place_state_dict
@@ -31,7 +31,7 @@ from zgraph.runtime.peers import Peers, unique_name
 from zgraph.runtime.regions import Regions
 
 ADAPTERS = ("zgraph.hf.adapt",)
-"""Modules that adapt a compiled model to a library which treats some models in its own way: each has `adapt(model)`."""
+"""Modules that adapt a compiled model to a library which treats some models specially: each has `adapt(model)`."""
 
 
 def shard(model: nn.Module, settings: Settings) -> Session:
@@ -81,7 +81,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         )  # fmt: skip
         forward = narrator.watched(frontend.wrap(forward, settings.dynamic))
     else:
-        forward = run_whole(forward, session)
+        forward = eager_fallback(forward, session)
     model.__dict__[ATTRIBUTE] = compiled
     model.__dict__["forward"] = guard(forward, session, settings.param_dtype, own_forward)
     model.__dict__["load_state_dict"] = checked_loading(model, session.store)
@@ -100,7 +100,7 @@ def _where(settings: Settings, session: Session) -> str:
 
 
 def _described(model: nn.Module, settings: Settings) -> str:
-    """Text of what all ranks must have alike, one line for each item."""
+    """Text of what must be the same on all ranks, one line for each item."""
     stages, offloads = settings.stages, settings.offloads
     lines = [*settings_lines(str(enabled(settings.pipeline))), settings.text]
     lines += [
@@ -138,8 +138,8 @@ def _axes(session: Session) -> tuple[Axis, ...]:
 def _param_infos(session: Session) -> dict[int, ParamInfo]:
     infos = {}
     for slot in session.store.slots.values():
-        at_rest, computed = slot.rest.dtype, slot.stand_in.dtype
+        at_rest, computed = slot.rest.dtype, slot.placeholder.dtype
         master = FROM_TORCH[at_rest] if at_rest != computed else None
-        hollow = slot.stand_in is not slot.parameter
-        infos[id(slot.stand_in)] = ParamInfo(slot.name, slot.stage, master, hollow, slot.offload)
+        is_placeholder = slot.placeholder is not slot.parameter
+        infos[id(slot.placeholder)] = ParamInfo(slot.name, slot.stage, master, is_placeholder, slot.offload)
     return infos

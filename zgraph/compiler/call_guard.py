@@ -1,4 +1,4 @@
-"""Guard around each call of a compiled model: stand-ins in place, peers told of failures, misuse caught."""
+"""Guard around each call of a compiled model: placeholders in place, peers told of failures, misuse caught."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from zgraph.runtime import Session
 def guard(
     forward: Callable[..., Any], session: Session, param_dtype: torch.dtype | None, like: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The model's new `forward`: stand-ins in place for its length, peers told of failures, misuse caught.
+    """The model's new `forward`: placeholders in place for its length, peers told of failures, misuse caught.
 
     Args:
-        forward: runs with stand-ins in place.
+        forward: runs with placeholders in place.
         like: the model's own forward, whose signature is the new one's: transformers reads from it what a model takes.
     """
-    hollow = {id(s.stand_in): s.name for s in session.store.slots.values() if s.stand_in is not s.parameter}
+    placeholders = {id(s.placeholder): s.name for s in session.store.slots.values() if s.placeholder is not s.parameter}
 
     def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
         check_moved(session)
@@ -33,9 +33,9 @@ def guard(
             args, kwargs = _cast((args, kwargs), param_dtype)
         session.begin_call()
         try:
-            with session.store.stand_ins():
+            with session.store.placeholders():
                 result = forward(*args, **kwargs)
-            _watch_outputs(result, hollow, session)
+            _watch_outputs(result, placeholders, session)
         except BaseException as error:
             session.fail(error)
             raise
@@ -71,13 +71,13 @@ def _cast(inputs: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
 
 
-def _watch_outputs(result: Any, hollow: Mapping[int, str], session: Session) -> None:
+def _watch_outputs(result: Any, placeholders: Mapping[int, str], session: Session) -> None:
     """Catch a parameter that escapes, and a backward that comes too often or too late."""
     watched: set[Any] = set()
     for leaf in pytree.tree_leaves(result):
         if not isinstance(leaf, torch.Tensor):
             continue
-        if name := hollow.get(id(leaf)):
+        if name := placeholders.get(id(leaf)):
             raise EscapedParameterError(
                 f"the forward returned the parameter {name}, whose gathered memory is gone after the call; return a "
                 "clone of it"
@@ -89,13 +89,13 @@ def _watch_outputs(result: Any, hollow: Mapping[int, str], session: Session) -> 
 
 
 def _before_backward(node: weakref.ref[Any], session: Session) -> Callable[[Any], None]:
-    """Hook for the beginning of one call's backward: checks, and the choice of the lean backward.
+    """Hook for the beginning of one call's backward: checks, and the choice of the backward of the loss only.
 
     If only the loss is differentiated, and the plan has a backward for that, autograd need not make zeros for the other
     outputs.
     """
     store = session.store
-    spent, version, lean = False, store.version, session.lean_call
+    spent, version, loss_only = False, store.version, session.loss_only_call
 
     def check(gradients: tuple[torch.Tensor | None, ...]) -> None:
         nonlocal spent
@@ -112,6 +112,6 @@ def _before_backward(node: weakref.ref[Any], session: Session) -> Callable[[Any]
         spent = not keeps_graph()
         present = [g for g in gradients if g is not None]
         if (context := node()) is not None:
-            context.materialize_grads = not (lean and len(present) == 1 and present[0].dim() == 0)
+            context.materialize_grads = not (loss_only and len(present) == 1 and present[0].dim() == 0)
 
     return check

@@ -45,8 +45,8 @@ class CompiledModel:
         context: of the passes.
         save: where the first rank writes what the passes made of the first graph; the others have numbers.
         replayed: a run whose last graph takes the place of the passes, for the training graph.
-        regions: if given, they compile what lies between collectives.
-        tunes: whether the ways of running a group are measured before the first graph is compiled.
+        regions: if given, they compile what is between collectives.
+        tunes: whether the candidates for running a group are measured before the first graph is compiled.
         narrator: tells the user of what is captured; None tells nothing.
     """
 
@@ -146,7 +146,7 @@ class CompiledModel:
             yield dump / f"rank{self.session.store.rank}" / f"{graph}.zg"
 
     def _tune(self, graph: Graph, hints: Mapping[str, int]) -> None:
-        """Measure the ways of running what can be fused. All ranks come here at their first graph."""
+        """Measure the candidates for running what can be fused. All ranks come here at their first graph."""
         before = takewhile(lambda step: step.name != Fuse.name, self.pipeline.passes)
         context = replace(self.context, hints=hints)
         seen = Pipeline(tuple(before)).run(graph, context)

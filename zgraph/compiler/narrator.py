@@ -26,7 +26,7 @@ from zgraph.bridge.private_compile import on_capture
 from zgraph.compiler.report import mebibytes, milliseconds
 from zgraph.ir import Graph
 from zgraph.passes import Pass
-from zgraph.passes.core.instruments import Step
+from zgraph.passes.core.instruments import PassSummary
 from zgraph.viz import gibibytes
 
 log = logging.getLogger("zgraph")
@@ -124,10 +124,10 @@ class Narrator:
         """A pass has run: this is an instrument of the pipeline."""
         self._bar.advance(step.name)
         if "passes" in self.kinds:
-            found = Step.of(step.name, before, after, seconds)
+            found = PassSummary.of(step.name, before, after, seconds)
             tell(f"{found.text}: {found.summary}; {found.num_nodes:,} nodes, {1e3 * seconds:,.0f} ms")
 
-    def compiled(self, graph: Graph, steps: Collection[Step], step_us: float, peak_bytes: int) -> None:
+    def compiled(self, graph: Graph, steps: Collection[PassSummary], step_us: float, peak_bytes: int) -> None:
         """The graph is compiled: what was captured, the passes, and what a step is predicted to take."""
         self._began = 0.0
         self._bar.stop()

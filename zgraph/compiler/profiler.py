@@ -1,4 +1,4 @@
-"""Measure what a compiled model costs on the devices and the network at hand, alike on all ranks."""
+"""Measure what a compiled model costs on the devices and the network at hand, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from zgraph.bridge.target import cost_table
 from zgraph.compiler.compiled_model import compiled_model
-from zgraph.cost import CostTable, Hardware, Line, save_table, signature
+from zgraph.cost import AlphaBeta, CostTable, Hardware, save_table, signature
 from zgraph.cost.hardware import THIS_MACHINE, save, this_machine_path
 from zgraph.errors import UsageError
 from zgraph.runtime import Session
@@ -61,7 +61,7 @@ def profile(
     transfers = _transfers(session, num_steps)
     if session.num_ranks > 1:
         ops, transfers = _agreed(session, ops, transfers)
-    lines = {kind: Line(latency_us=line[0], bytes_per_s=line[1]) for kind, line in transfers.items()}
+    lines = {kind: AlphaBeta(latency_us=line[0], bytes_per_s=line[1]) for kind, line in transfers.items()}
     hardware = compiled.context.costs.hardware.model_copy(update={"overlap_slowdown": 1.0})  # it is in the ops' times
     table = compiled.context.costs.model_copy(update={"hardware": hardware, "ops": ops, "transfers": lines})
     if path is not None and session.store.rank == 0:

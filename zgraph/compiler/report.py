@@ -23,7 +23,7 @@ from zgraph.ir import InputKind, Plan, TensorType
 from zgraph.ir.symbols import evaluate
 from zgraph.passes.arena import sizes
 from zgraph.passes.core.base import Context
-from zgraph.passes.core.instruments import Step
+from zgraph.passes.core.instruments import PassSummary
 from zgraph.passes.schedule import step_bound_us
 from zgraph.runfile.format import RunFile
 from zgraph.viz import as_text, memory_chart
@@ -38,7 +38,7 @@ class Entry:
     """One captured graph: its plan, what the passes did to it, and what a step of it costs."""
 
     plan: Plan
-    steps: tuple[Step, ...]
+    steps: tuple[PassSummary, ...]
     memory: MemoryCurve
     traffic: tuple[Traffic, ...]
     timeline: Timeline
@@ -70,8 +70,8 @@ class Entry:
 
 
 def make_entry(
-    plan: Plan, steps: Sequence[Step], context: Context, run: Callable[[], RunFile], timeline: Timeline | None = None,
-    certificate: Certificate | None = None,
+    plan: Plan, steps: Sequence[PassSummary], context: Context, run: Callable[[], RunFile],
+    timeline: Timeline | None = None, certificate: Certificate | None = None,
 ) -> Entry:  # fmt: skip
     """The entry of a plan, of which `run` makes the file; the plan is simulated where no timeline is given."""
     timeline = timeline or simulate(plan, context.costs, context.hints)
@@ -91,7 +91,7 @@ class Report:
         rest_bytes: bytes of parameters that this rank's device holds at rest.
         state_bytes: bytes of AdamW's two moments there.
         buffer_bytes: bytes of the model's buffers, which every rank holds.
-        update_bytes: bytes that the optimizer's step has alive above what lies at rest.
+        update_bytes: bytes that the optimizer's step has alive above what is at rest.
         host_bytes: bytes at rest on the host: masters, AdamW's moments of them, and copies to compute with.
         entries: one for each captured graph, in the order of capture.
         regions: what Inductor compiled, if it was to.
@@ -111,12 +111,12 @@ class Report:
 
     @property
     def step_peak_bytes(self) -> int:
-        """The most bytes alive at once in a forward and backward above what lies at rest, over all captured graphs."""
+        """The most bytes alive at once in a forward and backward above what is at rest, over all captured graphs."""
         return max((e.memory.peak.total_bytes for e in self.entries), default=0)
 
     @property
     def host_peak_bytes(self) -> int:
-        """The most bytes on the host at once in a step, above what lies at rest there: activations and gradients."""
+        """The most bytes on the host at once in a step, above what is at rest there: activations and gradients."""
         return max((e.memory.host_peak_bytes for e in self.entries), default=0)
 
     @property
@@ -172,7 +172,7 @@ class Report:
         Path(path).write_text(self.html(), encoding="utf-8")
 
     def _repr_html_(self) -> str:
-        """The same, as notebooks show it: in a frame of its own."""
+        """The same, as notebooks show it: in a separate frame."""
         if not self.entries:
             return f"<pre>{escape(str(self))}</pre>"
         style = "width: 100%; height: 760px; border: 0"

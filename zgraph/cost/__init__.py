@@ -6,16 +6,16 @@ from zgraph.cost.memory import MemoryCurve, Moment, simulate_memory
 from zgraph.cost.network import Network, Quote
 from zgraph.cost.record import TimelineRecord
 from zgraph.cost.simulator import Span, Stall, Timeline, simulate
-from zgraph.cost.table import CostTable, Line, load_table, save_table, signature
+from zgraph.cost.table import AlphaBeta, CostTable, load_table, save_table, signature
 from zgraph.cost.wire import Traffic, traffic
 from zgraph.cost.work import Work, work
 
 __all__ = [
     "NUM_RANKS",
+    "AlphaBeta",
     "CostTable",
     "Device",
     "Hardware",
-    "Line",
     "Link",
     "MemoryCurve",
     "Moment",

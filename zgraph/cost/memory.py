@@ -43,7 +43,7 @@ NUM_SERVED = 2
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Bytes alive while one instruction runs, by category; nothing of what lies at rest is counted.
+    """Bytes alive while one instruction runs, by category; nothing of what is at rest is counted.
 
     `host_bytes` lie in the host's memory, all others in the device's.
     """
@@ -60,7 +60,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class MemoryCurve:
-    """Bytes alive over one step, above what lies at rest."""
+    """Bytes alive over one step, above what is at rest."""
 
     moments: tuple[Moment, ...]
 
@@ -84,7 +84,7 @@ def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
     """Walk the forward and the backward of a plan with its births and deaths.
 
     Outputs of the forward are taken to be dropped by the caller before the backward, unless the backward needs them;
-    the inputs of the call are the caller's and not counted. Tangents are, unless they are likely to be absent.
+    the inputs of the call are the caller's and not counted. Tangents are, unless they are likely to be zero.
 
     Args:
         plan: the plan.
@@ -128,8 +128,8 @@ def _walked(plan: Plan, hints: Mapping[str, int]) -> _Walk:
     walk.drop(v.name for v in plan.forward.results if v is not None and v.name not in saved)
     if plan.backward is not None:
         tangents = [i.value for i in plan.graph.inputs if i.kind is InputKind.tangent]
-        walk.adopt(t for t in tangents if t.name not in plan.absent)
-        backward = plan.lean[0] if plan.lean else plan.backward
+        walk.adopt(t for t in tangents if t.name not in plan.zero_tangents)
+        backward = plan.loss_only[0] if plan.loss_only else plan.backward
         walk.drop(backward.unread)
         walk.run_in_arena(backward)
     return walk

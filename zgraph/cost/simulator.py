@@ -76,7 +76,7 @@ def simulate(plan: Plan, costs: CostTable, hints: Mapping[str, int]) -> Timeline
     clock = _Clock(plan.graph, costs, hints)
     clock.run(plan.forward.instructions)
     if plan.backward is not None:
-        clock.run((plan.lean[0] if plan.lean else plan.backward).instructions)
+        clock.run((plan.loss_only[0] if plan.loss_only else plan.backward).instructions)
     clock.end()
     busy: dict[str, float] = dict.fromkeys(LANES, 0.0)
     for span in clock.spans:

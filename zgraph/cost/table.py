@@ -28,8 +28,8 @@ MAX_BYTES = 64 << 20
 """Of a table's file."""
 
 
-class Line(BaseModel):
-    """A collective's time as a straight line in its bytes, fitted to what was measured."""
+class AlphaBeta(BaseModel):
+    """Alpha-beta model of a collective: latency and bandwidth, fitted to what was measured."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     latency_us: float = Field(ge=0)
@@ -43,7 +43,7 @@ class CostTable(BaseModel):
         hardware: the profile that answers for whatever was not measured.
         per_host: ranks that share a host; 0 takes full hosts.
         ops: microseconds by `signature`.
-        transfers: lines by collective (all_gather, ...) or copy (offload, reload).
+        transfers: models by collective (all_gather, ...) or copy (offload, reload).
         groups: microseconds of the ways to run ops that can be one kernel, op by op ("aten"), as that ("kernel"), ...,
             by the `signature` of the kernel, behind that of the matmul before it where there is one.
     """
@@ -52,7 +52,7 @@ class CostTable(BaseModel):
     hardware: Hardware
     per_host: Annotated[int, Field(ge=0)] = 0
     ops: Mapping[str, Us] = {}
-    transfers: Mapping[str, Line] = {}
+    transfers: Mapping[str, AlphaBeta] = {}
     groups: Mapping[str, Mapping[str, Us]] = {}
 
     def node_us(self, graph: Graph, node: Node, hints: Mapping[str, int]) -> float:
@@ -114,7 +114,7 @@ class CostTable(BaseModel):
             us += self._copies(graph.mesh).quote("all_reduce", whole / graph.num_shards).us
         return us
 
-    def gather_line(self, mesh: Mesh) -> Line:
+    def gather_alpha_beta(self, mesh: Mesh) -> AlphaBeta:
         """Alpha-beta model of an all-gather: latency and bandwidth in the bytes that one rank sends.
 
         It is measured, or else a line through two sizes of the network's model.
@@ -124,7 +124,7 @@ class CostTable(BaseModel):
         network, large = self.network(mesh), 1e9
         latency_us, large_us = network.quote("all_gather", 0.0).us, network.quote("all_gather", large).us
         sent = large * (network.num_ranks - 1) / network.num_ranks
-        return Line(latency_us=latency_us, bytes_per_s=1e6 * sent / (large_us - latency_us))
+        return AlphaBeta(latency_us=latency_us, bytes_per_s=1e6 * sent / (large_us - latency_us))
 
     def network(self, mesh: Mesh) -> Network:
         """The links among the ranks of one shard axis."""

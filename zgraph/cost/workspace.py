@@ -2,7 +2,7 @@
 
 Read off what torch 2.13's allocator is asked for. Attention works on 32, 64 or 256 queries by 512 keys at a time, with
 one buffer a thread (`cpu_flash_attention` and its backward); dropout and softmax are made of several steps there;
-convolutions bring what they read into a layout of their own.
+convolutions bring what they read into their own layout.
 """
 
 from __future__ import annotations

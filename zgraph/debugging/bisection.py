@@ -157,7 +157,7 @@ class Search:
         )
 
     def rewrite(self, before: Graph, after: Graph, failure: Failure) -> Rewrite:
-        """The least part of what lies between two graphs that fails as they do together."""
+        """The least part of what is between two graphs that fails as they do together."""
         hunks = Hunks(before, after)
         is_placing = before.mesh != after.mesh
 

@@ -1,7 +1,7 @@
 """Whether a graph does what the graph that it was made of does, on simulated ranks with random inputs.
 
 All programs that the runtime makes of it are run (`programs.py`): the step, steps that accumulate under no_sync, each
-without the tangents that may be absent, and the step after an update.
+without the tangents that may be zero, and the step after an update.
 
 Numbers are of one dtype, fp64 where nothing else is wanted, whatever the graph says: rounding is far below the
 tolerance then, and what is above it is a mistake. `rounding.py` looks for mistakes of rounding, in real dtypes.
@@ -87,7 +87,7 @@ def examine(
         tolerance: how much of its largest number an output may differ; by default what `TOLERANCES` says, or in real
             dtypes how many times what rounding makes of it.
         own: of a graph in which a part of what places it on ranks is done, the positions of outputs that are not
-            averaged over the ranks yet; None for any other graph. Outputs of such a one may lie in other places than
+            averaged over the ranks yet; None for any other graph. Outputs of such a one may be in other places than
             what they belong to.
         micro_steps: how many run under no_sync at most.
         only: the one program to look at, by its name; empty for all.

@@ -1,6 +1,6 @@
 """How ops run in a check: random ones draw what those of the captured graph draw, whatever became of the graph.
 
-A draw is a number of its own: what a node draws follows from the seed of the micro-step, the rank, and which of the
+A draw is a separate number: what a node draws follows from the seed of the micro-step, the rank, and which of the
 captured graph's draws the node stands for. Dropouts draw as those of generated kernels do, from a seed and a position
 (`zgraph.codegen.philox`), fused or not: so that a fused dropout drops what the captured one does.
 """
@@ -16,7 +16,7 @@ import torch
 from zgraph.bridge.aten import resolve
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.codegen.philox import uniform
-from zgraph.ir import DType, Foreign, Graph, Node, TensorType
+from zgraph.ir import DType, ExternalOp, Graph, Node, TensorType
 from zgraph.ir.ops import is_pure, views
 
 DROPOUT = "aten.native_dropout.default"
@@ -27,7 +27,7 @@ SAME_DRAWS = frozenset({DROPOUT, SEED})
 FLOATS = frozenset({DType.f64, DType.f32, DType.f16, DType.bf16})
 
 _RANKS_APART, _DRAWS_APART = 1_000_003, 7_919
-"""Seeds of ranks and of draws lie this far apart."""
+"""Seeds of ranks and of draws are this far apart."""
 
 Disturb = Callable[[torch.Tensor], torch.Tensor]
 
@@ -73,7 +73,7 @@ class Drawing:
     def __init__(self, numbers: Mapping[str, int], seed: int, graph: Graph, disturb: Disturb | None = None) -> None:
         self.numbers, self.seed, self.graph, self.disturb = numbers, seed, graph, disturb
 
-    def __call__(self, node: Node, row: Foreign, rank: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def __call__(self, node: Node, row: ExternalOp, rank: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if row.random:
             number = self.numbers.get(node.name, self.numbers.get(node.name.removesuffix(".own"), 0))
             seed = self.seed + _RANKS_APART * rank + _DRAWS_APART * number

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from zgraph.debugging.draws import FLOATS, SAME_DRAWS
-from zgraph.ir import OPS, Arg, DType, Foreign, Graph, Node, TensorType
+from zgraph.ir import OPS, Arg, DType, ExternalOp, Graph, Node, TensorType
 from zgraph.ir.graph import Value
 from zgraph.ir.types import Type
 
@@ -40,7 +40,7 @@ class _Rewriter:
         inputs = tuple(replace(i, value=self.value(i.value), master=None) for i in graph.inputs)
         nodes = tuple(made for node in graph.nodes for made in self.nodes(node))
         outputs = tuple(replace(o, value=None if o.value is None else self.value(o.value)) for o in graph.outputs)
-        foreign = {_CAST: Foreign(), **graph.foreign}
+        foreign = {_CAST: ExternalOp(), **graph.foreign}
         return replace(graph, inputs=inputs, nodes=nodes, outputs=outputs, foreign=foreign)
 
     def nodes(self, node: Node) -> Iterator[Node]:

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from zgraph.ir import Graph, Input, InputKind, Node, Output, Replicate, TensorType, Value, Varying, print_node
 from zgraph.ir.arena import sized
-from zgraph.ir.lines import told_apart
+from zgraph.ir.lines import unique_names
 from zgraph.ir.printer import print_input, print_output
 from zgraph.ir.types import Placement, Type
 from zgraph.runfile.diff import moved
@@ -230,7 +230,7 @@ def _numbered(outputs: Sequence[Output]) -> dict[str, Output]:
 def _keyed(nodes: Sequence[Node]) -> Mapping[str, Node]:
     """Every node by what it is known by."""
     keys = (node.name if node.results else _text(node) for node in nodes)
-    return dict(zip(told_apart(keys), nodes, strict=True))
+    return dict(zip(unique_names(keys), nodes, strict=True))
 
 
 def _makers(graph: Graph) -> Mapping[str, tuple[str, Type]]:

@@ -16,7 +16,7 @@ from zgraph.debugging.programs import Course, MicroStep, Programs
 from zgraph.debugging.training import Outputs, Rates, Setting, Training
 from zgraph.interpreter import Ranks, mean
 from zgraph.ir import DType, Graph, Input, InputKind, Output, OutputKind
-from zgraph.passes.plan.zero_tangents import absent_tangents
+from zgraph.passes.plan.zero_tangents import zero_tangents
 
 TOLERANCES: Mapping[DType, tuple[float, float]] = {DType.f64: (1e-8, 1e-6), DType.f32: (1e-3, 1e-3)}
 """By the dtype of a check: how much of its largest number an output may differ, and what counts as that number where
@@ -68,7 +68,7 @@ class Reference:
         self.captured, self.dtype, self.disturb, self.draws_in_own = captured, dtype, disturb, draws_in_own
         self.num_ranks = captured.num_ranks if captured.mesh else num_ranks
         self.numbers = numbers or Numbers(self.as_run(captured), self.num_ranks, seed, sizes or {})
-        self.absent = absent_tangents(captured)
+        self.zero_tangents = zero_tangents(captured)
         self._known: dict[Course, _Known] = {}
         self._as_run: tuple[Programs, Programs] | None = None
 
@@ -90,7 +90,7 @@ class Reference:
         return self._after(course[: at + 1]).rates
 
     def _after(self, steps: Course) -> _Known:
-        """Outputs of the captured graph in the last of some micro-steps. Courses that begin alike share the runs."""
+        """Outputs of the captured graph in the last of some micro-steps. Courses that begin the same share the runs."""
         key = steps if self.captured.mesh else _unnamed(steps)
         if key not in self._known:
             if before := steps[:-1]:
@@ -109,7 +109,7 @@ class Reference:
         """Programs of the captured graph. A graph for a single device is the same in all of them."""
         if self.captured.mesh:
             return Programs.of(self.captured)
-        return Programs(self.captured, self.captured, None, self.absent)
+        return Programs(self.captured, self.captured, None, self.zero_tangents)
 
     def courses(self, courses: Iterator[Course]) -> Iterator[Course]:
         """All of them."""
@@ -118,14 +118,14 @@ class Reference:
     def training(self, candidate: Graph, programs: Programs, own: Collection[int] = ()) -> Training:
         """A training with programs of a graph that stems from the captured one."""
         draws = draw_numbers(self.captured, candidate)
-        setting = Setting(self.numbers, self.absent, draws, self.disturb, own)
+        setting = Setting(self.numbers, self.zero_tangents, draws, self.disturb, own)
         if self._as_run is None or self._as_run[0] is not programs:
             self._as_run = programs, programs.map(self.as_run)
         return Training(self._as_run[1], setting)
 
     def run(self, graph: Graph, held: Mapping[str, Ranks] | None = None, batch: int = 0) -> Outputs:
         """The outputs of some form of the captured graph alone, with what earlier micro-steps left."""
-        training = self.training(graph, Programs(graph, graph, None, self.absent))
+        training = self.training(graph, Programs(graph, graph, None, self.zero_tangents))
         training.interpreter.held.update(held or {})
         outputs = training.run(MicroStep(batch))
         assert not training.interpreter.held

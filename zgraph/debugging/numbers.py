@@ -19,7 +19,7 @@ SIZE = 6
 
 _BATCH = (InputKind.input, InputKind.tangent)
 _APART = 1_000_003
-"""Seeds of batches lie this far apart."""
+"""Seeds of batches are this far apart."""
 
 
 class Numbers:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 from zgraph.ir import Graph, OutputKind, Phase
 from zgraph.passes.plan.no_sync import without_sync
-from zgraph.passes.plan.zero_tangents import absent_tangents, without_tangents
+from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
-SYNCED, NO_SYNC, SECOND, LEAN, SMALL = "synced", "no_sync", "second step", "without tangents", "small gradients"
-"""Words of a program's name: the synced step; one that accumulates; the one after it; without absent tangents."""
+SYNCED, NO_SYNC, SECOND, LOSS_ONLY, SMALL = "synced", "no_sync", "second step", "without tangents", "small gradients"
+"""Words of a program's name: the synced step; one that accumulates; the one after it; without zero tangents."""
 
 _PHRASES = {
     NO_SYNC: "accumulating under no_sync", SECOND: "in the second step", SMALL: "with small gradients",
-    LEAN: "where only the loss is differentiated",
+    LOSS_ONLY: "where only the loss is differentiated",
 }  # fmt: skip
 
 
@@ -29,34 +29,36 @@ class Programs:
     Args:
         synced: the step that ends with averaged gradients: the graph itself.
         unsynced: the same under no_sync: gradients of stages 0 and 1 stay on the rank.
-        lean: both without the tangents `absent`; None where those cannot be left out, and zeros are given for them.
-        absent: the tangents of all outputs but the loss; none where the loss is not one output among others.
+        loss_only: both without the tangents `zero_tangents`; None where those cannot be left out, but are given.
+        zero_tangents: the tangents of all outputs but the loss; none where the loss is not one output among others.
     """
 
     synced: Graph
     unsynced: Graph
-    lean: tuple[Graph, Graph] | None
-    absent: frozenset[str]
+    loss_only: tuple[Graph, Graph] | None
+    zero_tangents: frozenset[str]
 
     @classmethod
     def of(cls, graph: Graph) -> Programs:
         """The programs of a graph, before or after any pass."""
         if not any(o.phase is not Phase.forward for o in graph.outputs):
             return cls(graph, graph, None, frozenset())
-        absent = absent_tangents(graph)
-        lean = without_tangents(graph, absent) if absent else None
-        both = None if lean is None else (_on_forward(graph, lean), _on_forward(graph, without_sync(lean)))
-        return cls(graph, _on_forward(graph, without_sync(graph)), both, absent)
+        zeros = zero_tangents(graph)
+        loss_only = without_tangents(graph, zeros) if zeros else None
+        both = (
+            None if loss_only is None else (_on_forward(graph, loss_only), _on_forward(graph, without_sync(loss_only)))
+        )
+        return cls(graph, _on_forward(graph, without_sync(graph)), both, zeros)
 
     def map(self, change: Callable[[Graph], Graph]) -> Programs:
         """The same of changed graphs."""
-        lean = None if self.lean is None else (change(self.lean[0]), change(self.lean[1]))
-        return replace(self, synced=change(self.synced), unsynced=change(self.unsynced), lean=lean)
+        loss_only = None if self.loss_only is None else (change(self.loss_only[0]), change(self.loss_only[1]))
+        return replace(self, synced=change(self.synced), unsynced=change(self.unsynced), loss_only=loss_only)
 
     def program(self, step: MicroStep) -> Graph:
         """The graph that runs in a micro-step."""
-        if step.lean and self.lean is not None:
-            return self.lean[0 if step.syncs else 1]
+        if step.loss_only and self.loss_only is not None:
+            return self.loss_only[0 if step.syncs else 1]
         return self.synced if step.syncs else self.unsynced
 
     @property
@@ -85,14 +87,14 @@ class MicroStep:
     Args:
         batch: which batch they are given.
         syncs: whether they end a step.
-        lean: only the loss is differentiated.
+        loss_only: only the loss is differentiated.
         program: what the program is called.
         scale: what tangents are multiplied by.
     """
 
     batch: int
     syncs: bool = True
-    lean: bool = False
+    loss_only: bool = False
     program: str = SYNCED
     scale: float = 1.0
 
@@ -108,8 +110,8 @@ def courses(programs: Programs, num_micro_steps: int) -> Iterator[Course]:
         programs: of the graph.
         num_micro_steps: how many micro-steps run under no_sync at most.
     """
-    for lean in (False, True) if programs.absent else (False,):
-        yield from _courses(programs, num_micro_steps, lean)
+    for loss_only in (False, True) if programs.zero_tangents else (False,):
+        yield from _courses(programs, num_micro_steps, loss_only)
 
 
 def leading_to(program: str, courses: Iterator[Course]) -> Iterator[Course]:
@@ -120,9 +122,9 @@ def leading_to(program: str, courses: Iterator[Course]) -> Iterator[Course]:
             yield course[: ends[-1]]
 
 
-def _courses(programs: Programs, num_micro_steps: int, lean: bool) -> Iterator[Course]:
+def _courses(programs: Programs, num_micro_steps: int, loss_only: bool) -> Iterator[Course]:
     def step(batch: int, *words: str, syncs: bool = True) -> MicroStep:
-        return MicroStep(batch, syncs, lean, named(*words, lean=lean))
+        return MicroStep(batch, syncs, loss_only, named(*words, loss_only=loss_only))
 
     yield (step(0), step(1, SECOND)) if programs.trains else (step(0),)
     if not (programs.trains and programs.accumulates):
@@ -150,9 +152,9 @@ SMALLER = 2.0**-30
 """Scale that makes gradients so small that a dtype with a narrower exponent range loses them."""
 
 
-def named(*words: str, lean: bool = False) -> str:
+def named(*words: str, loss_only: bool = False) -> str:
     """The name of a program."""
-    return ", ".join((LEAN, *words) if lean else words or (SYNCED,))
+    return ", ".join((LOSS_ONLY, *words) if loss_only else words or (SYNCED,))
 
 
 def phrase(program: str) -> str:

@@ -2,7 +2,7 @@
 
 No constant says how much worse is a mistake. The captured graph runs in fp64, and in its own dtypes: as it is, and a
 few times with what each op reads changed in the last bit, at random. How far these runs are from fp64 is what rounding
-makes of an output; another graph may be a few times as far. What rounds no worse than the graph does anyhow is not
+makes of an output; another graph may be a few times as far. What rounds no worse than the graph itself is not
 seen. Where gradients are large enough, f16 keeps as much of them as bf16 does; so a step runs with small ones, too.
 
 Changing operands at random to see what rounding does: Parker, "Monte Carlo arithmetic", 1997.

@@ -32,7 +32,7 @@ CHANGE = 0.1
 """An update changes a parameter by about this much of its largest number."""
 
 _SEEDS_APART = 15_485_863
-"""Seeds of micro-steps lie this far apart."""
+"""Seeds of micro-steps are this far apart."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Setting:
 
     Args:
         numbers: the inputs.
-        absent: tangents that are zero where only the loss is differentiated.
+        zero_tangents: tangents that are zero where only the loss is differentiated.
         draws: which of the captured graph's draws each random node stands for.
         disturb: changes the operands of ops that compute.
         own: positions of outputs that are not averaged over the ranks yet, though the graph is placed.
     """
 
     numbers: Numbers
-    absent: frozenset[str]
+    zero_tangents: frozenset[str]
     draws: Mapping[str, int]
     disturb: Disturb | None = None
     own: Collection[int] = ()
@@ -160,7 +160,7 @@ class Training:
             return value
         scale = 1.0
         if entry.kind is InputKind.tangent:
-            scale = 0.0 if step.lean and entry.value.name in self.setting.absent else step.scale
+            scale = 0.0 if step.loss_only and entry.value.name in self.setting.zero_tangents else step.scale
 
         def fed(tensor: torch.Tensor) -> torch.Tensor:
             made = as_dtype(tensor, TO_TORCH[kind.dtype])

@@ -28,7 +28,7 @@ class EngineLoader:
         seed: int, num_ranks: int, rank: int,
     ) -> None:  # fmt: skip
         if isinstance(dataset, IterableDataset):
-            raise UsageError("training_data must have a length; give an iterable to a DataLoader of your own instead")
+            raise UsageError("training_data must have a length; give an iterable to your own DataLoader instead")
         self.sampler: DistributedSampler[Any] = DistributedSampler(
             dataset, num_ranks, rank, shuffle=True, seed=seed, drop_last=drop_last
         )

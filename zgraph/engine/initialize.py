@@ -25,7 +25,7 @@ from zgraph.engine.config.read import Config, read_config
 from zgraph.engine.data import EngineLoader
 from zgraph.engine.engine import Engine
 from zgraph.errors import UsageError
-from zgraph.runtime.rendezvous import join
+from zgraph.runtime.rendezvous import join_ranks
 
 log = logging.getLogger("zgraph")
 
@@ -131,7 +131,7 @@ def init_distributed(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    join(backend, init_method or "env://", rank, world_size, timeout)
+    join_ranks(backend, init_method or "env://", rank, world_size, timeout)
 
 
 def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:

@@ -1,6 +1,6 @@
 """A model captured in few layers, for figures of the whole.
 
-Layers that are alike are not captured one by one. The model is captured with two layers of each stack, and with one
+Repeated layers are not captured one by one. The model is captured with two layers of each stack, and with one
 more; every figure grows linearly from there, as the layers of a stack do the same. The first may differ from the rest.
 """
 
@@ -21,7 +21,7 @@ FEW_LAYERS = 2
 
 
 @dataclass(frozen=True)
-class Family:
+class LayerSamples:
     """A model captured with few layers, and with one more of each stack.
 
     Args:
@@ -38,25 +38,25 @@ class Family:
     def members(self) -> tuple[Graph, ...]:
         return (self.base, *self.longer)
 
-    def changed(self, change: Callable[[Graph], Graph]) -> Family:
+    def changed(self, change: Callable[[Graph], Graph]) -> LayerSamples:
         """The same change made to all members."""
         return replace(self, base=change(self.base), longer=tuple(map(change, self.longer)))
 
-    def grown(self, figures: Sequence[float]) -> float:
+    def scale(self, figures: Sequence[float]) -> float:
         """A figure of the whole model from those of the members; never below zero."""
         base, *longer = figures
         return max(base + sum(n * (value - base) for n, value in zip(self.missing, longer, strict=True)), 0.0)
 
-    def grown_by_key(self, figures: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    def scale_by_key(self, figures: Sequence[Mapping[str, int]]) -> dict[str, int]:
         """Figures of the whole model under the names that any member has."""
         names = dict.fromkeys(name for f in figures for name in f)
-        return {name: int(self.grown([f.get(name, 0) for f in figures])) for name in names}
+        return {name: int(self.scale([f.get(name, 0) for f in figures])) for name in names}
 
 
-def captured(
+def capture_samples(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], param_dtype: torch.dtype | None
-) -> Family:
-    """Capture a model in few layers: layers of one class, with parameters of the same shapes, are taken to be alike.
+) -> LayerSamples:
+    """Capture a model in few layers: layers of one class, with parameters of the same shapes, count as repeated.
 
     Args:
         model: a module on any device; it is not changed.
@@ -71,7 +71,7 @@ def captured(
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and _are_alike(m)]
     few: dict[nn.Module, int] = dict.fromkeys(stacks, FEW_LAYERS)
     longer = tuple(capture({**few, stack: FEW_LAYERS + 1}) for stack in stacks)
-    return Family(capture(few), longer, tuple(len(stack) - FEW_LAYERS for stack in stacks))
+    return LayerSamples(capture(few), longer, tuple(len(stack) - FEW_LAYERS for stack in stacks))
 
 
 def _are_alike(stack: nn.ModuleList) -> bool:

@@ -15,9 +15,9 @@ from torch import nn
 
 from zgraph.bridge.aten import compute_dtype
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
-from zgraph.bridge.target import MARGIN, Target, cost_table, num_bytes
+from zgraph.bridge.target import MEMORY_MARGIN, Target, cost_table, num_bytes
 from zgraph.errors import UsageError
-from zgraph.estimate.layer_scaling import Family, captured
+from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.stage_plan import Planner, StagePlan
 from zgraph.options.offload import Offload, activations, places
 from zgraph.passes import RECIPES
@@ -103,8 +103,8 @@ def plan(
     """Plans memory and time of training a model with AdamW, without the hardware: no process group, device or memory.
 
     If a stage does not fit the budget, as much of the forward as needed is computed again or moved to the host. If that
-    is not enough, optimizer states and then parameters lie on the host. Layers of one class with parameters of the same
-    shapes are taken to be alike.
+    is not enough, optimizer states and then parameters are on the host. Layers of one class with parameters of the same
+    shapes count as repeated.
 
     Args:
         model: a module, on the meta device or any other; it is not changed.
@@ -151,12 +151,12 @@ def sweep(
         raise UsageError(f"num_ranks must be 1 or more, not {num_ranks}")
     dtype = as_dtype_or_none(param_dtype, "param_dtype")
     makers = [_planner(target, num_ranks, memory_budget, offload) for target in hardware]
-    family = captured(model, args, kwargs, dtype)
+    samples = capture_samples(model, args, kwargs, dtype)
     num_parameters = sum(p.numel() for p in model.parameters())
     sizes = [(n, p.numel() * compute_dtype(p, dtype).itemsize) for n, p in model.named_parameters()]
     plans = []
     for make in makers:
-        planner = make(family)
+        planner = make(samples)
         found = tuple(map(planner.plan, stages))
         whole = TrainingPlan(
             type(model).__name__, num_parameters, planner.num_ranks, planner.costs.hardware.name, planner.budget, found
@@ -170,14 +170,14 @@ def sweep(
 
 def _planner(
     target: Target, num_ranks: int | None, memory_budget: int | str | None, offload: Offload
-) -> Callable[[Family], Planner]:
+) -> Callable[[LayerSamples], Planner]:
     """A planner for one kind of hardware, once the model is captured."""
     costs = cost_table(target, torch.device("cpu"))
     hardware = costs.hardware
     count = hardware.num_devices if num_ranks is None else num_ranks
-    device_bytes = int(hardware.device.memory_bytes * (1 - MARGIN))
+    device_bytes = int(hardware.device.memory_bytes * (1 - MEMORY_MARGIN))
     budget = device_bytes if memory_budget is None else num_bytes(memory_budget)
-    host_bytes = hardware.host_memory_bytes * (1 - MARGIN) / hardware.spread(count)[1]
+    host_bytes = hardware.host_memory_bytes * (1 - MEMORY_MARGIN) / hardware.spread(count)[1]
     return partial(
         Planner, num_ranks=count, costs=costs, budget=budget, host_budget=int(host_bytes) or None,
         places=places(offload, is_gpu=hardware.has_host),
@@ -191,7 +191,7 @@ def seconds(us: float) -> str:
 
 
 def resting(plan: StagePlan) -> str:
-    """Text that says what lies on the host; empty if nothing does."""
+    """Text that says what is on the host; empty if nothing does."""
     return f" with {plan.offload} on the host" if plan.offload else ""
 
 

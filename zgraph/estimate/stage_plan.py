@@ -2,7 +2,7 @@
 
 Bytes are followed in two parts of the step: until the backward reaches the first layer, where activations have their
 peak, and from there on, where gradients have theirs. What does not fit is computed again in the backward or moved to
-the host, whichever is faster. If neither is enough, optimizer states lie on the host too, and if that is not enough,
+the host, whichever is faster. If neither is enough, optimizer states are on the host too, and if that is not enough,
 parameters.
 """
 
@@ -15,7 +15,7 @@ from functools import cached_property
 from zgraph.cost import CostTable, Moment, simulate, traffic
 from zgraph.cost.memory import local_bytes
 from zgraph.cost.work import work
-from zgraph.estimate.layer_scaling import Family
+from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.ir import Axis, Graph, InputKind, Phase, TensorType
 from zgraph.passes import RECIPES, Context, Pipeline, make_plan, parse_recipe
 from zgraph.passes.analysis.forward import Forward
@@ -37,7 +37,7 @@ class StagePlan:
     Args:
         stage: the ZeRO stage.
         whole: names of parameters that are at stage 0 all the same.
-        offload: what lies at rest on the host: nothing, "optimizer" or "parameters".
+        offload: what is at rest on the host: nothing, "optimizer" or "parameters".
         moved_share: the part of what waits for the backward that does so on the host.
         rest_bytes: bytes at rest on the device by category: parameters, optimizer state, buffers.
         peak_bytes: bytes on the device by category at the peak of the step, those at rest included.
@@ -94,16 +94,16 @@ class Planner:
     """Plans stages of one model on one kind of hardware.
 
     Args:
-        family: the model.
+        samples: the model.
         num_ranks: ranks that it is sharded over.
         costs: of the hardware.
         budget: bytes that one rank's device may have alive.
         host_budget: bytes that one rank may have on the host; None sets no limit.
-        places: what may lie at rest on the host, what is tried first before the rest: "", "optimizer", "parameters".
+        places: what may be at rest on the host, what is tried first before the rest: "", "optimizer", "parameters".
         moves: whether activations may wait on the host.
     """
 
-    family: Family
+    samples: LayerSamples
     num_ranks: int
     costs: CostTable
     budget: int
@@ -156,7 +156,7 @@ class _Option:
     peak_bytes: dict[str, int]
     host_bytes: int
     fits: bool
-    has_room: bool
+    has_headroom: bool
 
     @property
     def total_bytes(self) -> int:
@@ -170,9 +170,9 @@ class _Shape:
         self.planner, self.stage, self.whole, self.place = planner, stage, whole, place
         mesh = (Axis("shard", planner.num_ranks),) if planner.num_ranks > 1 else ()
         context = Context(mesh=mesh, costs=planner.costs, groups_calls=True)
-        self.family = planner.family.changed(self._marked)
-        self.members = [_Member(graph, stage, context) for graph in self.family.members]
-        self.rest = self.family.grown_by_key([at_rest(m.placed) for m in self.members])
+        self.samples = planner.samples.changed(self._marked)
+        self.members = [_Member(graph, stage, context) for graph in self.samples.members]
+        self.rest = self.samples.scale_by_key([at_rest(m.placed) for m in self.members])
 
     def _marked(self, graph: Graph) -> Graph:
         inputs = tuple(
@@ -203,9 +203,9 @@ class _Shape:
         that helps; nothing is moved where the host has no room for all."""
         moved_share = 1.0 if self.planner.moves else 0.0
         ways = [self.option(price, moved_share) for price in (None, self.prices[-1])]
-        if moved_share and not any(option.has_room for option in ways):
+        if moved_share and not any(option.has_headroom for option in ways):
             ways = [self.option(price, 0.0) for price in (None, self.prices[-1])]
-        return min(ways, key=lambda option: (not option.has_room, option.total_bytes))
+        return min(ways, key=lambda option: (not option.has_headroom, option.total_bytes))
 
     @property
     def fitting(self) -> list[_Option]:
@@ -224,9 +224,9 @@ class _Shape:
         """Option at this price and moved share: its bytes, and whether it fits."""
         planner = self.planner
         peak_bytes, host_bytes = self.peak(price, moved_share)
-        has_room = planner.host_budget is None or host_bytes <= planner.host_budget
-        fits = has_room and sum(peak_bytes.values()) <= planner.budget
-        return _Option(price, moved_share, peak_bytes, host_bytes, fits, has_room)
+        has_headroom = planner.host_budget is None or host_bytes <= planner.host_budget
+        fits = has_headroom and sum(peak_bytes.values()) <= planner.budget
+        return _Option(price, moved_share, peak_bytes, host_bytes, fits, has_headroom)
 
     def fitted(self, moved_share: float) -> _Option:
         """The way that computes as little again as the budget asks for."""
@@ -244,8 +244,8 @@ class _Shape:
     def finished(self, option: _Option) -> StagePlan:
         """The plan of one way to fit, with its times."""
         figures = [m.figures(option.price, option.moved_share) for m in self.members]
-        step_us, exposed_us, sent, flop = (self.family.grown(f) for f in zip(*figures, strict=True))
-        usual = self.family.grown([m.flop for m in self.members])
+        step_us, exposed_us, sent, flop = (self.samples.scale(f) for f in zip(*figures, strict=True))
+        usual = self.samples.scale([m.flop for m in self.members])
         return StagePlan(
             stage=self.stage, whole=self.whole, offload=self.place, moved_share=option.moved_share,
             rest_bytes={name: self.rest[name] for name in RESTING}, peak_bytes=option.peak_bytes,
@@ -258,10 +258,10 @@ class _Shape:
     def peak(self, price: float | None, moved_share: float) -> tuple[dict[str, int], int]:
         """Bytes on the device by category at the peak of the step, and bytes on the host."""
         found = [m.peaks(price, moved_share) for m in self.members]
-        parts = [self.family.grown_by_key([m[part].bytes_by_category for m, _ in found]) for part in (0, 1)]
+        parts = [self.samples.scale_by_key([m[part].bytes_by_category for m, _ in found]) for part in (0, 1)]
         update = {"gradients": self.rest["optimizer"]}  # with one more copy, for torch's AdamW
         highest = max([*parts, update], key=lambda m: sum(m.values()))
-        on_host = self.rest["host"] + int(self.family.grown([on_host for _, on_host in found]))
+        on_host = self.rest["host"] + int(self.samples.scale([on_host for _, on_host in found]))
         rest = {name: self.rest[name] for name in RESTING}
         return {**dict.fromkeys(CATEGORIES, 0), **highest, **rest}, on_host
 
@@ -274,7 +274,7 @@ class _Shape:
 
 
 class _Member:
-    """One graph of the family at one stage, with all blocks keeping what is worth a price."""
+    """One graph of the samples at one stage, with all blocks keeping what is worth a price."""
 
     def __init__(self, graph: Graph, stage: int, context: Context) -> None:
         self.context = context

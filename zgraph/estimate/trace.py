@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
-from zgraph.bridge.target import MARGIN, Target, cost_table, num_bytes
-from zgraph.capture.deep import captured
+from zgraph.bridge.target import MEMORY_MARGIN, Target, cost_table, num_bytes
+from zgraph.capture.deep import capture_deep
 from zgraph.certify.certificate import Certifier
 from zgraph.environment import environment
 from zgraph.errors import UsageError
@@ -46,9 +46,11 @@ def traced(
     if count < 1:
         raise UsageError(f"num_ranks must be 1 or more, not {count}")
     budget = (
-        int(costs.hardware.device.memory_bytes * (1 - MARGIN)) if memory_budget is None else num_bytes(memory_budget)
+        int(costs.hardware.device.memory_bytes * (1 - MEMORY_MARGIN))
+        if memory_budget is None
+        else num_bytes(memory_budget)
     )
-    graph, how = captured(model, inputs, as_dtype_or_none(param_dtype, "param_dtype"))
+    graph, how = capture_deep(model, inputs, as_dtype_or_none(param_dtype, "param_dtype"))
     mesh = (Axis("shard", count),) if count > 1 else ()
     context = Context(mesh=mesh, costs=costs, memory_budget=budget, groups_calls=True, keeps_blocks=True)
     context = _resting(graph, pipeline, context)

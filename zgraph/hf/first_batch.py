@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from zgraph.compiler.compiled_model import compiled_model
 
 
-def meet(model: nn.Module) -> None:
+def align_first_batch(model: nn.Module) -> None:
     """Have a compiled model run on the first rank's batch, before ranks first call it with batches of other sizes.
 
     That is so once for training and once for evaluation; later, each rank may meet other sizes alone. All ranks have to

@@ -54,7 +54,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Read what `save_state` wrote into an optimizer of the same model, however it is sharded now.
 
     Raises:
-        CheckpointError: the folder is not complete, damaged, or of another model; on all ranks alike.
+        CheckpointError: the folder is not complete, damaged, or of another model; on all ranks.
     """
     ranks = ranks_of(compiled_model(model).session)
 

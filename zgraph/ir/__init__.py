@@ -3,7 +3,7 @@
 from zgraph.ir.builder import Builder
 from zgraph.ir.graph import (
     Arg,
-    Foreign,
+    ExternalOp,
     Graph,
     Input,
     InputKind,
@@ -42,8 +42,9 @@ from zgraph.ir.types import (
 from zgraph.ir.verifier import verify
 
 __all__ = [
-    "DEVICE", "HOST", "OPS", "Arg", "Axis", "Builder", "DType", "Foreign", "Graph", "Input", "InputKind", "Instruction",
-    "Mesh", "Node", "NoneType", "Op", "Origin", "Output", "OutputKind", "Partial", "Phase", "Placement", "Plan",
-    "Program", "Reduction", "Replicate", "ScalarType", "Shard", "TensorType", "Token", "Type", "Value", "Varying",
-    "allow_namespace", "fingerprint", "num_ranks", "num_shards", "parse_graph", "print_graph", "print_node", "verify",
+    "DEVICE", "HOST", "OPS", "Arg", "Axis", "Builder", "DType", "ExternalOp", "Graph", "Input", "InputKind",
+    "Instruction", "Mesh", "Node", "NoneType", "Op", "Origin", "Output", "OutputKind", "Partial", "Phase", "Placement",
+    "Plan", "Program", "Reduction", "Replicate", "ScalarType", "Shard", "TensorType", "Token", "Type", "Value",
+    "Varying", "allow_namespace", "fingerprint", "num_ranks", "num_shards", "parse_graph", "print_graph", "print_node",
+    "verify",
 ]  # fmt: skip

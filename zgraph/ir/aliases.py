@@ -20,7 +20,7 @@ class Memory:
         self._graph = graph
 
     def roots(self, name: str) -> frozenset[str]:
-        """The storages that the value called `name` may lie in."""
+        """The storages that the value called `name` may be in."""
         return self._roots.get(name) or frozenset((name,))
 
     def last_uses(self) -> Mapping[str, int]:

@@ -21,14 +21,14 @@ read 16 bytes at once, and collectives that want whole lines, find what lies in 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """A result of a node that can lie in an arena.
+    """A result of a node that can be in an arena.
 
     Args:
         name: of the value.
         node: the position of the node that makes it.
         num_bytes: rounded up to ALIGN_BYTES.
         last: the position of the last node that it must be there for.
-        offset: where it lies; None where it has memory of its own.
+        offset: its place in bytes; None where it is allocated separately.
     """
 
     name: str

@@ -10,7 +10,7 @@ from functools import cached_property
 from zgraph.ir.types import Axis, DType, TensorType, Type, num_ranks, num_shards
 
 __all__ = [
-    "Arg", "Foreign", "Graph", "Input", "InputKind", "Node", "Origin", "Output", "OutputKind", "Phase", "Token",
+    "Arg", "ExternalOp", "Graph", "Input", "InputKind", "Node", "Origin", "Output", "OutputKind", "Phase", "Token",
     "Value", "map_values", "values_in",
 ]  # fmt: skip
 
@@ -144,7 +144,7 @@ class Input:
         target: the name in the model of a parameter, buffer or lifted constant.
         stage: for a parameter, the ZeRO stage wanted for it; None leaves it to the recipe.
         master: for a parameter, the dtype of its master copy where that is not the dtype it is computed with.
-        offload: for a parameter, what of it lies on the host: nothing; `optimizer`: its master, gradient and optimizer
+        offload: for a parameter, what of it is on the host: nothing; `optimizer`: its master, gradient and optimizer
             state, while a copy to compute with stays on the device; `parameters`: that copy too.
     """
 
@@ -181,7 +181,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Foreign:
+class ExternalOp:
     """Properties of an op that is not zgraph's own, read off its schema at capture.
 
     Args:
@@ -216,7 +216,7 @@ class Graph:
     nodes: tuple[Node, ...] = ()
     outputs: tuple[Output, ...] = ()
     mesh: tuple[Axis, ...] = ()
-    foreign: Mapping[str, Foreign] = field(default_factory=dict)
+    foreign: Mapping[str, ExternalOp] = field(default_factory=dict)
     arenas: Mapping[Phase, int] = field(default_factory=dict)
 
     def with_nodes(self, nodes: list[Node] | tuple[Node, ...]) -> Graph:

@@ -16,7 +16,8 @@ from zgraph.errors import VerifyError
 from zgraph.ir.symbols import Dim, simplify
 from zgraph.ir.types import TensorType
 
-ALIGN_BYTES = 16
+MEMBER_ALIGN_BYTES = 16
+"""Members of a bucket or a flat buffer begin at multiples of it."""
 
 
 def dense_strides(shape: tuple[Dim, ...], order: Sequence[int] | None = None) -> tuple[Dim, ...]:
@@ -82,7 +83,7 @@ def bucket_layout(members: Iterable[TensorType], num_ranks: int) -> BucketLayout
     """The layout of a bucket of `members`, which share one dtype."""
     offsets, chunks, end = [], [], 0
     for member in members:
-        align = max(1, ALIGN_BYTES // member.dtype.itemsize)
+        align = max(1, MEMBER_ALIGN_BYTES // member.dtype.itemsize)
         offsets.append(-(-end // align) * align)
         chunks.append(chunk_numel(member.shape, num_ranks))
         end = offsets[-1] + chunks[-1]

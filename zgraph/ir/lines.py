@@ -88,10 +88,10 @@ def read_line(line: str, key: str = "") -> Line:
     return Line(key, node["phase"], node["op"], node["args"], text, end)
 
 
-def told_apart(names: Iterable[str]) -> Iterator[str]:
+def unique_names(names: Iterable[str]) -> Iterator[str]:
     """The names, with #2 behind one that comes a second time.
 
-    >>> list(told_apart(["dce", "bucket", "dce"]))
+    >>> list(unique_names(["dce", "bucket", "dce"]))
     ['dce', 'bucket', 'dce#2']
     """
     counts: Counter[str] = Counter()
@@ -104,4 +104,4 @@ def node_lines(text: str) -> Mapping[str, str]:
     """The line of every node of a graph's text by what the node is known by, in order."""
     lines = [line for line in text.splitlines() if line.startswith(_NODES)]
     keys = (line[5 : line.find(":")] if line.startswith("%", 4) else read_line(line).key for line in lines)
-    return dict(zip(told_apart(keys), lines, strict=True))
+    return dict(zip(unique_names(keys), lines, strict=True))

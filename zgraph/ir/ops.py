@@ -1,6 +1,6 @@
 """The table of zgraph's own ops: one row an op, everything that the rest of the compiler asks about it.
 
-ATen ops are not here: a graph declares those it uses, with the effects read off their schemas (`graph.Foreign`).
+ATen ops are not here: a graph declares those it uses, with the effects read off their schemas (`graph.ExternalOp`).
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ def _share_lands(node: Node, mesh: Mesh) -> int:
 
 
 def _staged(node: Node, mesh: Mesh) -> int:
-    """Shards that lie on the host go to the device first."""
+    """Shards that are on the host go to the device first."""
     return moved_bytes(node, mesh) // num_shards(mesh) if tensor(node).is_on_host else 0
 
 
@@ -359,7 +359,7 @@ _ROWS = (
        lies_in_arena=True, prepares=True, is_work=True),
     Op("unpack", "Take a bucket apart again.", _unpacked, views=_is_sharded, chunks=num_shards, is_work=True),
     Op("cast", "Change the dtype.", _cast, recomputable=True, prepares=True, is_work=True),
-    Op("copy", "A dense copy with memory of its own; of a replicated value each rank may take its own.", _copied,
+    Op("copy", "A dense copy in new memory; of a replicated value each rank may take its own.", _copied,
        is_work=True),
     Op("pending", "Say what the ranks' own values are together: their sum or mean, or the first rank's.", _stated,
        views=lambda node: True, prepares=True),

@@ -12,7 +12,7 @@ from zgraph.ir.cursor import NUMBER, Cursor
 from zgraph.ir.graph import (
     PROGRAMS,
     Arg,
-    Foreign,
+    ExternalOp,
     Graph,
     Input,
     InputKind,
@@ -61,7 +61,7 @@ def parse_graph(text: str) -> Graph:
     return _Reader(text).graph()
 
 
-class _Line(Cursor):
+class _LineCursor(Cursor):
     """A cursor over one line of a graph."""
 
     def dims(self, closers: str) -> tuple[Dim, ...]:
@@ -134,12 +134,12 @@ class _Line(Cursor):
         return Origin(module, file, number, self.word("the name of a pass") if self.accept("by ") else "")
 
 
-def _lines(text: str) -> Iterator[_Line]:
+def _lines(text: str) -> Iterator[_LineCursor]:
     """The lines that say something, one at a time: a text may have millions of them, and be refused at its first."""
     for number, line in enumerate(io.StringIO(text), 1):
         stripped = line.strip()
         if stripped and stripped[0] != "#":
-            yield _Line(line.rstrip("\r\n"), number)
+            yield _LineCursor(line.rstrip("\r\n"), number)
 
 
 class _Reader:
@@ -156,7 +156,7 @@ class _Reader:
         if head is None:
             raise ZirError('the text is empty; a graph begins with: graph "name"')
         name, mesh = self.head(head)
-        foreign: dict[str, Foreign] = {}
+        foreign: dict[str, ExternalOp] = {}
         inputs: list[Input] = []
         nodes: list[Node] = []
         outputs: list[Output] = []
@@ -186,7 +186,7 @@ class _Reader:
             raise self.undeclared
         return Graph(name, tuple(inputs), tuple(nodes), tuple(outputs), mesh, foreign, arenas)
 
-    def head(self, line: _Line) -> tuple[str, tuple[Axis, ...]]:
+    def head(self, line: _LineCursor) -> tuple[str, tuple[Axis, ...]]:
         line.expect("graph")
         name = line.string()
         mesh: tuple[Axis, ...] = ()
@@ -197,7 +197,7 @@ class _Reader:
         line.end()
         return name, mesh
 
-    def axis(self, line: _Line) -> Axis:
+    def axis(self, line: _LineCursor) -> Axis:
         name = line.word("the name of a mesh axis")
         line.expect("=")
         line.space()
@@ -206,7 +206,7 @@ class _Reader:
             raise line.error("a mesh axis has at least 1 rank", start)
         return Axis(name, size)
 
-    def arenas(self, line: _Line) -> Mapping[Phase, int]:
+    def arenas(self, line: _LineCursor) -> Mapping[Phase, int]:
         found: dict[Phase, int] = {}
         while not line.done or not found:
             line.space()
@@ -222,7 +222,7 @@ class _Reader:
             found[phase] = size
         return found
 
-    def declaration(self, line: _Line) -> tuple[str, Foreign]:
+    def declaration(self, line: _LineCursor) -> tuple[str, ExternalOp]:
         line.space()
         at = line.at
         name, positions, flags = line.word("the name of an op"), {"views": (), "writes": ()}, set[str]()
@@ -238,9 +238,9 @@ class _Reader:
             else:
                 line.at = start
                 raise line.error("expected views(...), writes(...), random, multi or opaque")
-        return name, Foreign(**positions, **{f: f in flags for f in ("random", "multi", "opaque")})  # type: ignore[arg-type]
+        return name, ExternalOp(**positions, **{f: f in flags for f in ("random", "multi", "opaque")})  # type: ignore[arg-type]
 
-    def define(self, line: _Line) -> Value:
+    def define(self, line: _LineCursor) -> Value:
         line.expect("%")
         start = line.at
         name = line.match(_NAME, "a name")
@@ -252,7 +252,7 @@ class _Reader:
         self.values[name] = value
         return value
 
-    def use(self, line: _Line) -> Value:
+    def use(self, line: _LineCursor) -> Value:
         line.expect("%")
         start = line.at
         name = line.match(_NAME, "a name")
@@ -261,7 +261,7 @@ class _Reader:
             raise line.error(f"%{name} is not defined above this line")
         return self.values[name]
 
-    def input(self, line: _Line, kind: InputKind) -> Input:
+    def input(self, line: _LineCursor, kind: InputKind) -> Input:
         value = self.define(line)
         target = line.string() if line.peek('"') else ""
         stage = line.integer() if line.accept("stage=") else None
@@ -269,13 +269,13 @@ class _Reader:
         offload = line.one_of(_OFFLOADS, "what is offloaded") if line.accept("offload=") else ""
         return Input(kind, value, target, stage, master, offload)
 
-    def output(self, line: _Line) -> Output:
+    def output(self, line: _LineCursor) -> Output:
         phase = line.one_of(self.phases, "a phase")
         kind = line.one_of({k.value: k for k in OutputKind}, "a kind of output")
         target = line.string() if line.peek('"') else ""
         return Output(kind, None if line.accept("none") else self.use(line), target, phase)
 
-    def node(self, line: _Line, phase: Phase, foreign: Mapping[str, Foreign]) -> Node:
+    def node(self, line: _LineCursor, phase: Phase, foreign: Mapping[str, ExternalOp]) -> Node:
         results: list[Value] = []
         if line.peek("%"):
             results.append(self.define(line))
@@ -306,7 +306,7 @@ class _Reader:
         checkpoint = line.integer() if line.accept("checkpoint=") else 0
         return Node(op, tuple(args), tuple(results), tuple(kwargs), phase, line.origin(), checkpoint)
 
-    def arg(self, line: _Line, depth: int = 0) -> Arg:
+    def arg(self, line: _LineCursor, depth: int = 0) -> Arg:
         if depth > _MAX_DEPTH:
             raise line.error(f"lists nest deeper than {_MAX_DEPTH}")
         if line.peek("%"):

@@ -55,8 +55,8 @@ class Plan:
         backward: from `saved` and the tangents to the gradients; None where there is no backward.
         unsynced: the backward under no_sync: gradients of stages 0 and 1 stay on the rank, whole. None as above.
         saved: the values that live from the forward to the backward.
-        absent: the tangents that `lean` takes as zero: all but the loss's, where the model returns more than it.
-        lean: the backward, synced and unsynced, without these tangents; None where there are none to leave out.
+        zero_tangents: those that `loss_only` takes as zero: all but the loss's, where the model returns more than it.
+        loss_only: the backward, synced and unsynced, without these tangents; None where there are none to leave out.
     """
 
     graph: Graph
@@ -64,8 +64,8 @@ class Plan:
     backward: Program | None
     unsynced: Program | None
     saved: tuple[Value, ...]
-    absent: frozenset[str] = frozenset()
-    lean: tuple[Program, Program] | None = None
+    zero_tangents: frozenset[str] = frozenset()
+    loss_only: tuple[Program, Program] | None = None
 
     @cached_property
     def fingerprint(self) -> str:

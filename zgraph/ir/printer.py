@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Mapping
 
-from zgraph.ir.graph import Arg, Foreign, Graph, Input, Node, Origin, Output, Phase, Token, Value
+from zgraph.ir.graph import Arg, ExternalOp, Graph, Input, Node, Origin, Output, Phase, Token, Value
 from zgraph.ir.types import DType
 
 
@@ -53,7 +53,7 @@ def print_arenas(arenas: Mapping[Phase, int]) -> str:
     return " ".join(["arena", *(f"{p.value}={arenas[p]}" for p in Phase if p in arenas)])
 
 
-def print_foreign(name: str, row: Foreign) -> str:
+def print_foreign(name: str, row: ExternalOp) -> str:
     parts = [f"op {name}"]
     parts += [f"views({', '.join(map(str, row.views))})"] if row.views else []
     parts += [f"writes({', '.join(map(str, row.writes))})"] if row.writes else []

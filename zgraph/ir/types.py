@@ -86,7 +86,7 @@ class Partial:
 
 @dataclass(frozen=True, slots=True)
 class Varying:
-    """Each rank of the axis has a value of its own, computed from its part of the batch, and nothing is pending."""
+    """Each rank of the axis has its own value, computed from its part of the batch, and nothing is pending."""
 
     def __str__(self) -> str:
         return "V"
@@ -160,7 +160,7 @@ class TensorType:
 
     @property
     def varies(self) -> bool:
-        """Whether ranks have values of their own."""
+        """Whether ranks have different values."""
         return Varying() in self.placement
 
     @property
@@ -184,7 +184,7 @@ class TensorType:
         return replace(self, placement=placement)
 
     def reduced(self) -> TensorType:
-        """The same tensor with what was pending reduced: alike on all ranks."""
+        """The same tensor with what was pending reduced: the same on all ranks."""
         return self.at(*(Replicate() if isinstance(p, Partial) else p for p in self.placement))
 
     def on(self, space: str) -> TensorType:

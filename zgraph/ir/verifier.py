@@ -23,7 +23,7 @@ def verify(graph: Graph) -> None:
     Raises:
         VerifyError: for the first rule broken, with the op, the lines around it, the user's source line and the pass.
     """
-    for rule in RULES:
+    for rule in CHECKS:
         for position, message in rule(graph):
             raise VerifyError(describe(graph, rule.__name__, position, message))
 
@@ -268,7 +268,7 @@ def _arena_sizes(graph: Graph, laid: Mapping[Phase, list[Buffer]]) -> Iterator[F
             yield buffer.node, f"%{buffer.name} ends at byte {end:,} of the arena, {stated}"
 
 
-RULES: tuple[Callable[[Graph], Iterator[Fault]], ...] = (
+CHECKS: tuple[Callable[[Graph], Iterator[Fault]], ...] = (
     ssa, phases, known_ops, types, placements, spaces, futures, lifetimes, targets, arenas,
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Optimizers over local shards: what lies side by side in memory is updated as one."""
+"""Optimizers over local shards: adjacent parameters are updated in one call."""
 
 from zgraph.optim.adamw import AdamW
 from zgraph.optim.lion import Lion

@@ -1,4 +1,4 @@
-"""AdamW whose state may lie on the host or on disk, and whose update runs there or streams through the device
+"""AdamW whose state may be on the host or on disk, and whose update runs there or streams through the device
 (Loshchilov, Hutter: "Decoupled weight decay regularization", 2019)."""
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class AdamW(FlatOptimizer):
         eps: added to the denominator.
         weight_decay: decoupled from the gradient.
         state: where the two moments lie: "auto" where the parameter does, "host", or "disk".
-        update: where the step is computed: "host" or "device"; "auto" takes the host for parameters that lie there. On
-            the device, what lies elsewhere streams through it.
+        update: where the step is computed: "host" or "device"; "auto" takes the host for parameters that are there. On
+            the device, what is elsewhere streams through it.
         folder: for `state="disk"`: where the files go. They vanish with the process.
         access: for `state="disk"`: "direct" streams past the page cache, "mapped" leaves to it what stays in memory;
             "auto" is direct where that is more than a tenth of the free memory, and the file system can.

@@ -73,7 +73,7 @@ class FlatOptimizer(Optimizer):
         return [0.0] * len(indices)
 
     def _in_place(self, parameter: torch.Tensor) -> bool:
-        """Whether a parameter is updated where it lies, with states of torch's memory beside it."""
+        """Whether a parameter is updated where it is, with states of torch's memory beside it."""
         return True
 
     def _make(self, parameter: torch.Tensor, key: str) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Runs: neighbours in a flat buffer, with their states laid out as they are, so that one update serves all of them.
 
-Gradients come as tensors of their own. Those of small neighbours are copied side by side into a buffer of at most so
+Gradients come as separate tensors. Those of small neighbours are copied side by side into a buffer of at most so
 many bytes, which the next run uses again; a parameter as large as that is a run of its own, whose gradient stays where
 it is.
 """
@@ -48,7 +48,7 @@ class Run:
         parameters: in the order of memory.
         starts: where each begins in that memory, in elements.
         memory: that of all of them; None for one alone, whose own is looked up at each step.
-        copy: what is computed with, laid out alike, where the update can write it.
+        copy: what is computed with, in the same layout, where the update can write it.
         store: whose parameters these are, where what is computed with is another memory.
     """
 
@@ -112,7 +112,7 @@ def lay_out(parameters: Iterable[torch.Tensor], in_place: Callable[[torch.Tensor
 
     Args:
         parameters: of one group.
-        in_place: whether a parameter is updated where it lies, with its states beside it.
+        in_place: whether a parameter is updated where it is, with its states beside it.
     """
     known = slots_at_rest()
     flat: list[tuple[ShardStore, Slot]] = []
@@ -149,7 +149,7 @@ def _over(first: torch.Tensor, numel: int) -> torch.Tensor:
 
 
 def _adjoin(one: Slot, other: Slot) -> bool:
-    """Whether nothing but a pad lies between the two, and their copies lie alike."""
+    """Whether there is nothing but a pad between the two, and their copies have the same layout."""
     gap = _begin(other.rest) - _end(one.rest)
     are_alike = _begin(other.working) - _end(one.working) == gap and one.rest.dtype == other.rest.dtype
     together = _address(one.rest) == _address(other.rest) and _address(one.working) == _address(other.working)

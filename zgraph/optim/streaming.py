@@ -1,4 +1,4 @@
-"""Updates of what lies on the host or on disk: a piece is brought to where it is updated while the one before it is
+"""Updates of what is on the host or on disk: a piece is brought to where it is updated while the one before it is
 updated, and the one before that is taken back."""
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def stream(
         pieces: what is updated.
         chunk_bytes: how much of a tensor is streamed at once.
         host: the host's memory, and the lanes between it and the device.
-        disk: the file that states lie in, if they are read and written directly.
-        stays: whether the update runs on the host, so that what lies there is not copied.
+        disk: the file that has the states, if they are read and written directly.
+        stays: whether the update runs on the host, so that what is there is not copied.
         update: updates a piece in place.
     """
     waiting: list[_Visit] = []
@@ -67,8 +67,8 @@ class _Visit:
     Args:
         piece: what is updated.
         host: the host's memory, and the lanes between it and the device.
-        disk: the file that states lie in, if they are read and written directly.
-        stays: whether the update runs on the host, so that what lies there is not copied.
+        disk: the file that has the states, if they are read and written directly.
+        stays: whether the update runs on the host, so that what is there is not copied.
     """
 
     def __init__(self, piece: Piece, host: HostMemory, disk: DiskFile | None, stays: bool) -> None:

@@ -11,7 +11,7 @@ from zgraph.passes.core.base import Choice
 Offload = str | Iterable[str] | None
 
 STEP_SHARE = 0.25
-"""The part of a memory budget that is left to the step itself where the compiler chooses what lies at rest."""
+"""The part of a memory budget that is left to the step itself where the compiler chooses what is at rest."""
 
 _WHAT = ("activations", "optimizer", "parameters")
 
@@ -40,7 +40,7 @@ def activations(offload: Offload, memory_budget: int | None, *, is_gpu: bool) ->
 
 
 def places(offload: Offload, *, is_gpu: bool) -> tuple[str, ...]:
-    """Choices of what lies at rest on the host, for all parameters alike; the preferred one comes first.
+    """Choices of what is at rest on the host, the same for all parameters; the preferred one comes first.
 
     Raises:
         UsageError: `offload` names nothing that can be offloaded.
@@ -60,7 +60,7 @@ def of_parameters(
         offload: as given to `zgraph.compile`.
         resting: the parameters in the order of the model.
         memory_budget: bytes that one rank may have alive; None sets no limit.
-        is_gpu: whether the device has a memory of its own.
+        is_gpu: whether the device has separate memory.
 
     Raises:
         UsageError: `offload` names nothing that can be offloaded.

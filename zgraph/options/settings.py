@@ -58,7 +58,7 @@ class Settings:
     Args:
         device: where the model's shards lie.
         mesh: the ranks that share it; None for one rank.
-        default_stage: the stage of the parameters that have none of their own.
+        default_stage: the stage of the parameters that state none.
         stages: of each parameter by its name; None leaves it to `default_stage`.
         param_dtype: dtype to compute in; None takes each parameter's own.
         reduce_dtype: dtype in which gradients are averaged; None takes the one that they come in.
@@ -68,8 +68,8 @@ class Settings:
         memory_budget: bytes that this rank's device may have alive; None sets no limit.
         recomputes: whether the forward may be computed again.
         moves: whether values of the forward may wait for the backward on the host.
-        offloads: what of each parameter lies on the host: "optimizer" or "parameters".
-        compiles_regions: whether Inductor compiles what lies between collectives.
+        offloads: what of each parameter is on the host: "optimizer" or "parameters".
+        compiles_regions: whether Inductor compiles what is between collectives.
         save: where to write a run file.
         fullgraph: whether the forward must be captured as one graph.
         dynamic: which sizes are symbols, as in `torch.compile`.
@@ -95,7 +95,7 @@ class Settings:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether the device has a memory of its own."""
+        """Whether the device has separate memory."""
         return self.device.type != "cpu"
 
     @property
@@ -105,7 +105,7 @@ class Settings:
 
     @property
     def text(self) -> str:
-        """Text of the settings that all ranks must plan with alike."""
+        """Text of the settings that must be the same on all ranks."""
         return (
             f"recipe {self.recipe}, param_dtype {self.param_dtype}, memory_budget {self.memory_budget}, "
             f"costs {fingerprint_of(self.costs)}"

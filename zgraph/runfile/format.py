@@ -9,7 +9,7 @@ A zip archive of texts that any tool opens; nothing in it is ever run as code:
     timeline.json               the predicted step of the last graph (`zgraph.cost.TimelineRecord`), and a digest
     sources.json                the user's lines that the nodes come from: file, number, text; a file may lack it
 
-A pass that changed nothing has no text of its own: the list names the one that it left as it was. The plan is not in
+A pass that changed nothing has no separate text: the list names the one that it left as it was. The plan is not in
 the file: it follows from the last graph (`zgraph.passes.make_plan`). So does the timeline, which is there because it
 takes seconds to simulate. A file may lack it, and where its digest is not that of the last graph and the context, as
 after an edit, it is simulated anew.
@@ -36,7 +36,7 @@ from zgraph.certify.record import Certificate
 from zgraph.cost import Timeline, TimelineRecord, simulate
 from zgraph.errors import ContractError, GraphNameError, RunFileError, SimulationError, did_you_mean
 from zgraph.ir import Graph, Phase, Plan, parse_graph, print_graph
-from zgraph.ir.lines import told_apart
+from zgraph.ir.lines import unique_names
 from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.core.pipeline import print_pass, uncollected
 from zgraph.passes.plan.make_plan import make_plan
@@ -161,7 +161,7 @@ class RunFile:
         return self.manifest.snapshots[self.position(name)].member
 
     def position(self, name: str) -> int:
-        """Where a graph stands among all of them. Raises GraphNameError if there is none of that name."""
+        """Position of a graph among all of them. Raises GraphNameError if there is none of that name."""
         if name == "final":
             return len(self.names) - 1
         if name in self.names:
@@ -291,7 +291,7 @@ def _problems(error: ValidationError) -> str:
 
 def graph_names(steps: Iterable[str]) -> tuple[str, ...]:
     """The names of the graphs after these steps."""
-    return tuple(told_apart(step.partition("(")[0] for step in steps))
+    return tuple(unique_names(step.partition("(")[0] for step in steps))
 
 
 def has_backward(graph: Graph) -> bool:

@@ -15,13 +15,13 @@ from zgraph.cost import Moment, Span, Stall, Timeline
 from zgraph.ir import Instruction, Node, Plan
 from zgraph.viz.boxes import details
 
-ROWS = {
+TRACKS = {
     "compute": "computing", "waits": "waiting for", "comm": "communication", "d2h": "copies to the host",
     "h2d": "copies from the host",
 }  # fmt: skip
-"""Name of each row, in their order from the top."""
+"""Name of each track, in their order from the top."""
 
-NUMBERS = {row: number for number, row in enumerate(ROWS, 1)}
+NUMBERS = {row: number for number, row in enumerate(TRACKS, 1)}
 
 Event = dict[str, Any]
 
@@ -41,8 +41,8 @@ def _text(events: Iterator[Event]) -> Iterator[str]:
 def _events(plan: Plan, timeline: Timeline, rest_bytes: int, title: str) -> Iterator[Event]:
     yield {"ph": "M", "name": "process_name", "args": {"name": f"{title}: predicted step, each of {_ranks(plan)}"}}
     used = {span.lane for span in timeline.spans} | ({"waits"} if timeline.stalls else set())
-    for row in (row for row in ROWS if row in used):
-        yield {"ph": "M", "tid": NUMBERS[row], "name": "thread_name", "args": {"name": ROWS[row]}}
+    for row in (row for row in TRACKS if row in used):
+        yield {"ph": "M", "tid": NUMBERS[row], "name": "thread_name", "args": {"name": TRACKS[row]}}
         yield {"ph": "M", "tid": NUMBERS[row], "name": "thread_sort_index", "args": {"sort_index": NUMBERS[row]}}
     yield from _Walk(plan, timeline, rest_bytes).events()
 
@@ -124,7 +124,7 @@ def _step(plan: Plan) -> tuple[Instruction, ...]:
     """The instructions that the simulator runs."""
     if plan.backward is None:
         return plan.forward.instructions
-    return (*plan.forward.instructions, *(plan.lean[0] if plan.lean else plan.backward).instructions)
+    return (*plan.forward.instructions, *(plan.loss_only[0] if plan.loss_only else plan.backward).instructions)
 
 
 class _Memory:

@@ -1,4 +1,4 @@
-"""Tensors of all ranks into files and back, by torch.distributed.checkpoint: what fails on one fails on all alike."""
+"""Tensors of all ranks into files and back, by torch.distributed.checkpoint: what fails on one rank fails on all."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The ranks of a model, joined by a group of their own when they first need one: a thread may use it while training
+    """The ranks of a model, joined by a separate group when they first need one: a thread may use it while training
     goes on.
 
     Args:
@@ -44,7 +44,7 @@ class Ranks:
 
     @cached_property
     def group(self) -> dist.ProcessGroup | None:
-        """The group of their own, on processors; None for one process.
+        """The separate group, on processors; None for one process.
 
         Raises:
             PeerError: a rank is gone.
@@ -108,7 +108,7 @@ _RANKS: WeakKeyDictionary[Session, Ranks] = WeakKeyDictionary()
 
 
 def ranks_of(session: Session) -> Ranks:
-    """Those of a compiled model; the same whenever it is asked, as each has a group of its own."""
+    """Those of a compiled model; the same whenever it is asked, as each has a separate group."""
     return _RANKS.setdefault(session, Ranks(session.store.group))
 
 

@@ -1,6 +1,6 @@
 """Storage for torch.distributed.checkpoint without pickle: tensors in safetensors files, what lies where in JSON.
 
-Each rank writes the shards it holds into files of its own. `index.json` says of each tensor, by its name, which parts
+Each rank writes the shards it holds into its own files. `index.json` says of each tensor, by its name, which parts
 of it lie in which files, so that another number of ranks can read what it needs of each, and has a checksum of every
 file, and one of its own.
 """

@@ -1,4 +1,4 @@
-"""The tensors of a model by name: as they lie at rest, copied, filled, or whole."""
+"""The tensors of a model by name: as they are at rest, copied, filled, or whole."""
 
 from __future__ import annotations
 

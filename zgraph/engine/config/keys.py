@@ -38,7 +38,7 @@ Precision = Annotated[str, BeforeValidator(_known)]
 class Offload(Section):
     """`offload_optimizer` or `offload_param`."""
 
-    superseded: ClassVar[Mapping[str, str]] = dict.fromkeys(
+    ignored: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "pipeline_read", "pipeline_write", "pipeline",
          "fast_init", "cpuadam_cores_perc"), _HOST,
     )  # fmt: skip
@@ -54,7 +54,7 @@ class Offload(Section):
 class Zero(Section):
     """`zero_optimization`."""
 
-    superseded: ClassVar[Mapping[str, str]] = {
+    ignored: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("overlap_comm", "contiguous_gradients", "round_robin_gradients", "allgather_sequential",
                          "stage3_allgather_sequential", "prefetch_bucket_size", "stage3_prefetch_bucket_size"),
                         _SCHEDULE),
@@ -97,7 +97,7 @@ class Zero(Section):
 class FP16(Section):
     """`fp16`: computing in half precision, with a loss scale that follows overflows."""
 
-    superseded: ClassVar[Mapping[str, str]] = {"auto_cast": "inputs are always cast to the dtype to compute in"}
+    ignored: ClassVar[Mapping[str, str]] = {"auto_cast": "inputs are always cast to the dtype to compute in"}
     unsupported: ClassVar[Mapping[str, str]] = {
         "fp16_master_weights_and_grads": "masters are fp32: leave it out", "amp": "leave it out",
         "opt_level": "leave it out",
@@ -115,7 +115,7 @@ class FP16(Section):
 class BF16(Section):
     """`bf16`: computing in bfloat16, with masters in fp32."""
 
-    superseded: ClassVar[Mapping[str, str]] = {
+    ignored: ClassVar[Mapping[str, str]] = {
         "immediate_grad_update": "gradients are added where they are reduced",
     }
     unsupported: ClassVar[Mapping[str, str]] = {
@@ -129,7 +129,7 @@ class BF16(Section):
 class Checkpointing(Section):
     """`activation_checkpointing`."""
 
-    superseded: ClassVar[Mapping[str, str]] = dict.fromkeys(
+    ignored: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("partition_activations", "contiguous_memory_optimization", "number_checkpoints",
          "synchronize_checkpoint_boundary", "profile"), _BUDGET,
     )  # fmt: skip
@@ -157,7 +157,7 @@ class WandB(Section):
 class CommsLogger(Section):
     """`comms_logger`: a table of collectives every `steps_per_print` steps (10, if that is not there)."""
 
-    superseded: ClassVar[Mapping[str, str]] = dict.fromkeys(
+    ignored: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("prof_all", "prof_ops", "verbose", "debug"), "the table has every collective of the plan"
     )
 
@@ -167,7 +167,7 @@ class CommsLogger(Section):
 class FlopsProfiler(Section):
     """`flops_profiler`: FLOP by module, from the graph."""
 
-    superseded: ClassVar[Mapping[str, str]] = {
+    ignored: ClassVar[Mapping[str, str]] = {
         "recompute_fwd_factor": "what is computed again is in the graph, and counted",
     }
 
@@ -182,7 +182,7 @@ class FlopsProfiler(Section):
 class CheckpointKeys(Section):
     """`checkpoint`."""
 
-    superseded: ClassVar[Mapping[str, str]] = {
+    ignored: ClassVar[Mapping[str, str]] = {
         "load_universal": _RESUMES,
         "parallel_write": "every rank writes its own shards",
         "writer": "torch.distributed.checkpoint writes",
@@ -198,7 +198,7 @@ class CheckpointKeys(Section):
 class DataTypes(Section):
     """`data_types`."""
 
-    superseded: ClassVar[Mapping[str, str]] = {
+    ignored: ClassVar[Mapping[str, str]] = {
         "grad_accum_dtype": "gradients are added in the dtype of the masters",
         "keep_in_fp32_modules": "buffers keep their dtype",
     }  # fmt: skip
@@ -210,7 +210,7 @@ class DataTypes(Section):
 class OptimizerKeys(Section):
     """`optimizer`: its type, and what that takes."""
 
-    superseded: ClassVar[Mapping[str, str]] = dict.fromkeys(
+    ignored: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("legacy_fusion", "torch_adam"), "the update is over flat shards"
     )
 
@@ -242,7 +242,7 @@ class Own(Section):
 class EngineConfig(Section):
     """A configuration, read and checked. Its fields have DeepSpeed's names."""
 
-    superseded: ClassVar[Mapping[str, str]] = {
+    ignored: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), "any optimizer works"),
         "prescale_gradients": "gradients are averaged while they are summed",
         "gradient_predivide_factor": "gradients are averaged while they are summed",

@@ -27,7 +27,7 @@ _FLAT = "the update is one pass over flat shards"
 class OptimizerParams(Section):
     """Parameters of an optimizer."""
 
-    superseded: ClassVar[Mapping[str, str]] = dict.fromkeys(("torch_adam", "foreach", "fused", "capturable"), _FLAT)
+    ignored: ClassVar[Mapping[str, str]] = dict.fromkeys(("torch_adam", "foreach", "fused", "capturable"), _FLAT)
 
     lr: NonNegativeFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0

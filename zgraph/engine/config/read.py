@@ -102,10 +102,8 @@ def loaded(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
 def undecided(found: Mapping[str, Any]) -> list[str]:
     """The places with "auto" whose value is needed: others may be left to zgraph."""
     automatic = [place for place, value in flatten(found) if value == "auto" and not place.startswith("zgraph.")]
-    zero = {f"zero_optimization.{key}" for key in Zero.superseded}
-    return [
-        place for place in automatic if place not in zero and place.rpartition(".")[2] not in EngineConfig.superseded
-    ]
+    zero = {f"zero_optimization.{key}" for key in Zero.ignored}
+    return [place for place in automatic if place not in zero and place.rpartition(".")[2] not in EngineConfig.ignored]
 
 
 def _loaded(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:

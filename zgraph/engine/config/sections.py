@@ -17,14 +17,14 @@ class Section(BaseModel):
     """A part of a configuration.
 
     Class variables of a section:
-        superseded: keys that DeepSpeed has and that need no deciding here, each with what decides instead.
+        ignored: keys that DeepSpeed has and that need no deciding here, each with what decides instead.
         unsupported: keys that DeepSpeed has and that would change what is computed or needed, each with the remedy.
             They may be there if they ask for nothing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    superseded: ClassVar[Mapping[str, str]] = {}
+    ignored: ClassVar[Mapping[str, str]] = {}
     unsupported: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
@@ -73,8 +73,8 @@ class Reading:
                 inner = keys[key]
                 within = inner is not None and isinstance(value, Mapping)
                 kept[key] = self.kept(inner, value, place) if inner is not None and within else value
-            elif key in kind.superseded:
-                self.notes.append(f"{place} has no effect: {kind.superseded[key]}")
+            elif key in kind.ignored:
+                self.notes.append(f"{place} has no effect: {kind.ignored[key]}")
             elif key in kind.unsupported:
                 if asks(value):
                     self.problems.append(f"{place}: zgraph does not have this; {kind.unsupported[key]}")
@@ -96,7 +96,7 @@ def asks(value: Any) -> bool:
 
 
 def _hint(key: str, kind: type[Section]) -> str:
-    known = [*kind.keys(), *kind.superseded, *kind.unsupported]
+    known = [*kind.keys(), *kind.ignored, *kind.unsupported]
     return "; " + did_you_mean(key, known, f"the keys here are {', '.join(kind.keys())}")
 
 
