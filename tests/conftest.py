@@ -5,7 +5,11 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks`, which is not installed
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks` and `tests`, which are not installed
+from tests.deep import is_left_out, stale  # noqa: E402
+
 os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
 
 
@@ -14,6 +18,16 @@ def pytest_configure() -> None:
     from zgraph.ir import allow_namespace
 
     allow_namespace("user")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `make test-deep` alone runs."""
+    names = {item.nodeid.removeprefix("tests/"): item for item in items}
+    if all(Path(arg).is_dir() for arg in config.args) and not config.option.keyword and (missing := stale(names)):
+        raise pytest.UsageError(f"tests/deep.py names tests that are not there: {', '.join(missing)}")
+    for name, item in names.items():
+        if is_left_out(name):
+            item.add_marker(pytest.mark.skip(reason="make test-deep"))
 
 
 def pytest_collection_finish() -> None:
