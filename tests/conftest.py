@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks` and `tests`, which are not installed
-from tests.deep import is_left_out, stale  # noqa: E402
+from tests.deep import is_left_out, stale
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
 

@@ -101,11 +101,15 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def dtensor(
     local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: Sequence[int]
 ) -> DTensor:
-    """A DTensor over this rank's part, which may be in the host's memory though the mesh is of GPUs."""
-    if local.device.type == mesh.device_type:
-        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=tuple(stride))
+    """A DTensor over this rank's part, which may be in the host's memory though the mesh is of GPUs.
+
+    The DTensor's own, empty storage begins at 0 wherever the part is in a flat buffer: torch.save, pickle and deepcopy
+    refuse one that does not.
+    """
+    shell = local.new_empty(()).expand(local.shape)
     spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, tuple(stride), local.dtype))
-    made: DTensor = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    made: DTensor = DTensor(shell, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    made._local_tensor = local
     return made
 
 

@@ -75,6 +75,7 @@ class Frontend:
         attach: Callable[[Callable[..., Any], Mapping[int, str]], Callable[..., Any]] = lambda run, _: run,
     ) -> None:  # fmt: skip
         self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
+        self._codes: list[types.CodeType] = []
 
     def wrap(self, function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
         """`function`, captured and compiled at its first call and whenever its guards fail.
@@ -83,7 +84,9 @@ class Frontend:
             GraphBreakError: it cannot be captured as one graph.
             CaptureError: it runs, but zgraph cannot take what was captured.
         """
-        compiled = torch.compile(_apart(function), backend=self._backend, fullgraph=True, dynamic=dynamic)
+        own = _apart(function)
+        self._codes.append(own.__code__)
+        compiled = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=dynamic)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if why := private_compile.dynamo_is_off():
@@ -100,6 +103,11 @@ class Frontend:
                 del failed  # or its traceback would hold this frame, and this frame the error
 
         return call
+
+    def forget(self) -> None:
+        """Have what was wrapped captured anew at its next call."""
+        for code in self._codes:
+            private_compile.reset_code(code)
 
     def _backend(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         buffers = self.buffers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from importlib import import_module
 
 from torch import nn
@@ -70,6 +71,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         narrator=narrator,
     )  # fmt: skip
     own_forward = forward = model.forward
+    forget: Callable[[], None] = lambda: None
     say_little()
     if not session.is_alone:
         reduce_before_steps(session)
@@ -79,11 +81,12 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
             _param_infos(session), lambda: {id(b): n for n, b in model.named_buffers()}, compiled.compile_graph,
             type(model).__name__, lambda run, parameters: attached(run, parameters, session),
         )  # fmt: skip
-        forward = narrator.watched(frontend.wrap(forward, settings.dynamic))
+        forward, forget = frontend.wrap(forward, settings.dynamic), frontend.forget
+        forward = narrator.watched(forward)
     else:
         forward = eager_fallback(forward, session)
     model.__dict__[ATTRIBUTE] = compiled
-    model.__dict__["forward"] = guard(forward, session, settings.param_dtype, own_forward)
+    model.__dict__["forward"] = guard(forward, session, settings.param_dtype, own_forward, forget)
     model.__dict__["load_state_dict"] = checked_loading(model, session.store)
     model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
         functools.partial(place_state_dict, session.store)

@@ -14,21 +14,29 @@ from zgraph.bridge.private_compile import compiled_backward_node
 from zgraph.bridge.private_runtime import keeps_graph
 from zgraph.errors import BackwardTwiceError, EscapedParameterError, StaleParametersError, UsageError
 from zgraph.runtime import Session
+from zgraph.runtime.structure import Structure
 
 
 def guard(
-    forward: Callable[..., Any], session: Session, param_dtype: torch.dtype | None, like: Callable[..., Any]
-) -> Callable[..., Any]:
+    forward: Callable[..., Any], session: Session, param_dtype: torch.dtype | None, like: Callable[..., Any],
+    forget: Callable[[], None],
+) -> Callable[..., Any]:  # fmt: skip
     """The model's new `forward`: placeholders in place for its length, peers told of failures, misuse caught.
 
     Args:
         forward: runs with placeholders in place.
         like: the model's own forward, whose signature is the new one's: transformers reads from it what a model takes.
+        forget: has the model captured anew at this call, since its hooks are others than before.
     """
     placeholders = {id(s.placeholder): s.name for s in session.store.slots.values() if s.placeholder is not s.parameter}
 
+    structure = Structure(session.store)
+
     def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
         check_moved(session)
+        structure.check()
+        if structure.has_new_hooks():
+            forget()
         if param_dtype is not None:
             args, kwargs = _cast((args, kwargs), param_dtype)
         session.begin_call()
