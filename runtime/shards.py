@@ -255,10 +255,11 @@ class ShardStore:
         start = self.shard * chunk_rows(shape[0], self.num_shards)
         local.copy_(self.from_first_rank(parameter.detach())[start : start + rows])
         placement = [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
-        dtensor = private_runtime.dtensor(local, self.mesh, placement, shape, stride)
+        at_rest = private_runtime.dtensor_parameter(
+            local, self.mesh, placement, shape, stride, requires_grad=parameter.requires_grad
+        )
         placeholder = self._placeholder(parameter)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        at_rest = nn.Parameter(dtensor, parameter.requires_grad)
         working = self._copies.views.get(name, chunk)
         return Slot(name, stage, at_rest, placeholder, chunk, working, self.offloads.get(name, ""))
 
@@ -284,8 +285,9 @@ class ShardStore:
         if self.any_sharded:
             assert self.mesh is not None
             placement = [Replicate()] * self.mesh.ndim
-            dtensor = private_runtime.dtensor(rest, self.mesh, placement, rest.size(), rest.stride())
-            at_rest = nn.Parameter(dtensor, parameter.requires_grad)
+            at_rest = private_runtime.dtensor_parameter(
+                rest, self.mesh, placement, rest.size(), rest.stride(), requires_grad=parameter.requires_grad
+            )
         return Slot(name, stage, at_rest, placeholder, rest, working, offload)
 
     def _placeholder(self, parameter: nn.Parameter) -> nn.Parameter:

@@ -6,7 +6,6 @@ from operator import is_
 from typing import Any
 
 import torch.nn.modules.module as module_of_torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 

@@ -11,7 +11,7 @@ import torch
 import torch._dynamo
 from torch._dynamo import callback
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.eval_frame import reset_code
+from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
 from torch._dynamo.exc import (
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
@@ -30,8 +30,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 __all__ = [
     "BackendCompilerFailed", "FailOnRecompileLimitHit", "TorchDynamoException", "TorchRuntimeError", "Unsupported",
     "UserError", "aot_autograd", "checkpoint_region", "compiled_backward_node", "dynamo_is_off", "fake_mode_of",
-    "grad_target", "input_index", "mutation_target", "on_capture", "raised_without_data", "reset_code", "without_advice",
-    "without_modes",
+    "grad_target", "input_index", "mutation_target", "on_capture", "raised_without_data", "reset_code",
+    "without_advice", "without_modes",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.autograd import profiler
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,6 +28,7 @@ __all__ = [
     "direct",
     "dtensor",
     "dtensor_like",
+    "dtensor_parameter",
     "fused_adamw",
     "fused_sgd",
     "grad_hooks",
@@ -106,10 +108,28 @@ def dtensor(
     The DTensor's own, empty storage begins at 0 wherever the part is in a flat buffer: torch.save, pickle and deepcopy
     refuse one that does not.
     """
-    shell = local.new_empty(()).expand(local.shape)
-    spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, tuple(stride), local.dtype))
-    made: DTensor = DTensor(shell, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    made = _shell(local, mesh, placements, shape, stride)
     made._local_tensor = local
+    return made
+
+
+def dtensor_parameter(
+    local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: Sequence[int], *,
+    requires_grad: bool,
+) -> nn.Parameter:  # fmt: skip
+    """A parameter that is a DTensor: see `dtensor`."""
+    made: Any = nn.Parameter(_shell(local, mesh, placements, shape, stride), requires_grad)
+    made._local_tensor = local
+    return cast(nn.Parameter, made)
+
+
+def _shell(
+    local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: Sequence[int]
+) -> DTensor:
+    """A DTensor over memory of its own, without any."""
+    empty = local.new_empty(()).expand(local.shape)
+    spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, tuple(stride), local.dtype))
+    made: DTensor = DTensor(empty, spec, requires_grad=False)  # type: ignore[no-untyped-call]
     return made
 
 

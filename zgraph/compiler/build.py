@@ -14,6 +14,7 @@ from zgraph.capture import Frontend, ParamInfo, drop_gradient_hooks
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.compiler.call_guard import guard
 from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
+from zgraph.compiler.copying import Copier
 from zgraph.compiler.narrator import Narrator
 from zgraph.environment import environment
 from zgraph.ir import Axis
@@ -70,8 +71,9 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         tunes=settings.is_gpu and any(isinstance(step, Fuse) for step in settings.pipeline.passes),
         narrator=narrator,
     )  # fmt: skip
+    copier = Copier(model, functools.partial(_again, settings))
     own_forward = forward = model.forward
-    forget: Callable[[], None] = lambda: None
+    forget: Callable[[], None] | None = None
     say_little()
     if not session.is_alone:
         reduce_before_steps(session)
@@ -88,11 +90,21 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     model.__dict__[ATTRIBUTE] = compiled
     model.__dict__["forward"] = guard(forward, session, settings.param_dtype, own_forward, forget)
     model.__dict__["load_state_dict"] = checked_loading(model, session.store)
-    model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-        functools.partial(place_state_dict, session.store)
+    copier.handles.append(
+        model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            functools.partial(place_state_dict, session.store)
+        )
     )
     for name in ADAPTERS:
         import_module(name).adapt(model)
+    copier.attach(session)
+
+
+def _again(settings: Settings, model: nn.Module) -> Session:
+    """A copy of a model, compiled as the model was."""
+    session = shard(model, settings)
+    attach(model, settings, session)
+    return session
 
 
 def _where(settings: Settings, session: Session) -> str:

@@ -19,14 +19,15 @@ from zgraph.runtime.structure import Structure
 
 def guard(
     forward: Callable[..., Any], session: Session, param_dtype: torch.dtype | None, like: Callable[..., Any],
-    forget: Callable[[], None],
+    forget: Callable[[], None] | None,
 ) -> Callable[..., Any]:  # fmt: skip
     """The model's new `forward`: placeholders in place for its length, peers told of failures, misuse caught.
 
     Args:
         forward: runs with placeholders in place.
         like: the model's own forward, whose signature is the new one's: transformers reads from it what a model takes.
-        forget: has the model captured anew at this call, since its hooks are others than before.
+        forget: has the model captured anew at this call, since its hooks are others than before; None if nothing is
+            captured.
     """
     placeholders = {id(s.placeholder): s.name for s in session.store.slots.values() if s.placeholder is not s.parameter}
 
@@ -35,7 +36,7 @@ def guard(
     def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
         check_moved(session)
         structure.check()
-        if structure.has_new_hooks():
+        if forget is not None and structure.has_new_hooks():
             forget()
         if param_dtype is not None:
             args, kwargs = _cast((args, kwargs), param_dtype)

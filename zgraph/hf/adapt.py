@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -13,6 +13,10 @@ from zgraph.errors import UsageError
 
 _GENERATES = {"GenerationMixin", "PeftModel"}
 """Classes of transformers and PEFT whose `generate` is called from outside; that of others may be part of a forward."""
+
+
+_RESIZES = {"resize_token_embeddings", "add_adapter", "load_adapter"}
+"""Methods of transformers that put other parameters into a model."""
 
 
 class Unprepared:
@@ -36,6 +40,12 @@ def adapt(model: nn.Module) -> None:
     if _GENERATES & {base.__name__ for base in type(model).__mro__}:
         own_generate: Any = model.generate
         model.__dict__["generate"] = functools.partial(_generate, model, own_generate)
+    for name in _RESIZES & {*dir(model)}:
+        model.__dict__[name] = functools.partial(_refuse, name)
+
+
+def _refuse(name: str, *_args: Any, **_kwargs: Any) -> NoReturn:
+    raise UsageError(f"call model.{name} before zgraph.compile, which shards the parameters that a model has then")
 
 
 def _generate(model: nn.Module, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,105 @@
+"""Copies of a compiled model: `copy.deepcopy` gives another compiled model with shards of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from zgraph.bridge.private_runtime import dtensor_like
+from zgraph.errors import UsageError
+from zgraph.runtime import Session
+
+_NONE = object()
+
+
+class Copier:
+    """Copies a compiled model.
+
+    Args:
+        model: before anything is attached to it.
+        again: compiles a copy as the model was compiled.
+    """
+
+    def __init__(self, model: nn.Module, again: Callable[[nn.Module], Session]) -> None:
+        self.model, self.again = model, again
+        self._before = dict(model.__dict__)
+        self._attached: Mapping[str, Any] = {}
+        self.handles: list[RemovableHandle] = []
+
+    def attach(self, session: Session) -> None:
+        """Have `copy.deepcopy(model)` come here, and refuse pickle. Call it when all else is attached."""
+        own = self.model.__dict__
+        own["__deepcopy__"] = lambda memo: self._copied(session, memo)
+        own["__reduce_ex__"] = _refuse
+        self.handles += [
+            module._register_state_dict_hook(_savable)  # type: ignore[no-untyped-call]
+            for module in self.model.modules()
+            if any(isinstance(p, DTensor) for p in module._parameters.values())
+        ]
+        self._attached = {key: value for key, value in own.items() if self._before.get(key, _NONE) is not value}
+
+    def _copied(self, session: Session, memo: dict[int, Any]) -> nn.Module:
+        """Another model with the same values, compiled. All ranks copy together."""
+        made = type(self.model).__new__(type(self.model))
+        memo[id(self.model)] = made
+        for slot in session.store.slots.values():
+            memo[id(slot.parameter)] = _blank(slot.parameter, like=slot.placeholder)
+        with self._detached():
+            made.__dict__.update(copy.deepcopy(self.model.__dict__, memo))
+        copied = self.again(made)
+        with torch.no_grad():
+            for name, slot in session.store.slots.items():
+                copied.store.slots[name].rest.copy_(slot.rest)
+        return made
+
+    @contextmanager
+    def _detached(self) -> Iterator[None]:
+        """The model as it was before it was compiled, but for its parameters."""
+        own = self.model.__dict__
+        ours = [(hooks, handle.id) for handle in self.handles if (hooks := handle.hooks_dict_ref())]
+        taken = [(hooks, number, hooks.pop(number)) for hooks, number in ours]
+        for key in self._attached:
+            if key in self._before:
+                own[key] = self._before[key]
+            else:
+                del own[key]
+        try:
+            yield
+        finally:
+            own.update(self._attached)
+            for hooks, number, hook in taken:
+                hooks[number] = hook
+
+
+def _blank(parameter: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
+    """A whole parameter to be sharded: without memory, if its shard is all that is kept of it."""
+    if isinstance(parameter, DTensor) and parameter.placements[-1].is_shard():
+        whole = torch.zeros((), dtype=parameter.dtype, device=like.device).expand(parameter.shape)
+    else:
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=like.device)
+    return nn.Parameter(whole, parameter.requires_grad)
+
+
+def _savable(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Hook of a module's state dict: DTensors that torch.save, pickle and deepcopy take. Those that torch makes of a
+    shard in a flat buffer have the shard's offset for theirs.
+    """
+    for key in module._parameters:
+        entry = state.get(prefix + key)
+        if isinstance(entry, DTensor) and not isinstance(entry, nn.Parameter):
+            state[prefix + key] = dtensor_like(entry._local_tensor, entry)
+
+
+def _refuse(_protocol: Any) -> NoReturn:
+    raise UsageError(
+        "a compiled model cannot be pickled: its shards belong to this job's ranks. Save model.state_dict() instead, "
+        "by torch.save as one file a rank or by torch.distributed.checkpoint; engine.save_checkpoint and "
+        "zgraph.export_hf write whole weights"
+    )
