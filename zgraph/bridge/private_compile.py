@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch._dynamo
+from torch._decomp import get_decompositions
 from torch._dynamo import callback
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
@@ -28,10 +31,10 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
-    "BackendCompilerFailed", "FailOnRecompileLimitHit", "TorchDynamoException", "TorchRuntimeError", "Unsupported",
-    "UserError", "aot_autograd", "checkpoint_region", "compiled_backward_node", "dynamo_is_off", "fake_mode_of",
-    "grad_target", "input_index", "mutation_target", "on_capture", "raised_without_data", "reset_code",
-    "without_advice", "without_modes",
+    "DECOMPOSED", "BackendCompilerFailed", "FailOnRecompileLimitHit", "TorchDynamoException", "TorchRuntimeError",
+    "Unsupported", "UserError", "aot_autograd", "capturing", "checkpoint_region", "compiled_backward_node",
+    "dynamo_is_off", "fake_mode_of", "grad_target", "input_index", "last_guard", "mutation_target", "on_capture",
+    "raised_without_data", "reset_code", "without_modes",
 ]  # fmt: skip
 
 
@@ -83,19 +86,28 @@ def dynamo_is_off() -> str | None:
 
 
 @contextmanager
-def without_advice() -> Iterator[None]:
-    """Leave out of what is captured, for the length of a `with`, what transformers would log once (`warning_once`).
+def capturing() -> Iterator[None]:
+    """Settings of torch.compile for the length of a `with`, so that fewer forwards break the graph.
 
-    Nor does torch log then what an error says in any case, or that it could not write its own metrics.
+    Recurrent layers, inner calls of `torch.autograd.grad`, and integers that a module counts with are captured. What
+    `print` and `warnings.warn` are given is told when the graph has run. Left out is what transformers would log once
+    (`warning_once`). Nor does torch log what an error says in any case, or that it could not write its own metrics.
     """
     config = torch._dynamo.config
     found = {getattr(logging.Logger, name, None) for name in ("warning_once", "warning_advice", "info_once")}
+    settings = {
+        "ignore_logger_methods": config.ignore_logger_methods | (found - {None}),
+        "reorderable_logging_functions": config.reorderable_logging_functions | {print, warnings.warn},
+        "allow_rnn": True,
+        "allow_unspec_int_on_nn_module": True,
+        "trace_autograd_ops": True,
+    }
     loggers = [logging.getLogger(name) for name in _NOISY]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
         logger.disabled = True
     try:
-        with config.patch(ignore_logger_methods=config.ignore_logger_methods | (found - {None})):
+        with config.patch({name: value for name, value in settings.items() if hasattr(config, name)}):
             yield
     finally:
         for logger, was in zip(loggers, before, strict=True):
@@ -106,6 +118,32 @@ _NOISY = ("torch._dynamo.metrics_context", "torch._subclasses.fake_tensor")
 """Loggers that write tracebacks: torch 2.11 fails to sort functions in the first; operands that do not fit."""
 
 
+class _Reasons(logging.Handler):
+    """Keeps why torch.compile captured a function once too often, which it says to its log alone."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "last reason" in str(record.msg) and isinstance(record.args, tuple):
+            self.last = next((str(a) for a in record.args if re.match(r"\d+/\d+: ", str(a))), "")
+
+
+_reasons = _Reasons()
+logging.getLogger("torch._dynamo.convert_frame").addHandler(_reasons)
+
+
+def last_guard() -> str:
+    """The guard that failed when a function was captured once too often, as text; empty if torch did not say."""
+    first = _reasons.last.splitlines()[:1]
+    return re.sub(r"^\d+/\d+: |\s+#.*$", "", first[0]).strip() if first else ""
+
+
+DECOMPOSED = get_decompositions([torch.ops.aten.softplus_backward])
+"""Ops that are captured as simpler ones: the strides that torch says this one's result has are not the real ones."""
+
+
 def raised_without_data(run: Callable[[], Any]) -> Exception | None:
     """Error that a function raises on tensors without data; None if it raises none, or would have to see data.
 
@@ -113,7 +151,7 @@ def raised_without_data(run: Callable[[], Any]) -> Exception | None:
     """
     is_fake = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
     try:
-        with without_advice(), nullcontext() if is_fake else _without_data():
+        with capturing(), nullcontext() if is_fake else _without_data():
             run()
     except Exception as error:
         return None if type(error).__module__.startswith(("torch._", "torch.fx")) else error

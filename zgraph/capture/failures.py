@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from zgraph.bridge import private_compile
 from zgraph.environment import environment
@@ -39,15 +40,22 @@ def failure(error: Exception, run: Callable[[], Any], name: str) -> Exception:
     if isinstance(error, private_compile.BackendCompilerFailed):
         return _of_compiling(error.inner_exception)
     if isinstance(error, private_compile.FailOnRecompileLimitHit):
-        return CaptureError(
-            "the forward was captured anew too often; pass dynamic=True to zgraph.compile, or raise "
-            f"torch._dynamo.config.recompile_limit: {first_line(error)}"
-        )
+        return _too_often()
     if may_be_the_users(error) and (raised := private_compile.raised_without_data(run)) is not None:
         return _of_the_user(raised, name)
-    if isinstance(error, private_compile.Unsupported | private_compile.UserError):
+    if isinstance(error, private_compile.Unsupported | private_compile.UserError | GuardOnDataDependentSymNode):
         return _graph_break(error)
     return _shortened(error, (TORCH,))
+
+
+def _too_often() -> CaptureError:
+    guard, limit = private_compile.last_guard(), torch._dynamo.config.recompile_limit
+    why = f" The guard that failed last: {guard}." if guard else ""
+    return CaptureError(
+        f"the forward was captured {limit} times, and this call has another value once more.{why} Where that is a "
+        "size, pass dynamic=True to zgraph.compile; where it is a number or a list that the module keeps, keep it in a "
+        "buffer; where there are just more cases, raise torch._dynamo.config.recompile_limit"
+    )
 
 
 def may_be_the_users(error: Exception) -> bool:

@@ -92,7 +92,7 @@ class Frontend:
             if why := private_compile.dynamo_is_off():
                 raise CaptureError(f"torch.compile is switched off, so nothing can be captured: {why}; switch it on")
             try:
-                with private_compile.without_advice():
+                with private_compile.capturing():
                     return compiled(*args, **kwargs)
             except Exception as error:
                 failed = error
@@ -115,7 +115,7 @@ class Frontend:
         capture = _OneCapture(self, leaves)
         run = private_compile.aot_autograd(
             fw_compiler=capture.runner_of, bw_compiler=capture.runner_of, partition_fn=capture.partition,
-            inference_compiler=capture.inference,
+            inference_compiler=capture.inference, decompositions=private_compile.DECOMPOSED,
         )(gm, examples)  # fmt: skip
         return self.attach(run, {i: leaf.target for i, leaf in leaves.items() if leaf.kind is InputKind.param})
 

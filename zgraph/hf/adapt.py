@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -35,13 +36,25 @@ class Unprepared:
 
 
 def adapt(model: nn.Module) -> None:
-    """Refuse to be wrapped by Accelerate, and generate with all parameters gathered."""
+    """Refuse to be wrapped by Accelerate, generate with all parameters gathered, and record outputs when captured."""
+    _install_recorders(model)
     model.__dict__[Unprepared.ATTRIBUTE] = Unprepared()
     if _GENERATES & {base.__name__ for base in type(model).__mro__}:
         own_generate: Any = model.generate
         model.__dict__["generate"] = functools.partial(_generate, model, own_generate)
     for name in _RESIZES & {*dir(model)}:
         model.__dict__[name] = functools.partial(_refuse, name)
+
+
+def _install_recorders(model: nn.Module) -> None:
+    """The hooks by which transformers records hidden states and router logits: it installs them in a first call, under
+    a lock, which cannot be captured.
+    """
+    recording = sys.modules.get("transformers.utils.output_capturing")
+    install: Callable[[nn.Module], None] | None = getattr(recording, "maybe_install_capturing_hooks", None)
+    for module in model.modules() if install is not None else ():
+        if install is not None and "PreTrainedModel" in {base.__name__ for base in type(module).__mro__}:
+            install(module)
 
 
 def _refuse(name: str, *_args: Any, **_kwargs: Any) -> NoReturn:
