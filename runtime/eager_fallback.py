@@ -24,7 +24,7 @@ def whole_parameters(session: Session) -> Iterator[None]:
     session.begin_call()
     try:
         with torch.no_grad():
-            whole = [nn.Parameter(_full(session, s), requires_grad=False) for s in session.store.slots.values()]
+            whole = [nn.Parameter(full(session, s), requires_grad=False) for s in session.store.slots.values()]
     except BaseException as error:
         session.fail(error)
         raise
@@ -40,7 +40,7 @@ def whole_parameters(session: Session) -> Iterator[None]:
             owner[key] = held
 
 
-def _full(session: Session, slot: Slot) -> torch.Tensor:
+def full(session: Session, slot: Slot) -> torch.Tensor:
     """A parameter as it is computed with: on the device, gathered where it is sharded."""
     chunk = slot.rest.to(session.device, slot.placeholder.dtype)
     if not slot.is_sharded:
@@ -118,7 +118,7 @@ class _GatheredModel:
             if slot.placeholder is not slot.parameter:
                 with torch.no_grad():
                     slot.placeholder.untyped_storage().resize_(slot.placeholder.nbytes)
-                    slot.placeholder.copy_(_full(self.session, slot))
+                    slot.placeholder.copy_(full(self.session, slot))
         self.version = self.session.store.version
 
     def share_buffers(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,10 @@ PARAMETERS = "parameters"
 """Of a parameter that is offloaded so, what is computed with is on the host too."""
 
 
+Owner = tuple[Any, Any]
+"""What holds a parameter, and its key or position there."""
+
+
 @dataclass
 class Slot:
     """One parameter, wherever in the model it is used.
@@ -45,7 +50,7 @@ class Slot:
         rest: this rank's memory of it: its padded chunk in one dimension, or the whole tensor where it is replicated.
         working: the tensor to compute with: `rest`, or where the parameter is offloaded a copy of it.
         offload: what of it is on the host: nothing, "optimizer" (master, gradient, optimizer state) or "parameters".
-        owners: every `_parameters` dictionary and key that holds it.
+        owners: every place that holds it.
         holds_unreduced: whether a plain tensor in `.grad` has what this rank alone made.
     """
 
@@ -56,7 +61,7 @@ class Slot:
     rest: torch.Tensor
     working: torch.Tensor
     offload: str = ""
-    owners: list[tuple[dict[str, nn.Parameter | None], str]] = field(default_factory=list)
+    owners: list[Owner] = field(default_factory=list)
     holds_unreduced: bool = False
 
     @property
@@ -90,6 +95,7 @@ class ShardStore:
         device: where the shards live.
         offloads: the names of parameters that are offloaded, and what of them.
         host: the host's memory.
+        placeholder_class: of the placeholders. With one of its own, every parameter has a placeholder.
 
     Raises:
         OffloadError: the host has no room for what is offloaded.
@@ -98,7 +104,7 @@ class ShardStore:
     def __init__(
         self, model: nn.Module, mesh: DeviceMesh | None, group: dist.ProcessGroup | None, stages: dict[str, int | None],
         default_stage: int, param_dtype: torch.dtype | None, device: torch.device, offloads: Mapping[str, str],
-        host: HostMemory,
+        host: HostMemory, placeholder_class: type[nn.Parameter] = nn.Parameter,
     ) -> None:  # fmt: skip
         self.model, self.mesh, self.group, self.param_dtype, self.device = model, mesh, group, param_dtype, device
         self.num_ranks = mesh.size() if mesh is not None else 1
@@ -106,6 +112,7 @@ class ShardStore:
         self.rank = dist.get_rank(group) if mesh is not None else 0
         self.shard = self.rank % self.num_shards
         self.offloads, self.host = offloads, host
+        self.default_stage, self.placeholder_class = default_stage, placeholder_class
         self.slots: dict[str, Slot] = {}
         found = _owners(model)
         shards = {
@@ -270,7 +277,7 @@ class ShardStore:
             whole.copy_(self.from_first_rank(whole))
         offload, casts = self.offloads.get(name, ""), compute_dtype(parameter, self.param_dtype) != parameter.dtype
         placeholder, at_rest, rest, working = parameter, parameter, whole, whole
-        if casts or offload:
+        if casts or offload or self.placeholder_class is not nn.Parameter:
             placeholder = self._placeholder(parameter)
         if offload:
             rest = working = self.host.pool.empty(whole.size(), whole.dtype).copy_(whole)
@@ -294,7 +301,7 @@ class ShardStore:
         """A parameter of this shape, in the dtype to compute in, without memory."""
         tensor = torch.empty(parameter.shape, dtype=compute_dtype(parameter, self.param_dtype), device=self.device)
         tensor.untyped_storage().resize_(0)
-        return nn.Parameter(tensor, parameter.requires_grad)
+        return self.placeholder_class(tensor, parameter.requires_grad)
 
     def from_first_rank(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first rank's values of `tensor`, dense and on this store's device."""
@@ -304,15 +311,34 @@ class ShardStore:
         return dense
 
 
-def _owners(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[tuple[dict[str, nn.Parameter | None], str]]]]:
-    """Every parameter under its first name, with every place that holds it: tied weights have several."""
-    found: dict[int, tuple[str, nn.Parameter, list[tuple[dict[str, nn.Parameter | None], str]]]] = {}
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[Owner]]]:
+    """Every parameter under its first name, with every place that holds it.
+
+    Tied weights have several. Recurrent layers and some modules of users keep parameters in an attribute or a list too.
+    """
+    found: dict[int, tuple[str, nn.Parameter, list[Owner]]] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{prefix}.{key}" if prefix else key
                 found.setdefault(id(parameter), (name, parameter, []))[2].append((module._parameters, key))
+    for module in model.modules():
+        for owner, key, held in _attributes(module):
+            if id(held) in found:
+                found[id(held)][2].append((owner, key))
     return {name: (parameter, owners) for name, parameter, owners in found.values()}
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
+    """What a module's attributes, and lists and dictionaries among them, hold: the owner, the key and the value."""
+    for name, value in module.__dict__.items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            continue
+        if isinstance(value, list | dict):
+            for key, held in value.items() if isinstance(value, dict) else enumerate(value):
+                yield value, key, held
+        else:
+            yield module.__dict__, name, value
 
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -68,7 +68,7 @@ class Structure:
             slot.name
             for slot in self.store.slots.values()
             for owner, key in slot.owners
-            if owner.get(key) is not slot.parameter
+            if _held(owner, key) is not slot.parameter
         ]
         if not found and not gone:
             return
@@ -95,3 +95,10 @@ class Structure:
 def _holds(entry: tuple[dict[str, Any], tuple[Any, ...]]) -> bool:
     now, before = entry
     return len(now) == len(before) and all(map(is_, now.values(), before))
+
+
+def _held(owner: Any, key: Any) -> Any:
+    try:
+        return owner[key]
+    except (KeyError, IndexError):
+        return None

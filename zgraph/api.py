@@ -20,7 +20,7 @@ from zgraph.compiler.report import Report
 from zgraph.errors import UsageError
 from zgraph.options.offload import Offload
 from zgraph.options.settings import Options, Passes, Recompute, resolve
-from zgraph.options.validate import Kernels, Stage
+from zgraph.options.validate import Fullgraph, Kernels, Stage
 from zgraph.passes import RECIPES
 from zgraph.runtime.eager_fallback import whole_parameters
 from zgraph.runtime.gradients import without_sync
@@ -36,7 +36,7 @@ def compile(
     model: Any = None, *, stage: Stage = 3, mesh: DeviceMesh | None = None, param_dtype: Dtype | None = None,
     reduce_dtype: Dtype | None = None, hardware: Target | None = None, memory_budget: int | str | None = None,
     recompute: Recompute = "auto", offload: Offload = "auto", kernels: Kernels = "aten",
-    passes: Passes | None = None, save: str | Path | None = None, fullgraph: bool = True,
+    passes: Passes | None = None, save: str | Path | None = None, fullgraph: Fullgraph = True,
     dynamic: bool | None = None,
 ) -> Any:  # fmt: skip
     """Shard a model over the ranks and compile its training step, in place.

@@ -31,10 +31,28 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
-    "DECOMPOSED", "BackendCompilerFailed", "FailOnRecompileLimitHit", "TorchDynamoException", "TorchRuntimeError",
-    "Unsupported", "UserError", "aot_autograd", "capturing", "checkpoint_region", "compiled_backward_node",
-    "dynamo_is_off", "fake_mode_of", "grad_target", "input_index", "last_guard", "mutation_target", "on_capture",
-    "raised_without_data", "reset_code", "without_modes",
+    "DECOMPOSED",
+    "BackendCompilerFailed",
+    "FailOnRecompileLimitHit",
+    "TorchDynamoException",
+    "TorchRuntimeError",
+    "Unsupported",
+    "UserError",
+    "aot_autograd",
+    "capturing",
+    "checkpoint_region",
+    "compiled_backward_node",
+    "dynamo_is_off",
+    "fake_mode_of",
+    "grad_target",
+    "inline_only_when_called",
+    "input_index",
+    "last_guard",
+    "mutation_target",
+    "on_capture",
+    "raised_without_data",
+    "reset_code", "seeing_subclasses",
+    "without_modes",
 ]  # fmt: skip
 
 
@@ -86,7 +104,7 @@ def dynamo_is_off() -> str | None:
 
 
 @contextmanager
-def capturing() -> Iterator[None]:
+def capturing(*, in_pieces: bool = False) -> Iterator[None]:
     """Settings of torch.compile for the length of a `with`, so that fewer forwards break the graph.
 
     Recurrent layers, inner calls of `torch.autograd.grad`, and integers that a module counts with are captured. What
@@ -95,13 +113,15 @@ def capturing() -> Iterator[None]:
     """
     config = torch._dynamo.config
     found = {getattr(logging.Logger, name, None) for name in ("warning_once", "warning_advice", "info_once")}
-    settings = {
+    settings: dict[str, Any] = {
         "ignore_logger_methods": config.ignore_logger_methods | (found - {None}),
         "reorderable_logging_functions": config.reorderable_logging_functions | {print, warnings.warn},
         "allow_rnn": True,
         "allow_unspec_int_on_nn_module": True,
         "trace_autograd_ops": True,
     }
+    if in_pieces:  # each layer is captured with its own parameters
+        settings |= {"allow_rnn": False, "recompile_limit": 4096, "accumulated_recompile_limit": 65536}
     loggers = [logging.getLogger(name) for name in _NOISY]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
@@ -138,6 +158,25 @@ def last_guard() -> str:
     """The guard that failed when a function was captured once too often, as text; empty if torch did not say."""
     first = _reasons.last.splitlines()[:1]
     return re.sub(r"^\d+/\d+: |\s+#.*$", "", first[0]).strip() if first else ""
+
+
+def seeing_subclasses(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` with `__torch_function__` of its arguments heeded, which torch.compile's code switches off."""
+
+    def seeing(*args: Any) -> Any:
+        with torch._C._EnableTorchFunction():
+            return run(*args)
+
+    return seeing
+
+
+def inline_only_when_called(file: str) -> None:
+    """Have torch.compile trace the functions of a file where a captured function calls them, and capture none alone."""
+    rules: Any = torch._dynamo.trace_rules
+    if hasattr(rules, "BUILTIN_INLINE_WHEN_CALLED"):  # without it, as in torch 2.11, they are captured alone too
+        rules.BUILTIN_INLINE_WHEN_CALLED.add(file)
+        rules.SKIP_DIRS.append(file)
+        rules._recompile_re()
 
 
 DECOMPOSED = get_decompositions([torch.ops.aten.softplus_backward])

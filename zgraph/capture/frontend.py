@@ -76,9 +76,12 @@ class Frontend:
     ) -> None:  # fmt: skip
         self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
         self._codes: list[types.CodeType] = []
+        self.eager_pieces: list[str] = []
 
-    def wrap(self, function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+    def wrap(self, function: Callable[..., Any], dynamic: bool | None, *, fullgraph: bool = True) -> Callable[..., Any]:
         """`function`, captured and compiled at its first call and whenever its guards fail.
+
+        Without `fullgraph`, what cannot be captured runs eagerly between captured pieces.
 
         The result raises, beside what `function` itself raises, which comes as it is with a note of where:
             GraphBreakError: it cannot be captured as one graph.
@@ -86,18 +89,20 @@ class Frontend:
         """
         own = _apart(function)
         self._codes.append(own.__code__)
-        compiled = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=dynamic)
+        backend = self._backend if fullgraph else self._piece
+        compiled = torch.compile(own, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if why := private_compile.dynamo_is_off():
                 raise CaptureError(f"torch.compile is switched off, so nothing can be captured: {why}; switch it on")
             try:
-                with private_compile.capturing():
+                with private_compile.capturing(in_pieces=not fullgraph):
                     return compiled(*args, **kwargs)
             except Exception as error:
                 failed = error
             try:  # outside of the handler: what follows must not have torch's error for a context
-                failed = failure(failed, lambda: function(*args, **kwargs), self.name)
+                if fullgraph:
+                    failed = failure(failed, lambda: function(*args, **kwargs), self.name)
                 raise failed
             finally:
                 del failed  # or its traceback would hold this frame, and this frame the error
@@ -118,6 +123,14 @@ class Frontend:
             inference_compiler=capture.inference, decompositions=private_compile.DECOMPOSED,
         )(gm, examples)  # fmt: skip
         return self.attach(run, {i: leaf.target for i, leaf in leaves.items() if leaf.kind is InputKind.param})
+
+    def _piece(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        """What runs a piece: eagerly, if zgraph cannot take it."""
+        try:
+            return self._backend(gm, examples)
+        except (CaptureError, EscapedParameterError) as error:
+            self.eager_pieces.append(str(error))
+            return private_compile.seeing_subclasses(gm.forward)
 
     def _leaf(self, example: Any, buffers: Mapping[int, str]) -> Leaf:
         if info := self.params.get(id(example)):

@@ -30,6 +30,7 @@ from zgraph.runtime.interrupts import say_little
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
 from zgraph.runtime.peers import Peers, unique_name
+from zgraph.runtime.pieces import Placeholder, in_pieces
 from zgraph.runtime.regions import Regions
 
 ADAPTERS = ("zgraph.hf.adapt",)
@@ -53,6 +54,7 @@ def shard(model: nn.Module, settings: Settings) -> Session:
     store = ShardStore(
         model, mesh, group, dict(settings.stages), settings.default_stage, settings.param_dtype, device,
         dict(settings.offloads), HostMemory(device),
+        Placeholder if settings.fullgraph is False else nn.Parameter,
     )  # fmt: skip
     materialise_buffers(model, device)
     if group is not None:
@@ -77,13 +79,15 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     say_little()
     if not session.is_alone:
         reduce_before_steps(session)
-    if settings.fullgraph:
+    if settings.fullgraph != "eager":
         drop_gradient_hooks(model)
         frontend = Frontend(
             _param_infos(session), lambda: {id(b): n for n, b in model.named_buffers()}, compiled.compile_graph,
             type(model).__name__, lambda run, parameters: attached(run, parameters, session),
         )  # fmt: skip
-        forward, forget = frontend.wrap(forward, settings.dynamic), frontend.forget
+        forward, forget = frontend.wrap(forward, settings.dynamic, fullgraph=settings.fullgraph), frontend.forget
+        if not settings.fullgraph:
+            forward = in_pieces(forward, session)
         forward = narrator.watched(forward)
     else:
         forward = eager_fallback(forward, session)

@@ -19,7 +19,7 @@ from zgraph.cost import CostTable
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir.layout import chunk_numel
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
-from zgraph.options.validate import Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
+from zgraph.options.validate import Fullgraph, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
 from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, fusing, pipeline_of
 from zgraph.passes.core.base import Choice
 from zgraph.runfile.format import RunFile, load_run
@@ -47,7 +47,7 @@ class Options(TypedDict, total=False):
     kernels: Kernels
     passes: Passes | None
     save: str | Path | None
-    fullgraph: bool
+    fullgraph: Fullgraph
     dynamic: bool | None
 
 
@@ -90,7 +90,7 @@ class Settings:
     offloads: Mapping[str, str]
     compiles_regions: bool
     save: Path | None
-    fullgraph: bool
+    fullgraph: Fullgraph
     dynamic: bool | None
 
     @property
@@ -115,7 +115,7 @@ class Settings:
 def resolve(
     model: nn.Module, *, stage: Stage, mesh: DeviceMesh | None, param_dtype: Dtype | None,
     reduce_dtype: Dtype | None, hardware: Target | None, memory_budget: int | str | None, recompute: Recompute,
-    offload: Offload, kernels: Kernels, passes: Passes | None, save: str | Path | None, fullgraph: bool,
+    offload: Offload, kernels: Kernels, passes: Passes | None, save: str | Path | None, fullgraph: Fullgraph,
     dynamic: bool | None,
 ) -> Settings:  # fmt: skip
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
@@ -145,8 +145,12 @@ def resolve(
     wanted = {name: default_stage if own is None else own for name, own in stages.items()}
     resting = _resting(model, wanted, mesh.size(-1) if mesh is not None else 1, computed)
     offloads = of_parameters(offload, resting, budget, is_gpu=is_gpu)
-    if offloads and not fullgraph:
-        raise UsageError("fullgraph=False gathers all parameters at once, so that none can be offloaded; offload=None")
+    if fullgraph not in (True, False, "eager"):
+        raise UsageError(f'fullgraph must be True, False or "eager", not {fullgraph!r}')
+    if offloads and fullgraph == "eager":
+        raise UsageError(
+            'fullgraph="eager" gathers all parameters at once, so that none can be offloaded; offload=None'
+        )
     if (mesh is not None and default_stage) or offloads:
         check_optimizers(model)
     return Settings(

@@ -17,6 +17,7 @@ from zgraph.passes import RECIPES
 Stage = int | Callable[[str], int]
 
 Kernels = Literal["auto", "aten", "triton", "inductor"]
+Fullgraph = bool | Literal["eager"]
 
 ATTRIBUTE = "_zgraph"
 """Where a compiled model keeps what `zgraph.compile` attached to it."""
