@@ -57,7 +57,7 @@ def eager_fallback(forward: Callable[..., Any], session: Session) -> Callable[..
     Gradients are averaged over the ranks when the backward ends.
     """
     warnings.warn(
-        "fullgraph=False: all parameters are gathered for the length of a call and the model runs eagerly; memory at "
+        'fullgraph="eager": all parameters are gathered for the length of a call and the model runs eagerly; memory at '
         "the peak is that of the whole model. Make the forward one graph to have it compiled.",
         stacklevel=3,
     )

@@ -145,11 +145,13 @@ class Pieces:
             result = func(*args, **kwargs)
         for key, (slot, tensor) in wholes.items():
             if tensor._version != versions[key]:
+                _check_unwatched(slot, tensor)
                 self._write_back(slot, tensor)
             elif _shows(result, tensor):
                 self._given.append((slot, tensor, result, result._version))
         return result
 
+    @private_compile.never_captured
     def _gathered(self, slot: Slot) -> torch.Tensor:
         if torch.is_grad_enabled() and slot.parameter.requires_grad:
             made: torch.Tensor = _Gather.apply(self.session, slot, slot.parameter)  # type: ignore[no-untyped-call]
@@ -157,6 +159,7 @@ class Pieces:
         with torch.no_grad():
             return full(self.session, slot)
 
+    @private_compile.never_captured
     def _unpacked(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
@@ -164,17 +167,9 @@ class Pieces:
         with torch.no_grad():
             return full(self.session, slot).as_strided(size, stride, offset)
 
+    @private_compile.never_captured
     def _write_back(self, slot: Slot, whole: torch.Tensor) -> None:
-        """Keep what eager code wrote to a gathered parameter.
-
-        Raises:
-            UsageError: it was written where autograd looks on.
-        """
-        if whole.requires_grad:
-            raise UsageError(
-                f"the forward changes the parameter {slot.name} in place; do it within torch.no_grad(), as PyTorch "
-                "demands of parameters that want gradients"
-            )
+        """Keep what eager code wrote to a gathered parameter."""
         store = self.session.store
         with torch.no_grad():
             if slot.is_sharded:
@@ -183,6 +178,15 @@ class Pieces:
                 own.copy_(whole[start : start + own.shape[0]])
             elif whole.data_ptr() != slot.rest.data_ptr():
                 slot.rest.copy_(whole)
+
+
+def _check_unwatched(slot: Slot, whole: torch.Tensor) -> None:
+    """Raise UsageError if a gathered parameter was written to while autograd recorded."""
+    if whole.requires_grad:
+        raise UsageError(
+            f"the forward changes the parameter {slot.name} in place; do it within torch.no_grad(), as PyTorch demands "
+            "of parameters that want gradients"
+        )
 
 
 def _shows(result: Any, whole: torch.Tensor) -> bool:

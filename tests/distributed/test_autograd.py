@@ -23,7 +23,7 @@ RANKS = pytest.mark.parametrize("num_ranks", [1, 2])
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 OFFLOADED = {"offload": "optimizer"}
-EAGER = {"fullgraph": False}
+EAGER = {"fullgraph": "eager"}
 
 Act = Callable[[nn.Module, int], Any]
 """One rank's part of a step: of a model, and of the number that its batches are made of."""
@@ -181,7 +181,7 @@ def test_what_no_sync_leaves_where_the_model_runs_eagerly(pool: Pool, act: Act) 
     assert max(pool.run(error, 2, 3, act, EAGER)) <= 1e-6
 
 
-def ends_within_an_accumulation(mesh: DeviceMesh, stage: int, fullgraph: bool) -> tuple[float, float]:
+def ends_within_an_accumulation(mesh: DeviceMesh, stage: int, fullgraph: Any) -> tuple[float, float]:
     """How far parameters are from eager PyTorch's, and the norms of gradients, after a step with nothing reduced."""
     model = zgraph.compile(built(Mlp)(), stage=stage, mesh=mesh, fullgraph=fullgraph)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -203,9 +203,9 @@ def ends_within_an_accumulation(mesh: DeviceMesh, stage: int, fullgraph: bool) -
     )
 
 
-@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("fullgraph", [True, False, "eager"])
 @STAGES
-def test_a_loader_that_ends_within_an_accumulation(pool: Pool, stage: int, fullgraph: bool) -> None:
+def test_a_loader_that_ends_within_an_accumulation(pool: Pool, stage: int, fullgraph: Any) -> None:
     for parameters, gradients in pool.run(ends_within_an_accumulation, 2, stage, fullgraph):
         assert parameters <= 1e-6
         assert gradients <= 1e-6

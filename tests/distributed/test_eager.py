@@ -1,4 +1,4 @@
-"""`fullgraph=False`: a forward that is no one graph runs eagerly on gathered parameters, with the right gradients."""
+"""`fullgraph="eager"`: a forward that is no one graph runs eagerly on gathered parameters, with the right gradients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def train(mesh: DeviceMesh, stage: int, num_micro: int) -> tuple[tuple[float, fl
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         options = {"find_unused_parameters": True}
-        pair = Lockstep(mesh, built(Branching), ddp_options=options, stage=stage, fullgraph=False)
+        pair = Lockstep(mesh, built(Branching), ddp_options=options, stage=stage, fullgraph="eager")
     for step in range(8):
         pair.step(*(rows(100 * step + 10 * micro + pair.rank) for micro in range(num_micro)), no_sync=True)
     statistics = [m.norm.running_mean.tolist() for m in (pair.reference.model.module, pair.ours.model)]
@@ -64,7 +64,9 @@ def test_gradients_are_those_of_ddp(pool: Pool, stage: int, num_micro: int) -> N
 
 def forward_alone(mesh: DeviceMesh, stage: int) -> tuple[float, float]:
     """A forward whose backward never comes must not leave old weights behind for the next."""
-    pair = Lockstep(mesh, built(Branching), ddp_options={"find_unused_parameters": True}, stage=stage, fullgraph=False)
+    pair = Lockstep(
+        mesh, built(Branching), ddp_options={"find_unused_parameters": True}, stage=stage, fullgraph="eager"
+    )
 
     def look(side: object) -> None:
         side.model(*rows(99))  # type: ignore[attr-defined]
@@ -83,7 +85,7 @@ def hold_memory(mesh: DeviceMesh, stage: int) -> list[int]:
     """Bytes of gathered parameters after a backward, and after a forward under no_grad."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = zgraph.compile(built(Branching)(), stage=stage, mesh=mesh, fullgraph=False)
+        model = zgraph.compile(built(Branching)(), stage=stage, mesh=mesh, fullgraph="eager")
     gathered: list[torch.Tensor] = []
     model.first.register_forward_hook(lambda module, *_: gathered.append(module.weight))
     held = []

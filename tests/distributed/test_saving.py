@@ -127,7 +127,7 @@ def test_a_copy_computes_with_values_of_its_own(pool: Pool, num_ranks: int, stag
     assert max(map(max, pool.run(copied, num_ranks, stage, {}))) <= 1e-5
 
 
-@pytest.mark.parametrize("options", [{"offload": "optimizer"}, {"fullgraph": False}], ids=str)
+@pytest.mark.parametrize("options", [{"offload": "optimizer"}, {"fullgraph": "eager"}, {"fullgraph": False}], ids=str)
 def test_a_copy_of_what_is_offloaded_or_eager(pool: Pool, options: Mapping[str, Any]) -> None:
     assert max(map(max, pool.run(copied, 2, 2, options))) <= 1e-5
 

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch._dynamo
@@ -48,7 +48,7 @@ __all__ = [
     "inline_only_when_called",
     "input_index",
     "last_guard",
-    "mutation_target",
+    "mutation_target", "never_captured",
     "on_capture",
     "raised_without_data",
     "reset_code", "seeing_subclasses",
@@ -134,8 +134,8 @@ def capturing(*, in_pieces: bool = False) -> Iterator[None]:
             logger.disabled = was
 
 
-_NOISY = ("torch._dynamo.metrics_context", "torch._subclasses.fake_tensor")
-"""Loggers that write tracebacks: torch 2.11 fails to sort functions in the first; operands that do not fit."""
+_NOISY = ("torch._dynamo.metrics_context", "torch._subclasses.fake_tensor", "torch._dynamo.variables.tensor")
+"""Loggers that write tracebacks: torch 2.11 fails to sort functions; operands that do not fit; a break by `.item()`."""
 
 
 class _Reasons(logging.Handler):
@@ -158,6 +158,14 @@ def last_guard() -> str:
     """The guard that failed when a function was captured once too often, as text; empty if torch did not say."""
     first = _reasons.last.splitlines()[:1]
     return re.sub(r"^\d+/\d+: |\s+#.*$", "", first[0]).strip() if first else ""
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def never_captured(function: Function) -> Function:
+    """`function`, which torch.compile runs as it is, with all that it calls."""
+    return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 def seeing_subclasses(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,226 @@
+"""`fullgraph=False`: a forward that is no one graph is captured in pieces, and stays sharded between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+
+import zgraph
+from zgraph.compiler.compiled_model import compiled_model
+from zgraph.runtime import eager_fallback
+
+from .lockstep import Lockstep, assert_same
+from .nets import CLASSES, WIDTH, built, rows
+from .pool import Pool
+
+STAGES = pytest.mark.parametrize("stage", range(4))
+
+
+class Layer(nn.Module):
+    """A break in the middle, of the kind that a subclass makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out, self.norm = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = F.gelu(self.into(x))
+        return self.norm(x + self.out(self.between(hidden)))
+
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return hidden
+
+
+class Deep(nn.Module):
+    """Layers one behind the other, and a loss."""
+
+    def __init__(self, layer: Callable[[], nn.Module] = Layer, depth: int = 10) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(depth))
+        self.last = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return F.cross_entropy(self.last(x), y)
+
+
+class Branching(Layer):
+    """Which way it goes depends on data that all ranks have."""
+
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * 2 if self.out.weight.shape[0] and torch.ones(()).item() > 0 else hidden
+
+
+class Switched(Layer):
+    """Its second linear layer runs where torch.compile is switched off."""
+
+    @torch.compiler.disable
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(hidden, self.out.weight, self.out.bias), self.out.weight.t()) + hidden
+
+
+class Recurrent(Layer):
+    """Packed sequences and an LSTM, whose parameters are in a list as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(20, 20, batch_first=True)
+
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        sequence = hidden.view(2, -1, 20)
+        packed = nn.utils.rnn.pack_padded_sequence(sequence, torch.tensor([3, 2]), batch_first=True)
+        states, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        return hidden + states.reshape(-1, 20)
+
+
+class Counted(Layer):
+    """Statistics of batches, kept by eager code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = nn.BatchNorm1d(20)
+
+    @torch.compiler.disable
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.batches(hidden)
+
+
+class Solving(Layer):
+    """An op that zgraph has no form for: its piece runs eagerly."""
+
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight = self.out.weight
+        return hidden + torch.linalg.cholesky(weight @ weight.t() + torch.eye(WIDTH)).sum()
+
+
+class Clamped(Layer):
+    """Eager code that keeps a parameter within bounds."""
+
+    @torch.compiler.disable
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.into.weight.clamp_(-0.1, 0.1)
+        self.norm.weight.data.mul_(0.99)
+        return hidden
+
+
+class Printing(Layer):
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        print("shape", hidden.shape)
+        return hidden
+
+
+LAYERS = [Layer, Branching, Switched, Recurrent, Counted, Solving, Printing]
+
+
+Options = dict[str, object]
+
+
+def train(mesh: DeviceMesh, stage: int, layer: Callable[[], nn.Module], options: Options) -> tuple[float, float]:
+    pair = Lockstep(mesh, built(lambda: Deep(layer, 2)), stage=stage, fullgraph=False, **options)
+    for step in range(4):
+        micro = 3 if step == 2 else 1
+        pair.step(*(rows(100 * step + 10 * number + pair.rank) for number in range(micro)), no_sync=True)
+    return pair.errors
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=[layer.__name__ for layer in LAYERS])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_training_is_that_of_ddp(pool: Pool, stage: int, layer: Callable[[], nn.Module]) -> None:
+    assert_same(pool.run(train, 2, stage, layer, {}))
+
+
+@pytest.mark.parametrize("options", [{"offload": "parameters"}, {"recompute": True}], ids=str)
+def test_with_other_options(pool: Pool, options: Options) -> None:
+    assert_same(pool.run(train, 2, 3, Switched, options))
+
+
+def clamp(mesh: DeviceMesh, stage: int) -> float:
+    """How far parameters that the forward writes to are from eager PyTorch's."""
+    model, reference = (
+        zgraph.compile(built(lambda: Deep(Clamped, 2))(), stage=stage, mesh=mesh, fullgraph=False),
+        built(lambda: Deep(Clamped, 2))(),
+    )
+    for number in range(3):
+        for side in (model, reference):
+            side(*rows(number)).backward()
+            with torch.no_grad():
+                for parameter in side.parameters():
+                    parameter.sub_(0.1 * parameter.grad)
+            side.zero_grad()
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return max(float((a - b).abs().max()) for a, b in zip(whole, reference.parameters(), strict=True))
+
+
+@STAGES
+def test_what_eager_code_writes_to_a_parameter_is_kept(pool: Pool, stage: int) -> None:
+    assert max(pool.run(clamp, 2, stage)) <= 1e-6
+
+
+def count_gathered(mesh: DeviceMesh) -> tuple[int, int, int]:
+    """Bytes at rest, the largest that eager code had gathered at a time, and the number of graphs."""
+    model = zgraph.compile(built(lambda: Deep(Switched, 4))(), stage=3, mesh=mesh, fullgraph=False)
+    alive: list[int] = []
+    whole = eager_fallback.full
+
+    def watched(session: object, slot: object) -> torch.Tensor:
+        made = whole(session, slot)  # type: ignore[arg-type]
+        tensors.add(made)
+        alive.append(sum(t.nbytes for t in tensors))
+        return made
+
+    from weakref import WeakSet
+
+    from zgraph.runtime import pieces
+
+    tensors: WeakSet[torch.Tensor] = WeakSet()
+    pieces.full, before = watched, pieces.full
+    try:
+        model(*rows(0)).backward()
+    finally:
+        pieces.full = before
+    return compiled_model(model).session.store.rest_bytes, max(alive), len(compiled_model(model).entries)
+
+
+def test_no_more_is_whole_than_an_op_reads(pool: Pool) -> None:
+    bytes_of_a_layer = 4 * (20 * WIDTH + WIDTH)
+    for at_rest, gathered, graphs in pool.run(count_gathered, 2):
+        total = sum(p.nbytes for p in Deep(Switched, 4).parameters())
+        assert at_rest <= total // 2 + 64 * 40
+        assert 0 < gathered <= bytes_of_a_layer
+        assert graphs >= 8
+
+
+class Apart(Layer):
+    """Which parameter is used depends on the rank's own data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(20, 20)
+        self.sign = torch.ones(())
+
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.other(hidden) if self.sign.item() > 0 else hidden
+
+
+def go_apart(mesh: DeviceMesh) -> str:
+    model = zgraph.compile(built(lambda: Deep(Apart, 1))(), stage=3, mesh=mesh, fullgraph=False)
+    try:
+        for number in range(4):
+            model.layers[0].sign = torch.tensor(1.0 if number and mesh.get_local_rank() else -1.0)
+            model(*rows(number)).backward()
+    except zgraph.errors.ZgraphError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_ranks_that_go_another_way_are_told(pool: Pool) -> None:
+    for text in pool.run(go_apart, 2, spoils=True):
+        assert text != "nothing was raised"
