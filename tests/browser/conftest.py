@@ -66,7 +66,9 @@ def opened(browser: Browser, tmp_path: Path) -> Iterator[Opener]:
     said: list[str] = []
     contexts = []
 
-    def open_page(run: RunFile | str, *, width: int = 1280, scheme: str = "light", address: str = "", **more: Any) -> Page:
+    def open_page(
+        run: RunFile | str, *, width: int = 1280, scheme: str = "light", address: str = "", **more: Any
+    ) -> Page:
         file = tmp_path / "report.html"
         file.write_text(run if isinstance(run, str) else page_of(run))
         size = {"width": width, "height": 844 if width < 700 else width * 5 // 8}

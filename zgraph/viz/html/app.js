@@ -51,7 +51,7 @@ class App {
   select(node, from) {
     if (!STAYS.includes(from)) this.goTo(node);
     this.follow(node, from);
-    this.report.selected(this, node);
+    this.report.selected(this, node, from);
     this.details.showNode(node);
   }
 
@@ -78,7 +78,7 @@ class App {
   selectMoment(moment) {
     const node = this.charts.momentNodes[moment];
     if (node >= 0) this.goTo(node);
-    this.report.selected(this, null);
+    this.report.selected(this, null, "moment");
     Object.assign(this.state, { moment, node: node >= 0 ? node : null });
     if (node >= 0) {
       this.graph.reveal(node);

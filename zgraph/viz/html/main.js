@@ -74,10 +74,10 @@ class Report {
   }
 
   // A node was selected in a run, or none: the other run shows its own of that name.
-  selected(app, node) {
+  selected(app, node, from) {
     this.active = app;
     for (const other of this.apps) {
-      if (other !== app) other.follow(node === null ? null : other.run.numberOf(app.run.key(node)) ?? null, "pass");
+      if (other !== app) other.follow(node === null ? null : other.run.numberOf(app.run.key(node)) ?? null, from === "pass" ? from : "other");
     }
     this.link.moved();
   }
