@@ -50,10 +50,10 @@ ENTRIES = (
     Entry("vit", "ViT-B/16", "--hardware 1x8-h100", "32 pictures of 224 x 224 pixels a rank."),
     Entry(
         "mixtral", "Mixtral 8x7B", "--hardware 1x8-h200",
-        "A row of 2,048 tokens a rank. Tokens find their experts in a grouped matmul, whose shapes do not depend on the "
-        "data: it is counted as that of as many rows in one matmul, however they spread. A parameter is sharded by its "
-        "first dimension, here that of the eight experts, so that on more than eight ranks none holds less: the 80 GB of "
-        "an H100 do not do.",
+        "A row of 2,048 tokens a rank. Tokens find their experts in a grouped matmul, whose shapes do not depend on "
+        "the data: it is counted as that of as many rows in one matmul, however they spread. A parameter is sharded by "
+        "its first dimension, here that of the eight experts, so that on more than eight ranks none holds less: the "
+        "80 GB of an H100 do not do.",
     ),
 )  # fmt: skip
 
@@ -95,11 +95,13 @@ def _picture(browser: Browser, text: str, file: Path, target: Path) -> None:
     page.close()
 
 
-HEAD = """# Gallery
-
-Reports of known models at ZeRO stage 3, predicted for hardware that is not here; nothing below was measured. The models are those of `benchmarks/gallery_models.py`, by their published configurations and without weights. `python -m benchmarks.gallery` makes this page and its pictures; `zgraph view FILE` makes the report itself, to move in.
-
-"""
+HEAD = (
+    "# Gallery\n\n"
+    "Reports of known models at ZeRO stage 3, predicted for hardware that is not here; nothing below was measured. The "
+    "models are those of `benchmarks/gallery_models.py`, by their published configurations and without weights. "
+    "`python -m benchmarks.gallery` makes this page and its pictures; `zgraph view FILE` makes the report itself, to "
+    "move in.\n\n"
+)
 
 
 def _section(entry: Entry, run: RunFile) -> str:

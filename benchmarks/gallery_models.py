@@ -1,4 +1,7 @@
-"""The models of the gallery, by their published configurations: `zgraph trace benchmarks/gallery_models.py:llama3_8b`."""
+"""The models of the gallery, by their published configurations.
+
+zgraph trace benchmarks/gallery_models.py:llama3_8b --hardware 1x8-h100
+"""
 
 from __future__ import annotations
 

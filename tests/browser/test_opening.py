@@ -12,13 +12,13 @@ from zgraph.viz.headline import duration, figures, headline, size, unsharded_byt
 
 
 def test_it_opens_at_the_pass_that_changed_most(opened, run, drawn):
-    """Fit at stage 2, which computes values again; partition at stage 3. Writing placements to all nodes is no change."""
     page = opened(drawn)
     expect(page.locator("#stops .now b")).to_have_text("partition")
     expect(page.locator("#slider")).to_have_value(str(run.names.index("partition")))
 
 
 def test_what_only_says_more_of_nodes_does_not_count(opened, other):
+    """Partition writes a placement to all nodes, but fit, which computes values again, changes more of the graph."""
     changed = other.graph("partition")
     assert sum(n.results != () for n in changed.nodes) > 1000  # all of them have a placement now
     expect(opened(other).locator("#stops .now b")).to_have_text("fit")
@@ -38,7 +38,8 @@ def test_the_headline_has_the_figures_of_the_run(opened, run, drawn):
     assert unsharded_bytes(run) == pytest.approx(whole, rel=0.01)
     shown = opened(drawn).locator("#headline")
     for said in (
-        "ZeRO stage 3 on 2 ranks of h100", f"unsharded, each would hold {size(whole)}", f"{size(found.peak_bytes)} of a budget",
+        "ZeRO stage 3 on 2 ranks of h100", f"unsharded, each would hold {size(whole)}",
+        f"{size(found.peak_bytes)} of a budget",
         f"Of {duration(timeline.busy_us['comm'])} of communication", f"{duration(timeline.exposed_us)} is exposed",
         f"take {duration(timeline.step_us)}, {100 * (timeline.step_us / found.bound_us - 1):.1f} % above",
     ):  # fmt: skip
@@ -72,7 +73,8 @@ def test_an_address_leads_back_to_the_state(opened, drawn, shown):
     shown.locator("#only-changed").check()
     shown.wait_for_function("() => location.hash.includes('only=changed')")
     address = shown.evaluate("location.hash")
-    assert address.startswith("#pass=bucket&node=") and "view=text" in address
+    assert address.startswith("#pass=bucket&node=")
+    assert "view=text" in address
 
     again = opened(drawn, address=address)
     again.wait_for_selector("body[data-ready]")

@@ -30,7 +30,8 @@ def test_the_slider_goes_by_the_names_of_both(shown, run, other):
         shown.locator("#stops button", has_text=name).click()
         for part in ("#what-changed", "#what-changed-2"):
             expect(shown.locator(part)).to_contain_text(f"{name}: ")
-    assert "keep" in run.names and "keep" not in other.names
+    assert "keep" in run.names
+    assert "keep" not in other.names
     shown.locator("#stops button", has_text="keep").click()
     expect(shown.locator("#what-changed")).to_contain_text("keep: ")
     expect(shown.locator("#what-changed-2")).to_have_text("no such pass here; as after fit")
@@ -60,7 +61,8 @@ def test_times_and_bytes_are_on_one_scale(opened, run, other):
     page.wait_for_selector("body[data-ready]")
     scale = "() => report.apps.map(app => [app.charts.from, app.charts.to, app.charts.top])"
     first, second = page.evaluate(scale)
-    assert first == second and first[1] == pytest.approx(slow.step_us)
+    assert first == second
+    assert first[1] == pytest.approx(slow.step_us)
     page.locator("#timeline-2").scroll_into_view_if_needed()
     box = page.locator("#timeline-2").bounding_box()
     page.mouse.move(box["x"] + 600, box["y"] + 40)
