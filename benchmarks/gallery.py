@@ -2,7 +2,7 @@
 
     python -m benchmarks.gallery
 
-It writes `docs/gallery.md` and the pictures beside it. A run file that is in the folder already is taken as it is; to
+It writes `docs/gallery.md`, the pictures beside it and the README's. A run file that is in the folder already is taken as it is; to
 trace them all takes ten minutes of a core. Needs Debian's chromium.
 """
 
@@ -27,6 +27,9 @@ from zgraph.viz.page import page as page_of
 DOCS = Path(__file__).parents[1] / "docs"
 
 WIDTH, HEIGHT = 1280, 860
+
+README_MODEL, README_STATE = "llama3_70b", "#pass=all-gather&node=primals_365_full_start"
+"""What the README's picture, `docs/report.png`, shows."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def main(
         for entry in ENTRIES:
             run = _traced(entry, folder)
             _picture(browser, page_of(run), folder / f"{entry.model}.html", DOCS / f"gallery-{entry.model}.png")
+            if entry.model == README_MODEL:
+                _picture(browser, page_of(run), folder / "report.html", DOCS / "report.png", README_STATE)
             sections.append(_section(entry, run))
             print(f"{entry.title}: {headline(run)[0]}")
     (DOCS / "gallery.md").write_text(HEAD + "\n".join(sections))
@@ -85,11 +90,11 @@ def _traced(entry: Entry, folder: Path) -> RunFile:
     return load_run(file)
 
 
-def _picture(browser: Browser, text: str, file: Path, target: Path) -> None:
-    """Save what the page shows first."""
+def _picture(browser: Browser, text: str, file: Path, target: Path, state: str = "") -> None:
+    """Save what the page shows first, or at the state of an address."""
     file.write_text(text)
     page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
-    page.goto(file.resolve().as_uri())
+    page.goto(file.resolve().as_uri() + state)
     page.wait_for_selector("body[data-ready]")
     page.screenshot(path=target)
     page.close()
