@@ -2,8 +2,8 @@
 
     python -m benchmarks.gallery
 
-It writes `docs/gallery.md`, the pictures beside it and the README's. A run file that is in the folder already is taken as it is; to
-trace them all takes ten minutes of a core. Needs Debian's chromium.
+It writes `docs/gallery.md`, the pictures beside it and the README's. A run file that is in the folder already is taken
+as it is; to trace them all takes ten minutes of a core. Needs Debian's chromium.
 """
 
 from __future__ import annotations
