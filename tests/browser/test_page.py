@@ -29,6 +29,7 @@ def shown(opened, drawn) -> Page:
 def test_the_slider_shows_what_each_pass_did(shown, run):
     slider = shown.locator("#slider")
     slider.focus()
+    slider.press("End")
     for at in reversed(range(1, len(run.names))):
         expect(slider).to_have_js_property("value", str(at))
         before, after = (run.texts[run.member(str(i))] for i in (at - 1, at))
@@ -60,6 +61,7 @@ def test_a_node_selected_in_the_graph_is_in_timeline_memory_and_details(shown, r
     span = next(s for s in timeline.spans if s.op == "all_gather_start" and s.phase == "fwd")
     node = next(n for n in run.graph().nodes if n.name == span.node)
     number = _number(shown, span.node)
+    shown.locator("#stops button").last.click()
     shown.evaluate("node => zgraph.graph.reveal(node)", number)
     shown.locator(f'[data-node="{number}"]').click()
 

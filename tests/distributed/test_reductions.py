@@ -27,6 +27,7 @@ from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.schedule import Schedule
 from zgraph.runtime.agreement import wire_of
 from zgraph.runtime.collectives import EXECUTORS
+from zgraph.runtime.gradients import attached, is_unreduced, reduced
 from zgraph.runtime.linker import link_plan
 from zgraph.runtime.session import Session
 
@@ -125,12 +126,27 @@ def run_step(mesh: DeviceMesh, graph: Graph, dtype: torch.dtype, micro_steps: in
     for micro_step in range(micro_steps):
         session.syncs = micro_step == micro_steps - 1
         if session.syncs:
-            found = {name: session.held_reduced(name) for name in SHAPES}
+            found = {name: reduced(session, slot) for name, slot in session.store.slots.items() if is_unreduced(slot)}
             held = {name: t.reshape(-1).tolist() for name, t in found.items() if t is not None}
         forward([None] * len(SHAPES) + [torch.ones(2)])
-        backward([t.clone() for t in given.values()])
+        slots = [session.store.slots[name] for name in SHAPES]
+        run = attached(partial(Step.apply, backward, given), dict(enumerate(SHAPES)), session)
+        run(*(slot.placeholder for slot in slots)).backward()
     made = {name: local(p.grad).reshape(-1).tolist() for name, p in model.named_parameters() if p.grad is not None}
     return {"made": made, "held": held}
+
+
+class Step(torch.autograd.Function):
+    """The end of a forward, whose backward is a plan's."""
+
+    @staticmethod
+    def forward(ctx: Any, backward: Any, given: dict[str, torch.Tensor], *_: torch.Tensor) -> torch.Tensor:
+        ctx.backward_of_plan, ctx.given = backward, given
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> Any:
+        return None, None, *ctx.backward_of_plan([t.clone() for t in ctx.given.values()])
 
 
 def simulated(graph: Graph, num_ranks: int, dtype: torch.dtype, copies: bool = False) -> list[dict[str, Any]]:

@@ -15,7 +15,10 @@ from zgraph.errors import UsageError
 
 @app.command()
 def view(
-    file: Annotated[str, typer.Argument(help="A run file; - for standard input.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(help="A run file, or two to show side by side; - for standard input.", metavar="FILE..."),
+    ],
     output: Annotated[str, typer.Option("--output", "-o", help="The HTML file to write.")] = "report.html",
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     load: Load = None,
@@ -23,7 +26,7 @@ def view(
 ) -> None:
     """Write one HTML file: the graph after every pass, the timeline and the memory of the predicted step.
 
-    The file opens offline, in any browser.
+    The file opens offline, in any browser. Of two runs it shows where they differ, with times and bytes on one scale.
 
     Example: `zgraph view run.zg -o report.html`
     """
@@ -31,9 +34,10 @@ def view(
 
     if show and output == "-":
         raise UsageError("--open opens a file: give --output another name than -")
-    run = read_whole_run(file)
+    _check(files)
+    runs = [read_whole_run(file) for file in files]
     with errors().status("drawing"):
-        text = page(run)
+        text = page(runs[0]) if len(runs) == 1 else page(runs[0], runs[1], _names(*files))
     if output == "-":
         sys.stdout.write(text)
         return
@@ -42,6 +46,21 @@ def view(
     if as_json:
         print_json({"output": output, "bytes": len(text)})
     else:
-        console().print(f"{output}: {len(text) / 2**20:,.1f} MiB, {len(run.names)} graphs", markup=False)
+        graphs = " and ".join(str(len(run.names)) for run in runs)
+        console().print(f"{output}: {len(text) / 2**20:,.1f} MiB, {graphs} graphs", markup=False)
     if show:
         webbrowser.open(Path(output).resolve().as_uri())
+
+
+def _check(files: list[str]) -> None:
+    """Raise UsageError unless these are one file or two."""
+    if len(files) > 2:
+        raise UsageError(f"a page shows one run or two side by side, and these are {len(files)}: leave some out")
+    if len(files) == 2 and (files[0] == files[1] or Path(files[0]).resolve() == Path(files[1]).resolve()):
+        raise UsageError(f"{files[0]} and {files[1]} are the same file: give one of them, or another run")
+
+
+def _names(first: str, second: str) -> tuple[str, str]:
+    """What to call two files: their names, or their paths where these are alike."""
+    short = Path(first).name, Path(second).name
+    return short if short[0] != short[1] else (first, second)

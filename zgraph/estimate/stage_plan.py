@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from zgraph.cost import CostTable, Moment, simulate, traffic
-from zgraph.cost.memory import local_bytes
+from zgraph.cost.rest import at_rest
 from zgraph.cost.work import work
 from zgraph.estimate.layer_scaling import LayerSamples
-from zgraph.ir import Axis, Graph, InputKind, Phase, TensorType
+from zgraph.ir import Axis, Graph, InputKind, Phase
 from zgraph.passes import RECIPES, Context, Pipeline, make_plan, parse_recipe
 from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.lookahead import step_memory
@@ -317,27 +317,6 @@ class _Member:
         timeline = simulate(whole, self.context.costs, self.context.hints)
         sent = sum(t.sent_bytes for t in traffic(whole))
         return timeline.step_us, timeline.exposed_us, sent, sum(work(scheduled, n).flop for n in scheduled.nodes)
-
-
-def at_rest(placed: Graph) -> dict[str, int]:
-    """Bytes of this rank: of parameters, AdamW's moments and buffers on the device, of masters, and on the host."""
-    found = dict.fromkeys(("parameters", "optimizer", "buffers", "masters", "host"), 0)
-    for entry in placed.inputs:
-        kind = entry.value.type
-        num_bytes = local_bytes(kind, placed.mesh, {})
-        if not isinstance(kind, TensorType):
-            continue
-        if entry.kind is not InputKind.param:
-            found["buffers"] += num_bytes if entry.kind in (InputKind.buffer, InputKind.constant) else 0
-            continue
-        master = entry.master or kind.dtype
-        master_bytes = num_bytes * master.itemsize // kind.dtype.itemsize
-        found["masters"] += master_bytes
-        found["host" if kind.is_on_host else "parameters"] += num_bytes
-        found["host" if entry.offload else "optimizer"] += 2 * master_bytes
-        if entry.offload and (master is not kind.dtype or not kind.is_on_host):
-            found["host"] += master_bytes
-    return found
 
 
 def _highest(moments: Sequence[Moment]) -> Moment:

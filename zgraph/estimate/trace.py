@@ -13,9 +13,9 @@ from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.bridge.target import MEMORY_MARGIN, Target, cost_table, num_bytes
 from zgraph.capture.deep import capture_deep
 from zgraph.certify.certificate import Certifier
+from zgraph.cost.rest import at_rest
 from zgraph.environment import environment
 from zgraph.errors import UsageError
-from zgraph.estimate.stage_plan import at_rest
 from zgraph.ir import Axis, Graph, OutputKind
 from zgraph.passes import Context, Pipeline
 from zgraph.passes.partition import Partition

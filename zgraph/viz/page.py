@@ -1,6 +1,7 @@
-"""A run as one HTML file that needs nothing else: the graph after every pass, the timeline and the memory of the step.
+"""A run, or two side by side, as one HTML file that needs nothing else: the graph after every pass, the timeline and
+the memory of the step.
 
-The run's data lies in the file as JSON, compressed; the scripts in `html/` read it and draw. Nodes are numbered once
+A run's data lies in the file as JSON, compressed; the scripts in `html/` read it and draw. Nodes are numbered once
 for all graphs: a graph is the order of its nodes' numbers, and a node has a text for each graph in which it changed.
 """
 
@@ -12,34 +13,44 @@ import html
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
 from zgraph.cost.memory import lifetimes
 from zgraph.ir import OPS, Mesh
-from zgraph.ir.lines import node_lines, read_line
+from zgraph.ir.lines import Line, node_lines, read_line
 from zgraph.passes import make_plan
 from zgraph.passes.schedule import step_bound_us
 from zgraph.runfile.format import RunFile
 from zgraph.runfile.sources import context_of
+from zgraph.viz.headline import figures, headline
 
-SCRIPTS = ("run.js", "tree.js", "graph.js", "program.js", "charts.js", "details.js", "main.js")
+SCRIPTS = (
+    "run.js", "tree.js", "gestures.js", "graph.js", "program.js", "charts.js", "timeline.js", "memory.js", "details.js",
+    "app.js", "search.js", "beside.js", "link.js", "pictures.js", "main.js",
+)  # fmt: skip
 
 
-def page(run: RunFile) -> str:
-    """The text of the HTML file for a run.
+def page(run: RunFile, beside: RunFile | None = None, names: tuple[str, str] = ("first", "second")) -> str:
+    """The text of the HTML file for a run, or for two.
 
     It opens offline, asks no network for anything, and shows texts of the run as text only, whatever they hold.
 
     Args:
         run: the graphs and what the passes knew.
+        beside: a run to show beside it, with the figures in which they differ.
+        names: what the two are called.
     """
-    packed = gzip.compress(json.dumps(_data(run), separators=(",", ":")).encode(), mtime=0)
+    runs = (
+        [_data(run)] if beside is None else [{**_data(r), "name": n} for r, n in zip((run, beside), names, strict=True)]
+    )
+    packed = gzip.compress(json.dumps(runs, separators=(",", ":")).encode(), mtime=0)
     folder = files(__package__) / "html"
     scripts = "\n".join((folder / name).read_text() for name in SCRIPTS)
     parts = {
-        "title": html.escape(f"{run.manifest.provenance.model}, zgraph"),
+        "title": html.escape(f"{' and '.join(dict.fromkeys(r['model'] for r in runs))}, zgraph"),
         "style": (folder / "style.css").read_text(),
         "data": base64.b64encode(packed).decode(),
         "script": scripts,
@@ -51,8 +62,11 @@ def page(run: RunFile) -> str:
 def _data(run: RunFile) -> dict[str, Any]:
     context, provenance = run.context, run.manifest.provenance
     table = _Nodes(run)
-    step = _step(run, table.numbers)
+    found = figures(run)
     return {
+        "headline": headline(run),
+        "figures": found and asdict(found),
+        "opening": _opening(table.num_changed),
         "model": provenance.model,
         "ranks": _ranks(context.mesh),
         "hardware": context.costs.hardware.name,
@@ -68,8 +82,20 @@ def _data(run: RunFile) -> dict[str, Any]:
         "kinds": {op.name: op.kind for op in OPS.values()},
         "texts": table.texts,
         "sources": context_of(run.sources, zip(table.columns["file"], table.columns["line"], strict=True)),
-        **step,
+        **_step(run, table.numbers),
     }
+
+
+def _opening(num_changed: Sequence[int]) -> int:
+    """Position of the graph that a report opens at: the one whose pass changed most of the graph before it.
+
+    What counts are the nodes that a pass added, removed or changed. A node counts as changed if its op or what it reads
+    did; what only says more of it does not count, such as its placement, which `partition` writes to all nodes, and
+    neither does its place in the order. Nothing is before what was captured, so that it counts for nothing. Of passes
+    that changed as much the first is taken; where none changed anything, the last graph.
+    """
+    most = max(num_changed)
+    return num_changed.index(most) if most else len(num_changed) - 1
 
 
 def _ranks(mesh: Mesh) -> str:
@@ -80,6 +106,7 @@ class _Nodes:
     """Every node of every graph of a run, numbered as they come, and the graphs as orders of numbers.
 
     An order is written as the differences between neighbours, most of which are 1; None is the order before.
+    `num_changed` says of each graph how many nodes its pass added, removed or changed.
     """
 
     def __init__(self, run: RunFile) -> None:
@@ -87,30 +114,44 @@ class _Nodes:
         self.columns: dict[str, list[Any]] = {n: [] for n in ("key", "phase", "module", "file", "line", "by")}
         self.texts: list[tuple[int, int, str]] = []
         self.orders: list[list[int] | None] = []
-        before = ""
+        self.num_changed: list[int] = []
+        self.latest: list[Line] = []
+        before, there = "", set[int]()
         latest: list[str] = []
-        latest_text: list[str] = []
         for graph, snapshot in enumerate(run.manifest.snapshots):
             if snapshot.member == before:
                 self.orders.append(None)
+                self.num_changed.append(0)
                 continue
             before = snapshot.member
-            order = [0]
+            order, num_changed = [0], 0
             for key, line in node_lines(run.texts[before]).items():
                 number = self.numbers.setdefault(key, len(latest))
                 if number == len(latest):
-                    latest.append("")
-                    latest_text.append("")
-                    self.add(key, line)
-                if latest[number] != line and (text := read_line(line, key).text) != latest_text[number]:
-                    latest_text[number] = text
-                    self.texts.append((number, graph, text))
+                    latest.append(line)
+                    self.add(key, line, graph)
+                elif latest[number] != line:
+                    num_changed += self.rewrite(number, line, graph) and number in there
                 latest[number] = line
                 order.append(number)
             self.orders.append([b - a for a, b in pairwise(order)])
+            self.num_changed.append((num_changed + len(there ^ set(order[1:]))) if graph else 0)
+            there = set(order[1:])
 
-    def add(self, key: str, line: str) -> None:
-        origin = read_line(line, key).origin
+    def rewrite(self, number: int, line: str, graph: int) -> bool:
+        """Note a node's new text, if it has one; whether its op or what it reads changed."""
+        old = self.latest[number]
+        new = read_line(line, old.key)
+        if new.text != old.text:
+            self.latest[number] = new
+            self.texts.append((number, graph, new.text))
+        return (new.op, new.args) != (old.op, old.args)
+
+    def add(self, key: str, line: str, graph: int) -> None:
+        read = read_line(line, key)
+        self.latest.append(read)
+        self.texts.append((len(self.latest) - 1, graph, read.text))
+        origin = read.origin
         values = (key, line[:3], origin.module, origin.file, origin.line, origin.made_by)
         for column, value in zip(self.columns.values(), values, strict=True):
             column.append(value)

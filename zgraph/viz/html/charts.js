@@ -1,14 +1,14 @@
 // The predicted step on a clock: a row a lane, and the bytes alive below it, on one axis of time.
 
-const GUTTER = 92, ROW = 24, TOP = 20, LABEL_PIXELS = 34;
+const GUTTER = 92, ROW = 24, TOP = 20, LABEL_PIXELS = 34, TICK_PIXELS = 62;
 const LANE_NAMES = { compute: "compute", exposed: "exposed", comm: "network", d2h: "to host", h2d: "from host" };
 
 class Charts {
   constructor(app) {
     this.app = app;
     this.run = app.run;
-    this.timeline = document.getElementById("timeline");
-    this.memory = document.getElementById("memory");
+    this.timeline = app.part("timeline");
+    this.memory = app.part("memory");
     this.tip = document.getElementById("tip");
     const { step, memory } = this.run.data;
     this.step = step;
@@ -16,11 +16,13 @@ class Charts {
     this.readLanes(step);
     this.readMemory(memory);
     this.from = 0;
-    this.to = this.end = Math.max(step.us, 1e-3);
+    this.length = this.to = this.end = Math.max(step.us, 1e-3);
+    this.top = this.topBytes();
+    this.linked = [this];
     this.hover = null;
     this.listen(this.timeline);
     this.listen(this.memory);
-    new ResizeObserver(() => this.resize()).observe(document.getElementById("charts"));
+    new ResizeObserver(() => this.resize()).observe(app.part("charts"));
   }
 
   readLanes(step) {
@@ -61,7 +63,22 @@ class Charts {
   // The moment that a time falls in.
   momentAt(us) { return Math.max(0, upper(this.us, us) - 1); }
 
-  timeOf(moment) { return moment < this.us.length ? this.us[moment] : this.end; }
+  timeOf(moment) { return moment < this.us.length ? this.us[moment] : this.length; }
+
+  get mostBytes() { return this.run.data.rest + this.total[this.peakAt]; }
+
+  // What the chart of memory goes up to: the peak, and the budget if that is near.
+  topBytes() {
+    const { budget } = this.run.data;
+    return budget && budget < this.mostBytes * 1.4 ? Math.max(budget, this.mostBytes) : this.mostBytes;
+  }
+
+  // Draw on the same scale as others, and move with them.
+  link(others) {
+    this.linked = others;
+    this.end = this.to = Math.max(...others.map(charts => charts.end));
+    this.top = Math.max(...others.map(charts => charts.top));
+  }
 
   aliveAt(moment) {
     return this.lives.filter(life => life.born <= moment && moment < life.freed).sort((a, b) => b.bytes - a.bytes || (a.name < b.name ? -1 : 1));
@@ -83,10 +100,15 @@ class Charts {
     this.isAsked = true;
     requestAnimationFrame(() => {
       this.isAsked = false;
-      const colours = coloursNow();
-      this.drawTimeline(colours);
-      this.drawMemory(colours);
+      this.draw();
     });
+  }
+
+  draw() {
+    if (!this.step) return;
+    const colours = coloursNow();
+    drawTimeline(this, ...this.pen(this.timeline), colours);
+    drawMemory(this, ...this.pen(this.memory), colours);
   }
 
   pen(canvas) {
@@ -102,166 +124,16 @@ class Charts {
 
   usAt(x, width) { return this.from + (x - GUTTER) / (width - GUTTER) * (this.to - this.from); }
 
-  drawTimeline(colours) {
-    const [pen, width, height] = this.pen(this.timeline);
-    this.drawTicks(pen, width, height, colours);
-    const { node: selected } = this.app.state;
-    this.lanes.forEach((lane, row) => {
-      const y = TOP + row * ROW;
-      pen.fillStyle = colours.muted;
-      pen.fillText(LANE_NAMES[lane.name], 8, y + ROW / 2);
-      pen.fillStyle = colours.line;
-      pen.fillRect(GUTTER, y + ROW - 1, width - GUTTER, 1);
-      this.drawLane(pen, lane, y, width, colours);
-    });
-    for (const { lane, start, us } of this.spansOf.get(selected) ?? []) {
-      const row = this.lanes.findIndex(found => found.name === lane);
-      const left = Math.max(GUTTER, this.x(start, width)), right = Math.min(width, Math.max(this.x(start + us, width), left + 3));
-      if (right < GUTTER || left > width) continue;
-      pen.strokeStyle = colours.select;
-      pen.lineWidth = 2.5;
-      pen.strokeRect(left - 1, TOP + row * ROW, right - left + 2, ROW - 2);
-    }
-    this.drawCursor(pen, width, height, colours);
-  }
-
-  // The spans of a lane that are in view; what is narrower than a pixel becomes one with its neighbours.
-  drawLane(pen, lane, y, width, colours) {
-    const { node, start, us } = lane, { phase } = this.run.nodes;
-    const scale = (width - GUTTER) / (this.to - this.from);
-    let at = Math.max(0, upper(start, this.from) - 1), last = GUTTER;
-    for (; at < node.length && start[at] < this.to; at++) {
-      const right = Math.min(GUTTER + (start[at] + us[at] - this.from) * scale, width);
-      if (right < last + 0.25) continue;
-      const left = Math.max(GUTTER + (start[at] - this.from) * scale, last);
-      const wide = Math.max(right - left, 0.6);
-      const kind = lane.name === "exposed" ? "exposed" : node[at] < 0 ? "place" : kindOf(this.run.op(node[at]));
-      pen.fillStyle = kind === "compute" && phase[node[at]] !== "fwd" ? colours.backward : colours[kind];
-      pen.fillRect(left, y + 2, wide > 2 ? wide - 0.5 : wide, ROW - 5);
-      last = left + (wide > 2 ? 0 : wide);
-      if (wide > LABEL_PIXELS && node[at] >= 0) this.label(pen, shortOp(this.run.op(node[at])), left, y, wide, colours);
-    }
-  }
-
-  label(pen, text, left, y, wide, colours) {
-    const fits = Math.floor((wide - 8) / 6);
-    pen.fillStyle = colours.onColour;
-    pen.fillText(text.length > fits ? `${text.slice(0, Math.max(1, fits - 1))}…` : text, left + 4, y + ROW / 2);
-  }
-
-  drawTicks(pen, width, height, colours) {
-    const step = niceStep((this.to - this.from) / Math.max(2, (width - GUTTER) / 130));
-    pen.lineWidth = 1;
-    for (let us = Math.ceil(this.from / step) * step; us <= this.to; us += step) {
-      const x = this.x(us, width);
-      pen.fillStyle = colours.line;
-      pen.fillRect(x, TOP - 6, 1, height);
-      pen.fillStyle = colours.muted;
-      pen.fillText(time(us), Math.min(x + 4, width - 60), 9);
-    }
-  }
-
-  drawMemory(colours) {
-    const [pen, width, height] = this.pen(this.memory);
-    const { rest, budget } = this.run.data, base = 4;
-    const most = rest + this.total[this.peakAt];
-    const top = budget && budget < most * 1.4 ? Math.max(budget, most) : most;
-    const y = bytes => height - base - bytes / (top * 1.06) * (height - base - 6);
-    const columns = this.columns(Math.max(1, Math.floor(width - GUTTER)));
-    let under = new Float64Array(columns.length).fill(rest);
-    if (rest) {
-      pen.fillStyle = colours.rest;
-      pen.fillRect(GUTTER, y(rest), width - GUTTER, y(0) - y(rest));
-    }
-    this.categories.forEach((category, number) => {
-      const over = under.map((value, i) => value + (columns[i] < 0 ? 0 : this.bytes[number][columns[i]]));
-      pen.fillStyle = colours[category] ?? colours.place;
-      pen.beginPath();
-      pen.moveTo(GUTTER, y(under[0]));
-      over.forEach((value, i) => { pen.lineTo(GUTTER + i, y(value)); pen.lineTo(GUTTER + i + 1, y(value)); });
-      for (let i = under.length - 1; i >= 0; i--) { pen.lineTo(GUTTER + i + 1, y(under[i])); pen.lineTo(GUTTER + i, y(under[i])); }
-      pen.fill();
-      under = over;
-    });
-    pen.fillStyle = colours.muted;
-    const restAt = Math.min(height - 10, y(rest / 2));
-    if (rest) pen.fillText("at rest", 8, restAt);
-    for (const at of [most, most / 2]) if (!rest || Math.abs(y(at) - restAt) > 13) pen.fillText(size(at), 8, Math.max(8, y(at)));
-    if (budget && budget <= top) {
-      pen.strokeStyle = colours.exposed;
-      pen.setLineDash([6, 4]);
-      pen.strokeRect(GUTTER, y(budget), width, 0);
-      pen.setLineDash([]);
-      pen.fillStyle = colours.exposed;
-      pen.fillText(`budget ${size(budget)}`, GUTTER + 6, y(budget) + 9);
-    }
-    this.drawPeak(pen, width, y(most), colours);
-    this.drawLives(pen, width, height, colours);
-    this.drawCursor(pen, width, height, colours);
-  }
-
-  // For each column of pixels the moment with the most bytes, or the one that lasts.
-  columns(count) {
-    const found = new Int32Array(count), scale = count / (this.to - this.from);
-    found.fill(-1);
-    const first = this.momentAt(this.from), last = Math.min(this.us.length - 1, upper(this.us, this.to));
-    for (let moment = first; moment <= last; moment++) {
-      const column = Math.max(0, Math.floor((this.us[moment] - this.from) * scale));
-      if (column < count && (found[column] < 0 || this.total[moment] > this.total[found[column]])) found[column] = moment;
-    }
-    const ends = new Int32Array(count).fill(-1);
-    for (let moment = first; moment <= last; moment++) {
-      const column = Math.max(0, Math.floor((this.us[moment] - this.from) * scale));
-      if (column < count) ends[column] = moment;
-    }
-    for (let i = 1, latest = ends[0]; i < count; i++) {
-      if (found[i] < 0) found[i] = latest; else latest = ends[i];
-    }
-    return found;
-  }
-
-  drawPeak(pen, width, y, colours) {
-    const x = this.x(this.us[this.peakAt] ?? 0, width);
-    if (x < GUTTER || x > width) return;
-    pen.fillStyle = colours.text;
-    pen.beginPath();
-    pen.moveTo(x, y + 1);
-    pen.lineTo(x - 5, y - 7);
-    pen.lineTo(x + 5, y - 7);
-    pen.fill();
-  }
-
-  // How long what the selected node makes is alive.
-  drawLives(pen, width, height, colours) {
-    const lives = this.livesOf.get(this.app.state.node) ?? [];
-    const born = Math.min(...lives.map(life => life.born)), freed = Math.max(...lives.map(life => life.freed));
-    const left = Math.max(GUTTER, this.x(this.timeOf(born), width));
-    const right = Math.min(width, Math.max(this.x(this.timeOf(freed), width), left + 2));
-    if (!lives.length || right < GUTTER || left > width) return;
-    pen.globalAlpha = 0.18;
-    pen.fillStyle = colours.select;
-    pen.fillRect(left, 0, right - left, height);
-    pen.globalAlpha = 1;
-    pen.fillRect(left, 0, right - left, 3);
-  }
-
-  drawCursor(pen, width, height, colours) {
-    const { moment } = this.app.state;
-    const lines = [[this.hover, colours.muted], [moment === null ? null : this.us[moment], colours.select]];
-    for (const [us, colour] of lines) {
-      if (us === null || us < this.from || us > this.to) continue;
-      pen.fillStyle = colour;
-      pen.fillRect(this.x(us, width), 0, 1, height);
-    }
-  }
-
   // Show a time from..to, within the step.
   look(from, to) {
     const least = Math.max(this.end / 2e5, 0.05);
     const long = Math.min(this.end, Math.max(least, to - from));
-    this.from = Math.min(Math.max(0, from - (long - (to - from)) / 2), this.end - long);
-    this.to = this.from + long;
-    this.ask();
+    const begin = Math.min(Math.max(0, from - (long - (to - from)) / 2), this.end - long);
+    for (const charts of this.linked) {
+      charts.from = begin;
+      charts.to = begin + long;
+      charts.ask();
+    }
   }
 
   zoom(factor, us = (this.from + this.to) / 2) {
@@ -296,8 +168,12 @@ class Charts {
       if (sideways) this.pan((event.deltaX || event.deltaY) / (width() - GUTTER) * (this.to - this.from));
       else this.zoom(Math.exp(event.deltaY / 300), this.usAt(event.offsetX, width()));
     }, { passive: false });
-    onDrag(canvas, dx => this.pan(-dx / (width() - GUTTER) * (this.to - this.from)), event => this.clicked(canvas, event));
-    canvas.addEventListener("pointermove", event => this.hovered(canvas, event));
+    const drag = dx => this.pan(-dx / (width() - GUTTER) * (this.to - this.from));
+    onDrag(canvas, drag, event => this.clicked(canvas, event), (factor, x, y, dx) => {
+      drag(dx);
+      this.zoom(1 / factor, this.usAt(x, width()));
+    });
+    canvas.addEventListener("pointermove", event => event.pointerType === "touch" || this.hovered(canvas, event));
     canvas.addEventListener("pointerleave", () => {
       this.hover = null;
       this.tip.hidden = true;

@@ -4,7 +4,7 @@ class GraphView {
   constructor(app) {
     this.app = app;
     this.run = app.run;
-    this.svg = document.getElementById("graph");
+    this.svg = app.part("graph");
     this.layer = element("g");
     this.svg.append(this.layer);
     this.view = { x: 0, y: 0, scale: 1 };
@@ -23,6 +23,28 @@ class GraphView {
     this.open.add("");
     this.draw();
     if (isFirst) this.fit();
+  }
+
+  // On paper all of it is in view; where that would be too small to read, the phases and what lies right below them.
+  toPaper(isPaper) {
+    const { width, height } = this.box;
+    if (isPaper && Math.min(PAPER.width / width, PAPER.height / height) < PAPER.least) {
+      this.unfolded = this.open;
+      this.open = new Set(["", ...this.tree.items.map(phase => phase.id)]);
+      this.draw();
+    } else if (!isPaper && this.unfolded) {
+      this.open = this.unfolded;
+      this.unfolded = undefined;
+      this.draw();
+    }
+    const { x, y, scale } = this.view;
+    if (isPaper) {
+      this.svg.setAttribute("viewBox", `0 ${HEAD} ${this.box.width} ${this.box.height - HEAD}`);
+      this.layer.removeAttribute("transform");
+    } else {
+      this.svg.removeAttribute("viewBox");
+      this.moveTo(x, y, scale);
+    }
   }
 
   draw() {
@@ -174,8 +196,8 @@ class GraphView {
     this.mustFit = !width;
     if (this.mustFit) return;
     const whole = Math.min((width - 30) / this.box.width, (height - 30) / this.box.height);
-    const scale = Math.min(1, Math.max(whole, 0.55));
-    this.moveTo(Math.max(15, (width - this.box.width * scale) / 2), 12, scale);
+    const scale = Math.min(1, Math.max(whole, NARROW.matches ? 0.8 : 0.7));
+    this.moveTo(Math.max(5, (width - this.box.width * scale) / 2), 12 - HEAD * scale, scale);
   }
 
   zoom(factor, x, y) {
@@ -196,15 +218,21 @@ class GraphView {
       event.preventDefault();
       this.zoom(Math.exp(-event.deltaY / 400), event.offsetX, event.offsetY);
     }, { passive: false });
-    onDrag(this.svg, (dx, dy) => this.moveTo(this.view.x + dx, this.view.y + dy, this.view.scale), event => {
+    const move = (dx, dy) => this.moveTo(this.view.x + dx, this.view.y + dy, this.view.scale);
+    onDrag(this.svg, move, event => {
       const found = event.target.closest("[data-node], [data-group]");
       if (found?.dataset.node) this.app.select(Number(found.dataset.node), "graph");
       else if (found) this.toggle(found.dataset.group);
+    }, (factor, x, y, dx, dy) => {
+      move(dx, dy);
+      this.zoom(factor, x, y);
     });
   }
 }
 
-const FAR = 480;
+const FAR = 480, PAPER = { width: 700, height: 420, least: 0.45 };
+
+const NARROW = matchMedia("(max-width: 700px)");
 
 function curve(a, b, crosses) {
   if (crosses) {
@@ -215,24 +243,4 @@ function curve(a, b, crosses) {
   const [x1, y1, x2, y2] = [a.x + a.width / 2, a.y + a.height, b.x + b.width / 2, b.y];
   const bend = Math.max(12, Math.min(60, Math.abs(y2 - y1) / 2));
   return `M${x1},${y1}C${x1},${y1 + bend} ${x2},${y2 - bend} ${x2},${y2}`;
-}
-
-// Dragging with the main button; a press that does not move is a click.
-function onDrag(target, moved, clicked) {
-  target.addEventListener("pointerdown", down => {
-    if (down.button) return;
-    let [x, y] = [down.clientX, down.clientY], far = 0;
-    const move = event => {
-      far += Math.abs(event.clientX - x) + Math.abs(event.clientY - y);
-      if (far > 3) moved(event.clientX - x, event.clientY - y, event);
-      [x, y] = [event.clientX, event.clientY];
-    };
-    const up = event => {
-      window.removeEventListener("pointermove", move);
-      window.removeEventListener("pointerup", up);
-      if (far <= 3) clicked(down, event);
-    };
-    window.addEventListener("pointermove", move);
-    window.addEventListener("pointerup", up);
-  });
 }

@@ -1,229 +1,161 @@
-// What is selected, and who is told of it.
+// The page: one run, or two side by side, and what all of it shares.
 
-class App {
-  constructor(run) {
-    this.run = run;
-    this.state = { graph: run.last, node: null, moment: null, onlyChanged: false };
-    this.charts = new Charts(this);
-    this.details = new Details(this);
-    this.graph = new GraphView(this);
-    this.program = new ProgramView(this);
+class Report {
+  constructor(runs) {
+    if (runs.length > 1) addSecond("-2");
+    this.runs = runs;
+    this.positions = positionsOf(runs);
+    this.opening = this.positions.findIndex(({ name }) => name === runs[0].data.graphs[runs[0].data.opening].name);
+    this.apps = runs.map((run, at) => new App(this, run, at ? `-${at + 1}` : ""));
+    [this.active] = this.apps;
+    const stepped = this.apps.map(app => app.charts).filter(charts => charts.step);
+    for (const charts of stepped) charts.link(stepped);
     this.writeHead();
     this.writeStops();
-    this.writeStep();
-    this.search = new Search(this);
+    this.search = new Search(this.apps);
+    this.pictures = new Pictures(this);
+    this.link = new Link(this);
     this.listen();
     this.showTheme(DARK.matches);
-    this.showGraph(run.last);
+    this.link.read();
   }
 
   writeHead() {
-    const { model, ranks, hardware } = this.run.data;
-    byId("model").textContent = model;
-    byId("facts").textContent = `${plural(this.run.orders.at(-1).length, "node")}, ${ranks} rank${ranks === "1" ? "" : "s"}, ${hardware}`;
+    const { runs } = this, [{ data, orders }] = runs;
+    byId("model").textContent = [...new Set(runs.map(run => run.data.model))].join(" and ");
+    byId("facts").textContent = runs.length > 1 ? `${data.name} beside ${runs[1].data.name}`
+      : `${plural(orders.at(-1).length, "node")}, ${data.ranks} rank${data.ranks === "1" ? "" : "s"}, ${data.hardware}`;
+    byId("headline").replaceChildren(...runs.map(run => element("p", {},
+      run.data.name ? element("span", { class: "name" }, run.data.name) : null,
+      element("b", {}, run.data.headline[0]), ` ${unbroken(run.data.headline.slice(1, runs.length > 1 ? 2 : undefined).join(" "))}`)));
+    if (runs.length > 1) {
+      byId("headline").append(figureTable(runs));
+      this.apps.forEach(app => ["program-side", "charts"].forEach(id => app.part(id).querySelector(".bar").prepend(element("b", { class: "name" }, app.run.data.name))));
+    }
   }
 
   writeStops() {
-    const { graphs } = this.run.data;
-    byId("slider").max = this.run.last;
-    byId("stops").replaceChildren(...graphs.map((graph, at) => {
-      const change = this.run.change(at);
-      const counts = KINDS.filter(kind => change[kind].size).map(kind => element("span", { class: kind }, `${SIGNS[kind]}${short(change[kind].size)}`));
-      return element("li", {}, element("button", { title: `${graph.step}, ${(graph.seconds * 1e3).toFixed(0)} ms`, onclick: () => this.showGraph(at) },
-        element("b", {}, graph.name), element("small", {}, ...(counts.length ? counts : [at ? "as it was" : plural(this.run.orders[0].length, "node")]))));
-    }));
+    byId("slider").max = this.positions.length - 1;
+    byId("stops").replaceChildren(...this.positions.map((position, at) => element("li", {}, element(
+      "button", { onclick: () => this.show(at), title: this.stopTitle(position) },
+      element("b", {}, position.name), ...this.runs.map((run, i) => element("small", {}, ...this.stopCounts(position, run, i)))))));
   }
 
-  writeStep() {
-    const { step, why } = this.run.data;
-    if (!step) {
-      byId("step-summary").textContent = `No predicted step: ${why}`;
-      document.body.classList.add("no-step");
-      return;
+  stopTitle({ graphs, isIn }) {
+    const made = this.runs.map((run, i) => run.data.graphs[graphs[i]]).filter((_, i) => isIn[i]);
+    return [...new Set(made.map(graph => `${graph.step}, ${(graph.seconds * 1e3).toFixed(0)} ms`))].join("\n");
+  }
+
+  stopCounts({ graphs, isIn }, run, i) {
+    if (!isIn[i]) return ["–"];
+    const change = run.change(graphs[i]);
+    const counts = KINDS.filter(kind => change[kind].size).map(kind => element("span", { class: kind }, `${SIGNS[kind]}${short(change[kind].size)}`));
+    return counts.length ? counts : [graphs[i] ? "as it was" : plural(run.orders[0].length, "node")];
+  }
+
+  // Show what a pass made, in each run that has it.
+  show(at) {
+    this.at = at;
+    byId("slider").value = at;
+    [...byId("stops").children].forEach((stop, i) => stop.classList.toggle("now", i === at));
+    const stop = byId("stops").children[at], frame = byId("passes");
+    if (stop.offsetLeft < frame.scrollLeft || stop.offsetLeft + stop.offsetWidth > frame.scrollLeft + frame.clientWidth) {
+      frame.scrollLeft = stop.offsetLeft - (frame.clientWidth - stop.offsetWidth) / 2;
     }
-    const gap = step.bound ? ` (${(100 * Math.max(0, step.us / step.bound - 1)).toFixed(1)} % above the lower bound)` : "";
-    const peak = this.charts.total[this.charts.peakAt] + this.run.data.rest;
-    byId("step-summary").replaceChildren(
-      element("b", {}, `Predicted step ${time(step.us)}`), gap, ", ",
-      element("span", { class: "exposed-text" }, `${time(step.exposed)} exposed`), `, peak ${size(peak)}`,
-    );
-    byId("legend").replaceChildren(...this.charts.categories.filter((_, i) => this.charts.bytes[i].some(bytes => bytes > 0)).map(name => element(
-      "span", {}, element("span", { class: `dot ${name}` }), name)));
+    const { graphs, isIn } = this.positions[at];
+    this.apps.forEach((app, i) => app.drawGraph(graphs[i], isIn[i]));
+    if (this.active.state.node !== null) this.active.select(this.active.state.node, "pass");
+    this.link.moved();
   }
 
-  showGraph(graph) {
-    this.state.graph = graph;
-    byId("slider").value = graph;
-    [...byId("stops").children].forEach((stop, at) => stop.classList.toggle("now", at === graph));
-    byId("stops").children[graph].scrollIntoView({ block: "nearest", inline: "nearest" });
-    const change = this.run.change(graph), name = this.run.data.graphs[graph].name;
-    const words = KINDS.filter(kind => change[kind].size).map(kind => `${change[kind].size.toLocaleString("en")} ${kind}`);
-    byId("what-changed").textContent = graph ? `${name}: ${words.join(", ") || "as it was"}` : "as captured";
-    this.graph.show();
-    this.program.show();
-    if (this.state.node !== null) this.select(this.state.node, "pass");
+  showGraphOf(app, graph) {
+    const i = this.apps.indexOf(app);
+    this.show(this.positions.findIndex(({ graphs, isIn }) => isIn[i] && graphs[i] === graph));
   }
 
-  // Select a node everywhere; what it was selected in stays where it is.
-  select(node, from) {
-    Object.assign(this.state, { node, moment: null });
-    if (from !== "graph" && from !== "pass") this.graph.reveal(node);
-    if (from !== "text") this.program.reveal(node); else this.program.draw();
-    if (from !== "timeline" && from !== "pass") this.charts.reveal(node);
-    this.graph.mark();
-    this.charts.ask();
-    this.details.showNode(node);
-  }
-
-  selectMoment(moment) {
-    const node = this.charts.momentNodes[moment];
-    Object.assign(this.state, { moment, node: node >= 0 ? node : null });
-    if (node >= 0) {
-      this.graph.reveal(node);
-      this.program.reveal(node);
+  // A node was selected in a run, or none: the other run shows its own of that name.
+  selected(app, node, from) {
+    this.active = app;
+    for (const other of this.apps) {
+      if (other !== app) other.follow(node === null ? null : other.run.numberOf(app.run.key(node)) ?? null, from === "pass" ? from : "other");
     }
-    this.graph.mark();
-    this.charts.ask();
-    this.details.showMoment(moment);
+    this.link.moved();
   }
 
   selectNothing() {
-    Object.assign(this.state, { node: null, moment: null });
-    this.graph.mark();
-    this.program.draw();
-    this.charts.ask();
-    this.details.showHelp();
-  }
-
-  showGroup(group) {
-    this.details.showGroup(group);
+    for (const app of this.apps) app.follow(null);
+    this.active.details.showHelp();
+    this.link.moved();
   }
 
   showTab(isText) {
-    byId("text").hidden = !isText;
-    byId("graph").toggleAttribute("hidden", isText);
-    byId("show-text").setAttribute("aria-selected", isText);
-    byId("show-graph").setAttribute("aria-selected", !isText);
-    byId("graph-buttons").hidden = isText;
-    if (!isText && this.graph.mustFit) this.graph.fit();
-    if (this.state.node !== null) (isText ? this.program : this.graph).reveal(this.state.node);
-    this.program.draw();
+    this.isText = isText;
+    for (const app of this.apps) app.showTab(isText);
+    this.link.moved();
+  }
+
+  showOnlyChanged(onlyChanged) {
+    for (const app of this.apps) app.showOnlyChanged(onlyChanged);
+    this.link.moved();
+  }
+
+  // What is shown, as the address says it.
+  stateText() {
+    const { run, state } = this.active, said = new URLSearchParams({ pass: this.positions[this.at].name });
+    if (state.node !== null) said.set("node", run.key(state.node));
+    if (state.node !== null && this.active !== this.apps[0]) said.set("run", "2");
+    if (this.isText) said.set("view", "text");
+    if (state.onlyChanged) said.set("only", "changed");
+    return said.toString();
   }
 
   listen() {
-    const clicks = {
-      "show-graph": () => this.showTab(false), "show-text": () => this.showTab(true),
-      collapse: () => this.graph.collapse(), fit: () => this.graph.fit(),
-      "zoom-in": () => this.graph.zoom(1.3), "zoom-out": () => this.graph.zoom(1 / 1.3),
-      "time-fit": () => this.charts.look(0, this.charts.end), "to-peak": () => this.showPeak(),
-      theme: () => this.showTheme(document.documentElement.dataset.theme !== "dark"),
-    };
-    for (const [id, act] of Object.entries(clicks)) byId(id).addEventListener("click", act);
-    byId("slider").addEventListener("input", event => this.showGraph(Number(event.target.value)));
-    byId("only-changed").addEventListener("change", event => {
-      this.state.onlyChanged = event.target.checked;
-      this.graph.show();
-      this.program.show();
-      this.graph.fit();
-    });
+    byId("slider").addEventListener("input", event => this.show(Number(event.target.value)));
+    byId("theme").addEventListener("click", () => this.showTheme(!this.isDark));
     window.addEventListener("keydown", event => this.pressed(event));
-    window.addEventListener("resize", () => this.program.draw());
+    window.addEventListener("resize", () => this.apps.forEach(app => app.program.draw()));
     DARK.addEventListener("change", () => this.showTheme(DARK.matches));
+    PRINT.addEventListener("change", () => this.toPaper(PRINT.matches));
   }
 
   pressed(event) {
     if (event.target.matches("input[type=search]") || event.ctrlKey || event.metaKey || event.altKey) return;
-    const { graph } = this.state;
     const act = {
-      ArrowLeft: () => this.showGraph(Math.max(0, graph - 1)), ArrowRight: () => this.showGraph(Math.min(this.run.last, graph + 1)),
-      "/": () => byId("query").focus(), "0": () => this.graph.fit(), Escape: () => this.selectNothing(),
+      ArrowLeft: () => this.show(Math.max(0, this.at - 1)), ArrowRight: () => this.show(Math.min(this.positions.length - 1, this.at + 1)),
+      "/": () => byId("query").focus(), "0": () => this.apps.forEach(app => app.graph.fit()), Escape: () => this.selectNothing(),
     }[event.key];
     if (!act) return;
     event.preventDefault();
     act();
   }
 
-  showPeak() {
-    const { charts } = this, us = charts.us[charts.peakAt];
-    if (us < charts.from || us > charts.to) charts.look(us - (charts.to - charts.from) / 2, us + (charts.to - charts.from) / 2);
-    this.selectMoment(charts.peakAt);
-  }
-
   showTheme(isDark) {
+    this.isDark = isDark;
     document.documentElement.dataset.theme = isDark ? "dark" : "light";
-    this.charts.ask();
+    for (const app of this.apps) app.charts.ask();
+  }
+
+  // Paper is white, and shows all of a graph.
+  toPaper(isPaper) {
+    document.documentElement.dataset.theme = this.isDark && !isPaper ? "dark" : "light";
+    for (const app of this.apps) {
+      app.graph.toPaper(isPaper);
+      app.charts.draw();
+    }
   }
 }
 
-const MOST_HITS = 40;
+const DARK = matchMedia("(prefers-color-scheme: dark)"), PRINT = matchMedia("print");
 
-class Search {
-  constructor(app) {
-    this.app = app;
-    this.field = byId("query");
-    this.list = byId("hits");
-    this.field.addEventListener("input", () => this.look());
-    this.field.addEventListener("focus", () => this.look());
-    this.field.addEventListener("keydown", event => this.pressed(event));
-    document.addEventListener("pointerdown", event => event.target.closest("#search") || this.close());
-  }
-
-  look() {
-    const { run } = this.app;
-    this.hits = run.find(this.field.value, MOST_HITS);
-    this.at = 0;
-    const rows = this.hits.map((node, at) => element("li", { role: "option", onclick: () => this.take(at) },
-      element("b", {}, nodeName(run, node)), ` ${shortOp(run.op(node))} `, element("small", {}, run.module(node))));
-    if (!rows.length && this.field.value.trim()) rows.push(element("li", { class: "none" }, "nothing found"));
-    this.list.replaceChildren(...rows);
-    this.list.hidden = !rows.length;
-    this.field.setAttribute("aria-expanded", !this.list.hidden);
-    this.mark();
-  }
-
-  mark() {
-    [...this.list.children].forEach((row, at) => row.classList.toggle("now", at === this.at));
-    this.list.children[this.at]?.scrollIntoView({ block: "nearest" });
-  }
-
-  pressed(event) {
-    if (event.key === "Escape") this.close();
-    else if (event.key === "Enter" && this.hits?.length) this.take(this.at);
-    else if (event.key === "ArrowDown" || event.key === "ArrowUp") {
-      const count = this.hits?.length ?? 0;
-      if (count) this.at = (this.at + (event.key === "ArrowDown" ? 1 : count - 1)) % count;
-      this.mark();
-      event.preventDefault();
-    }
-  }
-
-  // Select a hit, in a graph that has it.
-  take(at) {
-    const { app } = this, node = this.hits[at];
-    const has = graph => app.run.orders[graph].includes(node);
-    this.close();
-    if (!has(app.state.graph) && !app.run.change(app.state.graph).removed.has(node)) {
-      app.showGraph(app.run.orders.findLastIndex(order => order.includes(node)));
-    }
-    app.select(node, "search");
-  }
-
-  close() {
-    this.list.hidden = true;
-    this.field.setAttribute("aria-expanded", false);
-    this.field.blur();
-  }
-}
-
-const DARK = matchMedia("(prefers-color-scheme: dark)");
-
-const byId = id => document.getElementById(id);
+// A figure stays with its unit.
+const unbroken = text => text.replace(/(\d) (?=\S)/g, "$1\u00a0");
 
 const short = count => count < 1e3 ? String(count) : `${(count / 1e3).toFixed(count < 1e4 ? 1 : 0)}k`;
 
 const began = performance.now();
-readRun().then(run => {
-  window.zgraph = new App(run);
+readRuns().then(runs => {
+  window.report = new Report(runs);
+  [window.zgraph] = window.report.apps;
   requestAnimationFrame(() => requestAnimationFrame(() => {
     document.body.dataset.ready = String(Math.round(performance.now()));
     console.debug(`ready after ${(performance.now() - began).toFixed(0)} ms`);

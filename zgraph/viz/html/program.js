@@ -6,8 +6,8 @@ class ProgramView {
   constructor(app) {
     this.app = app;
     this.run = app.run;
-    this.frame = document.getElementById("text");
-    this.lines = document.getElementById("lines");
+    this.frame = app.part("text");
+    this.lines = app.part("lines");
     this.order = [];
     this.frame.addEventListener("scroll", () => this.draw());
     this.lines.addEventListener("click", event => {

@@ -1,15 +1,15 @@
-// The run: what the file holds, and what follows from it. Nodes are numbers; a graph is an order of them.
+// The runs: what the file holds, and what follows from it. Nodes are numbers; a graph is an order of them.
 
-async function readRun() {
+async function readRuns() {
   const bytes = Uint8Array.from(atob(document.getElementById("data").textContent), c => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return new Run(await new Response(stream).json());
+  return (await new Response(stream).json()).map(data => new Run(data));
 }
 
 class Run {
   constructor(data) {
     this.data = data;
-    kinds = data.kinds;
+    Object.assign(kinds, data.kinds);
     this.nodes = data.nodes;
     this.count = data.nodes.key.length;
     this.last = data.graphs.length - 1;
@@ -25,14 +25,20 @@ class Run {
     this.placeSums();
   }
 
+  // The node of a key; undefined where there is none.
+  numberOf(key) {
+    this.numbers ??= new Map(this.nodes.key.map((name, node) => [name, node]));
+    return this.numbers.get(key);
+  }
+
   // What adds gradients up has no module of its own: it is shown in the one that all of its operands share.
   placeSums() {
-    const { key, phase, module } = this.nodes, byKey = new Map(key.map((name, node) => [name, node]));
+    const { phase, module } = this.nodes;
     for (const order of new Set(this.orders)) {
       for (const node of order) {
         if (module[node] || phase[node] === "fwd") continue;
         const text = this.text(node, 0), makers = [];
-        for (const [, name] of text.slice(Math.max(0, text.indexOf(" = "))).matchAll(VALUE)) makers.push(byKey.get(name));
+        for (const [, name] of text.slice(Math.max(0, text.indexOf(" = "))).matchAll(VALUE)) makers.push(this.numberOf(name));
         module[node] = shared(makers.filter(maker => maker !== undefined).map(maker => module[maker]));
       }
     }
@@ -167,7 +173,7 @@ const SIGNS = { added: "+", removed: "−", changed: "~", moved: "⇅" };
 
 // What colours a node: what it does to where a value lies, or that it computes.
 // How each of zgraph's own ops is drawn, from their table; all others compute.
-let kinds = {};
+const kinds = {};
 const kindOf = op => kinds[op] ?? "compute";
 
 const shortOp = op => op.replace(/^aten\./, "").replace(/\.(default|Tensor|Scalar|int|dim_IntList|self)$/, "");
@@ -192,4 +198,4 @@ function element(tag, attributes = {}, ...children) {
   return found;
 }
 
-const SVG = new Set(["g", "rect", "path", "text", "tspan", "title", "defs", "marker"]);
+const SVG = new Set(["svg", "g", "rect", "path", "text", "tspan", "title", "defs", "marker"]);

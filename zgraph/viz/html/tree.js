@@ -264,7 +264,7 @@ function place(box, x, y) {
   for (const inner of box.boxes) place(inner, box.x, box.y);
 }
 
-const nodeWidth = (run, node, graph) => 32 + Math.max(7.4 * shortOp(run.op(node, graph)).length, 6.3 * nodeName(run, node).length);
+const nodeWidth = (run, node, graph) => 40 + Math.max(7.4 * shortOp(run.op(node, graph)).length, 6.3 * nodeName(run, node).length);
 
 // A box that is open has its counts beside its name, one that is closed below it.
 function groupWidth(run, graph, group, isOpen) {
