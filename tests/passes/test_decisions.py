@@ -18,6 +18,7 @@ from zgraph.codegen import reference
 from zgraph.codegen.spec import KernelSpec
 from zgraph.cost import CostTable, hardware
 from zgraph.cost.hardware import Link
+from zgraph.cost.table import Line
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Axis, Graph, Node, Phase, TensorType, parse_graph, verify
 from zgraph.ir.aliases import Memory
@@ -26,7 +27,8 @@ from zgraph.passes.all_gather import AllGather
 from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.lookahead import lowered, makespan_us, peak_bytes
 from zgraph.passes.bucket import Bucket
-from zgraph.passes.fit import _Fitter
+from zgraph.passes.fit import Fit, _Fitter
+from zgraph.passes.fuse import Fuse
 from zgraph.passes.fusion.loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
 from zgraph.passes.fusion.rows import ROWS
 from zgraph.passes.keep import Keep
@@ -146,7 +148,7 @@ def test_a_step_without_collectives_is_held_to_its_budget_too():
         .replace('return bwd grad "b" %gb_mean\n', "")
     )  # fmt: skip
     least = memory_of(alone, {}).peak.total_bytes
-    assert Schedule().run(alone, Context(memory_budget=least)) == alone
+    assert Schedule().run(alone, Context(memory_budget=least)) is alone
     with pytest.raises(BudgetError):
         Schedule().run(alone, Context(memory_budget=least - 1))
 
@@ -209,6 +211,33 @@ def test_collectives_run_while_something_is_computed():
     assert hidden["bf"] >= 1, "the next gather of the forward"
     assert hidden["a_again"] >= 1, "the next gather of the backward"
     assert hidden["gb_mean"] >= 1, "a reduction"
+
+
+RETURNED = """graph "g" mesh(shard=2)
+op aten.mul.Tensor
+param %w: f32[8388608]<S0> "w" stage=3
+param %a: f32[256]<S0> "a" stage=3
+input %x: f32[4194304]<V>
+fwd %w_full: f32[8388608]<R> = reshard(%w)
+fwd %y: f32[4194304]<V> = aten.mul.Tensor(%x, %x)
+fwd %a_full: f32[256]<R> = reshard(%a)
+fwd %z: f32[4194304]<V> = aten.mul.Tensor(%y, %a_full)
+return fwd output %z
+return fwd output %w_full
+"""
+
+
+def test_a_parameter_that_is_returned_is_gathered_last_where_the_budget_is_short():
+    """On a network so fast that the clock would let it pass the other."""
+    line = Line(latency_us=1.0, bytes_per_s=1e12)
+    costs = CostTable(hardware=hardware("cpu"), per_host=1, transfers={"all_gather": line})
+    context = replace(TWO, costs=costs)
+    graph = Release().run(AllGather().run(parse_graph(RETURNED), context), context)
+    least = memory_of(Step(graph, context).canonical(), {}).peak.total_bytes
+    after = Schedule().run(graph, replace(context, memory_budget=least))
+    assert [n.name for n in of_op(after, "all_gather_start")] == ["a_full_start", "w_full_start"]
+    roomy = Schedule().run(graph, replace(context, memory_budget=2 * least))
+    assert under_way(roomy)["w_full"] > under_way(after)["w_full"] == 0
 
 
 UNEVEN = """graph "g" mesh(shard=2)
@@ -378,6 +407,13 @@ def test_a_graph_without_a_backward_computes_nothing_again():
 
 
 # --- fit -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_just_fits_is_left_as_it_is():
+    graph = parse_recipe("canonicalize,partition(stage=3)").run(captured("llama"), TWO)
+    peak = peak_bytes(graph, TWO)
+    assert Fit().run(graph, replace(TWO, memory_budget=peak)) is graph
+    assert Fit().run(graph, replace(TWO, memory_budget=peak - 1)) != graph
 
 
 @pytest.mark.parametrize("name", ["llama", "tied"])
@@ -563,3 +599,10 @@ def test_options_may_be_0_and_no_less(kind, options):
         kind(**{option: 0})
         with pytest.raises(ValueError, match="must be 0 or more"):
             kind(**{option: -1})
+
+
+@pytest.mark.parametrize("word", ["never", "auto", "always"])
+def test_fuse_takes_three_words_for_matmuls(word):
+    assert Fuse(matmuls=word).matmuls == word
+    with pytest.raises(ValueError, match="never, auto or always"):
+        Fuse(matmuls=f"{word}s")
