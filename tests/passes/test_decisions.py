@@ -29,6 +29,7 @@ from zgraph.passes.analysis.lookahead import lowered, makespan_us, peak_bytes
 from zgraph.passes.bucket import Bucket
 from zgraph.passes.fit import Fit, _Fitter
 from zgraph.passes.fuse import Fuse
+from zgraph.passes.fusion.candidates import Ways
 from zgraph.passes.fusion.loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
 from zgraph.passes.fusion.rows import ROWS
 from zgraph.passes.keep import Keep
@@ -601,8 +602,73 @@ def test_options_may_be_0_and_no_less(kind, options):
             kind(**{option: -1})
 
 
+VIEWED = ("fwd %p", "fwd %v: f32[8, 8] = aten.view.default(%x, [8, 8])\nfwd %p")
+
+
 @pytest.mark.parametrize("word", ["never", "auto", "always"])
 def test_fuse_takes_three_words_for_matmuls(word):
     assert Fuse(matmuls=word).matmuls == word
     with pytest.raises(ValueError, match="never, auto or always"):
         Fuse(matmuls=f"{word}s")
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_fused"),
+    [
+        ([], True),
+        ([("return fwd output %l", "return fwd output %l\nreturn fwd output %p")], False),
+        ([("return fwd output %l", "fwd %q: f32[8, 8] = aten.exp.default(%p)\nreturn fwd output %l")], False),
+        ([("none, 1, -100", "none, 2, -100")], True),
+        ([("none, 1, -100", "none, 0, -100")], False),
+        ([("none, 1, -100", "%w, 1, -100"), ("fwd %p", "fwd %w: f32[8] = aten.exp.default(%x)\nfwd %p")], False),
+        ([("%x: f32[8, 8]", "%x: f32[64]"), ("_softmax.default(%x", "_softmax.default(%v"), VIEWED], False),
+        ([("%x: f32[8, 8]", "%x: f32[2, 4, 8]"), ("_softmax.default(%x", "_softmax.default(%v"), VIEWED], True),
+    ],
+    ids=["mean", "returned", "read", "sum", "one a token", "weights", "of no rows", "of a view"],
+)
+def test_a_loss_is_fused_where_nothing_else_needs_what_is_inside(changes, is_fused):
+    text = LOSS.format(dim=1, strides="").replace(
+        "op aten.nll", "op aten.exp.default\nop aten.view.default views(0)\nop aten.nll"
+    )
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after)
+    graph = parse_graph(text)
+    verify(graph)
+    fused = parse_recipe("fuse").run(graph, Context())
+    verify(fused)
+    assert bool(of_op(fused, PLAIN)) == is_fused
+    for made in of_op(fused, PLAIN):
+        assert made.args[-2:] == (-100, "none, 1" in text)
+
+
+# --- the fastest way to run a group --------------------------------------------------------------------------------
+
+
+def best(
+    measured: dict[str, float], matmuls: str = "auto", rate: float = 0.75, ways: str = "aten kernel inductor"
+) -> str:
+    """Which way is taken, where each is so many ops of the same size."""
+    graph = parse_graph(MERGED)
+    counts = {"aten": 1, "inductor": 1, "matmul": 2, "kernel": 3, "library": 4}
+    nodes = {way: graph.nodes[:1] * counts[way] for way in ways.split()}
+    machine = hardware("h100")
+    device = machine.device.model_copy(update={"generated_matmul_rate": rate})
+    costs = CostTable(hardware=machine.model_copy(update={"device": device}), per_host=1, groups={"key": measured})
+    return Ways(None, "key", None, nodes, graph).best(Context(costs=costs), matmuls)
+
+
+def test_what_was_measured_decides():
+    assert best({"aten": 2.0, "kernel": 3.0, "inductor": 1.0}) == "inductor"
+    assert best({"aten": 2.0, "kernel": 3.0, "inductor": 4.0, "matmul": 1.0}) == "aten"
+
+
+def test_what_was_not_measured_altogether_is_estimated():
+    """A kernel counts as faster than its ops, and Inductor's is never taken."""
+    assert best({"aten": 2.0, "kernel": 3.0}) == "kernel"
+    assert best({}, ways="aten inductor") == "aten"
+    everything = "aten kernel inductor matmul library"
+    assert best({}, ways=everything) == "matmul"
+    assert best({}, rate=0.0, ways=everything) == "kernel"
+    assert best({}, matmuls="always", rate=0.0, ways=everything) == "matmul"
+    assert best({}, matmuls="always") == "kernel"
