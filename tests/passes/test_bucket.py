@@ -81,6 +81,19 @@ def test_values_are_packed_whose_bytes_take_less_time_than_a_latency(latency_us,
     assert sum(n.op == "reshard" for n in made.nodes) == (1 if is_packed else 2)
 
 
+@pytest.mark.parametrize(
+    ("latency_us", "usual"), [(400.0, 20 * 600_000), (1.0, 128 << 10), (1e6, 256 << 20)],
+    ids=["latencies", "two of the largest that are packed", "most"],
+)  # fmt: skip
+def test_sizes_around_the_one_that_makes_a_latency_small_are_tried(latency_us, usual, monkeypatch):
+    line = Line(latency_us=latency_us, bytes_per_s=1e9)
+    costs = CostTable(hardware=hardware("cpu"), per_host=1, transfers={"all_gather": line})
+    tried = list[int]()
+    monkeypatch.setattr(Bucket, "groups", lambda self, graph, max_bytes, below: tried.append(max_bytes) or [])
+    Bucket().run(parse_graph(WIDE.format(numel=6)), Context((Axis("shard", 3),), costs=costs))
+    assert tried == [usual, usual // 4, 4 * usual]
+
+
 def test_a_bucket_counts_as_what_its_first_member_is_for():
     made = Bucket(max_bytes=1000, pack_below_bytes=1000).run(parse_graph(WIDE.format(numel=6)), TWO)
     (reshard,) = [n for n in made.nodes if n.op == "reshard"]

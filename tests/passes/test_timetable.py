@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise, permutations, product
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zgraph.passes.analysis import timetable
 from zgraph.passes.analysis.timetable import (
     Problem,
     Room,
@@ -226,3 +228,19 @@ def test_what_is_returned_holds_up_nothing_where_there_is_no_room():
     """It may start at once, but has room at the end only."""
     returned, needed = Transfer(0.5, 0, 2, 1, 2), Transfer(0.5, 0, 1, 0, 1)
     assert search(Problem((1.0, 1.0), (0, 0), (returned, needed))).starts == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("effort", "max_work", "more"), [(0, 10**6, 0), (1, 10**6, 1), (3, 10**6, 3), (9, 28, 2), (9, 14, 1), (9, 13, 0)]
+)
+def test_a_search_tries_no_more_than_it_may(effort, max_work, more, monkeypatch):
+    """Six ops and seven transfers, which are counted one too many. No order is as fast as the bound."""
+    gathers = [Transfer(9.0, 1, 2 + n, 1, 2 + n) for n in range(4)]
+    reductions = Transfer(8.0, 5, 6, lane=SIDE), Transfer(8.0, 5, 6), Transfer(1.0, 5, 6)
+    problem = Problem((10.0, *[1.0] * 5), (9,) * 6, (*gathers, *reductions))
+    tried = list[Sequence[int]]()
+    monkeypatch.setattr(timetable, "MAX_WORK", max_work)
+    monkeypatch.setattr(timetable, "evaluate", lambda p, order: tried.append(order) or evaluate(p, order))
+    plain = len({first_use_order(problem), latest_first_order(problem)})
+    search(problem, effort)
+    assert len(tried) - plain == more
