@@ -128,6 +128,10 @@ EQUIVALENT = (
     Equivalent(_BLOCKS, "self.best_us - 1e-09", "self.best_us + 1e-09", _ROUNDING),
     Equivalent("passes/analysis/timetable.py", "400000", "400001", _TUNED),
     Equivalent("passes/analysis/timetable.py", "200", "201", _TUNED),
+    Equivalent(
+        "passes/core/budgeted.py", "rounded_down(best.num_bytes - 1 - rest) - stride",
+        "rounded_down(best.num_bytes - 1 - rest) + stride", "strides hasten a search that ends without one",
+    ),
     Equivalent("passes/core/budgeted.py", "self.context.rest_bytes - 1", "self.context.rest_bytes + 1",
                "an allocation is 512 bytes: no step has only one"),
     Equivalent("passes/schedule.py", "as_it_came.peak.total_bytes < curve.peak.total_bytes",

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from tests.interp.models import captured
 from tests.interp.ranks import Reference
 from tests.ir.strategies import graphs
+from tests.passes.test_goldens import FOLDER, Golden
 from zgraph.codegen import reference
 from zgraph.codegen.spec import KernelSpec
 from zgraph.cost import CostTable, hardware
 from zgraph.cost.hardware import Link
 from zgraph.cost.table import Line
 from zgraph.errors import BudgetError
-from zgraph.ir import OPS, Axis, Graph, Node, Phase, TensorType, parse_graph, verify
+from zgraph.ir import OPS, Axis, DType, Graph, Node, Phase, TensorType, parse_graph, verify
 from zgraph.ir.aliases import Memory
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.passes.all_gather import AllGather
@@ -29,9 +30,10 @@ from zgraph.passes.analysis.lookahead import lowered, makespan_us, peak_bytes
 from zgraph.passes.bucket import Bucket
 from zgraph.passes.fit import Fit, _Fitter
 from zgraph.passes.fuse import Fuse
+from zgraph.passes.fuse import ways as fuse_ways
 from zgraph.passes.fusion.candidates import Ways
 from zgraph.passes.fusion.loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
-from zgraph.passes.fusion.rows import ROWS
+from zgraph.passes.fusion.rows import MATMUL, ROWS
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload, Saved
 from zgraph.passes.partition import Partition
@@ -531,6 +533,17 @@ def test_a_fused_dropout_keeps_the_mean(p):
     assert torch.equal(*kept)
 
 
+def test_a_dropout_that_keeps_nothing_makes_zeros():
+    text = DROPOUT.replace("{p}", "1.0").replace("{scale}", "0.0")
+    fused = parse_recipe("canonicalize,fuse").run(parse_graph(text), Context())
+    kernels = of_op(fused, ROWS)
+    assert [k.phase for k in kernels] == [Phase.forward, Phase.backward]
+    for kernel in kernels:
+        spec = KernelSpec.parse(str(kernel.args[-1]))
+        inputs = [torch.tensor(7) if o.dtype is DType.i64 else torch.ones(64, 16).double() for o in spec.inputs]
+        assert reference.run(spec, inputs, 64, torch.float64)[-1].count_nonzero() == 0
+
+
 MERGED = """graph "g"
 op aten.add.Tensor
 op aten.exp.default
@@ -642,6 +655,17 @@ def test_a_loss_is_fused_where_nothing_else_needs_what_is_inside(changes, is_fus
         assert made.args[-2:] == (-100, "none, 1" in text)
 
 
+def test_a_loss_in_half_precision_is_computed_in_single():
+    """What it returned is cast back, each of the two from its own."""
+    fused = parse_recipe("fuse").run(parse_graph(LOSS.format(dim=1, strides="").replace("f32", "bf16")), Context())
+    verify(fused)
+    (made,) = of_op(fused, PLAIN)
+    assert [r.tensor.dtype for r in made.results] == [DType.f32] * 3
+    casts = {n.name: n.operands[0] for n in of_op(fused, "aten._to_copy.default")}
+    assert casts.get("l") == made.results[0]
+    assert casts.get("n", made.results[1]) == made.results[1]
+
+
 # --- the fastest way to run a group --------------------------------------------------------------------------------
 
 
@@ -656,6 +680,14 @@ def best(
     device = machine.device.model_copy(update={"generated_matmul_rate": rate})
     costs = CostTable(hardware=machine.model_copy(update={"device": device}), per_host=1, groups={"key": measured})
     return Ways(None, "key", None, nodes, graph).best(Context(costs=costs), matmuls)
+
+
+def test_what_is_weighed_writes_what_is_read_and_no_more():
+    """Of the products only the first is read by others than its epilogue."""
+    graph = parse_graph(Golden.read(FOLDER / "fuse-matmul.zir").before)
+    calls = [ways.nodes["matmul"] for ways in fuse_ways(graph, {}) if "matmul" in ways.nodes]
+    made = [[r.name.partition("_")[0] for n in call if n.op == MATMUL for r in n.results] for call in calls]
+    assert made == [["h", "a"], ["y"], ["dh", "db"]]
 
 
 def test_what_was_measured_decides():
