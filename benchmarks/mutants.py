@@ -128,10 +128,6 @@ EQUIVALENT = (
     Equivalent(_BLOCKS, "self.best_us - 1e-09", "self.best_us + 1e-09", _ROUNDING),
     Equivalent("passes/analysis/timetable.py", "400000", "400001", _TUNED),
     Equivalent("passes/analysis/timetable.py", "200", "201", _TUNED),
-    Equivalent(
-        "passes/core/budgeted.py", "rounded_down(best.num_bytes - 1 - rest) - stride",
-        "rounded_down(best.num_bytes - 1 - rest) + stride", "strides hasten a search that ends without one",
-    ),
     Equivalent("passes/core/budgeted.py", "self.context.rest_bytes - 1", "self.context.rest_bytes + 1",
                "an allocation is 512 bytes: no step has only one"),
     Equivalent("passes/schedule.py", "as_it_came.peak.total_bytes < curve.peak.total_bytes",
@@ -417,7 +413,7 @@ def main(
     at: list[str] = typer.Option([], help="all changes of a line, as schedule:311"),  # noqa: B008
     without: list[str] = typer.Option([], help="tests to leave out, as test_goldens"),  # noqa: B008
     examples: int = typer.Option(10, help="of each test of hypothesis, at most; ten times as many of the module's own"),
-    timeout: float = typer.Option(240.0, help="seconds of a core for one mutant's tests"),
+    timeout: float = typer.Option(150.0, help="seconds of a core for one mutant's tests"),
     minutes: float = typer.Option(0.0, help="begin no mutant after so long; 0 tries all"),
     json_path: Path | None = typer.Option(None, "--json", help="write the results here"),  # noqa: B008
 ) -> None:
