@@ -119,6 +119,6 @@ def _latency_bytes(graph: Graph, context: Context) -> int:
 
 
 def _merged(nodes: list[Node]) -> Node:
-    args = tuple(a for n in nodes for a in n.args)
-    origin = replace(nodes[0].origin, made_by=Bucket.name)
-    return replace(nodes[0], args=args, results=tuple(r for n in nodes for r in n.results), origin=origin)
+    first, args = nodes[0], tuple(a for n in nodes for a in n.args)
+    origin = replace(first.origin, made_by=Bucket.name)
+    return replace(first, args=args, results=tuple(r for n in nodes for r in n.results), origin=origin)

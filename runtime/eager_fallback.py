@@ -13,9 +13,13 @@ import torch.distributed as dist
 from torch import nn
 
 from zgraph.bridge import private_runtime
+from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.gradients import Gradient, delivered, is_unreduced, needs_token, with_unreduced
+from zgraph.runtime.journal import Moved
 from zgraph.runtime.session import Session
 from zgraph.runtime.shards import Slot
+
+Work = dist.Work | Transfer
 
 
 @contextmanager
@@ -45,10 +49,14 @@ def full(session: Session, slot: Slot) -> torch.Tensor:
     chunk = slot.rest.to(session.device, slot.placeholder.dtype)
     if not slot.is_sharded:
         return chunk
-    out = chunk.new_empty(chunk.numel() * session.num_shards)
-    work = private_runtime.all_gathers([(out, chunk)], session.shard_group)
+    out = chunk.new_empty(session.num_shards, chunk.numel())
+    if session.lane is not None:
+        moved = Moved(slot.name.encode(), f"the gather of {slot.name} for eager code")
+        work: Work = session.lane.all_gather((out.unbind(), chunk), moved=moved)
+    else:
+        work = private_runtime.all_gathers([(out.view(-1), chunk)], session.shard_group)
     session.peers.wait(work, slot.name)
-    return out[: slot.placeholder.numel()].view(slot.placeholder.shape)
+    return out.view(-1)[: slot.placeholder.numel()].view(slot.placeholder.shape)
 
 
 def eager_fallback(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:

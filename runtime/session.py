@@ -163,15 +163,29 @@ class Session:
         """
         if self.num_ranks == 1:
             return gradient
-        total = gradient.div(divisor or self.num_ranks).contiguous()
-        self.peers.wait(dist.all_reduce(total, group=self.group, async_op=True), slot.name)
         if not slot.is_sharded:
-            return total
+            return self._all_reduced(slot, gradient, divisor or self.num_ranks)
         chunk = chunk_numel(tuple(slot.placeholder.shape), self.num_shards)
-        own = total.new_zeros(chunk)
-        piece = total.view(-1)[self.store.shard * chunk : (self.store.shard + 1) * chunk]
-        own[: piece.numel()].copy_(piece)
-        return own
+        padded = gradient.new_zeros(self.num_shards, chunk)
+        padded.view(-1)[: gradient.numel()].copy_(gradient.reshape(-1))
+        if self._lane is not None:
+            work = self._lane.reduce_scatter(padded.unbind(), moved=_moved(slot), divisor=divisor)
+            self.peers.wait(work, slot.name)
+            made: torch.Tensor = work.result[0]
+            return made
+        total = self._all_reduced(slot, padded, divisor or self.num_ranks)
+        return total[self.store.shard].clone()
+
+    def _all_reduced(self, slot: Slot, gradient: torch.Tensor, divisor: int) -> torch.Tensor:
+        """The divided sum over all ranks."""
+        if self._lane is None:
+            total = gradient.div(divisor).contiguous()
+            self.peers.wait(dist.all_reduce(total, group=self.group, async_op=True), slot.name)
+            return total
+        padded = gradient.new_zeros(self.num_ranks, -(-gradient.numel() // self.num_ranks))
+        padded.view(-1)[: gradient.numel()].copy_(gradient.reshape(-1))
+        self.peers.wait(self._lane.all_reduce(padded.unbind(), _moved(slot), divisor), slot.name)
+        return padded.view(-1)[: gradient.numel()].view(gradient.shape)
 
     # --- gathered copies that may stay -------------------------------------------------------------------------
 
@@ -188,3 +202,8 @@ class Session:
         """Keep a gathered parameter for the next micro-step, if this one does not end the step."""
         if not self.syncs:
             self._kept[key] = (self.store.version, whole)
+
+
+def _moved(slot: Slot) -> Moved:
+    """Identity of a gradient that no plan reduces."""
+    return Moved(slot.name.encode(), f"the reduction of {slot.name}'s gradient")

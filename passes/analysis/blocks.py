@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 
 import networkx as nx
 from networkx.algorithms.flow import boykov_kolmogorov
@@ -20,7 +21,7 @@ MAX_WORK = 1_000
 """How often the search between two corners may relax a block, times its makers."""
 
 
-_THERE, _ABSENT = ("side", 0), ("side", 1)
+_THERE, _ABSENT = ("side", "there"), ("side", "absent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +213,7 @@ class _Search:
     def __init__(self, block: Block, max_bytes: int) -> None:
         self.block, self.max_bytes = block, max_bytes
         self.best: Choice | None = None
+        self.best_us = inf
         self.left = MAX_WORK
 
     def run(self) -> Choice | None:
@@ -219,8 +221,8 @@ class _Search:
         return self.best
 
     def take(self, choice: Choice) -> None:
-        if choice.num_bytes <= self.max_bytes and (self.best is None or choice.us < self.best.us - 1e-9):
-            self.best = choice
+        if choice.num_bytes <= self.max_bytes and choice.us < self.best_us:
+            self.best, self.best_us = choice, choice.us
 
     def branch(self, block: Block, kept: frozenset[int]) -> None:
         """`block` with its needs met by `kept` taken out of it."""
@@ -235,10 +237,9 @@ class _Search:
         if len(corners) < 2:
             return
         high, low = corners
-        undecided = (high.kept ^ low.kept) - kept
-        if not undecided or (self.best is not None and _bound(high, low, headroom) >= self.best.us - 1e-9):
+        if _bound(high, low, headroom) >= self.best_us - 1e-9:
             return
-        value = max(undecided, key=lambda v: block.num_bytes[v])
+        value = max((high.kept ^ low.kept) - kept, key=lambda v: block.num_bytes[v])
         self.branch(_given(block, value), kept | {value})
         self.branch(_refused(block, value), kept)
 

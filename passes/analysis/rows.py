@@ -120,9 +120,11 @@ _WORDS = frozenset({"none", "true", "false", *_DIMS})
 
 
 def dims(arg: Arg, rank: int) -> str:
-    """Dimensions as patterns write them; nothing for others."""
+    """Dimensions as patterns write them; nothing for others, and for none: to torch these are all."""
     dims = [d for d in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(d, int)]
     around = sorted(d % rank for d in dims) if rank else []
+    if not around:
+        return ""
     return "last" if around == [rank - 1] else "rows" if around == list(range(rank - 1)) else ""
 
 

@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import inf
 
 MAX_WORK = 400_000
 """Ops and transfers that a search walks over in all: large problems are searched less."""
@@ -118,16 +119,16 @@ def earliest_starts(problem: Problem, order: Sequence[int]) -> tuple[int, ...] |
     for number in order:
         transfer = problem.transfers[number]
         earliest = max(last.get(transfer.lane, 0), transfer.first)
-        if transfer.num_bytes and transfer.until > earliest:
+        if transfer.frees:
+            begin, end = transfer.first, earliest
+            if headroom.last_below(transfer.num_bytes, end) >= begin:
+                return None
+        else:
             earliest = max(earliest, headroom.last_below(transfer.num_bytes, transfer.until) + 1)
+            begin, end = earliest, transfer.until
         if earliest > transfer.due:
             return None
-        if transfer.frees and earliest > transfer.first:
-            if headroom.last_below(transfer.num_bytes, earliest) >= transfer.first:
-                return None
-            headroom.take(transfer.num_bytes, transfer.first, earliest)
-        elif transfer.num_bytes and transfer.until > earliest:
-            headroom.take(transfer.num_bytes, earliest, transfer.until)
+        headroom.take(transfer.num_bytes, begin, end)
         starts[number] = last[transfer.lane] = earliest
     return tuple(starts)
 
@@ -135,7 +136,7 @@ def earliest_starts(problem: Problem, order: Sequence[int]) -> tuple[int, ...] |
 def run(problem: Problem, order: Sequence[int], starts: Sequence[int]) -> Timetable:
     """The clock: ops and transfers one after the other, each when what it needs is there."""
     num_ops = problem.num_ops
-    waits: list[list[int]] = [[] for _ in range(num_ops + 1)]
+    waits: dict[int, list[int]] = defaultdict(list)
     for number, transfer in enumerate(problem.transfers):
         waits[transfer.due].append(number)
     begins, ends = [0.0] * len(order), [0.0] * len(order)
@@ -143,7 +144,7 @@ def run(problem: Problem, order: Sequence[int], starts: Sequence[int]) -> Timeta
     stalls: list[tuple[int, int, float]] = []
     now = 0.0
     free: dict[str, float] = {}
-    before: list[list[int]] = [[] for _ in range(num_ops + 1)]
+    before: dict[int, list[int]] = defaultdict(list)
     for number in order:
         before[starts[number]].append(number)
     for op in range(num_ops + 1):
@@ -167,7 +168,7 @@ def delayed(problem: Problem, found: Timetable, slack: float = 0.0) -> Timetable
     limits: dict[str, float] = {}
     for number in reversed(found.order):
         transfer = problem.transfers[number]
-        limit = min(limits.get(transfer.lane, float("inf")), found.ops_us[transfer.due]) - transfer.us
+        limit = min(limits.get(transfer.lane, inf), found.ops_us[transfer.due]) - transfer.us
         limits[transfer.lane] = latest[number] = max(limit, found.begins_us[number])
     starts = list(found.starts)
     ceilings: dict[str, int] = {}
@@ -182,13 +183,16 @@ def delayed(problem: Problem, found: Timetable, slack: float = 0.0) -> Timetable
 
 
 def first_use_order(problem: Problem) -> tuple[int, ...]:
-    """Transfers in the order in which they are needed; those that nothing waits for, when they can first start."""
-    num_ops, transfers = problem.num_ops, problem.transfers
-    return tuple(sorted(range(len(transfers)), key=lambda n: _position(transfers[n], num_ops)))
+    """Transfers in the order in which they are needed; those that take memory away, when they can first start.
+
+    There is always a placement with this order: each may start then, and holds nothing.
+    """
+    return tuple(sorted(range(len(problem.transfers)), key=lambda n: _position(problem.transfers[n])))
 
 
-def _position(transfer: Transfer, num_ops: int) -> tuple[int, int]:
-    return (transfer.first, 1) if transfer.frees or transfer.due == num_ops else (transfer.due, 0)
+def _position(transfer: Transfer) -> tuple[int, bool]:
+    """The op that it goes before, and whether it goes after others that do."""
+    return (transfer.first, True) if transfer.frees else (transfer.due, False)
 
 
 def latest_first_order(problem: Problem) -> tuple[int, ...]:
@@ -201,7 +205,7 @@ def latest_first_order(problem: Problem) -> tuple[int, ...]:
     needed = [n for n in first_use_order(problem) if transfers[n].due < problem.num_ops]
     free = [n for n in first_use_order(problem) if transfers[n].due == problem.num_ops]
     latest: dict[int, float] = {}
-    limit = float("inf")
+    limit = inf
     for number in reversed(needed):
         limit = latest[number] = min(limit, clock[transfers[number].due]) - transfers[number].us
     order: list[int] = []
@@ -222,7 +226,7 @@ def latest_first_order(problem: Problem) -> tuple[int, ...]:
     return tuple(order)
 
 
-def search(problem: Problem, effort: int = 200) -> Timetable | None:
+def search(problem: Problem, effort: int = 200) -> Timetable:
     """The best timetable found: first-use order, latest-first order, and swaps around what computing waits for.
 
     Never slower than first-use order. `effort` bounds how many orders are tried beyond those two.
@@ -230,10 +234,7 @@ def search(problem: Problem, effort: int = 200) -> Timetable | None:
     tried = [
         evaluate(problem, order) for order in dict.fromkeys((first_use_order(problem), latest_first_order(problem)))
     ]
-    found = [t for t in tried if t is not None]
-    if not found:
-        return None
-    best = min(found, key=lambda t: t.makespan_us)
+    best = min((t for t in tried if t is not None), key=lambda t: t.makespan_us)
     bound = problem.lower_bound_us
     effort = min(effort, MAX_WORK // (1 + problem.num_ops + len(problem.transfers)))
     improved = True
@@ -274,13 +275,15 @@ class HeadroomTree:
 
     def __init__(self, headroom: Sequence[int]) -> None:
         self.size = 1 << max(len(headroom) - 1, 0).bit_length()
-        self.low = [0] * self.size + [*headroom] + [2**62] * (self.size - len(headroom))
+        self.low = [inf] * self.size + [*headroom] + [inf] * (self.size - len(headroom))
         for node in range(self.size - 1, 0, -1):
             self.low[node] = min(self.low[2 * node], self.low[2 * node + 1])
         self.taken = [0] * (2 * self.size)
 
     def take(self, num_bytes: int, begin: int, end: int) -> None:
         """Take bytes beside the ops from `begin` to before `end`."""
+        if begin >= end:
+            return
         left, right = begin + self.size, end + self.size
         first, last = left, right - 1
         while left < right:
@@ -299,8 +302,7 @@ class HeadroomTree:
 
     def _lower(self, node: int, num_bytes: int) -> None:
         self.low[node] -= num_bytes
-        if node < self.size:
-            self.taken[node] += num_bytes
+        self.taken[node] += num_bytes
 
     def last_below(self, num_bytes: int, end: int) -> int:
         """The last op before `end` that has less headroom than `num_bytes`; -1 if none has."""

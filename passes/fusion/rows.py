@@ -167,8 +167,8 @@ class Kernel:
         names: dict[str, Arg] = {"per_column": 1 / self.group.space.columns}
         if "seed" in used:
             names["seed"] = self._seed(node)
-        if isinstance(p := found.bound.get("p"), float) and p < 1:
-            names["per_kept"] = 1 / (1 - p)
+        if isinstance(p := found.bound.get("p"), float):
+            names["per_kept"] = 1 / (1 - p) if p < 1 else 0.0  # nothing is kept
         for name, thing in found.bound.items():
             if name in used:
                 names[name] = self._named(thing) if isinstance(thing, Value) else thing

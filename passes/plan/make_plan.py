@@ -38,7 +38,7 @@ def make_plan(graph: Graph, *, only_step: bool = False) -> Plan:
     saved = _saved(runs, forward)
     absent = (InputKind.tangent, InputKind.constant)
     arguments = [i.value for i in graph.inputs if i.kind not in absent]
-    plan_forward = _program("forward", arguments, forward, [*outputs, *saved], graph.arenas.get(Phase.forward, 0))
+    plan_forward = _program("forward", arguments, forward, [*outputs, *saved], graph.arenas.get(Phase.forward))
     tangents = [i.value for i in graph.inputs if i.kind is InputKind.tangent]
     if not any(o.phase is not Phase.forward for o in graph.outputs):
         return Plan(graph, plan_forward, None, None, ())
@@ -103,7 +103,7 @@ def _backward(name: str, graph: Graph, saved: Iterable[Value], tangents: Iterabl
     graph = _as_run(graph)
     nodes = [n for n in graph.nodes if n.phase is not Phase.forward]
     results = [o.value for o in graph.outputs if o.phase is not Phase.forward]
-    return _program(name, [*saved, *tangents], nodes, results, graph.arenas.get(Phase.backward, 0))
+    return _program(name, [*saved, *tangents], nodes, results, graph.arenas.get(Phase.backward))
 
 
 def _saved(graph: Graph, forward: Iterable[Node]) -> tuple[Value, ...]:
@@ -118,7 +118,8 @@ def _saved(graph: Graph, forward: Iterable[Node]) -> tuple[Value, ...]:
 
 
 def _program(
-    name: str, arguments: Iterable[Value], nodes: Iterable[Node], results: Iterable[Value | None], arena_bytes: int
+    name: str, arguments: Iterable[Value], nodes: Iterable[Node], results: Iterable[Value | None],
+    arena_bytes: int | None,
 ) -> Program:  # fmt: skip
     """Instructions with each value freed after its last use; what is returned is never freed."""
     wanted = list(results)
@@ -129,5 +130,5 @@ def _program(
         frees = tuple(n for n in touched if n not in alive)
         alive.update(touched)
         instructions.append(Instruction(node, frees))
-    arena_bytes = arena_bytes if any(offsets(i.node) for i in instructions) else 0
-    return Program(name, tuple(arguments), tuple(reversed(instructions)), tuple(wanted), arena_bytes)
+    arena_bytes = arena_bytes if any(offsets(i.node) for i in instructions) else None
+    return Program(name, tuple(arguments), tuple(reversed(instructions)), tuple(wanted), arena_bytes or 0)

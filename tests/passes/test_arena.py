@@ -55,6 +55,8 @@ def test_the_graph_says_how_large_its_arenas_are():
     graph = Arena(always=True).run(plain, context)
     assert not plain.arenas
     assert set(graph.arenas) == {Phase.forward, Phase.backward}
+    without = make_plan(plain)
+    assert {p.arena_bytes for p in (without.forward, without.backward, without.unsynced)} == {0}
     plan = make_plan(graph)
     assert plan.forward.arena_bytes == graph.arenas[Phase.forward]
     assert {p.arena_bytes for p in (plan.backward, plan.unsynced)} == {graph.arenas[Phase.backward]}

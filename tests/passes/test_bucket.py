@@ -7,7 +7,9 @@ import torch
 
 import small
 import zgraph
-from zgraph.ir import OPS, Axis, Graph
+from zgraph.cost import CostTable, hardware
+from zgraph.cost.table import Line
+from zgraph.ir import OPS, Axis, Graph, parse_graph
 from zgraph.passes import Context, bucket, parse_recipe
 from zgraph.passes.bucket import Bucket
 
@@ -51,3 +53,48 @@ def test_the_fastest_of_two_choices_is_taken(fewest, monkeypatch):
     assert len(tried) == 3
     assert max(tried) == tried[-1]
     assert (sum(n.op == "reshard" for n in made.nodes) < sum(n.op == "reshard" for n in graph.nodes)) == fewest
+
+
+WIDE = """graph "g" mesh(shard=3)
+op aten.mul.Tensor
+param %a: f32[{numel}]<S0> "a" stage=3
+param %b: f32[{numel}]<S0> "b" stage=3
+input %x: f32[{numel}]<V>
+fwd %a_full: f32[{numel}]<R> = reshard(%a) @ "first"
+fwd %y: f32[{numel}]<V> = aten.mul.Tensor(%x, %a_full) @ "first"
+fwd %b_full: f32[{numel}]<R> = reshard(%b) @ "second"
+fwd %z: f32[{numel}]<V> = aten.mul.Tensor(%y, %b_full) @ "second"
+return fwd output %z
+"""
+
+
+@pytest.mark.parametrize(
+    ("latency_us", "num_bytes", "is_packed"),
+    [(400.0, 600_000 - 12, True), (400.0, 600_000, False), (1.0, 65_532, True), (1.0, 65_544, False)],
+)
+def test_values_are_packed_whose_bytes_take_less_time_than_a_latency(latency_us, num_bytes, is_packed):
+    """In 400 us a rank sends 400,000 bytes: two thirds of what three ranks gather then. Below 64 KiB all are packed."""
+    line = Line(latency_us=latency_us, bytes_per_s=1e9)
+    costs = CostTable(hardware=hardware("cpu"), per_host=1, transfers={"all_gather": line})
+    graph = parse_graph(WIDE.format(numel=num_bytes // 4))
+    made = Bucket(max_bytes=1 << 22).run(graph, Context((Axis("shard", 3),), costs=costs))
+    assert sum(n.op == "reshard" for n in made.nodes) == (1 if is_packed else 2)
+
+
+@pytest.mark.parametrize(
+    ("latency_us", "usual"), [(400.0, 20 * 600_000), (1.0, 128 << 10), (1e6, 256 << 20)],
+    ids=["latencies", "two of the largest that are packed", "most"],
+)  # fmt: skip
+def test_sizes_around_the_one_that_makes_a_latency_small_are_tried(latency_us, usual, monkeypatch):
+    line = Line(latency_us=latency_us, bytes_per_s=1e9)
+    costs = CostTable(hardware=hardware("cpu"), per_host=1, transfers={"all_gather": line})
+    tried = list[int]()
+    monkeypatch.setattr(Bucket, "groups", lambda self, graph, max_bytes, below: tried.append(max_bytes) or [])
+    Bucket().run(parse_graph(WIDE.format(numel=6)), Context((Axis("shard", 3),), costs=costs))
+    assert tried == [usual, usual // 4, 4 * usual]
+
+
+def test_a_bucket_counts_as_what_its_first_member_is_for():
+    made = Bucket(max_bytes=1000, pack_below_bytes=1000).run(parse_graph(WIDE.format(numel=6)), TWO)
+    (reshard,) = [n for n in made.nodes if n.op == "reshard"]
+    assert (reshard.origin.module, reshard.origin.made_by) == ("first", "bucket")

@@ -14,21 +14,26 @@ from hypothesis import strategies as st
 from tests.interp.models import captured
 from tests.interp.ranks import Reference
 from tests.ir.strategies import graphs
+from tests.passes.test_goldens import FOLDER, Golden
 from zgraph.codegen import reference
 from zgraph.codegen.spec import KernelSpec
 from zgraph.cost import CostTable, hardware
 from zgraph.cost.hardware import Link
+from zgraph.cost.table import Line
 from zgraph.errors import BudgetError
-from zgraph.ir import OPS, Axis, Graph, Node, Phase, TensorType, parse_graph, verify
+from zgraph.ir import OPS, Axis, DType, Graph, Node, Phase, TensorType, parse_graph, verify
 from zgraph.ir.aliases import Memory
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.passes.all_gather import AllGather
 from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.lookahead import lowered, makespan_us, peak_bytes
 from zgraph.passes.bucket import Bucket
-from zgraph.passes.fit import _Fitter
+from zgraph.passes.fit import Fit, _Fitter
+from zgraph.passes.fuse import Fuse
+from zgraph.passes.fuse import ways as fuse_ways
+from zgraph.passes.fusion.candidates import Ways
 from zgraph.passes.fusion.loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
-from zgraph.passes.fusion.rows import ROWS
+from zgraph.passes.fusion.rows import MATMUL, ROWS
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload, Saved
 from zgraph.passes.partition import Partition
@@ -146,7 +151,7 @@ def test_a_step_without_collectives_is_held_to_its_budget_too():
         .replace('return bwd grad "b" %gb_mean\n', "")
     )  # fmt: skip
     least = memory_of(alone, {}).peak.total_bytes
-    assert Schedule().run(alone, Context(memory_budget=least)) == alone
+    assert Schedule().run(alone, Context(memory_budget=least)) is alone
     with pytest.raises(BudgetError):
         Schedule().run(alone, Context(memory_budget=least - 1))
 
@@ -209,6 +214,33 @@ def test_collectives_run_while_something_is_computed():
     assert hidden["bf"] >= 1, "the next gather of the forward"
     assert hidden["a_again"] >= 1, "the next gather of the backward"
     assert hidden["gb_mean"] >= 1, "a reduction"
+
+
+RETURNED = """graph "g" mesh(shard=2)
+op aten.mul.Tensor
+param %w: f32[8388608]<S0> "w" stage=3
+param %a: f32[256]<S0> "a" stage=3
+input %x: f32[4194304]<V>
+fwd %w_full: f32[8388608]<R> = reshard(%w)
+fwd %y: f32[4194304]<V> = aten.mul.Tensor(%x, %x)
+fwd %a_full: f32[256]<R> = reshard(%a)
+fwd %z: f32[4194304]<V> = aten.mul.Tensor(%y, %a_full)
+return fwd output %z
+return fwd output %w_full
+"""
+
+
+def test_a_parameter_that_is_returned_is_gathered_last_where_the_budget_is_short():
+    """On a network so fast that the clock would let it pass the other."""
+    line = Line(latency_us=1.0, bytes_per_s=1e12)
+    costs = CostTable(hardware=hardware("cpu"), per_host=1, transfers={"all_gather": line})
+    context = replace(TWO, costs=costs)
+    graph = Release().run(AllGather().run(parse_graph(RETURNED), context), context)
+    least = memory_of(LoweredStep(graph, context).canonical(), {}).peak.total_bytes
+    after = Schedule().run(graph, replace(context, memory_budget=least))
+    assert [n.name for n in of_op(after, "all_gather_start")] == ["a_full_start", "w_full_start"]
+    roomy = Schedule().run(graph, replace(context, memory_budget=2 * least))
+    assert under_way(roomy)["w_full"] > under_way(after)["w_full"] == 0
 
 
 UNEVEN = """graph "g" mesh(shard=2)
@@ -380,6 +412,13 @@ def test_a_graph_without_a_backward_computes_nothing_again():
 # --- fit -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_step_that_just_fits_is_left_as_it_is():
+    graph = parse_recipe("canonicalize,partition(stage=3)").run(captured("llama"), TWO)
+    peak = peak_bytes(graph, TWO)
+    assert Fit().run(graph, replace(TWO, memory_budget=peak)) is graph
+    assert Fit().run(graph, replace(TWO, memory_budget=peak - 1)) != graph
+
+
 @pytest.mark.parametrize("name", ["llama", "tied"])
 @pytest.mark.parametrize("bytes_per_s", [1e5, 1e7, 1e12])
 def test_no_step_that_moves_is_faster_than_what_ends_the_search(name, bytes_per_s):
@@ -494,6 +533,17 @@ def test_a_fused_dropout_keeps_the_mean(p):
     assert torch.equal(*kept)
 
 
+def test_a_dropout_that_keeps_nothing_makes_zeros():
+    text = DROPOUT.replace("{p}", "1.0").replace("{scale}", "0.0")
+    fused = parse_recipe("canonicalize,fuse").run(parse_graph(text), Context())
+    kernels = of_op(fused, ROWS)
+    assert [k.phase for k in kernels] == [Phase.forward, Phase.backward]
+    for kernel in kernels:
+        spec = KernelSpec.parse(str(kernel.args[-1]))
+        inputs = [torch.tensor(7) if o.dtype is DType.i64 else torch.ones(64, 16).double() for o in spec.inputs]
+        assert reference.run(spec, inputs, 64, torch.float64)[-1].count_nonzero() == 0
+
+
 MERGED = """graph "g"
 op aten.add.Tensor
 op aten.exp.default
@@ -563,3 +613,94 @@ def test_options_may_be_0_and_no_less(kind, options):
         kind(**{option: 0})
         with pytest.raises(ValueError, match="must be 0 or more"):
             kind(**{option: -1})
+
+
+VIEWED = ("fwd %p", "fwd %v: f32[8, 8] = aten.view.default(%x, [8, 8])\nfwd %p")
+
+
+@pytest.mark.parametrize("word", ["never", "auto", "always"])
+def test_fuse_takes_three_words_for_matmuls(word):
+    assert Fuse(matmuls=word).matmuls == word
+    with pytest.raises(ValueError, match="never, auto or always"):
+        Fuse(matmuls=f"{word}s")
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_fused"),
+    [
+        ([], True),
+        ([("return fwd output %l", "return fwd output %l\nreturn fwd output %p")], False),
+        ([("return fwd output %l", "fwd %q: f32[8, 8] = aten.exp.default(%p)\nreturn fwd output %l")], False),
+        ([("none, 1, -100", "none, 2, -100")], True),
+        ([("none, 1, -100", "none, 0, -100")], False),
+        ([("none, 1, -100", "%w, 1, -100"), ("fwd %p", "fwd %w: f32[8] = aten.exp.default(%x)\nfwd %p")], False),
+        ([("%x: f32[8, 8]", "%x: f32[64]"), ("_softmax.default(%x", "_softmax.default(%v"), VIEWED], False),
+        ([("%x: f32[8, 8]", "%x: f32[2, 4, 8]"), ("_softmax.default(%x", "_softmax.default(%v"), VIEWED], True),
+    ],
+    ids=["mean", "returned", "read", "sum", "one a token", "weights", "of no rows", "of a view"],
+)
+def test_a_loss_is_fused_where_nothing_else_needs_what_is_inside(changes, is_fused):
+    text = LOSS.format(dim=1, strides="").replace(
+        "op aten.nll", "op aten.exp.default\nop aten.view.default views(0)\nop aten.nll"
+    )
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after)
+    graph = parse_graph(text)
+    verify(graph)
+    fused = parse_recipe("fuse").run(graph, Context())
+    verify(fused)
+    assert bool(of_op(fused, PLAIN)) == is_fused
+    for made in of_op(fused, PLAIN):
+        assert made.args[-2:] == (-100, "none, 1" in text)
+
+
+def test_a_loss_in_half_precision_is_computed_in_single():
+    """What it returned is cast back, each of the two from its own."""
+    fused = parse_recipe("fuse").run(parse_graph(LOSS.format(dim=1, strides="").replace("f32", "bf16")), Context())
+    verify(fused)
+    (made,) = of_op(fused, PLAIN)
+    assert [r.tensor.dtype for r in made.results] == [DType.f32] * 3
+    casts = {n.name: n.operands[0] for n in of_op(fused, "aten._to_copy.default")}
+    assert casts.get("l") == made.results[0]
+    assert casts.get("n", made.results[1]) == made.results[1]
+
+
+# --- the fastest way to run a group --------------------------------------------------------------------------------
+
+
+def best(
+    measured: dict[str, float], matmuls: str = "auto", rate: float = 0.75, ways: str = "aten kernel inductor"
+) -> str:
+    """Which way is taken, where each is so many ops of the same size."""
+    graph = parse_graph(MERGED)
+    counts = {"aten": 1, "inductor": 1, "matmul": 2, "kernel": 3, "library": 4}
+    nodes = {way: graph.nodes[:1] * counts[way] for way in ways.split()}
+    machine = hardware("h100")
+    device = machine.device.model_copy(update={"generated_matmul_rate": rate})
+    costs = CostTable(hardware=machine.model_copy(update={"device": device}), per_host=1, groups={"key": measured})
+    return Ways(None, "key", None, nodes, graph).best(Context(costs=costs), matmuls)
+
+
+def test_what_is_weighed_writes_what_is_read_and_no_more():
+    """Of the products only the first is read by others than its epilogue."""
+    graph = parse_graph(Golden.read(FOLDER / "fuse-matmul.zir").before)
+    calls = [ways.nodes["matmul"] for ways in fuse_ways(graph, {}) if "matmul" in ways.nodes]
+    made = [[r.name.partition("_")[0] for n in call if n.op == MATMUL for r in n.results] for call in calls]
+    assert made == [["h", "a"], ["y"], ["dh", "db"]]
+
+
+def test_what_was_measured_decides():
+    assert best({"aten": 2.0, "kernel": 3.0, "inductor": 1.0}) == "inductor"
+    assert best({"aten": 2.0, "kernel": 3.0, "inductor": 4.0, "matmul": 1.0}) == "aten"
+
+
+def test_what_was_not_measured_altogether_is_estimated():
+    """A kernel counts as faster than its ops, and Inductor's is never taken."""
+    assert best({"aten": 2.0, "kernel": 3.0}) == "kernel"
+    assert best({}, ways="aten inductor") == "aten"
+    everything = "aten kernel inductor matmul library"
+    assert best({}, ways=everything) == "matmul"
+    assert best({}, rate=0.0, ways=everything) == "kernel"
+    assert best({}, matmuls="always", rate=0.0, ways=everything) == "matmul"
+    assert best({}, matmuls="always") == "kernel"
