@@ -122,8 +122,8 @@ EQUIVALENT = (
     ),
     Equivalent(_BLOCKS, "line * (1 - 1e-09) - 1e-09", "line * (1 - 1e-09) + 1e-09", _ROUNDING),
     Equivalent(
-        _BLOCKS, "_bound(high, low, room) >= self.best_us - 1e-09", "_bound(high, low, room) > self.best_us - 1e-09",
-        _ROUNDING,
+        _BLOCKS, "_bound(high, low, headroom) >= self.best_us - 1e-09",
+        "_bound(high, low, headroom) > self.best_us - 1e-09", _ROUNDING,
     ),
     Equivalent(_BLOCKS, "self.best_us - 1e-09", "self.best_us + 1e-09", _ROUNDING),
     Equivalent("passes/analysis/timetable.py", "400000", "400001", _TUNED),

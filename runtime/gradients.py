@@ -49,6 +49,8 @@ def attached(run: Run, parameters: Mapping[int, str], session: Session) -> Run:
         return run
 
     def call(*args: Any) -> Any:
+        if session.before_reading is not None:
+            session.before_reading()
         trained = {i: slot for i, slot in mine.items() if args[i].requires_grad} if torch.is_grad_enabled() else {}
         if not trained:
             return run(*args)

@@ -99,6 +99,7 @@ class Pieces:
     def __init__(self, session: Session) -> None:
         self.session = session
         self._given: list[tuple[Slot, torch.Tensor, torch.Tensor, int]] = []
+        session.before_reading = self.write_back
         for slot in session.store.slots.values():
             if isinstance(slot.placeholder, Placeholder):
                 slot.placeholder.zgraph_name, slot.placeholder.zgraph_pieces = slot.name, self
@@ -111,9 +112,7 @@ class Pieces:
         self._given.clear()
         try:
             yield
-            for slot, whole, given, version in self._given:
-                if given._version != version:
-                    self._write_back(slot, whole)
+            self.write_back()
             if self.session.num_ranks > 1 and before != [b._version for b in buffers]:
                 with torch.no_grad():
                     for buffer in buffers:
@@ -121,8 +120,16 @@ class Pieces:
         finally:
             self._given.clear()
 
+    def write_back(self) -> None:
+        """Write to the shards what eager code wrote to gathered parameters that an op gave out."""
+        for index, (slot, whole, given, version) in enumerate(self._given):
+            if given._version != version:
+                self._write_back(slot, whole)
+                self._given[index] = slot, whole, given, given._version
+
     def run(self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
         """An op on gathered parameters, which are freed behind it."""
+        self.write_back()
         wholes: dict[int, tuple[Slot, torch.Tensor]] = {}
 
         def whole(leaf: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,7 @@ class Session:
         self.syncs = True
         self.loss_only_call = False
         self.recorder: Watcher | None = None
+        self.before_reading: Callable[[], None] | None = None
         self._ranges = Ranges()
         self.plans: list[Plan] = []
         self.kinds: dict[str, TensorType] = {}

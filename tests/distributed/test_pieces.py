@@ -103,12 +103,15 @@ class Solving(Layer):
 class Clamped(Layer):
     """Eager code that keeps a parameter within bounds."""
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.bound()
+        return super().forward(x)
+
     @torch.compiler.disable
-    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+    def bound(self) -> None:
         with torch.no_grad():
             self.into.weight.clamp_(-0.1, 0.1)
         self.norm.weight.data.mul_(0.99)
-        return hidden
 
 
 class Printing(Layer):

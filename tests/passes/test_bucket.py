@@ -8,7 +8,7 @@ import torch
 import small
 import zgraph
 from zgraph.cost import CostTable, hardware
-from zgraph.cost.table import Line
+from zgraph.cost.table import AlphaBeta
 from zgraph.ir import OPS, Axis, Graph, parse_graph
 from zgraph.passes import Context, bucket, parse_recipe
 from zgraph.passes.bucket import Bucket
@@ -74,7 +74,7 @@ return fwd output %z
 )
 def test_values_are_packed_whose_bytes_take_less_time_than_a_latency(latency_us, num_bytes, is_packed):
     """In 400 us a rank sends 400,000 bytes: two thirds of what three ranks gather then. Below 64 KiB all are packed."""
-    line = Line(latency_us=latency_us, bytes_per_s=1e9)
+    line = AlphaBeta(latency_us=latency_us, bytes_per_s=1e9)
     costs = CostTable(hardware=hardware("cpu"), per_host=1, transfers={"all_gather": line})
     graph = parse_graph(WIDE.format(numel=num_bytes // 4))
     made = Bucket(max_bytes=1 << 22).run(graph, Context((Axis("shard", 3),), costs=costs))
@@ -86,7 +86,7 @@ def test_values_are_packed_whose_bytes_take_less_time_than_a_latency(latency_us,
     ids=["latencies", "two of the largest that are packed", "most"],
 )  # fmt: skip
 def test_sizes_around_the_one_that_makes_a_latency_small_are_tried(latency_us, usual, monkeypatch):
-    line = Line(latency_us=latency_us, bytes_per_s=1e9)
+    line = AlphaBeta(latency_us=latency_us, bytes_per_s=1e9)
     costs = CostTable(hardware=hardware("cpu"), per_host=1, transfers={"all_gather": line})
     tried = list[int]()
     monkeypatch.setattr(Bucket, "groups", lambda self, graph, max_bytes, below: tried.append(max_bytes) or [])

@@ -19,7 +19,7 @@ from zgraph.codegen import reference
 from zgraph.codegen.spec import KernelSpec
 from zgraph.cost import CostTable, hardware
 from zgraph.cost.hardware import Link
-from zgraph.cost.table import Line
+from zgraph.cost.table import AlphaBeta
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Axis, DType, Graph, Node, Phase, TensorType, parse_graph, verify
 from zgraph.ir.aliases import Memory
@@ -30,8 +30,8 @@ from zgraph.passes.analysis.lookahead import lowered, makespan_us, peak_bytes
 from zgraph.passes.bucket import Bucket
 from zgraph.passes.fit import Fit, _Fitter
 from zgraph.passes.fuse import Fuse
-from zgraph.passes.fuse import ways as fuse_ways
-from zgraph.passes.fusion.candidates import Ways
+from zgraph.passes.fuse import candidates as fuse_candidates
+from zgraph.passes.fusion.candidates import Candidates
 from zgraph.passes.fusion.loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
 from zgraph.passes.fusion.rows import MATMUL, ROWS
 from zgraph.passes.keep import Keep
@@ -232,7 +232,7 @@ return fwd output %w_full
 
 def test_a_parameter_that_is_returned_is_gathered_last_where_the_budget_is_short():
     """On a network so fast that the clock would let it pass the other."""
-    line = Line(latency_us=1.0, bytes_per_s=1e12)
+    line = AlphaBeta(latency_us=1.0, bytes_per_s=1e12)
     costs = CostTable(hardware=hardware("cpu"), per_host=1, transfers={"all_gather": line})
     context = replace(TWO, costs=costs)
     graph = Release().run(AllGather().run(parse_graph(RETURNED), context), context)
@@ -679,13 +679,13 @@ def best(
     machine = hardware("h100")
     device = machine.device.model_copy(update={"generated_matmul_rate": rate})
     costs = CostTable(hardware=machine.model_copy(update={"device": device}), per_host=1, groups={"key": measured})
-    return Ways(None, "key", None, nodes, graph).best(Context(costs=costs), matmuls)
+    return Candidates(None, "key", None, nodes, graph).best(Context(costs=costs), matmuls)
 
 
 def test_what_is_weighed_writes_what_is_read_and_no_more():
     """Of the products only the first is read by others than its epilogue."""
     graph = parse_graph(Golden.read(FOLDER / "fuse-matmul.zir").before)
-    calls = [ways.nodes["matmul"] for ways in fuse_ways(graph, {}) if "matmul" in ways.nodes]
+    calls = [c.nodes["matmul"] for c in fuse_candidates(graph, {}) if "matmul" in c.nodes]
     made = [[r.name.partition("_")[0] for n in call if n.op == MATMUL for r in n.results] for call in calls]
     assert made == [["h", "a"], ["y"], ["dh", "db"]]
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.passes.test_decisions import CHAIN
 from zgraph.cost import CostTable, hardware
-from zgraph.cost.table import Line
+from zgraph.cost.table import AlphaBeta
 from zgraph.ir import HOST, Axis, Graph, parse_graph
 from zgraph.passes import Context
 from zgraph.passes.analysis.forward import Forward
@@ -24,7 +24,7 @@ return bwd grad "x" %g
 AGAIN = "bwd %w_again: f32[1001]<R> = reshard(%w)\nbwd %u: f32[1001]<V> = aten.mul.Tensor(%t, %w_again)\n"
 
 COSTS = CostTable(
-    hardware=hardware("h100"), per_host=1, transfers={"all_gather": Line(latency_us=100.0, bytes_per_s=1e6)}
+    hardware=hardware("h100"), per_host=1, transfers={"all_gather": AlphaBeta(latency_us=100.0, bytes_per_s=1e6)}
 )
 
 
