@@ -76,8 +76,10 @@ def compile(
             sequence of passes, your own among them (`zgraph.register_pass` lets recipes name these); or the path of a
             run file (`run.zg`), whose last graph is run as it is, if the model is captured as it was for that file.
         save: where to write a run file: the captured graph, the graph after every pass, and what the passes knew.
-        fullgraph: False lets a forward through that cannot be captured as one graph: everything is gathered for the
-            length of the call and runs eagerly, with a warning.
+        fullgraph: False captures a forward in pieces where it cannot be one graph. Each piece is sharded, with its own
+            gathers; eager code between two has a parameter gathered for each op that reads it. The ranks must go the
+            same way. "eager" captures nothing: everything is gathered from the call to the end of the backward, with a
+            warning, and each rank may go its own way.
         dynamic: as in `torch.compile`: None learns which sizes change, True takes them all as symbols at once.
 
     Returns:

@@ -134,7 +134,7 @@ def test_frozen_parameters_may_be_left_out(tmp_path: Path) -> None:
 
 
 def test_what_no_checkpoint_has_of_a_step_under_way(tmp_path: Path) -> None:
-    engine = engine_of(gradient_accumulation_steps=2, zgraph={"fullgraph": False})
+    engine = engine_of(gradient_accumulation_steps=2)
     with pytest.raises(UsageError, match="save_dir="):
         engine.save_checkpoint("")
     with zgraph.gathered(engine.module), pytest.raises(UsageError, match=r"within zgraph\.gathered"):
@@ -144,9 +144,24 @@ def test_what_no_checkpoint_has_of_a_step_under_way(tmp_path: Path) -> None:
     engine.backward(engine(torch.randn(2, 6)).mean())
     with pytest.raises(UsageError, match="between backward and step"):
         engine.save_checkpoint(tmp_path)
-    engine.step()
-    with pytest.raises(UsageError, match="a step is under way"):
-        engine.save_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False, "eager"])
+def test_a_step_under_way_goes_on(tmp_path: Path, fullgraph: bool | str) -> None:
+    batches = [torch.randn(2, 6) for _ in range(2)]
+
+    def micro_step(engine: Any, number: int) -> None:
+        engine.backward(engine(batches[number]).mean())
+        engine.step()
+
+    engine, other = (engine_of(gradient_accumulation_steps=2, zgraph={"fullgraph": fullgraph}) for _ in range(2))
+    micro_step(engine, 0)
+    engine.save_checkpoint(tmp_path)
+    micro_step(engine, 1)
+    other.load_checkpoint(tmp_path)
+    micro_step(other, 1)
+    for ours, theirs in zip(engine.module.parameters(), other.module.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_rank_that_was_not_there_draws_numbers_of_its_own() -> None:

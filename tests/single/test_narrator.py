@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import re
@@ -193,3 +194,25 @@ def test_telling_is_logging_where_somebody_listens(
         tell("a line")
     assert caplog.messages == ["a line"]
     assert capsys.readouterr().err == ""
+
+
+class Printing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        print(hidden.shape)
+        return self.last(hidden).sum()
+
+
+def test_each_end_of_a_piece_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "zgraph")
+    model = zgraph.compile(Printing(), fullgraph=False)
+    for _ in range(2):
+        model(torch.ones(2, 4)).backward()
+    (said,) = [r.getMessage() for r in caplog.records if "a piece ends" in r.getMessage()]
+    line = inspect.getsourcelines(Printing.forward)[1] + 2
+    assert f"{__file__}:{line}: Failed to trace builtin operator" in said
+    assert not any("captured again" in r.getMessage() for r in caplog.records)

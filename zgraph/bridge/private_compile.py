@@ -48,7 +48,7 @@ __all__ = [
     "inline_only_when_called",
     "input_index",
     "last_guard",
-    "mutation_target", "never_captured",
+    "mutation_target", "never_captured", "on_break",
     "on_capture",
     "raised_without_data",
     "reset_code", "seeing_subclasses",
@@ -120,8 +120,9 @@ def capturing(*, in_pieces: bool = False) -> Iterator[None]:
         "allow_unspec_int_on_nn_module": True,
         "trace_autograd_ops": True,
     }
-    if in_pieces:  # each layer is captured with its own parameters
+    if in_pieces:  # each layer is captured with its own parameters; what is printed keeps its order
         settings |= {"allow_rnn": False, "recompile_limit": 4096, "accumulated_recompile_limit": 65536}
+        del settings["reorderable_logging_functions"]
     loggers = [logging.getLogger(name) for name in _NOISY]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
@@ -235,6 +236,37 @@ def on_capture(begun: Callable[[], None]) -> None:
 
 
 _told: list[Callable[[], None]] = []
+
+
+class _Breaks(logging.Handler):
+    """Hears of graph breaks, which torch.compile says to a log for debugging alone."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.told: list[Callable[[str, str], None]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.getMessage()
+        place = re.search(r"in user code at (.+:\d+)", said)
+        reason = re.sub(r"Encountered graph break when attempting to trace [^\n]*\n+", "", said)
+        what = re.search(r"Graph Break Reason: ([^\n]*)", reason)
+        for tell in self.told:
+            tell(place[1] if place else "", what[1] if what else "")
+
+
+_breaks = _Breaks()
+
+
+def on_break(told: Callable[[str, str], None]) -> None:
+    """Have a function called with the place, as FILE:LINE, and the reason of each graph break from now on."""
+    if not _breaks.told:
+        logger = logging.getLogger("torch._dynamo.symbolic_convert.__graph_breaks")
+        logger.addHandler(_breaks)
+        if not logger.isEnabledFor(logging.DEBUG):  # else TORCH_LOGS=graph_breaks shows them too
+            logger.setLevel(logging.DEBUG)
+            logger.propagate = False
+    if told not in _breaks.told:
+        _breaks.told.append(told)
 
 
 def compiled_backward_node(tensor: torch.Tensor) -> Any:

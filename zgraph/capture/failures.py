@@ -131,5 +131,5 @@ def _graph_break(error: Exception) -> GraphBreakError:
         f"the forward cannot be captured as one graph: {first_line(error)}"
         f"{f' ({detail.group(1)})' if detail else ''}{where}\n"
         "  Remedy: take the line out of the forward (a print, a data-dependent branch, .item()), or pass "
-        "fullgraph=False to zgraph.compile, which gathers all parameters for the length of the call."
+        "fullgraph=False to zgraph.compile, which captures the forward in pieces and runs this line eagerly."
     )

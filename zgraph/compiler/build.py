@@ -66,7 +66,9 @@ def shard(model: nn.Module, settings: Settings) -> Session:
 def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     """Put in the place of the model's forward one that compiles what it captures."""
     told = environment().logs if session.store.rank == 0 else ()
-    narrator = Narrator(type(model).__name__, model.forward, told, _where(settings, session))
+    narrator = Narrator(
+        type(model).__name__, model.forward, told, _where(settings, session), in_pieces=settings.fullgraph is False
+    )
     compiled = CompiledModel(
         model, session, settings.pipeline, _context(model, settings, session), settings.save, settings.replayed,
         Regions() if settings.compiles_regions else None,

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch.utils import _pytree as pytree
 
-from zgraph.bridge.private_compile import on_capture
+from zgraph.bridge.private_compile import on_break, on_capture
 from zgraph.compiler.report import mebibytes, milliseconds
 from zgraph.ir import Graph
 from zgraph.passes import Pass
@@ -65,10 +65,14 @@ class Narrator:
         like: its forward, whose arguments have names.
         kinds: what is told, of `zgraph.environment.LOG_KINDS`; nothing on ranks but the first.
         where: its stage and its ranks, in words.
+        in_pieces: whether it is captured in pieces, each a graph of its own.
     """
 
-    def __init__(self, model: str, like: Callable[..., Any], kinds: Collection[str], where: str) -> None:
-        self.model, self.kinds, self.where = model, frozenset(kinds), where
+    def __init__(
+        self, model: str, like: Callable[..., Any], kinds: Collection[str], where: str, *, in_pieces: bool = False
+    ) -> None:
+        self.model, self.kinds, self.where, self.in_pieces = model, frozenset(kinds), where, in_pieces
+        self._breaks: set[str] = set()
         self.seconds = 0.0
         self._signature = inspect.signature(like)
         self._model = getattr(like, "__self__", None)
@@ -83,6 +87,8 @@ class Narrator:
         if not self.kinds:
             return call
         on_capture(_begun)
+        if self.in_pieces:
+            on_break(_broke)
 
         @functools.wraps(call)
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -111,7 +117,7 @@ class Narrator:
             return
         modes = {"model.training": getattr(self._model, "training", None), "torch.is_grad_enabled()": self._grads}
         now = {**described(self._signature, *self._given), **modes}
-        if self._seen and "recompiles" in self.kinds:
+        if self._seen and not self.in_pieces and "recompiles" in self.kinds:
             before = min(self._seen, key=lambda seen: len([*changes(seen, now)]))
             said = ", ".join(changes(before, now)) or (
                 "no size, dtype or mode of its arguments changed; TORCH_LOGS=recompiles says which guard failed"
@@ -119,6 +125,13 @@ class Narrator:
             general = "; sizes that change are symbols from now on" if is_general else ""
             tell(f"{graph.name} is captured again, time {len(self._seen) + 1}: {said}{general}")
         self._seen.append(now)
+
+    def broke(self, place: str, reason: str) -> None:
+        """A piece ends, and eager code begins."""
+        if place not in self._breaks and "capture" in self.kinds:
+            self._breaks.add(place)
+            self._bar.stop()
+            tell(f"{self.model}: a piece ends at {place}: {reason.rstrip('.')}; eager code reads gathered parameters")
 
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
         """A pass has run: this is an instrument of the pipeline."""
@@ -143,6 +156,12 @@ def _begun() -> None:
     """Tell whoever is called that torch captures."""
     if (narrator := _calling.get()) is not None:
         narrator.begun()
+
+
+def _broke(place: str, reason: str) -> None:
+    """Tell whoever is called of a graph break."""
+    if (narrator := _calling.get()) is not None:
+        narrator.broke(place, reason)
 
 
 def described(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:

@@ -242,8 +242,7 @@ class Engine:
         Raises:
             CheckpointError: it cannot be written; those saved before are still there. With `checkpoint.asynchronous`,
                 what goes wrong later is raised by the next call that saves, loads or waits.
-            UsageError: it is between `backward` and `step`; or within a step with `fullgraph` false; or there is no
-                save_dir.
+            UsageError: it is between `backward` and `step`; or there is no save_dir.
         """
         if not save_dir:
             raise UsageError("save_checkpoint needs save_dir=: the folder of this run's checkpoints")

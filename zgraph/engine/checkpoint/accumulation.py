@@ -30,11 +30,6 @@ def check_between(engine: Trains) -> None:
             "save_checkpoint between backward and step: call engine.step() first, which counts the batch, or "
             "engine.zero_grad() to forget the gradients"
         )
-    if engine.pending and not engine.config.keys.zgraph.fullgraph:
-        raise UsageError(
-            "a step is under way, and with fullgraph=False its gradients are no part of a checkpoint: save when "
-            "engine.step() has ended the last of the step's micro-batches"
-        )
 
 
 @torch.no_grad()

@@ -234,7 +234,7 @@ class Own(Section):
     hardware: str | None = None
     kernels: Literal["aten", "triton", "inductor", "auto"] = "aten"
     recompute: Literal["auto"] | bool = "auto"
-    fullgraph: bool = True
+    fullgraph: bool | Literal["eager"] = True
     dynamic: bool | None = None
     save: Path | None = None
 
