@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
 
 from tests.deep import deep
 
 from . import zoo
 from .lockstep import Lockstep, assert_same, loss_of
-from .nets import Dropping, Normed, Tied, built, dice, images, rows, words
+from .nets import Dropping, Mlp, Normed, Tied, built, dice, images, rows, words
 from .pool import Pool
 
 STAGES = pytest.mark.parametrize("stage", range(4))
@@ -58,6 +59,29 @@ def differ_in_size(mesh: DeviceMesh, stage: int) -> tuple[float, float]:
 @STAGES
 def test_ranks_may_have_other_sizes_in_the_same_step_with_dynamic(pool: Pool, stage: int) -> None:
     assert_same(pool.run(differ_in_size, 3, stage))
+
+
+def first_differ_in_size(mesh: DeviceMesh, fullgraph: bool, sizes: list[tuple[int, int]]) -> tuple[float, float]:
+    """Rows of each rank in each step."""
+    pair = Lockstep(mesh, built(WithDropout), stage=3, fullgraph=fullgraph)
+    for step, of_ranks in enumerate(sizes):
+        pair.step(rows(10 * step + pair.rank, of_ranks[pair.rank]))
+    return pair.errors
+
+
+class WithDropout(Mlp):
+    """Random numbers must not be drawn for a batch that is only captured."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.dropout(x, 0.2, self.training), y)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize(
+    "sizes", [[(6, 7), (5, 9), (8, 8)], [(1, 6), (6, 1), (3, 4)], [(6, 1), (1, 1)], [(6, 6), (6, 1), (2, 6)]], ids=str
+)
+def test_ranks_may_begin_with_other_sizes(pool: Pool, sizes: list[tuple[int, int]], fullgraph: bool) -> None:
+    assert_same(pool.run(first_differ_in_size, 2, fullgraph, sizes))
 
 
 def later_differ_in_size(mesh: DeviceMesh, stage: int) -> tuple[float, float]:

@@ -44,7 +44,7 @@ def capture_other_graphs(mesh: DeviceMesh) -> Caught:
 
 
 def give_other_shapes(mesh: DeviceMesh) -> Caught:
-    model = zgraph.compile(built(Forked)(), mesh=mesh)
+    model = zgraph.compile(built(Forked)(), mesh=mesh, dynamic=False)
     rank = mesh.get_local_rank()
     return make(model, lambda: model(*rows(0, 6 + rank)), lambda: train_once(model, rows(rank, 12)))
 

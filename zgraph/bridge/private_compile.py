@@ -47,7 +47,7 @@ __all__ = [
     "grad_target",
     "inline_only_when_called",
     "input_index",
-    "last_guard",
+    "last_guard", "mark_dynamic",
     "mutation_target", "never_captured", "on_break",
     "on_capture",
     "raised_without_data",
@@ -104,7 +104,7 @@ def dynamo_is_off() -> str | None:
 
 
 @contextmanager
-def capturing(*, in_pieces: bool = False) -> Iterator[None]:
+def capturing(*, in_pieces: bool = False, dynamic: bool | None = None) -> Iterator[None]:
     """Settings of torch.compile for the length of a `with`, so that fewer forwards break the graph.
 
     Recurrent layers, inner calls of `torch.autograd.grad`, and integers that a module counts with are captured. What
@@ -117,7 +117,7 @@ def capturing(*, in_pieces: bool = False) -> Iterator[None]:
         "ignore_logger_methods": config.ignore_logger_methods | (found - {None}),
         "reorderable_logging_functions": config.reorderable_logging_functions | {print, warnings.warn},
         "allow_rnn": True,
-        "allow_unspec_int_on_nn_module": True,
+        "allow_unspec_int_on_nn_module": dynamic is not True,  # a number of heads is no size
         "trace_autograd_ops": True,
     }
     if in_pieces:  # each layer is captured with its own parameters; what is printed keeps its order
@@ -267,6 +267,11 @@ def on_break(told: Callable[[str, str], None]) -> None:
             logger.propagate = False
     if told not in _breaks.told:
         _breaks.told.append(told)
+
+
+def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Have the next capture take a size of this tensor for a symbol, unless the model allows one size alone."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def compiled_backward_node(tensor: torch.Tensor) -> Any:

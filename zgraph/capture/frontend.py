@@ -96,12 +96,12 @@ class Frontend:
             if why := private_compile.dynamo_is_off():
                 raise CaptureError(f"torch.compile is switched off, so nothing can be captured: {why}; switch it on")
             try:
-                with private_compile.capturing(in_pieces=not fullgraph):
+                with private_compile.capturing(in_pieces=not fullgraph, dynamic=dynamic):
                     return compiled(*args, **kwargs)
             except Exception as error:
                 failed = error
             try:  # outside of the handler: what follows must not have torch's error for a context
-                if fullgraph:
+                if fullgraph or isinstance(failed, private_compile.BackendCompilerFailed):
                     failed = failure(failed, lambda: function(*args, **kwargs), self.name)
                 raise failed
             finally:

@@ -15,6 +15,7 @@ from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.compiler.call_guard import guard
 from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
 from zgraph.compiler.copying import Copier
+from zgraph.compiler.first_batch import agreeing
 from zgraph.compiler.narrator import Narrator
 from zgraph.environment import environment
 from zgraph.ir import Axis
@@ -94,7 +95,10 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     else:
         forward = eager_fallback(forward, session)
     model.__dict__[ATTRIBUTE] = compiled
-    model.__dict__["forward"] = guard(forward, session, settings.param_dtype, own_forward, forget)
+    forward = guard(forward, session, settings.param_dtype, own_forward, forget)
+    if not session.is_alone and settings.fullgraph != "eager" and settings.dynamic is not False:
+        forward = agreeing(model, forward, session)
+    model.__dict__["forward"] = forward
     model.__dict__["load_state_dict"] = checked_loading(model, session.store)
     copier.handles.append(
         model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
