@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from zgraph.bridge import private_runtime
+from zgraph.errors import UsageError
 from zgraph.runtime.session import Session
 from zgraph.runtime.shards import Slot
 
@@ -193,6 +194,26 @@ def _local(gradient: torch.Tensor) -> torch.Tensor:
     return gradient._local_tensor if isinstance(gradient, DTensor) else gradient
 
 
+REFUSED = {
+    torch.optim.Adafactor: "its second moments are of whole matrices; take torch.optim.AdamW or zgraph.optim.Lion",
+    torch.optim.LBFGS: "it takes all gradients as one vector; take torch.optim.AdamW or torch.optim.SGD",
+    torch.optim.Rprop: "it assigns to parts of its states, which torch's DTensor does not do; take torch.optim.RMSprop",
+    torch.optim.SparseAdam: "gradients of shards are dense; take torch.optim.AdamW",
+}
+"""Optimizers of torch that do not step over shards, and why."""
+
+
+def _check_optimizer(optimizer: Optimizer, session: Session) -> None:
+    """Raise UsageError for an optimizer that does not step over shards, before it changes anything."""
+    why = REFUSED.get(type(optimizer))
+    sharded = {id(s.parameter) for s in session.store.slots.values() if s.is_sharded} if why else set()
+    if any(id(p) in sharded for group in optimizer.param_groups for p in group["params"]):
+        raise UsageError(
+            f"torch.optim.{type(optimizer).__name__} does not step over sharded parameters: {why}, or zgraph.compile "
+            "with stage=0"
+        )
+
+
 @contextmanager
 def without_sync(session: Session) -> Iterator[None]:
     """Context whose backwards leave gradients unreduced. Post-accumulate hooks wait for the first backward behind it:
@@ -224,6 +245,7 @@ def reduce_before_steps(session: Session) -> None:
         session = watched()
         if session is None:
             return
+        _check_optimizer(optimizer, session)
         found = [slot for slot in session.store.slots.values() if is_unreduced(slot)]
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]} if found else ()
         for slot in found:

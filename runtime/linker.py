@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from zgraph.ir import OutputKind, Phase, Plan, Program
+from zgraph.ir import InputKind, OutputKind, Phase, Plan, Program
 from zgraph.runtime.agreement import plan_text, wire_of
 from zgraph.runtime.executor import Runner, link
 from zgraph.runtime.gradients import Gradient, needs_token, token
@@ -16,11 +17,12 @@ from zgraph.runtime.recorder import Watcher
 from zgraph.runtime.regions import Regions
 from zgraph.runtime.session import Session
 from zgraph.runtime.shards import Slot
+from zgraph.runtime.unused import Tangents, Unused
 
 
 def link_plan(
     session: Session, plan: Plan, constants: Mapping[str, torch.Tensor], captured: str, known: str = "",
-    regions: Regions | None = None,
+    regions: Regions | None = None, behind: Mapping[str, Tangents] = MappingProxyType({}),
 ) -> tuple[Runner, Runner | None]:  # fmt: skip
     """The runners of a plan's forward and backward, once all ranks have agreed on it.
 
@@ -31,6 +33,7 @@ def link_plan(
         captured: the graph that the plan was made of, as text.
         known: what the passes knew.
         regions: if given, they compile what is between collectives.
+        behind: what `tangents_behind` finds in the captured graph.
 
     Raises:
         PlanMismatchError: the ranks compiled different plans.
@@ -49,8 +52,13 @@ def link_plan(
     def runner(program: Program, watcher: Watcher | None) -> Runner:
         return link(program, plan, session, resident, watcher, regions)
 
+    kinds = [i.value.tensor for i in plan.graph.inputs if i.kind is InputKind.tangent]
+    tangents = tuple(kinds) if behind else ()
+
     def forward(args: list[Any]) -> list[Any]:
-        session.loss_only_call = plan.loss_only is not None
+        session.num_plans_run += 1
+        session.loss_only_call = plan.loss_only is not None and session.num_plans_run == 1
+        session.tangents = tangents if session.num_plans_run == 1 else ()
         return runner(plan.forward, session.watcher)(args)
 
     guarded = _guarded(session, forward)
@@ -63,7 +71,7 @@ def link_plan(
     def backward(syncs: bool, loss_only: bool) -> Runner:
         return runner(programs[syncs, loss_only], session.watcher)
 
-    return guarded, _guarded(session, _backward(session, plan, plan.backward, backward))
+    return guarded, _guarded(session, _backward(session, plan, plan.backward, backward, behind))
 
 
 def _agree(session: Session, plan: Plan, captured: str, known: str) -> None:
@@ -94,7 +102,10 @@ def _guarded(session: Session, run: Runner) -> Runner:
     return guarded
 
 
-def _backward(session: Session, plan: Plan, program: Program, runner: Callable[[bool, bool], Runner]) -> Runner:
+def _backward(
+    session: Session, plan: Plan, program: Program, runner: Callable[[bool, bool], Runner],
+    behind: Mapping[str, Tangents],
+) -> Runner:  # fmt: skip
     """Runs the backward that is due. Gradients of parameters leave as tokens, where autograd could not take them.
 
     Args:
@@ -102,6 +113,7 @@ def _backward(session: Session, plan: Plan, program: Program, runner: Callable[[
         plan: the plan.
         program: its backward.
         runner: gives the backward that syncs or not, and that leaves out zero tangents or not.
+        behind: see `link_plan`.
     """
     names = {i.value.name: i.target for i in plan.graph.params}
     outputs = [o for o in plan.graph.outputs if o.phase is not Phase.forward]
@@ -112,11 +124,15 @@ def _backward(session: Session, plan: Plan, program: Program, runner: Callable[[
     held = {str(n.option("target")): n.operands[0].tensor for n in plan.graph.nodes if n.op == "accumulate"}
     session.kinds |= held
     zeros_at = [i for i, v in enumerate(program.arguments) if v.name in plan.zero_tangents]
+    unused = Unused(session, plan, outputs, behind)
 
     def backward(args: list[Any]) -> list[Any]:
         syncs = session.syncs
         loss_only = bool(zeros_at) and all(args[i] is None for i in zeros_at)
+        left_out = unused.of_this_backward()
         results = runner(syncs, loss_only)(args)
+        for index in left_out:
+            results[index] = None
         if any(slot is not None and slot.offload for slot in slots):
             session.host.to_host.synchronize()  # the optimizer reads gradients from here on
         if syncs:

@@ -47,7 +47,10 @@ class Session:
                 self._hosts = Hosts.of(self._peers.exchange("host", host_name()))
             self._lane = self._open_lane()
         self.syncs = True
+        self.num_plans_run = 0
         self.loss_only_call = False
+        self.tangents: tuple[TensorType, ...] = ()
+        self.absent: frozenset[int] = frozenset()
         self.recorder: Watcher | None = None
         self.before_reading: Callable[[], None] | None = None
         self._ranges = Ranges()
@@ -133,6 +136,7 @@ class Session:
 
     def begin_call(self) -> None:
         """A new call of the model begins: what was said of earlier ones is past."""
+        self.num_plans_run, self.loss_only_call, self.tangents = 0, False, ()
         if self._peers is None:
             return
         self._peers.begin_call()

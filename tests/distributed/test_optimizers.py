@@ -10,9 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
 import zgraph.optim
+from zgraph.errors import UsageError
 
 from .lockstep import Lockstep, assert_same
-from .nets import Odd, built, rows
+from .nets import Mlp, Odd, built, rows
 from .pool import Pool
 
 OPTIMIZERS = {
@@ -103,3 +104,29 @@ def hook(mesh: DeviceMesh, stage: int) -> dict[str, list[bool]]:
 def test_post_accumulate_grad_hooks_run(pool: Pool, stage: int) -> None:
     names = [n for n, _ in Odd().named_parameters()]
     assert pool.run(hook, 2, stage) == [{name: [True, True] for name in names}] * 2
+
+
+def refused(mesh: DeviceMesh, kind: str) -> str:
+    model = zgraph.compile(built(Mlp)(), stage=3, mesh=mesh)
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.1)
+    before = [p.full_tensor() for p in model.parameters()]
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(*rows(mesh.get_local_rank()))
+        loss.backward()
+        return loss
+
+    try:
+        optimizer.step(closure)
+    except UsageError as error:
+        assert all(map(torch.equal, before, (p.full_tensor() for p in model.parameters())))
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("kind", ["Adafactor", "LBFGS", "Rprop", "SparseAdam"])
+def test_what_does_not_step_over_shards_is_refused_by_name(pool: Pool, kind: str) -> None:
+    for text in pool.run(refused, 2, kind):
+        assert f"torch.optim.{kind} does not step over sharded parameters" in text
+        assert "stage=0" in text

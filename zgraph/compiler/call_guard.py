@@ -15,6 +15,7 @@ from zgraph.bridge.private_runtime import keeps_graph
 from zgraph.errors import BackwardTwiceError, EscapedParameterError, StaleParametersError, UsageError
 from zgraph.runtime import Session
 from zgraph.runtime.structure import Structure
+from zgraph.runtime.unused import absent_tangents
 
 
 def guard(
@@ -101,10 +102,10 @@ def _before_backward(node: weakref.ref[Any], session: Session) -> Callable[[Any]
     """Hook for the beginning of one call's backward: checks, and the choice of the backward of the loss only.
 
     If only the loss is differentiated, and the plan has a backward for that, autograd need not make zeros for the other
-    outputs.
+    outputs. Where some parameters are behind some outputs alone, the session learns which outputs have no gradient.
     """
     store = session.store
-    spent, version, loss_only = False, store.version, session.loss_only_call
+    spent, version, loss_only, tangents = False, store.version, session.loss_only_call, session.tangents
 
     def check(gradients: tuple[torch.Tensor | None, ...]) -> None:
         nonlocal spent
@@ -122,5 +123,6 @@ def _before_backward(node: weakref.ref[Any], session: Session) -> Callable[[Any]
         present = [g for g in gradients if g is not None]
         if (context := node()) is not None:
             context.materialize_grads = not (loss_only and len(present) == 1 and present[0].dim() == 0)
+            session.absent = absent_tangents(tangents, context._input_metadata, gradients) if tangents else frozenset()
 
     return check

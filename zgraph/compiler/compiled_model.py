@@ -33,6 +33,7 @@ from zgraph.runfile.sources import sources_of
 from zgraph.runtime import Session
 from zgraph.runtime.linker import link_plan
 from zgraph.runtime.regions import Regions
+from zgraph.runtime.unused import tangents_behind
 
 
 class CompiledModel:
@@ -77,7 +78,7 @@ class CompiledModel:
             instruments.append(Verify())
         if settings.dump:
             instruments.append(Dump(settings.dump / f"rank{self.session.store.rank}"))
-        text = print_graph(graph, origins=False)
+        text, behind = print_graph(graph, origins=False), tangents_behind(graph)
         graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
         hints = self._agreed_hints(graph, hints)
         self.hints.update(hints)
@@ -109,7 +110,7 @@ class CompiledModel:
         if waiting := entry.memory.host_peak_bytes:
             self.session.host.require(waiting, "the values that wait for the backward on the host")
         known = f"planned for {', '.join(f'{name}={hints[name]}' for name in sorted(hints))}"
-        forward, backward = link_plan(self.session, plan, constants, text, known, self.regions)
+        forward, backward = link_plan(self.session, plan, constants, text, known, self.regions, behind)
         self.entries.append(entry)
         update_bytes = context.update_bytes if plan.backward is not None else 0
         peak_bytes = context.rest_bytes + max(entry.memory.peak.total_bytes, update_bytes)
