@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from zgraph.bridge import private_runtime
 from zgraph.runtime.gloo_transport import Transfer
@@ -176,6 +177,7 @@ class _AttachWhole(torch.autograd.Function):
         return tuple(slot.placeholder.detach() for slot in slots)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *made: torch.Tensor | None) -> Any:
         whole, nodes = ctx.whole, [node for node, _ in ctx.next_functions]
         found: list[torch.Tensor | None] = [None] * len(made)

@@ -25,6 +25,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
@@ -104,6 +105,7 @@ class _Attach(torch.autograd.Function):
         return tuple(slot.placeholder.detach() for slot in slots)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *tokens: Any) -> Any:
         found: list[torch.Tensor | None] = []
         for slot, made, (node, _) in zip(ctx.slots, tokens, ctx.next_functions, strict=True):

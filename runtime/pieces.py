@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
@@ -213,6 +214,7 @@ class _Gather(torch.autograd.Function):
         return whole.detach() if whole is slot.rest else whole  # an output that is an input would be the parameter
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, made: torch.Tensor) -> Any:
         session, slot = ctx.session, ctx.slot
         stage = session.store.default_stage if slot.stage is None else slot.stage

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 import zgraph
+from zgraph.errors import UsageError
 from zgraph.options.validate import ATTRIBUTE
 
 from .nets import Mlp, built, rows
@@ -227,3 +228,44 @@ def count_hooks(mesh: DeviceMesh, stage: int) -> list[int]:
 @STAGES
 def test_a_post_accumulate_hook_sees_what_is_reduced(pool: Pool, stage: int, num_ranks: int) -> None:
     assert pool.run(count_hooks, num_ranks, stage) == [[0, 1]] * num_ranks
+
+
+def penalise(mesh: DeviceMesh, stage: int, fullgraph: Any) -> float | str:
+    """How far gradients of a loss with a gradient penalty are from eager PyTorch's, or what is said of it."""
+
+    def act(model: nn.Module, rank: int) -> None:
+        x, y = rows(rank)
+        loss = model(x.requires_grad_(), y)
+        (along,) = torch.autograd.grad(loss, x, create_graph=True)
+        (model(*rows(rank + 5)) + along.square().sum()).backward()
+
+    try:
+        return error(mesh, stage, act, {"fullgraph": fullgraph})
+    except UsageError as raised:
+        return str(raised)
+
+
+@STAGES
+@RANKS
+def test_second_derivatives_run_eagerly_or_say_so(pool: Pool, num_ranks: int, stage: int) -> None:
+    for text in pool.run(penalise, num_ranks, stage, True):
+        assert 'pass fullgraph="eager"' in text
+    assert max(pool.run(penalise, num_ranks, stage, "eager")) <= 1e-5
+
+
+def differentiate_twice(mesh: DeviceMesh, fullgraph: Any) -> str:
+    """What is said of second derivatives by parameters."""
+    model = zgraph.compile(built(Mlp)(), stage=3, mesh=mesh, fullgraph=fullgraph)
+    weight = model.last.weight
+    try:
+        (gradient,) = torch.autograd.grad(model(*rows(0)), weight, create_graph=True)
+        gradient.square().sum().backward()
+    except (UsageError, RuntimeError) as raised:
+        return str(raised)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("fullgraph", [True, False, "eager"])
+def test_second_derivatives_by_shards_are_never_silently_left_out(pool: Pool, fullgraph: Any) -> None:
+    for text in pool.run(differentiate_twice, 2, fullgraph):
+        assert "create_graph" in text or "once_differentiable" in text or "does not require grad" in text

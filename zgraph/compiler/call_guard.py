@@ -109,6 +109,11 @@ def _before_backward(node: weakref.ref[Any], session: Session) -> Callable[[Any]
 
     def check(gradients: tuple[torch.Tensor | None, ...]) -> None:
         nonlocal spent
+        if torch.is_grad_enabled():
+            raise UsageError(
+                "create_graph=True asks for a backward that can be differentiated; that of a captured graph cannot: "
+                'pass fullgraph="eager" to zgraph.compile for gradient penalties and other second derivatives'
+            )
         if spent:
             raise BackwardTwiceError(
                 "this is the second backward through the same forward, whose saved values the first one freed; call "
