@@ -36,6 +36,10 @@ def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None) -> No
     if mesh is not None:
         _check_mesh(mesh)
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise UsageError(
+                f"the parameter {name} has no shape yet: its module is lazy. Call the model once before it is compiled"
+            )
         if parameter.layout is not torch.strided or parameter.dtype not in FROM_TORCH:
             raise UsageError(f"the parameter {name} is {parameter.layout} {parameter.dtype}, which cannot be sharded")
     devices = {p.device for p in model.parameters()} - {torch.device("meta")}

@@ -243,7 +243,8 @@ class EngineConfig(Section):
     """A configuration, read and checked. Its fields have DeepSpeed's names."""
 
     ignored: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), "optimizers step over DTensors"),
+        "zero_allow_untested_optimizer": "any optimizer that steps over DTensors is taken",
+        "zero_force_ds_cpu_optimizer": "any optimizer that steps over DTensors is taken",
         "prescale_gradients": "gradients are averaged while they are summed",
         "gradient_predivide_factor": "gradients are averaged while they are summed",
         "disable_allgather": "the passes choose the collective",
