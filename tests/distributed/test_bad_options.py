@@ -77,16 +77,10 @@ def make_no_model(model: nn.Module, mesh: DeviceMesh) -> Any:
     return model.forward
 
 
-def make_a_lazy_layer(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    model.last = nn.LazyLinear(5)
-    return model
-
-
 STATES: dict[str, tuple[Callable[[nn.Module, DeviceMesh], Any], type[ZgraphError], tuple[str, ...]]] = {
     "compiled twice": (compile_twice, AlreadyCompiledError, ("build a new model",)),
     "a part is compiled": (compile_a_part, AlreadyCompiledError, ("last", "outermost")),
     "optimizer made before": (make_an_optimizer, UsageError, ("SGD", "make the optimizer after")),
-    "a layer is lazy": (make_a_lazy_layer, UsageError, ("last.weight", "Call the model once")),
     "no module": (make_no_model, UsageError, ("a module", "method")),
 }
 

@@ -192,3 +192,11 @@ def test_a_model_may_have_a_generate_and_hooks_of_its_own() -> None:
     x = rows(0)[0][:, :4]
     expected = copy.deepcopy(model)(x)
     assert zgraph.compile(model)(x).item() == pytest.approx(expected.item())
+
+
+def test_a_layer_without_shapes_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(2))
+    with pytest.raises(UsageError, match=r"parameter 1\.weight has no shape yet.*Call the model once"):
+        zgraph.compile(model)
+    model(torch.ones(2, 4))
+    zgraph.compile(model)(torch.ones(2, 4)).sum().backward()
