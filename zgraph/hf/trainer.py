@@ -27,7 +27,7 @@ from zgraph.engine.gradients import Gradients
 from zgraph.engine.initialize import compile_for
 from zgraph.environment import environment
 from zgraph.errors import ConfigError, UsageError
-from zgraph.hf.accelerators import whole_state_dict
+from zgraph.hf.accelerators import own, whole_state_dict
 from zgraph.hf.config import filled
 from zgraph.hf.grad_scaler import Scaler
 from zgraph.hf.state import is_complete, load_state, save_state
@@ -89,6 +89,7 @@ class Sharded(Base):  # type: ignore[misc]
         if ATTRIBUTE not in self.model.__dict__:
             with handed_over(self.optimizer, self.model) if self.optimizer is not None else nullcontext():
                 compile_for(self.model, self.zgraph_config)
+        own(self.model)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if ATTRIBUTE not in model.__dict__ and not any(p.is_meta for p in model.parameters()):
