@@ -31,7 +31,8 @@ from torch.distributed.tensor import DTensor
 
 import zgraph
 from benchmarks.results import environment
-from benchmarks.zoo_models import Architecture, Inputs, architectures, loss_of, runnable
+from benchmarks.zoo_inputs import Inputs, loss_of, runnable
+from benchmarks.zoo_models import Architecture, architectures
 from benchmarks.zoo_page import page
 from zgraph.errors import CaptureError, GraphBreakError, ZgraphError
 
@@ -162,8 +163,8 @@ def _whole(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     return whole.detach()
 
 
-def tried(architecture: Architecture, num_ranks: int) -> Outcome:
-    """Train an architecture both ways in this process."""
+def tried(architecture: Architecture, num_ranks: int, built: Path) -> Outcome:
+    """Train an architecture both ways in this process; the file is made when it has run eagerly."""
     blank = Outcome(architecture.name, architecture.task, architecture.model, "not built", num_ranks)
     try:
         model, inputs = runnable(architecture)
@@ -172,6 +173,7 @@ def tried(architecture: Architecture, num_ranks: int) -> Outcome:
             return replace(blank, message="the loss is not finite")
     except Exception as error:
         return replace(blank, message=_first_line(error))
+    built.touch()
     began = time.perf_counter()
     blank = replace(blank, num_parameters=sum(p.numel() for p in model.parameters()))
     outcome = _compared(blank, architecture, torch.float32, expected)
@@ -240,7 +242,7 @@ def _rank(architecture: Architecture, rank: int, num_ranks: int, folder: str) ->
         dist.init_process_group(
             "gloo", f"file://{folder}/store", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=120)
         )
-    outcome = tried(architecture, num_ranks)
+    outcome = tried(architecture, num_ranks, Path(folder, "built"))
     partial = Path(folder, f"{rank}.partial")
     partial.write_text(json.dumps(asdict(outcome)))
     partial.rename(Path(folder, f"{rank}.json"))
@@ -262,7 +264,8 @@ def apart(architecture: Architecture, num_ranks: int, timeout_s: float) -> Outco
             process.kill()
             process.join()
         if late:
-            return replace(blank, verdict="timeout", message=f"no end within {timeout_s:.0f} s", seconds=timeout_s)
+            verdict = "timeout" if Path(folder, "built").exists() else "not built"
+            return replace(blank, verdict=verdict, message=f"no end within {timeout_s:.0f} s", seconds=timeout_s)
         files = [Path(folder, f"{rank}.json") for rank in range(num_ranks)]
         if not all(file.exists() for file in files):
             return replace(blank, message=f"the process died, exit codes {[p.exitcode for p in ranks]}")
@@ -273,6 +276,7 @@ def apart(architecture: Architecture, num_ranks: int, timeout_s: float) -> Outco
 def main(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks; with two, every third architecture is tried.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Name in transformers' mappings; may repeat.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Task; may repeat. All if not given.")] = None,
     minutes: Annotated[float, typer.Option(help="Begin no architecture after that.")] = 600.0,
     timeout: Annotated[float, typer.Option(help="Seconds that one may take.")] = 60.0,
     json_file: Annotated[
@@ -283,7 +287,7 @@ def main(
     """Train small architectures eagerly and by zgraph, and compare."""
     transformers.logging.set_verbosity_error()
     found = _known(json_file)
-    chosen = [a for a in architectures() if not only or a.name in only]
+    chosen = [a for a in architectures() if (not only or a.name in only) and (not task or a.task in task)]
     if ranks > 1 and not only:
         works = [o.name for o in found if o.num_ranks == 1 and o.verdict in ("whole graph", "pieces")]
         chosen = [a for a in chosen if a.name in works[::3]] if works else chosen[::3]

@@ -193,3 +193,26 @@ def test_telling_is_logging_where_somebody_listens(
         tell("a line")
     assert caplog.messages == ["a line"]
     assert capsys.readouterr().err == ""
+
+
+class _Broken(nn.Module):
+    """Two layers with a branch on a value between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.last(y if y.sum() > 1e9 else -y)
+
+
+def test_the_pieces_of_a_call_are_not_said_to_be_captured_again(caplog: pytest.LogCaptureFixture) -> None:
+    model = zgraph.compile(_Broken(), fullgraph=False)
+    with caplog.at_level(logging.INFO, logger="zgraph"):
+        model(torch.ones(2, 4)).sum().backward()
+        assert len(zgraph.report(model).entries) > 1
+        assert "captured again" not in caplog.text
+        model(torch.ones(3, 4)).sum().backward()
+    assert caplog.text.count("captured again") == 1
+    assert "captured again, time 2: x.shape[0] changed from 2 to 3" in caplog.text
