@@ -53,6 +53,8 @@ class Inputs:
                 made[name] = value
         if "attention_mask" in self.names and "input_ids" in made:
             made["attention_mask"] = torch.ones_like(made["input_ids"])
+        elif self.task == "CTC" and "attention_mask" in self.names and "input_features" in made:
+            made["attention_mask"] = torch.ones(made["input_features"].shape[:2], dtype=torch.int64)
         if self.main not in made and self.main in ("input_values", "input_features"):
             made[self.main] = self._sound(self.main)
         if "labels" in self.names and (labels := self._labels(made)) is not None:

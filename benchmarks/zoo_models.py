@@ -110,7 +110,7 @@ EXACT: dict[str, Any] = {
     "sampling_ratio": 1, "max_2d_position_embeddings": 64, "coordinate_size": 12, "shape_size": 8,
     "num_mem_blocks": 2, "num_codebooks": 2, "altup_num_inputs": 2, "num_global_layers": 1, "pad_token_id": 0,
     "decoder_start_token_id": 1, "cross_attention_hidden_size": None, "backbone_config": ...,
-    "num_groups": 4, "rotary_dim": 8, "laurel_rank": 8, "hidden_size_per_layer_input": 8,
+    "mm_tokens_per_image": 4, "num_groups": 4, "rotary_dim": 8, "laurel_rank": 8, "hidden_size_per_layer_input": 8,
     "attention_out_dim": 64, "num_classes": 5,
 }  # fmt: skip
 """What fields of that name are made, where they have another value by default than None."""
@@ -152,6 +152,10 @@ def _shrunk(config: type[Any]) -> dict[str, Any]:
             continue
         if (new := _size(name, value, getattr(default, name, None), layers)) is not ...:
             chosen[name] = new
+    if "width_coefficient" in names:
+        chosen.pop("hidden_dim", None)
+    if "backbone_out_indices" in names:
+        chosen |= {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]}
     if getattr(default, "kv_lora_rank", None) and "num_key_value_heads" in names:
         chosen["num_key_value_heads"] = chosen.get("num_attention_heads", 4)
     for name in subs:
@@ -206,7 +210,7 @@ def _size(name: str, value: Any, used: Any, layers: int | None) -> Any:
         return _list(name, list(used), layers)
     if value is None or isinstance(value, str) or KEPT.search(name):
         return ...
-    if name in EXACT:
+    if name in EXACT and not isinstance(EXACT[name], list):
         return _like(EXACT[name], value) if not isinstance(value, bool) or isinstance(EXACT[name], bool) else ...
     if isinstance(value, bool):
         return ...
