@@ -21,10 +21,10 @@ CAUSES: tuple[tuple[str, str], ...] = (
 """Pattern in the message of an error, and the cause in words."""
 
 
-def page(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
-    """The text of the page."""
+def page(rows: Sequence[Row], environment: Mapping[str, Any], num_entries: int) -> str:
+    """The text of the page, of rows of so many entries of the mappings."""
     return "\n".join(
-        [*_head(rows, environment), *_refused(rows), *_two_ranks(rows), *_all(rows), *_not_built(rows), ""]
+        [*_head(rows, environment), *_refused(rows), *_two_ranks(rows), *_all(rows), *_not_built(rows, num_entries), ""]
     )
 
 
@@ -124,7 +124,7 @@ def _all(rows: Sequence[Row]) -> Iterator[str]:
                 yield f"| {r['name']} | {r['model']} | {verdict} | {gap} | {r['seconds']:.1f} |"
 
 
-def _not_built(rows: Sequence[Row]) -> Iterator[str]:
+def _not_built(rows: Sequence[Row], num_entries: int) -> Iterator[str]:
     missing = [r for r in rows if r["num_ranks"] == 1 and r["verdict"] == "not built"]
     if missing:
         yield from _titled("Not tried")
@@ -133,6 +133,10 @@ def _not_built(rows: Sequence[Row]) -> Iterator[str]:
             "eagerly. That says nothing about zgraph: "
             + ", ".join(sorted(str(r["name"]) for r in missing)) + "."
         )  # fmt: skip
+        left = num_entries - sum(r["num_ranks"] == 1 for r in rows)
+        if left > 0:
+            yield ""
+            yield f"{left} other entries of these tasks' mappings were not come to."
 
 
 def _titled(title: str, level: int = 2) -> list[str]:
