@@ -16,7 +16,8 @@ CAUSES: tuple[tuple[str, str], ...] = (
     (r"[Dd]ynamic shape|[Dd]ata-?[Dd]ependent|unbacked|item\(\)|tolist", "a size or an index by the value of a tensor"),
     (r"in place|in-place|clamp_", "the forward changes a parameter in place"),
     (r"RNN|LSTM|GRU", "an LSTM or GRU of `torch.nn`"),
-    (r"logg|print|warn", "the forward prints or logs"),
+    (r"logg|print|warn", "the forward logs or warns"),
+    (r"python_type\(\) call|ContextVar", "torch does not follow `python_type()` of an attribute, or a `ContextVar`"),
 )  # fmt: skip
 """Pattern in the message of an error, and the cause in words."""
 
@@ -55,7 +56,8 @@ def _head(rows: Sequence[Row], environment: Mapping[str, Any]) -> Iterator[str]:
         "`fullgraph=False`, in pieces. Each was made as small as its configuration allows, with random weights and "
         "without dropout, and took two AdamW steps in fp32 both ways, eager and compiled. The losses and all gradients "
         f"of {exact} are bitwise equal; the largest difference of the others is {largest:.0e} of the gradient's "
-        "largest entry. Gradients that are nowhere above 1e-6 are rounding, and not compared."
+        "largest entry. Gradients that are nowhere above 1e-6 are rounding, and not compared; differences above "
+        "1e-5 are below 1e-6 where both compute in float64."
     )
     yield ""
     yield (
@@ -101,7 +103,7 @@ def _two_ranks(rows: Sequence[Row]) -> Iterator[str]:
     yield from _titled("On two ranks")
     yield (
         f"{len(two)} of them ran on two ranks, over gloo, beside the mean gradients of two eager models: {len(good)} "
-        f"agree, to {largest:.0e}."
+        f"agree, with a largest difference of {largest:.1g}."
     )
     bad = [f"{r['name']} ({r['verdict']}: {_code(str(r['message'] or r['where']))})" for r in two if r not in good]
     if bad:
