@@ -216,3 +216,26 @@ def test_each_end_of_a_piece_is_told_once(caplog: pytest.LogCaptureFixture) -> N
     line = inspect.getsourcelines(Printing.forward)[1] + 2
     assert f"{__file__}:{line}: Failed to trace builtin operator" in said
     assert not any("captured again" in r.getMessage() for r in caplog.records)
+
+
+class Branching(nn.Module):
+    """Two layers with a branch on a value between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.last(y if y.sum() > 1e9 else -y)
+
+
+def test_the_pieces_of_a_call_are_not_said_to_be_captured_again(caplog: pytest.LogCaptureFixture) -> None:
+    model = zgraph.compile(Branching(), fullgraph=False)
+    with caplog.at_level(logging.INFO, logger="zgraph"):
+        model(torch.ones(2, 4)).sum().backward()
+        assert len(zgraph.report(model).entries) > 1
+        assert "captured again" not in caplog.text
+        model(torch.ones(3, 4)).sum().backward()
+    assert caplog.text.count("captured again") == 1
+    assert "captured again, time 2: x.shape[0] changed from 2 to 3" in caplog.text

@@ -79,6 +79,7 @@ class Narrator:
         self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._grads = True
         self._seen: list[Arguments] = []
+        self._is_told = False
         self._began = 0.0
         self._bar = Bar(model)
 
@@ -92,7 +93,7 @@ class Narrator:
 
         @functools.wraps(call)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self._given, self._grads = (args, kwargs), torch.is_grad_enabled()
+            self._given, self._grads, self._is_told = (args, kwargs), torch.is_grad_enabled(), False
             token = _calling.set(self)
             try:
                 return call(*args, **kwargs)
@@ -113,11 +114,12 @@ class Narrator:
         """The graph is there, and the passes are next. `is_general` says that some size is a symbol in it."""
         self.seconds = time.perf_counter() - self._began if self._began else 0.0
         self._bar.passes(num_passes)
-        if self._given is None:
-            return
+        if self._given is None or self._is_told:
+            return  # a further piece of a call that is captured in pieces
+        self._is_told = True
         modes = {"model.training": getattr(self._model, "training", None), "torch.is_grad_enabled()": self._grads}
         now = {**described(self._signature, *self._given), **modes}
-        if self._seen and not self.in_pieces and "recompiles" in self.kinds:
+        if self._seen and "recompiles" in self.kinds:
             before = min(self._seen, key=lambda seen: len([*changes(seen, now)]))
             said = ", ".join(changes(before, now)) or (
                 "no size, dtype or mode of its arguments changed; TORCH_LOGS=recompiles says which guard failed"
