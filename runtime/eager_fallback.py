@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from zgraph.bridge import private_runtime
+from zgraph.bridge import private_compile, private_runtime
 from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.gradients import Gradient, delivered, is_unreduced, needs_token, with_unreduced
 from zgraph.runtime.journal import Moved
@@ -21,6 +22,10 @@ from zgraph.runtime.session import Session
 from zgraph.runtime.shards import Slot
 
 Work = dist.Work | Transfer
+CHECKPOINTED = (
+    "torch.utils.checkpoint is around code that runs eagerly; its parameters are not there when it is computed again. "
+    "Turn activation checkpointing off, or have the model captured, where recompute=True does the same"
+)
 
 
 @contextmanager
@@ -71,12 +76,16 @@ def eager_fallback(forward: Callable[..., Any], session: Session) -> Callable[..
         stacklevel=3,
     )
     whole = _GatheredModel(session)
+    refused = any(needs_token(slot, session) for slot in session.store.slots.values())
+    checkpoints = partial(private_compile.without_checkpoints, CHECKPOINTED) if refused else nullcontext
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with whole.gathered():
-            result = forward(*args, **kwargs)
-        whole.share_buffers()
-        whole.free_if_done()
+        try:
+            with whole.gathered(), checkpoints():
+                result = forward(*args, **kwargs)
+            whole.share_buffers()
+        finally:
+            whole.free_if_done()
         return result
 
     return call

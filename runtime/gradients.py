@@ -115,22 +115,31 @@ class _Attach(torch.autograd.Function):
 
 def delivered(session: Session, slot: Slot, gradient: Gradient, node: Any) -> torch.Tensor | None:
     """The gradient for autograd to bring to the parameter; None once it is there, or where nobody asked for it."""
-    if not private_runtime.will_accumulate(node) or slot.parameter._backward_hooks:
+    if not private_runtime.will_accumulate(node):
         return _at_rest(session, slot, gradient)
-    accumulate(session, slot, gradient)
-    return None
+    if not slot.parameter._backward_hooks:
+        accumulate(session, slot, gradient)
+        return None
+    return _at_rest(session, slot, _addable(session, slot, gradient))  # autograd runs the hooks, and adds
 
 
 def accumulate(session: Session, slot: Slot, gradient: Gradient) -> None:
     """Add to `.grad` what a backward made."""
     parameter, held = slot.parameter, slot.parameter.grad
-    if gradient.is_unreduced and held is not None and not is_unreduced(slot):
-        gradient = Gradient(_reduced(session, slot, gradient.tensor.to(slot.rest.dtype)))
-    made = _at_rest(session, slot, gradient)
+    made = _at_rest(session, slot, _addable(session, slot, gradient))
     if held is None:
-        parameter.grad, slot.holds_unreduced = made, gradient.is_unreduced
+        parameter.grad = made
     else:
         _local(held).add_(_local(made))
+
+
+def _addable(session: Session, slot: Slot, gradient: Gradient) -> Gradient:
+    """The gradient, which is about to be added to `.grad`: reduced, if what is there is reduced."""
+    if slot.parameter.grad is None:
+        slot.holds_unreduced = gradient.is_unreduced
+    elif gradient.is_unreduced and not is_unreduced(slot):
+        return Gradient(_reduced(session, slot, gradient.tensor.to(slot.rest.dtype)))
+    return gradient
 
 
 def _at_rest(session: Session, slot: Slot, gradient: Gradient) -> torch.Tensor:
@@ -189,7 +198,7 @@ def reduced(session: Session, slot: Slot) -> torch.Tensor | None:
 def _reduced(session: Session, slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
     """A whole gradient of this rank as the ranks' mean, in the memory that the parameter is in."""
     mean = session.mean(slot, gradient.to(session.device), divisor=session.divisor_of(slot))
-    return mean.to(slot.rest.device)
+    return mean.to(slot.rest.device, slot.rest.dtype)
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:
@@ -222,17 +231,25 @@ def without_sync(session: Session) -> Iterator[None]:
     an optimizer in a hook would else update with a part of a step's gradients.
     """
     hooks = [h for s in session.store.slots.values() if (h := private_runtime.grad_hooks(s.parameter))]
-    waiting = [(some, dict(some)) for some in hooks]
     for some in hooks:
-        some.clear()
+        some.update({number: _Waiting(hook) for number, hook in some.items()})
     before, session.syncs = session.syncs, False
     try:
         yield
     finally:
         session.syncs = before
-        for some, own in waiting:
-            own.update(some)
-            some.update(own)
+        for some in hooks:
+            some.update({number: hook.hook for number, hook in some.items() if isinstance(hook, _Waiting)})
+
+
+class _Waiting:
+    """A hook that does not run for now; it may be removed meanwhile."""
+
+    def __init__(self, hook: Callable[[torch.Tensor], None]) -> None:
+        self.hook = hook
+
+    def __call__(self, _: torch.Tensor) -> None:
+        pass
 
 
 def reduce_before_steps(session: Session) -> None:

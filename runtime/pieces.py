@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from zgraph.bridge import private_compile
-from zgraph.errors import UsageError
+from zgraph.errors import StaleParametersError, UsageError
 from zgraph.ir.layout import chunk_rows
 from zgraph.runtime.eager_fallback import full
 from zgraph.runtime.gradients import Gradient, delivered, with_unreduced
@@ -79,12 +79,18 @@ def _reads_no_values(func: Any) -> bool:
     return name in _METADATA
 
 
+CHECKPOINTED = (
+    "torch.utils.checkpoint is around code that is not captured; its parameters are not there when it is computed "
+    "again. Pass recompute=True to zgraph.compile instead, or make what is checkpointed one graph"
+)
+
+
 def in_pieces(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
     """`forward`, captured in pieces, with what its eager code does to parameters and buffers kept."""
     pieces = Pieces(session)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with pieces.call():
+        with private_compile.without_checkpoints(CHECKPOINTED), pieces.call():
             return forward(*args, **kwargs)
 
     return call
@@ -99,6 +105,7 @@ class Pieces:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self._written = 0
         self._given: list[tuple[Slot, torch.Tensor, torch.Tensor, int]] = []
         session.before_reading = self.write_back
         for slot in session.store.slots.values():
@@ -124,13 +131,15 @@ class Pieces:
     def write_back(self) -> None:
         """Write to the shards what eager code wrote to gathered parameters that an op gave out."""
         for index, (slot, whole, given, version) in enumerate(self._given):
-            if given._version != version:
+            if _version(given) != version:
                 self._write_back(slot, whole)
-                self._given[index] = slot, whole, given, given._version
+                self._given[index] = slot, whole, given, _version(given)
 
     def run(self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
         """An op on gathered parameters, which are freed behind it."""
         self.write_back()
+        if getattr(func, "__name__", "") == "__set__":
+            return self._set(func, *args)
         wholes: dict[int, tuple[Slot, torch.Tensor]] = {}
 
         def whole(leaf: Any) -> Any:
@@ -142,22 +151,33 @@ class Pieces:
             return wholes[id(leaf)][1]
 
         args, kwargs = pytree.tree_map(whole, (args, kwargs))
-        versions = {key: tensor._version for key, (_, tensor) in wholes.items()}
+        versions = {key: _version(tensor) for key, (_, tensor) in wholes.items()}
         storages = {tensor.untyped_storage()._cdata: slot for slot, tensor in wholes.values()}
 
         def pack(tensor: torch.Tensor) -> Any:
             slot = storages.get(tensor.untyped_storage()._cdata)
-            return tensor if slot is None else (slot, tensor.size(), tensor.stride(), tensor.storage_offset())
+            view = tensor.size(), tensor.stride(), tensor.storage_offset()
+            return tensor if slot is None else (slot, view, self._version_of_others)
 
         with saved_tensors_hooks(pack, self._unpacked):
             result = func(*args, **kwargs)
         for key, (slot, tensor) in wholes.items():
-            if tensor._version != versions[key]:
+            if _version(tensor) != versions[key]:
                 _check_unwatched(slot, tensor)
                 self._write_back(slot, tensor)
             elif _shows(result, tensor):
-                self._given.append((slot, tensor, result, result._version))
+                self._given.append((slot, tensor, result, _version(result)))
         return result
+
+    def _set(self, func: Callable[..., Any], placeholder: Placeholder, value: Any) -> None:
+        """`parameter.data = value`, in eager code."""
+        slot = self.session.store.slots[placeholder.zgraph_name]
+        if func.__self__.__name__ != "data" or value.shape != placeholder.shape:  # type: ignore[attr-defined]
+            raise UsageError(
+                f"the forward assigns to {slot.name}.{func.__self__.__name__}; "  # type: ignore[attr-defined]
+                "do it outside of the forward"
+            )
+        self._write_back(slot, value.detach().to(slot.placeholder.dtype))
 
     @private_compile.never_captured
     def _gathered(self, slot: Slot) -> torch.Tensor:
@@ -171,14 +191,25 @@ class Pieces:
     def _unpacked(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        slot, size, stride, offset = packed
+        slot, view, version = packed
+        if version != self._version_of_others:
+            raise StaleParametersError(
+                f"{slot.name} was changed (by optimizer.step() or load_state_dict?) between this forward and its "
+                "backward, which would compute with the new value; run the backward first, or the forward again"
+            )
         with torch.no_grad():
-            return full(self.session, slot).as_strided(size, stride, offset)
+            return full(self.session, slot).as_strided(*view)
+
+    @property
+    def _version_of_others(self) -> int:
+        """Grows whenever parameters are written to, but by the forward itself."""
+        return self.session.store.version - self._written
 
     @private_compile.never_captured
     def _write_back(self, slot: Slot, whole: torch.Tensor) -> None:
         """Keep what eager code wrote to a gathered parameter."""
         store = self.session.store
+        before = store.version
         with torch.no_grad():
             if slot.is_sharded:
                 start = store.shard * chunk_rows(whole.shape[0], store.num_shards)
@@ -186,6 +217,11 @@ class Pieces:
                 own.copy_(whole[start : start + own.shape[0]])
             elif whole.data_ptr() != slot.rest.data_ptr():
                 slot.rest.copy_(whole)
+        self._written += store.version - before
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _check_unwatched(slot: Slot, whole: torch.Tensor) -> None:

@@ -52,6 +52,7 @@ class Session:
         self.tangents: tuple[TensorType, ...] = ()
         self.absent: frozenset[int] = frozenset()
         self.recorder: Watcher | None = None
+        self.reduce_dtype: torch.dtype | None = None
         self.before_reading: Callable[[], None] | None = None
         self._ranges = Ranges()
         self.plans: list[Plan] = []
@@ -169,6 +170,7 @@ class Session:
         """
         if self.num_ranks == 1:
             return gradient
+        gradient = gradient.to(self.reduce_dtype or gradient.dtype)
         if not slot.is_sharded:
             return self._all_reduced(slot, gradient, divisor or self.num_ranks)
         chunk = chunk_numel(tuple(slot.placeholder.shape), self.num_shards)

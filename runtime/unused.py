@@ -99,6 +99,7 @@ class Unused:
         if not self.watched:
             return set()
         absent = {self.tangents[position] for position in self.session.absent}
+        self.session.absent = frozenset()  # of this backward alone: the next may not be watched
         mine = [behind <= absent and not is_unreduced(slot) for behind, slot in self.watched.values()]
         if not self.session.is_alone:
             everywhere = torch.tensor(mine, dtype=torch.uint8, device=self.session.device)

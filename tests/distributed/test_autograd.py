@@ -165,8 +165,18 @@ def gradient_of_an_input_between(model: nn.Module, rank: int) -> None:
     model(*rows(rank + 10)).backward()
 
 
+def hooked(model: nn.Module, rank: int) -> None:
+    """Hooks that look at gradients, on some parameters."""
+    for parameter in [model.first.weight, model.last.bias]:
+        parameter.register_hook(lambda gradient: gradient)
+    model(*rows(rank)).backward()
+    unsynced(model, rank, 1)
+    unsynced(model, rank, 2)
+    model(*rows(rank + 30)).backward()
+
+
 ACCUMULATING = [
-    discarded_by_model, discarded_by_optimizer, set_to_zero, scaled_between, synced_before,
+    hooked, discarded_by_model, discarded_by_optimizer, set_to_zero, scaled_between, synced_before,
     gradient_of_an_input_between,
 ]  # fmt: skip
 
@@ -269,3 +279,20 @@ def differentiate_twice(mesh: DeviceMesh, fullgraph: Any) -> str:
 def test_second_derivatives_by_shards_are_never_silently_left_out(pool: Pool, fullgraph: Any) -> None:
     for text in pool.run(differentiate_twice, 2, fullgraph):
         assert "create_graph" in text or "once_differentiable" in text or "does not require grad" in text
+
+
+def remove_within(mesh: DeviceMesh) -> int:
+    """How often a hook runs that is removed under no_sync."""
+    model = zgraph.compile(built(Mlp)(), stage=3, mesh=mesh)
+    ran: list[int] = []
+    handle = model.last.weight.register_post_accumulate_grad_hook(lambda _: ran.append(1))
+    with zgraph.no_sync(model):
+        model(*rows(0)).backward()
+        handle.remove()
+    model(*rows(1)).backward()
+    return len(ran)
+
+
+@RANKS
+def test_a_hook_that_is_removed_under_no_sync_stays_away(pool: Pool, num_ranks: int) -> None:
+    assert pool.run(remove_within, num_ranks) == [0] * num_ranks

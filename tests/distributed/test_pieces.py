@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import zgraph
 from zgraph.compiler.compiled_model import compiled_model
+from zgraph.errors import StaleParametersError, UsageError
 from zgraph.runtime import eager_fallback
 
 from .lockstep import Lockstep, assert_same
@@ -112,6 +114,7 @@ class Clamped(Layer):
         with torch.no_grad():
             self.into.weight.clamp_(-0.1, 0.1)
         self.norm.weight.data.mul_(0.99)
+        self.out.weight.data = F.normalize(self.out.weight.data)
 
 
 class Printing(Layer):
@@ -227,3 +230,77 @@ def go_apart(mesh: DeviceMesh) -> str:
 def test_ranks_that_go_another_way_are_told(pool: Pool) -> None:
     for text in pool.run(go_apart, 2, spoils=True):
         assert text != "nothing was raised"
+
+
+class Checkpointed(Layer):
+    """Activation checkpointing of what is not captured."""
+
+    reentrant = False
+
+    @torch.compiler.disable
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda x: self.into(self.out(x)), hidden, use_reentrant=self.reentrant)
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+class InAGraph(Layer):
+    """Activation checkpointing within a piece."""
+
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return checkpoint(lambda x: self.into(self.out(x)).tanh(), hidden, use_reentrant=False)
+
+
+def checkpoint_eager_code(mesh: DeviceMesh, layer: Callable[[], nn.Module], fullgraph: object) -> str:
+    model = zgraph.compile(built(lambda: Deep(layer, 2))(), stage=3, mesh=mesh, fullgraph=fullgraph)
+    try:
+        model(*rows(0)).backward()
+    except UsageError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("layer", [Checkpointed, Reentrant])
+@pytest.mark.parametrize("fullgraph", [False, "eager"])
+def test_checkpoints_of_eager_code_are_refused(pool: Pool, layer: Callable[[], nn.Module], fullgraph: object) -> None:
+    for text in pool.run(checkpoint_eager_code, 2, layer, fullgraph):
+        assert "torch.utils.checkpoint is around code that" in text
+
+
+def test_checkpoints_of_captured_code_are_taken(pool: Pool) -> None:
+    assert_same(pool.run(train, 2, 3, InAGraph, {}))
+
+
+def change_between(mesh: DeviceMesh) -> str:
+    """Parameters of eager code are changed between forward and backward."""
+    model = zgraph.compile(built(lambda: Deep(Switched, 1))(), stage=3, mesh=mesh, fullgraph=False)
+    loss = model(*rows(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    try:
+        loss.backward()
+    except StaleParametersError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_parameters_that_change_before_the_backward_are_told(pool: Pool) -> None:
+    for text in pool.run(change_between, 2):
+        assert "between this forward and its backward" in text
+
+
+def infer(mesh: DeviceMesh, mode: str) -> float:
+    """How far a loss without gradients is from eager PyTorch's."""
+    build = built(lambda: Deep(Switched, 2))
+    model, reference = zgraph.compile(build(), stage=3, mesh=mesh, fullgraph=False), build()
+    with getattr(torch, mode)():
+        return abs(model(*rows(0)).item() - reference(*rows(0)).item())
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_without_gradients(pool: Pool, mode: str) -> None:
+    assert max(pool.run(infer, 2, mode)) <= 1e-6

@@ -162,3 +162,13 @@ def test_pickle_names_what_to_save_instead() -> None:
     for save in (pickle.dumps, lambda m: torch.save(m, io.BytesIO())):
         with pytest.raises(UsageError, match=r"Save model.state_dict\(\) instead"):
             save(model)
+
+
+def test_a_copy_leaves_the_model_as_it_is() -> None:
+    model = zgraph.compile(built(Mlp)())
+    own = model.forward
+    model.forward = lambda *inputs: 2 * own(*inputs)
+    before = dict(model.__dict__)
+    twin = copy.deepcopy(model)
+    assert model.__dict__ == before
+    assert model(*rows(0)).item() == pytest.approx(2 * twin(*rows(0)).item())

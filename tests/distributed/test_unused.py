@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,6 +16,16 @@ import zgraph
 
 from .nets import CLASSES, WIDTH, built, rows
 from .pool import Pool
+
+
+@dataclass
+class Outputs:
+    """What a model may return that torch knows nothing of."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+    third: torch.Tensor
+
 
 Loss = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 RANKS = pytest.mark.parametrize("num_ranks", [1, 2])
@@ -111,3 +122,26 @@ def accumulate(mesh: DeviceMesh, stage: int) -> list[bool]:
 def test_what_a_micro_step_used_keeps_its_gradient(pool: Pool, stage: int) -> None:
     for found in pool.run(accumulate, 2, stage):
         assert found == [True] * 6 + [False] * 4
+
+
+class InAnObject(Heads):
+    def forward(self, x: torch.Tensor, y: torch.Tensor, as_object: bool = False) -> object:
+        outputs = super().forward(x, y)
+        return Outputs(*outputs) if as_object else outputs
+
+
+def return_an_object(mesh: DeviceMesh, stage: int) -> list[bool]:
+    """Which parameters have gradients after a loss of one output, and after one of two in an object."""
+    model = zgraph.compile(built(InAnObject)(), stage=stage, mesh=mesh)
+    model(*rows(0))[0].backward()
+    found = [p.grad is not None for p in model.parameters()]
+    model.zero_grad()
+    outputs = model(*rows(1), as_object=True)
+    (outputs.first + outputs.third).backward()
+    return [*found, *(p.grad is not None for p in model.parameters())]
+
+
+@RANKS
+def test_outputs_in_an_object(pool: Pool, num_ranks: int) -> None:
+    for found in pool.run(return_an_object, num_ranks, 3):
+        assert found == [True] * 4 + [False] * 6 + [True] * 4 + [False] * 2 + [True] * 2 + [False] * 2

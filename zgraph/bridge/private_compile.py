@@ -24,11 +24,14 @@ from torch._dynamo.exc import (
     UserError,
 )
 from torch._functorch._aot_autograd import descriptors
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy
+
+from zgraph.errors import UsageError
 
 __all__ = [
     "DECOMPOSED",
@@ -52,7 +55,7 @@ __all__ = [
     "on_capture",
     "raised_without_data",
     "reset_code", "seeing_subclasses",
-    "without_modes",
+    "without_checkpoints", "without_modes",
 ]  # fmt: skip
 
 
@@ -177,6 +180,33 @@ def seeing_subclasses(run: Callable[..., Any]) -> Callable[..., Any]:
             return run(*args)
 
     return seeing
+
+
+@contextmanager
+def without_checkpoints(why: str) -> Iterator[None]:
+    """Refuse `torch.utils.checkpoint` for the length of a `with`, but in what is captured: it raises UsageError."""
+    module: Any = torch.utils.checkpoint
+
+    def refusing(run: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if TracingContext.try_get() is None:
+                raise UsageError(why)
+            return run(*args, **kwargs)
+
+        return refuse
+
+    names = [n for n in ("CheckpointFunction", "_checkpoint_without_reentrant_generator") if hasattr(module, n)]
+    before = {name: getattr(module, name) for name in names}
+    for name, found in before.items():
+        if name == "CheckpointFunction":
+            setattr(module, name, type(name, (), {"apply": staticmethod(refusing(found.apply))}))
+        else:
+            setattr(module, name, refusing(found))
+    try:
+        yield
+    finally:
+        for name, found in before.items():
+            setattr(module, name, found)
 
 
 def inline_only_when_called(file: str) -> None:

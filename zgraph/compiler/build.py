@@ -61,7 +61,9 @@ def shard(model: nn.Module, settings: Settings) -> Session:
     if group is not None:
         for buffer in model.buffers():
             buffer.detach().copy_(store.from_first_rank(buffer))
-    return Session(store, group, name)
+    session = Session(store, group, name)
+    session.reduce_dtype = settings.reduce_dtype
+    return session
 
 
 def attach(model: nn.Module, settings: Settings, session: Session) -> None:

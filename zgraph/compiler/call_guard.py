@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,9 +84,7 @@ def _cast(inputs: Any, dtype: torch.dtype) -> Any:
 def _watch_outputs(result: Any, placeholders: Mapping[int, str], session: Session) -> None:
     """Catch a parameter that escapes, and a backward that comes too often or too late."""
     watched: set[Any] = set()
-    for leaf in pytree.tree_leaves(result):
-        if not isinstance(leaf, torch.Tensor):
-            continue
+    for leaf in _tensors(result, depth=3):
         if name := placeholders.get(id(leaf)):
             raise EscapedParameterError(
                 f"the forward returned the parameter {name}, whose gathered memory is gone after the call; return a "
@@ -96,6 +94,15 @@ def _watch_outputs(result: Any, placeholders: Mapping[int, str], session: Sessio
         if node is not None and node not in watched:
             watched.add(node)
             node.register_prehook(_before_backward(weakref.ref(node), session))
+
+
+def _tensors(result: Any, depth: int) -> Iterator[torch.Tensor]:
+    """The tensors of what a model returns, in objects as well."""
+    for leaf in pytree.tree_leaves(result):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, type | torch.nn.Module):
+            yield from _tensors(list(vars(leaf).values()), depth - 1)
 
 
 def _before_backward(node: weakref.ref[Any], session: Session) -> Callable[[Any], None]:

@@ -63,19 +63,21 @@ class Copier:
     def _detached(self) -> Iterator[None]:
         """The model as it was before it was compiled, but for its parameters."""
         own = self.model.__dict__
-        ours = [(hooks, handle.id) for handle in self.handles if (hooks := handle.hooks_dict_ref())]
-        taken = [(hooks, number, hooks.pop(number)) for hooks, number in ours]
-        for key in self._attached:
-            if key in self._before:
-                own[key] = self._before[key]
-            else:
-                del own[key]
+        present = {key: own[key] for key in self._attached if key in own}
+        hooks = [(held, handle.id) for handle in self.handles if (held := handle.hooks_dict_ref()) is not None]
+        taken = [(held, number, held[number]) for held, number in hooks if number in held]
         try:
+            for held, number, _ in taken:
+                del held[number]
+            for key in present:
+                del own[key]
+                if key in self._before:
+                    own[key] = self._before[key]
             yield
         finally:
-            own.update(self._attached)
-            for hooks, number, hook in taken:
-                hooks[number] = hook
+            own.update(present)
+            for held, number, hook in taken:
+                held[number] = hook
 
 
 def _blank(parameter: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
