@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -109,11 +110,12 @@ class Branching(Mlp):
         return loss * 2 if loss.item() > 1.5 else loss * 3
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_a_graph_break_with_fullgraph_false(stage: int) -> None:
+@pytest.mark.parametrize("fullgraph", [False, "eager"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_graph_break_without_a_full_graph(stage: int, fullgraph: bool | str) -> None:
     plain = built(Branching)
-    with pytest.warns(UserWarning, match="all parameters are gathered"):
-        model = zgraph.compile(built(Branching), stage=stage, fullgraph=False)
+    with pytest.warns(UserWarning, match="all parameters are gathered") if fullgraph else nullcontext():
+        model = zgraph.compile(built(Branching), stage=stage, fullgraph=fullgraph)
     assert train(model, rows, 2) == train(plain, rows, 2)
     assert distance(model, plain) == 0
 
