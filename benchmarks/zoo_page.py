@@ -132,9 +132,10 @@ def _not_built(rows: Sequence[Row], num_entries: int) -> Iterator[str]:
         yield from _titled("Not tried")
         yield (
             f"Of {len(missing)} more the small configuration or the inputs that the benchmark makes do not run "
-            "eagerly. That says nothing about zgraph: "
-            + ", ".join(sorted(str(r["name"]) for r in missing)) + "."
-        )  # fmt: skip
+            "eagerly. That says nothing about zgraph."
+        )
+        yield ""
+        yield from (f"- {name}" for name in sorted(str(r["name"]) for r in missing))
         left = num_entries - sum(r["num_ranks"] == 1 for r in rows)
         if left > 0:
             yield ""

@@ -38,16 +38,8 @@ def whole_parameters(session: Session) -> Iterator[None]:
     except BaseException as error:
         session.fail(error)
         raise
-    before = []
-    for slot, parameter in zip(session.store.slots.values(), whole, strict=True):
-        for owner, key in slot.owners:
-            before.append((owner, key, owner[key]))
-            owner[key] = parameter
-    try:
+    with session.store.held_as(session.store.slots.values(), whole):
         yield
-    finally:
-        for owner, key, held in before:
-            owner[key] = held
 
 
 def full(session: Session, slot: Slot) -> torch.Tensor:
@@ -118,15 +110,8 @@ class _GatheredModel:
         call = _Call()
         self.calls.add(call)
         attached = _AttachWhole.apply(self, call, trained, *(s.parameter for s in trained))  # type: ignore[no-untyped-call]
-        before = [(owner, key, owner[key]) for slot in trained for owner, key in slot.owners]
-        for slot, whole in zip(trained, attached, strict=True):
-            for owner, key in slot.owners:
-                owner[key] = whole
-        try:
+        with self.session.store.held_as(trained, attached):
             yield
-        finally:
-            for owner, key, held in before:
-                owner[key] = held
 
     def fill(self) -> None:
         """Fill the placeholders, unless they hold the present values already."""
@@ -142,9 +127,7 @@ class _GatheredModel:
     def share_buffers(self) -> None:
         """Copy the first rank's buffers to every rank, after a forward in training may have changed them."""
         if self.session.num_ranks > 1 and self.session.store.model.training:
-            with torch.no_grad():
-                for buffer in self.session.store.model.buffers():
-                    buffer.data.copy_(self.session.store.from_first_rank(buffer))  # unseen by autograd, which saved it
+            self.session.store.share_buffers()
 
     def free_if_done(self) -> None:
         """Let go of whole parameters, unless a backward may still read them."""

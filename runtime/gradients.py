@@ -10,9 +10,9 @@ A gradient at rest is a shard, or lies in another dtype or on the host, which au
 of a whole placeholder. The compiled backward returns a *token* in its place: of the placeholder's shape, without
 memory of its own, with the gradient as an attribute.
 
-Under no_sync, gradients of stages 0 and 1 are *unreduced*: this rank's own. They are in `.grad` as well, where
-`zero_grad` finds them: of a DTensor as a DTensor that is `Partial`, of a plain tensor as DDP leaves them. The next
-backward that syncs takes them with it, and so does `optimizer.step()`.
+Under no_sync, gradients of stages 0 and 1 are *unreduced*: this rank's own; where the model runs eagerly, those of all
+stages. They are in `.grad` as well, where `zero_grad` finds them: of a DTensor as a DTensor that is `Partial`, of a
+plain tensor as DDP leaves them. The next backward that syncs takes them with it, and so does `optimizer.step()`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def needs_token(slot: Slot, session: Session) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """What a backward made for a parameter.
+    """A gradient of a parameter, as a backward made it.
 
     Args:
         tensor: a padded chunk where the parameter is sharded, else the whole; the whole if it is unreduced.
@@ -84,7 +84,7 @@ class Gradient:
 
 
 def token(slot: Slot, gradient: Gradient) -> torch.Tensor:
-    """What a compiled backward returns in the place of a gradient: see above."""
+    """The token that a compiled backward returns in the place of a gradient: see above."""
     made = _zero(slot.placeholder.dtype, slot.placeholder.device).expand(slot.placeholder.shape)
     made.zgraph_gradient = gradient  # type: ignore[attr-defined]
     return made

@@ -56,9 +56,8 @@ class Placeholder(nn.Parameter):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             for each in pytree.tree_leaves((args, kwargs)):
-                if (
-                    isinstance(each, Placeholder) and each.zgraph_name == ""
-                ):  # a guard: another parameter, another graph
+                # the comparison leaves a guard: a graph is captured for one parameter alone
+                if isinstance(each, Placeholder) and each.zgraph_name == "":
                     raise AssertionError
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -97,7 +96,7 @@ def in_pieces(forward: Callable[..., Any], session: Session) -> Callable[..., An
 
 
 class Pieces:
-    """What eager code between the pieces of a model reads.
+    """Gathers the parameters that eager code between the pieces of a model reads.
 
     Args:
         session: whose parameters.
@@ -122,9 +121,7 @@ class Pieces:
             yield
             self.write_back()
             if self.session.num_ranks > 1 and before != [b._version for b in buffers]:
-                with torch.no_grad():
-                    for buffer in buffers:
-                        buffer.data.copy_(self.session.store.from_first_rank(buffer))
+                self.session.store.share_buffers()
         finally:
             self._given.clear()
 

@@ -35,7 +35,7 @@ PARAMETERS = "parameters"
 
 
 Owner = tuple[Any, Any]
-"""What holds a parameter, and its key or position there."""
+"""A container that holds a parameter, and the key or position there."""
 
 
 @dataclass
@@ -303,6 +303,26 @@ class ShardStore:
         tensor.untyped_storage().resize_(0)
         return self.placeholder_class(tensor, parameter.requires_grad)
 
+    @contextmanager
+    def held_as(self, slots: Iterable[Slot], tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+        """The model with these tensors in the place of what it holds of the parameters."""
+        before = []
+        for slot, tensor in zip(slots, tensors, strict=True):
+            for owner, key in slot.owners:
+                before.append((owner, key, owner[key]))
+                owner[key] = tensor
+        try:
+            yield
+        finally:
+            for owner, key, held in before:
+                owner[key] = held
+
+    @torch.no_grad()
+    def share_buffers(self) -> None:
+        """Copy the first rank's buffers to every rank."""
+        for buffer in self.model.buffers():
+            buffer.data.copy_(self.from_first_rank(buffer))  # unseen by autograd, which may have saved it
+
     def from_first_rank(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first rank's values of `tensor`, dense and on this store's device."""
         assert self.group is not None
@@ -330,7 +350,7 @@ def _owners(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[Owner]]]:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
-    """What a module's attributes, and lists and dictionaries among them, hold: the owner, the key and the value."""
+    """The owner, key and value of each attribute of a module, and of each entry of its lists and dictionaries."""
     for name, value in module.__dict__.items():
         if name in ("_parameters", "_buffers", "_modules"):
             continue

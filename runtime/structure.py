@@ -1,4 +1,4 @@
-"""What a sharded model consists of, to notice that it was changed."""
+"""Modules, parameters and hooks of a sharded model, to notice that they were changed."""
 
 from __future__ import annotations
 

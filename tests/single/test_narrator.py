@@ -196,11 +196,15 @@ def test_telling_is_logging_where_somebody_listens(
     assert capsys.readouterr().err == ""
 
 
-class Printing(nn.Module):
+class Two(nn.Module):
+    """Two layers."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
 
+
+class Printing(Two):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.first(x)
         print(hidden.shape)
@@ -218,12 +222,8 @@ def test_each_end_of_a_piece_is_told_once(caplog: pytest.LogCaptureFixture) -> N
     assert not any("captured again" in r.getMessage() for r in caplog.records)
 
 
-class Branching(nn.Module):
-    """Two layers with a branch on a value between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+class Branching(Two):
+    """A branch on a value between the layers."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.first(x)

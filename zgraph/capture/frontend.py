@@ -76,7 +76,6 @@ class Frontend:
     ) -> None:  # fmt: skip
         self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
         self._codes: list[types.CodeType] = []
-        self.eager_pieces: list[str] = []
 
     def wrap(self, function: Callable[..., Any], dynamic: bool | None, *, fullgraph: bool = True) -> Callable[..., Any]:
         """`function`, captured and compiled at its first call and whenever its guards fail.
@@ -128,8 +127,7 @@ class Frontend:
         """What runs a piece: eagerly, if zgraph cannot take it."""
         try:
             return self._backend(gm, examples)
-        except (CaptureError, EscapedParameterError) as error:
-            self.eager_pieces.append(str(error))
+        except (CaptureError, EscapedParameterError):
             return private_compile.seeing_subclasses(gm.forward)
 
     def _leaf(self, example: Any, buffers: Mapping[int, str]) -> Leaf:

@@ -59,8 +59,7 @@ def shard(model: nn.Module, settings: Settings) -> Session:
     )  # fmt: skip
     materialise_buffers(model, device)
     if group is not None:
-        for buffer in model.buffers():
-            buffer.detach().copy_(store.from_first_rank(buffer))
+        store.share_buffers()
     session = Session(store, group, name)
     session.reduce_dtype = settings.reduce_dtype
     return session

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -30,7 +30,7 @@ class Copier:
     def __init__(self, model: nn.Module, again: Callable[[nn.Module], Session]) -> None:
         self.model, self.again = model, again
         self._before = dict(model.__dict__)
-        self._attached: Mapping[str, Any] = {}
+        self._attached: list[str] = []
         self.handles: list[RemovableHandle] = []
 
     def attach(self, session: Session) -> None:
@@ -43,7 +43,7 @@ class Copier:
             for module in self.model.modules()
             if any(isinstance(p, DTensor) for p in module._parameters.values())
         ]
-        self._attached = {key: value for key, value in own.items() if self._before.get(key, _NONE) is not value}
+        self._attached = [key for key, value in own.items() if self._before.get(key, _NONE) is not value]
 
     def _copied(self, session: Session, memo: dict[int, Any]) -> nn.Module:
         """Another model with the same values, compiled. All ranks copy together."""
