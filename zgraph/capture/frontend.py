@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from zgraph.bridge import private_compile
 from zgraph.bridge.aten import TO_TORCH
+from zgraph.bridge.private_ops import write_out_mutations
 from zgraph.capture.failures import failure
 from zgraph.capture.importer import Importer, Leaf
 from zgraph.errors import CaptureError, EscapedParameterError
@@ -68,13 +69,16 @@ class Frontend:
         name: what the graphs are called.
         attach: given what runs a captured graph and which of its arguments are which parameters, gives what runs it
             with gradients brought to the parameters at rest.
+        left_eager: told why a piece of a function that is captured in pieces runs eagerly.
     """
 
     def __init__(
         self, params: Mapping[int, ParamInfo], buffers: Callable[[], Mapping[int, str]], compiler: Compiler, name: str,
         attach: Callable[[Callable[..., Any], Mapping[int, str]], Callable[..., Any]] = lambda run, _: run,
+        left_eager: Callable[[str], None] = lambda why: None,
     ) -> None:  # fmt: skip
         self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
+        self.left_eager = left_eager
         self._codes: list[types.CodeType] = []
 
     def wrap(self, function: Callable[..., Any], dynamic: bool | None, *, fullgraph: bool = True) -> Callable[..., Any]:
@@ -117,17 +121,20 @@ class Frontend:
         buffers = self.buffers()
         leaves = {index: self._leaf(example, buffers) for index, example in enumerate(examples)}
         capture = _OneCapture(self, leaves)
-        run = private_compile.aot_autograd(
+        captured = private_compile.aot_autograd(
             fw_compiler=capture.runner_of, bw_compiler=capture.runner_of, partition_fn=capture.partition,
             inference_compiler=capture.inference, decompositions=private_compile.DECOMPOSED,
-        )(gm, examples)  # fmt: skip
+        )  # fmt: skip
+        with private_compile.plain_recurrence():
+            run = captured(gm, examples)
         return self.attach(run, {i: leaf.target for i, leaf in leaves.items() if leaf.kind is InputKind.param})
 
     def _piece(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         """What runs a piece: eagerly, if zgraph cannot take it."""
         try:
             return self._backend(gm, examples)
-        except (CaptureError, EscapedParameterError):
+        except (CaptureError, EscapedParameterError) as error:
+            self.left_eager(str(error))
             return private_compile.seeing_subclasses(gm.forward)
 
     def _leaf(self, example: Any, buffers: Mapping[int, str]) -> Leaf:
@@ -181,6 +188,7 @@ class _OneCapture:
         return _boxed(call.target)
 
     def _compile(self, gm: fx.GraphModule, num_forward_outputs: int | None) -> Compiled:
+        write_out_mutations(gm, private_compile.fake_mode_of(gm))
         importer = Importer(gm, self.leaves, num_forward_outputs, self.frontend.name)
         graph = importer.run()
         _check_escapes(graph, {info.name for info in self.frontend.params.values() if info.is_placeholder})

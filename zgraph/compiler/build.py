@@ -87,7 +87,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         drop_gradient_hooks(model)
         frontend = Frontend(
             _param_infos(session), lambda: {id(b): n for n, b in model.named_buffers()}, compiled.compile_graph,
-            type(model).__name__, lambda run, parameters: attached(run, parameters, session),
+            type(model).__name__, lambda run, parameters: attached(run, parameters, session), narrator.left_eager,
         )  # fmt: skip
         forward, forget = frontend.wrap(forward, settings.dynamic, fullgraph=settings.fullgraph), frontend.forget
         if not settings.fullgraph:

@@ -135,6 +135,13 @@ class Narrator:
             self._bar.stop()
             tell(f"{self.model}: a piece ends at {place}: {reason.rstrip('.')}; eager code reads gathered parameters")
 
+    def left_eager(self, why: str) -> None:
+        """A piece runs eagerly, because zgraph cannot take it."""
+        if why not in self._breaks and "capture" in self.kinds:
+            self._breaks.add(why)
+            self._bar.stop()
+            tell(f"{self.model}: a piece runs eagerly and gathers each parameter where it is read: {why}")
+
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
         """A pass has run: this is an instrument of the pipeline."""
         self._bar.advance(step.name)
