@@ -43,15 +43,40 @@ def gpt2_4l() -> PretrainedConfig:
     return GPT2Config(n_layer=4, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False)
 
 
+def llama_10l() -> PretrainedConfig:
+    """Ten layers, 36,186,624 parameters."""
+    return llama(512, 1408, 10, 8, 4096)
+
+
+def break_between_layers(model: nn.Module) -> None:
+    """Have each layer begin with a graph break."""
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(_break)
+
+
+def break_in_layers(model: nn.Module) -> None:
+    """Have each layer break the graph between its attention and its MLP."""
+    for layer in decoder_layers(model):
+        layer.mlp.register_forward_pre_hook(_break)
+
+
+def _break(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    torch._dynamo.graph_break()
+
+
 @dataclass(frozen=True)
 class Preset:
-    """A named model configuration."""
+    """A named model configuration, and the change made to the model."""
 
     name: str
     config: Callable[[], PretrainedConfig]
+    change: Callable[[nn.Module], None] = lambda model: None
 
 
-PRESETS = (Preset("llama-tiny", llama_tiny), Preset("llama-30m", llama_30m), Preset("gpt2-4l", gpt2_4l))
+PRESETS = (
+    Preset("llama-tiny", llama_tiny), Preset("llama-30m", llama_30m), Preset("gpt2-4l", gpt2_4l),
+    Preset("llama-10-breaks", llama_10l, break_between_layers), Preset("llama-breaks-inside", llama_10l, break_in_layers),
+)  # fmt: skip
 NAMES = tuple(preset.name for preset in PRESETS)
 
 
@@ -67,6 +92,7 @@ def build(name: str, device: torch.device) -> nn.Module:
     """The model of a preset, in fp32 and training mode; the same numbers in every process."""
     torch.manual_seed(SEED)
     model: nn.Module = AutoModelForCausalLM.from_config(preset(name).config(), dtype=torch.float32)  # type: ignore[no-untyped-call]
+    preset(name).change(model)
     return model.train().to(device)
 
 

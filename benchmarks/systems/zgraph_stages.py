@@ -19,10 +19,10 @@ BUDGET = "650MB"
 """What ZeRO-3 of a baseline takes at its peak for the 30 M Llama; zgraph keeps gathered parameters in what is left."""
 
 
-def prepare(model: nn.Module, device: torch.device, *, stage: int) -> Step:
+def prepare(model: nn.Module, device: torch.device, **options: Any) -> Step:
     import zgraph
 
-    compiled: nn.Module = zgraph.compile(model, stage=stage)
+    compiled: nn.Module = zgraph.compile(model, **options)
     return adamw_step(compiled)
 
 
@@ -105,6 +105,7 @@ ZGRAPH = (
         System(f"zgraph stage {stage}", Role.ZGRAPH, stage, partial(prepare, stage=stage), "zgraph", "zgraph")
         for stage in (0, 1, 2, 3)
     ),
+    System("zgraph in pieces", Role.ZGRAPH, 3, partial(prepare, stage=3, fullgraph=False), "zgraph", "zgraph"),
     *(
         System(
             f"zgraph stage {stage}{name}, calibrated", Role.ZGRAPH, stage,

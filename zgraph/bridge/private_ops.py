@@ -10,7 +10,7 @@ from torch._higher_order_ops import auto_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-_WRITTEN_OUT = {
+_WRITTEN_OUT: dict[Any, Any] = {
     torch.ops.higher_order.auto_functionalized: auto_functionalize.auto_functionalized_dense,
     torch.ops.higher_order.auto_functionalized_v2: auto_functionalize.auto_functionalized_v2_dense,
 }
@@ -41,7 +41,7 @@ def _write_out(graph: fx.Graph, node: fx.Node, fake_mode: Any) -> None:
             if plain_node.op == "call_function":
                 nodes[plain_node] = graph.node_copy(plain_node, nodes.__getitem__)
                 nodes[plain_node].meta = {**node.meta, "val": plain_node.meta.get("val")}
-    results = traced.output_node().args[0]
+    results: Any = traced.output_node().args[0]
     for item in list(node.users):
         item.replace_all_uses_with(nodes[results[item.args[1]]])
         graph.erase_node(item)
