@@ -23,7 +23,7 @@ from zgraph.runtime.departures import LINGER_SECONDS, departures
 from zgraph.runtime.drift import Wait
 from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.heartbeat import BEAT_SECONDS, Place, beat_key, heartbeat
-from zgraph.runtime.journal import Journal, keep
+from zgraph.runtime.journal import Journal, begun, keep
 
 GONE_AFTER_SECONDS = 5.0
 ASK_AFTER_SECONDS = 0.5
@@ -94,7 +94,7 @@ class Peers:
         self._heartbeat.place = Place(self.call, what, waits, time.monotonic())
 
     def _poll(self, work: dist.Work | Transfer, what: str) -> None:
-        nap, asked, told = _FIRST_NAP, time.monotonic(), False
+        nap, asked, told = _FIRST_NAP, time.monotonic(), ""
         place, number = f"{what} in call {self.call}", work.number if isinstance(work, Transfer) else 0
         long = Wait(self.store, self.rank, self.ranks, place, self.journal, number)
         until = asked + self.limit_s
@@ -111,9 +111,26 @@ class Peers:
                     self._look(long)
                 if asked > until:
                     self._give_up()
-                if not told:
-                    self._write(self._key("waiting"), f"rank {self.rank} waits for {what}")
-                    told = True
+                told = self._said(f"{number} rank {self.rank} waits for {what}")
+        if told:
+            self._take_back(told)
+
+    def _said(self, word: str) -> str:
+        """Say what this rank waits for, unless another says so already; the word."""
+        with store_errors():
+            self.store.compare_set(self._key("waiting"), "", word)
+        return word
+
+    def _take_back(self, word: str) -> None:
+        """Say no more what this rank has waited for."""
+        with store_errors():
+            self.store.compare_set(self._key("waiting"), word, "")
+
+    def _stuck(self) -> str:
+        """A rank that waits, and for what, in a collective that this rank has not begun; empty if there is none."""
+        number, _, waiting = self._read(self._key("waiting")).decode().partition(" ")
+        known = begun().get(self.journal.name, 0) if self.journal is not None else 0
+        return "" if waiting and 0 < int(number) <= known else waiting
 
     def _look(self, wait: Wait) -> None:
         """Tell for what this rank waits, and raise if another will not come there."""
@@ -281,7 +298,7 @@ class Peers:
                 continue
             asked = time.monotonic()
             self.raise_failure()
-            if waiting := self._read(self._key("waiting")).decode():
+            if waiting := self._stuck():
                 raise PlanMismatchError(
                     f"rank {self.rank} compiled a new {what}, but {waiting} in one compiled before. Give every rank "
                     "inputs of the same kind and shape in the same step, or pass dynamic=True."

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
@@ -15,6 +17,7 @@ import zgraph
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import StaleParametersError, UsageError
 from zgraph.runtime import eager_fallback
+from zgraph.runtime.peers import ASK_AFTER_SECONDS
 
 from .lockstep import Lockstep, assert_same
 from .nets import CLASSES, WIDTH, built, rows
@@ -230,6 +233,26 @@ def go_apart(mesh: DeviceMesh) -> str:
 def test_ranks_that_go_another_way_are_told(pool: Pool) -> None:
     for text in pool.run(go_apart, 2, spoils=True):
         assert text != "nothing was raised"
+
+
+@torch.compiler.disable
+def take_turns(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The second rank comes late to a gather, and the first to the next piece."""
+    if dist.get_rank() == 1:
+        time.sleep(3 * ASK_AFTER_SECONDS)
+    scaled = hidden * weight.mean()
+    if dist.get_rank() == 0:
+        time.sleep(3 * ASK_AFTER_SECONDS)
+    return scaled
+
+
+class Late(Layer):
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        return take_turns(hidden, self.norm.weight)
+
+
+def test_a_rank_that_was_late_once_is_not_taken_for_one_that_goes_another_way(pool: Pool) -> None:
+    assert_same(pool.run(train, 2, 3, Late, {}))
 
 
 class Checkpointed(Layer):

@@ -690,6 +690,18 @@ def test_what_is_weighed_writes_what_is_read_and_no_more():
     assert made == [["h", "a"], ["y"], ["dh", "db"]]
 
 
+ALONE = """graph "g" mesh(shard=1)
+op aten.relu.default
+input %x: f32[4,8]<V>
+fwd %y: f32[4,8]<V> = aten.relu.default(%x)
+return fwd output %y
+"""
+
+
+def test_an_op_alone_is_no_kernel():
+    assert [list(found.nodes) for found in fuse_candidates(parse_graph(ALONE), {})] == [["aten"]]
+
+
 def test_what_was_measured_decides():
     assert best({"aten": 2.0, "kernel": 3.0, "inductor": 1.0}) == "inductor"
     assert best({"aten": 2.0, "kernel": 3.0, "inductor": 4.0, "matmul": 1.0}) == "aten"

@@ -244,3 +244,12 @@ def test_a_search_tries_no_more_than_it_may(effort, max_work, more, monkeypatch)
     plain = len({first_use_order(problem), latest_first_order(problem)})
     search(problem, effort)
     assert len(tried) - plain == more
+
+
+def test_what_is_waited_for_longest_is_moved_first():
+    """Of two stalls, of 1 us and then of 4, the search tries the second's transfer ahead of the first's."""
+    transfers = (Transfer(3.0, 0, 1, 1, 1), Transfer(5.0, 0, 2, 1, 2))
+    found = run(Problem((2.0, 1.0, 4.0), (9, 9, 9), transfers), (0, 1), (0, 0))
+    assert found.stalls == ((1, 0, 1.0), (2, 1, 4.0))
+    three = replace(found, order=(2, 0, 1), stalls=found.stalls)
+    assert next(timetable._neighbours(three)) == (2, 1, 0)
