@@ -23,14 +23,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 from zgraph.ir import Graph, Node
+from zgraph.ir.external_ops import COMPILED, ROWS, facts
 from zgraph.passes.core.base import Choice, Context, Numerics, Pass
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fusion.candidates import Candidates
 from zgraph.passes.fusion.groups import Groups
 from zgraph.passes.fusion.loss import fused_losses
-from zgraph.passes.fusion.patterns import RENAMES
 from zgraph.passes.fusion.rotary import fused_subgraphs
-from zgraph.passes.fusion.rows import COMPILED, FOREIGN, ROWS, Group
+from zgraph.passes.fusion.rows import FOREIGN, Group
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _replaced(graph: Graph, kernels: Sequence[tuple[Group, tuple[Node, ...]]]) -
             continue
         held = [waiting[v.name] for v in node.operands if v.name in waiting]
         if held:
-            assert node.op in RENAMES, "a group is closed by what reads from it"
+            assert facts(node.op).keeps_rows, "a group is closed by what reads from it"
             delayed.setdefault(held[0], []).append(node)
             waiting.update((r.name, held[0]) for r in node.results)
             continue

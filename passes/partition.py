@@ -54,11 +54,10 @@ from zgraph.ir import (
     Value,
     Varying,
 )
+from zgraph.ir.external_ops import CAST
 from zgraph.ir.graph import map_values
 from zgraph.ir.ops import views
 from zgraph.passes.core.base import Context, Numerics, Pass
-
-CASTS = frozenset({"aten._to_copy.default"})
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class _Partitioner:
         results = tuple(Value(r.name, self.placed_type(r.type, varies)) for r in node.results)
         tensors = [v for v in node.operands if isinstance(v.type, TensorType)]
         if node.phase is Phase.forward and tensors and all(self.comes_again(v.name) for v in tensors):
-            if node.op in CASTS or views(self.source, node):
+            if node.op == CAST or views(self.source, node):
                 self.derived.update(r.name for r in results)
         for result in results:
             self.env[node.phase][result.name] = result

@@ -7,8 +7,8 @@ import torch
 import small
 import zgraph
 from zgraph.codegen.spec import KernelSpec
+from zgraph.ir.external_ops import MATMUL, ROWS
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.fusion.rows import MATMUL, ROWS
 
 
 @cache

@@ -23,6 +23,7 @@ from zgraph.cost.table import AlphaBeta
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Axis, DType, Graph, Node, Phase, TensorType, parse_graph, verify
 from zgraph.ir.aliases import Memory
+from zgraph.ir.external_ops import LOSS, LOSS_BACKWARD, MATMUL, PROJECTED_LOSS, PROJECTED_LOSS_BACKWARD, ROWS
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.passes.all_gather import AllGather
 from zgraph.passes.analysis.forward import Forward
@@ -32,8 +33,6 @@ from zgraph.passes.fit import Fit, _Fitter
 from zgraph.passes.fuse import Fuse
 from zgraph.passes.fuse import candidates as fuse_candidates
 from zgraph.passes.fusion.candidates import Candidates
-from zgraph.passes.fusion.loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
-from zgraph.passes.fusion.rows import MATMUL, ROWS
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload, Saved
 from zgraph.passes.partition import Partition
@@ -575,11 +574,11 @@ def test_fused_graphs_give_the_numbers_that_they_gave(graph):
 def test_the_loss_of_a_projection_is_fused_with_it():
     fused = parse_recipe("canonicalize,fuse").run(captured("llama"), Context())
     ops = {n.op for n in fused.nodes}
-    assert ops & {LINEAR, PLAIN}
-    assert ops & {LINEAR_BACKWARD, PLAIN_BACKWARD}
+    assert ops & {PROJECTED_LOSS, LOSS}
+    assert ops & {PROJECTED_LOSS_BACKWARD, LOSS_BACKWARD}
 
 
-LOSS = """graph "g"
+LOSS_TEXT = """graph "g"
 op aten._log_softmax.default
 op aten.nll_loss_forward.default multi
 input %x: f32[8, 8{strides}]
@@ -594,10 +593,10 @@ return fwd output %l
     ("dim", "strides", "is_fused"), [(1, "", True), (-1, "", True), (0, "", False), (1, " | 1, 8", False)]
 )
 def test_a_loss_is_fused_where_the_softmax_is_over_rows(dim, strides, is_fused):
-    graph = parse_graph(LOSS.format(dim=dim, strides=strides))
+    graph = parse_graph(LOSS_TEXT.format(dim=dim, strides=strides))
     verify(graph)
     fused = parse_recipe("fuse").run(graph, Context())
-    assert bool(of_op(fused, PLAIN)) == is_fused
+    assert bool(of_op(fused, LOSS)) == is_fused
     assert bool(of_op(fused, "aten._log_softmax.default")) != is_fused
 
 
@@ -640,7 +639,7 @@ def test_fuse_takes_three_words_for_matmuls(word):
     ids=["mean", "returned", "read", "sum", "one a token", "weights", "of no rows", "of a view"],
 )
 def test_a_loss_is_fused_where_nothing_else_needs_what_is_inside(changes, is_fused):
-    text = LOSS.format(dim=1, strides="").replace(
+    text = LOSS_TEXT.format(dim=1, strides="").replace(
         "op aten.nll", "op aten.exp.default\nop aten.view.default views(0)\nop aten.nll"
     )
     for before, after in changes:
@@ -650,16 +649,16 @@ def test_a_loss_is_fused_where_nothing_else_needs_what_is_inside(changes, is_fus
     verify(graph)
     fused = parse_recipe("fuse").run(graph, Context())
     verify(fused)
-    assert bool(of_op(fused, PLAIN)) == is_fused
-    for made in of_op(fused, PLAIN):
+    assert bool(of_op(fused, LOSS)) == is_fused
+    for made in of_op(fused, LOSS):
         assert made.args[-2:] == (-100, "none, 1" in text)
 
 
 def test_a_loss_in_half_precision_is_computed_in_single():
     """What it returned is cast back, each of the two from its own."""
-    fused = parse_recipe("fuse").run(parse_graph(LOSS.format(dim=1, strides="").replace("f32", "bf16")), Context())
+    fused = parse_recipe("fuse").run(parse_graph(LOSS_TEXT.format(dim=1, strides="").replace("f32", "bf16")), Context())
     verify(fused)
-    (made,) = of_op(fused, PLAIN)
+    (made,) = of_op(fused, LOSS)
     assert [r.tensor.dtype for r in made.results] == [DType.f32] * 3
     casts = {n.name: n.operands[0] for n in of_op(fused, "aten._to_copy.default")}
     assert casts.get("l") == made.results[0]

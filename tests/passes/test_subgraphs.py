@@ -4,8 +4,9 @@ import pytest
 
 from tests.passes.test_goldens import FOLDER, Golden
 from zgraph.ir import Graph, parse_graph, verify
+from zgraph.ir.external_ops import ROTARY
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.fusion.rotary import REWRITES, ROTARY
+from zgraph.passes.fusion.rotary import REWRITES
 from zgraph.passes.plan.zero_tangents import without_tangents
 
 TEXT = Golden.read(FOLDER / "fuse-rotary.zir").before

@@ -20,10 +20,17 @@ from zgraph.debugging.known import Reference
 from zgraph.debugging.numbers import Numbers
 from zgraph.errors import UsageError
 from zgraph.ir import DType, Graph, Node, Phase, TensorType, Value, parse_graph, print_graph, verify
+from zgraph.ir.external_ops import (
+    LOSS,
+    LOSS_BACKWARD,
+    MATMUL,
+    PROJECTED_LOSS,
+    PROJECTED_LOSS_BACKWARD,
+    ROTARY,
+    ROWS,
+    SEED,
+)
 from zgraph.passes import RECIPES, Context, fusing, parse_recipe
-from zgraph.passes.fusion.loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
-from zgraph.passes.fusion.rotary import ROTARY
-from zgraph.passes.fusion.rows import MATMUL, ROWS, SEED
 
 from .trained import MODELS, Trained, batch, losses, plain
 
@@ -347,7 +354,7 @@ def test_logits_that_are_not_returned_are_never_whole(dtype):
     before, fused = BEFORE.run(graph, Context()), FUSED.run(graph, Context())
     verify(fused)
     losses = [n for n in fused.nodes if "cross_entropy" in n.op]
-    assert [n.op for n in losses] == [LINEAR, LINEAR_BACKWARD]
+    assert [n.op for n in losses] == [PROJECTED_LOSS, PROJECTED_LOSS_BACKWARD]
     assert {work(fused, n).dtype for n in losses} == {"f32" if dtype is None else "bf16"}
     assert whole_logits(before)
     assert not whole_logits(fused)
@@ -364,7 +371,7 @@ def whole_logits(graph: Graph) -> list[str]:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
 def test_logits_that_are_returned_are_all_that_is_as_large(name):
     fused = FUSED.run(captured(name, torch.bfloat16), Context())
-    assert [n.op for n in fused.nodes if "cross_entropy" in n.op] == [PLAIN, PLAIN_BACKWARD]
+    assert [n.op for n in fused.nodes if "cross_entropy" in n.op] == [LOSS, LOSS_BACKWARD]
     assert not any(n.op.startswith(("aten._log_softmax", "aten.nll_loss")) for n in fused.nodes)
     made = [r.type for n in fused.nodes for r in n.results if isinstance(r.type, TensorType)]
     assert not {t.shape[-2:] for t in made if t.dtype is DType.f32} & {(96, 300), (48, 300)}
@@ -392,7 +399,7 @@ def test_a_loss_has_the_dtype_of_its_logits(dtype):
     loss = fused(x, target)
     loss.backward()
     (entry,) = zgraph.report(fused).entries
-    assert any(n.op == PLAIN for n in entry.plan.graph.nodes)
+    assert any(n.op == LOSS for n in entry.plan.graph.nodes)
     assert loss.dtype is dtype
     tolerance = {"rtol": 1e-2, "atol": 1e-3} if dtype is torch.bfloat16 else {"rtol": 1e-12, "atol": 1e-15}
     assert torch.allclose(loss, expected, **tolerance)

@@ -12,6 +12,7 @@ import torch
 
 from zgraph.errors import UnknownOpError
 from zgraph.ir import Arg, DType, ExternalOp, Token, Value, allow_namespace
+from zgraph.ir.external_ops import facts
 from zgraph.ir.names import SCALAR_FUNCTIONS, TOKENS, refusal, token_refusal
 
 TO_TORCH: dict[DType, torch.dtype] = {
@@ -32,9 +33,6 @@ def compute_dtype(tensor: torch.Tensor, param_dtype: torch.dtype | None) -> torc
 _LAYOUTS = {name: getattr(torch, name) for name in TOKENS["layout"]}
 _MEMORY_FORMATS = {name: getattr(torch, name) for name in TOKENS["memory_format"]}
 _MODULES = {"py": operator, "math": math, "torch": torch}
-
-_ALIASING = frozenset({"aten._unsafe_view.default", "aten._reshape_alias.default"})
-"""Ops whose schema promises a fresh result, but whose result lies in the memory of their first argument."""
 
 
 def op_name(target: Any) -> str | None:
@@ -83,7 +81,7 @@ def effects(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, An
     for position, argument in enumerate(target._schema.arguments):
         if argument.alias_info is not None:
             (writes if argument.alias_info.is_write else views).append(position)
-    if name in _ALIASING:
+    if facts(name).hides_view:
         views = [0]
     if writes and any(r.alias_info is not None for r in target._schema.returns):
         views += writes

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 
 from zgraph.errors import UsageError, did_you_mean
+from zgraph.ir.external_ops import facts
 
 _words = str.split
 
@@ -36,9 +37,6 @@ TOKENS: Mapping[str, frozenset[str]] = {
 """The constants of the host framework that a text may name, by kind."""
 
 BUILT_IN = ("aten", "prims", "zgraph")
-
-REFUSED = frozenset({"aten.from_file", "aten.save"})
-"""Ops that open files."""
 
 _namespaces = set(BUILT_IN)
 _IDENTIFIER = re.compile(r"(?:[A-Za-z]|_(?!_))\w*|__i?(?:and|or|xor|lshift|rshift)__", re.ASCII)
@@ -79,7 +77,7 @@ def refusal(op: str) -> str:
             f"{shown} is an op of {namespace[:60]}, which this process does not know; the namespaces are "
             f"{_list(_namespaces)}, and zgraph.ir.allow_namespace adds one that is trusted"
         )
-    if f"{namespace}.{rest[0]}" in REFUSED:
+    if facts(op).opens_files:
         return f"{shown} opens files, which no graph may; load the data outside of the model"
     return ""
 
