@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from itertools import repeat
 
 from zgraph.ir import OPS, Arg, DType, Graph, Input, InputKind, Node, Phase, TensorType, Value
+from zgraph.ir.aliases import Aliases
 from zgraph.ir.external_ops import facts
 from zgraph.ir.ops import Op, views
 
@@ -110,7 +111,7 @@ class Reader:
         self.found = Meaning()
         self.dtypes: dict[int, DType] = {}
         self.buckets: dict[int, tuple[tuple[int, Hashable], ...]] = {}
-        self.roots: dict[str, frozenset[str]] = {}
+        self.aliases = Aliases(graph)
         self.written: dict[str, int] = {}
         self.seen: dict[str, int] = {}
         self.state = terms.of("effects")
@@ -143,18 +144,14 @@ class Reader:
         if not self.written:
             return term
         made = self.seen.get(name, 0)
-        since = sorted({w for root in self.memory(name) if (w := self.written.get(root)) and w != made})
+        since = sorted({w for root in self.aliases.roots(name) if (w := self.written.get(root)) and w != made})
         return self.table.of("written", term, *since) if since else term
-
-    def memory(self, name: str) -> frozenset[str]:
-        return self.roots.get(name, frozenset((name,)))
 
     def remember(self, node: Node) -> None:
         """Which memory the results share, and what the node wrote to."""
-        shared = frozenset().union(*(self.memory(name) for name in views(self.graph, node)))
+        self.aliases.add(node)
         for result in node.results:
-            self.roots[result.name] = shared or frozenset((result.name,))
-            for root in self.memory(result.name):
+            for root in self.aliases.roots(result.name):
                 if root in self.written:
                     self.seen[result.name] = self.written[root]
         row = self.graph.foreign.get(node.op)
@@ -164,7 +161,7 @@ class Reader:
         for position in row.writes:
             arg = node.args[position] if position < len(node.args) else None
             if isinstance(arg, Value):
-                self.written.update(dict.fromkeys(self.memory(arg.name), mark))
+                self.written.update(dict.fromkeys(self.aliases.roots(arg.name), mark))
         for result in node.results:
             self.seen[result.name] = mark
 
