@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import zgraph
+from benchmarks.prefetch import Prefetch
 from zgraph.cost import CostTable, hardware, simulate
 from zgraph.ir import Axis, Graph
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
@@ -57,7 +58,7 @@ def capture(num_layers: int, sequence: int) -> Graph:
 
 
 def prefetch_one(graph: Graph, context: Context) -> Graph:
-    recipe = f"{LOWERED.replace('keep,bucket', LAYER_BUCKET)},prefetch,dce"
+    recipe = f"{LOWERED.replace('keep,bucket', LAYER_BUCKET)},{Prefetch.name},dce"
     return parse_recipe(recipe).run(graph, context, [])
 
 

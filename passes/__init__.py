@@ -23,7 +23,6 @@ from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload
 from zgraph.passes.partition import Partition
 from zgraph.passes.plan.make_plan import make_plan
-from zgraph.passes.prefetch import Prefetch
 from zgraph.passes.recompute import Recompute
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
@@ -31,7 +30,7 @@ from zgraph.passes.schedule import Schedule
 
 ALL: tuple[type[Pass], ...] = (
     Canonicalize, Fuse, Partition, Recompute, Offload, Fit, Keep, Bucket, Broadcast, AllGather, ReduceScatter,
-    AllReduce, HostCopies, Release, Prefetch, Schedule, DeadCode, Arena,
+    AllReduce, HostCopies, Release, Schedule, DeadCode, Arena,
 )  # fmt: skip
 
 BY_NAME: Mapping[str, type[Pass]] = {kind.name: kind for kind in ALL}

@@ -71,9 +71,9 @@ def test_gradients_are_averaged_in_the_dtype_asked_for(stage, reduce_dtype):
 
 
 @each_stage
-def test_small_buckets_and_far_prefetching_keep_the_numbers(stage):
+def test_small_buckets_and_gathers_far_ahead_keep_the_numbers(stage):
     text = RECIPES[stage].replace("bucket", "bucket(max_bytes=200, pack_below_bytes=100)")
-    reference("tied", 3).check(parse_recipe(text.replace("prefetch", "prefetch(depth=3)")))
+    reference("tied", 3).check(parse_recipe(text.replace("schedule", "schedule(num_ahead=3)")))
 
 
 @each_model

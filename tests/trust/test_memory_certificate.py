@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import zgraph
+from benchmarks.prefetch import Prefetch
 from tests.cost.test_memory import BY_HAND, deep
 from tests.ir.strategies import graphs
 from tests.small import llama
@@ -136,7 +137,7 @@ def test_what_lies_at_rest_is_each_ranks_part():
 
 
 def test_it_takes_a_second_for_27_000_nodes():
-    recipe = "partition(stage=3),all-gather,reduce-scatter,all-reduce,release,prefetch(depth=2)"
+    recipe = f"partition(stage=3),all-gather,reduce-scatter,all-reduce,release,{Prefetch.name}(depth=2)"
     graph = parse_recipe(recipe).run(deep(2080), Context(mesh=(Axis("shard", 4),)))
     assert len(graph.nodes) > 27_000
     began = time.process_time()

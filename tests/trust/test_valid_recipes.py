@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.prefetch import Prefetch
 from tests.deep import DEEP
 from tests.ir.strategies import graphs
 from tests.trust.subjects import CLUSTER, LINE, SQUARE, SUBJECTS, run
@@ -38,7 +39,7 @@ def recipes(draw: Callable) -> str:
     steps += [LOWER.format(grouped=draw(st.sampled_from(["", "(grouped=true)"])))]
     steps += ["release"] if draw(st.integers(0, 3)) else []
     depth, ahead = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    steps += draw(st.sampled_from([[], [f"prefetch(depth={depth})"], [f"schedule(num_ahead={ahead})"]]))
+    steps += draw(st.sampled_from([[], [f"{Prefetch.name}(depth={depth})"], [f"schedule(num_ahead={ahead})"]]))
     steps += ["dce"] * draw(flags)
     return ",".join([*steps, *["arena(always=true)"] * draw(flags)])
 
