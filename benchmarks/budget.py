@@ -49,9 +49,12 @@ def main(
     capture_seconds = time.perf_counter() - began
     rest_bytes = 12 * sum(p.numel() for p in model.parameters()) // NUM_RANKS
     context = Context(
-        mesh=(Axis("shard", NUM_RANKS),), costs=cost_table("8x8-h100", torch.device("cpu")), groups_calls=True,
-        keeps_blocks=True, rest_bytes=rest_bytes,
-    )  # fmt: skip
+        mesh=(Axis("shard", NUM_RANKS),),
+        costs=cost_table("8x8-h100", torch.device("cpu")),
+        groups_calls=True,
+        keeps_blocks=True,
+        rest_bytes=rest_bytes,
+    )
     table = Table(title=f"{len(graph.nodes):,} nodes captured in {capture_seconds:.0f} s", title_justify="left")
     for column in ("host", "step GB", "peak GB", "passes s", "of which fit s"):
         table.add_column(column, justify="right" if column != "host" else "left")

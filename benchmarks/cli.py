@@ -51,11 +51,18 @@ class Timed:
 def config(num_layers: int) -> dict[str, object]:
     """Llama-3 70B's, with so many layers."""
     return {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": num_layers,
-        "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": num_layers,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    }  # fmt: skip
+    }
 
 
 def timed(command: str, folder: Path) -> Timed:

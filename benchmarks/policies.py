@@ -107,10 +107,16 @@ def main(
         timeline = simulate(make_plan(final), context.costs, context.hints)
         bound_us = lower_bound_us(final, replace(context))
         table.add_row(
-            name, f"{timeline.step_us / 1e6:.3f}", f"{timeline.busy_us['compute'] / 1e6:.3f}",
-            f"{timeline.busy_us['comm'] / 1e6:.3f}", f"{timeline.exposed_us / 1e6:.3f}", f"{bound_us / 1e6:.3f}",
-            f"{timeline.step_us / bound_us - 1:.1%}", f"{timeline.memory.peak.total_bytes / 2**30:.1f}", f"{taken:.0f}",
-        )  # fmt: skip
+            name,
+            f"{timeline.step_us / 1e6:.3f}",
+            f"{timeline.busy_us['compute'] / 1e6:.3f}",
+            f"{timeline.busy_us['comm'] / 1e6:.3f}",
+            f"{timeline.exposed_us / 1e6:.3f}",
+            f"{bound_us / 1e6:.3f}",
+            f"{timeline.step_us / bound_us - 1:.1%}",
+            f"{timeline.memory.peak.total_bytes / 2**30:.1f}",
+            f"{taken:.0f}",
+        )
     console.print(table)
 
 

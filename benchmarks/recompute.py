@@ -140,9 +140,12 @@ def main(
     for baseline in baselines:
         same = apart(ours, "zgraph", baseline.peak_bytes)
         table.add_row(
-            baseline.name, f"{baseline.peak_bytes / 1e6:.1f}", f"{baseline.flop / plain.flop - 1:.1%}",
-            f"{same.peak_bytes / 1e6:.1f}", f"{same.flop / roomy.flop - 1:.1%}",
-        )  # fmt: skip
+            baseline.name,
+            f"{baseline.peak_bytes / 1e6:.1f}",
+            f"{baseline.flop / plain.flop - 1:.1%}",
+            f"{same.peak_bytes / 1e6:.1f}",
+            f"{same.flop / roomy.flop - 1:.1%}",
+        )
         found.append({"peer": asdict(baseline), "zgraph": asdict(same)})
     Console().print(table)
     write(json_file, plain=asdict(plain), roomy=asdict(roomy), rows=found)

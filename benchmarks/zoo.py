@@ -99,10 +99,9 @@ def eager(model: nn.Module, inputs: Inputs, num_ranks: int) -> list[Step]:
     for index in range(STEPS):
         losses = [_backward(one, inputs, index, which) for which, one in enumerate(models)]
         mean = {
-            name: torch.stack([_whole(p.grad, p) for p in same]).mean(0) for name, *same in zip(
-                dict(model.named_parameters()), *(one.parameters() for one in models), strict=True
-            )
-        }  # fmt: skip
+            name: torch.stack([_whole(p.grad, p) for p in same]).mean(0)
+            for name, *same in zip(dict(model.named_parameters()), *(one.parameters() for one in models), strict=True)
+        }
         for one in models:
             for name, parameter in one.named_parameters():
                 parameter.grad = mean[name].clone() if parameter.grad is not None else None

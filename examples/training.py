@@ -87,10 +87,18 @@ def build(job: Job, device: torch.device) -> LlamaForCausalLM:
     """
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=job.vocab_size, hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
-        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
-        use_cache=False, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=job.vocab_size,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     with device:
         return LlamaForCausalLM(config)
 

@@ -304,14 +304,30 @@ class _Partitioner:
 
     # --- making nodes ------------------------------------------------------------------------------------------
 
-    def emit(self, op: str, value: Value, stem: str, phase: Phase, origin: Origin, into: list[Node] | None = None,
-             **options: Arg) -> Value:  # fmt: skip
+    def emit(
+        self,
+        op: str,
+        value: Value,
+        stem: str,
+        phase: Phase,
+        origin: Origin,
+        into: list[Node] | None = None,
+        **options: Arg,
+    ) -> Value:
         node = self.builder.node(op, (value,), stem, phase, origin, **options)
         (self.nodes if into is None else into).append(node)
         return node.results[0]
 
-    def reshard(self, value: Value, placement: Placement, stem: str, phase: Phase, origin: Origin, into: list[Node],
-                options: dict[str, Arg]) -> Value:  # fmt: skip
+    def reshard(
+        self,
+        value: Value,
+        placement: Placement,
+        stem: str,
+        phase: Phase,
+        origin: Origin,
+        into: list[Node],
+        options: dict[str, Arg],
+    ) -> Value:
         result = self.builder.value(stem, self.at(value.tensor.contiguous(), placement).on(DEVICE))
         into.append(self.builder.typed("reshard", (value,), (result,), phase, origin, **options))
         return result

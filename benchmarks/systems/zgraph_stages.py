@@ -107,11 +107,20 @@ ZGRAPH = (
     ),
     *(
         System(
-            f"zgraph stage {stage}{name}, calibrated", Role.ZGRAPH, stage,
-            partial(prepare_calibrated, stage=stage, **options), "zgraph", "zgraph", True,
+            f"zgraph stage {stage}{name}, calibrated",
+            Role.ZGRAPH,
+            stage,
+            partial(prepare_calibrated, stage=stage, **options),
+            "zgraph",
+            "zgraph",
+            True,
         )
         for stage, name, options in (
-            (0, "", {}), (1, "", {}), (2, "", {}), (3, "", {}), (3, f" in {BUDGET}", {"memory_budget": BUDGET}),
+            (0, "", {}),
+            (1, "", {}),
+            (2, "", {}),
+            (3, "", {}),
+            (3, f" in {BUDGET}", {"memory_budget": BUDGET}),
         )
     ),
-)  # fmt: skip
+)

@@ -18,10 +18,14 @@ def test_a_bug_report_has_no_secrets(zgraph_command, monkeypatch, tmp_path):
     (home / ".cache" / "zgraph" / "kernels").mkdir(parents=True)
     (home / ".cache" / "zgraph" / "kernels" / "one.py").write_bytes(b"12345")
     for name, value in {
-        "HOME": str(home), "USER": "alice", "LOGNAME": "alice", "ZGRAPH_DUMP": f"{home}/graphs",
-        "ZGRAPH_DISABLE": "/scratch/alice/x", "AWS_SECRET_ACCESS_KEY": "hunter2",
+        "HOME": str(home),
+        "USER": "alice",
+        "LOGNAME": "alice",
+        "ZGRAPH_DUMP": f"{home}/graphs",
+        "ZGRAPH_DISABLE": "/scratch/alice/x",
+        "AWS_SECRET_ACCESS_KEY": "hunter2",
         "TRITON_CACHE_DIR": str(home / "none"),
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     code, out, _ = zgraph_command("env", "--json")
@@ -125,7 +129,10 @@ def test_bash_completes_once_it_is_installed(zgraph_command, monkeypatch, tmp_pa
     )
     path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "--norc", "-c", script], capture_output=True, text=True, timeout=60,
+        ["bash", "--norc", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
         env={**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    )
     assert done.stdout.splitlines() == ["complete -o default -F _zgraph_completion zgraph", "bucket"]

@@ -30,9 +30,13 @@ return bwd grad "x" %g
 """
 
 CONTEXT = Context(
-    mesh=(Axis("replicate", 2), Axis("shard", 4)), reduce_dtype=DType.f32, hints={"s0": 7}, memory_budget=10**9,
-    groups_calls=True, offloads="auto",
-)  # fmt: skip
+    mesh=(Axis("replicate", 2), Axis("shard", 4)),
+    reduce_dtype=DType.f32,
+    hints={"s0": 7},
+    memory_budget=10**9,
+    groups_calls=True,
+    offloads="auto",
+)
 
 
 @pytest.fixture(scope="module")

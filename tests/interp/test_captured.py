@@ -83,8 +83,13 @@ def test_what_is_captured_is_valid_and_comes_back_from_its_text(name):
 
 
 def has_symbols(graph: Graph) -> bool:
-    return any(not isinstance(d, int) for n in graph.nodes for r in n.results if isinstance(r.type, TensorType)
-               for d in r.type.shape)  # fmt: skip
+    return any(
+        not isinstance(d, int)
+        for n in graph.nodes
+        for r in n.results
+        if isinstance(r.type, TensorType)
+        for d in r.type.shape
+    )
 
 
 def test_the_models_are_what_they_are_here_for():

@@ -136,8 +136,14 @@ class _Sketch:
     def unary(self, phase: Phase) -> None:
         x = self.pick()
         assert x is not None
-        ops = ("aten.tanh.default", "aten.neg.default", "aten.detach.default", "aten.alias.default",
-               "aten.clone.default", "aten.bernoulli.p")  # fmt: skip
+        ops = (
+            "aten.tanh.default",
+            "aten.neg.default",
+            "aten.detach.default",
+            "aten.alias.default",
+            "aten.clone.default",
+            "aten.bernoulli.p",
+        )
         op = self.draw(st.sampled_from(ops))
         self.node(op, (x, 0.5) if op == "aten.bernoulli.p" else (x,), x.tensor, phase=phase)
 

@@ -40,9 +40,15 @@ def sent(node: Node, mesh: Mesh) -> int:
 
 
 ROW = Op(
-    "rotate_start", "Begin to send each rank's shard to the next.", rotated, "comm", sent, pure=False,
-    transfer=Transfer("rotate", holds=True), kind="gather",
-)  # fmt: skip
+    "rotate_start",
+    "Begin to send each rank's shard to the next.",
+    rotated,
+    "comm",
+    sent,
+    pure=False,
+    transfer=Transfer("rotate", holds=True),
+    kind="gather",
+)
 
 
 def missing(name: str) -> list[str]:

@@ -156,7 +156,7 @@ NODES = {
         "release(%r, %v)",
         "%a: f32[4, 2]<R> = release(%r)",
     ),
-}  # fmt: skip
+}
 
 each_op = pytest.mark.parametrize("name", OPS)
 

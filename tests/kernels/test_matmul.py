@@ -69,9 +69,13 @@ def widened(block: interpreter.TensorHandle) -> interpreter.TensorHandle:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["f32", "bf16"])
 @pytest.mark.parametrize("name", EPILOGUES)
 @given(
-    batch=st.sampled_from([(), (3,)]), rows=st.integers(0, 40), inner=st.integers(1, 40), columns=st.integers(1, 40),
-    turned=st.tuples(st.booleans(), st.booleans()), seed=st.integers(0, 99),
-)  # fmt: skip
+    batch=st.sampled_from([(), (3,)]),
+    rows=st.integers(0, 40),
+    inner=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    turned=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=6, deadline=None)
 def test_a_matmul_and_its_epilogue(name, dtype, batch, rows, inner, columns, turned, seed):
     dice = torch.Generator().manual_seed(seed)

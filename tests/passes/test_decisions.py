@@ -145,10 +145,15 @@ def test_the_optimizers_step_may_be_what_does_not_fit():
 def test_a_step_without_collectives_is_held_to_its_budget_too():
     text = "\n".join(line for line in TWO_LAYERS.splitlines() if "reshard" not in line and "param" not in line)
     alone = parse_graph(
-        text.replace(" mesh(shard=2)", "").replace("<V>", "").replace("%af", "%x").replace("%bf", "%x")
-        .replace("%b_again", "%x").replace("%a_again", "%x").replace('return bwd grad "a" %ga_mean\n', "")
+        text.replace(" mesh(shard=2)", "")
+        .replace("<V>", "")
+        .replace("%af", "%x")
+        .replace("%bf", "%x")
+        .replace("%b_again", "%x")
+        .replace("%a_again", "%x")
+        .replace('return bwd grad "a" %ga_mean\n', "")
         .replace('return bwd grad "b" %gb_mean\n', "")
-    )  # fmt: skip
+    )
     least = memory_of(alone, {}).peak.total_bytes
     assert Schedule().run(alone, Context(memory_budget=least)) is alone
     with pytest.raises(BudgetError):
@@ -434,9 +439,13 @@ def test_no_step_that_moves_is_faster_than_what_ends_the_search(name, bytes_per_
 
 
 @given(
-    fits_at=st.integers(0, 10_000), over_at=st.integers(0, 10_000), target=st.integers(100, 10_000),
-    below=st.integers(0, 100), above=st.integers(1, 10_000), number=st.integers(0, 5),
-)  # fmt: skip
+    fits_at=st.integers(0, 10_000),
+    over_at=st.integers(0, 10_000),
+    target=st.integers(100, 10_000),
+    below=st.integers(0, 100),
+    above=st.integers(1, 10_000),
+    number=st.integers(0, 5),
+)
 def test_the_search_goes_on_between_what_fits_and_what_does_not(fits_at, over_at, target, below, above, number):
     assume(abs(over_at - fits_at) >= 64)
     fitter = object.__new__(_Fitter)
@@ -470,9 +479,10 @@ def check_released(before: Graph, after: Graph) -> int:
             continue
         found += 1
         readers = [
-            p for p, n in enumerate(after.nodes)
+            p
+            for p, n in enumerate(after.nodes)
             if n.op != "release" and any(memory.roots(v.name) & memory.roots(name) for v in n.operands)
-        ]  # fmt: skip
+        ]
         assert at[name] > max(readers, default=-1), f"{name} is still read"
         assert all(n.op == "release" for n in after.nodes[max(readers) + 1 : at[name]]), f"{name} is kept for nothing"
     return found
@@ -603,10 +613,12 @@ def test_a_loss_is_fused_where_the_softmax_is_over_rows(dim, strides, is_fused):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        (Keep, ("num_ahead",)), (Recompute, ("keep_bytes",)), (Offload, ("num_bytes", "min_bytes")),
+        (Keep, ("num_ahead",)),
+        (Recompute, ("keep_bytes",)),
+        (Offload, ("num_bytes", "min_bytes")),
         (Schedule, ("num_ahead", "effort", "slack")),
     ],
-)  # fmt: skip
+)
 def test_options_may_be_0_and_no_less(kind, options):
     for option in options:
         kind(**{option: 0})

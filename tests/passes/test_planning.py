@@ -72,8 +72,10 @@ def test_a_plan_by_hand():
     assert names(plan.backward.arguments) == ["h", "b", "s", "t"]
     assert names(plan.backward.results) == ["g", None, "gx"]
     assert [(i.node.name, i.frees) for i in plan.backward.instructions] == [
-        ("u", ("h",)), ("g", ("u", "b", "s")), ("gx", ("t", "w")),
-    ]  # fmt: skip
+        ("u", ("h",)),
+        ("g", ("u", "b", "s")),
+        ("gx", ("t", "w")),
+    ]
     assert plan.resident == {"w", "c"}
     assert plan.unsynced.instructions == plan.backward.instructions
 

@@ -36,8 +36,12 @@ FORWARD = {"y": BOTH["y"]}
 
 
 def test_factors_and_summands_may_stand_in_any_order():
-    commuted = [("Tensor(%q, %cos)", "Tensor(%cos, %q)"), ("Tensor(%a, %b)", "Tensor(%b, %a)"),
-                ("Tensor(%p, %o)", "Tensor(%o, %p)"), ("Tensor(%g, %sin)", "Tensor(%sin, %g)")]  # fmt: skip
+    commuted = [
+        ("Tensor(%q, %cos)", "Tensor(%cos, %q)"),
+        ("Tensor(%a, %b)", "Tensor(%b, %a)"),
+        ("Tensor(%p, %o)", "Tensor(%o, %p)"),
+        ("Tensor(%g, %sin)", "Tensor(%sin, %g)"),
+    ]
     assert rotary(fused(*commuted)) == BOTH
 
 
@@ -58,10 +62,20 @@ def test_factors_and_summands_may_stand_in_any_order():
         ([("%y: bf16[2, 3, 5, 8 | 120, 8, 24, 1]", "%y: bf16[2, 3, 5, 8 | 240, 16, 48, 2]")], BACKWARD),
     ],
     ids=[
-        "read by others", "not negated", "another dim", "not from the first", "short", "not apart",
-        "of a product", "scaled", "angles of one row", "angles unlike", "cast", "with gaps",
+        "read by others",
+        "not negated",
+        "another dim",
+        "not from the first",
+        "short",
+        "not apart",
+        "of a product",
+        "scaled",
+        "angles of one row",
+        "angles unlike",
+        "cast",
+        "with gaps",
     ],
-)  # fmt: skip
+)
 def test_what_only_looks_like_one_is_left(changes, left):
     assert rotary(fused(*changes)) == left
 

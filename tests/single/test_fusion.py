@@ -51,9 +51,15 @@ def t5() -> nn.Module:
 def neox() -> nn.Module:
     """A quarter of each head's columns are turned."""
     config = hf.GPTNeoXConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=300,
-        use_cache=False, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        vocab_size=300,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return hf.GPTNeoXForCausalLM(config)
 
 

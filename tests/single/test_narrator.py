@@ -49,9 +49,11 @@ def said(before: str = "", after: str = "", **env: str) -> list[str]:
     """What a process says on standard error that trains."""
     code = TRAINS.format(before=before, after=after)
     found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
         env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", **env},
-    )  # fmt: skip
+    )
     assert found.returncode == 0, found.stderr
     return found.stderr.splitlines()
 

@@ -82,8 +82,9 @@ def test_a_budget_is_met_by_computing_again_or_is_said_not_to_be():
     assert tight.fits
     assert tight.total_bytes <= middle
     assert tight.step_us > plan.step_us
-    none = zgraph.plan(llama(), **BATCH, hardware="h100", num_ranks=1, stage=3, offload=None,
-                       memory_budget=plan.needed_bytes // 2)  # fmt: skip
+    none = zgraph.plan(
+        llama(), **BATCH, hardware="h100", num_ranks=1, stage=3, offload=None, memory_budget=plan.needed_bytes // 2
+    )
     assert none.best is None
     assert "no stage fits" in none.reason
     assert "take more ranks" in str(none)
@@ -119,10 +120,11 @@ def test_activations_are_moved_where_that_is_faster_than_computing_them_again():
     slow = hardware("h100").model_copy(update={"host_link": Link(bytes_per_s=1e6, latency_us=10.0)})
     fast = hardware("h100").model_copy(update={"host_link": Link(bytes_per_s=1e13, latency_us=0.001)})
     again, moved = (
-        zgraph.plan(llama(), **BATCH, hardware=target, num_ranks=1, stage=3, memory_budget=5_400_000,
-                    offload="activations").stages[0]
+        zgraph.plan(
+            llama(), **BATCH, hardware=target, num_ranks=1, stage=3, memory_budget=5_400_000, offload="activations"
+        ).stages[0]
         for target in (slow, fast)
-    )  # fmt: skip
+    )
     assert again.fits
     assert moved.fits
     assert again.again_share > 0

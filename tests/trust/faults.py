@@ -50,8 +50,9 @@ def swapped_names(graph: Graph) -> Graph:
             other = nodes.setdefault(node.results[0].tensor, position)
             if other != position:
                 first = graph.nodes[other]
-                return put(put(graph, position, replace(node, kwargs=first.kwargs)), other,
-                           replace(first, kwargs=node.kwargs))  # fmt: skip
+                return put(
+                    put(graph, position, replace(node, kwargs=first.kwargs)), other, replace(first, kwargs=node.kwargs)
+                )
     raise AssertionError
 
 
@@ -160,9 +161,10 @@ def scaled_gradient(graph: Graph) -> Graph:
 def own_buffers(graph: Graph) -> Graph:
     """Each rank goes on with another value of a buffer than it returns: the one that it was given."""
     index = next(
-        i for i, o in enumerate(graph.outputs)
+        i
+        for i, o in enumerate(graph.outputs)
         if o.kind is OutputKind.mutation and isinstance(o.value and o.value.type, TensorType) and o.value.tensor.shape
-    )  # fmt: skip
+    )
     entry = next(i for i in graph.inputs if i.value.name == graph.outputs[index].target)
     outputs = list(graph.outputs)
     outputs[index] = replace(outputs[index], value=entry.value)

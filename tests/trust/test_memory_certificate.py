@@ -77,8 +77,11 @@ def test_the_peak_is_the_one_worked_out_by_hand():
 
 @pytest.mark.parametrize("stage", RECIPES)
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("options", [{}, {"groups_calls": True}, {"keeps_blocks": True},
-                                     {"groups_calls": True, "keeps_blocks": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"groups_calls": True}, {"keeps_blocks": True}, {"groups_calls": True, "keeps_blocks": True}],
+    ids=str,
+)
 def test_it_is_the_plans(stage, mesh, options):
     graph = made(stage, MESHES[mesh], **options)
     assert bool(graph.arenas) >= ("keeps_blocks" in options and stage == 3 and mesh != "1")
@@ -111,15 +114,24 @@ def test_it_is_the_plans_with_recompute_and_offload(stage):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    graphs(), st.sampled_from(list(RECIPES.values())), st.sampled_from(list(MESHES.values())), st.booleans(),
-    st.booleans(), st.sampled_from(["never", "auto", "always"]), st.sampled_from(["never", "auto", "always"]),
+    graphs(),
+    st.sampled_from(list(RECIPES.values())),
+    st.sampled_from(list(MESHES.values())),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["never", "auto", "always"]),
+    st.sampled_from(["never", "auto", "always"]),
     st.none() | st.integers(64, 4096),
-)  # fmt: skip
+)
 def test_it_is_the_plans_for_random_graphs(graph, recipe, mesh, grouped, blocks, recomputes, offloads, budget):
     context = Context(
-        mesh=mesh, groups_calls=grouped, keeps_blocks=blocks, recomputes=recomputes, offloads=offloads,
+        mesh=mesh,
+        groups_calls=grouped,
+        keeps_blocks=blocks,
+        recomputes=recomputes,
+        offloads=offloads,
         memory_budget=budget,
-    )  # fmt: skip
+    )
     try:
         found = parse_recipe(recipe).run(graph, context)
     except BudgetError:
@@ -314,8 +326,9 @@ def test_verify_refuses_a_peak_that_is_not_the_graphs(run, tmp_path, capsys):
 def test_a_recipe_that_does_not_look_at_the_budget_cannot_break_it():
     model = zgraph.compile(
         torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)),
-        passes="canonicalize,partition(stage=0)", memory_budget=52_000,
-    )  # fmt: skip
+        passes="canonicalize,partition(stage=0)",
+        memory_budget=52_000,
+    )
     with pytest.raises(VerifyError, match=r"\[budget\]"):
         model(torch.ones(64, 64)).sum().backward()
 

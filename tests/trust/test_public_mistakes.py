@@ -58,8 +58,13 @@ def all_but_the_last_backward_are_dropped(graph: Graph) -> Graph:
 
 def a_bucket_is_read_before_it_is_written(graph: Graph) -> Graph:
     """A gradient is added to where it lies after its reduction has started (DeepSpeed 8061)."""
-    position, raw = next((p, v) for p, n in enumerate(graph.nodes) if n.op == "reduce_scatter_start"
-                         for v in sources(graph, n.operands[0]) if v.tensor.varies)  # fmt: skip
+    position, raw = next(
+        (p, v)
+        for p, n in enumerate(graph.nodes)
+        if n.op == "reduce_scatter_start"
+        for v in sources(graph, n.operands[0])
+        if v.tensor.varies
+    )
     start = graph.nodes[position]
     node = Node("aten.mul_.Scalar", (raw, 2), (Value(f"{raw.name}_late", raw.type),), (), start.phase)
     foreign = {**graph.foreign, "aten.mul_.Scalar": ExternalOp(views=(0,), writes=(0,))}

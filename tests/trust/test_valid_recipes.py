@@ -29,10 +29,17 @@ def recipes(draw: Callable) -> str:
     steps += [f"fuse(matmuls={draw(st.sampled_from(['never', 'auto', 'always']))})"] * draw(flags)
     steps += [f"partition(stage={stage})"]
     keep_bytes, num_bytes = draw(st.integers(0, 2000)), draw(st.integers(0, 4000))
-    steps += draw(st.sampled_from([
-        [], ["fit"], [f"recompute(keep_bytes={keep_bytes})"], [f"offload(num_bytes={num_bytes})"],
-        [f"recompute(keep_bytes={keep_bytes})", f"offload(num_bytes={num_bytes})"],
-    ]))  # fmt: skip
+    steps += draw(
+        st.sampled_from(
+            [
+                [],
+                ["fit"],
+                [f"recompute(keep_bytes={keep_bytes})"],
+                [f"offload(num_bytes={num_bytes})"],
+                [f"recompute(keep_bytes={keep_bytes})", f"offload(num_bytes={num_bytes})"],
+            ]
+        )
+    )
     steps += [f"keep(num_ahead={draw(st.integers(1, 3))})"] * draw(flags)
     max_bytes, below = draw(st.integers(1, 20_000)), draw(st.integers(0, 20_000))
     steps += draw(st.sampled_from([[], ["bucket"], [f"bucket(max_bytes={max_bytes},pack_below_bytes={below})"]]))

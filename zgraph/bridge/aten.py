@@ -16,12 +16,24 @@ from zgraph.ir.external_ops import facts
 from zgraph.ir.names import SCALAR_FUNCTIONS, TOKENS, refusal, token_refusal
 
 TO_TORCH: dict[DType, torch.dtype] = {
-    DType.f64: torch.float64, DType.f32: torch.float32, DType.f16: torch.float16, DType.bf16: torch.bfloat16,
-    DType.f8e4m3: torch.float8_e4m3fn, DType.f8e5m2: torch.float8_e5m2, DType.c64: torch.complex64,
-    DType.c128: torch.complex128, DType.i64: torch.int64, DType.i32: torch.int32, DType.i16: torch.int16,
-    DType.i8: torch.int8, DType.u8: torch.uint8, DType.u16: torch.uint16, DType.u32: torch.uint32,
-    DType.u64: torch.uint64, DType.bool: torch.bool,
-}  # fmt: skip
+    DType.f64: torch.float64,
+    DType.f32: torch.float32,
+    DType.f16: torch.float16,
+    DType.bf16: torch.bfloat16,
+    DType.f8e4m3: torch.float8_e4m3fn,
+    DType.f8e5m2: torch.float8_e5m2,
+    DType.c64: torch.complex64,
+    DType.c128: torch.complex128,
+    DType.i64: torch.int64,
+    DType.i32: torch.int32,
+    DType.i16: torch.int16,
+    DType.i8: torch.int8,
+    DType.u8: torch.uint8,
+    DType.u16: torch.uint16,
+    DType.u32: torch.uint32,
+    DType.u64: torch.uint64,
+    DType.bool: torch.bool,
+}
 FROM_TORCH: dict[torch.dtype, DType] = {theirs: ours for ours, theirs in TO_TORCH.items()}
 
 
@@ -86,9 +98,12 @@ def effects(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, An
     if writes and any(r.alias_info is not None for r in target._schema.returns):
         views += writes
     return ExternalOp(
-        views=tuple(views), writes=tuple(writes), random=draws(target, args, kwargs), multi=multi,
+        views=tuple(views),
+        writes=tuple(writes),
+        random=draws(target, args, kwargs),
+        multi=multi,
         opaque=target.namespace not in ("aten", "prims", "prim"),
-    )  # fmt: skip
+    )
 
 
 def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -50,13 +50,18 @@ __all__ = [
     "grad_target",
     "inline_only_when_called",
     "input_index",
-    "last_guard", "mark_dynamic",
-    "mutation_target", "never_captured", "on_break",
+    "last_guard",
+    "mark_dynamic",
+    "mutation_target",
+    "never_captured",
+    "on_break",
     "on_capture",
     "raised_without_data",
-    "reset_code", "seeing_subclasses",
-    "without_checkpoints", "without_modes",
-]  # fmt: skip
+    "reset_code",
+    "seeing_subclasses",
+    "without_checkpoints",
+    "without_modes",
+]
 
 
 def input_index(placeholder: torch.fx.Node) -> int | None:

@@ -21,9 +21,13 @@ Stage = Callable[[str], int | None]
 
 
 def trace(
-    model: nn.Module, *args: Any, param_dtype: Dtype | None = None, stage: Stage | None = None,
-    dynamic: bool | None = None, **kwargs: Any,
-) -> Graph:  # fmt: skip
+    model: nn.Module,
+    *args: Any,
+    param_dtype: Dtype | None = None,
+    stage: Stage | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Graph:
     """The graph of one training step of `model`, captured under fake tensors: no memory, no process group.
 
     Args:

@@ -51,9 +51,16 @@ class Derived:
                 if row.random and not known.random:
                     declared[node.op] = row
                 given = [self.abstract(v.type) for v in (*node.operands, *node.results)]
-                key = (node.op, str(node.args), str(node.kwargs)) if not node.operands else (
-                    node.op, _shape_of(node.args), _shape_of(node.kwargs), *given,
-                )  # fmt: skip
+                key = (
+                    (node.op, str(node.args), str(node.kwargs))
+                    if not node.operands
+                    else (
+                        node.op,
+                        _shape_of(node.args),
+                        _shape_of(node.kwargs),
+                        *given,
+                    )
+                )
                 if key not in self.known:
                     self.known[key] = self.wrong(node, target, mode)
                 if text := self.known[key]:
@@ -79,9 +86,12 @@ class Derived:
             args = [to_torch(a, _CPU, self.fake) for a in node.args]
             kwargs = {k: to_torch(a, _CPU, self.fake) for k, a in node.kwargs}
             made = target(*args, **kwargs)
-        except (NotImplementedError, torch._subclasses.fake_tensor.DynamicOutputShapeException,
-                torch._subclasses.fake_tensor.DataDependentOutputException,
-                torch._subclasses.fake_tensor.UnsupportedFakeTensorException):  # fmt: skip
+        except (
+            NotImplementedError,
+            torch._subclasses.fake_tensor.DynamicOutputShapeException,
+            torch._subclasses.fake_tensor.DataDependentOutputException,
+            torch._subclasses.fake_tensor.UnsupportedFakeTensorException,
+        ):
             self.num_unknown += 1
             return ""
         except Exception as error:  # whatever an op says of operands that do not fit it

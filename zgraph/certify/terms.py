@@ -86,9 +86,13 @@ class Meaning:
 
 
 def meaning(
-    graph: Graph, terms: Terms, masters: Mapping[str, DType], zeros: frozenset[str] = frozenset(),
-    *, unsynced: bool = False,
-) -> Meaning:  # fmt: skip
+    graph: Graph,
+    terms: Terms,
+    masters: Mapping[str, DType],
+    zeros: frozenset[str] = frozenset(),
+    *,
+    unsynced: bool = False,
+) -> Meaning:
     """Meaning of a graph, in terms of its inputs.
 
     Args:

@@ -55,15 +55,26 @@ Zero = Literal["first", "any", "all"]
 """Which operands must be zero for the results to be: the first, any one, or all of them."""
 
 Work = Literal[
-    "product", "sum and product", "attention", "attention backward", "convolution", "convolution backward",
-    "projected loss", "projected loss backward",
-]  # fmt: skip
+    "product",
+    "sum and product",
+    "attention",
+    "attention backward",
+    "convolution",
+    "convolution backward",
+    "projected loss",
+    "projected loss backward",
+]
 """How FLOP are counted, in `zgraph.cost.work`."""
 
 Scratch = Literal[
-    "attention", "attention backward", "like the first", "mask of the first", "dense first", "convolution",
+    "attention",
+    "attention backward",
+    "like the first",
+    "mask of the first",
+    "dense first",
+    "convolution",
     "convolution backward",
-]  # fmt: skip
+]
 """Memory beside operands and results on processors, in `zgraph.cost.workspace`."""
 
 Indexing = Literal["rows", "dim", "dims", "flat", "classes", "class", "class of scores", "logits", "projected"]

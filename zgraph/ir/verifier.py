@@ -261,8 +261,17 @@ def _arena_sizes(graph: Graph, laid: Mapping[Phase, list[Buffer]]) -> Iterator[F
 
 
 CHECKS: tuple[Callable[[Graph], Iterator[Fault]], ...] = (
-    ssa, phases, known_ops, types, placements, spaces, futures, lifetimes, targets, arenas,
-)  # fmt: skip
+    ssa,
+    phases,
+    known_ops,
+    types,
+    placements,
+    spaces,
+    futures,
+    lifetimes,
+    targets,
+    arenas,
+)
 
 
 def _list(kinds: tuple[object, ...]) -> str:
