@@ -9,9 +9,10 @@ from zgraph.errors import VerifyError
 from zgraph.ir.aliases import Memory
 from zgraph.ir.arena import ALIGN_BYTES, Buffer, buffers, clashes, offsets, runs_in, sizes
 from zgraph.ir.graph import PROGRAMS, Arg, Graph, Input, InputKind, Node, Output, OutputKind, Phase
-from zgraph.ir.ops import OPS, TypeRuleError
+from zgraph.ir.ops import OPS
 from zgraph.ir.printer import print_arg, print_node
 from zgraph.ir.symbols import Dim, simplify
+from zgraph.ir.type_rules import TypeRuleError
 from zgraph.ir.types import DEVICE, HOST, Partial, Replicate, Shard, TensorType, Type, Varying
 
 Fault = tuple[int | None, str]
