@@ -58,6 +58,17 @@ def test_no_import_circle():
     assert circles == []
 
 
+def test_one_room_imports_private_modules_of_torch():
+    private = {
+        (name, module)
+        for name, path in sources().items()
+        if not name.startswith("zgraph.bridge.")
+        for module in imports(ast.parse(path.read_text()))
+        if module.startswith("torch._")
+    }
+    assert private == set()
+
+
 def test_files_are_short():
     lines = {name: len(path.read_text().splitlines()) for name, path in sources().items()}
     assert {name: n for name, n in lines.items() if n > MOST_LINES} == {}

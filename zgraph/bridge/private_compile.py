@@ -25,12 +25,12 @@ from torch._dynamo.exc import (
 )
 from torch._functorch._aot_autograd import descriptors
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy
 
+from zgraph.bridge.private_fake import FakeTensor, FakeTensorMode
 from zgraph.errors import UsageError
 
 __all__ = [
@@ -96,7 +96,7 @@ def checkpoint_region(node: torch.fx.Node) -> int:
 def fake_mode_of(gm: torch.fx.GraphModule) -> Any:
     """The fake tensor mode that the graph was traced under."""
     for node in gm.graph.find_nodes(op="placeholder"):
-        if isinstance(value := node.meta.get("val"), torch._subclasses.FakeTensor):
+        if isinstance(value := node.meta.get("val"), FakeTensor):
             return value.fake_mode
     return None
 
