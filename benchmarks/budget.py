@@ -1,4 +1,4 @@
-"""What planning a step within a memory budget takes, for 80 layers captured one by one: python -m benchmarks.budget"""
+"""Time to plan a step within a memory budget, for 80 layers captured one by one: python -m benchmarks.budget"""
 
 from __future__ import annotations
 

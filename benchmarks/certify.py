@@ -1,4 +1,4 @@
-"""What certificates take: python -m benchmarks.certify
+"""Time of certificates: python -m benchmarks.certify
 
 Of a Llama-3 70B traced for 64 H100s, beside its passes: the certificate that a compile makes, and the one of every
 graph that `zgraph verify` makes. And of the demo, from the call of the compiler to the end of the first step: with the

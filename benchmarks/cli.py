@@ -1,4 +1,4 @@
-"""What the `zgraph` command takes on a deep model, start-up included: python -m benchmarks.cli
+"""Time of the `zgraph` command on a deep model, start-up included: python -m benchmarks.cli
 
 A Llama of the shape of Llama-3 70B is traced under fake tensors, and its run file looked at, on processors, each
 command in a process of its own. Where a core is shared, wall clock and the time on a core differ.

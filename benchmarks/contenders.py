@@ -37,7 +37,7 @@ COMPILERS: Mapping[str, Callable[[nn.Module], Callable[..., Any]]] = {
 KERNELS = ("aten", "triton", "inductor")
 
 EAGER = ("eager", "torch foreach")
-"""What torch does if nothing is asked for."""
+"""torch's default."""
 
 NUM_SHARDS = 8
 RATE = 1e-4

@@ -29,7 +29,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 WIDTH, HEIGHT = 1280, 860
 
 README_MODEL, README_STATE = "llama3_70b", "#pass=all-gather&node=primals_365_full_start"
-"""What the README's picture, `docs/report.png`, shows."""
+"""Model and view of the README's picture, `docs/report.png`."""
 
 
 @dataclass(frozen=True)

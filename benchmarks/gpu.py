@@ -47,7 +47,7 @@ T = TypeVar("T")
 FUSED = parse_recipe("canonicalize,fuse,dce")
 META = torch.device("meta")
 ADAMW_BYTES = 28
-"""What AdamW moves for a parameter in fp32: master, gradient and two moments read, all but the gradient written."""
+"""Bytes that AdamW moves for an fp32 parameter: master, gradient and two moments read, all but the gradient written."""
 
 COLUMNS = ("step ms", "quartiles", "of eager", "of best\nother", "of\nroofline", "host ms", "peak MB", "differs")
 
@@ -56,7 +56,7 @@ TRAINING, TRAINED = "training step", "Llama-3.2 1B"
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how often. No words mean everything."""
+    """Measurements to make, and how often. No words mean everything."""
 
     device: str
     is_tiny: bool
@@ -76,7 +76,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Thing:
-    """What all systems do: `prepares` gives them for a device, `bound_s` the time that none can be faster than."""
+    """A task for all systems: `prepares` gives them for a device, `bound_s` the time that none can be faster than."""
 
     name: str
     model: str
@@ -213,7 +213,7 @@ def roofline_s(
 
 @dataclass(frozen=True)
 class Machine:
-    """What computes, and the costs that rooflines are drawn from."""
+    """The machine that computes, and the costs that rooflines are drawn from."""
 
     device: str
     versions: Mapping[str, Any]
@@ -272,7 +272,7 @@ def fitting(index: int, system: str, options: Options) -> Options:
 def apart(
     options: Options, systems: tuple[str, ...], function: Callable[..., dict[str, Taken]], *args: Any
 ) -> dict[str, Taken]:
-    """What a function returns: on a GPU in a process of its own, so that no error outlives it."""
+    """The result of a function: on a GPU in a process of its own, so that no error outlives it."""
     try:
         return in_process(options, function, *args)
     except BrokenProcessPool:

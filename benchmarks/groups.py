@@ -1,4 +1,4 @@
-"""What lies between matmuls, as small modules with the shapes of known models, and their inputs.
+"""Ops between matmuls, as small modules with the shapes of known models, and their inputs.
 
 Each is one group that `kernels="triton"` fuses, with or without the matmuls around it. `others` of a group are torch's
 own ways to the same numbers, where it has one that a model must be written for.
@@ -66,7 +66,7 @@ class Group:
 
 
 class ResidualNorm(nn.Module):
-    """What a sublayer made is added to the stream, which the next one reads normalised."""
+    """A sublayer's output is added to the stream, which the next one reads normalised."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class ResidualNorm(nn.Module):
 
 
 class BiasNorm(nn.Module):
-    """What a matmul without its bias leaves to do before a norm."""
+    """A bias and a residual sum between a matmul and a norm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

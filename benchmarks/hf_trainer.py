@@ -33,7 +33,7 @@ HELD_OUT = 4
 
 @dataclass(frozen=True)
 class Job:
-    """What to train on.
+    """Data and sizes of a run.
 
     Args:
         weights: of the model.
@@ -50,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """What a Trainer logged.
+    """Log of a Trainer.
 
     Args:
         name: of its class.

@@ -46,12 +46,12 @@ STARTING_SHARE = 0.2
 
 
 class Killed(AssertionError):
-    """What must not happen has happened: training did not go on as if nobody had been killed."""
+    """Training did not go on as if nobody had been killed."""
 
 
 @dataclass
 class Outcome:
-    """What was seen.
+    """Observations over all rounds.
 
     Args:
         num_kills: ranks that were killed.
@@ -159,7 +159,7 @@ class Round:
             self.pipes.append(ours)
 
     def told(self, until: float) -> Iterator[tuple[int, str, Any]]:
-        """What ranks tell until this moment of the monotonic clock, or until all of them have ended."""
+        """Messages of the ranks until this moment of the monotonic clock, or until all of them have ended."""
         open_pipes = {pipe: rank for rank, pipe in enumerate(self.pipes) if not pipe.closed}
         while open_pipes and (left := until - time.monotonic()) > 0:
             for pipe in wait(list(open_pipes), left):

@@ -188,7 +188,7 @@ class Mutant:
 
 
 def mutated(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in the place of a node."""
+    """Nodes that may stand in the place of a node."""
     new: Any = copy.deepcopy(node)
     match new:
         case ast.Compare(ops=[op, *_]) if type(op) in COMPARED:
@@ -378,7 +378,7 @@ def run_tests(tests: Sequence[str], own: Collection[str], num_examples: int, cap
 
 
 def in_child(work: Any, timeout: float) -> tuple[str, bool]:
-    """What `work` returns in a process of its own, and whether it had to be ended.
+    """The result of `work` in a process of its own, and whether it had to be ended.
 
     Args:
         timeout: seconds of a core, so that other work on the machine ends nothing; of the clock, ten times as many.

@@ -1,4 +1,4 @@
-"""What the HTML report of a run takes: bytes, until it answers, and frames while its pictures are zoomed.
+"""Cost of the HTML report of a run: bytes, until it answers, and frames while its pictures are zoomed.
 
     python -m benchmarks.page run.zg --json benchmarks/results/page-llama3-70b.json
 

@@ -1,4 +1,4 @@
-"""What training Llama-3 70B takes on 8, 64 and 128 GPUs, planned on this machine: python -m benchmarks.plans"""
+"""Training Llama-3 70B on 8, 64 and 128 GPUs, planned on this machine: python -m benchmarks.plans"""
 
 from __future__ import annotations
 

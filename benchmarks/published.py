@@ -66,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Constants:
-    """What is fitted."""
+    """Constants that are fitted."""
 
     matmul_share: float
     eager_passes: float

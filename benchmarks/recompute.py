@@ -121,7 +121,7 @@ def ours(name: str, budget: int | None) -> Measured:
 
 
 def apart(function: Callable[..., Measured], *args: Any, **kwargs: Any) -> Measured:
-    """What a function returns, run in a process of its own."""
+    """The result of a function, run in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args, kwargs)
 

@@ -52,7 +52,7 @@ TINY = 1e-6
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an architecture.
+    """Outcome of an architecture.
 
     verdict: "whole graph", "pieces", "refused", "wrong", "failed" (an error that is none of zgraph's), "timeout", or
         "not built": the shrunk model does not run eagerly, and does not count.
@@ -190,7 +190,7 @@ def tried(architecture: Architecture, num_ranks: int, built: Path) -> Outcome:
 
 
 def _compared(blank: Outcome, architecture: Architecture, dtype: torch.dtype, expected: Sequence[Step] = ()) -> Outcome:
-    """What compiling comes to, as one graph or else in pieces, beside the steps that are expected, or eager ones."""
+    """Result of compiling, as one graph or else in pieces, beside the steps that are expected, or eager ones."""
     why = ""
     for fullgraph in (True, False):
         model, inputs = runnable(architecture)
@@ -234,7 +234,7 @@ def warm() -> None:
 
 
 def _rank(architecture: Architecture, rank: int, num_ranks: int, folder: str, timeout_s: float) -> None:
-    """What a process does: it trains, and writes the outcome; after so many seconds of a core it dies."""
+    """The work of a process: it trains, and writes the outcome; after so many seconds of a core it dies."""
     resource.setrlimit(resource.RLIMIT_CPU, (int(timeout_s), int(timeout_s) + 5))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -254,7 +254,7 @@ def _rank(architecture: Architecture, rank: int, num_ranks: int, folder: str, ti
 
 
 def apart(architecture: Architecture, num_ranks: int, timeout_s: float) -> Outcome:
-    """What becomes of an architecture in processes of its own: the worst of its ranks' outcomes."""
+    """Outcome of an architecture in processes of its own: the worst of its ranks' outcomes."""
     blank = Outcome(architecture.name, architecture.task, architecture.model, "failed", num_ranks)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [

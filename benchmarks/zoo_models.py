@@ -115,7 +115,7 @@ EXACT: dict[str, Any] = {
     "attention_out_dim": 64, "num_classes": 5,
 }
 # fmt: on
-"""What fields of that name are made, where they have another value by default than None."""
+"""Values of fields of that name, where they have another value by default than None."""
 
 PATTERNS: tuple[tuple[str, Any], ...] = (
     (r"drop|mask_(time|feature)_prob|jitter|noise", 0.0),
@@ -195,7 +195,7 @@ def _num_layers(config: Any) -> int | None:
 
 
 def _size(name: str, value: Any, used: Any, layers: int | None) -> Any:
-    """What to make of a field with this default, of which an instance made the other; `...` to leave it."""
+    """The value of a field with this default, of which an instance made the other; `...` to leave it."""
     if name in ("problem_type", "num_labels"):
         return EXACT[name]
     if name.endswith(("_token_id", "_token_index")):

@@ -42,7 +42,7 @@ LEARNING_RATE = 2e-4
 
 @dataclass(frozen=True)
 class Job:
-    """What to train, and where to put it."""
+    """Data of a run, and the folder for its results."""
 
     weights: SmolLM2
     stage: int

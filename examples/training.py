@@ -1,4 +1,4 @@
-"""What each rank of the demo does: train with zgraph, train the same with DDP, and measure every ZeRO stage."""
+"""The work of each rank of the demo: train with zgraph, train the same with DDP, and measure every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS_TO_MEASURE = 3
 
 @dataclass(frozen=True)
 class Job:
-    """What to train.
+    """Model and data of a run.
 
     Args:
         stage: the ZeRO stage to train with.

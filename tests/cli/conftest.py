@@ -1,4 +1,4 @@
-"""What all tests of the command share: a folder to run it in, and how to."""
+"""Fixtures that all tests of the command share: a folder to run it in, and how to."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""What the command knows of the machine, the ranks that it starts on it, and what shells complete."""
+"""The command's knowledge of the machine, the ranks that it starts on it, and what shells complete."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_ranks_that_cannot_be(ranks, said, zgraph_command):
 
 
 def completed(zgraph_command, monkeypatch, line: str) -> list[str]:
-    """What bash would offer at the end of a line."""
+    """Completions that bash would offer at the end of a line."""
     words = line.split(" ")
     monkeypatch.setenv("_ZGRAPH_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "\n".join(words))
@@ -114,7 +114,7 @@ def test_zsh_offers_files_where_there_is_nothing_else(zgraph_command, monkeypatc
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_bash_completes_once_it_is_installed(zgraph_command, monkeypatch, tmp_path):
-    """What --install-completion writes, sourced by a real bash with `zgraph` on its path."""
+    """The script that --install-completion writes, sourced by a real bash with `zgraph` on its path."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))
     code, _, error = zgraph_command("--install-completion")

@@ -44,7 +44,7 @@ FOREIGN = {
     "aten.tanh.default": ExternalOp(),
     "aten.view.default": ExternalOp(views=(0,)),
 }
-"""What a schema says of each op that the strategy uses."""
+"""Effects by schema of each op that the strategy uses."""
 
 SHAPES = ((3,), (4, 3), (3, 3), (5, 2), (1,), (2, 3), (7,), ())
 DTYPES = (DType.f32, DType.bf16, DType.f64)
@@ -220,7 +220,7 @@ class _Sketch:
             self.outputs.append(Output(kind, value, entry.value.name if value else "", Phase.backward))
 
     def gradient(self, of: Value) -> Value:
-        """What may be a gradient: any value of the type, or something made of the sum of a backward value."""
+        """A value that may be a gradient: any value of the type, or something made of the sum of a backward value."""
         kind, phase = of.tensor, Phase.backward
         if self.chance(25) and (found := self.pick(lambda t: t == kind)):
             return found

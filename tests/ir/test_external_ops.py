@@ -55,7 +55,7 @@ ARGUMENTS = {
     "aten.where.ScalarSelf": (X > 5, 99, X),
     "aten.where.self": (X > 5, X, -X),
 }
-"""What ops of elements are called with where it is not `X` alone."""
+"""Arguments of ops of elements, where they are not `X` alone."""
 
 A, B = torch.ones(4, 4), torch.ones(4, 4) * 2
 TURN = (torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4) * 2, [0, 1, 2, 3], False)
@@ -71,7 +71,7 @@ MORE = {
     "zgraph.rotary.default": TURN[1:],
     CAST: (),
 }
-"""What follows the first operand of ops that may be zero; a matrix where nothing is said."""
+"""Arguments behind the first of ops that may be zero; a matrix where nothing is said."""
 
 
 def rows(column: str) -> list:
@@ -188,7 +188,7 @@ OPERANDS = {
     "convolution": (IMAGE, WEIGHT, *OPTIONS),
     "convolution backward": (CONVOLVED, IMAGE, WEIGHT, *OPTIONS, [True, True, False]),
 }
-"""What an op whose FLOP are counted so is called with; that of a batch has one more dim."""
+"""Arguments of an op whose FLOP are counted so; those of a batch have one more dim."""
 
 
 def value(arg: object) -> Arg:

@@ -100,7 +100,7 @@ def test_a_matmul_and_its_epilogue(name, dtype, batch, rows, inner, columns, tur
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_those_of_captured_steps():
-    """What the pass makes of Llama, ViT, T5 and GPT-2, at sizes that end within a tile."""
+    """Kernels that the pass makes of Llama, ViT, T5 and GPT-2, at sizes that end within a tile."""
     found = [spec for spec in of_small_models().values() if spec.is_epilogue]
     assert len(found) > 10
     for spec in found:

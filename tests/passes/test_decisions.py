@@ -1,4 +1,4 @@
-"""What passes decide, measured by what follows from it: bytes, nodes and numbers, not the text of a whole graph."""
+"""Decisions of passes, measured by what follows from them: bytes, nodes and numbers, not the text of a whole graph."""
 
 from __future__ import annotations
 
@@ -465,7 +465,7 @@ def bucketed(name: str) -> Graph:
 
 
 def check_released(before: Graph, after: Graph) -> int:
-    """What was gathered is released once, behind its last reader, unless it is returned. Returns how much that is."""
+    """Number of values that are gathered: each is released once, behind its last reader, unless it is returned."""
     memory, found = Memory(before), 0
     released = [v.name for n in of_op(after, "release") for v in n.operands]
     assert len(released) == len(set(released))
@@ -525,7 +525,7 @@ return bwd output none
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.75])
 def test_a_fused_dropout_keeps_the_mean(p):
-    """What is kept is divided by the probability that it is, in the forward and in the backward."""
+    """Elements that are kept are divided by the probability that it is, in the forward and in the backward."""
     text = DROPOUT.replace("{p}", str(p)).replace("{scale}", str(1 / (1 - p)))
     fused = parse_recipe("canonicalize,fuse").run(parse_graph(text), Context())
     kernels = of_op(fused, ROWS)
@@ -667,7 +667,7 @@ def test_a_loss_is_fused_where_nothing_else_needs_what_is_inside(changes, is_fus
 
 
 def test_a_loss_in_half_precision_is_computed_in_single():
-    """What it returned is cast back, each of the two from its own."""
+    """Its results are cast back, each of the two from its own."""
     fused = parse_recipe("fuse").run(parse_graph(LOSS_TEXT.format(dim=1, strides="").replace("f32", "bf16")), Context())
     verify(fused)
     (made,) = of_op(fused, LOSS)

@@ -1,4 +1,4 @@
-"""What the backward needs of the forward, as blocks: what running again costs, and what gives way for a budget."""
+"""The backward's needs of the forward, as blocks: what running again costs, and what gives way for a budget."""
 
 import pytest
 
@@ -29,7 +29,7 @@ COSTS = CostTable(
 
 
 def gather_us(graph: Graph) -> float:
-    """What making %y again takes beside the op itself."""
+    """The cost of making %y again beside the op itself."""
     context = Context((Axis("shard", 2),), costs=COSTS)
     ((block, names),) = Forward(graph, context).blocks
     maker = block.makers[block.maker_of[names.index("y")]]

@@ -1,4 +1,4 @@
-"""What watches a pipeline run: counts, dumps, and the name of the pass that broke the graph."""
+"""Instruments of a pipeline: counts, dumps, and the name of the pass that broke the graph."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar

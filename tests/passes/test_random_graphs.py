@@ -1,4 +1,4 @@
-"""What must hold of every recipe on every graph: validity, round trip, no collective lost, nothing kept for nothing."""
+"""Laws of every recipe on every graph: validity, round trip, no collective lost, nothing kept for nothing."""
 
 from collections import Counter
 from dataclasses import replace

@@ -26,7 +26,7 @@ def fused(*changes: tuple[str, str]) -> Graph:
 
 
 def rotary(graph: Graph) -> dict[str, tuple[bool, tuple[int, ...]]]:
-    """What the op makes: whether it is a gradient, and in which order its dimensions lie."""
+    """Options of the op: whether it is a gradient, and in which order its dimensions lie."""
     return {n.name: (n.args[4], n.args[3]) for n in graph.nodes if n.op == ROTARY}
 
 

@@ -54,7 +54,7 @@ def placements(problem: Problem, order: tuple[int, ...]) -> list[Timetable]:
 
 
 def held(problem: Problem, starts: tuple[int, ...], op: int) -> int:
-    """What gathers have brought before it is needed, and what reductions have not taken away yet."""
+    """Bytes that gathers have brought before they are needed, and that reductions have not taken away yet."""
     spans = ((t.first, at) if t.frees else (at, t.until) for t, at in zip(problem.transfers, starts, strict=True))
     return sum(t.num_bytes for t, (begin, end) in zip(problem.transfers, spans, strict=True) if begin <= op < end)
 

@@ -123,7 +123,7 @@ def fused_and_not(name: str, dtype: torch.dtype | None) -> tuple[Graph, Graph]:
 
 
 def floats(reference: Reference, graph: Graph) -> list[torch.Tensor]:
-    """What a graph returns on one rank, where it is numbers."""
+    """Outputs of a graph on one rank, where they are numbers."""
     made = [ranks[0] for ranks in reference.run(graph) if ranks is not None]
     return [t.double() for t in made if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
@@ -174,7 +174,7 @@ def test_in_bf16_a_fused_step_is_as_close_to_the_truth(name):
 
 @pytest.mark.parametrize(("name", "factor"), [("llama", 4), deep("gpt2", 4.5)])
 def test_the_glue_of_a_block_moves_fewer_bytes(name, factor):
-    """What one more layer adds, at 1,024 tokens of a model of some width, matmuls and attention left out."""
+    """The time that one more layer adds, at 1,024 tokens of a model of some width, matmuls and attention left out."""
     found = []
     for recipe in (BEFORE, FUSED):
         one, two = (recipe.run(wide(name, layers), Context()) for layers in (1, 2))

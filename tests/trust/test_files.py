@@ -1,4 +1,4 @@
-"""What a file from elsewhere may not do: open others, fill the memory, or speak to the terminal."""
+"""Limits of a file from elsewhere; it may not open others, fill the memory, or speak to the terminal."""
 
 import io
 import json

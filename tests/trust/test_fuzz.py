@@ -1,4 +1,4 @@
-"""Whatever a reader is given, it gives a value or an error of zgraph's, soon and in little memory."""
+"""Any reader given any bytes gives a value or an error of zgraph's, soon and in little memory."""
 
 import random
 import resource

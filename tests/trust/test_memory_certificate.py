@@ -52,7 +52,7 @@ def captured() -> Graph:
 
 @cache
 def made(stage: int, mesh: tuple[Axis, ...] = PAIR, **options: object) -> Graph:
-    """What a stage's passes make of a Llama."""
+    """A Llama after a stage's passes."""
     return parse_recipe(RECIPES[stage]).run(captured(), Context(mesh=mesh, **options))
 
 
@@ -162,7 +162,7 @@ def test_it_takes_a_second_for_27_000_nodes():
 
 
 def faults(graph: Graph, budget: int, stated: int | None = None) -> list[tuple[int | None, str]]:
-    """What is said of a graph whose budget above rest this is."""
+    """Faults of a graph whose budget above rest this is."""
     verify(graph)
     highest, limit = peak(graph, {}, released=True), Limit(budget + rest_bytes(graph, {}), stated=stated)
     return list(over(graph, highest, footprint(graph, highest, limit, {}), limit))

@@ -158,7 +158,7 @@ def test_compile_does_not_either(tmp_path, monkeypatch):
 
 
 def test_a_graph_made_by_hand_is_not_run_either():
-    """What no text was read for is still refused where it would run."""
+    """A name that no text was read for is still refused where it would run."""
     from zgraph.interpreter import Interpreter
 
     node = Node("py.call", (1,), (Value("y", ScalarType("int")),))

@@ -131,7 +131,7 @@ def test_a_fault_in_one_derived_program_is_found_there():
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_stale_gather_is_found_in_the_second_step(stage, monkeypatch):
-    """What was gathered for the micro-steps of one step is taken in the next one, too."""
+    """Parameters gathered for the micro-steps of one step are taken in the next one, too."""
     monkeypatch.setattr(Training, "forget_copies", lambda self: None)
     assert failing(final("net", PLAIN[stage]), "net").program == "second step, no_sync"
 

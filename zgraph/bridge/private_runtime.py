@@ -286,7 +286,7 @@ def is_profiling() -> bool:
 
 
 def grad_hooks(parameter: torch.Tensor) -> dict[int, Callable[[torch.Tensor], None]]:
-    """What `register_post_accumulate_grad_hook` registered; autograd runs what is in it."""
+    """The hooks that `register_post_accumulate_grad_hook` registered; autograd runs those in it."""
     return parameter._post_accumulate_grad_hooks or {}
 
 

@@ -131,7 +131,7 @@ class Frontend:
         return self.attach(run, {i: leaf.target for i, leaf in leaves.items() if leaf.kind is InputKind.param})
 
     def _piece(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        """What runs a piece: eagerly, if zgraph cannot take it."""
+        """The callable that runs a piece: eager, if zgraph cannot take it."""
         try:
             return self._backend(gm, examples)
         except (CaptureError, EscapedParameterError):

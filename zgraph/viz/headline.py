@@ -1,4 +1,4 @@
-"""What a run comes to, in figures and in plain words. What the run does not hold is left out."""
+"""The result of a run, in figures and in plain words. What the run does not hold is left out."""
 
 from __future__ import annotations
 
