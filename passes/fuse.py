@@ -12,8 +12,8 @@ reads no more memory: a norm keeps its input and one number a row, not the norma
 
 A dropout's mask is a function of a seed and of positions. It is drawn again where it is needed, never kept, and differs
 from torch's own. Numbers inside a kernel are fp32, so that casts between its ops round no more.
-`patterns.py` says what can be fused. Losses (`fused_loss.py`) and rotary embeddings (`subgraphs.py`) are ops of their
-own.
+`fusion/patterns.py` says what can be fused. Losses (`fusion/loss.py`) and rotary embeddings (`fusion/rotary.py`) are
+ops of their own.
 """
 
 from __future__ import annotations
