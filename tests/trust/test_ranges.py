@@ -96,6 +96,7 @@ class Rows(nn.Module):
         (lambda i: torch.arange(8) + i, 0, 1),
         (lambda i: torch.where(i != -7, i, 0), 0, 8),
         (lambda i: i.masked_fill(i == -7, 1) + 1, -1, 7),
+        (lambda i: torch.ops.aten.copy(torch.zeros_like(i), i) + 1, -1, 7),
     ],
 )
 def test_what_indexes_is_followed_to_the_input(index, low, high):
