@@ -52,7 +52,7 @@ TINY = 1e-6
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an architecture.
+    """Outcome of an architecture.
 
     verdict: "whole graph", "pieces", "refused", "wrong", "failed" (an error that is none of zgraph's), "timeout", or
         "not built": the shrunk model does not run eagerly, and does not count.
@@ -99,10 +99,9 @@ def eager(model: nn.Module, inputs: Inputs, num_ranks: int) -> list[Step]:
     for index in range(STEPS):
         losses = [_backward(one, inputs, index, which) for which, one in enumerate(models)]
         mean = {
-            name: torch.stack([_whole(p.grad, p) for p in same]).mean(0) for name, *same in zip(
-                dict(model.named_parameters()), *(one.parameters() for one in models), strict=True
-            )
-        }  # fmt: skip
+            name: torch.stack([_whole(p.grad, p) for p in same]).mean(0)
+            for name, *same in zip(dict(model.named_parameters()), *(one.parameters() for one in models), strict=True)
+        }
         for one in models:
             for name, parameter in one.named_parameters():
                 parameter.grad = mean[name].clone() if parameter.grad is not None else None
@@ -191,7 +190,7 @@ def tried(architecture: Architecture, num_ranks: int, built: Path) -> Outcome:
 
 
 def _compared(blank: Outcome, architecture: Architecture, dtype: torch.dtype, expected: Sequence[Step] = ()) -> Outcome:
-    """What compiling comes to, as one graph or else in pieces, beside the steps that are expected, or eager ones."""
+    """Result of compiling, as one graph or else in pieces, beside the steps that are expected, or eager ones."""
     why = ""
     for fullgraph in (True, False):
         model, inputs = runnable(architecture)
@@ -235,7 +234,7 @@ def warm() -> None:
 
 
 def _rank(architecture: Architecture, rank: int, num_ranks: int, folder: str, timeout_s: float) -> None:
-    """What a process does: it trains, and writes the outcome; after so many seconds of a core it dies."""
+    """The work of a process: it trains, and writes the outcome; after so many seconds of a core it dies."""
     resource.setrlimit(resource.RLIMIT_CPU, (int(timeout_s), int(timeout_s) + 5))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -255,7 +254,7 @@ def _rank(architecture: Architecture, rank: int, num_ranks: int, folder: str, ti
 
 
 def apart(architecture: Architecture, num_ranks: int, timeout_s: float) -> Outcome:
-    """What becomes of an architecture in processes of its own: the worst of its ranks' outcomes."""
+    """Outcome of an architecture in processes of its own: the worst of its ranks' outcomes."""
     blank = Outcome(architecture.name, architecture.task, architecture.model, "failed", num_ranks)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [

@@ -78,6 +78,7 @@ def _spread(columns: list[list[Architecture]]) -> Iterator[Architecture]:
     return (a for _, _, a in sorted(placed, key=lambda p: p[:2]))
 
 
+# fmt: off
 EXACT: dict[str, Any] = {
     "use_cache": False, "vocab_size": WORDS, "src_vocab_size": WORDS, "tgt_vocab_size": WORDS, "type_vocab_size": 2,
     "vocab_size_per_layer_input": WORDS, "decoder_vocab_size": WORDS, "entity_vocab_size": WORDS,
@@ -112,8 +113,9 @@ EXACT: dict[str, Any] = {
     "decoder_start_token_id": 1, "cross_attention_hidden_size": None, "backbone_config": ...,
     "mm_tokens_per_image": 4, "num_groups": 4, "rotary_dim": 8, "laurel_rank": 8, "hidden_size_per_layer_input": 8,
     "attention_out_dim": 64, "num_classes": 5,
-}  # fmt: skip
-"""What fields of that name are made, where they have another value by default than None."""
+}
+# fmt: on
+"""Values of fields of that name, where they have another value by default than None."""
 
 PATTERNS: tuple[tuple[str, Any], ...] = (
     (r"drop|mask_(time|feature)_prob|jitter|noise", 0.0),
@@ -128,7 +130,7 @@ PATTERNS: tuple[tuple[str, Any], ...] = (
     (r"hidden_size|embed_dim|d_model|embedding_size|_width$|^width$|hidden_dim", 64),
     (r"head_dim|_head_size$", 16),
     (r"(channels|_dim|_rank|_size)$", 32),
-)  # fmt: skip
+)
 KEPT = re.compile(
     r"num_channels|in_channels|in_chans|kernel_size|_stride|patch_size|group_size|reduction|block_size|codebook_size"
     r"|temporal_patch_size|chunk_size_feed_forward"
@@ -175,7 +177,7 @@ def _backbone() -> Any:
     make: Any = transformers.ResNetConfig
     return make(
         embedding_size=16, hidden_sizes=[16, 32, 32, 32], depths=[1] * 4, layer_type="basic", out_features=stages
-    )  # fmt: skip
+    )
 
 
 def _default(config: type[Any], name: str) -> Any:
@@ -193,7 +195,7 @@ def _num_layers(config: Any) -> int | None:
 
 
 def _size(name: str, value: Any, used: Any, layers: int | None) -> Any:
-    """What to make of a field with this default, of which an instance made the other; `...` to leave it."""
+    """The value of a field with this default, of which an instance made the other; `...` to leave it."""
     if name in ("problem_type", "num_labels"):
         return EXACT[name]
     if name.endswith(("_token_id", "_token_index")):

@@ -18,7 +18,7 @@ CAUSES: tuple[tuple[str, str], ...] = (
     (r"RNN|LSTM|GRU", "an LSTM or GRU of `torch.nn`"),
     (r"logg|print|warn", "the forward logs or warns"),
     (r"python_type\(\) call|ContextVar", "torch does not follow `python_type()` of an attribute, or a `ContextVar`"),
-)  # fmt: skip
+)
 """Pattern in the message of an error, and the cause in words."""
 
 

@@ -1,4 +1,4 @@
-"""What each rank of the demo does: train with zgraph, train the same with DDP, and measure every ZeRO stage."""
+"""The work of each rank of the demo: train with zgraph, train the same with DDP, and measure every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS_TO_MEASURE = 3
 
 @dataclass(frozen=True)
 class Job:
-    """What to train.
+    """Model and data of a run.
 
     Args:
         stage: the ZeRO stage to train with.
@@ -87,10 +87,18 @@ def build(job: Job, device: torch.device) -> LlamaForCausalLM:
     """
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=job.vocab_size, hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
-        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
-        use_cache=False, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=job.vocab_size,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     with device:
         return LlamaForCausalLM(config)
 

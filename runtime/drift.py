@@ -54,10 +54,15 @@ class Wait:
         self._beat += 1
         journal = self.journal
         word = {
-            "serial": self._serial, "beat": self._beat, "place": self.place, "number": self.number,
-            "comparison": self.comparison, "journal": journal.name if journal else "", "begun": begun(),
+            "serial": self._serial,
+            "beat": self._beat,
+            "place": self.place,
+            "number": self.number,
+            "comparison": self.comparison,
+            "journal": journal.name if journal else "",
+            "begun": begun(),
             "lines": print_lines(journal.lines) if journal else "",
-        }  # fmt: skip
+        }
         self.store.set(_key(self.rank), json.dumps(word))
 
     def drifted(self) -> str:

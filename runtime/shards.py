@@ -102,10 +102,18 @@ class ShardStore:
     """
 
     def __init__(
-        self, model: nn.Module, mesh: DeviceMesh | None, group: dist.ProcessGroup | None, stages: dict[str, int | None],
-        default_stage: int, param_dtype: torch.dtype | None, device: torch.device, offloads: Mapping[str, str],
-        host: HostMemory, placeholder_class: type[nn.Parameter] = nn.Parameter,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh | None,
+        group: dist.ProcessGroup | None,
+        stages: dict[str, int | None],
+        default_stage: int,
+        param_dtype: torch.dtype | None,
+        device: torch.device,
+        offloads: Mapping[str, str],
+        host: HostMemory,
+        placeholder_class: type[nn.Parameter] = nn.Parameter,
+    ) -> None:
         self.model, self.mesh, self.group, self.param_dtype, self.device = model, mesh, group, param_dtype, device
         self.num_ranks = mesh.size() if mesh is not None else 1
         self.num_shards = mesh.size(-1) if mesh is not None else 1

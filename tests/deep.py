@@ -76,7 +76,7 @@ LEFT_OUT = (
     "trust/test_mutations.py::test_single_faults_are_refused[llama, stage 3, activations on the host]",
     "trust/test_mutations.py::test_single_faults_are_refused[norms, stage 1]",
 )
-"""What takes long and has a sibling that `make test` runs: beginnings of names, within this folder."""
+"""Slow tests with a sibling that `make test` runs: beginnings of names, within this folder."""
 
 
 def is_left_out(name: str) -> bool:

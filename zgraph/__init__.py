@@ -24,10 +24,28 @@ if TYPE_CHECKING:
     from zgraph.passes.core.registry import register_pass
 
 __all__ = [
-    "add_config_arguments", "compile", "errors", "export_hf", "gathered", "hf", "init_distributed", "initialize",
-    "initialize_engine", "ir", "no_sync", "optim", "passes", "plan", "profile", "profile_machine", "recipe",
-    "register_pass", "report", "sweep", "trace",
-]  # fmt: skip
+    "add_config_arguments",
+    "compile",
+    "errors",
+    "export_hf",
+    "gathered",
+    "hf",
+    "init_distributed",
+    "initialize",
+    "initialize_engine",
+    "ir",
+    "no_sync",
+    "optim",
+    "passes",
+    "plan",
+    "profile",
+    "profile_machine",
+    "recipe",
+    "register_pass",
+    "report",
+    "sweep",
+    "trace",
+]
 
 _HOMES = {
     "zgraph.api": ("compile", "gathered", "no_sync", "recipe", "report"),

@@ -1,4 +1,4 @@
-"""What a system under measurement is: a name, a stage, and a function that makes a model train its way."""
+"""A system under measurement: a name, a stage, and a function that makes a model train its way."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Step = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a system said beforehand of its step, and the part of it that only it can measure.
+    """A system's own prediction of its step, and the part of it that only it can measure.
 
     step_s: predicted, optimizer included.
     exposed_s: predicted time that computing waits for communication.
@@ -37,7 +37,7 @@ class Outlook:
 
 
 class Role(StrEnum):
-    """What a system is measured for."""
+    """Sizes that a system is measured at."""
 
     ZGRAPH = "zgraph"
     BASELINE = "peer"

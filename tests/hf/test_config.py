@@ -15,16 +15,28 @@ from zgraph.hf import Trainer, enable
 from zgraph.hf.config import filled
 
 AUTO = {
-    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto", "fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"},
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "fp16": {"enabled": "auto"},
+    "bf16": {"enabled": "auto"},
     "zero_optimization": {
-        "stage": 2, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+        "stage": 2,
+        "reduce_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
     },
     "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
-    "scheduler": {"type": "WarmupDecayLR", "params": {
-        "warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto", "total_num_steps": "auto",
-    }},
-}  # fmt: skip
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {
+            "warmup_min_lr": "auto",
+            "warmup_max_lr": "auto",
+            "warmup_num_steps": "auto",
+            "total_num_steps": "auto",
+        },
+    },
+}
 
 
 def test_auto_is_filled_in_from_training_arguments(tmp_path):
@@ -39,8 +51,11 @@ def test_auto_is_filled_in_from_training_arguments(tmp_path):
         assert read.keys.gradient_clipping == 0.5
         assert read.keys.zero_optimization.stage == 2
         assert read.optimizer.model_dump(include={"lr", "betas", "eps", "weight_decay"}) == {
-            "lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1,
-        }  # fmt: skip
+            "lr": 1e-2,
+            "betas": (0.9, 0.95),
+            "eps": 1e-6,
+            "weight_decay": 0.1,
+        }
         assert read.schedule.rates(2, [1.0]) == [pytest.approx(1e-2)]  # three steps of warming up
         assert read.schedule.rates(20, [1.0]) == [0]
     assert AUTO["train_batch_size"] == "auto"
@@ -54,17 +69,24 @@ def test_what_is_left_out_is_filled_in_too(tmp_path):
 
 def test_all_contradictions_are_told_at_once(tmp_path):
     config = {
-        "train_batch_size": 5, "gradient_clipping": 1.0, "fp16": {"enabled": True, "loss_scale": "auto"},
+        "train_batch_size": 5,
+        "gradient_clipping": 1.0,
+        "fp16": {"enabled": True, "loss_scale": "auto"},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.9]}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}},
-    }  # fmt: skip
+    }
     with pytest.raises(ConfigError) as caught:
         filled(config, arguments(tmp_path), num_steps=6)
     places = [problem.split(":")[0] for problem in caught.value.problems]
     assert places == [
-        "train_batch_size", "gradient_clipping", "fp16.enabled", "optimizer.params.lr", "optimizer.params.betas",
-        "scheduler.params.warmup_num_steps", "fp16.loss_scale",
-    ]  # fmt: skip
+        "train_batch_size",
+        "gradient_clipping",
+        "fp16.enabled",
+        "optimizer.params.lr",
+        "optimizer.params.betas",
+        "scheduler.params.warmup_num_steps",
+        "fp16.loss_scale",
+    ]
     assert "it is 5 here, and 4 by per_device_train_batch_size x" in caught.value.problems[0]
 
 

@@ -25,8 +25,20 @@ from zgraph.passes.core import registry
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-LINKED = [*PAGES, *(ROOT / name for name in ("AGENTS.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md",
-                                              "examples/README.md", "passes/README.md"))]  # fmt: skip
+LINKED = [
+    *PAGES,
+    *(
+        ROOT / name
+        for name in (
+            "AGENTS.md",
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "benchmarks/README.md",
+            "examples/README.md",
+            "passes/README.md",
+        )
+    ),
+]
 
 MOST_LINES, MOST_NUMBERS, MOST_LINKS = 120, 20, 20
 

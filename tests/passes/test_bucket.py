@@ -82,9 +82,10 @@ def test_values_are_packed_whose_bytes_take_less_time_than_a_latency(latency_us,
 
 
 @pytest.mark.parametrize(
-    ("latency_us", "usual"), [(400.0, 20 * 600_000), (1.0, 128 << 10), (1e6, 256 << 20)],
+    ("latency_us", "usual"),
+    [(400.0, 20 * 600_000), (1.0, 128 << 10), (1e6, 256 << 20)],
     ids=["latencies", "two of the largest that are packed", "most"],
-)  # fmt: skip
+)
 def test_sizes_around_the_one_that_makes_a_latency_small_are_tried(latency_us, usual, monkeypatch):
     line = AlphaBeta(latency_us=latency_us, bytes_per_s=1e9)
     costs = CostTable(hardware=hardware("cpu"), per_host=1, transfers={"all_gather": line})

@@ -25,12 +25,12 @@ from torch._dynamo.exc import (
 )
 from torch._functorch._aot_autograd import descriptors
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy
 
+from zgraph.bridge.private_fake import FakeTensor, FakeTensorMode
 from zgraph.errors import UsageError
 
 __all__ = [
@@ -50,13 +50,19 @@ __all__ = [
     "grad_target",
     "inline_only_when_called",
     "input_index",
-    "last_guard", "mark_dynamic",
-    "mutation_target", "never_captured", "on_break",
-    "on_capture", "plain_recurrence",
+    "last_guard",
+    "mark_dynamic",
+    "mutation_target",
+    "never_captured",
+    "on_break",
+    "on_capture",
+    "plain_recurrence",
     "raised_without_data",
-    "reset_code", "seeing_subclasses",
-    "without_checkpoints", "without_modes",
-]  # fmt: skip
+    "reset_code",
+    "seeing_subclasses",
+    "without_checkpoints",
+    "without_modes",
+]
 
 
 def input_index(placeholder: torch.fx.Node) -> int | None:
@@ -91,7 +97,7 @@ def checkpoint_region(node: torch.fx.Node) -> int:
 def fake_mode_of(gm: torch.fx.GraphModule) -> Any:
     """The fake tensor mode that the graph was traced under."""
     for node in gm.graph.find_nodes(op="placeholder"):
-        if isinstance(value := node.meta.get("val"), torch._subclasses.FakeTensor):
+        if isinstance(value := node.meta.get("val"), FakeTensor):
             return value.fake_mode
     return None
 

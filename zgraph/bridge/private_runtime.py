@@ -114,9 +114,14 @@ def dtensor(
 
 
 def dtensor_parameter(
-    local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: Sequence[int], *,
+    local: torch.Tensor,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    shape: torch.Size,
+    stride: Sequence[int],
+    *,
     requires_grad: bool,
-) -> nn.Parameter:  # fmt: skip
+) -> nn.Parameter:
     """A parameter that is a DTensor: see `dtensor`."""
     made: Any = nn.Parameter(_shell(local, mesh, placements, shape, stride), requires_grad)
     made._local_tensor = local
@@ -163,9 +168,14 @@ def joined(ranks: list[int], name: str) -> dist.ProcessGroup:
     """
     c10d, rank = dist.distributed_c10d, dist.get_rank()
     group, _ = c10d._new_process_group_helper(
-        len(ranks), ranks.index(rank), ranks, dist.Backend("gloo"), store(), c10d.GroupName(name),
+        len(ranks),
+        ranks.index(rank),
+        ranks,
+        dist.Backend("gloo"),
+        store(),
+        c10d.GroupName(name),
         timeout=timedelta(seconds=JOIN_S),
-    )  # fmt: skip
+    )
     c10d._world.pg_group_ranks[group] = {found: at for at, found in enumerate(ranks)}
     c10d._set_pg_timeout(default_pg_timeout, group)
     return cast(dist.ProcessGroup, group)
@@ -207,9 +217,18 @@ def fused_adamw(
 ) -> None:
     """AdamW's update of many in place, by torch's fused kernel; `step` is the number of the step that this is."""
     torch._fused_adamw_(
-        list(parameters), list(gradients), list(firsts), list(seconds), [], [step] * len(parameters), amsgrad=False,
-        maximize=False, grad_scale=None, found_inf=None, **options,
-    )  # fmt: skip
+        list(parameters),
+        list(gradients),
+        list(firsts),
+        list(seconds),
+        [],
+        [step] * len(parameters),
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None,
+        found_inf=None,
+        **options,
+    )
 
 
 def inductor(
@@ -267,7 +286,7 @@ def is_profiling() -> bool:
 
 
 def grad_hooks(parameter: torch.Tensor) -> dict[int, Callable[[torch.Tensor], None]]:
-    """What `register_post_accumulate_grad_hook` registered; autograd runs what is in it."""
+    """The hooks that `register_post_accumulate_grad_hook` registered; autograd runs those in it."""
     return parameter._post_accumulate_grad_hooks or {}
 
 

@@ -73,10 +73,14 @@ class Frontend:
     """
 
     def __init__(
-        self, params: Mapping[int, ParamInfo], buffers: Callable[[], Mapping[int, str]], compiler: Compiler, name: str,
+        self,
+        params: Mapping[int, ParamInfo],
+        buffers: Callable[[], Mapping[int, str]],
+        compiler: Compiler,
+        name: str,
         attach: Callable[[Callable[..., Any], Mapping[int, str]], Callable[..., Any]] = lambda run, _: run,
         left_eager: Callable[[str], None] = lambda why: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
         self.left_eager = left_eager
         self._codes: list[types.CodeType] = []
@@ -122,15 +126,18 @@ class Frontend:
         leaves = {index: self._leaf(example, buffers) for index, example in enumerate(examples)}
         capture = _OneCapture(self, leaves)
         captured = private_compile.aot_autograd(
-            fw_compiler=capture.runner_of, bw_compiler=capture.runner_of, partition_fn=capture.partition,
-            inference_compiler=capture.inference, decompositions=private_compile.DECOMPOSED,
-        )  # fmt: skip
+            fw_compiler=capture.runner_of,
+            bw_compiler=capture.runner_of,
+            partition_fn=capture.partition,
+            inference_compiler=capture.inference,
+            decompositions=private_compile.DECOMPOSED,
+        )
         with private_compile.plain_recurrence():
             run = captured(gm, examples)
         return self.attach(run, {i: leaf.target for i, leaf in leaves.items() if leaf.kind is InputKind.param})
 
     def _piece(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        """What runs a piece: eagerly, if zgraph cannot take it."""
+        """The callable that runs a piece: eager, if zgraph cannot take it."""
         try:
             return self._backend(gm, examples)
         except (CaptureError, EscapedParameterError) as error:
@@ -166,16 +173,19 @@ class _OneCapture:
         placeholders = joint.graph.find_nodes(op="placeholder")
         tangents = {i.value.name for i in plan.graph.inputs if i.kind is InputKind.tangent}
         forward = _opaque(
-            compiled.forward, "zgraph_forward",
+            compiled.forward,
+            "zgraph_forward",
             [(p.name, p.meta) for p in placeholders if p.name not in tangents],
             [*(_meta(o) for o in first), *(meta for _, meta in saved.tensors), *(meta for _, meta in saved.scalars)],
             descs and [*descs[:num_fwd_outputs], *([None] * len(plan.saved))],
-        )  # fmt: skip
+        )
         backward = _opaque(
-            _backward_runner(compiled.backward, len(saved.tensors), len(saved.scalars)), "zgraph_backward",
+            _backward_runner(compiled.backward, len(saved.tensors), len(saved.scalars)),
+            "zgraph_backward",
             [*saved.scalars, *saved.tensors, *((p.name, p.meta) for p in placeholders if p.name in tangents)],
-            [_meta(o) for o in second], descs and descs[num_fwd_outputs:],
-        )  # fmt: skip
+            [_meta(o) for o in second],
+            descs and descs[num_fwd_outputs:],
+        )
         return forward, backward
 
     def inference(self, gm: fx.GraphModule, _examples: Sequence[Any]) -> Callable[..., Any]:
@@ -275,8 +285,9 @@ def _backward_runner(run: Runner, num_tensors: int, num_scalars: int) -> Runner:
     return zgraph_backward
 
 
-def _opaque(run: Runner, name: str, inputs: Sequence[tuple[str, dict[str, Any]]], outputs: Sequence[Any],
-            descs: Any) -> fx.GraphModule:  # fmt: skip
+def _opaque(
+    run: Runner, name: str, inputs: Sequence[tuple[str, dict[str, Any]]], outputs: Sequence[Any], descs: Any
+) -> fx.GraphModule:
     """A module with these placeholders and outputs, whose body is one call of `run`."""
 
     def body(*args: Any) -> Sequence[Any]:

@@ -19,9 +19,12 @@ from zgraph.runtime.unused import absent_tangents
 
 
 def guard(
-    forward: Callable[..., Any], session: Session, param_dtype: torch.dtype | None, like: Callable[..., Any],
+    forward: Callable[..., Any],
+    session: Session,
+    param_dtype: torch.dtype | None,
+    like: Callable[..., Any],
     forget: Callable[[], None] | None,
-) -> Callable[..., Any]:  # fmt: skip
+) -> Callable[..., Any]:
     """The model's new `forward`: placeholders in place for its length, peers told of failures, misuse caught.
 
     Args:

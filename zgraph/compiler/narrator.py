@@ -266,9 +266,13 @@ class Bar:
                 return
             columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
             self._shown = Progress(
-                *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True, redirect_stdout=False,
+                *columns,
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+                redirect_stdout=False,
                 redirect_stderr=False,
-            )  # fmt: skip
+            )
             self._task = self._shown.add_task(self._text, total=self._total or None, completed=self._done)
             self._shown.start()
 
