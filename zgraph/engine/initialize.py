@@ -135,11 +135,13 @@ def init_distributed(
 
 
 def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add what DeepSpeed's scripts take on their command line: `--deepspeed`, `--deepspeed_config`, `--local_rank`."""
+    """Add what DeepSpeed's scripts take on their command line: `--deepspeed` and `--deepspeed_config`.
+
+    A `--local_rank` is the script's own to add, as with DeepSpeed; the engine reads the environment.
+    """
     group = parser.add_argument_group("zgraph", "configuration")
     group.add_argument("--deepspeed", action="store_true", help="taken, and without effect: zgraph is always on")
     group.add_argument("--deepspeed_config", help="path of the JSON configuration")
-    group.add_argument("--local_rank", type=int, default=0, help="given by launchers; read from the environment")
     return parser
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from zgraph.api import no_sync
-from zgraph.bridge import private_runtime
 from zgraph.compiler.compiled_model import compiled_model
+from zgraph.engine.checkpoint.tensors import gathered
 from zgraph.errors import UsageError
 from zgraph.hf.adapt import Unprepared
 
@@ -64,24 +63,15 @@ def whole_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]
         keep: False on ranks that only help to gather.
     """
     tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    gathered: dict[int, torch.Tensor] = {}
+    known: dict[int, torch.Tensor] = {}
     found = {}
     for name, tensor in model.state_dict().items():
-        known = tied.get(name, id(tensor))
-        if known not in gathered:
-            whole = _whole(tensor)
-            gathered[known] = whole.cpu() if keep else whole.new_empty(0)
-        found[name] = gathered[known]
+        key = tied.get(name, id(tensor))
+        if key not in known:
+            whole = gathered(tensor)
+            known[key] = whole.cpu() if keep else whole.new_empty(0)
+        found[name] = known[key]
     return found if keep else {}
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    kind = tensor.device_mesh.device_type
-    if tensor.to_local().device.type != kind:  # it rests on the host
-        tensor = private_runtime.dtensor_like(tensor.to_local().to(kind), tensor)
-    return tensor.full_tensor()
 
 
 def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], **options: Any) -> None:

@@ -49,20 +49,29 @@ def like(parameter: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) ->
 @torch.no_grad()
 def fill(target: torch.Tensor, whole: torch.Tensor) -> None:
     """Copy a whole tensor, or this rank's part of it, to where it belongs."""
-    held = local(target)
-    if isinstance(target, DTensor) and isinstance(target.placements[-1], Shard):
-        mesh = target.device_mesh
-        start = mesh.get_local_rank(mesh.ndim - 1) * chunk_rows(whole.shape[0], mesh.size(mesh.ndim - 1))
-        whole = whole[start : start + held.shape[0]]
-    held.copy_(whole)
+    local(target).copy_(part_of(whole, target))
+
+
+def part_of(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor, by how a target is laid out."""
+    if not isinstance(target, DTensor) or not isinstance(target.placements[-1], Shard):
+        return whole
+    mesh = target.device_mesh
+    start = mesh.get_local_rank(mesh.ndim - 1) * chunk_rows(whole.shape[0], mesh.size(mesh.ndim - 1))
+    return whole[start : start + local(target).shape[0]]
+
+
+def gathered(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """All of a tensor, where the model computes; every rank must ask for it. It may be the tensor's own memory."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to(dtype=dtype)
+    device = tensor.device_mesh.device_type
+    return _with_local(tensor, lambda own: own.to(device, dtype)).full_tensor()  # type: ignore[attr-defined,no-any-return]
 
 
 def whole(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """All of a tensor, on the host; every rank must ask for it."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().to("cpu", dtype)
-    device = tensor.device_mesh.device_type
-    return _with_local(tensor, lambda own: own.to(device, dtype)).full_tensor().cpu()  # type: ignore[attr-defined,no-any-return]
+    return gathered(tensor, dtype).cpu()
 
 
 def _with_local(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
