@@ -32,6 +32,11 @@ def whole_of(parameter: Any) -> torch.Tensor:
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
+def written(parameter: torch.Tensor, *, counts: bool) -> None:
+    """Write to a parameter, with or without a count of it: shards tell by their bytes, too."""
+    (parameter.detach() if counts else parameter.data).zero_()
+
+
 def lent(mesh: DeviceMesh, stage: int) -> None:
     """Reads on one rank alone, changes on one, changes that are refused, and training on."""
     rank = mesh.get_local_rank()
@@ -56,8 +61,7 @@ def lent(mesh: DeviceMesh, stage: int) -> None:
     batch = rows(rank, 6)
     torch.testing.assert_close(engine(*batch), plain(*batch))
     with pytest.raises(UsageError, match="modifier_rank=0"), zero.GatheredParameters(engine.module.parameters()):
-        weight = engine.module.first.weight
-        (weight.data if stage else weight.detach()).zero_()  # `.data` counts no writes; shards tell by their bytes
+        written(engine.module.first.weight, counts=stage == 0)
     if stage == 3:
         assert (whole_of(engine.module.first.weight) == 2).all()  # what was refused is lost
         with (

@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zgraph.hf.accelerators import prepare
+    from zgraph.hf.arguments import TrainingArguments
     from zgraph.hf.trainer import Trainer, enable
 
-__all__ = ["Trainer", "enable", "prepare"]
+__all__ = ["Trainer", "TrainingArguments", "enable", "prepare"]
 
-_HOMES = {"Trainer": "zgraph.hf.trainer", "enable": "zgraph.hf.trainer", "prepare": "zgraph.hf.accelerators"}
+_HOMES = {
+    "Trainer": "zgraph.hf.trainer",
+    "TrainingArguments": "zgraph.hf.arguments",
+    "enable": "zgraph.hf.trainer",
+    "prepare": "zgraph.hf.accelerators",
+}
 
 
 def __getattr__(name: str) -> Any:
