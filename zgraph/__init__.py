@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zgraph.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from zgraph import deepspeed, errors, hf, ir, optim, passes
+    from zgraph import deepspeed, errors, hf, ir, lightning, optim, passes
     from zgraph.api import compile, gathered, no_sync, recipe, report
     from zgraph.capture import trace
     from zgraph.compiler.profiler import profile, profile_machine
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_config_arguments", "compile", "deepspeed", "errors", "export_hf", "gathered", "hf", "init_distributed",
-    "initialize", "initialize_engine", "ir", "no_sync", "optim", "passes", "plan", "profile", "profile_machine",
-    "recipe", "register_pass", "report", "sweep", "trace",
+    "initialize", "initialize_engine", "ir", "lightning", "no_sync", "optim", "passes", "plan", "profile",
+    "profile_machine", "recipe", "register_pass", "report", "sweep", "trace",
 ]  # fmt: skip
 
 _HOMES = {

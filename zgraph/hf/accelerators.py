@@ -6,13 +6,12 @@ import functools
 import os
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from zgraph.api import no_sync
 from zgraph.compiler.compiled_model import compiled_model
-from zgraph.engine.checkpoint.tensors import gathered
+from zgraph.engine.checkpoint.tensors import whole_state_dict
 from zgraph.errors import UsageError
 from zgraph.hf.adapt import Unprepared
 
@@ -53,25 +52,6 @@ def own(model: nn.Module) -> nn.Module:
     if hasattr(model, "save_pretrained"):
         attributes["save_pretrained"] = functools.partial(_save_pretrained, model)
     return model
-
-
-def whole_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
-    """The model's weights, whole and on the CPU: gathered one at a time, by all ranks together.
-
-    Args:
-        model: compiled.
-        keep: False on ranks that only help to gather.
-    """
-    tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    known: dict[int, torch.Tensor] = {}
-    found = {}
-    for name, tensor in model.state_dict().items():
-        key = tied.get(name, id(tensor))
-        if key not in known:
-            whole = gathered(tensor)
-            known[key] = whole.cpu() if keep else whole.new_empty(0)
-        found[name] = known[key]
-    return found if keep else {}
 
 
 def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], **options: Any) -> None:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from zgraph import optim
+from zgraph.engine.checkpoint.tensors import whole_state_dict
 from zgraph.engine.config.lr_schedules import Scheduler
 from zgraph.engine.config.optimizers import handed_over
 from zgraph.engine.config.read import Config, read_config
@@ -27,7 +28,7 @@ from zgraph.engine.gradients import Gradients
 from zgraph.engine.initialize import compile_for
 from zgraph.environment import environment
 from zgraph.errors import ConfigError, UsageError
-from zgraph.hf.accelerators import own, whole_state_dict
+from zgraph.hf.accelerators import own
 from zgraph.hf.arguments import Arguments, enabled
 from zgraph.hf.config import filled, without_effect
 from zgraph.hf.grad_scaler import Scaler

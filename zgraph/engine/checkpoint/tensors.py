@@ -74,6 +74,25 @@ def whole(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tenso
     return gathered(tensor, dtype).cpu()
 
 
+def whole_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    """The model's weights, whole and on the CPU: gathered one at a time, by all ranks together.
+
+    Args:
+        model: compiled.
+        keep: False on ranks that only help to gather.
+    """
+    tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    known: dict[int, torch.Tensor] = {}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        key = tied.get(name, id(tensor))
+        if key not in known:
+            whole = gathered(tensor)
+            known[key] = whole.cpu() if keep else whole.new_empty(0)
+        found[name] = known[key]
+    return found if keep else {}
+
+
 def _with_local(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     own = change(local(tensor).detach())
     return private_runtime.dtensor_like(own, tensor) if isinstance(tensor, DTensor) else own
