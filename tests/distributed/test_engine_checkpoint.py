@@ -70,6 +70,29 @@ def save(_: DeviceMesh, path: Path) -> list[float]:
     return losses(engine, 9)
 
 
+def with_an_optimizer_of_torchs(mesh: DeviceMesh, path: Path) -> None:
+    """A parameter without dimensions has moments that look like its step."""
+
+    def engine_with() -> Engine:
+        config = {"train_micro_batch_size_per_gpu": 6, "zero_optimization": {"stage": 3}}
+        return zgraph.initialize_engine(model=Odd(), mesh=mesh, config=config, optimizer=torch.optim.NAdam)[0]
+
+    def step(engine: Engine) -> float:
+        engine.backward(engine(*rows(engine.global_steps, 6)))
+        engine.step()
+        return engine(*rows(0, 6)).item()
+
+    engine, again = engine_with(), engine_with()
+    step(engine)
+    engine.save_checkpoint(path)
+    again.load_checkpoint(path)
+    assert step(again) == step(engine)
+
+
+def test_an_optimizer_of_torchs_goes_on(two: Pool, tmp_path: Path) -> None:
+    two.run(with_an_optimizer_of_torchs, 2, tmp_path)
+
+
 def resume(_: DeviceMesh, path: Path, stage: int) -> tuple[list[float], Any, int]:
     engine = engine_of(stage, seed=1)
     _, client_state = engine.load_checkpoint(path)

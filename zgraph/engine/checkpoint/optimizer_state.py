@@ -131,7 +131,7 @@ class OptimizerLoad:
                 self.found[name] = dict(ours)
             else:
                 self.found[name] = {
-                    key: like(self.parameters[name], *stored[f"optimizer.{key}.{name}"]) for key in theirs
+                    key: like(self.parameters[name], *stored[f"optimizer.{key}.{name}"], key) for key in theirs
                 }
 
     @property
@@ -194,13 +194,13 @@ def place_optimizer_state(optimizer: Optimizer, whole: Mapping[str, Any]) -> dic
     """A state dict of whole tensors, with those of a sharded parameter's shape laid out as the parameter is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def placed(at: int, value: Any) -> Any:
+    def placed(at: int, key: str, value: Any) -> Any:
         parameter = parameters[at] if at < len(parameters) else None
-        if not isinstance(value, torch.Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        if not isinstance(value, torch.Tensor) or not isinstance(parameter, DTensor):
             return value
-        target = like(parameter, value.dtype, tuple(value.shape))
+        target = like(parameter, value.dtype, tuple(value.shape), key)
         fill(target, value)
         return target
 
-    state = {at: {key: placed(at, v) for key, v in states.items()} for at, states in whole["state"].items()}
+    state = {at: {key: placed(at, key, v) for key, v in states.items()} for at, states in whole["state"].items()}
     return {**whole, "state": state}

@@ -39,9 +39,17 @@ def copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return {name: _with_local(tensor, lambda own: own.to("cpu", copy=True)) for name, tensor in tensors.items()}
 
 
-def like(parameter: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Memory for what belongs to a parameter: placed as it is if as large; on the host if it is one number."""
-    if tuple(parameter.shape) == shape and shape:
+COUNTS = frozenset({"step", "mu_product", "eta", "mu"})
+"""States of torch's optimizers that are one number for a parameter, whatever its shape."""
+
+
+def like(parameter: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], key: str = "") -> torch.Tensor:
+    """Memory for what belongs to a parameter: placed as it is if of its shape; a number of its own is on the host.
+
+    Args:
+        key: of an optimizer's state; a parameter without dimensions has moments of the same shape as its step.
+    """
+    if tuple(parameter.shape) == shape and key not in COUNTS:
         return torch.zeros_like(parameter, dtype=dtype)
     return torch.zeros(shape, dtype=dtype, device=local(parameter).device if shape else "cpu")
 
