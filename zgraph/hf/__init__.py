@@ -8,13 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zgraph.hf.accelerator import Accelerator
     from zgraph.hf.accelerators import prepare
     from zgraph.hf.arguments import TrainingArguments
     from zgraph.hf.trainer import Trainer, enable
 
-__all__ = ["Trainer", "TrainingArguments", "enable", "prepare"]
+__all__ = ["Accelerator", "Trainer", "TrainingArguments", "enable", "prepare"]
 
 _HOMES = {
+    "Accelerator": "zgraph.hf.accelerator",
     "Trainer": "zgraph.hf.trainer",
     "TrainingArguments": "zgraph.hf.arguments",
     "enable": "zgraph.hf.trainer",

@@ -40,7 +40,7 @@ def prepare(accelerator: Any, model: nn.Module, *others: Any) -> Any:
         )
     if (kind := accelerator.distributed_type.value) in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         raise UsageError(f"the accelerator is {kind}'s, which shards the model itself: launch without it")
-    accelerator.register_save_state_pre_hook(_refuse_saving)
+    accelerator.register_save_state_pre_hook(refuse_saving)
     return accelerator.prepare(own(model), *others)
 
 
@@ -64,7 +64,8 @@ def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], *
         type(model).save_pretrained(model, save_directory, state_dict=state, **options)  # type: ignore[attr-defined]
 
 
-def _refuse_saving(*_: Any) -> None:
+def refuse_saving(*_: Any) -> None:
+    """Raise UsageError in the place of `accelerator.save_state`."""
     raise UsageError(
         "accelerator.save_state would keep the first rank's shards of the optimizer only; write them with "
         "torch.distributed.checkpoint or zgraph.hf.state.save_state, and the model with model.save_pretrained"

@@ -80,12 +80,18 @@ def without_effect(config: Mapping[str, Any], notes: Sequence[str]) -> str:
         config: as `filled` gives it.
         notes: of reading it.
     """
-    elsewhere = {key: why for key, why in DECIDED_ELSEWHERE.items() if key in config}
-    places: dict[str, list[str]] = defaultdict(list)
-    for place, why in [*(note.split(NO_EFFECT, 1) for note in notes), *elsewhere.items()]:
-        places[why].append(place)
-    listed = "; ".join(f"{', '.join(names)} ({why})" for why, names in places.items())
+    elsewhere = [f"{key}{NO_EFFECT}{why}" for key, why in DECIDED_ELSEWHERE.items() if key in config]
+    listed = folded([*notes, *elsewhere])
     return f"without effect under a Trainer: {listed}" if listed else ""
+
+
+def folded(notes: Sequence[str]) -> str:
+    """Notes in one line: the keys, and behind those that something else decides together, what that is."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for note in notes:
+        place, _, why = note.partition(NO_EFFECT)
+        places[why].append(place)
+    return "; ".join(f"{', '.join(names)} ({why})" for why, names in places.items())
 
 
 def _known(config: Mapping[str, Any], args: Any, num_steps: int | None) -> Iterator[_Known]:
