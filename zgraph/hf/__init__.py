@@ -1,7 +1,8 @@
 """Hugging Face's Trainer over zgraph: `from zgraph.hf import Trainer`; nothing else imports transformers.
 
-`enable` does the same to any class derived from it, and `prepare` brings a compiled model to an Accelerator. These
-names are loaded when they are first used: `zgraph.hf.adapt` needs neither transformers nor Accelerate.
+`enable` does the same to any class derived from it. `Accelerator` compiles what it prepares; `prepare` brings a
+compiled model to accelerate's own. These names are loaded when they are first used: `zgraph.hf.adapt` needs neither
+transformers nor Accelerate.
 """
 
 from importlib import import_module
