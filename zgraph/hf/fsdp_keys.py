@@ -14,6 +14,7 @@ STAGES = {
 }  # fmt: skip
 """FSDP's strategies in the order of their numbers, and the ZeRO stage that shards as much."""
 
+_ONE_OF = f"it is one of {', '.join(STAGES)}"
 _SCHEDULE = "the pass `schedule` moves communication behind computing"
 _GRAPH = "the graph needs no wrapped modules: the pass `bucket` chooses what is sent together"
 _FIRST = "the first rank's parameters are taken on every rank, one after the other"
@@ -111,7 +112,7 @@ def _strategy(variables: Mapping[str, str], problems: list[str]) -> str:
     numbered = {str(number): name for number, name in enumerate(STAGES, 1)}
     strategy = numbered.get(given, given)
     if strategy not in STAGES:
-        problems.append(f"fsdp_sharding_strategy: there is no {given}; {did_you_mean(given, STAGES, 'FULL_SHARD?')}")
+        problems.append(f"fsdp_sharding_strategy: there is no {given}; {did_you_mean(given, STAGES, _ONE_OF)}")
         return "FULL_SHARD"
     return strategy
 
