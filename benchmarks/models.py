@@ -74,9 +74,12 @@ class Preset:
 
 
 PRESETS = (
-    Preset("llama-tiny", llama_tiny), Preset("llama-30m", llama_30m), Preset("gpt2-4l", gpt2_4l),
-    Preset("llama-10-breaks", llama_10l, break_between_layers), Preset("llama-breaks-inside", llama_10l, break_in_layers),
-)  # fmt: skip
+    Preset("llama-tiny", llama_tiny),
+    Preset("llama-30m", llama_30m),
+    Preset("gpt2-4l", gpt2_4l),
+    Preset("llama-10-breaks", llama_10l, break_between_layers),
+    Preset("llama-breaks-inside", llama_10l, break_in_layers),
+)
 NAMES = tuple(preset.name for preset in PRESETS)
 
 

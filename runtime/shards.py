@@ -97,6 +97,9 @@ class ShardStore:
         host: the host's memory.
         placeholder_class: of the placeholders. With one of its own, every parameter has a placeholder.
 
+    Attributes:
+        is_lent: whether parameters at rest are whole for now, so that somebody may change them.
+
     Raises:
         OffloadError: the host has no room for what is offloaded.
     """
@@ -151,6 +154,7 @@ class ShardStore:
         self._whole = [s for s in self.slots.values() if not s.is_sharded]
         self._copied = [s for s in self.slots.values() if s.working is not s.rest]
         self._copied_version = -1
+        self.is_lent = False
         self._by_swap = [s for s in self.slots.values() if s.placeholder is not s.parameter]
         self._put(at_rest=True)
         _STORES.add(self)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zgraph.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from zgraph import errors, hf, ir, optim, passes
+    from zgraph import deepspeed, errors, hf, ir, lightning, optim, passes
     from zgraph.api import compile, gathered, no_sync, recipe, report
     from zgraph.capture import trace
     from zgraph.compiler.profiler import profile, profile_machine
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_config_arguments",
     "compile",
+    "deepspeed",
     "errors",
     "export_hf",
     "gathered",
@@ -34,6 +35,7 @@ __all__ = [
     "initialize",
     "initialize_engine",
     "ir",
+    "lightning",
     "no_sync",
     "optim",
     "passes",

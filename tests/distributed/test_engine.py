@@ -178,8 +178,12 @@ def test_half_precision_learns(pool: Pool, dtype: str) -> None:
 
 def muon(mesh: DeviceMesh, stage: int) -> float:
     """How far matrices trained by Muon are from those of plain training."""
-    config = {"train_micro_batch_size_per_gpu": MICRO, "gradient_clipping": 0.0,
-              "optimizer": {"type": "Muon", "params": {"lr": 0.02}}, "zero_optimization": {"stage": stage}}  # fmt: skip
+    config = {
+        "train_micro_batch_size_per_gpu": MICRO,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "Muon", "params": {"lr": 0.02}},
+        "zero_optimization": {"stage": stage},
+    }
     model, plain = built(Mlp)(), built(Mlp)()
     matrices = [p for p in model.parameters() if p.dim() == 2]
     engine = zgraph.initialize_engine(model=model, model_parameters=matrices, config=config, mesh=mesh)[0]

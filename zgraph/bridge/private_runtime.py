@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any, Protocol, cast
@@ -14,7 +15,7 @@ from torch.autograd import profiler
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "fused_sgd",
     "grad_hooks",
     "has_fused_sgd",
+    "held_whole",
     "inductor",
     "init_group",
     "is_profiling",
@@ -141,6 +143,19 @@ def _shell(
 def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     """A DTensor over this rank's part, sharded as `like` is."""
     return dtensor(local, like.device_mesh, like.placements, like.shape, like.stride())
+
+
+@contextmanager
+def held_whole(sharded: DTensor, whole: torch.Tensor) -> Iterator[None]:
+    """Context in which each rank's part of a DTensor is the whole of it."""
+    held: Any = sharded
+    local, spec = held._local_tensor, held._spec
+    held._local_tensor = whole
+    held._spec = DTensorSpec(spec.mesh, (Replicate(),) * spec.mesh.ndim, spec.tensor_meta)
+    try:
+        yield
+    finally:
+        held._local_tensor, held._spec = local, spec
 
 
 JOIN_S = 30.0

@@ -6,14 +6,12 @@ import functools
 import os
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from zgraph.api import no_sync
-from zgraph.bridge import private_runtime
 from zgraph.compiler.compiled_model import compiled_model
+from zgraph.engine.checkpoint.tensors import whole_state_dict
 from zgraph.errors import UsageError
 from zgraph.hf.adapt import Unprepared
 
@@ -42,7 +40,7 @@ def prepare(accelerator: Any, model: nn.Module, *others: Any) -> Any:
         )
     if (kind := accelerator.distributed_type.value) in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         raise UsageError(f"the accelerator is {kind}'s, which shards the model itself: launch without it")
-    accelerator.register_save_state_pre_hook(_refuse_saving)
+    accelerator.register_save_state_pre_hook(refuse_saving)
     return accelerator.prepare(own(model), *others)
 
 
@@ -56,34 +54,6 @@ def own(model: nn.Module) -> nn.Module:
     return model
 
 
-def whole_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
-    """The model's weights, whole and on the CPU: gathered one at a time, by all ranks together.
-
-    Args:
-        model: compiled.
-        keep: False on ranks that only help to gather.
-    """
-    tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    gathered: dict[int, torch.Tensor] = {}
-    found = {}
-    for name, tensor in model.state_dict().items():
-        known = tied.get(name, id(tensor))
-        if known not in gathered:
-            whole = _whole(tensor)
-            gathered[known] = whole.cpu() if keep else whole.new_empty(0)
-        found[name] = gathered[known]
-    return found if keep else {}
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    kind = tensor.device_mesh.device_type
-    if tensor.to_local().device.type != kind:  # it rests on the host
-        tensor = private_runtime.dtensor_like(tensor.to_local().to(kind), tensor)
-    return tensor.full_tensor()
-
-
 def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], **options: Any) -> None:
     """The model's own `save_pretrained`: all ranks gather, the first writes."""
     is_first = options.pop("is_main_process", not dist.is_initialized() or dist.get_rank() == 0)
@@ -94,7 +64,8 @@ def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], *
         type(model).save_pretrained(model, save_directory, state_dict=state, **options)  # type: ignore[attr-defined]
 
 
-def _refuse_saving(*_: Any) -> None:
+def refuse_saving(*_: Any) -> None:
+    """Raise UsageError in the place of `accelerator.save_state`."""
     raise UsageError(
         "accelerator.save_state would keep the first rank's shards of the optimizer only; write them with "
         "torch.distributed.checkpoint or zgraph.hf.state.save_state, and the model with model.save_pretrained"

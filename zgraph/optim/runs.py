@@ -139,9 +139,12 @@ def _joined(store: ShardStore, slots: list[Slot]) -> Run:
     begin, numel = _begin(first.rest), _end(last.rest) - _begin(first.rest)
     copy = _over(first.working, numel) if _has_copy_beside(last) else None
     return Run(
-        [slot.parameter for slot in slots], [_begin(slot.rest) - begin for slot in slots],
-        _over(first.rest, numel), copy, store if _has_copy(last) else None,
-    )  # fmt: skip
+        [slot.parameter for slot in slots],
+        [_begin(slot.rest) - begin for slot in slots],
+        _over(first.rest, numel),
+        copy,
+        store if _has_copy(last) else None,
+    )
 
 
 def _over(first: torch.Tensor, numel: int) -> torch.Tensor:

@@ -112,9 +112,15 @@ class MuonParams(OptimizerParams):
 
 
 OPTIMIZERS: dict[str, type[OptimizerParams]] = {
-    "Adam": AdamParams, "AdamW": AdamWParams, "FusedAdam": AdamParams, "CPUAdam": AdamParams, "SGD": SGDParams,
-    "Lion": LionParams, "Adagrad": AdagradParams, "Muon": MuonParams,
-}  # fmt: skip
+    "Adam": AdamParams,
+    "AdamW": AdamWParams,
+    "FusedAdam": AdamParams,
+    "CPUAdam": AdamParams,
+    "SGD": SGDParams,
+    "Lion": LionParams,
+    "Adagrad": AdagradParams,
+    "Muon": MuonParams,
+}
 
 
 def names_in(model: nn.Module, group: Mapping[str, Any]) -> list[str]:
