@@ -117,6 +117,7 @@ _BLOCKS = "passes/analysis/blocks.py"
 _CONVEX = "of two corners, the one with fewer bytes takes longer, but for what rounding makes of equal ones"
 _ROUNDING = "what is compared is equal but for rounding then, and either choice is as good"
 _TUNED = "how long a search may take is no promise"
+_GUESSED = "which guesses are tried is no promise, and of those that fit the first is taken"
 _TWICE = "a value that is looked at twice is found to be the same: slower"
 
 EQUIVALENT = (
@@ -146,6 +147,19 @@ EQUIVALENT = (
     ),
     Equivalent(_BLOCKS, "self.best_us - 1e-09", "self.best_us + 1e-09", _ROUNDING),
     Equivalent("passes/analysis/timetable.py", "400000", "400001", _TUNED),
+    Equivalent("passes/fit.py", "unused // 2", "unused * 2", _GUESSED),
+    Equivalent(
+        "passes/analysis/lowering.py",
+        "if not any((node.op == 'reshard' and wanted(node) for node in graph.nodes)):",
+        "if False:",
+        "a graph without such a reshard is copied, node by node",
+    ),
+    Equivalent(
+        "passes/analysis/timetable.py",
+        "candidate.makespan_us < best.makespan_us - 1e-09",
+        "candidate.makespan_us <= best.makespan_us - 1e-09",
+        _ROUNDING,
+    ),
     Equivalent("passes/analysis/timetable.py", "200", "201", _TUNED),
     Equivalent(
         "passes/core/budgeted.py",

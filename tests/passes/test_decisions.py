@@ -11,6 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import zgraph
 from tests.interp.models import captured
 from tests.interp.ranks import Reference
 from tests.ir.strategies import graphs
@@ -581,11 +582,52 @@ def test_fused_graphs_give_the_numbers_that_they_gave(graph):
             torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
 
 
+class Classifier(torch.nn.Linear):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(super().forward(x), target)
+
+
 def test_the_loss_of_a_projection_is_fused_with_it():
-    fused = parse_recipe("canonicalize,fuse").run(captured("llama"), Context())
-    ops = {n.op for n in fused.nodes}
-    assert ops & {PROJECTED_LOSS, LOSS}
-    assert ops & {PROJECTED_LOSS_BACKWARD, LOSS_BACKWARD}
+    model = Classifier(8, 16, bias=False)
+    graph = zgraph.trace(model, torch.ones(4, 8, requires_grad=True), torch.zeros(4, dtype=torch.int64))
+    ops = {n.op for n in parse_recipe("canonicalize,fuse,dce").run(graph, Context()).nodes}
+    assert {PROJECTED_LOSS, PROJECTED_LOSS_BACKWARD} <= ops
+    assert not ops & {LOSS, LOSS_BACKWARD, "aten.mm.default"}
+
+
+@pytest.mark.parametrize(
+    ("weight", "strides", "wanted"),
+    [
+        ("aten.t.default(%w)", "", PROJECTED_LOSS),
+        ("aten.exp.default(%w)", "", LOSS),
+        ("", "", LOSS),
+        ("aten.t.default(%w)", " | 1, 8", LOSS),
+    ],
+    ids=["of a linear layer", "of a matrix that is computed", "of an input", "of rows that are not contiguous"],
+)
+def test_a_projection_is_a_linear_layer(weight, strides, wanted):
+    made = f"fwd %v: f32[8, 8{' | 1, 8' if '.t.' in weight else ''}] = {weight}\n" if weight else ""
+    head = "op aten.mm.default\nop aten.t.default views(0)\nop aten.exp.default\nop aten.nll"
+    graph = parse_graph(
+        LOSS_TEXT.format(dim=1, strides="")
+        .replace("op aten.nll", head)
+        .replace("input %x: f32[8, 8]", f"input %h: f32[8, 8{strides}]\ninput %w: f32[8, 8]")
+        .replace("fwd %p", f"{made}fwd %x: f32[8, 8] = aten.mm.default(%h, {'%v' if weight else '%w'})\nfwd %p")
+    )
+    verify(graph)
+    fused = parse_recipe("fuse").run(graph, Context())
+    verify(fused)
+    assert [n.op for n in fused.nodes if n.op in (LOSS, PROJECTED_LOSS)] == [wanted]
+
+
+def test_what_lies_in_no_rows_is_not_fused():
+    text = MERGED.replace("input %u: f32[64, 16]", "input %u: f32[64, 16 | 1, 64]").replace(
+        "fwd %b: f32[64, 16] =", "fwd %b: f32[64, 16 | 1, 64] ="
+    )
+    graph = parse_graph(text.replace("fwd %c: f32[64, 16] =", "fwd %c: f32[64, 16 | 1, 64] ="))
+    verify(graph)
+    fused = parse_recipe("fuse").run(graph, Context())
+    assert of_op(fused, "aten.add.Tensor")
 
 
 LOSS_TEXT = """graph "g"
