@@ -19,7 +19,7 @@ from zgraph.errors import UsageError
 
 
 class Queries:
-    """What can be asked of an engine."""
+    """Questions that an engine answers."""
 
     module: nn.Module
     config: Config

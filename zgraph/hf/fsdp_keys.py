@@ -38,7 +38,7 @@ USUAL = {"FORWARD_PREFETCH": "false", "MIN_NUM_PARAMS": "100000000", "USE_ORIG_P
 
 @dataclass(frozen=True)
 class FromFile:
-    """What a file asks of zgraph.
+    """Options of zgraph that a file asks for.
 
     Args:
         options: of `zgraph.compile`.

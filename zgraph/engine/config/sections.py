@@ -13,7 +13,7 @@ from zgraph.errors import ConfigError, did_you_mean
 S = TypeVar("S", bound="Section")
 
 NO_EFFECT = " has no effect: "
-"""What stands in a note between a key's place and what decides instead."""
+"""Words in a note between a key's place and what decides instead."""
 
 
 class Section(BaseModel):
