@@ -2,6 +2,7 @@
 
 from zgraph.optim.adamw import AdamW
 from zgraph.optim.lion import Lion
+from zgraph.optim.muon import Muon
 from zgraph.optim.sgd import SGD
 
-__all__ = ["SGD", "AdamW", "Lion"]
+__all__ = ["SGD", "AdamW", "Lion", "Muon"]
