@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +31,7 @@ from examples.text import load_corpus, sample_batch
 from examples.training import live_bytes
 from zgraph.optim import AdamW, CompactAdamW
 
-VOCAB_SIZE, WIDTH, NUM_LAYERS, BATCH, LENGTH = 2048, 128, 4, 4, 64
+VOCAB_SIZE, WIDTH, NUM_LAYERS, BATCH, LENGTH = 1024, 128, 2, 4, 64
 LEARNING_RATE = 2e-3
 HELD_OUT_SHARE, NUM_HELD_OUT = 0.05, 16
 
@@ -67,19 +68,14 @@ class Trained:
     losses: list[float]
 
 
-def rank_main(rank: int, options: Options, tokens: torch.Tensor, folder: str) -> None:
-    """One rank: all runs; the first rank writes what came of them."""
+def rank_main(rank: int, name: str, seed: int, options: Options, tokens: torch.Tensor, folder: str) -> None:
+    """One rank of one run; the first writes what came of it."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", options.num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=options.num_ranks)
-    found = []
-    for seed in range(options.num_seeds):
-        for name in OPTIMIZERS:
-            found.append(asdict(trained(name, seed, options, tokens)))
-            torch.compiler.reset()
-            if rank == 0:
-                Path(folder, "runs.json").write_text(json.dumps(found))
-                typer.echo(f"{name}, seed {seed}: {found[-1]['loss']:.4f}", err=True)
+    found = trained(name, seed, options, tokens)
+    if rank == 0:
+        Path(folder, "run.json").write_text(json.dumps(asdict(found)))
     dist.destroy_process_group()
 
 
@@ -108,7 +104,7 @@ def trained(name: str, seed: int, options: Options, tokens: torch.Tensor) -> Tra
 
 
 def llama() -> nn.Module:
-    """1.3 M parameters, the embedding not tied."""
+    """0.7 M parameters, the embedding not tied."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB_SIZE, hidden_size=WIDTH, intermediate_size=344, num_hidden_layers=NUM_LAYERS,
@@ -142,11 +138,20 @@ def bytes_at_rest(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     return int(found)
 
 
-def measure(options: Options) -> list[Trained]:
+def measure(options: Options, num_at_once: int) -> list[Trained]:
+    """All runs, each in processes of its own."""
     tokens = load_corpus(VOCAB_SIZE).tokens
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(rank_main, (options, tokens, folder), options.num_ranks)
-        return [Trained(**found) for found in json.loads(Path(folder, "runs.json").read_text())]
+
+    def one(name: str, seed: int) -> Trained:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(rank_main, (name, seed, options, tokens, folder), options.num_ranks)
+            found = Trained(**json.loads(Path(folder, "run.json").read_text()))
+        typer.echo(f"{name}, seed {seed}: {found.loss:.4f}", err=True)
+        return found
+
+    cases = [(name, seed) for seed in range(options.num_seeds) for name in OPTIMIZERS]
+    with ThreadPoolExecutor(num_at_once) as threads:
+        return [*threads.map(lambda case: one(*case), cases)]
 
 
 def summary(runs: list[Trained]) -> dict[str, Any]:
@@ -161,14 +166,15 @@ def summary(runs: list[Trained]) -> dict[str, Any]:
 
 
 def main(
-    num_ranks: Annotated[int, typer.Option(min=2, help="Ranks, with one thread each.")] = 2,
+    num_ranks: Annotated[int, typer.Option("--ranks", min=1, help="With one thread each.")] = 2,
     num_steps: Annotated[int, typer.Option("--steps", min=4, help="Steps of each run.")] = 500,
     num_seeds: Annotated[int, typer.Option("--seeds", min=2, help="Runs of each optimizer.")] = 3,
+    num_at_once: Annotated[int, typer.Option("--at-once", min=1, help="Runs beside each other.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
 ) -> None:
     """Train with both optimizers from several seeds, and print losses and bytes."""
     options = Options(num_ranks, num_steps, num_seeds)
-    runs = measure(options)
+    runs = measure(options, num_at_once)
     table = Table("optimizer", title=f"{num_steps} steps on {num_ranks} ranks", title_justify="left")
     for column in ("seed", "loss held out", "bytes a parameter"):
         table.add_column(column, justify="right")

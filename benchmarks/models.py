@@ -65,7 +65,7 @@ class Preset:
 
 PRESETS = (
     Preset("llama-tiny", llama_tiny), Preset("llama-30m", llama_30m), Preset("gpt2-4l", gpt2_4l),
-    Preset("llama-8m", llama_8m), Preset("llama-8m-2k", llama_8m, 8, 256), Preset("llama-8m-8k", llama_8m, 16, 512),
+    Preset("llama-8m", llama_8m), Preset("llama-8m-2k", llama_8m, 8, 256),
 )  # fmt: skip
 NAMES = tuple(preset.name for preset in PRESETS)
 

@@ -1,6 +1,6 @@
 """Training steps with Muon beside AdamW's, on two emulated hosts: python -m benchmarks.muon --json muon.json
 
-The same Llama, 8.5 M parameters at stage 3, with batches of several sizes: Newton-Schulz costs the same for any batch,
+The same Llama, 8.5 M parameters at stage 3, with batches of two sizes: Newton-Schulz costs the same for any batch,
 so what Muon adds to a step falls with the tokens of it.
 """
 
@@ -31,7 +31,7 @@ from zgraph.optim.newton_schulz import flop
 from zgraph.optim.roles import hidden_matrices
 from zgraph.optim.shares import owners
 
-MODELS = "llama-8m,llama-8m-2k,llama-8m-8k"
+MODELS = "llama-8m,llama-8m-2k"
 NS_STEPS = 5
 
 

@@ -28,9 +28,29 @@ def values_of(is_signed: bool, device: torch.device) -> torch.Tensor:
 
 @cache
 def _bounds(is_signed: bool, device: torch.device) -> torch.Tensor:
-    """Between neighbouring values."""
+    """Between neighbouring values, and behind the last."""
     values = values_of(is_signed, device)
-    return (values[:-1] + values[1:]) / 2
+    return torch.cat([(values[:-1] + values[1:]) / 2, values.new_tensor([torch.inf])])
+
+
+@cache
+def _first_codes(is_signed: bool, device: torch.device) -> torch.Tensor:
+    """For each first half of the bits of an fp32 number, the code of the least number that begins so, i32."""
+    halves = torch.arange(1 << 16, dtype=torch.int32, device=device)
+    least = (halves << 16) | (halves >= 1 << 15).int() * 0xFFFF
+    return torch.bucketize(least.view(torch.float32), _bounds(is_signed, device)[:-1], out_int32=True)
+
+
+def _nearest(numbers: torch.Tensor, is_signed: bool) -> torch.Tensor:
+    """The code of the value nearest to each number from -1 to 1, i32 in one dimension.
+
+    Numbers with the same first half of their bits lie within less than the distance of two bounds: there are two codes
+    to choose from.
+    """
+    flat = numbers.reshape(-1)
+    halves = (flat.view(torch.int32) >> 16) & 0xFFFF
+    codes = _first_codes(is_signed, flat.device).index_select(0, halves)
+    return codes.add_(flat > _bounds(is_signed, flat.device).index_select(0, codes))
 
 
 def num_blocks(columns: int) -> int:
@@ -52,7 +72,7 @@ def encode(numbers: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, *, 
     blocks = _in_blocks(numbers)
     scales.copy_(blocks.abs().amax(-1))
     relative = blocks / scales.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    found = torch.bucketize(relative, _bounds(is_signed, numbers.device), out_int32=True)
+    found = _nearest(relative, is_signed).view(blocks.shape)
     if not is_signed:
         found.clamp_(min=1)
     codes.copy_(found.flatten(1)[:, : numbers.shape[1]])
@@ -60,7 +80,7 @@ def encode(numbers: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, *, 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, *, is_signed: bool) -> torch.Tensor:
     """The numbers, fp32 [rows, columns]."""
-    found = values_of(is_signed, codes.device)[codes.int()]
+    found = values_of(is_signed, codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
     return _in_blocks(found).mul_(scales.unsqueeze(-1)).flatten(1)[:, : codes.shape[1]]
 
 

@@ -31,7 +31,7 @@ def stochastic(values: torch.Tensor, seed: int, step: int, number: int, start: i
 def _draws(numel: int, seed: int, step: int, number: int, start: int, device: torch.device) -> torch.Tensor:
     """16 random bits for each place from `start` on, in an i32."""
     first, last = start // _PER_POSITION, -(-(start + numel) // _PER_POSITION)
-    found = torch.stack(words(seed, torch.arange(first, last, device=device), step, number), dim=1)
-    halves = torch.stack([found & 0xFFFF, found >> 16], dim=2).view(-1)
+    found = words(seed, torch.arange(first, last, device=device), step, number)
+    halves = torch.stack([word.to(torch.int32) for word in found], dim=1).view(torch.int16).view(-1)
     skipped = start - first * _PER_POSITION
-    return halves[skipped : skipped + numel].to(torch.int32)
+    return halves[skipped : skipped + numel].to(torch.int32) & 0xFFFF

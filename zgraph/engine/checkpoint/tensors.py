@@ -10,8 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from zgraph.bridge import private_runtime
 from zgraph.errors import CheckpointError
-from zgraph.ir.layout import chunk_rows
-from zgraph.optim.runs import local
+from zgraph.optim.runs import first_row, local
 
 Tensors = dict[str, torch.Tensor]
 
@@ -51,8 +50,7 @@ def fill(target: torch.Tensor, whole: torch.Tensor) -> None:
     """Copy a whole tensor, or this rank's part of it, to where it belongs."""
     held = local(target)
     if isinstance(target, DTensor) and isinstance(target.placements[-1], Shard):
-        mesh = target.device_mesh
-        start = mesh.get_local_rank(mesh.ndim - 1) * chunk_rows(whole.shape[0], mesh.size(mesh.ndim - 1))
+        start = first_row(target)
         whole = whole[start : start + held.shape[0]]
     held.copy_(whole)
 
