@@ -31,9 +31,9 @@ class Wide(nn.Module):
         return self.last(self.first(x)).square().mean()
 
 
-def updated(mesh: DeviceMesh, stage: int, dtype: torch.dtype, bits: int) -> str:
+def updated(mesh: DeviceMesh, stage: int, dtype: torch.dtype, bits: int, offload: str | None = None) -> str:
     """A digest of all parameters and states after steps, in half of which another optimizer has taken the state."""
-    model = zgraph.compile(built(Wide)().to(dtype), stage=stage, mesh=mesh)
+    model = zgraph.compile(built(Wide)().to(dtype), stage=stage, mesh=mesh, offload=offload)
     optimizer = CompactAdamW(model.parameters(), lr=1e-2, state_bits=bits, seed=3)
     for step in range(6):
         if step == 3:
@@ -54,6 +54,7 @@ def test_any_number_of_ranks_does_the_same_to_the_last_bit(pool: Pool) -> None:
         (alone,) = pool.run(updated, 1, 0, dtype, bits)
         for num_ranks, stage in ((2, 3), (3, 3), (3, 1), (2, 0)):
             assert pool.run(updated, num_ranks, stage, dtype, bits) == [alone] * num_ranks, (dtype, bits, stage)
+        assert pool.run(updated, 2, 3, dtype, bits, "optimizer") == [alone] * 2, (dtype, bits, "on the host")
 
 
 def at_rest(mesh: DeviceMesh, state_bits: int) -> float:

@@ -43,8 +43,11 @@ class Mixed(nn.Module):
         return F.cross_entropy(self.head(F.pad(hidden, (0, 5))), ids.roll(1))
 
 
-def updated(mesh: DeviceMesh, stage: int, dtype: torch.dtype, offload: str | None) -> tuple[float, set[str]]:
+def updated(
+    mesh: DeviceMesh, stage: int, dtype: torch.dtype, offload: str | None, has_copies: bool = False
+) -> tuple[float, set[str]]:
     """How far parameters are from those of one rank, and which of them have a momentum."""
+    mesh = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("replicate", "shard")) if has_copies else mesh
     make = functools.partial(
         Muon, lr=0.02, adam_lr=1e-2, ns_dtype=dtype, bucket_bytes=1000, adjust_lr_fn="match_rms_adamw"
     )
@@ -66,7 +69,8 @@ def updated(mesh: DeviceMesh, stage: int, dtype: torch.dtype, offload: str | Non
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_updates_are_those_of_one_rank(pool: Pool, num_ranks: int) -> None:
     plain = [(stage, torch.float32, None) for stage in range(4)]
-    for case in (*plain, (3, torch.bfloat16, None), (3, torch.float32, "optimizer")):
+    copies = [(3, torch.float32, None, True)] if num_ranks == 4 else []
+    for case in (*plain, (3, torch.bfloat16, None), (3, torch.float32, "optimizer"), *copies):
         for worst, with_momentum in pool.run(updated, num_ranks, *case):
             assert worst <= 1e-6, case
             assert with_momentum == MATRICES

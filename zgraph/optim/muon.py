@@ -113,7 +113,6 @@ class Muon(AdamW):
             group = {**options, "params": members, "use_muon": are_matrices}
             if are_matrices:
                 group = {**self._of_matrices, **group}
-                self._matrices.update(map(_tensor, members))
             elif adam_lr is not None or (given is None and "lr" in options):
                 group["lr"] = self.defaults["lr"] if adam_lr is None else adam_lr
             super().add_param_group(group)
@@ -144,6 +143,10 @@ class Muon(AdamW):
 
     def _keys(self, group: Group) -> tuple[str, ...]:
         return (MOMENTUM,) if group["use_muon"] else super()._keys(group)
+
+    def _lay_out(self, parameters: list[torch.Tensor]) -> None:
+        self._matrices = {p for group in self.param_groups if group["use_muon"] for p in group["params"]}
+        super()._lay_out(parameters)
 
     def _in_place(self, parameter: torch.Tensor) -> bool:
         return parameter not in self._matrices and super()._in_place(parameter)
