@@ -136,7 +136,7 @@ def _train(rank: Rank, job: Job, name: str, model: nn.Module, num_steps: int, st
         ids = sample_batch(job.tokens, job.batch_size, job.seq_len, step=step, rank=rank.index).to(rank.device)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        gradients = _live_bytes(p.grad for p in model.parameters())
+        gradients = live_bytes(p.grad for p in model.parameters())
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -145,8 +145,8 @@ def _train(rank: Rank, job: Job, name: str, model: nn.Module, num_steps: int, st
         seconds = time.monotonic() - since
         rank.tell(Stepped(losses[-1], step * ids.numel() * rank.num_ranks / seconds if step else 0.0))
     measured = Measured(
-        _live_bytes(model.parameters()),
-        _live_bytes(value for state in optimizer.state.values() for value in state.values()),
+        live_bytes(model.parameters()),
+        live_bytes(value for state in optimizer.state.values() for value in state.values()),
         gradients,
     )
     everywhere: list[list[float]] = [[] for _ in range(rank.num_ranks)]
@@ -154,7 +154,7 @@ def _train(rank: Rank, job: Job, name: str, model: nn.Module, num_steps: int, st
     return Run(name, stage, everywhere, measured, None if stage is None else zgraph.report(model))
 
 
-def _live_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+def live_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     """Bytes of the storages behind `tensors` on this rank, each counted once."""
     storages: dict[int, int] = {}
     for tensor in tensors:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from zgraph.ir.layout import chunk_numel, chunk_rows, dense_strides, local_rows
 from zgraph.runtime.flat_buffers import Flats, Part, align_numel
 from zgraph.runtime.host import PAGE_BYTES, HostMemory
 from zgraph.runtime.materialise import materialise
+
+if TYPE_CHECKING:
+    from zgraph.runtime.peers import Peers
 
 PARAMETERS = "parameters"
 """Of a parameter that is offloaded so, what is computed with is on the host too."""
@@ -124,6 +127,7 @@ class ShardStore:
         self.shard = self.rank % self.num_shards
         self.offloads, self.host = offloads, host
         self.default_stage, self.placeholder_class = default_stage, placeholder_class
+        self.peers: Peers | None = None
         self.slots: dict[str, Slot] = {}
         found = _owners(model)
         shards = {

@@ -76,7 +76,11 @@ class System:
 
 def adamw_step(model: nn.Module) -> Step:
     """The plain PyTorch training step, for every system that lets one write it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    return step_of(model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE))
+
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """The plain PyTorch training step with this optimizer."""
 
     def step(tokens: Tensor) -> Tensor:
         loss: Tensor = model(input_ids=tokens, labels=tokens).loss

@@ -10,8 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from zgraph.bridge import private_runtime
 from zgraph.errors import CheckpointError
-from zgraph.ir.layout import chunk_rows
-from zgraph.optim.runs import local
+from zgraph.optim.runs import first_row, local
 
 Tensors = dict[str, torch.Tensor]
 
@@ -64,8 +63,7 @@ def part_of(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """This rank's part of a whole tensor, by how a target is laid out."""
     if not isinstance(target, DTensor) or not isinstance(target.placements[-1], Shard):
         return whole
-    mesh = target.device_mesh
-    start = mesh.get_local_rank(mesh.ndim - 1) * chunk_rows(whole.shape[0], mesh.size(mesh.ndim - 1))
+    start = first_row(target)
     return whole[start : start + local(target).shape[0]]
 
 
