@@ -14,7 +14,7 @@ from zgraph.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from zgraph import errors, hf, ir, optim, passes
-    from zgraph.api import compile, gathered, no_sync, recipe, report
+    from zgraph.api import compile, gathered, join, no_sync, recipe, report
     from zgraph.capture import trace
     from zgraph.compiler.profiler import profile, profile_machine
     from zgraph.engine.checkpoint.export import export_hf
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_config_arguments", "compile", "errors", "export_hf", "gathered", "hf", "init_distributed", "initialize",
-    "initialize_engine", "ir", "no_sync", "optim", "passes", "plan", "profile", "profile_machine", "recipe",
+    "initialize_engine", "ir", "join", "no_sync", "optim", "passes", "plan", "profile", "profile_machine", "recipe",
     "register_pass", "report", "sweep", "trace",
 ]  # fmt: skip
 
 _HOMES = {
-    "zgraph.api": ("compile", "gathered", "no_sync", "recipe", "report"),
+    "zgraph.api": ("compile", "gathered", "join", "no_sync", "recipe", "report"),
     "zgraph.capture": ("trace",),
     "zgraph.compiler.profiler": ("profile", "profile_machine"),
     "zgraph.engine.checkpoint.export": ("export_hf",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cache
 from typing import Any, Protocol, cast
@@ -14,7 +14,7 @@ from torch.autograd import profiler
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "dtensor",
     "dtensor_like",
     "dtensor_parameter",
+    "exact_items",
     "fused_adamw",
     "fused_sgd",
     "grad_hooks",
@@ -136,6 +137,22 @@ def _shell(
 def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     """A DTensor over this rank's part, sharded as `like` is."""
     return dtensor(local, like.device_mesh, like.placements, like.shape, like.stride())
+
+
+def exact_items() -> None:
+    """Have `float(t)` and `t.item()` of a DTensor ask all ranks, as for norms and sums over shards.
+
+    torch gives this rank's part of it, a wrong number without a word. All ranks must ask for the number.
+    """
+    handlers = cast(dict[Any, Any], DTensor._op_dispatcher._custom_op_handlers)
+    handlers[torch.ops.aten._local_scalar_dense.default] = _reduced_item
+
+
+def _reduced_item(_op: Any, args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> Any:
+    number = args[0]
+    if not all(placement.is_replicate() for placement in number.placements):
+        number = number.redistribute(placements=[Replicate()] * number.device_mesh.ndim)
+    return number._local_tensor.item()
 
 
 JOIN_S = 30.0

@@ -1,18 +1,13 @@
-"""Compiled models beside Hugging Face's Accelerate, which would wrap them, and their weights as it saves them."""
+"""Compiled models beside Hugging Face's Accelerate, which would wrap them."""
 
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from zgraph.api import no_sync
-from zgraph.bridge import private_runtime
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import UsageError
 from zgraph.hf.adapt import Unprepared
@@ -51,47 +46,7 @@ def own(model: nn.Module) -> nn.Module:
     attributes = model.__dict__
     attributes[Unprepared.ATTRIBUTE] = True
     attributes["no_sync"] = functools.partial(no_sync, model)
-    if hasattr(model, "save_pretrained"):
-        attributes["save_pretrained"] = functools.partial(_save_pretrained, model)
     return model
-
-
-def whole_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
-    """The model's weights, whole and on the CPU: gathered one at a time, by all ranks together.
-
-    Args:
-        model: compiled.
-        keep: False on ranks that only help to gather.
-    """
-    tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    gathered: dict[int, torch.Tensor] = {}
-    found = {}
-    for name, tensor in model.state_dict().items():
-        known = tied.get(name, id(tensor))
-        if known not in gathered:
-            whole = _whole(tensor)
-            gathered[known] = whole.cpu() if keep else whole.new_empty(0)
-        found[name] = gathered[known]
-    return found if keep else {}
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    kind = tensor.device_mesh.device_type
-    if tensor.to_local().device.type != kind:  # it rests on the host
-        tensor = private_runtime.dtensor_like(tensor.to_local().to(kind), tensor)
-    return tensor.full_tensor()
-
-
-def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], **options: Any) -> None:
-    """The model's own `save_pretrained`: all ranks gather, the first writes."""
-    is_first = options.pop("is_main_process", not dist.is_initialized() or dist.get_rank() == 0)
-    state = options.pop("state_dict", None)
-    if state is None:
-        state = whole_state_dict(model, keep=is_first)
-    if is_first:
-        type(model).save_pretrained(model, save_directory, state_dict=state, **options)  # type: ignore[attr-defined]
 
 
 def _refuse_saving(*_: Any) -> None:

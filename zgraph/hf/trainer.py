@@ -27,10 +27,11 @@ from zgraph.engine.gradients import Gradients
 from zgraph.engine.initialize import compile_for
 from zgraph.environment import environment
 from zgraph.errors import ConfigError, UsageError
-from zgraph.hf.accelerators import own, whole_state_dict
+from zgraph.hf.accelerators import own
 from zgraph.hf.config import filled
 from zgraph.hf.grad_scaler import Scaler
 from zgraph.hf.state import is_complete, load_state, save_state
+from zgraph.hf.weights import whole_state_dict
 from zgraph.options.validate import ATTRIBUTE
 
 log = logging.getLogger("zgraph")
