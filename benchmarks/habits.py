@@ -31,7 +31,7 @@ from benchmarks.habit.table import Found, Habit
 from benchmarks.habits_page import page
 from benchmarks.results import environment
 from benchmarks.zoo import warm
-from zgraph.errors import CaptureError, ZgraphError
+from zgraph.errors import CaptureError, StateDictError, ZgraphError
 from zgraph.runtime.advice import advice
 
 FORK: Any = get_context("fork")
@@ -139,7 +139,8 @@ def _advised(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    line = re.sub(r"[^\s\"']*/site-packages/", "", str(error)).strip().split("\n")[0]
+    lines = re.sub(r"[^\s\"']*/site-packages/", "", str(error)).strip().split("\n")
+    line = " ".join(map(str.strip, lines[: 1 + isinstance(error, StateDictError)]))
     return f"{type(error).__name__}: {line[:500]}"
 
 

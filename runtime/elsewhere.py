@@ -51,7 +51,7 @@ def waits_at(frame: FrameType | None) -> str:
         file = frame.f_code.co_filename
         if file.endswith(_OURS):
             return ""
-        if _TORCH in file:
+        if _TORCH in file and frame.f_code.co_name != "wrapper":
             name = frame.f_code.co_name
         elif name and "/torch/" not in file:
             return f"torch.distributed's {name} ({Path(file).name}:{frame.f_lineno})"

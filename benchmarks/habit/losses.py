@@ -58,6 +58,18 @@ def penalty(side: Side) -> Found:
     return trained(side, model, loss)
 
 
+@habit("the same with `.full_tensor()` of the penalty, where it is a DTensor")
+def penalty_made_whole(side: Side) -> Found:
+    model = side.model(Net)
+
+    def loss(step: int) -> Tensor:
+        x, y = rows(side.seed(step))
+        decay = sum(p.pow(2).sum() for p in model.parameters())
+        return F.cross_entropy(model(x), y) + 1e-2 * getattr(decay, "full_tensor", lambda: decay)()
+
+    return trained(side, model, loss)
+
+
 @habit("an L1 penalty on one layer's weight")
 def penalty_on_a_layer(side: Side) -> Found:
     model = side.model(Net)

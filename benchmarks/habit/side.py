@@ -107,7 +107,7 @@ def _average(parameter: Tensor) -> None:
 
 
 def _share_buffers(module: nn.Module, _inputs: Any) -> None:
-    if not module.training:
+    if hasattr(module, "generate"):  # its buffers stay as they are, and ranks generate alone
         return
     for buffer in module.buffers():
         dist.broadcast(buffer.detach(), 0)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from zgraph.bridge.private_compile import mark_dynamic
+from zgraph.compiler.call_guard import check_moved
 from zgraph.runtime import Session
 from zgraph.runtime.structure import Structure
 
@@ -36,6 +37,7 @@ def agreeing(
     def call(*args: Any, **kwargs: Any) -> Any:
         mode = (model.training, torch.is_grad_enabled())
         if mode not in met:
+            check_moved(session)
             structure.check()
             _agree((args, kwargs), model, forward, session)
             met.add(mode)
