@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from zgraph.bridge.private_runtime import Store
+from zgraph.runtime.advice import advice
 from zgraph.runtime.interrupts import quiet
 from zgraph.runtime.journal import begun
 
@@ -38,6 +39,8 @@ def watch(store: Store, rank: int) -> None:
     before, before_thread = quiet(sys.excepthook), threading.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if words := advice(error):
+            error.add_note(words)
         before(kind, error, trace)
         _leave(store, rank, f"ended by {kind.__name__}: {error}"[:2000])
         time.sleep(LINGER_SECONDS)  # the store may end with this process: let the others read first

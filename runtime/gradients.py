@@ -31,6 +31,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from zgraph.bridge import private_runtime
 from zgraph.errors import UsageError
+from zgraph.runtime.foreign_shards import check_states
 from zgraph.runtime.session import Session
 from zgraph.runtime.shards import Slot
 
@@ -213,16 +214,31 @@ REFUSED = {
 }
 """Optimizers of torch that do not step over shards, and why."""
 
+_MATRICES = "it works on whole matrices; take torch.optim.AdamW or zgraph.optim.Lion"
+_VECTOR = (
+    "it takes all parameters as one vector; take torch.optim.AdamW, or schedulefree for a rate that needs no schedule"
+)
+_COMPILED = "it compiles its step over tensors of a class of its own; take zgraph.optim.AdamW with offload='optimizer'"
+REFUSED_ELSEWHERE = {
+    **dict.fromkeys(("SOAP", "Shampoo", "DistributedShampoo", "ScalableShampoo", "Kron", "SM3"), _MATRICES),
+    **dict.fromkeys(("CAME", "AdaFactor", "Adafactor", "Adalite", "Lamb", "LAMB"), _MATRICES),
+    **dict.fromkeys(("Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptLion", "DAdaptAdaGrad"), _VECTOR),
+    **dict.fromkeys(("AdamW8bit", "AdamW4bit", "AdamWFp8", "Adam8bit", "Adam4bit", "AdamFp8"), _COMPILED),
+}
+"""Optimizers of other packages that do not step over shards, by the names of their classes, and why."""
+
 
 def _check_optimizer(optimizer: Optimizer, session: Session) -> None:
     """Raise UsageError for an optimizer that does not step over shards, before it changes anything."""
-    why = REFUSED.get(type(optimizer))
+    kind = type(optimizer)
+    package = kind.__module__.partition(".")[0]
+    why = REFUSED.get(kind)
+    if package not in ("torch", "zgraph"):
+        why = why or REFUSED_ELSEWHERE.get(kind.__name__)
     sharded = {id(s.parameter) for s in session.store.slots.values() if s.is_sharded} if why else set()
     if any(id(p) in sharded for group in optimizer.param_groups for p in group["params"]):
-        raise UsageError(
-            f"torch.optim.{type(optimizer).__name__} does not step over sharded parameters: {why}, or zgraph.compile "
-            "with stage=0"
-        )
+        name = f"torch.optim.{kind.__name__}" if package == "torch" else f"{package}.{kind.__name__}"
+        raise UsageError(f"{name} does not step over sharded parameters: {why}, or zgraph.compile with stage=0")
 
 
 @contextmanager
@@ -265,6 +281,7 @@ def reduce_before_steps(session: Session) -> None:
         if session is None:
             return
         _check_optimizer(optimizer, session)
+        check_states(optimizer)
         found = [slot for slot in session.store.slots.values() if is_unreduced(slot)]
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]} if found else ()
         for slot in found:

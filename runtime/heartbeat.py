@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from zgraph.bridge.private_runtime import Store
 from zgraph.runtime.departures import watch
+from zgraph.runtime.elsewhere import Lookout
 
 BEAT_SECONDS = 0.5
 
@@ -50,8 +51,10 @@ class Heartbeat(threading.Thread):
         atexit.register(self.stop)
 
     def run(self) -> None:
+        lookout = Lookout(self.store, self.rank)
         for count in itertools.count():
             try:
+                lookout.look()
                 self.store.set(beat_key(self.rank), f"{count} {self.place}")
             except (RuntimeError, ValueError):
                 return  # the store closed with the job

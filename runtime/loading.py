@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from zgraph.bridge import private_runtime
 from zgraph.errors import StateDictError, nearest
 from zgraph.ir.layout import chunk_rows
+from zgraph.runtime.foreign_shards import REMEDY, foreign
 from zgraph.runtime.shards import ShardStore
 
 
@@ -39,6 +40,7 @@ def check_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool
         for name in given
         if name in wanted and state[name].shape != wanted[name].shape
     ]
+    problems += [f"{name} is {w}. {REMEDY}" for name in given if (w := foreign(state[name], wanted.get(name)))][:1]
     if strict:
         problems += [f"{name} is missing" + _near(name, given) for name in wanted if name not in state]
         problems += [f"{name} is not part of the model" for name in given if name not in wanted]

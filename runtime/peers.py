@@ -21,6 +21,7 @@ from zgraph.environment import environment
 from zgraph.errors import PeerError, PlanMismatchError
 from zgraph.runtime.departures import LINGER_SECONDS, departures
 from zgraph.runtime.drift import Wait
+from zgraph.runtime.elsewhere import elsewhere
 from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.heartbeat import BEAT_SECONDS, Place, beat_key, heartbeat
 from zgraph.runtime.journal import Journal, begun, keep
@@ -136,13 +137,18 @@ class Peers:
         """Tell for what this rank waits, and raise if another will not come there."""
         with store_errors():
             wait.tell()
-            left, found = wait.left(), wait.drifted()
+            left, found = wait.left(), wait.drifted() or self._elsewhere(wait.place)
         if found:
             with store_errors():
                 self.store.compare_set(self._drift_key, "", found)
             self.raise_drift()
         if left:
             self._end(PeerError(f"{left}. {_AGAIN}"))
+
+    def _elsewhere(self, place: str) -> str:
+        """Which ranks wait outside of the model, if no rank can go on."""
+        waiting = [r for r, beat in self._beats().items() if b" waits for " in beat]
+        return elsewhere(self.store, self.rank, self.ranks, place, [self.rank, *waiting])
 
     def blame(self, what: str, error: Exception, gone: list[int] | None = None) -> NoReturn:
         """Tell the others who is gone, or what failed, and raise PeerError.

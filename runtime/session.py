@@ -30,6 +30,8 @@ class Session:
         group: the ranks that share the model; None for one rank. Where several hold the same shard, the store's mesh
             says which.
         name: a name for the model that is the same on all ranks and used for no other.
+
+    `adds_nothing` says that this rank's calls count for nothing in gradients: see `zgraph.join`.
     """
 
     def __init__(self, store: ShardStore, group: dist.ProcessGroup | None, name: str) -> None:
@@ -48,6 +50,7 @@ class Session:
                 self._hosts = Hosts.of(self._peers.exchange("host", host_name()))
             self._lane = self._open_lane()
         self.syncs = True
+        self.adds_nothing = False
         self.num_plans_run = 0
         self.loss_only_call = False
         self.tangents: tuple[TensorType, ...] = ()

@@ -135,6 +135,8 @@ class ShardStore:
             for name, (p, _) in found.items()
         }
         self.any_sharded = any(shards.values())
+        if self.any_sharded:
+            private_runtime.exact_items()
         sharded = {n: p for n, (p, _) in found.items() if shards[n]}
         self._check_host(
             chunk_numel(tuple(p.shape), self.num_shards if shards[n] else 1) * p.element_size()

@@ -14,7 +14,7 @@ from zgraph.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from zgraph import deepspeed, errors, hf, ir, lightning, optim, passes
-    from zgraph.api import compile, gathered, no_sync, recipe, report
+    from zgraph.api import compile, gathered, join, no_sync, recipe, report
     from zgraph.capture import trace
     from zgraph.compiler.profiler import profile, profile_machine
     from zgraph.engine.checkpoint.export import export_hf
@@ -35,6 +35,7 @@ __all__ = [
     "initialize",
     "initialize_engine",
     "ir",
+    "join",
     "lightning",
     "no_sync",
     "optim",
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "zgraph.api": ("compile", "gathered", "no_sync", "recipe", "report"),
+    "zgraph.api": ("compile", "gathered", "join", "no_sync", "recipe", "report"),
     "zgraph.capture": ("trace",),
     "zgraph.compiler.profiler": ("profile", "profile_machine"),
     "zgraph.engine.checkpoint.export": ("export_hf",),

@@ -16,6 +16,7 @@ from zgraph.bridge.target import Target
 from zgraph.compiler.build import attach, shard
 from zgraph.compiler.call_guard import check_moved
 from zgraph.compiler.compiled_model import compiled_model, is_gathered
+from zgraph.compiler.joining import Joined
 from zgraph.compiler.report import Report
 from zgraph.errors import UsageError
 from zgraph.options.offload import Offload
@@ -151,6 +152,32 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def join(model: nn.Module) -> Iterator[Joined]:
+    """Train with loaders that have other numbers of batches on each rank.
+
+        with zgraph.join(model) as joined:
+            for batch in joined(loader):
+                model(batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    A rank whose loader is over runs the loop on with its last batch, and its gradients count as zeros, until every
+    loader is. So it takes part in all that the loop's body does: gathers, clipping, the optimizer's step over its own
+    shards, schedulers. Gradients are divided by the number of all ranks, as DDP's Join does by default. Losses of ranks
+    that are over are for nobody: `joined.is_over` tells. Buffers are the first rank's as ever, of its last batch too.
+
+    Raises:
+        UsageError: the model is not compiled.
+        PeerError: another rank failed, or left the loop.
+    """
+    session = compiled_model(model).session
+    try:
+        yield Joined(session)
+    finally:
+        session.adds_nothing = False
+
+
+@contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Gather all parameters for the length of a `with`: to read them, and to call the model or its parts eagerly.
 
@@ -211,4 +238,4 @@ def _compile_class(kind: type[nn.Module], options: Options) -> type[nn.Module]:
     return kind
 
 
-__all__ = ["compile", "gathered", "no_sync", "recipe", "report"]
+__all__ = ["compile", "gathered", "join", "no_sync", "recipe", "report"]

@@ -104,18 +104,30 @@ def test_assigning_data_is_refused_where_it_would_have_no_effect(pool: Pool, as_
 def functional(mesh: DeviceMesh, stage: int) -> str:
     model = zgraph.compile(built(Mlp)(), stage=stage, mesh=mesh)
     model(*rows(0))
+
+    def replaced(bias: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, {"last.bias": bias}, rows(1))
+
+    said = []
+    for call in (replaced, torch.func.grad(replaced)):  # of a model that was called, and of another
+        try:
+            call(torch.ones(CLASSES))
+        except UsageError as error:
+            said.append(str(error))
+        model = zgraph.compile(built(Mlp)(), stage=stage, mesh=mesh)
     try:
-        torch.func.functional_call(model, {"last.bias": torch.ones(CLASSES)}, rows(1))
+        model.share_memory()
     except UsageError as error:
-        return str(error)
-    return "nothing was raised"
+        said.append(str(error))
+    return "; ".join(said)
 
 
 @STAGES
 @RANKS
 def test_weights_of_functional_call_are_refused(pool: Pool, num_ranks: int, stage: int) -> None:
     for text in pool.run(functional, num_ranks, stage):
-        assert "last.bias was replaced" in text
+        assert text.count("last.bias was replaced") == 2
+        assert "call model.share_memory() before zgraph.compile" in text
 
 
 class WithActivation(Mlp):

@@ -327,3 +327,21 @@ def infer(mesh: DeviceMesh, mode: str) -> float:
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
 def test_without_gradients(pool: Pool, mode: str) -> None:
     assert max(pool.run(infer, 2, mode)) <= 1e-6
+
+
+class Clamping(nn.Module):
+    """Writes to a parameter where torch can capture it, and zgraph cannot take it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.layer.weight.data.clamp_(-0.05, 0.05)
+        return self.layer(x).sum()
+
+
+def test_a_captured_write_by_data_is_in_the_parameter() -> None:
+    model = zgraph.compile(Clamping(), fullgraph=False)
+    model(torch.ones(2, 4)).backward()
+    assert float(model.layer.weight.detach().abs().max()) <= 0.0500001

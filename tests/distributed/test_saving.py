@@ -6,17 +6,19 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import zgraph
-from zgraph.errors import UsageError
+from zgraph.errors import StateDictError, UsageError
 
 from .nets import Mlp, Odd, Tied, built, rows, words
 from .pool import Pool
@@ -157,9 +159,66 @@ def test_a_moving_average(pool: Pool, stage: int) -> None:
         assert error <= 1e-6
 
 
+class Kept(Mlp):
+    """A model that saves itself as those of transformers do."""
+
+    def save_pretrained(self, path: str, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        torch.save(state_dict, path)
+
+
+def of_another_rank(mesh: DeviceMesh, folder: str) -> list[str]:
+    """What is said to the first rank's model and optimizer on each rank, and to its numbers."""
+    model = zgraph.compile(built(Mlp)(), stage=3, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(*rows(mesh.get_local_rank())).backward()
+    optimizer.step()
+    for name, thing in (("model", model), ("optimizer", optimizer)):
+        if mesh.get_local_rank() == 0:
+            torch.save(thing.state_dict(), f"{folder}/{name}")
+    dist.barrier(mesh.get_group())
+    said = []
+    for name, thing in (("model", model), ("optimizer", optimizer)):
+        try:
+            thing.load_state_dict(torch.load(f"{folder}/{name}", weights_only=True))
+            optimizer.step()
+        except StateDictError as error:
+            said.append(str(error))
+    return said
+
+
+def test_shards_that_another_rank_saved_are_refused(pool: Pool, tmp_path: Path) -> None:
+    first, second = pool.run(of_another_rank, 2, str(tmp_path), spoils=True)
+    assert first == []
+    assert "first.weight is the shard of rank 0, not of rank 1" in second[0]
+    assert "of the optimizer's state is the shard of rank 0, not of rank 1" in second[1]
+    assert all(".full_tensor() on every rank" in text for text in second)
+
+
+def kept_whole(mesh: DeviceMesh, folder: str, stage: int) -> tuple[bool, float]:
+    """Whether save_pretrained wrote whole weights, and how far numbers of shards are from the whole's."""
+    model = zgraph.compile(built(Kept)(), stage=stage, mesh=mesh)
+    model.save_pretrained(f"{folder}/{stage}")
+    dist.barrier(mesh.get_group())
+    saved = torch.load(f"{folder}/{stage}", weights_only=True)
+    model.norm.bias.detach()[:1].fill_(0.5)
+    gaps = [0.0]
+    for name, parameter in model.named_parameters():
+        full = whole({name: parameter.detach()})[name]
+        for number in (torch.Tensor.norm, torch.sum, torch.max, lambda t: (t == 0).sum()):
+            gaps.append(abs(float(number(parameter.detach())) - float(number(full))))
+    return same(saved, built(Kept)().state_dict()), max(gaps)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_whole_weights_are_saved_and_numbers_are_of_all_ranks(pool: Pool, tmp_path: Path, stage: int) -> None:
+    for is_whole, gap in pool.run(kept_whole, 2, str(tmp_path), stage):
+        assert is_whole
+        assert gap <= 1e-5
+
+
 def test_pickle_names_what_to_save_instead() -> None:
     model = zgraph.compile(Mlp())
-    for save in (pickle.dumps, lambda m: torch.save(m, io.BytesIO())):
+    for save in (pickle.dumps, copy.copy, lambda m: torch.save(m, io.BytesIO())):
         with pytest.raises(UsageError, match=r"Save model.state_dict\(\) instead"):
             save(model)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -30,6 +30,7 @@ __all__ = [
     "dtensor",
     "dtensor_like",
     "dtensor_parameter",
+    "exact_items",
     "fused_adamw",
     "fused_sgd",
     "grad_hooks",
@@ -156,6 +157,22 @@ def held_whole(sharded: DTensor, whole: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         held._local_tensor, held._spec = local, spec
+
+
+def exact_items() -> None:
+    """Have `float(t)` and `t.item()` of a DTensor ask all ranks, as for norms and sums over shards.
+
+    torch gives this rank's part of it, a wrong number without a word. All ranks must ask for the number.
+    """
+    handlers = cast(dict[Any, Any], DTensor._op_dispatcher._custom_op_handlers)
+    handlers[torch.ops.aten._local_scalar_dense.default] = _reduced_item
+
+
+def _reduced_item(_op: Any, args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> Any:
+    number = args[0]
+    if not all(placement.is_replicate() for placement in number.placements):
+        number = number.redistribute(placements=[Replicate()] * number.device_mesh.ndim)
+    return number._local_tensor.item()
 
 
 JOIN_S = 30.0

@@ -142,7 +142,7 @@ class Frontend:
             return self._backend(gm, examples)
         except (CaptureError, EscapedParameterError) as error:
             self.left_eager(str(error))
-            return private_compile.seeing_subclasses(gm.forward)
+            return private_compile.seeing_subclasses(gm)
 
     def _leaf(self, example: Any, buffers: Mapping[int, str]) -> Leaf:
         if info := self.params.get(id(example)):

@@ -14,7 +14,7 @@ from zgraph.capture import Frontend, ParamInfo, drop_gradient_hooks
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.compiler.call_guard import guard
 from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
-from zgraph.compiler.copying import Copier
+from zgraph.compiler.copying import Copier, refuse_sharing
 from zgraph.compiler.first_batch import agreeing
 from zgraph.compiler.narrator import Narrator
 from zgraph.environment import environment
@@ -33,6 +33,7 @@ from zgraph.runtime.materialise import check_initialisable, materialise_buffers
 from zgraph.runtime.peers import Peers, unique_name
 from zgraph.runtime.pieces import Placeholder, in_pieces
 from zgraph.runtime.regions import Regions
+from zgraph.runtime.structure import Structure
 
 ADAPTERS = ("zgraph.hf.adapt",)
 """Modules that adapt a compiled model to a library which treats some models specially: each has `adapt(model)`."""
@@ -112,9 +113,10 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     else:
         forward = eager_fallback(forward, session)
     model.__dict__[ATTRIBUTE] = compiled
-    forward = guard(forward, session, settings.param_dtype, own_forward, forget)
+    structure = Structure(session.store)
+    forward = guard(forward, session, settings.param_dtype, own_forward, forget, structure)
     if not session.is_alone and settings.fullgraph != "eager" and settings.dynamic is not False:
-        forward = agreeing(model, forward, session)
+        forward = agreeing(model, forward, session, structure)
     model.__dict__["forward"] = forward
     model.__dict__["load_state_dict"] = checked_loading(model, session.store)
     copier.handles.append(
@@ -122,6 +124,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
             functools.partial(place_state_dict, session.store)
         )
     )
+    model.__dict__["share_memory"] = refuse_sharing
     for name in ADAPTERS:
         import_module(name).adapt(model)
     copier.attach(session)

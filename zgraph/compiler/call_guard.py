@@ -24,6 +24,7 @@ def guard(
     param_dtype: torch.dtype | None,
     like: Callable[..., Any],
     forget: Callable[[], None] | None,
+    structure: Structure,
 ) -> Callable[..., Any]:
     """The model's new `forward`: placeholders in place for its length, peers told of failures, misuse caught.
 
@@ -32,10 +33,9 @@ def guard(
         like: the model's own forward, whose signature is the new one's: transformers reads from it what a model takes.
         forget: has the model captured anew at this call, since its hooks are others than before; None if nothing is
             captured.
+        structure: of the model as it was sharded.
     """
     placeholders = {id(s.placeholder): s.name for s in session.store.slots.values() if s.placeholder is not s.parameter}
-
-    structure = Structure(session.store)
 
     def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
         check_moved(session)
@@ -80,8 +80,9 @@ def check_moved(session: Session) -> None:
         )
     if moved := session.store.moved():
         raise UsageError(
-            f"the memory of {moved} was replaced after zgraph.compile (by model.to(), .cuda() or .half()?); move "
-            "or convert the model before it is compiled"
+            f"the memory of {moved} was replaced after zgraph.compile (by model.to(), .half(), `p.data = ...` or "
+            "vector_to_parameters?); move or convert the model before it is compiled, and copy new values in with "
+            "`with torch.no_grad(): parameter.copy_(...)`"
         )
 
 
@@ -99,6 +100,8 @@ def _watch_outputs(result: Any, placeholders: Mapping[int, str], session: Sessio
                 "clone of it"
             )
         node = compiled_backward_node(leaf) if leaf.requires_grad else None
+        if session.adds_nothing and leaf.requires_grad:
+            leaf.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
         if node is not None and node not in watched:
             watched.add(node)
             node.register_prehook(_before_backward(weakref.ref(node), session))

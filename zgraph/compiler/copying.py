@@ -103,5 +103,14 @@ def _refuse(_protocol: Any) -> NoReturn:
     raise UsageError(
         "a compiled model cannot be pickled: its shards belong to this job's ranks. Save model.state_dict() instead, "
         "by torch.save as one file a rank or by torch.distributed.checkpoint; engine.save_checkpoint and "
-        "zgraph.export_hf write whole weights"
+        "zgraph.export_hf write whole weights. For another compiled model take copy.deepcopy(model), not copy.copy"
     )
+
+
+def refuse_sharing() -> NoReturn:
+    """Stand in for `model.share_memory`, which ends the process where parameters are DTensors.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError("call model.share_memory() before zgraph.compile: memory of shards is this process's own")

@@ -16,22 +16,29 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from zgraph.bridge.private_compile import mark_dynamic
+from zgraph.compiler.call_guard import check_moved
 from zgraph.runtime import Session
+from zgraph.runtime.structure import Structure
 
 Shapes = list[tuple[int, ...]]
 """Of the tensors that a model is called with."""
 
 
-def agreeing(model: nn.Module, forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
+def agreeing(
+    model: nn.Module, forward: Callable[..., Any], session: Session, structure: Structure
+) -> Callable[..., Any]:
     """`forward`, before whose first call the ranks agree on the sizes to capture with.
 
     They do once for each of training and evaluation, with gradients and without. All ranks make these calls together.
+    A model that was changed is refused before that.
     """
     met: set[tuple[bool, bool]] = set()
 
     def call(*args: Any, **kwargs: Any) -> Any:
         mode = (model.training, torch.is_grad_enabled())
         if mode not in met:
+            check_moved(session)
+            structure.check()
             _agree((args, kwargs), model, forward, session)
             met.add(mode)
         return forward(*args, **kwargs)

@@ -1,17 +1,14 @@
-"""Compiled models beside Hugging Face's Accelerate, which would wrap them, and their weights as it saves them."""
+"""Compiled models beside Hugging Face's Accelerate, which would wrap them."""
 
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from zgraph.api import no_sync
 from zgraph.compiler.compiled_model import compiled_model
-from zgraph.engine.checkpoint.tensors import whole_state_dict
 from zgraph.errors import UsageError
 from zgraph.hf.adapt import Unprepared
 
@@ -49,19 +46,7 @@ def own(model: nn.Module) -> nn.Module:
     attributes = model.__dict__
     attributes[Unprepared.ATTRIBUTE] = True
     attributes["no_sync"] = functools.partial(no_sync, model)
-    if hasattr(model, "save_pretrained"):
-        attributes["save_pretrained"] = functools.partial(_save_pretrained, model)
     return model
-
-
-def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], **options: Any) -> None:
-    """The model's own `save_pretrained`: all ranks gather, the first writes."""
-    is_first = options.pop("is_main_process", not dist.is_initialized() or dist.get_rank() == 0)
-    state = options.pop("state_dict", None)
-    if state is None:
-        state = whole_state_dict(model, keep=is_first)
-    if is_first:
-        type(model).save_pretrained(model, save_directory, state_dict=state, **options)  # type: ignore[attr-defined]
 
 
 def refuse_saving(*_: Any) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from zgraph import api
 from zgraph.errors import UsageError
+from zgraph.hf.weights import save_pretrained
 
 _GENERATES = {"GenerationMixin", "PeftModel"}
 """Classes of transformers and PEFT whose `generate` is called from outside; that of others may be part of a forward."""
@@ -36,12 +37,14 @@ class Unprepared:
 
 
 def adapt(model: nn.Module) -> None:
-    """Refuse to be wrapped by Accelerate, generate with all parameters gathered, and record outputs when captured."""
+    """Refuse to be wrapped by Accelerate, generate and save with whole parameters, and record outputs when captured."""
     _install_recorders(model)
     model.__dict__[Unprepared.ATTRIBUTE] = Unprepared()
     if _GENERATES & {base.__name__ for base in type(model).__mro__}:
         own_generate: Any = model.generate
         model.__dict__["generate"] = functools.partial(_generate, model, own_generate)
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = functools.partial(save_pretrained, model)
     for name in _RESIZES & {*dir(model)}:
         model.__dict__[name] = functools.partial(_refuse, name)
 

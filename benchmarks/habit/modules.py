@@ -1,0 +1,469 @@
+"""Models used or changed in odd ways."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.habit.nets import (
+    CLASSES,
+    HIDDEN,
+    WIDTH,
+    Classifier,
+    Conv,
+    Net,
+    features,
+    images,
+    rows,
+    tiny_llama,
+    words,
+)
+from benchmarks.habit.side import Side, trained, values, whole
+from benchmarks.habit.table import Found, Table
+
+TABLE = Table("modules")
+habit = TABLE.habit
+
+
+def _training(side: Side, model: nn.Module, **options: Any) -> Found:
+    return trained(side, model, lambda step: model(*rows(side.seed(step))), **options)
+
+
+def _outside(side: Side, model: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> Found:
+    def loss(step: int) -> Tensor:
+        x, y = rows(side.seed(step))
+        return F.cross_entropy((call or model)(x), y)
+
+    return trained(side, model, loss)
+
+
+@habit("`model.forward(x)` in the place of `model(x)`")
+def forward_itself(side: Side) -> Found:
+    model = side.model(Net)
+    return _outside(side, model, model.forward)
+
+
+class WithMethod(Net):
+    def logits(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)))
+
+
+@habit("another method than the forward is called: `model.logits(x)`")
+def another_method(side: Side) -> Found:
+    model = side.model(WithMethod)
+    return _outside(side, model, model.logits)
+
+
+@habit("a part is called: `model.first(x)`")
+def part_alone(side: Side) -> Found:
+    model = side.model(Net)
+    return _outside(side, model, lambda x: model.last(model.norm(model.first(x))))
+
+
+@habit("a part is called under `zgraph.gathered`, to look at its features")
+def part_gathered(side: Side) -> Found:
+    import zgraph
+
+    model = side.model(Net)
+    if not side.is_zgraph:
+        return {"features": model.first(features(0)).detach()}
+    with zgraph.gathered(model):
+        return {"features": model.first(features(0)).detach()}
+
+
+@habit("the compiled model as a part of another module that is not compiled")
+def part_of_another(side: Side) -> Found:
+    class Outer(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.inner(x), y)
+
+    model = Outer(side.model(Net))
+    return _training(side, model)
+
+
+@habit("parts compiled one by one, the whole not")
+def parts_compiled(side: Side) -> Found:
+    torch.manual_seed(0)
+    parts = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
+    side.ready(parts[0])
+    side.ready(parts[2])
+    return _outside(side, parts)
+
+
+@habit("`torch.compile` around a call of a compiled model")
+def compiled_again(side: Side) -> Found:
+    model = side.model(Net)
+    return _outside(side, model, torch.compile(lambda x: model(x), backend="eager"))
+
+
+@habit("`copy.deepcopy` of a compiled model, which trains on")
+def deep_copy(side: Side) -> Found:
+    model = side.copy(side.model(Classifier))
+    return _training(side, model)
+
+
+@habit("`copy.copy` of a compiled model")
+def shallow_copy(side: Side) -> Found:
+    model = copy.copy(side.model(Classifier))
+    return _training(side, model)
+
+
+@habit("`pickle.dumps(model)`")
+def pickled(side: Side) -> Found:
+    model = pickle.loads(pickle.dumps(side.model(Classifier)))
+    return values(model)
+
+
+@habit("`model.apply(init)`, after the model is compiled")
+def applied(side: Side) -> Found:
+    model = side.model(Classifier)
+
+    def init(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.constant_(module.weight, 0.02)
+            module.bias.data.zero_()
+
+    model.apply(init)
+    return _training(side, model)
+
+
+@habit(
+    "random initialisation after the model is compiled: `nn.init.normal_(p)`, by its spread (on processors torch warns "
+    "that ranks may draw alike)",
+    tolerance=0.3,
+)
+def random_init(side: Side) -> Found:
+    model = side.model(Classifier)
+    torch.manual_seed(7)
+    nn.init.normal_(model.first.weight, std=0.1)
+    return {"spread": float(whole(model.first.weight).std())}
+
+
+@habit("`model.to(device)` and `model.cpu()`, of a model that is there")
+def to_device(side: Side) -> Found:
+    return _training(side, side.model(Classifier).to("cpu").cpu())
+
+
+@habit("`model.half()` after it is compiled")
+def halved(side: Side) -> Found:
+    model = side.model(Net).half()
+    return {"out": model(features(0).half()).detach().float()}
+
+
+@habit("`model.to(torch.bfloat16)` after it is compiled")
+def to_dtype(side: Side) -> Found:
+    model = side.model(Net).to(torch.bfloat16)
+    return {"out": model(features(0).bfloat16()).detach().float()}
+
+
+@habit("`model.double()` after it is compiled")
+def doubled(side: Side) -> Found:
+    model = side.model(Net).double()
+    return {"out": model(features(0).double()).detach().float()}
+
+
+@habit("`model.to_empty(device)` after it is compiled")
+def emptied(side: Side) -> Found:
+    model = side.model(Net)
+    state = {n: whole(p) for n, p in model.state_dict().items()}
+    model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    return {"out": model(features(0)).detach()}
+
+
+@habit("`model.share_memory()`")
+def shared_memory(side: Side) -> Found:
+    return _training(side, side.model(Classifier).share_memory())
+
+
+@habit("a new head after the model is compiled")
+def new_head(side: Side) -> Found:
+    model = side.model(Net)
+    torch.manual_seed(1)
+    model.last = nn.Linear(HIDDEN, 3)
+    return {"out": model(features(0)).detach()}
+
+
+@habit("a layer replaced by `nn.Identity()`")
+def removed_layer(side: Side) -> Found:
+    model = side.model(Net)
+    model.norm = nn.Identity()
+    return _outside(side, model)
+
+
+@habit("an activation replaced")
+def replaced_activation(side: Side) -> Found:
+    model = side.model(Net)
+    model.act = nn.Tanh()
+    return _outside(side, model)
+
+
+@habit("`resize_token_embeddings` after the model is compiled")
+def resized(side: Side) -> Found:
+    model = side.model(tiny_llama)
+    model.resize_token_embeddings(40)
+    return {"out": model(words(0)).logits.detach()}
+
+
+@habit("`get_peft_model` before the model is compiled", package="peft")
+def adapters_before(side: Side) -> Found:
+    from peft import LoraConfig, get_peft_model
+
+    def build() -> nn.Module:
+        model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        return model
+
+    model = side.model(build)
+    return trained(side, model, lambda step: model(input_ids=(ids := words(side.seed(step))), labels=ids).loss)
+
+
+@habit("`get_peft_model` after the model is compiled", package="peft")
+def adapters_after(side: Side) -> Found:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(side.model(tiny_llama), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    return {"out": model(words(0)).logits.detach()}
+
+
+@habit("`weight_norm` before the model is compiled")
+def weight_norm(side: Side) -> Found:
+    def build() -> nn.Module:
+        model = Classifier()
+        nn.utils.parametrizations.weight_norm(model.last)
+        return model
+
+    return _training(side, side.model(build))
+
+
+@habit("`spectral_norm` before the model is compiled")
+def spectral_norm(side: Side) -> Found:
+    def build() -> nn.Module:
+        model = Classifier()
+        nn.utils.parametrizations.spectral_norm(model.last)
+        return model
+
+    return _training(side, side.model(build))
+
+
+@habit("`torch.nn.utils.prune` before the model is compiled")
+def pruned_before(side: Side) -> Found:
+    from torch.nn.utils import prune
+
+    def build() -> nn.Module:
+        model = Classifier()
+        prune.l1_unstructured(model.first, "weight", amount=0.3)
+        return model
+
+    return _training(side, side.model(build))
+
+
+@habit("`torch.nn.utils.prune` after the model is compiled")
+def pruned_after(side: Side) -> Found:
+    from torch.nn.utils import prune
+
+    model = side.model(Classifier)
+    prune.l1_unstructured(model.first, "weight", amount=0.3)
+    return _training(side, model)
+
+
+@habit("`torch.func.functional_call` with other weights")
+def functional(side: Side) -> Found:
+    model = side.model(Net)
+    other = {n: 0.5 * p.detach() for n, p in model.named_parameters()}
+    return {"out": torch.func.functional_call(model, other, (features(0),)).detach()}
+
+
+@habit("MAML: an inner step with `functional_call` and `create_graph=True`")
+def maml(side: Side) -> Found:
+    model = side.model(Net)
+
+    def loss(step: int) -> Tensor:
+        x, y = rows(side.seed(step))
+        names, params = zip(*model.named_parameters(), strict=True)
+        inner = F.cross_entropy(model(x), y)
+        grads = torch.autograd.grad(inner, params, create_graph=True)
+        moved = {n: p - 0.1 * g for n, p, g in zip(names, params, grads, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(model, moved, (x + 0.1,)), y)
+
+    return trained(side, model, loss)
+
+
+@habit("gradients of each row: `torch.func.vmap(grad(...))`")
+def rows_gradients(side: Side) -> Found:
+    model = side.model(Net)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, params, (x[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, features(0))
+    return {n: whole(g) for n, g in found.items()}
+
+
+@habit("recurrent layers: `nn.GRU` and `nn.LSTM`")
+def recurrent(side: Side) -> Found:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.lstm = nn.GRU(WIDTH, 9, batch_first=True), nn.LSTM(9, 7, batch_first=True)
+            self.last = nn.Linear(7, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.lstm(self.gru(x)[0])[0][:, -1])
+
+    model = side.model(Recurrent)
+
+    def loss(step: int) -> Tensor:
+        return model(torch.stack([features(side.seed(step)), features(side.seed(step) + 50)])).square().mean()
+
+    return trained(side, model, loss)
+
+
+@habit("BatchNorm, with its running statistics")
+def batch_norm(side: Side) -> Found:
+    model = side.model(Conv)
+
+    def loss(step: int) -> Tensor:
+        image, y = images(side.seed(step))
+        return F.cross_entropy(model(image), y)
+
+    return {**trained(side, model, loss), "mean": side.first(model.norm.running_mean)}
+
+
+@habit("a stack of layers run in a loop, some of them left out at random (LayerDrop), alike on all ranks")
+def layer_drop(side: Side) -> Found:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+            self.kept = (0, 1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for index in self.kept:
+                x = torch.tanh(self.layers[index](x))
+            return x.square().mean()
+
+    model = side.model(Dropping)
+
+    def loss(step: int) -> Tensor:
+        model.kept = ((0, 2), (0, 1, 2), (1,))[step]
+        return model(features(side.seed(step)))
+
+    return trained(side, model, loss)
+
+
+@habit("a layer that is used twice in a forward")
+def shared_layer(side: Side) -> Found:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.tanh(self.layer(x))).square().mean()
+
+    model = side.model(Twice)
+    return trained(side, model, lambda step: model(features(side.seed(step))))
+
+
+@habit("a parameter that no forward uses")
+def unused_parameter(side: Side) -> Found:
+    class Spare(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Parameter(torch.ones(3))
+
+    return _training(side, side.model(Spare))
+
+
+@habit("parameters in a `ParameterList` and a `ParameterDict`")
+def parameter_lists(side: Side) -> Found:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.many = nn.ParameterList([torch.randn(WIDTH, WIDTH) for _ in range(2)])
+            self.named = nn.ParameterDict({"scale": torch.ones(WIDTH), "shift": torch.zeros(())})
+
+        def forward(self, x: Tensor) -> Tensor:
+            for weight in self.many:
+                x = torch.tanh(x @ weight)
+            return (x * self.named["scale"] + self.named["shift"]).square().mean()
+
+    model = side.model(Listed)
+    return trained(side, model, lambda step: model(features(side.seed(step))))
+
+
+@habit("a step counter in a buffer or an attribute")
+def counter(side: Side) -> Found:
+    class Counting(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            self.steps += 1
+            return super().forward(x, y) / self.steps
+
+    model = side.model(Counting)
+    return {**_training(side, model), "steps": model.steps.clone()}
+
+
+@habit("`if` on the value of a tensor in the forward")
+def branch(side: Side) -> Found:
+    class Branching(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            if hidden.mean() > -100:
+                hidden = hidden * 2
+            return self.last(self.norm(hidden))
+
+    return _outside(side, side.model(Branching))
+
+
+@habit("`print` and `.item()` in the forward")
+def item_in_forward(side: Side) -> Found:
+    class Saying(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            print(hidden.mean().item())
+            return self.last(self.norm(hidden))
+
+    return _outside(side, side.model(Saying))
+
+
+@habit("a parameter changed in place in the forward: `self.weight.data.clamp_(...)`")
+def changed_in_forward(side: Side) -> Found:
+    class Clamping(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last.weight.data.clamp_(-0.05, 0.05)
+            return super().forward(x)
+
+    return _outside(side, side.model(Clamping))
+
+
+@habit("an `autograd.Function` of one's own (a straight-through estimator)")
+def own_function(side: Side) -> Found:
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx: Any, x: Tensor) -> Tensor:
+            return x.round()
+
+        @staticmethod
+        def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient
+
+    class Rounding(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(Rounded.apply(3 * self.norm(self.first(x))) / 3)
+
+    return _outside(side, side.model(Rounding))
