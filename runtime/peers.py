@@ -6,6 +6,7 @@ All of it goes through the job's key-value store, so that no comparison can ever
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 import zlib
 from collections import Counter
@@ -23,7 +24,7 @@ from zgraph.runtime.departures import LINGER_SECONDS, departures
 from zgraph.runtime.drift import Wait
 from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.heartbeat import BEAT_SECONDS, Place, beat_key, heartbeat
-from zgraph.runtime.journal import Journal, keep
+from zgraph.runtime.journal import Journal, begun, keep
 
 GONE_AFTER_SECONDS = 5.0
 ASK_AFTER_SECONDS = 0.5
@@ -112,8 +113,11 @@ class Peers:
                 if asked > until:
                     self._give_up()
                 if not told:
-                    self._write(self._key("waiting"), f"rank {self.rank} waits for {what}")
+                    lane = self.journal.name if self.journal else ""
+                    self._write(self._key(f"waiting/{self.rank}"), json.dumps([lane, number, what]))
                     told = True
+        if told:
+            self._write(self._key(f"waiting/{self.rank}"), "")
 
     def _look(self, wait: Wait) -> None:
         """Tell for what this rank waits, and raise if another will not come there."""
@@ -281,9 +285,9 @@ class Peers:
                 continue
             asked = time.monotonic()
             self.raise_failure()
-            if waiting := self._read(self._key("waiting")).decode():
+            if (blocked := self._blocked()) and not self._are_there(keys):
                 raise PlanMismatchError(
-                    f"rank {self.rank} compiled a new {what}, but {waiting} in one compiled before. Give every rank "
+                    f"rank {self.rank} compiled a new {what}, but {blocked} in one compiled before. Give every rank "
                     "inputs of the same kind and shape in the same step, or pass dynamic=True."
                 )
             if not self._are_there(keys):
@@ -298,6 +302,16 @@ class Peers:
                 if gone := self.gone():  # a rank may only have been too busy to beat
                     self.blame(comparison, TimeoutError("no answer"), gone)
         self._at(comparison, waits=False)
+
+    def _blocked(self) -> str:
+        """Which rank waits for what this one has not begun; nothing if none does, or only until data has come."""
+        known = begun()
+        for rank in self.ranks:
+            if rank != self.rank and (word := self._read(self._key(f"waiting/{rank}"))):
+                lane, number, what = json.loads(word)
+                if number == 0 or known.get(lane, 0) < number:
+                    return f"rank {rank} waits for {what}"
+        return ""
 
     def _difference(self, what: str, text: str, different: int) -> str:
         """Message with the first line that differs between the first rank's text and that of rank `different`."""

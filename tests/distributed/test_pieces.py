@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -230,6 +233,55 @@ def go_apart(mesh: DeviceMesh) -> str:
 def test_ranks_that_go_another_way_are_told(pool: Pool) -> None:
     for text in pool.run(go_apart, 2, spoils=True):
         assert text != "nothing was raised"
+
+
+class Late(Layer):
+    """Eager code for whose gather, and then for whose next graph, the first rank waits for the second."""
+
+    @torch.compiler.disable
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            time.sleep(1.2 * dist.get_rank())
+            hidden = hidden + self.out.bias.sum()
+        time.sleep(1.2 * dist.get_rank())
+        return hidden
+
+
+def wait_for_the_late(mesh: DeviceMesh) -> tuple[float, float]:
+    pair = Lockstep(mesh, built(lambda: Deep(Late, 1)), stage=3, fullgraph=False)
+    pair.step(rows(pair.rank))
+    return pair.errors
+
+
+def test_a_rank_may_come_late_to_an_op_and_then_to_a_graph(pool: Pool) -> None:
+    assert_same(pool.run(wait_for_the_late, 2))
+
+
+class Sequences(nn.Module):
+    """A recurrent layer over the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.last = nn.GRU(WIDTH, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.last(self.rnn(x)[0]), y)
+
+
+def record_recurrent(mesh: DeviceMesh) -> tuple[tuple[float, float], int, int]:
+    """Errors of a recurrent net, how many graphs were captured, and how many of its flat weights are not at rest."""
+    pair = Lockstep(mesh, built(Sequences), stage=3)
+    for step in range(2):
+        pair.step(rows(10 * step + pair.rank))
+    model = pair.ours.model
+    others = sum(not isinstance(weight, DTensor) for weight in model.rnn._flat_weights)
+    return pair.errors, len(zgraph.report(model).entries), others
+
+
+def test_recurrent_layers_are_captured_once(pool: Pool) -> None:
+    answers = pool.run(record_recurrent, 2)
+    assert_same([errors for errors, _, _ in answers])
+    assert [rest for _, *rest in answers] == [[1, 0]] * 2
 
 
 class Checkpointed(Layer):
