@@ -352,7 +352,8 @@ class ShardStore:
 def _owners(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[Owner]]]:
     """Every parameter under its first name, with every place that holds it.
 
-    Tied weights have several. Recurrent layers and some modules of users keep parameters in an attribute or a list too.
+    Tied weights have several. Recurrent layers and some modules of users keep parameters in an attribute or a list too;
+    recurrent layers also keep weak references, by which they see that their weights are others.
     """
     found: dict[int, tuple[str, nn.Parameter, list[Owner]]] = {}
     for prefix, module in model.named_modules():
@@ -374,9 +375,25 @@ def _attributes(module: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
             continue
         if isinstance(value, list | dict):
             for key, held in value.items() if isinstance(value, dict) else enumerate(value):
-                yield value, key, held
+                if isinstance(held, weakref.ref):
+                    yield _Weakly(value), key, held()
+                else:
+                    yield value, key, held
         else:
             yield module.__dict__, name, value
+
+
+class _Weakly:
+    """A container of weak references, seen as one of what they refer to."""
+
+    def __init__(self, references: Any) -> None:
+        self.references = references
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.references[key]()
+
+    def __setitem__(self, key: Any, held: Any) -> None:
+        self.references[key] = weakref.ref(held)
 
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -253,6 +254,33 @@ class Late(Layer):
 
 def test_a_rank_that_was_late_once_is_not_taken_for_one_that_goes_another_way(pool: Pool) -> None:
     assert_same(pool.run(train, 2, 3, Late, {}))
+
+
+class Sequences(nn.Module):
+    """A recurrent layer over the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.last = nn.GRU(WIDTH, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.last(self.rnn(x)[0]), y)
+
+
+def record_recurrent(mesh: DeviceMesh) -> tuple[tuple[float, float], int, int]:
+    """Errors of a recurrent net, how many graphs were captured, and how many of its flat weights are not at rest."""
+    pair = Lockstep(mesh, built(Sequences), stage=3)
+    for step in range(2):
+        pair.step(rows(10 * step + pair.rank))
+    model = pair.ours.model
+    others = sum(not isinstance(weight, DTensor) for weight in model.rnn._flat_weights)
+    return pair.errors, len(zgraph.report(model).entries), others
+
+
+def test_recurrent_layers_are_captured_once(pool: Pool) -> None:
+    answers = pool.run(record_recurrent, 2)
+    assert_same([errors for errors, _, _ in answers])
+    assert [rest for _, *rest in answers] == [[1, 0]] * 2
 
 
 class Checkpointed(Layer):
