@@ -147,6 +147,12 @@ EQUIVALENT = (
     ),
     Equivalent(_BLOCKS, "self.best_us - 1e-09", "self.best_us + 1e-09", _ROUNDING),
     Equivalent("passes/analysis/timetable.py", "400000", "400001", _TUNED),
+    Equivalent(
+        "passes/core/budgeted.py",
+        "step.name in _UNLIMITED",
+        "step.name not in _UNLIMITED",
+        "passes that no budget concerns run again with each trial: slower",
+    ),
     Equivalent("passes/fit.py", "unused // 2", "unused * 2", _GUESSED),
     Equivalent(
         "passes/analysis/lowering.py",

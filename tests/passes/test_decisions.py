@@ -456,6 +456,19 @@ def test_the_search_goes_on_between_what_fits_and_what_does_not(fits_at, over_at
     assert min(fits_at, over_at) < found < max(fits_at, over_at)
 
 
+def test_the_search_keeps_what_fits():
+    """Half of what is kept counts for the peak, so that the first guesses are too large and the next too small."""
+    fitter = object.__new__(_Fitter)
+    fitter.target, fitter.limit = 1000, 1010
+
+    def trial(keep_bytes, move_bytes, exactly=False):
+        return SimpleNamespace(kept_bytes=keep_bytes, move_bytes=move_bytes, peak_bytes=100 + keep_bytes // 2)
+
+    fitter.trial = trial
+    found = fitter.keeping_most(trial(5000, 0))
+    assert 950 <= found.peak_bytes <= fitter.limit
+
+
 # --- release -------------------------------------------------------------------------------------------------------
 
 
