@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from benchmarks.habit import around, hooks, loops, losses, modules, optimizers, saving
+from benchmarks.habit import (
+    around,
+    forwards,
+    hooks,
+    loops,
+    losses,
+    modules,
+    optimizers,
+    policies,
+    precision,
+    saving,
+    updates,
+)
 from benchmarks.habit.table import Habit
 
-GROUPS = (losses, loops, around, hooks, modules, saving, optimizers)
+GROUPS = (losses, policies, loops, precision, updates, around, hooks, modules, forwards, saving, optimizers)
 
 
 def habits() -> list[Habit]:

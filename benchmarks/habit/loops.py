@@ -30,7 +30,7 @@ from benchmarks.habit.nets import (
     tiny_llama,
     words,
 )
-from benchmarks.habit.side import Side, numbered, sgd, trained, values, whole
+from benchmarks.habit.side import Side, numbered, sgd, trained, values
 from benchmarks.habit.table import Found, Table
 
 TABLE = Table("loops")
@@ -279,113 +279,6 @@ def zeroed_in_place(side: Side) -> Found:
     return {**numbered(losses), **values(model)}
 
 
-def _scaled(side: Side, *, unscales: bool, bad: int = -1, dtype: torch.dtype = torch.float32) -> Found:
-    model = side.model(Net)
-    optimizer = sgd(model, 0.05)
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
-    losses, scales = [], []
-    for step in range(5):
-        x, y = rows(side.seed(step))
-        if step == bad and side.rank == side.num_ranks - 1:
-            x = x * float("inf")
-        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
-            loss = F.cross_entropy(model(x), y)
-        scaler.scale(loss).backward()
-        if unscales:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        scales.append(scaler.get_scale())
-    return {**numbered(losses), "scales": torch.tensor(scales), **values(model)}
-
-
-@habit("`torch.amp.GradScaler`")
-def grad_scaler(side: Side) -> Found:
-    return _scaled(side, unscales=False)
-
-
-@habit("`GradScaler` with `unscale_` and clipping")
-def grad_scaler_and_clipping(side: Side) -> Found:
-    return _scaled(side, unscales=True)
-
-
-@habit("`GradScaler` where one rank overflows: all leave the step out")
-def grad_scaler_overflow(side: Side) -> Found:
-    return _scaled(side, unscales=True, bad=2)
-
-
-@habit("`torch.autocast` to bf16 around the forward", tolerance=2e-2)
-def autocast(side: Side) -> Found:
-    model = side.model(Net)
-
-    def loss(step: int) -> Tensor:
-        x, y = rows(side.seed(step))
-        with torch.autocast("cpu", torch.bfloat16):
-            return F.cross_entropy(model(x).float(), y)
-
-    return trained(side, model, loss)
-
-
-@habit("`autocast` around the model alone, the loss in fp32", tolerance=2e-2)
-def autocast_of_the_model(side: Side) -> Found:
-    model = side.model(Net)
-
-    def loss(step: int) -> Tensor:
-        x, y = rows(side.seed(step))
-        with torch.autocast("cpu", torch.bfloat16):
-            out = model(x)
-        return F.cross_entropy(out.float(), y)
-
-    return trained(side, model, loss)
-
-
-class InBf16(nn.Module):
-    """A model of which a copy in bf16 computes: eagerly what `param_dtype` does."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.inner = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        lower = {n: p.to(torch.bfloat16) for n, p in self.inner.named_parameters()}
-        return torch.func.functional_call(self.inner, lower, x.to(torch.bfloat16))
-
-
-def _in_bf16(side: Side, **options: Any) -> Found:
-    model = side.model(Net, param_dtype=torch.bfloat16, **options)
-    run = model if side.is_zgraph else InBf16(model)
-
-    def loss(step: int) -> Tensor:
-        x, y = rows(side.seed(step))
-        return F.cross_entropy(run(x).float(), y)
-
-    return trained(side, model, loss)
-
-
-@habit("bf16 to compute in, masters in fp32", tolerance=2e-2)
-def bf16_compute(side: Side) -> Found:
-    return _in_bf16(side)
-
-
-@habit("bf16 to compute in, gradients reduced in fp32", tolerance=2e-2)
-def bf16_compute_fp32_reduce(side: Side) -> Found:
-    return _in_bf16(side, reduce_dtype=torch.float32)
-
-
-@habit("a model that is bf16 throughout: `model.bfloat16()` before it is compiled", tolerance=5e-2)
-def all_bf16(side: Side) -> Found:
-    model = side.model(lambda: Net().bfloat16())
-
-    def loss(step: int) -> Tensor:
-        x, y = rows(side.seed(step))
-        return F.cross_entropy(model(x.bfloat16()).float(), y)
-
-    return trained(side, model, loss)
-
-
 @habit("tied weights")
 def tied_weights(side: Side) -> Found:
     model = side.model(Language)
@@ -452,93 +345,6 @@ def evaluation(side: Side) -> Found:
             scores.append(float(model(images(77)[0]).sum()))
         model.train()
     return {**numbered(scores), **values(model)}
-
-
-@habit("SAM: a second forward and backward at parameters that are moved, in place, along the gradient")
-def sam(side: Side) -> Found:
-    model = side.model(Classifier)
-    optimizer = sgd(model)
-    losses = []
-    for step in range(3):
-        batch = rows(side.seed(step))
-        loss = model(*batch)
-        loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        moved = [p.grad * (0.05 / (whole(norm) + 1e-12)) for p in model.parameters()]
-        with torch.no_grad():
-            for parameter, step_of in zip(model.parameters(), moved, strict=True):
-                parameter.add_(step_of)
-        optimizer.zero_grad()
-        model(*batch).backward()
-        with torch.no_grad():
-            for parameter, step_of in zip(model.parameters(), moved, strict=True):
-                parameter.sub_(step_of)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return {**numbered(losses), **values(model)}
-
-
-@habit("Lookahead: slow weights, kept as clones, towards which the fast ones are pulled")
-def lookahead(side: Side) -> Found:
-    model = side.model(Classifier)
-    slow = [p.detach().clone() for p in model.parameters()]
-    found = dict(_training(side, model))
-    with torch.no_grad():
-        for parameter, kept in zip(model.parameters(), slow, strict=True):
-            kept.lerp_(parameter, 0.5)
-            parameter.copy_(kept)
-    return {**found, **{f"slow {n}": v for n, v in values(model).items()}}
-
-
-@habit("an update by hand: `p -= lr * p.grad` under `no_grad`")
-def update_by_hand(side: Side) -> Found:
-    model = side.model(Classifier)
-    losses = []
-    for step in range(3):
-        loss = model(*rows(side.seed(step)))
-        loss.backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= 0.1 * parameter.grad
-        model.zero_grad()
-        losses.append(loss.detach())
-    return {**numbered(losses), **values(model)}
-
-
-@habit("an update by hand through `.data`: `p.data.add_(p.grad, alpha=-lr)`")
-def update_of_data(side: Side) -> Found:
-    model = side.model(Classifier)
-    losses = []
-    for step in range(3):
-        loss = model(*rows(side.seed(step)))
-        loss.backward()
-        for parameter in model.parameters():
-            parameter.data.add_(parameter.grad, alpha=-0.1)
-            parameter.grad.data.zero_()
-        losses.append(loss.detach())
-    return {**numbered(losses), **values(model)}
-
-
-@habit("weights clipped in place, as of a Wasserstein GAN: `p.data.clamp_(-c, c)`")
-def clipped_weights(side: Side) -> Found:
-    model = side.model(Classifier)
-
-    def clip() -> None:
-        for parameter in model.parameters():
-            parameter.data.clamp_(-0.1, 0.1)
-
-    return _training(side, model, before=clip)
-
-
-@habit("layers given new values in the middle: `nn.init.xavier_uniform_(layer.weight)`")
-def reset_layer(side: Side) -> Found:
-    model = side.model(Classifier)
-    found = dict(_training(side, model))
-    torch.manual_seed(3)
-    nn.init.constant_(model.last.weight, 0.1)
-    nn.init.zeros_(model.last.bias)
-    return {**{f"before {n}": v for n, v in found.items()}, **_training(side, model)}
 
 
 @habit("uneven loaders under `zgraph.join(model)`, beside DDP's Join", ranks=(2,))

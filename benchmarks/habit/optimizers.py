@@ -42,7 +42,7 @@ def _run(make: Make, own: Make | None, side: Side) -> Found:
 
 def _listed(name: str, make: Make, own: Make | None = None, package: str = "", tolerance: float = 1e-5) -> None:
     run = functools.partial(_run, make, own)
-    TABLE.append(Habit(name.rpartition(".")[2].lower(), f"`{name}`", TABLE.group, run, tolerance, package=package))
+    TABLE.append(Habit(name.replace(".", "_").lower(), f"`{name}`", TABLE.group, run, tolerance, package=package))
 
 
 TORCH: dict[str, dict[str, Any]] = {

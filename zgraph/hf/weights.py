@@ -22,6 +22,7 @@ def save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], **
     state = options.pop("state_dict", None)
     if state is None:
         if not session.is_alone:
+            session.begin_call()
             session.peers.agree("saving of the weights: save_pretrained is for all ranks to call", "")
         state = whole_state_dict(model, keep=is_first)
     if is_first:
