@@ -44,7 +44,7 @@ OPTIMIZERS: dict[str, tuple[torch.dtype, Callable[..., torch.optim.Optimizer]]] 
 
 @dataclass(frozen=True)
 class Options:
-    """What is trained, on how many ranks."""
+    """A model to train, and on how many ranks."""
 
     num_ranks: int
     num_steps: int

@@ -49,13 +49,13 @@ OF_TORCH = "|".join(
         "Attempted to set the storage",
     )
 )
-"""What torch says of DTensors, and of tensors that leave a captured graph."""
+"""Words of torch about DTensors, and of tensors that leave a captured graph."""
 VERDICTS = {AS_GRAPH: "equal", IN_PIECES: "in pieces", EAGERLY: "gathered"}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a habit on so many ranks.
+    """Outcome of a habit on so many ranks.
 
     verdict: "equal"; "in pieces" and "gathered" are equal too, with `fullgraph=False` and `fullgraph="eager"`;
         "refused" (with one of zgraph's errors), "torch refuses", "wrong", "failed" (with another error), "hangs", or
@@ -92,7 +92,7 @@ def tried(habit: Habit, blank: Outcome) -> Outcome:
 
 
 def _compared(habit: Habit, blank: Outcome, expected: Found) -> Outcome:
-    """What zgraph makes of it: as one graph, else in pieces, or eagerly where an error says so."""
+    """Outcome with zgraph: as one graph, else in pieces, or eagerly where an error says so."""
     ways: list[bool | str] = [AS_GRAPH]
     for way in ways:
         torch._dynamo.reset()
@@ -145,7 +145,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _rank(habit: Habit, blank: Outcome, rank: int, folder: str) -> None:
-    """What a process does: it tries, and writes the outcome."""
+    """The work of a process: it tries, and writes the outcome."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     null = os.open(os.devnull, os.O_WRONLY)
@@ -165,7 +165,7 @@ def _rank(habit: Habit, blank: Outcome, rank: int, folder: str) -> None:
 
 
 def apart(habit: Habit, num_ranks: int, stage: int = 3) -> Outcome:
-    """What becomes of a habit in processes of its own: the worst of its ranks' outcomes."""
+    """Outcome of a habit in processes of its own: the worst of its ranks' outcomes."""
     blank = Outcome(habit.name, habit.words, habit.group, stage, num_ranks, "not run")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [FORK.Process(target=_rank, args=(habit, blank, r, folder)) for r in range(num_ranks)]

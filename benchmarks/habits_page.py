@@ -18,7 +18,7 @@ MEANINGS = {
     "failed": "an error that is none of these",
     "hangs": "no end within 90 seconds",
 }
-"""What a verdict says, the best first."""
+"""Meaning of each verdict, the best first."""
 
 
 def page(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:

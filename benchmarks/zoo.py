@@ -229,7 +229,7 @@ def warm() -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a process may take: seconds of a core, and GiB of memory."""
+    """Limits of a process: seconds of a core, and GiB of memory."""
 
     timeout_s: float = 180.0
     memory_gib: float = 4.0
@@ -241,7 +241,7 @@ class Limits:
 
 
 def _rank(architecture: Architecture, rank: int, num_ranks: int, folder: str, limits: Limits) -> None:
-    """What a process does: it trains, and writes the outcome."""
+    """The work of a process: it trains, and writes the outcome."""
     limits.begin()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -261,7 +261,7 @@ def _rank(architecture: Architecture, rank: int, num_ranks: int, folder: str, li
 
 
 def apart(architecture: Architecture, num_ranks: int, limits: Limits) -> Outcome:
-    """What becomes of an architecture in processes of its own: the worst of its ranks' outcomes."""
+    """Outcome of an architecture in processes of its own: the worst of its ranks' outcomes."""
     blank = Outcome(architecture.name, architecture.task, architecture.model, "failed", num_ranks)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [

@@ -78,7 +78,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ),
     ("mixture of experts", r"expert"),
 )
-"""What the fields of a language model's configuration tell of it, by a pattern of their names."""
+"""Properties of a language model that fields of its configuration tell, by a pattern of their names."""
 
 
 def kind_of(name: str, task: str) -> str:

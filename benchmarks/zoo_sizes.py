@@ -161,7 +161,7 @@ EXACT: dict[str, Any] = {
     "num_kv_shared_layers": 0,
     "num_windows": 4,
 }
-"""What fields of that name are made, where they have another value by default than None."""
+"""Values of fields of that name, where they have another value by default than None."""
 
 PATTERNS: tuple[tuple[str, Any], ...] = (
     (r"drop|mask_(time|feature)_prob|jitter|noise", 0.0),
@@ -185,7 +185,7 @@ KEPT = re.compile(
 
 @dataclass(frozen=True)
 class Variant:
-    """What is done otherwise for models that do not run when everything is shrunk.
+    """Exceptions for models that do not run when everything is shrunk.
 
     sizes: what fields of these names are made.
     kept: pattern of names of fields that keep their default.
@@ -315,7 +315,7 @@ def _num_layers(config: Any) -> int | None:
 
 
 def _size(name: str, value: Any, used: Any, layers: int | None) -> Any:
-    """What to make of a field with this default, of which an instance made the other; `...` to leave it."""
+    """Value to give a field with this default, of which an instance made the other; `...` to leave it."""
     if name in ("problem_type", "num_labels"):
         return EXACT[name]
     if name.endswith(("_token_id", "_token_index")):

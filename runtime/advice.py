@@ -37,6 +37,6 @@ ADVICE = (
 
 
 def advice(error: BaseException) -> str:
-    """What to do about an error of torch's; empty where nothing is known."""
+    """Remedy for an error of torch's; empty where none is known."""
     said = str(error)
     return next((f"zgraph: {words}." for pattern, words in ADVICE if re.search(pattern, said)), "")

@@ -1,4 +1,4 @@
-"""What is around the loop: clipping, schedules, checkpointing, random numbers."""
+"""Habits around the loop: clipping, schedules, checkpointing, random numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a forward does."""
+"""Habits within a forward."""
 
 from __future__ import annotations
 

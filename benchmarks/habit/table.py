@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.habit.side import Side
 
 Found = Mapping[str, Tensor | float]
-"""What a habit came to: losses and values, by name. Both sides must have found the same."""
+"""Outcome of a habit: losses and values, by name. Both sides must have found the same."""
 Run = Callable[[Side], Found]
 
 

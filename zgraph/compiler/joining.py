@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class _Loader(IntEnum):
-    """What a rank's loader has given."""
+    """Batches that a rank's loader has given."""
 
     EMPTY = 0
     OVER = 1
@@ -23,7 +23,7 @@ class _Loader(IntEnum):
 
 
 class Joined:
-    """What `zgraph.join` gives.
+    """Context of `zgraph.join`.
 
     Args:
         session: of the model.
@@ -64,7 +64,7 @@ class Joined:
             self.session.adds_nothing = False
 
     def _told(self, given: _Loader) -> list[_Loader]:
-        """What every rank's loader has given."""
+        """Batches that every rank's loader has given."""
         if self.session.is_alone:
             return [given]
         words = torch.zeros(self.session.num_ranks, dtype=torch.int32, device=self.session.device)

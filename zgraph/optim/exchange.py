@@ -74,7 +74,7 @@ class Arriving:
     made: torch.Tensor
 
     def wait(self) -> torch.Tensor:
-        """What came, the ranks' parts in their order."""
+        """The data received, the ranks' parts in their order."""
         self.team.wait(self.work, "matrices of Muon")
         return self.made
 

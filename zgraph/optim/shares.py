@@ -21,7 +21,7 @@ MIN_ROUNDS = 4
 
 @dataclass(frozen=True)
 class Matrix:
-    """What is known of a matrix on all ranks.
+    """Properties of a matrix that all ranks know.
 
     Args:
         rows: of the whole.
