@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch._dynamo
+from torch import fx
 from torch._decomp import get_decompositions
 from torch._dynamo import callback
 from torch._dynamo.backends.common import aot_autograd
@@ -172,12 +173,19 @@ def never_captured(function: Function) -> Function:
     return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
-def seeing_subclasses(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` with `__torch_function__` of its arguments heeded, which torch.compile's code switches off."""
+def seeing_subclasses(captured: fx.GraphModule) -> Callable[..., Any]:
+    """A captured graph with `__torch_function__` of its arguments heeded, which torch.compile's code switches off.
+
+    Nor does the function heed it that torch.compile puts in the place of `.data`.
+    """
+    for node in captured.graph.nodes:
+        if node.target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
+            node.target, node.args = getattr, (*node.args, "data")
+    captured.recompile()
 
     def seeing(*args: Any) -> Any:
         with torch._C._EnableTorchFunction():
-            return run(*args)
+            return captured.forward(*args)
 
     return seeing
 

@@ -128,7 +128,7 @@ class Frontend:
         try:
             return self._backend(gm, examples)
         except (CaptureError, EscapedParameterError):
-            return private_compile.seeing_subclasses(gm.forward)
+            return private_compile.seeing_subclasses(gm)
 
     def _leaf(self, example: Any, buffers: Mapping[int, str]) -> Leaf:
         if info := self.params.get(id(example)):
