@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))  # for `benchmarks` and `tests`, which are not installed
-from tests.deep import is_left_out, stale
+from tests.deep import left_out, stale
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
 
@@ -25,9 +25,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     names = {item.nodeid.removeprefix("tests/"): item for item in items}
     if all(Path(arg).is_dir() for arg in config.args) and not config.option.keyword and (missing := stale(names)):
         raise pytest.UsageError(f"tests/deep.py names tests that are not there: {', '.join(missing)}")
-    for name, item in names.items():
-        if is_left_out(name):
-            item.add_marker(pytest.mark.skip(reason="make test-deep"))
+    for name in left_out([*names]):
+        names[name].add_marker(pytest.mark.skip(reason="make test-deep"))
 
 
 def pytest_collection_finish() -> None:
