@@ -1,4 +1,4 @@
-"""What planning a step within a memory budget takes, for 80 layers captured one by one: python -m benchmarks.budget"""
+"""Time to plan a step within a memory budget, for 80 layers captured one by one: python -m benchmarks.budget"""
 
 from __future__ import annotations
 
@@ -49,9 +49,12 @@ def main(
     capture_seconds = time.perf_counter() - began
     rest_bytes = 12 * sum(p.numel() for p in model.parameters()) // NUM_RANKS
     context = Context(
-        mesh=(Axis("shard", NUM_RANKS),), costs=cost_table("8x8-h100", torch.device("cpu")), groups_calls=True,
-        keeps_blocks=True, rest_bytes=rest_bytes,
-    )  # fmt: skip
+        mesh=(Axis("shard", NUM_RANKS),),
+        costs=cost_table("8x8-h100", torch.device("cpu")),
+        groups_calls=True,
+        keeps_blocks=True,
+        rest_bytes=rest_bytes,
+    )
     table = Table(title=f"{len(graph.nodes):,} nodes captured in {capture_seconds:.0f} s", title_justify="left")
     for column in ("host", "step GB", "peak GB", "passes s", "of which fit s"):
         table.add_column(column, justify="right" if column != "host" else "left")

@@ -27,7 +27,7 @@ class Order(StrEnum):
 
 @dataclass(frozen=True)
 class Campaign:
-    """What to launch.
+    """One launch.
 
     job: the model, the world and the number of steps; its system is filled in for each launch.
     timeout_s: that one launch may take.

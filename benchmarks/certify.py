@@ -1,4 +1,4 @@
-"""What certificates take: python -m benchmarks.certify
+"""Time of certificates: python -m benchmarks.certify
 
 Of a Llama-3 70B traced for 64 H100s, beside its passes: the certificate that a compile makes, and the one of every
 graph that `zgraph verify` makes. And of the demo, from the call of the compiler to the end of the first step: with the
@@ -47,16 +47,24 @@ def large(num_layers: int) -> Large:
     from zgraph.passes import RECIPES, parse_recipe
 
     config = hf.LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=num_layers, num_attention_heads=64,
-        num_key_value_heads=8, vocab_size=128256, use_cache=False,
-    )  # fmt: skip
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=num_layers,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        use_cache=False,
+    )
     with torch.device("meta"):
         model = hf.LlamaForCausalLM(config)
         ids = torch.zeros(1, 4096, dtype=torch.int64)
     run = traced(
-        model, {"input_ids": ids, "labels": ids}, parse_recipe(RECIPES[3]), hardware=HARDWARE,
+        model,
+        {"input_ids": ids, "labels": ids},
+        parse_recipe(RECIPES[3]),
+        hardware=HARDWARE,
         param_dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     graphs = [(name.partition("#")[0], run.graph(name)) for name in run.names]
     taken = []
     for thorough in (False, True):
@@ -78,9 +86,16 @@ def first_step() -> float:
     import zgraph
 
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
-        num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True, use_cache=False,
-    )  # fmt: skip
+        vocab_size=2048,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
     model = LlamaForCausalLM(config)
     ids = torch.randint(2048, (4, 128))
     began = time.perf_counter()
@@ -92,9 +107,12 @@ def first_step() -> float:
 def apart(verify: int) -> float:
     """The first step in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.certify", "--only"], env={**os.environ, "ZGRAPH_VERIFY": str(verify)},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "benchmarks.certify", "--only"],
+        env={**os.environ, "ZGRAPH_VERIFY": str(verify)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 

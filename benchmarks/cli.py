@@ -1,4 +1,4 @@
-"""What the `zgraph` command takes on a deep model, start-up included: python -m benchmarks.cli
+"""Time of the `zgraph` command on a deep model, start-up included: python -m benchmarks.cli
 
 A Llama of the shape of Llama-3 70B is traced under fake tensors, and its run file looked at, on processors, each
 command in a process of its own. Where a core is shared, wall clock and the time on a core differ.
@@ -51,11 +51,18 @@ class Timed:
 def config(num_layers: int) -> dict[str, object]:
     """Llama-3 70B's, with so many layers."""
     return {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": num_layers,
-        "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": num_layers,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    }  # fmt: skip
+    }
 
 
 def timed(command: str, folder: Path) -> Timed:

@@ -13,21 +13,21 @@ from torch import Tensor
 
 
 class Step(Protocol):
-    """What is timed. Each call does the same."""
+    """One step, which is timed. Each call does the same."""
 
     def __call__(self) -> Any: ...
 
     def results(self) -> list[Tensor]:
-        """What one more step makes, to compare it with another system's; nothing where that has no meaning."""
+        """The result of one more step, to compare it with another system's; nothing where that has no meaning."""
 
 
 COLD_BYTES = 512 << 20
-"""What is written over between steps, so that caches hold nothing of theirs: twice the largest cache of a GPU."""
+"""Bytes written over between steps, so that caches hold nothing of theirs: twice the largest cache of a GPU."""
 
 
 @dataclass
 class Taken:
-    """What was measured of one system.
+    """Measurements of one system.
 
     Args:
         seconds: of each step, on the device.
@@ -147,7 +147,7 @@ def difference(made: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 @contextmanager
 def _failing_into(taken: Taken) -> Iterator[None]:
-    """What fails in here becomes the error of what is measured."""
+    """Turns an exception into the error of what is measured."""
     try:
         yield
     except Exception as error:

@@ -53,9 +53,14 @@ def run(system: str, num_layers: int, width: int) -> Timed:
     small(torch.ones(8, 8, requires_grad=True)).backward()
     torch.compiler.reset()
     config = hf.LlamaConfig(
-        hidden_size=width, intermediate_size=3 * width, num_hidden_layers=num_layers, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=1000, use_cache=False,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1000,
+        use_cache=False,
+    )
     model = hf.LlamaForCausalLM(config).train()
     ids = torch.randint(1000, (2, 64))
     taken, losses = [], []
@@ -76,10 +81,22 @@ def apart(system: str, num_layers: int, width: int) -> Timed:
     """The same in a process of its own, with an empty cache of kernels."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.compile_time", "--layers", str(num_layers), "--width", str(width),
-             "--only", system],
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.compile_time",
+                "--layers",
+                str(num_layers),
+                "--width",
+                str(width),
+                "--only",
+                system,
+            ],
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     return Timed(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -102,9 +119,12 @@ def main(
         rows = [each[index] for each in found]
         share = median(each[index].first_s / each[0].first_s for each in found)
         table.add_row(
-            system, f"{median(r.first_s for r in rows):.1f}", f"{share:.2f}",
-            f"{1e3 * median(r.step_s for r in rows):.0f}", rows[0].regions,
-        )  # fmt: skip
+            system,
+            f"{median(r.first_s for r in rows):.1f}",
+            f"{share:.2f}",
+            f"{1e3 * median(r.step_s for r in rows):.0f}",
+            rows[0].regions,
+        )
     Console().print(table)
     write(json_file, layers=layers, width=width, rounds=[[asdict(t) for t in r] for r in found])
 

@@ -37,7 +37,7 @@ COMPILERS: Mapping[str, Callable[[nn.Module], Callable[..., Any]]] = {
 KERNELS = ("aten", "triton", "inductor")
 
 EAGER = ("eager", "torch foreach")
-"""What torch does if nothing is asked for."""
+"""torch's default."""
 
 NUM_SHARDS = 8
 RATE = 1e-4
@@ -132,13 +132,21 @@ def _zgraph(kernels: Any, param_dtype: torch.dtype | None = None) -> Callable[[n
 def layers(shape: Shape) -> nn.Module:
     """Four layers of Llama-3 8B, or all of GPT-2 XL's; without an embedding to speak of."""
     if shape.model == LLAMA.model:
-        config = LlamaConfig(hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=4,
-                             num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=8,
-                             bos_token_id=None, eos_token_id=None)  # fmt: skip
+        config = LlamaConfig(
+            hidden_size=shape.width,
+            intermediate_size=shape.inner,
+            num_hidden_layers=4,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            vocab_size=8,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
         return LlamaModel(config)
     num_layers = 48 if shape == GPT2 else 2
-    small = GPT2Config(n_embd=shape.width, n_layer=num_layers, n_head=shape.heads, vocab_size=8, bos_token_id=None,
-                        eos_token_id=None)  # fmt: skip
+    small = GPT2Config(
+        n_embd=shape.width, n_layer=num_layers, n_head=shape.heads, vocab_size=8, bos_token_id=None, eos_token_id=None
+    )
     return GPT2Model(small)
 
 
@@ -197,8 +205,9 @@ def sharded(shape: Shape, device: torch.device) -> Iterator[nn.Module]:
         for p in model.parameters():
             assert isinstance(p, DTensor)
             local = torch.randn(p.to_local().shape, generator=dice, device=device)
-            p.grad = DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape,
-                                        stride=p.stride())  # fmt: skip
+            p.grad = DTensor.from_local(
+                local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            )
         yield model
     finally:
         dist.destroy_process_group()
@@ -223,14 +232,28 @@ def llama_1b(*, is_tiny: bool) -> LlamaConfig:
     """Llama-3.2-1B."""
     width, inner, num_layers, heads, words = (64, 96, 1, 4, 300) if is_tiny else (2048, 8192, 16, 32, 128_256)
     rope = {
-        "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     return LlamaConfig(
-        hidden_size=width, intermediate_size=inner, num_hidden_layers=num_layers, num_attention_heads=heads,
-        num_key_value_heads=heads // 4, vocab_size=words, max_position_embeddings=131_072, tie_word_embeddings=True,
-        rms_norm_eps=1e-5, rope_parameters=rope, use_cache=False, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        vocab_size=words,
+        max_position_embeddings=131_072,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        rope_parameters=rope,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
 
 
 class Masters:

@@ -1,4 +1,4 @@
-"""What can go wrong in a benchmark. Every message ends with its remedy."""
+"""Errors of benchmarks. Every message ends with its remedy."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 WIDTH, HEIGHT = 1280, 860
 
 README_MODEL, README_STATE = "llama3_70b", "#pass=all-gather&node=primals_365_full_start"
-"""What the README's picture, `docs/report.png`, shows."""
+"""Model and view of the README's picture, `docs/report.png`."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,15 @@ ENTRIES = (
     Entry("gpt2", "GPT-2", "--hardware 1x8-h100 --batch 8 --seq 1024", "Eight rows of 1,024 tokens a rank."),
     Entry("vit", "ViT-B/16", "--hardware 1x8-h100", "32 pictures of 224 x 224 pixels a rank."),
     Entry(
-        "mixtral", "Mixtral 8x7B", "--hardware 1x8-h200",
+        "mixtral",
+        "Mixtral 8x7B",
+        "--hardware 1x8-h200",
         "A row of 2,048 tokens a rank. Tokens find their experts in a grouped matmul, whose shapes do not depend on "
         "the data: it is counted as that of as many rows in one matmul, however they spread. A parameter is sharded by "
         "its first dimension, here that of the eight experts, so that on more than eight ranks none holds less: the "
         "80 GB of an H100 do not do.",
     ),
-)  # fmt: skip
+)
 
 
 def main(

@@ -48,16 +48,30 @@ def vit() -> tuple[nn.Module, dict[str, Tensor]]:
 def mixtral() -> nn.Module:
     """Mixtral 8x7B."""
     config = MixtralConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        num_local_experts=8, num_experts_per_tok=2, vocab_size=32000, use_cache=False,
-    )  # fmt: skip
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=32000,
+        use_cache=False,
+    )
     return MixtralForCausalLM(config)
 
 
 def _llama3(width: int, inner: int, num_layers: int, num_heads: int) -> nn.Module:
     config = LlamaConfig(
-        hidden_size=width, intermediate_size=inner, num_hidden_layers=num_layers, num_attention_heads=num_heads,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
-        rms_norm_eps=1e-5, use_cache=False,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        rms_norm_eps=1e-5,
+        use_cache=False,
+    )
     return LlamaForCausalLM(config)

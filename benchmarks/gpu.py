@@ -47,7 +47,7 @@ T = TypeVar("T")
 FUSED = parse_recipe("canonicalize,fuse,dce")
 META = torch.device("meta")
 ADAMW_BYTES = 28
-"""What AdamW moves for a parameter in fp32: master, gradient and two moments read, all but the gradient written."""
+"""Bytes that AdamW moves for an fp32 parameter: master, gradient and two moments read, all but the gradient written."""
 
 COLUMNS = ("step ms", "quartiles", "of eager", "of best\nother", "of\nroofline", "host ms", "peak MB", "differs")
 
@@ -56,7 +56,7 @@ TRAINING, TRAINED = "training step", "Llama-3.2 1B"
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how often. No words mean everything."""
+    """Measurements to make, and how often. No words mean everything."""
 
     device: str
     is_tiny: bool
@@ -76,7 +76,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Thing:
-    """What all systems do: `prepares` gives them for a device, `bound_s` the time that none can be faster than."""
+    """A task for all systems: `prepares` gives them for a device, `bound_s` the time that none can be faster than."""
 
     name: str
     model: str
@@ -116,8 +116,10 @@ class Row:
 
 def rows(thing: Thing, found: Mapping[str, Taken], bound_s: float | None) -> list[Row]:
     """One row a system, in their order."""
-    made = [_row(Row(thing.name, thing.model, system, taken.error, bound_s=bound_s), taken)
-            for system, taken in found.items()]  # fmt: skip
+    made = [
+        _row(Row(thing.name, thing.model, system, taken.error, bound_s=bound_s), taken)
+        for system, taken in found.items()
+    ]
     known = [(row.system, row.step_s) for row in made if row.step_s]
     eager = next((s for system, s in known if system in EAGER), None)
     best = min((s for system, s in known if not system.startswith("zgraph")), default=None)
@@ -134,9 +136,16 @@ def _row(row: Row, taken: Taken) -> Row:
         return row
     low, middle, high = quantiles(taken.seconds, n=4, method="inclusive")
     return replace(
-        row, step_s=middle, step_low_s=low, step_high_s=high, of_roofline=row.bound_s and row.bound_s / middle,
-        host_s=taken.host_s, peak_bytes=taken.peak_bytes, difference=taken.difference, loss=taken.loss,
-    )  # fmt: skip
+        row,
+        step_s=middle,
+        step_low_s=low,
+        step_high_s=high,
+        of_roofline=row.bound_s and row.bound_s / middle,
+        host_s=taken.host_s,
+        peak_bytes=taken.peak_bytes,
+        difference=taken.difference,
+        loss=taken.loss,
+    )
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -204,7 +213,7 @@ def roofline_s(
 
 @dataclass(frozen=True)
 class Machine:
-    """What computes, and the costs that rooflines are drawn from."""
+    """The machine that computes, and the costs that rooflines are drawn from."""
 
     device: str
     versions: Mapping[str, Any]
@@ -263,7 +272,7 @@ def fitting(index: int, system: str, options: Options) -> Options:
 def apart(
     options: Options, systems: tuple[str, ...], function: Callable[..., dict[str, Taken]], *args: Any
 ) -> dict[str, Taken]:
-    """What a function returns: on a GPU in a process of its own, so that no error outlives it."""
+    """The result of a function: on a GPU in a process of its own, so that no error outlives it."""
     try:
         return in_process(options, function, *args)
     except BrokenProcessPool:
@@ -284,8 +293,14 @@ def run(options: Options, costs: CostTable) -> Iterator[tuple[Thing, list[Row]]]
         if not _is_meant(thing.title, options.only) or not names:
             continue
         if thing.name != TRAINING:
-            yield thing, rows(thing, apart(options, names, measured, index, names, options, options.num_rounds),
-                              _bound_s(thing, costs))  # fmt: skip
+            yield (
+                thing,
+                rows(
+                    thing,
+                    apart(options, names, measured, index, names, options, options.num_rounds),
+                    _bound_s(thing, costs),
+                ),
+            )
             continue
         fits = fitting(index, names[0], options)
         thing = replace(things(fits)[index], model=f"{TRAINED}, {fits.batch} x {fits.tokens} tokens")
@@ -316,10 +331,17 @@ def table(title: str, made: list[Row]) -> Table:
     for row in made:
         quartiles = f"{_of(row.step_low_s, 1e3, '.3f')} to {_of(row.step_high_s, 1e3, '.3f')}" if row.step_s else "-"
         found.add_row(
-            row.system, _of(row.step_s, 1e3, ".3f"), quartiles, _of(row.vs_eager, 1, ".2f"), _of(row.vs_best, 1, ".2f"),
-            _of(row.of_roofline, 1, ".0%"), _of(row.host_s, 1e3, ".2f"), _of(row.peak_bytes, 1e-6, ",.0f"),
-            _of(row.difference, 1, ".0e"), style="bold" if row.system == "zgraph triton" else "",
-        )  # fmt: skip
+            row.system,
+            _of(row.step_s, 1e3, ".3f"),
+            quartiles,
+            _of(row.vs_eager, 1, ".2f"),
+            _of(row.vs_best, 1, ".2f"),
+            _of(row.of_roofline, 1, ".0%"),
+            _of(row.host_s, 1e3, ".2f"),
+            _of(row.peak_bytes, 1e-6, ",.0f"),
+            _of(row.difference, 1, ".0e"),
+            style="bold" if row.system == "zgraph triton" else "",
+        )
     found.caption = Text("\n".join(f"{row.system}: {row.error}" for row in made if row.error))
     found.caption_justify = "left"
     return found
@@ -364,8 +386,9 @@ def main(
     """Measure everything, print a table for each thing, and write what is there so far after each."""
     if is_tiny:
         batch, tokens = 2, 16
-    options = Options(device, is_tiny, tuple(only or ()), tuple(systems or ()), hardware, batch, tokens, rounds, steps,
-                      warmup)  # fmt: skip
+    options = Options(
+        device, is_tiny, tuple(only or ()), tuple(systems or ()), hardware, batch, tokens, rounds, steps, warmup
+    )
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         check(options)
@@ -378,9 +401,12 @@ def main(
     if device == "cpu":
         console.print("[bold]Tiny shapes on a processor: these times mean nothing.[/]")
     whole = {
-        "environment": {**environment(), **here.versions}, "device": here.device, "hardware": profile.model_dump(),
-        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]), "options": asdict(options),
-    }  # fmt: skip
+        "environment": {**environment(), **here.versions},
+        "device": here.device,
+        "hardware": profile.model_dump(),
+        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
+        "options": asdict(options),
+    }
     found: list[Row] = []
     for thing, made in run(options, here.costs):
         found += made

@@ -1,4 +1,4 @@
-"""What lies between matmuls, as small modules with the shapes of known models, and their inputs.
+"""Ops between matmuls, as small modules with the shapes of known models, and their inputs.
 
 Each is one group that `kernels="triton"` fuses, with or without the matmuls around it. `others` of a group are torch's
 own ways to the same numbers, where it has one that a model must be written for.
@@ -66,7 +66,7 @@ class Group:
 
 
 class ResidualNorm(nn.Module):
-    """What a sublayer made is added to the stream, which the next one reads normalised."""
+    """A sublayer's output is added to the stream, which the next one reads normalised."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class ResidualNorm(nn.Module):
 
 
 class BiasNorm(nn.Module):
-    """What a matmul without its bias leaves to do before a norm."""
+    """A bias and a residual sum between a matmul and a norm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -209,17 +209,23 @@ def groups(*, is_tiny: bool = False) -> list[Group]:
     llama, gpt2, vit = (tiny(s) if is_tiny else s for s in (LLAMA, GPT2, VIT))
     found = [
         Group(
-            "residual + rmsnorm", llama, lambda: ResidualNorm(LlamaRMSNorm(llama.width)), _stream(llama, 2),
+            "residual + rmsnorm",
+            llama,
+            lambda: ResidualNorm(LlamaRMSNorm(llama.width)),
+            _stream(llama, 2),
             {"torch rms_norm": lambda: ResidualNorm(nn.RMSNorm(llama.width, 1e-6))},
         ),
         Group("swiglu", llama, SwiGlu, _inner(llama, 2)),
         Group("swiglu mlp", llama, lambda: GatedMlp(llama.width, llama.inner), _stream(llama, 1)),
         Group("rotary", llama, lambda: Turn(llama.head), lambda: _queries(llama)),
         Group(
-            "linear + cross-entropy", llama, lambda: Head(llama.width, llama.words), lambda: _predicted(llama),
+            "linear + cross-entropy",
+            llama,
+            lambda: Head(llama.width, llama.words),
+            lambda: _predicted(llama),
             {"torch linear_cross_entropy": lambda: LinearLoss(llama.width, llama.words)},
         ),
-    ]  # fmt: skip
+    ]
     for shape in (gpt2, vit):
         is_gpt2 = shape is gpt2
         activation = NewGELUActivation if is_gpt2 else nn.GELU
@@ -227,13 +233,21 @@ def groups(*, is_tiny: bool = False) -> list[Group]:
             Group("residual + layernorm", shape, _residual_layernorm(shape), _stream(shape, 2)),
             Group("bias + layernorm", shape, _bias_layernorm(shape), _stream(shape, 1)),
             Group(
-                "gelu", shape, activation, _inner(shape, 1),
+                "gelu",
+                shape,
+                activation,
+                _inner(shape, 1),
                 {"torch gelu, tanh": lambda: nn.GELU("tanh")} if is_gpt2 else {},
             ),
             _mlp("gelu mlp", shape, activation),
-            Group("scale + mask + softmax + dropout" if is_gpt2 else "scale + softmax + dropout", shape,
-                  _scores(shape, causal=is_gpt2), _squares(shape), draws=True),
-        ]  # fmt: skip
+            Group(
+                "scale + mask + softmax + dropout" if is_gpt2 else "scale + softmax + dropout",
+                shape,
+                _scores(shape, causal=is_gpt2),
+                _squares(shape),
+                draws=True,
+            ),
+        ]
     return [*found, _mlp("relu mlp", vit, nn.ReLU)]
 
 

@@ -33,7 +33,7 @@ HELD_OUT = 4
 
 @dataclass(frozen=True)
 class Job:
-    """What to train on.
+    """Data and sizes of a run.
 
     Args:
         weights: of the model.
@@ -50,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """What a Trainer logged.
+    """Log of a Trainer.
 
     Args:
         name: of its class.
@@ -70,15 +70,24 @@ def fine_tune(kind: Any, name: str, job: Job, resume: str | None) -> Run:
     trainer = kind(
         model=plain_model(job.weights),
         args=transformers.TrainingArguments(
-            output_dir=str(job.folder), max_steps=job.steps, per_device_train_batch_size=1,
-            gradient_accumulation_steps=2, learning_rate=1e-4, weight_decay=0.01, warmup_steps=1, logging_steps=1,
+            output_dir=str(job.folder),
+            max_steps=job.steps,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-4,
+            weight_decay=0.01,
+            warmup_steps=1,
+            logging_steps=1,
             save_strategy="steps" if kind is zgraph.hf.Trainer and resume is None else "no",
-            save_steps=job.steps // 2, report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+            save_steps=job.steps // 2,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=TensorDataset(rows[HELD_OUT:]),
         eval_dataset=TensorDataset(rows[:HELD_OUT]),
         data_collator=_collate,
-    )  # fmt: skip
+    )
     trainer.train(resume_from_checkpoint=resume)
     eval_loss = trainer.evaluate()["eval_loss"]
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
@@ -130,9 +139,12 @@ def main(
         table.add_row(run.name, losses, f"{run.eval_loss:.6f}", f"{difference:.1e}")
     Console().print(table)
     write(
-        json_file, steps=steps, seq_len=seq_len, ranks=ranks,
+        json_file,
+        steps=steps,
+        seq_len=seq_len,
+        ranks=ranks,
         runs=[{**vars(run), "largest_relative_difference": d} for run, d in zip(runs, apart, strict=True)],
-    )  # fmt: skip
+    )
 
 
 def differences(run: Run, expected: Run) -> float:

@@ -1,4 +1,4 @@
-"""What one launch of ranks is asked, and what each rank reports. Both are JSON files in its folder."""
+"""Request of one launch of ranks, and the report of each rank. Both are JSON files in its folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Job:
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank measured; what its job did not ask for is None or empty.
+    """Measurements of one rank; what its job did not ask for is None or empty.
 
     step_s: seconds of each measured step.
     losses: of the same steps, on this rank's own batches.

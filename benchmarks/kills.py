@@ -46,12 +46,12 @@ STARTING_SHARE = 0.2
 
 
 class Killed(AssertionError):
-    """What must not happen has happened: training did not go on as if nobody had been killed."""
+    """Training did not go on as if nobody had been killed."""
 
 
 @dataclass
 class Outcome:
-    """What was seen.
+    """Observations over all rounds.
 
     Args:
         num_kills: ranks that were killed.
@@ -95,20 +95,25 @@ def train(rank: int, num_ranks: int, port: int, folder: Path, asynchronous: bool
     """
     torch.set_num_threads(1)
     os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }  # fmt: skip
+    }
     try:
         zgraph.init_distributed()
         pipe.send(("joined", None))
         engine, *_ = zgraph.initialize_engine(
             model=Net(),
             config={
-                "train_batch_size": ROWS, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+                "train_batch_size": ROWS,
+                "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
                 "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
-                "zero_optimization": {"stage": 3}, "checkpoint": {"asynchronous": asynchronous},
+                "zero_optimization": {"stage": 3},
+                "checkpoint": {"asynchronous": asynchronous},
             },
-        )  # fmt: skip
+        )
         torch.manual_seed(rank)
         pipe.send(("sharded", None))
         engine.load_checkpoint(folder)
@@ -154,7 +159,7 @@ class Round:
             self.pipes.append(ours)
 
     def told(self, until: float) -> Iterator[tuple[int, str, Any]]:
-        """What ranks tell until this moment of the monotonic clock, or until all of them have ended."""
+        """Messages of the ranks until this moment of the monotonic clock, or until all of them have ended."""
         open_pipes = {pipe: rank for rank, pipe in enumerate(self.pipes) if not pipe.closed}
         while open_pipes and (left := until - time.monotonic()) > 0:
             for pipe in wait(list(open_pipes), left):
@@ -289,10 +294,13 @@ def run_all(num_kills: int, num_ranks: int, seed: int, num_campaigns: int) -> Ou
     with ThreadPoolExecutor(num_campaigns) as pool:
         found = list(pool.map(lambda at: run(shares[at], num_ranks, seed + at), range(num_campaigns)))
     return Outcome(
-        sum(o.num_kills for o in found), [at for o in found for at in o.resumed], [s for o in found for s in o.ended_s],
-        dict(sum((Counter(o.moments) for o in found), Counter())), sum(o.num_steps for o in found),
+        sum(o.num_kills for o in found),
+        [at for o in found for at in o.resumed],
+        [s for o in found for s in o.ended_s],
+        dict(sum((Counter(o.moments) for o in found), Counter())),
+        sum(o.num_steps for o in found),
         sum(o.num_repeated for o in found),
-    )  # fmt: skip
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -308,9 +316,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{outcome.num_kills} kills, {outcome.num_steps} steps as without kills, {time.monotonic() - began:.0f} s")
     print(f"the others ended within {max(outcome.ended_s):.1f} s; when killed, ranks were at {outcome.moments}")
     results.write(
-        options.json, num_ranks=options.ranks, seed=options.seed, num_campaigns=options.campaigns,
-        slowest_end_s=max(outcome.ended_s), seconds=time.monotonic() - began, **asdict(outcome),
-    )  # fmt: skip
+        options.json,
+        num_ranks=options.ranks,
+        seed=options.seed,
+        num_campaigns=options.campaigns,
+        slowest_end_s=max(outcome.ended_s),
+        seconds=time.monotonic() - began,
+        **asdict(outcome),
+    )
 
 
 if __name__ == "__main__":

@@ -38,20 +38,62 @@ def llama_30m() -> PretrainedConfig:
     return llama(512, 1408, 8, 8, 4096)
 
 
+def llama_8m() -> PretrainedConfig:
+    """8,524,032 parameters."""
+    return llama(256, 704, 8, 4, 4096)
+
+
 def gpt2_4l() -> PretrainedConfig:
     """GPT-2 small in width and vocabulary, 4 layers instead of 12, no dropout."""
     return GPT2Config(n_layer=4, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, use_cache=False)
 
 
+def llama_10l() -> PretrainedConfig:
+    """Ten layers, 36,186,624 parameters."""
+    return llama(512, 1408, 10, 8, 4096)
+
+
+def break_between_layers(model: nn.Module) -> None:
+    """Have each layer begin with a graph break."""
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(_break)
+
+
+def break_in_layers(model: nn.Module) -> None:
+    """Have each layer break the graph between its attention and its MLP."""
+    for layer in decoder_layers(model):
+        layer.mlp.register_forward_pre_hook(_break)
+
+
+def _break(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    torch._dynamo.graph_break()
+
+
 @dataclass(frozen=True)
 class Preset:
-    """A named model configuration."""
+    """A named model configuration, the change made to the model, and the shape of a rank's batch."""
 
     name: str
     config: Callable[[], PretrainedConfig]
+    change: Callable[[nn.Module], None] = lambda model: None
+    batch_size: int = BATCH_SIZE
+    sequence_length: int = SEQUENCE_LENGTH
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a step on one rank."""
+        return self.batch_size * self.sequence_length
 
 
-PRESETS = (Preset("llama-tiny", llama_tiny), Preset("llama-30m", llama_30m), Preset("gpt2-4l", gpt2_4l))
+PRESETS = (
+    Preset("llama-tiny", llama_tiny),
+    Preset("llama-30m", llama_30m),
+    Preset("gpt2-4l", gpt2_4l),
+    Preset("llama-8m", llama_8m),
+    Preset("llama-8m-2k", llama_8m, batch_size=8, sequence_length=256),
+    Preset("llama-10-breaks", llama_10l, break_between_layers),
+    Preset("llama-breaks-inside", llama_10l, break_in_layers),
+)
 NAMES = tuple(preset.name for preset in PRESETS)
 
 
@@ -67,6 +109,7 @@ def build(name: str, device: torch.device) -> nn.Module:
     """The model of a preset, in fp32 and training mode; the same numbers in every process."""
     torch.manual_seed(SEED)
     model: nn.Module = AutoModelForCausalLM.from_config(preset(name).config(), dtype=torch.float32)  # type: ignore[no-untyped-call]
+    preset(name).change(model)
     return model.train().to(device)
 
 
@@ -77,12 +120,13 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def batch(name: str, *, step: int, rank: int, device: torch.device) -> Tensor:
-    """Token ids, [BATCH_SIZE, SEQUENCE_LENGTH] int64, different for each step and rank.
+    """Token ids, [batch size, sequence length] int64, different for each step and rank.
 
     Every row counts upwards from a random token, so that the loss falls within a few steps and a rank that
     misses the others' gradients shows in it.
     """
-    vocab_size: int = preset(name).config().vocab_size
+    found = preset(name)
+    vocab_size: int = found.config().vocab_size
     generator = torch.Generator().manual_seed(SEED + 4096 * step + rank)
-    first = torch.randint(vocab_size, (BATCH_SIZE, 1), generator=generator)
-    return ((first + torch.arange(SEQUENCE_LENGTH)) % vocab_size).to(device)
+    first = torch.randint(vocab_size, (found.batch_size, 1), generator=generator)
+    return ((first + torch.arange(found.sequence_length)) % vocab_size).to(device)

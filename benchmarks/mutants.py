@@ -72,13 +72,26 @@ OWN_EXAMPLES = 10
 MODELS = ("tied", "convnet", "bf16", "mixed stages", "llama", "dynamic")
 
 COMPARED: dict[type[ast.cmpop], type[ast.cmpop]] = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-}  # fmt: skip
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
 COMPUTED: dict[type[ast.operator], type[ast.operator]] = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult, ast.Div: ast.Mult,
-    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-}  # fmt: skip
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.FloorDiv,
+    ast.FloorDiv: ast.Mult,
+    ast.Div: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
 CALLED = {"min": "max", "max": "min", "all": "any", "any": "all", "sorted": "list"}
 
 
@@ -104,6 +117,7 @@ _BLOCKS = "passes/analysis/blocks.py"
 _CONVEX = "of two corners, the one with fewer bytes takes longer, but for what rounding makes of equal ones"
 _ROUNDING = "what is compared is equal but for rounding then, and either choice is as good"
 _TUNED = "how long a search may take is no promise"
+_GUESSED = "which guesses are tried is no promise, and of those that fit the first is taken"
 _TWICE = "a value that is looked at twice is found to be the same: slower"
 
 EQUIVALENT = (
@@ -111,28 +125,55 @@ EQUIVALENT = (
     Equivalent(_BLOCKS, "seen.add(other)", "pass", _TWICE),
     Equivalent(_BLOCKS, "reached.add(other)", "pass", _TWICE),
     Equivalent(
-        _BLOCKS, "high.num_bytes <= low.num_bytes or low.us <= high.us",
-        "high.num_bytes <= low.num_bytes and low.us <= high.us", _CONVEX,
+        _BLOCKS,
+        "high.num_bytes <= low.num_bytes or low.us <= high.us",
+        "high.num_bytes <= low.num_bytes and low.us <= high.us",
+        _CONVEX,
     ),
     Equivalent(_BLOCKS, "high.num_bytes <= low.num_bytes", "high.num_bytes < low.num_bytes", _CONVEX),
     Equivalent(_BLOCKS, "low.us <= high.us", "low.us < high.us", "nothing is found at a price of 0"),
     Equivalent(
-        _BLOCKS, "found.us + price * found.num_bytes >= line * (1 - 1e-09) - 1e-09",
-        "found.us + price * found.num_bytes > line * (1 - 1e-09) - 1e-09", _ROUNDING,
+        _BLOCKS,
+        "found.us + price * found.num_bytes >= line * (1 - 1e-09) - 1e-09",
+        "found.us + price * found.num_bytes > line * (1 - 1e-09) - 1e-09",
+        _ROUNDING,
     ),
     Equivalent(_BLOCKS, "line * (1 - 1e-09) - 1e-09", "line * (1 - 1e-09) + 1e-09", _ROUNDING),
     Equivalent(
-        _BLOCKS, "_bound(high, low, headroom) >= self.best_us - 1e-09",
-        "_bound(high, low, headroom) > self.best_us - 1e-09", _ROUNDING,
+        _BLOCKS,
+        "_bound(high, low, headroom) >= self.best_us - 1e-09",
+        "_bound(high, low, headroom) > self.best_us - 1e-09",
+        _ROUNDING,
     ),
     Equivalent(_BLOCKS, "self.best_us - 1e-09", "self.best_us + 1e-09", _ROUNDING),
     Equivalent("passes/analysis/timetable.py", "400000", "400001", _TUNED),
+    Equivalent("passes/fit.py", "unused // 2", "unused * 2", _GUESSED),
+    Equivalent(
+        "passes/analysis/lowering.py",
+        "if not any((node.op == 'reshard' and wanted(node) for node in graph.nodes)):",
+        "if False:",
+        "a graph without such a reshard is copied, node by node",
+    ),
+    Equivalent(
+        "passes/analysis/timetable.py",
+        "candidate.makespan_us < best.makespan_us - 1e-09",
+        "candidate.makespan_us <= best.makespan_us - 1e-09",
+        _ROUNDING,
+    ),
     Equivalent("passes/analysis/timetable.py", "200", "201", _TUNED),
-    Equivalent("passes/core/budgeted.py", "self.context.rest_bytes - 1", "self.context.rest_bytes + 1",
-               "an allocation is 512 bytes: no step has only one"),
-    Equivalent("passes/schedule.py", "as_it_came.peak.total_bytes < curve.peak.total_bytes",
-               "as_it_came.peak.total_bytes <= curve.peak.total_bytes", "both are over the limit by as much"),
-)  # fmt: skip
+    Equivalent(
+        "passes/core/budgeted.py",
+        "self.context.rest_bytes - 1",
+        "self.context.rest_bytes + 1",
+        "an allocation is 512 bytes: no step has only one",
+    ),
+    Equivalent(
+        "passes/schedule.py",
+        "as_it_came.peak.total_bytes < curve.peak.total_bytes",
+        "as_it_came.peak.total_bytes <= curve.peak.total_bytes",
+        "both are over the limit by as much",
+    ),
+)
 """Each row must be one place of the source, which the tests check."""
 
 
@@ -161,7 +202,7 @@ class Mutant:
 
 
 def mutated(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in the place of a node."""
+    """Nodes that may stand in the place of a node."""
     new: Any = copy.deepcopy(node)
     match new:
         case ast.Compare(ops=[op, *_]) if type(op) in COMPARED:
@@ -316,9 +357,14 @@ class _Plugin:
             most = self.num_examples * (OWN_EXAMPLES if item.nodeid.partition("::")[0] in self.own else 1)
             if given := getattr(function, "_hypothesis_internal_use_settings", None):
                 function._hypothesis_internal_use_settings = settings(
-                    given, max_examples=min(given.max_examples, most), derandomize=True, database=None, deadline=None,
-                    phases=(Phase.explicit, Phase.generate), suppress_health_check=(),
-                )  # fmt: skip
+                    given,
+                    max_examples=min(given.max_examples, most),
+                    derandomize=True,
+                    database=None,
+                    deadline=None,
+                    phases=(Phase.explicit, Phase.generate),
+                    suppress_health_check=(),
+                )
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed and not self.failed:
@@ -346,7 +392,7 @@ def run_tests(tests: Sequence[str], own: Collection[str], num_examples: int, cap
 
 
 def in_child(work: Any, timeout: float) -> tuple[str, bool]:
-    """What `work` returns in a process of its own, and whether it had to be ended.
+    """The result of `work` in a process of its own, and whether it had to be ended.
 
     Args:
         timeout: seconds of a core, so that other work on the machine ends nothing; of the clock, ten times as many.

@@ -41,7 +41,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, on how many ranks."""
+    """Sizes of a measurement, and its number of ranks."""
 
     num_ranks: int
     num_parameters: int

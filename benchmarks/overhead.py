@@ -1,4 +1,4 @@
-"""What the compiler costs where it has nothing to do: eager against `zgraph.compile(stage=0)` in one process.
+"""Overhead of the compiler where it has nothing to do: eager against `zgraph.compile(stage=0)` in one process.
 
     python -m benchmarks.overhead --json overhead.json
 

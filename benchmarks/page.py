@@ -1,4 +1,4 @@
-"""What the HTML report of a run takes: bytes, until it answers, and frames while its pictures are zoomed.
+"""Cost of the HTML report of a run: bytes, until it answers, and frames while its pictures are zoomed.
 
     python -m benchmarks.page run.zg --json benchmarks/results/page-llama3-70b.json
 
@@ -72,10 +72,13 @@ def main(
                 found += _zoomed(page, name, frames)
             page.close()
     result = {
-        "nodes": len(loaded.graph().nodes), "graphs": len(loaded.names), "bytes": len(text), "drawing_s": drawing_s,
+        "nodes": len(loaded.graph().nodes),
+        "graphs": len(loaded.names),
+        "bytes": len(text),
+        "drawing_s": drawing_s,
         "ready_ms": statistics.median(ready_ms),
         "frame_ms": {n: {"median": statistics.median(t), "worst": max(t)} for n, t in zoom_ms.items()},
-    }  # fmt: skip
+    }
     print(f"{result['nodes']:,} nodes, {result['graphs']} graphs: {len(text) / 2**20:.2f} MiB in {drawing_s:.1f} s")
     print(f"answers after {result['ready_ms']:.0f} ms")
     for name, times in zoom_ms.items():

@@ -44,10 +44,15 @@ def worker(system: str, stage: int, num_steps: int) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=256, use_cache=False,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=256,
+            use_cache=False,
         )
-    )  # fmt: skip
+    )
     library = import_module(system)
     config = {**CONFIG, "zero_optimization": {"stage": stage}}
     engine, *_ = library.initialize(model=model, model_parameters=model.parameters(), config=config)
@@ -70,9 +75,21 @@ def worker(system: str, stage: int, num_steps: int) -> None:
 
 def _run(system: str, stage: int, num_steps: int) -> dict[str, list[float]]:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "benchmarks.parity", "--worker", system, "--stage", str(stage), "--steps", str(num_steps),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "benchmarks.parity",
+        "--worker",
+        system,
+        "--stage",
+        str(stage),
+        "--steps",
+        str(num_steps),
+    ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=900)
     lines = [line for line in done.stdout.splitlines() if "RESULT " in line]

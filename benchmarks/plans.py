@@ -1,4 +1,4 @@
-"""What training Llama-3 70B takes on 8, 64 and 128 GPUs, planned on this machine: python -m benchmarks.plans"""
+"""Training Llama-3 70B on 8, 64 and 128 GPUs, planned on this machine: python -m benchmarks.plans"""
 
 from __future__ import annotations
 
@@ -33,9 +33,13 @@ def main(
     found = []
     names = hardware or CLUSTERS
     plans = zgraph.sweep(
-        model, input_ids=tokens, labels=tokens, hardware=names, param_dtype=torch.bfloat16,
+        model,
+        input_ids=tokens,
+        labels=tokens,
+        hardware=names,
+        param_dtype=torch.bfloat16,
         offload="auto" if host else None,
-    )  # fmt: skip
+    )
     for name, plan in zip(names, plans, strict=True):
         Console(width=None if Console().is_terminal else 150).print(plan)
         found.append({"hardware": name, **asdict(plan)})

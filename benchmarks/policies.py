@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import zgraph
+from benchmarks.prefetch import Prefetch
 from zgraph.cost import CostTable, hardware, simulate
 from zgraph.ir import Axis, Graph
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
@@ -57,7 +58,7 @@ def capture(num_layers: int, sequence: int) -> Graph:
 
 
 def prefetch_one(graph: Graph, context: Context) -> Graph:
-    recipe = f"{LOWERED.replace('keep,bucket', LAYER_BUCKET)},prefetch,dce"
+    recipe = f"{LOWERED.replace('keep,bucket', LAYER_BUCKET)},{Prefetch.name},dce"
     return parse_recipe(recipe).run(graph, context, [])
 
 
@@ -106,10 +107,16 @@ def main(
         timeline = simulate(make_plan(final), context.costs, context.hints)
         bound_us = lower_bound_us(final, replace(context))
         table.add_row(
-            name, f"{timeline.step_us / 1e6:.3f}", f"{timeline.busy_us['compute'] / 1e6:.3f}",
-            f"{timeline.busy_us['comm'] / 1e6:.3f}", f"{timeline.exposed_us / 1e6:.3f}", f"{bound_us / 1e6:.3f}",
-            f"{timeline.step_us / bound_us - 1:.1%}", f"{timeline.memory.peak.total_bytes / 2**30:.1f}", f"{taken:.0f}",
-        )  # fmt: skip
+            name,
+            f"{timeline.step_us / 1e6:.3f}",
+            f"{timeline.busy_us['compute'] / 1e6:.3f}",
+            f"{timeline.busy_us['comm'] / 1e6:.3f}",
+            f"{timeline.exposed_us / 1e6:.3f}",
+            f"{bound_us / 1e6:.3f}",
+            f"{timeline.step_us / bound_us - 1:.1%}",
+            f"{timeline.memory.peak.total_bytes / 2**30:.1f}",
+            f"{taken:.0f}",
+        )
     console.print(table)
 
 

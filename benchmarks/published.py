@@ -66,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Constants:
-    """What is fitted."""
+    """Constants that are fitted."""
 
     matmul_share: float
     eager_passes: float
@@ -95,11 +95,24 @@ def _row(cells: Mapping[str, str]) -> Row:
     checkpoint = cells["act_ckpt"].split(" ")[0]
     recomputed = RECOMPUTED.get(checkpoint, 0.5 if "layer" in checkpoint else 0.1)
     return Row(
-        cells["id"], cells["system"], cells["model"], int(cells["layers"]), int(cells["hidden"]), parameters,
-        int(cells["vocab"] or 0), sequence, num_tokens, micro, profile.shaped(math.ceil(num_ranks / each), each),
-        num_ranks, cells["strategy"], recomputed, cells["compile"] == "yes", "fp32 RS" in cells["precision"],
+        cells["id"],
+        cells["system"],
+        cells["model"],
+        int(cells["layers"]),
+        int(cells["hidden"]),
+        parameters,
+        int(cells["vocab"] or 0),
+        sequence,
+        num_tokens,
+        micro,
+        profile.shaped(math.ceil(num_ranks / each), each),
+        num_ranks,
+        cells["strategy"],
+        recomputed,
+        cells["compile"] == "yes",
+        "fp32 RS" in cells["precision"],
         _measured_s(cells, num_tokens, parameters, recomputed),
-    )  # fmt: skip
+    )
 
 
 def _measured_s(cells: Mapping[str, str], num_tokens: int, parameters: float, recomputed: float) -> float:
@@ -179,9 +192,15 @@ def main() -> None:
         errors.append(predicted / row.step_s - 1)
         odd = abs(errors[-1]) > UNEXPLAINED
         table.add_row(
-            row.name, row.system, row.model, f"{row.num_ranks} {row.hardware.name}", f"{row.step_s:.3f}",
-            f"{predicted:.3f}", f"{errors[-1]:+.1%}{' not explained' if odd else ''}", style="dim" if odd else "",
-        )  # fmt: skip
+            row.name,
+            row.system,
+            row.model,
+            f"{row.num_ranks} {row.hardware.name}",
+            f"{row.step_s:.3f}",
+            f"{predicted:.3f}",
+            f"{errors[-1]:+.1%}{' not explained' if odd else ''}",
+            style="dim" if odd else "",
+        )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     explained = [abs(e) for e in errors if abs(e) <= UNEXPLAINED]

@@ -121,7 +121,7 @@ def ours(name: str, budget: int | None) -> Measured:
 
 
 def apart(function: Callable[..., Measured], *args: Any, **kwargs: Any) -> Measured:
-    """What a function returns, run in a process of its own."""
+    """The result of a function, run in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args, kwargs)
 
@@ -140,9 +140,12 @@ def main(
     for baseline in baselines:
         same = apart(ours, "zgraph", baseline.peak_bytes)
         table.add_row(
-            baseline.name, f"{baseline.peak_bytes / 1e6:.1f}", f"{baseline.flop / plain.flop - 1:.1%}",
-            f"{same.peak_bytes / 1e6:.1f}", f"{same.flop / roomy.flop - 1:.1%}",
-        )  # fmt: skip
+            baseline.name,
+            f"{baseline.peak_bytes / 1e6:.1f}",
+            f"{baseline.flop / plain.flop - 1:.1%}",
+            f"{same.peak_bytes / 1e6:.1f}",
+            f"{same.flop / roomy.flop - 1:.1%}",
+        )
         found.append({"peer": asdict(baseline), "zgraph": asdict(same)})
     Console().print(table)
     write(json_file, plain=asdict(plain), roomy=asdict(roomy), rows=found)

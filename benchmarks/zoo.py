@@ -34,25 +34,28 @@ from torch.distributed.tensor import DTensor
 import zgraph
 from benchmarks.results import environment
 from benchmarks.zoo_inputs import Inputs, loss_of, runnable
-from benchmarks.zoo_models import Architecture, architectures
-from benchmarks.zoo_page import page
+from benchmarks.zoo_models import Architecture, architectures, kind_of
+from benchmarks.zoo_page import TRAINED, page
+from benchmarks.zoo_torch import MODELS, TorchInputs
 from zgraph.errors import CaptureError, GraphBreakError, ZgraphError
 
 FORK: Any = get_context("fork")
+Batches = Inputs | TorchInputs
 
 STEPS = 2
-PATIENCE = 4
+PATIENCE = 6
 """Times the seconds of a core that an architecture may take, which may pass on a busy machine."""
+EAGER_S = 60
+"""Seconds of a core that building a model and its eager steps may take; slower ones are skipped."""
 TOLERANCE = 1e-5
-ROUGH = 1e-2
-"""Differences up to here may be rounding, which the same in float64 tells."""
+"""Larger differences may be rounding, which the same in float64 tells."""
 TINY = 1e-6
 """Gradients of which no entry is larger are rounding: sums that would be nought. So are differences in float64."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an architecture.
+    """Outcome of an architecture.
 
     verdict: "whole graph", "pieces", "refused", "wrong", "failed" (an error that is none of zgraph's), "timeout", or
         "not built": the shrunk model does not run eagerly, and does not count.
@@ -90,42 +93,31 @@ class Step:
     gradients: dict[str, Tensor]
 
 
-def eager(model: nn.Module, inputs: Inputs, num_ranks: int) -> list[Step]:
-    """The steps of a copy of the model for each rank, with the mean of their gradients; the loss is this rank's."""
-    rank = dist.get_rank() if num_ranks > 1 else 0
-    models = [model, *(copy.deepcopy(model) for _ in range(num_ranks - 1))]
-    optimizers = [_optimizer(one) for one in models]
-    steps = []
-    for index in range(STEPS):
-        losses = [_backward(one, inputs, index, which) for which, one in enumerate(models)]
-        mean = {
-            name: torch.stack([_whole(p.grad, p) for p in same]).mean(0) for name, *same in zip(
-                dict(model.named_parameters()), *(one.parameters() for one in models), strict=True
-            )
-        }  # fmt: skip
-        for one in models:
-            for name, parameter in one.named_parameters():
-                parameter.grad = mean[name].clone() if parameter.grad is not None else None
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        steps.append(Step(losses[rank], mean))
-    return steps
+def eager(model: nn.Module, inputs: Batches, num_ranks: int) -> list[Step]:
+    """The steps of the model without a compiler; on several ranks those of DistributedDataParallel."""
+    if num_ranks == 1:
+        return steps_of(model, model, inputs)
+    return steps_of(nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), model, inputs)
 
 
-def compiled(model: nn.Module, inputs: Inputs, *, fullgraph: bool) -> tuple[list[Step], int]:
+def compiled(model: nn.Module, inputs: Batches, *, fullgraph: bool) -> tuple[list[Step], int]:
     """The steps of the model compiled at stage 3, and how many graphs were captured."""
     trained = zgraph.compile(model, stage=3, fullgraph=fullgraph)
-    optimizer = _optimizer(trained)
+    return steps_of(trained, trained, inputs), len(zgraph.report(trained).entries)
+
+
+def steps_of(called: nn.Module, model: nn.Module, inputs: Batches) -> list[Step]:
+    """Two steps: the first is called, the parameters are the model's, the batches are this rank's own."""
     rank = dist.get_rank() if dist.is_initialized() else 0
+    optimizer = _optimizer(model)
     steps = []
     for index in range(STEPS):
-        loss = _backward(trained, inputs, index, rank)
-        gradients = {name: _whole(p.grad, p).clone() for name, p in trained.named_parameters()}
+        loss = _backward(called, inputs, index, rank)
+        gradients = {name: _whole(p.grad, p).clone() for name, p in model.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
         steps.append(Step(loss, gradients))
-    return steps, len(zgraph.report(trained).entries)
+    return steps
 
 
 def largest_difference(steps: Sequence[Step], expected: Sequence[Step]) -> tuple[float, str]:
@@ -152,7 +144,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
 
 
-def _backward(model: nn.Module, inputs: Inputs, step: int, rank: int) -> float:
+def _backward(model: nn.Module, inputs: Batches, step: int, rank: int) -> float:
     """The loss of a step's batch of a rank, after its backward."""
     torch.manual_seed(100 + 10 * step + rank)
     loss = loss_of(model(**inputs.batch(100 + 10 * step + rank)))
@@ -178,10 +170,11 @@ def tried(architecture: Architecture, num_ranks: int, built: Path) -> Outcome:
     except Exception as error:
         return replace(blank, message=_first_line(error))
     built.touch()
+    resource.setrlimit(resource.RLIMIT_CPU, resource.getrlimit(resource.RLIMIT_CPU)[1:] * 2)
     began = time.perf_counter()
     blank = replace(blank, num_parameters=sum(p.numel() for p in model.parameters()))
     outcome = _compared(blank, architecture, torch.float32, expected)
-    if TOLERANCE < outcome.difference < ROUGH and outcome.verdict in ("whole graph", "pieces"):
+    if outcome.difference > TOLERANCE and outcome.verdict in TRAINED:
         torch._dynamo.reset()
         finer = _compared(blank, architecture, torch.float64)
         outcome = replace(outcome, double_difference=finer.difference)
@@ -191,7 +184,7 @@ def tried(architecture: Architecture, num_ranks: int, built: Path) -> Outcome:
 
 
 def _compared(blank: Outcome, architecture: Architecture, dtype: torch.dtype, expected: Sequence[Step] = ()) -> Outcome:
-    """What compiling comes to, as one graph or else in pieces, beside the steps that are expected, or eager ones."""
+    """Result of compiling, as one graph or else in pieces, beside the steps that are expected, or eager ones."""
     why = ""
     for fullgraph in (True, False):
         model, inputs = runnable(architecture)
@@ -234,9 +227,22 @@ def warm() -> None:
     torch._dynamo.reset()
 
 
-def _rank(architecture: Architecture, rank: int, num_ranks: int, folder: str, timeout_s: float) -> None:
-    """What a process does: it trains, and writes the outcome; after so many seconds of a core it dies."""
-    resource.setrlimit(resource.RLIMIT_CPU, (int(timeout_s), int(timeout_s) + 5))
+@dataclass(frozen=True)
+class Limits:
+    """What a process may take: seconds of a core, and GiB of memory."""
+
+    timeout_s: float = 180.0
+    memory_gib: float = 4.0
+
+    def begin(self) -> None:
+        """Set them for this process, which gets the time of its eager steps only."""
+        resource.setrlimit(resource.RLIMIT_CPU, (min(EAGER_S, int(self.timeout_s)), int(self.timeout_s)))
+        resource.setrlimit(resource.RLIMIT_DATA, (int(self.memory_gib * 2**30),) * 2)
+
+
+def _rank(architecture: Architecture, rank: int, num_ranks: int, folder: str, limits: Limits) -> None:
+    """What a process does: it trains, and writes the outcome."""
+    limits.begin()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     null = os.open(os.devnull, os.O_WRONLY)
@@ -254,38 +260,41 @@ def _rank(architecture: Architecture, rank: int, num_ranks: int, folder: str, ti
     os._exit(0)
 
 
-def apart(architecture: Architecture, num_ranks: int, timeout_s: float) -> Outcome:
+def apart(architecture: Architecture, num_ranks: int, limits: Limits) -> Outcome:
     """What becomes of an architecture in processes of its own: the worst of its ranks' outcomes."""
     blank = Outcome(architecture.name, architecture.task, architecture.model, "failed", num_ranks)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            FORK.Process(target=_rank, args=(architecture, r, num_ranks, folder, timeout_s)) for r in range(num_ranks)
+            FORK.Process(target=_rank, args=(architecture, r, num_ranks, folder, limits)) for r in range(num_ranks)
         ]
         for process in ranks:
             process.start()
-        ends = time.monotonic() + PATIENCE * timeout_s
+        ends = time.monotonic() + PATIENCE * limits.timeout_s
         for process in ranks:
             process.join(max(0.0, ends - time.monotonic()))
         late = [process for process in ranks if process.is_alive()]
         for process in late:
             process.kill()
             process.join()
-        if late or any(process.exitcode == -signal.SIGXCPU for process in ranks):
-            verdict = "timeout" if Path(folder, "built").exists() else "not built"
-            return replace(blank, verdict=verdict, message=f"no end within {timeout_s:.0f} s of a core")
+        if late or any(process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL) for process in ranks):
+            built = Path(folder, "built").exists()
+            seconds = limits.timeout_s if built else EAGER_S
+            message = f"no end within {seconds:.0f} s of a core"
+            return replace(blank, verdict="timeout" if built else "not built", message=message)
         files = [Path(folder, f"{rank}.json") for rank in range(num_ranks)]
         if not all(file.exists() for file in files):
             return replace(blank, message=f"the process died, exit codes {[p.exitcode for p in ranks]}")
         outcomes = [Outcome(**json.loads(file.read_text())) for file in files]
-    return max(outcomes, key=lambda outcome: (outcome.verdict not in ("whole graph", "pieces"), outcome.difference))
+    return max(outcomes, key=lambda outcome: (outcome.verdict not in TRAINED, outcome.difference))
 
 
 def main(
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks; with two, every third architecture is tried.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks; with two, a third of what trains on one is tried.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Name in transformers' mappings; may repeat.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Task; may repeat. All if not given.")] = None,
     minutes: Annotated[float, typer.Option(help="Begin no architecture after that.")] = 600.0,
-    timeout: Annotated[float, typer.Option(help="Seconds of a core that one may take.")] = 60.0,
+    timeout: Annotated[float, typer.Option(help="Seconds of a core that one may take.")] = 180.0,
+    memory: Annotated[float, typer.Option(help="GiB of memory that a process of one may take.")] = 4.0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File to write the results to; what it has is kept.")
     ] = None,
@@ -294,10 +303,12 @@ def main(
     """Train small architectures eagerly and by zgraph, and compare."""
     transformers.logging.set_verbosity_error()
     found = _known(json_file)
-    chosen = [a for a in architectures() if (not only or a.name in only) and (not task or a.task in task)]
+    own = [Architecture(name, "torch", name) for name in MODELS]
+    entries = architectures()
+    chosen = [a for a in (*own, *entries) if (not only or a.name in only) and (not task or a.task in task)]
     if ranks > 1 and not only:
-        works = [o.name for o in found if o.num_ranks == 1 and o.verdict in ("whole graph", "pieces")]
-        chosen = [a for a in chosen if a.name in works[::3]] if works else chosen[::3]
+        names = a_third(found)
+        chosen = [a for a in chosen if a.name in names]
     ends = time.monotonic() + 60 * minutes
     warm()
     for architecture in chosen:
@@ -306,17 +317,32 @@ def main(
         same = [o for o in found if o.name == architecture.name and o.num_ranks == ranks]
         if same and not only:
             continue
-        outcome = apart(architecture, ranks, timeout)
+        outcome = apart(architecture, ranks, Limits(timeout, memory))
         found = [o for o in found if o not in same] + [outcome]
         print(f"{outcome.task:22} {outcome.name:28} {_told(outcome)}", flush=True)
         if json_file:
             _write(json_file, found)
     if markdown:
-        markdown.write_text(page([asdict(o) for o in found], environment(), len(architectures())))
+        markdown.write_text(page([asdict(o) for o in found], environment(), len(entries)))
+
+
+def a_third(found: Sequence[Outcome]) -> set[str]:
+    """The quickest third of what trains on one rank, of each kind and verdict; all of torch's own models."""
+    kinds: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in found:
+        if outcome.num_ranks == 1 and outcome.verdict in TRAINED:
+            kind = outcome.task if outcome.task == "torch" else kind_of(outcome.name, outcome.task)
+            kinds.setdefault((kind, outcome.verdict), []).append(outcome)
+    chosen: set[str] = set()
+    for (kind, _), outcomes in kinds.items():
+        quickest = sorted(outcomes, key=lambda outcome: outcome.seconds)
+        share = len(outcomes) if kind == "torch" else -(-len(outcomes) // 3)
+        chosen |= {outcome.name for outcome in quickest[:share]}
+    return chosen
 
 
 def _told(outcome: Outcome) -> str:
-    if outcome.verdict in ("whole graph", "pieces", "wrong"):
+    if outcome.verdict in (*TRAINED, "wrong"):
         kind = f"pieces ({outcome.graphs} graphs)" if outcome.verdict == "pieces" else outcome.verdict
         return f"{kind:20} {outcome.difference:.1e}  {outcome.seconds:.1f} s  {outcome.message[:80]}"
     return f"{outcome.verdict}: {outcome.message[:140]} {outcome.where}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo_models import IMAGE, SEED, Architecture, build, parts
+from benchmarks.zoo_models import SEED, Architecture, build, parts
+from benchmarks.zoo_sizes import IMAGE, VARIANTS, Variant, value_of
+from benchmarks.zoo_torch import MODELS, TorchInputs
 
 Batch = dict[str, Any]
 
@@ -23,7 +26,7 @@ def _find(config: Any, *names: str, otherwise: Any = None) -> Any:
     """The first of these fields that the configuration or a part of it has."""
     for name in names:
         for part in parts(config):
-            if (value := getattr(part, name, None)) is not None:
+            if (value := value_of(part, name)) is not None:
                 return value
     return otherwise
 
@@ -35,11 +38,12 @@ class Inputs:
         model: it.
         task: what it is for.
         num_image_tokens: places of a sequence that an image takes, where that is known.
+        images: what is done to images; see `Variant`.
     """
 
-    def __init__(self, model: nn.Module, task: str, num_image_tokens: int = 4) -> None:
+    def __init__(self, model: nn.Module, task: str, num_image_tokens: int = 4, images: str = "") -> None:
         self.config: Any = model.config
-        self.task, self.num_image_tokens = task, num_image_tokens
+        self.task, self.num_image_tokens, self.images = task, num_image_tokens, images
         self.dtype = torch.float32
         self.names = set(inspect.signature(model.forward).parameters)
         self.main = str(getattr(model, "main_input_name", "input_ids"))
@@ -70,6 +74,10 @@ class Inputs:
         return {
             "input_ids": self._ids,
             "pixel_values": self._image,
+            "pixel_values_videos": lambda: self._image() if self.task == "video classification" else None,
+            "high_res_pixel_values": self._image,
+            "qformer_input_ids": lambda: self._words(LENGTH),
+            "image_embeds_position_mask": lambda: self._kinds(),
             "image_grid_thw": lambda: torch.tensor([[1, 4, 4]] * ROWS),
             "input_features": lambda: self._sound("input_features"),
             "input_values": lambda: self._sound("input_values"),
@@ -79,11 +87,13 @@ class Inputs:
             "decoder_input_ids": lambda: None if "labels" in self.names else self._words(LENGTH),
             "mm_token_type_ids": self._kinds,
             "token_type_ids": self._kinds if self.task == "vision-language" else lambda: None,
-            "image_sizes": lambda: torch.tensor([[IMAGE, IMAGE]] * ROWS) if self.task == "vision-language" else None,
+            "image_sizes": self._image_sizes,
             "bbox": lambda: torch.zeros(ROWS, LENGTH, 4, dtype=torch.int64),
             "task_inputs": lambda: self._words(LENGTH),
             "spatial_shapes": lambda: torch.tensor([[4, 4]] * ROWS),
-            "pixel_attention_mask": lambda: None,
+            "pixel_attention_mask": lambda: (
+                torch.ones(ROWS, 16, dtype=torch.int64) if "spatial_shapes" in self.names else None
+            ),
         }
 
     def _text(self) -> bool:
@@ -109,6 +119,10 @@ class Inputs:
         ids[:, 4 : 4 + self.num_image_tokens] = 1
         return ids if self.task == "vision-language" else None
 
+    def _image_sizes(self) -> Tensor | None:
+        wanted = self.task == "vision-language" and self.images != "no sizes"
+        return torch.tensor([[IMAGE, IMAGE]] * ROWS) if wanted else None
+
     def _image(self) -> Tensor:
         channels = int(_find(self.config, "num_channels", "in_channels", "in_chans", otherwise=3))
         size = _find(self.config, "image_size", otherwise=IMAGE)
@@ -128,7 +142,8 @@ class Inputs:
                 wide,
                 generator=self.random,
             )
-        return torch.randn(ROWS, channels, high, wide, generator=self.random)
+        images = torch.randn(ROWS, channels, high, wide, generator=self.random)
+        return images[:, None] if self.images == "in a list" else images
 
     def _sound(self, name: str) -> Tensor | None:
         if self.main != name and self._text():
@@ -197,15 +212,49 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 WANTED_TOKENS = re.compile(r"tokens[:=]?\s*(\d+)[^\d]*features[:=]?\s*(?:torch\.Size\(\[)?(\d+)", re.IGNORECASE)
 
 
-def runnable(architecture: Architecture) -> tuple[nn.Module, Inputs]:
-    """A model and what makes its batches, with as many image tokens as the model says that it wants."""
-    model = build(architecture)
-    inputs = Inputs(model, architecture.task)
-    try:
+def runnable(architecture: Architecture) -> tuple[nn.Module, Inputs | TorchInputs]:
+    """A model that runs eagerly and what makes its batches.
+
+    Raises:
+        Exception: what the usual variant of it raises, if no variant runs.
+    """
+    if architecture.task == "torch":
         torch.manual_seed(SEED)
-        loss_of(model(**inputs.batch(0)))
-    except (ValueError, RuntimeError) as error:
-        if architecture.task != "vision-language" or not (found := WANTED_TOKENS.search(str(error))):
+        own = MODELS[architecture.name]().train()
+        return own, TorchInputs(own)
+    variant, num_image_tokens = _fitting(architecture)
+    model = build(architecture, variant)
+    return model, Inputs(model, architecture.task, num_image_tokens, variant.images)
+
+
+@functools.lru_cache
+def _fitting(architecture: Architecture) -> tuple[Variant, int]:
+    """The first variant of an architecture that runs, and the number of image tokens that the model says it wants."""
+    first: Exception | None = None
+    for variant in VARIANTS:
+        try:
+            return variant, _run_once(architecture, variant)
+        except ImportError:
             raise
-        inputs = Inputs(model, architecture.task, int(found[2]) // ROWS)
-    return build(architecture), inputs
+        except Exception as error:
+            first = first or error
+    raise first or ValueError("there are no variants")
+
+
+def _run_once(architecture: Architecture, variant: Variant) -> int:
+    model = build(architecture, variant)
+    num_image_tokens = 4
+    for _ in range(2):
+        inputs = Inputs(model, architecture.task, num_image_tokens, variant.images)
+        torch.manual_seed(SEED)
+        try:
+            loss_of(model(**inputs.batch(0)))
+        except (ValueError, RuntimeError) as error:
+            found = WANTED_TOKENS.search(str(error)) if architecture.task == "vision-language" else None
+            wanted = int(found[2]) // ROWS if found else num_image_tokens
+            if wanted in (0, num_image_tokens) or wanted > 600:
+                raise
+            num_image_tokens = wanted
+        else:
+            return num_image_tokens
+    raise ValueError("the model wants another number of image tokens each time")

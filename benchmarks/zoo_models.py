@@ -6,15 +6,14 @@ import dataclasses
 import importlib
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-WORDS = 100
-IMAGE = 32
+from benchmarks.zoo_sizes import VARIANTS, Variant, small
+
 SEED = 3
 
 
@@ -43,7 +42,8 @@ TASKS = (
     Task("masked image", "MASKED_IMAGE_MODELING"),
     Task("backbone", "BACKBONE"),
 )
-"""In the order in which an architecture is looked for: it is tried in the first task that has it."""
+"""In the order in which an architecture is looked for: it is tried in the first task that has it, and what reads images
+as well as text with both."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,33 @@ def architectures() -> list[Architecture]:
     seen: set[str] = set()
     columns: list[list[Architecture]] = []
     for task in TASKS:
-        names = getattr(auto, f"MODEL_FOR_{task.mapping}_MAPPING_NAMES")
+        names = dict(getattr(auto, f"MODEL_FOR_{task.mapping}_MAPPING_NAMES"))
+        if task.mapping == "CAUSAL_LM":
+            seeing = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+            names = {name: model for name, model in names.items() if name not in seeing}
         column = [Architecture(name, task.name, _one(model)) for name, model in names.items() if name not in seen]
         seen.update(names)
         columns.append(column)
     return list(_spread(columns))
+
+
+KINDS: tuple[tuple[str, str], ...] = (
+    (
+        "state space or recurrent",
+        r"mamba|ssm|state_size|linear_num_key_heads|lru_width|rwkv|xlstm|attention_hidden_size",
+    ),
+    ("mixture of experts", r"expert"),
+)
+"""What the fields of a language model's configuration tell of it, by a pattern of their names."""
+
+
+def kind_of(name: str, task: str) -> str:
+    """The task, or what sort of language model an entry of the mappings is; "causal LM" if neither sort."""
+    if task != "causal LM":
+        return task
+    mapping = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+    fields = " ".join(field.name for field in dataclasses.fields(mapping[name]))
+    return next((kind for kind, pattern in KINDS if re.search(pattern, fields)), task)
 
 
 def _one(model: str | tuple[str, ...]) -> str:
@@ -78,197 +100,10 @@ def _spread(columns: list[list[Architecture]]) -> Iterator[Architecture]:
     return (a for _, _, a in sorted(placed, key=lambda p: p[:2]))
 
 
-EXACT: dict[str, Any] = {
-    "use_cache": False, "vocab_size": WORDS, "src_vocab_size": WORDS, "tgt_vocab_size": WORDS, "type_vocab_size": 2,
-    "vocab_size_per_layer_input": WORDS, "decoder_vocab_size": WORDS, "entity_vocab_size": WORDS,
-    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_source_positions": 64,
-    "max_target_positions": 64, "max_seq_len": 64, "max_sequence_length": 64, "seq_length": 64,
-    "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "emb_dim": 64, "embed_dim": 64, "d_embed": 64,
-    "embedding_size": 64, "word_embed_proj_dim": 64, "projection_dim": 32, "encoder_hidden_size": 64,
-    "decoder_hidden_size": 64, "output_hidden_size": 64, "lru_width": 64, "projector_hidden_size": 64,
-    "out_hidden_size": 64, "hidden_dim": 96, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_n_heads": 8,
-    "mamba_n_groups": 1, "mamba_head_dim": 16, "mamba_num_heads": 8, "mamba_expand": 2, "mamba_chunk_size": 8,
-    "state_size": 8, "ssm_state_size": 8, "chunk_size": 8, "num_heads": 4, "n_head": 4, "n_heads": 4,
-    "head_dim": 16, "d_kv": 16, "attention_head_dim": 16, "global_head_dim": 16, "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_head_dim": 24, "kv_lora_rank": 16, "q_lora_rank": 16,
-    "o_lora_rank": 16, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16, "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "n_group": 1,
-    "topk_group": 1, "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4,
-    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_k": 2, "moe_topk": 2, "moe_top_k": 2,
-    "n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1, "num_dense_layers": 1,
-    "sliding_window": 8, "attention_window": 8, "local_attention": 8, "attention_chunk_size": 8,
-    "image_size": IMAGE, "patch_size": 8, "image_height": IMAGE, "image_width": IMAGE, "window_size": 2,
-    "spatial_merge_size": 2, "num_labels": 5, "num_mel_bins": 16, "num_mel_banks": 16, "max_length": 64,
-    "num_feat_extract_layers": 2, "conv_dim": [32, 32], "conv_stride": [5, 4], "conv_kernel": [10, 4],
-    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "apply_spec_augment": False,
-    "problem_type": "single_label_classification", "query_length": 4, "num_queries": 4, "num_latents": 4,
-    "codevector_dim": 32, "proj_codevector_dim": 32, "encoder_stride": 8, "mlp_ratio": 2,
-    "vision_feature_layer": -1, "num_frames": 4, "tubelet_size": [2, 8, 8], "use_pretrained_backbone": False,
-    "adapter_kernel_size": 3, "mrope_section": [2, 3, 3], "max_window_layers": 1, "num_nextn_predict_layers": 0,
-    "use_mamba_kernels": False, "use_timm_backbone": False, "router_jitter_noise": 0.0, "layer_norm_eps": 1e-5,
-    "num_hash_functions": 2, "num_hash_buckets": 16, "downsampling_rates": [1, 2], "axial_pos_embds": False,
-    "sampling_ratio": 1, "max_2d_position_embeddings": 64, "coordinate_size": 12, "shape_size": 8,
-    "num_mem_blocks": 2, "num_codebooks": 2, "altup_num_inputs": 2, "num_global_layers": 1, "pad_token_id": 0,
-    "decoder_start_token_id": 1, "cross_attention_hidden_size": None, "backbone_config": ...,
-    "mm_tokens_per_image": 4, "num_groups": 4, "rotary_dim": 8, "laurel_rank": 8, "hidden_size_per_layer_input": 8,
-    "attention_out_dim": 64, "num_classes": 5,
-}  # fmt: skip
-"""What fields of that name are made, where they have another value by default than None."""
-
-PATTERNS: tuple[tuple[str, Any], ...] = (
-    (r"drop|mask_(time|feature)_prob|jitter|noise", 0.0),
-    (r"vocab_size$|group_vocab$", WORDS),
-    (r"max_.*position|max_.*length", 64),
-    (r"^(num|n)_(key_value|kv)_heads$|(num|n)_.*kv_heads|num_key_value_groups", 2),
-    (r"(num|n)_.*heads$|^.*attention_heads$|_heads$", 4),
-    (r"(num|n)_.*experts_per", 2),
-    (r"(num|n)_.*experts", 4),
-    (r"^(num|n)_(hidden_)?layers?$|num_.*_layers$|_layers$|^n_layer|_num_blocks$|^depth$|^num.*depth$", 2),
-    (r"intermediate|ffn_dim|ffn_hidden|inner_dim|^d_ff$|^n_inner$|mlp_dim|feed_?forward|hidden_dim", 96),
-    (r"hidden_size|embed_dim|d_model|embedding_size|_width$|^width$|hidden_dim", 64),
-    (r"head_dim|_head_size$", 16),
-    (r"(channels|_dim|_rank|_size)$", 32),
-)  # fmt: skip
-KEPT = re.compile(
-    r"num_channels|in_channels|in_chans|kernel_size|_stride|patch_size|group_size|reduction|block_size|codebook_size"
-    r"|temporal_patch_size|chunk_size_feed_forward"
-)
-
-
-def small(config: type[Any]) -> Any:
-    """An instance of a class of configurations with all sizes shrunk."""
-    return config(**_shrunk(config))
-
-
-def _shrunk(config: type[Any]) -> dict[str, Any]:
-    chosen: dict[str, Any] = {}
-    subs: dict[str, Any] = dict(getattr(config, "sub_configs", {}) or {})
-    default = config()
-    layers = _num_layers(default)
-    names = [f.name for f in dataclasses.fields(config) if f.init]
-    for name in names:
-        value = _default(config, name)
-        if name in subs:
-            continue
-        if (new := _size(name, value, getattr(default, name, None), layers)) is not ...:
-            chosen[name] = new
-    if "width_coefficient" in names:
-        chosen.pop("hidden_dim", None)
-    if "backbone_out_indices" in names:
-        chosen |= {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]}
-    if getattr(default, "kv_lora_rank", None) and "num_key_value_heads" in names:
-        chosen["num_key_value_heads"] = chosen.get("num_attention_heads", 4)
-    for name in subs:
-        sub = getattr(default, name, None)
-        if getattr(sub, "model_type", "") == "timm_backbone":
-            chosen[name] = _backbone()
-        elif name in names and sub is not None and not isinstance(sub, dict):
-            chosen[name] = small(type(sub))
-    return chosen
-
-
-def _backbone() -> Any:
-    """A ResNet in the place of one that another library would make."""
-    import transformers
-
-    stages = [f"stage{i}" for i in (1, 2, 3, 4)]
-    make: Any = transformers.ResNetConfig
-    return make(
-        embedding_size=16, hidden_sizes=[16, 32, 32, 32], depths=[1] * 4, layer_type="basic", out_features=stages
-    )  # fmt: skip
-
-
-def _default(config: type[Any], name: str) -> Any:
-    field = next(f for f in dataclasses.fields(config) if f.name == name)
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
-
-
-def _num_layers(config: Any) -> int | None:
-    for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-        with suppress(Exception):
-            return int(getattr(config, name))
-    return None
-
-
-def _size(name: str, value: Any, used: Any, layers: int | None) -> Any:
-    """What to make of a field with this default, of which an instance made the other; `...` to leave it."""
-    if name in ("problem_type", "num_labels"):
-        return EXACT[name]
-    if name.endswith(("_token_id", "_token_index")):
-        return _token(name, value)
-    if value is None and name in ("vocab_size", "num_experts_per_tok"):
-        return EXACT[name]
-    if value is None and used is None:
-        return 0 if name == "pad_token_id" else ...
-    if isinstance(used, dict) and isinstance(value, dict):
-        return _rope(value)
-    if isinstance(used, list | tuple) and not isinstance(value, int | float):
-        if value is None and not re.search(r"hidden_sizes|depths|dims", name):
-            return ...
-        return _list(name, list(used), layers)
-    if value is None or isinstance(value, str) or KEPT.search(name):
-        return ...
-    if name in EXACT and not isinstance(EXACT[name], list):
-        return _like(EXACT[name], value) if not isinstance(value, bool) or isinstance(EXACT[name], bool) else ...
-    if isinstance(value, bool):
-        return ...
-    for pattern, new in PATTERNS:
-        if re.search(pattern, name):
-            return (
-                min(new, value) if isinstance(new, int) and isinstance(value, int) and value >= 0 else _like(new, value)
-            )
-    return ...
-
-
-def _like(new: Any, value: Any) -> Any:
-    """A number as an integer or not, as the one that it replaces: configurations insist on it."""
-    return type(value)(new) if type(new) in (int, float) and type(value) in (int, float) else new
-
-
-TOKENS = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 1, "image": 90, "video": 91, "audio": 92, "mask": 93}
-
-
-def _token(name: str, value: Any) -> Any:
-    stem = re.sub(r"_token_(id|index)$", "", name)
-    if value is None and stem != "pad":
-        return ...
-    return TOKENS.get(stem, 80 + sum(map(ord, stem)) % 10)
-
-
-def _rope(value: dict[str, Any]) -> Any:
-    return {k: [2, 3, 3] if k == "mrope_section" else v for k, v in value.items()} if value else ...
-
-
-def _list(name: str, used: list[Any], layers: int | None) -> Any:
-    """A list as long, of small numbers; one with an entry a layer gets two entries, of two kinds if there are two."""
-    if isinstance(EXACT.get(name), list):
-        return EXACT[name]
-    if KEPT.search(name) or "out_channels" in name:
-        return ...
-    if not used or any(isinstance(x, list | tuple | dict) for x in used):
-        return ...
-    if isinstance(used[0], str):
-        other = next((x for x in used if x != used[0]), used[-1])
-        return [used[0], other] if layers and len(used) >= layers else ...
-    if re.search(r"depth|layers|blocks", name) and "out" not in name and "index" not in name:
-        return [1] * len(used)
-    if re.search(r"head", name):
-        return [2] * len(used)
-    if re.search(r"(hidden_size|dims?|channels|sizes|embed.*)s?$", name) and min(used) >= 16 and "window" not in name:
-        return [16 * (1 + (used[i] > used[0])) * (1 if i < 2 else 2) for i in range(len(used))]
-    if re.search(r"out_(indices|features)|layer", name) and all(isinstance(x, int) for x in used):
-        return [min(i, 1) if layers else x for i, x in enumerate(used)] if max(used) > 4 else ...
-    return ...
-
-
-def build(architecture: Architecture) -> nn.Module:
+def build(architecture: Architecture, variant: Variant = VARIANTS[0]) -> nn.Module:
     """The model with random weights, the same each time, in training mode and without dropout."""
-    import transformers
-
     mapping = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
-    config = small(mapping[architecture.name])
+    config = small(mapping[architecture.name], variant)
     for part in parts(config):
         for name, value in vars(part).items():
             if re.search(r"dropout|drop_path|layerdrop|pdrop|drop_rate", name) and isinstance(value, float):
@@ -278,13 +113,38 @@ def build(architecture: Architecture) -> nn.Module:
     config._attn_implementation, config.num_labels = "eager", 5
     if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 1
-    torch.manual_seed(SEED)
-    cls = getattr(transformers, architecture.model)
-    model: nn.Module = cls(config).float().train()
+    model = _made(architecture.model, config).float().train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+MISSING = re.compile(r"'(\w+)' object has no attribute '(\w+)'")
+
+
+def _made(name: str, config: Any) -> nn.Module:
+    """An instance of the class of that name; what it misses in a configuration is taken from the other parts."""
+    cls: Any = getattr(importlib.import_module("transformers"), name)
+    for _ in range(4):
+        torch.manual_seed(SEED)
+        try:
+            model: nn.Module = cls(config)
+            return model
+        except AttributeError as error:
+            if not (found := MISSING.search(str(error))) or not _mended(config, found[1], found[2]):
+                raise
+    raise ValueError(f"{name}: the configuration misses too many fields")
+
+
+def _mended(config: Any, kind: str, name: str) -> bool:
+    """Whether parts of this kind could be given a field that they miss."""
+    having = [vars(part)[name] for part in parts(config) if vars(part).get(name) is not None]
+    value = having[0] if having else {"pad_token_id": 0, "rope_theta": 10000.0}.get(name)
+    missing = [part for part in parts(config) if type(part).__name__ == kind]
+    for part in missing:
+        setattr(part, name, value)
+    return value is not None and bool(missing)
 
 
 def parts(config: Any) -> Iterator[Any]:

@@ -10,6 +10,8 @@ from typing import Any
 Row = Mapping[str, Any]
 
 TRAINED = ("whole graph", "pieces")
+OWN = "torch"
+"""The task of models of torch's own layers, which are counted apart."""
 
 CAUSES: tuple[tuple[str, str], ...] = (
     (r"Data-dependent branch|data-dependent branch", "an `if` on the value of a tensor"),
@@ -17,15 +19,24 @@ CAUSES: tuple[tuple[str, str], ...] = (
     (r"in place|in-place|clamp_", "the forward changes a parameter in place"),
     (r"RNN|LSTM|GRU", "an LSTM or GRU of `torch.nn`"),
     (r"logg|print|warn", "the forward logs or warns"),
+    (r"_GeneratorContextManager", "a context manager that torch does not follow"),
     (r"python_type\(\) call|ContextVar", "torch does not follow `python_type()` of an attribute, or a `ContextVar`"),
-)  # fmt: skip
+)
 """Pattern in the message of an error, and the cause in words."""
 
 
 def page(rows: Sequence[Row], environment: Mapping[str, Any], num_entries: int) -> str:
     """The text of the page, of rows of so many entries of the mappings."""
     return "\n".join(
-        [*_head(rows, environment), *_refused(rows), *_two_ranks(rows), *_all(rows), *_not_built(rows, num_entries), ""]
+        [
+            *_head([r for r in rows if r["task"] != OWN], environment),
+            *_own([r for r in rows if r["task"] == OWN]),
+            *_refused(rows),
+            *_two_ranks(rows),
+            *_all(rows),
+            *_not_built(rows, num_entries),
+            "",
+        ]
     )
 
 
@@ -62,8 +73,9 @@ def _head(rows: Sequence[Row], environment: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"Measured with torch {environment['torch']} on {environment['machine']} processors by `python -m "
-        "benchmarks.zoo`, which also made this page. Many of these share code: the shares are of names, not of "
-        "independent designs."
+        "benchmarks.zoo --json benchmarks/results/zoo.json --markdown docs/models.md`, and the same with `--ranks 2`. "
+        "Many of these share code: the shares are of names, not of independent designs. What takes sound as well as "
+        "text was given text."
     )
     yield ""
     yield "| task | run eagerly | one graph | in pieces | not trained |"
@@ -73,6 +85,22 @@ def _head(rows: Sequence[Row], environment: Mapping[str, Any]) -> Iterator[str]:
         if total := of.total():
             whole, pieces = of["whole graph"], of["pieces"]
             yield f"| {task} | {total} | {whole} | {pieces} | {total - whole - pieces} |"
+
+
+def _own(rows: Sequence[Row]) -> Iterator[str]:
+    one, two = ran(rows), ran(rows, 2)
+    if not one:
+        return
+    trained = [r for r in one if r["verdict"] in TRAINED]
+    pieces = [str(r["name"]) for r in trained if r["verdict"] == "pieces"]
+    largest = max((float(r["difference"]) for r in trained), default=0.0)
+    yield ""
+    yield (
+        f"Of {len(one)} models of torch's own layers ({', '.join(str(r['name']) for r in one)}), {len(trained)} train"
+        + (f", in pieces {', '.join(pieces)}" if pieces else "")
+        + f"; the largest difference is {largest:.0e}."
+        + (f" On two ranks, {sum(r['verdict'] in TRAINED for r in two)} of {len(two)} do." if two else "")
+    )
 
 
 def _refused(rows: Sequence[Row]) -> Iterator[str]:
@@ -95,16 +123,20 @@ def _refused(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _two_ranks(rows: Sequence[Row]) -> Iterator[str]:
-    two = ran(rows, 2)
+    two = [r for r in ran(rows, 2) if r["task"] != OWN]
     if not two:
         return
     good = [r for r in two if r["verdict"] in TRAINED]
     largest = max((float(r["difference"]) for r in good), default=0.0)
     yield from _titled("On two ranks")
     yield (
-        f"{len(two)} of them ran on two ranks, over gloo, beside the mean gradients of two eager models: {len(good)} "
-        f"agree, with a largest difference of {largest:.1g}."
+        f"{len(two)} of the architectures of transformers ran on two ranks, over gloo, each rank with its own batches, "
+        f"beside DistributedDataParallel: {len(good)} agree, with a largest difference of {largest:.1g}. They were the "
+        "quickest third of each kind: of each task, of language models with experts or a state, of what is in pieces."
     )
+    kinds = Counter(str(r["task"]) for r in two)
+    yield ""
+    yield "They are " + ", ".join(f"{number} of {task}" for task, number in kinds.most_common()) + "."
     bad = [f"{r['name']} ({r['verdict']}: {_code(str(r['message'] or r['where']))})" for r in two if r not in good]
     if bad:
         yield ""
@@ -113,7 +145,10 @@ def _two_ranks(rows: Sequence[Row]) -> Iterator[str]:
 
 def _all(rows: Sequence[Row]) -> Iterator[str]:
     yield from _titled("All of them")
-    yield "Differences are the largest of a loss or a gradient. Seconds are of two compiled steps and the capture."
+    yield (
+        "Differences are the largest of a loss or a gradient. Seconds are of two compiled steps and the capture, on a "
+        "machine that had other work."
+    )
     for task in dict.fromkeys(str(r["task"]) for r in rows):
         of = [r for r in ran(rows) if r["task"] == task]
         if of:
@@ -135,7 +170,11 @@ def _not_built(rows: Sequence[Row], num_entries: int) -> Iterator[str]:
             "eagerly. That says nothing about zgraph."
         )
         yield ""
-        yield from (f"- {name}" for name in sorted(str(r["name"]) for r in missing))
+        yield "| architecture | why it does not run |"
+        yield "|---|---|"
+        yield from (
+            f"| {r['name']} | {_code(str(r['message']))} |" for r in sorted(missing, key=lambda r: str(r["name"]))
+        )
         left = num_entries - sum(r["num_ranks"] == 1 for r in rows)
         if left > 0:
             yield ""

@@ -10,9 +10,15 @@ from zgraph.codegen.spec import Arg, KernelSpec, Operand, Step
 from zgraph.ir import DType
 
 TRITON_TYPES = {
-    DType.f64: "tl.float64", DType.f32: "tl.float32", DType.f16: "tl.float16", DType.bf16: "tl.bfloat16",
-    DType.i64: "tl.int64", DType.i32: "tl.int32", DType.u8: "tl.uint8", DType.bool: "tl.int1",
-}  # fmt: skip
+    DType.f64: "tl.float64",
+    DType.f32: "tl.float32",
+    DType.f16: "tl.float16",
+    DType.bf16: "tl.bfloat16",
+    DType.i64: "tl.int64",
+    DType.i32: "tl.int32",
+    DType.u8: "tl.uint8",
+    DType.bool: "tl.int1",
+}
 
 _HEADER = '''"""{name}: {summary}
 
@@ -153,9 +159,11 @@ def _looped_columns(spec: KernelSpec, loop: Loop) -> Iterator[str]:
 def load(operand: Operand) -> str:
     name = operand.name
     where = {
-        Extent.full: "at, mask=inside, other=0.0", Extent.column: "rows, mask=in_rows, other=0.0",
-        Extent.row: "columns, mask=in_row, other=0.0", Extent.scalar: "",
-    }[operand.extent]  # fmt: skip
+        Extent.full: "at, mask=inside, other=0.0",
+        Extent.column: "rows, mask=in_rows, other=0.0",
+        Extent.row: "columns, mask=in_row, other=0.0",
+        Extent.scalar: "",
+    }[operand.extent]
     loaded = f"tl.load({name}_in + {where})" if where else f"tl.load({name}_in)"
     shaped = {Extent.column: "[:, None]", Extent.row: "[None, :]"}.get(operand.extent, "")
     if operand.dtype is DType.i64:

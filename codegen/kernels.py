@@ -125,9 +125,13 @@ def launch(
         outs = list(out)
     if num_programs:
         load(spec)[(num_programs, 1 if spec.needs_whole_rows else -(-spec.columns // cut.block_n))](
-            *(t.contiguous() for t in inputs), *outs, num_rows,
-            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, num_warps=cut.num_warps,
-        )  # fmt: skip
+            *(t.contiguous() for t in inputs),
+            *outs,
+            num_rows,
+            BLOCK_M=cut.block_m,
+            BLOCK_N=cut.block_n,
+            num_warps=cut.num_warps,
+        )
     return summed(spec, outs)
 
 

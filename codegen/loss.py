@@ -120,9 +120,15 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_backward(
-    tangent: Tensor, x: Tensor, weight: Tensor, target: Tensor, number: Tensor, lse: Tensor, ignore_index: int,
+    tangent: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    number: Tensor,
+    lse: Tensor,
+    ignore_index: int,
     mean: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The gradients of `x` and `weight`, from what `linear_cross_entropy` was given and returned, and the loss's own
     gradient [].
     """

@@ -159,10 +159,21 @@ def launch(spec: KernelSpec, a: Tensor, b: Tensor, inputs: Sequence[Tensor]) -> 
     outs = empty(spec, num_batches * num_rows, num_batches * num_blocks, a.device)
     if num_batches * num_blocks:
         load(spec)[(num_blocks * -(-spec.columns // cut.block_n), num_batches)](
-            left, right, *(t.contiguous() for t in inputs), *outs, num_rows, num_inner, *left.stride(),
-            *right.stride(), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, GROUP_M=GROUP_M,
-            num_warps=cut.num_warps, num_stages=cut.num_stages,
-        )  # fmt: skip
+            left,
+            right,
+            *(t.contiguous() for t in inputs),
+            *outs,
+            num_rows,
+            num_inner,
+            *left.stride(),
+            *right.stride(),
+            BLOCK_M=cut.block_m,
+            BLOCK_N=cut.block_n,
+            BLOCK_K=cut.block_k,
+            GROUP_M=GROUP_M,
+            num_warps=cut.num_warps,
+            num_stages=cut.num_stages,
+        )
     return summed(spec, outs)
 
 

@@ -26,8 +26,11 @@ class Extent(enum.Enum):
     def shape(self, rows: tuple[D, ...], columns: int) -> tuple[D | int, ...]:
         """The shape of a value, where these dims together count the rows."""
         shapes: dict[Extent, tuple[D | int, ...]] = {
-            Extent.full: (*rows, columns), Extent.column: (*rows, 1), Extent.row: (columns,), Extent.scalar: ()
-        }  # fmt: skip
+            Extent.full: (*rows, columns),
+            Extent.column: (*rows, 1),
+            Extent.row: (columns,),
+            Extent.scalar: (),
+        }
         return shapes[self]
 
 

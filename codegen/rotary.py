@@ -125,9 +125,12 @@ class Rotary:
         """The module of the kernel; columns are dense in all that it reads and writes."""
         rest = _REST.format(turned=self.turned, columns=self.columns) if self.turned < self.columns else ""
         text = _SOURCE.format(
-            name=self.name, half=self.half, columns=self.columns, back=" back" * self.back,
+            name=self.name,
+            half=self.half,
+            columns=self.columns,
+            back=" back" * self.back,
             turned=_BACKWARD if self.back else _FORWARD,
-        )  # fmt: skip
+        )
         return text + rest
 
     @property
@@ -182,9 +185,16 @@ def launch(x: Tensor, cos: Tensor, sin: Tensor, order: Sequence[int], back: bool
         read = [t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin)]
         strides = [t.expand(*x.shape[:-1], -1).permute(*order).stride()[:-1] for t in read]
         load(kernel)[(-(-num_rows // cut.block_m),)](
-            *read, y, num_rows, num_b, num_c, *(step for steps in strides for step in steps),
-            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, num_warps=cut.num_warps,
-        )  # fmt: skip
+            *read,
+            y,
+            num_rows,
+            num_b,
+            num_c,
+            *(step for steps in strides for step in steps),
+            BLOCK_M=cut.block_m,
+            BLOCK_N=cut.block_n,
+            num_warps=cut.num_warps,
+        )
     return y
 
 

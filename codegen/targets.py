@@ -25,8 +25,16 @@ from zgraph.ir import DType
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 
-_POINTERS = {DType.f64: "*fp64", DType.f32: "*fp32", DType.f16: "*fp16", DType.bf16: "*bf16", DType.i64: "*i64",
-             DType.i32: "*i32", DType.u8: "*u8", DType.bool: "*i1"}  # fmt: skip
+_POINTERS = {
+    DType.f64: "*fp64",
+    DType.f32: "*fp32",
+    DType.f16: "*fp16",
+    DType.bf16: "*bf16",
+    DType.i64: "*i64",
+    DType.i32: "*i32",
+    DType.u8: "*u8",
+    DType.bool: "*i1",
+}
 
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -75,9 +83,10 @@ def resources(spec: KernelSpec | Rotary, target: str) -> Resources:
     found = _rotary(spec) if isinstance(spec, Rotary) else _matmul(spec, target) if spec.is_epilogue else _rows(spec)
     signature = found.arguments | dict.fromkeys(found.sizes, "constexpr")
     made = triton.compile(
-        ASTSource(found.function, signature, found.sizes, found.aligned), target=GPUTarget(*TARGETS[target]),
+        ASTSource(found.function, signature, found.sizes, found.aligned),
+        target=GPUTarget(*TARGETS[target]),
         options=found.options,
-    )  # fmt: skip
+    )
     num_registers, spill_bytes = _of_hip(made) if target.startswith("gfx") else _of_cuda(made, target)
     return Resources(spec.name, target, num_registers, made.metadata.shared, spill_bytes)
 

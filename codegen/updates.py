@@ -31,19 +31,30 @@ def adamw(
     parameter by weight decay, `fix` one over the root of the second moment's correction.
     """
     return _spec(
-        "adamw", columns, "mv", ("rate", "decay", "fix"), parameter, gradient, copy,
+        "adamw",
+        columns,
+        "mv",
+        ("rate", "decay", "fix"),
+        parameter,
+        gradient,
+        copy,
         f"m1 = mul(m, {beta1!r}); g1 = mul(g, {1 - beta1!r}); mn = add(m1, g1); gg = mul(g, g); "
         f"v1 = mul(v, {beta2!r}); g2 = mul(gg, {1 - beta2!r}); vn = add(v1, g2); root = sqrt(vn); "
         f"low = mul(root, fix); den = add(low, {eps!r}); step = div(mn, den); move = mul(step, rate); "
         "kept = mul(p, decay); pn = sub(kept, move)",
-    )  # fmt: skip
+    )
 
 
 @cache
 def sgd(
-    columns: int, momentum: float, weight_decay: float, nesterov: bool, parameter: str = "f32", gradient: str = "f32",
+    columns: int,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    parameter: str = "f32",
+    gradient: str = "f32",
     copy: str = "",
-) -> KernelSpec:  # fmt: skip
+) -> KernelSpec:
     """Stochastic gradient descent as torch has it (Sutskever et al., 2013, with the learning rate outside).
 
     Args:
@@ -67,9 +78,15 @@ def sgd(
     name = "sgd_nesterov" if nesterov else "sgd_momentum" if momentum else "sgd"
     scalars = ("rate", "fresh") if momentum else ("rate",)
     return _spec(
-        name, columns, "m" if momentum else "", scalars, parameter, gradient, copy,
+        name,
+        columns,
+        "m" if momentum else "",
+        scalars,
+        parameter,
+        gradient,
+        copy,
         "; ".join([*steps, f"move = mul({direction}, rate)", "pn = sub(p, move)"]),
-    )  # fmt: skip
+    )
 
 
 @cache
@@ -89,11 +106,17 @@ def lion(
     Scalars in memory: `rate` is the learning rate, `decay` what is left of the parameter by weight decay.
     """
     return _spec(
-        "lion", columns, "m", ("rate", "decay"), parameter, gradient, copy,
+        "lion",
+        columns,
+        "m",
+        ("rate", "decay"),
+        parameter,
+        gradient,
+        copy,
         f"m1 = mul(m, {beta1!r}); g1 = mul(g, {1 - beta1!r}); c = add(m1, g1); up = less(0.0, c); down = less(c, 0.0); "
         f"sign = sub(up, down); move = mul(sign, rate); kept = mul(p, decay); pn = sub(kept, move); "
         f"m2 = mul(m, {beta2!r}); g2 = mul(g, {1 - beta2!r}); mn = add(m2, g2)",
-    )  # fmt: skip
+    )
 
 
 def _spec(

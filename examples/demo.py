@@ -50,9 +50,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=at_least_one, default=100, help="optimizer steps (default: 100)")
     parser.add_argument("--stage", type=int, choices=STAGES, default=3, help="ZeRO stage to train with (default: 3)")
     parser.add_argument(
-        "--ranks", type=at_least_one, default=default_num_ranks(),
+        "--ranks",
+        type=at_least_one,
+        default=default_num_ranks(),
         help="processes to shard over: on GPUs where there is one for each, else on the CPU (default: all GPUs, or 2)",
-    )  # fmt: skip
+    )
     return parser.parse_args()
 
 

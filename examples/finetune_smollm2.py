@@ -42,7 +42,7 @@ LEARNING_RATE = 2e-4
 
 @dataclass(frozen=True)
 class Job:
-    """What to train, and where to put it."""
+    """Data of a run, and the folder for its results."""
 
     weights: SmolLM2
     stage: int
@@ -83,9 +83,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=at_least_one, default=20, help="optimizer steps (default: 20)")
     parser.add_argument("--stage", type=int, choices=range(4), default=3, help="ZeRO stage (default: 3)")
     parser.add_argument(
-        "--ranks", type=at_least_one, default=default_num_ranks(),
+        "--ranks",
+        type=at_least_one,
+        default=default_num_ranks(),
         help="processes to shard over: on GPUs where there is one for each, else on the CPU (default: all GPUs, or 2)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("build/smollm2"), help="the checkpoint's folder (default: build/smollm2)"
     )

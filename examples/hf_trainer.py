@@ -27,10 +27,17 @@ def main() -> None:
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, use_cache=False
     )
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), max_steps=20, per_device_train_batch_size=8, learning_rate=1e-2,
-        logging_steps=5, save_strategy="no", report_to="none", disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(), ddp_backend=None if torch.cuda.is_available() else "gloo",
-    )  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        max_steps=20,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        logging_steps=5,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend=None if torch.cuda.is_available() else "gloo",
+    )
     Trainer(model=LlamaForCausalLM(config), args=arguments, train_dataset=Counting()).train()
 
 

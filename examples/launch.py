@@ -40,7 +40,7 @@ class RankFailed(Exception):
 
 @dataclass(frozen=True)
 class Rank:
-    """What a rank knows of itself.
+    """A rank's own description.
 
     Args:
         index: 0 to `num_ranks` - 1.

@@ -19,9 +19,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=80)
     asked = parser.parse_args()
     config = LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=asked.layers, num_attention_heads=64,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, use_cache=False,
-    )  # fmt: skip
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=asked.layers,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        use_cache=False,
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
         tokens = torch.zeros(1, 4096, dtype=torch.long)

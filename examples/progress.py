@@ -39,9 +39,14 @@ class Display:
         self._console = console
         self._is_live = console.is_terminal and not console.is_dumb_terminal
         self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), console=console, expand=True,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            console=console,
+            expand=True,
+        )
         self._task = TaskID(0)
         self._name, self._step, self._num_steps = "", 0, 0
 

@@ -47,7 +47,7 @@ class SmolLM2:
         return ids
 
     def answer(self, model: Any, question: str) -> str:
-        """What a plain model on the CPU answers: always its likeliest next token."""
+        """The answer of a plain model on the CPU: always its likeliest next token."""
         tokenizer = self._tokenizer()
         chat = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

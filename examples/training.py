@@ -1,4 +1,4 @@
-"""What each rank of the demo does: train with zgraph, train the same with DDP, and measure every ZeRO stage."""
+"""The work of each rank of the demo: train with zgraph, train the same with DDP, and measure every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS_TO_MEASURE = 3
 
 @dataclass(frozen=True)
 class Job:
-    """What to train.
+    """Model and data of a run.
 
     Args:
         stage: the ZeRO stage to train with.
@@ -87,10 +87,18 @@ def build(job: Job, device: torch.device) -> LlamaForCausalLM:
     """
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=job.vocab_size, hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
-        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
-        use_cache=False, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=job.vocab_size,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     with device:
         return LlamaForCausalLM(config)
 
@@ -128,7 +136,7 @@ def _train(rank: Rank, job: Job, name: str, model: nn.Module, num_steps: int, st
         ids = sample_batch(job.tokens, job.batch_size, job.seq_len, step=step, rank=rank.index).to(rank.device)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        gradients = _live_bytes(p.grad for p in model.parameters())
+        gradients = live_bytes(p.grad for p in model.parameters())
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -137,8 +145,8 @@ def _train(rank: Rank, job: Job, name: str, model: nn.Module, num_steps: int, st
         seconds = time.monotonic() - since
         rank.tell(Stepped(losses[-1], step * ids.numel() * rank.num_ranks / seconds if step else 0.0))
     measured = Measured(
-        _live_bytes(model.parameters()),
-        _live_bytes(value for state in optimizer.state.values() for value in state.values()),
+        live_bytes(model.parameters()),
+        live_bytes(value for state in optimizer.state.values() for value in state.values()),
         gradients,
     )
     everywhere: list[list[float]] = [[] for _ in range(rank.num_ranks)]
@@ -146,7 +154,7 @@ def _train(rank: Rank, job: Job, name: str, model: nn.Module, num_steps: int, st
     return Run(name, stage, everywhere, measured, None if stage is None else zgraph.report(model))
 
 
-def _live_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+def live_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     """Bytes of the storages behind `tensors` on this rank, each counted once."""
     storages: dict[int, int] = {}
     for tensor in tensors:

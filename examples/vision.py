@@ -25,9 +25,14 @@ def main() -> None:
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
         num_labels=4,
-    )  # fmt: skip
+    )
     model = ViTForImageClassification(config).to("cuda" if torch.cuda.is_available() else "cpu")
     model = zgraph.compile(model, stage=2, param_dtype=torch.bfloat16, memory_budget="64MiB")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

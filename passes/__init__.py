@@ -23,16 +23,30 @@ from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload
 from zgraph.passes.partition import Partition
 from zgraph.passes.plan.make_plan import make_plan
-from zgraph.passes.prefetch import Prefetch
 from zgraph.passes.recompute import Recompute
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
 from zgraph.passes.schedule import Schedule
 
 ALL: tuple[type[Pass], ...] = (
-    Canonicalize, Fuse, Partition, Recompute, Offload, Fit, Keep, Bucket, Broadcast, AllGather, ReduceScatter,
-    AllReduce, HostCopies, Release, Prefetch, Schedule, DeadCode, Arena,
-)  # fmt: skip
+    Canonicalize,
+    Fuse,
+    Partition,
+    Recompute,
+    Offload,
+    Fit,
+    Keep,
+    Bucket,
+    Broadcast,
+    AllGather,
+    ReduceScatter,
+    AllReduce,
+    HostCopies,
+    Release,
+    Schedule,
+    DeadCode,
+    Arena,
+)
 
 BY_NAME: Mapping[str, type[Pass]] = {kind.name: kind for kind in ALL}
 """Zgraph's own; `known_passes` has those of others, too."""
@@ -40,9 +54,22 @@ BY_NAME: Mapping[str, type[Pass]] = {kind.name: kind for kind in ALL}
 build_in(ALL)
 
 __all__ = [
-    "ALL", "BY_NAME", "MIXED", "RECIPES", "Arena", "Context", "Numerics", "Pass", "Pipeline", "fusing", "known_passes",
-    "make_plan", "parse_recipe", "pipeline_of", "register_pass",
-]  # fmt: skip
+    "ALL",
+    "BY_NAME",
+    "MIXED",
+    "RECIPES",
+    "Arena",
+    "Context",
+    "Numerics",
+    "Pass",
+    "Pipeline",
+    "fusing",
+    "known_passes",
+    "make_plan",
+    "parse_recipe",
+    "pipeline_of",
+    "register_pass",
+]
 
 
 def parse_recipe(text: str) -> Pipeline:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zgraph.ir import Graph, Node, Value
+from zgraph.ir.external_ops import facts
 from zgraph.passes.core.base import Context, Pass
-
-RENAMES = frozenset({"aten.detach.default", "aten.alias.default", "aten.lift_fresh.default"})
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Canonicalize(Pass):
         kept: list[Node] = []
         for node in graph.nodes:
             node = node.substitute(renamed)
-            if node.op in RENAMES and node.name not in graph.output_names and _same(node):
+            if facts(node.op).elements == "itself" and node.name not in graph.output_names and _same(node):
                 renamed[node.name] = node.operands[0]
             else:
                 kept.append(node)

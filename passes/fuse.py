@@ -12,8 +12,8 @@ reads no more memory: a norm keeps its input and one number a row, not the norma
 
 A dropout's mask is a function of a seed and of positions. It is drawn again where it is needed, never kept, and differs
 from torch's own. Numbers inside a kernel are fp32, so that casts between its ops round no more.
-`patterns.py` says what can be fused. Losses (`fused_loss.py`) and rotary embeddings (`subgraphs.py`) are ops of their
-own.
+`fusion/patterns.py` says what can be fused. Losses (`fusion/loss.py`) and rotary embeddings (`fusion/rotary.py`) are
+ops of their own.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 from zgraph.ir import Graph, Node
+from zgraph.ir.external_ops import COMPILED, ROWS, facts
 from zgraph.passes.core.base import Choice, Context, Numerics, Pass
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fusion.candidates import Candidates
 from zgraph.passes.fusion.groups import Groups
 from zgraph.passes.fusion.loss import fused_losses
-from zgraph.passes.fusion.patterns import RENAMES
 from zgraph.passes.fusion.rotary import fused_subgraphs
-from zgraph.passes.fusion.rows import COMPILED, FOREIGN, ROWS, Group
+from zgraph.passes.fusion.rows import FOREIGN, Group
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _replaced(graph: Graph, kernels: Sequence[tuple[Group, tuple[Node, ...]]]) -
             continue
         held = [waiting[v.name] for v in node.operands if v.name in waiting]
         if held:
-            assert node.op in RENAMES, "a group is closed by what reads from it"
+            assert facts(node.op).keeps_rows, "a group is closed by what reads from it"
             delayed.setdefault(held[0], []).append(node)
             waiting.update((r.name, held[0]) for r in node.results)
             continue

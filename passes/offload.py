@@ -111,9 +111,12 @@ class Saved:
             for node in graph.phase_nodes(Phase.forward)
             if not views(graph, node) and not is_gather(graph, node)
             for result in node.results
-            if isinstance(result.type, TensorType) and not result.type.is_on_host and not result.type.is_sharded
-            and result.name in read and result.name not in fixed
-        ]  # fmt: skip
+            if isinstance(result.type, TensorType)
+            and not result.type.is_on_host
+            and not result.type.is_sharded
+            and result.name in read
+            and result.name not in fixed
+        ]
 
     def offloading(self, values: Sequence[Value]) -> Graph:
         """The graph in which these values wait for the backward on the host."""

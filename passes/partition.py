@@ -54,11 +54,10 @@ from zgraph.ir import (
     Value,
     Varying,
 )
+from zgraph.ir.external_ops import CAST
 from zgraph.ir.graph import map_values
 from zgraph.ir.ops import views
 from zgraph.passes.core.base import Context, Numerics, Pass
-
-CASTS = frozenset({"aten._to_copy.default"})
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class _Partitioner:
         results = tuple(Value(r.name, self.placed_type(r.type, varies)) for r in node.results)
         tensors = [v for v in node.operands if isinstance(v.type, TensorType)]
         if node.phase is Phase.forward and tensors and all(self.comes_again(v.name) for v in tensors):
-            if node.op in CASTS or views(self.source, node):
+            if node.op == CAST or views(self.source, node):
                 self.derived.update(r.name for r in results)
         for result in results:
             self.env[node.phase][result.name] = result
@@ -305,14 +304,30 @@ class _Partitioner:
 
     # --- making nodes ------------------------------------------------------------------------------------------
 
-    def emit(self, op: str, value: Value, stem: str, phase: Phase, origin: Origin, into: list[Node] | None = None,
-             **options: Arg) -> Value:  # fmt: skip
+    def emit(
+        self,
+        op: str,
+        value: Value,
+        stem: str,
+        phase: Phase,
+        origin: Origin,
+        into: list[Node] | None = None,
+        **options: Arg,
+    ) -> Value:
         node = self.builder.node(op, (value,), stem, phase, origin, **options)
         (self.nodes if into is None else into).append(node)
         return node.results[0]
 
-    def reshard(self, value: Value, placement: Placement, stem: str, phase: Phase, origin: Origin, into: list[Node],
-                options: dict[str, Arg]) -> Value:  # fmt: skip
+    def reshard(
+        self,
+        value: Value,
+        placement: Placement,
+        stem: str,
+        phase: Phase,
+        origin: Origin,
+        into: list[Node],
+        options: dict[str, Arg],
+    ) -> Value:
         result = self.builder.value(stem, self.at(value.tensor.contiguous(), placement).on(DEVICE))
         into.append(self.builder.typed("reshard", (value,), (result,), phase, origin, **options))
         return result

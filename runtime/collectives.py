@@ -269,11 +269,19 @@ def accumulate(node: Node, session: Session) -> Execute:
 
 
 EXECUTORS: Mapping[str, Callable[[Node, Session], Execute]] = {
-    "all_gather_start": all_gather_start, "reduce_scatter_start": reduce_scatter_start,
-    "all_reduce_start": all_reduce_start, "broadcast_start": broadcast_start, "offload_start": offload_start,
-    "reload_start": reload_start, "wait": wait, "pack": pack,
-    "unpack": unpack, "cast": cast, "copy": copy, "accumulate": accumulate,
-}  # fmt: skip
+    "all_gather_start": all_gather_start,
+    "reduce_scatter_start": reduce_scatter_start,
+    "all_reduce_start": all_reduce_start,
+    "broadcast_start": broadcast_start,
+    "offload_start": offload_start,
+    "reload_start": reload_start,
+    "wait": wait,
+    "pack": pack,
+    "unpack": unpack,
+    "cast": cast,
+    "copy": copy,
+    "accumulate": accumulate,
+}
 """`release` has none: the executor drops the value, and with its last reference goes the memory. Nor has `pending`:
 plans have none of it.
 """

@@ -131,9 +131,13 @@ class DiskFile:
         return self._submit(self._writers, os.pwritev, tensor, block, after)
 
     def _submit(
-        self, threads: ThreadPoolExecutor, move: Callable[[int, list[memoryview], int], int], tensor: torch.Tensor,
-        block: torch.Tensor, after: Copy | None = None,
-    ) -> Copy:  # fmt: skip
+        self,
+        threads: ThreadPoolExecutor,
+        move: Callable[[int, list[memoryview], int], int],
+        tensor: torch.Tensor,
+        block: torch.Tensor,
+        after: Copy | None = None,
+    ) -> Copy:
         offset = tensor.data_ptr() - self._bytes.data_ptr()
         num_bytes = whole_pages(tensor.nbytes)
         assert offset % PAGE_BYTES == block.data_ptr() % PAGE_BYTES == 0, "not where direct access can begin"

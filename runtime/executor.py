@@ -28,9 +28,13 @@ _PLAIN = (bool, int, str, type(None))
 
 
 def link(
-    program: Program, plan: Plan, session: Session, resident: Mapping[str, Any], watcher: Watcher | None = None,
+    program: Program,
+    plan: Plan,
+    session: Session,
+    resident: Mapping[str, Any],
+    watcher: Watcher | None = None,
     regions: Regions | None = None,
-) -> Runner:  # fmt: skip
+) -> Runner:
     """The program as a function from a list of arguments, which it empties, to a list of results.
 
     Args:
@@ -55,9 +59,14 @@ class _Writer:
     """Writes one program as source, with the names that the source refers to."""
 
     def __init__(
-        self, program: Program, plan: Plan, session: Session, resident: Mapping[str, Any], watcher: Watcher | None,
+        self,
+        program: Program,
+        plan: Plan,
+        session: Session,
+        resident: Mapping[str, Any],
+        watcher: Watcher | None,
         regions: Regions | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.program, self.plan, self.session, self.watcher = program, plan, session, watcher
         self.regions = regions
         self.foreign = plan.graph.foreign

@@ -21,9 +21,14 @@ from zgraph.runtime.unused import Tangents, Unused
 
 
 def link_plan(
-    session: Session, plan: Plan, constants: Mapping[str, torch.Tensor], captured: str, known: str = "",
-    regions: Regions | None = None, behind: Mapping[str, Tangents] = MappingProxyType({}),
-) -> tuple[Runner, Runner | None]:  # fmt: skip
+    session: Session,
+    plan: Plan,
+    constants: Mapping[str, torch.Tensor],
+    captured: str,
+    known: str = "",
+    regions: Regions | None = None,
+    behind: Mapping[str, Tangents] = MappingProxyType({}),
+) -> tuple[Runner, Runner | None]:
     """The runners of a plan's forward and backward, once all ranks have agreed on it.
 
     Args:
@@ -103,9 +108,12 @@ def _guarded(session: Session, run: Runner) -> Runner:
 
 
 def _backward(
-    session: Session, plan: Plan, program: Program, runner: Callable[[bool, bool], Runner],
+    session: Session,
+    plan: Plan,
+    program: Program,
+    runner: Callable[[bool, bool], Runner],
     behind: Mapping[str, Tangents],
-) -> Runner:  # fmt: skip
+) -> Runner:
     """Runs the backward that is due. Gradients of parameters leave as tokens, where autograd could not take them.
 
     Args:

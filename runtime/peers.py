@@ -24,7 +24,7 @@ from zgraph.runtime.drift import Wait
 from zgraph.runtime.elsewhere import elsewhere
 from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.heartbeat import BEAT_SECONDS, Place, beat_key, heartbeat
-from zgraph.runtime.journal import Journal, keep
+from zgraph.runtime.journal import Journal, begun, keep
 
 GONE_AFTER_SECONDS = 5.0
 ASK_AFTER_SECONDS = 0.5
@@ -95,7 +95,7 @@ class Peers:
         self._heartbeat.place = Place(self.call, what, waits, time.monotonic())
 
     def _poll(self, work: dist.Work | Transfer, what: str) -> None:
-        nap, asked, told = _FIRST_NAP, time.monotonic(), False
+        nap, asked, told = _FIRST_NAP, time.monotonic(), ""
         place, number = f"{what} in call {self.call}", work.number if isinstance(work, Transfer) else 0
         long = Wait(self.store, self.rank, self.ranks, place, self.journal, number)
         until = asked + self.limit_s
@@ -112,15 +112,32 @@ class Peers:
                     self._look(long)
                 if asked > until:
                     self._give_up()
-                if not told:
-                    self._write(self._key("waiting"), f"rank {self.rank} waits for {what}")
-                    told = True
+                told = self._said(f"{number} rank {self.rank} waits for {what}")
+        if told:
+            self._take_back(told)
+
+    def _said(self, word: str) -> str:
+        """Say what this rank waits for, unless another says so already; the word."""
+        with store_errors():
+            self.store.compare_set(self._key("waiting"), "", word)
+        return word
+
+    def _take_back(self, word: str) -> None:
+        """Say no more what this rank has waited for."""
+        with store_errors():
+            self.store.compare_set(self._key("waiting"), word, "")
+
+    def _stuck(self) -> str:
+        """A rank that waits, and for what, in a collective that this rank has not begun; empty if there is none."""
+        number, _, waiting = self._read(self._key("waiting")).decode().partition(" ")
+        known = begun().get(self.journal.name, 0) if self.journal is not None else 0
+        return "" if waiting and 0 < int(number) <= known else waiting
 
     def _look(self, wait: Wait) -> None:
         """Tell for what this rank waits, and raise if another will not come there."""
         with store_errors():
             wait.tell()
-            left, found = wait.left(), wait.drifted() or self._elsewhere(wait.place)
+            left, found = wait.left(), wait.drifted() or self._elsewhere(wait)
         if found:
             with store_errors():
                 self.store.compare_set(self._drift_key, "", found)
@@ -128,10 +145,10 @@ class Peers:
         if left:
             self._end(PeerError(f"{left}. {_AGAIN}"))
 
-    def _elsewhere(self, place: str) -> str:
+    def _elsewhere(self, wait: Wait) -> str:
         """Which ranks wait outside of the model, if no rank can go on."""
         waiting = [r for r, beat in self._beats().items() if b" waits for " in beat]
-        return elsewhere(self.store, self.rank, self.ranks, place, [self.rank, *waiting])
+        return elsewhere(self.store, self.rank, self.ranks, wait.place, [self.rank, *waiting], wait.outside)
 
     def blame(self, what: str, error: Exception, gone: list[int] | None = None) -> NoReturn:
         """Tell the others who is gone, or what failed, and raise PeerError.
@@ -287,7 +304,7 @@ class Peers:
                 continue
             asked = time.monotonic()
             self.raise_failure()
-            if waiting := self._read(self._key("waiting")).decode():
+            if waiting := self._stuck():
                 raise PlanMismatchError(
                     f"rank {self.rank} compiled a new {what}, but {waiting} in one compiled before. Give every rank "
                     "inputs of the same kind and shape in the same step, or pass dynamic=True."

@@ -30,10 +30,28 @@ from zgraph.runtime.session import Session
 from zgraph.runtime.shards import Slot
 
 _METADATA = {
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex",
-    "is_contiguous", "storage_offset", "get_device", "register_hook", "register_post_accumulate_grad_hook",
-    "requires_grad_", "__len__", "__hash__", "is_signed", "untyped_storage", "_typed_storage", "has_names",
-}  # fmt: skip
+    "size",
+    "dim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "stride",
+    "element_size",
+    "is_floating_point",
+    "is_complex",
+    "is_contiguous",
+    "storage_offset",
+    "get_device",
+    "register_hook",
+    "register_post_accumulate_grad_hook",
+    "requires_grad_",
+    "__len__",
+    "__hash__",
+    "is_signed",
+    "untyped_storage",
+    "_typed_storage",
+    "has_names",
+}
 """Methods that read no values."""
 
 _VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}

@@ -68,8 +68,9 @@ class Regions:
                 if len(compiled) == MAX_SIZES:
                     warnings.warn(
                         f"a region was compiled for {MAX_SIZES} sizes, and came with another: op by op for that and "
-                        'more. Pad inputs to few sizes, or compile with kernels="aten".', stacklevel=2,
-                    )  # fmt: skip
+                        'more. Pad inputs to few sizes, or compile with kernels="aten".',
+                        stacklevel=2,
+                    )
                 found = compiled[key] = self._compile(steps, args) if len(compiled) < MAX_SIZES else steps
             return found(args)
 

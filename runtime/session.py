@@ -40,6 +40,7 @@ class Session:
         self._group = group
         self._has_copies = self.num_ranks > self.num_shards
         self._peers = Peers(group, name, store.device) if group is not None else None
+        store.peers = self._peers
         self._is_broken = False
         self._lane: Lane | None = None
         if self._peers is not None and self.device.type == "cpu":

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from zgraph.ir.layout import chunk_numel, chunk_rows, dense_strides, local_rows
 from zgraph.runtime.flat_buffers import Flats, Part, align_numel
 from zgraph.runtime.host import PAGE_BYTES, HostMemory
 from zgraph.runtime.materialise import materialise
+
+if TYPE_CHECKING:
+    from zgraph.runtime.peers import Peers
 
 PARAMETERS = "parameters"
 """Of a parameter that is offloaded so, what is computed with is on the host too."""
@@ -97,15 +100,26 @@ class ShardStore:
         host: the host's memory.
         placeholder_class: of the placeholders. With one of its own, every parameter has a placeholder.
 
+    Attributes:
+        is_lent: whether parameters at rest are whole for now, so that somebody may change them.
+
     Raises:
         OffloadError: the host has no room for what is offloaded.
     """
 
     def __init__(
-        self, model: nn.Module, mesh: DeviceMesh | None, group: dist.ProcessGroup | None, stages: dict[str, int | None],
-        default_stage: int, param_dtype: torch.dtype | None, device: torch.device, offloads: Mapping[str, str],
-        host: HostMemory, placeholder_class: type[nn.Parameter] = nn.Parameter,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh | None,
+        group: dist.ProcessGroup | None,
+        stages: dict[str, int | None],
+        default_stage: int,
+        param_dtype: torch.dtype | None,
+        device: torch.device,
+        offloads: Mapping[str, str],
+        host: HostMemory,
+        placeholder_class: type[nn.Parameter] = nn.Parameter,
+    ) -> None:
         self.model, self.mesh, self.group, self.param_dtype, self.device = model, mesh, group, param_dtype, device
         self.num_ranks = mesh.size() if mesh is not None else 1
         self.num_shards = mesh.size(-1) if mesh is not None else 1
@@ -113,6 +127,7 @@ class ShardStore:
         self.shard = self.rank % self.num_shards
         self.offloads, self.host = offloads, host
         self.default_stage, self.placeholder_class = default_stage, placeholder_class
+        self.peers: Peers | None = None
         self.slots: dict[str, Slot] = {}
         found = _owners(model)
         shards = {
@@ -145,6 +160,7 @@ class ShardStore:
         self._whole = [s for s in self.slots.values() if not s.is_sharded]
         self._copied = [s for s in self.slots.values() if s.working is not s.rest]
         self._copied_version = -1
+        self.is_lent = False
         self._by_swap = [s for s in self.slots.values() if s.placeholder is not s.parameter]
         self._put(at_rest=True)
         _STORES.add(self)
@@ -336,7 +352,8 @@ class ShardStore:
 def _owners(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[Owner]]]:
     """Every parameter under its first name, with every place that holds it.
 
-    Tied weights have several. Recurrent layers and some modules of users keep parameters in an attribute or a list too.
+    Tied weights have several. Recurrent layers and some modules of users keep parameters in an attribute or a list too;
+    recurrent layers also keep weak references, by which they see that their weights are others.
     """
     found: dict[int, tuple[str, nn.Parameter, list[Owner]]] = {}
     for prefix, module in model.named_modules():
@@ -358,9 +375,25 @@ def _attributes(module: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
             continue
         if isinstance(value, list | dict):
             for key, held in value.items() if isinstance(value, dict) else enumerate(value):
-                yield value, key, held
+                if isinstance(held, weakref.ref):
+                    yield _Weakly(value), key, held()
+                else:
+                    yield value, key, held
         else:
             yield module.__dict__, name, value
+
+
+class _Weakly:
+    """A container of weak references, seen as one of what they refer to."""
+
+    def __init__(self, references: Any) -> None:
+        self.references = references
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.references[key]()
+
+    def __setitem__(self, key: Any, held: Any) -> None:
+        self.references[key] = weakref.ref(held)
 
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:

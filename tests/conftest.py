@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Hooks that all tests share."""
 
 import logging
 import os

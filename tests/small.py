@@ -7,9 +7,15 @@ from torch import nn
 
 
 def llama(
-    width: int = 64, num_layers: int = 3, num_words: int = 300, *, num_heads: int = 4, num_kv_heads: int = 2,
-    inner: int | None = None, **options: Any,
-) -> nn.Module:  # fmt: skip
+    width: int = 64,
+    num_layers: int = 3,
+    num_words: int = 300,
+    *,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    inner: int | None = None,
+    **options: Any,
+) -> nn.Module:
     config = hf.LlamaConfig(
         hidden_size=width,
         intermediate_size=int(2.75 * width) if inner is None else inner,
@@ -39,9 +45,18 @@ def vit(width: int = 64, num_layers: int = 3, *, inner: int = 128, image_size: i
 
 def gpt2(width: int = 64, num_layers: int = 2, num_words: int = 300, *, dropout: float = 0.1) -> nn.Module:
     config = hf.GPT2Config(
-        n_embd=width, n_layer=num_layers, n_head=4, n_positions=2048, vocab_size=num_words, use_cache=False,
-        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        n_embd=width,
+        n_layer=num_layers,
+        n_head=4,
+        n_positions=2048,
+        vocab_size=num_words,
+        use_cache=False,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return hf.GPT2LMHeadModel(config)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zgraph.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from zgraph import errors, hf, ir, optim, passes
+    from zgraph import deepspeed, errors, hf, ir, lightning, optim, passes
     from zgraph.api import compile, gathered, join, no_sync, recipe, report
     from zgraph.capture import trace
     from zgraph.compiler.profiler import profile, profile_machine
@@ -24,10 +24,31 @@ if TYPE_CHECKING:
     from zgraph.passes.core.registry import register_pass
 
 __all__ = [
-    "add_config_arguments", "compile", "errors", "export_hf", "gathered", "hf", "init_distributed", "initialize",
-    "initialize_engine", "ir", "join", "no_sync", "optim", "passes", "plan", "profile", "profile_machine", "recipe",
-    "register_pass", "report", "sweep", "trace",
-]  # fmt: skip
+    "add_config_arguments",
+    "compile",
+    "deepspeed",
+    "errors",
+    "export_hf",
+    "gathered",
+    "hf",
+    "init_distributed",
+    "initialize",
+    "initialize_engine",
+    "ir",
+    "join",
+    "lightning",
+    "no_sync",
+    "optim",
+    "passes",
+    "plan",
+    "profile",
+    "profile_machine",
+    "recipe",
+    "register_pass",
+    "report",
+    "sweep",
+    "trace",
+]
 
 _HOMES = {
     "zgraph.api": ("compile", "gathered", "join", "no_sync", "recipe", "report"),

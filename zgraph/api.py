@@ -34,12 +34,22 @@ def compile(model: M, **options: Unpack[Options]) -> M: ...
 @overload
 def compile(model: None = None, **options: Unpack[Options]) -> Callable[[M], M]: ...
 def compile(
-    model: Any = None, *, stage: Stage = 3, mesh: DeviceMesh | None = None, param_dtype: Dtype | None = None,
-    reduce_dtype: Dtype | None = None, hardware: Target | None = None, memory_budget: int | str | None = None,
-    recompute: Recompute = "auto", offload: Offload = "auto", kernels: Kernels = "aten",
-    passes: Passes | None = None, save: str | Path | None = None, fullgraph: Fullgraph = True,
+    model: Any = None,
+    *,
+    stage: Stage = 3,
+    mesh: DeviceMesh | None = None,
+    param_dtype: Dtype | None = None,
+    reduce_dtype: Dtype | None = None,
+    hardware: Target | None = None,
+    memory_budget: int | str | None = None,
+    recompute: Recompute = "auto",
+    offload: Offload = "auto",
+    kernels: Kernels = "aten",
+    passes: Passes | None = None,
+    save: str | Path | None = None,
+    fullgraph: Fullgraph = True,
     dynamic: bool | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """Shard a model over the ranks and compile its training step, in place.
 
     The model stays the same object of the same class with the same parameter names; its parameters become DTensors
@@ -99,10 +109,20 @@ def compile(
     The first call raises BudgetError if even with all computed again the step does not fit the budget.
     """
     options: Options = {
-        "stage": stage, "mesh": mesh, "param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "hardware": hardware,
-        "memory_budget": memory_budget, "recompute": recompute, "offload": offload, "kernels": kernels,
-        "passes": passes, "save": save, "fullgraph": fullgraph, "dynamic": dynamic,
-    }  # fmt: skip
+        "stage": stage,
+        "mesh": mesh,
+        "param_dtype": param_dtype,
+        "reduce_dtype": reduce_dtype,
+        "hardware": hardware,
+        "memory_budget": memory_budget,
+        "recompute": recompute,
+        "offload": offload,
+        "kernels": kernels,
+        "passes": passes,
+        "save": save,
+        "fullgraph": fullgraph,
+        "dynamic": dynamic,
+    }
     if model is None:
         return functools.partial(compile, **options)
     if isinstance(model, type) and issubclass(model, nn.Module):

@@ -57,9 +57,14 @@ def environment() -> Environment:
     if traceback not in ("short", "full"):
         raise UsageError(f"ZGRAPH_TRACEBACK must be short or full, not {traceback!r}")
     return Environment(
-        Path(dump) if dump else None, int(level), _seconds("ZGRAPH_TIMEOUT", 600.0), disable,
-        Path(config) if config else None, traceback, _logs(),
-    )  # fmt: skip
+        Path(dump) if dump else None,
+        int(level),
+        _seconds("ZGRAPH_TIMEOUT", 600.0),
+        disable,
+        Path(config) if config else None,
+        traceback,
+        _logs(),
+    )
 
 
 def _logs() -> frozenset[str]:

@@ -51,6 +51,14 @@ class ConfigError(UsageError):
         return type(self), (self.problems,)  # between processes
 
 
+class AbsentError(UsageError, AttributeError):
+    """A name that DeepSpeed has and zgraph has not. The message says what to do instead."""
+
+
+class AbsentImportError(UsageError, ImportError):
+    """The same of a name in `from zgraph.deepspeed... import name`, where Python keeps no other error's message."""
+
+
 class AlreadyCompiledError(UsageError):
     """`zgraph.compile` was called on a model that is compiled already, or holds a part that is."""
 

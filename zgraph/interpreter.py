@@ -95,9 +95,10 @@ class Interpreter:
             for position, node in enumerate(graph.nodes):
                 operands = [env[v.name] for v in node.operands]
                 for name, value in zip(
-                    (r.name for r in node.results), self._execute(graph, node, operands, env, mesh, caller),
+                    (r.name for r in node.results),
+                    self._execute(graph, node, operands, env, mesh, caller),
                     strict=True,
-                ):  # fmt: skip
+                ):
                     env[name] = value
                 for name in {v.name for v in (*node.operands, *node.results)} - returned:
                     if graph.users.get(name, (position,))[-1] == position:
@@ -106,7 +107,7 @@ class Interpreter:
 
     def _execute(
         self, graph: Graph, node: Node, operands: list[Ranks], env: Mapping[str, Ranks], mesh: Mesh, caller: Caller
-    ) -> Sequence[Ranks]:  # fmt: skip
+    ) -> Sequence[Ranks]:
         if node.op == "all_gather_start" and node.option("keep"):
             return self._gather(node, operands, mesh)
         if rule := RULES.get(node.op):
@@ -304,9 +305,19 @@ def _copy(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
 
 
 RULES: Mapping[str, Rule] = {
-    "reshard": _reshard, "all_gather_start": _reshard, "reduce_scatter_start": _reshard, "all_reduce_start": _reshard,
-    "broadcast_start": _reshard, "offload_start": _reshard, "reload_start": _reshard, "wait": _same, "pending": _same,
-    "pack": _pack, "unpack": _unpack, "cast": _cast, "copy": _copy,
-}  # fmt: skip
+    "reshard": _reshard,
+    "all_gather_start": _reshard,
+    "reduce_scatter_start": _reshard,
+    "all_reduce_start": _reshard,
+    "broadcast_start": _reshard,
+    "offload_start": _reshard,
+    "reload_start": _reshard,
+    "wait": _same,
+    "pending": _same,
+    "pack": _pack,
+    "unpack": _unpack,
+    "cast": _cast,
+    "copy": _copy,
+}
 
 __all__ = ["RULES", "Caller", "Interpreter", "Ranks", "Torch", "mean", "shards", "total", "whole"]

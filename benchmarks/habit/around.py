@@ -131,8 +131,9 @@ def groups_by_name(side: Side) -> Found:
     decayed = [p for n, p in model.named_parameters() if n == "first.weight"]
     optimizer = torch.optim.AdamW(
         [{"params": plain, "weight_decay": 0.0}, {"params": decayed}, {"params": [model.last.weight], "lr": 0.05}],
-        lr=1e-2, weight_decay=0.1,
-    )  # fmt: skip
+        lr=1e-2,
+        weight_decay=0.1,
+    )
     return _training(side, model, optimizer=optimizer)
 
 

@@ -29,7 +29,7 @@ from benchmarks.habit.nets import (
     rows,
     tiny_llama,
     words,
-)  # fmt: skip
+)
 from benchmarks.habit.side import Side, numbered, sgd, trained, values
 from benchmarks.habit.table import Found, Table
 

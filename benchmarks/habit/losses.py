@@ -20,7 +20,7 @@ from benchmarks.habit.nets import (
     next_word,
     rows,
     words,
-)  # fmt: skip
+)
 from benchmarks.habit.side import Side, gradients, numbered, trained, values
 from benchmarks.habit.table import Found, Table
 

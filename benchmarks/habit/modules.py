@@ -137,8 +137,9 @@ def applied(side: Side) -> Found:
 
 @habit(
     "random initialisation after the model is compiled: `nn.init.normal_(p)`, by its spread (on processors torch warns "
-    "that ranks may draw alike)", tolerance=0.3,
-)  # fmt: skip
+    "that ranks may draw alike)",
+    tolerance=0.3,
+)
 def random_init(side: Side) -> Found:
     model = side.model(Classifier)
     torch.manual_seed(7)

@@ -46,12 +46,21 @@ def _listed(name: str, make: Make, own: Make | None = None, package: str = "", t
 
 
 TORCH: dict[str, dict[str, Any]] = {
-    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True}, "Adam": {"lr": 1e-2, "amsgrad": True},
-    "AdamW": {"lr": 1e-2, "weight_decay": 0.1}, "Adamax": {"lr": 1e-2}, "NAdam": {"lr": 1e-2}, "RAdam": {"lr": 1e-2},
-    "RMSprop": {"lr": 1e-2, "momentum": 0.5, "centered": True}, "Adadelta": {"lr": 1.0}, "Adagrad": {"lr": 1e-2},
-    "ASGD": {"lr": 0.1}, "Rprop": {"lr": 1e-2}, "Adafactor": {"lr": 1e-2}, "LBFGS": {"lr": 0.1},
+    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+    "Adam": {"lr": 1e-2, "amsgrad": True},
+    "AdamW": {"lr": 1e-2, "weight_decay": 0.1},
+    "Adamax": {"lr": 1e-2},
+    "NAdam": {"lr": 1e-2},
+    "RAdam": {"lr": 1e-2},
+    "RMSprop": {"lr": 1e-2, "momentum": 0.5, "centered": True},
+    "Adadelta": {"lr": 1.0},
+    "Adagrad": {"lr": 1e-2},
+    "ASGD": {"lr": 0.1},
+    "Rprop": {"lr": 1e-2},
+    "Adafactor": {"lr": 1e-2},
+    "LBFGS": {"lr": 0.1},
     "Muon": {"lr": 1e-2},
-}  # fmt: skip
+}
 
 for _name, _options in TORCH.items():
     _rounds = 2e-2 if _name == "Muon" else 1e-5  # it iterates in bf16
@@ -60,9 +69,10 @@ for _name, _options in TORCH.items():
 for _name in ("AdamW", "SGD"):
     _options = TORCH[_name]
     _listed(
-        f"zgraph.optim.{_name}", functools.partial(getattr(torch.optim, _name), **_options),
+        f"zgraph.optim.{_name}",
+        functools.partial(getattr(torch.optim, _name), **_options),
         functools.partial(getattr(zgraph.optim, _name), **_options),
-    )  # fmt: skip
+    )
 
 
 def _schedule_free(kind: str, side: Side) -> Found:

@@ -141,9 +141,14 @@ def numbered(losses: Iterable[Tensor | float]) -> dict[str, float]:
 
 
 def trained(
-    side: Side, model: nn.Module, loss: Callable[[int], Tensor], *, steps: int = 3,
-    optimizer: torch.optim.Optimizer | None = None, before: Callable[[], Any] = lambda: None,
-) -> Mapping[str, Tensor | float]:  # fmt: skip
+    side: Side,
+    model: nn.Module,
+    loss: Callable[[int], Tensor],
+    *,
+    steps: int = 3,
+    optimizer: torch.optim.Optimizer | None = None,
+    before: Callable[[], Any] = lambda: None,
+) -> Mapping[str, Tensor | float]:
     """The losses of some steps, and the values of the model after them.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a system under measurement is: a name, a stage, and a function that makes a model train its way."""
+"""A system under measurement: a name, a stage, and a function that makes a model train its way."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Step = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a system said beforehand of its step, and the part of it that only it can measure.
+    """A system's own prediction of its step, and the part of it that only it can measure.
 
     step_s: predicted, optimizer included.
     exposed_s: predicted time that computing waits for communication.
@@ -37,7 +37,7 @@ class Outlook:
 
 
 class Role(StrEnum):
-    """What a system is measured for."""
+    """Sizes that a system is measured at."""
 
     ZGRAPH = "zgraph"
     BASELINE = "peer"
@@ -76,7 +76,11 @@ class System:
 
 def adamw_step(model: nn.Module) -> Step:
     """The plain PyTorch training step, for every system that lets one write it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    return step_of(model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE))
+
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """The plain PyTorch training step with this optimizer."""
 
     def step(tokens: Tensor) -> Tensor:
         loss: Tensor = model(input_ids=tokens, labels=tokens).loss

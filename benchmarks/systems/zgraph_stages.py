@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from zgraph.cost import CostTable
 
 BUDGET = "650MB"
-"""What ZeRO-3 of a baseline takes at its peak for the 30 M Llama; zgraph keeps gathered parameters in what is left."""
+"""Peak of a baseline's ZeRO-3 for the 30 M Llama; zgraph keeps gathered parameters in what is left."""
 
 
-def prepare(model: nn.Module, device: torch.device, *, stage: int) -> Step:
+def prepare(model: nn.Module, device: torch.device, **options: Any) -> Step:
     import zgraph
 
-    compiled: nn.Module = zgraph.compile(model, stage=stage)
+    compiled: nn.Module = zgraph.compile(model, **options)
     return adamw_step(compiled)
 
 
@@ -74,11 +74,11 @@ class CalibratedStep:
         return zgraph.profile(rehearsal, step)
 
     def begin(self) -> None:
-        """What follows is measured."""
+        """Begins to measure."""
         self.waited_before_s, self.num_steps = self._waited_s(), 0
 
     def outlook(self) -> Outlook:
-        """What was predicted for a step, and what computing waited for since `begin`."""
+        """The time predicted for a step, and the time that computing waited for since `begin`."""
         import zgraph
 
         (entry,) = zgraph.report(self.model).entries
@@ -105,13 +105,23 @@ ZGRAPH = (
         System(f"zgraph stage {stage}", Role.ZGRAPH, stage, partial(prepare, stage=stage), "zgraph", "zgraph")
         for stage in (0, 1, 2, 3)
     ),
+    System("zgraph in pieces", Role.ZGRAPH, 3, partial(prepare, stage=3, fullgraph=False), "zgraph", "zgraph"),
     *(
         System(
-            f"zgraph stage {stage}{name}, calibrated", Role.ZGRAPH, stage,
-            partial(prepare_calibrated, stage=stage, **options), "zgraph", "zgraph", True,
+            f"zgraph stage {stage}{name}, calibrated",
+            Role.ZGRAPH,
+            stage,
+            partial(prepare_calibrated, stage=stage, **options),
+            "zgraph",
+            "zgraph",
+            True,
         )
         for stage, name, options in (
-            (0, "", {}), (1, "", {}), (2, "", {}), (3, "", {}), (3, f" in {BUDGET}", {"memory_budget": BUDGET}),
+            (0, "", {}),
+            (1, "", {}),
+            (2, "", {}),
+            (3, "", {}),
+            (3, f" in {BUDGET}", {"memory_budget": BUDGET}),
         )
     ),
-)  # fmt: skip
+)

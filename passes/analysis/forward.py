@@ -184,8 +184,12 @@ class Forward:
 
     def _bytes(self, name: str) -> int:
         roots = sorted(self.memory.roots(name))
-        kinds = [r.type for n in (self.nodes[self.position[root]] for root in roots if root in self.position)
-                 for r in n.results if r.name in roots]  # fmt: skip
+        kinds = [
+            r.type
+            for n in (self.nodes[self.position[root]] for root in roots if root in self.position)
+            for r in n.results
+            if r.name in roots
+        ]
         return sum(map(self._local_bytes, kinds))
 
     # --- choosing ------------------------------------------------------------------------------------------------

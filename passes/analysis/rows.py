@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import Step
 from zgraph.ir import Arg, DType, Graph, Node, TensorType, Value
-from zgraph.passes.fusion.patterns import PATTERNS, RENAMES, Pattern
+from zgraph.ir.external_ops import facts
+from zgraph.passes.fusion.patterns import PATTERNS, Pattern
 
 FLOATS = frozenset({DType.f32, DType.bf16, DType.f16})
-
-TAKES_OPTIONS = frozenset({"aten._to_copy.default", "aten.clone.default"})
-"""Ops whose keyword arguments say nothing that the types do not."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Views:
         self.same: dict[str, Value] = {}
         self.base: dict[str, str] = {}
         for node in graph.nodes:
-            if node.op not in RENAMES:
+            if not facts(node.op).keeps_rows:
                 continue
             source, result = node.operands[0], node.results[0]
             self.base[result.name] = self.base.get(source.name, source.name)
@@ -85,7 +83,7 @@ class Match:
 
 def match(node: Node, views: Views, space: Space) -> Match | None:
     """The pattern that a node is of, if all that it reads and makes lies in these rows."""
-    keywords = {} if node.op in TAKES_OPTIONS else {name: written(arg) for name, arg in node.kwargs}
+    keywords = {} if facts(node.op).options_in_types else {name: written(arg) for name, arg in node.kwargs}
     for pattern in PATTERNS.get(node.op, ()):
         bound = _bind(pattern, node)
         if bound is None or keywords != pattern.keywords or len(pattern.results) != len(node.results):

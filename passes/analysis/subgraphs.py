@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from zgraph.ir import Arg, Graph, Node, TensorType, Value
-from zgraph.passes.analysis.rows import TAKES_OPTIONS, dims, written
+from zgraph.ir.external_ops import facts
+from zgraph.passes.analysis.rows import dims, written
 
 Bound = Mapping[str, Arg]
 """The argument that each name of a subgraph is bound to."""
@@ -21,7 +22,6 @@ Wanted = str | tuple["Wanted", ...]
 """An argument as text: a name, a word, or several of them."""
 
 _WORDS = frozenset({"_", "last", "half", "end", "true", "false", "none"})
-_COMMUTES = frozenset({"aten.add.Tensor", "aten.mul.Tensor"})
 _CALL = re.compile(r"(\w+) = ([\w.]+)\((.*)\)")
 _ARG = re.compile(r"\[[^\]]*\]|[^\s,]+")
 
@@ -108,10 +108,10 @@ def _bind_call(subgraph: Subgraph, call: Call, node: Node, bound: Bound, graph: 
     """All that names may stand for if a node is this call."""
     if node.op != call.op or len(node.results) != 1 or len(node.args) > len(call.args):
         return
-    if node.kwargs and node.op not in TAKES_OPTIONS:
+    if node.kwargs and not facts(node.op).options_in_types:
         return
     args = (*node.args, *(None,) * (len(call.args) - len(node.args)))
-    for given in (args, args[::-1]) if call.op in _COMMUTES else (args,):
+    for given in (args, args[::-1]) if facts(call.op).commutes else (args,):
         yield from _bind_all(subgraph, call.args, given, node, {**bound, call.result: node.results[0]}, graph)
 
 

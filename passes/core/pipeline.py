@@ -12,6 +12,7 @@ from typing import Protocol
 
 from zgraph.errors import ContractError, RecipeError, did_you_mean
 from zgraph.ir import Graph
+from zgraph.ir.cursor import Cursor
 from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.core.budgeted import Budgeted, Ran, one_by_one
 
@@ -133,41 +134,22 @@ def _list(words: Iterable[str]) -> str:
     return ", ".join(sorted(words))
 
 
-class _Recipe:
+class _Recipe(Cursor):
     """A cursor over a recipe's text."""
 
+    fault = RecipeError
+    blanks = re.compile(r"\s*")
+
     def __init__(self, text: str, known: Mapping[str, type[Pass]]) -> None:
-        self.text, self.known, self.at = text, known, 0
-
-    def error(self, message: str, at: int | None = None) -> RecipeError:
-        return RecipeError(message, self.text, self.at if at is None else at)
-
-    def space(self) -> None:
-        while self.at < len(self.text) and self.text[self.at].isspace():
-            self.at += 1
-
-    def accept(self, char: str) -> bool:
-        self.space()
-        if self.text.startswith(char, self.at):
-            self.at += 1
-            return True
-        return False
-
-    def match(self, pattern: re.Pattern[str], what: str) -> str:
-        self.space()
-        if not (found := pattern.match(self.text, self.at)):
-            raise self.error(f"expected {what}")
-        self.at = found.end()
-        return found.group()
+        super().__init__(text)
+        self.known = known
 
     def passes(self) -> Iterable[Pass]:
-        self.space()
-        if self.at == len(self.text):
+        if self.done:
             return
         while True:
             yield self.one()
-            self.space()
-            if self.at == len(self.text):
+            if self.done:
                 return
             if not self.accept(","):
                 raise self.error("expected a comma between passes")

@@ -10,15 +10,14 @@ from functools import cached_property
 from zgraph.codegen.ops import SCALAR_OPS, Extent
 from zgraph.cost import signature
 from zgraph.ir import Builder, Graph, Node, Phase, TensorType, Value
+from zgraph.ir.external_ops import COMPILED, DROPOUT, RECTIFIED, ROWS, VIEW, facts
 from zgraph.passes.analysis.order import reorder
 from zgraph.passes.analysis.rows import Space, Views, match
 from zgraph.passes.core.base import Choice
 from zgraph.passes.fusion.candidates import Candidate, Candidates
-from zgraph.passes.fusion.patterns import PATTERNS, RENAMES
-from zgraph.passes.fusion.rows import COMPILED, FOREIGN, MATMULS, RECTIFIED, ROWS, Group, Kernel, Seeds
+from zgraph.passes.fusion.patterns import PATTERNS
+from zgraph.passes.fusion.rows import FOREIGN, Group, Kernel, Seeds
 from zgraph.passes.plan.zero_tangents import zero_tangents
-
-DROPOUT = "aten.native_dropout.default"
 
 MIN_COLUMNS = 8
 """Shorter rows are no rows of a model."""
@@ -33,7 +32,7 @@ def early(graph: Graph) -> Graph:
     made_at: dict[str, float] = {}
     for position, node in enumerate(graph.nodes):
         at = float(position)
-        if (node.op in PATTERNS or node.op in RENAMES) and node.operands:
+        if (node.op in PATTERNS or facts(node.op).keeps_rows) and node.operands:
             at = max(made_at.get(v.name, -1.0) for v in node.operands)
         priority[position] = at
         made_at.update((r.name, at) for r in node.results)
@@ -101,7 +100,7 @@ class Groups:
             yield Candidates(group, " ".join(signature(n, hints) for n in (*before, kernel)), matmul, nodes, graph)
 
     def visit(self, node: Node) -> None:
-        if node.op in RENAMES:
+        if facts(node.op).keeps_rows:
             return
         makers = [self.owner[n] for v in node.operands if (n := self.views.base.get(v.name, v.name)) in self.owner]
         row = self.graph.foreign.get(node.op)
@@ -194,7 +193,7 @@ class Groups:
         makers = [self.graph.producers.get(name) for name in self.inputs(group)]
         for node in sorted((m for m in makers if m is not None), key=lambda m: -self.position[id(m)]):
             if (
-                node.op not in MATMULS
+                not facts(node.op).takes_epilogue
                 or node.kwargs
                 or (node.phase, node.checkpoint) != (first.phase, first.checkpoint)
             ):
@@ -218,7 +217,7 @@ class Groups:
             return (whole,)
         sizes = tuple(d for d in made.tensor.shape if isinstance(d, int))
         flat = self.builder.value(f"{made.name}_rows", product.tensor)
-        view = replace(whole, op="aten.view.default", args=(flat, sizes))
+        view = replace(whole, op=VIEW, args=(flat, sizes))
         return (replace(whole, results=(flat,)), view) if len(sizes) == len(made.tensor.shape) else ()
 
     @cached_property
@@ -226,7 +225,7 @@ class Groups:
         """The nodes that read each value, directly or through views of it."""
         found: dict[str, list[Node]] = defaultdict(list)
         for node in self.graph.nodes:
-            if node.op not in RENAMES:
+            if not facts(node.op).keeps_rows:
                 for v in node.operands:
                     found[self.views.base.get(v.name, v.name)].append(node)
         return found
@@ -242,7 +241,7 @@ class Groups:
         for group in groups:
             found.update(self.inputs(group).keys())
         for node in self.graph.nodes:
-            if id(node) not in fused and not (node.op in RENAMES and node.name in self.views.same):
+            if id(node) not in fused and not (facts(node.op).keeps_rows and node.name in self.views.same):
                 found.update(self.views.root(v).name for v in node.operands)
         found.update(self.views.same[name].name for name in self.graph.output_names if name in self.views.same)
         return found
@@ -293,7 +292,7 @@ class Groups:
             return 0, []
         kept = value.tensor.dtype.itemsize
         maker = self.graph.producers.get(value.name)
-        if maker is None or maker.phase is not Phase.forward or maker.op in RENAMES or len(trying) > MAX_DEPTH:
+        if maker is None or maker.phase is not Phase.forward or facts(maker.op).keeps_rows or len(trying) > MAX_DEPTH:
             return kept, []
         found = match(maker, self.views, group.space)
         if found is None or any(SCALAR_OPS[s.op].reduces for s in found.making(maker, (value.name,))):

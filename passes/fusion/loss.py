@@ -15,15 +15,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from zgraph.ir import Arg, Builder, DType, ExternalOp, Graph, Node, Phase, TensorType, Value
+from zgraph.ir.external_ops import (
+    CAST,
+    LOSS,
+    LOSS_BACKWARD,
+    PROJECTED_LOSS,
+    PROJECTED_LOSS_BACKWARD,
+    VIEW,
+)
 from zgraph.passes.analysis.rows import same_rows
 
-LINEAR = "zgraph.linear_cross_entropy.default"
-LINEAR_BACKWARD = "zgraph.linear_cross_entropy_backward.default"
-PLAIN = "zgraph.cross_entropy.default"
-PLAIN_BACKWARD = "zgraph.cross_entropy_backward.default"
-
-_CAST = "aten._to_copy.default"
-_VIEWS = ("aten.view.default", "aten._unsafe_view.default")
+_VIEWS = (VIEW, "aten._unsafe_view.default")
 _REDUCTIONS = {1: True, 2: False}
 """torch's numbers for a mean and a sum."""
 
@@ -72,8 +74,8 @@ def fused_losses(graph: Graph, made_by: str) -> Graph:
         projection = _projection(graph, loss)
         instead.update(_plain(loss, builder) if projection is None else _linear(loss, projection, builder, position))
     nodes = [new for node in graph.nodes for new in (instead.get(node.name, [node]) if node.results else [node])]
-    own = {op: ExternalOp(multi=True) for op in (LINEAR, LINEAR_BACKWARD, PLAIN)}
-    own |= {PLAIN_BACKWARD: ExternalOp(), _CAST: ExternalOp(), "aten.view.default": ExternalOp(views=(0,))}
+    own = {op: ExternalOp(multi=True) for op in (PROJECTED_LOSS, PROJECTED_LOSS_BACKWARD, LOSS)}
+    own |= {LOSS_BACKWARD: ExternalOp(), CAST: ExternalOp(), VIEW: ExternalOp(views=(0,))}
     return replace(graph, nodes=tuple(nodes), foreign={**graph.foreign, **own})
 
 
@@ -91,7 +93,7 @@ def _forward(
             continue
         made.append(builder.value(f"{wanted.name}_{computed_in.value}", replace(wanted.tensor, dtype=computed_in)))
         options = (("dtype", wanted.tensor.dtype),)
-        casts.append(Node(_CAST, (made[-1],), (wanted,), options, Phase.forward, origin))
+        casts.append(Node(CAST, (made[-1],), (wanted,), options, Phase.forward, origin))
     lse = builder.value(f"{loss.node.name}_lse", TensorType(computed_in, loss.target.tensor.shape))
     args: tuple[Arg, ...] = (*reads, loss.target, *loss.options)
     return [Node(op, args, (*made, lse), (), Phase.forward, origin), *casts], (made[1], lse)
@@ -101,7 +103,7 @@ def _linear(
     loss: _Loss, projection: _Projection, builder: Builder, position: Mapping[str, int]
 ) -> dict[str, list[Node]]:
     """Replacement nodes of the loss that takes the projection in, by the name of the node that they replace."""
-    forward, kept = _forward(loss, LINEAR, (projection.x, projection.weight), builder)
+    forward, kept = _forward(loss, PROJECTED_LOSS, (projection.x, projection.weight), builder)
     found = {loss.node.name: forward}
     if projection.gradients is not None:
         for_x, for_weight = projection.gradients
@@ -109,23 +111,25 @@ def _linear(
         first, second = sorted(projection.gradients, key=lambda n: position[n.name])
         results = (*for_x.results, *for_weight.results)
         found[second.name] = []
-        found[first.name] = [Node(LINEAR_BACKWARD, args, results, (), first.phase, builder.origin(first.origin))]
+        found[first.name] = [
+            Node(PROJECTED_LOSS_BACKWARD, args, results, (), first.phase, builder.origin(first.origin))
+        ]
     return found
 
 
 def _plain(loss: _Loss, builder: Builder) -> dict[str, list[Node]]:
     """Replacement nodes of the loss where the logits stay, by the name of the node that they replace."""
-    forward, kept = _forward(loss, PLAIN, (loss.logits,), builder)
+    forward, kept = _forward(loss, LOSS, (loss.logits,), builder)
     found = {loss.node.name: forward}
     if (node := loss.gradient) is not None:
         wanted, origin = node.results[0], builder.origin(node.origin)
         is_same = wanted.tensor.shape == loss.logits.tensor.shape
         made = wanted if is_same else builder.value(f"{wanted.name}_rows", loss.logits.type)
         args = (loss.tangent, loss.logits, loss.target, *kept, *loss.options)
-        found[node.name] = [Node(PLAIN_BACKWARD, args, (made,), (), node.phase, origin)]
+        found[node.name] = [Node(LOSS_BACKWARD, args, (made,), (), node.phase, origin)]
         if not is_same:
             shape = wanted.tensor.shape
-            found[node.name].append(Node("aten.view.default", (made, shape), (wanted,), (), node.phase, origin))
+            found[node.name].append(Node(VIEW, (made, shape), (wanted,), (), node.phase, origin))
     return found
 
 
@@ -138,7 +142,7 @@ def _loss(graph: Graph, node: Node) -> _Loss | None:
     if softmax is None or softmax.op != "aten._log_softmax.default" or not isinstance(target, Value):
         return None
     chain = [softmax]
-    while (maker := _maker(graph, chain[-1].args[0])) is not None and maker.op in (_CAST, *_VIEWS):
+    while (maker := _maker(graph, chain[-1].args[0])) is not None and maker.op in (CAST, *_VIEWS):
         chain.append(maker)
     logits = chain[-1].operands[0]
     if not _are_rows(logits, softmax):
@@ -206,7 +210,7 @@ def _gradient(graph: Graph, backward: Node) -> Node | None:
     if len(readers) != 1 or readers[0].op != "aten._log_softmax_backward_data.default":
         return None
     node = readers[0]
-    while len(readers := graph.readers(*node.results)) == 1 and readers[0].op in (_CAST, *_VIEWS):
+    while len(readers := graph.readers(*node.results)) == 1 and readers[0].op in (CAST, *_VIEWS):
         node = readers[0]
     return node
 

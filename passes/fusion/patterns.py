@@ -127,9 +127,3 @@ def _by_op(lines: str) -> Mapping[str, tuple[Pattern, ...]]:
 
 PATTERNS: Mapping[str, tuple[Pattern, ...]] = _by_op(_LINES)
 """Patterns by the op that they are of; the first that matches counts."""
-
-RENAMES = frozenset({
-    "aten.view.default", "aten._unsafe_view.default", "aten._reshape_alias.default", "aten.unsqueeze.default",
-    "aten.squeeze.dim", "aten.expand.default", "aten.alias.default", "aten.detach.default",
-})  # fmt: skip
-"""Views that may leave rows as they are."""

@@ -22,13 +22,11 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 
 from zgraph.ir import Arg, Builder, ExternalOp, Graph, Node, TensorType, Value
+from zgraph.ir.external_ops import ROTARY
 from zgraph.ir.layout import dense_strides, is_contiguous
 from zgraph.ir.symbols import Dim
 from zgraph.passes.analysis.rows import FLOATS
 from zgraph.passes.analysis.subgraphs import Call, Found, Subgraph, find, parse_calls
-
-ROTARY = "zgraph.rotary.default"
-"""The op that turns pairs of columns: what, cosines, sines, the order of dimensions in memory, and whether back."""
 
 _LINES = """
 y = zgraph.rotary.default(x, cos, sin, order, false):

@@ -7,29 +7,11 @@ from dataclasses import dataclass, field, replace
 
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import ACC, Arg, KernelSpec, Operand, Step
-from zgraph.cost.table import GENERATED_MATMUL
 from zgraph.errors import KernelError
 from zgraph.ir import Arg as IrArg
 from zgraph.ir import Builder, DType, ExternalOp, Node, TensorType, Value
+from zgraph.ir.external_ops import COMPILED, MATMUL, RECTIFIED, ROWS, SEED, VIEW
 from zgraph.passes.analysis.rows import Space, Views, match
-
-ROWS = "zgraph.rows.default"
-"""The op that runs a kernel over rows: what it reads, and the kernel's text."""
-
-COMPILED = "zgraph.compiled.default"
-"""The same, by what Inductor makes of the kernel's steps."""
-
-SEED = "zgraph.seed.default"
-"""The op that draws a seed from torch's generator, on the device of what it reads."""
-
-MATMUL = GENERATED_MATMUL
-"""The op that runs a matmul with its epilogue: two matrices, what else it reads, and the epilogue's text."""
-
-MATMULS = frozenset({"aten.mm.default", "aten.addmm.default", "aten.bmm.default"})
-"""Ops that can be the product of one. Their last two operands are the matrices."""
-
-RECTIFIED = "aten._addmm_activation.default"
-"""A matmul whose bias and rectifier are its end, as the vendor's library has it."""
 
 FOREIGN = {
     ROWS: ExternalOp(multi=True),
@@ -37,7 +19,7 @@ FOREIGN = {
     MATMUL: ExternalOp(multi=True),
     SEED: ExternalOp(random=True),
     RECTIFIED: ExternalOp(),
-    "aten.view.default": ExternalOp(views=(0,)),
+    VIEW: ExternalOp(views=(0,)),
 }
 """Properties of the ops that replace groups."""
 
@@ -141,9 +123,7 @@ class Kernel:
                 return None
             results.append(self.builder.value(f"{value.name}_rows", replace(value.tensor, shape=shape)))
             sizes = tuple(d for d in value.tensor.shape if isinstance(d, int))
-            views.append(
-                Node("aten.view.default", (results[-1], sizes), (value,), (), last.phase, origin, last.checkpoint)
-            )
+            views.append(Node(VIEW, (results[-1], sizes), (value,), (), last.phase, origin, last.checkpoint))
         matmul = self.group.matmul
         matrices = matmul.operands[-2:] if matmul is not None else ()
         arguments: tuple[IrArg, ...] = (*matrices, tuple(inputs), str(spec))

@@ -50,9 +50,13 @@ def make_plan(graph: Graph, *, only_step: bool = False) -> Plan:
         both = backward, backward
         return Plan(graph, plan_forward, *both, saved, left_out, both if loss_only else None)
     return Plan(
-        graph, plan_forward, *_backwards("", graph, saved, tangents), saved, left_out,
+        graph,
+        plan_forward,
+        *_backwards("", graph, saved, tangents),
+        saved,
+        left_out,
         _backwards("loss_only_", loss_only, saved, tangents) if loss_only else None,
-    )  # fmt: skip
+    )
 
 
 def memory_of(graph: Graph, hints: Mapping[str, int]) -> MemoryCurve:
@@ -89,8 +93,9 @@ def over_budget(context: Context, step_bytes: int, where: str) -> BudgetError:
         f"a memory budget of {context.memory_budget:,} bytes cannot hold this step: with {context.rest_bytes:,} at "
         f"rest and {step_bytes:,} at its peak ({where}), {needed:,} is the smallest that can; offload the optimizer or "
         "the parameters (offload=), shard over more ranks, or make the batch smaller",
-        needed, where,
-    )  # fmt: skip
+        needed,
+        where,
+    )
 
 
 def _backwards(prefix: str, graph: Graph, saved: Iterable[Value], tangents: Iterable[Value]) -> tuple[Program, Program]:
@@ -118,9 +123,12 @@ def _saved(graph: Graph, forward: Iterable[Node]) -> tuple[Value, ...]:
 
 
 def _program(
-    name: str, arguments: Iterable[Value], nodes: Iterable[Node], results: Iterable[Value | None],
+    name: str,
+    arguments: Iterable[Value],
+    nodes: Iterable[Node],
+    results: Iterable[Value | None],
     arena_bytes: int | None,
-) -> Program:  # fmt: skip
+) -> Program:
     """Instructions with each value freed after its last use; what is returned is never freed."""
     wanted = list(results)
     alive = {v.name for v in wanted if v is not None}

@@ -16,21 +16,9 @@ from dataclasses import replace
 
 from zgraph.ir import Graph, InputKind, Node, OutputKind, Phase, TensorType, Value
 from zgraph.ir.aliases import Memory
+from zgraph.ir.external_ops import facts
 from zgraph.ir.ops import is_pure, views
 from zgraph.passes.dce import sweep
-
-FACTORS = frozenset(
-    f"aten.{name}"
-    for name in (
-        "_to_copy.default", "bmm.default", "clone.default", "div.Scalar", "div.Tensor", "mm.default", "mul.Scalar",
-        "mul.Tensor", "neg.default", "select_backward.default", "slice_backward.default", "sum.default",
-        "sum.dim_IntList",
-    )
-) | {"zgraph.rotary.default"}  # fmt: skip
-"""Ops whose result is zero if their first tensor is; of the products, if either is."""
-
-PRODUCTS = frozenset({"aten.bmm.default", "aten.mm.default", "aten.mul.Tensor"})
-SUMS = frozenset({"aten.add.Tensor"})
 
 
 def zero_tangents(graph: Graph) -> frozenset[str]:
@@ -56,7 +44,7 @@ def without_tangents(graph: Graph, tangents: frozenset[str]) -> Graph | None:
         zeros = [v.name in zero for v in node.operands]
         if not any(zeros):
             kept.append(node)
-        elif node.op in SUMS and not node.kwargs and (other := _other_summand(node, zeros)):
+        elif facts(node.op).zero == "all" and not node.kwargs and (other := _other_summand(node, zeros)):
             same[node.name] = other
         elif _is_zero(graph, node, zeros):
             zero.update(r.name for r in node.results)
@@ -98,6 +86,11 @@ def _other_summand(node: Node, zeros: list[bool]) -> Value | None:
 
 
 def _is_zero(graph: Graph, node: Node, zeros: list[bool]) -> bool:
-    if node.op in PRODUCTS or node.op in SUMS:
-        return any(zeros) if node.op in PRODUCTS else all(zeros)
-    return zeros[0] and (node.op in FACTORS or node.op in ("cast", "copy") or bool(views(graph, node)))
+    match facts(node.op).zero:
+        case "any":
+            return any(zeros)
+        case "all":
+            return all(zeros)
+        case "first":
+            return zeros[0]
+    return zeros[0] and (node.op in ("cast", "copy") or bool(views(graph, node)))

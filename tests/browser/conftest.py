@@ -15,8 +15,14 @@ from zgraph.passes import RECIPES, parse_recipe
 from zgraph.runfile.format import RunFile
 from zgraph.viz.page import page as page_of
 
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run")  # fmt: skip
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
 
 Opener = Callable[..., Page]
 
@@ -32,9 +38,14 @@ def browser() -> Iterator[Browser]:
 def a_run(stage: int) -> RunFile:
     """A small Llama on two ranks of hardware that has reason to wait."""
     config = hf.LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=2000, use_cache=False,
-    )  # fmt: skip
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=2000,
+        use_cache=False,
+    )
     with torch.device("meta"):
         model = hf.LlamaForCausalLM(config)
     ids = torch.zeros(2, 128, dtype=torch.int64, device="meta")

@@ -38,11 +38,13 @@ def test_the_headline_has_the_figures_of_the_run(opened, run, drawn):
     assert unsharded_bytes(run) == pytest.approx(whole, rel=0.01)
     shown = opened(drawn).locator("#headline")
     for said in (
-        "ZeRO stage 3 on 2 ranks of h100", f"unsharded, each would hold {size(whole)}",
+        "ZeRO stage 3 on 2 ranks of h100",
+        f"unsharded, each would hold {size(whole)}",
         f"{size(found.peak_bytes)} of a budget",
-        f"Of {duration(timeline.busy_us['comm'])} of communication", f"{duration(timeline.exposed_us)} is exposed",
+        f"Of {duration(timeline.busy_us['comm'])} of communication",
+        f"{duration(timeline.exposed_us)} is exposed",
         f"take {duration(timeline.step_us)}, {100 * (timeline.step_us / found.bound_us - 1):.1f} % above",
-    ):  # fmt: skip
+    ):
         expect(shown).to_contain_text(said)
 
 

@@ -107,7 +107,7 @@ def test_the_peak_shows_what_is_alive_at_it(shown, run):
 
 
 def test_the_graph_is_as_it_was_when_it_shows_again(shown):
-    """What moves the graph is not there beside the text, and keys that do wait for the graph."""
+    """Controls that move the graph are not there beside the text, and keys that do wait for the graph."""
     before = shown.evaluate("zgraph.graph.view")
     shown.locator("#show-text").click()
     expect(shown.locator("#fit")).to_be_hidden()

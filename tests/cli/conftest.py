@@ -1,4 +1,4 @@
-"""What all tests of the command share: a folder to run it in, and how to."""
+"""Fixtures that all tests of the command share: a folder to run it in, and how to."""
 
 import io
 import sys
@@ -77,9 +77,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "train.py").write_text(SCRIPT)
     (made / "wrong.py").write_text(Path(__file__).with_name("wrong.py").read_text())
     config = hf.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=300, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        architectures=["LlamaForCausalLM"],
+    )
     config.save_pretrained(made / "llama-70b")
     return made
 

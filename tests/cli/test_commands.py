@@ -160,7 +160,7 @@ def test_differences(zgraph_command):
 
 
 def test_passes_as_the_user_chooses(zgraph_command):
-    """What is left out is not there; what is written can be read; the text that is printed parses."""
+    """Parts that are left out are not there; what is written can be read; the text that is printed parses."""
     code, out, _ = zgraph_command(
         "opt", "run.zg", "--disable-pass", "bucket", "--stop-after", "all-gather", "-o", "new.zg"
     )

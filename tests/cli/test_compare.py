@@ -39,7 +39,7 @@ def test_a_difference_leads_from_one_graph_to_the_other():
 @given(st.permutations(range(12)), st.integers(0, 12))
 @settings(max_examples=200, deadline=None)
 def test_what_has_moved_is_least(order, size):
-    """What is left is in order; and no more could have stayed than a longest increasing run has."""
+    """The rest is in order; and no more could have stayed than a longest increasing run has."""
     keys = [str(n) for n in order[:size]]
     before = sorted(keys, key=int)
     gone = set(moved(before, keys))

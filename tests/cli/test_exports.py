@@ -36,11 +36,19 @@ def test_a_trace_has_the_times_of_the_clock():
     order = [e["tid"] for e in found if e["name"] == "thread_sort_index"]
     assert order == sorted(order)
     slices = [(rows[e["tid"]], e["args"].get("node", ""), e["ts"], e["dur"]) for e in found if e["ph"] == "X"]
-    assert sorted(slices) == sorted([
-        ("computing", "%y", 8, 10), ("computing", "%z", 18, 10), ("computing", "%u", 28, 4), ("computing", "%v", 32, 4),
-        ("communication", "%as", 0, 8), ("communication", "%bs", 8, 8), ("communication", "%rs", 32, 8),
-        ("waiting for", "", 0, 8), ("waiting for", "", 36, 4),
-    ])  # fmt: skip
+    assert sorted(slices) == sorted(
+        [
+            ("computing", "%y", 8, 10),
+            ("computing", "%z", 18, 10),
+            ("computing", "%u", 28, 4),
+            ("computing", "%v", 32, 4),
+            ("communication", "%as", 0, 8),
+            ("communication", "%bs", 8, 8),
+            ("communication", "%rs", 32, 8),
+            ("waiting for", "", 0, 8),
+            ("waiting for", "", 36, 4),
+        ]
+    )
     assert {e["cname"] for e in found if e["ph"] == "X" and rows[e["tid"]] == "waiting for"} == {"terrible"}
     begins = {e["id"]: (rows[e["tid"]], e["ts"]) for e in found if e["ph"] == "s"}
     ends = {e["id"]: (rows[e["tid"]], e["ts"]) for e in found if e["ph"] == "f"}
@@ -154,8 +162,9 @@ def test_one_call_writes_several_files(zgraph_command, tmp_path):
     assert code == 0
     written = json.loads(out)
     assert {k: v["bytes"] for k, v in written.items()} == {
-        "perfetto": len((tmp_path / "step.json").read_bytes()), "dot": len((tmp_path / "graph.dot").read_bytes()),
-    }  # fmt: skip
+        "perfetto": len((tmp_path / "step.json").read_bytes()),
+        "dot": len((tmp_path / "graph.dot").read_bytes()),
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the command knows of the machine, the ranks that it starts on it, and what shells complete."""
+"""The command's knowledge of the machine, the ranks that it starts on it, and what shells complete."""
 
 import json
 import os
@@ -18,10 +18,14 @@ def test_a_bug_report_has_no_secrets(zgraph_command, monkeypatch, tmp_path):
     (home / ".cache" / "zgraph" / "kernels").mkdir(parents=True)
     (home / ".cache" / "zgraph" / "kernels" / "one.py").write_bytes(b"12345")
     for name, value in {
-        "HOME": str(home), "USER": "alice", "LOGNAME": "alice", "ZGRAPH_DUMP": f"{home}/graphs",
-        "ZGRAPH_DISABLE": "/scratch/alice/x", "AWS_SECRET_ACCESS_KEY": "hunter2",
+        "HOME": str(home),
+        "USER": "alice",
+        "LOGNAME": "alice",
+        "ZGRAPH_DUMP": f"{home}/graphs",
+        "ZGRAPH_DISABLE": "/scratch/alice/x",
+        "AWS_SECRET_ACCESS_KEY": "hunter2",
         "TRITON_CACHE_DIR": str(home / "none"),
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     code, out, _ = zgraph_command("env", "--json")
@@ -71,7 +75,7 @@ def test_ranks_that_cannot_be(ranks, said, zgraph_command):
 
 
 def completed(zgraph_command, monkeypatch, line: str) -> list[str]:
-    """What bash would offer at the end of a line."""
+    """Completions that bash would offer at the end of a line."""
     words = line.split(" ")
     monkeypatch.setenv("_ZGRAPH_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "\n".join(words))
@@ -110,7 +114,7 @@ def test_zsh_offers_files_where_there_is_nothing_else(zgraph_command, monkeypatc
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_bash_completes_once_it_is_installed(zgraph_command, monkeypatch, tmp_path):
-    """What --install-completion writes, sourced by a real bash with `zgraph` on its path."""
+    """The script that --install-completion writes, sourced by a real bash with `zgraph` on its path."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))
     code, _, error = zgraph_command("--install-completion")
@@ -125,7 +129,10 @@ def test_bash_completes_once_it_is_installed(zgraph_command, monkeypatch, tmp_pa
     )
     path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "--norc", "-c", script], capture_output=True, text=True, timeout=60,
+        ["bash", "--norc", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
         env={**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    )
     assert done.stdout.splitlines() == ["complete -o default -F _zgraph_completion zgraph", "bucket"]

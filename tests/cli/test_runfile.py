@@ -30,9 +30,13 @@ return bwd grad "x" %g
 """
 
 CONTEXT = Context(
-    mesh=(Axis("replicate", 2), Axis("shard", 4)), reduce_dtype=DType.f32, hints={"s0": 7}, memory_budget=10**9,
-    groups_calls=True, offloads="auto",
-)  # fmt: skip
+    mesh=(Axis("replicate", 2), Axis("shard", 4)),
+    reduce_dtype=DType.f32,
+    hints={"s0": 7},
+    memory_budget=10**9,
+    groups_calls=True,
+    offloads="auto",
+)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +215,7 @@ def test_damaged_graphs_are_errors_and_nothing_else(run):
 
 
 def test_a_later_version_can_say_more_of_nothing(run):
-    """What the file says of itself is checked: a typo is not silently ignored."""
+    """The file's description of itself is checked: a typo is not silently ignored."""
     text = run.manifest.model_dump_json().replace('"snapshots"', '"snapshot"').encode()
     with pytest.raises(RunFileError, match="snapshots: Field required"):
         load_run(rewritten(run, MANIFEST, text))

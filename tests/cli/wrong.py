@@ -92,9 +92,14 @@ def crash(graph: Graph) -> Graph:
 
 
 MISTAKES: Mapping[str, Callable[[Graph], Graph]] = {
-    "none": lambda graph: graph, "operand": operand, "scale": scale, "constant": constant, "order": order,
-    "missing": missing, "crash": crash,
-}  # fmt: skip
+    "none": lambda graph: graph,
+    "operand": operand,
+    "scale": scale,
+    "constant": constant,
+    "order": order,
+    "missing": missing,
+    "crash": crash,
+}
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,44 @@ def test_every_profile_is_possible(name):
 
 def test_the_profiles_that_were_promised():
     assert {
-        "a10", "a100-40", "a100-80", "b200", "gb200", "gb300", "h100", "h100-nvl", "h20", "h200", "l4", "l40s",
-        "mi250x", "mi300x", "mi325x", "rtx-4090", "rtx-5090", "v100", "v100-16",
-    } <= set(known())  # fmt: skip
+        "a10",
+        "a100-40",
+        "a100-80",
+        "b200",
+        "gb200",
+        "gb300",
+        "h100",
+        "h100-nvl",
+        "h20",
+        "h200",
+        "l4",
+        "l40s",
+        "mi250x",
+        "mi300x",
+        "mi325x",
+        "rtx-4090",
+        "rtx-5090",
+        "v100",
+        "v100-16",
+    } <= set(known())
 
 
 @pytest.mark.parametrize(
     ("name", "bf16", "memory_gb", "gb_per_s"),
     [
-        ("l4", 121, 24, 300), ("l40s", 362, 48, 864), ("a10", 125, 24, 600), ("rtx-4090", 165.2, 25.8, 1008),
-        ("rtx-5090", 209.5, 34.4, 1792), ("h100-nvl", 835.5, 100.9, 3900), ("h20", 148, 103.1, 4000),
-        ("gb200", 2500, 186, 8000), ("gb300", 2500, 279, 8000), ("mi250x", 191.5, 68.7, 1638),
+        ("l4", 121, 24, 300),
+        ("l40s", 362, 48, 864),
+        ("a10", 125, 24, 600),
+        ("rtx-4090", 165.2, 25.8, 1008),
+        ("rtx-5090", 209.5, 34.4, 1792),
+        ("h100-nvl", 835.5, 100.9, 3900),
+        ("h20", 148, 103.1, 4000),
+        ("gb200", 2500, 186, 8000),
+        ("gb300", 2500, 279, 8000),
+        ("mi250x", 191.5, 68.7, 1638),
         ("mi325x", 1307.4, 256, 6000),
     ],
-)  # fmt: skip
+)
 def test_dense_figures_of_data_sheets(name, bf16, memory_gb, gb_per_s):
     """A rate with sparsity, as sheets print first, would be twice as much."""
     device = hardware(name).device
@@ -127,9 +151,10 @@ def test_a_broken_profile_is_told(tmp_path, text, says):
 
 def test_a_table_comes_back_from_its_file(tmp_path):
     table = CostTable(
-        hardware=hardware("cpu"), ops={"aten.mm.default(f32[2x2])": 3.5},
+        hardware=hardware("cpu"),
+        ops={"aten.mm.default(f32[2x2])": 3.5},
         transfers={"all_gather": AlphaBeta(latency_us=1.0, bytes_per_s=2.0)},
-    )  # fmt: skip
+    )
     save_table(table, tmp_path / "table.json")
     assert load_table(tmp_path / "table.json") == table
     (tmp_path / "none.json").write_text("{}")

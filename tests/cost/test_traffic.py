@@ -67,8 +67,10 @@ def test_a_step_sends_what_its_stage_must(stage, rounds, num_ranks, buckets):
 def test_calls_are_counted_by_kind_and_phase():
     alone = traffic_of(step(SHAPES), RECIPES[3].replace("bucket", "bucket(pack_below_bytes=1)"), 2)
     assert {(t.op, t.phase, t.num_calls) for t in alone} == {
-        ("all_gather_start", "fwd", 5), ("reduce_scatter_start", "bwd", 5), ("all_gather_start", "bwd", 5),
-    }  # fmt: skip
+        ("all_gather_start", "fwd", 5),
+        ("reduce_scatter_start", "bwd", 5),
+        ("all_gather_start", "bwd", 5),
+    }
     together = traffic_of(step(SHAPES), RECIPES[3], 2)
     assert {t.num_calls for t in together} == {1}
 

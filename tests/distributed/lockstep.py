@@ -70,10 +70,15 @@ class Lockstep:
     """
 
     def __init__(
-        self, mesh: DeviceMesh, build: Callable[[], nn.Module], make_optimizer: MakeOptimizer = adamw,
-        ddp_options: dict[str, Any] | None = None, around_forward: Context = nullcontext,
-        grid: DeviceMesh | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        mesh: DeviceMesh,
+        build: Callable[[], nn.Module],
+        make_optimizer: MakeOptimizer = adamw,
+        ddp_options: dict[str, Any] | None = None,
+        around_forward: Context = nullcontext,
+        grid: DeviceMesh | None = None,
+        **options: Any,
+    ) -> None:
         self.rank = mesh.get_local_rank()
         reference = ddp(build(), mesh, **(ddp_options or {}))
         model = zgraph.compile(build(), mesh=grid or mesh, **options)

@@ -37,9 +37,11 @@ class Caught:
 
 
 def make(
-    model: nn.Module, mistake: Callable[[], Any], then: Callable[[], Any] | None = None,
+    model: nn.Module,
+    mistake: Callable[[], Any],
+    then: Callable[[], Any] | None = None,
     kind: type[Exception] | tuple[type[Exception], ...] = ZgraphError,
-) -> Caught:  # fmt: skip
+) -> Caught:
     """Make a mistake with a model, which must raise one of zgraph's errors, or of these.
 
     Args:

@@ -22,10 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 START_LIMIT_S = 120
 IMPORTED = (
-    "zgraph", "torch._dynamo.convert_frame", "torch._functorch.aot_autograd", "torch.distributed.fsdp",
-    "torch.distributed.checkpoint", *(f"transformers.models.{m}.modeling_{m}" for m in ("bert", "gpt2", "llama",
-    "mixtral", "resnet", "vit")),
-)  # fmt: skip
+    "zgraph",
+    "torch._dynamo.convert_frame",
+    "torch._functorch.aot_autograd",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    *(f"transformers.models.{m}.modeling_{m}" for m in ("bert", "gpt2", "llama", "mixtral", "resnet", "vit")),
+)
 """What jobs need takes seconds to import: it is done once, in the process that workers are forked from."""
 GRACE_S = 10
 """How long the others may go on when one rank has failed: they may wait for it in vain."""
@@ -52,9 +55,14 @@ class Pool:
         self.store: dist.TCPStore | None = None
 
     def run(
-        self, job: Callable[..., Any], num_ranks: int, *args: Any, limit_s: float = 90, spoils: bool = False,
+        self,
+        job: Callable[..., Any],
+        num_ranks: int,
+        *args: Any,
+        limit_s: float = 90,
+        spoils: bool = False,
         may_die: bool = False,
-    ) -> list[Any]:  # fmt: skip
+    ) -> list[Any]:
         """What `job(mesh, *args)` returned on each of `num_ranks` ranks.
 
         Args:

@@ -176,9 +176,14 @@ def hooked(model: nn.Module, rank: int) -> None:
 
 
 ACCUMULATING = [
-    hooked, discarded_by_model, discarded_by_optimizer, set_to_zero, scaled_between, synced_before,
+    hooked,
+    discarded_by_model,
+    discarded_by_optimizer,
+    set_to_zero,
+    scaled_between,
+    synced_before,
     gradient_of_an_input_between,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("act", ACCUMULATING, ids=[act.__name__ for act in ACCUMULATING])

@@ -134,8 +134,10 @@ def test_a_tight_budget_trains_the_same(pool: Pool, stage: int) -> None:
         assert moved.alive < rank.alive
     between = (smallest + plain[0].predicted) // 2
     moving = ("optimizer", "activations")
-    budgets = {budget: pool.run(trained, 2, stage, budget, moving if budget == between else ())
-               for budget in (smallest, between)}  # fmt: skip
+    budgets = {
+        budget: pool.run(trained, 2, stage, budget, moving if budget == between else ())
+        for budget in (smallest, between)
+    }
     assert all(r.again > 0 for r in budgets[smallest]) or smallest == plain[0].predicted
     for budget, ranks in budgets.items():
         assert all(r.alive <= budget + 64 for r in ranks), "the loss is the caller's"

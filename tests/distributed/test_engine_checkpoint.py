@@ -38,11 +38,15 @@ def engine_of(stage: int, seed: int = 0, mesh: DeviceMesh | None = None, **more:
         model=Odd(),
         mesh=mesh,
         config={
-            "train_batch_size": GLOBAL_ROWS, "gradient_accumulation_steps": ACCUMULATION, "gradient_clipping": 0.5,
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}, "zero_optimization": {"stage": stage},
-            "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3, "total_num_steps": 12}}, **more,
+            "train_batch_size": GLOBAL_ROWS,
+            "gradient_accumulation_steps": ACCUMULATION,
+            "gradient_clipping": 0.5,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+            "zero_optimization": {"stage": stage},
+            "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3, "total_num_steps": 12}},
+            **more,
         },
-    )  # fmt: skip
+    )
     return engine
 
 
@@ -68,6 +72,29 @@ def save(_: DeviceMesh, path: Path) -> list[float]:
     losses(engine, 4)
     engine.save_checkpoint(path, client_state={"best": 0.5, 7: [1]})
     return losses(engine, 9)
+
+
+def with_an_optimizer_of_torchs(mesh: DeviceMesh, path: Path) -> None:
+    """A parameter without dimensions has moments that look like its step."""
+
+    def engine_with() -> Engine:
+        config = {"train_micro_batch_size_per_gpu": 6, "zero_optimization": {"stage": 3}}
+        return zgraph.initialize_engine(model=Odd(), mesh=mesh, config=config, optimizer=torch.optim.NAdam)[0]
+
+    def step(engine: Engine) -> float:
+        engine.backward(engine(*rows(engine.global_steps, 6)))
+        engine.step()
+        return engine(*rows(0, 6)).item()
+
+    engine, again = engine_with(), engine_with()
+    step(engine)
+    engine.save_checkpoint(path)
+    again.load_checkpoint(path)
+    assert step(again) == step(engine)
+
+
+def test_an_optimizer_of_torchs_goes_on(two: Pool, tmp_path: Path) -> None:
+    two.run(with_an_optimizer_of_torchs, 2, tmp_path)
 
 
 def resume(_: DeviceMesh, path: Path, stage: int) -> tuple[list[float], Any, int]:

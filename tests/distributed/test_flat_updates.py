@@ -37,7 +37,7 @@ def give_gradients(model: nn.Module, step: int) -> None:
     """Random ones; at each third step one parameter in the middle has none."""
     dice = torch.Generator().manual_seed(step)
     for name, parameter in model.named_parameters():
-        whole = torch.randn(parameter.shape, generator=dice)
+        whole = torch.randn(parameter.shape, generator=dice).to(parameter.dtype)
         if step % 3 == 2 and name == "first.weight":
             parameter.grad = None
         elif isinstance(parameter, DTensor):

@@ -97,8 +97,10 @@ def test_a_rank_that_meets_a_new_size_alone_does_not_disturb_the_others(pool: Po
 
 
 NO_GRADIENTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "enable_grad": torch.enable_grad
-}  # fmt: skip
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "enable_grad": torch.enable_grad,
+}
 
 
 class Both(nn.Module):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +18,7 @@ import zgraph
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import StaleParametersError, UsageError
 from zgraph.runtime import eager_fallback
+from zgraph.runtime.peers import ASK_AFTER_SECONDS
 
 from .lockstep import Lockstep, assert_same
 from .nets import CLASSES, WIDTH, built, rows
@@ -230,6 +234,53 @@ def go_apart(mesh: DeviceMesh) -> str:
 def test_ranks_that_go_another_way_are_told(pool: Pool) -> None:
     for text in pool.run(go_apart, 2, spoils=True):
         assert text != "nothing was raised"
+
+
+@torch.compiler.disable
+def take_turns(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The second rank comes late to a gather, and the first to the next piece."""
+    if dist.get_rank() == 1:
+        time.sleep(3 * ASK_AFTER_SECONDS)
+    scaled = hidden * weight.mean()
+    if dist.get_rank() == 0:
+        time.sleep(3 * ASK_AFTER_SECONDS)
+    return scaled
+
+
+class Late(Layer):
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        return take_turns(hidden, self.norm.weight)
+
+
+def test_a_rank_that_was_late_once_is_not_taken_for_one_that_goes_another_way(pool: Pool) -> None:
+    assert_same(pool.run(train, 2, 3, Late, {}))
+
+
+class Sequences(nn.Module):
+    """A recurrent layer over the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.last = nn.GRU(WIDTH, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.last(self.rnn(x)[0]), y)
+
+
+def record_recurrent(mesh: DeviceMesh) -> tuple[tuple[float, float], int, int]:
+    """Errors of a recurrent net, how many graphs were captured, and how many of its flat weights are not at rest."""
+    pair = Lockstep(mesh, built(Sequences), stage=3)
+    for step in range(2):
+        pair.step(rows(10 * step + pair.rank))
+    model = pair.ours.model
+    others = sum(not isinstance(weight, DTensor) for weight in model.rnn._flat_weights)
+    return pair.errors, len(zgraph.report(model).entries), others
+
+
+def test_recurrent_layers_are_captured_once(pool: Pool) -> None:
+    answers = pool.run(record_recurrent, 2)
+    assert_same([errors for errors, _, _ in answers])
+    assert [rest for _, *rest in answers] == [[1, 0]] * 2
 
 
 class Checkpointed(Layer):

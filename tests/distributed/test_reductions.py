@@ -58,9 +58,12 @@ def step(way: str, mesh: str, reduce: str, dtype: str = "f32", varies: str = "")
     everywhere = ", ".join(["V"] * num_axes)
     varies = varies or everywhere
     places = {
-        "dtype": dtype, "S0": ", ".join(["R"] * (num_axes - 1) + ["S0"]), "R": ", ".join(["R"] * num_axes),
-        "V": varies, "P": varies.replace("V", f"P({reduce})"),
-    }  # fmt: skip
+        "dtype": dtype,
+        "S0": ", ".join(["R"] * (num_axes - 1) + ["S0"]),
+        "R": ", ".join(["R"] * num_axes),
+        "V": varies,
+        "P": varies.replace("V", f"P({reduce})"),
+    }
     lines = [f'graph "step" mesh({mesh})', "op aten.mul.Tensor"]
     for name, shape in SHAPES.items():
         stage, placement = (2, "{S0}") if name in "wv" else (0, "{R}")

@@ -75,9 +75,10 @@ def swap_gathers(path: Path) -> None:
             if name == last:
                 lines = data.decode().splitlines(keepends=True)
                 first, second = [
-                    i for i, line in enumerate(lines) if line.startswith("fwd") and "all_gather_start" in line
-                    and f"[{CLASSES}, {WIDTH}]" in line
-                ]  # fmt: skip
+                    i
+                    for i, line in enumerate(lines)
+                    if line.startswith("fwd") and "all_gather_start" in line and f"[{CLASSES}, {WIDTH}]" in line
+                ]
                 moved = lines.pop(second)
                 lines.insert(first, moved)
                 data = "".join(lines).encode()

@@ -22,8 +22,13 @@ DESIGN = {
     "resnet": {1: (0, 2), 3: (1, 3)},
 }
 ALWAYS = {
-    ("llama", 4, 2), ("gpt2", 2, 1), ("bert", 1, 2), ("mixtral", 2, 3), ("vit", 4, 0), ("resnet", 3, 1),
-}  # fmt: skip
+    ("llama", 4, 2),
+    ("gpt2", 2, 1),
+    ("bert", 1, 2),
+    ("mixtral", 2, 3),
+    ("vit", 4, 0),
+    ("resnet", 3, 1),
+}
 CASES = [(m, n, s) for m, cells in DESIGN.items() for n, stages in cells.items() for s in stages]
 
 

@@ -74,8 +74,13 @@ def resnet() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": llama, "gpt2": gpt2, "bert": bert, "mixtral": mixtral, "vit": vit, "resnet": resnet
-}  # fmt: skip
+    "llama": llama,
+    "gpt2": gpt2,
+    "bert": bert,
+    "mixtral": mixtral,
+    "vit": vit,
+    "resnet": resnet,
+}
 
 
 def builder(name: str) -> Callable[[], nn.Module]:

@@ -71,10 +71,15 @@ def test_all_problems_are_told_at_once_with_the_nearest_keys():
         }
     )
     assert [problem.partition(":")[0] for problem in found] == [
-        "train_batch_sze", "zero_optimization.overlap_com", "zero_optimization.zero_quantized_weights", "fp16.enabled",
-        "zero_optimization.stage", "optimizer.type", "scheduler.params.warmup_steps",
+        "train_batch_sze",
+        "zero_optimization.overlap_com",
+        "zero_optimization.zero_quantized_weights",
+        "fp16.enabled",
+        "zero_optimization.stage",
+        "optimizer.type",
+        "scheduler.params.warmup_steps",
         "scheduler.params.warmup_num_steps",
-    ]  # fmt: skip
+    ]
     assert "did you mean train_batch_size?" in found[0]
     assert "did you mean overlap_comm?" in found[1]
 
@@ -179,9 +184,37 @@ def test_neither_a_file_nor_base64():
 # --- fuzzed ------------------------------------------------------------------------------------------------------
 
 SCALARS = (
-    None, True, False, -1, 0, 1, 2, 3, 8, 10**10, 0.5, 1e-3, -0.1, math.inf, math.nan, "", "x", "auto", "cpu", "nvme",
-    "none", "fp16", "bf16", "fp32", "linear", [], {}, [0.9, 0.95], [1, 2, 3], {"enabled": True},
-)  # fmt: skip
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    3,
+    8,
+    10**10,
+    0.5,
+    1e-3,
+    -0.1,
+    math.inf,
+    math.nan,
+    "",
+    "x",
+    "auto",
+    "cpu",
+    "nvme",
+    "none",
+    "fp16",
+    "bf16",
+    "fp32",
+    "linear",
+    [],
+    {},
+    [0.9, 0.95],
+    [1, 2, 3],
+    {"enabled": True},
+)
 
 
 def section(draw: random.Random, kind: type[Section]) -> dict[str, object]:

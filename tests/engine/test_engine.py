@@ -63,9 +63,12 @@ def test_an_optimizer_and_a_scheduler_of_ones_own(data):
     mine = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters()}], lr=0.2)
     config = {"train_batch_size": 8, "zero_optimization": {"stage": 2}}
     engine, optimizer, loader, scheduler = zgraph.initialize(
-        model=model, optimizer=mine, training_data=data, config=config,
+        model=model,
+        optimizer=mine,
+        training_data=data,
+        config=config,
         lr_scheduler=lambda made: torch.optim.lr_scheduler.StepLR(made, 1, 0.5),
-    )  # fmt: skip
+    )
     assert optimizer is mine
     steps(engine, loader)
     assert engine.get_lr() == [0.1 / 8, 0.2 / 8]

@@ -128,9 +128,12 @@ def test_writers_call_their_packages(tmp_path, monkeypatch):
     for writer in writers(keys):
         writer.write([Event("Train/Samples/lr", 0.5, 8)])
     assert said == [
-        f"{tmp_path}/job", {"project": "deepspeed", "group": None, "entity": "ours"}, ("Train/Samples/lr", 0.5, 8),
-        "flush", ({"Train/Samples/lr": 0.5}, 8),
-    ]  # fmt: skip
+        f"{tmp_path}/job",
+        {"project": "deepspeed", "group": None, "entity": "ours"},
+        ("Train/Samples/lr", 0.5, 8),
+        "flush",
+        ({"Train/Samples/lr": 0.5}, 8),
+    ]
 
 
 def test_a_package_that_is_missing_is_named_with_the_remedy(tmp_path, monkeypatch):

@@ -8,12 +8,14 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import zgraph
 from tests.hf.training import Rows, adapted, arguments, history, llama, padded, same, t5, trainer
 from zgraph.errors import UsageError
+from zgraph.hf import Accelerator as ByFile
 from zgraph.hf import Trainer, enable, prepare
 
 LOGGED = ("loss", "grad_norm", "eval_loss")
@@ -167,10 +169,16 @@ def test_seq2seq_predicts_by_generating(pair, tmp_path):
     assert loss_found == pytest.approx(loss, rel=1e-5)
 
 
-def accelerated(mesh, compiles, folder):
+def accelerated(mesh, how, folder):
     """The losses of three steps of two micro-batches, clipped, by a script of one's own."""
     launched(mesh)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    if how == "by a file":
+        os.environ.update(
+            ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_RESHARD_AFTER_FORWARD="false", FSDP_AUTO_WRAP_POLICY="x"
+        )
+    compiles = how == "compiled"
+    kind = ByFile if how == "by a file" else Accelerator
+    accelerator = kind(cpu=True, gradient_accumulation_steps=2)
     model = zgraph.compile(llama(), stage=3) if compiles else llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     loader = DataLoader(Rows(), 2)
@@ -188,6 +196,11 @@ def accelerated(mesh, compiles, folder):
             optimizer.step()
             optimizer.zero_grad()
         losses.append(accelerator.gather(loss.detach()).mean().item())
+    if how == "by a file":
+        assert isinstance(model.lm_head.weight, DTensor)
+        accelerator.save_model(model, folder)
+        with pytest.raises(UsageError, match="first rank's shards"):
+            accelerator.save_state(folder)
     if compiles:
         assert accelerator.unwrap_model(model) is model
         with pytest.raises(UsageError, match="first rank's shards"):
@@ -197,10 +210,12 @@ def accelerated(mesh, compiles, folder):
     return losses
 
 
-def test_an_accelerator_takes_a_compiled_model(pair, tmp_path):
-    expected = pair.run(accelerated, 2, False, tmp_path)[0]
-    found = pair.run(accelerated, 2, True, tmp_path)[0]
-    assert found == pytest.approx(expected, rel=1e-5)
+def test_an_accelerator_takes_a_compiled_model_and_compiles_as_its_file_says(pair, tmp_path):
+    expected = pair.run(accelerated, 2, "plain", tmp_path)[0]
+    for how in ("compiled", "by a file"):
+        assert pair.run(accelerated, 2, how, tmp_path)[0] == pytest.approx(expected, rel=1e-5)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved["model.embed_tokens.weight"].shape == (100, 32)
 
 
 def test_an_accelerator_that_would_do_what_zgraph_does_is_refused(tmp_path):

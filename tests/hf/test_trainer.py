@@ -38,9 +38,14 @@ def test_a_training_with_all_its_trimmings(tmp_path):
     for kind in (transformers.Trainer, Trainer):
         callbacks.append(Steps())
         made = trainer(
-            kind, tmp_path / kind.__module__, {"compute_metrics": right, "callbacks": callbacks[-1:]}, **BOTH,
-            load_best_model_at_end=True, metric_for_best_model="right", learning_rate=0.03,
-        )  # fmt: skip
+            kind,
+            tmp_path / kind.__module__,
+            {"compute_metrics": right, "callbacks": callbacks[-1:]},
+            **BOTH,
+            load_best_model_at_end=True,
+            metric_for_best_model="right",
+            learning_rate=0.03,
+        )
         made.train()
         trained.append(made)
     plain, ours = trained
@@ -120,11 +125,18 @@ def test_adapters_with_checkpointed_activations_can_be_planned_and_are_not_chang
 
 def test_an_optimizer_and_a_schedule_of_the_configuration(tmp_path):
     config = {
-        "zero_optimization": {"stage": 3}, "optimizer": {"type": "Lion"},
-        "scheduler": {"type": "WarmupDecayLR", "params": {
-            "warmup_num_steps": "auto", "total_num_steps": "auto", "warmup_max_lr": "auto", "warmup_type": "linear",
-        }},
-    }  # fmt: skip
+        "zero_optimization": {"stage": 3},
+        "optimizer": {"type": "Lion"},
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {
+                "warmup_num_steps": "auto",
+                "total_num_steps": "auto",
+                "warmup_max_lr": "auto",
+                "warmup_type": "linear",
+            },
+        },
+    }
     made = trainer(Trainer, tmp_path, {"zgraph": config}, max_steps=4, warmup_steps=2, learning_rate=1e-3)
     made.train()
     assert type(made.optimizer.optimizer) is zgraph.optim.Lion

@@ -60,11 +60,21 @@ def t5() -> Any:
 def arguments(folder: Path, **options: Any) -> Any:
     """Training arguments: six steps of two micro-batches of two rows."""
     chosen = {
-        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2,
-        "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5,
-        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
         "ddp_backend": "gloo" if dist.is_initialized() else None,
-    }  # fmt: skip
+    }
     return transformers.TrainingArguments(**{**chosen, **options})
 
 

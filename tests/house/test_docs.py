@@ -18,6 +18,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.house.rooms import ROOT
 from zgraph.cli.main import main
@@ -25,8 +26,20 @@ from zgraph.passes.core import registry
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-LINKED = [*PAGES, *(ROOT / name for name in ("AGENTS.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md",
-                                              "examples/README.md", "passes/README.md"))]  # fmt: skip
+LINKED = [
+    *PAGES,
+    *(
+        ROOT / name
+        for name in (
+            "AGENTS.md",
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "benchmarks/README.md",
+            "examples/README.md",
+            "passes/README.md",
+        )
+    ),
+]
 
 MOST_LINES, MOST_NUMBERS, MOST_LINKS = 120, 20, 20
 
@@ -68,9 +81,12 @@ def pages_with(kind: str) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
-    """Passes that a page registers are forgotten after it."""
+    """Passes that a page registers are forgotten after it, and the group that a Trainer made."""
     monkeypatch.setattr(registry, "_registered", {})
     torch.compiler.reset()
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def test_every_note_is_understood():

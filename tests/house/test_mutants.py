@@ -1,4 +1,4 @@
-"""What the benchmark of mutants says to be equivalent is in the source; what it leaves alone is left alone."""
+"""Mutants that the benchmark says to be equivalent are in the source; what it leaves alone is left alone."""
 
 from benchmarks.mutants import EQUIVALENT, ROOT, reasons, sites
 

@@ -1,6 +1,7 @@
 """The house is as its plan says: the table of rooms, no import circle, files that fit on a few screens."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -56,6 +57,31 @@ def test_no_import_circle():
     assert graph.number_of_edges() > 500
     circles = [sorted(c) for c in nx.strongly_connected_components(graph) if len(c) > 1]
     assert circles == []
+
+
+def test_one_room_imports_private_modules_of_torch():
+    private = {
+        (name, module)
+        for name, path in sources().items()
+        if not name.startswith("zgraph.bridge.")
+        for module in imports(ast.parse(path.read_text()))
+        if module.startswith("torch._")
+    }
+    assert private == set()
+
+
+def strings(tree: ast.AST) -> Iterator[str]:
+    """Strings that are statements: what is said of modules, classes, functions and names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.value.value
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    paths = [*sources().values(), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    found = [text for path in paths for text in strings(ast.parse(path.read_text()))]
+    assert len(found) > 2000
+    assert [text for text in found if text.startswith("What")] == []
 
 
 def test_files_are_short():

@@ -71,9 +71,9 @@ def test_gradients_are_averaged_in_the_dtype_asked_for(stage, reduce_dtype):
 
 
 @each_stage
-def test_small_buckets_and_far_prefetching_keep_the_numbers(stage):
+def test_small_buckets_and_gathers_far_ahead_keep_the_numbers(stage):
     text = RECIPES[stage].replace("bucket", "bucket(max_bytes=200, pack_below_bytes=100)")
-    reference("tied", 3).check(parse_recipe(text.replace("prefetch", "prefetch(depth=3)")))
+    reference("tied", 3).check(parse_recipe(text.replace("schedule", "schedule(num_ahead=3)")))
 
 
 @each_model
@@ -83,8 +83,13 @@ def test_what_is_captured_is_valid_and_comes_back_from_its_text(name):
 
 
 def has_symbols(graph: Graph) -> bool:
-    return any(not isinstance(d, int) for n in graph.nodes for r in n.results if isinstance(r.type, TensorType)
-               for d in r.type.shape)  # fmt: skip
+    return any(
+        not isinstance(d, int)
+        for n in graph.nodes
+        for r in n.results
+        if isinstance(r.type, TensorType)
+        for d in r.type.shape
+    )
 
 
 def test_the_models_are_what_they_are_here_for():

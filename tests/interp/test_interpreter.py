@@ -48,11 +48,13 @@ def test_a_gather_gives_every_rank_the_whole():
 @pytest.mark.parametrize(
     ("op", "placement", "reduce", "factor"),
     [
-        ("all_reduce_start", "R", "mean", 1), ("all_reduce_start", "R", "sum", 3),
-        ("reduce_scatter_start", "S0", "mean", 1), ("reduce_scatter_start", "S0", "sum", 3),
+        ("all_reduce_start", "R", "mean", 1),
+        ("all_reduce_start", "R", "sum", 3),
+        ("reduce_scatter_start", "S0", "mean", 1),
+        ("reduce_scatter_start", "S0", "sum", 3),
         ("broadcast_start", "R", "root", 0),
     ],
-)  # fmt: skip
+)
 def test_reductions_do_what_the_type_says(op, placement, reduce, factor):
     lines = (
         f'fwd %p: f32[5]<P({reduce})> = pending(%y, reduce="{reduce}")\n'
@@ -64,9 +66,15 @@ def test_reductions_do_what_the_type_says(op, placement, reduce, factor):
 
 
 @pytest.mark.parametrize("placement", ["R, R", "R, S0"])
-@pytest.mark.parametrize(("varies", "reduce", "wanted"), [
-    ("V, V", "sum", 6.0), ("V, V", "mean", 1.5), ("R, V", "sum", 1.0), ("R, V", "mean", 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("varies", "reduce", "wanted"),
+    [
+        ("V, V", "sum", 6.0),
+        ("V, V", "mean", 1.5),
+        ("R, V", "sum", 1.0),
+        ("R, V", "mean", 0.5),
+    ],
+)
 def test_on_two_axes_a_sum_counts_no_copy_twice(varies, reduce, wanted, placement):
     """Along an axis with the same on all ranks nothing is summed."""
     pending = varies.replace("V", f"P({reduce})")

@@ -44,7 +44,7 @@ FOREIGN = {
     "aten.tanh.default": ExternalOp(),
     "aten.view.default": ExternalOp(views=(0,)),
 }
-"""What a schema says of each op that the strategy uses."""
+"""Effects by schema of each op that the strategy uses."""
 
 SHAPES = ((3,), (4, 3), (3, 3), (5, 2), (1,), (2, 3), (7,), ())
 DTYPES = (DType.f32, DType.bf16, DType.f64)
@@ -136,8 +136,14 @@ class _Sketch:
     def unary(self, phase: Phase) -> None:
         x = self.pick()
         assert x is not None
-        ops = ("aten.tanh.default", "aten.neg.default", "aten.detach.default", "aten.alias.default",
-               "aten.clone.default", "aten.bernoulli.p")  # fmt: skip
+        ops = (
+            "aten.tanh.default",
+            "aten.neg.default",
+            "aten.detach.default",
+            "aten.alias.default",
+            "aten.clone.default",
+            "aten.bernoulli.p",
+        )
         op = self.draw(st.sampled_from(ops))
         self.node(op, (x, 0.5) if op == "aten.bernoulli.p" else (x,), x.tensor, phase=phase)
 
@@ -214,7 +220,7 @@ class _Sketch:
             self.outputs.append(Output(kind, value, entry.value.name if value else "", Phase.backward))
 
     def gradient(self, of: Value) -> Value:
-        """What may be a gradient: any value of the type, or something made of the sum of a backward value."""
+        """A value that may be a gradient: any value of the type, or something made of the sum of a backward value."""
         kind, phase = of.tensor, Phase.backward
         if self.chance(25) and (found := self.pick(lambda t: t == kind)):
             return found

@@ -12,7 +12,8 @@ from zgraph.cost import simulate
 from zgraph.errors import VerifyError, ZirError
 from zgraph.interpreter import Interpreter, whole
 from zgraph.ir import OPS, Mesh, Node, Shard, Type, ops, parse_graph, print_graph, verify
-from zgraph.ir.ops import Op, Transfer, TypeRuleError, tensor
+from zgraph.ir.ops import Op, Transfer
+from zgraph.ir.type_rules import TypeRuleError, tensor
 from zgraph.passes import Context, make_plan
 from zgraph.passes.plan.make_plan import memory_of
 from zgraph.runtime import collectives
@@ -40,9 +41,15 @@ def sent(node: Node, mesh: Mesh) -> int:
 
 
 ROW = Op(
-    "rotate_start", "Begin to send each rank's shard to the next.", rotated, "comm", sent, pure=False,
-    transfer=Transfer("rotate", holds=True), kind="gather",
-)  # fmt: skip
+    "rotate_start",
+    "Begin to send each rank's shard to the next.",
+    rotated,
+    "comm",
+    sent,
+    pure=False,
+    transfer=Transfer("rotate", holds=True),
+    kind="gather",
+)
 
 
 def missing(name: str) -> list[str]:

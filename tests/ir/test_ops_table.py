@@ -4,7 +4,8 @@ import pytest
 
 from zgraph.interpreter import RULES
 from zgraph.ir import OPS, Axis, Graph, Node, TensorType, parse_graph, print_graph, verify
-from zgraph.ir.ops import LANES, TypeRuleError, is_pure, views
+from zgraph.ir.ops import LANES, is_pure, views
+from zgraph.ir.type_rules import TypeRuleError
 from zgraph.runtime.collectives import EXECUTORS
 
 VALUES = """graph "g" mesh(shard=2)
@@ -156,7 +157,7 @@ NODES = {
         "release(%r, %v)",
         "%a: f32[4, 2]<R> = release(%r)",
     ),
-}  # fmt: skip
+}
 
 each_op = pytest.mark.parametrize("name", OPS)
 

@@ -66,7 +66,7 @@ LINES = [
     ("return fwd ^bogus %x", "kind of output"),
     ("return fwd output ^x", "'%'"),
     ("return fwd output %^z", "not defined"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("marked", "words"), LINES, ids=[line for line, _ in LINES])

@@ -79,10 +79,37 @@ def test_hints_stand_in_for_symbols():
 
 
 NOT_SIZES = [
-    "", "s0 +", "1.5", "True", "[1]", "'a'", "s0.real", "s0[0]", "lambda: 1", "s0 if s1 else 1", "s0 and s1", "s0 == 1",
-    "sqrt(s0)", "Max()", "floor(1, 2)", "Mod(s0)", "Mod(s0, 0)", "1/0", "0/0", "s0/0", "1/2", "2**s0",
-    "f'{s0}'", "(yield)", "x := 1", "\0", "s0; s1", "print(1)", "__import__('os').system('true')", "().__class__",
-]  # fmt: skip
+    "",
+    "s0 +",
+    "1.5",
+    "True",
+    "[1]",
+    "'a'",
+    "s0.real",
+    "s0[0]",
+    "lambda: 1",
+    "s0 if s1 else 1",
+    "s0 and s1",
+    "s0 == 1",
+    "sqrt(s0)",
+    "Max()",
+    "floor(1, 2)",
+    "Mod(s0)",
+    "Mod(s0, 0)",
+    "1/0",
+    "0/0",
+    "s0/0",
+    "1/2",
+    "2**s0",
+    "f'{s0}'",
+    "(yield)",
+    "x := 1",
+    "\0",
+    "s0; s1",
+    "print(1)",
+    "__import__('os').system('true')",
+    "().__class__",
+]
 
 
 @pytest.mark.parametrize("text", NOT_SIZES)

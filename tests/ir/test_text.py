@@ -40,12 +40,40 @@ from zgraph.ir.types import REDUCTIONS
 X = Value("x", TensorType(DType.f32, (4,)))
 
 ARGS = [
-    X, None, True, False, 0, -7, 2**70, 1.5, -0.0, 0.0, 1e-300, 1e300, 0.1, math.inf, -math.inf,
-    math.nan, (math.nan,), "", "plain",
-    'a "quote" and a \\', "line\nbreak\ttab", "ünïcode ∂ 漢字 \U0001f9ee", "\u2028 \x85 \x1c", "%x", "none",
-    "# no comment", *DType, Token("device", "cpu"), Token("memory_format", "channels_last"), (), (1,),
-    (X, (X, None, (1.0, "a,]"))), ((), ((),)),
-]  # fmt: skip
+    X,
+    None,
+    True,
+    False,
+    0,
+    -7,
+    2**70,
+    1.5,
+    -0.0,
+    0.0,
+    1e-300,
+    1e300,
+    0.1,
+    math.inf,
+    -math.inf,
+    math.nan,
+    (math.nan,),
+    "",
+    "plain",
+    'a "quote" and a \\',
+    "line\nbreak\ttab",
+    "ünïcode ∂ 漢字 \U0001f9ee",
+    "\u2028 \x85 \x1c",
+    "%x",
+    "none",
+    "# no comment",
+    *DType,
+    Token("device", "cpu"),
+    Token("memory_format", "channels_last"),
+    (),
+    (1,),
+    (X, (X, None, (1.0, "a,]"))),
+    ((), ((),)),
+]
 
 TYPES = [
     TensorType(DType.bf16, ()),
@@ -94,9 +122,11 @@ def test_every_form_of_type_comes_back(kind):
 
 
 PLACEMENTS = st.one_of(
-    st.builds(Replicate), st.builds(Varying), st.builds(Shard, st.integers(0, 99)),
+    st.builds(Replicate),
+    st.builds(Varying),
+    st.builds(Shard, st.integers(0, 99)),
     st.builds(Partial, st.sampled_from(REDUCTIONS)),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -141,8 +171,11 @@ def test_mesh_effects_phases_and_origins_come_back():
         Origin("m", 'q".py', 9, "all-gather"),
         Origin("m", made_by="dce"),
     ]
-    nodes = [Node("aten.a.default", (), (Value(f"{p.name}{i}", X.type),), phase=p, origin=o)
-             for p in Phase for i, o in enumerate(origins)]  # fmt: skip
+    nodes = [
+        Node("aten.a.default", (), (Value(f"{p.name}{i}", X.type),), phase=p, origin=o)
+        for p in Phase
+        for i, o in enumerate(origins)
+    ]
     nodes.append(Node("aten.b.out", (), ()))
     same(Graph('a "name"', (), tuple(nodes), (), (Axis("shard", 4), Axis("tp", 2)), foreign))
 

@@ -18,7 +18,7 @@ from zgraph.ir import (
     Value,
     parse_graph,
     verify,
-)  # fmt: skip
+)
 from zgraph.ir.verifier import CHECKS
 
 HEAD = """graph "g" mesh(shard=2)
@@ -69,99 +69,208 @@ FAULTS = [
     ("placements", "%y is called f32[4]<S0>", "!fwd %y: f32[4]<S0> = aten.t.default(%x)"),
     ("placements", "%y is called f32[4]<P(mean)>", "!fwd %y: f32[4]<P(mean)> = aten.t.default(%x)"),
     ("placements", "sharded or partial operand", PENDING + "!bwd %y: f32[4]<V> = aten.t.default(%p)"),
-    ("types", "broadcast_start: its operand must be placed P(root)",
-     PENDING + "!bwd %y: future f32[4]<R> = broadcast_start(%p)"),
-    ("types", "all_reduce_start: its operand must be placed P(sum) or P(mean)",
-     'bwd %p: f32[4]<P(root)> = pending(%t, reduce="root")\n!bwd %y: future f32[4]<R> = all_reduce_start(%p)'),
+    (
+        "types",
+        "broadcast_start: its operand must be placed P(root)",
+        PENDING + "!bwd %y: future f32[4]<R> = broadcast_start(%p)",
+    ),
+    (
+        "types",
+        "all_reduce_start: its operand must be placed P(sum) or P(mean)",
+        'bwd %p: f32[4]<P(root)> = pending(%t, reduce="root")\n!bwd %y: future f32[4]<R> = all_reduce_start(%p)',
+    ),
     ("types", "not f32[4]<V>; say with pending", "!bwd %y: future f32[4]<R> = all_reduce_start(%t)"),
     ("types", "not f32[4]<V>; say with pending", "!bwd %y: f32[4]<S0> = reshard(%t)"),
     ("types", "makes f32[4]<R> or f32[4]<S0> of %p, not f32[4]<V>", PENDING + "!bwd %y: f32[4]<V> = reshard(%p)"),
-    ("types", "pending: says what values of the ranks' own are together, and f32[4]<S0> is none",
-     MEAN + '!bwd %y: f32[4]<S0> = pending(%g, reduce="mean")'),
+    (
+        "types",
+        "pending: says what values of the ranks' own are together, and f32[4]<S0> is none",
+        MEAN + '!bwd %y: f32[4]<S0> = pending(%g, reduce="mean")',
+    ),
     ("types", "reduce_scatter_start: its operand", MEAN + "!bwd %y: future f32[4]<S0> = reduce_scatter_start(%g)"),
     ("types", "pending: needs reduce=", "!bwd %y: f32[4]<P(mean)> = pending(%t)"),
-    ("types", "%y gives f32[4]<P(sum)>, but pending makes f32[4]<P(mean)>",
-     '!bwd %y: f32[4]<P(sum)> = pending(%t, reduce="mean")'),
+    (
+        "types",
+        "%y gives f32[4]<P(sum)>, but pending makes f32[4]<P(mean)>",
+        '!bwd %y: f32[4]<P(sum)> = pending(%t, reduce="mean")',
+    ),
     ("types", "accumulate: its operand must be placed", '!bwd %y: f32[4]<V> = accumulate(%t, target="w")'),
-    ("spaces", "%y aten.t.default computes on the device, but %h",
-     "fwd %f: future f32[4]<V>@host = offload_start(%x)\nfwd %h: f32[4]<V>@host = wait(%f)\n"
-     "!fwd %y: f32[4]<V> = aten.t.default(%h)"),
+    (
+        "spaces",
+        "%y aten.t.default computes on the device, but %h",
+        "fwd %f: future f32[4]<V>@host = offload_start(%x)\nfwd %h: f32[4]<V>@host = wait(%f)\n"
+        "!fwd %y: f32[4]<V> = aten.t.default(%h)",
+    ),
     ("spaces", "%y aten.t.default computes on the device, but %y", "!fwd %y: f32[4]<V>@host = aten.t.default(%x)"),
     ("futures", "reads the future %f without waiting", GATHER + "!fwd %y: f32[4]<R> = aten.t.default(%f)"),
     ("futures", "%f is waited for 0 times", "!fwd %f: future f32[4]<R> = all_gather_start(%w)"),
-    ("futures", "%f is waited for 2 times",
-     "!fwd %f: future f32[4]<R> = all_gather_start(%w)\nfwd %y: f32[4]<R> = wait(%f)\nfwd %z: f32[4]<R> = wait(%f)"),
-    ("futures", "%y waits in bwd for what fwd started",
-     "fwd %f: future f32[4]<R> = all_gather_start(%w)\n!bwd %y: f32[4]<R> = wait(%f)"),
-    ("futures", "%f is returned",
-     "!fwd %f: future f32[4]<R> = all_gather_start(%w)\nfwd %y: f32[4]<R> = wait(%f)\nreturn fwd output %f"),
-    ("futures", "%y is called a future",
-     "!fwd %y: future f32[4]<V> = aten.t.default(%x)\nfwd %z: f32[4]<V> = wait(%y)"),
-    ("lifetimes", "reads %full, whose memory was released by release(%full)",
-     GATHER + "fwd release(%full)\n!fwd %y: f32[4]<R> = copy(%full)"),
+    (
+        "futures",
+        "%f is waited for 2 times",
+        "!fwd %f: future f32[4]<R> = all_gather_start(%w)\nfwd %y: f32[4]<R> = wait(%f)\nfwd %z: f32[4]<R> = wait(%f)",
+    ),
+    (
+        "futures",
+        "%y waits in bwd for what fwd started",
+        "fwd %f: future f32[4]<R> = all_gather_start(%w)\n!bwd %y: f32[4]<R> = wait(%f)",
+    ),
+    (
+        "futures",
+        "%f is returned",
+        "!fwd %f: future f32[4]<R> = all_gather_start(%w)\nfwd %y: f32[4]<R> = wait(%f)\nreturn fwd output %f",
+    ),
+    (
+        "futures",
+        "%y is called a future",
+        "!fwd %y: future f32[4]<V> = aten.t.default(%x)\nfwd %z: f32[4]<V> = wait(%y)",
+    ),
+    (
+        "lifetimes",
+        "reads %full, whose memory was released by release(%full)",
+        GATHER + "fwd release(%full)\n!fwd %y: f32[4]<R> = copy(%full)",
+    ),
     ("lifetimes", "reads %full", GATHER + "fwd release(%full)\n!fwd release(%full)"),
-    ("lifetimes", "reads %view", GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%full)\n"
-     "!fwd %y: f32[4]<R> = copy(%view)"),
-    ("lifetimes", "reads %full", GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%view)\n"
-     "!fwd %y: f32[4]<R> = copy(%full)"),
-    ("lifetimes", "reads %either", GATHER + "fwd %either: f32[4]<V> = aten.some.op(%n, %x, %full)\n"
-     "fwd release(%full)\n!fwd %y: f32[4]<V> = copy(%either)"),
-    ("lifetimes", "returns %view, whose memory was released",
-     GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%full)\nreturn fwd output %view"),
-    ("arenas", "needs an offset for each result, not at=[]",
-     "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[])\nfwd %y: f32[4]<R> = wait(%f)"),
-    ("arenas", "needs an offset for each result, not at=[true]",
-     "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[true])\nfwd %y: f32[4]<R> = wait(%f)"),
-    ("arenas", "needs an offset for each result, not at=0",
-     "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=0)\nfwd %y: f32[4]<R> = wait(%f)"),
-    ("arenas", "needs an offset for each result, not at=[]",
-     "fwd %f: future f32[4]<R> = all_gather_start(%w)\nfwd %y: f32[4]<R> = wait(%f)\n!fwd release(%y, at=[])"),
-    ("arenas", "%f lies at [511], but in an arena every offset is a multiple of 512 bytes",
-     "arena fwd=1024\n!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[511])\nfwd %y: f32[4]<R> = wait(%f)"),
-    ("arenas", "%f lies at [-512]",
-     "arena fwd=512\n!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[-512])\nfwd %y: f32[4]<R> = wait(%f)"),
-    ("arenas", "%f ends at byte 1,024 of the arena, which has 512",
-     "arena fwd=512\n!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[512])\nfwd %y: f32[4]<R> = wait(%f)"),
-    ("arenas", "%f ends at byte 512 of the arena, which has 500",
-     "arena fwd=500\n!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\nfwd %y: f32[4]<R> = wait(%f)"),
-    ("arenas", "of the arena, whose size is not stated: arena bwd=512",
-     "!bwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\nbwd %y: f32[4]<R> = wait(%f)"),
+    (
+        "lifetimes",
+        "reads %view",
+        GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%full)\n!fwd %y: f32[4]<R> = copy(%view)",
+    ),
+    (
+        "lifetimes",
+        "reads %full",
+        GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%view)\n!fwd %y: f32[4]<R> = copy(%full)",
+    ),
+    (
+        "lifetimes",
+        "reads %either",
+        GATHER + "fwd %either: f32[4]<V> = aten.some.op(%n, %x, %full)\n"
+        "fwd release(%full)\n!fwd %y: f32[4]<V> = copy(%either)",
+    ),
+    (
+        "lifetimes",
+        "returns %view, whose memory was released",
+        GATHER + "fwd %view: f32[4]<R> = aten.t.default(%full)\nfwd release(%full)\nreturn fwd output %view",
+    ),
+    (
+        "arenas",
+        "needs an offset for each result, not at=[]",
+        "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[])\nfwd %y: f32[4]<R> = wait(%f)",
+    ),
+    (
+        "arenas",
+        "needs an offset for each result, not at=[true]",
+        "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[true])\nfwd %y: f32[4]<R> = wait(%f)",
+    ),
+    (
+        "arenas",
+        "needs an offset for each result, not at=0",
+        "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=0)\nfwd %y: f32[4]<R> = wait(%f)",
+    ),
+    (
+        "arenas",
+        "needs an offset for each result, not at=[]",
+        "fwd %f: future f32[4]<R> = all_gather_start(%w)\nfwd %y: f32[4]<R> = wait(%f)\n!fwd release(%y, at=[])",
+    ),
+    (
+        "arenas",
+        "%f lies at [511], but in an arena every offset is a multiple of 512 bytes",
+        "arena fwd=1024\n!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[511])\nfwd %y: f32[4]<R> = wait(%f)",
+    ),
+    (
+        "arenas",
+        "%f lies at [-512]",
+        "arena fwd=512\n!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[-512])\nfwd %y: f32[4]<R> = wait(%f)",
+    ),
+    (
+        "arenas",
+        "%f ends at byte 1,024 of the arena, which has 512",
+        "arena fwd=512\n!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[512])\nfwd %y: f32[4]<R> = wait(%f)",
+    ),
+    (
+        "arenas",
+        "%f ends at byte 512 of the arena, which has 500",
+        "arena fwd=500\n!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\nfwd %y: f32[4]<R> = wait(%f)",
+    ),
+    (
+        "arenas",
+        "of the arena, whose size is not stated: arena bwd=512",
+        "!bwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\nbwd %y: f32[4]<R> = wait(%f)",
+    ),
     ("arenas", "states an arena of 512 bytes for fwd, but nothing lies in it", "arena fwd=512\n" + GATHER),
-    ("arenas", "states an arena of 10,240 bytes for bwd, but 512 are needed",
-     "arena bwd=10240\nbwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\nbwd %y: f32[4]<R> = wait(%f)"),
-    ("arenas", "%g lies in the memory of %f",
-     "fwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\n"
-     "!fwd %g: future f32[4]<R> = all_gather_start(%w, at=[0])\n"
-     "fwd %y: f32[4]<R> = wait(%f)\nfwd %z: f32[4]<R> = wait(%g)"),
-    ("arenas", "%f outlives its arena",
-     "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\nfwd %y: f32[4]<R> = wait(%f)\nreturn fwd output %y"),
-    ("targets", "the grad of %w is f32[9]<V>, but it is f32[4]<S0>",
-     "bwd %g: f32[9]<V> = copy(%b)\nreturn bwd grad \"w\" %g"),
-    ("targets", "the grad of %w is f64[4]<V>, but it is f32[4]<S0>",
-     "bwd %g: f64[4]<V> = cast(%x, dtype=f64)\nreturn bwd grad \"w\" %g"),
-    ("targets", "the grad of %w is f32[4]<V>, but it must lie as %w does, which is f32[4]<S0>",
-     "!bwd %g: f32[4]<V> = copy(%t)\nreturn bwd grad \"w\" %g"),
+    (
+        "arenas",
+        "states an arena of 10,240 bytes for bwd, but 512 are needed",
+        "arena bwd=10240\nbwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\nbwd %y: f32[4]<R> = wait(%f)",
+    ),
+    (
+        "arenas",
+        "%g lies in the memory of %f",
+        "fwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\n"
+        "!fwd %g: future f32[4]<R> = all_gather_start(%w, at=[0])\n"
+        "fwd %y: f32[4]<R> = wait(%f)\nfwd %z: f32[4]<R> = wait(%g)",
+    ),
+    (
+        "arenas",
+        "%f outlives its arena",
+        "!fwd %f: future f32[4]<R> = all_gather_start(%w, at=[0])\nfwd %y: f32[4]<R> = wait(%f)\nreturn fwd output %y",
+    ),
+    (
+        "targets",
+        "the grad of %w is f32[9]<V>, but it is f32[4]<S0>",
+        'bwd %g: f32[9]<V> = copy(%b)\nreturn bwd grad "w" %g',
+    ),
+    (
+        "targets",
+        "the grad of %w is f64[4]<V>, but it is f32[4]<S0>",
+        'bwd %g: f64[4]<V> = cast(%x, dtype=f64)\nreturn bwd grad "w" %g',
+    ),
+    (
+        "targets",
+        "the grad of %w is f32[4]<V>, but it must lie as %w does, which is f32[4]<S0>",
+        '!bwd %g: f32[4]<V> = copy(%t)\nreturn bwd grad "w" %g',
+    ),
     ("targets", "the grad of %w is f32[4]<V>, but it must lie as %w does", 'return bwd grad "w" %t'),
-    ("targets", "the grad of %w is f32[4]<P(mean)>: it is pending, and must be reduced to f32[4]<S0>",
-     PENDING.replace("bwd", "!bwd") + 'return bwd grad "w" %p'),
-    ("targets", "the grad of %w is f32[4]<R>, but it must lie as %w does",
-     PENDING + "bwd %s: future f32[4]<R> = all_reduce_start(%p)\n!bwd %g: f32[4]<R> = wait(%s)\n"
-     'return bwd grad "w" %g'),
-    ("targets", "the grad of %far is f32[4]<S0>, but its master is the host's",
-     MEAN.replace("bwd %g", "!bwd %g") + 'return bwd grad "far" %g'),
-    ("targets", "the grad of %w is f32[4]<S0>@host, but its master is the device's",
-     MEAN + "bwd %o: future f32[4]<S0>@host = offload_start(%g)\n!bwd %h: f32[4]<S0>@host = wait(%o)\n"
-     'return bwd grad "w" %h'),
-    ("targets", "the grad of %late is f32[4]<S0> of stage 1, and returned in phase bwd, not upd",
-     MEAN.replace("bwd %g", "!bwd %g") + 'return bwd grad "late" %g'),
-    ("targets", "the mutation of %c is f32[4]<V>, but it must lie as %c does, which is f32[4]<R>",
-     'return fwd mutation "c" %x'),
-    ("targets", "the mutation of %c is f32[4]<P(root)>: it is pending",
-     '!fwd %p: f32[4]<P(root)> = pending(%x, reduce="root")\nreturn fwd mutation "c" %p'),
+    (
+        "targets",
+        "the grad of %w is f32[4]<P(mean)>: it is pending, and must be reduced to f32[4]<S0>",
+        PENDING.replace("bwd", "!bwd") + 'return bwd grad "w" %p',
+    ),
+    (
+        "targets",
+        "the grad of %w is f32[4]<R>, but it must lie as %w does",
+        PENDING + "bwd %s: future f32[4]<R> = all_reduce_start(%p)\n!bwd %g: f32[4]<R> = wait(%s)\n"
+        'return bwd grad "w" %g',
+    ),
+    (
+        "targets",
+        "the grad of %far is f32[4]<S0>, but its master is the host's",
+        MEAN.replace("bwd %g", "!bwd %g") + 'return bwd grad "far" %g',
+    ),
+    (
+        "targets",
+        "the grad of %w is f32[4]<S0>@host, but its master is the device's",
+        MEAN + "bwd %o: future f32[4]<S0>@host = offload_start(%g)\n!bwd %h: f32[4]<S0>@host = wait(%o)\n"
+        'return bwd grad "w" %h',
+    ),
+    (
+        "targets",
+        "the grad of %late is f32[4]<S0> of stage 1, and returned in phase bwd, not upd",
+        MEAN.replace("bwd %g", "!bwd %g") + 'return bwd grad "late" %g',
+    ),
+    (
+        "targets",
+        "the mutation of %c is f32[4]<V>, but it must lie as %c does, which is f32[4]<R>",
+        'return fwd mutation "c" %x',
+    ),
+    (
+        "targets",
+        "the mutation of %c is f32[4]<P(root)>: it is pending",
+        '!fwd %p: f32[4]<P(root)> = pending(%x, reduce="root")\nreturn fwd mutation "c" %p',
+    ),
     ("targets", 'grad of "nothing"', 'return bwd grad "nothing" %x'),
     ("targets", 'mutation of "model.b"', 'return fwd mutation "model.b" %b'),
     ("targets", "the mutation of %b is f32[4]<V>", 'return fwd mutation "b" %x'),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("rule", "words", "lines"), FAULTS, ids=[f"{rule}-{words}" for rule, words, _ in FAULTS])

@@ -7,8 +7,8 @@ import torch
 import small
 import zgraph
 from zgraph.codegen.spec import KernelSpec
+from zgraph.ir.external_ops import MATMUL, ROWS
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.fusion.rows import MATMUL, ROWS
 
 
 @cache
@@ -19,9 +19,11 @@ def of_small_models() -> dict[str, KernelSpec]:
     words = {"input_ids": ids, "labels": ids}
     found: dict[str, KernelSpec] = {}
     models = (
-        (small.llama(32, 2, 50), words), (small.vit(32, 2), images), (small.t5(32, 1, 50), words),
+        (small.llama(32, 2, 50), words),
+        (small.vit(32, 2), images),
+        (small.t5(32, 1, 50), words),
         (small.gpt2(32, 1, 50), words),
-    )  # fmt: skip
+    )
     for model, inputs in models:
         for dtype in (None, torch.bfloat16):
             cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in inputs.items()}

@@ -9,10 +9,16 @@ from zgraph.ir import DType
 FLOATS = st.sampled_from((DType.f32, DType.bf16))
 
 TEMPLATES = (
-    "{y} = tanh({a})", "{y} = maximum({a}, {b})", "{y} = random(seed)", "{y} = row_max({f})", "{y} = col_sum({f})",
-    "{y}a = add({a}, {b}); {y} = tanh({y}a)", "{y}a = mul({a}, {b}); {y} = tanh({y}a)",
-    "{y}a = row_sum({f}); {y} = mul({y}a, {per_column})", "{y}a = row_sum({f}); {y} = mul({y}a, {per_column})",
-)  # fmt: skip
+    "{y} = tanh({a})",
+    "{y} = maximum({a}, {b})",
+    "{y} = random(seed)",
+    "{y} = row_max({f})",
+    "{y} = col_sum({f})",
+    "{y}a = add({a}, {b}); {y} = tanh({y}a)",
+    "{y}a = mul({a}, {b}); {y} = tanh({y}a)",
+    "{y}a = row_sum({f}); {y} = mul({y}a, {per_column})",
+    "{y}a = row_sum({f}); {y} = mul({y}a, {per_column})",
+)
 """Steps whose values stay within reach of 1; {f} has rows and columns."""
 
 

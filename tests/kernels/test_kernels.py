@@ -25,7 +25,7 @@ TOLERANCE = {"f32": 1e-5, "bf16": 1e-2, "f16": 1e-3}
 
 @pytest.fixture(autouse=True, scope="module")
 def _poisoned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What `torch.empty` makes is full of NaN, so that what a kernel does not write is seen."""
+    """Fills what `torch.empty` makes with NaN, so that what a kernel does not write is seen."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         empty = torch.empty

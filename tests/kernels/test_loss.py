@@ -17,9 +17,12 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(
-    num_tokens=st.integers(1, 40), num_classes=st.integers(1, 700), width=st.integers(1, 20), mean=st.booleans(),
+    num_tokens=st.integers(1, 40),
+    num_classes=st.integers(1, 700),
+    width=st.integers(1, 20),
+    mean=st.booleans(),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 @settings(max_examples=40, deadline=None)
 def test_the_loss_and_its_gradients_are_torchs(dtype, num_tokens, num_classes, width, mean, seed):
     dice = torch.Generator().manual_seed(seed)

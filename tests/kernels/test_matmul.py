@@ -69,9 +69,13 @@ def widened(block: interpreter.TensorHandle) -> interpreter.TensorHandle:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["f32", "bf16"])
 @pytest.mark.parametrize("name", EPILOGUES)
 @given(
-    batch=st.sampled_from([(), (3,)]), rows=st.integers(0, 40), inner=st.integers(1, 40), columns=st.integers(1, 40),
-    turned=st.tuples(st.booleans(), st.booleans()), seed=st.integers(0, 99),
-)  # fmt: skip
+    batch=st.sampled_from([(), (3,)]),
+    rows=st.integers(0, 40),
+    inner=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    turned=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=6, deadline=None)
 def test_a_matmul_and_its_epilogue(name, dtype, batch, rows, inner, columns, turned, seed):
     dice = torch.Generator().manual_seed(seed)
@@ -96,7 +100,7 @@ def test_a_matmul_and_its_epilogue(name, dtype, batch, rows, inner, columns, tur
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_those_of_captured_steps():
-    """What the pass makes of Llama, ViT, T5 and GPT-2, at sizes that end within a tile."""
+    """Kernels that the pass makes of Llama, ViT, T5 and GPT-2, at sizes that end within a tile."""
     found = [spec for spec in of_small_models().values() if spec.is_epilogue]
     assert len(found) > 10
     for spec in found:

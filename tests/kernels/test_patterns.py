@@ -17,12 +17,12 @@ from .specs import rms_norm, rms_norm_backward
 NUM_ROWS, COLUMNS = 3, 5
 
 EXTENTS = {"w": Extent.row, "b": Extent.row, "m": Extent.column, "r": Extent.column, "seed": Extent.scalar}
-"""What patterns' arguments have a number for; others have rows and columns."""
+"""Extents of arguments of patterns; others have rows and columns."""
 
 NUMBERS = {"eps": 1e-5, "p": 0.25, "scale": 4 / 3, "per_kept": 4 / 3, "per_column": 1 / COLUMNS}
 
 OPTIONS = {"input_dtype": torch.float64, "normalized_shape": [COLUMNS], "half_to_float": False, "keepdim": False}
-"""What patterns do not look at, as torch wants it."""
+"""Arguments that patterns do not look at, as torch wants them."""
 
 ALL = [pattern for patterns in PATTERNS.values() for pattern in patterns]
 
@@ -74,7 +74,7 @@ def test_a_pattern_is_its_op(pattern):
 
 
 def argument(wanted: str, kind: torch.Argument, known: Mapping[str, object]) -> object:
-    """What stands in the place of a pattern's argument."""
+    """The value in the place of a pattern's argument."""
     if wanted in known:
         return known[wanted]
     words = {"last": [-1], "rows": [0], "true": True, "[true,true,true]": [True] * 3, "b": torch.ones(COLUMNS).double()}

@@ -14,7 +14,7 @@ from zgraph.codegen.rotary import Rotary
 from zgraph.cost.workspace import NUM_THREADS, workspace_bytes
 from zgraph.errors import KernelError
 from zgraph.ir import Node, TensorType, Value
-from zgraph.passes.fusion.rotary import ROTARY
+from zgraph.ir.external_ops import ROTARY
 
 ORDERS = [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)]
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.prefetch import Prefetch
 from tests.interp.models import NAMES, captured
 from zgraph.cost import simulate_memory
 from zgraph.errors import ContractError
@@ -81,7 +82,7 @@ def test_what_is_dropped_later_makes_the_arena_smaller():
 
 
 def test_what_is_laid_out_is_not_laid_out_again_or_put_in_another_order():
-    for recipe in ("arena,arena", "arena,schedule", "arena,prefetch"):
+    for recipe in ("arena,arena", "arena,schedule", f"arena,{Prefetch.name}"):
         with pytest.raises(ContractError, match="cannot follow a pass that makes a graph laid out"):
             parse_recipe(f"partition(stage=3),all-gather,{recipe}")
 

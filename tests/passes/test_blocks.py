@@ -84,10 +84,11 @@ def test_a_chain_is_recomputed_from_its_cheapest_cut():
 
 X, A, B, C, Y = range(5)
 DIAMOND = Block(
-    (4, 50, 5, 60, 7), (True,) * 5,
+    (4, 50, 5, 60, 7),
+    (True,) * 5,
     (Maker(1.0, (X,), (A,)), Maker(100.0, (A,), (B,)), Maker(2.0, (A, B), (C,)), Maker(8.0, (B, C), (Y,), False)),
     frozenset({A, B, C, Y}),
-)  # fmt: skip
+)
 """x -> a -> b (dear) -> c, and y, which may not run again."""
 
 

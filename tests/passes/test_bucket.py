@@ -82,9 +82,10 @@ def test_values_are_packed_whose_bytes_take_less_time_than_a_latency(latency_us,
 
 
 @pytest.mark.parametrize(
-    ("latency_us", "usual"), [(400.0, 20 * 600_000), (1.0, 128 << 10), (1e6, 256 << 20)],
+    ("latency_us", "usual"),
+    [(400.0, 20 * 600_000), (1.0, 128 << 10), (1e6, 256 << 20)],
     ids=["latencies", "two of the largest that are packed", "most"],
-)  # fmt: skip
+)
 def test_sizes_around_the_one_that_makes_a_latency_small_are_tried(latency_us, usual, monkeypatch):
     line = AlphaBeta(latency_us=latency_us, bytes_per_s=1e9)
     costs = CostTable(hardware=hardware("cpu"), per_host=1, transfers={"all_gather": line})
@@ -98,3 +99,21 @@ def test_a_bucket_counts_as_what_its_first_member_is_for():
     made = Bucket(max_bytes=1000, pack_below_bytes=1000).run(parse_graph(WIDE.format(numel=6)), TWO)
     (reshard,) = [n for n in made.nodes if n.op == "reshard"]
     assert (reshard.origin.module, reshard.origin.made_by) == ("first", "bucket")
+
+
+def four() -> Graph:
+    """Four parameters of 24 bytes, each gathered and read by an op of its own."""
+    params = "".join(f'param %{n}: f32[6]<S0> "{n}" stage=3\n' for n in "abcd")
+    body = "".join(
+        f"fwd %{n}_full: f32[6]<R> = reshard(%{n})\nfwd %{n}_x: f32[6]<V> = aten.mul.Tensor(%x, %{n}_full)\n"
+        for n in "abcd"
+    )
+    outputs = "".join(f"return fwd output %{n}_x\n" for n in "abcd")
+    head = 'graph "g" mesh(shard=2)\nop aten.mul.Tensor\n'
+    return parse_graph(f"{head}{params}input %x: f32[6]<V>\n{body}{outputs}")
+
+
+def test_each_bucket_is_filled_to_the_last_byte():
+    """In buckets of 48 bytes, the second is as full as the first."""
+    made = Bucket(max_bytes=48, pack_below_bytes=1000).run(four(), TWO)
+    assert [len(n.operands) for n in made.nodes if n.op == "reshard"] == [2, 2]

@@ -1,4 +1,4 @@
-"""What passes decide, measured by what follows from it: bytes, nodes and numbers, not the text of a whole graph."""
+"""Decisions of passes, measured by what follows from them: bytes, nodes and numbers, not the text of a whole graph."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import zgraph
 from tests.interp.models import captured
 from tests.interp.ranks import Reference
 from tests.ir.strategies import graphs
@@ -23,6 +24,7 @@ from zgraph.cost.table import AlphaBeta
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Axis, DType, Graph, Node, Phase, TensorType, parse_graph, verify
 from zgraph.ir.aliases import Memory
+from zgraph.ir.external_ops import LOSS, LOSS_BACKWARD, MATMUL, PROJECTED_LOSS, PROJECTED_LOSS_BACKWARD, ROWS
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.passes.all_gather import AllGather
 from zgraph.passes.analysis.forward import Forward
@@ -32,8 +34,6 @@ from zgraph.passes.fit import Fit, _Fitter
 from zgraph.passes.fuse import Fuse
 from zgraph.passes.fuse import candidates as fuse_candidates
 from zgraph.passes.fusion.candidates import Candidates
-from zgraph.passes.fusion.loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
-from zgraph.passes.fusion.rows import MATMUL, ROWS
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload, Saved
 from zgraph.passes.partition import Partition
@@ -146,10 +146,15 @@ def test_the_optimizers_step_may_be_what_does_not_fit():
 def test_a_step_without_collectives_is_held_to_its_budget_too():
     text = "\n".join(line for line in TWO_LAYERS.splitlines() if "reshard" not in line and "param" not in line)
     alone = parse_graph(
-        text.replace(" mesh(shard=2)", "").replace("<V>", "").replace("%af", "%x").replace("%bf", "%x")
-        .replace("%b_again", "%x").replace("%a_again", "%x").replace('return bwd grad "a" %ga_mean\n', "")
+        text.replace(" mesh(shard=2)", "")
+        .replace("<V>", "")
+        .replace("%af", "%x")
+        .replace("%bf", "%x")
+        .replace("%b_again", "%x")
+        .replace("%a_again", "%x")
+        .replace('return bwd grad "a" %ga_mean\n', "")
         .replace('return bwd grad "b" %gb_mean\n', "")
-    )  # fmt: skip
+    )
     least = memory_of(alone, {}).peak.total_bytes
     assert Schedule().run(alone, Context(memory_budget=least)) is alone
     with pytest.raises(BudgetError):
@@ -435,9 +440,13 @@ def test_no_step_that_moves_is_faster_than_what_ends_the_search(name, bytes_per_
 
 
 @given(
-    fits_at=st.integers(0, 10_000), over_at=st.integers(0, 10_000), target=st.integers(100, 10_000),
-    below=st.integers(0, 100), above=st.integers(1, 10_000), number=st.integers(0, 5),
-)  # fmt: skip
+    fits_at=st.integers(0, 10_000),
+    over_at=st.integers(0, 10_000),
+    target=st.integers(100, 10_000),
+    below=st.integers(0, 100),
+    above=st.integers(1, 10_000),
+    number=st.integers(0, 5),
+)
 def test_the_search_goes_on_between_what_fits_and_what_does_not(fits_at, over_at, target, below, above, number):
     assume(abs(over_at - fits_at) >= 64)
     fitter = object.__new__(_Fitter)
@@ -457,7 +466,7 @@ def bucketed(name: str) -> Graph:
 
 
 def check_released(before: Graph, after: Graph) -> int:
-    """What was gathered is released once, behind its last reader, unless it is returned. Returns how much that is."""
+    """Number of values that are gathered: each is released once, behind its last reader, unless it is returned."""
     memory, found = Memory(before), 0
     released = [v.name for n in of_op(after, "release") for v in n.operands]
     assert len(released) == len(set(released))
@@ -471,9 +480,10 @@ def check_released(before: Graph, after: Graph) -> int:
             continue
         found += 1
         readers = [
-            p for p, n in enumerate(after.nodes)
+            p
+            for p, n in enumerate(after.nodes)
             if n.op != "release" and any(memory.roots(v.name) & memory.roots(name) for v in n.operands)
-        ]  # fmt: skip
+        ]
         assert at[name] > max(readers, default=-1), f"{name} is still read"
         assert all(n.op == "release" for n in after.nodes[max(readers) + 1 : at[name]]), f"{name} is kept for nothing"
     return found
@@ -516,7 +526,7 @@ return bwd output none
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.75])
 def test_a_fused_dropout_keeps_the_mean(p):
-    """What is kept is divided by the probability that it is, in the forward and in the backward."""
+    """Elements that are kept are divided by the probability that it is, in the forward and in the backward."""
     text = DROPOUT.replace("{p}", str(p)).replace("{scale}", str(1 / (1 - p)))
     fused = parse_recipe("canonicalize,fuse").run(parse_graph(text), Context())
     kernels = of_op(fused, ROWS)
@@ -572,14 +582,55 @@ def test_fused_graphs_give_the_numbers_that_they_gave(graph):
             torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
 
 
+class Classifier(torch.nn.Linear):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(super().forward(x), target)
+
+
 def test_the_loss_of_a_projection_is_fused_with_it():
-    fused = parse_recipe("canonicalize,fuse").run(captured("llama"), Context())
-    ops = {n.op for n in fused.nodes}
-    assert ops & {LINEAR, PLAIN}
-    assert ops & {LINEAR_BACKWARD, PLAIN_BACKWARD}
+    model = Classifier(8, 16, bias=False)
+    graph = zgraph.trace(model, torch.ones(4, 8, requires_grad=True), torch.zeros(4, dtype=torch.int64))
+    ops = {n.op for n in parse_recipe("canonicalize,fuse,dce").run(graph, Context()).nodes}
+    assert {PROJECTED_LOSS, PROJECTED_LOSS_BACKWARD} <= ops
+    assert not ops & {LOSS, LOSS_BACKWARD, "aten.mm.default"}
 
 
-LOSS = """graph "g"
+@pytest.mark.parametrize(
+    ("weight", "strides", "wanted"),
+    [
+        ("aten.t.default(%w)", "", PROJECTED_LOSS),
+        ("aten.exp.default(%w)", "", LOSS),
+        ("", "", LOSS),
+        ("aten.t.default(%w)", " | 1, 8", LOSS),
+    ],
+    ids=["of a linear layer", "of a matrix that is computed", "of an input", "of rows that are not contiguous"],
+)
+def test_a_projection_is_a_linear_layer(weight, strides, wanted):
+    made = f"fwd %v: f32[8, 8{' | 1, 8' if '.t.' in weight else ''}] = {weight}\n" if weight else ""
+    head = "op aten.mm.default\nop aten.t.default views(0)\nop aten.exp.default\nop aten.nll"
+    graph = parse_graph(
+        LOSS_TEXT.format(dim=1, strides="")
+        .replace("op aten.nll", head)
+        .replace("input %x: f32[8, 8]", f"input %h: f32[8, 8{strides}]\ninput %w: f32[8, 8]")
+        .replace("fwd %p", f"{made}fwd %x: f32[8, 8] = aten.mm.default(%h, {'%v' if weight else '%w'})\nfwd %p")
+    )
+    verify(graph)
+    fused = parse_recipe("fuse").run(graph, Context())
+    verify(fused)
+    assert [n.op for n in fused.nodes if n.op in (LOSS, PROJECTED_LOSS)] == [wanted]
+
+
+def test_what_lies_in_no_rows_is_not_fused():
+    text = MERGED.replace("input %u: f32[64, 16]", "input %u: f32[64, 16 | 1, 64]").replace(
+        "fwd %b: f32[64, 16] =", "fwd %b: f32[64, 16 | 1, 64] ="
+    )
+    graph = parse_graph(text.replace("fwd %c: f32[64, 16] =", "fwd %c: f32[64, 16 | 1, 64] ="))
+    verify(graph)
+    fused = parse_recipe("fuse").run(graph, Context())
+    assert of_op(fused, "aten.add.Tensor")
+
+
+LOSS_TEXT = """graph "g"
 op aten._log_softmax.default
 op aten.nll_loss_forward.default multi
 input %x: f32[8, 8{strides}]
@@ -594,20 +645,22 @@ return fwd output %l
     ("dim", "strides", "is_fused"), [(1, "", True), (-1, "", True), (0, "", False), (1, " | 1, 8", False)]
 )
 def test_a_loss_is_fused_where_the_softmax_is_over_rows(dim, strides, is_fused):
-    graph = parse_graph(LOSS.format(dim=dim, strides=strides))
+    graph = parse_graph(LOSS_TEXT.format(dim=dim, strides=strides))
     verify(graph)
     fused = parse_recipe("fuse").run(graph, Context())
-    assert bool(of_op(fused, PLAIN)) == is_fused
+    assert bool(of_op(fused, LOSS)) == is_fused
     assert bool(of_op(fused, "aten._log_softmax.default")) != is_fused
 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        (Keep, ("num_ahead",)), (Recompute, ("keep_bytes",)), (Offload, ("num_bytes", "min_bytes")),
+        (Keep, ("num_ahead",)),
+        (Recompute, ("keep_bytes",)),
+        (Offload, ("num_bytes", "min_bytes")),
         (Schedule, ("num_ahead", "effort", "slack")),
     ],
-)  # fmt: skip
+)
 def test_options_may_be_0_and_no_less(kind, options):
     for option in options:
         kind(**{option: 0})
@@ -640,7 +693,7 @@ def test_fuse_takes_three_words_for_matmuls(word):
     ids=["mean", "returned", "read", "sum", "one a token", "weights", "of no rows", "of a view"],
 )
 def test_a_loss_is_fused_where_nothing_else_needs_what_is_inside(changes, is_fused):
-    text = LOSS.format(dim=1, strides="").replace(
+    text = LOSS_TEXT.format(dim=1, strides="").replace(
         "op aten.nll", "op aten.exp.default\nop aten.view.default views(0)\nop aten.nll"
     )
     for before, after in changes:
@@ -650,16 +703,16 @@ def test_a_loss_is_fused_where_nothing_else_needs_what_is_inside(changes, is_fus
     verify(graph)
     fused = parse_recipe("fuse").run(graph, Context())
     verify(fused)
-    assert bool(of_op(fused, PLAIN)) == is_fused
-    for made in of_op(fused, PLAIN):
+    assert bool(of_op(fused, LOSS)) == is_fused
+    for made in of_op(fused, LOSS):
         assert made.args[-2:] == (-100, "none, 1" in text)
 
 
 def test_a_loss_in_half_precision_is_computed_in_single():
-    """What it returned is cast back, each of the two from its own."""
-    fused = parse_recipe("fuse").run(parse_graph(LOSS.format(dim=1, strides="").replace("f32", "bf16")), Context())
+    """Its results are cast back, each of the two from its own."""
+    fused = parse_recipe("fuse").run(parse_graph(LOSS_TEXT.format(dim=1, strides="").replace("f32", "bf16")), Context())
     verify(fused)
-    (made,) = of_op(fused, PLAIN)
+    (made,) = of_op(fused, LOSS)
     assert [r.tensor.dtype for r in made.results] == [DType.f32] * 3
     casts = {n.name: n.operands[0] for n in of_op(fused, "aten._to_copy.default")}
     assert casts.get("l") == made.results[0]
@@ -688,6 +741,18 @@ def test_what_is_weighed_writes_what_is_read_and_no_more():
     calls = [c.nodes["matmul"] for c in fuse_candidates(graph, {}) if "matmul" in c.nodes]
     made = [[r.name.partition("_")[0] for n in call if n.op == MATMUL for r in n.results] for call in calls]
     assert made == [["h", "a"], ["y"], ["dh", "db"]]
+
+
+ALONE = """graph "g" mesh(shard=1)
+op aten.relu.default
+input %x: f32[4,8]<V>
+fwd %y: f32[4,8]<V> = aten.relu.default(%x)
+return fwd output %y
+"""
+
+
+def test_an_op_alone_is_no_kernel():
+    assert [list(found.nodes) for found in fuse_candidates(parse_graph(ALONE), {})] == [["aten"]]
 
 
 def test_what_was_measured_decides():

@@ -1,4 +1,4 @@
-"""What the backward needs of the forward, as blocks: what running again costs, and what gives way for a budget."""
+"""The backward's needs of the forward, as blocks: what running again costs, and what gives way for a budget."""
 
 import pytest
 
@@ -29,7 +29,7 @@ COSTS = CostTable(
 
 
 def gather_us(graph: Graph) -> float:
-    """What making %y again takes beside the op itself."""
+    """The cost of making %y again beside the op itself."""
     context = Context((Axis("shard", 2),), costs=COSTS)
     ((block, names),) = Forward(graph, context).blocks
     maker = block.makers[block.maker_of[names.index("y")]]
@@ -67,9 +67,10 @@ def test_layers_are_blocks_and_small_parts_go_with_the_one_before():
     def parts(*layers: tuple[str, int]) -> list[int]:
         lines = [
             f"fwd %v{i}: f32[4] = aten.exp.default(%{f'v{i - 1}' if i else 'x'})"
-            + (f" checkpoint={region}" if region else "") + f' @ "{layer}"'
+            + (f" checkpoint={region}" if region else "")
+            + f' @ "{layer}"'
             for i, (layer, region) in enumerate(layers)
-        ]  # fmt: skip
+        ]
         text = "\n".join(['graph "g"', "op aten.exp.default", "input %x: f32[4]", *lines]) + "\n"
         return [len(part) for part in Forward(parse_graph(text), Context()).parts]
 

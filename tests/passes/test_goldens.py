@@ -17,11 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.prefetch import Prefetch
 from zgraph.ir import Axis, DType, Graph, parse_graph, print_graph, verify
 from zgraph.passes import BY_NAME, RECIPES, Context, Pass, Pipeline
 
 FOLDER = Path(__file__).parent / "goldens"
 GOLDENS = sorted(FOLDER.glob("*.zir"))
+PASSES = {**BY_NAME, Prefetch.name: Prefetch}
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Golden:
 
     @property
     def pipeline(self) -> Pipeline:
-        return Pipeline.parse(self.options["pass"], {name: alone(kind) for name, kind in BY_NAME.items()})
+        return Pipeline.parse(self.options["pass"], {name: alone(kind) for name, kind in PASSES.items()})
 
     @property
     def context(self) -> Context:
@@ -81,7 +83,7 @@ def test_golden(path):
 
 def test_every_pass_has_two_goldens():
     counts = Counter(p.name for path in GOLDENS for p in Golden.read(path).pipeline.passes)
-    assert {name: counts[name] for name in BY_NAME if counts[name] < 2} == {}
+    assert {name: counts[name] for name in PASSES if counts[name] < 2} == {}
     assert all(path.read_text().startswith("# ") for path in GOLDENS)
 
 

@@ -1,4 +1,4 @@
-"""What watches a pipeline run: counts, dumps, and the name of the pass that broke the graph."""
+"""Instruments of a pipeline: counts, dumps, and the name of the pass that broke the graph."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -59,8 +59,14 @@ class Count:
 def test_an_instrument_hears_of_every_pass_in_order():
     count = Count()
     parse_recipe(RECIPE).run(GRAPH, CONTEXT, [count])
-    assert count.seen == ["canonicalize 3->2", "partition 2->5", "all-gather 5->6", "reduce-scatter 6->7",
-                          "release 7->8", "dce 8->8"]  # fmt: skip
+    assert count.seen == [
+        "canonicalize 3->2",
+        "partition 2->5",
+        "all-gather 5->6",
+        "reduce-scatter 6->7",
+        "release 7->8",
+        "dce 8->8",
+    ]
 
 
 def test_the_log_counts_what_each_pass_changed():
@@ -87,9 +93,14 @@ def test_the_dump_has_one_file_a_pass(tmp_path):
     parse_recipe(RECIPE).run(GRAPH, CONTEXT, [Dump(tmp_path / "new"), Keep()])
     files = sorted((tmp_path / "new").iterdir())
     assert [f.name for f in files] == [
-        "net-00-captured.zir", "net-01-canonicalize.zir", "net-02-partition.zir", "net-03-all-gather.zir",
-        "net-04-reduce-scatter.zir", "net-05-release.zir", "net-06-dce.zir",
-    ]  # fmt: skip
+        "net-00-captured.zir",
+        "net-01-canonicalize.zir",
+        "net-02-partition.zir",
+        "net-03-all-gather.zir",
+        "net-04-reduce-scatter.zir",
+        "net-05-release.zir",
+        "net-06-dce.zir",
+    ]
     assert [parse_graph(f.read_text()) for f in files] == [GRAPH, *graphs]
 
 

@@ -69,9 +69,13 @@ def test_ties_keep_the_order_they_had():
 
 
 def test_memory_knows_what_shares_it():
-    memory = Memory(parse_graph(HEAD + "fwd %c: f32[4] = copy(%x)\nfwd %v: f32[4] = aten.t.default(%c)\n"
-                                "fwd %u: f32[4] = aten.t.default(%v)\nfwd %n: f32[4] = aten.neg.default(%u)\n"
-                                "return fwd output %v\n"))  # fmt: skip
+    memory = Memory(
+        parse_graph(
+            HEAD + "fwd %c: f32[4] = copy(%x)\nfwd %v: f32[4] = aten.t.default(%c)\n"
+            "fwd %u: f32[4] = aten.t.default(%v)\nfwd %n: f32[4] = aten.neg.default(%u)\n"
+            "return fwd output %v\n"
+        )
+    )
     assert memory.roots("u") == memory.roots("v") == memory.roots("c") == {"c"}
     assert memory.roots("x") == {"x"}
     assert memory.last_uses()["c"] == 3

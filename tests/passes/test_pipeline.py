@@ -6,13 +6,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from benchmarks.prefetch import Prefetch
 from zgraph.errors import ContractError, RecipeError
 from zgraph.ir import Graph
 from zgraph.passes import ALL, BY_NAME, MIXED, RECIPES, Context, Pass, Pipeline, parse_recipe
 from zgraph.passes.bucket import Bucket
 from zgraph.passes.core.pipeline import parse_size, print_size
 from zgraph.passes.partition import Partition
-from zgraph.passes.prefetch import Prefetch
 
 OPTIONS = {
     "stage": st.integers(0, 3),

@@ -50,7 +50,7 @@ def run_through(program: Program, plan: Plan) -> None:
 
 
 def crossing(graph: Graph) -> set[str]:
-    """What the forward has and the backward reads or returns; what lies in the model does not cross."""
+    """Values that the forward has and the backward reads or returns; those in the model do not cross."""
     at_rest = {i.value.name for i in graph.inputs if i.kind in (InputKind.param, InputKind.constant, InputKind.tangent)}
     later = [n for n in graph.nodes if n.phase is not Phase.forward]
     made_later = {r.name for n in later for r in n.results}
@@ -72,8 +72,10 @@ def test_a_plan_by_hand():
     assert names(plan.backward.arguments) == ["h", "b", "s", "t"]
     assert names(plan.backward.results) == ["g", None, "gx"]
     assert [(i.node.name, i.frees) for i in plan.backward.instructions] == [
-        ("u", ("h",)), ("g", ("u", "b", "s")), ("gx", ("t", "w")),
-    ]  # fmt: skip
+        ("u", ("h",)),
+        ("g", ("u", "b", "s")),
+        ("gx", ("t", "w")),
+    ]
     assert plan.resident == {"w", "c"}
     assert plan.unsynced.instructions == plan.backward.instructions
 
@@ -125,7 +127,7 @@ def test_a_graph_that_is_not_lowered_is_refused():
 
 
 def test_of_pending_nothing_is_left_but_the_type():
-    """What reads its result reads its operand, which is freed once, also where others read that too."""
+    """Readers of its result read its operand, which is freed once, also where others read that too."""
     placed = parse_recipe(RECIPES[0]).run(parse_graph(TEXT), Context((Axis("shard", 2),)))
     assert [n.op for n in placed.nodes].count("pending") == 1
     plan = make_plan(placed)

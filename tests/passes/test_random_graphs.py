@@ -1,4 +1,4 @@
-"""What must hold of every recipe on every graph: validity, round trip, no collective lost, nothing kept for nothing."""
+"""Laws of every recipe on every graph: validity, round trip, no collective lost, nothing kept for nothing."""
 
 from collections import Counter
 from dataclasses import replace
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tests.ir.strategies import graphs
 from zgraph.ir import OPS, Axis, DType, Graph, Node, OutputKind, Phase, Replicate, Value
 from zgraph.ir.aliases import Memory
+from zgraph.ir.external_ops import CAST
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.passes.core.instruments import Verify
-from zgraph.passes.partition import CASTS
 
 contexts = st.builds(
     lambda size, dtype: Context((Axis("shard", size),), dtype),
@@ -132,7 +132,7 @@ def test_stage_3_keeps_no_gathered_memory_for_the_backward(graph):
     for value in make_plan(after).saved:
         assert value.name in returned or not memory.roots(value.name) & gathered
         maker = after.producers.get(value.name)
-        if maker is not None and maker.op in CASTS:
+        if maker is not None and maker.op == CAST:
             assert any(made_by(after, v.name, frozenset({"wait"})) not in gathered for v in maker.operands)
 
 

@@ -79,11 +79,21 @@ def test_where_rows_have_one_column_a_number_of_each_is_all():
 @pytest.mark.parametrize(
     ("arg", "rank", "text"),
     [
-        (-1, 3, "last"), ((2,), 3, "last"), (1, 3, ""), ((0, 1), 3, "rows"), ((-2, 0), 3, "rows"), ((0, 2), 3, ""),
-        ((0, 1, 2), 3, ""), ((1,), 2, "last"), (0, 2, "rows"), (0, 1, "last"), (None, 2, ""),
-        ((), 1, ""), (0, 0, ""),
+        (-1, 3, "last"),
+        ((2,), 3, "last"),
+        (1, 3, ""),
+        ((0, 1), 3, "rows"),
+        ((-2, 0), 3, "rows"),
+        ((0, 2), 3, ""),
+        ((0, 1, 2), 3, ""),
+        ((1,), 2, "last"),
+        (0, 2, "rows"),
+        (0, 1, "last"),
+        (None, 2, ""),
+        ((), 1, ""),
+        (0, 0, ""),
     ],
-)  # fmt: skip
+)
 def test_dimensions_as_patterns_write_them(arg, rank, text):
     assert dims(arg, rank) == text
 

@@ -4,8 +4,9 @@ import pytest
 
 from tests.passes.test_goldens import FOLDER, Golden
 from zgraph.ir import Graph, parse_graph, verify
+from zgraph.ir.external_ops import ROTARY
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.fusion.rotary import REWRITES, ROTARY
+from zgraph.passes.fusion.rotary import REWRITES
 from zgraph.passes.plan.zero_tangents import without_tangents
 
 TEXT = Golden.read(FOLDER / "fuse-rotary.zir").before
@@ -25,7 +26,7 @@ def fused(*changes: tuple[str, str]) -> Graph:
 
 
 def rotary(graph: Graph) -> dict[str, tuple[bool, tuple[int, ...]]]:
-    """What the op makes: whether it is a gradient, and in which order its dimensions lie."""
+    """Options of the op: whether it is a gradient, and in which order its dimensions lie."""
     return {n.name: (n.args[4], n.args[3]) for n in graph.nodes if n.op == ROTARY}
 
 
@@ -35,8 +36,12 @@ FORWARD = {"y": BOTH["y"]}
 
 
 def test_factors_and_summands_may_stand_in_any_order():
-    commuted = [("Tensor(%q, %cos)", "Tensor(%cos, %q)"), ("Tensor(%a, %b)", "Tensor(%b, %a)"),
-                ("Tensor(%p, %o)", "Tensor(%o, %p)"), ("Tensor(%g, %sin)", "Tensor(%sin, %g)")]  # fmt: skip
+    commuted = [
+        ("Tensor(%q, %cos)", "Tensor(%cos, %q)"),
+        ("Tensor(%a, %b)", "Tensor(%b, %a)"),
+        ("Tensor(%p, %o)", "Tensor(%o, %p)"),
+        ("Tensor(%g, %sin)", "Tensor(%sin, %g)"),
+    ]
     assert rotary(fused(*commuted)) == BOTH
 
 
@@ -57,10 +62,20 @@ def test_factors_and_summands_may_stand_in_any_order():
         ([("%y: bf16[2, 3, 5, 8 | 120, 8, 24, 1]", "%y: bf16[2, 3, 5, 8 | 240, 16, 48, 2]")], BACKWARD),
     ],
     ids=[
-        "read by others", "not negated", "another dim", "not from the first", "short", "not apart",
-        "of a product", "scaled", "angles of one row", "angles unlike", "cast", "with gaps",
+        "read by others",
+        "not negated",
+        "another dim",
+        "not from the first",
+        "short",
+        "not apart",
+        "of a product",
+        "scaled",
+        "angles of one row",
+        "angles unlike",
+        "cast",
+        "with gaps",
     ],
-)  # fmt: skip
+)
 def test_what_only_looks_like_one_is_left(changes, left):
     assert rotary(fused(*changes)) == left
 

@@ -54,7 +54,7 @@ def placements(problem: Problem, order: tuple[int, ...]) -> list[Timetable]:
 
 
 def held(problem: Problem, starts: tuple[int, ...], op: int) -> int:
-    """What gathers have brought before it is needed, and what reductions have not taken away yet."""
+    """Bytes that gathers have brought before they are needed, and that reductions have not taken away yet."""
     spans = ((t.first, at) if t.frees else (at, t.until) for t, at in zip(problem.transfers, starts, strict=True))
     return sum(t.num_bytes for t, (begin, end) in zip(problem.transfers, spans, strict=True) if begin <= op < end)
 
@@ -187,9 +187,11 @@ def test_what_takes_memory_away_is_told_from_what_brings_it():
 
 def test_the_order_of_first_use():
     needed, early, reduction, returned = (
-        Transfer(1.0, 0, 2, 1, 2), Transfer(1.0, 0, 1, 1, 1), Transfer(1.0, 2, END, 1, 2),
+        Transfer(1.0, 0, 2, 1, 2),
+        Transfer(1.0, 0, 1, 1, 1),
+        Transfer(1.0, 2, END, 1, 2),
         Transfer(1.0, 1, END, 1, END),
-    )  # fmt: skip
+    )
     problem = Problem((1.0,) * 3, (9,) * 3, (reduction, needed, returned, early))
     assert first_use_order(problem) == (3, 1, 0, 2)
 
@@ -211,10 +213,17 @@ G, R = "gather", "reduction"
         ([(R, 1, 1), (R, 1, 0)], [1, 0]),
     ],
     ids=[
-        "just in time", "too long", "the gather cannot start", "two gathers", "the reduction cannot start",
-        "one of two", "after a gather", "after one that starts late", "reductions alone",
+        "just in time",
+        "too long",
+        "the gather cannot start",
+        "two gathers",
+        "the reduction cannot start",
+        "one of two",
+        "after a gather",
+        "after one that starts late",
+        "reductions alone",
     ],
-)  # fmt: skip
+)
 def test_reductions_pass_gathers_that_have_time(given, wanted):
     """Four ops of 10; gathers are given as what they take, the first op and the one that waits, reductions likewise."""
     transfers = tuple(
@@ -244,3 +253,12 @@ def test_a_search_tries_no_more_than_it_may(effort, max_work, more, monkeypatch)
     plain = len({first_use_order(problem), latest_first_order(problem)})
     search(problem, effort)
     assert len(tried) - plain == more
+
+
+def test_what_is_waited_for_longest_is_moved_first():
+    """Of two stalls, of 1 us and then of 4, the search tries the second's transfer ahead of the first's."""
+    transfers = (Transfer(3.0, 0, 1, 1, 1), Transfer(5.0, 0, 2, 1, 2))
+    found = run(Problem((2.0, 1.0, 4.0), (9, 9, 9), transfers), (0, 1), (0, 0))
+    assert found.stalls == ((1, 0, 1.0), (2, 1, 4.0))
+    three = replace(found, order=(2, 0, 1), stalls=found.stalls)
+    assert next(timetable._neighbours(three)) == (2, 1, 0)

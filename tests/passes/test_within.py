@@ -54,17 +54,29 @@ def check(recipe: str, graph: Graph, context: Context) -> int:
 
 @settings(max_examples=300 if DEEP else 25, deadline=None)
 @given(
-    graph=graphs(), recipe=st.sampled_from([*RECIPES.values(), *MORE]), mesh=st.sampled_from(MESHES),
-    rest=st.integers(0, 1000), update=st.integers(0, 2000), grouped=st.booleans(), blocks=st.booleans(),
-    recomputes=CHOICES, offloads=CHOICES, share=st.floats(0, 2),
-)  # fmt: skip
+    graph=graphs(),
+    recipe=st.sampled_from([*RECIPES.values(), *MORE]),
+    mesh=st.sampled_from(MESHES),
+    rest=st.integers(0, 1000),
+    update=st.integers(0, 2000),
+    grouped=st.booleans(),
+    blocks=st.booleans(),
+    recomputes=CHOICES,
+    offloads=CHOICES,
+    share=st.floats(0, 2),
+)
 def test_the_smallest_budget_of_random_graphs(
     graph, recipe, mesh, rest, update, grouped, blocks, recomputes, offloads, share
-):  # fmt: skip
+):
     context = Context(
-        mesh=mesh, rest_bytes=rest, update_bytes=update, groups_calls=grouped, keeps_blocks=blocks,
-        recomputes=recomputes, offloads=offloads,
-    )  # fmt: skip
+        mesh=mesh,
+        rest_bytes=rest,
+        update_bytes=update,
+        groups_calls=grouped,
+        keeps_blocks=blocks,
+        recomputes=recomputes,
+        offloads=offloads,
+    )
     least = check(recipe, graph, context)
     other = int(share * least)
     assert needed(recipe, graph, context, other) in ((None,) if other >= least else (None, least))

@@ -69,8 +69,10 @@ def test_a_system_that_fails_is_a_row_that_says_why():
     assert found["late"].error == "RuntimeError: and the last"
     thing = gpu.Thing("thing", "model", lambda device: {}, lambda costs: 1.0)
     assert [(row.system, row.step_s is None, row.error) for row in gpu.rows(thing, found, 1.0)] == [
-        ("good", False, None), ("bad", True, found["bad"].error), ("late", True, found["late"].error),
-    ]  # fmt: skip
+        ("good", False, None),
+        ("bad", True, found["bad"].error),
+        ("late", True, found["late"].error),
+    ]
     assert clock.difference([torch.ones(4), torch.full((4,), 3.0)], [torch.ones(4), torch.full((4,), 2.0)]) == 0.5
 
 

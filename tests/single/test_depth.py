@@ -14,8 +14,9 @@ import zgraph
 from tests.deep import deep
 from zgraph.capture.deep import capture_deep
 from zgraph.capture.extrapolate import extrapolate
-from zgraph.capture.layers import shortened, stacks
+from zgraph.capture.layers import kinds_and_shapes, shortened, stacks
 from zgraph.errors import CaptureError
+from zgraph.estimate.layer_scaling import capture_samples
 from zgraph.ir import Graph, print_graph
 
 IDS = torch.zeros(2, 16, dtype=torch.int64)
@@ -71,6 +72,20 @@ class Turns(Deep):
         return x.square().mean()
 
 
+class Shapes(nn.Module):
+    """Layers of two shapes that take turns."""
+
+    def __init__(self, depth: int = 9) -> None:
+        super().__init__()
+        kinds = (nn.Linear(8, 8) if number % 2 else nn.Bilinear(8, 8, 8) for number in range(depth))
+        self.layers = nn.ModuleList(kinds)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh() if isinstance(layer, nn.Linear) else layer(x, x)
+        return x.square().mean()
+
+
 class Two(nn.Module):
     """An encoder, and a decoder all of whose layers read what it made, with one embedding."""
 
@@ -111,6 +126,24 @@ def test_grown_from_two_three_and_four_layers(build, depth):
     model = on_meta(build)
     graphs = {(more,): few(model, TEXT, 2 + more) for more in range(3)}
     assert print_graph(extrapolate(graphs, (depth - 2,))) == print_graph(whole(model, TEXT))
+
+
+def test_figures_need_less_likeness_than_graphs():
+    """Layers of a class with parameters of the same shapes have the same figures, whatever numbers they hold."""
+    model = Deep()
+    for number, layer in enumerate(model.layers):
+        layer.rate = number**2
+    assert stacks(model) == []
+    (found,) = stacks(model, kinds_and_shapes)
+    assert (found.layers, found.period) == (model.layers, 1)
+    assert stacks(model, kinds_and_shapes, (nn.Sequential,)) == []
+
+
+def test_figures_of_layers_that_take_turns_grow_by_the_period():
+    model = on_meta(Shapes)
+    samples = capture_samples(model, (), ROWS, None)
+    assert samples.missing == (3,)
+    assert samples.scale([len(g.nodes) for g in samples.members]) == len(whole(model, ROWS).nodes)
 
 
 def test_two_stacks_at_once():

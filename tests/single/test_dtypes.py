@@ -40,8 +40,11 @@ def test_what_is_none_is_one_error(given: object) -> None:
 
 
 def test_options_name_themselves() -> None:
-    for call in (zgraph.compile, lambda model, **o: zgraph.trace(model, *rows(0), **o),
-                 lambda model, **o: zgraph.plan(model, *rows(0), **o)):  # fmt: skip
+    for call in (
+        zgraph.compile,
+        lambda model, **o: zgraph.trace(model, *rows(0), **o),
+        lambda model, **o: zgraph.plan(model, *rows(0), **o),
+    ):
         with pytest.raises(DtypeError, match="param_dtype is one of"):
             call(Mlp(), param_dtype="brain16")
     with pytest.raises(DtypeError, match="reduce_dtype is one of"):

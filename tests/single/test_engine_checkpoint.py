@@ -85,9 +85,12 @@ def test_what_killed_writes_have_left_is_not_loaded_and_goes_away(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("client_state", "tag", "said"),
-    [({"a": {"b": torch.ones(2)}}, None, r"client_state\.a\.b is a Tensor"), ({}, "../x", "a tag is"),
-     ({}, "latest", "a tag is")],
-)  # fmt: skip
+    [
+        ({"a": {"b": torch.ones(2)}}, None, r"client_state\.a\.b is a Tensor"),
+        ({}, "../x", "a tag is"),
+        ({}, "latest", "a tag is"),
+    ],
+)
 def test_what_a_checkpoint_cannot_have(tmp_path: Path, client_state: Any, tag: str | None, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         engine_of().save_checkpoint(tmp_path, tag, client_state)
@@ -305,11 +308,18 @@ def deepspeed_files(
         return list(_padded(torch.cat([t.flatten() for t in found.values()]), ranks).chunk(ranks))
 
     model = {
-        "module": OrderedDict(net.state_dict()), "buffer_names": [n for n, _ in net.named_buffers()],
+        "module": OrderedDict(net.state_dict()),
+        "buffer_names": [n for n, _ in net.named_buffers()],
         "param_shapes": [OrderedDict((n, p.shape) for n, p in trained.items())],
-        "frozen_param_shapes": {FROZEN: frozen.shape} if stage > 1 else None, "shared_params": {}, "lr_scheduler": None,
-        "global_steps": 5, "skipped_steps": 1, "dp_world_size": ranks, "mp_world_size": 1, "mine": "kept",
-    }  # fmt: skip
+        "frozen_param_shapes": {FROZEN: frozen.shape} if stage > 1 else None,
+        "shared_params": {},
+        "lr_scheduler": None,
+        "global_steps": 5,
+        "skipped_steps": 1,
+        "dp_world_size": ranks,
+        "mp_world_size": 1,
+        "mine": "kept",
+    }
     masters, firsts = cut(values["master"]), cut(values["exp_avg"])
     for rank in range(ranks):
         base = {

@@ -20,10 +20,17 @@ from zgraph.debugging.known import Reference
 from zgraph.debugging.numbers import Numbers
 from zgraph.errors import UsageError
 from zgraph.ir import DType, Graph, Node, Phase, TensorType, Value, parse_graph, print_graph, verify
+from zgraph.ir.external_ops import (
+    LOSS,
+    LOSS_BACKWARD,
+    MATMUL,
+    PROJECTED_LOSS,
+    PROJECTED_LOSS_BACKWARD,
+    ROTARY,
+    ROWS,
+    SEED,
+)
 from zgraph.passes import RECIPES, Context, fusing, parse_recipe
-from zgraph.passes.fusion.loss import LINEAR, LINEAR_BACKWARD, PLAIN, PLAIN_BACKWARD
-from zgraph.passes.fusion.rotary import ROTARY
-from zgraph.passes.fusion.rows import MATMUL, ROWS, SEED
 
 from .trained import MODELS, Trained, batch, losses, plain
 
@@ -44,9 +51,15 @@ def t5() -> nn.Module:
 def neox() -> nn.Module:
     """A quarter of each head's columns are turned."""
     config = hf.GPTNeoXConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=300,
-        use_cache=False, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        vocab_size=300,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return hf.GPTNeoXForCausalLM(config)
 
 
@@ -110,7 +123,7 @@ def fused_and_not(name: str, dtype: torch.dtype | None) -> tuple[Graph, Graph]:
 
 
 def floats(reference: Reference, graph: Graph) -> list[torch.Tensor]:
-    """What a graph returns on one rank, where it is numbers."""
+    """Outputs of a graph on one rank, where they are numbers."""
     made = [ranks[0] for ranks in reference.run(graph) if ranks is not None]
     return [t.double() for t in made if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
@@ -161,7 +174,7 @@ def test_in_bf16_a_fused_step_is_as_close_to_the_truth(name):
 
 @pytest.mark.parametrize(("name", "factor"), [("llama", 4), deep("gpt2", 4.5)])
 def test_the_glue_of_a_block_moves_fewer_bytes(name, factor):
-    """What one more layer adds, at 1,024 tokens of a model of some width, matmuls and attention left out."""
+    """The time that one more layer adds, at 1,024 tokens of a model of some width, matmuls and attention left out."""
     found = []
     for recipe in (BEFORE, FUSED):
         one, two = (recipe.run(wide(name, layers), Context()) for layers in (1, 2))
@@ -347,7 +360,7 @@ def test_logits_that_are_not_returned_are_never_whole(dtype):
     before, fused = BEFORE.run(graph, Context()), FUSED.run(graph, Context())
     verify(fused)
     losses = [n for n in fused.nodes if "cross_entropy" in n.op]
-    assert [n.op for n in losses] == [LINEAR, LINEAR_BACKWARD]
+    assert [n.op for n in losses] == [PROJECTED_LOSS, PROJECTED_LOSS_BACKWARD]
     assert {work(fused, n).dtype for n in losses} == {"f32" if dtype is None else "bf16"}
     assert whole_logits(before)
     assert not whole_logits(fused)
@@ -364,7 +377,7 @@ def whole_logits(graph: Graph) -> list[str]:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
 def test_logits_that_are_returned_are_all_that_is_as_large(name):
     fused = FUSED.run(captured(name, torch.bfloat16), Context())
-    assert [n.op for n in fused.nodes if "cross_entropy" in n.op] == [PLAIN, PLAIN_BACKWARD]
+    assert [n.op for n in fused.nodes if "cross_entropy" in n.op] == [LOSS, LOSS_BACKWARD]
     assert not any(n.op.startswith(("aten._log_softmax", "aten.nll_loss")) for n in fused.nodes)
     made = [r.type for n in fused.nodes for r in n.results if isinstance(r.type, TensorType)]
     assert not {t.shape[-2:] for t in made if t.dtype is DType.f32} & {(96, 300), (48, 300)}
@@ -392,7 +405,7 @@ def test_a_loss_has_the_dtype_of_its_logits(dtype):
     loss = fused(x, target)
     loss.backward()
     (entry,) = zgraph.report(fused).entries
-    assert any(n.op == PLAIN for n in entry.plan.graph.nodes)
+    assert any(n.op == LOSS for n in entry.plan.graph.nodes)
     assert loss.dtype is dtype
     tolerance = {"rtol": 1e-2, "atol": 1e-3} if dtype is torch.bfloat16 else {"rtol": 1e-12, "atol": 1e-15}
     assert torch.allclose(loss, expected, **tolerance)

@@ -1,4 +1,4 @@
-"""What goes in and comes out: any arguments, any outputs, and the decorator."""
+"""Inputs and outputs: any arguments, any outputs, and the decorator."""
 
 from __future__ import annotations
 

@@ -32,9 +32,13 @@ def interrupted(folder: Path, *before: str, setup: str = "", **env: str) -> tupl
     script = folder / "train.py"
     script.write_text(TRAINS.format(setup=setup))
     process = subprocess.Popen(
-        [sys.executable, *before, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT), "ZGRAPH_LOGS": "none", **env},
-    )  # fmt: skip
+        [sys.executable, *before, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ZGRAPH_LOGS": "none", **env},
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)

@@ -46,12 +46,14 @@ AGAIN = r"Linear is captured again, time 2: input\.shape\[0\] changed from 2 to 
 
 
 def said(before: str = "", after: str = "", **env: str) -> list[str]:
-    """What a process says on standard error that trains."""
+    """Standard error of a process that trains."""
     code = TRAINS.format(before=before, after=after)
     found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
         env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", **env},
-    )  # fmt: skip
+    )
     assert found.returncode == 0, found.stderr
     return found.stderr.splitlines()
 
@@ -160,7 +162,7 @@ class Screen(io.StringIO):
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, seconds: float, *, screen: io.StringIO) -> str:
-    """What a bar writes in the time that something takes."""
+    """Output of a bar in the time that something takes."""
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(narrator, "SILENT_SECONDS", 0.2)

@@ -1,4 +1,4 @@
-"""What lies on the host on one rank: the losses stay, the device holds less, bad targets are refused."""
+"""Offloading to the host on one rank: the losses stay, the device holds less, bad targets are refused."""
 
 import pytest
 import torch

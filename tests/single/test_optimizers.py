@@ -117,10 +117,14 @@ def test_what_the_user_puts_into_the_state_is_taken():
 def test_bad_arguments_and_gradients_are_refused():
     found = parameters()
     for make, bad in (
-        (SGD, {"lr": -1}), (SGD, {"momentum": -0.1}), (SGD, {"nesterov": True}), (Lion, {"betas": (0.9, 1.0)}),
-        (SGD, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}), (Lion, {"weight_decay": float("nan")}),
+        (SGD, {"lr": -1}),
+        (SGD, {"momentum": -0.1}),
+        (SGD, {"nesterov": True}),
+        (Lion, {"betas": (0.9, 1.0)}),
+        (SGD, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}),
+        (Lion, {"weight_decay": float("nan")}),
         (Lion, {"kernels": "cuda"}),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UsageError):
             make(found, **bad)
     words = nn.Embedding(5, 3, sparse=True)

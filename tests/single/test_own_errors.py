@@ -1,4 +1,4 @@
-"""What the user's forward raises comes as it is: its class, its cause, its lines, a note of where, and not torch's."""
+"""Errors of the user's forward come as they are: its class, its cause, its lines, a note of where, and not torch's."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ _CAPTURES = {}
 BATCH = {"input_ids": IDS, "labels": IDS}
 
 
-def _never(stack):
-    return False
+def _none(*args):
+    return []
 
 
 def llama(num_layers: int = 5) -> nn.Module:
@@ -38,7 +38,7 @@ def _captured_once(monkeypatch):
     capture = planning.capture_samples
 
     def capture_samples(model, args, kwargs, param_dtype):
-        key = type(model), sum(p.numel() for p in model.parameters()), layer_scaling._are_alike
+        key = type(model), sum(p.numel() for p in model.parameters()), layer_scaling.stacks
         if key not in _CAPTURES:
             _CAPTURES[key] = capture(model, args, kwargs, param_dtype)
         return _CAPTURES[key]
@@ -51,7 +51,7 @@ def test_a_model_grown_from_few_layers_is_the_whole_model(build, num_ranks, monk
     model = build()
     names = list(model.state_dict())
     scaled = zgraph.plan(model, **BATCH, hardware="8x8-a100-80", num_ranks=num_ranks, stage=[0, 3])
-    monkeypatch.setattr(layer_scaling, "_are_alike", _never)
+    monkeypatch.setattr(layer_scaling, "stacks", _none)
     whole = zgraph.plan(model, **BATCH, hardware="8x8-a100-80", num_ranks=num_ranks, stage=[0, 3])
     assert list(model.state_dict()) == names
     for a, b in zip(scaled.stages, whole.stages, strict=True):
@@ -82,8 +82,9 @@ def test_a_budget_is_met_by_computing_again_or_is_said_not_to_be():
     assert tight.fits
     assert tight.total_bytes <= middle
     assert tight.step_us > plan.step_us
-    none = zgraph.plan(llama(), **BATCH, hardware="h100", num_ranks=1, stage=3, offload=None,
-                       memory_budget=plan.needed_bytes // 2)  # fmt: skip
+    none = zgraph.plan(
+        llama(), **BATCH, hardware="h100", num_ranks=1, stage=3, offload=None, memory_budget=plan.needed_bytes // 2
+    )
     assert none.best is None
     assert "no stage fits" in none.reason
     assert "take more ranks" in str(none)
@@ -119,10 +120,11 @@ def test_activations_are_moved_where_that_is_faster_than_computing_them_again():
     slow = hardware("h100").model_copy(update={"host_link": Link(bytes_per_s=1e6, latency_us=10.0)})
     fast = hardware("h100").model_copy(update={"host_link": Link(bytes_per_s=1e13, latency_us=0.001)})
     again, moved = (
-        zgraph.plan(llama(), **BATCH, hardware=target, num_ranks=1, stage=3, memory_budget=5_400_000,
-                    offload="activations").stages[0]
+        zgraph.plan(
+            llama(), **BATCH, hardware=target, num_ranks=1, stage=3, memory_budget=5_400_000, offload="activations"
+        ).stages[0]
         for target in (slow, fast)
-    )  # fmt: skip
+    )
     assert again.fits
     assert moved.fits
     assert again.again_share > 0

@@ -1,4 +1,4 @@
-"""What lies between collectives as regions, each different one compiled once."""
+"""Ops between collectives as regions, each different one compiled once."""
 
 import shutil
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the report says of memory is what a profiler measures, and it can be printed."""
+"""The report's memory is what a profiler measures, and it can be printed."""
 
 from __future__ import annotations
 

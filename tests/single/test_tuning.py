@@ -12,9 +12,9 @@ from zgraph.compiler import autotune
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.cost import CostTable, hardware
 from zgraph.ir import Graph
+from zgraph.ir.external_ops import COMPILED, MATMUL, RECTIFIED, ROWS
 from zgraph.passes import Context, parse_recipe
 from zgraph.passes.fuse import Fuse, candidates
-from zgraph.passes.fusion.rows import COMPILED, MATMUL, RECTIFIED, ROWS
 
 H100 = Context(costs=CostTable(hardware=hardware("h100")))
 

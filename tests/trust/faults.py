@@ -37,7 +37,7 @@ def behind(graph: Graph, value: Value, *nodes: Node) -> Graph:
 
 
 def held_for_another(graph: Graph) -> Graph:
-    """What is left of one gradient is added to another."""
+    """The rest of one gradient is added to another."""
     first, second = (graph.nodes[at(graph, "accumulate", number)] for number in (0, 1))
     return put(graph, at(graph, "accumulate"), replace(first, kwargs=second.kwargs))
 
@@ -50,8 +50,9 @@ def swapped_names(graph: Graph) -> Graph:
             other = nodes.setdefault(node.results[0].tensor, position)
             if other != position:
                 first = graph.nodes[other]
-                return put(put(graph, position, replace(node, kwargs=first.kwargs)), other,
-                           replace(first, kwargs=node.kwargs))  # fmt: skip
+                return put(
+                    put(graph, position, replace(node, kwargs=first.kwargs)), other, replace(first, kwargs=node.kwargs)
+                )
     raise AssertionError
 
 
@@ -73,7 +74,7 @@ def accumulated_too(graph: Graph) -> Graph:
 
 
 def forgotten(graph: Graph) -> Graph:
-    """What earlier micro-steps left is lost."""
+    """Gradients that earlier micro-steps left are lost."""
     node = graph.nodes[at(graph, "accumulate")]
     env = {node.results[0].name: node.operands[0]}
     nodes = tuple(n.substitute(env) for n in graph.nodes if n is not node)
@@ -160,9 +161,10 @@ def scaled_gradient(graph: Graph) -> Graph:
 def own_buffers(graph: Graph) -> Graph:
     """Each rank goes on with another value of a buffer than it returns: the one that it was given."""
     index = next(
-        i for i, o in enumerate(graph.outputs)
+        i
+        for i, o in enumerate(graph.outputs)
         if o.kind is OutputKind.mutation and isinstance(o.value and o.value.type, TensorType) and o.value.tensor.shape
-    )  # fmt: skip
+    )
     entry = next(i for i in graph.inputs if i.value.name == graph.outputs[index].target)
     outputs = list(graph.outputs)
     outputs[index] = replace(outputs[index], value=entry.value)
@@ -170,7 +172,7 @@ def own_buffers(graph: Graph) -> Graph:
 
 
 def other_dropout(graph: Graph) -> Graph:
-    """What a dropout keeps is drawn again in the backward."""
+    """A dropout's mask is drawn again in the backward."""
     position = at(graph, "aten.native_dropout.default")
     node = graph.nodes[position]
     again = replace(node, results=tuple(replace(r, name=f"{r.name}_again") for r in node.results), phase=Phase.backward)

@@ -400,8 +400,13 @@ def _scaled(graph: Graph, position: int, value: Value, by: float) -> Graph:
 def a_gradient_scaled(graph: Graph, rng: Random) -> Graph | None:
     names = {o.value.name for o in graph.outputs if o.kind is OutputKind.grad and o.value is not None}
     behind = {v.name for n in graph.nodes if n.op in (*REDUCES, "reshard", "pending", "accumulate") for v in n.operands}
-    p = at(graph, rng, lambda n: n.op not in OPS and n.results and n.name in names | behind
-           and isinstance(n.results[0].type, TensorType))  # fmt: skip
+    p = at(
+        graph,
+        rng,
+        lambda n: (
+            n.op not in OPS and n.results and n.name in names | behind and isinstance(n.results[0].type, TensorType)
+        ),
+    )
     return None if p is None else _scaled(graph, p, graph.nodes[p].results[0], rng.choice((2.0, 0.5)))
 
 
@@ -456,9 +461,10 @@ def a_collective_run_again(graph: Graph, rng: Random) -> Graph | None:
 @kind
 def a_keep_flag_flipped(graph: Graph, rng: Random) -> Graph | None:
     p = at(
-        graph, rng,
+        graph,
+        rng,
         lambda n: n.op == "all_gather_start" or (n.op == "reshard" and n.operands[0].tensor.is_sharded),
-    )  # fmt: skip
+    )
     if p is None:
         return None
     node = graph.nodes[p]
@@ -486,9 +492,8 @@ def two_outputs_swapped(graph: Graph, rng: Random) -> Graph | None:
     found = outputs(graph, OutputKind.grad, OutputKind.mutation, OutputKind.output)
     values = {i: graph.outputs[i].value for i in found}
     pairs = [
-        (a, b) for a in found for b in found
-        if a < b and values[a] != values[b] and values[a].type == values[b].type
-    ]  # fmt: skip
+        (a, b) for a in found for b in found if a < b and values[a] != values[b] and values[a].type == values[b].type
+    ]
     if not pairs:
         return None
     a, b = rng.choice(pairs)
@@ -549,9 +554,17 @@ def an_accumulation_dropped(graph: Graph, rng: Random) -> Graph | None:
 def an_accumulation_at_a_stage_without(graph: Graph, rng: Random) -> Graph | None:
     if any(n.op == "accumulate" for n in graph.nodes):
         return None
-    p = at(graph, rng, lambda n: n.op in (*REDUCES, "reshard") and n.phase is Phase.backward
-           and not n.operands[0].tensor.is_sharded and isinstance(n.operands[0].tensor.placement[-1:], tuple)
-           and any(isinstance(e, Partial | Varying) for e in n.operands[0].tensor.placement))  # fmt: skip
+    p = at(
+        graph,
+        rng,
+        lambda n: (
+            n.op in (*REDUCES, "reshard")
+            and n.phase is Phase.backward
+            and not n.operands[0].tensor.is_sharded
+            and isinstance(n.operands[0].tensor.placement[-1:], tuple)
+            and any(isinstance(e, Partial | Varying) for e in n.operands[0].tensor.placement)
+        ),
+    )
     if p is None:
         return None
     node, value = graph.nodes[p], graph.nodes[p].operands[0]
@@ -645,11 +658,17 @@ def results_swapped(graph: Graph, rng: Random) -> Graph | None:
 
 
 REPLACED = {
-    "aten.add.Tensor": "aten.sub.Tensor", "aten.mul.Tensor": "aten.div.Tensor", "aten.neg.default": "aten.abs.default",
-    "aten.silu.default": "aten.gelu.default", "aten.gelu.default": "aten.silu.default", "aten.cos.default":
-    "aten.sin.default", "aten.rsqrt.default": "aten.sqrt.default", "aten.relu.default": "aten.sigmoid.default",
-    "aten.sum.dim_IntList": "aten.mean.dim", "aten.t.default": "aten.detach.default",
-}  # fmt: skip
+    "aten.add.Tensor": "aten.sub.Tensor",
+    "aten.mul.Tensor": "aten.div.Tensor",
+    "aten.neg.default": "aten.abs.default",
+    "aten.silu.default": "aten.gelu.default",
+    "aten.gelu.default": "aten.silu.default",
+    "aten.cos.default": "aten.sin.default",
+    "aten.rsqrt.default": "aten.sqrt.default",
+    "aten.relu.default": "aten.sigmoid.default",
+    "aten.sum.dim_IntList": "aten.mean.dim",
+    "aten.t.default": "aten.detach.default",
+}
 
 
 @kind
@@ -674,8 +693,13 @@ def a_node_dropped(graph: Graph, rng: Random) -> Graph | None:
             "aten.clone.default",
             "aten._to_copy.default",
         )
-        return found(node) and len(node.results) == 1 and bool(node.operands) and not is_name and (
-            node.operands[0].type == node.results[0].type)  # fmt: skip
+        return (
+            found(node)
+            and len(node.results) == 1
+            and bool(node.operands)
+            and not is_name
+            and (node.operands[0].type == node.results[0].type)
+        )
 
     p = at(graph, rng, passes_on)
     return None if p is None else without(graph, p)
@@ -717,9 +741,11 @@ def another_kernel(graph: Graph, rng: Random) -> Graph | None:
         return re.sub(r"\bmul\(", "add(", text, count=1)
 
     p = at(graph, rng, lambda n: isinstance(n.args[-1:], tuple) and n.args and other(n) not in ("", n.args[-1]))
-    return None if p is None else put(
-        graph, p, replace(graph.nodes[p], args=(*graph.nodes[p].args[:-1], other(graph.nodes[p])))
-    )  # fmt: skip
+    return (
+        None
+        if p is None
+        else put(graph, p, replace(graph.nodes[p], args=(*graph.nodes[p].args[:-1], other(graph.nodes[p]))))
+    )
 
 
 @kind
@@ -759,9 +785,11 @@ def random_ops_in_another_order(graph: Graph, rng: Random) -> Graph | None:
 
 def _retyped(graph: Graph, rng: Random, change: Callable[[TensorType], TensorType | None]) -> Graph | None:
     found = [
-        (p, i) for p, n in enumerate(graph.nodes) for i, r in enumerate(n.results)
+        (p, i)
+        for p, n in enumerate(graph.nodes)
+        for i, r in enumerate(n.results)
         if n.op not in OPS and isinstance(r.type, TensorType) and change(r.type) not in (None, r.type)
-    ]  # fmt: skip
+    ]
     if not found:
         return None
     p, i = rng.choice(found)
@@ -770,9 +798,10 @@ def _retyped(graph: Graph, rng: Random, change: Callable[[TensorType], TensorTyp
     results = graph.nodes[p].results
     changed = put(graph, p, replace(graph.nodes[p], results=(*results[:i], new, *results[i + 1 :])))
     return replace(
-        changed, nodes=tuple(renamed(changed.nodes, old, new)),
+        changed,
+        nodes=tuple(renamed(changed.nodes, old, new)),
         outputs=tuple(o.substitute({old.name: new}) for o in changed.outputs),
-    )  # fmt: skip
+    )
 
 
 @kind
@@ -790,8 +819,11 @@ def strides_that_are_a_lie(graph: Graph, rng: Random) -> Graph | None:
     def other(kind: TensorType) -> TensorType | None:
         if len(kind.shape) < 2 or any(d in (0, 1) for d in kind.shape[-2:]):
             return None
-        return replace(kind, strides=None) if kind.strides else replace(
-            kind, strides=(*(1 for _ in kind.shape[:-1]), kind.shape[-1]))  # fmt: skip
+        return (
+            replace(kind, strides=None)
+            if kind.strides
+            else replace(kind, strides=(*(1 for _ in kind.shape[:-1]), kind.shape[-1]))
+        )
 
     return _retyped(graph, rng, other)
 
@@ -864,9 +896,17 @@ def a_value_rounded(graph: Graph, rng: Random) -> Graph | None:
 
 @kind
 def gradients_rounded_before_they_are_reduced(graph: Graph, rng: Random) -> Graph | None:
-    p = at(graph, rng, lambda n: n.op in (*REDUCES, "reshard", "accumulate") and n.phase is not Phase.forward
-           and not n.operands[0].tensor.is_sharded and n.operands[0].tensor.dtype is DType.f32
-           and n.operands[0].name in graph.producers)  # fmt: skip
+    p = at(
+        graph,
+        rng,
+        lambda n: (
+            n.op in (*REDUCES, "reshard", "accumulate")
+            and n.phase is not Phase.forward
+            and not n.operands[0].tensor.is_sharded
+            and n.operands[0].tensor.dtype is DType.f32
+            and n.operands[0].name in graph.producers
+        ),
+    )
     if p is None:
         return None
     value = graph.nodes[p].operands[0]
@@ -887,9 +927,11 @@ def _inputs(graph: Graph, index: int, **changes: object) -> Graph:
 def two_inputs_swapped(graph: Graph, rng: Random) -> Graph | None:
     """Two parameters under each other's name in the model."""
     pairs = [
-        (a, b) for a, x in enumerate(graph.inputs) for b, y in enumerate(graph.inputs)
+        (a, b)
+        for a, x in enumerate(graph.inputs)
+        for b, y in enumerate(graph.inputs)
         if a < b and x.kind is y.kind is InputKind.param and x.value.type == y.value.type
-    ]  # fmt: skip
+    ]
     if not pairs:
         return None
     a, b = rng.choice(pairs)

@@ -137,11 +137,15 @@ SPECS = (
     b"silu_mul 64: x0 bf16[M,N], x1 bf16[M,N] -> t1 bf16[M,N]; t0 = mul(x0, 2.0); t1 = mul(t0, x1)",
 )
 CONFIGURATION = {
-    "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4,
-    "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_clipping": 1.0,
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 4,
+    "zero_optimization": {"stage": 3},
+    "bf16": {"enabled": True},
+    "gradient_clipping": 1.0,
     "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "betas": [0.9, 0.95], "weight_decay": 0.1}},
     "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
-}  # fmt: skip
+}
 
 
 @cache

@@ -52,9 +52,15 @@ class Drops(nn.Module):
 
 def llama(**options: Any) -> nn.Module:
     config = hf.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, use_cache=False, **options,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        use_cache=False,
+        **options,
+    )
     return hf.LlamaForCausalLM(config)
 
 
@@ -82,10 +88,15 @@ class Subject:
         with torch.device("meta"):
             model, inputs = self.model(), self.inputs()
         graph, how = capture_deep(model, inputs, torch.bfloat16 if self.mixed else None)
-        graph = replace(graph, inputs=tuple(
-            replace(i, offload=self.offload, master=i.master or i.value.tensor.dtype)
-            if self.offload and i.kind is InputKind.param else i for i in graph.inputs
-        ))  # fmt: skip
+        graph = replace(
+            graph,
+            inputs=tuple(
+                replace(i, offload=self.offload, master=i.master or i.value.tensor.dtype)
+                if self.offload and i.kind is InputKind.param
+                else i
+                for i in graph.inputs
+            ),
+        )
         recipe = RECIPES[self.stage].replace("fit", self.fit)
         recipe = fusing(recipe) if self.fused else recipe
         context = Context(mesh=self.mesh, costs=CLUSTER, reduce_dtype=self.reduce_dtype, **dict(self.context))

@@ -141,11 +141,25 @@ GOOD = {"a group": {"aten": 2.0, "kernel": 1}}
 @pytest.mark.parametrize(
     "held",
     [
-        '{"a": {"aten": null}}', '{"a": {"aten": {}}}', '{"a": {"aten": "1"}}', '{"a": {"aten": -1.0}}',
-        '{"a": {"aten": NaN}}', '{"a": {"aten": Infinity}}', '{"a": {"aten": 1e999}}', '{"a": {"unknown": 1.0}}',
-        '{"a": 1}', "[]", "1", "", "\0", '{"a": ' * 50_000, "[" * 50_000, '{"a": {"aten": true}}', '{"half',
+        '{"a": {"aten": null}}',
+        '{"a": {"aten": {}}}',
+        '{"a": {"aten": "1"}}',
+        '{"a": {"aten": -1.0}}',
+        '{"a": {"aten": NaN}}',
+        '{"a": {"aten": Infinity}}',
+        '{"a": {"aten": 1e999}}',
+        '{"a": {"unknown": 1.0}}',
+        '{"a": 1}',
+        "[]",
+        "1",
+        "",
+        "\0",
+        '{"a": ' * 50_000,
+        "[" * 50_000,
+        '{"a": {"aten": true}}',
+        '{"half',
     ],
-)  # fmt: skip
+)
 def test_times_that_are_none_are_measured_again(held: str) -> None:
     path = autotune.times_path(torch.device("cpu"))
     path.write_text(held)

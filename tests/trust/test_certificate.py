@@ -19,16 +19,25 @@ from zgraph.runfile.format import load_run
 def run(stage: int, tied: bool = False, mixed: bool = False):
     """The run of a Llama of two layers on two ranks."""
     config = hf.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64,
-        use_cache=False, tie_word_embeddings=tied,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=64,
+        use_cache=False,
+        tie_word_embeddings=tied,
+    )
     with torch.device("meta"):
         model = hf.LlamaForCausalLM(config)
     ids = torch.zeros(2, 8, dtype=torch.int64, device="meta")
     return traced(
-        model, {"input_ids": ids, "labels": ids}, parse_recipe(RECIPES[stage]), hardware="8x8-h100", num_ranks=2,
+        model,
+        {"input_ids": ids, "labels": ids},
+        parse_recipe(RECIPES[stage]),
+        hardware="8x8-h100",
+        num_ranks=2,
         param_dtype=torch.bfloat16 if mixed else None,
-    )  # fmt: skip
+    )
 
 
 def certified(stage: int, tied: bool = False, mixed: bool = False, change=None):
@@ -162,9 +171,7 @@ def test_faults_at_any_stage(stage, change):
         certified(stage, change=change)
 
 
-@pytest.mark.parametrize(
-    "change", [dropped_release, late_release, second_release, released_parameter, flipped_keep]
-)  # fmt: skip
+@pytest.mark.parametrize("change", [dropped_release, late_release, second_release, released_parameter, flipped_keep])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_faults_of_sharded_parameters(stage, change):
     with pytest.raises(VerifyError):

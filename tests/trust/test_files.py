@@ -1,4 +1,4 @@
-"""What a file from elsewhere may not do: open others, fill the memory, or speak to the terminal."""
+"""Limits of a file from elsewhere; it may not open others, fill the memory, or speak to the terminal."""
 
 import io
 import json
@@ -200,12 +200,22 @@ NASTY = "m\x1b[2J\x9b31m\u202e\x07"
 
 @pytest.mark.parametrize(
     "arguments",
-    [("explain", "run.zg", "%NODE"), ("show", "run.zg"), ("show", "run.zg", "--op", "aten"),
-     ("explain", "run.zg", "%\x1b[2J"), ("diff", "run.zg@0", "@0"), ("verify", "bad.zg"), ("bisect", "bad.zg"),
-     ("show", "\x1b[2J.zg"), ("show", "raw.zg"), ("export", "run.zg", "--dot", "-"),
-     ("diff", "run.zg@0", "raw.zg@0"), ("verify", "raw.zg")],
+    [
+        ("explain", "run.zg", "%NODE"),
+        ("show", "run.zg"),
+        ("show", "run.zg", "--op", "aten"),
+        ("explain", "run.zg", "%\x1b[2J"),
+        ("diff", "run.zg@0", "@0"),
+        ("verify", "bad.zg"),
+        ("bisect", "bad.zg"),
+        ("show", "\x1b[2J.zg"),
+        ("show", "raw.zg"),
+        ("export", "run.zg", "--dot", "-"),
+        ("diff", "run.zg@0", "raw.zg@0"),
+        ("verify", "raw.zg"),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 def test_texts_of_a_file_never_command_the_terminal(arguments, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     graph = from_file(long(), NASTY, 3, NASTY)

@@ -1,4 +1,4 @@
-"""Whatever a reader is given, it gives a value or an error of zgraph's, soon and in little memory."""
+"""Any reader given any bytes gives a value or an error of zgraph's, soon and in little memory."""
 
 import random
 import resource
@@ -20,6 +20,7 @@ MAX_SECONDS = 4.0
 MAX_KIB = 128 << 10
 """By which one input may raise the most memory that the process ever had."""
 
+# fmt: off
 WORDS = [
     b"", b"0", b"-1", b"1", b"2", b"9" * 400, b"9" * 5000, b"1e999", b"nan", b"inf", b"-0.0", b"null", b"true", b"{}",
     b"[]", b"[" * 3000, b"{" * 3000, b'{"a":' * 3000, b"(" * 300, b'"', b"\\", b"\\u0000", b"\\ud800", b"\0",
@@ -27,7 +28,8 @@ WORDS = [
     b"->", b"; ", b"%", b"@", b"<S0>", b"<V>", b"<P>", b"<P(sum)>", b"s0", b"2*s0", b"s0**8", b"1/0", b"floor(s0/2)",
     b"Mod(s0, s0)", b"future ", b"aten.neg.default", b"aten.__class__", b"py.call", b"..", b"/", b"../x", b"a" * 300,
     b"a" * 20_000, b"h100", b"x8-", b".toml", b"f32", b"none", b"host", b"at=[0]", b"<S1>", b"-5", b"1e-300",
-]  # fmt: skip
+]
+# fmt: on
 
 
 def changed(valid: bytes, other: bytes, dice: random.Random) -> bytes:

@@ -69,14 +69,25 @@ def run(name: str, matmuls: str = "auto", mixed: bool = False) -> RunFile:
     with torch.device("meta"):
         model = MODELS[name]()
         ids = torch.zeros(2, 8, dtype=torch.int64)
-        inputs = {"x": torch.zeros(2, 8, 32)} if name == "blocks" else {"ids": ids} if name == "loss only" else {
-            "input_ids": ids, "labels": ids,
-        }  # fmt: skip
+        inputs = (
+            {"x": torch.zeros(2, 8, 32)}
+            if name == "blocks"
+            else {"ids": ids}
+            if name == "loss only"
+            else {
+                "input_ids": ids,
+                "labels": ids,
+            }
+        )
     recipe = fusing(RECIPES[3]).replace("fuse", f"fuse(matmuls={matmuls})")
     return traced(
-        model, inputs, parse_recipe(recipe), hardware="8x8-h100", num_ranks=2,
+        model,
+        inputs,
+        parse_recipe(recipe),
+        hardware="8x8-h100",
+        num_ranks=2,
         param_dtype=torch.bfloat16 if mixed else None,
-    )  # fmt: skip
+    )
 
 
 def steps_of(found: RunFile) -> list[tuple[str, Graph]]:
@@ -143,18 +154,24 @@ FAULTS: dict[str, tuple[str, str, Change]] = {
     "two inputs": ("llama", "never", swapped_inputs),
     "rotary turned back": ("llama", "never", of("zgraph.rotary", lambda n: (*n.args[:-1], not n.args[-1]))),
     "cosines and sines": (
-        "llama", "never", of("zgraph.rotary", lambda n: (n.args[0], n.args[2], n.args[1], *n.args[3:])),
+        "llama",
+        "never",
+        of("zgraph.rotary", lambda n: (n.args[0], n.args[2], n.args[1], *n.args[3:])),
     ),
     "a sum for a mean": ("llama", "never", of("zgraph.cross_entropy.", lambda n: (*n.args[:-1], False))),
     "a sum for a mean in the backward": (
-        "llama", "never", of("zgraph.cross_entropy_b", lambda n: (*n.args[:-1], False)),
+        "llama",
+        "never",
+        of("zgraph.cross_entropy_b", lambda n: (*n.args[:-1], False)),
     ),
     "what is ignored": ("loss only", "never", of("zgraph.linear_cross_entropy.", lambda n: (*n.args[:-2], 0, True))),
     "what is ignored in the backward": (
-        "loss only", "never", of("zgraph.linear_cross_entropy_b", lambda n: (*n.args[:-2], 0, True)),
+        "loss only",
+        "never",
+        of("zgraph.linear_cross_entropy_b", lambda n: (*n.args[:-2], 0, True)),
     ),
     "the end of a matmul": ("blocks", "always", text(r"add\(acc, (\w+)\)", r"sub(acc, \1)")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import zgraph
+from benchmarks.prefetch import Prefetch
 from tests.cost.test_memory import BY_HAND, deep
 from tests.ir.strategies import graphs
 from tests.small import llama
@@ -51,7 +52,7 @@ def captured() -> Graph:
 
 @cache
 def made(stage: int, mesh: tuple[Axis, ...] = PAIR, **options: object) -> Graph:
-    """What a stage's passes make of a Llama."""
+    """A Llama after a stage's passes."""
     return parse_recipe(RECIPES[stage]).run(captured(), Context(mesh=mesh, **options))
 
 
@@ -76,8 +77,11 @@ def test_the_peak_is_the_one_worked_out_by_hand():
 
 @pytest.mark.parametrize("stage", RECIPES)
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("options", [{}, {"groups_calls": True}, {"keeps_blocks": True},
-                                     {"groups_calls": True, "keeps_blocks": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"groups_calls": True}, {"keeps_blocks": True}, {"groups_calls": True, "keeps_blocks": True}],
+    ids=str,
+)
 def test_it_is_the_plans(stage, mesh, options):
     graph = made(stage, MESHES[mesh], **options)
     assert bool(graph.arenas) >= ("keeps_blocks" in options and stage == 3 and mesh != "1")
@@ -110,15 +114,24 @@ def test_it_is_the_plans_with_recompute_and_offload(stage):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    graphs(), st.sampled_from(list(RECIPES.values())), st.sampled_from(list(MESHES.values())), st.booleans(),
-    st.booleans(), st.sampled_from(["never", "auto", "always"]), st.sampled_from(["never", "auto", "always"]),
+    graphs(),
+    st.sampled_from(list(RECIPES.values())),
+    st.sampled_from(list(MESHES.values())),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["never", "auto", "always"]),
+    st.sampled_from(["never", "auto", "always"]),
     st.none() | st.integers(64, 4096),
-)  # fmt: skip
+)
 def test_it_is_the_plans_for_random_graphs(graph, recipe, mesh, grouped, blocks, recomputes, offloads, budget):
     context = Context(
-        mesh=mesh, groups_calls=grouped, keeps_blocks=blocks, recomputes=recomputes, offloads=offloads,
+        mesh=mesh,
+        groups_calls=grouped,
+        keeps_blocks=blocks,
+        recomputes=recomputes,
+        offloads=offloads,
         memory_budget=budget,
-    )  # fmt: skip
+    )
     try:
         found = parse_recipe(recipe).run(graph, context)
     except BudgetError:
@@ -136,7 +149,7 @@ def test_what_lies_at_rest_is_each_ranks_part():
 
 
 def test_it_takes_a_second_for_27_000_nodes():
-    recipe = "partition(stage=3),all-gather,reduce-scatter,all-reduce,release,prefetch(depth=2)"
+    recipe = f"partition(stage=3),all-gather,reduce-scatter,all-reduce,release,{Prefetch.name}(depth=2)"
     graph = parse_recipe(recipe).run(deep(2080), Context(mesh=(Axis("shard", 4),)))
     assert len(graph.nodes) > 27_000
     began = time.process_time()
@@ -149,7 +162,7 @@ def test_it_takes_a_second_for_27_000_nodes():
 
 
 def faults(graph: Graph, budget: int, stated: int | None = None) -> list[tuple[int | None, str]]:
-    """What is said of a graph whose budget above rest this is."""
+    """Faults of a graph whose budget above rest this is."""
     verify(graph)
     highest, limit = peak(graph, {}, released=True), Limit(budget + rest_bytes(graph, {}), stated=stated)
     return list(over(graph, highest, footprint(graph, highest, limit, {}), limit))
@@ -313,8 +326,9 @@ def test_verify_refuses_a_peak_that_is_not_the_graphs(run, tmp_path, capsys):
 def test_a_recipe_that_does_not_look_at_the_budget_cannot_break_it():
     model = zgraph.compile(
         torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)),
-        passes="canonicalize,partition(stage=0)", memory_budget=52_000,
-    )  # fmt: skip
+        passes="canonicalize,partition(stage=0)",
+        memory_budget=52_000,
+    )
     with pytest.raises(VerifyError, match=r"\[budget\]"):
         model(torch.ones(64, 64)).sum().backward()
 

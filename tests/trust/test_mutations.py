@@ -51,7 +51,8 @@ def test_single_faults_are_refused(subject):
 def test_every_kind_finds_a_place():
     assert len(KINDS) > 40
     placed = {
-        kind for kind, make in KINDS.items()
+        kind
+        for kind, make in KINDS.items()
         if any(make(graph, Random(1)) is not None for subject in SUBJECTS for _, graph in steps(subject))
-    }  # fmt: skip
+    }
     assert placed == KINDS.keys()

@@ -27,13 +27,42 @@ return fwd output %y
 """
 
 NAMES = [
-    "aten.__class__.__init__.__builtins__.get", "aten.__class__.__init__", "aten.__dict__.get", "aten.neg.__call__",
-    "aten.neg", "aten", "aten.neg.default.decompose", "aten.from_file.default", "aten.save.default",
-    "py.call", "py.attrgetter", "py.methodcaller", "py.itemgetter", "py.getitem", "py.setitem", "py.add.default",
-    "py.__call__", "math.__loader__", "math.prod", "torch.load", "torch.hub", "torch.hub.load", "torch.ops",
-    "os.system", "os.system.default", "builtins.eval.default", "loaded_libraries.add.x", "import_module.a.b", "eval",
-    "", ".eval.x", "aten..x", "аten.neg.default", "torch.sym_not.__self__", "prim.Print.default",
-]  # fmt: skip
+    "aten.__class__.__init__.__builtins__.get",
+    "aten.__class__.__init__",
+    "aten.__dict__.get",
+    "aten.neg.__call__",
+    "aten.neg",
+    "aten",
+    "aten.neg.default.decompose",
+    "aten.from_file.default",
+    "aten.save.default",
+    "py.call",
+    "py.attrgetter",
+    "py.methodcaller",
+    "py.itemgetter",
+    "py.getitem",
+    "py.setitem",
+    "py.add.default",
+    "py.__call__",
+    "math.__loader__",
+    "math.prod",
+    "torch.load",
+    "torch.hub",
+    "torch.hub.load",
+    "torch.ops",
+    "os.system",
+    "os.system.default",
+    "builtins.eval.default",
+    "loaded_libraries.add.x",
+    "import_module.a.b",
+    "eval",
+    "",
+    ".eval.x",
+    "aten..x",
+    "аten.neg.default",
+    "torch.sym_not.__self__",
+    "prim.Print.default",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,10 +76,18 @@ def test_other_names_are_refused_wherever_they_come_from(name):
 
 @pytest.mark.parametrize(
     "target",
-    [torch.ops.aten.add.Tensor, torch.ops.aten.__and__.Scalar, torch.ops.aten._to_copy.default,
-     torch.ops.prims.sin.default, torch.ops.aten.__ixor__.Tensor, torch.sym_max, torch.sym_not, torch._sym_sqrt],
+    [
+        torch.ops.aten.add.Tensor,
+        torch.ops.aten.__and__.Scalar,
+        torch.ops.aten._to_copy.default,
+        torch.ops.prims.sin.default,
+        torch.ops.aten.__ixor__.Tensor,
+        torch.sym_max,
+        torch.sym_not,
+        torch._sym_sqrt,
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_a_capture_names_is_found_again(target):
     name = op_name(target)
     assert name is not None
@@ -121,7 +158,7 @@ def test_compile_does_not_either(tmp_path, monkeypatch):
 
 
 def test_a_graph_made_by_hand_is_not_run_either():
-    """What no text was read for is still refused where it would run."""
+    """A name that no text was read for is still refused where it would run."""
     from zgraph.interpreter import Interpreter
 
     node = Node("py.call", (1,), (Value("y", ScalarType("int")),))

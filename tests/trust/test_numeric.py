@@ -108,7 +108,7 @@ def failing(graph: Graph, name: str, dtype: DType | None = DType.f64, programs: 
         (faults.own_buffers, (0, 3), "convnet", "synced"),
         (faults.other_dropout, (0, 3), "tied", "synced"),
     ],
-)  # fmt: skip
+)
 def test_a_fault_is_found_in_its_program(fault, stages, name, program):
     for stage in stages:
         failure = failing(fault(final(name, PLAIN[stage])), name)
@@ -131,7 +131,7 @@ def test_a_fault_in_one_derived_program_is_found_there():
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_stale_gather_is_found_in_the_second_step(stage, monkeypatch):
-    """What was gathered for the micro-steps of one step is taken in the next one, too."""
+    """Parameters gathered for the micro-steps of one step are taken in the next one, too."""
     monkeypatch.setattr(Training, "forget_copies", lambda self: None)
     assert failing(final("net", PLAIN[stage]), "net").program == "second step, no_sync"
 
@@ -228,8 +228,10 @@ def test_the_first_wrong_graph_of_a_run_is_named():
         checked = check_graphs(names, found, there, Options(every=every))
         assert checked.wrong is not None
         assert (checked.wrong.step, checked.wrong.graph, checked.wrong.failure.program) == (
-            "mine(a=1)", "mine", "no_sync",
-        )  # fmt: skip
+            "mine(a=1)",
+            "mine",
+            "no_sync",
+        )
     assert check_graphs(*steps()[:2], there, Options(micro_steps=1)).wrong is None
 
 

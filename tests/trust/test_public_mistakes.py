@@ -35,7 +35,7 @@ def instead(graph: Graph, position: int, nodes: list[Node], old: str, new: Value
 
 
 def the_last_micro_batch_is_not_reduced(graph: Graph) -> Graph:
-    """What earlier micro-batches left is averaged; the gradient of the last one is each rank's own (DeepSpeed 7985)."""
+    """Gradients of earlier micro-batches are averaged; that of the last one is each rank's own (DeepSpeed 7985)."""
     position = first(graph, "accumulate")
     node = graph.nodes[position]
     raw = node.operands[0]
@@ -58,8 +58,13 @@ def all_but_the_last_backward_are_dropped(graph: Graph) -> Graph:
 
 def a_bucket_is_read_before_it_is_written(graph: Graph) -> Graph:
     """A gradient is added to where it lies after its reduction has started (DeepSpeed 8061)."""
-    position, raw = next((p, v) for p, n in enumerate(graph.nodes) if n.op == "reduce_scatter_start"
-                         for v in sources(graph, n.operands[0]) if v.tensor.varies)  # fmt: skip
+    position, raw = next(
+        (p, v)
+        for p, n in enumerate(graph.nodes)
+        if n.op == "reduce_scatter_start"
+        for v in sources(graph, n.operands[0])
+        if v.tensor.varies
+    )
     start = graph.nodes[position]
     node = Node("aten.mul_.Scalar", (raw, 2), (Value(f"{raw.name}_late", raw.type),), (), start.phase)
     foreign = {**graph.foreign, "aten.mul_.Scalar": ExternalOp(views=(0,), writes=(0,))}
@@ -67,14 +72,14 @@ def a_bucket_is_read_before_it_is_written(graph: Graph) -> Graph:
 
 
 def sources(graph: Graph, value: Value) -> Iterator[Value]:
-    """What lies in the memory of a value."""
+    """Values whose memory a value is in, nearest first."""
     while (maker := graph.producers.get(value.name)) is not None and maker.op in ("pending", "accumulate"):
         (value,) = maker.operands
         yield value
 
 
 def a_gradient_is_scaled_once_more(graph: Graph) -> Graph:
-    """What is averaged over the ranks is divided by their number, too (DeepSpeed 8152)."""
+    """A mean over the ranks is divided by their number, too (DeepSpeed 8152)."""
     position = first(graph, "pending")
     raw = graph.nodes[position].operands[0]
     made = Value(f"{raw.name}_scaled", raw.type)
@@ -108,7 +113,7 @@ def a_second_copy_is_reused_while_it_is_sent(graph: Graph) -> Graph:
 
 
 def a_parameter_is_freed_while_in_use(graph: Graph) -> Graph:
-    """What was gathered is released before the last op that reads it (DeepSpeed 7596)."""
+    """A gathered parameter is released before the last op that reads it (DeepSpeed 7596)."""
     position = first(graph, "release")
     node = graph.nodes[position]
     used = max(p for p in graph.users[node.operands[0].name] if p < position)

@@ -96,6 +96,7 @@ class Rows(nn.Module):
         (lambda i: torch.arange(8) + i, 0, 1),
         (lambda i: torch.where(i != -7, i, 0), 0, 8),
         (lambda i: i.masked_fill(i == -7, 1) + 1, -1, 7),
+        (lambda i: torch.ops.aten.copy(torch.zeros_like(i), i) + 1, -1, 7),
     ],
 )
 def test_what_indexes_is_followed_to_the_input(index, low, high):
@@ -133,8 +134,9 @@ def test_sizes_that_are_symbols_bound_what_indexes_them():
             return (x[ids + x.shape[0] // 2] * self.scale).sum()
 
     graph = zgraph.trace(Chosen(), torch.rand(8, 3), torch.zeros(20, dtype=torch.long), dynamic=True)
-    assert any(not isinstance(d, int) for i in graph.inputs if isinstance(i.value.type, TensorType)
-               for d in i.value.type.shape)  # fmt: skip
+    assert any(
+        not isinstance(d, int) for i in graph.inputs if isinstance(i.value.type, TensorType) for d in i.value.type.shape
+    )
     values = reference(graph, 2).numbers.batch(0)
     (x,) = (v[0] for v in values.values() if v[0].ndim == 2)
     (ids,) = (v[0] for v in values.values() if v[0].dtype == torch.int64)

@@ -8,11 +8,22 @@ from zgraph.bridge.aten import resolve
 @pytest.mark.parametrize(
     "name",
     [
-        "aten.__class__.__init__.__builtins__.get", "py.call", "py.attrgetter", "py.methodcaller", "torch.load",
-        "torch.ops", "os.system.default", "aten.add", "aten.__class__.default", "aten.add.__class__", "math.__loader__",
-        "torch.sym_int.__globals__", "aten..", "",
+        "aten.__class__.__init__.__builtins__.get",
+        "py.call",
+        "py.attrgetter",
+        "py.methodcaller",
+        "torch.load",
+        "torch.ops",
+        "os.system.default",
+        "aten.add",
+        "aten.__class__.default",
+        "aten.add.__class__",
+        "math.__loader__",
+        "torch.sym_int.__globals__",
+        "aten..",
+        "",
     ],
-)  # fmt: skip
+)
 def test_no_other_name_is_resolved(name):
     with pytest.raises(LookupError):
         resolve(name)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.prefetch import Prefetch
 from tests.deep import DEEP
 from tests.ir.strategies import graphs
 from tests.trust.subjects import CLUSTER, LINE, SQUARE, SUBJECTS, run
@@ -28,17 +29,24 @@ def recipes(draw: Callable) -> str:
     steps += [f"fuse(matmuls={draw(st.sampled_from(['never', 'auto', 'always']))})"] * draw(flags)
     steps += [f"partition(stage={stage})"]
     keep_bytes, num_bytes = draw(st.integers(0, 2000)), draw(st.integers(0, 4000))
-    steps += draw(st.sampled_from([
-        [], ["fit"], [f"recompute(keep_bytes={keep_bytes})"], [f"offload(num_bytes={num_bytes})"],
-        [f"recompute(keep_bytes={keep_bytes})", f"offload(num_bytes={num_bytes})"],
-    ]))  # fmt: skip
+    steps += draw(
+        st.sampled_from(
+            [
+                [],
+                ["fit"],
+                [f"recompute(keep_bytes={keep_bytes})"],
+                [f"offload(num_bytes={num_bytes})"],
+                [f"recompute(keep_bytes={keep_bytes})", f"offload(num_bytes={num_bytes})"],
+            ]
+        )
+    )
     steps += [f"keep(num_ahead={draw(st.integers(1, 3))})"] * draw(flags)
     max_bytes, below = draw(st.integers(1, 20_000)), draw(st.integers(0, 20_000))
     steps += draw(st.sampled_from([[], ["bucket"], [f"bucket(max_bytes={max_bytes},pack_below_bytes={below})"]]))
     steps += [LOWER.format(grouped=draw(st.sampled_from(["", "(grouped=true)"])))]
     steps += ["release"] if draw(st.integers(0, 3)) else []
     depth, ahead = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    steps += draw(st.sampled_from([[], [f"prefetch(depth={depth})"], [f"schedule(num_ahead={ahead})"]]))
+    steps += draw(st.sampled_from([[], [f"{Prefetch.name}(depth={depth})"], [f"schedule(num_ahead={ahead})"]]))
     steps += ["dce"] * draw(flags)
     return ",".join([*steps, *["arena(always=true)"] * draw(flags)])
 

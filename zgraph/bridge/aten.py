@@ -12,15 +12,28 @@ import torch
 
 from zgraph.errors import UnknownOpError
 from zgraph.ir import Arg, DType, ExternalOp, Token, Value, allow_namespace
+from zgraph.ir.external_ops import facts
 from zgraph.ir.names import SCALAR_FUNCTIONS, TOKENS, refusal, token_refusal
 
 TO_TORCH: dict[DType, torch.dtype] = {
-    DType.f64: torch.float64, DType.f32: torch.float32, DType.f16: torch.float16, DType.bf16: torch.bfloat16,
-    DType.f8e4m3: torch.float8_e4m3fn, DType.f8e5m2: torch.float8_e5m2, DType.c64: torch.complex64,
-    DType.c128: torch.complex128, DType.i64: torch.int64, DType.i32: torch.int32, DType.i16: torch.int16,
-    DType.i8: torch.int8, DType.u8: torch.uint8, DType.u16: torch.uint16, DType.u32: torch.uint32,
-    DType.u64: torch.uint64, DType.bool: torch.bool,
-}  # fmt: skip
+    DType.f64: torch.float64,
+    DType.f32: torch.float32,
+    DType.f16: torch.float16,
+    DType.bf16: torch.bfloat16,
+    DType.f8e4m3: torch.float8_e4m3fn,
+    DType.f8e5m2: torch.float8_e5m2,
+    DType.c64: torch.complex64,
+    DType.c128: torch.complex128,
+    DType.i64: torch.int64,
+    DType.i32: torch.int32,
+    DType.i16: torch.int16,
+    DType.i8: torch.int8,
+    DType.u8: torch.uint8,
+    DType.u16: torch.uint16,
+    DType.u32: torch.uint32,
+    DType.u64: torch.uint64,
+    DType.bool: torch.bool,
+}
 FROM_TORCH: dict[torch.dtype, DType] = {theirs: ours for ours, theirs in TO_TORCH.items()}
 
 
@@ -32,9 +45,6 @@ def compute_dtype(tensor: torch.Tensor, param_dtype: torch.dtype | None) -> torc
 _LAYOUTS = {name: getattr(torch, name) for name in TOKENS["layout"]}
 _MEMORY_FORMATS = {name: getattr(torch, name) for name in TOKENS["memory_format"]}
 _MODULES = {"py": operator, "math": math, "torch": torch}
-
-_ALIASING = frozenset({"aten._unsafe_view.default", "aten._reshape_alias.default"})
-"""Ops whose schema promises a fresh result, but whose result lies in the memory of their first argument."""
 
 
 def op_name(target: Any) -> str | None:
@@ -83,14 +93,17 @@ def effects(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, An
     for position, argument in enumerate(target._schema.arguments):
         if argument.alias_info is not None:
             (writes if argument.alias_info.is_write else views).append(position)
-    if name in _ALIASING:
+    if facts(name).hides_view:
         views = [0]
     if writes and any(r.alias_info is not None for r in target._schema.returns):
         views += writes
     return ExternalOp(
-        views=tuple(views), writes=tuple(writes), random=draws(target, args, kwargs), multi=multi,
+        views=tuple(views),
+        writes=tuple(writes),
+        random=draws(target, args, kwargs),
+        multi=multi,
         opaque=target.namespace not in ("aten", "prims", "prim"),
-    )  # fmt: skip
+    )
 
 
 def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

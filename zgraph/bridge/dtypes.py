@@ -11,11 +11,21 @@ Dtype = torch.dtype | str
 """Dtype as options take it: a torch dtype, or a name."""
 
 WORDS = {
-    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
-    "f16": torch.float16, "fp16": torch.float16, "float16": torch.float16, "half": torch.float16,
-    "f32": torch.float32, "fp32": torch.float32, "float32": torch.float32, "float": torch.float32,
-    "f64": torch.float64, "fp64": torch.float64, "float64": torch.float64, "double": torch.float64,
-}  # fmt: skip
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "f16": torch.float16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "f32": torch.float32,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "float": torch.float32,
+    "f64": torch.float64,
+    "fp64": torch.float64,
+    "float64": torch.float64,
+    "double": torch.float64,
+}
 """Floating-point dtypes by what they are called here, by torch, by numpy and by DeepSpeed."""
 
 NAMES = ("bf16", "f16", "f32", "f64")

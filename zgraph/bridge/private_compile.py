@@ -26,12 +26,12 @@ from torch._dynamo.exc import (
 )
 from torch._functorch._aot_autograd import descriptors
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy
 
+from zgraph.bridge.private_fake import FakeTensor, FakeTensorMode
 from zgraph.errors import UsageError
 
 __all__ = [
@@ -51,13 +51,19 @@ __all__ = [
     "grad_target",
     "inline_only_when_called",
     "input_index",
-    "last_guard", "mark_dynamic",
-    "mutation_target", "never_captured", "on_break",
+    "last_guard",
+    "mark_dynamic",
+    "mutation_target",
+    "never_captured",
+    "on_break",
     "on_capture",
+    "plain_recurrence",
     "raised_without_data",
-    "reset_code", "seeing_subclasses",
-    "without_checkpoints", "without_modes",
-]  # fmt: skip
+    "reset_code",
+    "seeing_subclasses",
+    "without_checkpoints",
+    "without_modes",
+]
 
 
 def input_index(placeholder: torch.fx.Node) -> int | None:
@@ -92,7 +98,7 @@ def checkpoint_region(node: torch.fx.Node) -> int:
 def fake_mode_of(gm: torch.fx.GraphModule) -> Any:
     """The fake tensor mode that the graph was traced under."""
     for node in gm.graph.find_nodes(op="placeholder"):
-        if isinstance(value := node.meta.get("val"), torch._subclasses.FakeTensor):
+        if isinstance(value := node.meta.get("val"), FakeTensor):
             return value.fake_mode
     return None
 
@@ -232,6 +238,17 @@ def inline_only_when_called(file: str) -> None:
 
 DECOMPOSED = get_decompositions([torch.ops.aten.softplus_backward])
 """Ops that are captured as simpler ones: the strides that torch says this one's result has are not the real ones."""
+
+
+@contextmanager
+def plain_recurrence() -> Iterator[None]:
+    """Trace LSTM on processors as products and activations: the workspace of oneDNN's kernel is no tensor at times."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def raised_without_data(run: Callable[[], Any]) -> Exception | None:

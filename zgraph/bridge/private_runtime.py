@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any, Protocol, cast
@@ -34,6 +35,7 @@ __all__ = [
     "fused_sgd",
     "grad_hooks",
     "has_fused_sgd",
+    "held_whole",
     "inductor",
     "init_group",
     "is_profiling",
@@ -115,9 +117,14 @@ def dtensor(
 
 
 def dtensor_parameter(
-    local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: Sequence[int], *,
+    local: torch.Tensor,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    shape: torch.Size,
+    stride: Sequence[int],
+    *,
     requires_grad: bool,
-) -> nn.Parameter:  # fmt: skip
+) -> nn.Parameter:
     """A parameter that is a DTensor: see `dtensor`."""
     made: Any = nn.Parameter(_shell(local, mesh, placements, shape, stride), requires_grad)
     made._local_tensor = local
@@ -137,6 +144,19 @@ def _shell(
 def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     """A DTensor over this rank's part, sharded as `like` is."""
     return dtensor(local, like.device_mesh, like.placements, like.shape, like.stride())
+
+
+@contextmanager
+def held_whole(sharded: DTensor, whole: torch.Tensor) -> Iterator[None]:
+    """Context in which each rank's part of a DTensor is the whole of it."""
+    held: Any = sharded
+    local, spec = held._local_tensor, held._spec
+    held._local_tensor = whole
+    held._spec = DTensorSpec(spec.mesh, (Replicate(),) * spec.mesh.ndim, spec.tensor_meta)
+    try:
+        yield
+    finally:
+        held._local_tensor, held._spec = local, spec
 
 
 def exact_items() -> None:
@@ -180,9 +200,14 @@ def joined(ranks: list[int], name: str) -> dist.ProcessGroup:
     """
     c10d, rank = dist.distributed_c10d, dist.get_rank()
     group, _ = c10d._new_process_group_helper(
-        len(ranks), ranks.index(rank), ranks, dist.Backend("gloo"), store(), c10d.GroupName(name),
+        len(ranks),
+        ranks.index(rank),
+        ranks,
+        dist.Backend("gloo"),
+        store(),
+        c10d.GroupName(name),
         timeout=timedelta(seconds=JOIN_S),
-    )  # fmt: skip
+    )
     c10d._world.pg_group_ranks[group] = {found: at for at, found in enumerate(ranks)}
     c10d._set_pg_timeout(default_pg_timeout, group)
     return cast(dist.ProcessGroup, group)
@@ -224,9 +249,18 @@ def fused_adamw(
 ) -> None:
     """AdamW's update of many in place, by torch's fused kernel; `step` is the number of the step that this is."""
     torch._fused_adamw_(
-        list(parameters), list(gradients), list(firsts), list(seconds), [], [step] * len(parameters), amsgrad=False,
-        maximize=False, grad_scale=None, found_inf=None, **options,
-    )  # fmt: skip
+        list(parameters),
+        list(gradients),
+        list(firsts),
+        list(seconds),
+        [],
+        [step] * len(parameters),
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None,
+        found_inf=None,
+        **options,
+    )
 
 
 def inductor(
@@ -284,7 +318,7 @@ def is_profiling() -> bool:
 
 
 def grad_hooks(parameter: torch.Tensor) -> dict[int, Callable[[torch.Tensor], None]]:
-    """What `register_post_accumulate_grad_hook` registered; autograd runs what is in it."""
+    """The hooks that `register_post_accumulate_grad_hook` registered; autograd runs those in it."""
     return parameter._post_accumulate_grad_hooks or {}
 
 

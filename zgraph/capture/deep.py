@@ -17,7 +17,7 @@ from torch import nn
 
 from zgraph.capture import trace
 from zgraph.capture.extrapolate import Counts, extrapolate
-from zgraph.capture.layers import RepeatedLayers, shortened, stacks
+from zgraph.capture.layers import shortened, stacks
 from zgraph.errors import CaptureError, ZgraphError
 from zgraph.ir import Graph, InputKind
 
@@ -39,7 +39,7 @@ def capture_deep(model: nn.Module, inputs: Mapping[str, Any], param_dtype: torch
     why = ""
     shallow = _Shallow(model, inputs, param_dtype)
     for fewest in FEWEST_LAYERS:
-        lengths = [shallow.length(stack, fewest) for stack in shallow.stacks]
+        lengths = [stack.length(fewest) for stack in shallow.stacks]
         if not shallow.saves(lengths):
             break
         try:
@@ -55,14 +55,8 @@ class _Shallow:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any], param_dtype: torch.dtype | None) -> None:
         self.model, self.inputs, self.param_dtype = model, inputs, param_dtype
-        self.stacks = [s for s in stacks(model) if self.length(s, FEWEST_LAYERS[-1]) + 2 * s.period < len(s.layers)]
+        self.stacks = [s for s in stacks(model) if s.length(FEWEST_LAYERS[-1]) + 2 * s.period < len(s.layers)]
         self.graphs: dict[tuple[int, ...], Graph] = {}
-
-    @staticmethod
-    def length(stack: RepeatedLayers, fewest: int) -> int:
-        """Layers to begin with: whole periods fewer than the stack has, and a period after the first of them."""
-        fewest = max(fewest, stack.period + 1)
-        return fewest + (len(stack.layers) - fewest) % stack.period
 
     def saves(self, lengths: Sequence[int]) -> bool:
         """Whether fewer layers are captured in all than the model has."""

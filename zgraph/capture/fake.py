@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from zgraph.bridge.aten import FROM_TORCH, compute_dtype
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
+from zgraph.bridge.private_fake import FakeTensorMode
 from zgraph.capture.frontend import Frontend, ParamInfo
 from zgraph.capture.hooks import without_gradient_hooks
 from zgraph.errors import CaptureError
@@ -21,9 +21,13 @@ Stage = Callable[[str], int | None]
 
 
 def trace(
-    model: nn.Module, *args: Any, param_dtype: Dtype | None = None, stage: Stage | None = None,
-    dynamic: bool | None = None, **kwargs: Any,
-) -> Graph:  # fmt: skip
+    model: nn.Module,
+    *args: Any,
+    param_dtype: Dtype | None = None,
+    stage: Stage | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Graph:
     """The graph of one training step of `model`, captured under fake tensors: no memory, no process group.
 
     Args:

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from zgraph.bridge import private_compile
 from zgraph.bridge.aten import TO_TORCH
+from zgraph.bridge.private_ops import write_out_mutations
 from zgraph.capture.failures import failure
 from zgraph.capture.importer import Importer, Leaf
 from zgraph.errors import CaptureError, EscapedParameterError
@@ -68,13 +69,20 @@ class Frontend:
         name: what the graphs are called.
         attach: given what runs a captured graph and which of its arguments are which parameters, gives what runs it
             with gradients brought to the parameters at rest.
+        left_eager: told why a piece of a function that is captured in pieces runs eagerly.
     """
 
     def __init__(
-        self, params: Mapping[int, ParamInfo], buffers: Callable[[], Mapping[int, str]], compiler: Compiler, name: str,
+        self,
+        params: Mapping[int, ParamInfo],
+        buffers: Callable[[], Mapping[int, str]],
+        compiler: Compiler,
+        name: str,
         attach: Callable[[Callable[..., Any], Mapping[int, str]], Callable[..., Any]] = lambda run, _: run,
-    ) -> None:  # fmt: skip
+        left_eager: Callable[[str], None] = lambda why: None,
+    ) -> None:
         self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
+        self.left_eager = left_eager
         self._codes: list[types.CodeType] = []
 
     def wrap(self, function: Callable[..., Any], dynamic: bool | None, *, fullgraph: bool = True) -> Callable[..., Any]:
@@ -117,17 +125,23 @@ class Frontend:
         buffers = self.buffers()
         leaves = {index: self._leaf(example, buffers) for index, example in enumerate(examples)}
         capture = _OneCapture(self, leaves)
-        run = private_compile.aot_autograd(
-            fw_compiler=capture.runner_of, bw_compiler=capture.runner_of, partition_fn=capture.partition,
-            inference_compiler=capture.inference, decompositions=private_compile.DECOMPOSED,
-        )(gm, examples)  # fmt: skip
+        captured = private_compile.aot_autograd(
+            fw_compiler=capture.runner_of,
+            bw_compiler=capture.runner_of,
+            partition_fn=capture.partition,
+            inference_compiler=capture.inference,
+            decompositions=private_compile.DECOMPOSED,
+        )
+        with private_compile.plain_recurrence():
+            run = captured(gm, examples)
         return self.attach(run, {i: leaf.target for i, leaf in leaves.items() if leaf.kind is InputKind.param})
 
     def _piece(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        """What runs a piece: eagerly, if zgraph cannot take it."""
+        """The callable that runs a piece: eager, if zgraph cannot take it."""
         try:
             return self._backend(gm, examples)
-        except (CaptureError, EscapedParameterError):
+        except (CaptureError, EscapedParameterError) as error:
+            self.left_eager(str(error))
             return private_compile.seeing_subclasses(gm)
 
     def _leaf(self, example: Any, buffers: Mapping[int, str]) -> Leaf:
@@ -159,16 +173,19 @@ class _OneCapture:
         placeholders = joint.graph.find_nodes(op="placeholder")
         tangents = {i.value.name for i in plan.graph.inputs if i.kind is InputKind.tangent}
         forward = _opaque(
-            compiled.forward, "zgraph_forward",
+            compiled.forward,
+            "zgraph_forward",
             [(p.name, p.meta) for p in placeholders if p.name not in tangents],
             [*(_meta(o) for o in first), *(meta for _, meta in saved.tensors), *(meta for _, meta in saved.scalars)],
             descs and [*descs[:num_fwd_outputs], *([None] * len(plan.saved))],
-        )  # fmt: skip
+        )
         backward = _opaque(
-            _backward_runner(compiled.backward, len(saved.tensors), len(saved.scalars)), "zgraph_backward",
+            _backward_runner(compiled.backward, len(saved.tensors), len(saved.scalars)),
+            "zgraph_backward",
             [*saved.scalars, *saved.tensors, *((p.name, p.meta) for p in placeholders if p.name in tangents)],
-            [_meta(o) for o in second], descs and descs[num_fwd_outputs:],
-        )  # fmt: skip
+            [_meta(o) for o in second],
+            descs and descs[num_fwd_outputs:],
+        )
         return forward, backward
 
     def inference(self, gm: fx.GraphModule, _examples: Sequence[Any]) -> Callable[..., Any]:
@@ -181,6 +198,7 @@ class _OneCapture:
         return _boxed(call.target)
 
     def _compile(self, gm: fx.GraphModule, num_forward_outputs: int | None) -> Compiled:
+        write_out_mutations(gm, private_compile.fake_mode_of(gm))
         importer = Importer(gm, self.leaves, num_forward_outputs, self.frontend.name)
         graph = importer.run()
         _check_escapes(graph, {info.name for info in self.frontend.params.values() if info.is_placeholder})
@@ -267,8 +285,9 @@ def _backward_runner(run: Runner, num_tensors: int, num_scalars: int) -> Runner:
     return zgraph_backward
 
 
-def _opaque(run: Runner, name: str, inputs: Sequence[tuple[str, dict[str, Any]]], outputs: Sequence[Any],
-            descs: Any) -> fx.GraphModule:  # fmt: skip
+def _opaque(
+    run: Runner, name: str, inputs: Sequence[tuple[str, dict[str, Any]]], outputs: Sequence[Any], descs: Any
+) -> fx.GraphModule:
     """A module with these placeholders and outputs, whose body is one call of `run`."""
 
     def body(*args: Any) -> Sequence[Any]:

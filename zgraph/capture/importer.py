@@ -53,6 +53,9 @@ _MAX_NAME = 40
 _TORCH = str(Path(torch.__file__).parent)
 
 
+PIECES = "write it with ATen ops, or pass fullgraph=False to zgraph.compile, which runs it eagerly between pieces"
+
+
 class Importer:
     """Translates one FX graph.
 
@@ -143,8 +146,13 @@ class Importer:
         constant = self.gm
         for part in name.split("."):
             constant = getattr(constant, part)
+        if isinstance(constant, fx.GraphModule):
+            (caller, *_) = node.users
+            raise self._error(
+                caller, f"calls {op_label(caller.target)}, whose branches or bodies are functions; {PIECES}"
+            )
         if not isinstance(constant, torch.Tensor):
-            raise self._error(node, f"uses {name}, a {type(constant).__name__} that is no tensor")
+            raise self._error(node, f"uses {name}, a {type(constant).__name__} that is no tensor; {PIECES}")
         self.constants[name] = constant
         value = self._define(node, node.meta.get("val", constant), node.name)
         self.inputs.append(Input(InputKind.constant, value, name))
@@ -159,7 +167,7 @@ class Importer:
             return
         name = op_name(node.target)
         if name is None:
-            raise self._error(node, f"uses {node.target}, which has no form in the IR; write it with ATen ops")
+            raise self._error(node, f"calls {op_label(node.target)}, which has no form in the IR; {PIECES}")
         made = node.meta.get("val")
         multi = isinstance(made, tuple | list)
         if isinstance(made, tuple | list):
@@ -292,6 +300,12 @@ def origin_of(node: fx.Node) -> Origin:
     frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if not f[0].startswith(_TORCH)]
     file, line = frames[-1] if frames else ("", "0")
     return Origin(module, file, int(line), "")
+
+
+def op_label(target: Any) -> str:
+    """A name for what an FX node calls that a user knows: of a higher-order op `torch.NAME`, where torch has it."""
+    name = str(getattr(target, "__name__", target))
+    return f"torch.{name}" if hasattr(torch, name) else name
 
 
 def _is_tangent(node: fx.Node) -> bool:

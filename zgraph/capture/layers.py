@@ -1,8 +1,12 @@
-"""Stacks of repeated layers, and models with most of them left out."""
+"""Stacks of repeated layers, and models with most of them left out.
+
+Two laws say which layers repeat: `every_setting` where the graph of one stands for that of another, `kinds_and_shapes`
+where its figures do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,14 +29,44 @@ class RepeatedLayers:
     layers: nn.ModuleList | nn.Sequential
     period: int
 
+    def length(self, fewest: int) -> int:
+        """Layers to begin with: whole periods fewer than the stack has, and a period after the first of them."""
+        fewest = max(fewest, self.period + 1)
+        return fewest + (len(self.layers) - fewest) % self.period
 
-def stacks(model: nn.Module) -> list[RepeatedLayers]:
-    """The stacks of a model; none inside a layer of another."""
+
+Law = Callable[[nn.Module, Sequence[nn.Module]], list[dict[str, Any]]]
+"""From a model and the layers of a list to all that each layer is told by."""
+
+
+def every_setting(model: nn.Module, layers: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """All that layers are told by, to the last attribute, and their entries in lists of the model's configuration."""
+    lists = _lists(model, len(layers))
+    return [
+        _settings(layer) | {f"entry {n}": some[i] for n, some in enumerate(lists)} for i, layer in enumerate(layers)
+    ]
+
+
+def kinds_and_shapes(model: nn.Module, layers: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """The class of each layer, and the shapes and dtypes of its parameters."""
+    return [{"": type(m), **{name: (p.shape, p.dtype) for name, p in m.named_parameters()}} for m in layers]
+
+
+def stacks(
+    model: nn.Module, law: Law = every_setting, kinds: tuple[type[nn.Module], ...] = (nn.ModuleList, nn.Sequential)
+) -> list[RepeatedLayers]:
+    """The stacks of a model; none inside a layer of another.
+
+    Args:
+        model: on any device.
+        law: which layers are the same.
+        kinds: of the modules that may hold them.
+    """
     found: list[RepeatedLayers] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and module not in inside:
-            if period := _period([*module], _lists(model, len(module))):
+        if isinstance(module, nn.ModuleList | nn.Sequential) and isinstance(module, kinds) and module not in inside:
+            if period := _period(law(model, [*module])):
                 found.append(RepeatedLayers(module, period))
                 inside.update(module.modules())
     return found
@@ -51,12 +85,9 @@ def shortened(lengths: Mapping[nn.Module, int]) -> Iterator[None]:
             stack._modules = modules
 
 
-def _period(layers: list[nn.Module], lists: list[Any]) -> int:
+def _period(settings: Sequence[Mapping[str, Any]]) -> int:
     """After how many layers they are the same again, all but the first; 0 if they are not, twice over."""
-    settings = [
-        _settings(layer) | {f"entry {n}": some[i] for n, some in enumerate(lists)} for i, layer in enumerate(layers)
-    ]
-    for period in range(1, len(layers) // 3 + 1):
+    for period in range(1, len(settings) // 3 + 1):
         if all(_are_alike(*pair, period) for pair in zip(settings[1:], settings[1 + period :], strict=False)):
             return period
     return 0

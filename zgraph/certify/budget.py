@@ -44,9 +44,13 @@ def footprint(graph: Graph, peak: Peak, limit: Limit, hints: Mapping[str, int]) 
     """Device memory of a graph with this peak. Bytes at rest are the run's own figure, but at least the graph's."""
     rest = max(limit.rest_bytes, rest_bytes(graph, hints))
     return Footprint(
-        node=peak.node[:200], phase=peak.phase, peak_bytes=peak.num_bytes, rest_bytes=rest,
-        update_bytes=max(limit.update_bytes, 0), budget=limit.budget,
-    )  # fmt: skip
+        node=peak.node[:200],
+        phase=peak.phase,
+        peak_bytes=peak.num_bytes,
+        rest_bytes=rest,
+        update_bytes=max(limit.update_bytes, 0),
+        budget=limit.budget,
+    )
 
 
 def rest_bytes(graph: Graph, hints: Mapping[str, int]) -> int:

@@ -25,9 +25,12 @@ from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.partition import Partition
 
 PLACED: Mapping[str, Callable[[Graph], Iterator[Fault]]] = {
-    "placement at rest": at_rest, "gradients": gradients, "gathers": gathers, "order": under_way,
+    "placement at rest": at_rest,
+    "gradients": gradients,
+    "gathers": gathers,
+    "order": under_way,
     "releases": not_owned,
-}  # fmt: skip
+}
 """The rules of graphs that are placed."""
 
 

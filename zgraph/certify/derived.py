@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
 
 from zgraph.bridge.aten import TO_TORCH, effects, resolve, to_torch
+from zgraph.bridge.private_fake import UNKNOWN_RESULTS, deriving
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.ir import OPS, ExternalOp, Graph, Node, ScalarType, TensorType, Type, Value
 from zgraph.ir.symbols import evaluate
@@ -37,7 +35,7 @@ class Derived:
     def faults(self, graph: Graph) -> Iterator[Fault]:
         """The nodes whose results are not what torch makes of these operands, and ops with other effects."""
         declared = self.declared
-        with _silent(), FakeTensorMode() as mode:
+        with deriving():
             for position, node in enumerate(graph.nodes):
                 if node.op in OPS or id(node) in self.seen:
                     continue
@@ -51,11 +49,18 @@ class Derived:
                 if row.random and not known.random:
                     declared[node.op] = row
                 given = [self.abstract(v.type) for v in (*node.operands, *node.results)]
-                key = (node.op, str(node.args), str(node.kwargs)) if not node.operands else (
-                    node.op, _shape_of(node.args), _shape_of(node.kwargs), *given,
-                )  # fmt: skip
+                key = (
+                    (node.op, str(node.args), str(node.kwargs))
+                    if not node.operands
+                    else (
+                        node.op,
+                        _shape_of(node.args),
+                        _shape_of(node.kwargs),
+                        *given,
+                    )
+                )
                 if key not in self.known:
-                    self.known[key] = self.wrong(node, target, mode)
+                    self.known[key] = self.wrong(node, target)
                 if text := self.known[key]:
                     yield position, str(text)
                 self.seen[id(node)] = node  # what another graph of the run has too is not looked at again
@@ -73,15 +78,13 @@ class Derived:
             return kind.dtype.value, tuple(evaluate(d, self.hints) for d in kind.shape), strides
         return str(kind)
 
-    def wrong(self, node: Node, target: Any, mode: Any) -> str:
+    def wrong(self, node: Node, target: Any) -> str:
         """Mismatch between a node's results and what torch derives; empty if there is none, or if torch cannot tell."""
         try:
             args = [to_torch(a, _CPU, self.fake) for a in node.args]
             kwargs = {k: to_torch(a, _CPU, self.fake) for k, a in node.kwargs}
             made = target(*args, **kwargs)
-        except (NotImplementedError, torch._subclasses.fake_tensor.DynamicOutputShapeException,
-                torch._subclasses.fake_tensor.DataDependentOutputException,
-                torch._subclasses.fake_tensor.UnsupportedFakeTensorException):  # fmt: skip
+        except UNKNOWN_RESULTS:
             self.num_unknown += 1
             return ""
         except Exception as error:  # whatever an op says of operands that do not fit it
@@ -131,14 +134,3 @@ def _shape_of(arg: Any) -> Hashable:
     if isinstance(arg, tuple):
         return tuple(_shape_of(a) for a in arg)
     return type(arg).__name__, str(arg)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep torch from logging a traceback for operands that do not fit: the fault says it."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before

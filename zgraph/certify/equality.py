@@ -62,9 +62,11 @@ class Equality:
         unsynced = without_sync(graph)
         loss_only = without_tangents(graph, self.zeros) if self.zeros else None
         return Programs(
-            graph, synced, self.read(unsynced, unsynced=True) if unsynced.outputs != graph.outputs else None,
+            graph,
+            synced,
+            self.read(unsynced, unsynced=True) if unsynced.outputs != graph.outputs else None,
             None if loss_only is None else (self.read(loss_only), self.read(without_sync(loss_only), unsynced=True)),
-        )  # fmt: skip
+        )
 
     def zeroed(self, graph: Graph) -> tuple[Meaning, Meaning]:
         """Meanings of a graph whose zero tangents are taken as zero: synced, and under no_sync."""
@@ -186,8 +188,11 @@ class Equality:
         for before, after in zip(old.inputs, new.inputs, strict=True):
             name = before.value.name
             if (before.kind, name, before.target, before.offload) != (
-                after.kind, after.value.name, after.target, after.offload,
-            ):  # fmt: skip
+                after.kind,
+                after.value.name,
+                after.target,
+                after.offload,
+            ):
                 yield None, f"the input %{name} has become another: %{after.value.name}"
             elif before.stage is not None and before.stage != after.stage:
                 yield None, f"%{name} is wanted at stage {before.stage}, and has become stage {after.stage}"

@@ -14,6 +14,7 @@ from heapq import nlargest
 from itertools import accumulate
 
 from zgraph.ir import OPS, Graph, InputKind, Node, Phase, TensorType, Type
+from zgraph.ir.aliases import Aliases
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import brings, is_copied, num_chunks, padded_bytes, transfer, views
@@ -62,7 +63,7 @@ class _Step:
         backward = tuple(n for n in loss_only.nodes if n.phase is not Phase.forward)
         self.nodes, begin = (*forward, *backward), len(forward)
         self.lives: dict[str, list[int]] = {}
-        self.roots: dict[str, frozenset[str]] = {}
+        self.aliases = Aliases(graph)
         self.held: dict[str, frozenset[str]] = {}
         self.scratch: dict[str, list[int]] = {}
         for position, node in enumerate(forward):
@@ -83,23 +84,20 @@ class _Step:
                 self.make(f"arena {phase.value}", graph.arenas.get(phase, 0), first, first + len(nodes) - 1)
 
     def make(self, name: str, num_bytes: int, born: int, last: int) -> None:
-        self.lives[name], self.roots[name] = [num_bytes, born, last], frozenset((name,))
+        self.lives[name] = [num_bytes, born, last]
 
     def touch(self, names: Iterable[str], position: int) -> None:
         """Extends the lifetime of the memory behind these names to this position."""
-        for root in (root for name in names for root in self.roots.get(name, ())):
+        for root in self.aliases.roots(*names) & self.lives.keys():
             self.lives[root][2] = max(self.lives[root][2], position)
 
     def run(self, position: int, node: Node) -> None:
         """Records the memory that a node reads and makes, and that a start holds until it is waited for."""
         self.touch((v.name for v in node.operands), position)
-        sources, is_placed = views(self.graph, node), bool(offsets(node))
-        shared = frozenset().union(*(self.roots.get(name, frozenset()) for name in sources))
-        for result in node.results:
-            if sources:
-                self.roots[result.name] = shared
-            else:
-                self.make(result.name, 0 if is_placed else self.room(node, result.type), position, position)
+        self.aliases.add(node)
+        for result in node.results if not views(self.graph, node) else ():
+            num_bytes = 0 if offsets(node) else self.room(node, result.type)
+            self.make(result.name, num_bytes, position, position)
         if node.op == "wait":
             start = node.operands[0].name
             self.touch(self.held.get(start, ()), position - 1)
@@ -119,7 +117,7 @@ class _Step:
                 self.make(copied, _rounded(padded_bytes(value.tensor, graph.num_shards)), position, position)
                 self.held[result.name] = frozenset((copied,))
             elif moves.holds:
-                self.held[result.name] = self.roots.get(value.name, frozenset())
+                self.held[result.name] = self.aliases.roots(value.name)
 
     def room(self, node: Node, kind: Type) -> int:
         """Bytes of a result: with room for equal chunks where a collective, or taking a bucket apart, makes it."""
@@ -131,10 +129,10 @@ class _Step:
     def unreleased(self) -> set[str]:
         """The memory that was gathered or brought back, is not returned, and has no release."""
         made = {r.name for n in self.nodes if brings(n) for r in n.results}
-        waits = {n.name for n in self.nodes if n.op == "wait" and self.roots[n.name] <= made}
+        waits = {n.name for n in self.nodes if n.op == "wait" and self.aliases.roots(n.name) <= made}
         made |= {r.name for n in self.nodes if n.op == "unpack" and n.operands[0].name in waits for r in n.results}
         ends = [v.name for n in self.nodes if n.op == "release" for v in n.operands] + list(self.graph.output_names)
-        return made - {root for name in ends for root in self.roots.get(name, ())}
+        return made - self.aliases.roots(*ends)
 
     def peak(self) -> Peak:
         change, busy, totals = [0] * (len(self.nodes) + 2), dict[str, int](), list[int]()

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from zgraph.ir import OPS, Graph, Node, Output, OutputKind, Phase, TensorType
-from zgraph.ir.graph import values_in
+from zgraph.ir.aliases import Aliases
+from zgraph.ir.graph import Value, values_in
 from zgraph.ir.ops import brings, views
 from zgraph.ir.verifier import Fault
 
@@ -19,18 +20,17 @@ class Storage:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.roots: dict[str, frozenset[str]] = {}
+        self.aliases = Aliases(graph)
         self.gathered: dict[str, int] = {}
         for position, node in enumerate(graph.nodes):
-            shared = frozenset().union(*(self.of(name) for name in views(graph, node)))
-            brings = self.brings(node)
-            for result in node.results:
-                self.roots[result.name] = frozenset((result.name,)) if brings else shared or frozenset((result.name,))
-                if brings:
-                    self.gathered[result.name] = position
+            if self.brings(node):
+                self.gathered.update((result.name, position) for result in node.results)
+            else:
+                self.aliases.add(node)
 
-    def of(self, name: str) -> frozenset[str]:
-        return self.roots.get(name, frozenset((name,)))
+    def of(self, *values: Value) -> frozenset[str]:
+        """The memory that these values may be in."""
+        return self.aliases.roots(*(value.name for value in values))
 
     def brings(self, node: Node) -> bool:
         """Whether a node's results are memory that was gathered or brought back."""
@@ -50,7 +50,7 @@ def owned(graph: Graph) -> Iterator[Fault]:
     released: dict[str, int] = {}
     sending: dict[str, frozenset[str]] = {}
     for position, node in enumerate(graph.nodes):
-        touched = frozenset().union(*(storage.of(v.name) for v in (*node.operands, *node.results)))
+        touched = storage.of(*node.operands, *node.results)
         touched |= frozenset().union(*(sending.get(v.name, frozenset()) for v in node.operands))
         if node.op != "release":
             last.update(dict.fromkeys(touched, position))
@@ -61,7 +61,7 @@ def owned(graph: Graph) -> Iterator[Fault]:
         if name in released:
             yield position, f"releases %{name} a second time"
         released[name] = position
-    returned = frozenset().union(*(storage.of(name) for name in graph.output_names))
+    returned = storage.aliases.roots(*graph.output_names)
     for name, made in storage.gathered.items():
         if name in returned:
             continue
@@ -98,14 +98,14 @@ def under_way(graph: Graph) -> Iterator[Fault]:
         touched: frozenset[str] = frozenset()
         if row is not None and row.writes:
             args = tuple(node.args[i] for i in row.writes if i < len(node.args))
-            touched = frozenset().union(*(storage.of(v.name) for v in values_in(args)))
+            touched = storage.of(*values_in(args))
         elif node.op == "release":
-            touched = storage.of(node.operands[0].name)
+            touched = storage.of(node.operands[0])
         for root in sorted(touched & busy.keys()):
             did = "releases" if node.op == "release" else "writes to"
             yield position, f"{did} %{root} while {busy[root].op} of %{busy[root].name} reads it"
         if node.op in OPS and OPS[node.op].lane != "compute":
-            sent = frozenset().union(*(storage.of(v.name) for v in node.operands))
+            sent = storage.of(*node.operands)
             reads[id(node)] = sent
             starts.update((r.name, node) for r in node.results)
             busy.update((root, node) for root in sent)

@@ -18,34 +18,41 @@ from itertools import repeat
 from typing import Any
 
 from zgraph.certify.steps import Number, Sized, Steps, keyed, lies, shape_of
-from zgraph.certify.terms import LINEAR, PRODUCTS, RENAMES, ZERO, Meaning, Reader, constant
+from zgraph.certify.terms import ZERO, Meaning, Reader, constant
 from zgraph.codegen.ops import SCALAR_OPS, Extent
 from zgraph.codegen.spec import ACC, KernelSpec
 from zgraph.errors import KernelError
 from zgraph.ir import Arg, DType, Graph, Node, TensorType, Value
+from zgraph.ir.external_ops import (
+    COMPILED,
+    DROPOUT,
+    LOSS,
+    LOSS_BACKWARD,
+    MATMUL,
+    PROJECTED_LOSS,
+    PROJECTED_LOSS_BACKWARD,
+    RECTIFIED,
+    ROTARY,
+    ROWS,
+    SEED,
+    facts,
+)
 from zgraph.ir.ops import views
 from zgraph.ir.symbols import Dim
 from zgraph.passes.fusion.patterns import PATTERNS, Pattern
 
-ROW_KERNELS = frozenset({"zgraph.rows.default", "zgraph.compiled.default"})
-MATMUL = "zgraph.matmul.default"
-SEED = "zgraph.seed.default"
-ROTARY = "zgraph.rotary.default"
+ROW_KERNELS = frozenset({ROWS, COMPILED})
 LOSSES = {
-    "zgraph.cross_entropy.default": (False, False), "zgraph.cross_entropy_backward.default": (False, True),
-    "zgraph.linear_cross_entropy.default": (True, False), "zgraph.linear_cross_entropy_backward.default": (True, True),
-}  # fmt: skip
+    LOSS: (False, False),
+    LOSS_BACKWARD: (False, True),
+    PROJECTED_LOSS: (True, False),
+    PROJECTED_LOSS_BACKWARD: (True, True),
+}
 """Whether the projection is part of it, and whether it is the backward."""
 
-RECTIFIED = "aten._addmm_activation.default"
 KERNELS = ROW_KERNELS | LOSSES.keys() | {MATMUL, ROTARY, RECTIFIED}
 
-_RESHAPES = frozenset({
-    "aten.view.default", "aten._unsafe_view.default", "aten._reshape_alias.default", "aten.unsqueeze.default",
-    "aten.squeeze.dim",
-}) | RENAMES  # fmt: skip
 _FLOATS = frozenset({DType.f32, DType.bf16, DType.f16})
-_ANY_OPTIONS = frozenset({"aten._to_copy.default", "aten.clone.default"})
 _WORDS = frozenset({"none", "true", "false", "last", "rows"})
 END = 2**63 - 1
 
@@ -80,7 +87,7 @@ class Speller(Reader):
     def plain(self, node: Node, given: Mapping[str, Sized]) -> Sequence[int] | None:
         """An op of ATen: in steps if a pattern says what they are, else by its name."""
         first = next(iter(given.values()), None)
-        if node.op in _RESHAPES and first is not None:
+        if facts(node.op).elements in ("itself", "reshaped") and first is not None:
             return (first.term,)
         if node.op == "aten.expand.default" and first is not None:
             return (self.table.expand(first, shape_of(node.results[0])),)
@@ -98,8 +105,8 @@ class Speller(Reader):
     def called(self, node: Node, args: list[Hashable], kwargs: list[Any], operands: Sequence[Sized]) -> Sequence[int]:
         """The terms of an op by its name."""
         if ZERO in (o.term for o in operands):
-            is_linear = operands[0].term == ZERO and (node.op in LINEAR or views(self.graph, node))
-            if node.op in PRODUCTS or is_linear:
+            zero = facts(node.op).zero
+            if zero == "any" or (operands[0].term == ZERO and (zero == "first" or views(self.graph, node))):
                 return [ZERO] * len(node.results)
         shape = shape_of(node.results[0]) if node.results else ()
         key = (node.op, *normal(node.op, args, operands, shape), *kwargs)
@@ -123,7 +130,7 @@ class Speller(Reader):
     def call(self, op: str, args: Sequence[Hashable | Sized], shape: tuple[Dim, ...]) -> Sized:
         """Result of an op that a kernel stands for."""
         operands = [a for a in args if isinstance(a, Sized)]
-        if any(o.term == ZERO for o in operands) and (op in PRODUCTS or operands[0].term == ZERO):
+        if any(o.term == ZERO for o in operands) and (facts(op).zero == "any" or operands[0].term == ZERO):
             return Sized(ZERO, shape)
         key = (op, *normal(op, [keyed(a) if isinstance(a, Sized) else a for a in args], operands, shape))
         return Sized(self.of(key), shape)
@@ -140,7 +147,7 @@ class Speller(Reader):
         """The terms of an op by a pattern; None if none fits."""
         kinds = [v.type for v in (*node.operands, *node.results)]
         dtypes = {k.dtype if isinstance(k, TensorType) else None for k in kinds}
-        if not dtypes <= {*_FLOATS, DType.f64, DType.bool} or (DType.f64 in dtypes and node.op in _ANY_OPTIONS):
+        if not dtypes <= {*_FLOATS, DType.f64, DType.bool} or (DType.f64 in dtypes and facts(node.op).options_in_types):
             return None  # kernels do not compute in fp64: a cast to it or from it counts
         for pattern in PATTERNS.get(node.op, ()):
             bound = bind(pattern, node)
@@ -159,7 +166,7 @@ class Speller(Reader):
                 names["per_column"] = 1 / full.last if isinstance(full.last, int) else 0.0
             if isinstance(p := names.get("p"), float) and p < 1:
                 names["per_kept"] = 1 / (1 - p)
-            if node.op == "aten.native_dropout.default":
+            if node.op == DROPOUT:
                 names["seed"] = Sized(self.table.of("seed", node.name), ())
             self.table.run(pattern.steps, names, shape)
             return [self.table.term(names[name]) for name in pattern.results]
@@ -293,7 +300,7 @@ class Speller(Reader):
 
 def bind(pattern: Pattern, node: Node) -> dict[str, Value | float] | None:
     """Values that the names of a pattern stand for; None if the node does not match it."""
-    if node.op not in _ANY_OPTIONS and {n: _word(a) for n, a in node.kwargs} != dict(pattern.keywords):
+    if not facts(node.op).options_in_types and {n: _word(a) for n, a in node.kwargs} != dict(pattern.keywords):
         return None
     if len(node.args) > len(pattern.args):
         return None

@@ -23,24 +23,12 @@ from dataclasses import dataclass, field
 from itertools import repeat
 
 from zgraph.ir import OPS, Arg, DType, Graph, Input, InputKind, Node, Phase, TensorType, Value
+from zgraph.ir.aliases import Aliases
+from zgraph.ir.external_ops import facts
 from zgraph.ir.ops import Op, views
 
 ZERO = 0
 """The term of a tangent that is zero, and of all that only carries it."""
-
-SUMS = frozenset({"aten.add.Tensor"})
-PRODUCTS = frozenset({"aten.bmm.default", "aten.mm.default", "aten.mul.Tensor"})
-LINEAR = frozenset(
-    {
-        "aten._to_copy.default", "aten.clone.default", "aten.div.Scalar", "aten.div.Tensor", "aten.mul.Scalar",
-        "aten.neg.default", "aten.select_backward.default", "aten.slice_backward.default", "aten.sum.default",
-        "aten.sum.dim_IntList", "zgraph.rotary.default",
-    }
-)  # fmt: skip
-"""Ops that are linear in their first operand: zero, if it is zero."""
-
-RENAMES = frozenset({"aten.detach.default", "aten.alias.default", "aten.lift_fresh.default"})
-"""Ops of ATen whose result is their operand."""
 
 _SAME = frozenset({"wait", "copy", "release", "pending"})
 
@@ -98,9 +86,13 @@ class Meaning:
 
 
 def meaning(
-    graph: Graph, terms: Terms, masters: Mapping[str, DType], zeros: frozenset[str] = frozenset(),
-    *, unsynced: bool = False,
-) -> Meaning:  # fmt: skip
+    graph: Graph,
+    terms: Terms,
+    masters: Mapping[str, DType],
+    zeros: frozenset[str] = frozenset(),
+    *,
+    unsynced: bool = False,
+) -> Meaning:
     """Meaning of a graph, in terms of its inputs.
 
     Args:
@@ -123,7 +115,7 @@ class Reader:
         self.found = Meaning()
         self.dtypes: dict[int, DType] = {}
         self.buckets: dict[int, tuple[tuple[int, Hashable], ...]] = {}
-        self.roots: dict[str, frozenset[str]] = {}
+        self.aliases = Aliases(graph)
         self.written: dict[str, int] = {}
         self.seen: dict[str, int] = {}
         self.state = terms.of("effects")
@@ -156,18 +148,14 @@ class Reader:
         if not self.written:
             return term
         made = self.seen.get(name, 0)
-        since = sorted({w for root in self.memory(name) if (w := self.written.get(root)) and w != made})
+        since = sorted({w for root in self.aliases.roots(name) if (w := self.written.get(root)) and w != made})
         return self.table.of("written", term, *since) if since else term
-
-    def memory(self, name: str) -> frozenset[str]:
-        return self.roots.get(name, frozenset((name,)))
 
     def remember(self, node: Node) -> None:
         """Which memory the results share, and what the node wrote to."""
-        shared = frozenset().union(*(self.memory(name) for name in views(self.graph, node)))
+        self.aliases.add(node)
         for result in node.results:
-            self.roots[result.name] = shared or frozenset((result.name,))
-            for root in self.memory(result.name):
+            for root in self.aliases.roots(result.name):
                 if root in self.written:
                     self.seen[result.name] = self.written[root]
         row = self.graph.foreign.get(node.op)
@@ -177,7 +165,7 @@ class Reader:
         for position in row.writes:
             arg = node.args[position] if position < len(node.args) else None
             if isinstance(arg, Value):
-                self.written.update(dict.fromkeys(self.memory(arg.name), mark))
+                self.written.update(dict.fromkeys(self.aliases.roots(arg.name), mark))
         for result in node.results:
             self.seen[result.name] = mark
 
@@ -242,7 +230,8 @@ class Reader:
         row = self.graph.foreign[node.op]
         if ZERO in operands and (zero := self.carried(node, operands)) is not None:
             return zero
-        if node.op in RENAMES and len(operands) == 1 and node.operands[0].type == node.results[0].type:
+        is_one = len(operands) == 1 and node.operands[0].type == node.results[0].type
+        if is_one and facts(node.op).elements == "itself":
             return operands
         key: tuple[Hashable, ...] = (self.table.call(node), *operands)
         if not row.is_pure:
@@ -254,11 +243,12 @@ class Reader:
 
     def carried(self, node: Node, operands: list[int]) -> Sequence[int] | None:
         """The results of a node that reads a zero, where they follow from that; None where they do not."""
-        if node.op in SUMS and not node.kwargs and len(operands) == 2:
+        zero = facts(node.op).zero
+        if zero == "all" and not node.kwargs and len(operands) == 2:
             other = operands[operands[0] == ZERO]
             kept = node.operands[operands[0] == ZERO]
             return (other,) if other == ZERO or kept.type == node.results[0].type else None
-        if node.op in PRODUCTS or (operands[0] == ZERO and (node.op in LINEAR or views(self.graph, node))):
+        if zero == "any" or (operands[0] == ZERO and (zero == "first" or views(self.graph, node))):
             return [ZERO] * len(node.results)
         return None
 

@@ -54,9 +54,12 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Commands, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
     help="Look at what zgraph does to a model: trace it, run passes on it, compare, explain.",
-)  # fmt: skip
+)
 
 
 def _version(is_asked: bool) -> None:

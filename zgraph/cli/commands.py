@@ -25,7 +25,7 @@ from zgraph.cli.app import (
     read_run,
     read_whole_run,
     write_run,
-)  # fmt: skip
+)
 from zgraph.cli.completion import any_of, hardware_names, pass_names, several_passes
 from zgraph.errors import UsageError, did_you_mean
 from zgraph.ir import Phase, print_graph, verify
@@ -82,9 +82,14 @@ def trace(
         found = subject(model, batch, seq)
         shown.update(task, description=f"capturing {model} and running {len(pipeline.passes)} passes")
         run = traced(
-            found.model, found.inputs, pipeline, hardware=hardware, num_ranks=world or None,
-            memory_budget=memory_budget or None, param_dtype=param_dtype,
-        )  # fmt: skip
+            found.model,
+            found.inputs,
+            pipeline,
+            hardware=hardware,
+            num_ranks=world or None,
+            memory_budget=memory_budget or None,
+            param_dtype=param_dtype,
+        )
         errors().print(f"captured {run.manifest.provenance.captured}", highlight=False)
         shown.update(task, description=f"writing {output}")
         write_run(run, output)
@@ -203,10 +208,12 @@ def _print_steps(steps: Sequence[Ran], as_json: bool) -> None:
     for name, (text, graph, seconds) in zip(graph_names(text for text, _, _ in steps), steps, strict=True):
         found[name], before = PassSummary.of(text, before, graph, seconds), graph
     if as_json:
-        print_json([
-            {"graph": name, "step": s.text, "seconds": s.seconds, "nodes": s.num_nodes, "changed": s.changed}
-            for name, s in found.items()
-        ])  # fmt: skip
+        print_json(
+            [
+                {"graph": name, "step": s.text, "seconds": s.seconds, "nodes": s.num_nodes, "changed": s.changed}
+                for name, s in found.items()
+            ]
+        )
         return
     table = Table("after", "nodes", "ms", "changed")
     table.columns[1].justify = table.columns[2].justify = "right"
@@ -245,11 +252,21 @@ def show(
         if op in n.op and phase in ("", n.phase) and lane in ("", n.lane) and module in n.origin.module
     ]
     if as_json:
-        print_json([
-            {"name": n.name, "op": n.op, "phase": n.phase, "lane": n.lane, "text": n.text + n.end,
-             "module": n.origin.module, "source": n.origin.place, "made_by": n.origin.made_by}
-            for n in nodes
-        ])  # fmt: skip
+        print_json(
+            [
+                {
+                    "name": n.name,
+                    "op": n.op,
+                    "phase": n.phase,
+                    "lane": n.lane,
+                    "text": n.text + n.end,
+                    "module": n.origin.module,
+                    "source": n.origin.place,
+                    "made_by": n.origin.made_by,
+                }
+                for n in nodes
+            ]
+        )
     elif nodes:
         console().print("\n".join(n.text + n.end for n in nodes), markup=False, highlight=False)
     else:
@@ -308,11 +325,17 @@ def explain_node(
     run = read_whole_run(file)
     found = explain(run, node)
     if as_json:
-        print_json({
-            "node": found.node.text + found.node.end, "module": found.node.origin.module, "source": found.source,
-            "events": [dataclasses.asdict(e) for e in found.events], "reads": found.reads, "readers": found.readers,
-            "timing": found.timing,
-        })  # fmt: skip
+        print_json(
+            {
+                "node": found.node.text + found.node.end,
+                "module": found.node.origin.module,
+                "source": found.source,
+                "events": [dataclasses.asdict(e) for e in found.events],
+                "reads": found.reads,
+                "readers": found.readers,
+                "timing": found.timing,
+            }
+        )
         return
     rows = [
         ("node", found.node.text),
@@ -358,11 +381,18 @@ def simulate_run(
     for stall in timeline.stalls:
         causes[f"{starts[stall.start].op} in the {stall.phase}"] += stall.us
     if as_json:
-        print_json({
-            "step_us": timeline.step_us, "lower_bound_us": entry.lower_bound_us, "gap": entry.gap,
-            "busy_us": dict(timeline.busy_us), "exposed_us": timeline.exposed_us, "exposed_by": dict(causes),
-            "peak_bytes": entry.memory.peak.total_bytes + run.context.rest_bytes, "rest_bytes": run.context.rest_bytes,
-        })  # fmt: skip
+        print_json(
+            {
+                "step_us": timeline.step_us,
+                "lower_bound_us": entry.lower_bound_us,
+                "gap": entry.gap,
+                "busy_us": dict(timeline.busy_us),
+                "exposed_us": timeline.exposed_us,
+                "exposed_by": dict(causes),
+                "peak_bytes": entry.memory.peak.total_bytes + run.context.rest_bytes,
+                "rest_bytes": run.context.rest_bytes,
+            }
+        )
         return
     console().print(step_summary(entry))
     for cause, us in sorted(causes.items(), key=lambda item: -item[1]):

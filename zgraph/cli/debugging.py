@@ -72,13 +72,22 @@ def bisect_run(
     with progress() as shown:
         task = shown.add_task("running the first graph")
         known = reference(
-            begin, num_ranks(context.mesh), seed, context.hints, _dtype(dtype), max_bytes(max_memory),
+            begin,
+            num_ranks(context.mesh),
+            seed,
+            context.hints,
+            _dtype(dtype),
+            max_bytes(max_memory),
             reduce_dtype=context.reduce_dtype,
-        )  # fmt: skip
+        )
         found = bisect(
-            known, steps, tolerance=tolerance, micro_steps=micro_steps, sources=run.sources,
+            known,
+            steps,
+            tolerance=tolerance,
+            micro_steps=micro_steps,
+            sources=run.sources,
             tell=lambda text: shown.update(task, description=text),
-        )  # fmt: skip
+        )
     if as_json:
         print_json({"culprit": None if found is None else dataclasses.asdict(found)})
     elif found is None:
@@ -132,10 +141,16 @@ def reduce_run(
         Commanded(check, context, run.manifest.provenance)
         if check
         else Passed(
-            pipeline, context, num_ranks(context.mesh), seed, _dtype(dtype), tolerance, max_bytes(max_memory),
+            pipeline,
+            context,
+            num_ranks(context.mesh),
+            seed,
+            _dtype(dtype),
+            tolerance,
+            max_bytes(max_memory),
             micro_steps,
         )
-    )  # fmt: skip
+    )
     with progress() as shown:
         task = shown.add_task("running the whole graph")
         small, failure = reduce(graph, judge, tell=lambda text: shown.update(task, description=text))
@@ -144,10 +159,14 @@ def reduce_run(
     if output == "-":
         return
     if as_json:
-        print_json({
-            "failure": dataclasses.asdict(failure), "nodes": len(small.nodes), "nodes_before": len(graph.nodes),
-            "graph": print_graph(small),
-        })  # fmt: skip
+        print_json(
+            {
+                "failure": dataclasses.asdict(failure),
+                "nodes": len(small.nodes),
+                "nodes_before": len(graph.nodes),
+                "graph": print_graph(small),
+            }
+        )
         return
     console().print(print_graph(small), markup=False, highlight=False, end="")
     said = f"{len(graph.nodes):,} nodes became {len(small.nodes):,}, which fail so: {failure.message}"

@@ -31,9 +31,13 @@ SECONDS = 10
 def bug_report() -> dict[str, Any]:
     """Sections by title, each a mapping; home folders are ~ and the user is $USER. It never raises."""
     sections: dict[str, Callable[[], dict[str, Any]]] = {
-        "versions": _versions, "machine": _machine, "torch": _torch, "topology": _topology,
-        "environment": _environment, "caches": _caches,
-    }  # fmt: skip
+        "versions": _versions,
+        "machine": _machine,
+        "torch": _torch,
+        "topology": _topology,
+        "environment": _environment,
+        "caches": _caches,
+    }
     return {title: _without_names(_asked(section)) for title, section in sections.items()}
 
 
@@ -79,11 +83,14 @@ def _torch() -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {
-        "built for": f"CUDA {torch.version.cuda}" if torch.version.cuda
-        else f"ROCm {torch.version.hip}" if torch.version.hip else "processors",
+        "built for": f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"ROCm {torch.version.hip}"
+        if torch.version.hip
+        else "processors",
         "backends": [b for b in ("nccl", "gloo", "mpi", "ucc") if torch.distributed.is_backend_available(b)],
         "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    }
     if not torch.cuda.is_available():
         return {**found, "GPUs": []}
     names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

@@ -16,9 +16,10 @@ from zgraph.viz.model_explorer import model_explorer
 from zgraph.viz.perfetto import perfetto
 
 VIEWERS = {
-    "perfetto": "open it in https://ui.perfetto.dev", "model-explorer": "open it with model-explorer FILE",
+    "perfetto": "open it in https://ui.perfetto.dev",
+    "model-explorer": "open it with model-explorer FILE",
     "dot": "draw it with dot -Tsvg FILE",
-}  # fmt: skip
+}
 
 
 @app.command()

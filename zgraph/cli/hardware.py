@@ -19,9 +19,11 @@ from zgraph.errors import UsageError
 from zgraph.viz import gibibytes
 
 profiles = typer.Typer(
-    cls=Commands, no_args_is_help=True, rich_markup_mode="markdown",
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
     help="Hardware profiles: which there are, what one says, and a new one to edit.",
-)  # fmt: skip
+)
 app.add_typer(profiles, name="hardware")
 
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9.-]{0,99}")
@@ -46,11 +48,15 @@ def list_profiles(as_json: AsJson = False) -> None:
     for profile in found:
         device = profile.device
         table.add_row(
-            profile.name, gibibytes(device.memory_bytes), _rate(device.memory_bytes_per_s, "B/s"),
-            _rate(device.peak_flops.get("bf16"), "FLOP/s"), _rate(device.matmul_flops.get("bf16"), "FLOP/s"),
-            _rate(profile.within.bytes_per_s, "B/s"), _rate(profile.between.bytes_per_s, "B/s"),
+            profile.name,
+            gibibytes(device.memory_bytes),
+            _rate(device.memory_bytes_per_s, "B/s"),
+            _rate(device.peak_flops.get("bf16"), "FLOP/s"),
+            _rate(device.matmul_flops.get("bf16"), "FLOP/s"),
+            _rate(profile.within.bytes_per_s, "B/s"),
+            _rate(profile.between.bytes_per_s, "B/s"),
             f"{profile.devices_per_host} of them",
-        )  # fmt: skip
+        )
     console().print(table)
 
 
@@ -101,9 +107,10 @@ def new_profile(
     with writing(str(path)):
         path.write_text(text)
     console().print(
-        f"{path}: edit it, then take it as --hardware {path}, or zgraph.compile(model, hardware=\"{path}\")",
-        markup=False, highlight=False,
-    )  # fmt: skip
+        f'{path}: edit it, then take it as --hardware {path}, or zgraph.compile(model, hardware="{path}")',
+        markup=False,
+        highlight=False,
+    )
 
 
 def _copy(name: str, like: str) -> str:
@@ -113,8 +120,17 @@ def _copy(name: str, like: str) -> str:
     text = given.read_text() if like in known() else as_toml(found)
     source = f"copied from {like}; say here where your figures are from"
     kept = [line for line in text.splitlines() if not re.match(r"name = |source = |# \S", line)]
-    return "\n".join([f"# Edit what is not so; latencies in microseconds, rates a second. From the profile {like}",
-                      f'name = "{name}"', f'source = "{source}"', *kept]) + "\n"  # fmt: skip
+    return (
+        "\n".join(
+            [
+                f"# Edit what is not so; latencies in microseconds, rates a second. From the profile {like}",
+                f'name = "{name}"',
+                f'source = "{source}"',
+                *kept,
+            ]
+        )
+        + "\n"
+    )
 
 
 def _row(profile: Hardware) -> dict[str, object]:

@@ -61,6 +61,6 @@ def _check(files: list[str]) -> None:
 
 
 def _names(first: str, second: str) -> tuple[str, str]:
-    """What to call two files: their names, or their paths where these are alike."""
+    """Titles of two files: their names, or their paths where these are alike."""
     short = Path(first).name, Path(second).name
     return short if short[0] != short[1] else (first, second)

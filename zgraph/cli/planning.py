@@ -71,9 +71,12 @@ def plan(
     names = targets or ["h100"]
     tried = _around(names) if sweep and not world else {name: name for name in names}
     options = {
-        "num_ranks": world or None, "memory_budget": memory_budget or None, "stage": stage,
-        "offload": _offload(offload), "param_dtype": as_dtype(dtype, "--dtype"),
-    }  # fmt: skip
+        "num_ranks": world or None,
+        "memory_budget": memory_budget or None,
+        "stage": stage,
+        "offload": _offload(offload),
+        "param_dtype": as_dtype(dtype, "--dtype"),
+    }
     found = _combined(model, tried, batch or [], BATCHES if sweep else BATCHES[:1], seq, options)
     is_one = not sweep and len(found.combinations) == 1
     if as_json:
@@ -102,9 +105,13 @@ def _offload(text: str) -> str | tuple[str, ...] | None:
 
 
 def _combined(
-    model: str, targets: Mapping[str, str | Hardware], asked: Sequence[int], usual: Sequence[int], seq: int | None,
+    model: str,
+    targets: Mapping[str, str | Hardware],
+    asked: Sequence[int],
+    usual: Sequence[int],
+    seq: int | None,
     options: Mapping[str, Any],
-) -> Sweep:  # fmt: skip
+) -> Sweep:
     """All combinations; the model is captured once for each batch that is asked for, or for the usual ones."""
     import torch
 
@@ -158,15 +165,23 @@ def _sweep_rows(found: Sweep) -> dict[str, Any]:
         return None if of is None else found.combinations.index(of)
 
     return {
-        "unit": found.unit, "combinations": [*_combination_rows(found)], "fastest": position(found.fastest),
-        "smallest": position(found.smallest), "reason": found.reason,
-    }  # fmt: skip
+        "unit": found.unit,
+        "combinations": [*_combination_rows(found)],
+        "fastest": position(found.fastest),
+        "smallest": position(found.smallest),
+        "reason": found.reason,
+    }
 
 
 def _combination_rows(found: Sweep) -> Iterator[dict[str, Any]]:
     for c in found.combinations:
         yield {
-            "hardware": c.hardware, "num_ranks": c.plan.num_ranks, "batch": c.batch, "fits": c.fits,
-            "items_per_s": c.items_per_s, "utilisation": c.utilisation, "budget_bytes": c.plan.budget_bytes,
+            "hardware": c.hardware,
+            "num_ranks": c.plan.num_ranks,
+            "batch": c.batch,
+            "fits": c.fits,
+            "items_per_s": c.items_per_s,
+            "utilisation": c.utilisation,
+            "budget_bytes": c.plan.budget_bytes,
             "stage": _stage_row(c.stage),
-        }  # fmt: skip
+        }

@@ -54,10 +54,17 @@ def shard(model: nn.Module, settings: Settings) -> Session:
     if group is not None:
         Peers(group, name, device).agree("model", _described(model, settings))
     store = ShardStore(
-        model, mesh, group, dict(settings.stages), settings.default_stage, settings.param_dtype, device,
-        dict(settings.offloads), HostMemory(device),
+        model,
+        mesh,
+        group,
+        dict(settings.stages),
+        settings.default_stage,
+        settings.param_dtype,
+        device,
+        dict(settings.offloads),
+        HostMemory(device),
         Placeholder if settings.fullgraph is False else nn.Parameter,
-    )  # fmt: skip
+    )
     materialise_buffers(model, device)
     if group is not None:
         store.share_buffers()
@@ -73,11 +80,16 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         type(model).__name__, model.forward, told, _where(settings, session), in_pieces=settings.fullgraph is False
     )
     compiled = CompiledModel(
-        model, session, settings.pipeline, _context(model, settings, session), settings.save, settings.replayed,
+        model,
+        session,
+        settings.pipeline,
+        _context(model, settings, session),
+        settings.save,
+        settings.replayed,
         Regions() if settings.compiles_regions else None,
         tunes=settings.is_gpu and any(isinstance(step, Fuse) for step in settings.pipeline.passes),
         narrator=narrator,
-    )  # fmt: skip
+    )
     copier = Copier(model, functools.partial(_again, settings))
     own_forward = forward = model.forward
     forget: Callable[[], None] | None = None
@@ -87,9 +99,13 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     if settings.fullgraph != "eager":
         drop_gradient_hooks(model)
         frontend = Frontend(
-            _param_infos(session), lambda: {id(b): n for n, b in model.named_buffers()}, compiled.compile_graph,
-            type(model).__name__, lambda run, parameters: attached(run, parameters, session),
-        )  # fmt: skip
+            _param_infos(session),
+            lambda: {id(b): n for n, b in model.named_buffers()},
+            compiled.compile_graph,
+            type(model).__name__,
+            lambda run, parameters: attached(run, parameters, session),
+            narrator.left_eager,
+        )
         forward, forget = frontend.wrap(forward, settings.dynamic, fullgraph=settings.fullgraph), frontend.forget
         if not settings.fullgraph:
             forward = in_pieces(forward, session)

@@ -19,9 +19,13 @@ from zgraph.runtime.unused import absent_tangents
 
 
 def guard(
-    forward: Callable[..., Any], session: Session, param_dtype: torch.dtype | None, like: Callable[..., Any],
-    forget: Callable[[], None] | None, structure: Structure,
-) -> Callable[..., Any]:  # fmt: skip
+    forward: Callable[..., Any],
+    session: Session,
+    param_dtype: torch.dtype | None,
+    like: Callable[..., Any],
+    forget: Callable[[], None] | None,
+    structure: Structure,
+) -> Callable[..., Any]:
     """The model's new `forward`: placeholders in place for its length, peers told of failures, misuse caught.
 
     Args:
@@ -69,6 +73,11 @@ def eager(forward: Callable[..., Any], param_dtype: torch.dtype | None) -> Calla
 
 def check_moved(session: Session) -> None:
     """Raise UsageError if the memory of a parameter is no longer the session's."""
+    if session.store.is_lent:
+        raise UsageError(
+            "the model is called within GatheredParameters: call it outside, or with zgraph.gathered(model) in the "
+            "place of GatheredParameters"
+        )
     if moved := session.store.moved():
         raise UsageError(
             f"the memory of {moved} was replaced after zgraph.compile (by model.to(), .half(), `p.data = ...` or "

@@ -52,10 +52,18 @@ class CompiledModel:
     """
 
     def __init__(
-        self, model: nn.Module, session: Session, pipeline: Pipeline, context: Context, save: Path | None = None,
-        replayed: RunFile | None = None, regions: Regions | None = None, *, tunes: bool = False,
+        self,
+        model: nn.Module,
+        session: Session,
+        pipeline: Pipeline,
+        context: Context,
+        save: Path | None = None,
+        replayed: RunFile | None = None,
+        regions: Regions | None = None,
+        *,
+        tunes: bool = False,
         narrator: Narrator | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.session, self.context = model, session, context
         self.save, self.replayed, self.regions, self.tunes = save, replayed, regions, tunes
         self.pipeline = enabled(pipeline)
@@ -90,7 +98,7 @@ class CompiledModel:
         if paths:
             instruments.append(recording)
         is_replayed = self.replayed is not None and has_backward(graph)
-        certifier = Certifier(graph, context, thorough=settings.verify == 2 or is_replayed)  # fmt: skip
+        certifier = Certifier(graph, context, thorough=settings.verify == 2 or is_replayed)
         instruments.append(certifier)
         if self.replayed is not None and is_replayed:
             final = last_graph(self.replayed, graph, context)
@@ -160,9 +168,18 @@ class CompiledModel:
         buffers = buffer_bytes(self.model)
         whole = sum(s.parameter.nbytes for s in store.slots.values())
         return Report(
-            type(self.model).__name__, str(self.pipeline), store.num_ranks, whole, store.rest_bytes, store.state_bytes,
-            buffers, store.update_bytes, store.host_bytes, tuple(self.entries), self.regions,
-        )  # fmt: skip
+            type(self.model).__name__,
+            str(self.pipeline),
+            store.num_ranks,
+            whole,
+            store.rest_bytes,
+            store.state_bytes,
+            buffers,
+            store.update_bytes,
+            store.host_bytes,
+            tuple(self.entries),
+            self.regions,
+        )
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,13 @@ class Narrator:
             self._bar.stop()
             tell(f"{self.model}: a piece ends at {place}: {reason.rstrip('.')}; eager code reads gathered parameters")
 
+    def left_eager(self, why: str) -> None:
+        """A piece runs eagerly, because zgraph cannot take it."""
+        if why not in self._breaks and "capture" in self.kinds:
+            self._breaks.add(why)
+            self._bar.stop()
+            tell(f"{self.model}: a piece runs eagerly and gathers each parameter where it is read: {why}")
+
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
         """A pass has run: this is an instrument of the pipeline."""
         self._bar.advance(step.name)
@@ -259,9 +266,13 @@ class Bar:
                 return
             columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
             self._shown = Progress(
-                *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True, redirect_stdout=False,
+                *columns,
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+                redirect_stdout=False,
                 redirect_stderr=False,
-            )  # fmt: skip
+            )
             self._task = self._shown.add_task(self._text, total=self._total or None, completed=self._done)
             self._shown.start()
 

@@ -70,9 +70,13 @@ class Entry:
 
 
 def make_entry(
-    plan: Plan, steps: Sequence[PassSummary], context: Context, run: Callable[[], RunFile],
-    timeline: Timeline | None = None, certificate: Certificate | None = None,
-) -> Entry:  # fmt: skip
+    plan: Plan,
+    steps: Sequence[PassSummary],
+    context: Context,
+    run: Callable[[], RunFile],
+    timeline: Timeline | None = None,
+    certificate: Certificate | None = None,
+) -> Entry:
     """The entry of a plan, of which `run` makes the file; the plan is simulated where no timeline is given."""
     timeline = timeline or simulate(plan, context.costs, context.hints)
     bound = step_bound_us(plan.graph, context, timeline)
@@ -220,10 +224,11 @@ def _like_it(entry: Entry, others: Sequence[Entry]) -> Text:
     peaks = [e.memory.peak.total_bytes for e in every]
     steps = [e.timeline.step_us for e in every]
     return Text(
-        f"and {len(others)} more like it, {names}" + (f", of sizes {' and '.join(sizes)}" if sizes else "")
+        f"and {len(others)} more like it, {names}"
+        + (f", of sizes {' and '.join(sizes)}" if sizes else "")
         + f": peak above rest {mebibytes(min(peaks))} to {mebibytes(max(peaks))}, predicted step "
         f"{milliseconds(min(steps))} to {milliseconds(max(steps))}"
-    )  # fmt: skip
+    )
 
 
 def _sizes(entry: Entry) -> list[int]:

@@ -26,6 +26,7 @@ from zgraph.ir import (
     Value,
     num_shards,
 )
+from zgraph.ir.aliases import Aliases
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import is_copied, num_chunks, padded_bytes, transfer, views
@@ -142,7 +143,8 @@ class _Walk:
         self.graph: Graph = plan.graph
         self.hints = hints
         self.categories = _categories(plan)
-        self.roots: dict[str, frozenset[str]] = {}
+        self.aliases = Aliases(plan.graph)
+        self.held: dict[str, frozenset[str]] = {}
         self.references: Counter[str] = Counter()
         self.alive: dict[str, tuple[str, int, int]] = {}
         self.lives: list[Life] = []
@@ -159,15 +161,12 @@ class _Walk:
     def run(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
             node = instruction.node
-            sources = views(self.graph, node)
-            shared = frozenset(r for name in sources for r in self.roots.get(name, ())) if sources else frozenset()
-            is_view = bool(sources)
-            in_arena = bool(offsets(node))
+            self.aliases.add(node)
+            is_new = not views(self.graph, node) and not offsets(node)
             for result in node.results:
-                if not is_view and not in_arena:
+                if is_new:
                     self.allocate(result.name, result.type, num_chunks(node, self.graph.mesh))
-                self.roots[result.name] = shared if is_view else frozenset((result.name,))
-                self.refer(self.roots[result.name])
+                self.refer(result.name, self.aliases.roots(result.name))
             if node.op in OPS and OPS[node.op].lane != "compute":
                 self.start(node)
             if node.op == "wait":
@@ -186,9 +185,7 @@ class _Walk:
             if is_copied(node, value, graph.mesh):
                 self.hold(name, "buckets", _rounded(padded_bytes(value.tensor, graph.num_shards)))
             elif moves.holds:
-                sent = self.roots.get(value.name, frozenset())
-                self.roots[name] = sent
-                self.refer(sent)
+                self.refer(name, self.aliases.roots(value.name))
 
     def finish(self, start: str) -> None:
         """A collective that is over lets go of what it sent."""
@@ -209,8 +206,7 @@ class _Walk:
         """Values that come from outside and live until the plan frees them."""
         for value in values:
             self.allocate(value.name, value.type)
-            self.roots[value.name] = frozenset((value.name,))
-            self.references[value.name] += 1
+            self.refer(value.name, frozenset((value.name,)))
 
     def allocate(self, name: str, kind: Type, num_chunks: int = 0) -> None:
         """A value is born; with room for chunks of one size, if there are any."""
@@ -226,13 +222,14 @@ class _Walk:
         self.alive[name] = category, size, len(self.moments)
         self.by_category[category] += size
 
-    def refer(self, roots: Iterable[str]) -> None:
-        for root in roots:
-            self.references[root] += 1
+    def refer(self, name: str, roots: frozenset[str]) -> None:
+        """A live name holds these storages until it is dropped."""
+        self.held[name] = roots
+        self.references.update(roots)
 
     def drop(self, names: Iterable[str]) -> None:
         for name in names:
-            for root in self.roots.pop(name, ()):
+            for root in self.held.pop(name, ()):
                 self.references[root] -= 1
                 if self.references[root] == 0:
                     self.free(root)

@@ -36,16 +36,18 @@ class TimelineRecord(BaseModel):
     @classmethod
     def of(cls, timeline: Timeline) -> TimelineRecord:
         """The record of a timeline."""
-        return cls.model_validate({
-            "step_us": timeline.step_us,
-            "busy_us": timeline.busy_us,
-            "spans": [(s.lane, s.node, s.op, s.phase, s.start_us, s.end_us) for s in timeline.spans],
-            "stalls": [(s.node, s.start, s.phase, s.start_us, s.us) for s in timeline.stalls],
-            "moments": [
-                (m.node, m.phase, m.bytes_by_category, m.host_bytes, us)
-                for m, us in zip(timeline.memory.moments, timeline.instants_us, strict=True)
-            ],
-        })  # fmt: skip
+        return cls.model_validate(
+            {
+                "step_us": timeline.step_us,
+                "busy_us": timeline.busy_us,
+                "spans": [(s.lane, s.node, s.op, s.phase, s.start_us, s.end_us) for s in timeline.spans],
+                "stalls": [(s.node, s.start, s.phase, s.start_us, s.us) for s in timeline.stalls],
+                "moments": [
+                    (m.node, m.phase, m.bytes_by_category, m.host_bytes, us)
+                    for m, us in zip(timeline.memory.moments, timeline.instants_us, strict=True)
+                ],
+            }
+        )
 
     def timeline(self) -> Timeline:
         """The timeline of a record."""

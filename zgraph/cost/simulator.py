@@ -14,8 +14,9 @@ from zgraph.cost.memory import MemoryCurve, simulate_memory
 from zgraph.cost.table import CostTable
 from zgraph.errors import SimulationError
 from zgraph.ir import OPS, Graph, Instruction, Node, Plan
+from zgraph.ir.aliases import Aliases
 from zgraph.ir.graph import values_in
-from zgraph.ir.ops import LANES, views
+from zgraph.ir.ops import LANES
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +95,14 @@ class _Clock:
         self.stalls: list[Stall] = []
         self.instants: list[float] = []
         self.over_at: dict[str, float] = {}
-        self.roots: dict[str, frozenset[str]] = {}
+        self.aliases = Aliases(graph)
         self.sending: dict[str, str] = {}
         self.slowdown = costs.hardware.overlap_slowdown
 
     def run(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
             node = instruction.node
-            shared = frozenset(r for name in views(self.graph, node) for r in self.root(name))
-            for result in node.results:
-                self.roots[result.name] = shared or frozenset((result.name,))
+            self.aliases.add(node)
             self.instants.append(self.now)
             if instruction.lane != "compute":
                 self.start(node, instruction.lane)
@@ -120,7 +119,7 @@ class _Clock:
         self.over_at.update((r.name, end) for r in node.results)
         self.spans.append(Span(lane, node.name, node.op, node.phase.value, begin, end))
         for value, result in zip(node.operands, node.results, strict=True):
-            self.sending.update(dict.fromkeys(self.root(value.name), result.name))
+            self.sending.update(dict.fromkeys(self.aliases.roots(value.name), result.name))
 
     def wait(self, node: Node) -> None:
         future = node.operands[0].name
@@ -153,7 +152,7 @@ class _Clock:
         else:
             touched = tuple(values_in(tuple(node.args[i] for i in self.graph.foreign[node.op].writes)))
         for value in touched:
-            for root in self.root(value.name):
+            for root in self.aliases.roots(value.name):
                 if root in self.sending:
                     raise SimulationError(
                         f"unordered access: {node.name} ({node.op}) writes %{value.name} while {self.sending[root]} "
@@ -163,6 +162,3 @@ class _Clock:
     def end(self) -> None:
         if self.over_at:
             raise SimulationError(f"nothing waits for {', '.join(sorted(self.over_at))}: the step would never end")
-
-    def root(self, name: str) -> frozenset[str]:
-        return self.roots.get(name) or frozenset((name,))

@@ -14,13 +14,10 @@ from zgraph.cost.network import COLLECTIVES, Network
 from zgraph.cost.work import work
 from zgraph.errors import HardwareError
 from zgraph.ir import OPS, Axis, Graph, Mesh, Node, TensorType, Type, num_ranks, num_shards
+from zgraph.ir.external_ops import MATMUL
 from zgraph.ir.ops import Transfer, moved_bytes
 from zgraph.ir.ops import transfer as transfer_of
 from zgraph.ir.symbols import evaluate
-
-GENERATED_MATMUL = "zgraph.matmul.default"
-"""The op that runs a matmul with its epilogue as a generated kernel."""
-
 
 Us = Annotated[float, Field(ge=0)]
 
@@ -71,7 +68,7 @@ class CostTable(BaseModel):
             return 0.0
         device = self.hardware.device
         rate = device.rate(done.dtype)
-        if node.op == GENERATED_MATMUL:
+        if node.op == MATMUL:
             rate *= device.generated_matmul_rate or 1.0
         computing = (flop + device.matmul_half_flop) / rate if flop else 0.0
         return device.launch_us + 1e6 * max(computing, num_bytes / device.memory_bytes_per_s)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from zgraph.ir import OPS, Graph, Node, TensorType, Type
+from zgraph.ir.external_ops import SEED, facts
+from zgraph.ir.external_ops import Work as FlopRule
 from zgraph.ir.ops import views
 from zgraph.ir.symbols import Dim
 
@@ -26,7 +28,7 @@ def work(graph: Graph, node: Node) -> Work:
     if node.op in OPS:
         row = OPS[node.op]
         return Work(0, _bytes(node)) if row.is_work and not row.views(node) else Work()
-    if node.op == "zgraph.seed.default":
+    if node.op == SEED:
         return Work()  # it reads nothing of the tensor whose device it draws on
     flop = _flop(node)
     if flop is None:
@@ -46,12 +48,11 @@ def _size(kind: Type) -> Any:
 
 def _flop(node: Node) -> Any:
     """Multiplications and additions of the matmuls in a node; None where there are none."""
-    packet = ".".join(node.op.split(".")[:2])
-    rule = _RULES.get(packet)
+    rule = facts(node.op).work
     if rule is None:
         return None
     shapes = [v.type.shape for v in node.operands if isinstance(v.type, TensorType)]
-    return rule(shapes, node)
+    return _RULES[rule](shapes, node)
 
 
 Shapes = list[tuple[Dim, ...]]
@@ -89,34 +90,13 @@ def _convolution_backward(shapes: Shapes, node: Node) -> Any:
     return num_wanted * 2 * math.prod(shapes[0]) * math.prod(shapes[2][1:])
 
 
-_RULES: Mapping[str, Callable[[Shapes, Node], Any]] = {
-    "aten.mm": lambda s, n: _matmul(s[0], s[1]),
-    "aten.bmm": lambda s, n: _matmul(s[0], s[1]),
-    "aten.addmm": lambda s, n: _matmul(s[1], s[2]),
-    "aten._addmm_activation": lambda s, n: _matmul(s[1], s[2]),
-    "aten.baddbmm": lambda s, n: _matmul(s[1], s[2]),
-    "zgraph.matmul": lambda s, n: _matmul(s[0], s[1]),
-    "aten._grouped_mm": lambda s, n: _matmul(s[0], s[1]),
-    "zgraph.linear_cross_entropy": lambda s, n: _matmul(s[0], s[1][::-1]),
-    "zgraph.linear_cross_entropy_backward": lambda s, n: 3 * _matmul(s[1], s[2][::-1]),
-    "aten.convolution": _convolution,
-    "aten.convolution_backward": _convolution_backward,
-    **dict.fromkeys(
-        (
-            "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
-            "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
-            "aten._scaled_dot_product_fused_attention_overrideable",
-        ),
-        _attention(2),
-    ),
-    **dict.fromkeys(
-        (
-            "aten._scaled_dot_product_flash_attention_backward",
-            "aten._scaled_dot_product_efficient_attention_backward",
-            "aten._scaled_dot_product_cudnn_attention_backward",
-            "aten._scaled_dot_product_flash_attention_for_cpu_backward",
-            "aten._scaled_dot_product_fused_attention_overrideable_backward",
-        ),
-        _attention(5),
-    ),
-}  # fmt: skip
+_RULES: Mapping[FlopRule, Callable[[Shapes, Node], Any]] = {
+    "product": lambda s, n: _matmul(s[0], s[1]),
+    "sum and product": lambda s, n: _matmul(s[1], s[2]),
+    "attention": _attention(2),
+    "attention backward": _attention(5),
+    "convolution": _convolution,
+    "convolution backward": _convolution_backward,
+    "projected loss": lambda s, n: _matmul(s[0], s[1][::-1]),
+    "projected loss backward": lambda s, n: 3 * _matmul(s[1], s[2][::-1]),
+}

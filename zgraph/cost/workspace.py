@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from zgraph.ir import Node, TensorType
+from zgraph.ir.external_ops import Scratch, facts
 from zgraph.ir.symbols import evaluate
 
 NUM_THREADS = "num_threads"
@@ -35,8 +36,8 @@ def workspace_bytes(node: Node, hints: Hints) -> int:
     packet = ".".join(node.op.split(".")[:2])
     if packet in REGISTERED:
         return REGISTERED[packet](node, hints)
-    rule = _RULES.get(packet)
-    return rule([v.type for v in node.operands if isinstance(v.type, TensorType)], hints) if rule else 0
+    rule = facts(node.op).scratch
+    return _RULES[rule]([v.type for v in node.operands if isinstance(v.type, TensorType)], hints) if rule else 0
 
 
 def _attention(kinds: Kinds, hints: Hints) -> int:
@@ -91,13 +92,12 @@ def _bytes(kind: TensorType, hints: Hints) -> int:
     return evaluate(kind.numel, hints) * kind.dtype.itemsize
 
 
-_RULES: Mapping[str, Callable[[Kinds, Hints], int]] = {
-    "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
-    "aten.native_dropout": _first,
-    "aten.native_dropout_backward": _first,
-    "aten._safe_softmax": _softmax,
-    "aten.embedding_dense_backward": _strided,
-    "aten.convolution": _convolution,
-    "aten.convolution_backward": _convolution_backward,
+_RULES: Mapping[Scratch, Callable[[Kinds, Hints], int]] = {
+    "attention": _attention,
+    "attention backward": _attention_backward,
+    "like the first": _first,
+    "mask of the first": _softmax,
+    "dense first": _strided,
+    "convolution": _convolution,
+    "convolution backward": _convolution_backward,
 }

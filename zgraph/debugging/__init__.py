@@ -9,6 +9,18 @@ from zgraph.debugging.reduction import Commanded, Passed, reduce
 from zgraph.debugging.rounding import Rounding
 
 __all__ = [
-    "Commanded", "Culprit", "Difference", "Failure", "Known", "Passed", "Programs", "Reference", "Rounding", "bisect",
-    "differs", "examine", "reduce", "reference",
-]  # fmt: skip
+    "Commanded",
+    "Culprit",
+    "Difference",
+    "Failure",
+    "Known",
+    "Passed",
+    "Programs",
+    "Reference",
+    "Rounding",
+    "bisect",
+    "differs",
+    "examine",
+    "reduce",
+    "reference",
+]

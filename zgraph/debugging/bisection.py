@@ -86,9 +86,14 @@ def run_steps(graph: Graph, pipeline: Pipeline, context: Context) -> Steps:
 
 
 def bisect(
-    known: Known, steps: Steps, *, tolerance: float | None = None, micro_steps: int = NUM_MICRO_STEPS,
-    sources: Sources | None = None, tell: Tell = lambda text: None,
-) -> Culprit | None:  # fmt: skip
+    known: Known,
+    steps: Steps,
+    *,
+    tolerance: float | None = None,
+    micro_steps: int = NUM_MICRO_STEPS,
+    sources: Sources | None = None,
+    tell: Tell = lambda text: None,
+) -> Culprit | None:
     """The pass and the least part of what it did after which a graph is wrong; None where none is.
 
     Args:
@@ -106,9 +111,14 @@ class Search:
     """Looks for the first wrong graph of a run, in the program in which the last one is found to be wrong."""
 
     def __init__(
-        self, known: Known, steps: Steps, tolerance: float | None = None, micro_steps: int = NUM_MICRO_STEPS,
-        sources: Sources | None = None, tell: Tell = lambda text: None,
-    ) -> None:  # fmt: skip
+        self,
+        known: Known,
+        steps: Steps,
+        tolerance: float | None = None,
+        micro_steps: int = NUM_MICRO_STEPS,
+        sources: Sources | None = None,
+        tell: Tell = lambda text: None,
+    ) -> None:
         self.known, self.steps, self.tolerance, self.micro_steps = known, steps, tolerance, micro_steps
         self.sources, self.tell = sources or {}, tell
         self.graphs = [graph for _, graph in steps.graphs]

@@ -33,9 +33,15 @@ NUM_KEPT = 12
 
 
 def reference(
-    captured: Graph, num_ranks: int = 1, seed: int = 0, sizes: Mapping[str, int] | None = None,
-    dtype: DType | None = DType.f64, max_bytes: int | None = None, *, reduce_dtype: DType | None = None,
-) -> Known:  # fmt: skip
+    captured: Graph,
+    num_ranks: int = 1,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
+    dtype: DType | None = DType.f64,
+    max_bytes: int | None = None,
+    *,
+    reduce_dtype: DType | None = None,
+) -> Known:
     """A graph with what it gives, for others to be compared with.
 
     Args:
@@ -76,9 +82,15 @@ def reference(
 
 
 def examine(
-    known: Known, candidate: Graph, *, tolerance: float | None = None, own: Collection[int] | None = None,
-    micro_steps: int = NUM_MICRO_STEPS, only: str = "", programs: Programs | None = None,
-) -> Failure | None:  # fmt: skip
+    known: Known,
+    candidate: Graph,
+    *,
+    tolerance: float | None = None,
+    own: Collection[int] | None = None,
+    micro_steps: int = NUM_MICRO_STEPS,
+    only: str = "",
+    programs: Programs | None = None,
+) -> Failure | None:
     """How a graph fails to do what another does; None where it does.
 
     Args:
@@ -101,9 +113,13 @@ class _Examination:
     """One graph, in all of its programs."""
 
     def __init__(
-        self, known: Known, candidate: Graph, tolerance: float | None, own: Collection[int] | None,
+        self,
+        known: Known,
+        candidate: Graph,
+        tolerance: float | None,
+        own: Collection[int] | None,
         programs: Programs | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.known, self.candidate, self.tolerance, self.own = known, candidate, tolerance, own or ()
         self.is_partly_placed = own is not None
         self.programs = programs

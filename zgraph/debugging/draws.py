@@ -17,10 +17,9 @@ from zgraph.bridge.aten import resolve
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.codegen.philox import uniform
 from zgraph.ir import DType, ExternalOp, Graph, Node, TensorType
+from zgraph.ir.external_ops import DROPOUT, SEED
 from zgraph.ir.ops import is_pure, views
 
-DROPOUT = "aten.native_dropout.default"
-SEED = "zgraph.seed.default"
 SAME_DRAWS = frozenset({DROPOUT, SEED})
 """Ops that draw the same in every dtype."""
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from zgraph.debugging.draws import FLOATS, SAME_DRAWS
 from zgraph.ir import OPS, Arg, DType, ExternalOp, Graph, Node, TensorType
+from zgraph.ir.external_ops import CAST
 from zgraph.ir.graph import Value
 from zgraph.ir.types import Type
 
 _WIDE: Mapping[DType, DType] = {DType.f32: DType.c64, DType.f64: DType.c128}
 _COMPLEX = frozenset(_WIDE.values())
 _KERNEL_OPERAND = re.compile(rf"\b(?:{'|'.join(d.value for d in FLOATS)})\[")
-_CAST = "aten._to_copy.default"
 
 
 def in_dtype(graph: Graph, dtype: DType, *, draws_in_own: bool = False) -> Graph:
@@ -40,7 +40,7 @@ class _Rewriter:
         inputs = tuple(replace(i, value=self.value(i.value), master=None) for i in graph.inputs)
         nodes = tuple(made for node in graph.nodes for made in self.nodes(node))
         outputs = tuple(replace(o, value=None if o.value is None else self.value(o.value)) for o in graph.outputs)
-        foreign = {_CAST: ExternalOp(), **graph.foreign}
+        foreign = {CAST: ExternalOp(), **graph.foreign}
         return replace(graph, inputs=inputs, nodes=nodes, outputs=outputs, foreign=foreign)
 
     def nodes(self, node: Node) -> Iterator[Node]:
@@ -99,4 +99,4 @@ class _Rewriter:
 
 def _cast(value: Value, result: Value, node: Node) -> Node:
     assert isinstance(result.type, TensorType)
-    return Node(_CAST, (value,), (result,), (("dtype", result.type.dtype),), node.phase, node.origin)
+    return Node(CAST, (value,), (result,), (("dtype", result.type.dtype),), node.phase, node.origin)

@@ -112,8 +112,10 @@ class Hunks:
         """Outputs that are still as before the pass: on another mesh than before, each rank's own."""
         return frozenset(
             int(c.key.split()[1])
-            for number, hunk in enumerate(self.hunks) for c in hunk if c.is_output and number not in chosen
-        )  # fmt: skip
+            for number, hunk in enumerate(self.hunks)
+            for c in hunk
+            if c.is_output and number not in chosen
+        )
 
     def _picked(self, old: Mapping[str, Entry], new: Mapping[str, Entry], chosen: Collection[int]) -> tuple[Entry, ...]:
         """Inputs or outputs of the second graph where they are chosen or the same, of the first elsewhere."""

@@ -61,10 +61,17 @@ class Reference:
     """
 
     def __init__(
-        self, captured: Graph, num_ranks: int, seed: int = 0, sizes: Mapping[str, int] | None = None,
-        dtype: DType | None = None, *, numbers: Numbers | None = None, disturb: Disturb | None = None,
+        self,
+        captured: Graph,
+        num_ranks: int,
+        seed: int = 0,
+        sizes: Mapping[str, int] | None = None,
+        dtype: DType | None = None,
+        *,
+        numbers: Numbers | None = None,
+        disturb: Disturb | None = None,
         draws_in_own: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.captured, self.dtype, self.disturb, self.draws_in_own = captured, dtype, disturb, draws_in_own
         self.num_ranks = captured.num_ranks if captured.mesh else num_ranks
         self.numbers = numbers or Numbers(self.as_run(captured), self.num_ranks, seed, sizes or {})
@@ -153,9 +160,15 @@ class Reference:
         return self.expected(after.program(step), raws, reduce_dtype, syncs=step.syncs, own=own, waiting=waiting)
 
     def expected(
-        self, after: Graph, raws: Sequence[Outputs] = (), reduce_dtype: DType | None = None, *, syncs: bool = True,
-        own: Collection[int] = (), waiting: Collection[str] = (),
-    ) -> Outputs:  # fmt: skip
+        self,
+        after: Graph,
+        raws: Sequence[Outputs] = (),
+        reduce_dtype: DType | None = None,
+        *,
+        syncs: bool = True,
+        own: Collection[int] = (),
+        waiting: Collection[str] = (),
+    ) -> Outputs:
         """Outputs that `after` must give: the captured graph's, with gradients averaged and the first rank's buffers.
 
         Args:

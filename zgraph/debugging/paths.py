@@ -7,39 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from zgraph.ir import DType, Graph, Node, ScalarType, TensorType
+from zgraph.ir.external_ops import facts
 from zgraph.ir.graph import Arg, Value
 from zgraph.ir.symbols import Dim, evaluate
-
-_SAME = frozenset(
-    f"aten.{name}"
-    for name in (
-        "view.default", "_unsafe_view.default", "reshape.default", "_reshape_alias.default", "expand.default",
-        "slice.Tensor", "select.int", "unsqueeze.default", "squeeze.default", "squeeze.dim", "squeeze.dims",
-        "clone.default", "alias.default", "detach.default", "_to_copy.default", "to.dtype", "t.default",
-        "transpose.int", "permute.default", "contiguous.default", "constant_pad_nd.default", "flip.default",
-        "roll.default", "repeat.default", "split.Tensor", "split_with_sizes.default", "chunk.default",
-        "unbind.int", "lift_fresh_copy.default", "lift_fresh.default", "copy.default", "unfold.default",
-        "as_strided.default", "index_select.default", "index.Tensor", "gather.default", "tril.default",
-        "triu.default",
-    )
-)  # fmt: skip
-"""Ops whose results have the whole numbers of their first operand, and perhaps one that is the same for all inputs."""
-
-_ALIKE = frozenset(
-    f"aten.{name}"
-    for name in (
-        "view.default", "_unsafe_view.default", "reshape.default", "unsqueeze.default", "squeeze.default",
-        "squeeze.dim", "squeeze.dims", "clone.default", "alias.default", "detach.default", "_to_copy.default",
-    )
-)  # fmt: skip
-"""Ops whose result has all elements of their first operand, in their order."""
 
 MAX_PATHS = 64
 """Paths of a value that are followed."""
 
-_JOINED = frozenset({"aten.cat.default", "aten.stack.default"})
-_WHERE = frozenset({"aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf"})
-_FILLED = frozenset({"aten.masked_fill.Scalar", "aten.masked_fill.Tensor"})
 _INTEGERS = frozenset(
     {DType.i8, DType.i16, DType.i32, DType.i64, DType.u8, DType.u16, DType.u32, DType.u64, DType.bool}
 )
@@ -135,7 +109,7 @@ class Known:
                 found = 0, 0
             case (("aten.ones.default" | "aten.ones_like.default"), _):
                 found = 1, 1
-            case op, (Value() as source, *_) if op in _SAME and op != "aten.constant_pad_nd.default":
+            case op, (Value() as source, *_) if facts(op).keeps_elements or facts(op).elements == "chosen":
                 found = self.ranges.get(source.name)
         if found is not None:
             self.ranges.update((r.name, found) for r in node.results)
@@ -175,27 +149,29 @@ class Paths:
         self.known.follow(node)
         if (mask := self._mask(node)) is not None:
             self.masks[node.name] = mask
-        if node.op in _ALIKE and isinstance(node.args[0], Value):
+        if facts(node.op).keeps_elements and isinstance(node.args[0], Value):
             self.elements[node.name] = self._elements(node.args[0])
         if found := tuple(islice(dict.fromkeys(self._made(node)), MAX_PATHS)):
             self.paths.update((r.name, found) for r in node.results if _is_whole(r))
 
     def _made(self, node: Node) -> Iterator[Path]:
-        args = node.args
-        if node.op in _SAME:
-            yield from self.of(args[0])
-        elif node.op in _JOINED and isinstance(args[0], tuple):
-            for arg in args[0]:
-                yield from self.of(arg)
-        elif node.op in _WHERE:
-            yield from self._hidden(args[0], args[1], is_read=True)
-            yield from self._hidden(args[0], args[2], is_read=False)
-        elif node.op in _FILLED:
-            yield from self._hidden(args[1], args[0], is_read=False)
-            yield from self.of(args[2])
-        elif (found := _arithmetic(node, self.known)) is not None:
-            source, step = found
-            yield from (path.then(step) for path in self.of(source))
+        match facts(node.op).elements, node.args:
+            case "joined", (tuple(parts), *_):
+                for part in parts:
+                    yield from self.of(part)
+            case "source", (_, source, *_):
+                yield from self.of(source)
+            case "either", (condition, one, other, *_):
+                yield from self._hidden(condition, one, is_read=True)
+                yield from self._hidden(condition, other, is_read=False)
+            case "filled", (source, condition, number, *_):
+                yield from self._hidden(condition, source, is_read=False)
+                yield from self.of(number)
+            case str(), (source, *_):
+                yield from self.of(source)
+            case None, _ if (found := _arithmetic(node, self.known)) is not None:
+                source, step = found
+                yield from (path.then(step) for path in self.of(source))
 
     def _elements(self, value: Value) -> str:
         """The first value that had the same elements in the same order."""
@@ -222,7 +198,7 @@ class Paths:
             case "aten.logical_not.default", (Value() as source,) if source.name in self.masks:
                 mask = self.masks[source.name]
                 return replace(mask, is_equal=not mask.is_equal)
-            case op, (Value() as source, *_) if op in _ALIKE:
+            case op, (Value() as source, *_) if facts(op).keeps_elements:
                 return self.masks.get(source.name)
         return None
 

@@ -17,9 +17,11 @@ SYNCED, NO_SYNC, SECOND, LOSS_ONLY, SMALL = "synced", "no_sync", "second step", 
 """Words of a program's name: the synced step; one that accumulates; the one after it; without zero tangents."""
 
 _PHRASES = {
-    NO_SYNC: "accumulating under no_sync", SECOND: "in the second step", SMALL: "with small gradients",
+    NO_SYNC: "accumulating under no_sync",
+    SECOND: "in the second step",
+    SMALL: "with small gradients",
     LOSS_ONLY: "where only the loss is differentiated",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

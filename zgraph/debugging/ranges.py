@@ -16,6 +16,7 @@ import torch
 
 from zgraph.debugging.paths import Interval, Known, Path, Paths
 from zgraph.ir import Graph, Node, TensorType
+from zgraph.ir.external_ops import facts
 from zgraph.ir.graph import Arg, Value
 
 
@@ -95,45 +96,32 @@ def _spare_places(numbers: torch.Tensor, count: int) -> torch.Tensor:
 
 # --- what indexes ------------------------------------------------------------------------------------------------
 
-_BY_DIM = frozenset(
-    f"aten.{name}"
-    for name in (
-        "index_select.default", "gather.default", "scatter.src", "scatter.value", "scatter_add.default",
-        "index_add.default", "index_copy.default", "scatter_reduce.two", "index_fill.int_Scalar",
-    )
-)  # fmt: skip
-"""Ops of a tensor, a dim, and what indexes that dim."""
-
-_LOSSES = frozenset({"aten.nll_loss_forward.default", "aten.nll_loss2d_forward.default"})
-_INDICES = frozenset({"aten.index.Tensor", "aten.index_put.default", "aten._unsafe_index.Tensor"})
-
 _Use = tuple[Value, int, int | None]
 """Use of an index: the index, the size of the dimension it chooses from, and a number that is left out."""
 
 
 def _indexed(node: Node, known: Known) -> Iterator[_Use]:
-    match node.op, node.args:
-        case "aten.embedding.default", (Value() as rows, Value() as index, *_):
+    match facts(node.op).indexing, node.args:
+        case "rows", (Value() as rows, index, *_):
             yield from _sized(known, rows, 0, index)
-        case op, (Value() as rows, int(dim), Value() as index, *_) if op in _BY_DIM:
+        case "dim", (Value() as rows, int(dim), index, *_):
             yield from _sized(known, rows, dim, index)
-        case op, (Value() as rows, Value() as index, _, _, int(left_out), *_) if op in _LOSSES:
-            yield from _sized(known, rows, 1 if len(rows.tensor.shape) > 1 else 0, index, left_out)
-        case "zgraph.cross_entropy.default", (Value() as rows, Value() as index, int(left_out), *_):
-            yield from _sized(known, rows, -1, index, left_out)
-        case "zgraph.linear_cross_entropy.default", (_, Value() as rows, Value() as index, int(left_out), *_):
-            yield from _sized(known, rows, 0, index, left_out)
-        case "aten.take.default", (Value() as rows, Value() as index):
+        case "dims", (Value() as rows, tuple(indices), *_):
+            for dim, index in enumerate(indices):
+                yield from _sized(known, rows, dim, index)
+        case "flat", (Value() as rows, Value() as index):
             if (size := known.number(rows.tensor.numel)) is not None:
                 yield index, size, None
-        case (("aten.one_hot.default" | "aten.embedding_dense_backward.default"), args):
-            at = 0 if node.op == "aten.one_hot.default" else 1
-            size, chosen = known.arg(args[at + 1]), args[at]
-            if size is not None and size > 0 and isinstance(chosen, Value):
-                yield chosen, size, None
-        case op, (Value() as rows, tuple(indices), *_) if op in _INDICES:
-            for dim, other in enumerate(indices):
-                yield from _sized(known, rows, dim, other)
+        case ("classes", (index, size, *_)) | ("class", (_, index, size, *_)):
+            count = known.arg(size)
+            if count is not None and count > 0 and isinstance(index, Value):
+                yield index, count, None
+        case "class of scores", (Value() as rows, index, _, _, int(left_out), *_):
+            yield from _sized(known, rows, 1 if len(rows.tensor.shape) > 1 else 0, index, left_out)
+        case "logits", (Value() as rows, index, int(left_out), *_):
+            yield from _sized(known, rows, -1, index, left_out)
+        case "projected", (_, Value() as rows, index, int(left_out), *_):
+            yield from _sized(known, rows, 0, index, left_out)
 
 
 def _sized(known: Known, rows: Value, dim: int, index: Arg, left_out: int | None = None) -> Iterator[_Use]:

@@ -68,9 +68,14 @@ class Passed:
             return broken(steps.graphs[-1][1]) or steps.crash[1]
         try:
             known = reference(
-                graph, self.num_ranks, self.seed, self.context.hints, self.dtype, self.max_bytes,
+                graph,
+                self.num_ranks,
+                self.seed,
+                self.context.hints,
+                self.dtype,
+                self.max_bytes,
                 reduce_dtype=self.context.reduce_dtype,
-            )  # fmt: skip
+            )
         except BudgetError:
             raise
         except Exception:  # what was cut off may be what made sense of its operands

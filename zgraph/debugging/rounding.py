@@ -73,9 +73,13 @@ class Rounding:
     """
 
     def __init__(
-        self, captured: Graph, num_ranks: int, seed: int = 0, sizes: Mapping[str, int] | None = None,
+        self,
+        captured: Graph,
+        num_ranks: int,
+        seed: int = 0,
+        sizes: Mapping[str, int] | None = None,
         reduce_dtype: DType | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.captured, self.reduce_dtype = captured, reduce_dtype
         count = captured.num_ranks if captured.mesh else num_ranks
         numbers = Numbers(captured, count, seed, sizes or {})

@@ -87,9 +87,12 @@ def check_run(run: RunFile, options: Options | None = None, tell: Tell = lambda 
 
 
 def check_graphs(
-    names: Sequence[str], steps: Sequence[tuple[str, Graph]], context: Context, options: Options | None = None,
+    names: Sequence[str],
+    steps: Sequence[tuple[str, Graph]],
+    context: Context,
+    options: Options | None = None,
     tell: Tell = lambda text: None,
-) -> Checked:  # fmt: skip
+) -> Checked:
     """The same of graphs in memory.
 
     Args:
@@ -127,9 +130,14 @@ class _Check:
     def known(self, dtype: DType | None) -> Known:
         self.tell("running the captured graph" + ("" if dtype else " in its own dtypes"))
         return reference(
-            self.steps.graphs[0][1], self.num_ranks, self.options.seed, self.context.hints, dtype,
-            self.options.max_bytes, reduce_dtype=self.context.reduce_dtype,
-        )  # fmt: skip
+            self.steps.graphs[0][1],
+            self.num_ranks,
+            self.options.seed,
+            self.context.hints,
+            dtype,
+            self.options.max_bytes,
+            reduce_dtype=self.context.reduce_dtype,
+        )
 
     def last(self, known: Known) -> tuple[int, Failure] | None:
         """Whether the last graph is wrong; if it is, the first that is so in the same program."""

@@ -24,9 +24,15 @@ class EngineLoader:
     """
 
     def __init__(
-        self, dataset: Dataset[Any], micro_batch: int, collate: Callable[[list[Any]], Any] | None, drop_last: bool,
-        seed: int, num_ranks: int, rank: int,
-    ) -> None:  # fmt: skip
+        self,
+        dataset: Dataset[Any],
+        micro_batch: int,
+        collate: Callable[[list[Any]], Any] | None,
+        drop_last: bool,
+        seed: int,
+        num_ranks: int,
+        rank: int,
+    ) -> None:
         if isinstance(dataset, IterableDataset):
             raise UsageError("training_data must have a length; give an iterable to your own DataLoader instead")
         self.sampler: DistributedSampler[Any] = DistributedSampler(

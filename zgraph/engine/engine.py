@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from zgraph.api import no_sync
 from zgraph.compiler.compiled_model import compiled_model
+from zgraph.engine.absent import ABSENT
 from zgraph.engine.checkpoint.checkpoint import Checkpoints, Parts
 from zgraph.engine.checkpoint.export import export, save_16bit
 from zgraph.engine.checkpoint.ranks import ranks_of
@@ -25,13 +24,16 @@ from zgraph.engine.data import EngineLoader
 from zgraph.engine.gradients import Gradients
 from zgraph.engine.loss_scale import LossScale
 from zgraph.engine.monitor.monitor import Monitoring
-from zgraph.errors import UsageError
+from zgraph.engine.queries import Queries
+from zgraph.engine.registry import register
+from zgraph.errors import AbsentError, UsageError
 
 log = logging.getLogger("zgraph")
 
 
-class Engine:
-    """Engine that `zgraph.initialize_engine` returns. Attributes that it does not have are those of the model.
+class Engine(Queries):
+    """Engine that `zgraph.initialize_engine` returns. Attributes that it does not have are those of the model; of
+    methods that DeepSpeed's engine has and this one has not, AbsentError says what to do instead.
 
     Args:
         model: the compiled model.
@@ -56,10 +58,13 @@ class Engine:
         self.ranks = ranks_of(compiled_model(model).session)
         self._checkpoints = Checkpoints(self)
         self._norm: float | None = None
+        register(self)
 
     def __getattr__(self, name: str) -> Any:
         if name == "module":
             raise AttributeError(name)
+        if name in ABSENT and (name == "compile" or not hasattr(self.module, name)):
+            raise AbsentError(f"the engine has no {name}: {ABSENT[name]}")
         return getattr(self.module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -213,17 +218,16 @@ class Engine:
                 parameter.grad = None
         self.pending, self.awaits_step = 0, False
 
-    def _needs_optimizer(self, what: str) -> Optimizer:
-        if self.optimizer is None:
-            raise UsageError(f"engine.{what} needs an optimizer: name one in the configuration, or give optimizer=")
-        return self.optimizer
-
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def save_checkpoint(
-        self, save_dir: str | Path, tag: object = None, client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True, exclude_frozen_parameters: bool = False,
-    ) -> bool:  # fmt: skip
+        self,
+        save_dir: str | Path,
+        tag: object = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
         """Save everything that training needs to go on, at any number of ranks and any stage. All ranks must call it.
 
         Within a step, after one of its micro-batches, the gradients so far are saved too.
@@ -251,9 +255,14 @@ class Engine:
         )
 
     def load_checkpoint(
-        self, load_dir: str | Path, tag: object = None, load_module_strict: bool = True,
-        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True, load_module_only: bool = False,
-    ) -> tuple[str | None, dict[str, Any] | None]:  # fmt: skip
+        self,
+        load_dir: str | Path,
+        tag: object = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+    ) -> tuple[str | None, dict[str, Any] | None]:
         """Go on where a checkpoint was saved: by this engine, or by DeepSpeed at stage 1, 2 or 3. All ranks must call
         it.
 
@@ -273,9 +282,10 @@ class Engine:
         """
         parts = Parts(
             optimizer=load_optimizer_states and not load_module_only,
-            scheduler=load_lr_scheduler_states and not load_module_only, module_only=load_module_only,
+            scheduler=load_lr_scheduler_states and not load_module_only,
+            module_only=load_module_only,
             strict=load_module_strict,
-        )  # fmt: skip
+        )
         return self._checkpoints.load(Path(load_dir), tag, parts)
 
     def wait_for_checkpoint(self) -> None:
@@ -297,6 +307,35 @@ class Engine:
             CheckpointError: it cannot be written.
         """
         return save_16bit(self, Path(save_dir), save_filename)
+
+    save_fp16_model = save_16bit_model
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        """The model's state dict: of a sharded parameter a DTensor, whose `full_tensor()` gathers it.
+
+        Args:
+            exclude_frozen_parameters: leave out parameters that are not trained.
+        """
+        parameters = self.module.named_parameters(remove_duplicate=False) if exclude_frozen_parameters else ()
+        frozen = {name for name, parameter in parameters if not parameter.requires_grad}
+        return {name: value for name, value in self.module.state_dict().items() if name not in frozen}
+
+    def load_module_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, custom_load_fn: Any = None
+    ) -> None:
+        """Take a model's state dict, of whole tensors or of DTensors, on every rank.
+
+        Args:
+            strict: whether the names must be the model's.
+            custom_load_fn: called as `custom_load_fn(src=state_dict, dst=model)` in the place of the model's own.
+
+        Raises:
+            StateDictError: it does not fit; nothing was loaded.
+        """
+        if custom_load_fn is not None:
+            custom_load_fn(src=state_dict, dst=self.module)
+        else:
+            self.module.load_state_dict(state_dict, strict=strict)
 
     def export(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Save the model for transformers: its configuration, and safetensors of at most 5 GB. All ranks must call it.
@@ -323,89 +362,3 @@ class Engine:
         self.wait_for_checkpoint()
         self.zero_grad()
         self.empty_partition_cache()
-
-    # --- what can be asked -------------------------------------------------------------------------------------------
-
-    def get_global_grad_norm(self) -> float | None:
-        """The 2-norm of all gradients in the last step, before they were clipped; None before the first."""
-        return self._norm
-
-    def get_lr(self) -> list[float]:
-        """The learning rate of each group."""
-        return [float(group["lr"]) for group in self._needs_optimizer("get_lr").param_groups]
-
-    @property
-    def cur_scale(self) -> float:
-        """The loss scale."""
-        return self.loss_scaler.scale
-
-    def gradient_clipping(self) -> float:
-        """The norm that gradients are clipped to; 0 for none."""
-        keys = self.config.keys
-        own = keys.optimizer.max_grad_norm if keys.optimizer is not None else None
-        return keys.gradient_clipping or own or 0.0
-
-    def zero_optimization_stage(self) -> int:
-        """The ZeRO stage."""
-        return self.config.keys.zero_optimization.stage
-
-    def zero_optimization(self) -> bool:
-        """Whether anything is sharded."""
-        return self.zero_optimization_stage() > 0
-
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches of a step."""
-        return self.accumulation
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Rows of a micro-batch on one rank."""
-        return self.config.micro_batch
-
-    def train_batch_size(self) -> int:
-        """Rows of a step, of all ranks."""
-        return self.config.micro_batch * self.accumulation * self.config.world_size
-
-    def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change how many micro-batches a step has.
-
-        Raises:
-            UsageError: the rows are not those of whole micro-batches, or a step is under way.
-        """
-        rows = self.config.micro_batch * self.config.world_size
-        if train_batch_size < 1 or train_batch_size % rows:
-            raise UsageError(f"train_batch_size must be a multiple of {rows}, the rows of a micro-batch of all ranks")
-        if self.micro_steps % self.accumulation:
-            raise UsageError("a step is under way: change the batch size after it")
-        self.accumulation = train_batch_size // rows
-        self.micro_steps = 0
-
-    @property
-    def global_samples(self) -> int:
-        """Rows of all ranks in the steps so far."""
-        return self.global_steps * self.train_batch_size()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes, and where batches go."""
-        return compiled_model(self.module).session.device
-
-    @property
-    def world_size(self) -> int:
-        """Ranks that share a batch."""
-        return self.config.world_size
-
-    @property
-    def global_rank(self) -> int:
-        """This rank's number among all."""
-        return dist.get_rank() if dist.is_initialized() else 0
-
-    @property
-    def local_rank(self) -> int:
-        """This rank's number on its host, as the launcher gave it."""
-        return int(os.environ.get("LOCAL_RANK", "0"))
-
-    def fp16_enabled(self) -> bool:
-        return self.config.keys.fp16.enabled
-
-    def bfloat16_enabled(self) -> bool:
-        return self.config.keys.bf16.enabled

@@ -35,12 +35,18 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 def initialize_engine(
-    args: Any = None, model: nn.Module | None = None, optimizer: Optimizer | MakeOptimizer | None = None,
-    model_parameters: Iterable[Any] | None = None, training_data: Dataset[Any] | None = None,
-    lr_scheduler: Any | MakeScheduler | None = None, collate_fn: Callable[[list[Any]], Any] | None = None,
-    config: Mapping[str, Any] | str | Path | None = None, mesh: DeviceMesh | None = None,
-    dist_init_required: bool | None = None, config_params: Mapping[str, Any] | str | Path | None = None,
-) -> tuple[Engine, Optimizer | None, EngineLoader | None, Any]:  # fmt: skip
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Optimizer | MakeOptimizer | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Dataset[Any] | None = None,
+    lr_scheduler: Any | MakeScheduler | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
+    mesh: DeviceMesh | None = None,
+    dist_init_required: bool | None = None,
+    config_params: Mapping[str, Any] | str | Path | None = None,
+) -> tuple[Engine, Optimizer | None, EngineLoader | None, Any]:
     """Compile a model for training as a DeepSpeed configuration says.
 
     Without a process group, one is made where a launcher (torchrun) has said how many ranks there are.
@@ -83,9 +89,14 @@ def initialize_engine(
     loader = None
     if training_data is not None:
         loader = EngineLoader(
-            training_data, read.micro_batch, collate_fn, read.keys.dataloader_drop_last, read.keys.seed or 0,
-            read.world_size, _rank(mesh),
-        )  # fmt: skip
+            training_data,
+            read.micro_batch,
+            collate_fn,
+            read.keys.dataloader_drop_last,
+            read.keys.seed or 0,
+            read.world_size,
+            _rank(mesh),
+        )
     groups = _named_groups(model, model_parameters)
     with handed_over(optimizer, model) if isinstance(optimizer, Optimizer) else contextlib.nullcontext():
         compiled = compile_for(model, read, mesh)
@@ -105,10 +116,17 @@ def _rank(mesh: DeviceMesh | None) -> int:
 
 
 def init_distributed(
-    dist_backend: str | None = None, auto_mpi_discovery: bool = True, distributed_port: int = 29500,
-    verbose: bool = True, timeout: timedelta | None = None, init_method: str | None = None,
-    dist_init_required: bool | None = None, config: Any = None, rank: int = -1, world_size: int = -1,
-) -> None:  # fmt: skip
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = 29500,
+    verbose: bool = True,
+    timeout: timedelta | None = None,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+) -> None:
     """Join the ranks that a launcher (torchrun) has started; nothing where there is one, or where that is done.
 
     Args:
@@ -135,11 +153,13 @@ def init_distributed(
 
 
 def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add what DeepSpeed's scripts take on their command line: `--deepspeed`, `--deepspeed_config`, `--local_rank`."""
+    """Add what DeepSpeed's scripts take on their command line: `--deepspeed` and `--deepspeed_config`.
+
+    A `--local_rank` is the script's own to add, as with DeepSpeed; the engine reads the environment.
+    """
     group = parser.add_argument_group("zgraph", "configuration")
     group.add_argument("--deepspeed", action="store_true", help="taken, and without effect: zgraph is always on")
     group.add_argument("--deepspeed_config", help="path of the JSON configuration")
-    group.add_argument("--local_rank", type=int, default=0, help="given by launchers; read from the environment")
     return parser
 
 
@@ -156,11 +176,21 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
         model.to(torch.device("cuda", torch.cuda.current_device()))
     recipe = {} if own.recipe is None else {"passes": own.recipe}
     return api.compile(
-        model, stage=_stage(model, config), mesh=mesh if mesh is not None else _mesh(config),
-        param_dtype=config.param_dtype, reduce_dtype=keys.communication_data_type, hardware=own.hardware,
-        memory_budget=own.memory_budget, recompute=own.recompute, offload=_offload(config), kernels=own.kernels,
-        save=own.save, fullgraph=own.fullgraph, dynamic=own.dynamic, **recipe,
-    )  # fmt: skip
+        model,
+        stage=_stage(model, config),
+        mesh=mesh if mesh is not None else _mesh(config),
+        param_dtype=config.param_dtype,
+        reduce_dtype=keys.communication_data_type,
+        hardware=own.hardware,
+        memory_budget=own.memory_budget,
+        recompute=own.recompute,
+        offload=_offload(config),
+        kernels=own.kernels,
+        save=own.save,
+        fullgraph=own.fullgraph,
+        dynamic=own.dynamic,
+        **recipe,
+    )
 
 
 def _stage(model: nn.Module, config: Config) -> Any:

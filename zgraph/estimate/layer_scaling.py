@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from zgraph.capture import trace
-from zgraph.capture.layers import shortened
+from zgraph.capture.layers import kinds_and_shapes, shortened, stacks
 from zgraph.ir import Graph
 
 FEW_LAYERS = 2
@@ -22,12 +22,12 @@ FEW_LAYERS = 2
 
 @dataclass(frozen=True)
 class LayerSamples:
-    """A model captured with few layers, and with one more of each stack.
+    """A model captured with few layers, and with one period more of each stack.
 
     Args:
-        base: with `FEW_LAYERS` of each stack.
-        longer: for each stack, with one more of it.
-        missing: for each stack, how many layers the model has beyond the base.
+        base: with `FEW_LAYERS` of each stack, or the first and one period, whichever is more.
+        longer: for each stack, with one period more of it.
+        missing: for each stack, how many periods the model has beyond the base.
     """
 
     base: Graph
@@ -68,13 +68,9 @@ def capture_samples(
         with shortened(lengths):
             return trace(model, *args, param_dtype=param_dtype, **kwargs)
 
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and _are_alike(m)]
-    few: dict[nn.Module, int] = dict.fromkeys(stacks, FEW_LAYERS)
-    longer = tuple(capture({**few, stack: FEW_LAYERS + 1}) for stack in stacks)
-    return LayerSamples(capture(few), longer, tuple(len(stack) - FEW_LAYERS for stack in stacks))
-
-
-def _are_alike(stack: nn.ModuleList) -> bool:
-    """Whether there are enough layers to leave some out, and all but the first are of one kind."""
-    kinds = {(type(m), tuple((n, p.shape, p.dtype) for n, p in m.named_parameters())) for m in [*stack][1:]}
-    return len(stack) > FEW_LAYERS + 1 and len(kinds) == 1
+    found = stacks(model, kinds_and_shapes, (nn.ModuleList,))
+    found = [s for s in found if len(s.layers) > s.length(FEW_LAYERS) + s.period]
+    few: dict[nn.Module, int] = {s.layers: s.length(FEW_LAYERS) for s in found}
+    longer = tuple(capture({**few, s.layers: few[s.layers] + s.period}) for s in found)
+    missing = tuple((len(s.layers) - few[s.layers]) // s.period for s in found)
+    return LayerSamples(capture(few), longer, missing)

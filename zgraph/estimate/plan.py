@@ -75,20 +75,48 @@ class TrainingPlan:
         name, unit = ("GiB", 2**30) if any(p.total_bytes >= 2**30 for p in self.stages) else ("MiB", 2**20)
         table = Table(title=f"{title}; sizes in {name}", title_justify="left")
         uses_host = any(plan.host_bytes for plan in self.stages)
-        for column in ("stage", "params", "optimizer", "gradients", "activations", "gathered", "other", "peak", "least",
-                       *("host", "moved") * uses_host, "step", "exposed", "sent", "again", "fits"):  # fmt: skip
+        for column in (
+            "stage",
+            "params",
+            "optimizer",
+            "gradients",
+            "activations",
+            "gathered",
+            "other",
+            "peak",
+            "least",
+            *("host", "moved") * uses_host,
+            "step",
+            "exposed",
+            "sent",
+            "again",
+            "fits",
+        ):
             table.add_column(column, justify="right")
         for plan in self.stages:
             peak = plan.peak_bytes
             other = sum(v for k, v in peak.items() if k in ("temporaries", "buckets", "buffers"))
-            sizes = (peak["parameters"], peak["optimizer"], peak["gradients"], peak["activations"], peak["gathered"],
-                     other, plan.total_bytes, plan.needed_bytes)  # fmt: skip
+            sizes = (
+                peak["parameters"],
+                peak["optimizer"],
+                peak["gradients"],
+                peak["activations"],
+                peak["gathered"],
+                other,
+                plan.total_bytes,
+                plan.needed_bytes,
+            )
             table.add_row(
-                plan.title, *(f"{size / unit:,.1f}" for size in sizes),
+                plan.title,
+                *(f"{size / unit:,.1f}" for size in sizes),
                 *(f"{plan.host_bytes / unit:,.1f}", f"{plan.moved_share:.0%}") * uses_host,
-                seconds(plan.total_us), seconds(plan.exposed_us), f"{plan.sent_bytes / unit:,.1f}",
-                f"{plan.again_share:.0%}", "yes" if plan.fits else "no", style="bold" if plan is self.best else "",
-            )  # fmt: skip
+                seconds(plan.total_us),
+                seconds(plan.exposed_us),
+                f"{plan.sent_bytes / unit:,.1f}",
+                f"{plan.again_share:.0%}",
+                "yes" if plan.fits else "no",
+                style="bold" if plan is self.best else "",
+            )
         return Group(table, Text(self.reason))
 
     def __str__(self) -> str:
@@ -96,10 +124,16 @@ class TrainingPlan:
 
 
 def plan(
-    model: nn.Module, *args: Any, hardware: Target = "h100", num_ranks: int | None = None,
-    memory_budget: int | str | None = None, stage: int | Sequence[int] | None = None,
-    offload: Offload = "auto", param_dtype: Dtype | None = None, **kwargs: Any,
-) -> TrainingPlan:  # fmt: skip
+    model: nn.Module,
+    *args: Any,
+    hardware: Target = "h100",
+    num_ranks: int | None = None,
+    memory_budget: int | str | None = None,
+    stage: int | Sequence[int] | None = None,
+    offload: Offload = "auto",
+    param_dtype: Dtype | None = None,
+    **kwargs: Any,
+) -> TrainingPlan:
     """Plans memory and time of training a model with AdamW, without the hardware: no process group, device or memory.
 
     If a stage does not fit the budget, as much of the forward as needed is computed again or moved to the host. If that
@@ -123,17 +157,30 @@ def plan(
         CaptureError, GraphBreakError: as `zgraph.compile` does at the first call.
     """
     (found,) = sweep(
-        model, *args, hardware=(hardware,), num_ranks=num_ranks, memory_budget=memory_budget, stage=stage,
-        offload=offload, param_dtype=param_dtype, **kwargs,
-    )  # fmt: skip
+        model,
+        *args,
+        hardware=(hardware,),
+        num_ranks=num_ranks,
+        memory_budget=memory_budget,
+        stage=stage,
+        offload=offload,
+        param_dtype=param_dtype,
+        **kwargs,
+    )
     return found
 
 
 def sweep(
-    model: nn.Module, *args: Any, hardware: Sequence[Target], num_ranks: int | None = None,
-    memory_budget: int | str | None = None, stage: int | Sequence[int] | None = None,
-    offload: Offload = "auto", param_dtype: Dtype | None = None, **kwargs: Any,
-) -> tuple[TrainingPlan, ...]:  # fmt: skip
+    model: nn.Module,
+    *args: Any,
+    hardware: Sequence[Target],
+    num_ranks: int | None = None,
+    memory_budget: int | str | None = None,
+    stage: int | Sequence[int] | None = None,
+    offload: Offload = "auto",
+    param_dtype: Dtype | None = None,
+    **kwargs: Any,
+) -> tuple[TrainingPlan, ...]:
     """`plan` for several kinds of hardware, with the model captured once.
 
     Args:
@@ -179,10 +226,14 @@ def _planner(
     budget = device_bytes if memory_budget is None else num_bytes(memory_budget)
     host_bytes = hardware.host_memory_bytes * (1 - MEMORY_MARGIN) / hardware.spread(count)[1]
     return partial(
-        Planner, num_ranks=count, costs=costs, budget=budget, host_budget=int(host_bytes) or None,
+        Planner,
+        num_ranks=count,
+        costs=costs,
+        budget=budget,
+        host_budget=int(host_bytes) or None,
         places=places(offload, is_gpu=hardware.has_host),
         moves=activations(offload, budget, is_gpu=hardware.has_host) != "never",
-    )  # fmt: skip
+    )
 
 
 def seconds(us: float) -> str:

@@ -247,13 +247,22 @@ class _Shape:
         step_us, exposed_us, sent, flop = (self.samples.scale(f) for f in zip(*figures, strict=True))
         usual = self.samples.scale([m.flop for m in self.members])
         return StagePlan(
-            stage=self.stage, whole=self.whole, offload=self.place, moved_share=option.moved_share,
-            rest_bytes={name: self.rest[name] for name in RESTING}, peak_bytes=option.peak_bytes,
-            host_bytes=option.host_bytes, needed_bytes=min(self.smallest.total_bytes, option.total_bytes),
-            step_us=step_us, update_us=self.update_us,
-            exposed_us=exposed_us, sent_bytes=int(sent), flop=usual, again_share=flop / usual - 1 if usual else 0.0,
+            stage=self.stage,
+            whole=self.whole,
+            offload=self.place,
+            moved_share=option.moved_share,
+            rest_bytes={name: self.rest[name] for name in RESTING},
+            peak_bytes=option.peak_bytes,
+            host_bytes=option.host_bytes,
+            needed_bytes=min(self.smallest.total_bytes, option.total_bytes),
+            step_us=step_us,
+            update_us=self.update_us,
+            exposed_us=exposed_us,
+            sent_bytes=int(sent),
+            flop=usual,
+            again_share=flop / usual - 1 if usual else 0.0,
             fits=option.fits,
-        )  # fmt: skip
+        )
 
     def peak(self, price: float | None, moved_share: float) -> tuple[dict[str, int], int]:
         """Bytes on the device by category at the peak of the step, and bytes on the host."""

@@ -96,15 +96,36 @@ class Sweep:
     def __rich__(self) -> RenderableType:
         first = self.combinations[0].plan
         table = Table(title=f"{first.model}, {parameters(first.num_parameters)}", title_justify="left")
-        for column in ("hardware", "ranks", "batch", "stage", "on the host", "peak", "budget", "step",
-                       f"{self.unit}/s", "of a rank", "MFU", "fits"):  # fmt: skip
+        for column in (
+            "hardware",
+            "ranks",
+            "batch",
+            "stage",
+            "on the host",
+            "peak",
+            "budget",
+            "step",
+            f"{self.unit}/s",
+            "of a rank",
+            "MFU",
+            "fits",
+        ):
             table.add_column(column, justify="left" if column in ("hardware", "on the host") else "right")
         for found in self.combinations:
             stage, plan = found.stage, found.plan
             table.add_row(
-                found.hardware, str(plan.num_ranks), str(found.batch), stage.title, stage.offload,
-                gibibytes(stage.total_bytes), gibibytes(plan.budget_bytes), seconds(stage.total_us),
-                f"{found.items_per_s:,.0f}", f"{found.items_per_s / plan.num_ranks:,.0f}", f"{found.utilisation:.0%}",
-                "yes" if found.fits else "no", style="bold" if found in (self.fastest, self.smallest) else "",
-            )  # fmt: skip
+                found.hardware,
+                str(plan.num_ranks),
+                str(found.batch),
+                stage.title,
+                stage.offload,
+                gibibytes(stage.total_bytes),
+                gibibytes(plan.budget_bytes),
+                seconds(stage.total_us),
+                f"{found.items_per_s:,.0f}",
+                f"{found.items_per_s / plan.num_ranks:,.0f}",
+                f"{found.utilisation:.0%}",
+                "yes" if found.fits else "no",
+                style="bold" if found in (self.fastest, self.smallest) else "",
+            )
         return Group(table, Text(self.reason))

@@ -24,9 +24,15 @@ from zgraph.runfile.sources import sources_of
 
 
 def traced(
-    model: nn.Module, inputs: Mapping[str, Any], pipeline: Pipeline, *, hardware: Target,
-    num_ranks: int | None = None, memory_budget: int | str | None = None, param_dtype: Dtype | None = None,
-) -> RunFile:  # fmt: skip
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    pipeline: Pipeline,
+    *,
+    hardware: Target,
+    num_ranks: int | None = None,
+    memory_budget: int | str | None = None,
+    param_dtype: Dtype | None = None,
+) -> RunFile:
     """Capture a model under fake tensors and run passes on it.
 
     Args:
@@ -56,7 +62,7 @@ def traced(
     context = _resting(graph, pipeline, context)
     recording = Recording(graph, sources=sources_of(graph))
     level = environment().verify
-    certifier = Certifier(graph, context, thorough=level == 2)  # fmt: skip
+    certifier = Certifier(graph, context, thorough=level == 2)
     pipeline.run(graph, context, [recording, certifier])
     made = Provenance(model=type(model).__name__, torch=torch.__version__, captured=how)
     return recording.run_file(made, context, certifier.finish() if level else None)
@@ -71,6 +77,7 @@ def _resting(graph: Graph, pipeline: Pipeline, context: Context) -> Context:
     updated = replace(placed, inputs=tuple(i for i in placed.params if i.value.name in trained))
     found = at_rest(placed)
     return replace(
-        context, rest_bytes=found["masters"] + found["optimizer"] + found["buffers"],
+        context,
+        rest_bytes=found["masters"] + found["optimizer"] + found["buffers"],
         update_bytes=at_rest(updated)["optimizer"],
-    )  # fmt: skip
+    )

@@ -37,7 +37,7 @@ def prepare(accelerator: Any, model: nn.Module, *others: Any) -> Any:
         )
     if (kind := accelerator.distributed_type.value) in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         raise UsageError(f"the accelerator is {kind}'s, which shards the model itself: launch without it")
-    accelerator.register_save_state_pre_hook(_refuse_saving)
+    accelerator.register_save_state_pre_hook(refuse_saving)
     return accelerator.prepare(own(model), *others)
 
 
@@ -49,7 +49,8 @@ def own(model: nn.Module) -> nn.Module:
     return model
 
 
-def _refuse_saving(*_: Any) -> None:
+def refuse_saving(*_: Any) -> None:
+    """Raise UsageError in the place of `accelerator.save_state`."""
     raise UsageError(
         "accelerator.save_state would keep the first rank's shards of the optimizer only; write them with "
         "torch.distributed.checkpoint or zgraph.hf.state.save_state, and the model with model.save_pretrained"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from zgraph.engine.config.read import loaded, undecided
+from zgraph.engine.config.sections import NO_EFFECT
 from zgraph.errors import ConfigError
-
-log = logging.getLogger("zgraph")
 
 DECIDED_ELSEWHERE = {
     **dict.fromkeys(("tensorboard", "csv_monitor", "wandb"), "report_to decides"),
@@ -71,9 +70,28 @@ def filled(source: Mapping[str, Any] | str | Path, args: Any, *, num_steps: int 
     problems += [f'{place}: TrainingArguments have no value for this "auto"; give one' for place in undecided(config)]
     if problems:
         raise ConfigError(problems)
-    for key in DECIDED_ELSEWHERE.keys() & config.keys():
-        log.info(f"{key} has no effect under a Trainer: {DECIDED_ELSEWHERE[key]}")
     return config
+
+
+def without_effect(config: Mapping[str, Any], notes: Sequence[str]) -> str:
+    """A line about all keys that have no effect, with what decides instead; "" where there are none.
+
+    Args:
+        config: as `filled` gives it.
+        notes: of reading it.
+    """
+    elsewhere = [f"{key}{NO_EFFECT}{why}" for key, why in DECIDED_ELSEWHERE.items() if key in config]
+    listed = folded([*notes, *elsewhere])
+    return f"without effect under a Trainer: {listed}" if listed else ""
+
+
+def folded(notes: Sequence[str]) -> str:
+    """Notes in one line: the keys, and behind those that something else decides together, what that is."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for note in notes:
+        place, _, why = note.partition(NO_EFFECT)
+        places[why].append(place)
+    return "; ".join(f"{', '.join(names)} ({why})" for why, names in places.items())
 
 
 def _known(config: Mapping[str, Any], args: Any, num_steps: int | None) -> Iterator[_Known]:

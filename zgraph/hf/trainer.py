@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from zgraph import optim
+from zgraph.engine.checkpoint.tensors import whole_state_dict
 from zgraph.engine.config.lr_schedules import Scheduler
 from zgraph.engine.config.optimizers import handed_over
 from zgraph.engine.config.read import Config, read_config
@@ -28,10 +29,10 @@ from zgraph.engine.initialize import compile_for
 from zgraph.environment import environment
 from zgraph.errors import ConfigError, UsageError
 from zgraph.hf.accelerators import own
-from zgraph.hf.config import filled
+from zgraph.hf.arguments import Arguments, enabled
+from zgraph.hf.config import filled, without_effect
 from zgraph.hf.grad_scaler import Scaler
 from zgraph.hf.state import is_complete, load_state, save_state
-from zgraph.hf.weights import whole_state_dict
 from zgraph.options.validate import ATTRIBUTE
 
 log = logging.getLogger("zgraph")
@@ -52,8 +53,8 @@ class Sharded(Base):  # type: ignore[misc]
 
     Args:
         args, kwargs: as the Trainer takes them.
-        zgraph: a DeepSpeed-style configuration: a mapping, the path of a JSON file, or JSON in base64. By default what
-            ZGRAPH_CONFIG names, else stage 3.
+        zgraph: a DeepSpeed-style configuration: a mapping, the path of a JSON file, or JSON in base64. By default
+            `deepspeed` of `zgraph.hf.TrainingArguments`, else what ZGRAPH_CONFIG names, else stage 3.
 
     Raises:
         ConfigError: the configuration or TrainingArguments ask for what cannot be; the error has all problems.
@@ -64,14 +65,18 @@ class Sharded(Base):  # type: ignore[misc]
     optimizer_cls_and_kwargs: Any
 
     def __init__(self, *args: Any, zgraph: Mapping[str, Any] | str | Path | None = None, **kwargs: Any) -> None:
-        self.zgraph_source = zgraph if zgraph is not None else environment().config or DEFAULT
+        self.zgraph_source: Any = zgraph
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         _check(self.args)
         if self.args.n_gpu > 1:
             self.args._n_gpu = 1  # else torch's DataParallel
+        self.zgraph_source = _source(self.zgraph_source, self.args)
         self.zgraph_config = self._read()
+        told = without_effect(filled(self.zgraph_source, self.args), self.zgraph_config.notes)
+        if told and self.args.process_index == 0:
+            log.warning(told)
         super().create_accelerator_and_postprocess()
         if self.zgraph_config.keys.fp16.enabled:
             self.accelerator.scaler = Scaler(self.zgraph_config.keys.fp16)
@@ -201,13 +206,19 @@ class Sharded(Base):  # type: ignore[misc]
 
 @functools.cache
 def enable(kind: type[T]) -> type[T]:
-    """A Trainer class over zgraph: `MyTrainer = zgraph.hf.enable(MyTrainer)`.
+    """A Trainer class over zgraph: `MyTrainer = zgraph.hf.enable(MyTrainer)`; or a class of TrainingArguments, whose
+    `deepspeed` such a Trainer reads.
 
     Raises:
-        UsageError: it is no class of transformers.Trainer.
+        UsageError: it is a class of neither.
     """
+    if isinstance(kind, type) and issubclass(kind, transformers.TrainingArguments):
+        arguments: Any = kind
+        return enabled(arguments)
     if not (isinstance(kind, type) and issubclass(kind, transformers.Trainer)):
-        raise UsageError(f"zgraph.hf.enable takes a class derived from transformers.Trainer, not {kind!r}")
+        raise UsageError(
+            f"zgraph.hf.enable takes a class derived from transformers.Trainer or TrainingArguments, not {kind!r}"
+        )
     if issubclass(kind, Sharded):
         return kind
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
@@ -218,11 +229,26 @@ Trainer: Any = enable(transformers.Trainer)
 Trainer.__module__ = __name__  # where pickle finds it
 
 
+def _source(given: Any, args: Any) -> Any:
+    """The configuration: the Trainer's, that of the arguments, the environment's, or stage 3.
+
+    Raises:
+        ConfigError: there are two.
+    """
+    if not isinstance(args, Arguments) or args.deepspeed is None:
+        return given if given is not None else environment().config or DEFAULT
+    if given is not None:
+        raise ConfigError(["zgraph= of the Trainer and deepspeed= of its arguments: give one of them"])
+    args.is_read = True
+    return args.deepspeed
+
+
 def _check(args: Any) -> None:
     """Refuse TrainingArguments that zgraph takes the place of."""
-    file = "Trainer(zgraph=...) or ZGRAPH_CONFIG takes the same file"
+    by_package = args.deepspeed and not isinstance(args, Arguments)
+    file = "zgraph.hf.TrainingArguments or Trainer(zgraph=...) takes the same file"
     asked = {
-        f"deepspeed: zgraph does what it would; leave it out, {file}": args.deepspeed or _launched("DEEPSPEED"),
+        f"deepspeed: zgraph does what it would; {file}": by_package or _launched("DEEPSPEED"),
         "fsdp: zgraph shards; leave it out": args.fsdp or _launched("FSDP"),
         "parallelism_config: zgraph shards over all ranks; leave it out": args.parallelism_config,
         'torch_compile: zgraph compiles; leave it out, "zgraph": {"kernels": "inductor"} in the configuration has '

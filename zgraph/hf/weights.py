@@ -5,40 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from zgraph.bridge import private_runtime
 from zgraph.compiler.compiled_model import compiled_model
-
-
-def whole_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
-    """The model's weights, whole and on the CPU: gathered one at a time, by all ranks together.
-
-    Args:
-        model: compiled.
-        keep: False on ranks that only help to gather.
-    """
-    tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    gathered: dict[int, torch.Tensor] = {}
-    found = {}
-    for name, tensor in model.state_dict().items():
-        known = tied.get(name, id(tensor))
-        if known not in gathered:
-            whole = _whole(tensor)
-            gathered[known] = whole.cpu() if keep else whole.new_empty(0)
-        found[name] = gathered[known]
-    return found if keep else {}
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    kind = tensor.device_mesh.device_type
-    if tensor.to_local().device.type != kind:  # it rests on the host
-        tensor = private_runtime.dtensor_like(tensor.to_local().to(kind), tensor)
-    return tensor.full_tensor()
+from zgraph.engine.checkpoint.tensors import whole_state_dict
 
 
 def save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], **options: Any) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from zgraph.ir.aliases import Aliases
 from zgraph.ir.graph import PROGRAMS, Graph, Node, Phase
-from zgraph.ir.ops import OPS, padded_bytes, views
+from zgraph.ir.ops import OPS, padded_bytes
 from zgraph.ir.types import TensorType, num_shards
 
 ALIGN_BYTES = 512
@@ -56,16 +57,15 @@ def buffers(graph: Graph, program: Phase) -> list[Buffer]:
         program: forward, or backward for all that follows it.
     """
     found: dict[str, Buffer] = {}
-    roots: dict[str, frozenset[str]] = {}
+    aliases = Aliases(graph)
     sending: dict[str, frozenset[str]] = {}
     escaped: set[str] = set()
     ends: dict[str, int] = {}
     for position, node in enumerate(graph.nodes):
         is_here = runs_in(node, program)
-        sources = views(graph, node)
-        shared = frozenset(root for name in sources for root in roots.get(name, ()))
+        aliases.add(node)
         for value in node.operands:
-            touched = roots.get(value.name, frozenset()) | sending.get(value.name, frozenset())
+            touched = aliases.roots(value.name) | sending.get(value.name, frozenset())
             ends.update((root, position) for root in touched)
             if not is_here:
                 escaped |= touched
@@ -75,14 +75,10 @@ def buffers(graph: Graph, program: Phase) -> list[Buffer]:
                 if _can_lie_there(graph, node, result.type):
                     num_bytes, offset = _num_bytes(graph, result.type), at[index] if at else None
                     found[result.name] = Buffer(result.name, position, num_bytes, position, offset)
-                    roots[result.name] = frozenset((result.name,))
-        if shared:
-            roots.update((result.name, shared) for result in node.results)
-        elif node.op in OPS and OPS[node.op].lane != "compute":  # what is sent must stay until the wait
-            sent = frozenset(root for value in node.operands for root in roots.get(value.name, ()))
+        if node.op in OPS and OPS[node.op].lane != "compute":  # what is sent must stay until the wait
+            sent = aliases.roots(*(value.name for value in node.operands))
             sending.update((result.name, sent) for result in node.results)
-    for name in graph.output_names:
-        escaped |= roots.get(name, frozenset())
+    escaped |= aliases.roots(*graph.output_names)
     return [replace(b, last=max(b.node, ends.get(b.name, 0))) for b in found.values() if b.name not in escaped]
 
 

@@ -40,12 +40,23 @@ class Builder:
         """A node of one of zgraph's own ops, with the results that its type rule gives, named after `stem`."""
         node = Node(op, tuple(args), (), tuple(options.items()), phase, self.origin(origin))
         return Node(
-            op, node.args, tuple(self.value(stem, t) for t in OPS[op].rule(node, self._mesh)), node.kwargs, phase,
+            op,
+            node.args,
+            tuple(self.value(stem, t) for t in OPS[op].rule(node, self._mesh)),
+            node.kwargs,
+            phase,
             node.origin,
-        )  # fmt: skip
+        )
 
-    def typed(self, op: str, args: Iterable[Arg], results: Iterable[Value], phase: Phase, origin: Origin | None = None,
-              **options: Arg) -> Node:  # fmt: skip
+    def typed(
+        self,
+        op: str,
+        args: Iterable[Arg],
+        results: Iterable[Value],
+        phase: Phase,
+        origin: Origin | None = None,
+        **options: Arg,
+    ) -> Node:
         """A node whose results the caller made: for ops whose operands alone do not say what they give."""
         return Node(op, tuple(args), tuple(results), tuple(options.items()), phase, self.origin(origin))
 

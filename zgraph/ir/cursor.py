@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
-from zgraph.errors import ZirError
+from zgraph.errors import TextError
 
 _T = TypeVar("_T")
 NUMBER = re.compile(r"-?(?:inf\b|\d+(?:\.\d*)?(?:e[+-]?\d+)?)", re.ASCII)
@@ -18,17 +18,25 @@ _MAX_DIGITS = 400
 
 
 class Cursor:
-    """A cursor over one line: what comes next, or an error with a caret under it."""
+    """A cursor over one line: what comes next, or an error with a caret under it.
 
-    def __init__(self, text: str, number: int) -> None:
+    Args:
+        text: the line.
+        number: that of the line, from 1; 0 where there is only one.
+    """
+
+    fault: ClassVar[type[TextError]] = TextError
+    blanks: ClassVar[re.Pattern[str]] = re.compile(" *")
+
+    def __init__(self, text: str, number: int = 0) -> None:
         self.text, self.line, self.at = text, number, 0
 
-    def error(self, message: str, at: int | None = None) -> ZirError:
-        return ZirError(message, self.text, self.at if at is None else at, self.line)
+    def error(self, message: str, at: int | None = None) -> TextError:
+        return self.fault(message, self.text, self.at if at is None else at, self.line)
 
     def space(self) -> None:
-        while self.at < len(self.text) and self.text[self.at] == " ":
-            self.at += 1
+        if found := self.blanks.match(self.text, self.at):
+            self.at = found.end()
 
     def peek(self, literal: str) -> bool:
         if self.text.startswith(literal, self.at):

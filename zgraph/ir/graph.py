@@ -10,9 +10,21 @@ from functools import cached_property
 from zgraph.ir.types import Axis, DType, TensorType, Type, num_ranks, num_shards
 
 __all__ = [
-    "Arg", "ExternalOp", "Graph", "Input", "InputKind", "Node", "Origin", "Output", "OutputKind", "Phase", "Token",
-    "Value", "map_values", "values_in",
-]  # fmt: skip
+    "Arg",
+    "ExternalOp",
+    "Graph",
+    "Input",
+    "InputKind",
+    "Node",
+    "Origin",
+    "Output",
+    "OutputKind",
+    "Phase",
+    "Token",
+    "Value",
+    "map_values",
+    "values_in",
+]
 
 
 class Phase(enum.Enum):

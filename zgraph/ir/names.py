@@ -10,35 +10,36 @@ import re
 from collections.abc import Mapping
 
 from zgraph.errors import UsageError, did_you_mean
+from zgraph.ir.external_ops import facts
 
-_words = str.split
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
 
 SCALAR_FUNCTIONS: Mapping[str, frozenset[str]] = {
-    "py": frozenset(_words(
+    "py": _words(
         "abs add and_ eq floordiv ge gt invert le lshift lt mod mul ne neg not_ or_ pos pow rshift sub truediv xor"
-    )),
-    "math": frozenset(_words(
-        "acos asin atan atan2 ceil copysign cos cosh exp fabs floor isfinite isinf isnan log log10 log1p log2 pow sin "
-        "sinh sqrt tan tanh trunc"
-    )),
-    "torch": frozenset(_words(
-        "_sym_acos _sym_asin _sym_atan _sym_cos _sym_cosh _sym_log2 _sym_sin _sym_sinh _sym_sqrt _sym_tan _sym_tanh "
-        "sym_float sym_int sym_ite sym_max sym_min sym_not sym_sum"
-    )),
-}  # fmt: skip
+    ),
+    "math": _words(
+        "acos asin atan atan2 ceil copysign cos cosh exp fabs floor isfinite isinf isnan log log10 log1p log2 pow "
+        "sin sinh sqrt tan tanh trunc"
+    ),
+    "torch": _words(
+        "_sym_acos _sym_asin _sym_atan _sym_cos _sym_cosh _sym_log2 _sym_sin _sym_sinh _sym_sqrt _sym_tan "
+        "_sym_tanh sym_float sym_int sym_ite sym_max sym_min sym_not sym_sum"
+    ),
+}
 """Functions on numbers that graphs with symbolic sizes call, by the module that has them."""
 
 TOKENS: Mapping[str, frozenset[str]] = {
-    "device": frozenset(_words("cpu cuda hip hpu maia meta mps mtia xla xpu")),
-    "layout": frozenset(_words("strided sparse_coo")),
-    "memory_format": frozenset(_words("contiguous_format preserve_format channels_last channels_last_3d")),
+    "device": _words("cpu cuda hip hpu maia meta mps mtia xla xpu"),
+    "layout": _words("strided sparse_coo"),
+    "memory_format": _words("contiguous_format preserve_format channels_last channels_last_3d"),
 }
 """The constants of the host framework that a text may name, by kind."""
 
 BUILT_IN = ("aten", "prims", "zgraph")
-
-REFUSED = frozenset({"aten.from_file", "aten.save"})
-"""Ops that open files."""
 
 _namespaces = set(BUILT_IN)
 _IDENTIFIER = re.compile(r"(?:[A-Za-z]|_(?!_))\w*|__i?(?:and|or|xor|lshift|rshift)__", re.ASCII)
@@ -79,7 +80,7 @@ def refusal(op: str) -> str:
             f"{shown} is an op of {namespace[:60]}, which this process does not know; the namespaces are "
             f"{_list(_namespaces)}, and zgraph.ir.allow_namespace adds one that is trusted"
         )
-    if f"{namespace}.{rest[0]}" in REFUSED:
+    if facts(op).opens_files:
         return f"{shown} opens files, which no graph may; load the data outside of the model"
     return ""
 

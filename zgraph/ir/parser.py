@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from zgraph.errors import ZirError
+from zgraph.errors import TextError, ZirError
 from zgraph.ir.cursor import NUMBER, Cursor
 from zgraph.ir.graph import (
     PROGRAMS,
@@ -63,6 +63,8 @@ def parse_graph(text: str) -> Graph:
 
 class _LineCursor(Cursor):
     """A cursor over one line of a graph."""
+
+    fault = ZirError
 
     def dims(self, closers: str) -> tuple[Dim, ...]:
         """Sizes separated by commas, up to one of `closers`, which is left."""
@@ -149,7 +151,7 @@ class _Reader:
         self.lines = _lines(text)
         self.values: dict[str, Value] = {}
         self.phases = {p.value: p for p in Phase}
-        self.undeclared: ZirError | None = None
+        self.undeclared: TextError | None = None
 
     def graph(self) -> Graph:
         head = next(self.lines, None)

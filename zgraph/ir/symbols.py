@@ -14,13 +14,20 @@ from zgraph.errors import ZirError
 Dim: TypeAlias = int | sympy.Expr
 
 _CALLS: Mapping[str, Callable[..., Any]] = {
-    "floor": sympy.floor, "ceiling": sympy.ceiling, "Mod": sympy.Mod, "Max": sympy.Max, "Min": sympy.Min,
+    "floor": sympy.floor,
+    "ceiling": sympy.ceiling,
+    "Mod": sympy.Mod,
+    "Max": sympy.Max,
+    "Min": sympy.Min,
     "Abs": sympy.Abs,
-}  # fmt: skip
+}
 _OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
-    ast.Div: lambda a, b: sympy.sympify(a) / b, ast.Pow: lambda a, b: a**b,
-}  # fmt: skip
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Div: lambda a, b: sympy.sympify(a) / b,
+    ast.Pow: lambda a, b: a**b,
+}
 _MAX_LENGTH = 1000
 _MAX_NODES = 120
 _MAX_EXPONENT = 8

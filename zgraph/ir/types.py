@@ -11,9 +11,26 @@ from typing import Literal, get_args
 from zgraph.ir.symbols import Dim, render
 
 __all__ = [
-    "DEVICE", "HOST", "PLACEMENTS", "REDUCTIONS", "Axis", "DType", "Mesh", "NoneType", "Partial", "Placement",
-    "Reduction", "Replicate", "ScalarType", "Shard", "TensorType", "Type", "Varying", "num_ranks", "num_shards",
-]  # fmt: skip
+    "DEVICE",
+    "HOST",
+    "PLACEMENTS",
+    "REDUCTIONS",
+    "Axis",
+    "DType",
+    "Mesh",
+    "NoneType",
+    "Partial",
+    "Placement",
+    "Reduction",
+    "Replicate",
+    "ScalarType",
+    "Shard",
+    "TensorType",
+    "Type",
+    "Varying",
+    "num_ranks",
+    "num_shards",
+]
 
 
 class DType(enum.Enum):

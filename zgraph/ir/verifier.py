@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from zgraph.errors import VerifyError
+from zgraph.ir.aliases import Memory
 from zgraph.ir.arena import ALIGN_BYTES, Buffer, buffers, clashes, offsets, runs_in, sizes
 from zgraph.ir.graph import PROGRAMS, Arg, Graph, Input, InputKind, Node, Output, OutputKind, Phase
-from zgraph.ir.ops import OPS, TypeRuleError, views
+from zgraph.ir.ops import OPS
 from zgraph.ir.printer import print_arg, print_node
 from zgraph.ir.symbols import Dim, simplify
+from zgraph.ir.type_rules import TypeRuleError
 from zgraph.ir.types import DEVICE, HOST, Partial, Replicate, Shard, TensorType, Type, Varying
 
 Fault = tuple[int | None, str]
@@ -156,24 +158,15 @@ def futures(graph: Graph) -> Iterator[Fault]:
 
 def lifetimes(graph: Graph) -> Iterator[Fault]:
     """Nothing reads a released value, or one that shares its memory, after the release."""
-    roots: dict[str, frozenset[str]] = {}
-    released: dict[str, str] = {}
-
-    def memory(name: str) -> frozenset[str]:
-        return roots.get(name, frozenset((name,)))
-
+    memory, released = Memory(graph), dict[str, str]()
     for position, node in enumerate(graph.nodes):
         for value in node.operands:
-            if gone := memory(value.name) & released.keys():
+            if gone := memory.roots(value.name) & released.keys():
                 yield position, f"reads %{value.name}, whose memory was released by {released[min(gone)]}"
         if node.op in OPS and OPS[node.op].consumes:
-            released.update({m: f"{node.op}(%{v.name})" for v in node.operands for m in memory(v.name)})
-            continue
-        shared = frozenset().union(*(memory(name) for name in views(graph, node)))
-        for result in node.results:
-            roots[result.name] = shared or frozenset((result.name,))
+            released.update({m: f"{node.op}(%{v.name})" for v in node.operands for m in memory.roots(v.name)})
     for output in graph.outputs:
-        if output.value is not None and memory(output.value.name) & released.keys():
+        if output.value is not None and memory.roots(output.value.name) & released.keys():
             yield None, f"returns %{output.value.name}, whose memory was released"
 
 
@@ -269,8 +262,17 @@ def _arena_sizes(graph: Graph, laid: Mapping[Phase, list[Buffer]]) -> Iterator[F
 
 
 CHECKS: tuple[Callable[[Graph], Iterator[Fault]], ...] = (
-    ssa, phases, known_ops, types, placements, spaces, futures, lifetimes, targets, arenas,
-)  # fmt: skip
+    ssa,
+    phases,
+    known_ops,
+    types,
+    placements,
+    spaces,
+    futures,
+    lifetimes,
+    targets,
+    arenas,
+)
 
 
 def _list(kinds: tuple[object, ...]) -> str:

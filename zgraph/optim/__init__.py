@@ -1,7 +1,9 @@
 """Optimizers over local shards: adjacent parameters are updated in one call."""
 
 from zgraph.optim.adamw import AdamW
+from zgraph.optim.compact import CompactAdamW
 from zgraph.optim.lion import Lion
+from zgraph.optim.muon import Muon
 from zgraph.optim.sgd import SGD
 
-__all__ = ["SGD", "AdamW", "Lion"]
+__all__ = ["SGD", "AdamW", "CompactAdamW", "Lion", "Muon"]

@@ -52,10 +52,20 @@ class AdamW(FlatOptimizer):
     """
 
     def __init__(
-        self, params: ParamsT, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, *, state: Place = "auto", update: Update = "auto", folder: str | Path | None = None,
-        access: Access = "auto", chunk_bytes: int = 64 << 20, kernels: Kernels = "aten",
-    ) -> None:  # fmt: skip
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state: Place = "auto",
+        update: Update = "auto",
+        folder: str | Path | None = None,
+        access: Access = "auto",
+        chunk_bytes: int = 64 << 20,
+        kernels: Kernels = "aten",
+    ) -> None:
         check_numbers({"lr": lr, "eps": eps, "weight_decay": weight_decay}, {"beta1": betas[0], "beta2": betas[1]})
         if chunk_bytes < 1:
             raise UsageError(f"chunk_bytes must be positive, not {chunk_bytes}")
@@ -131,17 +141,29 @@ class AdamW(FlatOptimizer):
             super()._update(group, age, pieces)
             return
         stream(
-            pieces, self.chunk_bytes, self._host, self._disk if self._streams_disk else None,
-            self._runs_on_host(parameter), lambda piece: self._aten(group, age, [piece]),
-        )  # fmt: skip
+            pieces,
+            self.chunk_bytes,
+            self._host,
+            self._disk if self._streams_disk else None,
+            self._runs_on_host(parameter),
+            lambda piece: self._aten(group, age, [piece]),
+        )
 
     def _aten(self, group: Group, age: float, pieces: Sequence[Piece]) -> None:
         beta1, beta2 = group["betas"]
         parameters, gradients, firsts, seconds = zip(*(piece.tensors for piece in pieces), strict=True)
         private_runtime.fused_adamw(
-            parameters, gradients, firsts, seconds, torch.full((), age, device=parameters[0].device),
-            lr=float(group["lr"]), beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
-        )  # fmt: skip
+            parameters,
+            gradients,
+            firsts,
+            seconds,
+            torch.full((), age, device=parameters[0].device),
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+        )
 
     def _spec(self, group: Group, columns: int, parameter: str, gradient: str, copy: str) -> KernelSpec:
         return updates.adamw(columns, *group["betas"], group["eps"], parameter, gradient, copy)

@@ -95,10 +95,15 @@ class FlatOptimizer(Optimizer):
         with ExitStack() as stack:
             for store in self._stores_in_step():
                 stack.enter_context(store.keeps_copies())
-            for group, parameters in zip(self.param_groups, due, strict=True):
-                self._update_group(group, parameters)
+            self._update_all(due)
+            for parameters in due:
                 private_runtime.bump_version(parameters)
         return loss
+
+    def _update_all(self, due: Sequence[list[torch.Tensor]]) -> None:
+        """Update the parameters of each group that have a gradient."""
+        for group, parameters in zip(self.param_groups, due, strict=True):
+            self._update_group(group, parameters)
 
     def _lay_out(self, parameters: list[torch.Tensor]) -> None:
         """Give parameters that have a gradient for the first time their places in runs."""

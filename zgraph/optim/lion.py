@@ -30,9 +30,14 @@ class Lion(FlatOptimizer):
     """
 
     def __init__(
-        self, params: ParamsT, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0, *,
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
         kernels: Kernels = "aten",
-    ) -> None:  # fmt: skip
+    ) -> None:
         check_numbers({"lr": lr, "weight_decay": weight_decay}, {"beta1": betas[0], "beta2": betas[1]})
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, kernels)
 

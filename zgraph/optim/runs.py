@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from zgraph.bridge import private_runtime
 from zgraph.errors import UsageError
+from zgraph.ir.layout import chunk_rows, dense_strides
 from zgraph.runtime.flat_buffers import align_numel
 from zgraph.runtime.shards import ShardStore, Slot, slots_at_rest
 
@@ -139,9 +140,12 @@ def _joined(store: ShardStore, slots: list[Slot]) -> Run:
     begin, numel = _begin(first.rest), _end(last.rest) - _begin(first.rest)
     copy = _over(first.working, numel) if _has_copy_beside(last) else None
     return Run(
-        [slot.parameter for slot in slots], [_begin(slot.rest) - begin for slot in slots],
-        _over(first.rest, numel), copy, store if _has_copy(last) else None,
-    )  # fmt: skip
+        [slot.parameter for slot in slots],
+        [_begin(slot.rest) - begin for slot in slots],
+        _over(first.rest, numel),
+        copy,
+        store if _has_copy(last) else None,
+    )
 
 
 def _over(first: torch.Tensor, numel: int) -> torch.Tensor:
@@ -211,5 +215,26 @@ def local(tensor: Any) -> torch.Tensor:
 
 
 def like(parameter: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """This rank's part as a tensor of the parameter's kind."""
-    return private_runtime.dtensor_like(own, parameter) if isinstance(parameter, DTensor) else own
+    """This rank's part as a tensor of the parameter's kind, with as many rows."""
+    if not isinstance(parameter, DTensor):
+        return own
+    if own.shape == local(parameter).shape:
+        return private_runtime.dtensor_like(own, parameter)
+    shape = torch.Size((parameter.shape[0], *own.shape[1:]))
+    return private_runtime.dtensor(own, parameter.device_mesh, parameter.placements, shape, dense_strides(shape))
+
+
+def first_row(parameter: torch.Tensor) -> int:
+    """The number of this rank's first row.
+
+    Raises:
+        UsageError: it is sharded in another way than by its rows along the last axis of its mesh.
+    """
+    if not isinstance(parameter, DTensor) or not any(p.is_shard() for p in parameter.placements):
+        return 0
+    *others, last = parameter.placements
+    if not last.is_shard(0) or any(p.is_shard() for p in others):
+        raise UsageError(f"a parameter has placements {parameter.placements}: shard it by zgraph.compile")
+    mesh = parameter.device_mesh
+    rows = parameter.shape[0]
+    return min(mesh.get_local_rank(mesh.ndim - 1) * chunk_rows(rows, mesh.size(mesh.ndim - 1)), rows)

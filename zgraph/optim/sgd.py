@@ -36,15 +36,26 @@ class SGD(FlatOptimizer):
     """
 
     def __init__(
-        self, params: ParamsT, lr: float = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
-        weight_decay: float = 0.0, nesterov: bool = False, *, kernels: Kernels = "aten",
-    ) -> None:  # fmt: skip
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        kernels: Kernels = "aten",
+    ) -> None:
         check_numbers({"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, {})
         if nesterov and (not momentum or dampening):
             raise UsageError("nesterov=True needs momentum above 0, and no dampening")
         defaults = {
-            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov
-        }  # fmt: skip
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
         super().__init__(params, defaults, kernels)
 
     def _keys(self, group: Group) -> tuple[str, ...]:
@@ -56,10 +67,16 @@ class SGD(FlatOptimizer):
     def _aten(self, group: Group, age: float, pieces: Sequence[Piece]) -> None:
         if private_runtime.has_fused_sgd(pieces[0].parameter):
             private_runtime.fused_sgd(
-                [p.parameter for p in pieces], [p.gradient for p in pieces], [s for p in pieces for s in p.states],
-                lr=float(group["lr"]), momentum=group["momentum"], dampening=group["dampening"],
-                weight_decay=group["weight_decay"], nesterov=group["nesterov"], is_first_step=age == FIRST,
-            )  # fmt: skip
+                [p.parameter for p in pieces],
+                [p.gradient for p in pieces],
+                [s for p in pieces for s in p.states],
+                lr=float(group["lr"]),
+                momentum=group["momentum"],
+                dampening=group["dampening"],
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                is_first_step=age == FIRST,
+            )
             return
         for parameters, gradients, *states in blocks(pieces):
             self._in_ops(group, age, parameters, gradients, states)

@@ -113,11 +113,22 @@ class Settings:
 
 
 def resolve(
-    model: nn.Module, *, stage: Stage, mesh: DeviceMesh | None, param_dtype: Dtype | None,
-    reduce_dtype: Dtype | None, hardware: Target | None, memory_budget: int | str | None, recompute: Recompute,
-    offload: Offload, kernels: Kernels, passes: Passes | None, save: str | Path | None, fullgraph: Fullgraph,
+    model: nn.Module,
+    *,
+    stage: Stage,
+    mesh: DeviceMesh | None,
+    param_dtype: Dtype | None,
+    reduce_dtype: Dtype | None,
+    hardware: Target | None,
+    memory_budget: int | str | None,
+    recompute: Recompute,
+    offload: Offload,
+    kernels: Kernels,
+    passes: Passes | None,
+    save: str | Path | None,
+    fullgraph: Fullgraph,
     dynamic: bool | None,
-) -> Settings:  # fmt: skip
+) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
 
     Raises:
@@ -154,10 +165,24 @@ def resolve(
     if (mesh is not None and default_stage) or offloads:
         check_optimizers(model)
     return Settings(
-        device, mesh, default_stage, stages, computed, averaged, pipeline, replayed, costs, budget,
-        RECOMPUTES[recompute], moves, offloads, kernels == "inductor", Path(save) if save is not None else None,
-        fullgraph, dynamic,
-    )  # fmt: skip
+        device,
+        mesh,
+        default_stage,
+        stages,
+        computed,
+        averaged,
+        pipeline,
+        replayed,
+        costs,
+        budget,
+        RECOMPUTES[recompute],
+        moves,
+        offloads,
+        kernels == "inductor",
+        Path(save) if save is not None else None,
+        fullgraph,
+        dynamic,
+    )
 
 
 def default_device(mesh: DeviceMesh | None) -> torch.device:

@@ -34,9 +34,11 @@ class Difference:
     def stat(self) -> dict[str, dict[str, int]]:
         """How many nodes of each op were added, removed, changed and moved."""
         kinds = {
-            "added": self.added, "removed": self.removed, "changed": [new for _, new in self.changed],
+            "added": self.added,
+            "removed": self.removed,
+            "changed": [new for _, new in self.changed],
             "moved": self.moved,
-        }  # fmt: skip
+        }
         return {kind: dict(Counter(line.op for line in lines).most_common()) for kind, lines in kinds.items()}
 
 

@@ -335,9 +335,7 @@ class Recording:
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
         self.steps.append((print_pass(step), after, seconds))
 
-    def run_file(
-        self, provenance: Provenance, context: Context, certificate: Certificate | None = None
-    ) -> RunFile:  # fmt: skip
+    def run_file(self, provenance: Provenance, context: Context, certificate: Certificate | None = None) -> RunFile:
         """The recording as a run file, with its timeline and what was checked."""
         steps = [(CAPTURED, self.captured, 0.0), *self.steps]
         run = run_file(steps, provenance, context, self.sources).with_timeline()

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from zgraph.ir import Graph, Input, InputKind, Instruction, Node, Phase, Value, print_node
 
 COLOURS = {
-    "": "#eeeeee", "compute": "#dceaf7", "comm": "#fbd9b5", "d2h": "#d9ecd0", "h2d": "#cfe8e4",
-}  # fmt: skip
+    "": "#eeeeee",
+    "compute": "#dceaf7",
+    "comm": "#fbd9b5",
+    "d2h": "#d9ecd0",
+    "h2d": "#cfe8e4",
+}
 """The colour of each lane; inputs and outputs are on none."""
 
 PHASES = {Phase.forward: "forward", Phase.backward: "backward", Phase.update: "update"}
@@ -69,10 +73,14 @@ def _input_box(entry: Input) -> Box:
 
 def _node_box(node: Node, position: int) -> Box:
     return Box(
-        node.name if node.results else f"{node.op}#{position}", node.op,
-        (PHASES[node.phase], *_path(node.origin.module)), Instruction(node).lane, node.operands, node.results,
+        node.name if node.results else f"{node.op}#{position}",
+        node.op,
+        (PHASES[node.phase], *_path(node.origin.module)),
+        Instruction(node).lane,
+        node.operands,
+        node.results,
         {**details(node), "text": print_node(node, origins=False)},
-    )  # fmt: skip
+    )
 
 
 def _path(module: str) -> tuple[str, ...]:

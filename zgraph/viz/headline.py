@@ -1,4 +1,4 @@
-"""What a run comes to, in figures and in plain words. What the run does not hold is left out."""
+"""The result of a run, in figures and in plain words. What the run does not hold is left out."""
 
 from __future__ import annotations
 
@@ -39,11 +39,13 @@ def figures(run: RunFile) -> Figures | None:
         return None
     graph = run.graph()
     return Figures(
-        step_us=timeline.step_us, bound_us=step_bound_us(graph, run.context, timeline),
-        communication_us=timeline.busy_us.get("comm", 0.0), exposed_us=_exposed_us(timeline),
+        step_us=timeline.step_us,
+        bound_us=step_bound_us(graph, run.context, timeline),
+        communication_us=timeline.busy_us.get("comm", 0.0),
+        exposed_us=_exposed_us(timeline),
         sent_bytes=sum(t.sent_bytes for t in traffic(make_plan(graph, only_step=True))),
         peak_bytes=timeline.memory.peak.total_bytes + run.context.rest_bytes,
-    )  # fmt: skip
+    )
 
 
 def _exposed_us(timeline: Timeline) -> float:

@@ -28,9 +28,22 @@ from zgraph.runfile.sources import context_of
 from zgraph.viz.headline import figures, headline
 
 SCRIPTS = (
-    "run.js", "tree.js", "gestures.js", "graph.js", "program.js", "charts.js", "timeline.js", "memory.js", "details.js",
-    "app.js", "search.js", "beside.js", "link.js", "pictures.js", "main.js",
-)  # fmt: skip
+    "run.js",
+    "tree.js",
+    "gestures.js",
+    "graph.js",
+    "program.js",
+    "charts.js",
+    "timeline.js",
+    "memory.js",
+    "details.js",
+    "app.js",
+    "search.js",
+    "beside.js",
+    "link.js",
+    "pictures.js",
+    "main.js",
+)
 
 
 def page(run: RunFile, beside: RunFile | None = None, names: tuple[str, str] = ("first", "second")) -> str:
@@ -188,12 +201,18 @@ def _step(run: RunFile, numbers: Mapping[str, int]) -> dict[str, Any]:
             "us": [_rounded(us) for us in timeline.instants_us],
             "bytes": [[m.bytes_by_category.get(c, 0) for m in moments] for c in categories],
             "lives": _columns(
-                (life.name, makers.get(life.name.partition("#")[0], -1), life.category, life.num_bytes, life.born,
-                 life.freed)
+                (
+                    life.name,
+                    makers.get(life.name.partition("#")[0], -1),
+                    life.category,
+                    life.num_bytes,
+                    life.born,
+                    life.freed,
+                )
                 for life in lifetimes(plan, context.hints)
             ),
         },
-    }  # fmt: skip
+    }
 
 
 def _columns(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:

@@ -16,9 +16,12 @@ from zgraph.ir import Instruction, Node, Plan
 from zgraph.viz.boxes import details
 
 TRACKS = {
-    "compute": "computing", "waits": "waiting for", "comm": "communication", "d2h": "copies to the host",
+    "compute": "computing",
+    "waits": "waiting for",
+    "comm": "communication",
+    "d2h": "copies to the host",
     "h2d": "copies from the host",
-}  # fmt: skip
+}
 """Name of each track, in their order from the top."""
 
 NUMBERS = {row: number for number, row in enumerate(TRACKS, 1)}
@@ -62,9 +65,14 @@ def _stall(stall: Stall, start: Node) -> Event:
     args = {"wait": f"%{stall.node}", "for": f"%{stall.start}", **details(start)}
     us = {"ts": _rounded(stall.start_us), "dur": _rounded(stall.us)}
     return {
-        "ph": "X", "tid": NUMBERS["waits"], **us, "name": start.op, "cat": stall.phase, "cname": "terrible",
+        "ph": "X",
+        "tid": NUMBERS["waits"],
+        **us,
+        "name": start.op,
+        "cat": stall.phase,
+        "cname": "terrible",
         "args": args,
-    }  # fmt: skip
+    }
 
 
 class _Walk:

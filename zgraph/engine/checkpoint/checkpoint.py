@@ -198,10 +198,14 @@ class Checkpoints:
     def _load_deepspeed(self, folder: Path, parts: Parts) -> dict[str, Any]:
         found = self.ranks.together(
             lambda: load_deepspeed(
-                self.engine, folder, strict=parts.strict, optimizer=parts.optimizer, scheduler=parts.scheduler,
+                self.engine,
+                folder,
+                strict=parts.strict,
+                optimizer=parts.optimizer,
+                scheduler=parts.scheduler,
                 module_only=parts.module_only,
             )
-        )  # fmt: skip
+        )
         _written(self.engine.module)
         self.engine.zero_grad()
         return found

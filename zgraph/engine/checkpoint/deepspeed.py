@@ -30,11 +30,29 @@ _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 _OWN = frozenset(
-    {"module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
-     "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
-     "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size",
-     "checkpoint_parallel_dimensions", "ds_config", "ds_version", "universal_checkpoint_info"}
-)  # fmt: skip
+    {
+        "module",
+        "buffer_names",
+        "optimizer",
+        "param_shapes",
+        "frozen_param_shapes",
+        "shared_params",
+        "frozen_param_fragments",
+        "lr_scheduler",
+        "data_sampler",
+        "random_ltd",
+        "sparse_tensor_module_names",
+        "skipped_steps",
+        "global_steps",
+        "global_samples",
+        "dp_world_size",
+        "mp_world_size",
+        "checkpoint_parallel_dimensions",
+        "ds_config",
+        "ds_version",
+        "universal_checkpoint_info",
+    }
+)
 """Keys of the model's file that are DeepSpeed's; the others are client_state."""
 
 MASTER = "master"
@@ -248,14 +266,18 @@ class Files:
         model, scaler = self.models[0], self.optimizers[0].get("loss_scaler")
         own = engine.loss_scaler.state_dict()
         return State(
-            world_size=len(self.optimizers), global_steps=model["global_steps"], skipped_steps=model["skipped_steps"],
-            micro_steps=model["global_steps"] * engine.accumulation, scheduler=model.get("lr_scheduler"),
+            world_size=len(self.optimizers),
+            global_steps=model["global_steps"],
+            skipped_steps=model["skipped_steps"],
+            micro_steps=model["global_steps"] * engine.accumulation,
+            scheduler=model.get("lr_scheduler"),
             loss_scale={
-                "scale": getattr(scaler, "cur_scale", own["scale"]), "step": getattr(scaler, "cur_iter", own["step"]),
+                "scale": getattr(scaler, "cur_scale", own["scale"]),
+                "step": getattr(scaler, "cur_iter", own["step"]),
                 "patience": getattr(scaler, "cur_hysteresis", own["patience"]),
                 "last_overflow": getattr(scaler, "last_overflow_iter", own["last_overflow"]),
             },
-        )  # fmt: skip
+        )
 
     def client_state(self, rank: int) -> dict[str, Any]:
         """The user's client state: of this rank, if it saved one at stage 3, else of the first rank."""

@@ -25,8 +25,14 @@ MAX_BYTES = 5_000_000_000
 """Of a safetensors file that transformers would write."""
 
 TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
-)  # fmt: skip
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
 """The names of a tokenizer's files."""
 
 Fetch = Callable[[str], torch.Tensor]

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from zgraph.engine.checkpoint.json_codec import decode, encode
-from zgraph.engine.checkpoint.tensors import Tensors, like, parameter_names
+from zgraph.engine.checkpoint.tensors import Tensors, fill, gathered, like, parameter_names
 from zgraph.errors import CheckpointError
 from zgraph.optim.flat import FlatOptimizer
 
@@ -130,7 +131,7 @@ class OptimizerLoad:
                 self.found[name] = dict(ours)
             else:
                 self.found[name] = {
-                    key: like(self.parameters[name], *stored[f"optimizer.{key}.{name}"]) for key in theirs
+                    key: like(self.parameters[name], *stored[f"optimizer.{key}.{name}"], key) for key in theirs
                 }
 
     @property
@@ -166,3 +167,40 @@ def _take_options(ours: dict[str, Any], theirs: Mapping[str, Any]) -> None:
             held.fill_(value)
         elif key in ours and key != "params":
             ours[key] = tuple(value) if isinstance(held, tuple) else value
+
+
+# --- torch's own state dicts, of whole tensors -----------------------------------------------------------------------
+
+
+def whole_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
+    """An optimizer's state dict, of whole tensors on the host; all ranks must ask for it.
+
+    Args:
+        keep: False on ranks that only help to gather.
+    """
+
+    def taken(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        found = gathered(value)
+        return found.cpu() if keep else None
+
+    shown = optimizer.state_dict()
+    state = {at: {key: taken(value) for key, value in states.items()} for at, states in shown["state"].items()}
+    return {**shown, "state": state if keep else {}}
+
+
+def place_optimizer_state(optimizer: Optimizer, whole: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of whole tensors, with those of a sharded parameter's shape laid out as the parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def placed(at: int, key: str, value: Any) -> Any:
+        parameter = parameters[at] if at < len(parameters) else None
+        if not isinstance(value, torch.Tensor) or not isinstance(parameter, DTensor):
+            return value
+        target = like(parameter, value.dtype, tuple(value.shape), key)
+        fill(target, value)
+        return target
+
+    state = {at: {key: placed(at, key, v) for key, v in states.items()} for at, states in whole["state"].items()}
+    return {**whole, "state": state}

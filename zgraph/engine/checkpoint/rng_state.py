@@ -30,9 +30,11 @@ class Randomness(BaseModel):
         kind, keys, *rest = np.random.get_state(legacy=True)
         cuda = _packed(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None
         return cls(
-            python=(version, numbers, gauss), numpy=(kind, tuple(keys.tolist()), *rest),  # type: ignore[union-attr]
-            torch=_packed(torch.get_rng_state()), cuda=cuda,
-        )  # fmt: skip
+            python=(version, numbers, gauss),
+            numpy=(kind, tuple(keys.tolist()), *rest),  # type: ignore[union-attr]
+            torch=_packed(torch.get_rng_state()),
+            cuda=cuda,
+        )
 
     def restore(self) -> None:
         """Go on as that process would have.

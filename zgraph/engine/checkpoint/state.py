@@ -72,16 +72,23 @@ def state_of(engine: Trains, client_state: Mapping[str, Any]) -> State:
     config: Any = getattr(engine.module, "config", None)
     tensors = model_tensors(engine.module)
     return State(
-        world_size=engine.config.world_size, global_steps=engine.global_steps, micro_steps=engine.micro_steps,
-        skipped_steps=engine.skipped_steps, accumulation=engine.accumulation, pending=engine.pending,
+        world_size=engine.config.world_size,
+        global_steps=engine.global_steps,
+        micro_steps=engine.micro_steps,
+        skipped_steps=engine.skipped_steps,
+        accumulation=engine.accumulation,
+        pending=engine.pending,
         loss_scale=engine.loss_scaler.state_dict(),
         scheduler=encode(scheduler.state_dict(), "lr_scheduler") if scheduler is not None else None,
-        dataloader=loader.state_dict() if loader is not None else None, groups=rest.groups, values=rest.values,
+        dataloader=loader.state_dict() if loader is not None else None,
+        groups=rest.groups,
+        values=rest.values,
         client_state=encode(dict(client_state), "client_state"),
         buffers=tuple(name for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)),
-        dtype=engine.config.param_dtype, config=engine.config.keys.model_dump(mode="json"),
+        dtype=engine.config.param_dtype,
+        config=engine.config.keys.model_dump(mode="json"),
         model_info=config.to_diff_dict() if hasattr(config, "to_diff_dict") else None,
-    )  # fmt: skip
+    )
 
 
 # --- what is loaded --------------------------------------------------------------------------------------------------

@@ -39,9 +39,19 @@ class Offload(Section):
     """`offload_optimizer` or `offload_param`."""
 
     ignored: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "pipeline_read", "pipeline_write", "pipeline",
-         "fast_init", "cpuadam_cores_perc"), _HOST,
-    )  # fmt: skip
+        (
+            "pin_memory",
+            "buffer_count",
+            "buffer_size",
+            "max_in_cpu",
+            "pipeline_read",
+            "pipeline_write",
+            "pipeline",
+            "fast_init",
+            "cpuadam_cores_perc",
+        ),
+        _HOST,
+    )
     unsupported: ClassVar[Mapping[str, str]] = {
         "ratio": "all of the optimizer's state goes where `device` says: leave it out",
         "super_offload": "leave it out",
@@ -55,25 +65,61 @@ class Zero(Section):
     """`zero_optimization`."""
 
     ignored: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("overlap_comm", "contiguous_gradients", "round_robin_gradients", "allgather_sequential",
-                         "stage3_allgather_sequential", "prefetch_bucket_size", "stage3_prefetch_bucket_size"),
-                        _SCHEDULE),
-        **dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "use_multi_rank_bucket_allreduce",
-                         "parameter_alignment", "module_granularity_threshold", "stage3_module_granularity_threshold"),
-                        _BUCKET),
-        **dict.fromkeys(("max_live_parameters", "stage3_max_live_parameters", "max_reuse_distance",
-                         "stage3_max_reuse_distance", "model_persistence_threshold",
-                         "stage3_model_persistence_threshold", "memory_efficient_linear", "sub_group_size"), _BUDGET),
-        **dict.fromkeys(("reduce_scatter", "allgather_partitions", "use_all_reduce_for_fetch_params",
-                         "stage3_use_all_reduce_for_fetch_params"), "the passes choose the collective"),
-        **dict.fromkeys(("load_from_fp32_weights", "compute_grad_norm", "ignore_unused_parameters",
-                         "override_module_apply"), _ALWAYS),
+        **dict.fromkeys(
+            (
+                "overlap_comm",
+                "contiguous_gradients",
+                "round_robin_gradients",
+                "allgather_sequential",
+                "stage3_allgather_sequential",
+                "prefetch_bucket_size",
+                "stage3_prefetch_bucket_size",
+            ),
+            _SCHEDULE,
+        ),
+        **dict.fromkeys(
+            (
+                "reduce_bucket_size",
+                "allgather_bucket_size",
+                "use_multi_rank_bucket_allreduce",
+                "parameter_alignment",
+                "module_granularity_threshold",
+                "stage3_module_granularity_threshold",
+            ),
+            _BUCKET,
+        ),
+        **dict.fromkeys(
+            (
+                "max_live_parameters",
+                "stage3_max_live_parameters",
+                "max_reuse_distance",
+                "stage3_max_reuse_distance",
+                "model_persistence_threshold",
+                "stage3_model_persistence_threshold",
+                "memory_efficient_linear",
+                "sub_group_size",
+            ),
+            _BUDGET,
+        ),
+        **dict.fromkeys(
+            (
+                "reduce_scatter",
+                "allgather_partitions",
+                "use_all_reduce_for_fetch_params",
+                "stage3_use_all_reduce_for_fetch_params",
+            ),
+            "the passes choose the collective",
+        ),
+        **dict.fromkeys(
+            ("load_from_fp32_weights", "compute_grad_norm", "ignore_unused_parameters", "override_module_apply"),
+            _ALWAYS,
+        ),
         **dict.fromkeys(("elastic_checkpoint", "pipeline_loading_checkpoint"), _RESUMES),
         **dict.fromkeys(("log_trace_cache_warnings", "enable_sanity_checks"), "ZGRAPH_VERIFY checks every pass"),
         "legacy_stage1": "there is one stage 1",
         "leaf_module": "modules are not gathered as such: the graph has no hooks",
         "cpu_offload_use_pin_memory": _HOST,
-    }  # fmt: skip
+    }
     unsupported: ClassVar[Mapping[str, str]] = {
         "zero_quantized_weights": "leave it out: weights are gathered in the dtype to compute in",
         "zero_quantized_nontrainable_weights": "leave it out",
@@ -99,9 +145,10 @@ class FP16(Section):
 
     ignored: ClassVar[Mapping[str, str]] = {"auto_cast": "inputs are always cast to the dtype to compute in"}
     unsupported: ClassVar[Mapping[str, str]] = {
-        "fp16_master_weights_and_grads": "masters are fp32: leave it out", "amp": "leave it out",
+        "fp16_master_weights_and_grads": "masters are fp32: leave it out",
+        "amp": "leave it out",
         "opt_level": "leave it out",
-    }  # fmt: skip
+    }
 
     enabled: bool = False
     loss_scale: NonNegativeFloat = 0.0
@@ -119,8 +166,9 @@ class BF16(Section):
         "immediate_grad_update": "gradients are added where they are reduced",
     }
     unsupported: ClassVar[Mapping[str, str]] = {
-        "bf16_master_weights_and_grads": "masters are fp32: leave it out", "bf16_optimizer_states": "leave it out",
-    }  # fmt: skip
+        "bf16_master_weights_and_grads": "masters are fp32: leave it out",
+        "bf16_optimizer_states": "leave it out",
+    }
 
     enabled: bool = False
     check_grad_overflow: bool = True
@@ -130,9 +178,15 @@ class Checkpointing(Section):
     """`activation_checkpointing`."""
 
     ignored: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("partition_activations", "contiguous_memory_optimization", "number_checkpoints",
-         "synchronize_checkpoint_boundary", "profile"), _BUDGET,
-    )  # fmt: skip
+        (
+            "partition_activations",
+            "contiguous_memory_optimization",
+            "number_checkpoints",
+            "synchronize_checkpoint_boundary",
+            "profile",
+        ),
+        _BUDGET,
+    )
 
     cpu_checkpointing: bool = False
 
@@ -201,10 +255,11 @@ class DataTypes(Section):
     ignored: ClassVar[Mapping[str, str]] = {
         "grad_accum_dtype": "gradients are added in the dtype of the masters",
         "keep_in_fp32_modules": "buffers keep their dtype",
-    }  # fmt: skip
+    }
     unsupported: ClassVar[Mapping[str, str]] = {
-        "param_dtype": "choose fp16 or bf16", "buffer_dtype": "buffers keep their dtype: leave it out",
-    }  # fmt: skip
+        "param_dtype": "choose fp16 or bf16",
+        "buffer_dtype": "buffers keep their dtype: leave it out",
+    }
 
 
 class OptimizerKeys(Section):
@@ -261,15 +316,36 @@ class EngineConfig(Section):
         "memory_breakdown": "zgraph.report says what is alive at the peak, and zgraph view when",
         "seq_parallel_communication_data_type": "there is no sequence parallelism",
         "vocabulary_size": "kernels know their sizes",
-    }  # fmt: skip
+    }
     unsupported: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("amp", "torch_autocast"), "choose fp16 or bf16"),
-        **dict.fromkeys(("elasticity", "data_efficiency", "curriculum_learning", "data_sampling", "eigenvalue",
-                         "progressive_layer_drop", "quantize_training", "compression_training", "sparse_attention",
-                         "pipeline", "tensor_parallel", "moe", "expert_parallel", "sequence_parallel_size",
-                         "random_ltd", "weight_quantization", "comet", "dump_state", "check_overflow",
-                         "autotp_size", "data_parallel_size"), "leave it out"),
-    }  # fmt: skip
+        **dict.fromkeys(
+            (
+                "elasticity",
+                "data_efficiency",
+                "curriculum_learning",
+                "data_sampling",
+                "eigenvalue",
+                "progressive_layer_drop",
+                "quantize_training",
+                "compression_training",
+                "sparse_attention",
+                "pipeline",
+                "tensor_parallel",
+                "moe",
+                "expert_parallel",
+                "sequence_parallel_size",
+                "random_ltd",
+                "weight_quantization",
+                "comet",
+                "dump_state",
+                "check_overflow",
+                "autotp_size",
+                "data_parallel_size",
+            ),
+            "leave it out",
+        ),
+    }
 
     train_batch_size: PositiveInt | None = None
     train_micro_batch_size_per_gpu: PositiveInt | None = None

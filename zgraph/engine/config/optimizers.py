@@ -6,10 +6,10 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat
 from torch import nn
 from torch.optim import Optimizer
 
@@ -96,25 +96,45 @@ class AdagradParams(OptimizerParams):
 
 
 class MuonParams(OptimizerParams):
-    """Muon, whose parameters are matrices."""
+    """Muon for matrices of hidden layers, AdamW for the rest; each takes `lr` unless it has a rate of its own."""
 
     momentum: Beta = 0.95
     nesterov: bool = True
-    ns_steps: PositiveInt = 5
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5
     weight_decay: NonNegativeFloat = 0.1
+    muon_lr: NonNegativeFloat | None = None
+    adam_lr: NonNegativeFloat | None = None
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: NonNegativeFloat = 1e-8
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"
 
     def make(self, parameters: Groups, *, folder: Path | None = None) -> Optimizer:
-        if not hasattr(torch.optim, "Muon"):
-            raise UsageError(f"optimizer.type: torch {torch.__version__} has no Muon; install torch 2.9 or later")
-        return torch.optim.Muon(
-            parameters, self.lr, self.weight_decay, self.momentum, self.nesterov, ns_steps=self.ns_steps
+        if folder is not None:
+            raise UsageError('zero_optimization.offload_optimizer: state on "nvme" needs AdamW; Muon takes "cpu"')
+        return optim.Muon(
+            parameters,
+            self.lr if self.muon_lr is None else self.muon_lr,
+            self.weight_decay,
+            self.momentum,
+            self.nesterov,
+            ns_steps=self.ns_steps,
+            adjust_lr_fn=self.adjust_lr_fn,
+            adam_lr=self.lr if self.adam_lr is None else self.adam_lr,
+            adam_betas=self.betas,
+            adam_eps=self.eps,
         )
 
 
 OPTIMIZERS: dict[str, type[OptimizerParams]] = {
-    "Adam": AdamParams, "AdamW": AdamWParams, "FusedAdam": AdamParams, "CPUAdam": AdamParams, "SGD": SGDParams,
-    "Lion": LionParams, "Adagrad": AdagradParams, "Muon": MuonParams,
-}  # fmt: skip
+    "Adam": AdamParams,
+    "AdamW": AdamWParams,
+    "FusedAdam": AdamParams,
+    "CPUAdam": AdamParams,
+    "SGD": SGDParams,
+    "Lion": LionParams,
+    "Adagrad": AdagradParams,
+    "Muon": MuonParams,
+}
 
 
 def names_in(model: nn.Module, group: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from zgraph.engine.config.keys import EngineConfig, Zero
 from zgraph.engine.config.lr_schedules import SCHEDULES, Schedule
 from zgraph.engine.config.optimizers import OPTIMIZERS, OptimizerParams
-from zgraph.engine.config.sections import Reading, flatten
+from zgraph.engine.config.sections import NO_EFFECT, Reading, flatten
 from zgraph.engine.monitor.writers import PACKAGES, is_installed
 from zgraph.errors import ConfigError
 
@@ -196,7 +196,7 @@ def _check_together(reading: Reading, keys: EngineConfig) -> None:
         )
     for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
         if getattr(zero, name).device != "none" and zero.stage < least:
-            reading.notes.append(f"zero_optimization.{name} has no effect: it takes stage {least} or more")
+            reading.notes.append(f"zero_optimization.{name}{NO_EFFECT}it takes stage {least} or more")
     if zero.offload_optimizer.device == "nvme" and zero.offload_optimizer.nvme_path is None:
         reading.problems.append("zero_optimization.offload_optimizer.nvme_path: where do the files go?")
     if zero.offload_param.device == "nvme":

@@ -12,6 +12,9 @@ from zgraph.errors import ConfigError, did_you_mean
 
 S = TypeVar("S", bound="Section")
 
+NO_EFFECT = " has no effect: "
+"""Words in a note between a key's place and what decides instead."""
+
 
 class Section(BaseModel):
     """A part of a configuration.
@@ -74,7 +77,7 @@ class Reading:
                 within = inner is not None and isinstance(value, Mapping)
                 kept[key] = self.kept(inner, value, place) if inner is not None and within else value
             elif key in kind.ignored:
-                self.notes.append(f"{place} has no effect: {kind.ignored[key]}")
+                self.notes.append(f"{place}{NO_EFFECT}{kind.ignored[key]}")
             elif key in kind.unsupported:
                 if asks(value):
                     self.problems.append(f"{place}: zgraph does not have this; {kind.unsupported[key]}")

@@ -60,9 +60,13 @@ class CollectiveTimes:
             seconds = sum(self.seconds[_key(n, plan)] for n in nodes)
             rate = bus_bytes(nodes, plan) / seconds / 1e9
             table.add_row(
-                op.removesuffix("_start"), phase, str(len(nodes)), mebibytes(sent), f"{1e3 * seconds:,.2f} ms",
+                op.removesuffix("_start"),
+                phase,
+                str(len(nodes)),
+                mebibytes(sent),
+                f"{1e3 * seconds:,.2f} ms",
                 f"{rate:.3f} GB/s",
-            )  # fmt: skip
+            )
         return table
 
 

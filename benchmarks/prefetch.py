@@ -1,4 +1,4 @@
-"""Start gathers ahead of their use, and wait for reductions late.
+"""FSDP2's schedule as a pass, to compare with: start gathers ahead of their use, and wait for reductions late.
 
 fwd %a = wait(%a_start)                        fwd %b_start = all_gather_start(%b_shard)
 fwd %y = aten.mm.default(%x, %a)         ->    fwd %a = wait(%a_start)
@@ -13,13 +13,14 @@ from typing import ClassVar
 
 from zgraph.ir import OPS, Graph, Node
 from zgraph.ir.ops import brings, transfer
+from zgraph.passes import Context, Pass, register_pass
 from zgraph.passes.analysis.order import reorder
-from zgraph.passes.core.base import Context, Pass
 
 
+@register_pass
 @dataclass(frozen=True)
 class Prefetch(Pass):
-    """Start gathers ahead of their use, and wait for reductions late.
+    """FSDP2's schedule as a pass, to compare with: start gathers ahead of their use, and wait for reductions late.
 
     Args:
         depth: how many collectives of a kind may be under way beside the one waited for. 0 changes nothing.

@@ -1,0 +1,234 @@
+"""Each fact of the table of external ops is what torch does; each kind of rule has its rule."""
+
+from typing import get_args
+
+import pytest
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from zgraph.bridge.aten import effects, resolve
+from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
+from zgraph.cost.work import _RULES as WORK_RULES
+from zgraph.cost.work import work
+from zgraph.cost.workspace import _RULES as SCRATCH_RULES
+from zgraph.ir import Arg, DType, Graph, Node, TensorType, Value
+from zgraph.ir.external_ops import CAST, EXTERNAL_OPS, Elements, Facts, Indexing, Scratch, Work, facts
+from zgraph.ir.names import refusal
+
+X = torch.arange(1, 13).reshape(3, 4)
+"""Twelve numbers, each once, of a matrix that every op of elements takes."""
+
+I = torch.tensor([[0, 2], [1, 0]])  # noqa: E741 - indices of both rows and columns
+
+ARGUMENTS = {
+    "aten._reshape_alias.default": (X, [4, 3], [3, 1]),
+    "aten._unsafe_view.default": (X, [2, 6]),
+    "aten.as_strided.default": (X, [2, 2], [4, 1]),
+    "aten.cat.default": ([X, -X],),
+    "aten.chunk.default": (X, 2),
+    "aten.constant_pad_nd.default": (X, [1, 1], 99),
+    "aten.copy.default": (X, -X),
+    "aten.expand.default": (X, [2, 3, 4]),
+    "aten.flip.default": (X, [1]),
+    "aten.gather.default": (X, 1, I),
+    "aten.index.Tensor": (X, [None, I]),
+    "aten.index_select.default": (X, 1, I[0]),
+    "aten.masked_fill.Scalar": (X, X > 5, 99),
+    "aten.masked_fill.Tensor": (X, X > 5, torch.tensor(99)),
+    "aten.permute.default": (X, [1, 0]),
+    "aten.repeat.default": (X, [2, 1]),
+    "aten.reshape.default": (X, [6, 2]),
+    "aten.roll.default": (X, [1], [0]),
+    "aten.select.int": (X, 1, 2),
+    "aten.slice.Tensor": (X, 1, 1, 3),
+    "aten.split.Tensor": (X, 2),
+    "aten.split_with_sizes.default": (X, [1, 2]),
+    "aten.squeeze.dim": (X[None], 0),
+    "aten.squeeze.dims": (X[None], [0]),
+    "aten.stack.default": ([X, -X],),
+    "aten.to.dtype": (X, torch.int32),
+    "aten.transpose.int": (X, 0, 1),
+    "aten.unfold.default": (X, 0, 2, 1),
+    "aten.unsqueeze.default": (X, 1),
+    "aten.view.default": (X, [4, 3]),
+    "aten.where.ScalarOther": (X > 5, X, 99),
+    "aten.where.ScalarSelf": (X > 5, 99, X),
+    "aten.where.self": (X > 5, X, -X),
+}
+"""Arguments of ops of elements, where they are not `X` alone."""
+
+A, B = torch.ones(4, 4), torch.ones(4, 4) * 2
+TURN = (torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4) * 2, [0, 1, 2, 3], False)
+
+MORE = {
+    "aten.bmm.default": (B[None],),
+    "aten.clone.default": (),
+    "aten.neg.default": (),
+    "aten.select_backward.default": ([4, 2, 4], 1, 1),
+    "aten.slice_backward.default": ([4, 8], 1, 0, 4, 1),
+    "aten.sum.default": (),
+    "aten.sum.dim_IntList": ([1],),
+    "zgraph.rotary.default": TURN[1:],
+    CAST: (),
+}
+"""Arguments behind the first of ops that may be zero; a matrix where nothing is said."""
+
+
+def rows(column: str) -> list:
+    return [pytest.param(row, id=row.name) for row in EXTERNAL_OPS.values() if getattr(row, column)]
+
+
+def call(row: Facts) -> tuple[tuple, list[torch.Tensor]]:
+    args = ARGUMENTS.get(row.name, (X,))
+    made = resolve(row.name)(*args)
+    return args, list(made) if isinstance(made, list | tuple) else [made]
+
+
+def numbers(*tensors: torch.Tensor) -> set[int]:
+    return {int(n) for t in tensors for n in t.flatten()}
+
+
+@pytest.mark.parametrize("row", rows("elements"))
+def test_elements_are_from_where_the_row_says(row):
+    args, made = call(row)
+    found = numbers(*made)
+    match row.elements:
+        case "itself" | "reshaped" | "copied":
+            (result,) = made
+            assert result.flatten().tolist() == X.flatten().tolist()
+            assert (row.elements == "itself") <= (result.shape == X.shape and result.dtype == X.dtype)
+            assert (row.elements == "reshaped") <= (result.dtype == X.dtype)
+        case "chosen":
+            assert found <= numbers(X)
+        case "padded":
+            assert len(found - numbers(X)) == 1
+        case "source":
+            assert found == numbers(-X)
+        case "joined":
+            assert found == numbers(*args[0])
+        case "either":
+            condition, one, other = args
+            assert torch.equal(made[0], torch.where(condition, one, other))
+        case "filled":
+            source, condition, number = args
+            assert torch.equal(made[0], torch.where(condition, number, source))
+        case _:
+            pytest.fail(f"nothing is known of {row.elements}")
+
+
+def zeros_like_all(row: Facts, first: torch.Tensor, args: tuple) -> bool:
+    return not resolve(row.name)(first, *args).any()
+
+
+@pytest.mark.parametrize("row", rows("zero"))
+def test_results_are_zero_where_the_row_says(row):
+    rest = MORE.get(row.name, (B if "Scalar" not in row.name else 2.0,))
+    first = TURN[0] if row.name.startswith("zgraph.rotary") else A[None] if "bmm" in row.name else A
+    assert not zeros_like_all(row, first, rest)
+    if row.zero == "all":
+        assert not zeros_like_all(row, first * 0, rest)
+        assert not zeros_like_all(row, first, (rest[0] * 0,))
+        assert zeros_like_all(row, first * 0, (rest[0] * 0,))
+    else:
+        assert zeros_like_all(row, first * 0, rest)
+        assert row.zero == "first" or zeros_like_all(row, first, (rest[0] * 0,))
+
+
+@pytest.mark.parametrize("row", rows("commutes"))
+def test_operands_change_places_where_the_row_says(row):
+    a, b = torch.randn(3), torch.randn(3)
+    assert torch.equal(resolve(row.name)(a, b), resolve(row.name)(b, a))
+
+
+@pytest.mark.parametrize("row", rows("options_in_types"))
+def test_options_are_what_types_say(row):
+    """Dtype, device and layout are in a type; whether a copy waits is no matter of numbers."""
+    said = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}
+    assert {a.name for a in resolve(row.name)._schema.arguments if a.kwarg_only} <= said
+
+
+@pytest.mark.parametrize("row", rows("keeps_rows"))
+def test_what_keeps_rows_is_a_view(row):
+    args, _ = call(row)
+    assert effects(resolve(row.name), row.name, args, {}, multi=False).views == (0,)
+
+
+@pytest.mark.parametrize("row", rows("hides_view"))
+def test_a_hidden_view_is_in_the_memory_of_its_argument(row):
+    (source, *_), (result,) = call(row)
+    assert result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    assert all(r.alias_info is None for r in resolve(row.name)._schema.returns)
+
+
+@pytest.mark.parametrize("row", rows("takes_epilogue"))
+def test_the_last_two_operands_of_a_matmul_are_the_matrices(row):
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 4, 5)
+    if "bmm" not in row.name:
+        a, b = a[0], b[0]
+    bias = [torch.randn(5)] if row.work == "sum and product" else []
+    made = resolve(row.name)(*bias, a, b)
+    torch.testing.assert_close(made, a @ b + sum(bias))
+
+
+@pytest.mark.parametrize("row", rows("opens_files"))
+def test_what_opens_files_is_refused(row):
+    assert "opens files" in refusal(f"{row.name}.default")
+
+
+QUERY = torch.randn(2, 3, 8, 16)
+IMAGE, WEIGHT, CONVOLVED = torch.randn(2, 3, 9, 9), torch.randn(4, 3, 3, 3), torch.randn(2, 4, 7, 7)
+OPTIONS = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+PRODUCT = (torch.randn(4, 5), torch.randn(5, 6))
+
+OPERANDS = {
+    "product": PRODUCT,
+    "sum and product": (torch.randn(6), *PRODUCT),
+    "attention": (QUERY, QUERY, QUERY),
+    "attention backward": (QUERY, QUERY, QUERY, QUERY),
+    "convolution": (IMAGE, WEIGHT, *OPTIONS),
+    "convolution backward": (CONVOLVED, IMAGE, WEIGHT, *OPTIONS, [True, True, False]),
+}
+"""Arguments of an op whose FLOP are counted so; those of a batch have one more dim."""
+
+
+def value(arg: object) -> Arg:
+    return Value("x", TensorType(DType.f32, tuple(arg.shape))) if isinstance(arg, torch.Tensor) else arg
+
+
+def packet(op: str) -> torch._ops.OpOverloadPacket:
+    namespace, name, *_ = op.split(".")
+    return getattr(getattr(torch.ops, namespace), name)
+
+
+@pytest.mark.parametrize("row", [p for p in rows("work") if packet(p.values[0].name) in flop_registry])
+def test_flop_are_those_that_torch_counts(row):
+    args = OPERANDS[row.work]
+    if "bmm" in row.name:
+        args = tuple(t[None].expand(2, *t.shape) for t in args)
+    made = (IMAGE, WEIGHT, None) if row.work == "convolution backward" else CONVOLVED
+    results = tuple(map(value, filter(torch.is_tensor, made if isinstance(made, tuple) else (made,))))
+    op = row.name if row.name.count(".") == 2 else f"{row.name}.default"
+    node = Node(op, tuple(map(value, args)), results)
+    assert work(Graph("g"), node).flop == flop_registry[packet(row.name)](*args, out_val=made)
+
+
+def test_every_kind_of_rule_has_its_rule():
+    assert WORK_RULES.keys() == set(get_args(Work))
+    assert SCRATCH_RULES.keys() == set(get_args(Scratch))
+    assert {row.indexing for row in EXTERNAL_OPS.values() if row.indexing} == set(get_args(Indexing))
+    assert {row.elements for row in EXTERNAL_OPS.values() if row.elements} == set(get_args(Elements))
+
+
+def test_every_row_names_an_op_and_says_something():
+    for name, row in EXTERNAL_OPS.items():
+        assert row != Facts(name)
+        packet(name)
+        if name.count(".") == 2:
+            resolve(name)
+
+
+def test_an_overload_has_its_own_row_or_that_of_all():
+    assert facts("aten.mm.default").takes_epilogue
+    assert facts("aten.mm.dtype").work == "product"
+    assert not facts("aten.mm.dtype").takes_epilogue
+    assert facts("aten.erfinv.default") == facts("wait") == Facts("")

@@ -1,0 +1,130 @@
+"""Ops of the user's own, recurrent layers, and ops that hold functions: captured as eager computes, or named."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import zgraph
+from zgraph.errors import CaptureError
+
+
+@torch.library.custom_op("user::scale_", mutates_args={"x"})
+def scale_(x: torch.Tensor, by: float) -> None:
+    x.mul_(by)
+
+
+@torch.library.custom_op("user::swap_", mutates_args={"x", "y"})
+def swap_(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    kept = x.clone()
+    x.copy_(y)
+    y.copy_(kept)
+    return kept.sum()
+
+
+swap_.register_fake(lambda x, y: x.new_empty(()))
+
+
+class Whole(nn.Module):
+    """Writes to all of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def written(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.first(x).detach().clone()
+        torch.ops.user.scale_(made, 2.0)
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.second(x) * self.written(x)).mean() + self.first(x).square().mean()
+
+
+class View(Whole):
+    """Writes to a part, which is a view, and reads the rest."""
+
+    def written(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.first(x).detach().clone()
+        torch.ops.user.scale_(made[:, 2:5], 3.0)
+        return made
+
+
+class Two(Whole):
+    """Writes to two tensors, and returns a third."""
+
+    def written(self, x: torch.Tensor) -> torch.Tensor:
+        one, two = self.first(x).detach().clone(), x.clone()
+        total = torch.ops.user.swap_(one, two)
+        return one - 2 * two + total
+
+
+class Input(Whole):
+    """Writes to what it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.ops.user.scale_(x, 0.5)
+        return super().forward(x)
+
+
+class Recurrent(nn.Module):
+    """Two layers of an LSTM, to both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made, (hidden, cell) = self.layers(x[None])
+        return made.square().mean() + hidden.mean() * cell.mean()
+
+
+@pytest.mark.parametrize("build", [Whole, View, Two, Input, Recurrent])
+def test_it_trains_as_eagerly(build: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    plain = build()
+    model = zgraph.compile(copy.deepcopy(plain), stage=3)
+    for step in range(3):
+        losses = []
+        for trained in (plain, model):
+            x = torch.linspace(-1, 1, 32).view(4, 8) + 0.1 * step
+            loss = trained(x)
+            loss.backward()
+            with torch.no_grad():
+                for parameter in trained.parameters():
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+            losses.append((loss.detach(), x))
+        for theirs, ours in zip(*losses, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x.clone()), plain(x.clone()))
+
+
+class Branch(Whole):
+    """Takes one of two functions."""
+
+    def written(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x.relu(), lambda x: x.sin(), (x,))
+
+
+def test_an_op_that_holds_functions_is_named_with_its_line() -> None:
+    with pytest.raises(CaptureError, match=r"calls torch\.cond.*fullgraph=False(.|\n)*test_custom_ops\.py:\d+"):
+        zgraph.compile(Branch(), stage=3)(torch.ones(4, 8))
+
+
+def test_a_piece_that_stays_eager_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZGRAPH_LOGS", "capture")
+    model = zgraph.compile(Branch(), stage=3, fullgraph=False)
+    with caplog.at_level(logging.INFO, logger="zgraph"):
+        for _ in range(2):
+            model(torch.ones(4, 8)).backward()
+    (said,) = [r.getMessage() for r in caplog.records if "runs eagerly" in r.getMessage()]
+    assert "torch.cond" in said
+    assert "test_custom_ops.py:" in said
