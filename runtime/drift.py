@@ -14,6 +14,7 @@ from typing import Any
 
 from zgraph.bridge.private_runtime import Store
 from zgraph.runtime.departures import departures
+from zgraph.runtime.elsewhere import Seen
 from zgraph.runtime.journal import Journal, begun, first_difference, parse_lines, print_lines
 
 REMEDY = (
@@ -36,6 +37,7 @@ class Wait:
         journal: of the lane; None where there is none.
         number: of the collective in the journal; 0 where it is a comparison.
         comparison: which; nothing where it is a collective.
+        outside: the ranks that were found to wait outside of the model.
     """
 
     store: Store
@@ -45,6 +47,7 @@ class Wait:
     journal: Journal | None
     number: int = 0
     comparison: str = ""
+    outside: Seen = field(default_factory=dict)
     _serial: int = field(default_factory=lambda: next(_serials))
     _beat: int = 0
     _seen: dict[int, tuple[int, int]] = field(default_factory=dict)

@@ -54,7 +54,7 @@ class Heartbeat(threading.Thread):
         lookout = Lookout(self.store, self.rank)
         for count in itertools.count():
             try:
-                lookout.look()
+                lookout.look(count)
                 self.store.set(beat_key(self.rank), f"{count} {self.place}")
             except (RuntimeError, ValueError):
                 return  # the store closed with the job

@@ -137,7 +137,7 @@ class Peers:
         """Tell for what this rank waits, and raise if another will not come there."""
         with store_errors():
             wait.tell()
-            left, found = wait.left(), wait.drifted() or self._elsewhere(wait.place)
+            left, found = wait.left(), wait.drifted() or self._elsewhere(wait)
         if found:
             with store_errors():
                 self.store.compare_set(self._drift_key, "", found)
@@ -145,10 +145,10 @@ class Peers:
         if left:
             self._end(PeerError(f"{left}. {_AGAIN}"))
 
-    def _elsewhere(self, place: str) -> str:
+    def _elsewhere(self, wait: Wait) -> str:
         """Which ranks wait outside of the model, if no rank can go on."""
         waiting = [r for r, beat in self._beats().items() if b" waits for " in beat]
-        return elsewhere(self.store, self.rank, self.ranks, place, [self.rank, *waiting])
+        return elsewhere(self.store, self.rank, self.ranks, wait.place, [self.rank, *waiting], wait.outside)
 
     def blame(self, what: str, error: Exception, gone: list[int] | None = None) -> NoReturn:
         """Tell the others who is gone, or what failed, and raise PeerError.

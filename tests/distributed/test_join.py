@@ -51,7 +51,7 @@ def joined(mesh: DeviceMesh, stage: int, fullgraph: bool | str) -> list[tuple[fl
 
 @pytest.mark.parametrize(("stage", "fullgraph"), [(0, True), (1, True), (3, True), (3, "eager")])
 def test_loaders_of_other_lengths_train_as_under_ddps_join(pool: Pool, stage: int, fullgraph: bool | str) -> None:
-    for rank, found in enumerate(pool.run(joined, 2, stage, fullgraph)):
+    for rank, found in enumerate(pool.run(joined, 2, stage, fullgraph, limit_s=200)):
         for (gap, over), counts in zip(found, COUNTS.values(), strict=True):
             assert gap <= 1e-6
             assert over == max(counts) - counts[rank]
