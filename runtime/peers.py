@@ -307,7 +307,8 @@ class Peers:
             if waiting := self._stuck():
                 raise PlanMismatchError(
                     f"rank {self.rank} compiled a new {what}, but {waiting} in one compiled before. Give every rank "
-                    "inputs of the same kind and shape in the same step, or pass dynamic=True."
+                    "inputs of the same kind and shape in the same step, or pass dynamic=True. Where each rank's data "
+                    'decides what runs (which experts, say), pass fullgraph="eager".'
                 )
             if not self._are_there(keys):
                 self._look(long)
