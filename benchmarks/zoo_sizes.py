@@ -215,6 +215,7 @@ VARIANTS = (
 
 KINDS_OF_ATTENTION = ("full_attention", "sliding_attention")
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "Mamba2Config": {"num_heads": 8},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
     "FunAsrNanoAdaptorConfig": {"intermediate_size": 16},
     "DbrxAttentionConfig": {"clip_qkv": 8.0},
