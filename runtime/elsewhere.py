@@ -19,6 +19,8 @@ AFTER_SECONDS = 3.0
 LASTING_BEATS = 6
 """How often a rank must have told of the same wait since another began to look: what it told before may be over."""
 _TORCH = "/torch/distributed/"
+_WAITS = "/torch/distributed/distributed_c10d.py"
+"""Where Python stands while a collective waits. Elsewhere in torch.distributed, an op of a DTensor may compute."""
 
 
 class Lookout:
@@ -46,10 +48,12 @@ class Lookout:
 
 
 def waits_at(frame: FrameType | None) -> tuple[str, int]:
-    """The function of torch.distributed that a thread is in, with the line that called it, and an identity of the call;
-    nothing if it is in none, or if zgraph called it, whose ranks all do.
+    """The function of torch.distributed that a thread waits in, with the line that called it, and an identity of the
+    call; nothing if it waits in none, or if zgraph called it, whose ranks all do.
     """
     name, call = "", 0
+    if frame is None or not frame.f_code.co_filename.endswith(_WAITS):
+        return "", 0
     while frame is not None:
         file = frame.f_code.co_filename
         if _TORCH in file and frame.f_code.co_name != "wrapper":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
 import torch.distributed as dist
 
-from zgraph.runtime.elsewhere import LASTING_BEATS, Seen, elsewhere
+from zgraph.runtime.elsewhere import LASTING_BEATS, Seen, elsewhere, waits_at
 
 BARRIER = "torch.distributed's barrier (train.py:31)"
 
@@ -36,3 +39,14 @@ def test_a_wait_that_is_over_meanwhile_is_none() -> None:
 
 def test_nobody_is_missed_where_all_wait_in_the_model() -> None:
     assert not any(looks(told(10, 10 + LASTING_BEATS), waiting=(0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("file", "waits"),
+    [("distributed_c10d.py", True), ("tensor/_dispatch.py", False), ("checkpoint/filesystem.py", False)],
+)
+def test_an_op_of_a_dtensor_or_a_file_that_is_written_is_no_wait(file: str, waits: bool) -> None:
+    names: dict[str, object] = {"look": lambda: waits_at(sys._getframe(1))[0]}
+    exec(compile("def barrier():\n    return look()", f"/lib/torch/distributed/{file}", "exec"), names)
+    place = names["barrier"]()
+    assert place.startswith("torch.distributed's barrier (test_elsewhere.py:") if waits else place == ""
