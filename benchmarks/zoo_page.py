@@ -60,6 +60,7 @@ def _head(rows: Sequence[Row], environment: Mapping[str, Any]) -> Iterator[str]:
     trained = [r for r in one if r["verdict"] in TRAINED]
     exact = sum(r["difference"] == 0 for r in trained)
     rounded = [r for r in trained if r.get("double_difference") is not None]
+    apart = len(trained) - exact - len(rounded)
     close = max((float(r["difference"]) for r in trained if r not in rounded), default=0.0)
     yield "# Models"
     yield ""
@@ -68,8 +69,8 @@ def _head(rows: Sequence[Row], environment: Mapping[str, Any]) -> Iterator[str]:
         f"{len(trained)} train at stage 3: {kinds['whole graph']} as one graph, {kinds['pieces']} with "
         "`fullgraph=False`, in pieces. Each was made as small as its configuration allows, with random weights and "
         "without dropout, and took two AdamW steps in fp32 both ways, eager and compiled. The losses and all gradients "
-        f"of {exact} are bitwise equal; those of {len(trained) - exact - len(rounded)} differ by at most {close:.0e} "
-        "of the gradient's largest entry. Gradients that are nowhere above 1e-6 are rounding, and not compared."
+        f"of {exact} are bitwise equal; those of {apart} differ by at most {close:.0e} of "
+        "the gradient's largest entry. Gradients that are nowhere above 1e-6 are rounding, and not compared."
     )
     if rounded:
         yield ""
@@ -140,8 +141,8 @@ def _two_ranks(rows: Sequence[Row]) -> Iterator[str]:
     yield from _titled("On two ranks")
     yield (
         f"{len(two)} of the architectures of transformers ran on two ranks, over gloo, each rank with its own batches, "
-        f"beside DistributedDataParallel: {len(good)} agree, with a largest difference of {largest:.1g}. They were the "
-        "quickest third of each kind: of each task, of language models with experts or a state, of what is in pieces."
+        f"beside DistributedDataParallel: {len(good)} agree, with a largest difference of {largest:.1g}. They are the "
+        "quickest of each kind: of each task, of language models with experts or a state, of what is in pieces."
     )
     kinds = Counter(str(r["task"]) for r in two)
     yield ""

@@ -102,15 +102,19 @@ def test_the_page_counts_what_trains_and_names_what_does_not():
         outcome("three", verdict="refused", message="CaptureError: no"),
         outcome("four", verdict="not built", message="ImportError: natten"),
         outcome("nn.LSTM", "torch"),
+        outcome("rounded", difference=0.02, double_difference=1e-12, where="gradient w"),
         outcome("one", num_ranks=2),
+        outcome("two", num_ranks=2, verdict="refused", message="PlanMismatchError: rank 0 waits for w"),
     ]
     text = page([asdict(o) for o in found], ENVIRONMENT, 10)
-    assert "Of 3 architectures of transformers 5 that run eagerly, 2 train at stage 3: 1 as one graph" in text
+    assert "Of 4 architectures of transformers 5 that run eagerly, 3 train at stage 3: 2 as one graph" in text
     assert "Of 1 models of torch's own layers (nn.LSTM), 1 train" in text
     assert "| two | 3 | an `if` on the value of a tensor |" in text
     assert "| three | refused | `CaptureError: no` |" in text
     assert "| four | `ImportError: natten` |" in text
-    assert "1 of the architectures of transformers ran on two ranks" in text
+    assert "| rounded | 2e-02 | 1e-12 | gradient w |" in text
+    assert "2 of the architectures of transformers ran on two ranks" in text
+    assert 'two (refused: each rank\'s data decides what runs, which wants `fullgraph="eager"`)' in text
 
 
 def test_a_loss_is_made_of_what_a_model_without_one_returns():
