@@ -42,7 +42,7 @@ def interrupted(folder: Path, *before: str, setup: str = "", **env: str) -> tupl
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     return process.returncode, error.splitlines()
 
 
