@@ -304,7 +304,7 @@ class Peers:
                 continue
             asked = time.monotonic()
             self.raise_failure()
-            if waiting := self._stuck():
+            if (waiting := self._stuck()) and not self._are_there(keys):
                 raise PlanMismatchError(
                     f"rank {self.rank} compiled a new {what}, but {waiting} in one compiled before. Give every rank "
                     "inputs of the same kind and shape in the same step, or pass dynamic=True. Where each rank's data "
