@@ -37,19 +37,6 @@ from zgraph.runtime.advice import advice
 FORK: Any = get_context("fork")
 LIMIT_S = 90.0
 AS_GRAPH, IN_PIECES, EAGERLY = True, False, "eager"
-OF_TORCH = "|".join(
-    (
-        "mixed torch.Tensor and DTensor",
-        "tensor subclasses",
-        "unevenly sharded",
-        "sharding strategy",
-        "python storage",
-        "in-place operations that require placement changes",
-        "appears to not have been used",
-        "Attempted to set the storage",
-    )
-)
-"""Words of torch about DTensors, and of tensors that leave a captured graph."""
 VERDICTS = {AS_GRAPH: "equal", IN_PIECES: "in pieces", EAGERLY: "gathered"}
 
 
@@ -107,8 +94,8 @@ def _compared(habit: Habit, blank: Outcome, expected: Found) -> Outcome:
             outcome = replace(blank, verdict="refused", message=_first_line(error))
             continue
         except Exception as error:
-            where = "".join(traceback.format_tb(error.__traceback__)[-1:])
-            verdict = "torch refuses" if re.search(OF_TORCH, str(error)) else "failed"
+            where = _without_folders("".join(traceback.format_tb(error.__traceback__)[-1:]))
+            verdict = "torch refuses" if advice(error) else "failed"
             return replace(blank, verdict=verdict, message=_advised(error), where=where.strip()[:300])
         gap, where = largest_difference(found, expected)
         verdict = VERDICTS[way] if gap <= habit.tolerance else "wrong"
@@ -138,8 +125,13 @@ def _advised(error: BaseException) -> str:
     return " ".join([_first_line(error), *filter(None, [advice(error)])])
 
 
+def _without_folders(text: str) -> str:
+    """The text with files named from the package or this repository on."""
+    return re.sub(r"[^\s\"']*/site-packages/", "", text).replace(f"{Path(__file__).parents[1]}/", "")
+
+
 def _first_line(error: BaseException) -> str:
-    lines = re.sub(r"[^\s\"']*/site-packages/", "", str(error)).strip().split("\n")
+    lines = _without_folders(str(error)).strip().split("\n")
     line = " ".join(map(str.strip, lines[: 1 + isinstance(error, StateDictError)]))
     return f"{type(error).__name__}: {line[:500]}"
 

@@ -70,9 +70,7 @@ Seen = dict[int, tuple[int, str]]
 """For each rank the beat at which it was first found in a wait, and which."""
 
 
-def elsewhere(
-    store: Store, rank: int, ranks: Sequence[int], place: str, waiting: Sequence[int], seen: Seen
-) -> str:  # fmt: skip
+def elsewhere(store: Store, rank: int, ranks: Sequence[int], place: str, waiting: Sequence[int], seen: Seen) -> str:
     """Says which rank waits outside of the model, if no rank can go on; else empty.
 
     Args:

@@ -65,7 +65,7 @@ def test_one_rank_takes_its_loader_as_it_is() -> None:
 
 
 def left_for_a_barrier(mesh: DeviceMesh) -> tuple[str, float]:
-    """What a rank is told that trains on while the other waits in a barrier, and after how many seconds."""
+    """Words to a rank that trains on while the other waits in a barrier, and after how many seconds."""
     model = zgraph.compile(built(Mlp)(), mesh=mesh)
     model(*rows(0)).backward()
     began, said = time.monotonic(), "nothing was raised"

@@ -167,7 +167,7 @@ class Kept(Mlp):
 
 
 def of_another_rank(mesh: DeviceMesh, folder: str) -> list[str]:
-    """What is said to the first rank's model and optimizer on each rank, and to its numbers."""
+    """Words to the first rank's model and optimizer on each rank, and to its numbers."""
     model = zgraph.compile(built(Mlp)(), stage=3, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters())
     model(*rows(mesh.get_local_rank())).backward()

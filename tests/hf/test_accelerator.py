@@ -28,7 +28,7 @@ USUAL = {
     "FSDP_ACTIVATION_CHECKPOINTING": "false",
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "false",
 }
-"""What `accelerate launch` sets for a file whose `fsdp_config` says nothing."""
+"""Variables that `accelerate launch` sets for a file whose `fsdp_config` says nothing."""
 
 
 @pytest.mark.parametrize(

@@ -97,5 +97,5 @@ def trainer(folder: Path, strategy: Any, devices: int = 1, **options: Any) -> Tr
 
 
 def launched(rank: int) -> None:
-    """What a launcher says to one of several processes on this host."""
+    """Words of a launcher to one of several processes on this host."""
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")
