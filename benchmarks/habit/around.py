@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,19 +11,16 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from benchmarks.habit.nets import HIDDEN, WIDTH, Classifier, Net, rows
 from benchmarks.habit.side import Side, numbered, sgd, trained, values, whole
 from benchmarks.habit.table import Found, Table
+from benchmarks.habit.training import training
 
 TABLE = Table("around the loop")
 habit = TABLE.habit
 
 
-def _training(side: Side, model: nn.Module, **options: Any) -> Found:
-    return trained(side, model, lambda step: model(*rows(side.seed(step))), **options)
-
-
 @habit("`clip_grad_norm_`, and its norm logged")
 def clipped_norm(side: Side) -> Found:
     model, norms = side.model(Classifier), []
-    found = _training(side, model, before=lambda: norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.3)))
+    found = training(side, model, before=lambda: norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.3)))
     return {**found, "norms": torch.stack([whole(n) for n in norms])}
 
 
@@ -36,13 +31,13 @@ def clipped_infinity_norm(side: Side) -> Found:
     def clip() -> None:
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.05, norm_type=float("inf"))))
 
-    return {**_training(side, model, before=clip), "norms": torch.tensor(norms)}
+    return {**training(side, model, before=clip), "norms": torch.tensor(norms)}
 
 
 @habit("`clip_grad_value_`")
 def clipped_values(side: Side) -> Found:
     model = side.model(Classifier)
-    return _training(side, model, before=lambda: nn.utils.clip_grad_value_(model.parameters(), 0.01))
+    return training(side, model, before=lambda: nn.utils.clip_grad_value_(model.parameters(), 0.01))
 
 
 @habit("a norm by hand: `sum(p.grad.norm() ** 2) ** 0.5`, and gradients multiplied by a number")
@@ -54,7 +49,7 @@ def norm_by_hand(side: Side) -> Found:
         for parameter in model.parameters():
             parameter.grad.mul_(min(1.0, 0.3 / (float(total) + 1e-6)))
 
-    return _training(side, model, before=clip)
+    return training(side, model, before=clip)
 
 
 @habit("clipping each parameter by its own norm")
@@ -65,7 +60,7 @@ def clipped_one_by_one(side: Side) -> Found:
         for parameter in model.parameters():
             nn.utils.clip_grad_norm_(parameter, 0.05)
 
-    return _training(side, model, before=clip)
+    return training(side, model, before=clip)
 
 
 @habit("centred gradients: `p.grad -= p.grad.mean(1, keepdim=True)`")
@@ -77,7 +72,7 @@ def centred_gradients(side: Side) -> Found:
             if parameter.dim() > 1:
                 parameter.grad -= parameter.grad.mean(1, keepdim=True)
 
-    return _training(side, model, before=centre)
+    return training(side, model, before=centre)
 
 
 @habit("a new gradient assigned: `p.grad = p.grad * 0.5`")
@@ -88,7 +83,7 @@ def assigned_gradients(side: Side) -> Found:
         for parameter in model.parameters():
             parameter.grad = parameter.grad * 0.5
 
-    return _training(side, model, before=halve)
+    return training(side, model, before=halve)
 
 
 @habit("`ReduceLROnPlateau` on the mean loss")
@@ -134,13 +129,13 @@ def groups_by_name(side: Side) -> Found:
         lr=1e-2,
         weight_decay=0.1,
     )
-    return _training(side, model, optimizer=optimizer)
+    return training(side, model, optimizer=optimizer)
 
 
 @habit("named parameters given to the optimizer: `AdamW(model.named_parameters())`")
 def named_parameters(side: Side) -> Found:
     model = side.model(Classifier)
-    return _training(side, model, optimizer=torch.optim.AdamW(model.named_parameters(), lr=1e-2))
+    return training(side, model, optimizer=torch.optim.AdamW(model.named_parameters(), lr=1e-2))
 
 
 @habit("a closure given to `optimizer.step`")
@@ -221,7 +216,7 @@ def gradient_noise(side: Side) -> Found:
         for parameter in model.parameters():
             parameter.grad.add_(torch.full_like(parameter.grad, 0.01))
 
-    return _training(side, model, before=add)
+    return training(side, model, before=add)
 
 
 @habit("loss scaled by hand, gradients divided before the step")

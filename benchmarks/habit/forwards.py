@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,25 +16,13 @@ from benchmarks.habit.nets import (
     Net,
     features,
     images,
-    rows,
 )
 from benchmarks.habit.side import Side, trained
 from benchmarks.habit.table import Found, Table
+from benchmarks.habit.training import outside, training
 
 TABLE = Table("forwards")
 habit = TABLE.habit
-
-
-def _training(side: Side, model: nn.Module, **options: Any) -> Found:
-    return trained(side, model, lambda step: model(*rows(side.seed(step))), **options)
-
-
-def _outside(side: Side, model: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> Found:
-    def loss(step: int) -> Tensor:
-        x, y = rows(side.seed(step))
-        return F.cross_entropy((call or model)(x), y)
-
-    return trained(side, model, loss)
 
 
 @habit("recurrent layers: `nn.GRU` and `nn.LSTM`")
@@ -111,7 +98,7 @@ def unused_parameter(side: Side) -> Found:
             super().__init__()
             self.spare = nn.Parameter(torch.ones(3))
 
-    return _training(side, side.model(Spare))
+    return training(side, side.model(Spare))
 
 
 @habit("parameters in a `ParameterList` and a `ParameterDict`")
@@ -143,7 +130,7 @@ def counter(side: Side) -> Found:
             return super().forward(x, y) / self.steps
 
     model = side.model(Counting)
-    return {**_training(side, model), "steps": model.steps.clone()}
+    return {**training(side, model), "steps": model.steps.clone()}
 
 
 @habit("`if` on the value of a tensor in the forward")
@@ -155,7 +142,7 @@ def branch(side: Side) -> Found:
                 hidden = hidden * 2
             return self.last(self.norm(hidden))
 
-    return _outside(side, side.model(Branching))
+    return outside(side, side.model(Branching))
 
 
 @habit("`print` and `.item()` in the forward")
@@ -166,7 +153,7 @@ def item_in_forward(side: Side) -> Found:
             print(hidden.mean().item())
             return self.last(self.norm(hidden))
 
-    return _outside(side, side.model(Saying))
+    return outside(side, side.model(Saying))
 
 
 @habit("a parameter changed in place in the forward: `self.weight.data.clamp_(...)`")
@@ -176,7 +163,7 @@ def changed_in_forward(side: Side) -> Found:
             self.last.weight.data.clamp_(-0.05, 0.05)
             return super().forward(x)
 
-    return _outside(side, side.model(Clamping))
+    return outside(side, side.model(Clamping))
 
 
 @habit("an `autograd.Function` of one's own (a straight-through estimator)")
@@ -194,4 +181,4 @@ def own_function(side: Side) -> Found:
         def forward(self, x: Tensor) -> Tensor:
             return self.last(Rounded.apply(3 * self.norm(self.first(x))) / 3)
 
-    return _outside(side, side.model(Rounding))
+    return outside(side, side.model(Rounding))

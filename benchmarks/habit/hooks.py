@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,20 +9,17 @@ from torch.nn import functional as F
 from benchmarks.habit.nets import Classifier, Net, features, rows
 from benchmarks.habit.side import Side, gradients, numbered, sgd, trained, values, whole
 from benchmarks.habit.table import Found, Table
+from benchmarks.habit.training import training
 
 TABLE = Table("hooks")
 habit = TABLE.habit
-
-
-def _training(side: Side, model: nn.Module, **options: Any) -> Found:
-    return trained(side, model, lambda step: model(*rows(side.seed(step))), **options)
 
 
 @habit("a forward hook that changes a layer's output")
 def changing_hook(side: Side) -> Found:
     model = side.model(Classifier)
     model.norm.register_forward_hook(lambda _module, _inputs, out: out * 1.5)
-    return _training(side, model)
+    return training(side, model)
 
 
 @habit("a forward hook that keeps activations in a list or a dict")
@@ -32,7 +27,7 @@ def keeping_hook(side: Side) -> Found:
     model = side.model(Classifier)
     kept: dict[str, Tensor] = {}
     model.norm.register_forward_hook(lambda _module, _inputs, out: kept.__setitem__("norm", out.detach()))
-    found = dict(_training(side, model))
+    found = dict(training(side, model))
     return {**found, "kept": kept["norm"].clone()}
 
 
@@ -40,7 +35,7 @@ def keeping_hook(side: Side) -> Found:
 def pre_hook(side: Side) -> Found:
     model = side.model(Classifier)
     model.register_forward_pre_hook(lambda _m, args, kwargs: ((args[0] + 1, *args[1:]), kwargs), with_kwargs=True)
-    return _training(side, model)
+    return training(side, model)
 
 
 @habit("a hook that comes and goes between steps")
@@ -64,7 +59,7 @@ def passing_hook(side: Side) -> Found:
 def backward_hook(side: Side) -> Found:
     model = side.model(Classifier)
     model.norm.register_full_backward_hook(lambda _m, grads, _out: tuple(0.5 * g for g in grads))
-    return _training(side, model)
+    return training(side, model)
 
 
 @habit("a hook on the output tensor")
@@ -84,7 +79,7 @@ def tensor_hook(side: Side) -> Found:
 def parameter_hook(side: Side) -> Found:
     model = side.model(Classifier)
     model.first.weight.register_hook(lambda g: g * 0.5)
-    return _training(side, model)
+    return training(side, model)
 
 
 @habit("a mask on a parameter's gradient, by a hook")
@@ -96,7 +91,7 @@ def masking_hook(side: Side) -> Found:
         return gradient * mask
 
     model.last.weight.register_hook(masked)
-    return _training(side, model)
+    return training(side, model)
 
 
 @habit("an optimizer for each parameter, stepped in a post-accumulate hook")
@@ -124,7 +119,7 @@ def optimizer_hooks(side: Side) -> Found:
     optimizer, seen = sgd(model), []
     optimizer.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_value_(model.parameters(), 0.01))
     optimizer.register_step_post_hook(lambda *_: seen.append(whole(model.first.bias)))
-    found = dict(_training(side, model, optimizer=optimizer))
+    found = dict(training(side, model, optimizer=optimizer))
     return {**found, "seen": torch.stack(seen)}
 
 
@@ -183,14 +178,14 @@ def as_vector(side: Side) -> Found:
     model = side.model(Classifier)
     vector = nn.utils.parameters_to_vector(model.parameters())
     nn.utils.vector_to_parameters(vector * 0.5, model.parameters())
-    return {"vector": whole(vector), **_training(side, model)}
+    return {"vector": whole(vector), **training(side, model)}
 
 
 @habit("`torch.autograd.detect_anomaly`")
 def anomaly(side: Side) -> Found:
     model = side.model(Classifier)
     with torch.autograd.detect_anomaly(check_nan=True):
-        return _training(side, model)
+        return training(side, model)
 
 
 @habit("`torch.autograd.graph.saved_tensors_hooks` around the forward")
@@ -208,7 +203,7 @@ def saved_tensors(side: Side) -> Found:
 def profiled(side: Side) -> Found:
     model = side.model(Classifier)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-        return _training(side, model)
+        return training(side, model)
 
 
 @habit("gradients of given parameters: `autograd.grad(loss, [model.last.weight])`")

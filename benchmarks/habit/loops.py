@@ -32,13 +32,10 @@ from benchmarks.habit.nets import (
 )
 from benchmarks.habit.side import Side, numbered, sgd, trained, values
 from benchmarks.habit.table import Found, Table
+from benchmarks.habit.training import training
 
 TABLE = Table("loops")
 habit = TABLE.habit
-
-
-def _training(side: Side, model: nn.Module, **options: Any) -> Found:
-    return trained(side, model, lambda step: model(*rows(side.seed(step))), **options)
 
 
 @habit("a GAN: two models, two optimizers, `detach`")
@@ -121,7 +118,7 @@ def ema_of_a_state_dict(side: Side) -> Found:
         for name, value in model.state_dict().items():
             average[name].mul_(0.9).add_(value, alpha=0.1)
 
-    found = _training(side, model, before=update)
+    found = training(side, model, before=update)
     model.load_state_dict(average)
     return {**found, **{f"ema {n}": v for n, v in values(model).items()}}
 
@@ -193,7 +190,7 @@ def frozen_body(side: Side) -> Found:
         return model
 
     model = side.model(build)
-    return _training(side, model, optimizer=sgd(p for p in model.parameters() if p.requires_grad))
+    return training(side, model, optimizer=sgd(p for p in model.parameters() if p.requires_grad))
 
 
 @habit("a parameter group that is added when a layer is thawed")
@@ -201,10 +198,10 @@ def added_group(side: Side) -> Found:
     model = side.model(Classifier)
     model.first.requires_grad_(False)
     optimizer = sgd(p for p in model.parameters() if p.requires_grad)
-    found = dict(_training(side, model, optimizer=optimizer))
+    found = dict(training(side, model, optimizer=optimizer))
     model.first.requires_grad_(True)
     optimizer.add_param_group({"params": [*model.first.parameters()], "lr": 0.01})
-    return {**{f"before {n}": v for n, v in found.items()}, **_training(side, model, optimizer=optimizer)}
+    return {**{f"before {n}": v for n, v in found.items()}, **training(side, model, optimizer=optimizer)}
 
 
 def _accumulated(side: Side, *, under_no_sync: bool) -> Found:
@@ -289,7 +286,7 @@ def tied_weights(side: Side) -> Found:
 def two_axes(side: Side) -> Found:
     mesh = init_device_mesh("cpu", (2, side.num_ranks // 2), mesh_dim_names=("copies", "shards"))
     model = side.model(Classifier, mesh=mesh)
-    return _training(side, model, before=lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.3))
+    return training(side, model, before=lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.3))
 
 
 @habit("an empty batch on one rank, its loss a sum", ranks=(1, 2))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,27 +22,16 @@ from benchmarks.habit.nets import (
 )
 from benchmarks.habit.side import Side, trained, values, whole
 from benchmarks.habit.table import Found, Table
+from benchmarks.habit.training import outside, training
 
 TABLE = Table("modules")
 habit = TABLE.habit
 
 
-def _training(side: Side, model: nn.Module, **options: Any) -> Found:
-    return trained(side, model, lambda step: model(*rows(side.seed(step))), **options)
-
-
-def _outside(side: Side, model: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> Found:
-    def loss(step: int) -> Tensor:
-        x, y = rows(side.seed(step))
-        return F.cross_entropy((call or model)(x), y)
-
-    return trained(side, model, loss)
-
-
 @habit("`model.forward(x)` in the place of `model(x)`")
 def forward_itself(side: Side) -> Found:
     model = side.model(Net)
-    return _outside(side, model, model.forward)
+    return outside(side, model, model.forward)
 
 
 class WithMethod(Net):
@@ -55,13 +42,13 @@ class WithMethod(Net):
 @habit("another method than the forward is called: `model.logits(x)`")
 def another_method(side: Side) -> Found:
     model = side.model(WithMethod)
-    return _outside(side, model, model.logits)
+    return outside(side, model, model.logits)
 
 
 @habit("a part is called: `model.first(x)`")
 def part_alone(side: Side) -> Found:
     model = side.model(Net)
-    return _outside(side, model, lambda x: model.last(model.norm(model.first(x))))
+    return outside(side, model, lambda x: model.last(model.norm(model.first(x))))
 
 
 @habit("a part is called under `zgraph.gathered`, to look at its features")
@@ -86,7 +73,7 @@ def part_of_another(side: Side) -> Found:
             return F.cross_entropy(self.inner(x), y)
 
     model = Outer(side.model(Net))
-    return _training(side, model)
+    return training(side, model)
 
 
 @habit("parts compiled one by one, the whole not")
@@ -95,25 +82,25 @@ def parts_compiled(side: Side) -> Found:
     parts = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
     side.ready(parts[0])
     side.ready(parts[2])
-    return _outside(side, parts)
+    return outside(side, parts)
 
 
 @habit("`torch.compile` around a call of a compiled model")
 def compiled_again(side: Side) -> Found:
     model = side.model(Net)
-    return _outside(side, model, torch.compile(lambda x: model(x), backend="eager"))
+    return outside(side, model, torch.compile(lambda x: model(x), backend="eager"))
 
 
 @habit("`copy.deepcopy` of a compiled model, which trains on")
 def deep_copy(side: Side) -> Found:
     model = side.copy(side.model(Classifier))
-    return _training(side, model)
+    return training(side, model)
 
 
 @habit("`copy.copy` of a compiled model")
 def shallow_copy(side: Side) -> Found:
     model = copy.copy(side.model(Classifier))
-    return _training(side, model)
+    return training(side, model)
 
 
 @habit("`pickle.dumps(model)`")
@@ -132,7 +119,7 @@ def applied(side: Side) -> Found:
             module.bias.data.zero_()
 
     model.apply(init)
-    return _training(side, model)
+    return training(side, model)
 
 
 @habit(
@@ -149,7 +136,7 @@ def random_init(side: Side) -> Found:
 
 @habit("`model.to(device)` and `model.cpu()`, of a model that is there")
 def to_device(side: Side) -> Found:
-    return _training(side, side.model(Classifier).to("cpu").cpu())
+    return training(side, side.model(Classifier).to("cpu").cpu())
 
 
 @habit("`model.half()` after it is compiled")
@@ -181,7 +168,7 @@ def emptied(side: Side) -> Found:
 
 @habit("`model.share_memory()`")
 def shared_memory(side: Side) -> Found:
-    return _training(side, side.model(Classifier).share_memory())
+    return training(side, side.model(Classifier).share_memory())
 
 
 @habit("a new head after the model is compiled")
@@ -196,14 +183,14 @@ def new_head(side: Side) -> Found:
 def removed_layer(side: Side) -> Found:
     model = side.model(Net)
     model.norm = nn.Identity()
-    return _outside(side, model)
+    return outside(side, model)
 
 
 @habit("an activation replaced")
 def replaced_activation(side: Side) -> Found:
     model = side.model(Net)
     model.act = nn.Tanh()
-    return _outside(side, model)
+    return outside(side, model)
 
 
 @habit("`resize_token_embeddings` after the model is compiled")
@@ -240,7 +227,7 @@ def weight_norm(side: Side) -> Found:
         nn.utils.parametrizations.weight_norm(model.last)
         return model
 
-    return _training(side, side.model(build))
+    return training(side, side.model(build))
 
 
 @habit("`spectral_norm` before the model is compiled")
@@ -250,7 +237,7 @@ def spectral_norm(side: Side) -> Found:
         nn.utils.parametrizations.spectral_norm(model.last)
         return model
 
-    return _training(side, side.model(build))
+    return training(side, side.model(build))
 
 
 @habit("`torch.nn.utils.prune` before the model is compiled")
@@ -262,7 +249,7 @@ def pruned_before(side: Side) -> Found:
         prune.l1_unstructured(model.first, "weight", amount=0.3)
         return model
 
-    return _training(side, side.model(build))
+    return training(side, side.model(build))
 
 
 @habit("`torch.nn.utils.prune` after the model is compiled")
@@ -271,7 +258,7 @@ def pruned_after(side: Side) -> Found:
 
     model = side.model(Classifier)
     prune.l1_unstructured(model.first, "weight", amount=0.3)
-    return _training(side, model)
+    return training(side, model)
 
 
 @habit("`torch.func.functional_call` with other weights")

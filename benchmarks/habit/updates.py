@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -11,15 +9,12 @@ from benchmarks.habit.nets import (
     Classifier,
     rows,
 )
-from benchmarks.habit.side import Side, numbered, sgd, trained, values, whole
+from benchmarks.habit.side import Side, numbered, sgd, values, whole
 from benchmarks.habit.table import Found, Table
+from benchmarks.habit.training import training
 
 TABLE = Table("updates by hand")
 habit = TABLE.habit
-
-
-def _training(side: Side, model: nn.Module, **options: Any) -> Found:
-    return trained(side, model, lambda step: model(*rows(side.seed(step))), **options)
 
 
 @habit("SAM: a second forward and backward at parameters that are moved, in place, along the gradient")
@@ -51,7 +46,7 @@ def sam(side: Side) -> Found:
 def lookahead(side: Side) -> Found:
     model = side.model(Classifier)
     slow = [p.detach().clone() for p in model.parameters()]
-    found = dict(_training(side, model))
+    found = dict(training(side, model))
     with torch.no_grad():
         for parameter, kept in zip(model.parameters(), slow, strict=True):
             kept.lerp_(parameter, 0.5)
@@ -96,14 +91,14 @@ def clipped_weights(side: Side) -> Found:
         for parameter in model.parameters():
             parameter.data.clamp_(-0.1, 0.1)
 
-    return _training(side, model, before=clip)
+    return training(side, model, before=clip)
 
 
 @habit("layers given new values in the middle: `nn.init.xavier_uniform_(layer.weight)`")
 def reset_layer(side: Side) -> Found:
     model = side.model(Classifier)
-    found = dict(_training(side, model))
+    found = dict(training(side, model))
     torch.manual_seed(3)
     nn.init.constant_(model.last.weight, 0.1)
     nn.init.zeros_(model.last.bias)
-    return {**{f"before {n}": v for n, v in found.items()}, **_training(side, model)}
+    return {**{f"before {n}": v for n, v in found.items()}, **training(side, model)}
