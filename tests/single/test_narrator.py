@@ -18,6 +18,7 @@ from torch import nn
 
 import zgraph
 from zgraph.compiler import narrator
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.compiler.narrator import Bar, tell
 from zgraph.compiler.report import mebibytes, milliseconds
 from zgraph.environment import LOG_KINDS, environment
@@ -241,3 +242,13 @@ def test_the_pieces_of_a_call_are_not_said_to_be_captured_again(caplog: pytest.L
         model(torch.ones(3, 4)).sum().backward()
     assert caplog.text.count("captured again") == 1
     assert "captured again, time 2: x.shape[0] changed from 2 to 3" in caplog.text
+
+
+def test_a_reset_of_torch_compile_leaves_the_time_of_a_capture() -> None:
+    model = zgraph.compile(built(Mlp))
+    for _ in range(2):
+        model(*rows(0)).backward()
+        narrated = compiled_model(model).narrator
+        assert narrated.seconds > 0
+        narrated.seconds = narrated._began = 0.0
+        torch.compiler.reset()

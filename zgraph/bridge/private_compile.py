@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -120,6 +122,7 @@ def capturing(*, in_pieces: bool = False, dynamic: bool | None = None) -> Iterat
     Recurrent layers, inner calls of `torch.autograd.grad`, and integers that a module counts with are captured. What
     `print` and `warnings.warn` are given is told when the graph has run. Left out is what transformers would log once
     (`warning_once`). Nor does torch log what an error says in any case, or that it could not write its own metrics.
+    Garbage is collected rarely.
     """
     config = torch._dynamo.config
     found = {getattr(logging.Logger, name, None) for name in ("warning_once", "warning_advice", "info_once")}
@@ -134,15 +137,21 @@ def capturing(*, in_pieces: bool = False, dynamic: bool | None = None) -> Iterat
         settings |= {"allow_rnn": False, "recompile_limit": 4096, "accumulated_recompile_limit": 65536}
         del settings["reorderable_logging_functions"]
     loggers = [logging.getLogger(name) for name in _NOISY]
-    before = [logger.disabled for logger in loggers]
+    before, collects = [logger.disabled for logger in loggers], gc.get_threshold()
     for logger in loggers:
         logger.disabled = True
+    gc.set_threshold(*map(max, collects, _RARELY) if collects[0] else collects)
     try:
         with config.patch({name: value for name, value in settings.items() if hasattr(config, name)}):
             yield
     finally:
+        gc.set_threshold(*collects)
         for logger, was in zip(loggers, before, strict=True):
             logger.disabled = was
+
+
+_RARELY = (100_000, 50, 1_000)
+"""Thresholds of the garbage collector for a capture, which makes many objects that stay."""
 
 
 _NOISY = ("torch._dynamo.metrics_context", "torch._subclasses.fake_tensor", "torch._dynamo.variables.tensor")
@@ -287,14 +296,23 @@ class _Converting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tensor if is_fake else self.mode.from_tensor(tensor, static_shapes=True)
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What torch calls when it begins to capture; two for one function are equal."""
+
+    begun: Callable[[], None]
+
+    def __call__(self, _args: Any) -> None:
+        self.begun()
+
+
 def on_capture(begun: Callable[[], None]) -> None:
-    """Have a function called whenever torch begins to capture a call; a second time for the same does nothing."""
-    if begun not in _told:
-        _told.append(begun)
-        callback.on_compile_start(lambda _: begun())
+    """Have a function called whenever torch begins to capture a call; a second time for the same does nothing.
 
-
-_told: list[Callable[[], None]] = []
+    `torch.compiler.reset` forgets it.
+    """
+    if (told := _Told(begun)) not in callback.callback_handler.start_callbacks:
+        callback.on_compile_start(told)
 
 
 class _Breaks(logging.Handler):

@@ -70,6 +70,7 @@ class Frontend:
         attach: given what runs a captured graph and which of its arguments are which parameters, gives what runs it
             with gradients brought to the parameters at rest.
         left_eager: told why a piece of a function that is captured in pieces runs eagerly.
+        ready: called when a capture fails; True if it has changed what the function does so that another may not.
     """
 
     def __init__(
@@ -80,9 +81,10 @@ class Frontend:
         name: str,
         attach: Callable[[Callable[..., Any], Mapping[int, str]], Callable[..., Any]] = lambda run, _: run,
         left_eager: Callable[[str], None] = lambda why: None,
+        ready: Callable[[], bool] = lambda: False,
     ) -> None:
         self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
-        self.left_eager = left_eager
+        self.left_eager, self.ready = left_eager, ready
         self._codes: list[types.CodeType] = []
 
     def wrap(self, function: Callable[..., Any], dynamic: bool | None, *, fullgraph: bool = True) -> Callable[..., Any]:
@@ -107,6 +109,8 @@ class Frontend:
                     return compiled(*args, **kwargs)
             except Exception as error:
                 failed = error
+            if isinstance(failed, private_compile.Unsupported) and self.ready():
+                return call(*args, **kwargs)
             try:  # outside of the handler: what follows must not have torch's error for a context
                 if fullgraph or isinstance(failed, private_compile.BackendCompilerFailed):
                     failed = failure(failed, lambda: function(*args, **kwargs), self.name)

@@ -36,7 +36,10 @@ from zgraph.runtime.regions import Regions
 from zgraph.runtime.structure import Structure
 
 ADAPTERS = ("zgraph.hf.adapt",)
-"""Modules that adapt a compiled model to a library which treats some models specially: each has `adapt(model)`."""
+"""Modules that adapt a compiled model to a library which treats some models specially.
+
+Each has `adapt(model)`, and `ready(model)`, which prepares the model for a capture and tells whether it changed it.
+"""
 
 
 def shard(model: nn.Module, settings: Settings) -> Session:
@@ -93,6 +96,9 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     copier = Copier(model, functools.partial(_again, settings))
     own_forward = forward = model.forward
     forget: Callable[[], None] | None = None
+    structure = Structure(session.store)
+    if settings.fullgraph is False:  # a piece would end where `ready` is needed
+        _make_ready(model, structure)
     say_little()
     if not session.is_alone:
         reduce_before_steps(session)
@@ -105,6 +111,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
             type(model).__name__,
             lambda run, parameters: attached(run, parameters, session),
             narrator.left_eager,
+            lambda: _make_ready(model, structure),
         )
         forward, forget = frontend.wrap(forward, settings.dynamic, fullgraph=settings.fullgraph), frontend.forget
         if not settings.fullgraph:
@@ -113,7 +120,6 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     else:
         forward = eager_fallback(forward, session)
     model.__dict__[ATTRIBUTE] = compiled
-    structure = Structure(session.store)
     forward = guard(forward, session, settings.param_dtype, own_forward, forget, structure)
     if not session.is_alone and settings.fullgraph != "eager" and settings.dynamic is not False:
         forward = agreeing(model, forward, session, structure)
@@ -128,6 +134,13 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     for name in ADAPTERS:
         import_module(name).adapt(model)
     copier.attach(session)
+
+
+def _make_ready(model: nn.Module, structure: Structure) -> bool:
+    """Prepare a model for a capture as its library wants it; whether that changed it."""
+    changed = [name for name in ADAPTERS if import_module(name).ready(model)]
+    structure.has_new_hooks()  # those that came are no reason to capture again
+    return bool(changed)
 
 
 def _again(settings: Settings, model: nn.Module) -> Session:

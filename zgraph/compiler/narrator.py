@@ -87,12 +87,12 @@ class Narrator:
         """A call of the model of which it is known when torch captures it."""
         if not self.kinds:
             return call
-        on_capture(_begun)
         if self.in_pieces:
             on_break(_broke)
 
         @functools.wraps(call)
         def watched(*args: Any, **kwargs: Any) -> Any:
+            on_capture(_begun)
             self._given, self._grads, self._is_told = (args, kwargs), torch.is_grad_enabled(), False
             token = _calling.set(self)
             try:

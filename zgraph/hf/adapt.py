@@ -21,6 +21,10 @@ _RESIZES = {"resize_token_embeddings", "add_adapter", "load_adapter"}
 """Methods of transformers that put other parameters into a model."""
 
 
+_INSTALLED = "_output_capturing_hooks_installed"
+"""Attribute by which transformers knows that a model has its hooks."""
+
+
 class Unprepared:
     """Value of the attribute by which Accelerate asks a model whether it is prepared, before it wraps it.
 
@@ -37,8 +41,7 @@ class Unprepared:
 
 
 def adapt(model: nn.Module) -> None:
-    """Refuse to be wrapped by Accelerate, generate and save with whole parameters, and record outputs when captured."""
-    _install_recorders(model)
+    """Refuse to be wrapped by Accelerate, generate and save with whole parameters."""
     model.__dict__[Unprepared.ATTRIBUTE] = Unprepared()
     if _GENERATES & {base.__name__ for base in type(model).__mro__}:
         own_generate: Any = model.generate
@@ -49,15 +52,24 @@ def adapt(model: nn.Module) -> None:
         model.__dict__[name] = functools.partial(_refuse, name)
 
 
-def _install_recorders(model: nn.Module) -> None:
-    """The hooks by which transformers records hidden states and router logits: it installs them in a first call, under
-    a lock, which cannot be captured.
+def ready(model: nn.Module) -> bool:
+    """Install the hooks by which transformers records hidden states and router logits; whether any was missing.
+
+    transformers installs them in the first call that records, under a lock, which cannot be captured. In calls that do
+    not record they only make the capture longer.
     """
     recording = sys.modules.get("transformers.utils.output_capturing")
     install: Callable[[nn.Module], None] | None = getattr(recording, "maybe_install_capturing_hooks", None)
-    for module in model.modules() if install is not None else ():
-        if install is not None and "PreTrainedModel" in {base.__name__ for base in type(module).__mro__}:
-            install(module)
+    if install is None:
+        return False
+    missing = [module for module in model.modules() if _records(module) and not vars(module).get(_INSTALLED)]
+    for module in missing:
+        install(module)
+    return bool(missing)
+
+
+def _records(module: nn.Module) -> bool:
+    return "PreTrainedModel" in {base.__name__ for base in type(module).__mro__}
 
 
 def _refuse(name: str, *_args: Any, **_kwargs: Any) -> NoReturn:
