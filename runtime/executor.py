@@ -8,19 +8,33 @@ from __future__ import annotations
 import linecache
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import resolve, to_torch
-from zgraph.ir import Arg, Instruction, Node, Plan, Program, Value
+from zgraph.ir import Arg, Graph, Instruction, Node, Plan, Program, Value
 from zgraph.ir.arena import offsets
 from zgraph.runtime.collectives import EXECUTORS
 from zgraph.runtime.recorder import Watcher
-from zgraph.runtime.region import Region, cut
-from zgraph.runtime.regions import Regions
+from zgraph.runtime.region import Region
 
 if TYPE_CHECKING:
     from zgraph.runtime.session import Session
+
+
+class Together(Protocol):
+    """Runs many instructions as one.
+
+    `is_shown` says whether a profiler shows them as one; if not, they run one by one while somebody watches.
+    """
+
+    @property
+    def is_shown(self) -> bool: ...
+
+    def cut(self, program: Program, graph: Graph) -> Iterable[Instruction | Region]: ...
+
+    def runner(self, region: Region, session: Session) -> Callable[[list[Any]], Sequence[Any]]: ...
+
 
 Runner = Callable[[list[Any]], list[Any]]
 
@@ -33,7 +47,7 @@ def link(
     session: Session,
     resident: Mapping[str, Any],
     watcher: Watcher | None = None,
-    regions: Regions | None = None,
+    regions: Together | None = None,
 ) -> Runner:
     """The program as a function from a list of arguments, which it empties, to a list of results.
 
@@ -43,7 +57,7 @@ def link(
         session: the state that collectives and accumulation work on.
         resident: the memory of parameters and constants, by the name of their value.
         watcher: if given, it is told after every instruction.
-        regions: if given, they compile what is between collectives.
+        regions: what runs many instructions as one; op by op, if none is given.
     """
     writer = _Writer(program, plan, session, resident, watcher, regions)
     source = writer.source()
@@ -65,7 +79,7 @@ class _Writer:
         session: Session,
         resident: Mapping[str, Any],
         watcher: Watcher | None,
-        regions: Regions | None,
+        regions: Together | None,
     ) -> None:
         self.program, self.plan, self.session, self.watcher = program, plan, session, watcher
         self.regions = regions
@@ -103,10 +117,11 @@ class _Writer:
         return "\n".join(lines) + "\n"
 
     def parts(self) -> Iterable[Instruction | Region]:
-        """Instructions, and regions where they are compiled: not while single instructions are measured."""
-        if self.regions is None or (self.watcher is not None and self.watcher.takes_apart):
+        """Instructions, and regions where they run as one: not while single instructions are measured or shown."""
+        watcher = self.watcher
+        if self.regions is None or (watcher is not None and (watcher.takes_apart or not self.regions.is_shown)):
             return self.program.instructions
-        return cut(self.program, self.plan.graph)
+        return self.regions.cut(self.program, self.plan.graph)
 
     def instruction(self, instruction: Instruction) -> list[str]:
         node = instruction.node
@@ -115,7 +130,7 @@ class _Writer:
         return lines + ([f"del {', '.join(frees)}"] if frees else [])
 
     def region(self, region: Region) -> list[str]:
-        """A call of a compiled region, which is given the last references to what it is the last to read."""
+        """A call of a region, which is given the last references to what it is the last to read."""
         assert self.regions is not None
         run = self.constant(self.regions.runner(region, self.session), "region")
         frees = [self.local(n) for n in region.frees if n not in self.resident]

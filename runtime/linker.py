@@ -37,7 +37,7 @@ def link_plan(
         constants: tensors that the forward reads beside parameters and buffers.
         captured: the graph that the plan was made of, as text.
         known: what the passes knew.
-        regions: if given, they compile what is between collectives.
+        regions: if given, they compile what is between collectives; else torch's interpreter runs it.
         behind: what `tangents_behind` finds in the captured graph.
 
     Raises:
@@ -55,7 +55,7 @@ def link_plan(
 
     @cache
     def runner(program: Program, watcher: Watcher | None) -> Runner:
-        return link(program, plan, session, resident, watcher, regions)
+        return link(program, plan, session, resident, watcher, regions or session.interpreted)
 
     kinds = [i.value.tensor for i in plan.graph.inputs if i.kind is InputKind.tangent]
     tangents = tuple(kinds) if behind else ()

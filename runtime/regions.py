@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import resolve, to_torch
 from zgraph.errors import KernelError
-from zgraph.ir import Value
+from zgraph.ir import Graph, Instruction, Program, Value
 from zgraph.runtime.collectives import EXECUTORS
-from zgraph.runtime.region import Region
+from zgraph.runtime.region import Region, cut
 
 if TYPE_CHECKING:
     from zgraph.runtime.session import Session
@@ -39,6 +39,8 @@ class Regions:
         seconds: time that compiling them has taken.
     """
 
+    is_shown: ClassVar[bool] = True
+
     num_regions: int = 0
     seconds: float = 0.0
     _by_text: dict[str, Compute] = field(default_factory=dict)
@@ -49,6 +51,10 @@ class Regions:
 
     def __str__(self) -> str:
         return f"{self.num_regions} regions, {self.num_different} of them different, {self.seconds:.1f} s"
+
+    def cut(self, program: Program, graph: Graph) -> Iterator[Instruction | Region]:
+        """The program's instructions, with regions in the place of those that they hold."""
+        return cut(program, graph)
 
     def runner(self, region: Region, session: Session) -> Compute:
         """The function that runs a region, shared by all regions that compute the same."""

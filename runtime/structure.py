@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from operator import is_
+from itertools import chain
 from typing import Any
 
 import torch.nn.modules.module as module_of_torch
@@ -14,9 +14,6 @@ from zgraph.runtime.shards import ShardStore
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = tuple(getattr(module_of_torch, f"_global{name}") for name in _HOOKS)
-
-Entries = list[tuple[dict[str, Any], tuple[Any, ...]]]
-"""Dictionaries of modules with what they held."""
 
 
 class Structure:
@@ -37,8 +34,9 @@ class Structure:
 
     def _look(self) -> None:
         modules = [*self.store.model.modules()]
-        self._modules: Entries = [(m._modules, tuple(m._modules.values())) for m in modules]
-        self._parameters: Entries = [(m._parameters, tuple(m._parameters.values())) for m in modules]
+        self._held = [held.values() for m in modules for held in (m._modules, m._parameters)]
+        self._objects = [*chain.from_iterable(self._held)]  # which keeps their ids from being given to others
+        self._ids, self._counts = [*map(id, self._objects)], [*map(len, self._held)]
         self._hooks = [*_GLOBAL_HOOKS, *(getattr(m, name) for m in modules for name in _HOOKS)]
         self._count, self._registered = -1, -1
         self._keys: tuple[tuple[int, ...], ...] = ()
@@ -51,7 +49,7 @@ class Structure:
         Raises:
             UsageError: a parameter was added, replaced or taken out, or was given other memory by `p.data = ...`.
         """
-        if not all(map(_holds, self._parameters)) or not all(map(_holds, self._modules)):
+        if [*map(id, chain.from_iterable(self._held))] != self._ids or [*map(len, self._held)] != self._counts:
             self._check_parameters()
             self._look()
         for parameter, storage, name in self._storages:
@@ -90,11 +88,6 @@ class Structure:
         is_first, changed = self._count < 0, keys != self._keys
         self._count, self._registered, self._keys = count, RemovableHandle.next_id, keys
         return changed and not is_first
-
-
-def _holds(entry: tuple[dict[str, Any], tuple[Any, ...]]) -> bool:
-    now, before = entry
-    return len(now) == len(before) and all(map(is_, now.values(), before))
 
 
 def _held(owner: Any, key: Any) -> Any:

@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -44,6 +44,7 @@ __all__ = [
     "TorchRuntimeError",
     "Unsupported",
     "UserError",
+    "WhenCaptured",
     "aot_autograd",
     "capturing",
     "checkpoint_region",
@@ -148,6 +149,38 @@ def capturing(*, in_pieces: bool = False, dynamic: bool | None = None) -> Iterat
         gc.set_threshold(*collects)
         for logger, was in zip(loggers, before, strict=True):
             logger.disabled = was
+
+
+class WhenCaptured:
+    """The settings of `capturing` for the length of a `with`, from when torch begins to capture a call in it.
+
+    They take some 60 us to set, which a call that is not captured need not wait for.
+    """
+
+    def __init__(self, dynamic: bool | None) -> None:
+        self.dynamic = dynamic
+
+    def __enter__(self) -> None:
+        if _begin_settings not in callback.callback_handler.start_callbacks:  # torch.compiler.reset forgets them
+            callback.on_compile_start(_begin_settings)
+            callback.on_compile_end(_end_settings)
+        _wanted.append(self)
+
+    def __exit__(self, *_: object) -> None:
+        _wanted.remove(self)
+
+
+_wanted: list[WhenCaptured] = []
+_settings = ExitStack()
+
+
+def _begin_settings(_args: Any) -> None:
+    if _wanted:
+        _settings.enter_context(capturing(dynamic=_wanted[-1].dynamic))
+
+
+def _end_settings(_args: Any) -> None:
+    _settings.close()
 
 
 _RARELY = (100_000, 50, 1_000)

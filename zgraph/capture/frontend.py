@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import types
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -101,11 +102,16 @@ class Frontend:
         backend = self._backend if fullgraph else self._piece
         compiled = torch.compile(own, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
 
+        def settings() -> AbstractContextManager[None]:
+            if fullgraph:
+                return private_compile.WhenCaptured(dynamic)
+            return private_compile.capturing(in_pieces=True, dynamic=dynamic)
+
         def call(*args: Any, **kwargs: Any) -> Any:
             if why := private_compile.dynamo_is_off():
                 raise CaptureError(f"torch.compile is switched off, so nothing can be captured: {why}; switch it on")
             try:
-                with private_compile.capturing(in_pieces=not fullgraph, dynamic=dynamic):
+                with settings():
                     return compiled(*args, **kwargs)
             except Exception as error:
                 failed = error

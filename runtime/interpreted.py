@@ -1,0 +1,150 @@
+"""Runs of ops that torch's interpreter executes in one call from Python: a fifth of the host's time a node.
+
+Each different run is built once, whatever layer it is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zgraph.bridge.aten import resolve, to_torch
+from zgraph.bridge.private_script import Script, has_interpreter
+from zgraph.errors import UnknownOpError
+from zgraph.ir import Arg, Graph, Instruction, Node, NoneType, Program, ScalarType, TensorType, Token, Value
+from zgraph.runtime.region import Region
+
+if TYPE_CHECKING:
+    from zgraph.runtime.session import Session
+
+MIN_OPS = 3
+"""A call of a run costs as much as two ops: shorter ones are left as they are."""
+
+Compute = Callable[[list[Any]], Sequence[Any]]
+"""From a list of arguments, which is emptied, to results."""
+
+
+class Interpreted:
+    """The runs of one plan's programs.
+
+    Args:
+        device: of this rank.
+    """
+
+    is_shown = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._by_text: dict[str, Compute] = {}
+        self._takes: dict[object, bool] = {}
+
+    def cut(self, program: Program, graph: Graph) -> Iterator[Instruction | Region]:
+        """The program's instructions in their order, with runs of one layer in the place of those that they hold."""
+        run = list[Instruction]()
+        layer = ""
+        for instruction in program.instructions:
+            node = instruction.node
+            takes = self._can_take(node, graph)
+            if not takes or (node.origin.module and node.origin.layer != layer):
+                yield from _ended(run)
+            layer = node.origin.layer if node.origin.module else layer
+            if takes:
+                run.append(instruction)
+            else:
+                yield instruction
+        yield from _ended(run)
+
+    def runner(self, region: Region, _session: Session) -> Compute:
+        """The function that runs a region, shared by all regions that compute the same."""
+        if region.text not in self._by_text:
+            self._by_text[region.text] = self._built(region)
+        return self._by_text[region.text]
+
+    def _can_take(self, node: Node, graph: Graph) -> bool:
+        if node.op == "release":
+            return True
+        row = graph.foreign.get(node.op)
+        is_ours = node.op in ("cast", "copy")
+        if not is_ours and (row is None or not row.is_pure or not node.op.startswith("aten.")):
+            return False
+        if not all(isinstance(r.type, TensorType | NoneType) for r in node.results):
+            return False
+        key = (node.op, len(node.results), _kinds(node.args), tuple((k, _kinds(a)) for k, a in node.kwargs))
+        if key not in self._takes:
+            self._takes[key] = has_interpreter() and self._is_taken(node)
+        return self._takes[key]
+
+    def _is_taken(self, node: Node) -> bool:
+        operands = tuple({v.name: v for v in node.operands}.values())
+        try:
+            self._built(Region((node,), operands, node.results, ()))
+        except UnknownOpError:
+            return False
+        return True
+
+    def _built(self, region: Region) -> Compute:
+        tensors = [v for v in region.inputs if isinstance(v.type, TensorType)]
+        numbers = [v for v in region.inputs if isinstance(v.type, ScalarType)]
+        kinds = [v.type.kind for v in numbers if isinstance(v.type, ScalarType)]
+        script = Script(len(tensors), kinds)
+        values: dict[str, Any] = {v.name: None for v in region.inputs}
+        values |= dict(zip((v.name for v in tensors), script.tensors, strict=True))
+        values |= dict(zip((v.name for v in numbers), script.numbers, strict=True))
+
+        def of(value: Value) -> Any:
+            return values[value.name]
+
+        for node in region.nodes:
+            op, args, kwargs = self._call(node, of)
+            made = script.call(op, args, kwargs, len(node.results))
+            values.update(
+                (r.name, None if isinstance(r.type, NoneType) else m) for r, m in zip(node.results, made, strict=True)
+            )
+        run = script.function("region", [values[v.name] for v in region.outputs])
+        names = [v.name for v in region.inputs]
+        at, others = [names.index(v.name) for v in tensors], [names.index(v.name) for v in numbers]
+        if len(at) == len(names):
+            return run
+
+        def compute(args: list[Any]) -> Sequence[Any]:
+            numbers = [args[i] for i in others]
+            args[:] = [args[i] for i in at]
+            return run(args, *numbers)
+
+        return compute
+
+    def _call(self, node: Node, of: Callable[[Value], Any]) -> tuple[Any, list[Any], dict[str, Any]]:
+        """The overload that a node calls, and what it is given."""
+        dense = torch.contiguous_format
+        if node.op == "copy":
+            return torch.ops.aten.clone.default, [of(node.operands[0])], {"memory_format": dense}
+        if node.op == "cast":
+            dtype = to_torch(node.option("dtype"), self.device, of)
+            return torch.ops.aten.to.dtype, [of(node.operands[0]), dtype], {"memory_format": dense}
+        args = [to_torch(a, self.device, of) for a in node.args]
+        return resolve(node.op), args, {k: to_torch(a, self.device, of) for k, a in node.kwargs}
+
+
+def _kinds(arg: Arg) -> object:
+    """Kinds of an argument, on which it depends whether the interpreter takes a call."""
+    if isinstance(arg, Value):
+        return arg.type.kind if isinstance(arg.type, ScalarType) else type(arg.type)
+    if isinstance(arg, tuple):
+        return tuple(dict.fromkeys(_kinds(a) for a in arg)), bool(arg)
+    return arg.kind if isinstance(arg, Token) else type(arg)
+
+
+def _ended(run: list[Instruction]) -> Iterator[Instruction | Region]:
+    """A run as a region, if it is worth one; the list is empty then."""
+    ops = [i.node for i in run if i.node.op != "release"]
+    made = {r.name: r for n in ops for r in n.results}
+    freed = dict.fromkeys(name for i in run for name in i.frees)
+    outputs = tuple(v for name, v in made.items() if name not in freed)
+    if len(ops) < MIN_OPS or not outputs:
+        yield from run
+    else:
+        inputs = {v.name: v for n in ops for v in n.operands if v.name not in made}
+        yield Region(tuple(ops), tuple(inputs.values()), outputs, tuple(name for name in freed if name not in made))
+    run.clear()

@@ -1,0 +1,152 @@
+"""Runs of ops by torch's interpreter: the same ops on the same numbers, and the same memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import small
+import zgraph
+from tests.deep import deep
+from zgraph.bridge.private_script import Script
+from zgraph.compiler.compiled_model import compiled_model
+from zgraph.errors import UnknownOpError
+from zgraph.ir import Graph, Instruction, Program
+from zgraph.runtime.interpreted import Interpreted
+from zgraph.runtime.region import Region
+
+from .trained import batch
+
+aten = torch.ops.aten
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": small.llama,
+    "gpt2": small.gpt2,
+    "t5": small.t5,
+    "vit": small.vit,
+}
+
+
+class Mixed(nn.Module):
+    """Normalised convolutions, a recurrence, sizes of several kinds, lists of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.turns, self.out = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.norm(self.conv(x))).flatten(2).transpose(1, 2)
+        hidden, _ = self.turns(hidden)
+        first, *rest = hidden.chunk(3, dim=1)
+        picked = hidden[:, torch.tensor([0, 2]), :]
+        top, _ = hidden.max(dim=1)
+        whole = torch.cat([first.mean(1), *(r.std(1) for r in rest), picked.sum(1), top])
+        return self.out(whole).logsumexp(-1).sum() + nn.functional.interpolate(x, scale_factor=2.0).square().mean()
+
+
+@pytest.fixture
+def op_by_op(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def cut(self: Interpreted, program: Program, graph: Graph) -> Iterator[Instruction | Region]:
+        yield from program.instructions
+
+    return lambda: monkeypatch.setattr(Interpreted, "cut", cut)
+
+
+def steps(model: nn.Module, given: Any, *, is_together: bool = False, **options: Any) -> list[torch.Tensor]:
+    """Losses of three steps, and the parameters after them."""
+    torch.manual_seed(1)
+    torch._dynamo.reset()
+    compiled = zgraph.compile(copy.deepcopy(model).train(), **options)
+    optimizer = torch.optim.SGD(compiled.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        found = compiled(**given) if isinstance(given, dict) else compiled(given)
+        loss = found if isinstance(found, torch.Tensor) else found.loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    regions = [
+        part
+        for plan in compiled_model(compiled).session.plans
+        for program in (plan.forward, plan.backward)
+        if program is not None
+        for part in compiled_model(compiled).session.interpreted.cut(program, plan.graph)
+        if isinstance(part, Region)
+    ]
+    nodes = sum(len(plan.graph.nodes) for plan in compiled_model(compiled).session.plans)
+    if is_together:
+        assert sum(len(r.nodes) for r in regions) > 0.6 * nodes
+    return [*losses, *(p.detach() for p in compiled.parameters())]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mixed", {"stage": 3}),
+        ("gpt2", {"stage": 3}),
+        deep("llama", {"stage": 3}),
+        ("t5", {"stage": 0, "dynamic": True}),
+    ],
+)
+def test_a_step_is_the_same_step(name: str, options: dict[str, Any], op_by_op: Callable[[], None]) -> None:
+    torch.manual_seed(0)
+    model = Mixed() if name == "mixed" else MODELS[name]()
+    given: Any = torch.randn(4, 3, 8, 8) if name == "mixed" else batch(name, 0)
+    together = steps(model, given, is_together=True, **options)
+    op_by_op()
+    for ours, theirs in zip(together, steps(model, given, **options), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_what_is_freed_within_a_run_is_gone_before_its_end() -> None:
+    """The memory of an argument that the caller lets go of is taken again by the first result after its last use."""
+    script = Script(2, [])
+    first, second = script.tensors
+    (doubled,) = script.call(aten.mul.Tensor, [first, second], {}, 1)
+    (places,) = script.call(aten.mul.Tensor, [doubled, second], {}, 1)
+    run = script.function("region", [places])
+    seen: list[int] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(sum(1 for t in alive if t() is not None))
+            return func(*args, **(kwargs or {}))
+
+    args = [torch.ones(4), torch.full((4,), 2.0)]
+    alive = [_storage_of(t) for t in args]
+    with torch.no_grad(), Watching():
+        (result,) = run(args)
+    assert args == []
+    assert seen == [2, 1]
+    assert result.tolist() == [4.0] * 4
+
+
+def _storage_of(tensor: torch.Tensor) -> Callable[[], object]:
+    storage = tensor.untyped_storage()._weak_ref()
+    return lambda: None if torch.UntypedStorage._expired(storage) else storage
+
+
+def test_another_overload_is_refused() -> None:
+    script = Script(1, [])
+    with pytest.raises(UnknownOpError, match=r"aten::add.Tensor.* for aten.add.Scalar"):
+        script.call(aten.add.Scalar, [script.tensors[0], script.tensors[0]], {}, 1)
+    with pytest.raises(UnknownOpError, match="returns"):
+        script.call(aten.sym_size.int, [script.tensors[0], 0], {}, 1)
+    with pytest.raises(UnknownOpError, match="no constant for"):
+        script.call(aten.add.Tensor, [script.tensors[0], object()], {}, 1)
+
+
+def test_an_error_of_an_op_is_the_ops_own() -> None:
+    script = Script(2, [])
+    run = script.function("region", script.call(aten.mm.default, script.tensors, {}, 1))
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied \(2x3 and 2x3\)"):
+        run([torch.ones(2, 3), torch.ones(2, 3)])
+    before = torch._C._get_graph_executor_optimize()
+    assert before is True

@@ -1,0 +1,168 @@
+"""Functions for the interpreter of TorchScript, built call by call: Python calls all of their ops at once.
+
+Nothing is compiled or fused: the same kernels run in the same order. Tried on torch 2.11.0 and 2.13.0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from zgraph.errors import UnknownOpError
+
+_C: Any = torch._C
+
+_FORMATS = {
+    torch.contiguous_format: 0,
+    torch.preserve_format: 1,
+    torch.channels_last: 2,
+    torch.channels_last_3d: 3,
+}
+"""The numbers of `c10::MemoryFormat`, which the interpreter's constants have no form for."""
+
+Handle = Any
+"""A value within a function that is built."""
+
+
+@cache
+def has_interpreter() -> bool:
+    """Whether this torch has what is needed here."""
+    names = ("Graph", "ScriptList", "_create_function_from_graph", "_set_graph_executor_optimize", "ListType")
+    return all(hasattr(_C, name) for name in names)
+
+
+class Script:
+    """A function of the interpreter in the making: a list of tensors, which it empties, and numbers, to tensors.
+
+    Args:
+        num_tensors: length of the list.
+        kinds: of each number: int, float or bool.
+    """
+
+    def __init__(self, num_tensors: int, kinds: Sequence[str]) -> None:
+        self.graph = _C.Graph()
+        self.tensors: list[Handle] = []
+        self.has_tensors = num_tensors > 0
+        if self.has_tensors:
+            given = self._input(_C.ListType.ofTensors())
+            self.tensors = self._add("prim::ListUnpack", [given], num_tensors)
+            self._add("aten::clear", [given], 0)  # what the caller let go of lives as long as it is read
+        self.numbers = [self._input(getattr(_C, f"{kind.capitalize()}Type").get()) for kind in kinds]
+
+    def call(self, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], num_results: int) -> list[Handle]:
+        """A call of an overload.
+
+        Args:
+            op: the overload.
+            args, kwargs: handles, constants, and lists of them.
+            num_results: how many tensors it returns.
+
+        Raises:
+            UnknownOpError: the interpreter would call another overload, or has no form for an argument.
+        """
+        schema = op._schema
+        returns = [str(r.type) for r in schema.returns]
+        is_list = returns == ["List[Tensor]"]
+        if not is_list and (set(returns) != {"Tensor"} or len(returns) != num_results):
+            raise UnknownOpError(f"{op} returns {', '.join(returns)}")
+        given = [
+            self._argument(args[i] if i < len(args) else kwargs.get(a.name, a.default_value), a)
+            for i, a in enumerate(schema.arguments)
+        ]
+        node = self.graph.create(schema.name, given, 1 if is_list else num_results)
+        self.graph.appendNode(node)
+        try:
+            found = node.schema()
+        except RuntimeError as error:
+            raise UnknownOpError(f"the interpreter has no such call of {op}") from error
+        if found != str(schema):
+            raise UnknownOpError(f"the interpreter takes {found} for {op}")
+        results = list(node.outputs())
+        if not is_list:
+            return results
+        results[0].setType(_C.ListType.ofTensors())
+        return self._add("prim::ListUnpack", results, num_results)
+
+    def function(self, name: str, results: Sequence[Handle | None]) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The function, which takes its tensors in a list that it empties, and then its numbers. None stays None."""
+        given = [self.graph.insertConstant(None) if r is None else r for r in results]
+        (whole,) = self._add("prim::TupleConstruct", given, 1)
+        whole.setType(_C.TupleType([handle.type() for handle in given]))
+        self.graph.registerOutput(whole)
+        run: Any = _C._create_function_from_graph(name, self.graph)
+        optimises, set_optimises, script_list = (
+            _C._get_graph_executor_optimize,
+            _C._set_graph_executor_optimize,
+            _C.ScriptList,
+        )
+        has_tensors = self.has_tensors
+
+        def interpreted(tensors: list[torch.Tensor], *numbers: Any) -> tuple[torch.Tensor, ...]:
+            given = (script_list(tensors),) if has_tensors else ()
+            tensors.clear()
+            before = optimises()
+            set_optimises(False)  # or it would measure, and fuse
+            try:
+                return run(*given, *numbers)  # type: ignore[no-any-return]
+            except RuntimeError as error:
+                raise _plain(error) from None
+            finally:
+                set_optimises(before)
+
+        return interpreted
+
+    def _input(self, kind: Any) -> Handle:
+        made = self.graph.addInput()
+        made.setType(kind)
+        return made
+
+    def _add(self, kind: str, given: Sequence[Handle], num_results: int) -> list[Handle]:
+        node = self.graph.create(kind, list(given), num_results)
+        self.graph.appendNode(node)
+        return list(node.outputs())
+
+    def _argument(self, given: Any, argument: Any) -> Handle:
+        if isinstance(given, _C.Value):
+            return given
+        if isinstance(given, list | tuple):
+            if given and not any(isinstance(item, _C.Value) for item in given) and None not in given:
+                return self._constant(list(given), argument)
+            (made,) = self._add("prim::ListConstruct", [self._argument(item, argument) for item in given], 1)
+            made.setType(_list_type(argument))
+            return made
+        return self._constant(given, argument)
+
+    def _constant(self, given: Any, argument: Any) -> Handle:
+        if isinstance(given, torch.memory_format):
+            given = _FORMATS[given]
+        try:
+            return self.graph.insertConstant(given)
+        except (TypeError, RuntimeError) as error:
+            raise UnknownOpError(f"the interpreter has no constant for {argument.name}={given!r}") from error
+
+
+_LISTS: Mapping[str, Callable[[], Any]] = {
+    "List[int]": lambda: _C.ListType.ofInts(),
+    "List[float]": lambda: _C.ListType.ofFloats(),
+    "List[bool]": lambda: _C.ListType.ofBools(),
+    "List[Tensor]": lambda: _C.ListType.ofTensors(),
+    "List[Optional[Tensor]]": lambda: _C.ListType(_C.OptionalType(_C.TensorType.get())),
+}
+
+
+def _list_type(argument: Any) -> Any:
+    name = re.sub(r"^Optional\[(List\[.*\])\]$", r"\1", str(argument.type))
+    if name not in _LISTS:
+        raise UnknownOpError(f"{argument.name} is a {name}")
+    return _LISTS[name]()
+
+
+def _plain(error: RuntimeError) -> RuntimeError:
+    """The error of an op, without the interpreter's frames around its message."""
+    found = re.search(r"^RuntimeError: (.*)", str(error), re.MULTILINE | re.DOTALL)
+    said = str(found[1]).strip() if found else str(error)
+    return (torch.OutOfMemoryError if "out of memory" in said else RuntimeError)(said)
