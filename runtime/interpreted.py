@@ -13,7 +13,7 @@ import torch
 from zgraph.bridge.aten import resolve, to_torch
 from zgraph.bridge.private_script import Script, has_interpreter
 from zgraph.errors import UnknownOpError
-from zgraph.ir import Arg, Graph, Instruction, Node, NoneType, Program, ScalarType, TensorType, Token, Value
+from zgraph.ir import Arg, Graph, Instruction, Node, NoneType, Phase, Program, ScalarType, TensorType, Token, Value
 from zgraph.runtime.region import Region
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Interpreted:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._by_text: dict[str, Compute] = {}
+        self._by_text: dict[tuple[str, bool], Compute] = {}
         self._takes: dict[object, bool] = {}
 
     def cut(self, program: Program, graph: Graph) -> Iterator[Instruction | Region]:
@@ -58,9 +58,10 @@ class Interpreted:
 
     def runner(self, region: Region, _session: Session) -> Compute:
         """The function that runs a region, shared by all regions that compute the same."""
-        if region.text not in self._by_text:
-            self._by_text[region.text] = self._built(region)
-        return self._by_text[region.text]
+        key = (region.text, _tracks_views(region))
+        if key not in self._by_text:
+            self._by_text[key] = self._built(region)
+        return self._by_text[key]
 
     def _can_take(self, node: Node, graph: Graph) -> bool:
         if node.op == "release":
@@ -102,7 +103,8 @@ class Interpreted:
             values.update(
                 (r.name, None if isinstance(r.type, NoneType) else m) for r, m in zip(node.results, made, strict=True)
             )
-        run = script.function("region", [values[v.name] for v in region.outputs])
+        results = [values[v.name] for v in region.outputs]
+        run = script.function("region", results, tracks_views=_tracks_views(region))
         names = [v.name for v in region.inputs]
         at, others = [names.index(v.name) for v in tensors], [names.index(v.name) for v in numbers]
         if len(at) == len(names):
@@ -125,6 +127,11 @@ class Interpreted:
             return torch.ops.aten.to.dtype, [of(node.operands[0]), dtype], {"memory_format": dense}
         args = [to_torch(a, self.device, of) for a in node.args]
         return resolve(node.op), args, {k: to_torch(a, self.device, of) for k, a in node.kwargs}
+
+
+def _tracks_views(region: Region) -> bool:
+    """Whether autograd must know which results are views: what a forward gives may be written to, and is saved."""
+    return any(node.phase is Phase.forward for node in region.nodes)
 
 
 def _kinds(arg: Arg) -> object:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -31,7 +32,14 @@ Handle = Any
 @cache
 def has_interpreter() -> bool:
     """Whether this torch has what is needed here."""
-    names = ("Graph", "ScriptList", "_create_function_from_graph", "_set_graph_executor_optimize", "ListType")
+    names = (
+        "Graph",
+        "ScriptList",
+        "_AutoDispatchBelowADInplaceOrView",
+        "_create_function_from_graph",
+        "_set_graph_executor_optimize",
+        "ListType",
+    )
     return all(hasattr(_C, name) for name in names)
 
 
@@ -87,8 +95,17 @@ class Script:
         results[0].setType(_C.ListType.ofTensors())
         return self._add("prim::ListUnpack", results, num_results)
 
-    def function(self, name: str, results: Sequence[Handle | None]) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The function, which takes its tensors in a list that it empties, and then its numbers. None stays None."""
+    def function(
+        self, name: str, results: Sequence[Handle | None], *, tracks_views: bool = True
+    ) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The function, which takes its tensors in a list that it empties, and then its numbers.
+
+        Args:
+            name: what torch calls it.
+            results: what it returns; None stays None.
+            tracks_views: whether a result knows that it is a view. Where nobody asks, ops are called below autograd's
+                bookkeeping, in some two thirds of the time.
+        """
         given = [self.graph.insertConstant(None) if r is None else r for r in results]
         (whole,) = self._add("prim::TupleConstruct", given, 1)
         whole.setType(_C.TupleType([handle.type() for handle in given]))
@@ -100,6 +117,7 @@ class Script:
             _C.ScriptList,
         )
         has_tensors = self.has_tensors
+        below = nullcontext if tracks_views else _C._AutoDispatchBelowADInplaceOrView
 
         def interpreted(tensors: list[torch.Tensor], *numbers: Any) -> tuple[torch.Tensor, ...]:
             given = (script_list(tensors),) if has_tensors else ()
@@ -107,7 +125,8 @@ class Script:
             before = optimises()
             set_optimises(False)  # or it would measure, and fuse
             try:
-                return run(*given, *numbers)  # type: ignore[no-any-return]
+                with below():
+                    return run(*given, *numbers)  # type: ignore[no-any-return]
             except RuntimeError as error:
                 raise _plain(error) from None
             finally:
