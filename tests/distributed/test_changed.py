@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
-from zgraph.errors import UsageError
+from zgraph.errors import UsageError, ZgraphError
 
 from .nets import CLASSES, Mlp, built, rows
 from .pool import Pool
@@ -173,3 +173,22 @@ def test_modules_without_parameters_and_hooks_may_change(pool: Pool, num_ranks: 
         assert len({round(theirs, 4) for _, theirs in found}) >= 5
         for ours, theirs in found:
             assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def changed_on_one_rank(mesh: DeviceMesh, stage: int) -> str:
+    model = zgraph.compile(built(Mlp)(), stage=stage, mesh=mesh)
+    model(*rows(0)).backward()
+    if mesh.get_rank() == 1:
+        new_head(model)
+    try:
+        model(*rows(1)).backward()
+    except ZgraphError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+@STAGES
+def test_a_change_on_one_rank_is_told_to_the_other(pool: Pool, stage: int) -> None:
+    first, second = pool.run(changed_on_one_rank, 2, stage)
+    assert re.match(r"UsageError: the parameter last\.weight", second)
+    assert re.match(r"PeerError: another rank failed: UsageError on rank 1: the parameter last\.weight", first)

@@ -143,7 +143,8 @@ def capturing(*, in_pieces: bool = False, dynamic: bool | None = None) -> Iterat
         logger.disabled = True
     gc.set_threshold(*map(max, collects, _RARELY) if collects[0] else collects)
     try:
-        with config.patch({name: value for name, value in settings.items() if hasattr(config, name)}):
+        breaks = _hearing_breaks() if in_pieces and _breaks.told else nullcontext()
+        with breaks, config.patch({name: value for name, value in settings.items() if hasattr(config, name)}):
             yield
     finally:
         gc.set_threshold(*collects)
@@ -369,14 +370,25 @@ _breaks = _Breaks()
 
 def on_break(told: Callable[[str, str], None]) -> None:
     """Have a function called with the place, as FILE:LINE, and the reason of each graph break from now on."""
-    if not _breaks.told:
-        logger = logging.getLogger("torch._dynamo.symbolic_convert.__graph_breaks")
-        logger.addHandler(_breaks)
-        if not logger.isEnabledFor(logging.DEBUG):  # else TORCH_LOGS=graph_breaks shows them too
-            logger.setLevel(logging.DEBUG)
-            logger.propagate = False
     if told not in _breaks.told:
         _breaks.told.append(told)
+
+
+@contextmanager
+def _hearing_breaks() -> Iterator[None]:
+    """Have torch write of breaks to `_breaks`, and to nobody else who has not asked for it by TORCH_LOGS."""
+    logger = logging.getLogger("torch._dynamo.symbolic_convert.__graph_breaks")
+    before = logger.level, logger.propagate
+    if not logger.isEnabledFor(logging.DEBUG):
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+    logger.addHandler(_breaks)
+    try:
+        yield
+    finally:
+        logger.removeHandler(_breaks)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:

@@ -38,14 +38,14 @@ def guard(
     placeholders = {id(s.placeholder): s.name for s in session.store.slots.values() if s.placeholder is not s.parameter}
 
     def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
-        check_moved(session)
-        structure.check()
-        if forget is not None and structure.has_new_hooks():
-            forget()
-        if param_dtype is not None:
-            args, kwargs = _cast((args, kwargs), param_dtype)
-        session.begin_call()
         try:
+            session.begin_call()
+            check_moved(session)
+            structure.check()
+            if forget is not None and structure.has_new_hooks():
+                forget()
+            if param_dtype is not None:
+                args, kwargs = _cast((args, kwargs), param_dtype)
             with session.store.placeholders():
                 result = forward(*args, **kwargs)
             _watch_outputs(result, placeholders, session)

@@ -7,6 +7,7 @@ differ. Later, each rank may meet other sizes alone.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ def agreeing(
         if mode not in met:
             check_moved(session)
             structure.check()
-            _agree((args, kwargs), model, forward, session)
+            _agree(mode, (args, kwargs), model, forward, session)
             met.add(mode)
         return forward(*args, **kwargs)
 
@@ -47,10 +48,13 @@ def agreeing(
     return call
 
 
-def _agree(inputs: Any, model: nn.Module, forward: Callable[..., Any], session: Session) -> None:
+def _agree(
+    mode: tuple[bool, bool], inputs: Any, model: nn.Module, forward: Callable[..., Any], session: Session
+) -> None:
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-    shapes: list[Shapes] = [[] for _ in range(session.num_ranks)]
-    dist.all_gather_object(shapes, [tuple(t.shape) for t in tensors], session.group)
+    own = json.dumps([tuple(t.shape) for t in tensors])
+    words = session.peers.exchange(f"batch, {'training' if mode[0] else 'evaluation'}, {mode[1]}", own)
+    shapes: list[Shapes] = [[tuple(shape) for shape in json.loads(word)] for word in words]
     found = differing(shapes)
     if not found:
         return
