@@ -121,6 +121,7 @@ def _gather(node: Node, session: Session) -> Execute:
             parts = [(out.unbind(), chunk) for out, chunk in zip(outs, chunks, strict=True)]
             work: Work = session.lane.all_gather(*parts, moved=moved)
         else:
+            session.enter("all-gather", moved)
             pairs = [(out.view(-1), chunk) for out, chunk in zip(outs, chunks, strict=True)]
             work = private_runtime.all_gathers(pairs, session.shard_group)
 
@@ -150,6 +151,7 @@ def reduce_scatter_start(node: Node, session: Session) -> Execute:
             work: Work = transfer
             outs: list[torch.Tensor] = transfer.result
         else:
+            session.enter("reduce-scatter", moved)
             outs = [torch.empty_like(p[0]) for p in padded]
             pairs = [(out, p.view(-1)) for out, p in zip(outs, padded, strict=True)]
             work = private_runtime.reduce_scatters(pairs, session.shard_group, session.copy_group, ops)
@@ -170,6 +172,7 @@ def all_reduce_start(node: Node, session: Session) -> Execute:
             total = pad(own) if is_padded else own.clone(memory_format=torch.contiguous_format).view(-1)
             work: Work = session.lane.all_reduce(total.view(num_ranks, -1).unbind(), moved, divisor)
         else:
+            session.enter("all-reduce", moved)
             copied = torch.div(own, divisor) if divisor > 1 else own.clone(memory_format=torch.contiguous_format)
             total = copied.contiguous().view(-1)
             work = dist.all_reduce(total, group=session.group, async_op=True)
@@ -180,9 +183,11 @@ def all_reduce_start(node: Node, session: Session) -> Execute:
 
 def broadcast_start(node: Node, session: Session) -> Execute:
     """The first rank's value, on every rank."""
-    group, name = session.group, described(node)
+    group, name, moved = session.group, described(node), session.moved(node)
 
     def execute(own: torch.Tensor) -> Future:
+        if session.lane is None:
+            session.enter("broadcast", moved)
         copy = own.clone(memory_format=torch.contiguous_format)
         work = dist.broadcast(copy, dist.get_global_rank(group, 0), group=group, async_op=True)
         return Future(name, work, None, lambda: copy)

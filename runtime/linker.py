@@ -61,6 +61,7 @@ def link_plan(
     tangents = tuple(kinds) if behind else ()
 
     def forward(args: list[Any]) -> list[Any]:
+        session.begin_program()
         session.num_plans_run += 1
         session.loss_only_call = plan.loss_only is not None and session.num_plans_run == 1
         session.tangents = tangents if session.num_plans_run == 1 else ()
@@ -135,6 +136,7 @@ def _backward(
     unused = Unused(session, plan, outputs, behind)
 
     def backward(args: list[Any]) -> list[Any]:
+        session.begin_program()
         syncs = session.syncs
         loss_only = bool(zeros_at) and all(args[i] is None for i in zeros_at)
         left_out = unused.of_this_backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any, Protocol, cast
@@ -22,6 +22,7 @@ __all__ = [
     "Messenger",
     "PrefixStore",
     "Store",
+    "abort_groups",
     "accumulator",
     "all_gathers",
     "bump_version",
@@ -135,15 +136,26 @@ def _shell(
     local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: Sequence[int]
 ) -> DTensor:
     """A DTensor over memory of its own, without any."""
-    empty = local.new_empty(()).expand(local.shape)
-    spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, tuple(stride), local.dtype))
-    made: DTensor = DTensor(empty, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return _of_spec(local, DTensorSpec(mesh, tuple(placements), TensorMeta(shape, tuple(stride), local.dtype)))
+
+
+def _of_spec(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
+    made: DTensor = DTensor(_empty(local.dtype, local.device), spec, requires_grad=False)  # type: ignore[no-untyped-call]
     return made
 
 
+@cache
+def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty((), dtype=dtype, device=device)
+
+
 def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
-    """A DTensor over this rank's part, sharded as `like` is."""
-    return dtensor(local, like.device_mesh, like.placements, like.shape, like.stride())
+    """A DTensor over this rank's part, sharded as `like` is. They share a spec, which takes long to make."""
+    if local.dtype != like.dtype:
+        return dtensor(local, like.device_mesh, like.placements, like.shape, like.stride())
+    made = _of_spec(local, like._spec)
+    made._local_tensor = local
+    return made
 
 
 @contextmanager
@@ -211,6 +223,34 @@ def joined(ranks: list[int], name: str) -> dist.ProcessGroup:
     c10d._world.pg_group_ranks[group] = {found: at for at, found in enumerate(ranks)}
     c10d._set_pg_timeout(default_pg_timeout, group)
     return cast(dist.ProcessGroup, group)
+
+
+def abort_groups(rank: int) -> None:
+    """End what is under way in all groups of this process that a rank is in: what waits for it returns, or raises.
+
+    They stay known to torch.distributed, unlike after its own `_abort_process_group`: another thread may be using them.
+    NCCL's end together, as they would wait for one another. Backends that cannot do so (gloo) go on.
+    """
+    c10d: Any = dist.distributed_c10d
+    world = c10d._world
+    groups = [group for group in list(world.pg_map) if rank in world.pg_group_ranks.get(group, {})]
+    backends = [found for group in groups if (found := _gpu_backend(group)) is not None]
+    if backends:
+        backends[0]._group_start()
+    for group in groups:
+        with suppress(RuntimeError):
+            group.abort()
+    if backends:
+        backends[0]._group_end()
+
+
+def _gpu_backend(group: Any) -> Any:
+    """A group's backend for GPUs, if it is NCCL's."""
+    try:
+        backend = group._get_backend(torch.device("cuda"))
+    except RuntimeError:
+        return None
+    return backend if hasattr(backend, "_group_start") else None
 
 
 def whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:
