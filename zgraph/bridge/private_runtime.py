@@ -285,9 +285,18 @@ Tensors = Sequence[torch.Tensor]
 
 
 def fused_adamw(
-    parameters: Tensors, gradients: Tensors, firsts: Tensors, seconds: Tensors, step: torch.Tensor, **options: float
+    parameters: Tensors,
+    gradients: Tensors,
+    firsts: Tensors,
+    seconds: Tensors,
+    step: torch.Tensor,
+    found_inf: torch.Tensor | None = None,
+    **options: float,
 ) -> None:
-    """AdamW's update of many in place, by torch's fused kernel; `step` is the number of the step that this is."""
+    """AdamW's update of many in place, by torch's fused kernel; `step` is the number of the step that this is.
+
+    Nothing changes where `found_inf` is 1.
+    """
     torch._fused_adamw_(
         list(parameters),
         list(gradients),
@@ -298,7 +307,7 @@ def fused_adamw(
         amsgrad=False,
         maximize=False,
         grad_scale=None,
-        found_inf=None,
+        found_inf=found_inf,
         **options,
     )
 
