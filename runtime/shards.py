@@ -290,6 +290,8 @@ class ShardStore:
 
     def _replicate(self, name: str, stage: int | None, parameter: nn.Parameter) -> Slot:
         """Keep the parameter whole, the first rank's values everywhere; a DTensor too if others are."""
+        if parameter.device != self.device and not self.offloads.get(name):
+            parameter.data = parameter.detach().to(self.device)
         whole = parameter.detach()
         if self.num_ranks > 1:
             whole.copy_(self.from_first_rank(whole))
@@ -336,6 +338,13 @@ class ShardStore:
                 owner[key] = held
 
     @torch.no_grad()
+    def place_buffers(self) -> None:
+        """Bring the model's buffers to this store's device."""
+        for buffer in self.model.buffers():
+            if buffer.device != self.device:
+                buffer.data = buffer.to(self.device)
+
+    @torch.no_grad()
     def share_buffers(self) -> None:
         """Copy the first rank's buffers to every rank."""
         for buffer in self.model.buffers():
@@ -344,7 +353,10 @@ class ShardStore:
     def from_first_rank(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first rank's values of `tensor`, dense and on this store's device."""
         assert self.group is not None
-        dense = tensor.to(self.device).contiguous()
+        if self.rank == 0 or tensor.device == self.device:
+            dense = tensor.to(self.device).contiguous()
+        else:
+            dense = torch.empty(tensor.size(), dtype=tensor.dtype, device=self.device)
         dist.broadcast(dense, dist.get_global_rank(self.group, 0), group=self.group)
         return dense
 

@@ -192,10 +192,15 @@ JOIN_S = 30.0
 
 
 def init_group(backend: str, store: Store, rank: int, num_ranks: int, timeout: timedelta | None) -> None:
-    """The default group. Over gloo, whose ranks connect at once, joining has a separate limit."""
+    """The default group. Over gloo, whose ranks connect at once, joining has a separate limit.
+
+    NCCL is told which GPU is this rank's: it connects at once too, so that what is wrong shows here and not within the
+    first step; groups of some of the ranks split off from it; and a barrier knows which device to wait for.
+    """
     is_gloo = backend == "gloo"
     limit = timedelta(seconds=JOIN_S) if is_gloo else timeout
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=limit)
+    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=limit, device_id=device)
     if is_gloo:
         dist.distributed_c10d._set_pg_timeout(timeout or default_pg_timeout)
 

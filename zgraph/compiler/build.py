@@ -66,6 +66,7 @@ def shard(model: nn.Module, settings: Settings) -> Session:
         Placeholder if settings.fullgraph is False else nn.Parameter,
     )
     materialise_buffers(model, device)
+    store.place_buffers()
     if group is not None:
         store.share_buffers()
     session = Session(store, group, name)
