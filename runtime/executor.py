@@ -73,6 +73,7 @@ class _Writer:
         self.names: dict[str, Any] = {}
         self.locals: dict[str, str] = {}
         self.resident = plan.resident
+        self.awaited = {name for name, memory in resident.items() if session.store.copies.is_brought(memory)}
         for name, memory in resident.items():
             self.names[self.local(name)] = memory
 
@@ -95,7 +96,7 @@ class _Writer:
             lines.append(f"    {begin}({self.constant(parts, 'parts')})")
         for part in parts:
             written = self.region(part) if isinstance(part, Region) else self.instruction(part)
-            lines.extend(f"    {line}" for line in written)
+            lines.extend(f"    {line}" for line in (*self.arrivals(part), *written))
             if mark:
                 lines.append(f"    {mark}()")
         results = ", ".join("None" if v is None else self.local(v.name) for v in program.results)
@@ -107,6 +108,14 @@ class _Writer:
         if self.regions is None or (self.watcher is not None and self.watcher.takes_apart):
             return self.program.instructions
         return cut(self.program, self.plan.graph)
+
+    def arrivals(self, part: Instruction | Region) -> list[str]:
+        """A wait for copies of parameters from the host that a part is the first to read."""
+        reads = part.inputs if isinstance(part, Region) else part.node.operands
+        due = [name for name in dict.fromkeys(v.name for v in reads) if name in self.awaited]
+        self.awaited.difference_update(due)
+        arrive = self.constant(self.session.store.copies.arrive, "arrive") if due else ""
+        return [f"{arrive}({', '.join(map(self.local, due))})"] if due else []
 
     def instruction(self, instruction: Instruction) -> list[str]:
         node = instruction.node
