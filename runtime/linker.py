@@ -57,6 +57,11 @@ def link_plan(
     def runner(program: Program, watcher: Watcher | None) -> Runner:
         return link(program, plan, session, resident, watcher, regions)
 
+    if regions is not None:
+        regions.take_context()
+        for program in (plan.forward, plan.loss_only[0] if plan.loss_only else plan.backward):
+            if program is not None:
+                runner(program, None)
     kinds = [i.value.tensor for i in plan.graph.inputs if i.kind is InputKind.tangent]
     tangents = tuple(kinds) if behind else ()
 
