@@ -161,21 +161,30 @@ def reduce_scatter_start(node: Node, session: Session) -> Execute:
 
 
 def all_reduce_start(node: Node, session: Session) -> Execute:
-    """The sum or mean over the ranks, as the operand's type says, on every rank."""
+    """The sum or mean over the ranks, as the operand's type says, on every rank.
+
+    Where nobody else needs the operand, its memory is reduced in place; NCCL divides as it sums.
+    """
     num_ranks, kind = session.num_ranks, node.operands[0].tensor
     divisor = session.divisor(kind)
     shape, numel, name, moved = _shape(kind), _numel(kind), described(node), session.moved(node)
     pad, is_padded = _padder(kind, num_ranks), not is_even(kind.shape, num_ranks)
 
-    def execute(own: torch.Tensor) -> Future:
+    averages = session.lane is None and divisor == num_ranks > 1 and private_runtime.has_averages(session.group)
+
+    def execute(own: torch.Tensor, *, spare: bool = False) -> Future:
         if session.lane is not None:
             total = pad(own) if is_padded else own.clone(memory_format=torch.contiguous_format).view(-1)
             work: Work = session.lane.all_reduce(total.view(num_ranks, -1).unbind(), moved, divisor)
         else:
             session.enter("all-reduce", moved)
-            copied = torch.div(own, divisor) if divisor > 1 else own.clone(memory_format=torch.contiguous_format)
-            total = copied.contiguous().view(-1)
-            work = dist.all_reduce(total, group=session.group, async_op=True)
+            if spare and own.is_contiguous() and own.nbytes == own.untyped_storage().nbytes():
+                total = own if averages or divisor == 1 else own.div_(divisor)
+            else:
+                copied = own.clone(memory_format=torch.contiguous_format) if averages or divisor == 1 else own / divisor
+                total = copied.contiguous()
+            total, op = total.view(-1), dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+            work = dist.all_reduce(total, op, group=session.group, async_op=True)
         return Future(name, work, None, lambda: total[:numel].view(shape))
 
     return execute

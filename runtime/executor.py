@@ -15,6 +15,7 @@ from zgraph.bridge.aten import resolve, to_torch
 from zgraph.ir import Arg, Instruction, Node, Plan, Program, Value
 from zgraph.ir.arena import offsets
 from zgraph.runtime.collectives import EXECUTORS
+from zgraph.runtime.in_place import in_place
 from zgraph.runtime.recorder import Watcher
 from zgraph.runtime.region import Region, cut
 from zgraph.runtime.regions import Regions
@@ -73,6 +74,7 @@ class _Writer:
         self.names: dict[str, Any] = {}
         self.locals: dict[str, str] = {}
         self.resident = plan.resident
+        self.spare = in_place(program, plan.graph)
         self.awaited = {name for name, memory in resident.items() if session.store.copies.is_brought(memory)}
         for name, memory in resident.items():
             self.names[self.local(name)] = memory
@@ -143,6 +145,7 @@ class _Writer:
         else:
             function = self.constant(EXECUTORS[node.op](node, self.session), f"{node.op}_{node.name}")
             parts = [self.local(v.name) for v in node.operands] + ["arena=arena"] * bool(offsets(node))
+            parts += ["spare=True"] * (node.name in self.spare)
             multi = len(node.results) > 1
         call = f"{function}({', '.join(parts)})"
         results = ", ".join(self.local(r.name) for r in node.results)

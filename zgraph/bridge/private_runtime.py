@@ -36,6 +36,7 @@ __all__ = [
     "fused_adamw",
     "fused_sgd",
     "grad_hooks",
+    "has_averages",
     "has_fused_sgd",
     "held_whole",
     "inductor",
@@ -98,6 +99,11 @@ def reduce_scatters(
         works = [dist.all_reduce(out, ops[1], group=copies, async_op=True) for out, _ in pairs]
     last: dist.Work = works[-1]
     return last
+
+
+def has_averages(group: dist.ProcessGroup) -> bool:
+    """Whether a group's collectives take a mean, without a pass to divide: NCCL's do."""
+    return "nccl" in str(dist.get_backend(group))
 
 
 @cache
