@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from zgraph.runtime.host import Copy, HostMemory
 
-if TYPE_CHECKING:
-    from zgraph.runtime.shards import Slot
+
+class Copied(Protocol):
+    """A parameter whose copy is another memory: master, what is computed with, and what is cast beside the master."""
+
+    rest: torch.Tensor
+    working: torch.Tensor
+    beside: torch.Tensor | None
 
 
 def are_brought(device: torch.device) -> bool:
@@ -33,7 +38,7 @@ class WorkingCopies:
         version: grows whenever a master is written to.
     """
 
-    def __init__(self, slots: Sequence[Slot], host: HostMemory, version: Callable[[], int]) -> None:
+    def __init__(self, slots: Sequence[Copied], host: HostMemory, version: Callable[[], int]) -> None:
         self.host, self.version = host, version
         self._cast = [s for s in slots if s.beside is not None]
         self._brought = [s for s in slots if s.beside is not s.working]
@@ -62,7 +67,7 @@ class WorkingCopies:
                     self._bring(slot)
         self._cast_version = self._brought_version = version
 
-    def _bring(self, slot: Slot) -> None:
+    def _bring(self, slot: Copied) -> None:
         if slot.beside is not slot.working:
             source = slot.rest if slot.beside is None else slot.beside
             self._arriving[slot.working.data_ptr()] = self.host.to_device.start(slot.working, source)
