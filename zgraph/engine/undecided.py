@@ -18,8 +18,7 @@ class Later:
     def __init__(self, number: torch.Tensor) -> None:
         self._number, self._event = number, None
         if number.is_cuda:
-            self._number = torch.empty(number.size(), dtype=number.dtype, pin_memory=True)
-            self._number.copy_(number, non_blocking=True)
+            self._number = number.to("cpu", non_blocking=True)  # into pinned memory, which torch takes for it
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
