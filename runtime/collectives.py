@@ -121,6 +121,7 @@ def _gather(node: Node, session: Session) -> Execute:
             parts = [(out.unbind(), chunk) for out, chunk in zip(outs, chunks, strict=True)]
             work: Work = session.lane.all_gather(*parts, moved=moved)
         else:
+            session.enter("all-gather", moved)
             pairs = [(out.view(-1), chunk) for out, chunk in zip(outs, chunks, strict=True)]
             work = private_runtime.all_gathers(pairs, session.shard_group)
 
@@ -150,6 +151,7 @@ def reduce_scatter_start(node: Node, session: Session) -> Execute:
             work: Work = transfer
             outs: list[torch.Tensor] = transfer.result
         else:
+            session.enter("reduce-scatter", moved)
             outs = [torch.empty_like(p[0]) for p in padded]
             pairs = [(out, p.view(-1)) for out, p in zip(outs, padded, strict=True)]
             work = private_runtime.reduce_scatters(pairs, session.shard_group, session.copy_group, ops)
@@ -159,20 +161,30 @@ def reduce_scatter_start(node: Node, session: Session) -> Execute:
 
 
 def all_reduce_start(node: Node, session: Session) -> Execute:
-    """The sum or mean over the ranks, as the operand's type says, on every rank."""
+    """The sum or mean over the ranks, as the operand's type says, on every rank.
+
+    Where nobody else needs the operand, its memory is reduced in place; NCCL divides as it sums.
+    """
     num_ranks, kind = session.num_ranks, node.operands[0].tensor
     divisor = session.divisor(kind)
     shape, numel, name, moved = _shape(kind), _numel(kind), described(node), session.moved(node)
     pad, is_padded = _padder(kind, num_ranks), not is_even(kind.shape, num_ranks)
 
-    def execute(own: torch.Tensor) -> Future:
+    averages = session.lane is None and divisor == num_ranks > 1 and private_runtime.has_averages(session.group)
+
+    def execute(own: torch.Tensor, *, spare: bool = False) -> Future:
         if session.lane is not None:
             total = pad(own) if is_padded else own.clone(memory_format=torch.contiguous_format).view(-1)
             work: Work = session.lane.all_reduce(total.view(num_ranks, -1).unbind(), moved, divisor)
         else:
-            copied = torch.div(own, divisor) if divisor > 1 else own.clone(memory_format=torch.contiguous_format)
-            total = copied.contiguous().view(-1)
-            work = dist.all_reduce(total, group=session.group, async_op=True)
+            session.enter("all-reduce", moved)
+            if spare and own.is_contiguous() and own.nbytes == own.untyped_storage().nbytes():
+                total = own if averages or divisor == 1 else own.div_(divisor)
+            else:
+                copied = own.clone(memory_format=torch.contiguous_format) if averages or divisor == 1 else own / divisor
+                total = copied.contiguous()
+            total, op = total.view(-1), dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+            work = dist.all_reduce(total, op, group=session.group, async_op=True)
         return Future(name, work, None, lambda: total[:numel].view(shape))
 
     return execute
@@ -180,9 +192,11 @@ def all_reduce_start(node: Node, session: Session) -> Execute:
 
 def broadcast_start(node: Node, session: Session) -> Execute:
     """The first rank's value, on every rank."""
-    group, name = session.group, described(node)
+    group, name, moved = session.group, described(node), session.moved(node)
 
     def execute(own: torch.Tensor) -> Future:
+        if session.lane is None:
+            session.enter("broadcast", moved)
         copy = own.clone(memory_format=torch.contiguous_format)
         work = dist.broadcast(copy, dist.get_global_rank(group, 0), group=group, async_op=True)
         return Future(name, work, None, lambda: copy)

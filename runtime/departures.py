@@ -11,13 +11,14 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from types import TracebackType
 from typing import NamedTuple
 
 from zgraph.bridge.private_runtime import Store
 from zgraph.runtime.advice import advice
+from zgraph.runtime.alarms import Alarm, raise_alarm
 from zgraph.runtime.interrupts import quiet
 from zgraph.runtime.journal import begun
 
@@ -34,13 +35,20 @@ class Departure(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def watch(store: Store, rank: int) -> None:
-    """Leave word of this process's end, whichever it is. Hooks that are there already run as before."""
+def watch(store: Store, rank: int, reason: Callable[[], str]) -> None:
+    """Leave word of this process's end, whichever it is. Hooks that are there already run as before.
+
+    Args:
+        store: where the ranks tell one another.
+        rank: this one.
+        reason: why this rank could not go on, if its heartbeat has found out; it is noted on the error that ends it.
+    """
     before, before_thread = quiet(sys.excepthook), threading.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if words := advice(error):
-            error.add_note(words)
+        for words in (advice(error), reason()):
+            if words and words not in str(error):
+                error.add_note(words)
         before(kind, error, trace)
         _leave(store, rank, f"ended by {kind.__name__}: {error}"[:2000])
         time.sleep(LINGER_SECONDS)  # the store may end with this process: let the others read first
@@ -68,8 +76,11 @@ def departures(store: Store, ranks: Iterable[int]) -> list[Departure]:
 
 def _leave(store: Store, rank: int, how: str) -> None:
     try:
-        store.compare_set(_left(rank), "", json.dumps({"how": how, "begun": begun()}))
+        word = json.dumps({"how": how, "begun": begun()})
+        is_first = store.compare_set(_left(rank), "", word).decode() == word
         store.set(_ANY, "")
+        if is_first:
+            raise_alarm(store, Alarm("left", "", rank, how, begun()))
     except (RuntimeError, ValueError):
         return  # the store is gone: the others are told by the broken connections
 

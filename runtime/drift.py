@@ -84,12 +84,21 @@ class Wait:
                 return f"rank {rank} {how}, while rank {self.rank} waits for {self.place}"
         return ""
 
-    def _apart(self, rank: int, word: dict[str, Any]) -> str:
+    def differs(self, rank: int) -> str:
+        """Describes the first collective that another rank which waits began in the place of this one's."""
+        return self._differs(rank, json.loads(self.store.get(_key(rank)))) if self.store.check([_key(rank)]) else ""
+
+    def _differs(self, rank: int, word: dict[str, Any]) -> str:
         journal = self.journal
         if journal and journal.name and word["journal"] == journal.name:
             pair = first_difference([*journal.lines], parse_lines(word["lines"]))
             if pair is not None:
                 return self._message(pair[0].place, rank, pair[1].place)
+        return ""
+
+    def _apart(self, rank: int, word: dict[str, Any]) -> str:
+        if found := self._differs(rank, word):
+            return found
         still = self._seen.setdefault(rank, (word["serial"], word["beat"]))
         if word["serial"] != still[0]:
             self._seen[rank] = word["serial"], word["beat"]

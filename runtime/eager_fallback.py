@@ -48,10 +48,11 @@ def full(session: Session, slot: Slot) -> torch.Tensor:
     if not slot.is_sharded:
         return chunk
     out = chunk.new_empty(session.num_shards, chunk.numel())
+    moved = Moved(slot.name.encode(), f"the gather of {slot.name} for eager code")
     if session.lane is not None:
-        moved = Moved(slot.name.encode(), f"the gather of {slot.name} for eager code")
         work: Work = session.lane.all_gather((out.unbind(), chunk), moved=moved)
     else:
+        session.enter("all-gather", moved)
         work = private_runtime.all_gathers([(out.view(-1), chunk)], session.shard_group)
     session.peers.wait(work, slot.name)
     return out.view(-1)[: slot.placeholder.numel()].view(slot.placeholder.shape)

@@ -15,6 +15,7 @@ from zgraph.bridge.aten import resolve, to_torch
 from zgraph.ir import Arg, Graph, Instruction, Node, Plan, Program, Value
 from zgraph.ir.arena import offsets
 from zgraph.runtime.collectives import EXECUTORS
+from zgraph.runtime.in_place import in_place
 from zgraph.runtime.recorder import Watcher
 from zgraph.runtime.region import Region
 
@@ -87,6 +88,8 @@ class _Writer:
         self.names: dict[str, Any] = {}
         self.locals: dict[str, str] = {}
         self.resident = plan.resident
+        self.spare = in_place(program, plan.graph)
+        self.awaited = {name for name, memory in resident.items() if session.store.copies.is_brought(memory)}
         for name, memory in resident.items():
             self.names[self.local(name)] = memory
 
@@ -109,7 +112,7 @@ class _Writer:
             lines.append(f"    {begin}({self.constant(parts, 'parts')})")
         for part in parts:
             written = self.region(part) if isinstance(part, Region) else self.instruction(part)
-            lines.extend(f"    {line}" for line in written)
+            lines.extend(f"    {line}" for line in (*self.arrivals(part), *written))
             if mark:
                 lines.append(f"    {mark}()")
         results = ", ".join("None" if v is None else self.local(v.name) for v in program.results)
@@ -122,6 +125,14 @@ class _Writer:
         if self.regions is None or (watcher is not None and (watcher.takes_apart or not self.regions.is_shown)):
             return self.program.instructions
         return self.regions.cut(self.program, self.plan.graph)
+
+    def arrivals(self, part: Instruction | Region) -> list[str]:
+        """A wait for copies of parameters from the host that a part is the first to read."""
+        reads = part.inputs if isinstance(part, Region) else part.node.operands
+        due = [name for name in dict.fromkeys(v.name for v in reads) if name in self.awaited]
+        self.awaited.difference_update(due)
+        arrive = self.constant(self.session.store.copies.arrive, "arrive") if due else ""
+        return [f"{arrive}({', '.join(map(self.local, due))})"] if due else []
 
     def instruction(self, instruction: Instruction) -> list[str]:
         node = instruction.node
@@ -149,6 +160,7 @@ class _Writer:
         else:
             function = self.constant(EXECUTORS[node.op](node, self.session), f"{node.op}_{node.name}")
             parts = [self.local(v.name) for v in node.operands] + ["arena=arena"] * bool(offsets(node))
+            parts += ["spare=True"] * (node.name in self.spare)
             multi = len(node.results) > 1
         call = f"{function}({', '.join(parts)})"
         results = ", ".join(self.local(r.name) for r in node.results)

@@ -290,3 +290,17 @@ def reduce_before_steps(session: Session) -> None:
                 parameter.grad, slot.holds_unreduced = _laid_out(made, parameter), False
 
     weakref.finalize(session, register_optimizer_step_pre_hook(before).remove)
+
+
+def settle_before_steps(session: Session) -> None:
+    """Have every optimizer wait first for copies that still read masters, or what is cast of them, on the host.
+
+    The last forward may have been one without a backward, behind which nothing waits.
+    """
+    watched = weakref.ref(session)
+
+    def before(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if (found := watched()) is not None:
+            found.store.copies.settle()
+
+    weakref.finalize(session, register_optimizer_step_pre_hook(before).remove)

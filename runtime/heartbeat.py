@@ -6,10 +6,13 @@ import atexit
 import itertools
 import threading
 import time
+import weakref
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from zgraph.bridge.private_runtime import Store
+from zgraph.errors import PeerError
+from zgraph.runtime.alarms import Alarm, Alarms
 from zgraph.runtime.departures import watch
 from zgraph.runtime.elsewhere import Lookout
 
@@ -36,10 +39,28 @@ def beat_key(rank: int) -> str:
     return f"zgraph/beat/{rank}"
 
 
+class Watcher(Protocol):
+    """Looks at each beat whether the ranks of a model can go on."""
+
+    @property
+    def stuck_at(self) -> Place | None:
+        """Where the device waits, if it does for long."""
+
+    @property
+    def reason(self) -> str:
+        """Why the ranks cannot go on; empty while they can."""
+
+    def look(self, alarms: list[Alarm]) -> None:
+        """Read new alarms, and look whether the device goes on."""
+
+    def look_alone(self) -> None:
+        """Look whether the device goes on, though the store is gone."""
+
+
 class Heartbeat(threading.Thread):
     """Writes a growing number to the store, so that others can tell a busy rank from one that is gone.
 
-    With it goes the place where the rank is.
+    With it goes the place where the rank is. At each beat those who watch over a device look on.
     """
 
     def __init__(self, store: Store, rank: int) -> None:
@@ -47,19 +68,41 @@ class Heartbeat(threading.Thread):
         self.store, self.rank = store, rank
         self.over = threading.Event()
         self.place = Place(0, "", False, time.monotonic())
+        self._watchers: tuple[weakref.ref[Watcher], ...] = ()
         self.start()
         atexit.register(self.stop)
 
     def run(self) -> None:
-        lookout = Lookout(self.store, self.rank)
+        lookout, alarms = Lookout(self.store, self.rank), Alarms(self.store)
         for count in itertools.count():
+            watchers = self.watchers()
             try:
                 lookout.look(count)
-                self.store.set(beat_key(self.rank), f"{count} {self.place}")
-            except (RuntimeError, ValueError):
-                return  # the store closed with the job
+                new = alarms.new() if watchers else []
+                for watcher in watchers:
+                    watcher.look(new)
+                place = next((p for watcher in watchers if (p := watcher.stuck_at) is not None), self.place)
+                self.store.set(beat_key(self.rank), f"{count} {place}")
+            except (RuntimeError, ValueError, PeerError):  # the store closed with the job
+                if not watchers:
+                    return
+                for watcher in watchers:
+                    watcher.look_alone()
+            del watchers
             if self.over.wait(BEAT_SECONDS):
                 return
+
+    def add(self, watcher: Watcher) -> None:
+        """Have someone look on from now on, for as long as others hold it."""
+        self._watchers = (*(ref for ref in self._watchers if ref() is not None), weakref.ref(watcher))
+
+    def watchers(self) -> list[Watcher]:
+        """Who looks on."""
+        return [watcher for ref in self._watchers if (watcher := ref()) is not None]
+
+    def reason(self) -> str:
+        """Why this rank cannot go on, if those who watch know; else empty."""
+        return next((watcher.reason for watcher in self.watchers() if watcher.reason), "")
 
     def stop(self) -> None:
         """End before the interpreter does: a thread cut off inside the store's C++ code would abort the process."""
@@ -71,5 +114,5 @@ class Heartbeat(threading.Thread):
 def heartbeat(store: Store, rank: int) -> Heartbeat:
     """This process's; begun if it is not."""
     made = Heartbeat(store, rank)
-    watch(store, rank)
+    watch(store, rank, made.reason)
     return made

@@ -12,7 +12,6 @@ import ctypes
 import math
 import mmap
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future as Promise
 from concurrent.futures import ThreadPoolExecutor
@@ -34,18 +33,22 @@ def whole_pages(num_bytes: int) -> int:
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
+MOST_WASTE = 1 / 8
+"""Share of a kept block that may lie idle when something smaller takes it."""
+
+
 class HostPool:
-    """Blocks of the host's memory, kept for the next of their size when their tensor dies.
+    """Blocks of the host's memory, kept for the next that nearly fills one when their tensor dies.
 
     Args:
         device: whose values will be there; its copies need pinned memory if it is a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.pins = device.type == "cuda"
+        self.device, self.pins = device, device.type == "cuda"
         self.alive_bytes = 0
         self.held_bytes = 0
-        self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
+        self._free: list[mmap.mmap] = []
 
     def empty(self, size: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> torch.Tensor:
         """An uninitialised tensor in the host's memory.
@@ -64,7 +67,7 @@ class HostPool:
         num_bytes = whole_pages(numel * dtype.itemsize)
         block = self._take(num_bytes)
         window = (ctypes.c_char * num_bytes).from_buffer(block)
-        weakref.finalize(window, self._give_back, block).atexit = False
+        weakref.finalize(window, self._give_back, block, num_bytes).atexit = False
         self.alive_bytes += num_bytes
         flat = torch.frombuffer(window, dtype=dtype, count=numel)
         return flat.view(tuple(size)) if stride is None else flat.as_strided(tuple(size), tuple(stride))
@@ -73,9 +76,42 @@ class HostPool:
         """An uninitialised tensor with the shape, dtype and strides of another."""
         return self.empty(tensor.size(), tensor.dtype, tensor.stride())
 
+    def release(self, num_bytes: int | None = None) -> int:
+        """Give blocks that nothing is in back to the host, those first that were used longest ago; how many bytes.
+
+        Args:
+            num_bytes: to give back at least, if there is as much; None for all.
+        """
+        released = 0
+        if self._free and self.pins:
+            torch.cuda.synchronize(self.device)  # a copy may still be reading
+        while self._free and (num_bytes is None or released < num_bytes):
+            block = self._free.pop(0)
+            released += len(block)
+            self.held_bytes -= len(block)
+            if self.pins:
+                _unpin(block)
+            block.close()
+        return released
+
     def _take(self, num_bytes: int) -> mmap.mmap:
-        if free := self._free[num_bytes]:
-            return free.pop()
+        fitting = [b for b in self._free if num_bytes <= len(b) and len(b) - num_bytes <= MOST_WASTE * len(b)]
+        if fitting:
+            best = min(reversed(fitting), key=len)
+            self._free.remove(best)
+            return best
+        if self._free and (missing := num_bytes - available_bytes()) > 0:
+            self.release(missing)
+        try:
+            block = self._new(num_bytes)
+        except OffloadError:
+            if not self.release():
+                raise
+            block = self._new(num_bytes)
+        self.held_bytes += num_bytes
+        return block
+
+    def _new(self, num_bytes: int) -> mmap.mmap:
         try:
             block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -85,13 +121,12 @@ class HostPool:
             ) from None
         block.madvise(mmap.MADV_DONTFORK)
         if self.pins:
-            _pin(block, num_bytes)
-        self.held_bytes += num_bytes
+            _pin(block)
         return block
 
-    def _give_back(self, block: mmap.mmap) -> None:
-        self.alive_bytes -= len(block)
-        self._free[len(block)].append(block)
+    def _give_back(self, block: mmap.mmap, num_bytes: int) -> None:
+        self.alive_bytes -= num_bytes
+        self._free.append(block)
 
 
 def _extent(size: Sequence[int], stride: Sequence[int] | None) -> int:
@@ -101,14 +136,24 @@ def _extent(size: Sequence[int], stride: Sequence[int] | None) -> int:
     return 1 + sum((s - 1) * st for s, st in zip(size, stride, strict=True))
 
 
-def _pin(block: mmap.mmap, num_bytes: int) -> None:
+def _pin(block: mmap.mmap) -> None:
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    address = ctypes.addressof(ctypes.c_char.from_buffer(block))
-    if int(runtime.cudaHostRegister(address, num_bytes, 0)):
+    if int(runtime.cudaHostRegister(_address(block), len(block), 0)):
+        num_bytes = len(block)
+        block.close()
         raise OffloadError(
             f"the driver cannot pin {num_bytes:,} bytes of the host's memory; raise the limit of locked memory "
             "(ulimit -l), or offload less"
         )
+
+
+def _unpin(block: mmap.mmap) -> None:
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime.cudaHostUnregister(_address(block))
+
+
+def _address(block: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(block))
 
 
 def available_bytes() -> int:
@@ -198,6 +243,8 @@ class HostMemory:
             OffloadError: it has not, if every rank of this host takes as much.
         """
         free = self.free_bytes
+        if num_bytes > free and self.pool.release():
+            free = self.free_bytes
         if num_bytes > free:
             raise OffloadError(
                 f"{what} need {num_bytes:,} bytes of the host's memory for each rank, but only {free:,} are free for "

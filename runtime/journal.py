@@ -69,6 +69,17 @@ def keep(journal: Journal) -> None:
     _journals[journal.name] = journal
 
 
+_shared: dict[tuple[int, ...], Journal] = {}
+
+
+def journal_of(ranks: tuple[int, ...]) -> Journal:
+    """The journal of all that these ranks do together: on GPUs all their models use the same communicators."""
+    if ranks not in _shared:
+        _shared[ranks] = Journal(f"zgraph/group/{'_'.join(map(str, ranks))}")
+        keep(_shared[ranks])
+    return _shared[ranks]
+
+
 def begun() -> dict[str, int]:
     """How many collectives this process has begun on each of its lanes."""
     return {name: journal.number for name, journal in _journals.items()}

@@ -57,10 +57,16 @@ def link_plan(
     def runner(program: Program, watcher: Watcher | None) -> Runner:
         return link(program, plan, session, resident, watcher, regions or session.interpreted)
 
+    if regions is not None:
+        regions.take_context()
+        for program in (plan.forward, plan.loss_only[0] if plan.loss_only else plan.backward):
+            if program is not None:
+                runner(program, None)
     kinds = [i.value.tensor for i in plan.graph.inputs if i.kind is InputKind.tangent]
     tangents = tuple(kinds) if behind else ()
 
     def forward(args: list[Any]) -> list[Any]:
+        session.begin_program()
         session.num_plans_run += 1
         session.loss_only_call = plan.loss_only is not None and session.num_plans_run == 1
         session.tangents = tangents if session.num_plans_run == 1 else ()
@@ -135,6 +141,7 @@ def _backward(
     unused = Unused(session, plan, outputs, behind)
 
     def backward(args: list[Any]) -> list[Any]:
+        session.begin_program()
         syncs = session.syncs
         loss_only = bool(zeros_at) and all(args[i] is None for i in zeros_at)
         left_out = unused.of_this_backward()

@@ -22,6 +22,7 @@ def checked_loading(model: nn.Module, store: ShardStore) -> Callable[..., Any]:
 
     def load_state_dict(state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         check_state_dict(model, state_dict, strict=strict, assign=assign)
+        store.copies.settle()
         return load(state_dict, strict=strict)
 
     return load_state_dict

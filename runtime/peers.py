@@ -9,8 +9,7 @@ import hashlib
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -18,18 +17,20 @@ import torch.distributed as dist
 
 from zgraph.bridge import private_runtime
 from zgraph.environment import environment
-from zgraph.errors import PeerError, PlanMismatchError
+from zgraph.errors import PeerError, PlanMismatchError, ZgraphError
+from zgraph.runtime.alarms import Alarm, raise_alarm
 from zgraph.runtime.departures import LINGER_SECONDS, departures
 from zgraph.runtime.drift import Wait
 from zgraph.runtime.elsewhere import elsewhere
 from zgraph.runtime.gloo_transport import Transfer
-from zgraph.runtime.heartbeat import BEAT_SECONDS, Place, beat_key, heartbeat
+from zgraph.runtime.heartbeat import BEAT_SECONDS, Place, Watcher, beat_key, heartbeat
 from zgraph.runtime.journal import Journal, begun, keep
+from zgraph.runtime.store_errors import store_errors
 
 GONE_AFTER_SECONDS = 5.0
 ASK_AFTER_SECONDS = 0.5
 READ_SECONDS = 4.0
-_AGAIN = "Look why on that rank, then start the job again from its last checkpoint."
+AGAIN = "Look why on that rank, then start the job again from its last checkpoint."
 _FIRST_NAP, _LONGEST_NAP = 2e-5, 1e-3
 
 
@@ -57,6 +58,8 @@ class Peers:
         device: where the data is that they exchange. On the CPU a wait polls; a GPU's stream waits by itself.
 
     `waited_s` counts the seconds that this process has stood still in waits: on the CPU, communication not hidden.
+    `doom` is set by whoever has found out that the ranks cannot go on; `failed_call` is the last call in which this
+    rank itself raised.
     """
 
     def __init__(self, group: dist.ProcessGroup, name: str, device: torch.device) -> None:
@@ -64,10 +67,12 @@ class Peers:
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.rank = dist.get_rank()
         self.store = private_runtime.store()
-        self.polls = device.type == "cpu"
+        self.polls = _is_host(device)
         self.waited_s = 0.0
         self.call = 0
         self.compared = 0
+        self.failed_call = -1
+        self.doom: ZgraphError | None = None
         self.journal: Journal | None = None
         self.limit_s = environment().timeout_s
         self._heartbeat = heartbeat(self.store, self.rank)
@@ -80,6 +85,8 @@ class Peers:
         Raises:
             PeerError: a peer failed or is gone, or does not come within ZGRAPH_TIMEOUT; the message says which.
         """
+        if self.doom is not None:
+            self.raise_doom()
         began = time.perf_counter()
         self._at(what, waits=True)
         if self.polls:
@@ -93,6 +100,15 @@ class Peers:
 
     def _at(self, what: str, *, waits: bool) -> None:
         self._heartbeat.place = Place(self.call, what, waits, time.monotonic())
+
+    def let_watch(self, watcher: Watcher) -> None:
+        """Have someone look at each beat of the heart whether these ranks can go on."""
+        self._heartbeat.add(watcher)
+
+    @property
+    def place(self) -> Place:
+        """Where the main thread of this rank is."""
+        return self._heartbeat.place
 
     def _poll(self, work: dist.Work | Transfer, what: str) -> None:
         nap, asked, told = _FIRST_NAP, time.monotonic(), ""
@@ -112,17 +128,17 @@ class Peers:
                     self._look(long)
                 if asked > until:
                     self._give_up()
-                told = self._said(f"{number} rank {self.rank} waits for {what}")
+                told = self.say_waiting(f"{number} rank {self.rank} waits for {what}")
         if told:
-            self._take_back(told)
+            self.take_back(told)
 
-    def _said(self, word: str) -> str:
+    def say_waiting(self, word: str) -> str:
         """Say what this rank waits for, unless another says so already; the word."""
         with store_errors():
             self.store.compare_set(self._key("waiting"), "", word)
         return word
 
-    def _take_back(self, word: str) -> None:
+    def take_back(self, word: str) -> None:
         """Say no more what this rank has waited for."""
         with store_errors():
             self.store.compare_set(self._key("waiting"), word, "")
@@ -137,15 +153,15 @@ class Peers:
         """Tell for what this rank waits, and raise if another will not come there."""
         with store_errors():
             wait.tell()
-            left, found = wait.left(), wait.drifted() or self._elsewhere(wait)
+            left, found = wait.left(), wait.drifted() or self.elsewhere(wait)
         if found:
             with store_errors():
                 self.store.compare_set(self._drift_key, "", found)
             self.raise_drift()
         if left:
-            self._end(PeerError(f"{left}. {_AGAIN}"))
+            self._end(PeerError(f"{left}. {AGAIN}"))
 
-    def _elsewhere(self, wait: Wait) -> str:
+    def elsewhere(self, wait: Wait) -> str:
         """Which ranks wait outside of the model, if no rank can go on."""
         waiting = [r for r, beat in self._beats().items() if b" waits for " in beat]
         return elsewhere(self.store, self.rank, self.ranks, wait.place, [self.rank, *waiting], wait.outside)
@@ -163,7 +179,7 @@ class Peers:
             left = departures(self.store, [r for r in self.ranks if r != self.rank])
         if left:
             ends = "; ".join(f"rank {rank} {how}" for rank, how, _ in left)
-            blame = PeerError(f"{ends}, while rank {self.rank} waits for {what}. {_AGAIN}")
+            blame = PeerError(f"{ends}, while rank {self.rank} waits for {what}. {AGAIN}")
         elif gone := self.gone() if gone is None else gone:
             blame = PeerError(
                 f"{rank_names(gone)} of {list(self.ranks)} "
@@ -176,17 +192,19 @@ class Peers:
 
     def _give_up(self) -> NoReturn:
         """Tell the others where every rank is, and raise."""
-        gone, beats = self.gone(), self._beats()
-        beats[self.rank] = f"0 {self._heartbeat.place}".encode()
+        gone = self.gone()
+        self._end(PeerError(f"rank {self.rank} has waited for {self.limit_s:g} s: {self.places(gone)}"))
+
+    def places(self, gone: Collection[int] = ()) -> str:
+        """Where every rank is, and what to do about it."""
+        beats = self._beats() | {self.rank: f"0 {self._heartbeat.place}".encode()}
         places = []
         for rank in self.ranks:
             place = beats[rank].decode().partition(" ")[2] or "has never been seen"
             places.append(f"rank {rank} {place}{' (its process or its host is gone)' if rank in gone else ''}")
-        self._end(
-            PeerError(
-                f"rank {self.rank} has waited for {self.limit_s:g} s: {'; '.join(places)}. Look what keeps those "
-                "that do not wait; if they only need more time, set ZGRAPH_TIMEOUT to more seconds."
-            )
+        return (
+            f"{'; '.join(places)}. Look what keeps those that do not wait; if they only need more time, set "
+            "ZGRAPH_TIMEOUT to more seconds."
         )
 
     def _end(self, blame: PeerError) -> NoReturn:
@@ -210,26 +228,40 @@ class Peers:
         return [r for r in self.ranks if r != self.rank and first[r] == second[r]]
 
     def _beats(self) -> dict[int, bytes]:
-        return {r: self._read(beat_key(r)) for r in self.ranks}
+        return {r: self.beat(r) for r in self.ranks}
+
+    def beat(self, rank: int) -> bytes:
+        """The last heartbeat of a rank; empty if there was none."""
+        return self._read(beat_key(rank))
 
     # --- failures ----------------------------------------------------------------------------------------------
 
     def fail(self, error: BaseException) -> None:
         """Tell the peers that this rank cannot go on with the present call. Nothing happens if one told so before."""
         said = "\n".join([str(error), *getattr(error, "__notes__", ())])
-        text = f"{type(error).__name__} on rank {self.rank}: {said}"
+        text = f"{type(error).__name__} on rank {self.rank}: {said}"[:4000]
         try:
-            self.store.compare_set(self._key("failed"), "", text[:4000])
+            if self.store.compare_set(self._key("failed"), "", text).decode() == text:
+                raise_alarm(self.store, Alarm("failed", f"{self.name}/{self.call}", self.rank, text, begun()))
         except RuntimeError:
             return  # the store is gone: the peers are told by the broken connections
 
     def raise_failure(self) -> None:
         """Raise PeerError if a peer said that it cannot go on with the present call."""
+        self.raise_doom()
+        self._raise_failed()
+        self.raise_drift()
+
+    def _raise_failed(self) -> None:
         text = self._read(self._key("failed")).decode()
         if text and not text.split(":")[0].endswith(f"on rank {self.rank}"):
             kind = PlanMismatchError if text.startswith(PlanMismatchError.__name__) else PeerError
             raise kind(f"another rank failed: {text}")
-        self.raise_drift()
+
+    def raise_doom(self) -> None:
+        """Raise what the heartbeat has found, if the ranks cannot go on."""
+        if self.doom is not None:
+            raise type(self.doom)(str(self.doom))
 
     def raise_drift(self) -> None:
         """Raise PlanMismatchError if the ranks have drifted apart: from then on they have no call in common."""
@@ -248,7 +280,14 @@ class Peers:
     # --- agreement ---------------------------------------------------------------------------------------------
 
     def begin_call(self) -> None:
-        """A new call of the model begins: what was said of earlier ones is past."""
+        """A new call of the model begins: what was said of earlier ones is past.
+
+        Raises:
+            PeerError: a peer failed in the call before, and this rank did not: they have no call in common any more.
+        """
+        self.raise_doom()
+        if self.failed_call != self.call:
+            self._raise_failed()
         self.call += 1
         self.compared = 0
         if self.journal is not None:
@@ -342,7 +381,12 @@ class Peers:
 
     @property
     def _drift_key(self) -> str:
-        return f"{self.name.rpartition('/')[0]}/drift"  # of all models of these ranks
+        return f"{self.group_name}/drift"  # of all models of these ranks
+
+    @property
+    def group_name(self) -> str:
+        """A name that all models of these ranks share."""
+        return self.name.rpartition("/")[0]
 
     def _key(self, word: str) -> str:
         return f"{self.name}/{self.call}/{word}"
@@ -364,16 +408,8 @@ class Peers:
             self.store.set(key, packed)
 
 
-@contextmanager
-def store_errors() -> Iterator[None]:
-    """The store ends with the process that keeps it."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerError(
-            f"the job's key-value store does not answer ({error}): the process that keeps it (the first rank, or the "
-            "launcher) is gone. Start the job again from its last checkpoint."
-        ) from None
+def _is_host(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _short(line: str) -> str:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from zgraph.bridge import private_runtime
-from zgraph.bridge.aten import resolve, to_torch
+from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
+from zgraph.bridge.private_runtime import Example
 from zgraph.errors import KernelError
-from zgraph.ir import Graph, Instruction, Program, Value
+from zgraph.ir import Graph, Instruction, Program, TensorType, Value
+from zgraph.ir.layout import chunk_numel, dense_strides
 from zgraph.runtime.collectives import EXECUTORS
 from zgraph.runtime.region import Region, cut
 
@@ -32,17 +35,21 @@ Compute = Callable[[list[Any]], Sequence[Any]]
 
 @dataclass
 class Regions:
-    """The regions of a model, each different one compiled when it is first run.
+    """The regions of a model, each different one compiled when it is first linked; where its sizes are not known then,
+    when it is first run.
 
     Args:
         num_regions: how many there are, in all programs.
         seconds: time that compiling them has taken.
+        context: in which they are compiled. In it are the user's settings of Inductor: on GPUs, backwards run in a
+            thread of autograd's, which has a context of its own.
     """
 
     is_shown: ClassVar[bool] = True
 
     num_regions: int = 0
     seconds: float = 0.0
+    context: Context = field(default_factory=copy_context)
     _by_text: dict[str, Compute] = field(default_factory=dict)
 
     @property
@@ -61,14 +68,20 @@ class Regions:
         self.num_regions += 1
         if region.text not in self._by_text:
             own = {n.name: EXECUTORS[n.op](n, session) for n in region.nodes if n.op in EXECUTORS}
-            self._by_text[region.text] = self._compiling(Steps(region, session.device, own))
+            steps, compiled = Steps(region, session.device, own), dict[Any, Compute]()
+            if (examples := _examples(region, session)) is not None:
+                compiled[tuple((e.size, e.stride) for e in examples)] = self._compile(steps, examples)
+            self._by_text[region.text] = self._compiling(steps, compiled)
         return self._by_text[region.text]
 
-    def _compiling(self, steps: Steps) -> Compute:
-        compiled: dict[tuple[Any, ...], Compute] = {}
+    def take_context(self) -> None:
+        """Compile as this thread is set, from now on."""
+        self.context = copy_context()
+
+    def _compiling(self, steps: Steps, compiled: dict[Any, Compute]) -> Compute:
 
         def run(args: list[Any]) -> Sequence[Any]:
-            key = tuple((a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in args)
+            key = tuple((tuple(a.shape), a.stride()) if isinstance(a, torch.Tensor) else a for a in args)
             found = compiled.get(key)
             if found is None:
                 if len(compiled) == MAX_SIZES:
@@ -77,31 +90,55 @@ class Regions:
                         'more. Pad inputs to few sizes, or compile with kernels="aten".',
                         stacklevel=2,
                     )
-                found = compiled[key] = self._compile(steps, args) if len(compiled) < MAX_SIZES else steps
+                is_due, examples = len(compiled) < MAX_SIZES, [_example(a) for a in args]
+                found = compiled[key] = self._compile(steps, examples) if is_due else steps
             return found(args)
 
         return run
 
-    def _compile(self, steps: Steps, args: Sequence[Any]) -> Compute:
+    def _compile(self, steps: Steps, examples: Sequence[Any]) -> Compute:
         begin = time.perf_counter()
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        numbers = [None if isinstance(a, torch.Tensor) else a for a in args]
+        tensors = [e for e in examples if isinstance(e, Example)]
+        numbers = [None if isinstance(e, Example) else e for e in examples]
 
         def of_tensors(*given: torch.Tensor) -> list[Any]:
             rest = iter(given)
             return steps([next(rest) if n is None else n for n in numbers])
 
         try:
-            compiled = private_runtime.inductor(of_tensors, tensors)
+            compiled = self.context.copy().run(private_runtime.inductor, of_tensors, tensors)
         except Exception as error:
             raise KernelError(
                 f"Inductor cannot compile {len(steps.calls)} ops of {steps.origin}: {error}. On processors it needs a "
                 'C++ compiler (g++); kernels="aten" needs none.'
             ) from error
         self.seconds += time.perf_counter() - begin
-        if len(tensors) == len(args):
+        if len(tensors) == len(examples):
             return compiled
         return lambda args: compiled([a for a in args if isinstance(a, torch.Tensor)])
+
+
+def _example(argument: Any) -> Any:
+    return Example.of(argument) if isinstance(argument, torch.Tensor) else argument
+
+
+def _examples(region: Region, session: Session) -> list[Example] | None:
+    """The tensors that a region will be given; None where they are not known before it runs."""
+    found = []
+    for value in region.inputs:
+        kind = value.type
+        if not isinstance(kind, TensorType) or kind.is_on_host:
+            return None
+        size: tuple[Any, ...] = kind.shape
+        stride: tuple[Any, ...] | None = kind.strides
+        if kind.is_sharded:
+            size, stride = (chunk_numel(size, session.num_shards),), None
+        if not all(isinstance(number, int) for number in (*size, *(stride or ()))):
+            return None
+        found.append(
+            Example(size, dense_strides(size) if stride is None else stride, TO_TORCH[kind.dtype], session.device)
+        )
+    return found
 
 
 class Steps:

@@ -19,7 +19,8 @@ from zgraph.environment import environment
 from zgraph.errors import PeerError, UsageError
 from zgraph.runtime.departures import LINGER_SECONDS
 from zgraph.runtime.heartbeat import BEAT_SECONDS, Heartbeat, beat_key, heartbeat
-from zgraph.runtime.peers import GONE_AFTER_SECONDS, rank_names, store_errors
+from zgraph.runtime.peers import GONE_AFTER_SECONDS, rank_names
+from zgraph.runtime.store_errors import store_errors
 
 _RULING = "ruling"
 _ALL_HERE = "all are here"

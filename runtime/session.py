@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,12 @@ from zgraph.runtime.agreement import described
 from zgraph.runtime.gloo_transport import Hosts, Lane, host_name
 from zgraph.runtime.host import HostMemory
 from zgraph.runtime.interpreted import Interpreted
-from zgraph.runtime.journal import Moved
+from zgraph.runtime.journal import Moved, journal_of
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.ranges import Ranges
 from zgraph.runtime.recorder import Watcher
 from zgraph.runtime.shards import ShardStore, Slot
+from zgraph.runtime.watch import DeviceMarks, HostMarks, Watch
 
 
 class Session:
@@ -50,6 +52,7 @@ class Session:
             else:
                 self._hosts = Hosts.of(self._peers.exchange("host", host_name()))
             self._lane = self._open_lane()
+        self._watch = self._watched() if self._peers is not None and not self._peers.polls else None
         self.syncs = True
         self.adds_nothing = False
         self.num_plans_run = 0
@@ -64,6 +67,7 @@ class Session:
         self.plans: list[Plan] = []
         self.kinds: dict[str, TensorType] = {}
         self._kept: dict[object, tuple[int, torch.Tensor]] = {}
+        self._version: int | None = None
         self.agreed: set[tuple[object, ...]] = set()
         self.marks: dict[int, bytes] = {}
 
@@ -137,6 +141,29 @@ class Session:
         peers.keep_journal(lane.journal)
         return lane
 
+    def _watched(self) -> Watch:
+        """Whoever looks on where this rank's waits are its device's."""
+        peers, is_gpu = self.peers, self.device.type != "cpu"
+        if self._lane is None:
+            peers.keep_journal(journal_of(peers.ranks))
+        assert peers.journal is not None
+        marks = DeviceMarks(self.device) if is_gpu else HostMarks(peers)
+        watch = Watch(peers, peers.journal, marks, partial(_abort, weakref.ref(self)))
+        peers.let_watch(watch)
+        return watch
+
+    def abort(self, rank: int) -> None:
+        """End the collectives that are under way with a rank: the model is of no use afterwards."""
+        if self._lane is not None:
+            self._lane.close()
+        else:
+            private_runtime.abort_groups(rank)
+
+    def enter(self, kind: str, moved: Moved) -> None:
+        """Note a collective that begins and is not a lane's."""
+        if self._watch is not None:
+            self._watch.journal.enter(kind, (), moved)
+
     def moved(self, node: Node) -> Moved:
         """Identity of the data that a collective of an agreed plan moves."""
         return Moved(self.marks.get(id(node), b""), described(node))
@@ -146,7 +173,11 @@ class Session:
         self.num_plans_run, self.loss_only_call, self.tangents = 0, False, ()
         if self._peers is None:
             return
-        self._peers.begin_call()
+        try:
+            self._peers.begin_call()
+        except PeerError as error:
+            self.fail(error)
+            raise
         if self._is_broken:
             self._peers.raise_drift()
         if self._is_broken and self._lane is not None:
@@ -157,6 +188,8 @@ class Session:
     def fail(self, error: BaseException) -> None:
         """Tell the peers that this rank cannot go on."""
         self._is_broken = True
+        if self._peers is not None:
+            self._peers.failed_call = self._peers.call
         if self._peers is not None and not isinstance(error, PeerError):
             self._peers.fail(error)
 
@@ -194,6 +227,7 @@ class Session:
         """The divided sum over all ranks."""
         if self._lane is None:
             total = gradient.div(divisor).contiguous()
+            self.enter("all-reduce", _moved(slot))
             self.peers.wait(dist.all_reduce(total, group=self.group, async_op=True), slot.name)
             return total
         padded = gradient.new_zeros(self.num_ranks, -(-gradient.numel() // self.num_ranks))
@@ -206,7 +240,7 @@ class Session:
     def kept_copy(self, key: object) -> torch.Tensor | None:
         """A whole parameter gathered earlier under no_sync, unless a shard has been written to since."""
         version, copy = self._kept.get(key, (None, None))
-        return copy if version == self.store.version else None
+        return copy if version is not None and version == self._version_now() else None
 
     def forget_copies(self) -> None:
         """Let go of them."""
@@ -215,7 +249,22 @@ class Session:
     def keep_copy(self, key: object, whole: torch.Tensor) -> None:
         """Keep a gathered parameter for the next micro-step, if this one does not end the step."""
         if not self.syncs:
-            self._kept[key] = (self.store.version, whole)
+            self._kept[key] = (self._version_now(), whole)
+
+    def begin_program(self) -> None:
+        """A program begins, in which no shard is written to."""
+        self._version = None
+
+    def _version_now(self) -> int:
+        """The store's version, which counts all parameters: once a program, not once a gather."""
+        if self._version is None:
+            self._version = self.store.version
+        return self._version
+
+
+def _abort(session: weakref.ref[Session], rank: int) -> None:
+    if (found := session()) is not None:
+        found.abort(rank)
 
 
 def _moved(slot: Slot) -> Moved:

@@ -29,6 +29,7 @@ from zgraph.ir.layout import chunk_numel, chunk_rows, dense_strides, local_rows
 from zgraph.runtime.flat_buffers import Flats, Part, align_numel
 from zgraph.runtime.host import PAGE_BYTES, HostMemory
 from zgraph.runtime.materialise import materialise
+from zgraph.runtime.working_copies import WorkingCopies, are_brought
 
 if TYPE_CHECKING:
     from zgraph.runtime.peers import Peers
@@ -54,6 +55,8 @@ class Slot:
         working: the tensor to compute with: `rest`, or where the parameter is offloaded a copy of it.
         offload: what of it is on the host: nothing, "optimizer" (master, gradient, optimizer state) or "parameters".
         owners: every place that holds it.
+        beside: the copy to compute with as it is cast where the master is: `working`, or what that is brought from;
+            None where nothing is cast.
         holds_unreduced: whether a plain tensor in `.grad` has what this rank alone made.
     """
 
@@ -65,6 +68,7 @@ class Slot:
     working: torch.Tensor
     offload: str = ""
     owners: list[Owner] = field(default_factory=list)
+    beside: torch.Tensor | None = None
     holds_unreduced: bool = False
 
     @property
@@ -83,6 +87,12 @@ _STORES: weakref.WeakSet[ShardStore] = weakref.WeakSet()
 def slots_at_rest() -> dict[int, tuple[ShardStore, Slot]]:
     """The slot of every parameter that a compiled model holds at rest, by the parameter's id, and its store."""
     return {id(slot.parameter): (store, slot) for store in _STORES for slot in store.slots.values()}
+
+
+def settle_host_memory() -> None:
+    """Wait for copies that still read parameters in the host's memory: somebody is about to write there."""
+    for store in list(_STORES):
+        store.copies.settle()
 
 
 class ShardStore:
@@ -146,6 +156,8 @@ class ShardStore:
         self._masters = Flats({n: self._master(n, p) for n, p in sharded.items()}, device, host)
         copies = {n: self._copy(n, p) for n, p in sharded.items() if self._needs_copy(n, p)}
         self._copies = Flats(copies, device, host)
+        staged = {n: part._replace(on_host=True) for n, part in copies.items() if self._stages(n, part)}
+        self._staged = Flats(staged, device, host)
         self.flats = list(self._masters.buffers.values())
         for name, (parameter, owners) in found.items():
             if parameter.is_meta:
@@ -158,8 +170,8 @@ class ShardStore:
             slot.owners = owners
             self.slots[name] = slot
         self._whole = [s for s in self.slots.values() if not s.is_sharded]
-        self._copied = [s for s in self.slots.values() if s.working is not s.rest]
-        self._copied_version = -1
+        copied = [s for s in self.slots.values() if s.working is not s.rest]
+        self.copies = WorkingCopies(copied, host, lambda: self.version)
         self.is_lent = False
         self._by_swap = [s for s in self.slots.values() if s.placeholder is not s.parameter]
         self._put(at_rest=True)
@@ -170,7 +182,7 @@ class ShardStore:
     @contextmanager
     def placeholders(self) -> Iterator[None]:
         """The model with placeholders in the place of its parameters."""
-        self.refresh()
+        self.copies.refresh()
         for slot in self._by_swap:
             if slot.placeholder.requires_grad != slot.parameter.requires_grad:
                 slot.placeholder.requires_grad_(slot.parameter.requires_grad)
@@ -179,22 +191,6 @@ class ShardStore:
             yield
         finally:
             self._put(at_rest=True)
-
-    def refresh(self) -> None:
-        """Make the copies to compute with anew, if a master has changed since."""
-        if self._copied and self._copied_version != self.version:
-            with torch.no_grad():
-                for slot in self._copied:
-                    slot.working.copy_(slot.rest, non_blocking=True)
-            self._copied_version = self.version
-
-    @contextmanager
-    def keeps_copies(self) -> Iterator[None]:
-        """Context for an update that writes masters and their copies: copies that were right before stay right."""
-        were_right = self._copied_version == self.version
-        yield
-        if were_right:
-            self._copied_version = self.version
 
     def _put(self, *, at_rest: bool) -> None:
         for slot in self._by_swap:
@@ -231,8 +227,10 @@ class ShardStore:
         """Bytes at rest on the host: masters, AdamW's moments of them, and copies to compute with."""
         whole = [s for s in self._whole if s.offload]
         masters = self._masters.num_bytes(on_host=True) + _num_bytes(s.rest for s in whole)
-        copies = _num_bytes(s.working for s in whole if s.offload == PARAMETERS and s.working is not s.rest)
-        return 3 * masters + self._copies.num_bytes(on_host=True) + copies
+        cast = [
+            s.beside for s in whole if s.beside is not None and (s.offload == PARAMETERS or s.beside is not s.working)
+        ]
+        return 3 * masters + sum(f.num_bytes(on_host=True) for f in (self._copies, self._staged)) + _num_bytes(cast)
 
     @property
     def update_bytes(self) -> int:
@@ -270,6 +268,10 @@ class ShardStore:
         dtype = compute_dtype(parameter, self.param_dtype)
         return Part(numel, dtype, self.offloads[name] == PARAMETERS, align_numel(dtype))
 
+    def _stages(self, name: str, copy: Part) -> bool:
+        """Whether a copy on the device is cast on the host first, and brought from there."""
+        return not copy.on_host and are_brought(self.device) and copy.dtype != self._masters.views[name].dtype
+
     def _shard(self, name: str, stage: int | None, parameter: nn.Parameter) -> Slot:
         """Keep this rank's rows in its part of the flat buffer, and free the whole."""
         assert self.mesh is not None
@@ -285,16 +287,23 @@ class ShardStore:
         )
         placeholder = self._placeholder(parameter)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        working = self._copies.views.get(name, chunk)
-        return Slot(name, stage, at_rest, placeholder, chunk, working, self.offloads.get(name, ""))
+        working, offload = self._copies.views.get(name, chunk), self.offloads.get(name, "")
+        slot = Slot(name, stage, at_rest, placeholder, chunk, working, offload)
+        if working is not chunk:
+            is_here = offload == PARAMETERS or not are_brought(self.device)
+            slot.beside = working if is_here else self._staged.views.get(name)
+        return slot
 
     def _replicate(self, name: str, stage: int | None, parameter: nn.Parameter) -> Slot:
         """Keep the parameter whole, the first rank's values everywhere; a DTensor too if others are."""
+        if parameter.device != self.device and not self.offloads.get(name):
+            parameter.data = parameter.detach().to(self.device)
         whole = parameter.detach()
         if self.num_ranks > 1:
             whole.copy_(self.from_first_rank(whole))
         offload, casts = self.offloads.get(name, ""), compute_dtype(parameter, self.param_dtype) != parameter.dtype
         placeholder, at_rest, rest, working = parameter, parameter, whole, whole
+        beside: torch.Tensor | None = None
         if casts or offload or self.placeholder_class is not nn.Parameter:
             placeholder = self._placeholder(parameter)
         if offload:
@@ -302,9 +311,10 @@ class ShardStore:
             if self._needs_copy(name, parameter):
                 _, dtype, on_host, _ = self._copy(name, parameter)
                 size = whole.size()
-                working = (
-                    self.host.pool.empty(size, dtype) if on_host else torch.empty(size, dtype=dtype, device=self.device)
-                )
+                is_brought = not on_host and are_brought(self.device)
+                cast = self.host.pool.empty(size, dtype) if on_host or (is_brought and dtype != rest.dtype) else None
+                working = cast if on_host and cast is not None else torch.empty(size, dtype=dtype, device=self.device)
+                beside = cast if on_host or is_brought else working
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
             at_rest = nn.Parameter(rest, parameter.requires_grad)
         if self.any_sharded:
@@ -313,7 +323,7 @@ class ShardStore:
             at_rest = private_runtime.dtensor_parameter(
                 rest, self.mesh, placement, rest.size(), rest.stride(), requires_grad=parameter.requires_grad
             )
-        return Slot(name, stage, at_rest, placeholder, rest, working, offload)
+        return Slot(name, stage, at_rest, placeholder, rest, working, offload, beside=beside)
 
     def _placeholder(self, parameter: nn.Parameter) -> nn.Parameter:
         """A parameter of this shape, in the dtype to compute in, without memory."""
@@ -336,6 +346,13 @@ class ShardStore:
                 owner[key] = held
 
     @torch.no_grad()
+    def place_buffers(self) -> None:
+        """Bring the model's buffers to this store's device."""
+        for buffer in self.model.buffers():
+            if buffer.device != self.device:
+                buffer.data = buffer.to(self.device)
+
+    @torch.no_grad()
     def share_buffers(self) -> None:
         """Copy the first rank's buffers to every rank."""
         for buffer in self.model.buffers():
@@ -344,7 +361,10 @@ class ShardStore:
     def from_first_rank(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first rank's values of `tensor`, dense and on this store's device."""
         assert self.group is not None
-        dense = tensor.to(self.device).contiguous()
+        if self.rank == 0 or tensor.device == self.device:
+            dense = tensor.to(self.device).contiguous()
+        else:
+            dense = torch.empty(tensor.size(), dtype=tensor.dtype, device=self.device)
         dist.broadcast(dense, dist.get_global_rank(self.group, 0), group=self.group)
         return dense
 

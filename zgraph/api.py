@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, Unpack, overload
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -38,6 +39,7 @@ def compile(
     *,
     stage: Stage = 3,
     mesh: DeviceMesh | None = None,
+    device: torch.device | str | None = None,
     param_dtype: Dtype | None = None,
     reduce_dtype: Dtype | None = None,
     hardware: Target | None = None,
@@ -63,6 +65,8 @@ def compile(
         mesh: a mesh of one axis to shard over; by default all ranks. Over a mesh of two, parameters are sharded along
             the second axis (within a host, say) and replicated along the first. Without a process group there is one
             rank.
+        device: where to shard the model to, "cuda" say: from the CPU, where it was loaded, or from the meta device. One
+            parameter at a time is whole there. By default the device that the model is on.
         param_dtype: dtype to compute in (`torch.bfloat16` or a word for it: "bf16", "bfloat16"), with masters in the
             parameters' own dtype; floating-point inputs are cast.
         reduce_dtype: dtype in which gradients are averaged over ranks; by default the dtype that they come in.
@@ -111,6 +115,7 @@ def compile(
     options: Options = {
         "stage": stage,
         "mesh": mesh,
+        "device": device,
         "param_dtype": param_dtype,
         "reduce_dtype": reduce_dtype,
         "hardware": hardware,

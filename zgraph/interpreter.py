@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from zgraph.bridge import processor_attention as _attention  # noqa: F401 - registers kernels
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.errors import InterpretError
 from zgraph.ir import Axis, DType, ExternalOp, Graph, Input, Mesh, Node, Output, TensorType, num_ranks, num_shards

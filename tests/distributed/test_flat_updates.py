@@ -129,13 +129,13 @@ def copies(mesh: DeviceMesh, stage: int, kernels: str) -> tuple[float, int]:
     reference, store = built(Odd)(), compiled_model(model).session.store
     optimizer = AdamW(model.parameters(), lr=1e-2, kernels=kernels)
     plain = torch.optim.AdamW(reference.parameters(), lr=1e-2, fused=True)
-    store.refresh()
+    store.copies.refresh()
     for step in range(NUM_STEPS):
         for net, stepped in ((model, optimizer), (reference, plain)):
             give_gradients(net, step)
             stepped.step()
         with mock.patch.object(torch.Tensor, "copy_", side_effect=AssertionError("cast a second time")):
-            store.refresh()
+            store.copies.refresh()
         for slot in store.slots.values():
             assert slot.working.dtype is torch.bfloat16
             rounding = 2**-7 if kernels == "triton" else 0  # Triton's interpreter does not round to the nearest
@@ -143,7 +143,7 @@ def copies(mesh: DeviceMesh, stage: int, kernels: str) -> tuple[float, int]:
     worst = error(model, reference)
     with torch.no_grad():
         model.first.weight.zero_()
-    store.refresh()
+    store.copies.refresh()
     return worst, int(store.slots["first.weight"].working.count_nonzero())
 
 

@@ -121,3 +121,62 @@ def test_blocks_of_the_host_are_used_again():
     strided = pool.empty_like(torch.empty(6, 4).t())
     assert strided.stride() == (1, 4)
     assert pool.empty((0, 3), torch.float32).shape == (0, 3)
+
+
+def test_a_block_goes_to_what_nearly_fills_it():
+    pool = host.HostPool(torch.device("cpu"))
+    sizes = (16, 17, 24)
+    blocks = [pool.empty((size * PAGE,), torch.uint8) for size in sizes]
+    addresses = dict(zip(sizes, (b.data_ptr() for b in blocks), strict=True))
+    del blocks
+    fitting = pool.empty((15 * PAGE,), torch.uint8)
+    assert fitting.data_ptr() == addresses[16], "the best that fits"
+    other = pool.empty((15 * PAGE - 5,), torch.uint8)
+    assert other.data_ptr() == addresses[17]
+    assert pool.alive_bytes == 30 * PAGE
+    held = pool.held_bytes
+    smaller = pool.empty((20 * PAGE,), torch.uint8)
+    assert smaller.data_ptr() != addresses[24], "it would leave more than an eighth of it idle"
+    assert pool.held_bytes == held + 20 * PAGE
+
+
+class Driver:
+    """Pins so many bytes."""
+
+    def __init__(self, limit_bytes):
+        self.limit_bytes, self.pinned = limit_bytes, {}
+
+    def cudaHostRegister(self, address, num_bytes, flags):
+        if sum(self.pinned.values()) + num_bytes > self.limit_bytes:
+            return 2
+        self.pinned[address] = num_bytes
+        return 0
+
+    def cudaHostUnregister(self, address):
+        del self.pinned[address]
+
+
+def test_blocks_are_unpinned_when_the_host_is_full(monkeypatch):
+    driver, waits = Driver(10 * PAGE), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    pool = host.HostPool(torch.device("cuda", 0))
+    kept = pool.empty((2 * PAGE,), torch.uint8)
+    for size in (3, 4, 6, 7):  # of one sequence length after the other
+        pool.empty((size * PAGE,), torch.uint8)
+    assert sorted(driver.pinned.values()) == [2 * PAGE, 7 * PAGE]
+    assert pool.held_bytes == 9 * PAGE
+    assert waits == [torch.device("cuda", 0)] * 2, "copies may still be reading what is unpinned"
+    with pytest.raises(OffloadError, match="cannot pin"):
+        pool.empty((9 * PAGE,), torch.uint8)
+    assert kept.numel() == 2 * PAGE
+    assert driver.pinned == {kept.data_ptr(): 2 * PAGE}
+
+
+def test_what_the_host_has_no_room_for_is_given_back_first(monkeypatch):
+    pool = host.HostPool(torch.device("cpu"))
+    for size in (3, 5, 8):
+        pool.empty((size * PAGE,), torch.uint8)
+    monkeypatch.setattr(host, "available_bytes", lambda: 10 * PAGE)
+    pool.empty((14 * PAGE,), torch.uint8)
+    assert pool.held_bytes == (8 + 14) * PAGE, "those that were used longest ago"

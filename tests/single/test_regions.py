@@ -2,6 +2,8 @@
 
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import KernelError
 from zgraph.ir import Axis, Instruction, Plan
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
+from zgraph.runtime import regions
 from zgraph.runtime.region import Region, cut
 from zgraph.runtime.regions import MAX_SIZES
 
@@ -152,3 +155,36 @@ def test_what_inductor_cannot_compile(monkeypatch):
     with pytest.raises(KernelError, match=r"(?s)no compiler.*g\+\+"):
         model(**batch("llama", 0))
     assert compiled_model(model).regions is not None
+
+
+def test_regions_are_compiled_before_anything_runs(compiled):
+    """In the forward's first call, by the thread that makes it; the backward finds all compiled."""
+    model = zgraph.compile(MODELS["llama"](), kernels="inductor")
+    loss = model(**batch("llama", 0)).loss
+    before = len(compiled)
+    assert before > 0
+    loss.backward()
+    assert len(compiled) == before
+    model(**batch("llama", 1)).loss.backward()
+    assert len(compiled) == before
+
+
+def test_a_device_thread_compiles_with_the_users_settings(monkeypatch):
+    """Autograd runs backwards of GPUs in a thread whose context knows nothing of the main thread's."""
+    setting: ContextVar[str] = ContextVar("setting", default="torch's")
+    seen: list[str] = []
+
+    def note(function: Any, examples: Sequence[Any]) -> Any:
+        seen.append(setting.get())
+        return lambda args: function(*args)
+
+    monkeypatch.setattr(private_runtime, "inductor", note)
+    monkeypatch.setattr(regions, "_examples", lambda region, session: None)  # as with sizes that are symbols
+    model = zgraph.compile(MODELS["llama"](), kernels="inductor")
+    setting.set("the user's")
+    loss = model(**batch("llama", 0)).loss
+    in_forward = len(seen)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result()
+    assert len(seen) > in_forward
+    assert set(seen) == {"the user's"}

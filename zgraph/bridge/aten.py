@@ -142,14 +142,16 @@ def _token(kind: str, name: str) -> Token:
 
 
 def to_torch(arg: Arg, device: torch.device, value: Callable[[Value], Any]) -> Any:
-    """An argument of the IR as torch's. `value` says what stands for a value; `device` is this rank's."""
+    """An argument of the IR as torch's. `value` says what stands for a value; `device` is this rank's, which is a GPU's
+    place too where that is a processor.
+    """
     match arg:
         case Value():
             return value(arg)
         case DType():
             return TO_TORCH[arg]
         case Token(kind="device", name=name):
-            return device if name == device.type else torch.device(name)
+            return device if name in (device.type, "cuda") else torch.device(name)
         case Token(kind="layout", name=name):
             return _LAYOUTS[name]
         case Token(name=name):

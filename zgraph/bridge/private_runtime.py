@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,11 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 __all__ = [
+    "Example",
     "Messenger",
     "PrefixStore",
     "Store",
+    "abort_groups",
     "accumulator",
     "all_gathers",
     "bump_version",
@@ -34,6 +36,7 @@ __all__ = [
     "fused_adamw",
     "fused_sgd",
     "grad_hooks",
+    "has_averages",
     "has_fused_sgd",
     "held_whole",
     "inductor",
@@ -98,6 +101,11 @@ def reduce_scatters(
     return last
 
 
+def has_averages(group: dist.ProcessGroup) -> bool:
+    """Whether a group's collectives take a mean, without a pass to divide: NCCL's do."""
+    return "nccl" in str(dist.get_backend(group))
+
+
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -135,15 +143,26 @@ def _shell(
     local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size, stride: Sequence[int]
 ) -> DTensor:
     """A DTensor over memory of its own, without any."""
-    empty = local.new_empty(()).expand(local.shape)
-    spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, tuple(stride), local.dtype))
-    made: DTensor = DTensor(empty, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return _of_spec(local, DTensorSpec(mesh, tuple(placements), TensorMeta(shape, tuple(stride), local.dtype)))
+
+
+def _of_spec(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
+    made: DTensor = DTensor(_empty(local.dtype, local.device), spec, requires_grad=False)  # type: ignore[no-untyped-call]
     return made
 
 
+@cache
+def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty((), dtype=dtype, device=device)
+
+
 def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
-    """A DTensor over this rank's part, sharded as `like` is."""
-    return dtensor(local, like.device_mesh, like.placements, like.shape, like.stride())
+    """A DTensor over this rank's part, sharded as `like` is. They share a spec, which takes long to make."""
+    if local.dtype != like.dtype:
+        return dtensor(local, like.device_mesh, like.placements, like.shape, like.stride())
+    made = _of_spec(local, like._spec)
+    made._local_tensor = local
+    return made
 
 
 @contextmanager
@@ -180,10 +199,15 @@ JOIN_S = 30.0
 
 
 def init_group(backend: str, store: Store, rank: int, num_ranks: int, timeout: timedelta | None) -> None:
-    """The default group. Over gloo, whose ranks connect at once, joining has a separate limit."""
+    """The default group. Over gloo, whose ranks connect at once, joining has a separate limit.
+
+    NCCL is told which GPU is this rank's: it connects at once too, so that what is wrong shows here and not within the
+    first step; groups of some of the ranks split off from it; and a barrier knows which device to wait for.
+    """
     is_gloo = backend == "gloo"
     limit = timedelta(seconds=JOIN_S) if is_gloo else timeout
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=limit)
+    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=limit, device_id=device)
     if is_gloo:
         dist.distributed_c10d._set_pg_timeout(timeout or default_pg_timeout)
 
@@ -211,6 +235,34 @@ def joined(ranks: list[int], name: str) -> dist.ProcessGroup:
     c10d._world.pg_group_ranks[group] = {found: at for at, found in enumerate(ranks)}
     c10d._set_pg_timeout(default_pg_timeout, group)
     return cast(dist.ProcessGroup, group)
+
+
+def abort_groups(rank: int) -> None:
+    """End what is under way in all groups of this process that a rank is in: what waits for it returns, or raises.
+
+    They stay known to torch.distributed, unlike after its own `_abort_process_group`: another thread may be using them.
+    NCCL's end together, as they would wait for one another. Backends that cannot do so (gloo) go on.
+    """
+    c10d: Any = dist.distributed_c10d
+    world = c10d._world
+    groups = [group for group in list(world.pg_map) if rank in world.pg_group_ranks.get(group, {})]
+    backends = [found for group in groups if (found := _gpu_backend(group)) is not None]
+    if backends:
+        backends[0]._group_start()
+    for group in groups:
+        with suppress(RuntimeError):
+            group.abort()
+    if backends:
+        backends[0]._group_end()
+
+
+def _gpu_backend(group: Any) -> Any:
+    """A group's backend for GPUs, if it is NCCL's."""
+    try:
+        backend = group._get_backend(torch.device("cuda"))
+    except RuntimeError:
+        return None
+    return backend if hasattr(backend, "_group_start") else None
 
 
 def whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:
@@ -245,9 +297,18 @@ Tensors = Sequence[torch.Tensor]
 
 
 def fused_adamw(
-    parameters: Tensors, gradients: Tensors, firsts: Tensors, seconds: Tensors, step: torch.Tensor, **options: float
+    parameters: Tensors,
+    gradients: Tensors,
+    firsts: Tensors,
+    seconds: Tensors,
+    step: torch.Tensor,
+    found_inf: torch.Tensor | None = None,
+    **options: float,
 ) -> None:
-    """AdamW's update of many in place, by torch's fused kernel; `step` is the number of the step that this is."""
+    """AdamW's update of many in place, by torch's fused kernel; `step` is the number of the step that this is.
+
+    Nothing changes where `found_inf` is 1.
+    """
     torch._fused_adamw_(
         list(parameters),
         list(gradients),
@@ -258,13 +319,26 @@ def fused_adamw(
         amsgrad=False,
         maximize=False,
         grad_scale=None,
-        found_inf=None,
+        found_inf=found_inf,
         **options,
     )
 
 
+class Example(NamedTuple):
+    """A tensor to compile for, which need not exist yet."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Example:
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
+
+
 def inductor(
-    function: Callable[..., Sequence[torch.Tensor]], examples: Sequence[torch.Tensor]
+    function: Callable[..., Sequence[torch.Tensor]], examples: Sequence[Example | torch.Tensor]
 ) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:
     """A function of tensors, compiled for shapes and strides as these; it takes a list, which it empties."""
     from torch._guards import tracing
@@ -272,11 +346,13 @@ def inductor(
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import _disable_current_modes
 
     mode = FakeTensorMode()
+    kinds = [Example.of(e) if isinstance(e, torch.Tensor) else e for e in examples]
     outside = tracing(None)  # a capture that may be under way has its own mode
-    fakes = [mode.from_tensor(t.detach()) for t in examples]
-    with torch.no_grad(), outside, mode:
+    with torch.no_grad(), outside, _disable_current_modes(), mode:
+        fakes = [torch.empty_strided(size, stride, dtype=dtype, device=at) for size, stride, dtype, at in kinds]
         traced = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
         results: Any = traced.graph.output_node()
         results.meta["user_visible_output_idxs"] = [*range(len(results.args[0]))]  # their strides are kept

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from zgraph.bridge.private_gpu import Capability
 from zgraph.cost import CostTable, Hardware, hardware, load_table
 from zgraph.cost.defaults import default_costs
 from zgraph.cost.hardware import recognised
@@ -40,6 +42,31 @@ def cost_table(target: Target | None, device: torch.device) -> CostTable:
     if device.type == "cpu":
         return default_costs()
     return CostTable(hardware=hardware(_recognised(device)), per_host=ranks_here())
+
+
+CAPABILITIES: Mapping[str, Capability] = {
+    "v100": (7, 0),
+    "a100": (8, 0),
+    "a10": (8, 6),
+    "l4": (8, 9),
+    "rtx-4090": (8, 9),
+    "h": (9, 0),
+    "b200": (10, 0),
+    "gb200": (10, 0),
+    "gb300": (10, 3),
+    "rtx-5090": (12, 0),
+}
+"""Compute capabilities of GPUs by how their profiles' names begin."""
+
+_USUAL: Capability = (8, 0)
+"""Taken for a GPU that is not among them: AMD's take the same attention."""
+
+
+def capability_of(hardware: Hardware) -> Capability | None:
+    """The compute capability of a GPU; None for a processor."""
+    if not hardware.has_host:
+        return None
+    return next((found for name, found in CAPABILITIES.items() if hardware.name.startswith(name)), _USUAL)
 
 
 UNKNOWN = "a100-40"

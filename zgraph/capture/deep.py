@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zgraph.bridge.private_gpu import Capability
 from zgraph.capture import trace
 from zgraph.capture.extrapolate import Counts, extrapolate
 from zgraph.capture.layers import shortened, stacks
@@ -25,19 +26,25 @@ FEWEST_LAYERS = (2, 3, 4)
 """With so many layers a model is captured first; with more where the first and the last are not as those between."""
 
 
-def capture_deep(model: nn.Module, inputs: Mapping[str, Any], param_dtype: torch.dtype | None) -> tuple[Graph, str]:
+def capture_deep(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    param_dtype: torch.dtype | None,
+    capability: Capability | None = None,
+) -> tuple[Graph, str]:
     """The graph of a training step, as `zgraph.trace` captures it, and how it was come by, in words.
 
     Args:
         model: on any device; it is not changed.
         inputs: what its forward is called with, by name.
         param_dtype: dtype to compute in.
+        capability: the GPU's that it is captured for; None for a processor.
 
     Raises:
         GraphBreakError, CaptureError: as `zgraph.compile` does at the first call.
     """
     why = ""
-    shallow = _Shallow(model, inputs, param_dtype)
+    shallow = _Shallow(model, inputs, param_dtype, capability)
     for fewest in FEWEST_LAYERS:
         lengths = [stack.length(fewest) for stack in shallow.stacks]
         if not shallow.saves(lengths):
@@ -47,14 +54,20 @@ def capture_deep(model: nn.Module, inputs: Mapping[str, Any], param_dtype: torch
         except Exception as error:  # a model may count on its number of layers, and fail in its own way
             said = next(iter(str(error).splitlines()), "")
             why = f": {said}" if isinstance(error, ZgraphError) and said else f": {type(error).__name__}: {said}"
-    return trace(model, **inputs, param_dtype=param_dtype), f"whole{why}"
+    return trace(model, **inputs, param_dtype=param_dtype, capability=capability), f"whole{why}"
 
 
 class _Shallow:
     """A model with a few layers of each stack."""
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], param_dtype: torch.dtype | None) -> None:
-        self.model, self.inputs, self.param_dtype = model, inputs, param_dtype
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        param_dtype: torch.dtype | None,
+        capability: Capability | None,
+    ) -> None:
+        self.model, self.inputs, self.param_dtype, self.capability = model, inputs, param_dtype, capability
         self.stacks = [s for s in stacks(model) if s.length(FEWEST_LAYERS[-1]) + 2 * s.period < len(s.layers)]
         self.graphs: dict[tuple[int, ...], Graph] = {}
 
@@ -86,7 +99,9 @@ class _Shallow:
     def capture(self, lengths: tuple[int, ...]) -> Graph:
         if lengths not in self.graphs:
             with shortened(dict(zip((s.layers for s in self.stacks), lengths, strict=True))):
-                self.graphs[lengths] = trace(self.model, **self.inputs, param_dtype=self.param_dtype)
+                self.graphs[lengths] = trace(
+                    self.model, **self.inputs, param_dtype=self.param_dtype, capability=self.capability
+                )
         return self.graphs[lengths]
 
     @property

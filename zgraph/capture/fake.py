@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +13,9 @@ from torch.utils import _pytree as pytree
 from zgraph.bridge.aten import FROM_TORCH, compute_dtype
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.bridge.private_fake import FakeTensorMode
+from zgraph.bridge.private_gpu import Capability, as_on_gpu
 from zgraph.capture.frontend import Frontend, ParamInfo
+from zgraph.capture.gpu import on_gpu
 from zgraph.capture.hooks import without_gradient_hooks
 from zgraph.errors import CaptureError
 from zgraph.ir import DType, Graph
@@ -26,6 +29,7 @@ def trace(
     param_dtype: Dtype | None = None,
     stage: Stage | None = None,
     dynamic: bool | None = None,
+    capability: Capability | None = None,
     **kwargs: Any,
 ) -> Graph:
     """The graph of one training step of `model`, captured under fake tensors: no memory, no process group.
@@ -36,6 +40,8 @@ def trace(
         param_dtype: dtype to compute in, as in `zgraph.compile`.
         stage: a function from a parameter's name to the stage that its input is marked with, or None.
         dynamic: as in `torch.compile`.
+        capability: a GPU's compute capability, such as (9, 0): the graph is the one that a model on it is captured as,
+            with its attention and its dropout. None captures what a processor runs.
 
     Raises:
         DtypeError: the dtype is none.
@@ -48,7 +54,8 @@ def trace(
         caught.append(graph)
         raise _Caught
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.device("cpu"):
+    as_there = as_on_gpu(capability) if capability is not None else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.device("cpu"), as_there:
         infos: dict[int, ParamInfo] = {}
         homes: list[tuple[dict[str, Any], str, Any]] = []
         fakes: dict[int, torch.Tensor] = {}
@@ -78,7 +85,7 @@ def trace(
     del mode
     if not caught:
         raise CaptureError("the forward was run, but nothing was captured: it holds no tensor operation")
-    return caught[0]
+    return on_gpu(caught[0]) if capability is not None else caught[0]
 
 
 class _Caught(CaptureError):

@@ -26,7 +26,7 @@ from zgraph.passes.fuse import Fuse
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.agreement import settings_lines
 from zgraph.runtime.eager_fallback import eager_fallback
-from zgraph.runtime.gradients import attached, reduce_before_steps
+from zgraph.runtime.gradients import attached, reduce_before_steps, settle_before_steps
 from zgraph.runtime.interrupts import say_little
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
@@ -69,6 +69,7 @@ def shard(model: nn.Module, settings: Settings) -> Session:
         Placeholder if settings.fullgraph is False else nn.Parameter,
     )
     materialise_buffers(model, device)
+    store.place_buffers()
     if group is not None:
         store.share_buffers()
     session = Session(store, group, name)
@@ -100,6 +101,8 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     if settings.fullgraph is False:  # a piece would end where `ready` is needed
         _make_ready(model, structure)
     say_little()
+    if settings.offloads:
+        settle_before_steps(session)
     if not session.is_alone:
         reduce_before_steps(session)
     if settings.fullgraph != "eager":

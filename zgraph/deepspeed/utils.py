@@ -22,6 +22,7 @@ from zgraph.engine.registry import Home, home_of
 from zgraph.errors import UsageError
 from zgraph.optim.runs import local
 from zgraph.runtime.gradients import reduced
+from zgraph.runtime.shards import settle_host_memory
 
 logger = logging.getLogger("zgraph")
 
@@ -260,6 +261,7 @@ def _set(tensor: torch.Tensor, value: torch.Tensor) -> None:
 def _set_own(tensor: torch.Tensor, value: torch.Tensor) -> None:
     own = local(tensor)
     _check_shape(own.shape, value)
+    settle_host_memory()
     own.copy_(value)
 
 

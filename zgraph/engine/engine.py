@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,9 @@ from zgraph.engine.loss_scale import LossScale
 from zgraph.engine.monitor.monitor import Monitoring
 from zgraph.engine.queries import Queries
 from zgraph.engine.registry import register
+from zgraph.engine.undecided import Later, Undecided, leaves_out
 from zgraph.errors import AbsentError, UsageError
+from zgraph.optim.adamw import AdamW
 
 log = logging.getLogger("zgraph")
 
@@ -51,13 +53,14 @@ class Engine(Queries):
         self.accumulation = config.accumulation
         self.loss_scaler = LossScale(config.keys.fp16)
         self.monitor = Monitoring(config, model)
-        self.global_steps = self.micro_steps = self.skipped_steps = 0
+        self.global_steps = self.micro_steps = self._skipped_steps = 0
         self.pending = 0
         self.awaits_step = self._is_local = self._was_applied = False
         self._is_boundary: bool | None = None
         self.ranks = ranks_of(compiled_model(model).session)
         self._checkpoints = Checkpoints(self)
-        self._norm: float | None = None
+        self._norm: Later | None = None
+        self._undecided: Undecided | None = None
         register(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -163,6 +166,7 @@ class Engine(Queries):
             FloatingPointError: gradients overflow at the smallest loss scale.
         """
         optimizer = self._needs_optimizer("step")
+        self._settle()
         if self._is_local:
             raise UsageError("engine.step within engine.no_sync: the step would be another on each rank; go out first")
         if not self.awaits_step and self.loss_scaler.scale / self.accumulation != 1 and self._has_gradients(optimizer):
@@ -178,7 +182,7 @@ class Engine(Queries):
                     optimizer.step()
                     if self.lr_scheduler is not None:
                         self.lr_scheduler.step()
-                self.skipped_steps += overflow
+                self._skipped_steps += overflow
                 self.loss_scaler.update(overflow=overflow)
                 self.zero_grad()
             self.global_steps += 1
@@ -189,15 +193,47 @@ class Engine(Queries):
         """Take the loss scale off the gradients and clip them; False if they have overflowed."""
         gradients = Gradients(p for group in optimizer.param_groups for p in group["params"])
         scale, limit = self.loss_scaler.scale, self.gradient_clipping()
-        self._norm = gradients.norm() / scale
-        if self._skips_overflows() and not math.isfinite(self._norm):
-            if not self.config.keys.fp16.enabled and self.ranks.rank == 0:
-                log.warning("step %d is skipped: the norm of its gradients is %s", self.global_steps + 1, self._norm)
-            return False
-        factor = min(1.0, limit / (self._norm + 1e-6)) / scale if limit else 1 / scale
-        if factor != 1:
-            gradients.scale(factor)
+        norm = gradients.norm() / scale
+        self._norm = Later(norm)
+        if self._skips_overflows():
+            if self._is_left_to(norm.device) and leaves_out(optimizer, norm):
+                self._undecided = Undecided(self._norm, cast(AdamW, optimizer), self.lr_scheduler)
+            elif not math.isfinite(float(self._norm)):
+                self._tell_skipped(self.global_steps + 1)
+                return False
+        if limit:
+            ratio = limit / (norm + 1e-6)
+            gradients.scale(torch.where(ratio < 1, ratio, 1.0) / scale)
+        else:
+            gradients.scale(1 / scale)
         return True
+
+    def _is_left_to(self, device: torch.device) -> bool:
+        """Whether a device decides for itself whether it skips a step: the next loss scale is the host's to know."""
+        return device.type == "cuda" and not self.config.keys.fp16.enabled
+
+    def _tell_skipped(self, step: int) -> None:
+        if not self.config.keys.fp16.enabled and self.ranks.rank == 0:
+            norm = self.get_global_grad_norm()
+            log.warning("step %d is skipped: the norm of its gradients is %s", step, norm)
+
+    def _settle(self) -> None:
+        """Take back what was done with a step that the device has left out."""
+        undecided, self._undecided = self._undecided, None
+        if undecided is not None and undecided.was_left_out():
+            self._was_applied = False
+            self._skipped_steps += 1
+            self._tell_skipped(self.global_steps)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were left out, as their gradients had overflowed."""
+        self._settle()
+        return self._skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self._undecided, self._skipped_steps = None, count
 
     def _has_gradients(self, optimizer: Optimizer) -> bool:
         return not self.pending and any(p.grad is not None for g in optimizer.param_groups for p in g["params"])
@@ -209,6 +245,7 @@ class Engine(Queries):
 
     def was_step_applied(self) -> bool:
         """Whether the last call of `step` changed the parameters."""
+        self._settle()
         return self._was_applied
 
     def zero_grad(self) -> None:
@@ -248,6 +285,7 @@ class Engine(Queries):
                 what goes wrong later is raised by the next call that saves, loads or waits.
             UsageError: it is between `backward` and `step`; or there is no save_dir.
         """
+        self._settle()
         if not save_dir:
             raise UsageError("save_checkpoint needs save_dir=: the folder of this run's checkpoints")
         return self._checkpoints.save(
@@ -354,11 +392,13 @@ class Engine(Queries):
         compiled_model(self.module).session.forget_copies()
 
     def destroy(self) -> None:
-        """Let go of what the engine holds beside the model: waits for a checkpoint, and forgets the gradients.
+        """Let go of what the engine holds beside the model: waits for a checkpoint, writes the last step's numbers, and
+        forgets the gradients.
 
         Raises:
             CheckpointError: it could not be written.
         """
         self.wait_for_checkpoint()
+        self.monitor.write_rest()
         self.zero_grad()
         self.empty_partition_cache()

@@ -25,8 +25,8 @@ class Gradients:
             elif gradient is not None:
                 self.whole.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
 
-    def norm(self) -> float:
-        """The 2-norm of all gradients of all ranks: the same number on each of them.
+    def norm(self) -> torch.Tensor:
+        """The 2-norm of all gradients of all ranks: the same number on each of them, in fp64, on a GPU if any is there.
 
         Infinite or not a number if any gradient on any rank is.
         """
@@ -34,19 +34,37 @@ class Gradients:
         for group in self.groups:
             square = square.to(_device_of(group))
             dist.all_reduce(square, group=group)
-        return float((square.cpu() + _square(self.whole).cpu()).sqrt())
+        whole = _square(self.whole)
+        device = whole.device if whole.is_cuda else square.device
+        return (square.to(device) + whole.to(device)).sqrt()
 
-    def scale(self, factor: float) -> None:
-        """Multiply all of them."""
+    def scale(self, factor: float | torch.Tensor) -> None:
+        """Multiply all of them. The host waits for the factor only where gradients are in its memory."""
         for gradients in _alike(self.sharded + self.whole):
-            torch._foreach_mul_(gradients, factor)
+            if isinstance(factor, torch.Tensor) and gradients[0].is_cuda:
+                multiply(gradients, factor)
+            elif (number := float(factor)) != 1:
+                torch._foreach_mul_(gradients, number)
+
+
+def multiply(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply gradients of one dtype, in fp32 or more, by a number that the host does not know yet."""
+    dtype = gradients[0].dtype
+    if dtype in (torch.float32, torch.float64):
+        torch._foreach_mul_(gradients, factor.to(dtype))
+        return
+    exact = factor.to(torch.float32).view(1)  # of one dimension: it would be rounded to the gradients' dtype else
+    for gradient in gradients:
+        torch.mul(gradient, exact, out=gradient)
 
 
 def _square(gradients: list[torch.Tensor]) -> torch.Tensor:
     """The sum of their squares, in fp64 so that it does not depend on how many ranks there are."""
-    norms = [n.double() for some in _alike(gradients) for n in torch._foreach_norm(some, dtype=torch.float32)]
-    device = norms[0].device if norms else torch.device("cpu")
-    return torch.stack([n.to(device) for n in norms]).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+    norms = [torch.stack(torch._foreach_norm(some, dtype=torch.float32)).double() for some in _alike(gradients)]
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    device = next((n.device for n in norms if n.is_cuda), norms[0].device)
+    return torch.cat([n.to(device) for n in norms]).square().sum()
 
 
 def _alike(gradients: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:

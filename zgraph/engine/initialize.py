@@ -172,13 +172,12 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
     keys, own = config.keys, config.keys.zgraph
     if config.param_dtype is not None:
         model.float()  # masters
-    if torch.cuda.is_available() and not any(p.is_meta for p in model.parameters()):
-        model.to(torch.device("cuda", torch.cuda.current_device()))
     recipe = {} if own.recipe is None else {"passes": own.recipe}
     return api.compile(
         model,
         stage=_stage(model, config),
         mesh=mesh if mesh is not None else _mesh(config),
+        device="cuda" if torch.cuda.is_available() and (mesh is None or mesh.device_type == "cuda") else None,
         param_dtype=config.param_dtype,
         reduce_dtype=keys.communication_data_type,
         hardware=own.hardware,

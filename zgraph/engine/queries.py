@@ -15,6 +15,7 @@ from zgraph.engine.checkpoint.ranks import Ranks
 from zgraph.engine.config.keys import Offload, Zero
 from zgraph.engine.config.read import Config
 from zgraph.engine.loss_scale import LossScale
+from zgraph.engine.undecided import Later
 from zgraph.errors import UsageError
 
 
@@ -29,7 +30,7 @@ class Queries:
     accumulation: int
     global_steps: int
     micro_steps: int
-    _norm: float | None
+    _norm: Later | None
 
     def _needs_optimizer(self, what: str) -> Optimizer:
         if self.optimizer is None:
@@ -40,7 +41,7 @@ class Queries:
 
     def get_global_grad_norm(self) -> float | None:
         """The 2-norm of all gradients in the last step, before they were clipped; None before the first."""
-        return self._norm
+        return float(self._norm) if self._norm is not None else None
 
     def get_lr(self) -> list[float]:
         """The learning rate of each group."""

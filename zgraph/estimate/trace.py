@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
-from zgraph.bridge.target import MEMORY_MARGIN, Target, cost_table, num_bytes
+from zgraph.bridge.target import MEMORY_MARGIN, Target, capability_of, cost_table, num_bytes
 from zgraph.capture.deep import capture_deep
 from zgraph.certify.certificate import Certifier
 from zgraph.cost.rest import at_rest
@@ -33,7 +33,7 @@ def traced(
     memory_budget: int | str | None = None,
     param_dtype: Dtype | None = None,
 ) -> RunFile:
-    """Capture a model under fake tensors and run passes on it.
+    """Capture a model under fake tensors, as the hardware will run it, and run passes on it.
 
     Args:
         model: on the meta device, or any other; it is not changed.
@@ -56,7 +56,8 @@ def traced(
         if memory_budget is None
         else num_bytes(memory_budget)
     )
-    graph, how = capture_deep(model, inputs, as_dtype_or_none(param_dtype, "param_dtype"))
+    dtype = as_dtype_or_none(param_dtype, "param_dtype")
+    graph, how = capture_deep(model, inputs, dtype, capability_of(costs.hardware))
     mesh = (Axis("shard", count),) if count > 1 else ()
     context = Context(mesh=mesh, costs=costs, memory_budget=budget, groups_calls=True, keeps_blocks=True)
     context = _resting(graph, pipeline, context)

@@ -76,13 +76,11 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         return super().prepare(*args, device_placement=device_placement)
 
     def _compile(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
-        if not any(p.is_meta for p in model.parameters()):
-            model.to(self.device)
-        options = {"mesh": self._mesh(), "param_dtype": self.param_dtype, **self.from_file.options}
+        own_options = {"mesh": self._mesh(), "device": self.device, "param_dtype": self.param_dtype}
         with ExitStack() as stack:
             for optimizer in optimizers:
                 stack.enter_context(handed_over(optimizer, model))
-            api.compile(model, **{**options, **self.zgraph_options})
+            api.compile(model, **{**own_options, **self.from_file.options, **self.zgraph_options})
 
     def _mesh(self) -> DeviceMesh | None:
         """Hosts that have copies, of ranks that shard, if that is asked for and there are several hosts."""

@@ -32,7 +32,7 @@ class Scaler:
         """Take the scale off the gradients, once in a step; their norm without it."""
         if self._norm is None:
             gradients = Gradients(p for group in optimizer.param_groups for p in group["params"])
-            self._norm = gradients.norm() / self.loss_scale.scale
+            self._norm = float(gradients.norm()) / self.loss_scale.scale
             gradients.scale(1 / self.loss_scale.scale)
         return self._norm
 

@@ -157,7 +157,7 @@ class Sharded(Base):  # type: ignore[misc]
         if grad_norm is not None:
             return grad_norm
         scaler = self.accelerator.scaler
-        return Gradients(model.parameters()).norm() if scaler is None else scaler.unscale_(self.optimizer)
+        return float(Gradients(model.parameters()).norm()) if scaler is None else scaler.unscale_(self.optimizer)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

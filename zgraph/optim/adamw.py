@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -83,6 +83,8 @@ class AdamW(FlatOptimizer):
         num_bytes = sum(2 * local(p).nbytes for p in parameters if p.requires_grad)
         if state == "host":
             self._host.require(num_bytes, "AdamW's moments")
+        self._overflow: torch.Tensor | None = None
+        self._stepped: list[tuple[Run, list[int]]] = []
         self._disk: DiskFile | None = None
         if folder is not None:
             self._disk = DiskFile(Path(folder), num_bytes, 2 * len(parameters), access, self._host.free_bytes)
@@ -114,6 +116,35 @@ class AdamW(FlatOptimizer):
     def _in_place(self, parameter: torch.Tensor) -> bool:
         return self.place == "auto" and not self._streams(local(parameter))
 
+    # --- a step that does not count ----------------------------------------------------------------------------------
+
+    def leave_out_if(self, overflow: torch.Tensor) -> bool:
+        """Have the next step change nothing where `overflow` is true; False if it cannot do so.
+
+        It is read where the update runs, so that the host need not wait for it. The caller learns it later, and then
+        calls `take_back_step`.
+        """
+        parameters = [local(p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.kernels != "aten" or any(self._streams(p) or p.device != overflow.device for p in parameters):
+            return False
+        self._overflow = overflow.to(torch.float32)
+        return True
+
+    def take_back_step(self) -> None:
+        """Count the last step, which was left out, no more. Only before the next."""
+        for run, indices in self._stepped:
+            run.steps[indices] -= 1
+        self._stepped.clear()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient."""
+        self._stepped.clear()
+        try:
+            return super().step(closure)
+        finally:
+            self._overflow = None
+
     # --- the update ------------------------------------------------------------------------------------------------
 
     def _keys(self, group: Group) -> tuple[str, ...]:
@@ -128,6 +159,7 @@ class AdamW(FlatOptimizer):
 
     def _ages(self, run: Run, indices: list[int], are_new: list[bool]) -> list[float]:
         """The number of the step that this is for each."""
+        self._stepped.append((run, indices))
         if len(indices) == len(run.parameters):
             run.steps += 1
         else:
@@ -163,6 +195,7 @@ class AdamW(FlatOptimizer):
             beta2=beta2,
             weight_decay=group["weight_decay"],
             eps=group["eps"],
+            found_inf=self._overflow,
         )
 
     def _spec(self, group: Group, columns: int, parameter: str, gradient: str, copy: str) -> KernelSpec:

@@ -94,7 +94,7 @@ class FlatOptimizer(Optimizer):
             self._lay_out(parameters)
         with ExitStack() as stack:
             for store in self._stores_in_step():
-                stack.enter_context(store.keeps_copies())
+                stack.enter_context(store.copies.kept())
             self._update_all(due)
             for parameters in due:
                 private_runtime.bump_version(parameters)

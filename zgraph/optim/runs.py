@@ -124,8 +124,8 @@ def lay_out(parameters: Iterable[torch.Tensor], in_place: Callable[[torch.Tensor
         elif slot.is_sharded and in_place(parameter):
             flat.append((store, slot))
         else:
-            writes = in_place(parameter) and _has_copy_beside(slot)
-            yield Run([parameter], copy=slot.working if writes else None, store=store if _has_copy(slot) else None)
+            copy = slot.beside if in_place(parameter) else None
+            yield Run([parameter], copy=copy, store=store if _has_copy(slot) else None)
     flat.sort(key=lambda found: (_address(found[1].rest), _begin(found[1].rest)))
     first = 0
     for last, (one, other) in enumerate(pairwise([*flat, None])):
@@ -138,7 +138,7 @@ def lay_out(parameters: Iterable[torch.Tensor], in_place: Callable[[torch.Tensor
 def _joined(store: ShardStore, slots: list[Slot]) -> Run:
     first, last = slots[0], slots[-1]
     begin, numel = _begin(first.rest), _end(last.rest) - _begin(first.rest)
-    copy = _over(first.working, numel) if _has_copy_beside(last) else None
+    copy = _over(first.beside, numel) if first.beside is not None else None
     return Run(
         [slot.parameter for slot in slots],
         [_begin(slot.rest) - begin for slot in slots],
@@ -155,17 +155,14 @@ def _over(first: torch.Tensor, numel: int) -> torch.Tensor:
 def _adjoin(one: Slot, other: Slot) -> bool:
     """Whether there is nothing but a pad between the two, and their copies have the same layout."""
     gap = _begin(other.rest) - _end(one.rest)
-    are_alike = _begin(other.working) - _end(one.working) == gap and one.rest.dtype == other.rest.dtype
-    together = _address(one.rest) == _address(other.rest) and _address(one.working) == _address(other.working)
-    return together and are_alike and 0 <= gap < align_numel(one.working.dtype)
+    copies = [s.working if s.beside is None else s.beside for s in (one, other)]
+    are_alike = _begin(copies[1]) - _end(copies[0]) == gap and one.rest.dtype == other.rest.dtype
+    together = _address(one.rest) == _address(other.rest) and _address(copies[0]) == _address(copies[1])
+    return together and are_alike and 0 <= gap < align_numel(copies[0].dtype)
 
 
 def _has_copy(slot: Slot) -> bool:
     return slot.working is not slot.rest
-
-
-def _has_copy_beside(slot: Slot) -> bool:
-    return _has_copy(slot) and slot.working.device == slot.rest.device
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
 
     stage: Stage
     mesh: DeviceMesh | None
+    device: torch.device | str | None
     param_dtype: Dtype | None
     reduce_dtype: Dtype | None
     hardware: Target | None
@@ -117,6 +118,7 @@ def resolve(
     *,
     stage: Stage,
     mesh: DeviceMesh | None,
+    device: torch.device | str | None,
     param_dtype: Dtype | None,
     reduce_dtype: Dtype | None,
     hardware: Target | None,
@@ -134,12 +136,12 @@ def resolve(
     Raises:
         UsageError, AlreadyCompiledError, RecipeError, ContractError, RunFileError, HardwareError: as `zgraph.compile`.
     """
-    check_options(model, stage, mesh)
+    check_options(model, stage, mesh, is_moved=device is not None)
     computed, averaged = as_dtype_or_none(param_dtype, "param_dtype"), as_dtype_or_none(reduce_dtype, "reduce_dtype")
     if recompute not in RECOMPUTES:
         raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
     check_kernels(kernels, passes is not None)
-    device = next((p.device for p in model.parameters() if not p.is_meta), default_device(mesh))
+    device = device_for(model, mesh, device)
     is_gpu = device.type != "cpu"
     if kernels == "auto":
         kernels = "triton" if is_gpu and passes is None else "aten"
@@ -149,7 +151,7 @@ def resolve(
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     costs = cost_table(hardware, device)
     budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device)
-    mesh = _mesh(model, mesh)
+    mesh = _mesh(device, mesh)
     if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
         raise ContractError(f"the recipe '{pipeline}' places nothing on the {mesh.size()} ranks; add partition to it")
     moves = activations(offload, budget, is_gpu=is_gpu)
@@ -185,6 +187,32 @@ def resolve(
     )
 
 
+def device_for(model: nn.Module, mesh: DeviceMesh | None, wanted: torch.device | str | None) -> torch.device:
+    """Where a model's shards go: where it is wanted, or else where the model is.
+
+    Raises:
+        UsageError: there is no such device here, or it is not of the mesh's kind.
+    """
+    if wanted is None:
+        return next((p.device for p in model.parameters() if not p.is_meta), default_device(mesh))
+    try:
+        device = torch.device(wanted)
+    except (RuntimeError, TypeError):
+        raise UsageError(f'device must be a device, such as "cuda" or "cpu", not {wanted!r}') from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f'device must be a GPU or a processor ("cuda", "cpu"), not {device}')
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f'device="{device}", but torch sees no GPU here; leave device= out')
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if mesh is not None and mesh.device_type != device.type:
+        raise UsageError(
+            f'device="{device}", but the mesh is of {mesh.device_type}; make the mesh with "{device.type}", or leave '
+            "device= out"
+        )
+    return device
+
+
 def default_device(mesh: DeviceMesh | None) -> torch.device:
     """Where a model without parameters in memory is put."""
     kind = mesh.device_type if mesh is not None else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -202,25 +230,22 @@ def _passes(
     return fusing(own) if kernels == "triton" else own
 
 
-def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
+def _mesh(device: torch.device, mesh: DeviceMesh | None) -> DeviceMesh | None:
     """The ranks to shard over; None for one rank."""
-    found = _joined(model, mesh)
+    found = _joined(device, mesh)
     return found if found is not None and found.size() > 1 else None
 
 
-def _joined(model: nn.Module, mesh: DeviceMesh | None) -> DeviceMesh | None:
+def _joined(device: torch.device, mesh: DeviceMesh | None) -> DeviceMesh | None:
     if mesh is not None and mesh.ndim == 2 and mesh.size(0) == 1:
         return mesh[mesh.mesh_dim_names[1]] if mesh.mesh_dim_names else mesh
     if mesh is None and not dist.is_initialized() and (problem := check_joined()):
         raise UsageError(problem)
     if mesh is not None or not dist.is_initialized():
         return mesh
-    kind = next((p.device.type for p in model.parameters() if not p.is_meta), None)
-    if kind is None:
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cpu" and dist.get_backend() == "nccl":
-        raise UsageError("the model is on the CPU, but the process group is NCCL's; move the model to its GPU first")
-    return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("shard",))
+    if device.type == "cpu" and dist.get_backend() == "nccl":
+        raise UsageError('the model is on the CPU, but the process group is NCCL\'s; pass device="cuda" to shard it')
+    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
 
 
 def _resting(

@@ -23,7 +23,10 @@ ATTRIBUTE = "_zgraph"
 """Where a compiled model keeps what `zgraph.compile` attached to it."""
 
 
-def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None) -> None:
+def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *, is_moved: bool) -> None:
+    """Raise UsageError for a model, a stage or a mesh that cannot be; `is_moved` says that the model's shards go to one
+    device, wherever it is.
+    """
     if not (callable(stage) or _is_stage(stage)):
         raise UsageError(f"stage must be 0, 1, 2 or 3, or a function from a parameter's name to one, not {stage!r}")
     for module_name, module in model.named_modules():
@@ -43,8 +46,9 @@ def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None) -> No
         if parameter.layout is not torch.strided or parameter.dtype not in FROM_TORCH:
             raise UsageError(f"the parameter {name} is {parameter.layout} {parameter.dtype}, which cannot be sharded")
     devices = {p.device for p in model.parameters()} - {torch.device("meta")}
-    if len(devices) > 1:
-        raise UsageError(f"the model's parameters are on {', '.join(map(str, devices))}; move it to one device first")
+    if len(devices) > 1 and not is_moved:
+        where = ", ".join(map(str, devices))
+        raise UsageError(f"the model's parameters are on {where}; pass device= to shard all of it to one")
 
 
 def check_kernels(kernels: str, has_recipe: bool) -> None:

@@ -34,6 +34,7 @@ from torch.futures import Future
 from zgraph.engine.checkpoint.checksums import check_files, checksum, is_tiled
 from zgraph.engine.checkpoint.directory import read_text, sync, write_text
 from zgraph.errors import CheckpointError
+from zgraph.runtime.shards import settle_host_memory
 
 log = logging.getLogger("zgraph")
 
@@ -237,6 +238,7 @@ class Reader(StorageReader):
         for item in plan.items:
             if math.prod(item.lengths):
                 items[self._file(item.storage_index)].append(item)
+        settle_host_memory()
         for file, wanted in items.items():
             with opened(self.folder / file) as found:
                 for item in wanted:

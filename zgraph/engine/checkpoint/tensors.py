@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from zgraph.bridge import private_runtime
 from zgraph.errors import CheckpointError
 from zgraph.optim.runs import first_row, local
+from zgraph.runtime.shards import settle_host_memory
 
 Tensors = dict[str, torch.Tensor]
 
@@ -56,6 +57,7 @@ def like(parameter: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], ke
 @torch.no_grad()
 def fill(target: torch.Tensor, whole: torch.Tensor) -> None:
     """Copy a whole tensor, or this rank's part of it, to where it belongs."""
+    settle_host_memory()
     local(target).copy_(part_of(whole, target))
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import resource
 import sys
 import time
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 from rich.console import RenderableType
@@ -23,6 +25,7 @@ from zgraph.engine.config.read import Config
 from zgraph.engine.monitor.comms import CollectiveTimes
 from zgraph.engine.monitor.flops import flop_tables, useful_flop
 from zgraph.engine.monitor.writers import Event, writers
+from zgraph.engine.undecided import Later
 from zgraph.viz import as_text
 
 if TYPE_CHECKING:
@@ -54,6 +57,9 @@ class Monitoring:
         self.writers = writers(self.keys) if self.tells else []
         self.collectives = CollectiveTimes(self.session)
         self.losses: list[torch.Tensor] = []
+        self._unwritten: list[tuple[str, SupportsFloat, int]] = []
+        if self.writers:
+            atexit.register(_write_rest, weakref.ref(self))
         self.num_steps = 0
         self._reset()
 
@@ -99,9 +105,10 @@ class Monitoring:
         self.num_steps += 1
         self.counts["steps"] += 1
         if self.writers:
-            events = self._events(engine, losses)
-            for writer in self.writers:
-                writer.write(events)
+            self.write_rest()
+            self._unwritten = self._events(engine, losses)
+            if self.session.device.type == "cpu":
+                self.write_rest()
         if self.keys.flops_profiler.enabled and engine.global_steps == self.keys.flops_profiler.profile_step:
             self._tell_flops()
         prints = self.every > 0 and engine.global_steps % self.every == 0
@@ -112,13 +119,19 @@ class Monitoring:
 
     # --- what is told ------------------------------------------------------------------------------------------------
 
-    def _events(self, engine: Trains, losses: list[torch.Tensor]) -> list[Event]:
-        found = {"lr": engine.get_lr()[0]}
+    def write_rest(self) -> None:
+        """Write what is not written yet: the numbers of the last step, which its device need not have then."""
+        events, self._unwritten = [Event(n, float(value), rows) for n, value, rows in self._unwritten], []
+        for writer in self.writers if events else ():
+            writer.write(events)
+
+    def _events(self, engine: Trains, losses: list[torch.Tensor]) -> list[tuple[str, SupportsFloat, int]]:
+        found: dict[str, SupportsFloat] = {"lr": engine.get_lr()[0]}
         if losses:
-            found["train_loss"] = _mean(losses)
+            found["train_loss"] = Later(_mean(losses))
         if engine.fp16_enabled():
             found["loss_scale"] = engine.cur_scale
-        return [Event(f"Train/Samples/{name}", value, engine.global_samples) for name, value in found.items()]
+        return [(f"Train/Samples/{name}", value, engine.global_samples) for name, value in found.items()]
 
     def _print(self, engine: Trains, losses: list[torch.Tensor]) -> None:
         if self.tells:
@@ -131,7 +144,7 @@ class Monitoring:
 
     def _line(self, engine: Trains, losses: list[torch.Tensor]) -> Iterator[str]:
         if losses:
-            yield f"loss {_mean(losses):.4f}"
+            yield f"loss {float(_mean(losses)):.4f}"
         self._synchronize()
         seconds, steps = time.perf_counter() - self.began, self.counts["steps"]
         if (norm := engine.get_global_grad_norm()) is not None:
@@ -189,6 +202,11 @@ class Monitoring:
             torch.cuda.synchronize(self.session.device)
 
 
+def _write_rest(monitoring: weakref.ref[Monitoring]) -> None:
+    if (found := monitoring()) is not None:
+        found.write_rest()
+
+
 def _steps_per_print(keys: EngineConfig) -> int:
     if keys.steps_per_print is not None:
         return keys.steps_per_print
@@ -204,8 +222,8 @@ def say(what: str | RenderableType) -> None:
         print(text, file=sys.stderr)
 
 
-def _mean(losses: list[torch.Tensor]) -> float:
-    return float(torch.stack([loss.float().reshape(()) for loss in losses]).mean())
+def _mean(losses: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([loss.float().reshape(()) for loss in losses]).mean()
 
 
 def _memory_bytes(device: torch.device) -> int:

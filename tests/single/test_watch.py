@@ -1,0 +1,225 @@
+"""Watch over a device that does not go on: what two ranks of one store tell each other, beat by beat."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from zgraph.bridge import private_runtime
+from zgraph.errors import PeerError, PlanMismatchError
+from zgraph.runtime import watch as watching
+from zgraph.runtime.alarms import MOST_AT_ONCE, Alarm, Alarms, raise_alarm
+from zgraph.runtime.heartbeat import Place, beat_key
+from zgraph.runtime.journal import Journal, Moved
+from zgraph.runtime.peers import Peers
+from zgraph.runtime.watch import DeviceMarks, Mark, Watch
+
+NAME = "zgraph/0_1/1"
+
+
+class Counted(dist.HashStore):
+    """A store that counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: Counter[str] = Counter()
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked["check"] += 1
+        return super().check(keys)
+
+    def get(self, key: str) -> bytes:
+        self.asked["get"] += 1
+        return super().get(key)
+
+
+class Rank:
+    """One of two ranks, whose device has come to the end of its work, or waits."""
+
+    def __init__(self, store: dist.Store, rank: int) -> None:
+        peers = self.peers = Peers.__new__(Peers)
+        peers.ranks, peers.rank, peers.store, peers.name = (0, 1), rank, store, NAME
+        peers.call, peers.failed_call, peers.limit_s, peers.doom = 3, -1, 600.0, None
+        peers._heartbeat = SimpleNamespace(place=Place(3, "", False, 0.0))  # type: ignore[assignment]
+        peers.journal = self.journal = Journal("zgraph/group/0_1", call=3)
+        self.is_passed, self.aborted = False, list[int]()
+        self.alarms = Alarms(store)
+        self.watch = Watch(peers, self.journal, self.mark, self.aborted.append)
+
+    def mark(self, number: int) -> Mark:
+        return Mark(number, time.monotonic() - 10, lambda: self.is_passed)
+
+    def begin(self, *names: str) -> None:
+        for name in names:
+            self.journal.enter("all-gather", (), Moved(name.encode(), f"%{name}"))
+
+    def beat(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.watch.look(self.alarms.new())
+
+    def ended(self) -> Any:
+        """What the main thread raises, once the communicators are aborted."""
+        until = time.monotonic() + 5
+        while not self.aborted and time.monotonic() < until:
+            time.sleep(0.01)
+        with pytest.raises((PeerError, PlanMismatchError)) as caught:
+            self.peers.raise_doom()
+        return caught.value
+
+
+@pytest.fixture
+def store() -> Counted:
+    return Counted()
+
+
+@pytest.fixture
+def pair(store: Counted) -> tuple[Rank, Rank]:
+    return Rank(store, 0), Rank(store, 1)
+
+
+def test_all_is_well(store: Counted, pair: tuple[Rank, Rank]) -> None:
+    first, _ = pair
+    first.is_passed = True
+    first.begin("a", "b")
+    first.beat(20)
+    assert store.asked == {"check": 20}
+    assert first.peers.doom is None
+    assert first.watch.stuck_at is None
+
+
+def test_other_programs(pair: tuple[Rank, Rank]) -> None:
+    first, second = pair
+    first.begin("a", "b", "c")
+    second.begin("a", "c", "b", "d")
+    for _ in range(4):
+        first.beat()
+        second.beat()
+    for rank in pair:
+        error = rank.ended()
+        assert isinstance(error, PlanMismatchError)
+        assert "rank 0 is at %b in call 3, rank 1 is at %c in call 3" in str(error)
+        assert rank.aborted
+
+
+def test_long_computing_is_no_drift(pair: tuple[Rank, Rank]) -> None:
+    first, second = pair
+    first.begin("a", "b", "c")
+    second.begin("a", "b")
+    for _ in range(4):
+        first.beat()
+        second.beat()
+    assert first.peers.doom is None
+    assert second.peers.doom is None
+    assert str(first.watch.stuck_at) == "waits for %c in call 3"
+
+
+def test_a_rank_that_failed(pair: tuple[Rank, Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "GRACE_SECONDS", -1.0)
+    first, second = pair
+    first.begin("a", "b")
+    second.begin("a")
+    second.peers.fail(ValueError("no more memory"))
+    second.peers.failed_call = 3
+    first.beat()
+    second.beat()
+    assert "another rank failed: ValueError on rank 1: no more memory" in str(first.ended())
+    assert first.aborted == [1]
+    assert second.peers.doom is None
+
+
+def test_all_failed_alike(pair: tuple[Rank, Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = pair
+    first.begin("a", "b")
+    second.begin("a")
+    second.peers.fail(ValueError("odd rows"))
+    first.beat()
+    assert first.peers.doom is None, "it may yet fail likewise"
+    first.peers.failed_call = 3
+    monkeypatch.setattr(watching, "GRACE_SECONDS", -1.0)
+    first.beat(3)
+    assert first.peers.doom is None
+
+
+@pytest.mark.parametrize(("begun", "ends"), [(1, True), (2, False)])
+def test_a_rank_that_ended(store: Counted, pair: tuple[Rank, Rank], begun: int, ends: bool) -> None:
+    """It is missed by those who have begun what it never will."""
+    first, _ = pair
+    first.begin("a", "b")
+    raise_alarm(store, Alarm("left", "", 1, "ended by OSError: no such file", {"zgraph/group/0_1": begun}))
+    first.beat()
+    assert (first.peers.doom is not None) == ends
+    if ends:
+        text = "rank 1 ended by OSError: no such file, while rank 0 waits for %b in call 3"
+        assert text in str(first.ended())
+
+
+def test_a_rank_without_a_heartbeat(store: Counted, pair: tuple[Rank, Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = pair
+    first.begin("a")
+    store.set(beat_key(1), "7 somewhere")
+    first.beat(2)
+    assert first.peers.doom is None
+    monkeypatch.setattr(watching, "GONE_AFTER_SECONDS", -1.0)
+    first.beat()
+    assert "rank 1 is gone, while rank 0 waits for %a" in str(first.ended())
+
+
+def test_the_store_is_gone(pair: tuple[Rank, Rank]) -> None:
+    first, _ = pair
+    first.begin("a")
+    first.watch.look_alone()
+    first.watch.look_alone()
+    assert "key-value store" in str(first.ended())
+
+
+def test_many_alarms_are_read_in_turn(store: Counted) -> None:
+    for rank in range(MOST_AT_ONCE + 3):
+        raise_alarm(store, Alarm("left", "", rank, "ended"))
+    alarms = Alarms(store)
+    assert [a.rank for a in alarms.new()] == list(range(MOST_AT_ONCE))
+    assert [a.rank for a in alarms.new()] == [MOST_AT_ONCE + i for i in range(3)]
+    assert alarms.new() == []
+
+
+def test_marks_of_a_device_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def record(self, stream: Any) -> None:
+            self.stream = stream
+
+        def query(self) -> bool:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    mark = DeviceMarks(torch.device("cuda", 1))(5)
+    assert mark is not None
+    assert mark.number == 5
+    assert mark.is_passed(), "the main thread meets the error itself"
+
+
+def test_groups_are_aborted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Group:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def _get_backend(self, device: torch.device) -> Any:
+            return SimpleNamespace(_group_start=lambda: done.append("("), _group_end=lambda: done.append(")"))
+
+        def abort(self) -> None:
+            done.append(self.name)
+
+    whole, others = Group("whole"), Group("others")
+    world = SimpleNamespace(
+        pg_map={whole: None, others: None}, pg_group_ranks={whole: {0: 0, 1: 1, 2: 2}, others: {0: 0, 2: 1}}
+    )
+    monkeypatch.setattr(dist.distributed_c10d, "_world", world)
+    private_runtime.abort_groups(1)
+    assert done == ["(", "whole", ")"]
