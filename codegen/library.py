@@ -17,6 +17,7 @@ import torch
 from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.codegen import kernels, loss, matmul, reference, rotary
+from zgraph.codegen.fallback import launched
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import KernelSpec
 from zgraph.cost.workspace import REGISTERED
@@ -88,12 +89,20 @@ def _rows_fake(inputs: list[Tensor], kernel: str) -> list[Tensor]:
 
 
 _BY_INDUCTOR: dict[tuple[object, ...], Callable[[list[Tensor]], Sequence[Tensor]]] = {}
-"""Functions that Inductor compiled from a kernel's steps, by the kernel and the sizes of its inputs."""
+"""Functions that Inductor compiled from a kernel's steps, by the kernel, the device and the sizes of its inputs."""
 
 
 def _compiled(spec: KernelSpec, inputs: list[Tensor], num_rows: int) -> list[Tensor]:
+    return launched(
+        ("inductor", spec),
+        lambda: _by_inductor(spec, inputs, num_rows),
+        lambda: reference.run(spec, inputs, num_rows),
+    )
+
+
+def _by_inductor(spec: KernelSpec, inputs: list[Tensor], num_rows: int) -> list[Tensor]:
     dense = [t.contiguous() for t in inputs]
-    key = spec, *(t.shape for t in dense)
+    key = spec, dense[0].device, *(t.shape for t in dense)
     if key not in _BY_INDUCTOR:
         _BY_INDUCTOR[key] = private_runtime.inductor(lambda *given: reference.run(spec, given, num_rows), dense)
     taken = {t.data_ptr() for t in dense}
