@@ -47,7 +47,7 @@ class CompiledModel:
         save: where the first rank writes what the passes made of the first graph; the others have numbers.
         replayed: a run whose last graph takes the place of the passes, for the training graph.
         regions: if given, they compile what is between collectives.
-        tunes: whether the candidates for running a group are measured before the first graph is compiled.
+        tunes: whether the candidates for running a group are measured before a graph is compiled.
         narrator: tells the user of what is captured; None tells nothing.
     """
 
@@ -72,6 +72,7 @@ class CompiledModel:
         self.entries: list[Entry] = []
         self.hints: dict[str, int] = {}
         self._planned: set[bool] = set()
+        self._tuned: set[bool] = set()
 
     def compile_graph(self, graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> Compiled:
         """A captured graph through the passes, planned, agreed on and linked."""
@@ -90,7 +91,7 @@ class CompiledModel:
         graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
         hints = self._agreed_hints(graph, hints)
         self.hints.update(hints)
-        if self.tunes and not self.entries:
+        if self.tunes:
             self._tune(graph, hints)
         context = replace(self.context, hints=hints)
         paths = list(self._run_paths(graph.name, settings.dump))
@@ -155,12 +156,22 @@ class CompiledModel:
             yield dump / f"rank{self.session.store.rank}" / f"{graph}.zg"
 
     def _tune(self, graph: Graph, hints: Mapping[str, int]) -> None:
-        """Measure the candidates for running what can be fused. All ranks come here at their first graph."""
+        """Measure the candidates for running what can be fused: for each training graph, and the first of inference.
+
+        All ranks come here together with their first graph of each kind, and share the work. A rank that meets other
+        sizes alone later measures nothing, as the others would choose otherwise: there the times of the nearest sizes
+        decide.
+        """
+        kind = has_backward(graph)
+        if kind in self._tuned and not (kind and self.session.num_ranks == 1):
+            return
+        self._tuned.add(kind)
         before = takewhile(lambda step: step.name != Fuse.name, self.pipeline.passes)
         context = replace(self.context, hints=hints)
         seen = Pipeline(tuple(before)).run(graph, context)
         peers = self.session.peers if self.session.num_ranks > 1 else None
-        self.context = replace(self.context, costs=tuned(seen, context, self.session.device, peers))
+        costs = tuned(seen, context, self.session.device, peers, self.narrator.left_out, str(kind))
+        self.context = replace(self.context, costs=costs)
 
     @property
     def report(self) -> Report:

@@ -142,6 +142,12 @@ class Narrator:
             self._bar.stop()
             tell(f"{self.model}: a piece runs eagerly and gathers each parameter where it is read: {why}")
 
+    def left_out(self, why: str) -> None:
+        """A candidate for running a group failed while it was measured."""
+        if "capture" in self.kinds:
+            self._bar.stop()
+            tell(f"{self.model}: {why}")
+
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
         """A pass has run: this is an instrument of the pipeline."""
         self._bar.advance(step.name)
