@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from pathlib import Path
 
@@ -39,28 +40,34 @@ def cost_table(target: Target | None, device: torch.device) -> CostTable:
         return load_table(Path(name)) if name.endswith(".json") else CostTable(hardware=hardware(name))
     if device.type == "cpu":
         return default_costs()
-    return CostTable(hardware=hardware(_recognised(device)), per_host=ranks_here())
+    return CostTable(hardware=_recognised(device), per_host=ranks_here())
 
 
 UNKNOWN = "a100-40"
-"""Profile for a GPU whose name says nothing; a warning tells of it."""
+"""Profile whose rates and links stand for those of a GPU whose name says nothing; a warning tells of it."""
 
 
-def _recognised(device: torch.device) -> str:
-    """The name of the profile of a GPU; the nearest, with a warning, where it has none of its own."""
+def _recognised(device: torch.device) -> Hardware:
+    """The profile of a GPU; where it has none of its own, one with the nearest's figures and the GPU's memory."""
     title = torch.cuda.get_device_name(device)
     memory_bytes = torch.cuda.get_device_properties(device).total_memory
     found, is_own = recognised(title, memory_bytes)
     name = found or UNKNOWN
-    if not is_own:
-        warnings.warn(
-            f"no hardware profile is that of this {title} ({memory_bytes / 2**30:.0f} GiB): its step is planned as "
-            f'that of {name}. Say what it is like (hardware="h100"; zgraph hardware list has the names), write a '
-            f'profile (zgraph hardware new mine --from {name} -o mine.toml, then hardware="mine.toml"), or measure: '
-            "hardware=zgraph.profile(model, step).",
-            stacklevel=2,
-        )
-    return name
+    profile = hardware(name)
+    if is_own:
+        return profile
+    warnings.warn(
+        f"no hardware profile is that of this {title} ({memory_bytes / 2**30:.0f} GiB): its step is planned with the "
+        f"rates and links of {name}, which are not its own. Measure it once (zgraph.profile_machine(), then "
+        'hardware="this-machine"), say what it is like (hardware="h100"; zgraph hardware list has the names), or write '
+        f'a profile (zgraph hardware new mine --from {name} -o mine.toml, then hardware="mine.toml").',
+        stacklevel=2,
+    )
+    stem = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "gpu"
+    own = {"name": f"unknown-{stem}"[:80], "source": f"of {title} the memory; all else is {name}'s"}
+    return profile.model_copy(
+        update={**own, "device": profile.device.model_copy(update={"memory_bytes": memory_bytes})}
+    )
 
 
 def fingerprint_of(costs: CostTable) -> str:
