@@ -9,11 +9,12 @@ from torch.utils.flop_counter import flop_registry
 from zgraph.bridge.aten import effects, resolve
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.cost import CostTable, hardware
+from zgraph.cost.device_workspace import _RULES as DEVICE_RULES
 from zgraph.cost.work import _RULES as WORK_RULES
 from zgraph.cost.work import work
 from zgraph.cost.workspace import _RULES as SCRATCH_RULES
 from zgraph.ir import Arg, DType, Graph, Node, TensorType, Value
-from zgraph.ir.external_ops import CAST, EXTERNAL_OPS, Elements, Facts, Indexing, Scratch, Work, facts
+from zgraph.ir.external_ops import CAST, EXTERNAL_OPS, DeviceScratch, Elements, Facts, Indexing, Scratch, Work, facts
 from zgraph.ir.names import refusal
 
 X = torch.arange(1, 13).reshape(3, 4)
@@ -325,6 +326,7 @@ def test_a_causal_kernel_does_half_and_no_other(name):
 def test_every_kind_of_rule_has_its_rule():
     assert WORK_RULES.keys() == set(get_args(Work))
     assert SCRATCH_RULES.keys() == set(get_args(Scratch))
+    assert DEVICE_RULES.keys() == set(get_args(DeviceScratch))
     assert {row.indexing for row in EXTERNAL_OPS.values() if row.indexing} == set(get_args(Indexing))
     assert {row.elements for row in EXTERNAL_OPS.values() if row.elements} == set(get_args(Elements))
 

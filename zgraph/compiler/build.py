@@ -10,6 +10,7 @@ from torch import nn
 
 from zgraph.bridge.aten import FROM_TORCH
 from zgraph.bridge.private_runtime import whole_group
+from zgraph.bridge.target import allocator_advice, library_bytes
 from zgraph.capture import Frontend, ParamInfo, drop_gradient_hooks
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.compiler.call_guard import guard
@@ -79,6 +80,8 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     narrator = Narrator(
         type(model).__name__, model.forward, told, _where(settings, session), in_pieces=settings.fullgraph is False
     )
+    if words := allocator_advice(session.device):
+        narrator.remark(words)
     compiled = CompiledModel(
         model,
         session,
@@ -164,7 +167,7 @@ def _context(model: nn.Module, settings: Settings, session: Session) -> Context:
         reduce_dtype=FROM_TORCH[settings.reduce_dtype] if settings.reduce_dtype is not None else None,
         costs=settings.costs,
         memory_budget=settings.memory_budget,
-        rest_bytes=store.rest_bytes + store.state_bytes + buffer_bytes(model),
+        rest_bytes=store.rest_bytes + store.state_bytes + buffer_bytes(model) + library_bytes(session.device),
         update_bytes=store.update_bytes,
         groups_calls=settings.is_gpu,
         keeps_blocks=settings.is_gpu,

@@ -170,7 +170,7 @@ class CompiledModel:
         context = replace(self.context, hints=hints)
         seen = Pipeline(tuple(before)).run(graph, context)
         peers = self.session.peers if self.session.num_ranks > 1 else None
-        costs = tuned(seen, context, self.session.device, peers, self.narrator.left_out, str(kind))
+        costs = tuned(seen, context, self.session.device, peers, self.narrator.remark, str(kind))
         self.context = replace(self.context, costs=costs)
 
     @property

@@ -142,8 +142,8 @@ class Narrator:
             self._bar.stop()
             tell(f"{self.model}: a piece runs eagerly and gathers each parameter where it is read: {why}")
 
-    def left_out(self, why: str) -> None:
-        """A candidate for running a group failed while it was measured."""
+    def remark(self, why: str) -> None:
+        """What is not as it could be: a candidate for running a group that failed, say."""
         if "capture" in self.kinds:
             self._bar.stop()
             tell(f"{self.model}: {why}")

@@ -83,6 +83,9 @@ Scratch = Literal[
 ]
 """Memory beside operands and results on processors, in `zgraph.cost.workspace`."""
 
+DeviceScratch = Literal["attention backward", "attention by tokens backward", "embedding backward", "sorted rows"]
+"""The same on GPUs, in `zgraph.cost.device_workspace`."""
+
 Indexing = Literal["rows", "dim", "dims", "flat", "classes", "class", "class of scores", "logits", "projected"]
 """Which operand holds indices, and of what, in `zgraph.debugging.ranges`."""
 
@@ -103,6 +106,7 @@ class Facts:
         opens_files: whether it reads or writes files, so that no graph may have it.
         work: how FLOP are counted; None where it has no matmul.
         scratch: memory that it needs beside operands and results on processors; None where it is negligible.
+        device_scratch: the same on GPUs.
         indexing: which operand holds indices; None where none does.
     """
 
@@ -117,6 +121,7 @@ class Facts:
     opens_files: bool = False
     work: Work | None = None
     scratch: Scratch | None = None
+    device_scratch: DeviceScratch | None = None
     indexing: Indexing | None = None
 
     @property
@@ -184,10 +189,15 @@ _ROWS = (
     Facts("aten.index_fill.int_Scalar", indexing="dim"),
     Facts("aten.index.Tensor", elements="chosen", indexing="dims"),
     Facts("aten._unsafe_index.Tensor", indexing="dims"),
-    Facts("aten.index_put.default", indexing="dims"),
+    Facts("aten.index_put.default", device_scratch="sorted rows", indexing="dims"),
     Facts("aten.take.default", indexing="flat"),
     Facts("aten.one_hot.default", indexing="classes"),
-    Facts("aten.embedding_dense_backward.default", scratch="dense first", indexing="class"),
+    Facts(
+        "aten.embedding_dense_backward.default",
+        scratch="dense first",
+        device_scratch="embedding backward",
+        indexing="class",
+    ),
     Facts("aten.nll_loss_forward.default", indexing="class of scores"),
     Facts("aten.nll_loss2d_forward.default", indexing="class of scores"),
     Facts(LOSS, indexing="logits"),
@@ -246,17 +256,43 @@ _ROWS = (
     Facts("aten._cudnn_attention_forward", work="attention"),
     Facts("aten._flash_attention_forward", work="attention by tokens"),
     Facts("aten._efficient_attention_forward", work="attention by tokens"),
-    Facts("aten._scaled_dot_product_flash_attention_backward", work="attention backward"),
-    Facts("aten._scaled_dot_product_efficient_attention_backward", work="attention backward"),
-    Facts("aten._scaled_dot_product_cudnn_attention_backward", work="attention backward"),
-    Facts("aten._scaled_dot_product_fused_attention_overrideable_backward", work="attention backward"),
-    Facts("aten._cudnn_attention_backward", work="attention backward"),
-    Facts("aten._flash_attention_backward", work="attention by tokens backward"),
-    Facts("aten._efficient_attention_backward", work="attention by tokens backward"),
+    Facts(
+        "aten._scaled_dot_product_flash_attention_backward",
+        work="attention backward",
+        device_scratch="attention backward",
+    ),
+    Facts(
+        "aten._scaled_dot_product_efficient_attention_backward",
+        work="attention backward",
+        device_scratch="attention backward",
+    ),
+    Facts(
+        "aten._scaled_dot_product_cudnn_attention_backward",
+        work="attention backward",
+        device_scratch="attention backward",
+    ),
+    Facts(
+        "aten._scaled_dot_product_fused_attention_overrideable_backward",
+        work="attention backward",
+        device_scratch="attention backward",
+    ),
+    Facts("aten._cudnn_attention_backward", work="attention backward", device_scratch="attention backward"),
+    *(Facts(name, work="attention by tokens backward", device_scratch="attention by tokens backward") for name in ()),
+    Facts(
+        "aten._flash_attention_backward",
+        work="attention by tokens backward",
+        device_scratch="attention by tokens backward",
+    ),
+    Facts(
+        "aten._efficient_attention_backward",
+        work="attention by tokens backward",
+        device_scratch="attention by tokens backward",
+    ),
     Facts(
         "aten._scaled_dot_product_flash_attention_for_cpu_backward",
         work="attention backward",
         scratch="attention backward",
+        device_scratch="attention backward",
     ),
     Facts("aten.convolution", work="convolution", scratch="convolution"),
     Facts("aten._convolution", work="convolution"),
