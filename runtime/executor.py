@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Runner = Callable[[list[Any]], list[Any]]
 
+LABEL = "<zgraph "
+"""Beginning of the name that a program has in tracebacks in the place of a file's."""
+
 _PLAIN = (bool, int, str, type(None))
 
 
@@ -47,7 +50,7 @@ def link(
     """
     writer = _Writer(program, plan, session, resident, watcher, regions)
     source = writer.source()
-    label = f"<zgraph {plan.graph.name} {plan.fingerprint} {program.name}>"
+    label = f"{LABEL}{plan.graph.name} {plan.fingerprint} {program.name}>"
     linecache.cache[label] = (len(source), None, source.splitlines(True), label)
     exec(compile(source, label, "exec"), writer.names)
     run: Runner = writer.names[program.name]

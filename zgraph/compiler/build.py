@@ -18,6 +18,7 @@ from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
 from zgraph.compiler.copying import Copier, refuse_sharing
 from zgraph.compiler.first_batch import agreeing
 from zgraph.compiler.narrator import Narrator
+from zgraph.compiler.replanning import FirstRun, replanning
 from zgraph.environment import environment
 from zgraph.ir import Axis
 from zgraph.options.settings import Settings
@@ -92,6 +93,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         Regions() if settings.compiles_regions else None,
         tunes=settings.is_gpu and any(isinstance(step, Fuse) for step in settings.pipeline.passes),
         narrator=narrator,
+        trial=functools.partial(FirstRun, may_repeat=settings.fullgraph is True),
     )
     copier = Copier(model, functools.partial(_again, settings))
     own_forward = forward = model.forward
@@ -113,6 +115,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         if not settings.fullgraph:
             forward = in_pieces(forward, session)
         forward = narrator.watched(forward)
+        forward = replanning(forward, compiled, frontend.forget, may_repeat=settings.fullgraph is True)
     else:
         forward = eager_fallback(forward, session)
     model.__dict__[ATTRIBUTE] = compiled

@@ -47,8 +47,8 @@ def _shapes(node: Node, hints: Hints) -> list[tuple[int, ...]]:
 
 def _attention_backward(node: Node, hints: Hints) -> int:
     """Operands: the gradient, query and key, each [batch, heads, tokens, size]."""
-    _, query, key, *_ = _shapes(node, hints)
-    return _gradient_of_queries(*query, key[1], key[2], node.operands[1].tensor.dtype.itemsize)
+    _, (batch, heads, tokens, size), key, *_ = _shapes(node, hints)
+    return _gradient_of_queries(batch, heads, tokens, size, key[1], key[2], node.operands[1].tensor.dtype.itemsize)
 
 
 def _attention_by_tokens_backward(node: Node, hints: Hints) -> int:

@@ -277,7 +277,6 @@ _ROWS = (
         device_scratch="attention backward",
     ),
     Facts("aten._cudnn_attention_backward", work="attention backward", device_scratch="attention backward"),
-    *(Facts(name, work="attention by tokens backward", device_scratch="attention by tokens backward") for name in ()),
     Facts(
         "aten._flash_attention_backward",
         work="attention by tokens backward",

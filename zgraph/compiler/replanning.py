@@ -1,0 +1,190 @@
+"""One more plan for a program whose first run is out of memory, with a budget that is smaller by what was missing.
+
+The ranks plan again together, if all of them ran out of memory at the same place: only then nobody waits for a
+collective that another rank never begins. Else the error reaches the user, with advice.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from traceback import walk_tb
+from typing import Any
+
+import torch
+
+from zgraph.bridge.target import allocator_advice
+from zgraph.compiler.compiled_model import CompiledModel, Trial
+from zgraph.errors import BudgetError
+from zgraph.runtime import Session
+from zgraph.runtime.executor import LABEL
+from zgraph.runtime.peers import store_errors
+from zgraph.viz import gibibytes
+
+AGREE_S = 20.0
+"""Seconds that a rank without memory waits for the others to have none either."""
+
+LEAST_SHARE = 1 / 64
+"""The least share of a step's peak that the next plan leaves free."""
+
+_UNITS = {"bytes": 0, "B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
+_SIZE = r"([0-9.]+) (bytes|[KMGT]?i?B)"
+_TRIED, _FREE = re.compile(f"Tried to allocate {_SIZE}"), re.compile(f"of which {_SIZE} is free")
+
+
+def missing_bytes(error: BaseException) -> int:
+    """Bytes that an allocation lacked, by what torch's error says; 0 where it says nothing.
+
+    >>> missing_bytes(RuntimeError("Tried to allocate 2.00 GiB. GPU 0 has ... of which 512.00 MiB is free."))
+    1610612736
+    """
+    tried, free = (_bytes(pattern.search(str(error))) for pattern in (_TRIED, _FREE))
+    return tried - free if free < tried else tried
+
+
+def _bytes(found: re.Match[str] | None) -> int:
+    return int(float(found[1]) * 2 ** _UNITS.get(found[2], 0)) if found else 0
+
+
+def place_of(error: BaseException) -> str:
+    """The instruction of a program that raised an error, the same on all ranks; empty if none did."""
+    places = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    return next((f"{file}:{line}" for file, line in reversed(places) if file.startswith(LABEL)), "")
+
+
+def agreed(session: Session, place: str, missing: int) -> int | None:
+    """The most bytes that any rank lacks, if all of them are out of memory at this place. All of them learn the same.
+
+    None where one is not, or is elsewhere: it may be waiting for a collective that this rank never begins.
+    """
+    if session.is_alone:
+        return missing
+    peers = session.peers
+    store, stem = peers.store, f"{peers.name}/{peers.call}/short"
+    keys, ruling = [f"{stem}/{rank}" for rank in peers.ranks], f"{stem}/ruling"
+    until = time.monotonic() + AGREE_S
+    with store_errors():
+        store.set(f"{stem}/{peers.rank}", json.dumps([place, missing]))
+        while not store.check(keys) and not store.check([ruling]) and time.monotonic() < until:
+            time.sleep(0.02)
+        words = [json.loads(store.get(key)) for key in keys] if store.check(keys) else []
+        is_one = bool(words) and all(found == place for found, _ in words)
+        store.compare_set(ruling, "", "agreed" if is_one else "apart")  # the first to say it rules
+        if store.get(ruling) != b"agreed":
+            return None
+        return max(int(json.loads(store.get(key))[1]) for key in keys)
+
+
+@dataclass
+class FirstRun(Trial):
+    """The first runs of one program's forward and backward, which may be out of memory.
+
+    Args:
+        compiled: the model.
+        peak_bytes: that the plan predicts, all that is at rest included.
+        may_repeat: whether a forward that failed can be run again by itself.
+    """
+
+    compiled: CompiledModel
+    peak_bytes: int
+    may_repeat: bool
+    _passed: set[str] = field(default_factory=set)
+    _drawn: list[torch.Tensor] = field(default_factory=list)
+    _runs: str = ""
+
+    def watched(self, run: Callable[[list[Any]], list[Any]], phase: str) -> Callable[[list[Any]], list[Any]]:
+        """A forward or a backward, of which it is known whether it has run once."""
+
+        def watched(args: list[Any]) -> list[Any]:
+            if phase in self._passed:
+                return run(args)
+            self._runs = phase
+            self._drawn = _random_states(self.compiled.session.device) if phase == "forward" else []
+            made = run(args)
+            self._passed.add(phase)
+            self._drawn.clear()
+            return made
+
+        return watched
+
+    def survives(self, error: BaseException) -> bool:
+        """Whether the ranks agree to plan again after an error. If not, an error of memory is given advice."""
+        if not isinstance(error, torch.OutOfMemoryError):
+            return False
+        compiled = self.compiled
+        budget = min(self.peak_bytes, compiled.context.memory_budget or self.peak_bytes)
+        least, missing = int(LEAST_SHARE * self.peak_bytes), missing_bytes(error)
+        is_first = self._runs not in self._passed and not compiled.is_replanned and compiled.replayed is None
+        found = agreed(compiled.session, place_of(error), missing) if is_first else None
+        smaller = budget - max(missing if found is None else found, least)
+        advice = [
+            f'zgraph: the step was planned for a peak of {gibibytes(self.peak_bytes)}; pass memory_budget="'
+            f'{max(smaller, 0) >> 20}MiB" to zgraph.compile, or less'
+        ]
+        if words := allocator_advice(compiled.session.device):
+            advice.append(words)
+        if found is None or smaller <= compiled.context.rest_bytes:
+            error.add_note("; ".join(advice))
+            return False
+        compiled.smaller_budget = smaller
+        if self._runs == "forward" and self.may_repeat:
+            _restore(self._drawn, compiled.session.device)
+        else:
+            error.add_note(
+                f"zgraph: the next call of the model is planned with a budget of {gibibytes(smaller)}: set gradients "
+                f"to None and run the step again. {'; '.join(advice[1:])}".rstrip()
+            )
+        return True
+
+
+def replanning(
+    forward: Callable[..., Any], compiled: CompiledModel, forget: Callable[[], None], *, may_repeat: bool
+) -> Callable[..., Any]:
+    """`forward`, which is captured and planned anew once a first run was out of memory; and run again, if it may be."""
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if compiled.smaller_budget is not None:
+            _plan_again(compiled, forget)
+        try:
+            return forward(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if compiled.smaller_budget is None or not may_repeat:
+                raise
+            failed = error.with_traceback(None)  # whose frames hold the values of the program
+        _plan_again(compiled, forget)
+        compiled.session.begin_call()
+        try:
+            return forward(*args, **kwargs)
+        except BudgetError as error:
+            failed.add_note(f"zgraph planned again with a smaller budget, and {error}")
+            raise failed from None
+
+    return call
+
+
+def _plan_again(compiled: CompiledModel, forget: Callable[[], None]) -> None:
+    """Let go of what was compiled, and of what the step that failed has left."""
+    compiled.plan_smaller()
+    forget()
+    gc.collect()
+    if compiled.session.device.type != "cpu":
+        torch.cuda.synchronize(compiled.session.device)  # collectives that were begun write to memory that is freed
+        torch.cuda.empty_cache()
+
+
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    return states if device.type == "cpu" else [*states, torch.cuda.get_rng_state(device)]
+
+
+def _restore(states: list[torch.Tensor], device: torch.device) -> None:
+    if states:
+        torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
