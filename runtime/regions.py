@@ -5,6 +5,8 @@ The time to compile follows the number of different regions and not that of laye
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,7 @@ import torch
 
 from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import resolve, to_torch
-from zgraph.errors import KernelError
+from zgraph.errors import KernelError, in_one_line
 from zgraph.ir import Value
 from zgraph.runtime.collectives import EXECUTORS
 from zgraph.runtime.region import Region
@@ -87,15 +89,25 @@ class Regions:
 
         try:
             compiled = private_runtime.inductor(of_tensors, tensors)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
-            raise KernelError(
-                f"Inductor cannot compile {len(steps.calls)} ops of {steps.origin}: {error}. On processors it needs a "
-                'C++ compiler (g++); kernels="aten" needs none.'
-            ) from error
+            what = f"Inductor cannot compile {len(steps.calls)} ops of {steps.origin}"
+            if not has_inductor(steps.device):
+                raise KernelError(
+                    f'{what}: {error}. On processors it needs a C++ compiler (g++); kernels="aten" needs none.'
+                ) from error
+            warnings.warn(f"{what} ({in_one_line(error)}); they run op by op, in all layers like it", stacklevel=2)
+            return steps
         self.seconds += time.perf_counter() - begin
         if len(tensors) == len(args):
             return compiled
         return lambda args: compiled([a for a in args if isinstance(a, torch.Tensor)])
+
+
+def has_inductor(device: torch.device) -> bool:
+    """Whether Inductor can compile for a device: on processors it needs a C++ compiler."""
+    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 class Steps:

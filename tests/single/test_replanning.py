@@ -63,7 +63,7 @@ def test_it_is_planned_again_once():
     model = built()
     with failing("forward", "forward"), pytest.raises(torch.OutOfMemoryError) as caught:
         model(torch.ones(16, 32))
-    assert 'pass memory_budget="' in caught.value.__notes__[-1]
+    assert "pass memory_budget=" in caught.value.__notes__[-1]
     assert torch.isfinite(model(torch.ones(16, 32)))
 
 
@@ -89,7 +89,7 @@ def test_a_later_run_without_memory_is_told_what_to_do(phase):
     trained(model)
     with failing(phase), pytest.raises(torch.OutOfMemoryError) as caught:
         trained(model)
-    assert 'memory_budget="' in caught.value.__notes__[-1]
+    assert "memory_budget=" in caught.value.__notes__[-1]
     assert not compiled_model(model).is_replanned
 
 

@@ -7,8 +7,6 @@ and tell each other, so that all of them choose the same. A candidate that fails
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +33,7 @@ from zgraph.passes.fusion.candidates import Candidate
 from zgraph.runtime.clock import Clock
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.region import Region
-from zgraph.runtime.regions import Steps
+from zgraph.runtime.regions import Steps, has_inductor
 
 NUM_WARMUPS = 3
 NUM_ROUNDS = 15
@@ -235,11 +233,6 @@ def _failing_into(failed: MutableMapping[Candidate, str], candidate: Candidate, 
                 f'the candidate "{candidate}" for running a group broke the device ({in_one_line(broken)}), which no '
                 'process recovers from; start again with kernels="aten", which runs no generated kernel'
             ) from error
-
-
-def has_inductor(device: torch.device) -> bool:
-    """Whether Inductor can compile for a device: on processors it needs a C++ compiler."""
-    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _prepared(

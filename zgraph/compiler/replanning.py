@@ -57,27 +57,28 @@ def place_of(error: BaseException) -> str:
     return next((f"{file}:{line}" for file, line in reversed(places) if file.startswith(LABEL)), "")
 
 
-def agreed(session: Session, place: str, missing: int) -> int | None:
-    """The most bytes that any rank lacks, if all of them are out of memory at this place. All of them learn the same.
+def agreed(session: Session, place: str, budget: int) -> int:
+    """The smallest budget that any rank asks for, if all of them are out of memory at this place. All learn the same.
 
-    None where one is not, or is elsewhere: it may be waiting for a collective that this rank never begins.
+    0 where one is not, or is elsewhere, as it may be waiting for a collective that this rank never begins; or where
+    one has no use for a smaller budget, and asks for 0.
     """
     if session.is_alone:
-        return missing
+        return budget
     peers = session.peers
     store, stem = peers.store, f"{peers.name}/{peers.call}/short"
     keys, ruling = [f"{stem}/{rank}" for rank in peers.ranks], f"{stem}/ruling"
     until = time.monotonic() + AGREE_S
     with store_errors():
-        store.set(f"{stem}/{peers.rank}", json.dumps([place, missing]))
+        store.set(f"{stem}/{peers.rank}", json.dumps([place, budget]))
         while not store.check(keys) and not store.check([ruling]) and time.monotonic() < until:
             time.sleep(0.02)
         words = [json.loads(store.get(key)) for key in keys] if store.check(keys) else []
         is_one = bool(words) and all(found == place for found, _ in words)
         store.compare_set(ruling, "", "agreed" if is_one else "apart")  # the first to say it rules
         if store.get(ruling) != b"agreed":
-            return None
-        return max(int(json.loads(store.get(key))[1]) for key in keys)
+            return 0
+        return min(int(json.loads(store.get(key))[1]) for key in keys)
 
 
 @dataclass
@@ -117,27 +118,30 @@ class FirstRun(Trial):
         if not isinstance(error, torch.OutOfMemoryError):
             return False
         compiled = self.compiled
-        budget = min(self.peak_bytes, compiled.context.memory_budget or self.peak_bytes)
-        least, missing = int(LEAST_SHARE * self.peak_bytes), missing_bytes(error)
+        context, device = compiled.context, compiled.session.device
+        lacks = max(missing_bytes(error), int(LEAST_SHARE * self.peak_bytes))
+        wanted = min(self.peak_bytes, context.memory_budget or self.peak_bytes) - lacks
         is_first = self._runs not in self._passed and not compiled.is_replanned and compiled.replayed is None
-        found = agreed(compiled.session, place_of(error), missing) if is_first else None
-        smaller = budget - max(missing if found is None else found, least)
-        advice = [
-            f'zgraph: the step was planned for a peak of {gibibytes(self.peak_bytes)}; pass memory_budget="'
-            f'{max(smaller, 0) >> 20}MiB" to zgraph.compile, or less'
-        ]
-        if words := allocator_advice(compiled.session.device):
-            advice.append(words)
-        if found is None or smaller <= compiled.context.rest_bytes:
-            error.add_note("; ".join(advice))
+        if self._runs == "forward" and not self.may_repeat:
+            is_first = is_first and compiled.session.is_alone  # the others are told that this one fails
+        wanted = wanted if wanted > context.rest_bytes else 0
+        smaller = agreed(compiled.session, place_of(error), wanted) if is_first else 0
+        allocator = allocator_advice(device)
+        if not smaller:
+            fewer = f"pass memory_budget={wanted} ({gibibytes(wanted)}) or less"
+            remedy = fewer if wanted else "shard over more ranks, or offload"
+            error.add_note(
+                f"zgraph: the step was planned for a peak of {gibibytes(self.peak_bytes)}; {remedy}"
+                f"{f'; {allocator}' if allocator else ''}"
+            )
             return False
         compiled.smaller_budget = smaller
         if self._runs == "forward" and self.may_repeat:
-            _restore(self._drawn, compiled.session.device)
+            _restore(self._drawn, device)
         else:
             error.add_note(
                 f"zgraph: the next call of the model is planned with a budget of {gibibytes(smaller)}: set gradients "
-                f"to None and run the step again. {'; '.join(advice[1:])}".rstrip()
+                f"to None and run the step again{f'; {allocator}' if allocator else ''}"
             )
         return True
 
@@ -145,7 +149,7 @@ class FirstRun(Trial):
 def replanning(
     forward: Callable[..., Any], compiled: CompiledModel, forget: Callable[[], None], *, may_repeat: bool
 ) -> Callable[..., Any]:
-    """`forward`, which is captured and planned anew once a first run was out of memory; and run again, if it may be."""
+    """`forward`, captured and planned anew once a first run was out of memory; and run again, if it may be."""
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
