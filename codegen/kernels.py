@@ -165,7 +165,8 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: int) -> Non
     """
     if any(count > most for count, most in zip(grid, MAX_GRID, strict=False)):
         raise GridError(f"a grid of {' x '.join(map(str, grid))} programs; a GPU takes {MAX_GRID[0]} x {MAX_GRID[1]}")
-    if args[0].device.type == "cpu":
+    device = args[0].device
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
         kernel[grid](*args, **options)
     else:
         with torch.cuda.device_of(args[0]):  # type: ignore[no-untyped-call]

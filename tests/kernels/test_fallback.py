@@ -199,9 +199,13 @@ def test_a_kernel_is_started_on_the_device_of_its_operands(monkeypatch):
 
     seen: list[tuple[tuple[int, ...], int]] = []
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     kernels.start(Kernel(), (7,), OnGpu(), 5)
     assert seen == [((7,), 3)]
     assert current == [0]
+    current[0] = 3
+    kernels.start(Kernel(), (7,), OnGpu(), 5)
+    assert seen[1:] == [((7,), 3)]
 
 
 def test_products_are_counted_along_the_first_axis_of_the_grid(monkeypatch):

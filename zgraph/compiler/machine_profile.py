@@ -16,9 +16,12 @@ from zgraph.cost import Hardware
 from zgraph.cost.hardware import THIS_MACHINE, save, this_machine_path
 from zgraph.runtime.clock import Clock
 
-SIZE, SIZE_ON_DEVICE, SMALL_SIZE = 1024, 8192, 1024
-"""Rows and columns of the matrices that are multiplied: on a processor, on a GPU, and there to see how much slower a
-small matmul is."""
+SIZE, SMALL_SIZE = 1024, 1024
+"""Rows and columns of the matrices that are multiplied: on a processor, and on a GPU to see how much slower a small
+matmul is."""
+
+SIZES_ON_DEVICE = (8192, 4096, 2048)
+"""Those on a GPU: the first that there is room for."""
 
 COPY_BYTES, COPY_BYTES_ON_DEVICE = 1 << 27, 2 << 30
 """Bytes that are copied; on a GPU at most an eighth of its free memory."""
@@ -84,7 +87,11 @@ def _on_gpu(device: torch.device) -> Mapping[str, Any]:
     tiny = torch.zeros(1, device=device)
     clock.host_s(lambda: tiny.add_(1.0), NUM_TINY)
     free_bytes, memory_bytes = torch.cuda.mem_get_info(device)
-    rates = {name: rate for name, dtype in DEVICE_DTYPES.items() if (rate := _rate(clock, dtype, SIZE_ON_DEVICE))}
+    rates = {
+        name: rate
+        for name, dtype in DEVICE_DTYPES.items()
+        if (rate := next(filter(None, (_rate(clock, dtype, size) for size in SIZES_ON_DEVICE)), None))
+    }
     best = "bf16" if "bf16" in rates else "f32"
     small_rate = _rate(Clock(device, is_cold=True), DEVICE_DTYPES[best], SMALL_SIZE) or rates[best]
     small_flop = 2 * SMALL_SIZE**3

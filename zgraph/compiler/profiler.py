@@ -115,6 +115,7 @@ def _host_us(session: Session, kind: str, num_bytes: int, num_rounds: int) -> fl
 
 def _device_us(device: torch.device) -> Callable[[Session, str, int, int], float]:
     """Microseconds of a collective between GPUs, by events: without the time in which hosts launch it."""
+    torch.cuda.empty_cache()  # of the steps before, which need not have left room
     clock = Clock(device, is_cold=True)
 
     def take(session: Session, kind: str, num_bytes: int, num_rounds: int) -> float:
