@@ -5,6 +5,7 @@ import torch
 
 import zgraph
 from tests.single.scarce import MESSAGE, Scarce, failing
+from zgraph.compiler import replanning
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.compiler.replanning import missing_bytes
 
@@ -57,6 +58,25 @@ def test_a_forward_without_memory_is_planned_again_and_run_again(slack, caplog, 
     assert any("recompute" in n.origin.made_by for n in entry.plan.graph.nodes)
     assert "it is planned again with a budget of" in caplog.text
     assert "captured again" not in caplog.text
+
+
+def test_the_next_budget_is_what_the_allocator_can_have(monkeypatch):
+    """A first op that finds no memory says little of how much the peak lacks."""
+    plain = built()
+    wanted = trained(plain)
+    capacity = peak_bytes(plain) - 4352
+    monkeypatch.setattr(replanning, "capacity_bytes", lambda device: capacity)
+    model = built()
+    with failing("forward"):
+        assert trained(model) == pytest.approx(wanted)
+    assert compiled_model(model).context.memory_budget == capacity
+
+
+def test_what_the_allocator_can_have_is_alive_or_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 60 << 30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 << 30, 80 << 30))
+    assert replanning.capacity_bytes(torch.device("cuda", 0)) == 65 << 30
+    assert replanning.capacity_bytes(torch.device("cpu")) is None
 
 
 def test_it_is_planned_again_once():

@@ -1,4 +1,4 @@
-"""One more plan for a program whose first run is out of memory, with a budget that is smaller by what was missing.
+"""One more plan for a program whose first run is out of memory, with a budget of what there is.
 
 The ranks plan again together, if all of them ran out of memory at the same place: only then nobody waits for a
 collective that another rank never begins. Else the error reaches the user, with advice.
@@ -48,6 +48,16 @@ def missing_bytes(error: BaseException) -> int:
 
 def _bytes(found: re.Match[str] | None) -> int:
     return int(float(found[1]) * 2 ** _UNITS.get(found[2], 0)) if found else 0
+
+
+def capacity_bytes(device: torch.device) -> int | None:
+    """Bytes that torch's allocator can have alive on a GPU, as it is now; None on a processor.
+
+    Memory that it has reserved and cannot use for what it was asked for is not among them.
+    """
+    if device.type == "cpu":
+        return None
+    return int(torch.cuda.memory_allocated(device) + torch.cuda.mem_get_info(device)[0])
 
 
 def place_of(error: BaseException) -> str:
@@ -120,8 +130,10 @@ class FirstRun(Trial):
             return False
         compiled = self.compiled
         context, device = compiled.context, compiled.session.device
-        lacks = max(missing_bytes(error), int(LEAST_SHARE * self.peak_bytes))
-        wanted = min(self.peak_bytes, context.memory_budget or self.peak_bytes) - lacks
+        wanted = min(self.peak_bytes, context.memory_budget or self.peak_bytes)
+        wanted -= max(missing_bytes(error), int(LEAST_SHARE * self.peak_bytes))
+        if (capacity := capacity_bytes(device)) is not None:
+            wanted = min(wanted, capacity)
         is_first = self._runs not in self._passed and not compiled.is_replanned and compiled.replayed is None
         if self._runs == "forward" and not self.may_repeat:
             is_first = is_first and compiled.session.is_alone  # the others are told that this one fails
