@@ -100,7 +100,8 @@ def tiles(spec: KernelSpec) -> Tiles:
     """The default tiles of a kernel."""
     if spec.is_looped:
         return LOOPED_SUMS if spec.row_sums else LOOPED
-    columns = spec.columns if spec.needs_whole_rows else min(spec.columns, MAX_COLUMNS)
+    least = -(-spec.columns // MAX_GRID[1])  # of so many columns the second axis of a grid counts all
+    columns = spec.columns if spec.needs_whole_rows else max(min(spec.columns, MAX_COLUMNS), least)
     block_n = 1 << (columns - 1).bit_length()
     block_m = max(BLOCK_NUMEL // block_n, 1)
     return Tiles(block_m, block_n, min(max(block_m * block_n // WARP_NUMEL, 1), MAX_WARPS))

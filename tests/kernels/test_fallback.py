@@ -222,6 +222,13 @@ def test_products_are_counted_along_the_first_axis_of_the_grid(monkeypatch):
     assert seen == [(70_000,)]
 
 
+@pytest.mark.parametrize("columns", [64, 5_000, 60_000_000, 200_000_000, 2_000_000_000])
+def test_the_second_axis_of_a_grid_counts_all_columns(columns):
+    cut = kernels.tiles(KernelSpec.parse(f"half {columns}: x f32[M,N] -> y f32[M,N]; y = mul(x, 0.5)"))
+    assert -(-columns // cut.block_n) <= kernels.MAX_GRID[1]
+    assert cut.block_n <= max(1024, 2 * -(-columns // kernels.MAX_GRID[1]))
+
+
 def test_a_grid_that_no_gpu_counts_is_left_to_the_reference(monkeypatch):
     monkeypatch.setattr(kernels, "MAX_GRID", (4, 65_535))
     monkeypatch.setattr(kernels, "tiles", lambda spec: kernels.Tiles(1, 8, 1))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph.compiler import narrator
+from zgraph.compiler import build, narrator
 from zgraph.compiler.narrator import Bar, tell
 from zgraph.compiler.report import mebibytes, milliseconds
 from zgraph.environment import LOG_KINDS, environment
@@ -241,3 +241,13 @@ def test_the_pieces_of_a_call_are_not_said_to_be_captured_again(caplog: pytest.L
         model(torch.ones(3, 4)).sum().backward()
     assert caplog.text.count("captured again") == 1
     assert "captured again, time 2: x.shape[0] changed from 2 to 3" in caplog.text
+
+
+def test_advice_on_the_allocator_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    monkeypatch.setenv("ZGRAPH_LOGS", "capture")
+    monkeypatch.setattr(build, "allocator_advice", lambda device: "set PYTORCH_ALLOC_CONF=expandable_segments:True")
+    monkeypatch.setattr(build, "_advised", set())
+    caplog.set_level(logging.INFO, "zgraph")
+    for _ in range(2):
+        zgraph.compile(Two())
+    assert caplog.text.count("set PYTORCH_ALLOC_CONF=expandable_segments:True") == 1

@@ -41,6 +41,10 @@ ADAPTERS = ("zgraph.hf.adapt",)
 """Modules that adapt a compiled model to a library which treats some models specially: each has `adapt(model)`."""
 
 
+_advised: set[str] = set()
+"""Advice that this process has given."""
+
+
 def shard(model: nn.Module, settings: Settings) -> Session:
     """Compare the models of all ranks, then shard.
 
@@ -81,7 +85,8 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     narrator = Narrator(
         type(model).__name__, model.forward, told, _where(settings, session), in_pieces=settings.fullgraph is False
     )
-    if words := allocator_advice(session.device):
+    if (words := allocator_advice(session.device)) and words not in _advised:
+        _advised.add(words)
         narrator.remark(words)
     compiled = CompiledModel(
         model,
