@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from zgraph.runtime.clock import Clock as DeviceClock
 
 
 class Step(Protocol):
@@ -19,10 +20,6 @@ class Step(Protocol):
 
     def results(self) -> list[Tensor]:
         """The result of one more step, to compare it with another system's; nothing where that has no meaning."""
-
-
-COLD_BYTES = 512 << 20
-"""Bytes written over between steps, so that caches hold nothing of theirs: twice the largest cache of a GPU."""
 
 
 @dataclass
@@ -46,31 +43,17 @@ class Taken:
     error: str | None = None
 
 
-class Clock:
-    """Times steps on a device.
+class Clock(DeviceClock):
+    """Times steps on a device, and what memory they take.
 
     Args:
         device: where they run.
-        is_cold: whether caches are emptied before each step. The device is then busy with that for longer than the host
-            takes to launch the step, so that a step's time is the device's alone; else steps follow each other, and
-            a device that waits for its host shows.
+        is_cold: whether caches are emptied before each step, so that a step's time is the device's alone; else steps
+            follow each other, and a device that waits for its host shows.
     """
 
-    def __init__(self, device: torch.device, *, is_cold: bool) -> None:
-        self.device, self.is_cold = device, is_cold and device.type == "cuda"
-        if self.is_cold:
-            self._cold = torch.empty(COLD_BYTES, dtype=torch.int8, device=device)
-            self._cooling_s = self._seconds(self._cold.zero_, 6)[-1]
-
-    def host_s(self, step: Callable[[], Any]) -> float:
-        """Seconds until the host has launched a step. It is free to run ahead of the device."""
-        self.synchronize()
-        began = time.perf_counter()
-        step()
-        return time.perf_counter() - began
-
     def peak_bytes(self, step: Step) -> int | None:
-        if self.device.type != "cuda":
+        if not self.on_device:
             return None
         self.synchronize()
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -78,29 +61,6 @@ class Clock:
         step()
         self.synchronize()
         return torch.cuda.max_memory_allocated(self.device) - before
-
-    def seconds(self, step: Step, num_steps: int, host_s: float) -> list[float]:
-        """Seconds of each of so many steps, of which the host launches one in `host_s`."""
-        if self.device.type != "cuda":
-            return [self.host_s(step) for _ in range(num_steps)]
-        num_coolings = 1 + int(2 * host_s / self._cooling_s) if self.is_cold else 0
-        return self._seconds(step, num_steps, num_coolings)
-
-    def _seconds(self, step: Callable[[], Any], num_steps: int, num_coolings: int = 0) -> list[float]:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(num_steps)]  # type: ignore[no-untyped-call]
-        self.synchronize()
-        for begin, end in events:
-            for _ in range(num_coolings):
-                self._cold.zero_()
-            begin.record()
-            step()
-            end.record()
-        self.synchronize()
-        return [begin.elapsed_time(end) / 1e3 for begin, end in events]
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def compare(

@@ -17,8 +17,11 @@ import torch
 
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.private_files import private_folder, read_private, write_private
+from zgraph.codegen import reference
 from zgraph.codegen.emit import source
-from zgraph.codegen.spec import KernelSpec
+from zgraph.codegen.fallback import launched
+from zgraph.codegen.ops import Extent
+from zgraph.codegen.spec import KernelSpec, Operand
 from zgraph.environment import cache_folder
 from zgraph.errors import KernelError
 
@@ -35,6 +38,12 @@ MAX_COLUMNS = 1024
 
 MAX_PROGRAMS = 512
 """Programs that sum over rows: each writes a separate sum."""
+
+MAX_GRID = (1 << 31) - 1, 65_535
+"""The most programs along the first axis of a grid, and along the second, on GPUs of NVIDIA and AMD."""
+
+REFERENCE_NUMEL = 1 << 24
+"""Numbers that the reference works on at a time where it writes into memory that is given."""
 
 
 def folder() -> Path:
@@ -91,7 +100,8 @@ def tiles(spec: KernelSpec) -> Tiles:
     """The default tiles of a kernel."""
     if spec.is_looped:
         return LOOPED_SUMS if spec.row_sums else LOOPED
-    columns = spec.columns if spec.needs_whole_rows else min(spec.columns, MAX_COLUMNS)
+    least = -(-spec.columns // MAX_GRID[1])  # of so many columns the second axis of a grid counts all
+    columns = spec.columns if spec.needs_whole_rows else max(min(spec.columns, MAX_COLUMNS), least)
     block_n = 1 << (columns - 1).bit_length()
     block_m = max(BLOCK_NUMEL // block_n, 1)
     return Tiles(block_m, block_n, min(max(block_m * block_n // WARP_NUMEL, 1), MAX_WARPS))
@@ -115,16 +125,27 @@ def launch(
     Raises:
         KernelError: `out` does not fit.
     """
+    if out is not None:
+        _check_out(spec, out, num_rows)
+    return launched(
+        spec,
+        lambda: _launch(spec, inputs, num_rows, out),
+        lambda: _by_reference(spec, inputs, num_rows, out),
+    )
+
+
+def _launch(
+    spec: KernelSpec, inputs: Sequence[torch.Tensor], num_rows: int, out: Sequence[torch.Tensor] | None
+) -> list[torch.Tensor]:
     cut = tiles(spec)
     num_blocks = -(-num_rows // cut.block_m)
     num_programs = min(num_blocks, MAX_PROGRAMS) if spec.row_sums else num_blocks
-    if out is None:
-        outs = empty(spec, num_rows, num_programs, inputs[0].device)
-    else:
-        _check_out(spec, out, num_rows)
-        outs = list(out)
+    outs = empty(spec, num_rows, num_programs, inputs[0].device) if out is None else list(out)
     if num_programs:
-        load(spec)[(num_programs, 1 if spec.needs_whole_rows else -(-spec.columns // cut.block_n))](
+        num_across = 1 if spec.needs_whole_rows else -(-spec.columns // cut.block_n)
+        start(
+            load(spec),
+            (num_programs, num_across),
             *(t.contiguous() for t in inputs),
             *outs,
             num_rows,
@@ -133,6 +154,56 @@ def launch(
             num_warps=cut.num_warps,
         )
     return summed(spec, outs)
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: int) -> None:
+    """Start a kernel on the device of its first operand, whichever device is current.
+
+    Triton launches on the current device: a model on `cuda:3` would run on `cuda:0`, on memory that is not there.
+
+    Raises:
+        GridError: a GPU cannot count so many programs.
+    """
+    if any(count > most for count, most in zip(grid, MAX_GRID, strict=False)):
+        raise GridError(f"a grid of {' x '.join(map(str, grid))} programs; a GPU takes {MAX_GRID[0]} x {MAX_GRID[1]}")
+    device = args[0].device
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        kernel[grid](*args, **options)
+    else:
+        with torch.cuda.device_of(args[0]):  # type: ignore[no-untyped-call]
+            kernel[grid](*args, **options)
+
+
+class GridError(RuntimeError):
+    """A kernel has more programs than a GPU can count. Its reference runs in its place."""
+
+
+def _by_reference(
+    spec: KernelSpec, inputs: Sequence[torch.Tensor], num_rows: int, out: Sequence[torch.Tensor] | None
+) -> list[torch.Tensor]:
+    """The same by the reference. Into memory that is given it writes a few rows at a time, to need little besides."""
+    if out is None:
+        return reference.run(spec, inputs, num_rows)
+    draws = any(step.op == "random" for step in spec.steps)  # by their place among all rows
+    size = num_rows if draws else max(REFERENCE_NUMEL // spec.columns, 1)
+    for begin in range(0, num_rows, size):
+        count = min(size, num_rows - begin)
+        made = reference.run(spec, [_rows(o, t, begin, count, spec) for o, t in _pairs(spec.inputs, inputs)], count)
+        for (output, target), new in zip(_pairs(spec.outputs, out), made, strict=True):
+            _rows(output, target, begin, count, spec).copy_(new)
+    return list(out)
+
+
+def _pairs(operands: Sequence[Operand], tensors: Sequence[torch.Tensor]) -> list[tuple[Operand, torch.Tensor]]:
+    return list(zip(operands, tensors, strict=True))
+
+
+def _rows(operand: Operand, tensor: torch.Tensor, begin: int, count: int, spec: KernelSpec) -> torch.Tensor:
+    """These rows of an operand; all of one that has none."""
+    if operand.extent in (Extent.full, Extent.column):
+        width = spec.columns if operand.extent is Extent.full else 1
+        return tensor.contiguous().view(-1, width)[begin : begin + count]
+    return tensor
 
 
 def empty(spec: KernelSpec, num_rows: int, num_sums: int, device: torch.device) -> list[torch.Tensor]:

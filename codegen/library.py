@@ -8,6 +8,7 @@ through them; a graph that calls them is differentiated before they are put ther
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
@@ -17,8 +18,10 @@ import torch
 from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.codegen import kernels, loss, matmul, reference, rotary
+from zgraph.codegen.fallback import launched
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import KernelSpec
+from zgraph.cost.device_workspace import REGISTERED as ON_DEVICE
 from zgraph.cost.workspace import REGISTERED
 from zgraph.ir import Node
 from zgraph.ir.symbols import evaluate
@@ -88,12 +91,20 @@ def _rows_fake(inputs: list[Tensor], kernel: str) -> list[Tensor]:
 
 
 _BY_INDUCTOR: dict[tuple[object, ...], Callable[[list[Tensor]], Sequence[Tensor]]] = {}
-"""Functions that Inductor compiled from a kernel's steps, by the kernel and the sizes of its inputs."""
+"""Functions that Inductor compiled from a kernel's steps, by the kernel, the device and the sizes of its inputs."""
 
 
 def _compiled(spec: KernelSpec, inputs: list[Tensor], num_rows: int) -> list[Tensor]:
+    return launched(
+        ("inductor", spec),
+        lambda: _by_inductor(spec, inputs, num_rows),
+        lambda: reference.run(spec, inputs, num_rows),
+    )
+
+
+def _by_inductor(spec: KernelSpec, inputs: list[Tensor], num_rows: int) -> list[Tensor]:
     dense = [t.contiguous() for t in inputs]
-    key = spec, *(t.shape for t in dense)
+    key = spec, dense[0].device, *(t.shape for t in dense)
     if key not in _BY_INDUCTOR:
         _BY_INDUCTOR[key] = private_runtime.inductor(lambda *given: reference.run(spec, given, num_rows), dense)
     taken = {t.data_ptr() for t in dense}
@@ -107,6 +118,14 @@ def _compiled(spec: KernelSpec, inputs: list[Tensor], num_rows: int) -> list[Ten
 def _rows_scratch(node: Node, hints: Mapping[str, int]) -> int:
     spec = _parsed(str(node.args[1]))
     return reference.scratch_bytes(spec, evaluate(_like(spec, node.operands).tensor.numel, hints) // spec.columns)
+
+
+def _rows_device_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    """The sums over rows that each program writes: those of others are results."""
+    spec = _parsed(str(node.args[1]))
+    num_rows = evaluate(_like(spec, node.operands).tensor.numel, hints) // spec.columns
+    num_programs = min(-(-num_rows // kernels.tiles(spec).block_m), kernels.MAX_PROGRAMS)
+    return 4 * num_programs * spec.columns * len(spec.row_sums)
 
 
 def _matmul(
@@ -127,6 +146,14 @@ def _matmul_scratch(node: Node, hints: Mapping[str, int]) -> int:
     a = node.operands[0].tensor
     num_rows = evaluate(a.numel, hints) // evaluate(a.shape[-1], hints)
     return matmul.scratch_bytes(_parsed(str(node.args[3])), num_rows, a.dtype.itemsize)
+
+
+def _matmul_device_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    """Sums over rows, one for each block of rows of each product."""
+    a, spec = node.operands[0].tensor, _parsed(str(node.args[3]))
+    *batch, num_rows, _ = (evaluate(d, hints) for d in a.shape)
+    num_blocks = math.prod(batch) * -(-num_rows // matmul.tiles(spec, a.dtype.itemsize).block_m)
+    return 4 * num_blocks * spec.columns * len(spec.row_sums)
 
 
 def _rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, order: Sequence[int], back: bool) -> Tensor:
@@ -189,6 +216,10 @@ REGISTERED["zgraph.matmul"] = _matmul_scratch
 REGISTERED["zgraph.rotary"] = _rotary_scratch
 REGISTERED["zgraph.linear_cross_entropy"] = REGISTERED["zgraph.linear_cross_entropy_backward"] = _loss_scratch
 REGISTERED["zgraph.cross_entropy"] = REGISTERED["zgraph.cross_entropy_backward"] = _plain_loss_scratch
+ON_DEVICE["zgraph.rows"] = ON_DEVICE["zgraph.compiled"] = _rows_device_scratch
+ON_DEVICE["zgraph.matmul"] = _matmul_device_scratch
+ON_DEVICE["zgraph.linear_cross_entropy"] = ON_DEVICE["zgraph.linear_cross_entropy_backward"] = _loss_scratch
+ON_DEVICE["zgraph.cross_entropy"] = ON_DEVICE["zgraph.cross_entropy_backward"] = _plain_loss_scratch
 _LIBRARY.impl("rows", _rows(reference.run), "CPU")
 _LIBRARY.impl("rows", _rows(kernels.launch), "CUDA")
 torch.library.register_fake("zgraph::rows", _rows_fake, lib=_LIBRARY)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from zgraph.codegen import emit, reference
-from zgraph.codegen.kernels import empty, load_source, summed
+from zgraph.codegen.fallback import launched
+from zgraph.codegen.kernels import empty, load_source, start, summed
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import ACC, KernelSpec, Operand
 
@@ -64,8 +65,8 @@ def source(spec: KernelSpec) -> str:
     """The module of a matmul with this epilogue.
 
     The kernel takes pointers to left [B, M, K], right [B, K, N], each operand of the epilogue but the product, and each
-    output; M, K, and the strides of both. The first axis of the grid counts blocks of a product, the second products.
-    Each block of rows writes its own sum over rows; they are summed up afterwards.
+    output; M, K, and the strides of both. The only axis of the grid counts blocks of a product, then products: a second
+    axis would end at 65,535. Each block of rows writes its own sum over rows; they are summed up afterwards.
     """
     return emit.module(spec, "a matmul, and its epilogue on rows", _kernel(spec))
 
@@ -90,11 +91,12 @@ def _kernel(spec: KernelSpec) -> Iterator[str]:
 _PRODUCT = """\
 num_blocks = tl.cdiv(num_rows, BLOCK_M)
 num_across = tl.cdiv({columns}, BLOCK_N)
-group = tl.program_id(0) // (GROUP_M * num_across) * GROUP_M
+in_product = tl.program_id(0) % (num_blocks * num_across)
+group = in_product // (GROUP_M * num_across) * GROUP_M
 num_together = tl.minimum(num_blocks - group, GROUP_M)
-in_group = tl.program_id(0) % (GROUP_M * num_across)
+in_group = in_product % (GROUP_M * num_across)
 block = group + in_group % num_together
-batch = tl.program_id(1).to(tl.int64)
+batch = (tl.program_id(0) // (num_blocks * num_across)).to(tl.int64)
 own_rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
 columns = in_group // num_together * BLOCK_N + tl.arange(0, BLOCK_N)
 inner = tl.arange(0, BLOCK_K)
@@ -152,13 +154,19 @@ def launch(spec: KernelSpec, a: Tensor, b: Tensor, inputs: Sequence[Tensor]) -> 
     Returns:
         The outputs, shaped [B * M, N], [B * M, 1] or [N] by their extents.
     """
+    return launched(("matmul", spec), lambda: _launch(spec, a, b, inputs), lambda: run_reference(spec, a, b, inputs))
+
+
+def _launch(spec: KernelSpec, a: Tensor, b: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     left, right = (t if t.ndim == 3 else t[None] for t in (a, b))
     num_batches, num_rows, num_inner = left.shape
     cut = tiles(spec, a.element_size(), is_hip=torch.version.hip is not None)
     num_blocks = -(-num_rows // cut.block_m)
     outs = empty(spec, num_batches * num_rows, num_batches * num_blocks, a.device)
     if num_batches * num_blocks:
-        load(spec)[(num_blocks * -(-spec.columns // cut.block_n), num_batches)](
+        start(
+            load(spec),
+            (num_blocks * -(-spec.columns // cut.block_n) * num_batches,),
             left,
             right,
             *(t.contiguous() for t in inputs),

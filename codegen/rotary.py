@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from zgraph.codegen.kernels import Tiles, load_source
+from zgraph.codegen.fallback import launched
+from zgraph.codegen.kernels import Tiles, load_source, start
 from zgraph.errors import KernelError
 
 BLOCK_NUMEL = 1024
@@ -178,13 +179,23 @@ def run_reference(x: Tensor, cos: Tensor, sin: Tensor, order: Sequence[int], bac
 def launch(x: Tensor, cos: Tensor, sin: Tensor, order: Sequence[int], back: bool) -> Tensor:
     """The same by the kernel. Rows are numbered as they lie in the result, so that neighbours share their angles."""
     kernel = _kernel(x, cos, sin, back)
+    return launched(
+        kernel,
+        lambda: _launch(kernel, x, cos, sin, order),
+        lambda: run_reference(x, cos, sin, order, back),
+    )
+
+
+def _launch(kernel: Rotary, x: Tensor, cos: Tensor, sin: Tensor, order: Sequence[int]) -> Tensor:
     y = empty(x, order)
     num_a, num_b, num_c = (x.shape[d] for d in order[:-1])
     num_rows, cut = num_a * num_b * num_c, kernel.tiles
     if num_rows:
         read = [t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin)]
         strides = [t.expand(*x.shape[:-1], -1).permute(*order).stride()[:-1] for t in read]
-        load(kernel)[(-(-num_rows // cut.block_m),)](
+        start(
+            load(kernel),
+            (-(-num_rows // cut.block_m),),
             *read,
             y,
             num_rows,

@@ -361,7 +361,9 @@ def _concatenated(chunks: tuple[torch.Tensor, ...], layout: BucketLayout) -> tor
 
 
 def exchange(kind: str, session: Session, numel: int, count: int) -> Callable[[], None]:
-    """Collectives of a whole of `numel` fp32 numbers each, one behind the other: it returns when all are over.
+    """Collectives of a whole of `numel` fp32 numbers each, one behind the other.
+
+    On processors it returns when all are over; on a GPU its stream waits for them, and not the host.
 
     Args:
         kind: all_gather, reduce_scatter, all_reduce or broadcast.
@@ -394,7 +396,5 @@ def exchange(kind: str, session: Session, numel: int, count: int) -> Callable[[]
     def run() -> None:
         for work in [start() for _ in range(count)]:
             session.peers.wait(work, kind)
-        if session.device.type != "cpu":
-            torch.cuda.synchronize()
 
     return run

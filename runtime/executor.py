@@ -39,6 +39,9 @@ class Together(Protocol):
 
 Runner = Callable[[list[Any]], list[Any]]
 
+LABEL = "<zgraph "
+"""Beginning of the name that a program has in tracebacks in the place of a file's."""
+
 _PLAIN = (bool, int, str, type(None))
 
 
@@ -62,7 +65,7 @@ def link(
     """
     writer = _Writer(program, plan, session, resident, watcher, regions)
     source = writer.source()
-    label = f"<zgraph {plan.graph.name} {plan.fingerprint} {program.name}>"
+    label = f"{LABEL}{plan.graph.name} {plan.fingerprint} {program.name}>"
     linecache.cache[label] = (len(source), None, source.splitlines(True), label)
     exec(compile(source, label, "exec"), writer.names)
     run: Runner = writer.names[program.name]

@@ -28,6 +28,7 @@ def link_plan(
     known: str = "",
     regions: Regions | None = None,
     behind: Mapping[str, Tangents] = MappingProxyType({}),
+    survives: Callable[[BaseException], bool] = lambda error: False,
 ) -> tuple[Runner, Runner | None]:
     """The runners of a plan's forward and backward, once all ranks have agreed on it.
 
@@ -39,6 +40,7 @@ def link_plan(
         known: what the passes knew.
         regions: if given, they compile what is between collectives; else torch's interpreter runs it.
         behind: what `tangents_behind` finds in the captured graph.
+        survives: whether all ranks go on after an error of theirs, so that the peers need not be told.
 
     Raises:
         PlanMismatchError: the ranks compiled different plans.
@@ -72,7 +74,7 @@ def link_plan(
         session.tangents = tangents if session.num_plans_run == 1 else ()
         return runner(plan.forward, session.watcher)(args)
 
-    guarded = _guarded(session, forward)
+    guarded = _guarded(session, forward, survives)
     if plan.backward is None or plan.unsynced is None:
         return guarded, None
     programs = {(True, False): plan.backward, (False, False): plan.unsynced}
@@ -82,7 +84,7 @@ def link_plan(
     def backward(syncs: bool, loss_only: bool) -> Runner:
         return runner(programs[syncs, loss_only], session.watcher)
 
-    return guarded, _guarded(session, _backward(session, plan, plan.backward, backward, behind))
+    return guarded, _guarded(session, _backward(session, plan, plan.backward, backward, behind), survives)
 
 
 def _agree(session: Session, plan: Plan, captured: str, known: str) -> None:
@@ -100,14 +102,15 @@ def _agree(session: Session, plan: Plan, captured: str, known: str) -> None:
     session.marks |= marks
 
 
-def _guarded(session: Session, run: Runner) -> Runner:
-    """`run`, telling the peers if it fails."""
+def _guarded(session: Session, run: Runner, survives: Callable[[BaseException], bool]) -> Runner:
+    """`run`, telling the peers if it fails, unless they all survive that."""
 
     def guarded(args: list[Any]) -> list[Any]:
         try:
             return run(args)
         except BaseException as error:
-            session.fail(error)
+            if not survives(error):
+                session.fail(error)
             raise
 
     return guarded

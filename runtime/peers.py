@@ -6,6 +6,7 @@ All of it goes through the job's key-value store, so that no comparison can ever
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 import zlib
 from collections import Counter
@@ -321,17 +322,17 @@ class Peers:
             self._have_read(f"{self.call}/{self.compared}")
             raise PlanMismatchError(difference)
 
-    def exchange(self, what: str, word: str) -> list[str]:
-        """The word of every rank, in their order."""
+    def exchange(self, what: str, word: str, *, is_patient: bool = False) -> list[str]:
+        """The word of every rank, in their order; `is_patient` waits as long as all of them live."""
         keys = [self._key(f"{what}/{r}") for r in self.ranks]
         self._write(keys[self.ranks.index(self.rank)], word)
-        self._await(keys, what)
+        self._await(keys, what, math.inf if is_patient else self.limit_s)
         return [self._read(k).decode() for k in keys]
 
-    def _await(self, keys: list[str], what: str) -> None:
+    def _await(self, keys: list[str], what: str, limit_s: float | None = None) -> None:
         """Wait until all these keys are there, unless a peer fails, or computes where it should compare."""
         nap, asked, heard, silent = _FIRST_NAP, time.monotonic(), self._beats(), 0.0
-        until = asked + self.limit_s
+        until = asked + (self.limit_s if limit_s is None else limit_s)
         comparison = f"the comparison of the {what}"
         self._at(comparison, waits=True)
         place, key = f"{comparison} in call {self.call}", self._key(f"{what}/{self.compared}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Protocol
 
@@ -30,35 +30,51 @@ class Recorder:
     """Collects the time between an instruction and the one before it, run by run.
 
     Args:
-        device: where the program runs. On a GPU, events on its stream are compared after the step.
+        device: where the program runs. On a GPU, events on its stream are compared after the step. They are all there
+            before the program begins, so that none is made between two instructions.
     """
 
     takes_apart = True
 
     def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type != "cpu"
-        self._runs: list[tuple[Sequence[Instruction | Region], list[int | torch.Event]]] = []
+        self.device, self.on_gpu = device, device.type != "cpu"
+        self._runs: list[tuple[Sequence[Instruction | Region], Sequence[int | torch.Event]]] = []
+        self._mark: Callable[[], None] = lambda: None
 
     def begin(self, parts: Sequence[Instruction | Region]) -> None:
         """A program begins."""
-        self._runs.append((parts, []))
+        if self.on_gpu:
+            marked: list[torch.Event] = []
+            left = iter([self._event() for _ in range(len(parts) + 1)])
+            stream = torch.cuda.current_stream(self.device)
+
+            def mark() -> None:
+                event = next(left)
+                event.record(stream)
+                marked.append(event)
+
+            self._mark = mark
+            self._runs.append((parts, marked))
+        else:
+            times: list[int] = []
+            self._mark = lambda: times.append(time.perf_counter_ns())
+            self._runs.append((parts, times))
         self.mark()
 
     def mark(self) -> None:
         """An instruction is done."""
-        self._runs[-1][1].append(self._now())
+        self._mark()
 
-    def _now(self) -> int | torch.Event:
-        if not self.on_gpu:
-            return time.perf_counter_ns()
-        event = torch.Event(device="cuda", enable_timing=True)
-        event.record()
+    def _event(self) -> torch.Event:
+        """An event, which has been recorded once: the driver makes it then."""
+        event = torch.Event(device=self.device, enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def means_us(self) -> list[tuple[Node, float]]:
         """Each instruction of every recorded program, with its mean time over the runs."""
         if self.on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         taken: dict[int, list[float]] = defaultdict(list)
         nodes: dict[int, Node] = {}
         for parts, times in self._runs:

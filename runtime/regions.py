@@ -5,6 +5,8 @@ The time to compile follows the number of different regions and not that of laye
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +19,7 @@ import torch
 from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.bridge.private_runtime import Example
-from zgraph.errors import KernelError
+from zgraph.errors import KernelError, in_one_line
 from zgraph.ir import Graph, Instruction, Program, TensorType, Value
 from zgraph.ir.layout import chunk_numel, dense_strides
 from zgraph.runtime.collectives import EXECUTORS
@@ -107,11 +109,16 @@ class Regions:
 
         try:
             compiled = self.context.copy().run(private_runtime.inductor, of_tensors, tensors)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
-            raise KernelError(
-                f"Inductor cannot compile {len(steps.calls)} ops of {steps.origin}: {error}. On processors it needs a "
-                'C++ compiler (g++); kernels="aten" needs none.'
-            ) from error
+            what = f"Inductor cannot compile {len(steps.calls)} ops of {steps.origin}"
+            if not has_inductor(steps.device):
+                raise KernelError(
+                    f'{what}: {error}. On processors it needs a C++ compiler (g++); kernels="aten" needs none.'
+                ) from error
+            warnings.warn(f"{what} ({in_one_line(error)}); they run op by op, in all layers like it", stacklevel=2)
+            return steps
         self.seconds += time.perf_counter() - begin
         if len(tensors) == len(examples):
             return compiled
@@ -139,6 +146,11 @@ def _examples(region: Region, session: Session) -> list[Example] | None:
             Example(size, dense_strides(size) if stride is None else stride, TO_TORCH[kind.dtype], session.device)
         )
     return found
+
+
+def has_inductor(device: torch.device) -> bool:
+    """Whether Inductor can compile for a device: on processors it needs a C++ compiler."""
+    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 class Steps:

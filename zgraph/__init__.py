@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from zgraph import deepspeed, errors, hf, ir, lightning, optim, passes
     from zgraph.api import compile, gathered, join, no_sync, recipe, report
     from zgraph.capture import trace
-    from zgraph.compiler.profiler import profile, profile_machine
+    from zgraph.compiler.machine_profile import profile_machine
+    from zgraph.compiler.profiler import profile
     from zgraph.engine.checkpoint.export import export_hf
     from zgraph.engine.initialize import add_config_arguments, init_distributed, initialize_engine
     from zgraph.engine.initialize import initialize_engine as initialize
@@ -53,7 +54,8 @@ __all__ = [
 _HOMES = {
     "zgraph.api": ("compile", "gathered", "join", "no_sync", "recipe", "report"),
     "zgraph.capture": ("trace",),
-    "zgraph.compiler.profiler": ("profile", "profile_machine"),
+    "zgraph.compiler.machine_profile": ("profile_machine",),
+    "zgraph.compiler.profiler": ("profile",),
     "zgraph.engine.checkpoint.export": ("export_hf",),
     "zgraph.engine.initialize": ("add_config_arguments", "init_distributed", "initialize", "initialize_engine"),
     "zgraph.estimate.plan": ("plan", "sweep"),

@@ -23,6 +23,19 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str, most: int = 1)
     return f"did you mean {', '.join(near)}?" if near else otherwise
 
 
+def in_one_line(error: BaseException, most: int = 240) -> str:
+    """The kind of an error and its words on one line. Compilers say at length where, and at the end what: of many words
+    the first and the last are left.
+
+    >>> in_one_line(ValueError("at 3:1:\\n  x = y"))
+    'ValueError: at 3:1: x = y'
+    """
+    words = " ".join(str(error).split())
+    if len(words) > most:
+        words = f"{words[: most // 2]} ... {words[-most // 2 :]}"
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
 class ZgraphError(Exception):
     """The base of all of zgraph's errors, so that `except ZgraphError` catches what zgraph means to say."""
 

@@ -33,15 +33,16 @@ class Candidates:
     graph: Graph
 
     def best(self, context: Context, matmuls: Choice = "auto") -> Candidate:
-        """The fastest: as measured, where it was, and by the cost model elsewhere.
+        """The fastest: as measured, with these sizes or the nearest that were, and by the cost model elsewhere.
 
-        A kernel counts as faster than its ops there, as it moves fewer bytes of all that a step moves.
+        A kernel counts as faster than its ops there, as it moves fewer bytes of all that a step moves. Op by op can
+        always be run: it is what is left where no candidate ran when they were measured.
         """
-        measured = context.costs.groups.get(self.key, {})
+        measured = context.costs.group_us(self.key)
         if matmuls == "always" and "matmul" in self.nodes:
             return "matmul"
         if self.nodes.keys() <= measured.keys():
-            return min(self.nodes, key=lambda candidate: measured[candidate])
+            return min(self.nodes, key=lambda candidate: (measured[candidate], candidate != "aten"))
         left_out: set[Candidate] = {"inductor", "aten"} if "kernel" in self.nodes else {"inductor"}
         left_out |= set() if context.costs.hardware.device.generated_matmul_rate else {"matmul", "library"}
         us = {candidate: self.us(candidate, context) for candidate in self.nodes if candidate not in left_out}

@@ -1,7 +1,11 @@
 """Profiles: every built-in one reads, names are parsed, what is wrong is told."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from zgraph.bridge.target import cost_table
 from zgraph.cost import AlphaBeta, CostTable, hardware, known, load_table, save_table
 from zgraph.cost.hardware import load, recognised, save
 from zgraph.errors import HardwareError
@@ -160,3 +164,30 @@ def test_a_table_comes_back_from_its_file(tmp_path):
     (tmp_path / "none.json").write_text("{}")
     with pytest.raises(HardwareError, match="is no cost table"):
         load_table(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("title", "memory_gib", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 80, "h100"),
+        ("NVIDIA GB999", 288, "unknown-nvidia-gb999"),
+        ("NVIDIA H100 PCIe", 80, "unknown-nvidia-h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 40, "unknown-nvidia-a100-sxm4-80gb-mig-3g-40gb"),
+        ("???", 4, "unknown-gpu"),
+    ],
+)
+def test_a_gpu_without_a_profile_is_told_and_never_taken_for_another(monkeypatch, recwarn, title, memory_gib, name):
+    """What is planned with then is named, as is where it is from; the memory is the GPU's own."""
+    properties = SimpleNamespace(total_memory=memory_gib << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: title)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = cost_table(None, torch.device("cuda", 0)).hardware
+    assert found.name == name
+    told = [str(w.message) for w in recwarn if "no hardware profile" in str(w.message)]
+    assert len(told) == (name != "h100")
+    if told:
+        assert title in told[0]
+        assert "zgraph.profile_machine()" in told[0]
+        assert found.device.memory_bytes == memory_gib << 30
+        assert title in found.source
+        assert "a100" in found.source or "h100" in found.source

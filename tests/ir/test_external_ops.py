@@ -8,11 +8,13 @@ from torch.utils.flop_counter import flop_registry
 
 from zgraph.bridge.aten import effects, resolve
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
+from zgraph.cost import CostTable, hardware
+from zgraph.cost.device_workspace import _RULES as DEVICE_RULES
 from zgraph.cost.work import _RULES as WORK_RULES
 from zgraph.cost.work import work
 from zgraph.cost.workspace import _RULES as SCRATCH_RULES
 from zgraph.ir import Arg, DType, Graph, Node, TensorType, Value
-from zgraph.ir.external_ops import CAST, EXTERNAL_OPS, Elements, Facts, Indexing, Scratch, Work, facts
+from zgraph.ir.external_ops import CAST, EXTERNAL_OPS, DeviceScratch, Elements, Facts, Indexing, Scratch, Work, facts
 from zgraph.ir.names import refusal
 
 X = torch.arange(1, 13).reshape(3, 4)
@@ -180,9 +182,16 @@ IMAGE, WEIGHT, CONVOLVED = torch.randn(2, 3, 9, 9), torch.randn(4, 3, 3, 3), tor
 OPTIONS = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
 PRODUCT = (torch.randn(4, 5), torch.randn(5, 6))
 
+EVEN = torch.randn(2, 8, 8, 16)
+"""As many heads as tokens: torch's counter takes these operands for [batch, heads, tokens, size], whatever they are."""
+
+BY_TOKENS = (None, None, 8, 8, 0.0, False)
+
 OPERANDS = {
     "product": PRODUCT,
     "sum and product": (torch.randn(6), *PRODUCT),
+    "attention by tokens": (EVEN, EVEN, EVEN, *BY_TOKENS),
+    "attention by tokens backward": (EVEN,) * 5 + (EVEN[..., 0], *BY_TOKENS),
     "attention": (QUERY, QUERY, QUERY),
     "attention backward": (QUERY, QUERY, QUERY, QUERY),
     "convolution": (IMAGE, WEIGHT, *OPTIONS),
@@ -200,21 +209,124 @@ def packet(op: str) -> torch._ops.OpOverloadPacket:
     return getattr(getattr(torch.ops, namespace), name)
 
 
+ARGUMENTS_OF = {
+    "aten._scaled_mm": (*PRODUCT, torch.ones(()), torch.ones(())),
+    "aten._efficient_attention_forward": (EVEN, EVEN, EVEN, None, None, None, 8, 8, 0.0, 0, True),
+    "aten._efficient_attention_backward": (EVEN,) * 4 + (None, EVEN, None, None, 8, 8, EVEN[..., 0], 0.0, X, X, 0),
+}
+"""Arguments of an op that takes others than those that are counted like it."""
+
+
+def flop(op: str, args: tuple, made: object) -> object:
+    """FLOP, by the cost table, of an op that has made this of these arguments."""
+    results = tuple(value(t) for t in (made if isinstance(made, tuple | list) else (made,)) if torch.is_tensor(t))
+    name = op if op.count(".") == 2 else f"{op}.{packet(op).overloads()[0]}"
+    held = tuple(tuple(map(value, a)) if isinstance(a, list) else value(a) for a in args)
+    return work(Graph("g"), Node(name, held, results)).flop
+
+
 @pytest.mark.parametrize("row", [p for p in rows("work") if packet(p.values[0].name) in flop_registry])
 def test_flop_are_those_that_torch_counts(row):
-    args = OPERANDS[row.work]
+    args = ARGUMENTS_OF.get(row.name) or OPERANDS[row.work]
     if "bmm" in row.name:
         args = tuple(t[None].expand(2, *t.shape) for t in args)
     made = (IMAGE, WEIGHT, None) if row.work == "convolution backward" else CONVOLVED
-    results = tuple(map(value, filter(torch.is_tensor, made if isinstance(made, tuple) else (made,))))
-    op = row.name if row.name.count(".") == 2 else f"{row.name}.default"
-    node = Node(op, tuple(map(value, args)), results)
-    assert work(Graph("g"), node).flop == flop_registry[packet(row.name)](*args, out_val=made)
+    options = {}
+    if row.work.startswith("attention by tokens"):
+        names = [a.name for a in packet(row.name).default._schema.arguments]
+        args, options = (), dict(zip((n.rstrip("_") for n in names), args, strict=False))
+    given = args or tuple(options.values())
+    assert flop(row.name, given, made) == flop_registry[packet(row.name)](*args, **options, out_val=made)
+
+
+def test_every_op_that_torch_counts_has_a_rule_or_is_refused():
+    """Higher-order ops are in no graph."""
+    for op in flop_registry:
+        if isinstance(op, torch._ops.OpOverloadPacket):
+            assert all(facts(f"{op}.{overload}").work for overload in op.overloads()), op
+        else:
+            assert refusal(str(op)), op
+
+
+def test_a_transposed_convolution_counts_its_input():
+    options = (None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1)
+    weight = torch.randn(3, 4, 3, 3)
+    made = torch.ops.aten.convolution(IMAGE, weight, *options)
+    for name in ("aten.convolution", "aten._convolution", "aten.convolution_overrideable"):
+        counted = flop_registry[packet(name)](IMAGE, weight, *options, out_val=made)
+        assert flop(name, (IMAGE, weight, *options), made) == counted
+    args, back = (made, IMAGE, weight, *options, [True, True, False]), (IMAGE, weight, None)
+    counted = flop_registry[packet("aten.convolution_backward")](*args, out_val=back)
+    assert flop("aten.convolution_backward", args, back) == counted
+
+
+def test_a_group_multiplies_its_own_rows_columns_or_inner_dim():
+    """Ragged rows, ragged columns, ragged inner dims, and a batch, by the numbers that each result is a sum of."""
+    tokens, inner, columns, groups = 12, 5, 6, 3
+    a, b = torch.randn(tokens, inner), torch.randn(inner, tokens)
+    stack, other = torch.randn(groups, columns, inner), torch.randn(groups, inner, columns)
+    made = 2 * tokens * inner * columns
+    for name in ("aten._grouped_mm", "aten._scaled_grouped_mm", "aten._scaled_grouped_mm_v2"):
+        assert flop(name, (a, other), torch.randn(tokens, columns)) == made
+        assert flop(name, (stack, b), torch.randn(columns, tokens)) == made
+        assert flop(name, (a.t(), torch.randn(tokens, columns)), torch.randn(groups, inner, columns)) == made
+        assert flop(name, (stack, other), torch.randn(groups, columns, columns)) == 2 * stack.numel() * columns
+
+
+def test_packed_products_lists_and_vectors_count_what_they_multiply():
+    rows, weight = torch.randn(2, 4, 5), torch.randn(6, 5)
+    for name in ("aten.linear", "aten._weight_int8pack_mm", "aten._weight_int4pack_mm", "aten._mixed_dtypes_linear"):
+        assert flop(name, (rows, weight), torch.randn(2, 4, 6)) == 2 * 2 * 4 * 5 * 6
+    pairs = ([PRODUCT[0], X.float()], [PRODUCT[1], X.float().t()])
+    assert flop("aten._foreach_mm", pairs, [PRODUCT[0], X]) == 2 * 4 * 5 * 6 + 2 * 3 * 4 * 3
+    assert flop("aten.mv", (X, X[0]), X[:, 0]) == flop("aten.addmv", (X[:, 0], X, X[0]), X[:, 0]) == 2 * 12
+    assert flop("aten.dot", (X[0], X[1]), X[0, 0]) == 2 * 4
+    assert flop("aten._int_mm", (X, X.t()), X) == 2 * 3 * 4 * 3
+
+
+def test_fp8_is_at_the_rate_of_fp8_and_its_bytes():
+    """The scales count as well."""
+    left, right = (Value(n, TensorType(DType.f8e4m3, (4096, 4096))) for n in "ab")
+    scale = Value("s", TensorType(DType.f32, ()))
+    made = Value("y", TensorType(DType.bf16, (4096, 4096)))
+    node = Node("aten._scaled_mm.default", (left, right, scale, scale), (made,))
+    found = work(Graph("g"), node)
+    assert (found.flop, found.dtype) == (2 * 4096**3, "f8e4m3")
+    assert found.num_bytes == (1 + 1 + 2) * 4096**2 + 2 * 4
+    costs = CostTable(hardware=hardware("h100"))
+    us = costs.roofline_us(Graph("g"), node, {})
+    assert us == pytest.approx(4 + 1e6 * (2 * 4096**3 + 1e10) / 1.4e15)
+
+
+def test_a_dtype_without_a_rate_has_that_of_its_like():
+    h100, a100, v100 = (hardware(name).device for name in ("h100", "a100-80", "v100"))
+    assert h100.rate("f8e5m2") == h100.rate("i8") == h100.rate("f8e4m3") > h100.rate("bf16")
+    assert a100.rate("i8") == a100.rate("bf16")
+    assert v100.rate("bf16") == v100.rate("f32") < v100.rate("f16"), "it has no units for bf16"
+
+
+CAUSAL = {
+    "aten._scaled_dot_product_flash_attention.default": lambda causal: (QUERY,) * 3 + (0.0, causal, False),
+    "aten._scaled_dot_product_efficient_attention.default": lambda causal: (QUERY,) * 3 + (None, True, 0.0, causal),
+    "aten._scaled_dot_product_cudnn_attention.default": lambda causal: (QUERY,) * 3 + (None, True, 0.0, causal),
+    "aten._efficient_attention_forward.default": (
+        lambda causal: (QUERY,) * 3 + (None, None, None, None, None, 0.0, int(causal), True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_causal_kernel_does_half_and_no_other(name):
+    """Whether it keeps the logarithms of its sums for the backward or not."""
+    whole, half = (flop(name, CAUSAL[name](causal), QUERY) for causal in (False, True))
+    assert whole == 2 * half
+    assert whole in (4 * 2 * 3 * 8 * 8 * 16, 4 * 2 * 3 * 8 * 3 * 16)
 
 
 def test_every_kind_of_rule_has_its_rule():
     assert WORK_RULES.keys() == set(get_args(Work))
     assert SCRATCH_RULES.keys() == set(get_args(Scratch))
+    assert DEVICE_RULES.keys() == set(get_args(DeviceScratch))
     assert {row.indexing for row in EXTERNAL_OPS.values() if row.indexing} == set(get_args(Indexing))
     assert {row.elements for row in EXTERNAL_OPS.values() if row.elements} == set(get_args(Elements))
 

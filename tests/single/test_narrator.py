@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph.compiler import narrator
+from zgraph.compiler import build, narrator
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.compiler.narrator import Bar, tell
 from zgraph.compiler.report import mebibytes, milliseconds
@@ -253,3 +253,13 @@ def test_a_reset_of_torch_compile_leaves_the_time_of_a_capture() -> None:
         assert narrated.seconds > 0
         narrated.seconds = narrated._began = 0.0
         torch.compiler.reset()
+
+
+def test_advice_on_the_allocator_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    monkeypatch.setenv("ZGRAPH_LOGS", "capture")
+    monkeypatch.setattr(build, "allocator_advice", lambda device: "set PYTORCH_ALLOC_CONF=expandable_segments:True")
+    monkeypatch.setattr(build, "_advised", set())
+    caplog.set_level(logging.INFO, "zgraph")
+    for _ in range(2):
+        zgraph.compile(Two())
+    assert caplog.text.count("set PYTORCH_ALLOC_CONF=expandable_segments:True") == 1

@@ -145,11 +145,13 @@ def test_sizes_that_change(compiled):
     assert len(compiled) == number
 
 
-def test_what_inductor_cannot_compile(monkeypatch):
-    def fail(function: Any, examples: Any) -> None:
-        raise RuntimeError("no compiler")
+def refusing(function: Any, examples: Any) -> None:
+    raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(private_runtime, "inductor", fail)
+
+def test_without_a_compiler_inductor_is_an_error(monkeypatch):
+    monkeypatch.setattr(private_runtime, "inductor", refusing)
+    monkeypatch.setenv("CXX", "no-such-compiler")
     torch.compiler.reset()
     model = zgraph.compile(MODELS["llama"](), kernels="inductor")
     with pytest.raises(KernelError, match=r"(?s)no compiler.*g\+\+"):
@@ -188,3 +190,31 @@ def test_a_device_thread_compiles_with_the_users_settings(monkeypatch):
         pool.submit(loss.backward).result()
     assert len(seen) > in_forward
     assert set(seen) == {"the user's"}
+
+
+def test_a_region_that_inductor_cannot_compile_runs_op_by_op(monkeypatch):
+    """And says so; the others are compiled."""
+    made: list[int] = []
+
+    def every_second(function: Any, examples: Sequence[torch.Tensor]) -> Any:
+        made.append(len(examples))
+        if len(made) % 2:
+            raise RuntimeError("OutOfResources: shared memory")
+        return lambda args: function(*args)
+
+    monkeypatch.setattr(private_runtime, "inductor", every_second)
+    monkeypatch.setattr(regions, "has_inductor", lambda device: True)
+    with pytest.warns(UserWarning, match=r"Inductor cannot compile \d+ ops of .*OutOfResources.*op by op"):
+        assert Trained("t5", kernels="inductor").losses == plain("t5").losses
+    assert len(made) > 1
+
+
+def test_no_memory_to_compile_is_no_memory(monkeypatch):
+    def full(function: Any, examples: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(private_runtime, "inductor", full)
+    torch.compiler.reset()
+    model = zgraph.compile(MODELS["llama"](), kernels="inductor")
+    with pytest.raises(torch.OutOfMemoryError):
+        model(**batch("llama", 0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +43,7 @@ def cost_table(target: Target | None, device: torch.device) -> CostTable:
         return load_table(Path(name)) if name.endswith(".json") else CostTable(hardware=hardware(name))
     if device.type == "cpu":
         return default_costs()
-    return CostTable(hardware=hardware(_recognised(device)), per_host=ranks_here())
+    return CostTable(hardware=_recognised(device), per_host=ranks_here())
 
 
 CAPABILITIES: Mapping[str, Capability] = {
@@ -70,24 +72,30 @@ def capability_of(hardware: Hardware) -> Capability | None:
 
 
 UNKNOWN = "a100-40"
-"""Profile for a GPU whose name says nothing; a warning tells of it."""
+"""Profile whose rates and links stand for those of a GPU whose name says nothing; a warning tells of it."""
 
 
-def _recognised(device: torch.device) -> str:
-    """The name of the profile of a GPU; the nearest, with a warning, where it has none of its own."""
+def _recognised(device: torch.device) -> Hardware:
+    """The profile of a GPU; where it has none of its own, one with the nearest's figures and the GPU's memory."""
     title = torch.cuda.get_device_name(device)
     memory_bytes = torch.cuda.get_device_properties(device).total_memory
     found, is_own = recognised(title, memory_bytes)
     name = found or UNKNOWN
-    if not is_own:
-        warnings.warn(
-            f"no hardware profile is that of this {title} ({memory_bytes / 2**30:.0f} GiB): its step is planned as "
-            f'that of {name}. Say what it is like (hardware="h100"; zgraph hardware list has the names), write a '
-            f'profile (zgraph hardware new mine --from {name} -o mine.toml, then hardware="mine.toml"), or measure: '
-            "hardware=zgraph.profile(model, step).",
-            stacklevel=2,
-        )
-    return name
+    profile = hardware(name)
+    if is_own:
+        return profile
+    warnings.warn(
+        f"no hardware profile is that of this {title} ({memory_bytes / 2**30:.0f} GiB): its step is planned with the "
+        f"rates and links of {name}, which are not its own. Measure it once (zgraph.profile_machine(), then "
+        'hardware="this-machine"), say what it is like (hardware="h100"; zgraph hardware list has the names), or write '
+        f'a profile (zgraph hardware new mine --from {name} -o mine.toml, then hardware="mine.toml").',
+        stacklevel=2,
+    )
+    stem = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "gpu"
+    own = {"name": f"unknown-{stem}"[:80], "source": f"of {title} the memory; all else is {name}'s"}
+    return profile.model_copy(
+        update={**own, "device": profile.device.model_copy(update={"memory_bytes": memory_bytes})}
+    )
 
 
 def fingerprint_of(costs: CostTable) -> str:
@@ -99,12 +107,74 @@ MEMORY_MARGIN = 0.06
 """The share of a device's memory that stays free where no budget is given: for the driver, for communication, and for
 what does not fit together in the allocator."""
 
+CONTEXT_BYTES = 600 << 20
+"""Memory of the driver's context and of the kernels that are loaded, in a process with torch and its libraries."""
 
-def device_budget(device: torch.device) -> int | None:
+NCCL_BYTES = 512 << 20
+"""Buffers of NCCL: 4 MiB (NCCL_BUFFSIZE) and less for its other protocols, for each of up to 32 channels and peer."""
+
+FRAGMENTED = 0.03
+"""The share of the rest that an allocator with expandable segments leaves between what is alive."""
+
+_WORKSPACE = re.compile(r":([0-9]+):([0-9]+)")
+
+
+LARGEST_TAKEN = 1 / 16
+"""The largest share of a device's memory that libraries are taken to need."""
+
+
+def usable_bytes(memory_bytes: int, num_ranks: int) -> int:
+    """Bytes of a GPU that a rank may use: all but the margin, which on small GPUs is what libraries need.
+
+    Args:
+        memory_bytes: of the GPU.
+        num_ranks: in the job; one has nobody to communicate with.
+    """
+    taken = min(CONTEXT_BYTES + (NCCL_BYTES if num_ranks > 1 else 0), LARGEST_TAKEN * memory_bytes)
+    return int(memory_bytes - max(MEMORY_MARGIN * memory_bytes, taken + FRAGMENTED * (memory_bytes - taken)))
+
+
+def planned_budget(planned: Hardware, num_ranks: int) -> int:
+    """Bytes that a rank may use of a device that need not be here."""
+    memory_bytes = planned.device.memory_bytes
+    return usable_bytes(memory_bytes, num_ranks) if planned.has_host else int(memory_bytes * (1 - MEMORY_MARGIN))
+
+
+def device_budget(device: torch.device, num_ranks: int = 1) -> int | None:
     """Bytes of a GPU's memory that a rank may use; None on a processor, which has no separate memory."""
     if device.type == "cpu":
         return None
-    return int((1 - MEMORY_MARGIN) * torch.cuda.get_device_properties(device).total_memory)
+    return usable_bytes(torch.cuda.get_device_properties(device).total_memory, num_ranks)
+
+
+def library_bytes(device: torch.device) -> int:
+    """Bytes that the matmul library keeps in torch's allocator for the stream that computes; 0 on a processor.
+
+    As torch chooses (`CublasHandlePool.cpp`): CUBLAS_WORKSPACE_CONFIG, or 32 MiB since Hopper and 8,320 KiB before it;
+    on AMD's GPUs 32 MiB, or 128 MiB since MI300.
+    """
+    if device.type == "cpu":
+        return 0
+    if sizes := _WORKSPACE.findall(os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")):
+        return sum(int(size) * int(count) << 10 for size, count in sizes)
+    if torch.version.hip is not None:
+        is_large = torch.cuda.get_device_properties(device).gcnArchName.startswith(("gfx94", "gfx95"))
+        return (128 if is_large else 32) << 20
+    return 32 << 20 if torch.cuda.get_device_capability(device) >= (9, 0) else 8320 << 10
+
+
+EXPANDABLE = "expandable_segments:True"
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def allocator_advice(device: torch.device) -> str:
+    """The line that tells how to lose less memory between blocks; empty where nothing is to be said."""
+    if device.type == "cpu" or any("expandable_segments" in os.environ.get(name, "") for name in _ALLOCATOR):
+        return ""
+    return (
+        f"set {_ALLOCATOR[0]}={EXPANDABLE} before torch is imported: without it blocks of one size cannot be used for "
+        "another, and more memory is reserved than a budget counts"
+    )
 
 
 def num_bytes(size: int | str) -> int:

@@ -1,16 +1,15 @@
 """The fastest candidate for running a group: measured once for each group that differs, on the device at hand.
 
-What was measured is kept in a file for each kind of device and version of torch. The first rank measures and tells the
-others, so that all of them choose the same.
+What was measured is kept in a file for each kind of device and version of torch. The ranks share the groups among them
+and tell each other, so that all of them choose the same. A candidate that fails is left out, and told.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -20,17 +19,21 @@ from pydantic import ConfigDict, Field, RootModel, ValidationError
 
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.private_files import private_folder, read_private, write_private
+from zgraph.codegen.fallback import failures_raised
 from zgraph.cost import CostTable
 from zgraph.environment import cache_folder
+from zgraph.errors import KernelError, in_one_line
 from zgraph.ir import Graph, Node, TensorType, Value
+from zgraph.ir.external_ops import ROWS
 from zgraph.ir.layout import dense_strides
 from zgraph.ir.symbols import evaluate
 from zgraph.passes import Context
 from zgraph.passes.fuse import candidates
 from zgraph.passes.fusion.candidates import Candidate
+from zgraph.runtime.clock import Clock
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.region import Region
-from zgraph.runtime.regions import Steps
+from zgraph.runtime.regions import Steps, has_inductor
 
 NUM_WARMUPS = 3
 NUM_ROUNDS = 15
@@ -38,11 +41,11 @@ NUM_ROUNDS = 15
 NEVER_US = 1e12
 """Time of a candidate that cannot run here, in microseconds."""
 
-FLUSH_BYTES = 256 << 20
-"""More than a GPU's L2 cache: what runs finds there only what it wrote itself."""
-
 Times = dict[str, dict[Candidate, float]]
 """Microseconds of each candidate, by the key of a group."""
+
+Nodes = Mapping[Candidate, Sequence[Node]]
+"""Operations of each candidate of a group."""
 
 MAX_BYTES = 16 << 20
 """A file of times that is longer is none of ours: a group takes some 500 bytes."""
@@ -54,20 +57,74 @@ class _Kept(RootModel[dict[str, dict[Candidate, Annotated[float, Field(ge=0, all
     model_config = ConfigDict(strict=True)
 
 
-def tuned(graph: Graph, context: Context, device: torch.device, peers: Peers | None) -> CostTable:
+@dataclass
+class Measured:
+    """Measurements of one group.
+
+    Args:
+        us: the median time of each candidate in microseconds; `NEVER_US` of one that does not run here.
+        failed: the reason, for each candidate that failed. It is tried again by the next process.
+    """
+
+    us: dict[Candidate, float] = field(default_factory=dict)
+    failed: dict[Candidate, str] = field(default_factory=dict)
+
+
+def tuned(
+    graph: Graph,
+    context: Context,
+    device: torch.device,
+    peers: Peers | None,
+    tell: Callable[[str], None] = lambda text: None,
+    kind: str = "",
+) -> CostTable:
     """Cost table with the times of the candidates for running each group of a graph.
+
+    Torch's random numbers are as they were, whatever the candidates draw.
 
     Args:
         graph: as the pass `fuse` will see it.
         context: the table, and the sizes.
         device: where to measure.
         peers: the other ranks, which all come here; None without any.
+        tell: is given a line for each candidate that failed, on every rank.
+        kind: a word for the graph that no other graph of this call has.
+
+    Raises:
+        KernelError: a candidate broke the device.
     """
+    wanted = {found.key: found.nodes for found in candidates(graph, context.hints) if len(found.nodes) > 1}
     is_first = peers is None or peers.rank == peers.ranks[0]
-    times = _kept_or_measured(graph, context, device) if is_first else {}
+    kept = _kept(device, wanted) if is_first else {}
     if peers is not None:
-        times = json.loads(peers.exchange("times", json.dumps(times))[0])
+        kept = json.loads(peers.exchange(f"kept times/{kind}", json.dumps(kept))[0])
+    missing = [key for key, nodes in wanted.items() if not nodes.keys() <= kept.get(key, {}).keys()]
+    at, count = (peers.ranks.index(peers.rank), len(peers.ranks)) if peers is not None else (0, 1)
+    own = _all_measured({key: wanted[key] for key in missing[at::count]}, context.hints, device)
+    answers = [{key: (found.us, found.failed) for key, found in own.items()}]
+    if peers is not None:
+        words = peers.exchange(f"times/{kind}", json.dumps(answers[0]), is_patient=True)
+        answers = [json.loads(word) for word in words]
+    new = {key: Measured(us, failed) for answer in answers for key, (us, failed) in answer.items()}
+    for key, found in new.items():
+        for candidate, reason in found.failed.items():
+            tell(f'the candidate "{candidate}" for {_named(key, wanted)} is left out: {reason}')
+    if is_first and new:
+        _keep(device, new)
+    times = kept | {key: found.us for key, found in new.items()}
     return context.costs.model_copy(update={"groups": {**context.costs.groups, **times}})
+
+
+def _named(key: str, wanted: Mapping[str, Nodes]) -> str:
+    """The group's kernel and its module, for a message."""
+    nodes = wanted.get(key, {})
+    texts = (str(node.args[1]) for node in nodes.get("kernel", ()) if node.op == ROWS)
+    kernel = next(texts, key).partition(":")[0][:120]
+    module = next((n.origin.module for some in nodes.values() for n in some if n.origin.module), "")
+    return f"{kernel} in {module}" if module else kernel
+
+
+# --- what was measured before ---------------------------------------------------------------------------------------
 
 
 def times_path(device: torch.device) -> Path:
@@ -80,16 +137,17 @@ def times_path(device: torch.device) -> Path:
     return private_folder(cache_folder(), "times") / f"{kind}-torch-{torch.__version__}.json"
 
 
-def _kept_or_measured(graph: Graph, context: Context, device: torch.device) -> Times:
+def _kept(device: torch.device, wanted: Mapping[str, Nodes]) -> Times:
+    return {key: us for key, us in _read(times_path(device)).items() if key in wanted}
+
+
+def _keep(device: torch.device, new: Mapping[str, Measured]) -> None:
+    """Add to the file; of a candidate that failed it says nothing."""
     path = times_path(device)
-    kept: Times = _read(path)
-    wanted = {found.key: found.nodes for found in candidates(graph, context.hints) if len(found.nodes) > 1}
-    missing = {key: nodes for key, nodes in wanted.items() if not nodes.keys() <= kept.get(key, {}).keys()}
-    for key, nodes in missing.items():
-        kept[key] = measured(nodes, context.hints, device)
-    if missing:
-        write_private(path, (json.dumps(kept, indent=1) + "\n").encode())
-    return {key: kept[key] for key in wanted}
+    kept = _read(path)
+    for key, found in new.items():
+        kept[key] = {candidate: us for candidate, us in found.us.items() if candidate not in found.failed}
+    write_private(path, (json.dumps(kept, indent=1) + "\n").encode())
 
 
 def _read(path: Path) -> Times:
@@ -101,34 +159,98 @@ def _read(path: Path) -> Times:
         return {}
 
 
-def measured(
-    nodes: Mapping[Candidate, Sequence[Node]], hints: Mapping[str, int], device: torch.device
-) -> dict[Candidate, float]:
-    """The median time of each candidate in microseconds; they take turns. Without a compiler, Inductor has none."""
-    wanted = {candidate: some for candidate, some in nodes.items() if candidate != "inductor" or has_inductor(device)}
-    runs = {candidate: _prepared(some, hints, device) for candidate, some in wanted.items()}
-    clock = _Clock(device)
-    for run in [*runs.values()] * NUM_WARMUPS:
-        run()
-    taken: dict[Candidate, list[float]] = {candidate: [] for candidate in runs}
-    for _ in range(NUM_ROUNDS):
-        for candidate, run in runs.items():
-            taken[candidate].append(clock.us(run))
-    return {candidate: median(taken[candidate]) if candidate in taken else NEVER_US for candidate in nodes}
+# --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def has_inductor(device: torch.device) -> bool:
-    """Whether Inductor can compile for a device: on processors it needs a C++ compiler."""
-    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
+def _all_measured(groups: Mapping[str, Nodes], hints: Mapping[str, int], device: torch.device) -> dict[str, Measured]:
+    """Measurements of each group. The device's memory, and torch's random numbers, are as before."""
+    if not groups:
+        return {}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        clock = _clock(device)
+        found = {key: measured(nodes, hints, clock) for key, nodes in groups.items()}
+    if clock.on_device:
+        del clock
+        torch.cuda.empty_cache()
+    return found
 
 
-def _prepared(nodes: Sequence[Node], hints: Mapping[str, int], device: torch.device) -> Callable[[], object]:
-    """A call of these nodes on random operands."""
-    made = {r.name for n in nodes for r in n.results}
-    operands = {v.name: v for n in nodes for v in n.operands if v.name not in made}
+def _clock(device: torch.device) -> Clock:
+    try:
+        return Clock(device, is_cold=True)
+    except torch.OutOfMemoryError:  # of candidates that find their operands in a cache, too, the fastest is chosen
+        return Clock(device, is_cold=False)
+
+
+def measured(nodes: Nodes, hints: Mapping[str, int], clock: Clock) -> Measured:
+    """The times of a group's candidates, which take turns. Without a compiler, Inductor has none.
+
+    Raises:
+        KernelError: a candidate broke the device.
+    """
+    found = Measured()
+    runs: dict[Candidate, Callable[[], object]] = {}
+    host_s: dict[Candidate, float] = {}
+    operands: dict[str, torch.Tensor] = {}
+    taken: dict[Candidate, list[float]] = {candidate: [] for candidate in nodes}
+    with failures_raised():
+        for candidate, some in nodes.items():
+            if candidate == "inductor" and not has_inductor(clock.device):
+                continue
+            with _failing_into(found.failed, candidate, clock):
+                run = _prepared(some, hints, clock.device, operands)
+                for _ in range(NUM_WARMUPS):
+                    run()
+                host_s[candidate] = min(clock.host_s(run) for _ in range(NUM_WARMUPS))
+                runs[candidate] = run
+        for _ in range(NUM_ROUNDS):
+            for candidate, run in runs.items():
+                if candidate not in found.failed:
+                    with _failing_into(found.failed, candidate, clock):
+                        taken[candidate] += clock.seconds(run, 1, host_s[candidate])
+    for candidate, seconds in taken.items():
+        is_there = bool(seconds) and candidate not in found.failed
+        found.us[candidate] = 1e6 * median(seconds) if is_there else NEVER_US
+    return found
+
+
+@contextmanager
+def _failing_into(failed: MutableMapping[Candidate, str], candidate: Candidate, clock: Clock) -> Iterator[None]:
+    """Makes an exception the reason why a candidate is left out, as long as the device lives on.
+
+    Raises:
+        KernelError: it does not.
+    """
+    try:
+        yield
+        clock.synchronize()
+    except Exception as error:
+        failed[candidate] = in_one_line(error)
+        try:
+            clock.synchronize()
+        except RuntimeError as broken:
+            raise KernelError(
+                f'the candidate "{candidate}" for running a group broke the device ({in_one_line(broken)}), which no '
+                'process recovers from; start again with kernels="aten", which runs no generated kernel'
+            ) from error
+
+
+def _prepared(
+    nodes: Sequence[Node], hints: Mapping[str, int], device: torch.device, made: dict[str, torch.Tensor]
+) -> Callable[[], object]:
+    """A call of these nodes on random operands; those that are made already are shared."""
+    inside = {r.name for n in nodes for r in n.results}
+    operands = {v.name: v for n in nodes for v in n.operands if v.name not in inside}
     steps = Steps(Region(tuple(nodes), tuple(operands.values()), (), ()), device, {})
-    given = list(_random(operands.values(), hints, device))
-    return lambda: steps([*given])
+    missing = [v for v in operands.values() if _place(v) not in made]
+    made.update(zip(map(_place, missing), _random(missing, hints, device), strict=True))
+    given = [_place(v) for v in operands.values()]
+    return lambda: steps([made[place] for place in given])
+
+
+def _place(value: Value) -> str:
+    """A value among the operands of all candidates."""
+    return f"{value.name}: {value.type}"
 
 
 def _random(values: Iterable[Value], hints: Mapping[str, int], device: torch.device) -> Iterable[torch.Tensor]:
@@ -141,24 +263,3 @@ def _random(values: Iterable[Value], hints: Mapping[str, int], device: torch.dev
         flat = torch.empty(max(extent, 0), dtype=TO_TORCH[kind.dtype], device=device)
         flat = flat.normal_() if flat.is_floating_point() else flat.random_(0, 2)
         yield flat.as_strided(shape, strides)
-
-
-class _Clock:
-    """Times calls on a device, each with nothing in its L2 cache."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.scratch = torch.empty(FLUSH_BYTES if device.type != "cpu" else 0, dtype=torch.uint8, device=device)
-
-    def us(self, run: Callable[[], object]) -> float:
-        if self.device.type == "cpu":
-            began = time.perf_counter()
-            run()
-            return 1e6 * (time.perf_counter() - began)
-        self.scratch.zero_()
-        begin, end = (torch.Event(device=self.device, enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return 1e3 * float(begin.elapsed_time(end))

@@ -10,6 +10,7 @@ from torch import nn
 
 from zgraph.bridge.aten import FROM_TORCH
 from zgraph.bridge.private_runtime import whole_group
+from zgraph.bridge.target import allocator_advice, library_bytes
 from zgraph.capture import Frontend, ParamInfo, drop_gradient_hooks
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.compiler.call_guard import guard
@@ -17,6 +18,7 @@ from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
 from zgraph.compiler.copying import Copier, refuse_sharing
 from zgraph.compiler.first_batch import agreeing
 from zgraph.compiler.narrator import Narrator
+from zgraph.compiler.replanning import FirstRun, replanning
 from zgraph.environment import environment
 from zgraph.ir import Axis
 from zgraph.options.settings import Settings
@@ -40,6 +42,10 @@ ADAPTERS = ("zgraph.hf.adapt",)
 
 Each has `adapt(model)`, and `ready(model)`, which prepares the model for a capture and tells whether it changed it.
 """
+
+
+_advised: set[str] = set()
+"""Advice that this process has given."""
 
 
 def shard(model: nn.Module, settings: Settings) -> Session:
@@ -83,6 +89,9 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     narrator = Narrator(
         type(model).__name__, model.forward, told, _where(settings, session), in_pieces=settings.fullgraph is False
     )
+    if (words := allocator_advice(session.device)) and words not in _advised:
+        _advised.add(words)
+        narrator.remark(words)
     compiled = CompiledModel(
         model,
         session,
@@ -93,6 +102,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         Regions() if settings.compiles_regions else None,
         tunes=settings.is_gpu and any(isinstance(step, Fuse) for step in settings.pipeline.passes),
         narrator=narrator,
+        trial=functools.partial(FirstRun, may_repeat=settings.fullgraph is True),
     )
     copier = Copier(model, functools.partial(_again, settings))
     own_forward = forward = model.forward
@@ -120,6 +130,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         if not settings.fullgraph:
             forward = in_pieces(forward, session)
         forward = narrator.watched(forward)
+        forward = replanning(forward, compiled, frontend.forget, may_repeat=settings.fullgraph is True)
     else:
         forward = eager_fallback(forward, session)
     model.__dict__[ATTRIBUTE] = compiled
@@ -180,7 +191,7 @@ def _context(model: nn.Module, settings: Settings, session: Session) -> Context:
         reduce_dtype=FROM_TORCH[settings.reduce_dtype] if settings.reduce_dtype is not None else None,
         costs=settings.costs,
         memory_budget=settings.memory_budget,
-        rest_bytes=store.rest_bytes + store.state_bytes + buffer_bytes(model),
+        rest_bytes=store.rest_bytes + store.state_bytes + buffer_bytes(model) + library_bytes(session.device),
         update_bytes=store.update_bytes,
         groups_calls=settings.is_gpu,
         keeps_blocks=settings.is_gpu,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -31,9 +31,18 @@ from zgraph.passes.fuse import Fuse
 from zgraph.runfile.format import Provenance, Recording, RunFile, has_backward, last_graph
 from zgraph.runfile.sources import sources_of
 from zgraph.runtime import Session
+from zgraph.runtime.executor import Runner
 from zgraph.runtime.linker import link_plan
 from zgraph.runtime.regions import Regions
 from zgraph.runtime.unused import tangents_behind
+
+
+class Trial(Protocol):
+    """Who watches the first runs of a program: see `zgraph.compiler.replanning`."""
+
+    def watched(self, run: Runner, phase: str) -> Runner: ...
+
+    def survives(self, error: BaseException) -> bool: ...
 
 
 class CompiledModel:
@@ -47,8 +56,11 @@ class CompiledModel:
         save: where the first rank writes what the passes made of the first graph; the others have numbers.
         replayed: a run whose last graph takes the place of the passes, for the training graph.
         regions: if given, they compile what is between collectives.
-        tunes: whether the candidates for running a group are measured before the first graph is compiled.
+        tunes: whether the candidates for running a group are measured before a graph is compiled.
         narrator: tells the user of what is captured; None tells nothing.
+        trial: watches the first runs of a program, given this and the peak that is planned; None watches nothing.
+
+    `smaller_budget` is the one to plan again with, once a first run was out of memory.
     """
 
     def __init__(
@@ -63,15 +75,20 @@ class CompiledModel:
         *,
         tunes: bool = False,
         narrator: Narrator | None = None,
+        trial: Callable[[CompiledModel, int], Trial] | None = None,
     ) -> None:
         self.model, self.session, self.context = model, session, context
         self.save, self.replayed, self.regions, self.tunes = save, replayed, regions, tunes
         self.pipeline = enabled(pipeline)
         self.eager = eager(model.forward, session.store.param_dtype)
         self.narrator = narrator or Narrator(type(model).__name__, model.forward, (), "")
+        self.trial = trial
+        self.smaller_budget: int | None = None
+        self.is_replanned = False
         self.entries: list[Entry] = []
         self.hints: dict[str, int] = {}
         self._planned: set[bool] = set()
+        self._tuned: set[bool] = set()
 
     def compile_graph(self, graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> Compiled:
         """A captured graph through the passes, planned, agreed on and linked."""
@@ -90,7 +107,7 @@ class CompiledModel:
         graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
         hints = self._agreed_hints(graph, hints)
         self.hints.update(hints)
-        if self.tunes and not self.entries:
+        if self.tunes:
             self._tune(graph, hints)
         context = replace(self.context, hints=hints)
         paths = list(self._run_paths(graph.name, settings.dump))
@@ -118,12 +135,27 @@ class CompiledModel:
         if waiting := entry.memory.host_peak_bytes:
             self.session.host.require(waiting, "the values that wait for the backward on the host")
         known = f"planned for {', '.join(f'{name}={hints[name]}' for name in sorted(hints))}"
-        forward, backward = link_plan(self.session, plan, constants, text, known, self.regions, behind)
-        self.entries.append(entry)
         update_bytes = context.update_bytes if plan.backward is not None else 0
         peak_bytes = context.rest_bytes + max(entry.memory.peak.total_bytes, update_bytes)
+        trial = self.trial(self, peak_bytes) if self.trial is not None else None
+        survives = [trial.survives] if trial is not None else []
+        forward, backward = link_plan(self.session, plan, constants, text, known, self.regions, behind, *survives)
+        if trial is not None:
+            forward = trial.watched(forward, "forward")
+            backward = trial.watched(backward, "backward") if backward is not None else None
+        self.entries.append(entry)
         self.narrator.compiled(graph, entry.steps, entry.timeline.step_us, peak_bytes)
         return Compiled(plan, forward, backward)
+
+    def plan_smaller(self) -> None:
+        """Plan with the smaller budget from now on. What was planned before is forgotten."""
+        assert self.smaller_budget is not None, "only after a first run was out of memory"
+        budget, self.smaller_budget, self.is_replanned = self.smaller_budget, None, True
+        self.context = replace(self.context, memory_budget=budget)
+        self.entries.clear()
+        self.session.plans.clear()
+        self.session.forget_copies()
+        self.narrator.replanned(budget)
 
     def _agreed_hints(self, graph: Graph, hints: Mapping[str, int]) -> Mapping[str, int]:
         """Sizes and thread count to plan for.
@@ -155,12 +187,22 @@ class CompiledModel:
             yield dump / f"rank{self.session.store.rank}" / f"{graph}.zg"
 
     def _tune(self, graph: Graph, hints: Mapping[str, int]) -> None:
-        """Measure the candidates for running what can be fused. All ranks come here at their first graph."""
+        """Measure the candidates for running what can be fused: for each training graph, and the first of inference.
+
+        All ranks come here together with their first graph of each kind, and share the work. A rank that meets other
+        sizes alone later measures nothing, as the others would choose otherwise: there the times of the nearest sizes
+        decide.
+        """
+        kind = has_backward(graph)
+        if kind in self._tuned and not (kind and self.session.num_ranks == 1):
+            return
+        self._tuned.add(kind)
         before = takewhile(lambda step: step.name != Fuse.name, self.pipeline.passes)
         context = replace(self.context, hints=hints)
         seen = Pipeline(tuple(before)).run(graph, context)
         peers = self.session.peers if self.session.num_ranks > 1 else None
-        self.context = replace(self.context, costs=tuned(seen, context, self.session.device, peers))
+        costs = tuned(seen, context, self.session.device, peers, self.narrator.remark, str(kind))
+        self.context = replace(self.context, costs=costs)
 
     @property
     def report(self) -> Report:

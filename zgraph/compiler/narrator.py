@@ -142,6 +142,17 @@ class Narrator:
             self._bar.stop()
             tell(f"{self.model}: a piece runs eagerly and gathers each parameter where it is read: {why}")
 
+    def remark(self, why: str) -> None:
+        """Something is not as it could be: a candidate for running a group failed, say."""
+        if "capture" in self.kinds:
+            self._bar.stop()
+            tell(f"{self.model}: {why}")
+
+    def replanned(self, budget: int) -> None:
+        """The first run was out of memory: what is captured next is no other call."""
+        self._seen.clear()
+        self.remark(f"the first run was out of memory; it is planned again with a budget of {gibibytes(budget)}")
+
     def after(self, step: Pass, before: Graph, after: Graph, seconds: float) -> None:
         """A pass has run: this is an instrument of the pipeline."""
         self._bar.advance(step.name)

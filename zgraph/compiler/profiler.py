@@ -1,4 +1,4 @@
-"""Measure what a compiled model costs on the devices and the network at hand, the same on all ranks."""
+"""Costs of a compiled model on the devices and the network at hand, measured, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from zgraph.bridge.target import cost_table
 from zgraph.compiler.compiled_model import compiled_model
-from zgraph.cost import AlphaBeta, CostTable, Hardware, save_table, signature
-from zgraph.cost.hardware import THIS_MACHINE, save, this_machine_path
+from zgraph.cost import AlphaBeta, CostTable, save_table, signature
 from zgraph.errors import UsageError
 from zgraph.runtime import Session
+from zgraph.runtime.clock import Clock
 from zgraph.runtime.collectives import exchange
 from zgraph.runtime.recorder import Recorder
 
 SIZES = (1 << 14, 1 << 20, 1 << 22)
-NUM_IN_A_ROW = 4
+DEVICE_SIZES = (1 << 14, 1 << 26, 1 << 28)
+"""Bytes of the wholes that collectives are measured with, between processors and between GPUs. The smallest shows the
+latency, the largest two the rate: there NCCL uses the protocol that a layer's gathers use."""
+
+NUM_IN_A_ROW, NUM_IN_A_ROW_ON_DEVICE = 4, 10
 NUM_WARMUPS = 2
 _COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
+
+Points = list[tuple[float, float]]
+"""For each size of a collective the bytes that a rank sends, and microseconds."""
 
 
 def profile(
@@ -61,7 +67,7 @@ def profile(
     transfers = _transfers(session, num_steps)
     if session.num_ranks > 1:
         ops, transfers = _agreed(session, ops, transfers)
-    lines = {kind: AlphaBeta(latency_us=line[0], bytes_per_s=line[1]) for kind, line in transfers.items()}
+    lines = {kind: AlphaBeta(latency_us=us, bytes_per_s=rate) for kind, (us, rate) in _lines(transfers).items()}
     hardware = compiled.context.costs.hardware.model_copy(update={"overlap_slowdown": 1.0})  # it is in the ops' times
     table = compiled.context.costs.model_copy(update={"hardware": hardware, "ops": ops, "transfers": lines})
     if path is not None and session.store.rank == 0:
@@ -78,8 +84,8 @@ def _ops_us(recorder: Recorder, hints: Mapping[str, int]) -> dict[str, float]:
     return {key: mean(values) for key, values in sorted(found.items())}
 
 
-def _transfers(session: Session, num_rounds: int) -> dict[str, tuple[float, float]]:
-    """For each kind of collective its latency in microseconds and the bytes a rank sends in a second."""
+def _transfers(session: Session, num_rounds: int) -> dict[str, Points]:
+    """For each kind of collective what its sizes take on this rank."""
     if session.num_ranks == 1:
         return {}
     ranks, shards = session.num_ranks, session.num_shards
@@ -88,23 +94,49 @@ def _transfers(session: Session, num_rounds: int) -> dict[str, tuple[float, floa
         "reduce_scatter": (shards - 1) / shards + 2 * (ranks - shards) / (ranks * shards),
         "all_reduce": 2 * (ranks - 1) / ranks,
     }
-    lines = {}
-    for kind in _COLLECTIVES:
-        points = []
-        for num_bytes in SIZES:
-            run = exchange(kind, session, num_bytes // 4, NUM_IN_A_ROW)
-            taken = []
-            for _ in range(num_rounds + NUM_WARMUPS):
-                session.synchronize()
-                begin = time.perf_counter()
-                run()
-                taken.append(time.perf_counter() - begin)
-            points.append((num_bytes * shares[kind], 1e6 * median(taken[NUM_WARMUPS:]) / NUM_IN_A_ROW))
-        lines[kind] = _line(points)
-    return lines
+    sizes = SIZES if session.device.type == "cpu" else DEVICE_SIZES
+    take = _host_us if session.device.type == "cpu" else _device_us(session.device)
+    return {
+        kind: [(size * shares[kind], take(session, kind, size, num_rounds)) for size in sizes] for kind in _COLLECTIVES
+    }
 
 
-def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
+def _host_us(session: Session, kind: str, num_bytes: int, num_rounds: int) -> float:
+    """Microseconds of a collective between processors, by the clock on the wall."""
+    run = exchange(kind, session, num_bytes // 4, NUM_IN_A_ROW)
+    taken = []
+    for _ in range(num_rounds + NUM_WARMUPS):
+        session.synchronize()
+        begin = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - begin)
+    return 1e6 * median(taken[NUM_WARMUPS:]) / NUM_IN_A_ROW
+
+
+def _device_us(device: torch.device) -> Callable[[Session, str, int, int], float]:
+    """Microseconds of a collective between GPUs, by events: without the time in which hosts launch it."""
+    torch.cuda.empty_cache()  # of the steps before, which need not have left room
+    clock = Clock(device, is_cold=True)
+
+    def take(session: Session, kind: str, num_bytes: int, num_rounds: int) -> float:
+        run = exchange(kind, session, num_bytes // 4, NUM_IN_A_ROW_ON_DEVICE)
+        taken, host_s = [], 0.0
+        for _ in range(num_rounds + NUM_WARMUPS):
+            session.synchronize()
+            taken += clock.seconds(run, 1, host_s)
+            session.synchronize()
+            host_s = clock.host_s(run)
+        return 1e6 * median(taken[NUM_WARMUPS:]) / NUM_IN_A_ROW_ON_DEVICE
+
+    return take
+
+
+def _lines(transfers: Mapping[str, Points]) -> dict[str, tuple[float, float]]:
+    """For each kind of collective its latency in microseconds and the bytes a rank sends in a second."""
+    return {kind: _line(points) for kind, points in transfers.items()}
+
+
+def _line(points: Points) -> tuple[float, float]:
     """Latency and rate through measured (bytes, us): the rate from the largest two, the latency from the smallest."""
     (small, small_us), (large, large_us) = points[-2:]
     us_per_byte = max((large_us - small_us) / (large - small), 1e-9)
@@ -113,63 +145,21 @@ def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _agreed(
-    session: Session, ops: dict[str, float], transfers: dict[str, tuple[float, float]]
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Measurements of all ranks, averaged, and the same on each rank."""
+    session: Session, ops: dict[str, float], transfers: dict[str, Points]
+) -> tuple[dict[str, float], dict[str, Points]]:
+    """Measurements of all ranks, the same on each rank.
+
+    Ops take their mean. So do collectives between processors; between GPUs they take what the last rank to begin has
+    measured, the least, as a rank that begins earlier also measures its wait for the last one.
+    """
     session.begin_call()
     answers = [json.loads(a) for a in session.peers.exchange("profile", json.dumps([ops, transfers]))]
     all_ops = {
         key: mean(a[0][key] for a in answers if key in a[0]) for key in sorted({k for a in answers for k in a[0]})
     }
-    lines = {kind: (mean(a[1][kind][0] for a in answers), mean(a[1][kind][1] for a in answers)) for kind in transfers}
-    return all_ops, lines
-
-
-def profile_machine(path: str | Path | None = None) -> Hardware:
-    """Measure one device of this machine: matmul rates, memory bandwidth, the smallest op. Saved as `this-machine`.
-
-    The links are those of the built-in profile: `zgraph.profile` measures them, where there are peers to send to.
-
-    Args:
-        path: where to save the profile instead.
-    """
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    base = cost_table(None, device).hardware
-    rates = {name: _matmul_rate(dtype, device) for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16))}
-    source = torch.zeros(1 << 25, device=device)
-    target = torch.empty_like(source)
-    copying_s = _seconds(lambda: target.copy_(source), on_gpu)
-    tiny = torch.zeros(1, device=device)
-    measured = {
-        "memory_bytes_per_s": 2 * source.numel() * source.element_size() / copying_s,
-        "matmul_flops": rates,
-        "launch_us": 1e6 * _seconds(lambda: tiny.add_(1.0), on_gpu),
+    joined = mean if session.device.type == "cpu" else min
+    points = {
+        kind: [(sent, joined([a[1][kind][i][1] for a in answers])) for i, (sent, _) in enumerate(own)]
+        for kind, own in transfers.items()
     }
-    found = base.model_copy(
-        update={
-            "name": THIS_MACHINE,
-            "source": "measured by zgraph.profile_machine",
-            "device": base.device.model_copy(update=measured),
-        }
-    )
-    save(found, Path(path) if path is not None else this_machine_path())
-    return found
-
-
-def _matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
-    """FLOP a second of a square matmul."""
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / _seconds(lambda: a @ a, device.type != "cpu")
-
-
-def _seconds(run: Callable[[], Any], on_gpu: bool, num_rounds: int = 7) -> float:
-    """The median time of one run, after two to warm up."""
-    taken = []
-    for _ in range(num_rounds + NUM_WARMUPS):
-        began = time.perf_counter()
-        run()
-        if on_gpu:
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began)
-    return median(taken[NUM_WARMUPS:])
+    return all_ops, points

@@ -33,6 +33,16 @@ MEMORY_TOLERANCE = 0.15
 Rate = Annotated[float, Field(gt=0)]
 
 
+ALIKE: Mapping[str, tuple[str, ...]] = {
+    "f16": ("bf16",),
+    "f8e5m2": ("f8e4m3", "bf16"),
+    "f8e4m3": ("bf16",),
+    "i8": ("f8e4m3", "bf16"),
+    "u8": ("f8e4m3", "bf16"),
+}
+"""Dtypes whose matmuls run as fast as those of another, or at least as fast, by GPUs' data sheets."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -68,8 +78,9 @@ class Device(_Frozen):
         return rates
 
     def rate(self, dtype: str) -> float:
-        """The matmul rate of a dtype; that of fp32 where the profile has none."""
-        return self.matmul_flops.get(dtype) or self.matmul_flops["f32"]
+        """The matmul rate of a dtype; that of its like, or of fp32, where the profile has none."""
+        names = dtype, *ALIKE.get(dtype, ()), "f32"
+        return next(self.matmul_flops[name] for name in names if name in self.matmul_flops)
 
 
 class Hardware(_Frozen):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +53,14 @@ class CostTable(BaseModel):
     ops: Mapping[str, Us] = {}
     transfers: Mapping[str, AlphaBeta] = {}
     groups: Mapping[str, Mapping[str, Us]] = {}
+
+    def group_us(self, key: str) -> Mapping[str, Us]:
+        """Times of the ways to run a group: of this one, else of the one that differs least, and in sizes alone."""
+        if key in self.groups:
+            return self.groups[key]
+        alike = [other for other in self.groups if _without_sizes(other) == _without_sizes(key)]
+        nearest = min(alike, key=lambda other: (abs(math.log(_numel(other) / _numel(key))), other), default=None)
+        return {} if nearest is None else self.groups[nearest]
 
     def node_us(self, graph: Graph, node: Node, hints: Mapping[str, int]) -> float:
         """Time of a node of the compute lane, in microseconds."""
@@ -161,6 +171,20 @@ def _text(kind: Type, hints: Mapping[str, int]) -> str:
     shape = "x".join(str(evaluate(d, hints)) for d in kind.shape)
     strides = "" if kind.strides is None else "|" + "x".join(str(evaluate(d, hints)) for d in kind.strides)
     return f"{kind.dtype.value}[{shape}{strides}]"
+
+
+_SIZES = re.compile(r"\[([0-9x]*)(?:\|[0-9x]*)?\]")
+"""Sizes and strides of an operand in a signature."""
+
+
+def _without_sizes(key: str) -> str:
+    return _SIZES.sub("[]", key)
+
+
+def _numel(key: str) -> int:
+    """Numbers in all operands of a signature, at least 1."""
+    shapes = (found[1].split("x") if found[1] else [] for found in _SIZES.finditer(key))
+    return max(sum(math.prod(map(int, sizes)) for sizes in shapes), 1)
 
 
 def save_table(table: CostTable, path: Path) -> None:

@@ -63,6 +63,36 @@ def _matmul(a: tuple[Dim, ...], b: tuple[Dim, ...]) -> Any:
     return 2 * math.prod(a) * b[-1]
 
 
+def _products(shapes: Shapes, node: Node) -> Any:
+    """Of the first half of the operands with the second, one by one."""
+    half = len(shapes) // 2
+    return sum(_matmul(a, b) for a, b in zip(shapes[:half], shapes[half:], strict=True))
+
+
+def _grouped(shapes: Shapes, node: Node) -> Any:
+    """Of matrices whose rows, columns or inner dim belong to one group each: [t, k] and [g, k, n]; [g, m, k] and
+    [k, t], of which each column belongs to one; [m, t] and [t, n]; or one for each group.
+    """
+    a, b = shapes[:2]
+    return _matmul(a[1:] if len(a) > len(b) else a, b)
+
+
+def _packed(shapes: Shapes, node: Node) -> Any:
+    """Of rows with a matrix that is packed in some way: its columns are those of the result."""
+    return 2 * math.prod(shapes[0]) * _result(node)[-1]
+
+
+def _vector(shapes: Shapes, node: Node) -> Any:
+    """Of a matrix, or a vector, with the vector behind it."""
+    return 2 * math.prod(shapes[-2])
+
+
+def _result(node: Node) -> tuple[Dim, ...]:
+    kind = node.results[0].type
+    assert isinstance(kind, TensorType)
+    return kind.shape
+
+
 def _attention(num_matmuls: int) -> Callable[[Shapes, Node], Any]:
     """Attention by this many matmuls of queries by keys: two forward, five backward. A causal kernel does half.
 
@@ -70,31 +100,89 @@ def _attention(num_matmuls: int) -> Callable[[Shapes, Node], Any]:
     """
 
     def rule(shapes: Shapes, node: Node) -> Any:
-        query, key = (shapes[1], shapes[2]) if "backward" in node.op else (shapes[0], shapes[1])
+        query, key = _query_and_key(shapes, node)
         batch, heads, num_queries, size = query
-        is_causal = any(a is True for a in (*node.args, *dict(node.kwargs).values()))
-        return num_matmuls * (1 if is_causal else 2) * batch * heads * num_queries * key[2] * size
+        return num_matmuls * _share(node) * batch * heads * num_queries * key[2] * size
 
     return rule
 
 
+def _attention_by_tokens(num_matmuls: int) -> Callable[[Shapes, Node], Any]:
+    """The same with query [batch, queries, heads, size], or [queries, heads, size] of all sequences together: there
+    `max_k` says how many keys each query has at most.
+    """
+
+    def rule(shapes: Shapes, node: Node) -> Any:
+        query, key = _query_and_key(shapes, node)
+        numbers = _numbers(node)
+        num_keys = key[1] if len(key) == 4 else numbers[1] if len(numbers) > 1 else key[0]
+        return num_matmuls * _share(node) * math.prod(query) * num_keys
+
+    return rule
+
+
+def _query_and_key(shapes: Shapes, node: Node) -> tuple[tuple[Dim, ...], tuple[Dim, ...]]:
+    return (shapes[1], shapes[2]) if "backward" in node.op else (shapes[0], shapes[1])
+
+
+def _share(node: Node) -> int:
+    """Operations for each multiplication of a matmul: two, or half of them where a kernel is causal."""
+    return 1 if _is_causal(node) else 2
+
+
+def _is_causal(node: Node) -> bool:
+    name = node.op.split(".")[1]
+    if name.startswith("_efficient_attention"):
+        return _numbers(node)[-1:] in ([1], [2])  # the kind of mask
+    truths = [a for a in node.args if isinstance(a, bool)]
+    if name in _WITH_LOGSUMEXP:
+        truths = truths[1:]
+    return dict(node.kwargs).get("is_causal") is True or truths[:1] == [True]
+
+
+_WITH_LOGSUMEXP = {
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_cudnn_attention_forward",
+}
+"""Those whose first truth says whether the logarithm of sums is wanted; the next is `is_causal`."""
+
+
+def _numbers(node: Node) -> list[int]:
+    return [a for a in node.args if isinstance(a, int) and not isinstance(a, bool)]
+
+
 def _convolution(shapes: Shapes, node: Node) -> Any:
-    out = node.results[0].type
-    assert isinstance(out, TensorType)
-    return 2 * out.numel * math.prod(shapes[1][1:])
+    """Each number of the result, or of the input where it is transposed, by the filter."""
+    return 2 * math.prod(shapes[0] if _is_transposed(node) else _result(node)) * math.prod(shapes[1][1:])
 
 
 def _convolution_backward(shapes: Shapes, node: Node) -> Any:
     """Twice the forward: to the input, and to the weight. Operands: gradient, input, weight."""
     num_wanted = sum(isinstance(r.type, TensorType) for r in node.results[:2])
-    return num_wanted * 2 * math.prod(shapes[0]) * math.prod(shapes[2][1:])
+    return num_wanted * 2 * math.prod(shapes[1 if _is_transposed(node) else 0]) * math.prod(shapes[2][1:])
+
+
+def _is_transposed(node: Node) -> bool:
+    """The argument of that name is the first that is a truth, in those that have it."""
+    found = next((a for a in node.args if isinstance(a, bool)), False)
+    return found and node.op.split(".")[1] in _TRANSPOSABLE
+
+
+_TRANSPOSABLE = {"convolution", "_convolution", "convolution_overrideable", "convolution_backward"}
 
 
 _RULES: Mapping[FlopRule, Callable[[Shapes, Node], Any]] = {
     "product": lambda s, n: _matmul(s[0], s[1]),
     "sum and product": lambda s, n: _matmul(s[1], s[2]),
+    "products": _products,
+    "grouped product": _grouped,
+    "packed product": _packed,
+    "vector product": _vector,
     "attention": _attention(2),
     "attention backward": _attention(5),
+    "attention by tokens": _attention_by_tokens(2),
+    "attention by tokens backward": _attention_by_tokens(5),
     "convolution": _convolution,
     "convolution backward": _convolution_backward,
     "projected loss": lambda s, n: _matmul(s[0], s[1][::-1]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from zgraph.cost.device_workspace import device_workspace_bytes
 from zgraph.ir import Node, TensorType
 from zgraph.ir.external_ops import Scratch, facts
 from zgraph.ir.symbols import evaluate
@@ -30,9 +31,9 @@ Kinds = Sequence[TensorType]
 
 
 def workspace_bytes(node: Node, hints: Hints) -> int:
-    """Bytes that a node's op takes beside its operands and results while it runs."""
+    """Bytes that a node's op takes beside its operands and results while it runs, on processors or on a GPU."""
     if NUM_THREADS not in hints:
-        return 0
+        return device_workspace_bytes(node, hints)
     packet = ".".join(node.op.split(".")[:2])
     if packet in REGISTERED:
         return REGISTERED[packet](node, hints)

@@ -15,7 +15,7 @@ from torch import nn
 
 from zgraph.bridge.aten import compute_dtype
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
-from zgraph.bridge.target import MEMORY_MARGIN, Target, cost_table, num_bytes
+from zgraph.bridge.target import MEMORY_MARGIN, Target, cost_table, num_bytes, planned_budget
 from zgraph.errors import UsageError
 from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.stage_plan import Planner, StagePlan
@@ -145,7 +145,8 @@ def plan(
         args, kwargs: what its forward is called with on one rank; only shapes and dtypes matter.
         hardware: a profile's name (`16x8-h100`), as in `zgraph.compile`.
         num_ranks: ranks to shard over; by default all devices of the hardware.
-        memory_budget: bytes of one rank; by default the device's memory less a margin of 6 %.
+        memory_budget: bytes of one rank; by default the device's memory less a margin of 6 %, or more on
+            small GPUs.
         stage: a stage, or several; by default all, and the best of them once more with small parameters kept whole if
             that is faster. `zgraph.compile(model, stage=found.best.stage_of)` takes it.
         offload: what may go to the host's memory, as in `zgraph.compile`.
@@ -222,8 +223,7 @@ def _planner(
     costs = cost_table(target, torch.device("cpu"))
     hardware = costs.hardware
     count = hardware.num_devices if num_ranks is None else num_ranks
-    device_bytes = int(hardware.device.memory_bytes * (1 - MEMORY_MARGIN))
-    budget = device_bytes if memory_budget is None else num_bytes(memory_budget)
+    budget = planned_budget(hardware, count) if memory_budget is None else num_bytes(memory_budget)
     host_bytes = hardware.host_memory_bytes * (1 - MEMORY_MARGIN) / hardware.spread(count)[1]
     return partial(
         Planner,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
-from zgraph.bridge.target import MEMORY_MARGIN, Target, capability_of, cost_table, num_bytes
+from zgraph.bridge.target import Target, capability_of, cost_table, num_bytes, planned_budget
 from zgraph.capture.deep import capture_deep
 from zgraph.certify.certificate import Certifier
 from zgraph.cost.rest import at_rest
@@ -51,11 +51,7 @@ def traced(
     count = costs.hardware.num_devices if num_ranks is None else num_ranks
     if count < 1:
         raise UsageError(f"num_ranks must be 1 or more, not {count}")
-    budget = (
-        int(costs.hardware.device.memory_bytes * (1 - MEMORY_MARGIN))
-        if memory_budget is None
-        else num_bytes(memory_budget)
-    )
+    budget = planned_budget(costs.hardware, count) if memory_budget is None else num_bytes(memory_budget)
     dtype = as_dtype_or_none(param_dtype, "param_dtype")
     graph, how = capture_deep(model, inputs, dtype, capability_of(costs.hardware))
     mesh = (Axis("shard", count),) if count > 1 else ()

@@ -57,8 +57,14 @@ Zero = Literal["first", "any", "all"]
 Work = Literal[
     "product",
     "sum and product",
+    "products",
+    "grouped product",
+    "packed product",
+    "vector product",
     "attention",
     "attention backward",
+    "attention by tokens",
+    "attention by tokens backward",
     "convolution",
     "convolution backward",
     "projected loss",
@@ -76,6 +82,9 @@ Scratch = Literal[
     "convolution backward",
 ]
 """Memory beside operands and results on processors, in `zgraph.cost.workspace`."""
+
+DeviceScratch = Literal["attention backward", "attention by tokens backward", "embedding backward", "sorted rows"]
+"""The same on GPUs, in `zgraph.cost.device_workspace`."""
 
 Indexing = Literal["rows", "dim", "dims", "flat", "classes", "class", "class of scores", "logits", "projected"]
 """Which operand holds indices, and of what, in `zgraph.debugging.ranges`."""
@@ -97,6 +106,7 @@ class Facts:
         opens_files: whether it reads or writes files, so that no graph may have it.
         work: how FLOP are counted; None where it has no matmul.
         scratch: memory that it needs beside operands and results on processors; None where it is negligible.
+        device_scratch: the same on GPUs.
         indexing: which operand holds indices; None where none does.
     """
 
@@ -111,6 +121,7 @@ class Facts:
     opens_files: bool = False
     work: Work | None = None
     scratch: Scratch | None = None
+    device_scratch: DeviceScratch | None = None
     indexing: Indexing | None = None
 
     @property
@@ -178,10 +189,15 @@ _ROWS = (
     Facts("aten.index_fill.int_Scalar", indexing="dim"),
     Facts("aten.index.Tensor", elements="chosen", indexing="dims"),
     Facts("aten._unsafe_index.Tensor", indexing="dims"),
-    Facts("aten.index_put.default", indexing="dims"),
+    Facts("aten.index_put.default", device_scratch="sorted rows", indexing="dims"),
     Facts("aten.take.default", indexing="flat"),
     Facts("aten.one_hot.default", indexing="classes"),
-    Facts("aten.embedding_dense_backward.default", scratch="dense first", indexing="class"),
+    Facts(
+        "aten.embedding_dense_backward.default",
+        scratch="dense first",
+        device_scratch="embedding backward",
+        indexing="class",
+    ),
     Facts("aten.nll_loss_forward.default", indexing="class of scores"),
     Facts("aten.nll_loss2d_forward.default", indexing="class of scores"),
     Facts(LOSS, indexing="logits"),
@@ -205,9 +221,28 @@ _ROWS = (
     Facts("aten.mm.default", zero="any", takes_epilogue=True, work="product"),
     Facts("aten.bmm", work="product"),
     Facts("aten.bmm.default", zero="any", takes_epilogue=True, work="product"),
-    Facts("aten._grouped_mm", work="product"),
+    Facts("aten._foreach_mm", work="products"),
+    Facts("aten._scaled_mm", work="product"),
+    Facts("aten._scaled_mm_v2", work="product"),
+    Facts("aten._int_mm", work="product"),
+    Facts("aten._grouped_mm", work="grouped product"),
+    Facts("aten._scaled_grouped_mm", work="grouped product"),
+    Facts("aten._scaled_grouped_mm_v2", work="grouped product"),
+    Facts("aten.linear", work="packed product"),
+    Facts("aten.mkldnn_linear", work="packed product"),
+    Facts("aten._weight_int8pack_mm", work="packed product"),
+    Facts("aten._weight_int4pack_mm", work="packed product"),
+    Facts("aten._weight_int4pack_mm_for_cpu", work="packed product"),
+    Facts("aten._weight_int4pack_mm_with_scales_and_zeros", work="packed product"),
+    Facts("aten._dyn_quant_matmul_4bit", work="packed product"),
+    Facts("aten._mixed_dtypes_linear", work="packed product"),
+    Facts("aten.mv", work="vector product"),
+    Facts("aten.addmv", work="vector product"),
+    Facts("aten.dot", work="vector product"),
+    Facts("aten.vdot", work="vector product"),
     Facts(MATMUL, work="product"),
     Facts("aten.addmm", work="sum and product"),
+    Facts("aten.addbmm", work="sum and product"),
     Facts("aten.addmm.default", takes_epilogue=True, work="sum and product"),
     Facts("aten.baddbmm", work="sum and product"),
     Facts(RECTIFIED, work="sum and product"),
@@ -218,16 +253,56 @@ _ROWS = (
     Facts("aten._scaled_dot_product_cudnn_attention", work="attention"),
     Facts("aten._scaled_dot_product_fused_attention_overrideable", work="attention"),
     Facts("aten._scaled_dot_product_flash_attention_for_cpu", work="attention", scratch="attention"),
-    Facts("aten._scaled_dot_product_flash_attention_backward", work="attention backward"),
-    Facts("aten._scaled_dot_product_efficient_attention_backward", work="attention backward"),
-    Facts("aten._scaled_dot_product_cudnn_attention_backward", work="attention backward"),
-    Facts("aten._scaled_dot_product_fused_attention_overrideable_backward", work="attention backward"),
+    Facts("aten._cudnn_attention_forward", work="attention"),
+    Facts("aten._flash_attention_forward", work="attention by tokens"),
+    Facts("aten._efficient_attention_forward", work="attention by tokens"),
+    Facts(
+        "aten._scaled_dot_product_flash_attention_backward",
+        work="attention backward",
+        device_scratch="attention backward",
+    ),
+    Facts(
+        "aten._scaled_dot_product_efficient_attention_backward",
+        work="attention backward",
+        device_scratch="attention backward",
+    ),
+    Facts(
+        "aten._scaled_dot_product_cudnn_attention_backward",
+        work="attention backward",
+        device_scratch="attention backward",
+    ),
+    Facts(
+        "aten._scaled_dot_product_fused_attention_overrideable_backward",
+        work="attention backward",
+        device_scratch="attention backward",
+    ),
+    Facts("aten._cudnn_attention_backward", work="attention backward", device_scratch="attention backward"),
+    Facts(
+        "aten._flash_attention_backward",
+        work="attention by tokens backward",
+        device_scratch="attention by tokens backward",
+    ),
+    Facts(
+        "aten._efficient_attention_backward",
+        work="attention by tokens backward",
+        device_scratch="attention by tokens backward",
+    ),
     Facts(
         "aten._scaled_dot_product_flash_attention_for_cpu_backward",
         work="attention backward",
         scratch="attention backward",
+        device_scratch="attention backward",
     ),
     Facts("aten.convolution", work="convolution", scratch="convolution"),
+    Facts("aten._convolution", work="convolution"),
+    Facts("aten.convolution_overrideable", work="convolution"),
+    Facts("aten.cudnn_convolution", work="convolution"),
+    Facts("aten.miopen_convolution", work="convolution"),
+    Facts("aten.mkldnn_convolution", work="convolution"),
+    Facts("aten._slow_conv2d_forward", work="convolution"),
+    Facts("aten.slow_conv3d_forward", work="convolution"),
+    Facts("aten._conv_depthwise2d", work="convolution"),
+    Facts("aten.conv_depthwise3d", work="convolution"),
     Facts("aten.convolution_backward", work="convolution backward", scratch="convolution backward"),
     # Files.
     Facts("aten.from_file", opens_files=True),

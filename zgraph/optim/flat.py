@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import FROM_TORCH
+from zgraph.codegen.fallback import has_failed
 from zgraph.codegen.kernels import can_launch, launch
 from zgraph.codegen.spec import KernelSpec
 from zgraph.errors import UsageError
@@ -162,7 +163,7 @@ class FlatOptimizer(Optimizer):
         rest: list[Piece] = []
         fused: list[Piece] = []
         for piece in pieces:
-            (fused if self.kernels == "triton" and _takes_kernel(piece) else rest).append(piece)
+            (fused if self.kernels == "triton" and self._takes_kernel(group, piece) else rest).append(piece)
         if rest:
             self._aten(group, age, rest)
             for piece in rest:
@@ -176,14 +177,24 @@ class FlatOptimizer(Optimizer):
     def _launch(self, group: Group, piece: Piece, scalars: list[torch.Tensor]) -> None:
         """Update a piece, and its copy in the same pass, by the generated kernel."""
         outs = [piece.parameter, *piece.states, *([piece.copy] if piece.copy is not None else [])]
-        parameter, gradient = (FROM_TORCH[t.dtype].value for t in (piece.parameter, piece.gradient))
-        copy = FROM_TORCH[piece.copy.dtype].value if piece.copy is not None else ""
         whole = piece.parameter.numel() // COLUMNS * COLUMNS
         for columns, part in ((COLUMNS, slice(None, whole)), (1, slice(whole, None))):
             reads, writes = ([t.view(-1)[part] for t in tensors] for tensors in (piece.tensors, outs))
             if num_rows := reads[0].numel() // columns:
-                spec = self._spec(group, columns, parameter, gradient, copy)
-                launch(spec, [*reads, *scalars], num_rows, writes)
+                launch(self._spec_of(group, columns, piece), [*reads, *scalars], num_rows, writes)
+
+    def _spec_of(self, group: Group, columns: int, piece: Piece) -> KernelSpec:
+        """The kernel that updates rows of a piece."""
+        parameter, gradient = (FROM_TORCH[t.dtype].value for t in (piece.parameter, piece.gradient))
+        copy = FROM_TORCH[piece.copy.dtype].value if piece.copy is not None else ""
+        return self._spec(group, columns, parameter, gradient, copy)
+
+    def _takes_kernel(self, group: Group, piece: Piece) -> bool:
+        """Whether a kernel can update a piece, and none like it has failed."""
+        dense = all(t.is_contiguous() for t in (*piece.tensors, *([piece.copy] if piece.copy is not None else [])))
+        if not dense or not can_launch(piece.parameter.device):
+            return False
+        return not any(has_failed(self._spec_of(group, columns, piece)) for columns in (COLUMNS, 1))
 
     # --- states --------------------------------------------------------------------------------------------------
 
@@ -220,11 +231,6 @@ class FlatOptimizer(Optimizer):
         """As torch's; the states go where this optimizer keeps them."""
         super().load_state_dict(state_dict)
         self.give_states(p for group in self.param_groups for p in group["params"] if self.state.get(p))
-
-
-def _takes_kernel(piece: Piece) -> bool:
-    dense = all(t.is_contiguous() for t in (*piece.tensors, *([piece.copy] if piece.copy is not None else [])))
-    return dense and can_launch(piece.parameter.device)
 
 
 def check_numbers(numbers: Mapping[str, float], decays: Mapping[str, float]) -> None:

@@ -150,8 +150,9 @@ def resolve(
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     costs = cost_table(hardware, device)
-    budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device)
     mesh = _mesh(device, mesh)
+    num_ranks = mesh.size() if mesh is not None else 1
+    budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device, num_ranks)
     if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
         raise ContractError(f"the recipe '{pipeline}' places nothing on the {mesh.size()} ranks; add partition to it")
     moves = activations(offload, budget, is_gpu=is_gpu)
