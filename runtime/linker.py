@@ -13,6 +13,7 @@ from zgraph.ir import InputKind, OutputKind, Phase, Plan, Program
 from zgraph.runtime.agreement import plan_text, wire_of
 from zgraph.runtime.executor import Runner, link
 from zgraph.runtime.gradients import Gradient, needs_token, token
+from zgraph.runtime.interpreted import Interpreted
 from zgraph.runtime.recorder import Watcher
 from zgraph.runtime.regions import Regions
 from zgraph.runtime.session import Session
@@ -54,10 +55,11 @@ def link_plan(
         elif entry.target in constants and entry.value.name in plan.resident:
             resident[entry.value.name] = constants[entry.target].to(session.device)
     session.plans.append(plan)
+    together = regions or Interpreted(session.device)
 
     @cache
     def runner(program: Program, watcher: Watcher | None) -> Runner:
-        return link(program, plan, session, resident, watcher, regions or session.interpreted)
+        return link(program, plan, session, resident, watcher, together)
 
     if regions is not None:
         regions.take_context()

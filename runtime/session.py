@@ -16,7 +16,6 @@ from zgraph.ir.layout import chunk_numel
 from zgraph.runtime.agreement import described
 from zgraph.runtime.gloo_transport import Hosts, Lane, host_name
 from zgraph.runtime.host import HostMemory
-from zgraph.runtime.interpreted import Interpreted
 from zgraph.runtime.journal import Moved, journal_of
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.ranges import Ranges
@@ -63,7 +62,6 @@ class Session:
         self.reduce_dtype: torch.dtype | None = None
         self.before_reading: Callable[[], None] | None = None
         self._ranges = Ranges()
-        self.interpreted = Interpreted(store.device)
         self.plans: list[Plan] = []
         self.kinds: dict[str, TensorType] = {}
         self._kept: dict[object, tuple[int, torch.Tensor]] = {}
