@@ -332,7 +332,7 @@ class _Converting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class _Told:
-    """What torch calls when it begins to capture; two for one function are equal."""
+    """Callback for torch when it begins to capture; two for one function are equal."""
 
     begun: Callable[[], None]
 
