@@ -11,11 +11,12 @@ import torch
 from zgraph.bridge.aten import TO_TORCH, effects, resolve, to_torch
 from zgraph.bridge.private_fake import UNKNOWN_RESULTS, deriving
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
-from zgraph.ir import OPS, ExternalOp, Graph, Node, ScalarType, TensorType, Type, Value
+from zgraph.ir import OPS, DType, ExternalOp, Graph, Node, ScalarType, TensorType, Type, Value
 from zgraph.ir.symbols import evaluate
 from zgraph.ir.verifier import Fault
 
 _CPU = torch.device("cpu")
+_LAYER_NORM = "aten.native_layer_norm.default"
 
 
 class Derived:
@@ -92,6 +93,8 @@ class Derived:
         results = list(made) if isinstance(made, tuple | list) else [made]
         if len(results) != len(node.results):
             return f"{node.op} makes {len(results)} results, not {len(node.results)}"
+        if node.op == _LAYER_NORM and node.results[-1].tensor.dtype is DType.f32:
+            results[1:] = [statistic.float() for statistic in results[1:]]  # as GPUs make them
         for value, item in zip(node.results, results, strict=True):
             if text := self.differs(value, item):
                 return text
