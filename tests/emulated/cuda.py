@@ -54,7 +54,7 @@ class Entry:
         stream: where it runs; the host's threads have negative numbers.
         event: its number, which is another for each record.
         host: the thread of the host that launched it, or that waits.
-        site: the functions that ask for the wait, the innermost first.
+        stack: the functions that ask for the wait, the innermost first.
         accesses: what it reads and writes.
     """
 
@@ -63,8 +63,13 @@ class Entry:
     stream: int
     event: int
     host: int
-    site: str
+    stack: tuple[str, ...]
     accesses: tuple[Access, ...]
+
+    @property
+    def site(self) -> str:
+        """The place that asks for the wait: the innermost functions."""
+        return " < ".join(self.stack[:3])
 
     @property
     def holds_host(self) -> bool:
@@ -114,11 +119,10 @@ def recorded() -> Iterator[list[Entry]]:
 
 
 def _entry(line: str) -> Entry:
-    kind, name, stream, event, host, site, accesses = line.split("\t")
-    touched = (map(int, access.split(",")) for access in accesses.split())
-    return Entry(
-        kind, name, int(stream), int(event), int(host), site, tuple(Access(a, n, bool(w)) for a, n, w in touched)
-    )
+    kind, name, stream, event, host, stack, touched = line.split("\t")
+    numbers = (map(int, access.split(",")) for access in touched.split())
+    accesses = tuple(Access(address, num_bytes, bool(writes)) for address, num_bytes, writes in numbers)
+    return Entry(kind, name, int(stream), int(event), int(host), tuple(stack.split()), accesses)
 
 
 def touch(name: str, address: int, num_bytes: int, *, writes: bool, on_host: bool = False) -> None:
@@ -134,13 +138,13 @@ def sited(what: str = "") -> Iterator[None]:
         return
     frame: Any = sys._getframe(2)
     names = [what] if what else []
-    while frame is not None and len(names) < 3:
+    while frame is not None:
         code = frame.f_code
         if code.co_filename.startswith(RUNTIME):
             names.append(code.co_qualname.replace(".<locals>", ""))
         frame = frame.f_back
     _sited.is_inside = True
-    _lib.emulated_site(" < ".join(names).encode())
+    _lib.emulated_site(" ".join(name.replace(" ", "-") for name in names).encode())
     try:
         yield
     finally:

@@ -61,12 +61,12 @@ class Server:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._store: Any = None
 
-    def run(self, job: Callable[..., Any], *args: Any, limit_s: float = 120) -> Any:
-        """Return value of `job(*args)`; of several processes a list.
+    def run(self, job: Callable[..., Any], *args: Any, limit_s: float = 120, **kwargs: Any) -> Any:
+        """Return value of `job(*args, **kwargs)`; of several processes a list.
 
         Args:
             job: a function at the top of a module, which only the processes import.
-            args: what it is called with.
+            args, kwargs: what it is called with.
             limit_s: seconds after which the processes are killed.
 
         Raises:
@@ -75,7 +75,7 @@ class Server:
         if not self.processes:
             self._start()
         for pipe in self.pipes:
-            pipe.send((job.__module__, job.__qualname__, args))
+            pipe.send((job.__module__, job.__qualname__, args, kwargs))
         answers = self._answers(limit_s)
         if failures := [f"rank {r}: {a.text}" for r, a in enumerate(answers) if isinstance(a, _Failure)]:
             self.stop()
@@ -148,11 +148,11 @@ def _serve(group: Group, pipe: Connection) -> None:
     pipe.send("ready")
     while True:
         try:
-            module, name, args = pipe.recv()
+            module, name, args, kwargs = pipe.recv()
         except EOFError:
             return
         try:
-            answer = getattr(importlib.import_module(module), name)(*args)
+            answer = getattr(importlib.import_module(module), name)(*args, **kwargs)
         except BaseException:
             answer = _Failure(traceback.format_exc())
         torch.compiler.reset()

@@ -30,6 +30,7 @@ class Trained:
         expected: the same from plain eager training.
         races: that the log has.
         left_out: for each place that asks for waits, the number of races if it did not.
+        waiting: functions that ask for waits, and those that call them.
         host_waits: for each step, how often the host waited for the device, by place; the first has the capture too.
         streams: of the device that something ran on.
         num_arena: values in arenas.
@@ -40,6 +41,7 @@ class Trained:
     expected: list[float]
     races: list[str]
     left_out: dict[str, int] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
     host_waits: list[dict[str, int]] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     num_arena: int = 0
@@ -84,7 +86,8 @@ def train(case: Case, *, leaves_out: bool = True) -> Trained:
         [float(loss) for loss in losses],
         reference.losses(case),
         [str(race) for race in races(log)],
-        _left_out(log) if leaves_out else {},
+        without_each_wait(log) if leaves_out else {},
+        waiting(log),
         [dict(Counter(f"{e.name} {e.site}".strip() for e in part if e.holds_host)) for part in logs],
         sorted({e.stream for e in log if e.kind == "op" and e.stream >= 0}),
         sum(bool(node.option("at")) for node in nodes),
@@ -124,7 +127,12 @@ def optimizer_of(case: Case, model: Any) -> torch.optim.Optimizer:
     return zgraph.optim.AdamW(model.parameters(), lr=case.rate, **options)
 
 
-def _left_out(log: list[Entry]) -> dict[str, int]:
+def waiting(log: list[Entry]) -> set[str]:
+    """Functions that ask for waits, and those that call them."""
+    return {name for entry in log if entry.waits for name in entry.stack}
+
+
+def without_each_wait(log: list[Entry]) -> dict[str, int]:
     """The number of races for each place that asks for waits, if it did not."""
     sites = sorted({entry.site for entry in log if entry.waits and entry.site})
     return {site: len(races(log, lambda entry, site=site: entry.site == site)) for site in sites}

@@ -166,10 +166,6 @@ inline bool is_view(const c10::FunctionSchema& schema, const std::string& name) 
   return false;
 }
 
-inline bool is_mask(const at::Tensor& index) {
-  return index.scalar_type() == at::kBool || index.scalar_type() == at::kByte;
-}
-
 inline bool writes_to(const c10::Argument& argument) {
   return argument.alias_info() != nullptr && argument.alias_info()->isWrite();
 }
@@ -216,7 +212,6 @@ inline void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       c10::List<std::optional<at::Tensor>> made;
       for (std::optional<at::Tensor> tensor : value.toOptionalTensorList()) {
         if (tensor && tensor->defined()) {
-          host_waits = host_waits || is_mask(*tensor);
           made.push_back(take(*tensor, writes));
         } else {
           made.push_back(tensor);
