@@ -128,10 +128,7 @@ def drawn(seed: int) -> Case:
 
 
 OFTEN = (
-    "stage 0",
-    "stage 1",
     "stage 3",
-    "stage 0, 3 micro-steps",
     "stage 1, 3 micro-steps",
     "stage 2, 3 micro-steps",
     "stage 3, arena",
@@ -139,9 +136,7 @@ OFTEN = (
     "stage 3, grouped, 2 micro-steps",
     "grid, stage 3",
     "grid, buckets",
-    "grid, uneven",
     "uneven over three",
-    "tied",
     "bf16",
     "one rank",
     "offload optimizer, stage 1",

@@ -44,14 +44,6 @@ def trained(echoes: Server) -> Callable[[str], Trained]:
 
 
 @pytest.fixture(scope="session")
-def alone(built: None) -> Iterator[Server]:
-    """One process without a group."""
-    server = Server()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="session")
 def pair(built: None) -> Iterator[Server]:
     """Two ranks over gloo."""
     server = Server("staged", 2)

@@ -56,11 +56,9 @@ class Echo:
 
 
 def join(group: Group) -> None:
-    """Make this process a rank of a group, if there is one, and have waits for others written down."""
+    """Make this process a rank of a group, and have waits for others written down."""
     Work.around_wait = cuda.sited  # type: ignore[assignment]
     threads.watch()
-    if not group.kind:
-        return
     dist.get_backend = lambda group=None: "nccl"
     store: dist.Store
     if group.kind == "staged":

@@ -28,7 +28,7 @@ class Group:
     """The process group of a process.
 
     Args:
-        kind: "echo", whose other ranks are echoes; "staged", over gloo; "" for none.
+        kind: "echo", whose other ranks are echoes, or "staged", over gloo.
         rank: of the process.
         num_ranks: of the group.
         port: where the ranks of "staged" meet.
@@ -36,8 +36,8 @@ class Group:
     """
 
     kind: str
-    rank: int = 0
-    num_ranks: int = 1
+    rank: int
+    num_ranks: int
     port: int = 0
     folder: str = ""
 
@@ -54,7 +54,7 @@ class Server:
         num_ranks: of the group: an "echo" is one process all the same.
     """
 
-    def __init__(self, kind: str = "", num_ranks: int = 1) -> None:
+    def __init__(self, kind: str, num_ranks: int) -> None:
         self.kind, self.num_ranks = kind, num_ranks
         self.processes: list[multiprocessing.process.BaseProcess] = []
         self.pipes: list[Connection] = []

@@ -22,7 +22,7 @@ CASES = {
     "offload activations": Case(net="deep", num_rows=256, options=recipe(3, "offload(num_bytes=100000)")),
     "states on the host": Case(optimizer={"state": "host", "chunk_bytes": 8192}),
 }
-OFTEN = ("stage 1, 2 micro-steps", "grouped", "uneven", "offload parameters")
+OFTEN = ("stage 1, 2 micro-steps", "grouped", "offload parameters")
 
 
 @pytest.mark.parametrize("name", [*OFTEN, *(deep(name) for name in CASES if name not in OFTEN)])

@@ -9,7 +9,7 @@ from tests.emulated.cases import CASES, OFTEN, drawn
 from tests.emulated.server import Server
 from tests.emulated.training import Trained, train
 
-NUM_DRAWN, NUM_DRAWN_DEEP = 6, 40
+NUM_DRAWN, NUM_DRAWN_DEEP = 4, 40
 
 ALL = [*OFTEN, *(deep(name) for name in CASES if name not in OFTEN)]
 SEEDS = [*range(NUM_DRAWN), *(deep(seed) for seed in range(NUM_DRAWN, NUM_DRAWN_DEEP))]

@@ -1,5 +1,6 @@
 // A device that is called "cuda" and is the processor, for a torch that is built without CUDA. It is loaded before
 // torch is imported. Python speaks to it through the functions at the end.
+#include <ATen/native/transformers/attention.h>
 #include <torch/library.h>
 
 #include "hooks.h"
@@ -13,6 +14,10 @@ using namespace emulated;
 
 C10_REGISTER_GUARD_IMPL(CUDA, emulated::Guard);
 REGISTER_ALLOCATOR(c10::DeviceType::CUDA, &emulated::device_allocator);
+
+namespace at::native {
+REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &emulated::attention_kernel);
+}  // namespace at::native
 
 TORCH_LIBRARY_IMPL(_, CUDA, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&emulated::run>());

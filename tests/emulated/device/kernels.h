@@ -259,6 +259,23 @@ inline void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
 }
 
+// --- attention -------------------------------------------------------------------------------------------------
+
+// The kernel that a GPU takes: flash attention (1) of few bits without a mask, else the memory-efficient one (2). The
+// processor has neither, so that nets which ask for attention can be captured here, but not run.
+inline int64_t attention_kernel(
+    const at::Tensor& query,
+    const at::Tensor&,
+    const at::Tensor&,
+    const std::optional<at::Tensor>& mask,
+    double,
+    bool,
+    std::optional<double>,
+    bool) {
+  bool has_mask = mask && mask->defined();
+  return !has_mask && query.element_size() == 2 ? 1 : 2;
+}
+
 // --- memory ----------------------------------------------------------------------------------------------------
 
 inline at::Tensor empty(
