@@ -22,7 +22,7 @@ test-deep: test
 test-ranks: $(VENV)/.test
 	$(BIN)/python -m pytest tests/distributed tests/kernels
 
-test-rest: $(VENV)/.test $(VENV)/.chromium
+test-rest: $(VENV)/.test $(VENV)/.chromium $(VENV)/.compiler
 	$(BIN)/python -m pytest tests --ignore tests/distributed --ignore tests/kernels
 
 lint: $(VENV)/.test
@@ -61,6 +61,12 @@ $(VENV)/.test: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)/.chromium: $(VENV)/.python
 	command -v chromium || { apt-get update && apt-get install --yes --no-install-recommends chromium; } || \
 		echo "no chromium: the tests of the HTML report are skipped"
+	touch $@
+
+# A C++ compiler, for the tests on an emulated GPU; without it, and without the right to install it, they are skipped.
+$(VENV)/.compiler: $(VENV)/.python
+	command -v g++ || { apt-get update && apt-get install --yes --no-install-recommends g++; } || \
+		echo "no g++: the tests on an emulated GPU are skipped"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.python pyproject.toml constraints.txt

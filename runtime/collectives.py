@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -86,37 +86,47 @@ def all_gather_start(node: Node, session: Session) -> Execute:
 
     Chunks on the host are brought to the device first, on the lane of copies: what computes waits for neither.
     """
-    if node.operands[0].tensor.is_on_host:
-        return _gather_from_host(node, session)
-    return _gather(node, session)
-
-
-def _gather_from_host(node: Node, session: Session) -> Execute:
-    gather, host = _gather(node, session), session.host
-
-    def execute(*chunks: torch.Tensor, arena: torch.Tensor | None = None) -> Any:
-        pairs = [host.reload(chunk) for chunk in chunks]
-        with host.after(copy for _, copy in pairs):
-            return gather(*(chunk for chunk, _ in pairs), arena=arena)
-
-    return execute
-
-
-def _gather(node: Node, session: Session) -> Execute:
-    num_shards = session.num_shards
-    wanted = [(_shape(r.tensor), _numel(r.tensor)) for r in node.results]
     keys = [object() if node.option("keep") else None for _ in node.results]
-    place, name, moved = _place(node), described(node), session.moved(node)
+    empty, gather, host = _whole_memory(node, session), _gather(node, session, keys), session.host
+    are_on_host, name = node.operands[0].tensor.is_on_host, described(node)
 
     def execute(*chunks: torch.Tensor, arena: torch.Tensor | None = None) -> Any:
         kept = [k for key in keys if key is not None and (k := session.kept_copy(key)) is not None]
         if len(kept) == len(keys):
             return _one_or_all([Future(name, None, None, partial(_item, kept, i)) for i in range(len(kept))])
+        outs = empty(chunks, arena)  # of the stream that computes, where they are read and freed
+        if not are_on_host:
+            return gather(chunks, outs)
+        pairs = [host.reload(chunk) for chunk in chunks]
+        with host.after(copy for _, copy in pairs):
+            return gather([chunk for chunk, _ in pairs], outs)
+
+    return execute
+
+
+def _whole_memory(
+    node: Node, session: Session
+) -> Callable[[Sequence[torch.Tensor], torch.Tensor | None], list[torch.Tensor]]:
+    """Memory on the device for what a gather gives, one row a rank."""
+    num_shards, place = session.num_shards, _place(node)
+
+    def empty(chunks: Sequence[torch.Tensor], arena: torch.Tensor | None) -> list[torch.Tensor]:
         if arena is None:
-            outs = [chunk.new_empty(num_shards, chunk.numel()) for chunk in chunks]
-        else:
-            flats = [place(arena, i, num_shards * c.numel(), c.dtype) for i, c in enumerate(chunks)]
-            outs = [flat.view(num_shards, chunk.numel()) for flat, chunk in zip(flats, chunks, strict=True)]
+            return [torch.empty(num_shards, c.numel(), dtype=c.dtype, device=session.device) for c in chunks]
+        flats = [place(arena, i, num_shards * c.numel(), c.dtype) for i, c in enumerate(chunks)]
+        return [flat.view(num_shards, chunk.numel()) for flat, chunk in zip(flats, chunks, strict=True)]
+
+    return empty
+
+
+def _gather(
+    node: Node, session: Session, keys: Sequence[object | None]
+) -> Callable[[Sequence[torch.Tensor], list[torch.Tensor]], Any]:
+    """A gather of chunks on the device into memory that is there; a result with a key may be kept."""
+    wanted = [(_shape(r.tensor), _numel(r.tensor)) for r in node.results]
+    name, moved = described(node), session.moved(node)
+
+    def gather(chunks: Sequence[torch.Tensor], outs: list[torch.Tensor]) -> Any:
         if session.lane is not None:
             parts = [(out.unbind(), chunk) for out, chunk in zip(outs, chunks, strict=True)]
             work: Work = session.lane.all_gather(*parts, moved=moved)
@@ -134,7 +144,7 @@ def _gather(node: Node, session: Session) -> Execute:
 
         return _one_or_all([Future(name, work, c, partial(finish, i)) for i, c in enumerate(chunks)])
 
-    return execute
+    return gather
 
 
 def reduce_scatter_start(node: Node, session: Session) -> Execute:

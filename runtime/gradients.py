@@ -27,7 +27,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from zgraph.bridge import private_runtime
 from zgraph.errors import UsageError
@@ -268,12 +272,14 @@ class _Waiting:
         pass
 
 
-def reduce_before_steps(session: Session) -> None:
+def watch_steps(session: Session) -> None:
     """Have every optimizer reduce first what is unreduced: a loader may end within an accumulation.
 
-    The step would else part the ranks.
+    The step would else part the ranks. On the host it begins once nothing is copied from there. What it changes is
+    noticed even where torch does not count it: steps over lists of DTensors raise no version (torch 2.13).
     """
     watched = weakref.ref(session)
+    versions: list[int] = []
 
     @torch.no_grad()
     def before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -288,19 +294,15 @@ def reduce_before_steps(session: Session) -> None:
             parameter = slot.parameter
             if id(parameter) in stepped and (made := reduced(session, slot)) is not None:
                 parameter.grad, slot.holds_unreduced = _laid_out(made, parameter), False
+        session.store.copies.settle()
+        versions.append(session.store.version)
 
-    weakref.finalize(session, register_optimizer_step_pre_hook(before).remove)
+    def after(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        session = watched()
+        if session is None or not versions or versions.pop() != session.store.version:
+            return
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        private_runtime.bump_version([p for s in session.store.slots.values() if id(p := s.parameter) in stepped])
 
-
-def settle_before_steps(session: Session) -> None:
-    """Have every optimizer wait first for copies that still read masters, or what is cast of them, on the host.
-
-    The last forward may have been one without a backward, behind which nothing waits.
-    """
-    watched = weakref.ref(session)
-
-    def before(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        if (found := watched()) is not None:
-            found.store.copies.settle()
-
-    weakref.finalize(session, register_optimizer_step_pre_hook(before).remove)
+    for hook in (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)):
+        weakref.finalize(session, hook.remove)

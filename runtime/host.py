@@ -199,6 +199,7 @@ class CopyLane:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._thread = ThreadPoolExecutor(1, "zgraph-copies") if self.stream is None else None
+        self._last: torch.cuda.Event | None = None
 
     def start(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
         """Begin to copy. Both must stay alive until the copy has been waited for."""
@@ -210,12 +211,18 @@ class CopyLane:
             target.copy_(source, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self.stream)
+        self._last = event
         return Copy(event)
 
     def synchronize(self) -> None:
         """The host sees all copies that were started."""
         if self.stream is not None:
             self.stream.synchronize()
+
+    def settle(self) -> None:
+        """The host may write to what was copied from: mostly these copies are over long since."""
+        if self._last is not None and not self._last.query():  # type: ignore[no-untyped-call]
+            self._last.synchronize()
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -94,6 +94,6 @@ class WorkingCopies:
 
     def settle(self) -> None:
         """Wait for copies that still read the host's memory: somebody is about to write there."""
-        self.host.to_device.synchronize()
+        self.host.to_device.settle()
         for copy in self._arriving.values():
             copy.synchronize()

@@ -47,6 +47,26 @@ def test_masters_of_another_dtype_train_the_same(offload):
     assert moved.report.rest_bytes == (whole.report.rest_bytes // 2 if offload == "optimizer" else 0)
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}])
+def test_updates_that_torch_does_not_count_are_noticed(options):
+    """torch's fused step raises the version of no tensor."""
+    losses = []
+    for given in ({}, options):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = zgraph.compile(llama(), param_dtype=torch.bfloat16, offload="optimizer")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **given)
+        losses.append([])
+        for _ in range(3):
+            loss = model(**batch("llama", 0)).loss
+            loss.backward()
+            losses[-1].append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[1][1] < losses[1][0] - 0.1, "the update is computed with"
+
+
 def test_gradients_of_several_micro_steps_are_summed_on_the_host():
     grads = []
     for offload in (None, "parameters"):

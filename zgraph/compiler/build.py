@@ -28,7 +28,7 @@ from zgraph.passes.fuse import Fuse
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.agreement import settings_lines
 from zgraph.runtime.eager_fallback import eager_fallback
-from zgraph.runtime.gradients import attached, reduce_before_steps, settle_before_steps
+from zgraph.runtime.gradients import attached, watch_steps
 from zgraph.runtime.interrupts import say_little
 from zgraph.runtime.loading import checked_loading, place_state_dict
 from zgraph.runtime.materialise import check_initialisable, materialise_buffers
@@ -111,10 +111,8 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     if settings.fullgraph is False:  # a piece would end where `ready` is needed
         _make_ready(model, structure)
     say_little()
-    if settings.offloads:
-        settle_before_steps(session)
-    if not session.is_alone:
-        reduce_before_steps(session)
+    if settings.offloads or not session.is_alone:
+        watch_steps(session)
     if settings.fullgraph != "eager":
         drop_gradient_hooks(model)
         frontend = Frontend(

@@ -36,7 +36,8 @@ def stream(
     def work_off() -> None:
         leaving.extend(waiting.pop(0).update(update))
         while len(leaving) > NUM_LEAVING:
-            leaving.pop(0)[0].synchronize()
+            copy, _ = leaving.pop(0)  # the tensor that is read lives until then
+            copy.synchronize()
 
     for part in (part for piece in pieces for part in _parts(piece, chunk_bytes)):
         waiting.append(_Visit(part, host, disk, stays))

@@ -1,0 +1,38 @@
+"""How often the host stands still for the device in a step, once everything is compiled."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.emulated.cases import CASES, OFTEN
+from tests.emulated.server import Server
+from tests.emulated.snippets import clipped, engine_steps
+from tests.emulated.training import Trained
+
+
+def is_plain(name: str) -> bool:
+    case = CASES[name]
+    return not case.options.get("offload") and not case.optimizer and case.options.get("fullgraph") != "eager"
+
+
+@pytest.mark.parametrize("name", [name for name in OFTEN if is_plain(name)])
+def test_no_step_waits(trained: Callable[[str], Trained], name: str) -> None:
+    assert trained(name).host_waits[1:] == [{}] * (CASES[name].num_steps - 1)
+
+
+@pytest.mark.parametrize("name", [name for name in OFTEN if CASES[name].options.get("offload")])
+def test_a_backward_waits_at_most_once_for_gradients_on_the_host(trained: Callable[[str], Trained], name: str) -> None:
+    for waits in trained(name).host_waits[1:]:
+        found = sum(n for site, n in waits.items() if "_backward.backward" in site)
+        assert found <= CASES[name].num_micro_steps
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_clipping_does_not_wait(echoes: Server, stage: int) -> None:
+    assert echoes.run(clipped, stage) == {}
+
+
+@pytest.mark.xfail(strict=True, reason="Engine.step reads the norm of gradients each time")
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_a_step_of_the_engine_does_not_wait(echoes: Server, limit: float) -> None:
+    assert echoes.run(engine_steps, limit) == {}
