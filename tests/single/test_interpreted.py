@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -143,10 +144,32 @@ def test_another_overload_is_refused() -> None:
         script.call(aten.add.Tensor, [script.tensors[0], object()], {}, 1)
 
 
+class Stop(Exception):
+    """Raised by a mode of the user's."""
+
+
+class Stopping(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Stop(str(func))
+
+
 def test_an_error_of_an_op_is_the_ops_own() -> None:
     script = Script(2, [])
     run = script.function("region", script.call(aten.mm.default, script.tensors, {}, 1))
     with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied \(2x3 and 2x3\)"):
         run([torch.ones(2, 3), torch.ones(2, 3)])
-    before = torch._C._get_graph_executor_optimize()
-    assert before is True
+    given = [torch.ones(2, 3), torch.ones(3, 2)]
+    with Stopping(), pytest.raises(Stop, match=r"^aten\.mm\.default$"):
+        run(given)
+    assert torch._C._get_graph_executor_optimize() is True
+
+
+def test_runs_of_many_threads_leave_torchscript_as_it_was() -> None:
+    script = Script(1, [])
+    run = script.function("region", script.call(aten.neg.default, script.tensors, {}, 1))
+    with ThreadPoolExecutor(4) as pool:
+        results = [*pool.map(lambda n: run([torch.full((3,), float(n))])[0], range(200))]
+    assert [int(r[0]) for r in results] == [-n for n in range(200)]
+    theirs = torch.jit.trace(lambda a, b: a.view(2, 2) @ b, (torch.ones(4), torch.ones(2, 2)))
+    with pytest.raises(RuntimeError, match="The following operation failed in the TorchScript interpreter"):
+        theirs(torch.ones(5), torch.ones(2, 2))

@@ -1,14 +1,17 @@
 """Functions for the interpreter of TorchScript, built call by call: Python calls all of their ops at once.
 
-Nothing is compiled or fused: the same kernels run in the same order. Tried on torch 2.11.0 and 2.13.0.
+Nothing is compiled or fused: the same kernels run in the same order. Tried on torch 2.13.0.
 """
 
 from __future__ import annotations
 
+import ctypes
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,15 +35,52 @@ Handle = Any
 @cache
 def has_interpreter() -> bool:
     """Whether this torch has what is needed here."""
-    names = (
-        "Graph",
-        "ScriptList",
-        "_AutoDispatchBelowADInplaceOrView",
-        "_create_function_from_graph",
-        "_set_graph_executor_optimize",
-        "ListType",
-    )
-    return all(hasattr(_C, name) for name in names)
+    names = ("Graph", "ScriptList", "ListType", "_AutoDispatchBelowADInplaceOrView", "_create_function_from_graph")
+    return all(hasattr(_C, name) for name in names) and _rethrows() is not None
+
+
+@cache
+def _rethrows() -> Any:
+    """The setting by which errors of ops leave the interpreter as they are; None where torch does not show it.
+
+    Without it each would be a RuntimeError, and that of a dispatch mode would have no text.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.c_bool.in_dll(ctypes.CDLL(str(library)), "FLAGS_torch_jit_enable_rethrow_caught_exception")
+    except (OSError, ValueError):
+        return None
+
+
+class _Settings:
+    """Settings of the interpreter, which are the process's, for the length of a `with`: in any number of threads.
+
+    It neither measures nor fuses, and lets errors through.
+    """
+
+    def __init__(self, rethrows: Any) -> None:
+        self.rethrows, self.lock, self.count = rethrows, threading.Lock(), 0
+        self.before = (True, False)
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.count += 1
+            if self.count == 1:
+                self.before = (_C._get_graph_executor_optimize(), self.rethrows.value)
+                _C._set_graph_executor_optimize(False)
+                self.rethrows.value = True
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.count -= 1
+            if self.count == 0:
+                _C._set_graph_executor_optimize(self.before[0])
+                self.rethrows.value = self.before[1]
+
+
+@cache
+def _settings() -> _Settings:
+    return _Settings(_rethrows())
 
 
 class Script:
@@ -111,26 +151,14 @@ class Script:
         whole.setType(_C.TupleType([handle.type() for handle in given]))
         self.graph.registerOutput(whole)
         run: Any = _C._create_function_from_graph(name, self.graph)
-        optimises, set_optimises, script_list = (
-            _C._get_graph_executor_optimize,
-            _C._set_graph_executor_optimize,
-            _C.ScriptList,
-        )
-        has_tensors = self.has_tensors
+        has_tensors, script_list, settings = self.has_tensors, _C.ScriptList, _settings()
         below = nullcontext if tracks_views else _C._AutoDispatchBelowADInplaceOrView
 
         def interpreted(tensors: list[torch.Tensor], *numbers: Any) -> tuple[torch.Tensor, ...]:
             given = (script_list(tensors),) if has_tensors else ()
             tensors.clear()
-            before = optimises()
-            set_optimises(False)  # or it would measure, and fuse
-            try:
-                with below():
-                    return run(*given, *numbers)  # type: ignore[no-any-return]
-            except RuntimeError as error:
-                raise _plain(error) from None
-            finally:
-                set_optimises(before)
+            with settings, below():
+                return run(*given, *numbers)  # type: ignore[no-any-return]
 
         return interpreted
 
@@ -178,10 +206,3 @@ def _list_type(argument: Any) -> Any:
     if name not in _LISTS:
         raise UnknownOpError(f"{argument.name} is a {name}")
     return _LISTS[name]()
-
-
-def _plain(error: RuntimeError) -> RuntimeError:
-    """The error of an op, without the interpreter's frames around its message."""
-    found = re.search(r"^RuntimeError: (.*)", str(error), re.MULTILINE | re.DOTALL)
-    said = str(found[1]).strip() if found else str(error)
-    return (torch.OutOfMemoryError if "out of memory" in said else RuntimeError)(said)
