@@ -20,11 +20,17 @@ def test_no_step_waits(trained: Callable[[str], Trained], name: str) -> None:
     assert trained(name).host_waits[1:] == [{}] * (CASES[name].num_steps - 1)
 
 
-@pytest.mark.parametrize("name", [name for name in OFTEN if CASES[name].options.get("offload")])
+ONE_BY_ONE = pytest.param(
+    "offload optimizer, 3 micro-steps",
+    marks=pytest.mark.xfail(strict=True, reason="under no_sync, stages 0 and 1 bring gradients to the host one by one"),
+)
+OFFLOADED = [name for name in OFTEN if CASES[name].options.get("offload") and CASES[name].optimizer is None]
+
+
+@pytest.mark.parametrize("name", [*OFFLOADED, ONE_BY_ONE])
 def test_a_backward_waits_at_most_once_for_gradients_on_the_host(trained: Callable[[str], Trained], name: str) -> None:
     for waits in trained(name).host_waits[1:]:
-        found = sum(n for site, n in waits.items() if "_backward.backward" in site)
-        assert found <= CASES[name].num_micro_steps
+        assert sum(waits.values()) <= CASES[name].num_micro_steps, waits
 
 
 @pytest.mark.parametrize("stage", range(4))
