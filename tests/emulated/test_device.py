@@ -6,6 +6,7 @@ from tests.emulated import snippets
 from tests.emulated.case import Case
 from tests.emulated.reference import losses
 from tests.emulated.server import Server
+from zgraph.bridge.target import usable_bytes
 
 
 @pytest.mark.parametrize("job", [snippets.two_streams, snippets.freed_while_read, snippets.read_by_the_host])
@@ -40,10 +41,10 @@ def test_a_first_step_that_runs_out_of_memory_leaves_the_model_as_it_was(echoes:
 
 @pytest.mark.parametrize("total_bytes", [80 << 30, 6_000_000])
 def test_defaults_of_a_gpu(echoes: Server, total_bytes: int) -> None:
-    """A budget of 94 %, what does not fit on the host, and a thread of autograd's."""
+    """A budget of at most 94 %, what does not fit on the host, and a thread of autograd's."""
     found = echoes.run(snippets.defaults, total_bytes)
     expected = losses(Case(net="deep", num_rows=1024, num_steps=2))
-    assert found["budget"] == int(0.94 * total_bytes)
+    assert found["budget"] == usable_bytes(total_bytes, echoes.num_ranks) <= 0.94 * total_bytes
     assert found["has its thread"]
     assert found["races"] == []
     assert found["losses"] == pytest.approx(expected, rel=2e-5)

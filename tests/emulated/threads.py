@@ -78,10 +78,10 @@ def _hand_blocks_over() -> None:
     given: dict[int, list[int]] = {}
     give_back, take = HostPool._give_back, HostPool._take
 
-    def gives(self: HostPool, block: mmap.mmap) -> None:
+    def gives(self: HostPool, block: mmap.mmap, num_bytes: int) -> None:
         address = ctypes.addressof(ctypes.c_char.from_buffer(block))
         given[address] = [cuda.hand_over(), *_ended.pop(address, [])]
-        give_back(self, block)
+        give_back(self, block, num_bytes)
 
     def takes(self: HostPool, num_bytes: int) -> mmap.mmap:
         block = take(self, num_bytes)
