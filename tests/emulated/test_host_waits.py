@@ -33,6 +33,12 @@ def test_a_backward_waits_at_most_once_for_gradients_on_the_host(trained: Callab
         assert sum(waits.values()) <= CASES[name].num_micro_steps, waits
 
 
+def test_states_that_are_streamed_lie_in_pinned_memory(trained: Callable[[str], Trained]) -> None:
+    """Copies from and to other memory would make the host wait."""
+    for waits in trained("masters on the host, updated on the device").host_waits[1:]:
+        assert not any("blocks" in place for place in waits), waits
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_clipping_does_not_wait(echoes: Server, stage: int) -> None:
     assert echoes.run(clipped, stage) == {}

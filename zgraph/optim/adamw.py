@@ -92,7 +92,7 @@ class AdamW(FlatOptimizer):
     # --- where states lie, and where the update runs ---------------------------------------------------------------
 
     def _make(self, parameter: torch.Tensor, key: str) -> torch.Tensor:
-        if self.place == "auto":
+        if self.place == "auto" and not self._streams(parameter):
             return super()._make(parameter, key)
         if self._disk is not None:
             return self._disk.zeros(parameter)
