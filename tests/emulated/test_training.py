@@ -44,7 +44,7 @@ def test_the_cases_run_what_they_are_for(trained: Callable[[str], Trained]) -> N
     assert grouped.num_arena > 0
     assert grouped.ops["all_gather_start"] < trained("stage 3, arena").ops["all_gather_start"]
     assert trained("stage 0, buckets").ops["pack"] > 0
-    assert len(trained("grid, stage 3").streams) == 4
+    assert len(trained("grid, stage 3").streams) == 3  # on a fourth, the second reduction waits for the first
     assert trained("offload activations").ops["offload_start"] > 0
     assert trained("offload activations by a budget").ops["reload_start"] > 0
-    assert len(trained("offload parameters on a grid").streams) == 6
+    assert len(trained("offload parameters on a grid").streams) == 5

@@ -14,7 +14,13 @@ from tests.emulated.sites import waits
 from tests.emulated.training import Trained
 
 NEEDLESS = {
-    "_Clock.us < measured < _kept_or_measured": "the host reads a time, and no memory",
+    "Clock.synchronize < Clock._seconds < Clock.__init__": "the host reads a time, and no memory",
+    "Clock.synchronize < Clock._seconds < Clock.seconds": "the host reads a time, and no memory",
+    "Clock.synchronize < Clock.host_s < measured.<genexpr>": "the host reads a time, and no memory",
+    "Clock.synchronize < _failing_into < measured": "a kernel's failure is waited for, and no memory read",
+    "_is_over < Watch._look_at_device < Watch.look": "the heartbeat asks whether the device goes on",
+    "CopyLane.settle < WorkingCopies.settle < WorkingCopies.refresh": "an optimizer's step has waited, other writes not",
+    "CopyLane.start < WorkingCopies._bring < WorkingCopies.refresh": "the host has waited for the last gradients",
     "start-of-all_reduce < _GatheredModel.reduced < _AttachWhole.backward": "flags come by a copy that blocks",
     "Future.result < Copy.synchronize < stream.work_off": "one thread writes, so the last write's end is that of all",
     "start-of-all_reduce < Unused.of_this_backward < _backward.backward": "flags come by a copy that blocks",
@@ -27,7 +33,10 @@ ELSEWHERE = {
     "_Job.finish": "gloo on processors",
     "Peers._poll": "gloo on processors",
     "HostMemory.after": "on a GPU the copy stream itself goes on: see the faults",
-    "Heartbeat.run": "a pause between beats",
+    "HostPool.release": "blocks of a host that is full",
+    "Later.__float__": "a number of the engine's: see test_host_waits",
+    "checked_loading.load_state_dict": "no case loads",
+    "settle_host_memory": "no case loads or writes a checkpoint",
     "Checkpoints.load": "the thread that writes files",
     "Checkpoints.save": "the thread that writes files",
     "Checkpoints.wait": "the thread that writes files",
