@@ -19,7 +19,7 @@ NEEDLESS = {
     "Clock.synchronize < Clock.host_s < measured.<genexpr>": "the host reads a time, and no memory",
     "Clock.synchronize < _failing_into < measured": "a kernel's failure is waited for, and no memory read",
     "_is_over < Watch._look_at_device < Watch.look": "the heartbeat asks whether the device goes on",
-    "CopyLane.settle < WorkingCopies.settle < WorkingCopies.refresh": "an optimizer's step has waited, other writes not",
+    "CopyLane.settle < WorkingCopies.settle < WorkingCopies.refresh": "an optimizer has waited, other writes not",
     "CopyLane.start < WorkingCopies._bring < WorkingCopies.refresh": "the host has waited for the last gradients",
     "start-of-all_reduce < _GatheredModel.reduced < _AttachWhole.backward": "flags come by a copy that blocks",
     "Future.result < Copy.synchronize < stream.work_off": "one thread writes, so the last write's end is that of all",
