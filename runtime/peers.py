@@ -250,7 +250,8 @@ class Peers:
     def raise_failure(self) -> None:
         """Raise PeerError if a peer said that it cannot go on with the present call."""
         self.raise_doom()
-        self._raise_failed()
+        if self.failed_call != self.call:  # or it is over for this rank too, and the next has not begun
+            self._raise_failed()
         self.raise_drift()
 
     def _raise_failed(self) -> None:

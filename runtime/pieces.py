@@ -224,6 +224,8 @@ class Pieces:
     def _write_back(self, slot: Slot, whole: torch.Tensor) -> None:
         """Keep what eager code wrote to a gathered parameter."""
         store = self.session.store
+        if slot.offload:
+            store.copies.settle()
         before = store.version
         with torch.no_grad():
             if slot.is_sharded:

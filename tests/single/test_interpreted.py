@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -140,6 +141,10 @@ def test_another_overload_is_refused() -> None:
         script.call(aten.add.Scalar, [script.tensors[0], script.tensors[0]], {}, 1)
     with pytest.raises(UnknownOpError, match="returns"):
         script.call(aten.sym_size.int, [script.tensors[0], 0], {}, 1)
+    mixed = Script(1, ["float"])
+    for sizes in ([mixed.numbers[0], 2], [mixed.numbers[0]]):
+        with pytest.raises(UnknownOpError, match="is a list of int"):
+            mixed.call(aten.view.default, [mixed.tensors[0], sizes], {}, 1)
     with pytest.raises(UnknownOpError, match="no constant for"):
         script.call(aten.add.Tensor, [script.tensors[0], object()], {}, 1)
 
@@ -167,9 +172,24 @@ def test_an_error_of_an_op_is_the_ops_own() -> None:
 def test_runs_of_many_threads_leave_torchscript_as_it_was() -> None:
     script = Script(1, [])
     run = script.function("region", script.call(aten.neg.default, script.tensors, {}, 1))
+    seen: list[bool] = []
+
+    class Looking(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(torch._C._get_graph_executor_optimize())
+            time.sleep(0.001)
+            return func(*args, **(kwargs or {}))
+
+    def negated(number: int) -> float:
+        given = [torch.full((3,), float(number))]
+        with Looking():
+            (found,) = run(given)
+        seen.append(not torch._C._get_graph_executor_optimize())
+        return float(found[0])
+
     with ThreadPoolExecutor(4) as pool:
-        results = [*pool.map(lambda n: run([torch.full((3,), float(n))])[0], range(200))]
-    assert [int(r[0]) for r in results] == [-n for n in range(200)]
+        assert [*pool.map(negated, range(100))] == [-n for n in range(100)]
+    assert set(seen) == {False}
     theirs = torch.jit.trace(lambda a, b: a.view(2, 2) @ b, (torch.ones(4), torch.ones(2, 2)))
     with pytest.raises(RuntimeError, match="The following operation failed in the TorchScript interpreter"):
         theirs(torch.ones(5), torch.ones(2, 2))

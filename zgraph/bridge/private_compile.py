@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -164,24 +165,33 @@ class WhenCaptured:
     def __enter__(self) -> None:
         if _begin_settings not in callback.callback_handler.start_callbacks:  # torch.compiler.reset forgets them
             callback.on_compile_start(_begin_settings)
-            callback.on_compile_end(_end_settings)
-        _wanted.append(self)
+            callback.callback_handler.end_callbacks.insert(0, _end_settings)  # others may raise
+        _here.wanted.append(self)
 
     def __exit__(self, *_: object) -> None:
-        _wanted.remove(self)
+        _here.wanted.pop()
+        if not _here.wanted:
+            _here.settings.close()  # if a callback before ours raised, or a reset took ours away
 
 
-_wanted: list[WhenCaptured] = []
-_settings = ExitStack()
+class _Here(threading.local):
+    """The calls of models that this thread is in, and the settings that are in force for a capture."""
+
+    def __init__(self) -> None:
+        self.wanted: list[WhenCaptured] = []
+        self.settings = ExitStack()
+
+
+_here = _Here()
 
 
 def _begin_settings(_args: Any) -> None:
-    if _wanted:
-        _settings.enter_context(capturing(dynamic=_wanted[-1].dynamic))
+    if _here.wanted:
+        _here.settings.enter_context(capturing(dynamic=_here.wanted[-1].dynamic))
 
 
 def _end_settings(_args: Any) -> None:
-    _settings.close()
+    _here.settings.close()
 
 
 _RARELY = (100_000, 50, 1_000)

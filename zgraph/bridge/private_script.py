@@ -53,29 +53,30 @@ def _rethrows() -> Any:
 
 
 class _Settings:
-    """Settings of the interpreter, which are the process's, for the length of a `with`: in any number of threads.
+    """Settings of the interpreter for the length of a `with`: it neither measures nor fuses, and lets errors through.
 
-    It neither measures nor fuses, and lets errors through.
+    Whether it optimises is a setting of each thread; whether it lets errors through is one of the process, which the
+    first thread in it changes and the last changes back.
     """
 
     def __init__(self, rethrows: Any) -> None:
-        self.rethrows, self.lock, self.count = rethrows, threading.Lock(), 0
-        self.before = (True, False)
+        self.rethrows, self.lock, self.count, self.rethrew = rethrows, threading.Lock(), 0, False
+        self.thread = threading.local()
 
     def __enter__(self) -> None:
         with self.lock:
             self.count += 1
             if self.count == 1:
-                self.before = (_C._get_graph_executor_optimize(), self.rethrows.value)
-                _C._set_graph_executor_optimize(False)
-                self.rethrows.value = True
+                self.rethrew, self.rethrows.value = self.rethrows.value, True
+        self.thread.optimised = _C._get_graph_executor_optimize()
+        _C._set_graph_executor_optimize(False)
 
     def __exit__(self, *_: object) -> None:
+        _C._set_graph_executor_optimize(self.thread.optimised)
         with self.lock:
             self.count -= 1
             if self.count == 0:
-                _C._set_graph_executor_optimize(self.before[0])
-                self.rethrows.value = self.before[1]
+                self.rethrows.value = self.rethrew
 
 
 @cache
@@ -178,8 +179,12 @@ class Script:
         if isinstance(given, list | tuple):
             if given and not any(isinstance(item, _C.Value) for item in given) and None not in given:
                 return self._constant(list(given), argument)
-            (made,) = self._add("prim::ListConstruct", [self._argument(item, argument) for item in given], 1)
-            made.setType(_list_type(argument))
+            items = [self._argument(item, argument) for item in given]
+            (made,) = self._add("prim::ListConstruct", items, 1)
+            wanted = _list_type(argument)
+            if not all(item.type().isSubtypeOf(wanted.getElementType()) for item in items):
+                raise UnknownOpError(f"{argument.name} is a list of {wanted.getElementType()}, not of {given}")
+            made.setType(wanted)
             return made
         return self._constant(given, argument)
 

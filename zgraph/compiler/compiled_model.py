@@ -153,6 +153,7 @@ class CompiledModel:
         budget, self.smaller_budget, self.is_replanned = self.smaller_budget, None, True
         self.context = replace(self.context, memory_budget=budget)
         self.entries.clear()
+        self._planned.clear()
         self.session.plans.clear()
         self.session.forget_copies()
         self.narrator.replanned(budget)

@@ -38,9 +38,13 @@ def agreeing(
     def call(*args: Any, **kwargs: Any) -> Any:
         mode = (model.training, torch.is_grad_enabled())
         if mode not in met:
-            check_moved(session)
-            structure.check()
-            _agree(mode, (args, kwargs), model, forward, session)
+            try:
+                check_moved(session)
+                structure.check()
+                _agree(mode, (args, kwargs), model, forward, session)
+            except BaseException as error:
+                session.fail(error)
+                raise
             met.add(mode)
         return forward(*args, **kwargs)
 

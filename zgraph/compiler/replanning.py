@@ -135,6 +135,7 @@ class FirstRun(Trial):
         if (capacity := capacity_bytes(device)) is not None:
             wanted = min(wanted, capacity)
         is_first = self._runs not in self._passed and not compiled.is_replanned and compiled.replayed is None
+        is_first = is_first and compiled.smaller_budget is None  # the keys of the agreement are those of the call
         if self._runs == "forward" and not self.may_repeat:
             is_first = is_first and compiled.session.is_alone  # the others are told that this one fails
         wanted = wanted if wanted > context.rest_bytes else 0
