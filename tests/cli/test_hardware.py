@@ -82,9 +82,11 @@ def gpu(monkeypatch, title: str, num_gib: float) -> None:
 @pytest.mark.parametrize(("title", "num_gib", "name"), [("Tesla T4", 15, "a100-40"), ("NVIDIA H100 PCIe", 80, "h100")])
 def test_a_gpu_without_a_profile_is_told_of(title, num_gib, name, monkeypatch):
     gpu(monkeypatch, title, num_gib)
-    with pytest.warns(UserWarning, match=f"that of this {title}.*as that of {name}.*hardware=.*zgraph.profile") as told:
-        assert cost_table(None, torch.device("cuda", 0)).hardware.name == name
+    with pytest.warns(UserWarning, match=f"that of this {title}.*links of {name}.*zgraph.profile.*hardware=") as told:
+        found = cost_table(None, torch.device("cuda", 0)).hardware
     assert len(told) == 1
+    assert found.name == "unknown-" + title.lower().replace(" ", "-")
+    assert found.device.memory_bytes == num_gib * 2**30
 
 
 def test_a_gpu_with_a_profile_is_not(monkeypatch):
