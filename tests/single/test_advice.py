@@ -33,7 +33,7 @@ SCRIPT = """
 import torch.distributed as dist
 from zgraph.runtime.departures import watch
 store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-watch(store, 0)
+watch(store, 0, str)
 raise RuntimeError("aten.mul.Tensor got mixed torch.Tensor and DTensor")
 """
 
