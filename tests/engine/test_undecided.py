@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,7 +104,8 @@ def test_a_factor_that_the_host_does_not_know(dtype: torch.dtype) -> None:
 def test_a_loss_is_written_with_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}}
     engine, losses = made(**keys), []
-    monkeypatch.setattr(engine.monitor.session, "device", torch.device("meta"))
+    elsewhere = SimpleNamespace(device=torch.device("meta"), num_ranks=1)  # the model itself stays on the processor
+    monkeypatch.setattr(engine.monitor, "session", elsewhere)
 
     def rows() -> list[list[str]]:
         path = tmp_path / "job" / "Train_Samples_train_loss.csv"
