@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from zgraph.bridge import private_runtime
-from zgraph.errors import PeerError
+from zgraph.errors import PeerError, ZgraphError
 from zgraph.ir import Node, Plan, TensorType
 from zgraph.ir.layout import chunk_numel
 from zgraph.runtime.agreement import described
@@ -104,6 +104,18 @@ class Session:
     def peers(self) -> Peers:
         assert self._peers is not None, "a plan for one rank waits for nobody"
         return self._peers
+
+    @property
+    def doom(self) -> ZgraphError | None:
+        """Why the ranks cannot go on, once the heartbeat has found out: collectives were aborted, and what is computed
+        from then on may be torn.
+        """
+        return self._peers.doom if self._peers is not None else None
+
+    def raise_doom(self) -> None:
+        """Raise `doom`, if there is one."""
+        if self._peers is not None:
+            self._peers.raise_doom()
 
     @property
     def host(self) -> HostMemory:

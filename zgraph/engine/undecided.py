@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +14,15 @@ from zgraph.optim.adamw import AdamW
 
 
 class Later:
-    """A number of a device, on its way to the host: to read it waits for nothing that is queued behind it."""
+    """A number of a device, on its way to the host: to read it waits for nothing that is queued behind it.
 
-    def __init__(self, number: torch.Tensor) -> None:
-        self._number, self._event = number, None
+    Args:
+        number: of one element.
+        check: called when the number has come; it raises if the number is not to be trusted.
+    """
+
+    def __init__(self, number: torch.Tensor, check: Callable[[], None] = lambda: None) -> None:
+        self._number, self._event, self._check = number, None, check
         if number.is_cuda:
             self._number = number.to("cpu", non_blocking=True)  # into pinned memory, which torch takes for it
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -25,6 +31,7 @@ class Later:
     def __float__(self) -> float:
         if self._event is not None:
             self._event.synchronize()
+        self._check()
         return float(self._number)
 
 
