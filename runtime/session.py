@@ -172,7 +172,7 @@ class Session:
     def enter(self, kind: str, moved: Moved) -> None:
         """Note a collective that begins and is not a lane's."""
         if self._watch is not None:
-            self._watch.journal.enter(kind, (), moved)
+            self._watch.enter(kind, moved)
 
     def moved(self, node: Node) -> Moved:
         """Identity of the data that a collective of an agreed plan moves."""
