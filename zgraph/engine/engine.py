@@ -26,7 +26,7 @@ from zgraph.engine.loss_scale import LossScale
 from zgraph.engine.monitor.monitor import Monitoring
 from zgraph.engine.queries import Queries
 from zgraph.engine.registry import register
-from zgraph.engine.undecided import Later, Undecided, leaves_out
+from zgraph.engine.undecided import Later, Undecided, can_take_back, leaves_out
 from zgraph.errors import AbsentError, UsageError
 from zgraph.optim.adamw import AdamW
 
@@ -185,6 +185,8 @@ class Engine(Queries):
                     optimizer.step()
                     if self.lr_scheduler is not None:
                         self.lr_scheduler.step()
+                    if self._undecided is not None:
+                        self._undecided.has_stepped()
                 self._skipped_steps += overflow
                 self.loss_scaler.update(overflow=overflow)
                 self.zero_grad()
@@ -199,7 +201,8 @@ class Engine(Queries):
         norm = gradients.norm() / scale
         self._norm = Later(norm, self._session.raise_doom)
         if self._skips_overflows():
-            if self._is_left_to(norm.device) and leaves_out(optimizer, norm):
+            is_left = self._is_left_to(norm.device) and can_take_back(self.lr_scheduler)
+            if is_left and leaves_out(optimizer, norm):
                 self._undecided = Undecided(self._norm, cast(AdamW, optimizer), self.lr_scheduler)
             elif not math.isfinite(float(self._norm)):
                 self._tell_skipped(self.global_steps + 1)
@@ -404,6 +407,8 @@ class Engine(Queries):
             CheckpointError: it could not be written.
         """
         self.wait_for_checkpoint()
+        if self._session.doom is None:
+            self._settle()
         self.monitor.write_rest()
         self.zero_grad()
         self.empty_partition_cache()
