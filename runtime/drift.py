@@ -64,7 +64,7 @@ class Wait:
             "comparison": self.comparison,
             "journal": journal.name if journal else "",
             "begun": begun(),
-            "lines": print_lines(journal.lines) if journal else "",
+            "lines": print_lines(journal.last_lines()) if journal else "",
         }
         self.store.set(_key(self.rank), json.dumps(word))
 
@@ -91,7 +91,7 @@ class Wait:
     def _differs(self, rank: int, word: dict[str, Any]) -> str:
         journal = self.journal
         if journal and journal.name and word["journal"] == journal.name:
-            pair = first_difference([*journal.lines], parse_lines(word["lines"]))
+            pair = first_difference(journal.last_lines(), parse_lines(word["lines"]))
             if pair is not None:
                 return self._message(pair[0].place, rank, pair[1].place)
         return ""

@@ -272,10 +272,16 @@ class _Waiting:
         pass
 
 
+def _steps_over(optimizer: Optimizer, session: Session) -> bool:
+    mine = {id(slot.parameter) for slot in session.store.slots.values()}
+    return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+
+
 def watch_steps(session: Session) -> None:
     """Have every optimizer reduce first what is unreduced: a loader may end within an accumulation.
 
-    The step would else part the ranks. On the host it begins once nothing is copied from there. What it changes is
+    The step would else part the ranks. Once collectives were aborted, a step raises why: its gradients may be torn. On
+    the host it begins once nothing is copied from there. What it changes is
     noticed even where torch does not count it: steps over lists of DTensors raise no version (torch 2.13).
     """
     watched = weakref.ref(session)
@@ -286,6 +292,8 @@ def watch_steps(session: Session) -> None:
         session = watched()
         if session is None:
             return
+        if session.doom is not None and _steps_over(optimizer, session):
+            session.raise_doom()
         _check_optimizer(optimizer, session)
         check_states(optimizer)
         found = [slot for slot in session.store.slots.values() if is_unreduced(slot)]

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import logging
 import threading
 import time
+import traceback
 import weakref
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 from zgraph.bridge.private_runtime import Store
-from zgraph.errors import PeerError
 from zgraph.runtime.alarms import Alarm, Alarms
 from zgraph.runtime.departures import watch
 from zgraph.runtime.elsewhere import Lookout
 
 BEAT_SECONDS = 0.5
+log = logging.getLogger("zgraph")
 
 
 class Place(NamedTuple):
@@ -68,6 +71,7 @@ class Heartbeat(threading.Thread):
         self.store, self.rank = store, rank
         self.over = threading.Event()
         self.place = Place(0, "", False, time.monotonic())
+        self._has_told = False
         self._watchers: tuple[weakref.ref[Watcher], ...] = ()
         self.start()
         atexit.register(self.stop)
@@ -75,22 +79,37 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         lookout, alarms = Lookout(self.store, self.rank), Alarms(self.store)
         for count in itertools.count():
-            watchers = self.watchers()
-            try:
-                lookout.look(count)
-                new = alarms.new() if watchers else []
-                for watcher in watchers:
-                    watcher.look(new)
-                place = next((p for watcher in watchers if (p := watcher.stuck_at) is not None), self.place)
-                self.store.set(beat_key(self.rank), f"{count} {place}")
-            except (RuntimeError, ValueError, PeerError):  # the store closed with the job
-                if not watchers:
-                    return
-                for watcher in watchers:
-                    watcher.look_alone()
-            del watchers
-            if self.over.wait(BEAT_SECONDS):
+            if not self._beat(count, lookout, alarms) or self.over.wait(BEAT_SECONDS):
                 return
+
+    def _beat(self, count: int, lookout: Lookout, alarms: Alarms) -> bool:
+        """One beat; False if none need follow. Nobody is held from one to the next.
+
+        What goes wrong while looking does not end the heart: only where the beat itself cannot be written is the store
+        taken to be gone.
+        """
+        watchers = self.watchers()
+        new: list[Alarm] = []
+        looks: list[Callable[[], None]] = [partial(lookout.look, count)]
+        if watchers:
+            looks += [lambda: new.extend(alarms.new()), *(partial(watcher.look, new) for watcher in watchers)]
+        problem = ""
+        for look in looks:
+            try:
+                look()
+            except Exception:
+                problem = problem or traceback.format_exc()
+        place = next((p for watcher in watchers if (p := watcher.stuck_at) is not None), self.place)
+        try:
+            self.store.set(beat_key(self.rank), f"{count} {place}")
+        except (RuntimeError, ValueError):  # the store closed with the job
+            for watcher in watchers:
+                watcher.look_alone()
+            return bool(watchers)
+        if problem and not self._has_told:
+            self._has_told = True
+            log.warning("the heartbeat of rank %d goes on, but could not look on once: %s", self.rank, problem)
+        return True
 
     def add(self, watcher: Watcher) -> None:
         """Have someone look on from now on, for as long as others hold it."""

@@ -55,6 +55,14 @@ class Journal:
         self.lines.append(Entry(self.number, self.hash, f"{what} in call {self.call}"))
         return self.number
 
+    def last_lines(self) -> list[Entry]:
+        """The lines that are kept, in order. A thread may ask while another begins collectives."""
+        while True:
+            try:
+                return list(self.lines)
+            except RuntimeError:  # a line came meanwhile
+                continue
+
     def tag(self) -> int:
         """A number for the messages of the next part of the collective that began last."""
         self._part += 1
@@ -82,7 +90,8 @@ def journal_of(ranks: tuple[int, ...]) -> Journal:
 
 def begun() -> dict[str, int]:
     """How many collectives this process has begun on each of its lanes."""
-    return {name: journal.number for name, journal in _journals.items()}
+    journals = [journal for ref in _journals.valuerefs() if (journal := ref()) is not None]
+    return {journal.name: journal.number for journal in journals}
 
 
 def print_lines(lines: Sequence[Entry]) -> str:

@@ -6,7 +6,6 @@ All of it goes through the job's key-value store, so that no comparison can ever
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 import zlib
 from collections import Counter
@@ -128,7 +127,7 @@ class Peers:
                 if number:
                     self._look(long)
                 if asked > until:
-                    self._give_up()
+                    self._give_up(self.limit_s)
                 told = self.say_waiting(f"{number} rank {self.rank} waits for {what}")
         if told:
             self.take_back(told)
@@ -191,10 +190,10 @@ class Peers:
             blame = PeerError(f"rank {self.rank} waited for {what} and the communication failed: {error}")
         self._end(blame)
 
-    def _give_up(self) -> NoReturn:
+    def _give_up(self, seconds: float) -> NoReturn:
         """Tell the others where every rank is, and raise."""
         gone = self.gone()
-        self._end(PeerError(f"rank {self.rank} has waited for {self.limit_s:g} s: {self.places(gone)}"))
+        self._end(PeerError(f"rank {self.rank} has waited for {seconds:g} s: {self.places(gone)}"))
 
     def places(self, gone: Collection[int] = ()) -> str:
         """Where every rank is, and what to do about it."""
@@ -323,17 +322,18 @@ class Peers:
             self._have_read(f"{self.call}/{self.compared}")
             raise PlanMismatchError(difference)
 
-    def exchange(self, what: str, word: str, *, is_patient: bool = False) -> list[str]:
-        """The word of every rank, in their order; `is_patient` waits as long as all of them live."""
+    def exchange(self, what: str, word: str, *, num_limits: int = 1) -> list[str]:
+        """The word of every rank, in their order; waits for `num_limits` times ZGRAPH_TIMEOUT at most."""
         keys = [self._key(f"{what}/{r}") for r in self.ranks]
         self._write(keys[self.ranks.index(self.rank)], word)
-        self._await(keys, what, math.inf if is_patient else self.limit_s)
+        self._await(keys, what, num_limits * self.limit_s)
         return [self._read(k).decode() for k in keys]
 
     def _await(self, keys: list[str], what: str, limit_s: float | None = None) -> None:
         """Wait until all these keys are there, unless a peer fails, or computes where it should compare."""
         nap, asked, heard, silent = _FIRST_NAP, time.monotonic(), self._beats(), 0.0
-        until = asked + (self.limit_s if limit_s is None else limit_s)
+        limit_s = self.limit_s if limit_s is None else limit_s
+        until = asked + limit_s
         comparison = f"the comparison of the {what}"
         self._at(comparison, waits=True)
         place, key = f"{comparison} in call {self.call}", self._key(f"{what}/{self.compared}")
@@ -354,7 +354,7 @@ class Peers:
             if not self._are_there(keys):
                 self._look(long)
             if asked > until:
-                self._give_up()
+                self._give_up(limit_s)
             beats = self._beats()
             stopped = [r for r in self.ranks if r != self.rank and heard[r] and beats[r] == heard[r]]
             silent, heard = (silent + ASK_AFTER_SECONDS, heard) if stopped else (0.0, beats)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from zgraph.bridge import private_runtime
-from zgraph.errors import PeerError
+from zgraph.errors import PeerError, ZgraphError
 from zgraph.ir import Node, Plan, TensorType
 from zgraph.ir.layout import chunk_numel
 from zgraph.runtime.agreement import described
@@ -106,6 +106,18 @@ class Session:
         return self._peers
 
     @property
+    def doom(self) -> ZgraphError | None:
+        """Why the ranks cannot go on, once the heartbeat has found out: collectives were aborted, and what is computed
+        from then on may be torn.
+        """
+        return self._peers.doom if self._peers is not None else None
+
+    def raise_doom(self) -> None:
+        """Raise `doom`, if there is one."""
+        if self._peers is not None:
+            self._peers.raise_doom()
+
+    @property
     def host(self) -> HostMemory:
         """The host's memory, for what is offloaded."""
         return self.store.host
@@ -160,7 +172,7 @@ class Session:
     def enter(self, kind: str, moved: Moved) -> None:
         """Note a collective that begins and is not a lane's."""
         if self._watch is not None:
-            self._watch.journal.enter(kind, (), moved)
+            self._watch.enter(kind, moved)
 
     def moved(self, node: Node) -> Moved:
         """Identity of the data that a collective of an agreed plan moves."""

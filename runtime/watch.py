@@ -20,7 +20,7 @@ from zgraph.errors import PeerError, PlanMismatchError, ZgraphError
 from zgraph.runtime.alarms import Alarm, raise_alarm
 from zgraph.runtime.drift import Wait
 from zgraph.runtime.heartbeat import Place, beat_key
-from zgraph.runtime.journal import Journal
+from zgraph.runtime.journal import Journal, Moved
 from zgraph.runtime.peers import AGAIN, GONE_AFTER_SECONDS, Peers
 from zgraph.runtime.store_errors import STORE_IS_GONE
 
@@ -50,6 +50,9 @@ class Mark:
 class Marks(Protocol):
     """Makes marks."""
 
+    def enter(self) -> None:
+        """A collective begins: called by the main thread, or by autograd's."""
+
     def __call__(self, number: int) -> Mark | None: ...
 
 
@@ -57,9 +60,16 @@ class DeviceMarks:
     """Marks at the end of what is queued on the stream that computes."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.current_stream(device)
+        self.device = device
+        self.stream: torch.cuda.Stream | None = None
+
+    def enter(self) -> None:
+        """A collective begins, for the stream that is current: torch's, as the user may have set it."""
+        self.stream = torch.cuda.current_stream(self.device)
 
     def __call__(self, number: int) -> Mark | None:
+        if self.stream is None:
+            return None
         try:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self.stream)
@@ -80,6 +90,8 @@ class HostMarks:
 
     def __init__(self, peers: Peers) -> None:
         self.peers = peers
+
+    def enter(self) -> None: ...
 
     def __call__(self, number: int) -> Mark | None:
         place = self.peers.place
@@ -104,6 +116,7 @@ class Watch:
         self.next = ranks[(ranks.index(peers.rank) + 1) % len(ranks)]
         self._pending: list[tuple[Alarm, float]] = []
         self._mark: Mark | None = None
+        self._marked: tuple[int, Place] = 0, peers.place
         self._wait: Wait | None = None
         self._told = self._beats = 0
         self._said = ""
@@ -121,6 +134,11 @@ class Watch:
             return None
         what = self._what(self._mark.number).rpartition(" in call ")[0]
         return Place(self.peers.call, what, True, self._mark.since)
+
+    def enter(self, kind: str, moved: Moved) -> None:
+        """Note a collective that begins."""
+        self.marks.enter()
+        self.journal.enter(kind, (), moved)
 
     def look(self, alarms: list[Alarm]) -> None:
         """Read new alarms, and look whether the device goes on. Raises RuntimeError if the store is gone."""
@@ -145,7 +163,7 @@ class Watch:
                 return
         mark = self._mark
         if mark is None or mark.is_passed():
-            self._mark = self.marks(self.journal.number) if self.journal.number else None
+            self._mark = self._new_mark()
         elif time.monotonic() - mark.since > STUCK_SECONDS:
             place = self._what(mark.number)
             self.doom(PeerError(f"{STORE_IS_GONE}, while rank {self.peers.rank} waits for {place}. {AGAIN}"), self.next)
@@ -188,7 +206,7 @@ class Watch:
 
     def _what(self, number: int) -> str:
         """The collective of this number, for a message."""
-        lines = list(self.journal.lines)
+        lines = self.journal.last_lines()
         return next((line.place for line in lines if line.number >= number), f"call {self.peers.call}")
 
     # --- a device that does not go on --------------------------------------------------------------------------------
@@ -197,12 +215,23 @@ class Watch:
         mark = self._mark
         if mark is None or mark.is_passed():
             self._end_wait()
-            self._mark = self.marks(self.journal.number) if self.journal.number else None
+            self._mark = self._new_mark()
         elif now - mark.since > STUCK_SECONDS:
             if error := self._look_around(mark, now):
                 word = f"{type(error).__name__}: {error}"
                 raise_alarm(self.peers.store, Alarm("over", self.peers.group_name, self.peers.rank, word))
                 self.doom(error, self.next)
+
+    def _new_mark(self) -> Mark | None:
+        """A mark, if this rank has begun collectives or waited since the last: what else the device waits for, in a
+        collective of the script's own say, is none of the model's.
+        """
+        number, place = self.journal.number, self.peers.place
+        if number == self._marked[0] and (not number or not place.what or place == self._marked[1]):
+            return None
+        if (mark := self.marks(number)) is not None:
+            self._marked = number, place
+        return mark
 
     def _look_around(self, mark: Mark, now: float) -> ZgraphError | None:
         """Tell for what this rank waits, and look at the next rank: where two differ, so do two neighbours."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,47 @@ def test_nobody_looks_before_the_next_step(monkeypatch: pytest.MonkeyPatch) -> N
     assert engine.get_global_grad_norm() is not None
 
 
+def left_to_the_device(engine: Engine, factor: float) -> None:
+    engine.backward(engine(torch.ones(4, 6)).square().mean() * factor)
+    engine.step()
+
+
+def test_what_the_script_sets_after_a_step_that_is_left_out_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "_is_left_to", lambda self, device: True)
+    engine = made()
+    left_to_the_device(engine, 1.0)
+    assert engine.optimizer is not None
+    (group,) = engine.optimizer.param_groups
+    before = group["lr"], engine.lr_scheduler.state_dict()
+    left_to_the_device(engine, float("inf"))
+    assert group["lr"] != before[0], "the host goes on as if the step counted"
+    group["weight_decay"] = 0.25
+    assert not engine.was_step_applied()
+    assert (group["lr"], engine.lr_scheduler.state_dict()) == before
+    assert group["weight_decay"] == 0.25
+    left_to_the_device(engine, float("inf"))
+    group["lr"] = 0.125
+    engine.destroy()
+    assert group["lr"] == 0.125
+    assert engine.lr_scheduler.state_dict() == before[1], "it was taken back as the engine ended"
+
+
+def test_a_scheduler_that_cannot_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counts:
+        steps = 0
+
+        def step(self) -> None:
+            self.steps += 1
+
+    monkeypatch.setattr(Engine, "_is_left_to", lambda self, device: True)
+    engine = made()
+    engine.lr_scheduler = Counts()
+    for factor in (1.0, float("inf"), 1.0):
+        left_to_the_device(engine, factor)
+    assert engine.lr_scheduler.steps == 2
+    assert engine.skipped_steps == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_a_factor_that_the_host_does_not_know(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -103,7 +145,8 @@ def test_a_factor_that_the_host_does_not_know(dtype: torch.dtype) -> None:
 def test_a_loss_is_written_with_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}}
     engine, losses = made(**keys), []
-    monkeypatch.setattr(engine.monitor.session, "device", torch.device("meta"))
+    elsewhere = SimpleNamespace(device=torch.device("meta"), num_ranks=1)  # the model itself stays on the processor
+    monkeypatch.setattr(engine.monitor, "session", elsewhere)
 
     def rows() -> list[list[str]]:
         path = tmp_path / "job" / "Train_Samples_train_loss.csv"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import threading
 import time
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +18,13 @@ import torch.distributed as dist
 
 from zgraph.bridge import private_runtime
 from zgraph.errors import PeerError, PlanMismatchError
+from zgraph.runtime import heartbeat as heart
+from zgraph.runtime import peers as talking
 from zgraph.runtime import watch as watching
-from zgraph.runtime.alarms import MOST_AT_ONCE, Alarm, Alarms, raise_alarm
-from zgraph.runtime.heartbeat import Place, beat_key
-from zgraph.runtime.journal import Journal, Moved
+from zgraph.runtime.alarms import HOLE_BEATS, MOST_AT_ONCE, Alarm, Alarms, raise_alarm
+from zgraph.runtime.drift import Wait
+from zgraph.runtime.heartbeat import Heartbeat, Place, beat_key
+from zgraph.runtime.journal import Journal, Moved, begun, keep
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.watch import DeviceMarks, Mark, Watch
 
@@ -34,6 +42,10 @@ class Counted(dist.HashStore):
         self.asked["check"] += 1
         return super().check(keys)
 
+    def add(self, key: str, amount: int) -> int:
+        self.asked["add"] += 1
+        return super().add(key, amount)
+
     def get(self, key: str) -> bytes:
         self.asked["get"] += 1
         return super().get(key)
@@ -50,9 +62,13 @@ class Rank:
         peers.journal = self.journal = Journal("zgraph/group/0_1", call=3)
         self.is_passed, self.aborted = False, list[int]()
         self.alarms = Alarms(store)
-        self.watch = Watch(peers, self.journal, self.mark, self.aborted.append)
+        self.num_marks = 0
+        self.watch = Watch(peers, self.journal, self, self.aborted.append)
 
-    def mark(self, number: int) -> Mark:
+    def enter(self) -> None: ...
+
+    def __call__(self, number: int) -> Mark:
+        self.num_marks += 1
         return Mark(number, time.monotonic() - 10, lambda: self.is_passed)
 
     def begin(self, *names: str) -> None:
@@ -88,7 +104,7 @@ def test_all_is_well(store: Counted, pair: tuple[Rank, Rank]) -> None:
     first.is_passed = True
     first.begin("a", "b")
     first.beat(20)
-    assert store.asked == {"check": 20}
+    assert store.asked == {"check": 20, "add": 20 // HOLE_BEATS}
     assert first.peers.doom is None
     assert first.watch.stuck_at is None
 
@@ -178,6 +194,92 @@ def test_the_store_is_gone(pair: tuple[Rank, Rank]) -> None:
     assert "key-value store" in str(first.ended())
 
 
+class Looker:
+    """Someone who looks on, and may fail."""
+
+    stuck_at, reason = None, ""
+
+    def __init__(self, seen: Counter[str]) -> None:
+        self.seen = seen
+
+    def look(self, alarms: list[Alarm]) -> None:
+        self.seen["looked"] += 1
+        raise RuntimeError("deque mutated during iteration")
+
+    def look_alone(self) -> None:
+        self.seen["alone"] += 1
+
+
+class Ending(dist.HashStore):
+    """A store that ends with its process."""
+
+    is_gone = False
+
+    def set(self, key: str, value: str) -> None:
+        if self.is_gone:
+            raise RuntimeError("Broken pipe")
+        super().set(key, value)
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_an_error_in_looking_is_no_end_of_the_store(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(heart, "BEAT_SECONDS", 0.01)
+    store, seen = Ending(), Counter[str]()
+    looker = Looker(seen)
+    heartbeat = Heartbeat(store, 0)
+    try:
+        heartbeat.add(looker)
+        with caplog.at_level(logging.WARNING, "zgraph"):
+            until(lambda: seen["looked"] > 5)
+        assert seen["alone"] == 0
+        assert int(store.get(beat_key(0)).split()[0]) > 3
+        assert len([r for r in caplog.records if "could not look on" in r.getMessage()]) == 1
+        store.is_gone = True
+        until(lambda: seen["alone"] > 2)
+        gone = weakref.ref(looker)
+        del looker
+        until(lambda: gone() is None)
+        until(lambda: not heartbeat.is_alive())
+    finally:
+        heartbeat.stop()
+
+
+def test_a_journal_is_read_while_it_is_written() -> None:
+    journal = Journal("zgraph/test")
+    keep(journal)
+    is_over = threading.Event()
+
+    def write() -> None:
+        others = []
+        while not is_over.is_set():
+            journal.enter("all-gather", (), Moved(b"a", "%a"))
+            others = [Journal(f"zgraph/test/{journal.number}/{i}") for i in range(8)]
+            for other in others:
+                keep(other)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        wait = Wait(dist.HashStore(), 0, (0, 1), "here", journal, 1)
+        for _ in range(50):
+            wait.tell()
+            assert begun()["zgraph/test"] <= journal.number
+    finally:
+        sys.setswitchinterval(before)
+        is_over.set()
+        thread.join()
+
+
 def test_many_alarms_are_read_in_turn(store: Counted) -> None:
     for rank in range(MOST_AT_ONCE + 3):
         raise_alarm(store, Alarm("left", "", rank, "ended"))
@@ -185,6 +287,50 @@ def test_many_alarms_are_read_in_turn(store: Counted) -> None:
     assert [a.rank for a in alarms.new()] == list(range(MOST_AT_ONCE))
     assert [a.rank for a in alarms.new()] == [MOST_AT_ONCE + i for i in range(3)]
     assert alarms.new() == []
+
+
+def test_a_number_that_stays_empty_hides_no_alarms(store: Counted) -> None:
+    alarms = Alarms(store)
+    store.add("zgraph/alarms", 1)  # and its process was killed
+    raise_alarm(store, Alarm("left", "", 1, "ended"))
+    store.add("zgraph/alarms", 1)
+    raise_alarm(store, Alarm("left", "", 2, "ended"))
+    found = [[a.rank for a in alarms.new()] for _ in range(3 * HOLE_BEATS)]
+    assert [ranks for ranks in found if ranks] == [[1], [2]]
+    assert not any(found[: HOLE_BEATS + 1]), "its process may yet fill it"
+
+
+def test_waits_that_are_not_the_models(pair: tuple[Rank, Rank]) -> None:
+    """A collective of the script's own lies behind the last mark: no other mark is made until the model goes on."""
+    first, _ = pair
+    first.begin("a")
+    first.is_passed = True
+    first.beat(5)
+    assert first.num_marks == 1
+    first.is_passed = False
+    first.peers._heartbeat.place = Place(4, "", False, 1.0)  # a call begins
+    first.beat(5)
+    assert first.num_marks == 1
+    assert first.watch.stuck_at is None
+    first.peers._heartbeat.place = Place(4, "%a", False, 2.0)  # its stream waits for a collective begun before
+    first.beat(2)
+    assert first.num_marks == 2
+    assert first.watch.stuck_at is not None
+    first.is_passed = True
+    first.begin("b")
+    first.beat(2)
+    assert first.num_marks == 3
+
+
+def test_a_patient_wait_ends(pair: tuple[Rank, Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(talking, "LINGER_SECONDS", 0.0)
+    peers = pair[0].peers
+    peers.limit_s, peers.compared = 0.6, 0
+    began = time.monotonic()
+    peers.gone = list  # type: ignore[method-assign]
+    with pytest.raises(PeerError, match=r"rank 0 has waited for 1\.2 s"):
+        peers.exchange("times", "mine", num_limits=2)
+    assert time.monotonic() - began > 1.2
 
 
 def test_marks_of_a_device_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +343,10 @@ def test_marks_of_a_device_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    mark = DeviceMarks(torch.device("cuda", 1))(5)
+    marks = DeviceMarks(torch.device("cuda", 1))
+    assert marks(5) is None, "nothing was queued yet"
+    marks.enter()
+    mark = marks(5)
     assert mark is not None
     assert mark.number == 5
     assert mark.is_passed(), "the main thread meets the error itself"

@@ -103,7 +103,8 @@ def tuned(
     own = _all_measured({key: wanted[key] for key in missing[at::count]}, context.hints, device)
     answers = [{key: (found.us, found.failed) for key, found in own.items()}]
     if peers is not None:
-        words = peers.exchange(f"times/{kind}", json.dumps(answers[0]), is_patient=True)
+        most = -(-len(missing) // count)  # groups that one rank measures: each may take as long as a wait
+        words = peers.exchange(f"times/{kind}", json.dumps(answers[0]), num_limits=most + 1)
         answers = [json.loads(word) for word in words]
     new = {key: Measured(us, failed) for answer in answers for key, (us, failed) in answer.items()}
     for key, found in new.items():

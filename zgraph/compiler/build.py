@@ -142,6 +142,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
             functools.partial(place_state_dict, session.store)
         )
     )
+    copier.handles.append(model.register_state_dict_pre_hook(lambda *_: session.raise_doom()))  # type: ignore[no-untyped-call]
     model.__dict__["share_memory"] = refuse_sharing
     for name in ADAPTERS:
         import_module(name).adapt(model)

@@ -26,7 +26,7 @@ from zgraph.engine.loss_scale import LossScale
 from zgraph.engine.monitor.monitor import Monitoring
 from zgraph.engine.queries import Queries
 from zgraph.engine.registry import register
-from zgraph.engine.undecided import Later, Undecided, leaves_out
+from zgraph.engine.undecided import Later, Undecided, can_take_back, leaves_out
 from zgraph.errors import AbsentError, UsageError
 from zgraph.optim.adamw import AdamW
 
@@ -57,7 +57,8 @@ class Engine(Queries):
         self.pending = 0
         self.awaits_step = self._is_local = self._was_applied = False
         self._is_boundary: bool | None = None
-        self.ranks = ranks_of(compiled_model(model).session)
+        self._session = compiled_model(model).session
+        self.ranks = ranks_of(self._session)
         self._checkpoints = Checkpoints(self)
         self._norm: Later | None = None
         self._undecided: Undecided | None = None
@@ -164,8 +165,10 @@ class Engine(Queries):
         Raises:
             UsageError: there is no optimizer, or it is under `no_sync`, or the gradients have no scale.
             FloatingPointError: gradients overflow at the smallest loss scale.
+            PeerError: the ranks cannot go on.
         """
         optimizer = self._needs_optimizer("step")
+        self._session.raise_doom()
         self._settle()
         if self._is_local:
             raise UsageError("engine.step within engine.no_sync: the step would be another on each rank; go out first")
@@ -182,6 +185,8 @@ class Engine(Queries):
                     optimizer.step()
                     if self.lr_scheduler is not None:
                         self.lr_scheduler.step()
+                    if self._undecided is not None:
+                        self._undecided.has_stepped()
                 self._skipped_steps += overflow
                 self.loss_scaler.update(overflow=overflow)
                 self.zero_grad()
@@ -194,9 +199,10 @@ class Engine(Queries):
         gradients = Gradients(p for group in optimizer.param_groups for p in group["params"])
         scale, limit = self.loss_scaler.scale, self.gradient_clipping()
         norm = gradients.norm() / scale
-        self._norm = Later(norm)
+        self._norm = Later(norm, self._session.raise_doom)
         if self._skips_overflows():
-            if self._is_left_to(norm.device) and leaves_out(optimizer, norm):
+            is_left = self._is_left_to(norm.device) and can_take_back(self.lr_scheduler)
+            if is_left and leaves_out(optimizer, norm):
                 self._undecided = Undecided(self._norm, cast(AdamW, optimizer), self.lr_scheduler)
             elif not math.isfinite(float(self._norm)):
                 self._tell_skipped(self.global_steps + 1)
@@ -284,7 +290,9 @@ class Engine(Queries):
             CheckpointError: it cannot be written; those saved before are still there. With `checkpoint.asynchronous`,
                 what goes wrong later is raised by the next call that saves, loads or waits.
             UsageError: it is between `backward` and `step`; or there is no save_dir.
+            PeerError: the ranks cannot go on; nothing is saved.
         """
+        self._session.raise_doom()
         self._settle()
         if not save_dir:
             raise UsageError("save_checkpoint needs save_dir=: the folder of this run's checkpoints")
@@ -389,7 +397,7 @@ class Engine(Queries):
 
     def empty_partition_cache(self) -> None:
         """Let go of whole parameters that are kept from one micro-batch to the next."""
-        compiled_model(self.module).session.forget_copies()
+        self._session.forget_copies()
 
     def destroy(self) -> None:
         """Let go of what the engine holds beside the model: waits for a checkpoint, writes the last step's numbers, and
@@ -399,6 +407,8 @@ class Engine(Queries):
             CheckpointError: it could not be written.
         """
         self.wait_for_checkpoint()
+        if self._session.doom is None:
+            self._settle()
         self.monitor.write_rest()
         self.zero_grad()
         self.empty_partition_cache()

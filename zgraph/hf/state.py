@@ -35,8 +35,11 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
     Raises:
         CheckpointError: on all ranks, if one cannot write.
+        PeerError: the ranks cannot go on; nothing is saved.
     """
-    ranks = ranks_of(compiled_model(model).session)
+    session = compiled_model(model).session
+    session.raise_doom()
+    ranks = ranks_of(session)
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +50,8 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
     ranks.first(begin)
     beside = ranks.together(contents)
-    write_shards(optimizer_tensors(model, optimizer), Writer(folder, ranks.rank, beside, lambda: None), ranks)
+    writer = Writer(folder, ranks.rank, beside, lambda: None, lambda: session.doom)
+    write_shards(optimizer_tensors(model, optimizer), writer, ranks)
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from zgraph.bridge import private_runtime
-from zgraph.compiler.compiled_model import is_gathered
+from zgraph.compiler.compiled_model import compiled_model, is_gathered
 from zgraph.engine.checkpoint.accumulation import check_between, gradient_targets, gradients_of, take_gradients
 from zgraph.engine.checkpoint.dcp import read_shards, write_shards
 from zgraph.engine.checkpoint.deepspeed import is_deepspeed, load_deepspeed
@@ -88,9 +88,21 @@ class Checkpoints:
         name = self._same_tag(name)
         folders = Folders(root)
         folder = self.ranks.first(lambda: folders.begin(name))
-        writer = Writer(folder, self.ranks.rank, beside, lambda: folders.commit(folder, name, is_latest=is_latest))
-        if self.engine.config.keys.checkpoint.asynchronous:
-            self._writing = self._thread.submit(self._write, copied(tensors), writer)
+        session = compiled_model(self.engine.module).session
+        is_later = self.engine.config.keys.checkpoint.asynchronous
+        if is_later:
+            tensors = copied(tensors)
+        found = session.doom
+
+        def doom() -> ZgraphError | None:
+            return found if is_later else session.doom
+
+        def complete() -> None:
+            folders.commit(folder, name, is_latest=is_latest)
+
+        writer = Writer(folder, self.ranks.rank, beside, complete, doom)
+        if is_later:
+            self._writing = self._thread.submit(self._write, tensors, writer)
         else:
             self._write(tensors, writer)
         return True

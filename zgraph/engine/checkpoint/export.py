@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.engine.checkpoint.directory import sync, write_text
 from zgraph.engine.checkpoint.state import State
 from zgraph.engine.checkpoint.storage import Reader, in_files, read_json, write_tensors
@@ -149,6 +150,8 @@ class _Writing:
 
     def __init__(self, engine: Trains) -> None:
         self.tensors, self.ranks = model_tensors(engine.module), engine.ranks
+        self.session = compiled_model(engine.module).session
+        self.session.raise_doom()
         self.dtype = getattr(torch, engine.config.param_dtype) if engine.config.param_dtype is not None else None
 
     def write(self, folder: Path, stem: str, max_bytes: int | None) -> None:
@@ -170,6 +173,7 @@ class _Writing:
         def check() -> None:
             if problem is not None:
                 raise problem
+            self.session.raise_doom()  # what was gathered since may be torn
 
         self.ranks.together(check)
 

@@ -33,7 +33,7 @@ from torch.futures import Future
 
 from zgraph.engine.checkpoint.checksums import check_files, checksum, is_tiled
 from zgraph.engine.checkpoint.directory import read_text, sync, write_text
-from zgraph.errors import CheckpointError
+from zgraph.errors import CheckpointError, ZgraphError
 from zgraph.runtime.shards import settle_host_memory
 
 log = logging.getLogger("zgraph")
@@ -121,10 +121,18 @@ class Writer(StorageWriter):
         rank: whose shards.
         beside: what this rank writes with its shards.
         complete: called by the coordinator at the end, when everything is on disk.
+        doom: asked when all shards have been read: why they may be torn; None where they are whole.
     """
 
-    def __init__(self, folder: Path, rank: int, beside: Mapping[str, str], complete: Callable[[], None]) -> None:
-        self.folder, self.rank, self.beside, self.complete = folder, rank, beside, complete
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        beside: Mapping[str, str],
+        complete: Callable[[], None],
+        doom: Callable[[], ZgraphError | None],
+    ) -> None:
+        self.folder, self.rank, self.beside, self.complete, self.doom = folder, rank, beside, complete, doom
 
     def reset(self, checkpoint_id: Any = None) -> None: ...
 
@@ -146,6 +154,8 @@ class Writer(StorageWriter):
                 write_tensors(file, {name: tensors[name].cpu().contiguous() for name in names})
                 held = Written.of(file)
                 results += [WriteResult(indices[name], tensors[name].nbytes, held) for name in names]
+            if (doom := self.doom()) is not None:
+                raise doom
             for name, text in self.beside.items():
                 write_text(self.folder / name, text)
                 held = Written.of(self.folder / name)
