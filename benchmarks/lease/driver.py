@@ -85,11 +85,13 @@ class Lease:
             if ended is None:
                 results.write(self.folder, Result(part.name, "finished", seconds=seconds))
                 return
-            self._write(part, "killed" if ended.is_late else "broke down", False, self._said(part, ended), seconds)
+            after, _ = results.read(self.folder, offset)
+            last = f" after {after[-1].name!r}" if after else ""
+            why = f"{ended.why}{last}; the last line of {self._log(part).name}: {ended.last_line}"
+            self._write(part, "killed" if ended.is_late else "broke down", False, why, seconds)
             if ended.code == NO_GPU:
                 raise NoGpu(ended.last_line, f"See {self._log(part)}")
-            after, _ = results.read(self.folder, offset)
-            if ended.is_late or part.num_ranks > 1 or len(after) <= len(before) + 1:
+            if ended.is_late or part.num_ranks > 1 or len(after) == len(before):
                 return
 
     def _watch(self, part: Part, limit_s: float, offset: int) -> Ended | None:
@@ -139,9 +141,6 @@ class Lease:
 
     def _log(self, part: Part) -> Path:
         return self.folder / f"{part.name}.log"
-
-    def _said(self, part: Part, ended: Ended) -> str:
-        return f"{ended.why}; the last line of {self._log(part).name}: {ended.last_line}"
 
     def _write(self, part: Part, name: str, ok: bool | None, why: str, seconds: float) -> None:
         results.write(

@@ -52,10 +52,11 @@ def _compare(emit: Emit, title: str, group: Group, clock: Clock, systems: tuple[
     prepares = contenders.of_group(group, clock.device)
     wanted = {name: prepares[name] for name in systems if name in prepares}
     found = compare(wanted, clock, NUM_WARMUPS, NUM_ROUNDS, NUM_STEPS)
-    first = next((median(taken.seconds) for taken in found.values() if taken.seconds), None)
+    first = next((median(taken.seconds) for taken in found.values() if not taken.error), None)
     for name, taken in found.items():
         if taken.error is not None:
-            emit(f"{title}: {name}", ok=False, error=taken.error)
+            is_ours = name.startswith("zgraph")  # this torch may lack one of its own ways
+            emit(f"{title}: {name}", ok=False if is_ours else None, error=taken.error)
             continue
         seconds = median(taken.seconds)
         emit(
