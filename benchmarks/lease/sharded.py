@@ -51,7 +51,7 @@ CASES = {
 }
 """In the order in which they matter, as the last are left out where the time is short."""
 
-REHEARSED: tuple[str, ...] | None = ("stage 3, grouped", "offload parameters")
+REHEARSED: tuple[str, ...] | None = ("offload parameters",)
 """Cases with small sizes; None has all."""
 
 

@@ -23,8 +23,8 @@ LIMIT_S = 300.0
 EXPECTED = {
     "machine": {"profile_machine", "copy on the device", "both ways"},
     "kernels": {"random numbers", "rms_norm_backward 40 f32", "matmul, gate f32", "rotary 8 of 16", "adamw 40 f32"},
-    "parity": {"aten", "offload parameters bf16, peak", "no_sync", "in a budget, obeyed"},
-    "sharded": {"stage 3, grouped", "stage 3, grouped, again", "offload parameters, to device late"},
+    "parity": {"aten", "offload parameters bf16, peak", "in a budget, obeyed"},
+    "sharded": {"offload parameters", "offload parameters, again", "offload parameters, to device late"},
     "steps": {"zgraph aten", "eager"},
     "nccl": {"name of grouped all-gathers", "name of abort"},
     "groups": {"residual + rmsnorm, Llama-3 8B: zgraph triton"},
@@ -48,14 +48,14 @@ def rehearsed(built: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-@pytest.mark.parametrize("name", ["machine", "kernels", "parity", "steps", deep("nccl"), deep("groups")])
+@pytest.mark.parametrize("name", ["machine", "kernels", "parity", deep("steps"), deep("nccl"), deep("groups")])
 def test_a_part(rehearsed, name: str) -> None:
     assert_complete(rehearsed(name), name)
 
 
 def assert_complete(found: list[Result], name: str) -> None:
     assert EXPECTED[name] | {"finished"} <= {result.name for result in found if result.part == name}
-    assert sum(result.ok is True for result in found) == found[-1].more["num_passed"] >= 1
+    assert sum(result.ok is True for result in found[:-1]) == found[-1].more["num_passed"]
 
 
 def test_every_part_has_a_rehearsal() -> None:
@@ -79,7 +79,6 @@ def test_each_stream_is_late_in_turn(rehearsed) -> None:
     streams = ("computing", "collectives", "to host", "to device")
     for rank in range(2):
         assert all(late[f"offload parameters, {stream} late", rank] == 15 for stream in streams)
-        assert late["stage 3, grouped, collectives late", rank] == 9
 
 
 # --- the driver -------------------------------------------------------------------------------------------------
@@ -107,10 +106,9 @@ def test_what_hangs_is_killed_and_what_comes_after_it_runs(tmp_path: Path) -> No
         ("works", "finished", None),
         ("lease", "summary", False),
     ]
-    assert (
-        found[1].more["error"] == "it ran for more than 2 s after 'first'; the last line of hangs.log: about to sleep"
-    )
-    assert 2 <= found[1].seconds < 10
+    why = "it ran for more than 5 s after 'first'; the last line of hangs.log: about to sleep"
+    assert found[1].more["error"] == why
+    assert 5 <= found[1].seconds < 15
     assert not any(is_alive(number) for number in (tmp_path / "processes").read_text().split())
 
 
