@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.errors import last_line
 from zgraph.runtime.clock import Clock as DeviceClock
 
 
@@ -112,9 +113,3 @@ def _failing_into(taken: Taken) -> Iterator[None]:
         yield
     except Exception as error:
         taken.error = last_line(error)
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of an exception's words, behind its type."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1].strip()}"

@@ -38,3 +38,9 @@ class UnknownName(BenchmarkError):
 
 class NoGpu(BenchmarkError):
     """torch finds no GPU here."""
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an exception's words, behind its type."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1].strip()}"

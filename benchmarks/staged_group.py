@@ -112,11 +112,16 @@ class StreamGroup(dist.ProcessGroup):
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cuda")]
 
-    def _start(self, name: str, held: Tensors, move: Callable[[], None]) -> Work:
-        """Begin a collective: `move` on the group's stream, after what the current one has been given."""
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """Where its collectives run."""
         if self._stream is None:
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream = self._stream
+        return self._stream
+
+    def _start(self, name: str, held: Tensors, move: Callable[[], None]) -> Work:
+        """Begin a collective: `move` on the group's stream, after what the current one has been given."""
+        stream = self.stream
         end = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with Work.around_wait(f"start of {name}"):
             stream.wait_stream(torch.cuda.current_stream())

@@ -27,12 +27,18 @@ def torch_folder() -> Path:
     return Path(found.origin).parent
 
 
+def cache_folder() -> Path:
+    """Where libraries are kept: ZGRAPH_TESTS_CACHE names it to processes whose other caches are elsewhere."""
+    found = os.environ.get("ZGRAPH_TESTS_CACHE")
+    return Path(found) if found else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zgraph-tests"
+
+
 def library() -> Path:
     """The path of the library, which is built if it is missing: half a minute."""
     files = sorted(SOURCES.iterdir())
     state = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     state.update(f"{importlib.metadata.version('torch')} {torch_folder()} {FLAGS}".encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zgraph-tests"
+    folder = cache_folder()
     path = folder / f"emulated-{state.hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -64,3 +64,20 @@ def lion(columns: int, dtype: str = "f32") -> KernelSpec:
 UPDATES = {f.__name__: f for f in (adamw, sgd, sgd_momentum, sgd_nesterov, lion)}
 
 SPECS = {f.__name__: f for f in (rms_norm, rms_norm_backward, softmax, swiglu, gelu_bias)} | UPDATES
+
+EPILOGUES = {
+    "plain": "-> y {t}[M,N]; y = copy(acc)",
+    "bias and relu": ", x0 {t}[N] -> z {t}[M,N], y {t}[M,N]; z = add(acc, x0); y = maximum(z, 0.0)",
+    "bias and gelu": ", x0 {t}[N] -> y {t}[M,N]; z = add(acc, x0); v = mul(z, 0.7071067811865476); f = erf(v); "
+    "p = add(f, 1.0); q = mul(z, 0.5); y = mul(q, p)",
+    "gate": ", x0 {t}[M,N] -> y {t}[M,N]; s = sigmoid(x0); a = mul(x0, s); y = mul(a, acc)",
+    "gradient, and that of a bias": ", x0 {t}[M,N], x1 {t}[M,1] -> y {t}[M,N], b {t}[N]; k = less(0.0, x0); "
+    "d = mul(acc, k); y = mul(d, x1); b = col_sum(y)",
+    "dropout": ", x0 i64[] -> y {t}[M,N]; u = random(x0); k = less(0.5, u); d = mul(acc, k); y = mul(d, 2.0)",
+}
+"""What follows a matmul, by name; `{t}` is the dtype of its operands."""
+
+
+def epilogue(name: str, columns: int, dtype: str) -> KernelSpec:
+    text = EPILOGUES[name].format(t=dtype)
+    return KernelSpec.parse(f"mm {columns}: acc f32[M,N]{'' if text[0] == ',' else ' '}{text}")

@@ -8,30 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
 
-from zgraph.bridge.aten import TO_TORCH
+from zgraph.bridge.aten import FROM_TORCH, TO_TORCH
 from zgraph.codegen import library, matmul, reference
 from zgraph.codegen.matmul import MatmulTiles
 from zgraph.codegen.spec import ACC, KernelSpec
 
 from .captured import of_small_models
+from .specs import EPILOGUES, epilogue
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-EPILOGUES = {
-    "plain": "-> y {t}[M,N]; y = copy(acc)",
-    "bias and relu": ", x0 {t}[N] -> z {t}[M,N], y {t}[M,N]; z = add(acc, x0); y = maximum(z, 0.0)",
-    "bias and gelu": ", x0 {t}[N] -> y {t}[M,N]; z = add(acc, x0); v = mul(z, 0.7071067811865476); f = erf(v); "
-    "p = add(f, 1.0); q = mul(z, 0.5); y = mul(q, p)",
-    "gate": ", x0 {t}[M,N] -> y {t}[M,N]; s = sigmoid(x0); a = mul(x0, s); y = mul(a, acc)",
-    "gradient, and that of a bias": ", x0 {t}[M,N], x1 {t}[M,1] -> y {t}[M,N], b {t}[N]; k = less(0.0, x0); "
-    "d = mul(acc, k); y = mul(d, x1); b = col_sum(y)",
-    "dropout": ", x0 i64[] -> y {t}[M,N]; u = random(x0); k = less(0.5, u); d = mul(acc, k); y = mul(d, 2.0)",
-}
-
-
-def epilogue(name: str, columns: int, dtype: torch.dtype) -> KernelSpec:
-    text = EPILOGUES[name].format(t={torch.float32: "f32", torch.bfloat16: "bf16"}[dtype])
-    return KernelSpec.parse(f"mm {columns}: acc f32[M,N]{'' if text[0] == ',' else ' '}{text}")
 
 
 def operands(spec: KernelSpec, num_rows: int, dice: torch.Generator) -> list[torch.Tensor]:
@@ -79,7 +64,7 @@ def widened(block: interpreter.TensorHandle) -> interpreter.TensorHandle:
 @settings(max_examples=6, deadline=None)
 def test_a_matmul_and_its_epilogue(name, dtype, batch, rows, inner, columns, turned, seed):
     dice = torch.Generator().manual_seed(seed)
-    spec = epilogue(name, columns, dtype)
+    spec = epilogue(name, columns, FROM_TORCH[dtype].value)
     a, b = (
         torch.randn(*batch, *(shape[::-1] if turn else shape), generator=dice).to(dtype)
         for shape, turn in zip(((rows, inner), (inner, columns)), turned, strict=True)
@@ -125,5 +110,5 @@ def test_what_traces_torch_sees_through_the_op():
 
 
 def test_blocks_are_narrower_where_more_is_alive():
-    few, many = epilogue("plain", 64, torch.bfloat16), epilogue("gate", 64, torch.bfloat16)
+    few, many = epilogue("plain", 64, "bf16"), epilogue("gate", 64, "bf16")
     assert matmul.most_alive(few) <= matmul.MAX_LIVE < matmul.most_alive(many)

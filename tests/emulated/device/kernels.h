@@ -6,6 +6,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <algorithm>
 #include <set>
 
 #include "memory.h"
@@ -166,6 +167,15 @@ inline bool is_view(const c10::FunctionSchema& schema, const std::string& name) 
   return false;
 }
 
+// Whether it is a list with tensors among others, as TorchScript makes one of a tensor and a None.
+inline bool has_tensors(const at::IValue& value) {
+  if (!value.isList()) {
+    return false;
+  }
+  auto each = value.toListRef();
+  return std::any_of(each.begin(), each.end(), [](const at::IValue& item) { return item.isTensor(); });
+}
+
 inline bool writes_to(const c10::Argument& argument) {
   return argument.alias_info() != nullptr && argument.alias_info()->isWrite();
 }
@@ -208,13 +218,13 @@ inline void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         tensor = take(tensor, writes);
       }
       value = tensors;
-    } else if (value.isOptionalTensorList()) {
+    } else if (value.isOptionalTensorList() || has_tensors(value)) {
       c10::List<std::optional<at::Tensor>> made;
-      for (std::optional<at::Tensor> tensor : value.toOptionalTensorList()) {
-        if (tensor && tensor->defined()) {
-          made.push_back(take(*tensor, writes));
+      for (const at::IValue& each : value.toListRef()) {
+        if (each.isTensor()) {
+          made.push_back(take(each.toTensor(), writes));
         } else {
-          made.push_back(tensor);
+          made.push_back(std::nullopt);
         }
       }
       value = made;
