@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         check_gpu()
     except NoGpu as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         sys.exit(NO_GPU)
     emit = Emit(given.out, part.name, given.seconds, rank, done)
     code = 0

@@ -90,7 +90,7 @@ class Lease:
             why = f"{ended.why}{last}; the last line of {self._log(part).name}: {ended.last_line}"
             self._write(part, "killed" if ended.is_late else "broke down", False, why, seconds)
             if ended.code == NO_GPU:
-                raise NoGpu(ended.last_line, f"See {self._log(part)}")
+                raise NoGpu(ended.last_line.rstrip("."), f"See {self._log(part)}")
             if ended.is_late or part.num_ranks > 1 or len(after) == len(before):
                 return
 

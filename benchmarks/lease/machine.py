@@ -21,7 +21,7 @@ import triton
 from benchmarks.lease.results import Emit
 
 NEAR = 0.8, 1.25
-"""What `profile_machine` finds over what is found here."""
+"""Ratios that pass, of a rate that `profile_machine` finds to the one found here."""
 
 NUM_LAUNCHES = 20
 NUM_TINY = 500
@@ -120,7 +120,7 @@ def _copied(num_bytes: int) -> float:
 
 
 def _profile(emit: Emit, rates: dict[str, float], small: bool) -> None:
-    """What the profile says, over what was found before."""
+    """Rates of the profile, over those found before."""
     import zgraph
 
     profile = zgraph.profile_machine(emit.folder / "this-machine.json").device

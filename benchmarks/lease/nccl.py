@@ -28,7 +28,7 @@ GROUPED: dict[str, tuple[str, ...]] = {
     "grouped reduce-scatters": ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
     "abort": ("abort",),
 }
-"""What the runtime calls by one of these names: the first since torch 2.13, the second before."""
+"""Calls of the runtime, by one of these names: the first since torch 2.13, the second before."""
 
 
 def run(emit: Emit, small: bool) -> None:

@@ -35,7 +35,7 @@ NUM_MICRO_STEPS = 2
 BUDGET = 0.6
 """Of the predicted peak without a budget."""
 
-REHEARSED: tuple[str, ...] | None = ("aten", "offload parameters bf16", "in a budget")
+REHEARSED: tuple[str, ...] | None = ("offload parameters bf16", "in a budget")
 """Trainings with small sizes; None has all."""
 
 LAST_S = 8.0

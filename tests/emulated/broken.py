@@ -46,7 +46,7 @@ def one_rank_fails(emit: Emit) -> None:
 
 
 def finds_no_gpu(emit: Emit) -> None:
-    print("NoGpu: there is no GPU here", file=sys.stderr)
+    print("there is no GPU here.", file=sys.stderr)
     sys.exit(NO_GPU)
 
 

@@ -75,7 +75,7 @@ EPILOGUES = {
     "d = mul(acc, k); y = mul(d, x1); b = col_sum(y)",
     "dropout": ", x0 i64[] -> y {t}[M,N]; u = random(x0); k = less(0.5, u); d = mul(acc, k); y = mul(d, 2.0)",
 }
-"""What follows a matmul, by name; `{t}` is the dtype of its operands."""
+"""Steps that follow a matmul, by name; `{t}` is the dtype of their operands."""
 
 
 def epilogue(name: str, columns: int, dtype: str) -> KernelSpec:
