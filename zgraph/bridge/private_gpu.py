@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 __all__ = ["Capability", "as_on_gpu", "attention_on_gpu"]
 
@@ -21,14 +21,14 @@ Capability = tuple[int, int]
 """A GPU's compute capability, major and minor."""
 
 aten: Any = torch.ops.aten
-_KEY = "AutogradCPU"
+_ATTENTIONS = (torch.nn.functional.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
+_DROPOUTS = (torch.nn.functional.dropout,)
 _HALF = (torch.float16, torch.bfloat16)
 _ALIGN_BYTES = 16
 
 
-@contextmanager
-def as_on_gpu(capability: Capability) -> Iterator[None]:
-    """Context in which torch captures what a GPU would run, though tensors are on the processor.
+def as_on_gpu(capability: Capability) -> Callable[[fx.GraphModule], None]:
+    """Function that has a captured forward call what a GPU would run, though tensors are on the processor.
 
     The device in arguments stays the processor's. What a model asks of the device itself is answered for the processor.
     """
@@ -67,17 +67,26 @@ def as_on_gpu(capability: Capability) -> Iterator[None]:
             )
         return made[0]
 
-    def dropout(tensor: torch.Tensor, p: float, train: bool) -> Any:
-        if train and 0 < p < 1 and tensor.numel():
-            return aten.native_dropout(tensor, p, train)[0]
-        if train and p == 1:
-            return tensor * torch.zeros((), dtype=tensor.dtype, device=tensor.device)
-        return tensor
+    def rewrite(gm: fx.GraphModule) -> None:
+        for part in gm.modules():
+            if isinstance(part, fx.GraphModule):
+                for node in part.graph.nodes:
+                    if node.target in _ATTENTIONS:
+                        node.target = attention
+                    elif node.target in _DROPOUTS:
+                        node.target = _dropout
+                part.recompile()
 
-    with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("scaled_dot_product_attention", attention, _KEY)
-        library.impl("dropout", dropout, _KEY)
-        yield
+    return rewrite
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """Dropout as a GPU has it, under the names of arguments that `torch.nn.functional.dropout` has."""
+    if inplace or not (training and 0 < p <= 1 and input.numel()):
+        return torch.nn.functional.dropout(input, p, training, inplace)
+    if p == 1:
+        return input * torch.zeros((), dtype=input.dtype, device=input.device)
+    return aten.native_dropout(input, p, training)[0]
 
 
 def attention_on_gpu(

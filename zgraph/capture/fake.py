@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -54,8 +53,8 @@ def trace(
         caught.append(graph)
         raise _Caught
 
-    as_there = as_on_gpu(capability) if capability is not None else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.device("cpu"), as_there:
+    rewrite = as_on_gpu(capability) if capability is not None else None
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.device("cpu"):
         infos: dict[int, ParamInfo] = {}
         homes: list[tuple[dict[str, Any], str, Any]] = []
         fakes: dict[int, torch.Tensor] = {}
@@ -74,7 +73,11 @@ def trace(
         try:
             for tensors, key, tensor in homes:
                 tensors[key] = fakes[id(tensor)]
-            front = Frontend(infos, lambda: {id(b): n for n, b in model.named_buffers()}, catch, type(model).__name__)
+
+            def buffers() -> dict[int, str]:
+                return {id(b): n for n, b in model.named_buffers()}
+
+            front = Frontend(infos, buffers, catch, type(model).__name__, rewrite=rewrite)
             with torch.enable_grad(), without_gradient_hooks(model):
                 front.wrap(model.forward, dynamic)(*inputs[0], **inputs[1])
         except _Caught:

@@ -72,6 +72,7 @@ class Frontend:
             with gradients brought to the parameters at rest.
         left_eager: told why a piece of a function that is captured in pieces runs eagerly.
         ready: called when a capture fails; True if it has changed what the function does so that another may not.
+        rewrite: given each function that torch.compile has traced, before its graph is taken.
     """
 
     def __init__(
@@ -83,9 +84,10 @@ class Frontend:
         attach: Callable[[Callable[..., Any], Mapping[int, str]], Callable[..., Any]] = lambda run, _: run,
         left_eager: Callable[[str], None] = lambda why: None,
         ready: Callable[[], bool] = lambda: False,
+        rewrite: Callable[[fx.GraphModule], None] | None = None,
     ) -> None:
         self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
-        self.left_eager, self.ready = left_eager, ready
+        self.left_eager, self.ready, self.rewrite = left_eager, ready, rewrite
         self._codes: list[types.CodeType] = []
 
     def wrap(self, function: Callable[..., Any], dynamic: bool | None, *, fullgraph: bool = True) -> Callable[..., Any]:
@@ -142,6 +144,8 @@ class Frontend:
             inference_compiler=capture.inference,
             decompositions=private_compile.DECOMPOSED,
         )
+        if self.rewrite is not None:
+            self.rewrite(gm)
         with private_compile.plain_recurrence():
             run = captured(gm, examples)
         return self.attach(run, {i: leaf.target for i, leaf in leaves.items() if leaf.kind is InputKind.param})
