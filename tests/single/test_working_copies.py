@@ -113,7 +113,7 @@ class SlowLane:
     def wait(self) -> None:
         self.target.copy_(self.source)
 
-    def synchronize(self) -> None:
+    def settle(self) -> None:
         self.num_waits += 1
 
 
