@@ -113,8 +113,10 @@ class SlowLane:
     def wait(self) -> None:
         self.target.copy_(self.source)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self.num_waits += 1
+
+    settle = synchronize
 
 
 @pytest.mark.parametrize("kind", [AdamW, torch.optim.SGD])
