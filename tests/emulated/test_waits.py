@@ -35,6 +35,7 @@ ELSEWHERE = {
     "HostMemory.after": "on a GPU the copy stream itself goes on: see the faults",
     "HostPool.release": "blocks of a host that is full",
     "Later.__float__": "a number of the engine's: see test_host_waits",
+    "Pieces._write_back": "eager code between pieces, in no case",
     "checked_loading.load_state_dict": "no case loads",
     "settle_host_memory": "no case loads or writes a checkpoint",
     "Checkpoints.load": "the thread that writes files",
