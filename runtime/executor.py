@@ -17,7 +17,7 @@ from zgraph.ir.arena import offsets
 from zgraph.runtime.collectives import EXECUTORS
 from zgraph.runtime.in_place import in_place
 from zgraph.runtime.recorder import Watcher
-from zgraph.runtime.region import Region
+from zgraph.runtime.region import Compute, Region
 
 if TYPE_CHECKING:
     from zgraph.runtime.session import Session
@@ -34,7 +34,7 @@ class Together(Protocol):
 
     def cut(self, program: Program, graph: Graph) -> Iterable[Instruction | Region]: ...
 
-    def runner(self, region: Region, session: Session) -> Callable[[list[Any]], Sequence[Any]]: ...
+    def runner(self, region: Region, session: Session) -> Compute: ...
 
 
 Runner = Callable[[list[Any]], list[Any]]

@@ -1,4 +1,4 @@
-"""Runs of ops that torch's interpreter executes in one call from Python: a fifth of the host's time a node.
+"""Runs of ops that torch's interpreter executes in one call from Python, which saves the host time.
 
 Each different run is built once, whatever layer it is in.
 """
@@ -14,16 +14,13 @@ from zgraph.bridge.aten import resolve, to_torch
 from zgraph.bridge.private_script import Script, has_interpreter
 from zgraph.errors import UnknownOpError
 from zgraph.ir import Arg, Graph, Instruction, Node, NoneType, Phase, Program, ScalarType, TensorType, Token, Value
-from zgraph.runtime.region import Region
+from zgraph.runtime.region import Compute, Region, region_of
 
 if TYPE_CHECKING:
     from zgraph.runtime.session import Session
 
 MIN_OPS = 3
 """A call of a run costs as much as two ops: shorter ones are left as they are."""
-
-Compute = Callable[[list[Any]], Sequence[Any]]
-"""From a list of arguments, which is emptied, to results."""
 
 
 class Interpreted:
@@ -145,13 +142,6 @@ def _kinds(arg: Arg) -> object:
 
 def _ended(run: list[Instruction]) -> Iterator[Instruction | Region]:
     """A run as a region, if it is worth one; the list is empty then."""
-    ops = [i.node for i in run if i.node.op != "release"]
-    made = {r.name: r for n in ops for r in n.results}
-    freed = dict.fromkeys(name for i in run for name in i.frees)
-    outputs = tuple(v for name, v in made.items() if name not in freed)
-    if len(ops) < MIN_OPS or not outputs:
-        yield from run
-    else:
-        inputs = {v.name: v for n in ops for v in n.operands if v.name not in made}
-        yield Region(tuple(ops), tuple(inputs.values()), outputs, tuple(name for name in freed if name not in made))
+    region = region_of(run)
+    yield from [region] if len(region.nodes) >= MIN_OPS and region.outputs else run
     run.clear()

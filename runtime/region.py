@@ -6,11 +6,15 @@ by its text, in which values are numbered as they come: repeated layers have reg
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from zgraph.ir import Arg, Graph, Instruction, Node, Program, Value
+
+Compute = Callable[[list[Any]], Sequence[Any]]
+"""Function that runs a region: from a list of arguments, which may be emptied, to results."""
 
 MIN_OPS = 2
 """Ops that are no views; a region with fewer has nothing to fuse."""
@@ -43,6 +47,16 @@ class Region:
                 numbers[result.name] = len(numbers)
             lines.append(f"{node.op}({', '.join(args)}) -> {', '.join(str(r.type) for r in node.results)}")
         return "\n".join([*lines, ", ".join(str(numbers[v.name]) for v in self.outputs)])
+
+
+def region_of(run: Sequence[Instruction]) -> Region:
+    """The region that a run of instructions is; releases are among its frees."""
+    nodes = tuple(i.node for i in run if i.node.op != "release")
+    made = {r.name: r for n in nodes for r in n.results}
+    freed = dict.fromkeys(name for i in run for name in i.frees)
+    inputs = {v.name: v for n in nodes for v in n.operands if v.name not in made}
+    outputs = tuple(v for name, v in made.items() if name not in freed)
+    return Region(nodes, tuple(inputs.values()), outputs, tuple(name for name in freed if name not in made))
 
 
 def _text(arg: Arg, numbers: dict[str, int]) -> str:
@@ -87,11 +101,7 @@ def _ended(run: list[Instruction], copies: list[Instruction], graph: Graph) -> I
     if sum(not (n.op in graph.foreign and graph.foreign[n.op].views) for n in ops) < MIN_OPS:
         yield from run
     else:
-        made = {r.name: r for n in ops for r in n.results}
-        freed = dict.fromkeys(name for i in run for name in i.frees)
-        inputs = {v.name: v for n in ops for v in n.operands if v.name not in made}
-        outputs = tuple(v for name, v in made.items() if name not in freed)
-        yield Region(tuple(ops), tuple(inputs.values()), outputs, tuple(name for name in freed if name not in made))
+        yield region_of(run)
     yield from copies
     run.clear()
     copies.clear()

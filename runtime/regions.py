@@ -23,16 +23,13 @@ from zgraph.errors import KernelError, in_one_line
 from zgraph.ir import Graph, Instruction, Program, TensorType, Value
 from zgraph.ir.layout import chunk_numel, dense_strides
 from zgraph.runtime.collectives import EXECUTORS
-from zgraph.runtime.region import Region, cut
+from zgraph.runtime.region import Compute, Region, cut
 
 if TYPE_CHECKING:
     from zgraph.runtime.session import Session
 
 MAX_SIZES = 8
 """Sizes that one region is compiled for; for others it runs op by op."""
-
-Compute = Callable[[list[Any]], Sequence[Any]]
-"""From a list of arguments, which may be emptied, to results."""
 
 
 @dataclass
