@@ -16,6 +16,8 @@ from zgraph.cost import known
 def test_a_bug_report_has_no_secrets(zgraph_command, monkeypatch, tmp_path):
     home = tmp_path / "home" / "alice"
     (home / ".cache" / "zgraph" / "kernels").mkdir(parents=True)
+    for name in [name for name in os.environ if name.startswith("ZGRAPH_")]:
+        monkeypatch.delenv(name)
     (home / ".cache" / "zgraph" / "kernels" / "one.py").write_bytes(b"12345")
     for name, value in {
         "HOME": str(home),

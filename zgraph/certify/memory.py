@@ -2,8 +2,8 @@
 
 A storage is alive from the node that makes it to the last that touches it or a view of it, the release among them; what
 is sent, until the wait. What waits for the backward is alive in between, gradients to the end, an arena for the whole
-program. Not counted is what the caller holds (the inputs, and outputs once the forward is over), what is on the host,
-and what kernels of processors take for themselves while they run.
+program. What an op takes for itself while it runs is read from the same table as the plan's. Not counted is what the
+caller holds (the inputs, and outputs once the forward is over), and what is on the host.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from heapq import nlargest
 from itertools import accumulate
 
+from zgraph.cost.workspace import workspace_bytes
 from zgraph.ir import OPS, Graph, InputKind, Node, Phase, TensorType, Type
 from zgraph.ir.aliases import Aliases
 from zgraph.ir.arena import offsets
@@ -46,7 +47,7 @@ def peak(graph: Graph, hints: Mapping[str, int], *, released: bool = False) -> P
 
     Args:
         graph: a valid graph without reshards.
-        hints: a number for each symbolic size.
+        hints: a number for each symbolic size, and of threads for a graph of processors.
         released: what is gathered lives until its release; to the end of the step where it has none.
     """
     zeros = zero_tangents(graph)
@@ -143,7 +144,8 @@ class _Step:
             node = self.nodes[position]
             if node.name in self.scratch:
                 busy[node.name] = self.scratch[node.name][0]
-            totals.append(alive + sum(nlargest(NUM_SERVED, busy.values())))
+            taken = workspace_bytes(node, self.hints)
+            totals.append(alive + sum(nlargest(NUM_SERVED, busy.values())) + taken)
             busy = {name: size for name, size in busy.items() if self.scratch[name][2] > position}
         if not totals:
             return Peak()
