@@ -168,6 +168,12 @@ EQUIVALENT = (
     ),
     Equivalent("passes/analysis/timetable.py", "200", "201", _TUNED),
     Equivalent(
+        "passes/analysis/subgraphs.py",
+        "max((len(k.shape) for k in kinds))",
+        "min((len(k.shape) for k in kinds))",
+        "the ops that have this word read and make tensors of one rank",
+    ),
+    Equivalent(
         "passes/core/budgeted.py",
         "self.context.rest_bytes - 1",
         "self.context.rest_bytes + 1",

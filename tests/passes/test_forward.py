@@ -5,7 +5,7 @@ import pytest
 from tests.passes.test_decisions import CHAIN
 from zgraph.cost import CostTable, hardware
 from zgraph.cost.table import AlphaBeta
-from zgraph.ir import HOST, Axis, Graph, parse_graph
+from zgraph.ir import HOST, Axis, Graph, Phase, parse_graph, verify
 from zgraph.passes import Context
 from zgraph.passes.analysis.forward import Forward
 
@@ -46,6 +46,20 @@ def test_what_is_computed_again_from_a_parameter_pays_its_gather():
     copied = COSTS.copy_us(501 * 4)
     assert copied > 0
     assert gather_us(on_host) == pytest.approx(100.0 + 2 * 501 * 4 + copied)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["made before", "made later"])
+def test_the_backwards_own_gather_serves_what_is_computed_again(is_first):
+    """It stays where it is made in time, and comes forward where it is not; there is never a second one."""
+    text = GATHERED.format(space="", keep="", again=AGAIN if is_first else "")
+    if not is_first:
+        text = text.replace("return fwd", f"{AGAIN}return fwd", 1)
+    graph = parse_graph(text)
+    found = Forward(graph, Context((Axis("shard", 2),), costs=COSTS)).computing_again(frozenset(["y"]))
+    verify(found)
+    backward = [n.name for n in found.nodes if n.phase is Phase.backward]
+    assert backward == (["w_again", "u", "y_again", "g"] if is_first else ["w_again", "y_again", "g", "u"])
+    assert [v.name for v in found.producers["y_again"].operands] == ["x", "w_again"]
 
 
 def test_what_just_fits_gives_way_for_nothing():
