@@ -26,13 +26,6 @@ from zgraph.runtime.region import Region
 from .trained import batch
 
 aten = torch.ops.aten
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "one layer": lambda: small.llama(32, 1, 300, num_heads=2, num_kv_heads=1, inner=64),
-    "llama": small.llama,
-    "gpt2": small.gpt2,
-    "t5": small.t5,
-    "vit": small.vit,
-}
 
 
 class Mixed(nn.Module):
@@ -51,6 +44,31 @@ class Mixed(nn.Module):
         top, _ = hidden.max(dim=1)
         whole = torch.cat([first.mean(1), *(r.std(1) for r in rest), picked.sum(1), top])
         return self.out(whole).logsumexp(-1).sum() + nn.functional.interpolate(x, scale_factor=2.0).square().mean()
+
+
+class Sized(nn.Module):
+    """Sizes that are computed with, and a number of rows that is made of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        hidden = nn.functional.gelu(self.norm(self.first(x.reshape(batch * tokens, -1))))
+        places = torch.arange(tokens, device=x.device).repeat(batch) / tokens
+        return (self.last(hidden) * places[:, None]).view(batch, tokens, 4)[:, : tokens // 2].square().mean()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mixed": Mixed,
+    "sized": Sized,
+    "llama": small.llama,
+    "gpt2": small.gpt2,
+    "t5": small.t5,
+    "vit": small.vit,
+}
+INPUTS = {"mixed": lambda: torch.randn(4, 3, 5, 5), "sized": lambda: torch.randn(3, 6, 8)}
 
 
 @pytest.fixture
@@ -93,7 +111,7 @@ def steps(model: nn.Module, given: Any, *, is_together: bool = False, **options:
     ("name", "options"),
     [
         ("mixed", {"stage": 3}),
-        ("one layer", {"stage": 0, "dynamic": True}),
+        ("sized", {"stage": 0, "dynamic": True}),
         deep("gpt2", {"stage": 3}),
         deep("llama", {"stage": 3}),
         deep("t5", {"stage": 0, "dynamic": True}),
@@ -101,8 +119,8 @@ def steps(model: nn.Module, given: Any, *, is_together: bool = False, **options:
 )
 def test_a_step_is_the_same_step(name: str, options: dict[str, Any], op_by_op: Callable[[], None]) -> None:
     torch.manual_seed(0)
-    model = Mixed() if name == "mixed" else MODELS[name]()
-    given: Any = torch.randn(4, 3, 5, 5) if name == "mixed" else batch("llama" if name == "one layer" else name, 0)
+    model = MODELS[name]()
+    given: Any = INPUTS[name]() if name in INPUTS else batch(name, 0)
     together = steps(model, given, is_together=True, **options)
     op_by_op()
     for ours, theirs in zip(together, steps(model, given, **options), strict=True):
