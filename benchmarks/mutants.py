@@ -53,6 +53,7 @@ ALSO = {
     "fit": ("passes/test_fit.py",),
     "forward": ("passes/test_forward.py", "passes/test_fit.py"),
     "instruments": ("passes/test_instruments.py",),
+    "loss": ("passes/test_losses.py",),
     "no_sync": ("interp/test_no_sync.py",),
     "blocks": ("passes/test_blocks.py",),
     "order": ("passes/test_order.py",),
@@ -167,6 +168,7 @@ EQUIVALENT = (
         _ROUNDING,
     ),
     Equivalent("passes/analysis/timetable.py", "200", "201", _TUNED),
+    Equivalent("passes/plan/make_plan.py", "if only_step:", "if False:", "programs that nobody looks at are made: slower"),
     Equivalent(
         "passes/analysis/subgraphs.py",
         "max((len(k.shape) for k in kinds))",
