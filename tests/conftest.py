@@ -13,6 +13,10 @@ from tests.deep import left_out, stale
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported
 
+OF_TESTS = ("ZGRAPH_DEEP", "ZGRAPH_NEEDS_EMULATED", "ZGRAPH_TESTS_CACHE")
+for _name in [name for name in os.environ if name.startswith("ZGRAPH_") and name not in OF_TESTS]:
+    del os.environ[_name]  # what the user set for zgraph changes no test
+
 
 def pytest_configure() -> None:
     """Let texts of tests name an op of the user's own; zgraph imports triton, so not before that is told."""
