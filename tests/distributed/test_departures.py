@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from zgraph.errors import UsageError
 from zgraph.runtime.agreement import check_joined
 
 from .nets import Mlp, built
+from .scripts import run_ranks
 
 SCRIPT = """
 import sys
@@ -38,28 +35,6 @@ for step in range(4):
 """
 
 
-def run_script(tmp_path: Path, num_ranks: int, *args: str) -> list[tuple[int, str]]:
-    """The exit status and the errors of each rank."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank in range(num_ranks):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-        own["PYTHONPATH"] = str(Path(zgraph.__file__).parent.parent)
-        names = {**os.environ, **own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        ranks.append(
-            subprocess.Popen([sys.executable, str(script), *args], env=names, stderr=subprocess.PIPE, text=True)
-        )
-    try:
-        return [(process.returncode, text) for process in ranks for text in [process.communicate(timeout=90)[1]]]
-    finally:
-        for process in ranks:
-            process.kill()
-
-
 @pytest.mark.parametrize(
     ("num_ranks", "how", "said"),
     [
@@ -69,19 +44,19 @@ def run_script(tmp_path: Path, num_ranks: int, *args: str) -> list[tuple[int, st
     ],
 )
 def test_the_others_say_how_a_rank_ended(tmp_path: Path, num_ranks: int, how: str, said: str) -> None:
-    answers = run_script(tmp_path, num_ranks, how, "1", "3")
+    ranks = run_ranks(tmp_path, SCRIPT, num_ranks, how, "1", "3")
     for rank in {*range(num_ranks)} - {1}:
-        status, errors = answers[rank]
-        assert status == 1, errors
+        errors = ranks[rank].errors
+        assert ranks[rank].code == 1, errors
         assert "PeerError" in errors, errors
         if rank == 0 or "key-value store" not in errors:
             assert said in errors
 
 
 def test_the_rank_that_keeps_the_store_raises(tmp_path: Path) -> None:
-    _, (status, errors) = run_script(tmp_path, 2, "raises", "0", "3")
-    assert status == 1
-    assert "PeerError: rank 0 ended by ValueError: the data loader is out of rows" in errors
+    _, other = run_ranks(tmp_path, SCRIPT, 2, "raises", "0", "3")
+    assert other.code == 1
+    assert "PeerError: rank 0 ended by ValueError: the data loader is out of rows" in other.errors
 
 
 def test_a_launcher_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

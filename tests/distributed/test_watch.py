@@ -5,17 +5,13 @@ The processor stands for the device: nothing polls, so that without the heartbea
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-import zgraph
 from tests.deep import deep
+
+from .scripts import run_ranks
 
 SCRIPT = """
 import os, signal, sys, time
@@ -60,31 +56,6 @@ for step in range(4):
 """
 
 
-def run(tmp_path: Path, num_ranks: int, *args: str) -> list[tuple[str, float]]:
-    """The errors of each rank, and the seconds from the mistake to its end."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank in range(num_ranks):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-        own["PYTHONPATH"] = str(Path(zgraph.__file__).parent.parent)
-        names = {**os.environ, **own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(script), *args]
-        ranks.append(subprocess.Popen(command, env=names, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    try:
-        answers = []
-        for process in ranks:
-            out, errors = process.communicate(timeout=90)
-            answers.append((errors, time.time() - float(out.split()[0])))
-        return answers
-    finally:
-        for process in ranks:
-            process.kill()
-
-
 @pytest.mark.parametrize(
     ("num_ranks", "how", "culprit", "through", "error", "said"),
     [
@@ -100,12 +71,12 @@ def run(tmp_path: Path, num_ranks: int, *args: str) -> list[tuple[str, float]]:
 def test_the_others_end_with_the_reason(
     tmp_path: Path, num_ranks: int, how: str, culprit: int, through: str, error: str, said: tuple[str, ...]
 ) -> None:
-    answers = run(tmp_path, num_ranks, how, str(culprit), through)
-    for rank in range(num_ranks):
-        errors, seconds = answers[rank]
+    ranks = run_ranks(tmp_path, SCRIPT, num_ranks, how, str(culprit), through)
+    for rank, ended in enumerate(ranks):
         if rank == culprit and how != "skips":
             continue
-        assert f"{error}: " in errors, errors
+        assert f"{error}: " in ended.errors, ended.errors
         for word in said:
-            assert word in errors, errors
+            assert word in ended.errors, ended.errors
+        seconds = ended.at - float(ended.out.split()[0])
         assert seconds < 20, f"rank {rank} took {seconds:.1f} s"
