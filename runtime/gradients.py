@@ -113,9 +113,27 @@ class _Attach(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *tokens: Any) -> Any:
         found: list[torch.Tensor | None] = []
-        for slot, made, (node, _) in zip(ctx.slots, tokens, ctx.next_functions, strict=True):
-            found.append(None if made is None else delivered(ctx.session, slot, made.zgraph_gradient, node))
+        gradients = _brought(
+            ctx.session, ctx.slots, [None if made is None else made.zgraph_gradient for made in tokens]
+        )
+        for slot, gradient, (node, _) in zip(ctx.slots, gradients, ctx.next_functions, strict=True):
+            found.append(None if gradient is None else delivered(ctx.session, slot, gradient, node))
         return None, None, *found
+
+
+def _brought(session: Session, slots: Sequence[Slot], gradients: list[Gradient | None]) -> list[Gradient | None]:
+    """A backward's gradients. What stays unreduced, of parameters on the host, is there; the host waited once."""
+    last, sources = None, []
+    for number, (slot, made) in enumerate(zip(slots, gradients, strict=True)):
+        if made is None or not made.is_unreduced or made.tensor.device.type == slot.rest.device.type:
+            continue
+        if slot.parameter.grad is None or is_unreduced(slot):
+            sources.append(made.tensor.to(slot.rest.dtype))
+            target, last = session.host.offload(sources[-1])
+            gradients[number] = Gradient(target, is_unreduced=True)
+    if last is not None:
+        last.synchronize()  # copies of one lane are over in their order
+    return gradients
 
 
 def delivered(session: Session, slot: Slot, gradient: Gradient, node: Any) -> torch.Tensor | None:
@@ -182,7 +200,18 @@ def with_unreduced(session: Session, slot: Slot, gradient: torch.Tensor) -> torc
     if not is_unreduced(slot) or not private_runtime.will_accumulate(private_runtime.accumulator(parameter)):
         return gradient
     held, parameter.grad = _unreduced(session, slot), None
-    return gradient + held.to(gradient.device, gradient.dtype)
+    return gradient + _on_device(session, held).to(gradient.dtype)
+
+
+def _on_device(session: Session, gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient on the device; the host does not wait for the copy."""
+    if gradient.device.type == session.device.type:
+        return gradient
+    session.host.to_device.settle()
+    pinned = session.host.pool.empty_like(gradient)
+    made, copy = session.host.reload(pinned.copy_(gradient))
+    copy.wait()
+    return made
 
 
 def _unreduced(session: Session, slot: Slot) -> torch.Tensor:
@@ -202,7 +231,7 @@ def reduced(session: Session, slot: Slot) -> torch.Tensor | None:
 
 def _reduced(session: Session, slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
     """A whole gradient of this rank as the ranks' mean, in the memory that the parameter is in."""
-    mean = session.mean(slot, gradient.to(session.device), divisor=session.divisor_of(slot))
+    mean = session.mean(slot, _on_device(session, gradient), divisor=session.divisor_of(slot))
     return mean.to(slot.rest.device, slot.rest.dtype)
 
 

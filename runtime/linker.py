@@ -144,6 +144,8 @@ def _backward(
     session.kinds |= held
     zeros_at = [i for i, v in enumerate(program.arguments) if v.name in plan.zero_tangents]
     unused = Unused(session, plan, outputs, behind)
+    on_host = [slot.name for slot in slots if slot is not None and slot.offload]
+    brings = {True: bool(on_host), False: not held.keys() >= {*on_host}}
 
     def backward(args: list[Any]) -> list[Any]:
         session.begin_program()
@@ -153,7 +155,7 @@ def _backward(
         results = runner(syncs, loss_only)(args)
         for index in left_out:
             results[index] = None
-        if any(slot is not None and slot.offload for slot in slots):
+        if brings[syncs]:
             session.host.to_host.synchronize()  # the optimizer reads gradients from here on
         if syncs:
             session.forget_copies()

@@ -140,6 +140,7 @@ OFTEN = (
     "bf16",
     "one rank",
     "offload optimizer, stage 1",
+    "offload optimizer, 3 micro-steps",
     "offload parameters, stage 0",
     "offload parameters, 2 micro-steps",
     "offload parameters, grouped",

@@ -20,14 +20,10 @@ def test_no_step_waits(trained: Callable[[str], Trained], name: str) -> None:
     assert trained(name).host_waits[1:] == [{}] * (CASES[name].num_steps - 1)
 
 
-ONE_BY_ONE = pytest.param(
-    "offload optimizer, 3 micro-steps",
-    marks=pytest.mark.xfail(strict=True, reason="under no_sync, stages 0 and 1 bring gradients to the host one by one"),
-)
 OFFLOADED = [name for name in OFTEN if CASES[name].options.get("offload") and CASES[name].optimizer is None]
 
 
-@pytest.mark.parametrize("name", [*OFFLOADED, ONE_BY_ONE])
+@pytest.mark.parametrize("name", OFFLOADED)
 def test_a_backward_waits_at_most_once_for_gradients_on_the_host(trained: Callable[[str], Trained], name: str) -> None:
     for waits in trained(name).host_waits[1:]:
         assert sum(waits.values()) <= CASES[name].num_micro_steps, waits
