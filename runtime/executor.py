@@ -15,6 +15,7 @@ from zgraph.bridge.aten import resolve, to_torch
 from zgraph.ir import Arg, Graph, Instruction, Node, Plan, Program, Value
 from zgraph.ir.arena import offsets
 from zgraph.runtime.collectives import EXECUTORS
+from zgraph.runtime.fused_attention import ATTENTIONS, FusedAttentions
 from zgraph.runtime.in_place import in_place
 from zgraph.runtime.recorder import Watcher
 from zgraph.runtime.region import Compute, Region
@@ -88,6 +89,7 @@ class _Writer:
         self.program, self.plan, self.session, self.watcher = program, plan, session, watcher
         self.regions = regions
         self.foreign = plan.graph.foreign
+        self.attentions = FusedAttentions()
         self.names: dict[str, Any] = {}
         self.locals: dict[str, str] = {}
         self.resident = plan.resident
@@ -157,7 +159,10 @@ class _Writer:
 
     def call(self, node: Node) -> str:
         if row := self.foreign.get(node.op):
-            function = self.constant(private_runtime.direct(resolve(node.op)), node.op)
+            op = private_runtime.direct(resolve(node.op))
+            if node.op in ATTENTIONS and self.session.device.type != "cpu":
+                op = self.attentions.of(node, op, self.plan.graph.users, self.plan.graph.output_names)
+            function = self.constant(op, node.op)
             parts = [self.argument(a) for a in node.args] + [f"{k}={self.argument(a)}" for k, a in node.kwargs]
             multi = row.multi
         else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from zgraph.ir import Arg, Graph, Instruction, Node, Program, Value
+from zgraph.ir import HIGHER_ORDER, Arg, Graph, Instruction, Node, Program, Value
 
 Compute = Callable[[list[Any]], Sequence[Any]]
 """Function that runs a region: from a list of arguments, which may be emptied, to results."""
@@ -92,7 +92,9 @@ def cut(program: Program, graph: Graph) -> Iterator[Instruction | Region]:
 
 def _is_computing(node: Node, graph: Graph) -> bool:
     row = graph.foreign.get(node.op)
-    return row.is_pure if row is not None else node.op in ("cast", "release")
+    if row is None:
+        return node.op in ("cast", "release")
+    return row.is_pure and not node.op.startswith(f"{HIGHER_ORDER}.")
 
 
 def _ended(run: list[Instruction], copies: list[Instruction], graph: Graph) -> Iterator[Instruction | Region]:

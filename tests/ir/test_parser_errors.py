@@ -10,8 +10,8 @@ CALL = "fwd %y: f32[4]<V> = aten.op.default"
 
 # A line that stands fourth, the mark ^ before what is at fault, and words that the message must have.
 LINES = [
-    ("^what %y", "expected op, arena, param"),
-    ('^graph "again"', "expected op, arena, param"),
+    ("^what %y", "expected op, graph, arena, param"),
+    (CALL + '(%x, graph(^"f"))', 'no function "f"'),
     ("arena^", "a program"),
     ("arena ^upd=512", "a program, one of fwd, bwd"),
     ("arena fwd ^512", "'='"),

@@ -39,7 +39,19 @@ from zgraph.ir.types import REDUCTIONS
 
 X = Value("x", TensorType(DType.f32, (4,)))
 
+INNER = Graph(
+    "inner", (Input(InputKind.input, X),), (), (Output(OutputKind.output, X), Output(OutputKind.output, None))
+)
+OUTER = Graph(
+    "outer",
+    (Input(InputKind.input, X),),
+    (Node("aten.op.default", (X, (INNER, 1), INNER), (), origin=Origin("m", "f.py", 3)),),
+    foreign={"aten.op.default": ExternalOp(multi=True)},
+)
+
 ARGS = [
+    OUTER,
+    (OUTER, INNER, OUTER),
     X,
     None,
     True,

@@ -16,10 +16,13 @@ from zgraph.ir import (
     Phase,
     TensorType,
     Value,
+    allow_namespace,
     parse_graph,
     verify,
 )
 from zgraph.ir.verifier import CHECKS
+
+allow_namespace("_c10d_functional")
 
 HEAD = """graph "g" mesh(shard=2)
 op aten.mm.default
@@ -49,6 +52,20 @@ bwd %g: f32[4]<S0> = wait(%s)
 """
 )
 
+FUNCTION = """op higher_order.map_impl.default multi
+graph "f"
+  op _c10d_functional.all_reduce.default
+  op aten.relu_.default writes(0)
+  input %a: f32[]
+  {}
+  return fwd output %a
+end
+!fwd %y: f32[4]<V> = {}(graph("f"), [%x], [])
+"""
+"""A function with a line in it, and the op that calls it."""
+
+MAP = "higher_order.map_impl.default"
+
 # The rule, what the message must say, and the lines after HEAD; the line at fault is marked with !.
 FAULTS = [
     ("ssa", "%y reads %y", "!fwd %y: f32[4]<V> = copy(%y)"),
@@ -62,6 +79,24 @@ FAULTS = [
     ("types", "copy: takes one operand", "!fwd %y: f32[4]<V> = copy(%x, %x)"),
     ("types", "%y cast: operand 0 is int", "!fwd %y: f32[9] = cast(%n, dtype=f32)"),
     ("types", "%y gives f32[4]<V>, but release makes nothing", "!fwd %y: f32[4]<V> = release(%x)"),
+    ("subgraphs", "%y aten.t.default is no higher-order op", FUNCTION.format("", "aten.t.default")),
+    ("subgraphs", "has the input %b, a param; whatever", FUNCTION.format('param %b: f32[] "b"', MAP)),
+    ("subgraphs", "has an output that is a", FUNCTION.format('return fwd grad "a" %a', MAP)),
+    ("subgraphs", "has copy, which", FUNCTION.format("fwd %b: f32[] = copy(%a)", MAP)),
+    ("subgraphs", "writes to memory", FUNCTION.format("fwd %b: f32[] = aten.relu_.default(%a)", MAP)),
+    ("subgraphs", "in another phase", FUNCTION.format("bwd %b: f32[] = aten.relu_.default(%a)", MAP)),
+    (
+        "subgraphs",
+        "no valid graph at %b: %b has 1 placements for 0",
+        FUNCTION.format("fwd %b: f32[]<V> = _c10d_functional.all_reduce.default(%a)", MAP).replace(
+            "_c10d_functional.all_reduce", "aten.neg"
+        ),
+    ),
+    (
+        "subgraphs",
+        "has _c10d_functional.all_reduce.default, which is between ranks",
+        FUNCTION.format("fwd %b: f32[] = _c10d_functional.all_reduce.default(%a)", MAP),
+    ),
     ("placements", "the input %z has 0 placements, not 1", "input %z: f32[9]"),
     ("placements", "%y has 2 placements for 1", "!fwd %y: f32[4]<V, V> = aten.t.default(%x)"),
     ("placements", "sharded or partial operand", "!fwd %y: f32[4]<V> = aten.mm.default(%x, %w)"),

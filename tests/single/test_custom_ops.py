@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 
 import pytest
 import torch
@@ -105,26 +106,46 @@ def test_it_trains_as_eagerly(build: type[nn.Module]) -> None:
             torch.testing.assert_close(model(x.clone()), plain(x.clone()))
 
 
-class Branch(Whole):
-    """Takes one of two functions."""
+class Strict(Whole):
+    """Calls a higher-order op that the IR does not have."""
 
     def written(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cond(x.sum() > 0, lambda x: x.relu(), lambda x: x.sin(), (x,))
+        return torch._higher_order_ops.strict_mode(lambda x: (x.sin(),), (x,))[0]
 
 
-def test_an_op_that_holds_functions_is_named_with_its_line() -> None:
-    with pytest.raises(CaptureError, match=r"calls torch\.cond.*fullgraph=False(.|\n)*test_custom_ops\.py:\d+"):
-        zgraph.compile(Branch(), stage=3)(torch.ones(4, 8))
+class Holding(Whole):
+    """Makes a tensor of data in a branch."""
+
+    def written(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x + torch.tensor([1.0] * 8), lambda x: x.sin(), (x,))
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [(Strict, "calls strict_mode.*fullgraph=False"), (Holding, r"as an operand \(in a function of torch\.cond\)")],
+)
+def test_functions_that_have_no_form_in_the_ir_are_named_with_their_line(build: type[nn.Module], words: str) -> None:
+    with pytest.raises(CaptureError, match=rf"{words}(.|\n)*test_custom_ops\.py:\d+"):
+        zgraph.compile(build(), stage=3)(torch.ones(4, 8))
+
+
+def test_a_warning_of_a_class_breaks_no_graph() -> None:
+    class Old(Whole):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            warnings.warn("this is old", DeprecationWarning, stacklevel=2)
+            return super().forward(x)
+
+    zgraph.compile(Old(), stage=3)(torch.ones(4, 8)).backward()
 
 
 def test_a_piece_that_stays_eager_is_told_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZGRAPH_LOGS", "capture")
-    model = zgraph.compile(Branch(), stage=3, fullgraph=False)
+    model = zgraph.compile(Strict(), stage=3, fullgraph=False)
     with caplog.at_level(logging.INFO, logger="zgraph"):
         for _ in range(2):
             model(torch.ones(4, 8)).backward()
     (said,) = [r.getMessage() for r in caplog.records if "runs eagerly" in r.getMessage()]
-    assert "torch.cond" in said
+    assert "strict_mode" in said
     assert "test_custom_ops.py:" in said

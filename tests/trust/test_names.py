@@ -62,6 +62,10 @@ NAMES = [
     "аten.neg.default",
     "torch.sym_not.__self__",
     "prim.Print.default",
+    "higher_order.cond",
+    "higher_order.cond.call",
+    "higher_order.out_dtype.default",
+    "higher_order.triton_kernel_wrapper_mutation.default",
 ]
 
 
@@ -109,7 +113,7 @@ def test_namespaces_of_ops_that_were_captured_here_are_known():
         parse_graph(text)
     assert op_name(torch.ops.zgraph_trust_test.twice.default) == "zgraph_trust_test.twice.default"
     assert "zgraph_trust_test.twice.default" in parse_graph(text).foreign
-    for name in ("a.b", "", "__main__", "py", "math"):
+    for name in ("a.b", "", "__main__", "py", "math", "higher_order"):
         with pytest.raises(UsageError, match="no namespace"):
             allow_namespace(name)
 

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy
 
 from zgraph.bridge.private_fake import FakeTensor, FakeTensorMode
+from zgraph.bridge.private_warnings import warning_by_category
 from zgraph.errors import UsageError
 
 __all__ = [
@@ -144,7 +145,7 @@ def capturing(*, in_pieces: bool = False, dynamic: bool | None = None) -> Iterat
         logger.disabled = True
     gc.set_threshold(*map(max, collects, _RARELY) if collects[0] else collects)
     try:
-        breaks = _hearing_breaks() if in_pieces and _breaks.told else nullcontext()
+        breaks = _hearing_breaks() if in_pieces and _breaks.told else warning_by_category()
         with breaks, config.patch({name: value for name, value in settings.items() if hasattr(config, name)}):
             yield
     finally:

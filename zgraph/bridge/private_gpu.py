@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.attention.flex_attention
 from torch import fx
 
-__all__ = ["Capability", "as_on_gpu", "attention_on_gpu"]
+__all__ = ["Capability", "as_on_gpu", "attention_on_gpu", "flex_attention_on_gpu"]
 
 Capability = tuple[int, int]
 """A GPU's compute capability, major and minor."""
@@ -78,6 +80,21 @@ def as_on_gpu(capability: Capability) -> Callable[[fx.GraphModule], None]:
                 part.recompile()
 
     return rewrite
+
+
+@contextmanager
+def flex_attention_on_gpu() -> Iterator[None]:
+    """Let attention by functions be captured with gradients: torch has its backward on GPUs, and refuses processors."""
+    owner: Any = torch.nn.attention.flex_attention
+    before, owner._validate_device = owner._validate_device, _takes_any_device
+    try:
+        yield
+    finally:
+        owner._validate_device = before
+
+
+def _takes_any_device(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    pass
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

@@ -354,6 +354,7 @@ def inductor(
     with torch.no_grad(), outside, _disable_current_modes(), mode:
         fakes = [torch.empty_strided(size, stride, dtype=dtype, device=at) for size, stride, dtype, at in kinds]
         traced = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
+        traced.graph.eliminate_dead_code()
         results: Any = traced.graph.output_node()
         results.meta["user_visible_output_idxs"] = [*range(len(results.args[0]))]  # their strides are kept
         compiled: Any = compile_fx_inner(traced, fakes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 from zgraph.bridge.aten import FROM_TORCH, compute_dtype
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.bridge.private_fake import FakeTensorMode
-from zgraph.bridge.private_gpu import Capability, as_on_gpu
+from zgraph.bridge.private_gpu import Capability, as_on_gpu, flex_attention_on_gpu
 from zgraph.capture.frontend import Frontend, ParamInfo
 from zgraph.capture.gpu import on_gpu
 from zgraph.capture.hooks import without_gradient_hooks
@@ -78,7 +79,8 @@ def trace(
                 return {id(b): n for n, b in model.named_buffers()}
 
             front = Frontend(infos, buffers, catch, type(model).__name__, rewrite=rewrite)
-            with torch.enable_grad(), without_gradient_hooks(model):
+            there = flex_attention_on_gpu() if capability is not None else nullcontext()
+            with torch.enable_grad(), without_gradient_hooks(model), there:
                 front.wrap(model.forward, dynamic)(*inputs[0], **inputs[1])
         except _Caught:
             pass

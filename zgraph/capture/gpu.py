@@ -36,4 +36,6 @@ def _in_fp32(value: Value) -> Value:
 def _there(arg: Arg) -> Arg:
     if isinstance(arg, Token) and arg.kind == "device" and arg.name == "cpu":
         return replace(arg, name="cuda")
+    if isinstance(arg, Graph):
+        return on_gpu(arg)
     return tuple(_there(item) for item in arg) if isinstance(arg, tuple) else arg

@@ -15,9 +15,11 @@ import torch
 from torch import fx
 
 from zgraph.bridge import private_compile
-from zgraph.bridge.aten import FROM_TORCH, draws, effects, from_torch, op_name
+from zgraph.bridge.aten import FROM_TORCH, effects, from_torch, op_name
+from zgraph.bridge.private_higher_order import wanted_gradients
 from zgraph.errors import CaptureError
 from zgraph.ir import (
+    Arg,
     DType,
     ExternalOp,
     Graph,
@@ -35,6 +37,7 @@ from zgraph.ir import (
     Value,
 )
 from zgraph.ir.layout import is_contiguous
+from zgraph.ir.names import COLLECTIVES
 from zgraph.ir.symbols import Dim, is_readable, simplify, symbol
 
 
@@ -71,7 +74,8 @@ class Importer:
     ) -> None:
         self.gm, self.leaves, self.num_forward_outputs, self.name = gm, leaves, num_forward_outputs, name
         self.values: dict[fx.Node, Value] = {}
-        self.results: dict[fx.Node, tuple[Value, ...]] = {}
+        self.results: dict[fx.Node, Any] = {}
+        self.functions: dict[fx.Node, Graph] = {}
         self.foreign: dict[str, ExternalOp] = {}
         self.inputs: list[Input] = []
         self.nodes: list[Node] = []
@@ -148,9 +152,11 @@ class Importer:
             constant = getattr(constant, part)
         if isinstance(constant, fx.GraphModule):
             (caller, *_) = node.users
-            raise self._error(
-                caller, f"calls {op_label(caller.target)}, whose branches or bodies are functions; {PIECES}"
-            )
+            if op_name(caller.target) is None:
+                label = op_label(caller.target)
+                raise self._error(caller, f"calls {label}, whose branches or bodies are functions; {PIECES}")
+            self.functions[node] = _Function(constant, caller, name).run()
+            return
         if not isinstance(constant, torch.Tensor):
             raise self._error(node, f"uses {name}, a {type(constant).__name__} that is no tensor; {PIECES}")
         self.constants[name] = constant
@@ -162,8 +168,11 @@ class Importer:
     def _call(self, node: fx.Node) -> None:
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0] in self.results:
             source, index = node.args[0], node.args[1]
-            assert isinstance(index, int)
-            self.values[node] = self.results[source][index]
+            found = self.results[source][index]
+            if isinstance(found, Value):
+                self.values[node] = found
+            else:
+                self.results[node] = found
             return
         name = op_name(node.target)
         if name is None:
@@ -171,30 +180,39 @@ class Importer:
         made = node.meta.get("val")
         multi = isinstance(made, tuple | list)
         if isinstance(made, tuple | list):
-            picked = {u.args[1]: u.name for u in node.users if u.target is operator.getitem}
-            results = tuple(
-                Value(picked.get(i, f"{node.name}.{i}"), self._type(item, node)) for i, item in enumerate(made)
-            )
-            self.results[node] = results
+            results = self._results(node, made)
         else:
             results = (self._define(node, made, node.name),)
-        known = self.foreign.get(name)
-        if known is None:
-            self.foreign[name] = effects(node.target, name, node.args, node.kwargs, multi=multi)
-        elif not known.random and draws(node.target, node.args, node.kwargs):
-            self.foreign[name] = replace(known, random=True)
         try:
-            args = tuple(from_torch(a, self._value) for a in node.args)
+            args = tuple(from_torch(a, self._value) for a in (*node.args, *wanted_gradients(node.target, made)))
             kwargs = tuple((k, from_torch(a, self._value)) for k, a in sorted(node.kwargs.items()))
         except (TypeError, KeyError) as error:
             raise self._error(node, f"calls {name} with an argument that has no form in the IR: {error}") from None
+        row, known = effects(node.target, name, args, dict(kwargs), multi=multi), self.foreign.get(name)
+        self.foreign[name] = row if known is None else _either(known, row)
         phase = self.phases[node]
         region = private_compile.checkpoint_region(node) if phase is Phase.forward else 0
         region = region and self.regions.setdefault(region, len(self.regions) + 1)
         self.nodes.append(Node(name, args, results, kwargs, phase, origin_of(node), region))
 
-    def _value(self, node: fx.Node) -> Value:
-        return self.values[node]
+    def _results(self, node: fx.Node, made: Sequence[Any]) -> tuple[Value, ...]:
+        """The values of an op that makes several, some of them perhaps in a tuple of their own."""
+        picked = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+        found: list[Any] = []
+        for index, item in enumerate(made):
+            if isinstance(item, tuple | list):
+                inner = picked.get(index)
+                names = {u.args[1]: u.name for u in inner.users if u.target is operator.getitem} if inner else {}
+                stem = f"{node.name}.{index}"
+                found.append(tuple(Value(names.get(i, f"{stem}.{i}"), self._type(m, node)) for i, m in enumerate(item)))
+            else:
+                name = picked[index].name if index in picked else f"{node.name}.{index}"
+                found.append(Value(name, self._type(item, node)))
+        self.results[node] = tuple(found)
+        return tuple(v for item in found for v in (item if isinstance(item, tuple) else (item,)))
+
+    def _value(self, node: fx.Node) -> Value | Graph:
+        return self.functions[node] if node in self.functions else self.values[node]
 
     def _define(self, node: fx.Node, made: Any, name: str) -> Value:
         value = Value(name, self._type(made, node))
@@ -260,6 +278,65 @@ class Importer:
         where = f"\n  at {origin.place}" if origin.file else ""
         module = f" in {origin.module}" if origin.module else ""
         return CaptureError(f"the model{module} {message}{where}")
+
+
+class _Function(Importer):
+    """Translates a function that a higher-order op calls.
+
+    Args:
+        gm: the function.
+        caller: the op.
+        name: the function's.
+    """
+
+    def __init__(self, gm: fx.GraphModule, caller: fx.Node, name: str) -> None:
+        super().__init__(gm, {}, None, name)
+        self.caller = caller
+
+    def _input(self, node: fx.Node) -> None:
+        self.inputs.append(Input(InputKind.input, self._define(node, node.meta["val"], node.name)))
+
+    def _constant(self, node: fx.Node) -> None:
+        found = getattr(self.gm, str(node.target))
+        if not isinstance(found, torch.Tensor):
+            super()._constant(node)
+        elif found.numel() == 1:
+            value = self._define(node, found, node.name)
+            args: tuple[Arg, ...] = tuple(found.shape), found.item()
+            kwargs = (("device", from_torch(found.device, self._value)), ("dtype", FROM_TORCH[found.dtype]))
+            self.foreign[_FULL] = ExternalOp()
+            self.nodes.append(Node(_FULL, args, (value,), kwargs))
+        else:
+            raise self._error(node, f"makes a tensor of data in a function; {_GIVEN}")
+
+    def _call(self, node: fx.Node) -> None:
+        name = op_name(node.target) or ""
+        if name.split(".")[0] in COLLECTIVES:
+            raise self._error(node, f"calls {name}, which is between ranks; call it outside of functions")
+        super()._call(node)
+
+    def _output_nodes(self) -> Sequence[Any]:
+        found = super()._output_nodes()
+        return found if isinstance(found, tuple | list) else [found]
+
+    def _output(self, found: Any, desc: Any, phase: Phase) -> Output:
+        if found is not None and not isinstance(found, fx.Node):
+            raise self._error(self.caller, f"returns the number {found} from a function; return a tensor")
+        return super()._output(found, None, phase)
+
+    def _error(self, node: fx.Node, message: str) -> CaptureError:
+        label, place = op_label(self.caller.target), origin_of(self.caller).place
+        where = "" if origin_of(node).file or not place else f"\n  at {place}"
+        return CaptureError(f"{super()._error(node, f'{message} (in a function of {label})')}{where}")
+
+
+_FULL = "aten.full.default"
+_GIVEN = "make it outside, and give it to the op as an operand"
+
+
+def _either(one: ExternalOp, other: ExternalOp) -> ExternalOp:
+    """Effects of an op by two calls of it."""
+    return replace(one, random=one.random or other.random, opaque=one.opaque or other.opaque)
 
 
 def _translate(expr: sympy.Expr) -> Dim:

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from zgraph.bridge.aten import TO_TORCH, effects, resolve, to_torch
 from zgraph.bridge.private_fake import UNKNOWN_RESULTS, deriving
+from zgraph.bridge.private_higher_order import WITHOUT_DATA
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
-from zgraph.ir import OPS, DType, ExternalOp, Graph, Node, ScalarType, TensorType, Type, Value
+from zgraph.ir import (
+    HIGHER_ORDER,
+    OPS,
+    DType,
+    ExternalOp,
+    Graph,
+    Node,
+    ScalarType,
+    TensorType,
+    Type,
+    Value,
+    print_graph,
+)
+from zgraph.ir.graph import graphs_in
 from zgraph.ir.symbols import evaluate
 from zgraph.ir.verifier import Fault
 
@@ -41,14 +56,17 @@ class Derived:
                 if node.op in OPS or id(node) in self.seen:
                     continue
                 try:
-                    target = resolve(node.op)
+                    target: Any = resolve(node.op)
+                    if node.op.startswith(f"{HIGHER_ORDER}."):
+                        target = WITHOUT_DATA[node.op.split(".")[1]]
+                    row = effects(target, node.op, node.args, dict(node.kwargs), multi=graph.foreign[node.op].multi)
                 except LookupError as error:
                     yield position, str(error)
                     continue
-                row = effects(target, node.op, node.args, dict(node.kwargs), multi=graph.foreign[node.op].multi)
                 known = declared.setdefault(node.op, row)
-                if row.random and not known.random:
-                    declared[node.op] = row
+                either = replace(row, random=row.random or known.random, opaque=row.opaque or known.opaque)
+                if either != known:
+                    declared[node.op] = either
                 given = [self.abstract(v.type) for v in (*node.operands, *node.results)]
                 key = (
                     (node.op, str(node.args), str(node.kwargs))
@@ -61,7 +79,7 @@ class Derived:
                     )
                 )
                 if key not in self.known:
-                    self.known[key] = self.wrong(node, target)
+                    self.known[key] = self.wrong_functions(node) or self.wrong(node, target)
                 if text := self.known[key]:
                     yield position, str(text)
                 self.seen[id(node)] = node  # what another graph of the run has too is not looked at again
@@ -71,6 +89,15 @@ class Derived:
             wanted = row.views, row.writes, is_opaque
             if (has.views, has.writes, has.opaque) != wanted or (row.random and not has.random):
                 yield None, f"{op} is declared with other effects than its schema has: {has}, not {row}"
+
+    def wrong_functions(self, node: Node) -> str:
+        """Mistake in a function that a node calls; empty if there is none."""
+        for graph in graphs_in(node.args):
+            inner = Derived(self.hints)
+            for _, text in inner.faults(graph):
+                return f'the function "{graph.name}": {text}'
+            self.num_unknown += inner.num_unknown
+        return ""
 
     def abstract(self, kind: Type) -> Hashable:
         """A type without where it is, sizes as numbers."""
@@ -89,6 +116,9 @@ class Derived:
             self.num_unknown += 1
             return ""
         except Exception as error:  # whatever an op says of operands that do not fit it
+            if any(self.is_data(v.type) for v in node.operands):
+                self.num_unknown += 1
+                return ""
             return f"{node.op} does not take these operands: {str(error).splitlines()[0] if str(error) else error!r}"
         results = list(made) if isinstance(made, tuple | list) else [made]
         if len(results) != len(node.results):
@@ -99,6 +129,12 @@ class Derived:
             if text := self.differs(value, item):
                 return text
         return ""
+
+    def is_data(self, kind: Type) -> bool:
+        """Whether a number is read off data, so that any may be the wrong one here: an index, say."""
+        if not isinstance(kind, ScalarType):
+            return False
+        return kind.expr is None or any(str(s) not in self.hints for s in getattr(kind.expr, "free_symbols", ()))
 
     def fake(self, value: Value) -> Any:
         kind = value.type
@@ -136,4 +172,4 @@ def _shape_of(arg: Any) -> Hashable:
         return "%"
     if isinstance(arg, tuple):
         return tuple(_shape_of(a) for a in arg)
-    return type(arg).__name__, str(arg)
+    return type(arg).__name__, print_graph(arg) if isinstance(arg, Graph) else str(arg)

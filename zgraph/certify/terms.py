@@ -22,7 +22,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 
-from zgraph.ir import OPS, Arg, DType, Graph, Input, InputKind, Node, Phase, TensorType, Value
+from zgraph.ir import OPS, Arg, DType, Graph, Input, InputKind, Node, Phase, TensorType, Value, fingerprint
 from zgraph.ir.aliases import Aliases
 from zgraph.ir.external_ops import facts
 from zgraph.ir.ops import Op, views
@@ -272,6 +272,8 @@ def constant(arg: Arg, values: Iterator[Hashable]) -> Hashable:
             return ("float", arg.hex())
         case str():
             return ("str", arg)
+        case Graph():
+            return ("graph", fingerprint(arg))
     return arg
 
 

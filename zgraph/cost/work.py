@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from zgraph.cost.functions import called_work, is_higher_order
 from zgraph.ir import OPS, Graph, Node, TensorType, Type
 from zgraph.ir.external_ops import SEED, facts
 from zgraph.ir.external_ops import Work as FlopRule
@@ -30,11 +31,23 @@ def work(graph: Graph, node: Node) -> Work:
         return Work(0, _bytes(node)) if row.is_work and not row.views(node) else Work()
     if node.op == SEED:
         return Work()  # it reads nothing of the tensor whose device it draws on
+    if is_higher_order(node):
+        flop, num_bytes = called_work(node, _pair)
+        return Work(flop, _bytes(node) + num_bytes, _matmul_dtype(node))
     flop = _flop(node)
     if flop is None:
         return Work() if views(graph, node) and not graph.foreign[node.op].writes else Work(0, _bytes(node))
+    return Work(flop, _bytes(node), _matmul_dtype(node))
+
+
+def _pair(graph: Graph, node: Node) -> tuple[Any, Any]:
+    done = work(graph, node)
+    return done.flop, done.num_bytes
+
+
+def _matmul_dtype(node: Node) -> str:
     kinds = [v.type for v in node.operands if isinstance(v.type, TensorType) and len(v.type.shape) > 1]
-    return Work(flop, _bytes(node), kinds[0].dtype.value if kinds else "f32")
+    return kinds[0].dtype.value if kinds else "f32"
 
 
 def _bytes(node: Node) -> Any:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from zgraph.cost.device_workspace import device_workspace_bytes
-from zgraph.ir import Node, TensorType
+from zgraph.cost.functions import called_bytes, is_higher_order
+from zgraph.ir import Node, TensorType, Type
 from zgraph.ir.external_ops import Scratch, facts
 from zgraph.ir.symbols import evaluate
 
@@ -32,6 +33,8 @@ Kinds = Sequence[TensorType]
 
 def workspace_bytes(node: Node, hints: Hints) -> int:
     """Bytes that a node's op takes beside its operands and results while it runs, on processors or on a GPU."""
+    if is_higher_order(node):
+        return called_bytes(node, lambda kind: _type_bytes(kind, hints), lambda inner: workspace_bytes(inner, hints))
     if NUM_THREADS not in hints:
         return device_workspace_bytes(node, hints)
     packet = ".".join(node.op.split(".")[:2])
@@ -39,6 +42,10 @@ def workspace_bytes(node: Node, hints: Hints) -> int:
         return REGISTERED[packet](node, hints)
     rule = facts(node.op).scratch
     return _RULES[rule]([v.type for v in node.operands if isinstance(v.type, TensorType)], hints) if rule else 0
+
+
+def _type_bytes(kind: Type, hints: Hints) -> int:
+    return _bytes(kind, hints) if isinstance(kind, TensorType) else 0
 
 
 def _attention(kinds: Kinds, hints: Hints) -> int:

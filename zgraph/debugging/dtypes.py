@@ -66,11 +66,18 @@ class _Rewriter:
     def node(self, node: Node) -> Node:
         kwargs = tuple((k, self.arg(a)) for k, a in node.kwargs)
         node = replace(node, args=tuple(map(self.arg, node.args)), kwargs=kwargs, results=self.values(node))
+        if self.makes_default_floats(node):
+            node = replace(node, kwargs=(*node.kwargs, ("dtype", self.dtype)))
         if node.op in OPS:
             kinds = OPS[node.op].rule(node, self.graph.mesh)
             self.made.update(zip((r.name for r in node.results), kinds, strict=True))
             node = replace(node, results=self.values(node))
         return node
+
+    def makes_default_floats(self, node: Node) -> bool:
+        """Whether an op makes floats of nothing, and leaves their dtype to torch."""
+        is_float = any(isinstance(r.type, TensorType) and r.tensor.dtype in FLOATS for r in node.results)
+        return node.op.startswith("aten.") and not node.operands and is_float and node.option("dtype") is None
 
     def values(self, node: Node) -> tuple[Value, ...]:
         return tuple(map(self.value, node.results))
@@ -86,6 +93,8 @@ class _Rewriter:
                 return self.element(arg)
             case str():
                 return _KERNEL_OPERAND.sub(f"{self.dtype.value}[", arg)
+            case Graph():
+                return replace(in_dtype(arg, self.dtype), foreign=arg.foreign)
             case tuple():
                 return tuple(map(self.arg, arg))
         return arg

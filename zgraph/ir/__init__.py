@@ -15,7 +15,7 @@ from zgraph.ir.graph import (
     Token,
     Value,
 )
-from zgraph.ir.names import allow_namespace
+from zgraph.ir.names import HIGHER_ORDER, allow_namespace
 from zgraph.ir.ops import OPS, Op
 from zgraph.ir.parser import parse_graph
 from zgraph.ir.plan import Instruction, Plan, Program
@@ -43,6 +43,7 @@ from zgraph.ir.verifier import verify
 
 __all__ = [
     "DEVICE",
+    "HIGHER_ORDER",
     "HOST",
     "OPS",
     "Arg",

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Union
 
 from zgraph.ir.types import Axis, DType, TensorType, Type, num_ranks, num_shards
 
@@ -22,6 +23,7 @@ __all__ = [
     "Phase",
     "Token",
     "Value",
+    "graphs_in",
     "map_values",
     "values_in",
 ]
@@ -71,7 +73,8 @@ class Token:
     name: str
 
 
-Arg = Value | DType | Token | int | float | bool | str | None | tuple["Arg", ...]
+Arg = Union[Value, DType, Token, "Graph", int, float, bool, str, None, tuple["Arg", ...]]
+"""An argument; a graph is a function that a higher-order op calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +234,9 @@ class Graph:
     foreign: Mapping[str, ExternalOp] = field(default_factory=dict)
     arenas: Mapping[Phase, int] = field(default_factory=dict)
 
+    def __hash__(self) -> int:
+        return hash((self.name, len(self.nodes)))
+
     def with_nodes(self, nodes: list[Node] | tuple[Node, ...]) -> Graph:
         """The graph with `nodes` in the place of its own."""
         return replace(self, nodes=tuple(nodes))
@@ -247,6 +253,12 @@ class Graph:
     @cached_property
     def param_names(self) -> frozenset[str]:
         return frozenset(i.value.name for i in self.params)
+
+    @cached_property
+    def subgraphs(self) -> tuple[Graph, ...]:
+        """The functions that its higher-order ops call, in the order in which they come, each once."""
+        args = (a for n in self.nodes for a in (*n.args, *(a for _, a in n.kwargs)))
+        return tuple(dict.fromkeys(graph for a in args for graph in graphs_in(a)))
 
     @cached_property
     def producers(self) -> Mapping[str, Node]:
@@ -291,6 +303,15 @@ def values_in(arg: Arg) -> Iterator[Value]:
     elif isinstance(arg, tuple):
         for item in arg:
             yield from values_in(item)
+
+
+def graphs_in(arg: Arg) -> Iterator[Graph]:
+    """The functions inside an argument."""
+    if isinstance(arg, Graph):
+        yield arg
+    elif isinstance(arg, tuple):
+        for item in arg:
+            yield from graphs_in(item)
 
 
 def map_values(arg: Arg, env: Mapping[str, Value]) -> Arg:

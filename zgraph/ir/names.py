@@ -32,6 +32,16 @@ SCALAR_FUNCTIONS: Mapping[str, frozenset[str]] = {
 }
 """Functions on numbers that graphs with symbolic sizes call, by the module that has them."""
 
+HIGHER_ORDER = "higher_order"
+"""The namespace of ops that call functions, which are graphs among their arguments."""
+
+HIGHER_ORDER_OPS = _words(
+    "associative_scan cond flex_attention flex_attention_backward map_impl scan while_loop while_loop_stack_output"
+)
+
+COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor", "c10d", "c10d_functional", "symm_mem")
+"""Namespaces of ops between ranks."""
+
 TOKENS: Mapping[str, frozenset[str]] = {
     "device": _words("cpu cuda hip hpu maia meta mps mtia xla xpu"),
     "layout": _words("strided sparse_coo"),
@@ -39,7 +49,8 @@ TOKENS: Mapping[str, frozenset[str]] = {
 }
 """The constants of the host framework that a text may name, by kind."""
 
-BUILT_IN = ("aten", "prims", "zgraph")
+BUILT_IN = ("aten", "flex_lib", "prims", "zgraph")
+"""The libraries of torch and of zgraph; the second is what gradients of flex_attention's functions call."""
 
 _namespaces = set(BUILT_IN)
 _IDENTIFIER = re.compile(r"(?:[A-Za-z]|_(?!_))\w*|__i?(?:and|or|xor|lshift|rshift)__", re.ASCII)
@@ -53,7 +64,7 @@ def allow_namespace(name: str) -> None:
     Raises:
         UsageError: it is no name of a namespace.
     """
-    if not _IDENTIFIER.fullmatch(name) or name in SCALAR_FUNCTIONS:
+    if not _IDENTIFIER.fullmatch(name) or name in (*SCALAR_FUNCTIONS, HIGHER_ORDER):
         raise UsageError(f"{name[:60]!r} is no namespace of ops; give the part before the first dot of an op's name")
     _namespaces.add(name)
 
@@ -73,6 +84,10 @@ def refusal(op: str) -> str:
             return ""
         hint = did_you_mean(".".join(rest)[:60], known, f"{namespace} has {_list(known)}")
         return f"{shown} is no function on sizes; {hint}"
+    if namespace == HIGHER_ORDER:
+        if rest in ([op, "default"] for op in HIGHER_ORDER_OPS):
+            return ""
+        return f"{shown} is no higher-order op of a graph; there are {_list(HIGHER_ORDER_OPS)}, each .default"
     if len(rest) != 2 or not all(_IDENTIFIER.fullmatch(part) for part in rest) or not _IDENTIFIER.fullmatch(namespace):
         return f"{shown} is no op; an op is NAMESPACE.name.overload, such as aten.add.Tensor"
     if namespace not in _namespaces:

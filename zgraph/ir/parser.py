@@ -50,6 +50,7 @@ _DTYPES = {d.value: d for d in DType}
 _SPACES = {space: space for space in (DEVICE, HOST)}
 _OFFLOADS = {what: what for what in ("optimizer", "parameters")}
 _MAX_DEPTH = 32
+_MAX_GRAPH_DEPTH = 8
 
 
 def parse_graph(text: str) -> Graph:
@@ -58,7 +59,11 @@ def parse_graph(text: str) -> Graph:
     Raises:
         ZirError: with the line, and a caret under what is wrong in it.
     """
-    return _Reader(text).graph()
+    lines = _lines(text)
+    head = next(lines, None)
+    if head is None:
+        raise ZirError('the text is empty; a graph begins with: graph "name"')
+    return _Reader(lines).graph(head)
 
 
 class _LineCursor(Cursor):
@@ -145,18 +150,22 @@ def _lines(text: str) -> Iterator[_LineCursor]:
 
 
 class _Reader:
-    """Reads the lines of one graph, with the values defined so far."""
+    """Reads the lines of one graph, with the values defined so far.
 
-    def __init__(self, text: str) -> None:
-        self.lines = _lines(text)
+    Args:
+        lines: those behind its first.
+        depth: of how many graphs it is a function.
+    """
+
+    def __init__(self, lines: Iterator[_LineCursor], depth: int = 0) -> None:
+        self.lines, self.depth = lines, depth
+        self.subgraphs: dict[str, Graph] = {}
+        self.called: set[str] = set()
         self.values: dict[str, Value] = {}
         self.phases = {p.value: p for p in Phase}
         self.undeclared: TextError | None = None
 
-    def graph(self) -> Graph:
-        head = next(self.lines, None)
-        if head is None:
-            raise ZirError('the text is empty; a graph begins with: graph "name"')
+    def graph(self, head: _LineCursor) -> Graph:
         name, mesh = self.head(head)
         foreign: dict[str, ExternalOp] = {}
         inputs: list[Input] = []
@@ -164,9 +173,19 @@ class _Reader:
         outputs: list[Output] = []
         arenas: Mapping[Phase, int] = {}
         kinds = {k.value: k for k in InputKind}
+        last = head
         for line in self.lines:
+            last = line
+            if self.depth and line.text.strip() == "end":
+                break
+            if not line.text.startswith("  " * self.depth):
+                raise line.error(f'the lines of the function "{name}" are indented, up to one that says: end')
             start = line.at
-            word = line.word("op, arena, an input kind, a phase or return")
+            word = line.word("op, graph, arena, an input kind, a phase or return")
+            if word == "graph":
+                line.at = start
+                self.subgraph(line)
+                continue
             if word == "op":
                 op, row = self.declaration(line)
                 foreign[op] = row
@@ -182,11 +201,24 @@ class _Reader:
                 outputs.append(self.output(line))
             else:
                 line.at = start
-                raise line.error(f"expected op, arena, {', '.join([*kinds, *self.phases])} or return")
+                raise line.error(f"expected op, graph, arena, {', '.join([*kinds, *self.phases])} or return")
             line.end()
+        if self.depth and last.text.strip() != "end":
+            raise last.error(f'the function "{name}" goes on to a line that says: end')
+        if unused := self.subgraphs.keys() - self.called:
+            raise last.error(f'no op calls the function "{min(unused)}"')
         if self.undeclared is not None:
             raise self.undeclared
         return Graph(name, tuple(inputs), tuple(nodes), tuple(outputs), mesh, foreign, arenas)
+
+    def subgraph(self, line: _LineCursor) -> None:
+        """A function that an op below calls."""
+        if self.depth == _MAX_GRAPH_DEPTH:
+            raise line.error(f"functions nest deeper than {_MAX_GRAPH_DEPTH}")
+        graph = _Reader(self.lines, self.depth + 1).graph(line)
+        if graph.name in self.subgraphs:
+            raise line.error(f'the function "{graph.name}" is defined twice', 0)
+        self.subgraphs[graph.name] = graph
 
     def head(self, line: _LineCursor) -> tuple[str, tuple[Axis, ...]]:
         line.expect("graph")
@@ -308,6 +340,12 @@ class _Reader:
         checkpoint = line.integer() if line.accept("checkpoint=") else 0
         return Node(op, tuple(args), tuple(results), tuple(kwargs), phase, line.origin(), checkpoint)
 
+    def function(self, name: str, line: _LineCursor, at: int) -> Graph:
+        if name not in self.subgraphs:
+            raise line.error(f'no function "{name[:60]}" is defined above this line', at)
+        self.called.add(name)
+        return self.subgraphs[name]
+
     def arg(self, line: _LineCursor, depth: int = 0) -> Arg:
         if depth > _MAX_DEPTH:
             raise line.error(f"lists nest deeper than {_MAX_DEPTH}")
@@ -331,6 +369,9 @@ class _Reader:
             line.space()
             inside = line.at
             token = Token(word, line.string())
+            if word == "graph":
+                line.expect(")")
+                return self.function(token.name, line, inside)
             if wrong := token_refusal(token.kind, token.name):
                 raise line.error(wrong, start if token.kind not in TOKENS else inside)
             line.expect(")")

@@ -27,6 +27,7 @@ def print_graph(graph: Graph, *, origins: bool = True) -> str:
     lines = [f"graph {json.dumps(graph.name)}" + (f" mesh({mesh})" if mesh else "")]
     lines += [print_arenas(graph.arenas)] if graph.arenas else []
     lines += [print_foreign(name, row) for name, row in sorted(graph.foreign.items())]
+    lines += [_subgraph(sub, origins=origins) for sub in graph.subgraphs]
     lines += [print_input(i) for i in graph.inputs]
     lines += [print_node(n, origins=origins) for n in graph.nodes]
     lines += [print_output(o) for o in graph.outputs]
@@ -36,6 +37,12 @@ def print_graph(graph: Graph, *, origins: bool = True) -> str:
 def fingerprint(graph: Graph) -> str:
     """A hash of what the graph does: its text without origins."""
     return hashlib.sha256(print_graph(graph, origins=False).encode()).hexdigest()[:16]
+
+
+def _subgraph(graph: Graph, *, origins: bool) -> str:
+    """A function that a higher-order op calls: its text, indented, and an end."""
+    lines = print_graph(graph, origins=origins).splitlines()
+    return "\n".join([lines[0], *(f"  {line}" for line in lines[1:]), "end"])
 
 
 def print_node(node: Node, *, origins: bool = True) -> str:
@@ -79,6 +86,8 @@ def print_arg(arg: Arg) -> str:
             return arg.value
         case Token(kind=kind, name=name):
             return f"{kind}({json.dumps(name)})"
+        case Graph(name=name):
+            return f"graph({json.dumps(name)})"
         case tuple():
             return "[" + ", ".join(print_arg(a) for a in arg) + "]"
 

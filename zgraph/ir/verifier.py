@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from zgraph.errors import VerifyError
 from zgraph.ir.aliases import Memory
 from zgraph.ir.arena import ALIGN_BYTES, Buffer, buffers, clashes, offsets, runs_in, sizes
-from zgraph.ir.graph import PROGRAMS, Arg, Graph, Input, InputKind, Node, Output, OutputKind, Phase
+from zgraph.ir.graph import PROGRAMS, Arg, Graph, Input, InputKind, Node, Output, OutputKind, Phase, graphs_in
+from zgraph.ir.names import COLLECTIVES, HIGHER_ORDER
 from zgraph.ir.ops import OPS
 from zgraph.ir.printer import print_arg, print_node
 from zgraph.ir.symbols import Dim, simplify
@@ -87,6 +88,46 @@ def types(graph: Graph) -> Iterator[Fault]:
                 continue
             if (got := tuple(r.type for r in node.results)) != wanted:
                 yield position, f"gives {_list(got)}, but {node.op} makes {_list(wanted)} of these operands"
+
+
+def subgraphs(graph: Graph) -> Iterator[Fault]:
+    """Only higher-order ops call functions. These are valid graphs of one device's ops, and write to nothing."""
+    faults: dict[Graph, str] = {}
+    named: dict[str, Graph] = {}
+    for position, node in enumerate(graph.nodes):
+        found = [sub for arg in (*node.args, *(a for _, a in node.kwargs)) for sub in graphs_in(arg)]
+        if found and node.op.split(".")[0] != HIGHER_ORDER:
+            yield position, f"{node.op} is no higher-order op, so it calls no function"
+        for sub in found:
+            if named.setdefault(sub.name, sub) != sub:
+                yield position, f'calls "{sub.name}", which is another function than one above of this name'
+            if sub not in faults:
+                faults[sub] = next(_not_a_function(sub), "")
+            if faults[sub]:
+                yield position, f'calls "{sub.name}", which {faults[sub]}'
+
+
+def _not_a_function(graph: Graph) -> Iterator[str]:
+    """Mistakes in a function that a higher-order op calls."""
+    if graph.mesh or graph.arenas:
+        yield "has a mesh or an arena; a function is what one device computes"
+    for entry in graph.inputs:
+        if entry != Input(InputKind.input, entry.value):
+            yield f"has the input %{entry.value.name}, a {entry.kind.value}; whatever it reads is an operand of the op"
+    if any(output.kind is not OutputKind.output for output in graph.outputs):
+        yield "has an output that is a gradient or a mutation"
+    for node in graph.nodes:
+        namespace = node.op.split(".")[0]
+        if node.op in OPS or namespace in COLLECTIVES:
+            yield f"has {node.op}, which is between ranks or of a plan; call collectives outside of functions"
+        if node.phase is not Phase.forward or node.checkpoint:
+            yield f"has %{node.name} in another phase, or in a region of its own"
+        if (row := graph.foreign.get(node.op)) is not None and row.writes:
+            yield f"has {node.op}, which writes to memory"
+    for rule in CHECKS:
+        for position, message in rule(graph):
+            where = f" at {_title(graph.nodes[position])}" if position is not None else ""
+            yield f"is no valid graph{where}: {message}"
 
 
 def placements(graph: Graph) -> Iterator[Fault]:
@@ -266,6 +307,7 @@ CHECKS: tuple[Callable[[Graph], Iterator[Fault]], ...] = (
     phases,
     known_ops,
     types,
+    subgraphs,
     placements,
     spaces,
     futures,
