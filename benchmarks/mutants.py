@@ -168,7 +168,7 @@ EQUIVALENT = (
         _ROUNDING,
     ),
     Equivalent("passes/analysis/timetable.py", "200", "201", _TUNED),
-    Equivalent("passes/plan/make_plan.py", "if only_step:", "if False:", "programs that nobody looks at are made: slower"),
+    Equivalent("passes/plan/make_plan.py", "if only_step:", "if False:", "programs that nobody reads are made: slower"),
     Equivalent(
         "passes/analysis/subgraphs.py",
         "max((len(k.shape) for k in kinds))",
