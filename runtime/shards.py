@@ -29,6 +29,7 @@ from zgraph.ir.layout import chunk_numel, chunk_rows, dense_strides, local_rows
 from zgraph.runtime.flat_buffers import Flats, Part, align_numel
 from zgraph.runtime.host import PAGE_BYTES, HostMemory
 from zgraph.runtime.materialise import materialise
+from zgraph.runtime.mixed import take_part
 from zgraph.runtime.working_copies import WorkingCopies, are_brought
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ class ShardStore:
         self.any_sharded = any(shards.values())
         if self.any_sharded:
             private_runtime.exact_items()
+            assert mesh is not None
+            take_part(mesh)
         sharded = {n: p for n, (p, _) in found.items() if shards[n]}
         self._check_host(
             chunk_numel(tuple(p.shape), self.num_shards if shards[n] else 1) * p.element_size()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 from torch import nn
 
 from zgraph.bridge.aten import FROM_TORCH
+from zgraph.bridge.private_compile import inline_only_when_called
 from zgraph.bridge.private_runtime import whole_group
 from zgraph.bridge.target import allocator_advice, library_bytes
 from zgraph.capture import Frontend, ParamInfo, drop_gradient_hooks
@@ -43,6 +45,8 @@ ADAPTERS = ("zgraph.hf.adapt",)
 Each has `adapt(model)`, and `ready(model)`, which prepares the model for a capture and tells whether it changed it.
 """
 
+for _folder in ("bridge", "codegen", "compiler", "optim", "runtime"):
+    inline_only_when_called(f"{Path(__file__).parents[1] / _folder}/")  # what a step under torch.compile has run
 
 _advised: set[str] = set()
 """Advice that this process has given."""

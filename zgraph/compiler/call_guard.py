@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from zgraph.bridge.private_compile import compiled_backward_node
+from zgraph.bridge.private_compile import compiled_backward_node, pause_capture, resume_capture
 from zgraph.bridge.private_runtime import keeps_graph
 from zgraph.errors import BackwardTwiceError, EscapedParameterError, StaleParametersError, UsageError
 from zgraph.runtime import Session
@@ -38,6 +38,7 @@ def guard(
     placeholders = {id(s.placeholder): s.name for s in session.store.slots.values() if s.placeholder is not s.parameter}
 
     def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
+        paused = pause_capture()
         try:
             session.begin_call()
             check_moved(session)
@@ -52,6 +53,8 @@ def guard(
         except BaseException as error:
             session.fail(error)
             raise
+        finally:
+            resume_capture(paused)
         return result
 
     zgraph_forward.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
