@@ -34,7 +34,7 @@ from torch.optim.optimizer import (
 )
 
 from zgraph.bridge import private_runtime
-from zgraph.bridge.private_compile import pause_capture, resume_capture
+from zgraph.bridge.private_pause import pause_capture, resume_capture
 from zgraph.errors import UsageError
 from zgraph.runtime.foreign_shards import check_states
 from zgraph.runtime.session import Session

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from zgraph.bridge import private_dtensor
-from zgraph.bridge.private_runtime import dtensor, dtensor_like, whole_group
+from zgraph.bridge.private_runtime import dtensor, dtensor_like, exact_items, whole_group
 from zgraph.errors import ShardError
 from zgraph.runtime.advice import advice
 from zgraph.runtime.foreign_shards import refuse_shards
@@ -72,6 +72,7 @@ def take_part(mesh: DeviceMesh) -> None:
 
 @cache
 def _install() -> None:
+    exact_items()
     private_dtensor.watch((*IN_PLACE, *POINTWISE, *LAYERS, *OTHERS), _run)
     private_dtensor.propagation_errors(_converted)
     for name in ("numpy", "tolist", "storage"):
@@ -165,8 +166,7 @@ def _number(tensor: torch.Tensor) -> torch.Tensor:
         tensor.zgraph_averages = True  # type: ignore[attr-defined]
         tensor.register_hook(lambda gradient: _averaged(gradient, mesh))  # type: ignore[no-untyped-call]
     detached: Any = tensor.detach()
-    local: torch.Tensor = detached.redistribute(placements=[Replicate()] * mesh.ndim)._local_tensor
-    return local
+    return cast(torch.Tensor, detached.redistribute(placements=[Replicate()] * mesh.ndim)._local_tensor)
 
 
 def _averaged(gradient: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
@@ -184,9 +184,10 @@ def _on_parts(op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any], written:
     def part(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, DTensor):
             return tensor
+        placed: Any = tensor.detach()
         if tensor.placements != written.placements:
-            tensor = tensor.detach().redistribute(placements=written.placements)
-        return tensor._local_tensor
+            placed = placed.redistribute(placements=written.placements)
+        return cast(torch.Tensor, placed._local_tensor)
 
     op(*_with(args, part), **kwargs)
     return written

@@ -146,9 +146,7 @@ class ShardStore:
             for name, (p, _) in found.items()
         }
         self.any_sharded = any(shards.values())
-        if self.any_sharded:
-            private_runtime.exact_items()
-            assert mesh is not None
+        if self.any_sharded and mesh is not None:
             take_part(mesh)
         sharded = {n: p for n, (p, _) in found.items() if shards[n]}
         self._check_host(
@@ -166,10 +164,7 @@ class ShardStore:
             if parameter.is_meta:
                 parameter = materialise(model, name, device)
             stage = stages[name] if parameter.dim() > 0 else 0
-            if shards[name]:
-                slot = self._shard(name, stage, parameter)
-            else:
-                slot = self._replicate(name, stage, parameter)
+            slot = (self._shard if shards[name] else self._replicate)(name, stage, parameter)
             slot.owners = owners
             self.slots[name] = slot
         self._whole = [s for s in self.slots.values() if not s.is_sharded]

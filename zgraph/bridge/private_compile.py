@@ -15,7 +15,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch._dynamo
 from torch import fx
-from torch._C._dynamo import eval_frame
 from torch._decomp import get_decompositions
 from torch._dynamo import callback
 from torch._dynamo.backends.common import aot_autograd
@@ -54,7 +53,6 @@ __all__ = [
     "dynamo_is_off",
     "fake_mode_of",
     "grad_target",
-    "inline_only_when_called",
     "input_index",
     "last_guard",
     "mark_dynamic",
@@ -62,11 +60,9 @@ __all__ = [
     "never_captured",
     "on_break",
     "on_capture",
-    "pause_capture",
     "plain_recurrence",
     "raised_without_data",
     "reset_code",
-    "resume_capture",
     "seeing_subclasses",
     "without_checkpoints",
     "without_modes",
@@ -235,33 +231,6 @@ def never_captured(function: Function) -> Function:
     return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
-def pause_capture() -> Any:
-    """Have what runs on this thread from here on run as it is, within a function under torch.compile too.
-
-    Returns: what to give `resume_capture`. Where an error leaves it paused, torch.compile ends that at its own end.
-    """
-    _run_as_it_is()
-    return eval_frame.set_eval_frame(None)
-
-
-def resume_capture(before: Any) -> None:
-    """End what `pause_capture` began."""
-    if before is not None:
-        eval_frame.set_eval_frame(before)
-
-
-def _run_as_it_is() -> None:
-    """Have torch.compile leave a function that calls this as it is; where it must not, it says why."""
-
-
-_run_as_it_is = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _run_as_it_is,
-    reason="this is a model compiled by zgraph.compile, or an optimizer's step over its shards, which torch.compile "
-    "cannot take into a graph of its own. Leave torch.compile out, around the model and around the training step, or "
-    "pass fullgraph=False to it",
-)
-
-
 def seeing_subclasses(gm: fx.GraphModule) -> Callable[..., Any]:
     """A graph, run eagerly with `__torch_function__` of its arguments heeded, which torch.compile's code switches off.
 
@@ -308,17 +277,6 @@ def without_checkpoints(why: str) -> Iterator[None]:
     finally:
         for name, found in before.items():
             setattr(module, name, found)
-
-
-def inline_only_when_called(file: str) -> None:
-    """Have torch.compile trace the functions of a file, or of a folder (with a slash at its end), where a captured
-    function calls them, and capture none alone.
-    """
-    rules: Any = torch._dynamo.trace_rules
-    if hasattr(rules, "BUILTIN_INLINE_WHEN_CALLED"):  # without it, as in torch 2.11, they are captured alone too
-        rules.BUILTIN_INLINE_WHEN_CALLED.add(file)
-        rules.SKIP_DIRS.append(file)
-        rules._recompile_re()
 
 
 DECOMPOSED = get_decompositions([torch.ops.aten.softplus_backward])

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from zgraph.bridge.private_compile import compiled_backward_node, pause_capture, resume_capture
+from zgraph.bridge.private_compile import compiled_backward_node
+from zgraph.bridge.private_pause import pause_capture, resume_capture
 from zgraph.bridge.private_runtime import keeps_graph
 from zgraph.errors import BackwardTwiceError, EscapedParameterError, StaleParametersError, UsageError
 from zgraph.runtime import Session

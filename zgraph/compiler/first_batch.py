@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from zgraph.bridge.private_compile import mark_dynamic, pause_capture, resume_capture
+from zgraph.bridge.private_compile import mark_dynamic
+from zgraph.bridge.private_pause import pause_capture, resume_capture
 from zgraph.compiler.call_guard import check_moved
 from zgraph.runtime import Session
 from zgraph.runtime.structure import Structure
