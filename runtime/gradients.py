@@ -34,6 +34,7 @@ from torch.optim.optimizer import (
 )
 
 from zgraph.bridge import private_runtime
+from zgraph.bridge.private_pause import pause_capture, resume_capture
 from zgraph.errors import UsageError
 from zgraph.runtime.foreign_shards import check_states
 from zgraph.runtime.session import Session
@@ -148,8 +149,8 @@ def delivered(session: Session, slot: Slot, gradient: Gradient, node: Any) -> to
 
 def accumulate(session: Session, slot: Slot, gradient: Gradient) -> None:
     """Add to `.grad` what a backward made."""
-    parameter, held = slot.parameter, slot.parameter.grad
-    made = _at_rest(session, slot, _addable(session, slot, gradient))
+    parameter, made = slot.parameter, _at_rest(session, slot, _addable(session, slot, gradient))
+    held = parameter.grad
     if held is None:
         parameter.grad = made
     else:
@@ -157,7 +158,13 @@ def accumulate(session: Session, slot: Slot, gradient: Gradient) -> None:
 
 
 def _addable(session: Session, slot: Slot, gradient: Gradient) -> Gradient:
-    """The gradient, which is about to be added to `.grad`: reduced, if what is there is reduced."""
+    """The gradient, which is about to be added to `.grad`: reduced, if what is there is reduced.
+
+    What is there is placed as the parameter is: autograd leaves that of a penalty on few rows whole on every rank.
+    """
+    held = slot.parameter.grad
+    if isinstance(held, DTensor) and all(p.is_replicate() for p in held.placements) and slot.is_sharded:
+        slot.parameter.grad = held.redistribute(placements=slot.parameter.placements)  # type: ignore[attr-defined]
     if slot.parameter.grad is None:
         slot.holds_unreduced = gradient.is_unreduced
     elif gradient.is_unreduced and not is_unreduced(slot):
@@ -310,18 +317,21 @@ def watch_steps(session: Session) -> None:
     """Have every optimizer reduce first what is unreduced: a loader may end within an accumulation.
 
     The step would else part the ranks. Once collectives were aborted, a step raises why: its gradients may be torn. On
-    the host it begins once nothing is copied from there. What it changes is
-    noticed even where torch does not count it: steps over lists of DTensors raise no version (torch 2.13).
+    the host it begins once nothing is copied from there. What it changes is noticed even where torch does not count it:
+    steps over lists of DTensors raise no version (torch 2.13). Within a function under torch.compile, which does not
+    trace DTensors whose part lies within a flat buffer, a step runs as it is.
     """
     watched = weakref.ref(session)
-    versions: list[int] = []
+    begun: list[tuple[int, Any]] = []
 
     @torch.no_grad()
     def before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        paused = pause_capture()
         session = watched()
-        if session is None:
+        if session is None or not _steps_over(optimizer, session):
+            resume_capture(paused)
             return
-        if session.doom is not None and _steps_over(optimizer, session):
+        if session.doom is not None:
             session.raise_doom()
         _check_optimizer(optimizer, session)
         check_states(optimizer)
@@ -332,11 +342,15 @@ def watch_steps(session: Session) -> None:
             if id(parameter) in stepped and (made := reduced(session, slot)) is not None:
                 parameter.grad, slot.holds_unreduced = _laid_out(made, parameter), False
         session.store.copies.settle()
-        versions.append(session.store.version)
+        begun.append((session.store.version, paused))
 
     def after(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         session = watched()
-        if session is None or not versions or versions.pop() != session.store.version:
+        if session is None or not begun or not _steps_over(optimizer, session):
+            return
+        version, paused = begun.pop()
+        resume_capture(paused)
+        if version != session.store.version:
             return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         private_runtime.bump_version([p for s in session.store.slots.values() if id(p := s.parameter) in stepped])

@@ -86,9 +86,6 @@ class Placeholder(nn.Parameter):
             return first.zgraph_pieces.run(func, args, kwargs)
 
 
-private_compile.inline_only_when_called(__file__)
-
-
 def _reads_no_values(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     if name == "__get__":

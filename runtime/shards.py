@@ -29,6 +29,7 @@ from zgraph.ir.layout import chunk_numel, chunk_rows, dense_strides, local_rows
 from zgraph.runtime.flat_buffers import Flats, Part, align_numel
 from zgraph.runtime.host import PAGE_BYTES, HostMemory
 from zgraph.runtime.materialise import materialise
+from zgraph.runtime.mixed import take_part
 from zgraph.runtime.working_copies import WorkingCopies, are_brought
 
 if TYPE_CHECKING:
@@ -145,8 +146,8 @@ class ShardStore:
             for name, (p, _) in found.items()
         }
         self.any_sharded = any(shards.values())
-        if self.any_sharded:
-            private_runtime.exact_items()
+        if self.any_sharded and mesh is not None:
+            take_part(mesh)
         sharded = {n: p for n, (p, _) in found.items() if shards[n]}
         self._check_host(
             chunk_numel(tuple(p.shape), self.num_shards if shards[n] else 1) * p.element_size()
@@ -163,10 +164,7 @@ class ShardStore:
             if parameter.is_meta:
                 parameter = materialise(model, name, device)
             stage = stages[name] if parameter.dim() > 0 else 0
-            if shards[name]:
-                slot = self._shard(name, stage, parameter)
-            else:
-                slot = self._replicate(name, stage, parameter)
+            slot = (self._shard if shards[name] else self._replicate)(name, stage, parameter)
             slot.owners = owners
             self.slots[name] = slot
         self._whole = [s for s in self.slots.values() if not s.is_sharded]

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from zgraph.engine.initialize import add_config_arguments, init_distributed, initialize_engine
     from zgraph.engine.initialize import initialize_engine as initialize
     from zgraph.estimate.plan import plan, sweep
+    from zgraph.options.lengths import Lengths
     from zgraph.passes.core.registry import register_pass
 
 __all__ = [
+    "Lengths",
     "add_config_arguments",
     "compile",
     "deepspeed",
@@ -59,6 +61,7 @@ _HOMES = {
     "zgraph.engine.checkpoint.export": ("export_hf",),
     "zgraph.engine.initialize": ("add_config_arguments", "init_distributed", "initialize", "initialize_engine"),
     "zgraph.estimate.plan": ("plan", "sweep"),
+    "zgraph.options.lengths": ("Lengths",),
     "zgraph.passes.core.registry": ("register_pass",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -20,6 +20,7 @@ from zgraph.compiler.compiled_model import compiled_model, is_gathered
 from zgraph.compiler.joining import Joined
 from zgraph.compiler.report import Report
 from zgraph.errors import UsageError
+from zgraph.options.lengths import Lengths
 from zgraph.options.offload import Offload
 from zgraph.options.settings import Options, Passes, Recompute, resolve
 from zgraph.options.validate import Fullgraph, Kernels, Stage
@@ -51,6 +52,7 @@ def compile(
     save: str | Path | None = None,
     fullgraph: Fullgraph = True,
     dynamic: bool | None = None,
+    lengths: Lengths | None = None,
 ) -> Any:
     """Shard a model over the ranks and compile its training step, in place.
 
@@ -96,6 +98,7 @@ def compile(
             same way. "eager" captures nothing: everything is gathered from the call to the end of the backward, with a
             warning, and each rank may go its own way.
         dynamic: as in `torch.compile`: None learns which sizes change, True takes them all as symbols at once.
+        lengths: a few lengths that inputs are padded to, each captured once with static shapes: see `zgraph.Lengths`.
 
     Returns:
         The model, the class, or a decorator.
@@ -127,6 +130,7 @@ def compile(
         "save": save,
         "fullgraph": fullgraph,
         "dynamic": dynamic,
+        "lengths": lengths,
     }
     if model is None:
         return functools.partial(compile, **options)

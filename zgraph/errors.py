@@ -76,6 +76,10 @@ class AlreadyCompiledError(UsageError):
     """`zgraph.compile` was called on a model that is compiled already, or holds a part that is."""
 
 
+class ShardError(UsageError, RuntimeError):
+    """An op outside of the compiled model met this rank's shard of a parameter or gradient, and needs all of it."""
+
+
 class TextError(ZgraphError, ValueError):
     """Text that does not parse. The message shows the line and a caret under the place.
 

@@ -200,7 +200,9 @@ def kept_whole(mesh: DeviceMesh, folder: str, stage: int) -> tuple[bool, float]:
     model.save_pretrained(f"{folder}/{stage}")
     dist.barrier(mesh.get_group())
     saved = torch.load(f"{folder}/{stage}", weights_only=True)
-    model.norm.bias.detach()[:1].fill_(0.5)
+    bias = whole({"": model.norm.bias.detach()})[""].clone()
+    bias[0] = 0.5
+    model.norm.bias.detach().copy_(bias)
     gaps = [0.0]
     for name, parameter in model.named_parameters():
         full = whole({name: parameter.detach()})[name]

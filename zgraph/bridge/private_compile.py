@@ -54,7 +54,6 @@ __all__ = [
     "dynamo_is_off",
     "fake_mode_of",
     "grad_target",
-    "inline_only_when_called",
     "input_index",
     "last_guard",
     "mark_dynamic",
@@ -279,15 +278,6 @@ def without_checkpoints(why: str) -> Iterator[None]:
     finally:
         for name, found in before.items():
             setattr(module, name, found)
-
-
-def inline_only_when_called(file: str) -> None:
-    """Have torch.compile trace the functions of a file where a captured function calls them, and capture none alone."""
-    rules: Any = torch._dynamo.trace_rules
-    if hasattr(rules, "BUILTIN_INLINE_WHEN_CALLED"):  # without it, as in torch 2.11, they are captured alone too
-        rules.BUILTIN_INLINE_WHEN_CALLED.add(file)
-        rules.SKIP_DIRS.append(file)
-        rules._recompile_re()
 
 
 DECOMPOSED = get_decompositions([torch.ops.aten.softplus_backward])

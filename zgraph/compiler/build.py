@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 from torch import nn
 
 from zgraph.bridge.aten import FROM_TORCH
+from zgraph.bridge.private_pause import inline_only_when_called
 from zgraph.bridge.private_runtime import whole_group
 from zgraph.bridge.target import allocator_advice, library_bytes
 from zgraph.capture import Frontend, ParamInfo, drop_gradient_hooks
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
+from zgraph.compiler.bucketing import bucketed
 from zgraph.compiler.call_guard import guard
 from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
 from zgraph.compiler.copying import Copier, refuse_sharing
@@ -43,6 +46,8 @@ ADAPTERS = ("zgraph.hf.adapt",)
 Each has `adapt(model)`, and `ready(model)`, which prepares the model for a capture and tells whether it changed it.
 """
 
+for _folder in ("bridge", "codegen", "compiler", "optim", "runtime"):
+    inline_only_when_called(f"{Path(__file__).parents[1] / _folder}/")  # what a step under torch.compile has run
 
 _advised: set[str] = set()
 """Advice that this process has given."""
@@ -135,6 +140,8 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     forward = guard(forward, session, settings.param_dtype, own_forward, forget, structure)
     if not session.is_alone and settings.fullgraph != "eager" and settings.dynamic is not False:
         forward = agreeing(model, forward, session, structure)
+    if settings.lengths is not None:
+        forward = bucketed(model, forward, session, settings.lengths)
     model.__dict__["forward"] = forward
     model.__dict__["load_state_dict"] = checked_loading(model, session.store)
     copier.handles.append(

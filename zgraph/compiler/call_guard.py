@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from zgraph.bridge.private_compile import compiled_backward_node
+from zgraph.bridge.private_pause import pause_capture, resume_capture
 from zgraph.bridge.private_runtime import keeps_graph
 from zgraph.errors import BackwardTwiceError, EscapedParameterError, StaleParametersError, UsageError
 from zgraph.runtime import Session
@@ -38,6 +39,7 @@ def guard(
     placeholders = {id(s.placeholder): s.name for s in session.store.slots.values() if s.placeholder is not s.parameter}
 
     def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
+        paused = pause_capture()
         try:
             session.begin_call()
             check_moved(session)
@@ -52,6 +54,8 @@ def guard(
         except BaseException as error:
             session.fail(error)
             raise
+        finally:
+            resume_capture(paused)
         return result
 
     zgraph_forward.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]

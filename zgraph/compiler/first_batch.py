@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from zgraph.bridge.private_compile import mark_dynamic
+from zgraph.bridge.private_pause import pause_capture, resume_capture
 from zgraph.compiler.call_guard import check_moved
 from zgraph.runtime import Session
 from zgraph.runtime.structure import Structure
@@ -38,6 +39,7 @@ def agreeing(
     def call(*args: Any, **kwargs: Any) -> Any:
         mode = (model.training, torch.is_grad_enabled())
         if mode not in met:
+            paused = pause_capture()
             try:
                 check_moved(session)
                 structure.check()
@@ -45,6 +47,8 @@ def agreeing(
             except BaseException as error:
                 session.fail(error)
                 raise
+            finally:
+                resume_capture(paused)
             met.add(mode)
         return forward(*args, **kwargs)
 

@@ -172,7 +172,6 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
     keys, own = config.keys, config.keys.zgraph
     if config.param_dtype is not None:
         model.float()  # masters
-    recipe = {} if own.recipe is None else {"passes": own.recipe}
     return api.compile(
         model,
         stage=_stage(model, config),
@@ -188,7 +187,7 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
         save=own.save,
         fullgraph=own.fullgraph,
         dynamic=own.dynamic,
-        **recipe,
+        passes=own.recipe,
     )
 
 

@@ -1,8 +1,8 @@
 """Hugging Face's Trainer over zgraph: `from zgraph.hf import Trainer`; nothing else imports transformers.
 
 `enable` does the same to any class derived from it. `Accelerator` compiles what it prepares; `prepare` brings a
-compiled model to accelerate's own. These names are loaded when they are first used: `zgraph.hf.adapt` needs neither
-transformers nor Accelerate.
+compiled model to accelerate's own. `load_pretrained` tells of every weight where it came from. These names are loaded
+when they are first used: `zgraph.hf.adapt` needs neither transformers nor Accelerate.
 """
 
 from importlib import import_module
@@ -12,15 +12,19 @@ if TYPE_CHECKING:
     from zgraph.hf.accelerator import Accelerator
     from zgraph.hf.accelerators import prepare
     from zgraph.hf.arguments import TrainingArguments
+    from zgraph.hf.pretrained import Loaded, load_pretrained, loaded
     from zgraph.hf.trainer import Trainer, enable
 
-__all__ = ["Accelerator", "Trainer", "TrainingArguments", "enable", "prepare"]
+__all__ = ["Accelerator", "Loaded", "Trainer", "TrainingArguments", "enable", "load_pretrained", "loaded", "prepare"]
 
 _HOMES = {
     "Accelerator": "zgraph.hf.accelerator",
+    "Loaded": "zgraph.hf.pretrained",
     "Trainer": "zgraph.hf.trainer",
     "TrainingArguments": "zgraph.hf.arguments",
     "enable": "zgraph.hf.trainer",
+    "load_pretrained": "zgraph.hf.pretrained",
+    "loaded": "zgraph.hf.pretrained",
     "prepare": "zgraph.hf.accelerators",
 }
 

@@ -18,6 +18,7 @@ from zgraph.bridge.target import Target, cost_table, device_budget, fingerprint_
 from zgraph.cost import CostTable
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir.layout import chunk_numel
+from zgraph.options.lengths import Lengths, check_lengths
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
 from zgraph.options.validate import Fullgraph, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
 from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, fusing, pipeline_of
@@ -50,6 +51,7 @@ class Options(TypedDict, total=False):
     save: str | Path | None
     fullgraph: Fullgraph
     dynamic: bool | None
+    lengths: Lengths | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Settings:
         save: where to write a run file.
         fullgraph: whether the forward must be captured as one graph.
         dynamic: which sizes are symbols, as in `torch.compile`.
+        lengths: what inputs are padded to; None leaves them as they are.
     """
 
     device: torch.device
@@ -93,6 +96,7 @@ class Settings:
     save: Path | None
     fullgraph: Fullgraph
     dynamic: bool | None
+    lengths: Lengths | None = None
 
     @property
     def is_gpu(self) -> bool:
@@ -110,7 +114,7 @@ class Settings:
         return (
             f"recipe {self.recipe}, param_dtype {self.param_dtype}, memory_budget {self.memory_budget}, "
             f"costs {fingerprint_of(self.costs)}"
-        )
+        ) + (f", lengths {self.lengths.text}" if self.lengths is not None else "")
 
 
 def resolve(
@@ -130,6 +134,7 @@ def resolve(
     save: str | Path | None,
     fullgraph: Fullgraph,
     dynamic: bool | None,
+    lengths: Lengths | None = None,
 ) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
 
@@ -141,6 +146,7 @@ def resolve(
     if recompute not in RECOMPUTES:
         raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
     check_kernels(kernels, passes is not None)
+    check_lengths(lengths, model.forward, dynamic)
     device = device_for(model, mesh, device)
     is_gpu = device.type != "cpu"
     if kernels == "auto":
@@ -184,7 +190,8 @@ def resolve(
         kernels == "inductor",
         Path(save) if save is not None else None,
         fullgraph,
-        dynamic,
+        dynamic if lengths is None else False,
+        lengths,
     )
 
 

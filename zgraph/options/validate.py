@@ -45,10 +45,28 @@ def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *, is
             )
         if parameter.layout is not torch.strided or parameter.dtype not in FROM_TORCH:
             raise UsageError(f"the parameter {name} is {parameter.layout} {parameter.dtype}, which cannot be sharded")
+    check_in_memory(model)
     devices = {p.device for p in model.parameters()} - {torch.device("meta")}
     if len(devices) > 1 and not is_moved:
         where = ", ".join(map(str, devices))
         raise UsageError(f"the model's parameters are on {where}; pass device= to shard all of it to one")
+
+
+_LOADED = ("hf_device_map", "_weight_conversions")
+"""Attributes that `from_pretrained` of transformers alone gives a model."""
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raise UsageError for a model of transformers' `from_pretrained` whose weights stayed on disk: as of any model on
+    the meta device, they would be made anew.
+    """
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent and any(hasattr(model, attribute) for attribute in _LOADED):
+        raise UsageError(
+            f"{len(absent)} weights were not loaded by from_pretrained ({', '.join(absent[:3])}, ...): device_map left "
+            "them on disk or on the meta device, and they would be trained from new values. Leave device_map out, and "
+            "pass device= to zgraph.compile; for a new model, build it by from_config on the meta device"
+        )
 
 
 def check_kernels(kernels: str, has_recipe: bool) -> None:
