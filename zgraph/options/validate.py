@@ -51,8 +51,8 @@ def check_options(model: nn.Module, stage: Stage, mesh: DeviceMesh | None, *, is
         raise UsageError(f"the model's parameters are on {where}; pass device= to shard all of it to one")
 
 
-def check_kernels(kernels: str, has_recipe: bool) -> None:
-    if kernels not in get_args(Kernels):
+def check_kernels(kernels: str | None, has_recipe: bool) -> None:
+    if kernels is not None and kernels not in get_args(Kernels):
         raise UsageError(f'kernels must be "auto", "aten", "triton" or "inductor", not {kernels!r}')
     if kernels == "triton" and has_recipe:
         raise UsageError('with passes=, the recipe says what is fused: put fuse in it, and leave kernels="triton" out')
