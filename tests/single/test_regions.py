@@ -18,7 +18,8 @@ from zgraph.bridge.target import cost_table
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import KernelError
 from zgraph.ir import Axis, Instruction, Plan
-from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
+from zgraph.ir.ops import views
+from zgraph.passes import RECIPES, Context, make_plan, parse_recipe, recipe_for
 from zgraph.runtime import regions
 from zgraph.runtime.region import Region, cut
 from zgraph.runtime.regions import MAX_SIZES
@@ -98,6 +99,21 @@ class Layers(nn.Module):
         return x.square().mean()
 
 
+def test_views_are_not_kept_and_fresh_gradients_not_copied():
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.GELU(), nn.Linear(16, 8, bias=False))
+    graph = zgraph.trace(model, torch.ones(2, 4, 8, requires_grad=True))
+    recipes = recipe_for("auto", RECIPES[0]), RECIPES[0]
+    kept, plain = (make_plan(parse_recipe(recipe).run(graph, Context())) for recipe in recipes)
+
+    def views_of(plan: Plan) -> list[str]:
+        return [v.name for v in plan.saved if (n := plan.graph.producers.get(v.name)) and views(plan.graph, n)]
+
+    assert views_of(plain)
+    assert not views_of(kept)
+    assert not [n for n in kept.graph.nodes if n.op == "copy"]
+
+
 @needs_compiler
 def test_training_compiled_by_inductor():
     """Layers share their regions; dropouts draw as they do op by op."""
@@ -124,6 +140,15 @@ def test_gradients_are_memory_of_their_own():
     model(torch.randn(4, 8)).backward()
     owned = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
     assert len(owned) == len(list(model.parameters()))
+
+
+@needs_compiler
+def test_functions_of_the_same_code_wait_for_the_same_kernels():
+    """The second finds the first's module loaded, whose kernels are still building."""
+    x = torch.randn(8)
+    _, second = (private_inductor.lowered(lambda a: [a.sin() + 1], [x]) for _ in range(2))
+    (made,) = second.ready()([x.clone()])
+    torch.testing.assert_close(made, x.sin() + 1)
 
 
 class Twins(nn.Module):

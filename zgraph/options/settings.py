@@ -21,7 +21,7 @@ from zgraph.errors import ContractError, UsageError
 from zgraph.ir.layout import chunk_numel
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
 from zgraph.options.validate import Fullgraph, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
-from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, fusing, pipeline_of
+from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, pipeline_of, recipe_for
 from zgraph.passes.core.base import Choice
 from zgraph.runfile.format import RunFile, load_run
 from zgraph.runtime.agreement import check_joined
@@ -244,8 +244,7 @@ def _passes(
         return replayed.recipe
     if passes is not None:
         return str(passes) if isinstance(passes, Path) else passes
-    own = RECIPES[stage] if isinstance(stage, int) else MIXED
-    return fusing(own, only_measured=kernels == "auto") if kernels in ("triton", "auto") else own
+    return recipe_for(kernels, RECIPES[stage] if isinstance(stage, int) else MIXED)
 
 
 def _mesh(device: torch.device, mesh: DeviceMesh | None) -> DeviceMesh | None:
