@@ -34,7 +34,7 @@ COMPILERS: Mapping[str, Callable[[nn.Module], Callable[..., Any]]] = {
     "torch.compile": torch.compile,
     "torch.compile, max-autotune": lambda module: torch.compile(module, mode="max-autotune-no-cudagraphs"),
 }
-KERNELS = ("aten", "triton", "inductor")
+KERNELS = ("aten", "triton", "inductor", "auto")
 
 EAGER = ("eager", "torch foreach")
 """torch's default."""

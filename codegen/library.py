@@ -9,14 +9,16 @@ through them; a graph that calls them is differentiated before they are put ther
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 
-from zgraph.bridge import private_runtime
+from zgraph.bridge import private_inductor
 from zgraph.bridge.aten import TO_TORCH
+from zgraph.bridge.private_inductor import Example, Lowered
 from zgraph.codegen import kernels, loss, matmul, reference, rotary
 from zgraph.codegen.fallback import launched
 from zgraph.codegen.ops import Extent
@@ -102,11 +104,35 @@ def _compiled(spec: KernelSpec, inputs: list[Tensor], num_rows: int) -> list[Ten
     )
 
 
+def compile_together(kernels: Iterable[tuple[str, Sequence[Example]]]) -> None:
+    """Have Inductor compile kernels for dense inputs like these, all at once; one that fails is compiled again when it
+    is run, and fails there.
+    """
+    begun: dict[tuple[object, ...], Lowered] = {}
+    for text, inputs in kernels:
+        spec = _parsed(text)
+        key = _key(spec, inputs[0].device, (e.size for e in inputs))
+        if key not in _BY_INDUCTOR and key not in begun:
+            with suppress(Exception):
+                begun[key] = _lowered(spec, inputs, math.prod(_like(spec, inputs).size) // spec.columns)
+    for key, lowered in begun.items():
+        with suppress(Exception):
+            _BY_INDUCTOR[key] = lowered.ready()
+
+
+def _key(spec: KernelSpec, device: torch.device, shapes: Iterable[Sequence[int]]) -> tuple[object, ...]:
+    return spec, device, *map(tuple, shapes)
+
+
+def _lowered(spec: KernelSpec, inputs: Sequence[Example | Tensor], num_rows: int) -> Lowered:
+    return private_inductor.lowered(lambda *given: reference.run(spec, given, num_rows), inputs)
+
+
 def _by_inductor(spec: KernelSpec, inputs: list[Tensor], num_rows: int) -> list[Tensor]:
     dense = [t.contiguous() for t in inputs]
-    key = spec, dense[0].device, *(t.shape for t in dense)
+    key = _key(spec, dense[0].device, (t.shape for t in dense))
     if key not in _BY_INDUCTOR:
-        _BY_INDUCTOR[key] = private_runtime.inductor(lambda *given: reference.run(spec, given, num_rows), dense)
+        _BY_INDUCTOR[key] = _lowered(spec, dense, num_rows).ready()
     taken = {t.data_ptr() for t in dense}
     apart = []
     for out in _BY_INDUCTOR[key]([*dense]):  # Inductor may give the same memory out twice

@@ -13,7 +13,7 @@ from zgraph.passes.bucket import Bucket
 from zgraph.passes.canonicalize import Canonicalize
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.core.pipeline import Pipeline
-from zgraph.passes.core.recipes import MIXED, RECIPES, fusing
+from zgraph.passes.core.recipes import MIXED, RECIPES, fusing, recipe_for
 from zgraph.passes.core.registry import build_in, known_passes, register_pass
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fit import Fit
@@ -68,6 +68,7 @@ __all__ = [
     "make_plan",
     "parse_recipe",
     "pipeline_of",
+    "recipe_for",
     "register_pass",
 ]
 

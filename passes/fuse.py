@@ -14,21 +14,25 @@ A dropout's mask is a function of a seed and of positions. It is drawn again whe
 from torch's own. Numbers inside a kernel are fp32, so that casts between its ops round no more.
 `fusion/patterns.py` says what can be fused. Losses (`fusion/loss.py`) and rotary embeddings (`fusion/rotary.py`) are
 ops of their own.
+
+With `only_measured`, the ops are left to Inductor, which compiles what is between collectives: a kernel takes the place
+of those that it was measured to be faster than, and a loss that of its ops where the budget has no room for its logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 from zgraph.ir import Graph, Node
 from zgraph.ir.external_ops import COMPILED, ROWS, facts
+from zgraph.passes.analysis.lookahead import step_memory
 from zgraph.passes.core.base import Choice, Context, Numerics, Pass
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fusion.candidates import Candidates
 from zgraph.passes.fusion.groups import Groups
-from zgraph.passes.fusion.loss import fused_losses
+from zgraph.passes.fusion.loss import fused_losses, loss_nodes
 from zgraph.passes.fusion.rotary import fused_subgraphs
 from zgraph.passes.fusion.rows import FOREIGN, Group
 
@@ -42,16 +46,17 @@ class Fuse(Pass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"placed"})
 
     matmuls: Choice = "auto"
+    only_measured: bool = False
 
     def __post_init__(self) -> None:
         if self.matmuls not in get_args(Choice):
             raise ValueError("matmuls must be never, auto or always")
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        graph = _prepared(graph)
+        graph = self.prepared(graph, context)
         groups, found = Groups(graph, self.name), list[Group]()
         for each in groups.candidates(self.matmuls, context.hints):
-            candidate = each.best(context, self.matmuls)
+            candidate = each.best(context, self.matmuls, only_measured=self.only_measured)
             if candidate != "aten":
                 each.group.matmul = each.matmul if candidate in ("matmul", "library") else None
                 each.group.call = each.nodes["library"] if candidate == "library" else None
@@ -67,15 +72,27 @@ class Fuse(Pass):
             found = [group for group, _ in done]
         return DeadCode().run(_replaced(groups.graph, done) if done else graph, context)
 
+    def prepared(self, graph: Graph, context: Context) -> Graph:
+        """The graph with losses and rotary embeddings as single ops, unless they are left to Inductor."""
+        if not self.only_measured:
+            return fused_losses(fused_subgraphs(graph, self.name), self.name)
+        limit = context.fitting.step_bytes
+        if limit is None or not (nodes := loss_nodes(graph)):
+            return graph
+        alive = (m.total_bytes for m in step_memory(graph, context).moments if m.node in nodes)
+        return fused_losses(graph, self.name) if max(alive, default=0) > limit else graph
 
-def candidates(graph: Graph, hints: Mapping[str, int]) -> list[Candidates]:
-    """How the groups of a captured graph can be run, to measure."""
-    return list(Groups(_prepared(graph), Fuse.name).candidates("auto", hints))
 
+def candidates(graph: Graph, context: Context, fuse: Fuse | None = None) -> list[Candidates]:
+    """How the groups of a captured graph can be run, to measure.
 
-def _prepared(graph: Graph) -> Graph:
-    """The graph with losses and rotary embeddings as single ops."""
-    return fused_losses(fused_subgraphs(graph, Fuse.name), Fuse.name)
+    Args:
+        graph: as the pass will see it.
+        context: its context.
+        fuse: the pass, as the recipe has it.
+    """
+    fuse = fuse or Fuse()
+    return list(Groups(fuse.prepared(graph, context), fuse.name).candidates("auto", context.hints))
 
 
 def _replaced(graph: Graph, kernels: Sequence[tuple[Group, tuple[Node, ...]]]) -> Graph:

@@ -30,6 +30,7 @@ every rank (P(root) -> R), so that all ranks evaluate the same and any of them m
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -54,6 +55,7 @@ from zgraph.ir import (
     Value,
     Varying,
 )
+from zgraph.ir.aliases import Memory
 from zgraph.ir.external_ops import CAST
 from zgraph.ir.graph import map_values
 from zgraph.ir.ops import views
@@ -66,9 +68,13 @@ class Partition(Pass):
 
     Args:
         stage: the stage of the parameters that state none.
+        repeat_views: whether the backward makes views of the forward's values again, and they are not kept: what is
+            compiled in regions has them for nothing.
     """
 
     stage: int = field(default=3, metadata={"always_printed": True})
+
+    repeat_views: bool = False
 
     name: ClassVar[str] = "partition"
     numerics: ClassVar[Numerics] = Numerics.reassociates
@@ -80,15 +86,15 @@ class Partition(Pass):
             raise ValueError(f"stage must be 0, 1, 2 or 3, not {self.stage}")
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        return _Partitioner(graph, context, self.stage).run()
+        return _Partitioner(graph, context, self.stage, self.repeat_views).run()
 
 
 class _Partitioner:
     """One run of the pass: walks the nodes in order, with what each captured value has become."""
 
-    def __init__(self, graph: Graph, context: Context, stage: int) -> None:
+    def __init__(self, graph: Graph, context: Context, stage: int, repeat_views: bool) -> None:
         mesh = tuple(a for a in context.mesh if a.size > 1)
-        self.source, self.context = graph, context
+        self.source, self.context, self.repeat_views = graph, context, repeat_views
         self.graph = replace(graph, mesh=mesh)
         self.builder = Builder(self.graph, Partition.name)
         self.sharded = bool(mesh)
@@ -100,6 +106,8 @@ class _Partitioner:
         for index, output in enumerate(graph.outputs):
             if output.kind is OutputKind.mutation and output.value is not None:
                 self.mutations.setdefault(output.value.name, []).append(index)
+        self.memory = Memory(graph)
+        self.returned = Counter(r for o in graph.outputs if o.value for r in self.memory.roots(o.value.name))
         self.nodes: list[Node] = []
         self.late: list[Node] = []
 
@@ -182,6 +190,11 @@ class _Partitioner:
         entry = self.inputs.get(name)
         return entry is not None and self.is_param(name) and entry.stage == 3 and self.is_elsewhere(entry)
 
+    def is_repeated(self, value: Value) -> bool:
+        """Whether the backward makes this view of a value of the forward again."""
+        producer = self.source.producers.get(value.name) if self.repeat_views else None
+        return producer is not None and len(producer.results) == 1 and bool(views(self.source, producer))
+
     def is_elsewhere(self, entry: Input) -> bool:
         """Whether a parameter must be brought to where it is computed with."""
         return self.sharded or entry.value.tensor.is_on_host
@@ -191,7 +204,7 @@ class _Partitioner:
         here = self.env[user.phase]
         if value.name in here:
             return here[value.name]
-        again = user.phase is Phase.backward and self.comes_again(value.name)
+        again = user.phase is Phase.backward and (self.comes_again(value.name) or self.is_repeated(value))
         if not again and user.phase is Phase.backward and value.name in self.env[Phase.forward]:
             return self.env[Phase.forward][value.name]
         if self.is_param(value.name):
@@ -300,7 +313,18 @@ class _Partitioner:
         """Whether the gradient may share memory with something else."""
         uses = sum(o.value is not None and o.value.name == raw.name for o in self.source.outputs)
         made_here = producer is not None and producer.phase is Phase.backward
-        return not made_here or uses > 1 or bool(producer and views(self.source, producer))
+        return not made_here or uses > 1 or bool(producer and views(self.source, producer) and not self.is_whole(raw))
+
+    def is_whole(self, view: Value) -> bool:
+        """Whether a view has all of the memory that the backward made for one value, and no other output shares it."""
+        roots = self.memory.roots(view.name)
+        (root,) = roots if len(roots) == 1 else ("",)
+        maker = self.source.producers.get(root)
+        if maker is None or maker.phase is not Phase.backward:
+            return False
+        made = next(r.tensor for r in maker.results if r.name == root)
+        is_all = (made.numel, made.dtype, view.tensor.strides) == (view.tensor.numel, view.tensor.dtype, None)
+        return is_all and self.returned[root] == 1
 
     # --- making nodes ------------------------------------------------------------------------------------------
 

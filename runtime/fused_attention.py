@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from zgraph.bridge import private_runtime
+from zgraph.bridge.private_inductor import inductor
 from zgraph.errors import in_one_line
 from zgraph.ir import HIGHER_ORDER, Graph, Node, print_graph
 from zgraph.ir.graph import graphs_in
@@ -61,7 +61,7 @@ class FusedAttention:
             return [result for result, wanted in zip(made, self.wanted, strict=True) if wanted]
 
         try:
-            compiled = private_runtime.inductor(of_tensors, [leaves[i] for i in at])
+            compiled = inductor(of_tensors, [leaves[i] for i in at])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

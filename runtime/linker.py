@@ -63,9 +63,10 @@ def link_plan(
 
     if regions is not None:
         regions.take_context()
-        for program in (plan.forward, plan.loss_only[0] if plan.loss_only else plan.backward):
-            if program is not None:
-                runner(program, None)
+        first = [p for p in (plan.forward, plan.loss_only[0] if plan.loss_only else plan.backward) if p is not None]
+        regions.compile(first, plan.graph, session)
+        for program in first:
+            runner(program, None)
     kinds = [i.value.tensor for i in plan.graph.inputs if i.kind is InputKind.tangent]
     tangents = tuple(kinds) if behind else ()
 

@@ -1,24 +1,23 @@
 """Regions compiled by Inductor: each different one once, whatever layer it is in.
 
-The time to compile follows the number of different regions and not that of layers.
+The time to compile follows the number of different regions and not that of layers. They are lowered one after another,
+while the kernels of all of them are built together.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from zgraph.bridge import private_runtime
+from zgraph.bridge import private_inductor
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
-from zgraph.bridge.private_runtime import Example
+from zgraph.bridge.private_inductor import Example
 from zgraph.errors import KernelError, in_one_line
 from zgraph.ir import Graph, Instruction, Program, TensorType, Value
 from zgraph.ir.layout import chunk_numel, dense_strides
@@ -34,8 +33,8 @@ MAX_SIZES = 8
 
 @dataclass
 class Regions:
-    """The regions of a model, each different one compiled when it is first linked; where its sizes are not known then,
-    when it is first run.
+    """The regions of a model, each different one compiled before the first of them runs; where its sizes are not known
+    then, when it is first run.
 
     Args:
         num_regions: how many there are, in all programs.
@@ -49,7 +48,7 @@ class Regions:
     num_regions: int = 0
     seconds: float = 0.0
     context: Context = field(default_factory=copy_context)
-    _by_text: dict[str, Compute] = field(default_factory=dict)
+    _by_text: dict[str, _Sized] = field(default_factory=dict)
 
     @property
     def num_different(self) -> int:
@@ -62,64 +61,140 @@ class Regions:
         """The program's instructions, with regions in the place of those that they hold."""
         return cut(program, graph)
 
+    def compile(self, programs: Iterable[Program], graph: Graph, session: Session) -> None:
+        """Compile the regions of programs that are new and whose sizes are known, their kernels in parallel."""
+        if session.device.type != "cpu":
+            private_inductor.warmed()
+        begin = time.perf_counter()
+        regions = [part for program in programs for part in self.cut(program, graph) if isinstance(part, Region)]
+        begun = [finish for region in regions if (finish := self._begun(region, session)) is not None]
+        for finish in begun:
+            finish()
+        self.seconds += time.perf_counter() - begin
+
     def runner(self, region: Region, session: Session) -> Compute:
         """The function that runs a region, shared by all regions that compute the same."""
         self.num_regions += 1
         if region.text not in self._by_text:
-            own = {n.name: EXECUTORS[n.op](n, session) for n in region.nodes if n.op in EXECUTORS}
-            steps, compiled = Steps(region, session.device, own), dict[Any, Compute]()
-            if (examples := _examples(region, session)) is not None:
-                compiled[tuple((e.size, e.stride) for e in examples)] = self._compile(steps, examples)
-            self._by_text[region.text] = self._compiling(steps, compiled)
-        return self._by_text[region.text]
+            begin = time.perf_counter()
+            if (finish := self._begun(region, session)) is not None:
+                finish()
+            self.seconds += time.perf_counter() - begin
+        return self._by_text[region.text].run
 
     def take_context(self) -> None:
         """Compile as this thread is set, from now on."""
         self.context = copy_context()
 
-    def _compiling(self, steps: Steps, compiled: dict[Any, Compute]) -> Compute:
+    def _begun(self, region: Region, session: Session) -> Callable[[], None] | None:
+        """Begin to compile a region that is new; what is returned ends it."""
+        if region.text in self._by_text:
+            return None
+        own = {n.name: EXECUTORS[n.op](n, session) for n in region.nodes if n.op in EXECUTORS}
+        sized = self._by_text[region.text] = _Sized(self, Steps(region, session.device, own))
+        if (examples := _examples(region, session)) is None:
+            return None
+        ready = sized.begin(examples)
+
+        def finish() -> None:
+            sized.is_static(examples, ready())
+
+        return finish
+
+
+class _Sized:
+    """A region compiled for each size that it comes with.
+
+    Args:
+        regions: those that it is one of.
+        steps: the region op by op.
+    """
+
+    def __init__(self, regions: Regions, steps: Steps) -> None:
+        self.regions, self.steps = regions, steps
+        self.compiled: dict[Any, Compute] = {}
+        self.direct: Compute | None = None
+        self.strides: list[tuple[int, ...]] = []
+        self.run: Compute = self.by_size
+
+    def is_static(self, examples: Sequence[Example], compiled: Compute) -> None:
+        """The region's sizes are always these, as the graph says: only strides that the caller chose can be others."""
+        self.compiled[tuple((e.size, e.stride) for e in examples)] = compiled
+        strides = [e.stride for e in examples]
+        direct: Compute | None = None
 
         def run(args: list[Any]) -> Sequence[Any]:
-            key = tuple((tuple(a.shape), a.stride()) if isinstance(a, torch.Tensor) else a for a in args)
-            found = compiled.get(key)
-            if found is None:
-                if len(compiled) == MAX_SIZES:
-                    warnings.warn(
-                        f"a region was compiled for {MAX_SIZES} sizes, and came with another: op by op for that and "
-                        'more. Pad inputs to few sizes, or compile with kernels="aten".',
-                        stacklevel=2,
-                    )
-                is_due, examples = len(compiled) < MAX_SIZES, [_example(a) for a in args]
-                found = compiled[key] = self._compile(steps, examples) if is_due else steps
-            return found(args)
+            nonlocal direct
+            if [a.stride() for a in args] != strides:
+                return self.by_size(args)
+            if direct is None:
+                made = compiled(args)
+                direct = private_inductor.direct(compiled)
+                return made
+            return direct(args)
 
-        return run
+        self.run = run
 
-    def _compile(self, steps: Steps, examples: Sequence[Any]) -> Compute:
-        begin = time.perf_counter()
+    def by_size(self, args: list[Any]) -> Sequence[Any]:
+        """Run what is compiled for the sizes at hand, or compile it."""
+        key = tuple((tuple(a.shape), a.stride()) if isinstance(a, torch.Tensor) else a for a in args)
+        found = self.compiled.get(key)
+        if found is None:
+            if len(self.compiled) == MAX_SIZES:
+                warnings.warn(
+                    f"a region was compiled for {MAX_SIZES} sizes, and came with another: op by op for that and more. "
+                    'Pad inputs to few sizes, or compile with kernels="aten".',
+                    stacklevel=2,
+                )
+            is_due, begin = len(self.compiled) < MAX_SIZES, time.perf_counter()
+            found = self.compiled[key] = self.begin([_example(a) for a in args])() if is_due else self.steps
+            self.regions.seconds += time.perf_counter() - begin
+        return found(args)
+
+    def begin(self, examples: Sequence[Any]) -> Callable[[], Compute]:
+        """Begin to compile for inputs like these. The function that is returned waits, and gives what runs them: the
+        region op by op, after a warning, if Inductor fails.
+
+        Raises:
+            KernelError: there is no compiler.
+            torch.OutOfMemoryError: compiling has no room.
+        """
         tensors = [e for e in examples if isinstance(e, Example)]
         numbers = [None if isinstance(e, Example) else e for e in examples]
 
         def of_tensors(*given: torch.Tensor) -> list[Any]:
             rest = iter(given)
-            return steps([next(rest) if n is None else n for n in numbers])
+            return self.steps([next(rest) if n is None else n for n in numbers])
 
+        context = self.regions.context.copy()
         try:
-            compiled = self.context.copy().run(private_runtime.inductor, of_tensors, tensors)
-        except torch.OutOfMemoryError:
-            raise
+            lowered = context.run(private_inductor.lowered, of_tensors, tensors, checks_inputs=False)
         except Exception as error:
-            what = f"Inductor cannot compile {len(steps.calls)} ops of {steps.origin}"
-            if not has_inductor(steps.device):
-                raise KernelError(
-                    f'{what}: {error}. On processors it needs a C++ compiler (g++); kernels="aten" needs none.'
-                ) from error
-            warnings.warn(f"{what} ({in_one_line(error)}); they run op by op, in all layers like it", stacklevel=2)
-            return steps
-        self.seconds += time.perf_counter() - begin
-        if len(tensors) == len(examples):
-            return compiled
-        return lambda args: compiled([a for a in args if isinstance(a, torch.Tensor)])
+            failed = self.failed(error)
+            return lambda: failed
+
+        def ready() -> Compute:
+            try:
+                compiled = context.run(lowered.ready)
+            except Exception as error:
+                return self.failed(error)
+            if len(tensors) == len(examples):
+                return compiled
+            return lambda args: compiled([a for a in args if isinstance(a, torch.Tensor)])
+
+        return ready
+
+    def failed(self, error: Exception) -> Compute:
+        """The region op by op. Raises what `begin` does."""
+        if isinstance(error, torch.OutOfMemoryError):
+            raise error
+        what = f"Inductor cannot compile {len(self.steps.calls)} ops of {self.steps.origin}"
+        if not has_inductor(self.steps.device):
+            raise KernelError(
+                f'{what}: {error}. On processors it needs a C++ compiler (g++); kernels="aten" needs none.'
+            ) from error
+        warnings.warn(f"{what} ({in_one_line(error)}); they run op by op, in all layers like it", stacklevel=2)
+        return self.steps
 
 
 def _example(argument: Any) -> Any:
@@ -146,8 +221,8 @@ def _examples(region: Region, session: Session) -> list[Example] | None:
 
 
 def has_inductor(device: torch.device) -> bool:
-    """Whether Inductor can compile for a device: on processors it needs a C++ compiler."""
-    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether Inductor can compile for a device, as far as can be told without compiling."""
+    return not private_inductor.inductor_problem(device)
 
 
 class Steps:

@@ -47,7 +47,7 @@ def compile(
     memory_budget: int | str | None = None,
     recompute: Recompute = "auto",
     offload: Offload = "auto",
-    kernels: Kernels = "aten",
+    kernels: Kernels | None = None,
     passes: Passes | None = None,
     save: str | Path | None = None,
     fullgraph: Fullgraph = True,
@@ -85,10 +85,12 @@ def compile(
             else any of "activations" (of what waits for the backward that which has no room; all, without a budget),
             "optimizer" (masters, gradients and optimizer state: the optimizer's step runs on the host) and
             "parameters" (all of that, and what is computed with).
-        kernels: "aten" runs all ops one by one; "triton" fuses what is between matmuls into generated kernels, which
-            compute in fp32 throughout: on GPUs where they were measured to be faster, in the first call (on processors
-            by reference implementations in torch, which save no time); "inductor" has torch's Inductor compile what is
-            between collectives, each different piece once, whatever layers it is in; "auto" is "triton" on GPUs.
+        kernels: "aten" runs all ops one by one, the default on processors; "triton" fuses what is between matmuls into
+            generated kernels, which compute in fp32 throughout: on GPUs where they were measured to be faster, in the
+            first call (on processors by reference implementations in torch, which save no time); "inductor" has
+            torch's Inductor compile what is between collectives, each different piece once, whatever layers it is in;
+            "auto", the default on GPUs, is "inductor" with generated kernels in the place of those ops for which they
+            were measured to be faster. Where Inductor cannot compile, "auto" is "aten", and a line says why.
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that), a `Pipeline`, or a
             sequence of passes, your own among them (`zgraph.register_pass` lets recipes name these); or the path of a
             run file (`run.zg`), whose last graph is run as it is, if the model is captured as it was for that file.

@@ -212,7 +212,7 @@ def trained(training: Training, sizes: Sizes, emit: Emit) -> Trained:
     torch.manual_seed(0)
     model: Any = _model(sizes, training.dropout).to("cuda")
     if training.options is not None:
-        model = zgraph.compile(model, **training.options)
+        model = zgraph.compile(model, **{"kernels": "aten", **training.options})
     optimizer = _optimizer(training, model, emit)
     num_micro = NUM_MICRO_STEPS if training.has_micro_steps else 1
     losses: list[Tensor] = []

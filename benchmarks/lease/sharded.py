@@ -131,7 +131,7 @@ class _Training:
             for step in range(case.num_steps)
             for micro in range(case.num_micro_steps)
         }
-        self.compiled: Any = zgraph.compile(self.model, **options_of(case))
+        self.compiled: Any = zgraph.compile(self.model, **{"kernels": "aten", **options_of(case)})
         self.first = {name: value.detach().clone() for name, value in self.compiled.state_dict().items()}
 
     @property

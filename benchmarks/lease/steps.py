@@ -13,7 +13,7 @@ from benchmarks.clock import Clock, Step
 from benchmarks.lease.results import Emit
 from benchmarks.lease.trace import traced
 
-SYSTEMS = ("torch.compile", "zgraph inductor", "zgraph aten", "zgraph triton", "eager")
+SYSTEMS = ("torch.compile", "zgraph auto", "zgraph inductor", "zgraph aten", "zgraph triton", "eager")
 SMALL_SYSTEMS = ("zgraph aten", "eager")
 """An emulated device runs nothing of Inductor's."""
 

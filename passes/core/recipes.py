@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 _LOWER = "broadcast,all-gather,reduce-scatter,all-reduce,host-copies"
@@ -16,9 +17,21 @@ RECIPES: Mapping[int, str] = {
 }
 
 
-def fusing(recipe: str) -> str:
-    """The recipe with what is between matmuls in generated kernels."""
-    return recipe.replace("canonicalize,", "canonicalize,fuse,", 1)
+def fusing(recipe: str, *, only_measured: bool = False) -> str:
+    """The recipe with what is between matmuls in generated kernels; or with those that were measured to be fastest."""
+    fuse = "fuse(only_measured=true)" if only_measured else "fuse"
+    return recipe.replace("canonicalize,", f"canonicalize,{fuse},", 1)
+
+
+def recipe_for(kernels: str, recipe: str) -> str:
+    """A stage's own recipe, for what runs the ops between collectives: a word that `zgraph.compile` takes."""
+    recipe = in_regions(recipe) if kernels in ("inductor", "auto") else recipe
+    return fusing(recipe, only_measured=kernels == "auto") if kernels in ("triton", "auto") else recipe
+
+
+def in_regions(recipe: str) -> str:
+    """The recipe for what is compiled in regions: the backward makes views of the forward's values again."""
+    return re.sub(r"partition\(stage=(\d)\)", r"partition(stage=\1,repeat_views=true)", recipe)
 
 
 MIXED = RECIPES[3]

@@ -32,8 +32,11 @@ class Candidates:
     nodes: Mapping[Candidate, tuple[Node, ...]]
     graph: Graph
 
-    def best(self, context: Context, matmuls: Choice = "auto") -> Candidate:
+    def best(self, context: Context, matmuls: Choice = "auto", *, only_measured: bool = False) -> Candidate:
         """The fastest: as measured, with these sizes or the nearest that were, and by the cost model elsewhere.
+
+        With `only_measured`, ops that no measurement says more of are left for Inductor's regions, as those are that
+        Inductor was the fastest for: it compiles them with what is around them.
 
         A kernel counts as faster than its ops there, as it moves fewer bytes of all that a step moves. Op by op can
         always be run: it is what is left where no candidate ran when they were measured.
@@ -42,7 +45,10 @@ class Candidates:
         if matmuls == "always" and "matmul" in self.nodes:
             return "matmul"
         if self.nodes.keys() <= measured.keys():
-            return min(self.nodes, key=lambda candidate: (measured[candidate], candidate != "aten"))
+            fastest = min(self.nodes, key=lambda candidate: (measured[candidate], candidate != "aten"))
+            return "aten" if only_measured and fastest == "inductor" else fastest
+        if only_measured:
+            return "aten"
         left_out: set[Candidate] = {"inductor", "aten"} if "kernel" in self.nodes else {"inductor"}
         left_out |= set() if context.costs.hardware.device.generated_matmul_rate else {"matmul", "library"}
         us = {candidate: self.us(candidate, context) for candidate in self.nodes if candidate not in left_out}

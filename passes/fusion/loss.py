@@ -64,7 +64,7 @@ class _Projection:
 
 def fused_losses(graph: Graph, made_by: str) -> Graph:
     """The graph with every such loss as one op; the nodes that it replaces are left for `dce`."""
-    losses = [found for n in graph.nodes if n.op == "aten.nll_loss_forward.default" and (found := _loss(graph, n))]
+    losses = _losses(graph)
     if not losses:
         return graph
     builder = Builder(graph, made_by)
@@ -77,6 +77,15 @@ def fused_losses(graph: Graph, made_by: str) -> Graph:
     own = {op: ExternalOp(multi=True) for op in (PROJECTED_LOSS, PROJECTED_LOSS_BACKWARD, LOSS)}
     own |= {LOSS_BACKWARD: ExternalOp(), CAST: ExternalOp(), VIEW: ExternalOp(views=(0,))}
     return replace(graph, nodes=tuple(nodes), foreign={**graph.foreign, **own})
+
+
+def loss_nodes(graph: Graph) -> frozenset[str]:
+    """The names of the nodes of all such losses: what they read and make is as large as the logits."""
+    return frozenset().union(*(loss.inside for loss in _losses(graph)))
+
+
+def _losses(graph: Graph) -> list[_Loss]:
+    return [found for n in graph.nodes if n.op == "aten.nll_loss_forward.default" and (found := _loss(graph, n))]
 
 
 def _forward(

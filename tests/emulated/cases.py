@@ -94,7 +94,7 @@ CASES: dict[str, Case] = {
     ),
     "own optimizer": Case(optimizer={}),
     "kernels": Case(net="attending", options={"kernels": "triton"}, num_rows=8, num_steps=2),
-    "kernels, one rank": Case(num_shards=1, options={"kernels": "auto"}, num_rows=8, num_steps=2),
+    "kernels, one rank": Case(num_shards=1, options={"kernels": "triton"}, num_rows=8, num_steps=2),
     "kernels in the optimizer": Case(optimizer={"kernels": "triton"}, num_rows=8),
 }
 """By name."""

@@ -76,7 +76,7 @@ def test_what_inductor_cannot_compile_is_computed_by_the_reference(monkeypatch):
     def refuse(*_: object) -> None:
         raise RuntimeError("CppCompileError")
 
-    monkeypatch.setattr(library.private_runtime, "inductor", refuse)
+    monkeypatch.setattr(library.private_inductor, "lowered", refuse)
     x = torch.randn(3, 12)
     with pytest.warns(UserWarning, match="CppCompileError"):
         (made,) = torch.ops.zgraph.compiled([x], "third 12: x f32[M,N] -> y f32[M,N]; y = mul(x, 0.3)")

@@ -751,7 +751,7 @@ def best(
 def test_what_is_weighed_writes_what_is_read_and_no_more():
     """Of the products only the first is read by others than its epilogue."""
     graph = parse_graph(Golden.read(FOLDER / "fuse-matmul.zir").before)
-    calls = [c.nodes["matmul"] for c in fuse_candidates(graph, {}) if "matmul" in c.nodes]
+    calls = [c.nodes["matmul"] for c in fuse_candidates(graph, Context()) if "matmul" in c.nodes]
     made = [[r.name.partition("_")[0] for n in call if n.op == MATMUL for r in n.results] for call in calls]
     assert made == [["h", "a"], ["y"], ["dh", "db"]]
 
@@ -765,7 +765,7 @@ return fwd output %y
 
 
 def test_an_op_alone_is_no_kernel():
-    assert [list(found.nodes) for found in fuse_candidates(parse_graph(ALONE), {})] == [["aten"]]
+    assert [list(found.nodes) for found in fuse_candidates(parse_graph(ALONE), Context())] == [["aten"]]
 
 
 def test_what_was_measured_decides():

@@ -26,6 +26,8 @@ OPTIONS = {
     "min_bytes": st.integers(0, 2**50),
     "effort": st.integers(0, 1000),
     "always": st.booleans(),
+    "only_measured": st.booleans(),
+    "repeat_views": st.booleans(),
     "matmuls": st.sampled_from(["never", "auto", "always"]),
     "slack": st.sampled_from([0.0, 0.5, 1.25, 8.0]),
 }

@@ -1,7 +1,7 @@
 """Ops between collectives as regions, each different one compiled once."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
@@ -12,12 +12,14 @@ from torch import nn
 
 import small
 import zgraph
-from zgraph.bridge import private_runtime
+from zgraph.bridge import private_inductor
+from zgraph.bridge.private_inductor import Lowered
 from zgraph.bridge.target import cost_table
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import KernelError
 from zgraph.ir import Axis, Instruction, Plan
-from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
+from zgraph.ir.ops import views
+from zgraph.passes import RECIPES, Context, make_plan, parse_recipe, recipe_for
 from zgraph.runtime import regions
 from zgraph.runtime.region import Region, cut
 from zgraph.runtime.regions import MAX_SIZES
@@ -27,16 +29,20 @@ from .trained import MODELS, Trained, batch, losses, plain
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 
 
+def op_by_op(function: Any, wait: Callable[[], None] = lambda: None) -> Lowered:
+    return Lowered(lambda args: function(*args), wait)
+
+
 @pytest.fixture
-def compiled(monkeypatch) -> list[int]:
-    """Regions run op by op; the list has the number of inputs of each that would have been compiled."""
-    found: list[int] = []
+def compiled(monkeypatch) -> list[str]:
+    """Regions run op by op; the list says when each would have been lowered, and when its kernels waited for."""
+    found: list[str] = []
 
-    def op_by_op(function: Any, examples: Sequence[torch.Tensor]) -> Any:
-        found.append(len(examples))
-        return lambda args: function(*args)
+    def lowered(function: Any, examples: Any, *, checks_inputs: bool) -> Lowered:
+        found.append("lowered")
+        return op_by_op(function, lambda: found.append("waited"))
 
-    monkeypatch.setattr(private_runtime, "inductor", op_by_op)
+    monkeypatch.setattr(private_inductor, "lowered", lowered)
     return found
 
 
@@ -93,6 +99,21 @@ class Layers(nn.Module):
         return x.square().mean()
 
 
+def test_views_are_not_kept_and_fresh_gradients_not_copied():
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.GELU(), nn.Linear(16, 8, bias=False))
+    graph = zgraph.trace(model, torch.ones(2, 4, 8, requires_grad=True))
+    recipes = recipe_for("auto", RECIPES[0]), RECIPES[0]
+    kept, plain = (make_plan(parse_recipe(recipe).run(graph, Context())) for recipe in recipes)
+
+    def views_of(plan: Plan) -> list[str]:
+        return [v.name for v in plan.saved if (n := plan.graph.producers.get(v.name)) and views(plan.graph, n)]
+
+    assert views_of(plain)
+    assert not views_of(kept)
+    assert not [n for n in kept.graph.nodes if n.op == "copy"]
+
+
 @needs_compiler
 def test_training_compiled_by_inductor():
     """Layers share their regions; dropouts draw as they do op by op."""
@@ -121,6 +142,15 @@ def test_gradients_are_memory_of_their_own():
     assert len(owned) == len(list(model.parameters()))
 
 
+@needs_compiler
+def test_functions_of_the_same_code_wait_for_the_same_kernels():
+    """The second finds the first's module loaded, whose kernels are still building."""
+    x = torch.randn(8)
+    _, second = (private_inductor.lowered(lambda a: [a.sin() + 1], [x]) for _ in range(2))
+    (made,) = second.ready()([x.clone()])
+    torch.testing.assert_close(made, x.sin() + 1)
+
+
 class Twins(nn.Module):
     """Two biases whose gradients are the same numbers."""
 
@@ -145,12 +175,12 @@ def test_sizes_that_change(compiled):
     assert len(compiled) == number
 
 
-def refusing(function: Any, examples: Any) -> None:
+def refusing(function: Any, examples: Any, **_: object) -> None:
     raise RuntimeError("no compiler")
 
 
 def test_without_a_compiler_inductor_is_an_error(monkeypatch):
-    monkeypatch.setattr(private_runtime, "inductor", refusing)
+    monkeypatch.setattr(private_inductor, "lowered", refusing)
     monkeypatch.setenv("CXX", "no-such-compiler")
     torch.compiler.reset()
     model = zgraph.compile(MODELS["llama"](), kernels="inductor")
@@ -160,11 +190,14 @@ def test_without_a_compiler_inductor_is_an_error(monkeypatch):
 
 
 def test_regions_are_compiled_before_anything_runs(compiled):
-    """In the forward's first call, by the thread that makes it; the backward finds all compiled."""
+    """In the forward's first call, by the thread that makes it; the backward finds all compiled. All are lowered before
+    the kernels of the first are waited for.
+    """
     model = zgraph.compile(MODELS["llama"](), kernels="inductor")
     loss = model(**batch("llama", 0)).loss
     before = len(compiled)
-    assert before > 0
+    assert before > 2
+    assert compiled == sorted(compiled)
     loss.backward()
     assert len(compiled) == before
     model(**batch("llama", 1)).loss.backward()
@@ -176,11 +209,11 @@ def test_a_device_thread_compiles_with_the_users_settings(monkeypatch):
     setting: ContextVar[str] = ContextVar("setting", default="torch's")
     seen: list[str] = []
 
-    def note(function: Any, examples: Sequence[Any]) -> Any:
+    def note(function: Any, examples: Any, *, checks_inputs: bool) -> Lowered:
         seen.append(setting.get())
-        return lambda args: function(*args)
+        return op_by_op(function)
 
-    monkeypatch.setattr(private_runtime, "inductor", note)
+    monkeypatch.setattr(private_inductor, "lowered", note)
     monkeypatch.setattr(regions, "_examples", lambda region, session: None)  # as with sizes that are symbols
     model = zgraph.compile(MODELS["llama"](), kernels="inductor")
     setting.set("the user's")
@@ -193,27 +226,30 @@ def test_a_device_thread_compiles_with_the_users_settings(monkeypatch):
 
 
 def test_a_region_that_inductor_cannot_compile_runs_op_by_op(monkeypatch):
-    """And says so; the others are compiled."""
+    """And says so, whether it is lowering that fails or building kernels; the others are compiled."""
     made: list[int] = []
 
-    def every_second(function: Any, examples: Sequence[torch.Tensor]) -> Any:
-        made.append(len(examples))
-        if len(made) % 2:
-            raise RuntimeError("OutOfResources: shared memory")
-        return lambda args: function(*args)
+    def fail() -> None:
+        raise RuntimeError("OutOfResources: shared memory")
 
-    monkeypatch.setattr(private_runtime, "inductor", every_second)
+    def two_of_three(function: Any, examples: Any, *, checks_inputs: bool) -> Lowered:
+        made.append(len(examples))
+        if len(made) % 3 == 1:
+            fail()
+        return op_by_op(function, fail if len(made) % 3 == 2 else lambda: None)
+
+    monkeypatch.setattr(private_inductor, "lowered", two_of_three)
     monkeypatch.setattr(regions, "has_inductor", lambda device: True)
-    with pytest.warns(UserWarning, match=r"Inductor cannot compile \d+ ops of .*OutOfResources.*op by op"):
+    with pytest.warns(UserWarning, match=r"Inductor cannot compile \d+ ops of .*OutOfResources.*op by op") as told:
         assert Trained("t5", kernels="inductor").losses == plain("t5").losses
-    assert len(made) > 1
+    assert len(told) == sum(number % 3 != 0 for number in range(1, len(made) + 1)) > 1
 
 
 def test_no_memory_to_compile_is_no_memory(monkeypatch):
-    def full(function: Any, examples: Any) -> None:
+    def full(function: Any, examples: Any, **_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(private_runtime, "inductor", full)
+    monkeypatch.setattr(private_inductor, "lowered", full)
     torch.compiler.reset()
     model = zgraph.compile(MODELS["llama"](), kernels="inductor")
     with pytest.raises(torch.OutOfMemoryError):

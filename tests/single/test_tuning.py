@@ -1,6 +1,7 @@
 """The candidates for running a group, measured: what is chosen, kept, and told."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,8 @@ from zgraph.compiler.compiled_model import compiled_model
 from zgraph.cost import CostTable, hardware
 from zgraph.errors import KernelError
 from zgraph.ir import Graph
-from zgraph.ir.external_ops import COMPILED, MATMUL, RECTIFIED, ROWS
+from zgraph.ir.external_ops import COMPILED, MATMUL, PROJECTED_LOSS, RECTIFIED, ROWS
+from zgraph.options.settings import kernels_for
 from zgraph.passes import Context, parse_recipe
 from zgraph.passes.fuse import Fuse, candidates
 from zgraph.runfile.format import has_backward
@@ -43,7 +45,8 @@ def graph() -> Graph:
 def measured(graph: Graph, fastest: str) -> Context:
     """As if this candidate was the fastest wherever it is one."""
     groups = {
-        w.key: {candidate: 1.0 if candidate == fastest else 2.0 for candidate in w.nodes} for w in candidates(graph, {})
+        w.key: {candidate: 1.0 if candidate == fastest else 2.0 for candidate in w.nodes}
+        for w in candidates(graph, Context())
     }
     return replace(H100, costs=H100.costs.model_copy(update={"groups": groups}))
 
@@ -53,7 +56,7 @@ def ops(graph: Graph) -> set[str]:
 
 
 def test_all_ways_are_there_to_be_measured(graph):
-    found = {candidate for w in candidates(graph, {}) for candidate in w.nodes}
+    found = {candidate for w in candidates(graph, Context()) for candidate in w.nodes}
     assert found == {"aten", "kernel", "inductor", "matmul", "library"}
 
 
@@ -282,7 +285,7 @@ def test_other_sizes_are_judged_by_the_nearest_that_were_measured(graph):
     larger = parse_recipe("canonicalize").run(larger, Context())
     for fastest, op in (("aten", None), ("kernel", ROWS), ("library", RECTIFIED)):
         known = measured(graph, fastest)
-        keys = {w.key for w in candidates(larger, {})}
+        keys = {w.key for w in candidates(larger, Context())}
         assert not keys & known.costs.groups.keys()
         found = ops(Fuse().run(larger, known))
         assert op in found if op else found & {ROWS, MATMUL, RECTIFIED, COMPILED} == set()
@@ -307,12 +310,48 @@ def test_inductor_is_measured_while_a_graph_is_captured(monkeypatch, tmp_path):
     assert max(times) < autotune.NEVER_US
 
 
-def test_auto_is_op_by_op_on_processors():
+@pytest.mark.parametrize("fastest", ["kernel", "matmul", "inductor", "aten", None])
+def test_only_what_was_measured_to_be_faster_leaves_the_regions(graph, fastest):
+    """The rest is Inductor's, which compiles it with what is around it."""
+    context = H100 if fastest is None else measured(graph, fastest)
+    expected = {"kernel": {ROWS}, "matmul": {MATMUL}}.get(str(fastest), set())
+    assert ops(Fuse(only_measured=True).run(graph, context)) & {ROWS, MATMUL, COMPILED, RECTIFIED} == expected
+
+
+class Words(nn.Module):
+    """A loss of a projection to many words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedded, self.words = nn.Embedding(500, 8), nn.Linear(8, 500, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.words(self.embedded(ids)), ids)
+
+
+def test_the_loss_is_left_to_inductor_where_its_logits_fit():
     torch.compiler.reset()
+    captured = parse_recipe("canonicalize").run(zgraph.trace(Words(), torch.arange(400)), Context())
+    logits = 4 * 400 * 500
+    found = {
+        budget: PROJECTED_LOSS in ops(Fuse(only_measured=True).run(captured, Context(memory_budget=budget)))
+        for budget in (None, 9 * logits, logits)
+    }
+    assert found == {None: False, 9 * logits: False, logits: True}
+
+
+def test_auto_without_inductor_is_told(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "zgraph")
+    monkeypatch.setenv("ZGRAPH_LOGS", "capture")
+    monkeypatch.setenv("CXX", "no-such-compiler")
     model = zgraph.compile(Mlp(), kernels="auto")
-    model(torch.ones(16, 32)).backward()
-    (entry,) = zgraph.report(model).entries
-    assert ops(entry.plan.graph) & {ROWS, MATMUL} == set()
+    (line,) = caplog.messages
+    assert 'kernels="auto" is kernels="aten" here' in line
+    assert "no-such-compiler" in line
+    assert zgraph.report(model).regions is None
+    kernels, remark = kernels_for(None, torch.device("cuda"))
+    assert kernels == "aten"
+    assert "the default on GPUs" in remark
 
 
 def test_what_inductor_makes_of_a_kernel_is_what_its_twin_makes():

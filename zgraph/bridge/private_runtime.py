@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 __all__ = [
-    "Example",
     "Messenger",
     "PrefixStore",
     "Store",
@@ -39,7 +38,6 @@ __all__ = [
     "has_averages",
     "has_fused_sgd",
     "held_whole",
-    "inductor",
     "init_group",
     "is_profiling",
     "joined",
@@ -322,43 +320,6 @@ def fused_adamw(
         found_inf=found_inf,
         **options,
     )
-
-
-class Example(NamedTuple):
-    """A tensor to compile for, which need not exist yet."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Example:
-        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
-
-
-def inductor(
-    function: Callable[..., Sequence[torch.Tensor]], examples: Sequence[Example | torch.Tensor]
-) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:
-    """A function of tensors, compiled for shapes and strides as these; it takes a list, which it empties."""
-    from torch._guards import tracing
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    mode = FakeTensorMode()
-    kinds = [Example.of(e) if isinstance(e, torch.Tensor) else e for e in examples]
-    outside = tracing(None)  # a capture that may be under way has its own mode
-    with torch.no_grad(), outside, _disable_current_modes(), mode:
-        fakes = [torch.empty_strided(size, stride, dtype=dtype, device=at) for size, stride, dtype, at in kinds]
-        traced = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
-        traced.graph.eliminate_dead_code()
-        results: Any = traced.graph.output_node()
-        results.meta["user_visible_output_idxs"] = [*range(len(results.args[0]))]  # their strides are kept
-        compiled: Any = compile_fx_inner(traced, fakes)
-    return cast("Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]", compiled)
 
 
 def has_fused_sgd(parameter: torch.Tensor) -> bool:

@@ -31,14 +31,14 @@ from zgraph.errors import UsageError, did_you_mean
 from zgraph.ir import Phase, print_graph, verify
 from zgraph.ir.lines import node_lines, read_line
 from zgraph.ir.ops import LANES
-from zgraph.passes import RECIPES, Pass, Pipeline, fusing, known_passes, parse_recipe
+from zgraph.passes import RECIPES, Pass, Pipeline, known_passes, parse_recipe, recipe_for
 from zgraph.passes.core.instruments import PassSummary
 from zgraph.passes.core.pipeline import print_size
 from zgraph.runfile.diff import compare
 from zgraph.runfile.explain import explain
 from zgraph.runfile.format import CAPTURED, Ran, Recording, graph_names
 
-KERNELS = ("aten", "triton")
+KERNELS = ("aten", "triton", "inductor", "auto")
 
 PHASES = tuple(phase.value for phase in Phase)
 
@@ -58,7 +58,13 @@ def trace(
     dtype: Annotated[
         str, typer.Option(help="To compute in: bf16, f16, f32, or as torch calls it.", autocompletion=any_of(*DTYPES))
     ] = "bf16",
-    kernels: Annotated[str, typer.Option(help="aten, or triton to fuse.", autocompletion=any_of(*KERNELS))] = "aten",
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help="The passes for aten, triton, inductor, or auto, which zgraph.compile takes on GPUs.",
+            autocompletion=any_of(*KERNELS),
+        ),
+    ] = "aten",
     passes: Annotated[
         str, typer.Option(help="A recipe in the place of the stage's own.", autocompletion=several_passes)
     ] = "",
@@ -74,8 +80,7 @@ def trace(
     from zgraph.estimate.trace import traced
 
     param_dtype = as_dtype(dtype, "--dtype")
-    is_fused = one_of("--kernels", kernels, KERNELS) == "triton"
-    recipe = passes or (fusing(RECIPES[stage]) if is_fused else RECIPES[stage])
+    recipe = passes or recipe_for(one_of("--kernels", kernels, KERNELS), RECIPES[stage])
     pipeline = parse_recipe(recipe)
     with progress() as shown:
         task = shown.add_task(f"reading {model}")

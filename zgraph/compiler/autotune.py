@@ -19,16 +19,18 @@ from pydantic import ConfigDict, Field, RootModel, ValidationError
 
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.private_files import private_folder, read_private, write_private
+from zgraph.bridge.private_inductor import Example
 from zgraph.codegen.fallback import failures_raised
+from zgraph.codegen.library import compile_together
 from zgraph.cost import CostTable
 from zgraph.environment import cache_folder
 from zgraph.errors import KernelError, in_one_line
 from zgraph.ir import Graph, Node, TensorType, Value
-from zgraph.ir.external_ops import ROWS
+from zgraph.ir.external_ops import COMPILED, ROWS
 from zgraph.ir.layout import dense_strides
 from zgraph.ir.symbols import evaluate
 from zgraph.passes import Context
-from zgraph.passes.fuse import candidates
+from zgraph.passes.fuse import Fuse, candidates
 from zgraph.passes.fusion.candidates import Candidate
 from zgraph.runtime.clock import Clock
 from zgraph.runtime.peers import Peers
@@ -77,6 +79,7 @@ def tuned(
     peers: Peers | None,
     tell: Callable[[str], None] = lambda text: None,
     kind: str = "",
+    fuse: Fuse | None = None,
 ) -> CostTable:
     """Cost table with the times of the candidates for running each group of a graph.
 
@@ -89,11 +92,12 @@ def tuned(
         peers: the other ranks, which all come here; None without any.
         tell: is given a line for each candidate that failed, on every rank.
         kind: a word for the graph that no other graph of this call has.
+        fuse: the pass, as the recipe has it.
 
     Raises:
         KernelError: a candidate broke the device.
     """
-    wanted = {found.key: found.nodes for found in candidates(graph, context.hints) if len(found.nodes) > 1}
+    wanted = {found.key: found.nodes for found in candidates(graph, context, fuse) if len(found.nodes) > 1}
     is_first = peers is None or peers.rank == peers.ranks[0]
     kept = _kept(device, wanted) if is_first else {}
     if peers is not None:
@@ -167,6 +171,8 @@ def _all_measured(groups: Mapping[str, Nodes], hints: Mapping[str, int], device:
     """Measurements of each group. The device's memory, and torch's random numbers, are as before."""
     if not groups:
         return {}
+    if has_inductor(device):
+        compile_together(_for_inductor(groups, hints, device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         clock = _clock(device)
         found = {key: measured(nodes, hints, clock) for key, nodes in groups.items()}
@@ -174,6 +180,21 @@ def _all_measured(groups: Mapping[str, Nodes], hints: Mapping[str, int], device:
         del clock
         torch.cuda.empty_cache()
     return found
+
+
+def _for_inductor(
+    groups: Mapping[str, Nodes], hints: Mapping[str, int], device: torch.device
+) -> Iterator[tuple[str, Sequence[Example]]]:
+    """The kernels that Inductor compiles for candidates, and the dense tensors that they read."""
+    for node in (n for nodes in groups.values() for n in nodes.get("inductor", ()) if n.op == COMPILED):
+        inputs, text = node.args
+        assert isinstance(inputs, tuple)
+        kinds = [value.tensor for value in inputs if isinstance(value, Value)]
+        sizes = [tuple(evaluate(d, hints) for d in kind.shape) for kind in kinds]
+        yield (
+            str(text),
+            [Example(s, dense_strides(s), TO_TORCH[k.dtype], device) for s, k in zip(sizes, kinds, strict=True)],
+        )
 
 
 def _clock(device: torch.device) -> Clock:

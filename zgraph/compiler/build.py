@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from zgraph.bridge.aten import FROM_TORCH
+from zgraph.bridge.private_inductor import warm
 from zgraph.bridge.private_pause import inline_only_when_called
 from zgraph.bridge.private_runtime import whole_group
 from zgraph.bridge.target import allocator_advice, library_bytes
@@ -108,7 +109,12 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         tunes=settings.is_gpu and any(isinstance(step, Fuse) for step in settings.pipeline.passes),
         narrator=narrator,
         trial=functools.partial(FirstRun, may_repeat=settings.fullgraph is True),
+        kernels=settings.kernels,
     )
+    if settings.remark:
+        narrator.remark(settings.remark)
+    if settings.compiles_regions and settings.is_gpu:
+        warm()
     copier = Copier(model, functools.partial(_again, settings))
     own_forward = forward = model.forward
     forget: Callable[[], None] | None = None
@@ -174,7 +180,8 @@ def _where(settings: Settings, session: Session) -> str:
     """The stages and the ranks, in words."""
     stages = sorted({settings.default_stage if own is None else own for own in settings.stages.values()})
     listed = f"stage{'s' * (len(stages) > 1)} {' and '.join(map(str, stages or [settings.default_stage]))}"
-    return f"{listed} on {session.num_ranks} rank{'s' * (session.num_ranks > 1)}"
+    kernels = f', kernels="{settings.kernels}"' if settings.kernels != "aten" else ""
+    return f"{listed} on {session.num_ranks} rank{'s' * (session.num_ranks > 1)}{kernels}"
 
 
 def _described(model: nn.Module, settings: Settings) -> str:

@@ -59,6 +59,7 @@ class CompiledModel:
         tunes: whether the candidates for running a group are measured before a graph is compiled.
         narrator: tells the user of what is captured; None tells nothing.
         trial: watches the first runs of a program, given this and the peak that is planned; None watches nothing.
+        kernels: what runs the ops between collectives, for the report.
 
     `smaller_budget` is the one to plan again with, once a first run was out of memory.
     """
@@ -76,13 +77,14 @@ class CompiledModel:
         tunes: bool = False,
         narrator: Narrator | None = None,
         trial: Callable[[CompiledModel, int], Trial] | None = None,
+        kernels: str = "aten",
     ) -> None:
         self.model, self.session, self.context = model, session, context
         self.save, self.replayed, self.regions, self.tunes = save, replayed, regions, tunes
         self.pipeline = enabled(pipeline)
         self.eager = eager(model.forward, session.store.param_dtype)
         self.narrator = narrator or Narrator(type(model).__name__, model.forward, (), "")
-        self.trial = trial
+        self.trial, self.kernels = trial, kernels
         self.smaller_budget: int | None = None
         self.is_replanned = False
         self.entries: list[Entry] = []
@@ -199,10 +201,11 @@ class CompiledModel:
             return
         self._tuned.add(kind)
         before = takewhile(lambda step: step.name != Fuse.name, self.pipeline.passes)
+        fuse = next((step for step in self.pipeline.passes if isinstance(step, Fuse)), None)
         context = replace(self.context, hints=hints)
         seen = Pipeline(tuple(before)).run(graph, context)
         peers = self.session.peers if self.session.num_ranks > 1 else None
-        costs = tuned(seen, context, self.session.device, peers, self.narrator.remark, str(kind))
+        costs = tuned(seen, context, self.session.device, peers, self.narrator.remark, str(kind), fuse)
         self.context = replace(self.context, costs=costs)
 
     @property
@@ -222,6 +225,7 @@ class CompiledModel:
             store.host_bytes,
             tuple(self.entries),
             self.regions,
+            self.kernels,
         )
 
 

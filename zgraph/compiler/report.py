@@ -83,6 +83,14 @@ def make_entry(
     return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, context.hints, run, certificate)
 
 
+KERNELS = {
+    "triton": "generated, where they are faster",
+    "inductor": "Inductor's",
+    "auto": "Inductor's, and generated ones where measured faster",
+}
+"""Words for what runs the ops between collectives."""
+
+
 @dataclass(frozen=True)
 class Report:
     """Report of a compiled model. Prints as a table; its fields are the numbers.
@@ -99,6 +107,7 @@ class Report:
         host_bytes: bytes at rest on the host: masters, AdamW's moments of them, and copies to compute with.
         entries: one for each captured graph, in the order of capture.
         regions: what Inductor compiled, if it was to.
+        kernels: what runs the ops between collectives.
     """
 
     model: str
@@ -112,6 +121,7 @@ class Report:
     host_bytes: int
     entries: tuple[Entry, ...]
     regions: Regions | None = None
+    kernels: str = "aten"
 
     @property
     def step_peak_bytes(self) -> int:
@@ -196,6 +206,8 @@ class Report:
         if self.host_bytes or self.host_peak_bytes:
             table.add_row("on the host: masters and moments", mebibytes(self.host_bytes))
             table.add_row("on the host: at the peak of a step", mebibytes(self.host_bytes + self.host_peak_bytes))
+        if self.kernels != "aten":
+            table.add_row("kernels", KERNELS[self.kernels])
         if self.regions is not None:
             table.add_row("compiled by Inductor", str(self.regions))
         return table

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from zgraph.bridge.aten import compute_dtype
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
+from zgraph.bridge.private_inductor import inductor_problem
 from zgraph.bridge.target import Target, cost_table, device_budget, fingerprint_of, num_bytes
 from zgraph.cost import CostTable
 from zgraph.errors import ContractError, UsageError
@@ -21,7 +22,7 @@ from zgraph.ir.layout import chunk_numel
 from zgraph.options.lengths import Lengths, check_lengths
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
 from zgraph.options.validate import Fullgraph, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
-from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, fusing, pipeline_of
+from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, pipeline_of, recipe_for
 from zgraph.passes.core.base import Choice
 from zgraph.runfile.format import RunFile, load_run
 from zgraph.runtime.agreement import check_joined
@@ -46,7 +47,7 @@ class Options(TypedDict, total=False):
     memory_budget: int | str | None
     recompute: Recompute
     offload: Offload
-    kernels: Kernels
+    kernels: Kernels | None
     passes: Passes | None
     save: str | Path | None
     fullgraph: Fullgraph
@@ -72,7 +73,8 @@ class Settings:
         recomputes: whether the forward may be computed again.
         moves: whether values of the forward may wait for the backward on the host.
         offloads: what of each parameter is on the host: "optimizer" or "parameters".
-        compiles_regions: whether Inductor compiles what is between collectives.
+        kernels: what runs the ops between collectives.
+        remark: why that is not what was asked for, nor the device's default; empty if it is.
         save: where to write a run file.
         fullgraph: whether the forward must be captured as one graph.
         dynamic: which sizes are symbols, as in `torch.compile`.
@@ -92,7 +94,8 @@ class Settings:
     recomputes: Choice
     moves: Choice
     offloads: Mapping[str, str]
-    compiles_regions: bool
+    kernels: Kernels
+    remark: str
     save: Path | None
     fullgraph: Fullgraph
     dynamic: bool | None
@@ -102,6 +105,11 @@ class Settings:
     def is_gpu(self) -> bool:
         """Whether the device has separate memory."""
         return self.device.type != "cpu"
+
+    @property
+    def compiles_regions(self) -> bool:
+        """Whether Inductor compiles what is between collectives."""
+        return self.kernels in ("inductor", "auto")
 
     @property
     def recipe(self) -> str:
@@ -129,7 +137,7 @@ def resolve(
     memory_budget: int | str | None,
     recompute: Recompute,
     offload: Offload,
-    kernels: Kernels,
+    kernels: Kernels | None,
     passes: Passes | None,
     save: str | Path | None,
     fullgraph: Fullgraph,
@@ -149,8 +157,7 @@ def resolve(
     check_lengths(lengths, model.forward, dynamic)
     device = device_for(model, mesh, device)
     is_gpu = device.type != "cpu"
-    if kernels == "auto":
-        kernels = "triton" if is_gpu and passes is None else "aten"
+    kernels, remark = kernels_for(kernels, device)
     replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
     pipeline = pipeline_of(_passes(stage, kernels, passes, replayed))
     default_stage = stage if isinstance(stage, int) else 3
@@ -187,7 +194,8 @@ def resolve(
         RECOMPUTES[recompute],
         moves,
         offloads,
-        kernels == "inductor",
+        kernels,
+        remark,
         Path(save) if save is not None else None,
         fullgraph,
         dynamic if lengths is None else False,
@@ -227,6 +235,15 @@ def default_device(mesh: DeviceMesh | None) -> torch.device:
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
+def kernels_for(wanted: Kernels | None, device: torch.device) -> tuple[Kernels, str]:
+    """The kernels of the ops between collectives, and why they are not those that were wanted or are the default."""
+    kernels = wanted or ("auto" if device.type != "cpu" else "aten")
+    if kernels == "auto" and (problem := inductor_problem(device)):
+        default = "" if wanted else ", the default on GPUs,"
+        return "aten", f'kernels="auto"{default} is kernels="aten" here: Inductor does not compile, as {problem}'
+    return kernels, ""
+
+
 def _passes(
     stage: Stage, kernels: Kernels, passes: Passes | None, replayed: RunFile | None
 ) -> str | Pipeline | Sequence[Pass]:
@@ -234,8 +251,7 @@ def _passes(
         return replayed.recipe
     if passes is not None:
         return str(passes) if isinstance(passes, Path) else passes
-    own = RECIPES[stage] if isinstance(stage, int) else MIXED
-    return fusing(own) if kernels == "triton" else own
+    return recipe_for(kernels, RECIPES[stage] if isinstance(stage, int) else MIXED)
 
 
 def _mesh(device: torch.device, mesh: DeviceMesh | None) -> DeviceMesh | None:

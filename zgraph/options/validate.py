@@ -69,8 +69,8 @@ def check_in_memory(model: nn.Module) -> None:
         )
 
 
-def check_kernels(kernels: str, has_recipe: bool) -> None:
-    if kernels not in get_args(Kernels):
+def check_kernels(kernels: str | None, has_recipe: bool) -> None:
+    if kernels is not None and kernels not in get_args(Kernels):
         raise UsageError(f'kernels must be "auto", "aten", "triton" or "inductor", not {kernels!r}')
     if kernels == "triton" and has_recipe:
         raise UsageError('with passes=, the recipe says what is fused: put fuse in it, and leave kernels="triton" out')

@@ -287,7 +287,7 @@ class Own(Section):
     memory_budget: int | str | None = None
     recipe: str | None = None
     hardware: str | None = None
-    kernels: Literal["aten", "triton", "inductor", "auto"] = "aten"
+    kernels: Literal["aten", "triton", "inductor", "auto"] | None = None
     recompute: Literal["auto"] | bool = "auto"
     fullgraph: bool | Literal["eager"] = True
     dynamic: bool | None = None
