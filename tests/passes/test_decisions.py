@@ -633,6 +633,31 @@ def test_a_projection_is_a_linear_layer(weight, strides, wanted):
     assert [n.op for n in fused.nodes if n.op in (LOSS, PROJECTED_LOSS)] == [wanted]
 
 
+@pytest.mark.parametrize(("made", "reads"), [("exp.default(%c)", "x"), ("_softmax.default(%c, 1, false)", "y")])
+def test_a_kernel_of_the_backward_makes_again_what_needs_no_sum(made, reads):
+    """Although the sum of a softmax would read fewer bytes, too."""
+    fused = parse_recipe("fuse,dce").run(
+        parse_graph(f"""graph "g"
+op aten._softmax.default
+op aten._to_copy.default
+op aten.exp.default
+op aten.mul.Tensor
+input %x: bf16[64, 16]
+tangent %t: f32[64, 16]
+fwd %c: f32[64, 16] = aten._to_copy.default(%x, dtype=f32)
+fwd %y: f32[64, 16] = aten.{made}
+bwd %p: f32[64, 16] = aten.mul.Tensor(%t, %y)
+bwd %q: f32[64, 16] = aten.mul.Tensor(%p, %y)
+return fwd output %y
+return bwd grad "x" none
+return bwd output %q
+"""),
+        Context(),
+    )
+    _, backward = of_op(fused, ROWS)
+    assert {v.name for v in backward.operands} == {"t", reads}
+
+
 def test_what_lies_in_no_rows_is_not_fused():
     text = MERGED.replace("input %u: f32[64, 16]", "input %u: f32[64, 16 | 1, 64]").replace(
         "fwd %b: f32[64, 16] =", "fwd %b: f32[64, 16 | 1, 64] ="

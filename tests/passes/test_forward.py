@@ -62,6 +62,15 @@ def test_the_backwards_own_gather_serves_what_is_computed_again(is_first):
     assert [v.name for v in found.producers["y_again"].operands] == ["x", "w_again"]
 
 
+def test_what_runs_again_reads_what_does_not_stay():
+    ((block, names),) = Forward(parse_graph(CHAIN), Context()).blocks
+    read = {names[m.makes[0]]: [names[v] for v in m.reads] for m in block.makers}
+    graph = parse_graph(CHAIN)
+    stays = {i.value.name for i in graph.inputs}
+    assert read == {n: [v.name for v in graph.producers[n].operands if v.name not in stays] for n in read}
+    assert any(read.values())
+
+
 def test_what_just_fits_gives_way_for_nothing():
     forward = Forward(parse_graph(CHAIN), Context())
     assert [c.num_bytes for c in forward.choices(3 * 256)] == [3 * 256]

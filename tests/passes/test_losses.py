@@ -104,6 +104,7 @@ def test_a_loss_takes_in_what_nothing_else_needs(changes: list[Change], wanted: 
     verify(fused)
     ops = {n.op for n in fused.nodes}
     assert ops & (PROJECTED | BESIDE) == wanted
+    assert "aten._to_copy.default" not in ops, "no cast is needed in single precision"
     assert ("aten.nll_loss_forward.default" in ops) == (not wanted)
     reference = Reference(graph, 1)
     for found, true in zip(reference.run(fused), reference.run(graph), strict=True):
