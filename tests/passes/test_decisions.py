@@ -38,6 +38,7 @@ from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload, Saved
 from zgraph.passes.partition import Partition
 from zgraph.passes.plan.make_plan import memory_of
+from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 from zgraph.passes.recompute import Recompute
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
@@ -709,6 +710,16 @@ def test_options_may_be_0_and_no_less(kind, options):
 VIEWED = ("fwd %p", "fwd %v: f32[8, 8] = aten.view.default(%x, [8, 8])\nfwd %p")
 
 
+def test_a_budget_of_the_peak_leaves_room_to_keep_what_is_gathered_elsewhere():
+    """What is alive at the peak is gone before the layers; one byte less, and nothing can be kept."""
+    early = "fwd %k: f32[4096]<V> = aten.mul.Tensor(%m, %m)\nfwd %l: f32[4096]<V> = aten.mul.Tensor(%k, %k)\nfwd %af:"
+    text = TWO_LAYERS.replace("tangent %t", "input %m: f32[4096]<V>\ntangent %t").replace("fwd %af:", early)
+    graph = parse_graph(text)
+    peak = lowered(graph, TWO).plain[1].peak.total_bytes
+    again = [gathers_again(Keep(0).run(graph, replace(TWO, memory_budget=peak + more))) for more in (-1, 0)]
+    assert again == [2, 0]
+
+
 @pytest.mark.parametrize("word", ["never", "auto", "always"])
 def test_fuse_takes_three_words_for_matmuls(word):
     assert Fuse(matmuls=word).matmuls == word
@@ -771,6 +782,56 @@ def best(
     device = machine.device.model_copy(update={"generated_matmul_rate": rate})
     costs = CostTable(hardware=machine.model_copy(update={"device": device}), per_host=1, groups={"key": measured})
     return Candidates(None, "key", None, nodes, graph).best(Context(costs=costs), matmuls)
+
+
+RECTIFIED_ROWS = """graph "g"
+op aten.addmm.default
+op aten.relu.default
+op aten.view.default views(0)
+param %w: f32[8, 16] "w"
+param %b: f32[16] "b"
+input %x: f32[8, 8]
+fwd %z: f32[8, 16] = aten.addmm.default(%b, %x, %w)
+fwd %v: f32[2, 4, 16] = aten.view.default(%z, [2, 4, 16])
+fwd %y: f32[2, 4, 16] = aten.relu.default(%v)
+return fwd output %y
+"""
+
+
+def test_the_librarys_epilogue_serves_rows_in_more_dimensions():
+    (found,) = fuse_candidates(parse_graph(RECTIFIED_ROWS), Context())
+    call, view = found.nodes["library"]
+    assert [r.tensor.shape for n in (call, view) for r in n.results] == [(8, 16), (2, 4, 16)]
+
+
+ABSENT = """graph "g"
+op aten.expand.default views(0)
+op aten.add.Tensor
+op aten.mul.Tensor
+op aten.sum.default
+op aten.tanh.default
+input %x: f32[64, 16]
+tangent %t: f32[]
+tangent %u: f32[64, 16]
+fwd %h: f32[64, 16] = aten.tanh.default(%x)
+fwd %loss: f32[] = aten.sum.default(%h)
+bwd %e: f32[64, 16 | 0, 0] = aten.expand.default(%t, [64, 16])
+bwd %d: f32[64, 16] = aten.mul.Tensor(%e, %x)
+bwd %s: f32[64, 16] = aten.add.Tensor(%d, %u)
+bwd %g: f32[64, 16] = aten.mul.Tensor(%s, %h)
+return fwd output %loss
+return fwd output %h
+return bwd grad "x" %g
+"""
+
+
+def test_what_reads_a_tangent_that_is_likely_to_be_zero_is_in_no_kernel():
+    graph = parse_graph(ABSENT)
+    verify(graph)
+    fused = parse_recipe("fuse,dce").run(graph, Context())
+    left = without_tangents(fused, zero_tangents(fused))
+    assert left is not None
+    assert not any(v.name == "u" for n in left.nodes for v in n.operands)
 
 
 def test_what_is_weighed_writes_what_is_read_and_no_more():
