@@ -106,7 +106,8 @@ def test_a_gradient_of_another_parameter_is_found(num_ranks):
     culprit = found(f"canonicalize,wrong-partition(stage=2),{LOWER},dce,arena", num_ranks)
     assert culprit.step == "wrong-partition(stage=2)"
     assert culprit.failure.difference.what.startswith("the gradient of layers.")
-    assert sum("reshard" in line or "copy" in line for line in culprit.rewrite.lines) == 1
+    changed = "reshard" if num_ranks > 1 else "return bwd grad"
+    assert any(changed in line for line in culprit.rewrite.lines)
     assert len(culprit.rewrite.lines) <= 4, culprit.rewrite.lines
 
 

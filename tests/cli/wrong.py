@@ -119,7 +119,11 @@ class WrongPartition(Partition):
                 return node
             return node.substitute({mine.name: replace(node.operands[0], name=other.name)})
 
-        return after.with_nodes([misread(node) for node in after.nodes])
+        wrong = after.with_nodes([misread(node) for node in after.nodes])
+        if wrong.nodes != after.nodes:
+            return wrong
+        outputs = (replace(o, value=other) if o.value == mine else o for o in after.outputs)
+        return replace(after, outputs=tuple(outputs))
 
 
 def names(node: Node) -> list[str]:
