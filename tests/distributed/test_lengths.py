@@ -14,6 +14,7 @@ import small
 import zgraph
 from zgraph.errors import UsageError
 
+from .lockstep import ddp
 from .pool import Pool
 
 PAD = {"input_ids": 0, "attention_mask": 0, "labels": -100}
@@ -33,12 +34,16 @@ def batch(seed: int, length: int) -> dict[str, Tensor]:
 
 
 def train(mesh: DeviceMesh | None) -> tuple[list[float], list[float], int, list[int]]:
-    """Losses and gradients' norms with sizes, then without; the graphs that were captured; the logits' lengths."""
+    """Losses and gradients' norms with sizes, then eagerly; the graphs that were captured; the logits' lengths."""
     rank = mesh.get_rank() if mesh is not None else 0
     found: list[list[float]] = []
     num_graphs, seen = 0, []
     for lengths in (zgraph.Lengths((8, 16), PAD), None):
-        model = zgraph.compile(llama(), mesh=mesh, lengths=lengths)
+        model = llama()
+        if lengths is not None:
+            model = zgraph.compile(model, mesh=mesh, lengths=lengths)
+        elif mesh is not None:
+            model = ddp(model, mesh)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         numbers = []
         for step, length in enumerate(GIVEN[rank]):
@@ -62,7 +67,7 @@ def check(found: tuple[list[float], list[float], int, list[int]], rank: int) -> 
     assert seen == [*GIVEN[rank]]
 
 
-def test_losses_are_those_of_unpadded_calls_and_each_size_is_captured_once(pool: Pool) -> None:
+def test_losses_are_those_of_eager_calls_unpadded_and_each_size_is_captured_once(pool: Pool) -> None:
     check(train(None), 0)
     for rank, found in enumerate(pool.run(train, 2)):
         check(found, rank)
