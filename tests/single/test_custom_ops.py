@@ -129,13 +129,34 @@ def test_functions_that_have_no_form_in_the_ir_are_named_with_their_line(build: 
         zgraph.compile(build(), stage=3)(torch.ones(4, 8))
 
 
-def test_a_warning_of_a_class_breaks_no_graph() -> None:
-    class Old(Whole):
+LOGGER = logging.getLogger("mine")
+
+
+def test_what_a_forward_tells_is_told_when_the_graph_has_run(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Inner(Whole):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            print("sum", x.sum().detach(), "of", tuple(x.shape), sep=" | ", flush=True)
             warnings.warn("this is old", DeprecationWarning, stacklevel=2)
+            LOGGER.warning("rows: %d", 4)
             return super().forward(x)
 
-    zgraph.compile(Old(), stage=3)(torch.ones(4, 8)).backward()
+    class Telling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    model = zgraph.compile(Telling(), stage=3)
+    for rows in (1.0, 2.0):
+        with pytest.warns(DeprecationWarning, match="this is old") as told:
+            model(torch.full((4, 8), rows)).backward()
+        assert told[0].filename == __file__
+        assert capsys.readouterr().out == f"sum | tensor({32 * rows:.0f}.) | of | (4, 8)\n"
+    assert [r.getMessage() for r in caplog.records if r.name == "mine"] == ["rows: 4"] * 2
 
 
 def test_a_piece_that_stays_eager_is_told_once(

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils.checkpoint import CheckpointPolicy
 
 from zgraph.bridge.private_fake import FakeTensor, FakeTensorMode
-from zgraph.bridge.private_warnings import warning_by_category
+from zgraph.bridge.private_told import told_afterwards
 from zgraph.errors import UsageError
 
 __all__ = [
@@ -122,9 +122,9 @@ def capturing(*, in_pieces: bool = False, dynamic: bool | None = None) -> Iterat
     """Settings of torch.compile for the length of a `with`, so that fewer forwards break the graph.
 
     Recurrent layers, inner calls of `torch.autograd.grad`, and integers that a module counts with are captured. What
-    `print` and `warnings.warn` are given is told when the graph has run. Left out is what transformers would log once
-    (`warning_once`). Nor does torch log what an error says in any case, or that it could not write its own metrics.
-    Garbage is collected rarely.
+    `print`, `warnings.warn` and loggers are given is told when the graph has run. Left out is what transformers would
+    log once (`warning_once`). Nor does torch log what an error says in any case, or that it could not write its own
+    metrics. Garbage is collected rarely.
     """
     config = torch._dynamo.config
     found = {getattr(logging.Logger, name, None) for name in ("warning_once", "warning_advice", "info_once")}
@@ -144,7 +144,7 @@ def capturing(*, in_pieces: bool = False, dynamic: bool | None = None) -> Iterat
         logger.disabled = True
     gc.set_threshold(*map(max, collects, _RARELY) if collects[0] else collects)
     try:
-        breaks = _hearing_breaks() if in_pieces and _breaks.told else warning_by_category()
+        breaks = _hearing_breaks() if in_pieces and _breaks.told else told_afterwards()
         with breaks, config.patch({name: value for name, value in settings.items() if hasattr(config, name)}):
             yield
     finally:
