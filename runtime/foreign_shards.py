@@ -60,9 +60,7 @@ def refuse_shards() -> None:
 
 
 def _check_whole(model: nn.Module, state: Mapping[str, Any]) -> None:
-    sharded = [
-        n for n, t in state.items() if isinstance(t, DTensor) and not all(p.is_replicate() for p in t.placements)
-    ]
+    sharded = [name for name, t in state.items() if isinstance(t, DTensor) and not _is_whole(t)]
     if not sharded:
         return
     plain = {n for n, t in model.named_parameters(remove_duplicate=False) if not isinstance(t, DTensor)}

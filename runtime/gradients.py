@@ -322,7 +322,7 @@ def watch_steps(session: Session) -> None:
     trace DTensors whose part lies within a flat buffer, a step runs as it is.
     """
     watched = weakref.ref(session)
-    begun: list[tuple[int, Any]] = []
+    begun: dict[int, tuple[int, Any]] = {}
 
     @torch.no_grad()
     def before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -331,8 +331,7 @@ def watch_steps(session: Session) -> None:
         if session is None or not _steps_over(optimizer, session):
             resume_capture(paused)
             return
-        if session.doom is not None:
-            session.raise_doom()
+        session.raise_doom()
         _check_optimizer(optimizer, session)
         check_states(optimizer)
         found = [slot for slot in session.store.slots.values() if is_unreduced(slot)]
@@ -342,13 +341,13 @@ def watch_steps(session: Session) -> None:
             if id(parameter) in stepped and (made := reduced(session, slot)) is not None:
                 parameter.grad, slot.holds_unreduced = _laid_out(made, parameter), False
         session.store.copies.settle()
-        begun.append((session.store.version, paused))
+        begun[id(optimizer)] = session.store.version, paused
 
     def after(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         session = watched()
-        if session is None or not begun or not _steps_over(optimizer, session):
+        if session is None or id(optimizer) not in begun:
             return
-        version, paused = begun.pop()
+        version, paused = begun.pop(id(optimizer))
         resume_capture(paused)
         if version != session.store.version:
             return

@@ -65,8 +65,11 @@ class Regions:
         """Compile the regions of programs that are new and whose sizes are known, their kernels in parallel."""
         if session.device.type != "cpu":
             private_inductor.warmed()
+        parts = (part for program in programs for part in self.cut(program, graph))
+        self._compile([part for part in parts if isinstance(part, Region)], session)
+
+    def _compile(self, regions: Sequence[Region], session: Session) -> None:
         begin = time.perf_counter()
-        regions = [part for program in programs for part in self.cut(program, graph) if isinstance(part, Region)]
         begun = [finish for region in regions if (finish := self._begun(region, session)) is not None]
         for finish in begun:
             finish()
@@ -75,11 +78,7 @@ class Regions:
     def runner(self, region: Region, session: Session) -> Compute:
         """The function that runs a region, shared by all regions that compute the same."""
         self.num_regions += 1
-        if region.text not in self._by_text:
-            begin = time.perf_counter()
-            if (finish := self._begun(region, session)) is not None:
-                finish()
-            self.seconds += time.perf_counter() - begin
+        self._compile([region], session)
         return self._by_text[region.text].run
 
     def take_context(self) -> None:
@@ -97,7 +96,7 @@ class Regions:
         ready = sized.begin(examples)
 
         def finish() -> None:
-            sized.is_static(examples, ready())
+            sized.run_as_static(examples, ready())
 
         return finish
 
@@ -113,11 +112,9 @@ class _Sized:
     def __init__(self, regions: Regions, steps: Steps) -> None:
         self.regions, self.steps = regions, steps
         self.compiled: dict[Any, Compute] = {}
-        self.direct: Compute | None = None
-        self.strides: list[tuple[int, ...]] = []
         self.run: Compute = self.by_size
 
-    def is_static(self, examples: Sequence[Example], compiled: Compute) -> None:
+    def run_as_static(self, examples: Sequence[Example], compiled: Compute) -> None:
         """The region's sizes are always these, as the graph says: only strides that the caller chose can be others."""
         self.compiled[tuple((e.size, e.stride) for e in examples)] = compiled
         strides = [e.stride for e in examples]

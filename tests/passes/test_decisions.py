@@ -711,7 +711,7 @@ VIEWED = ("fwd %p", "fwd %v: f32[8, 8] = aten.view.default(%x, [8, 8])\nfwd %p")
 
 
 def test_a_budget_of_the_peak_leaves_room_to_keep_what_is_gathered_elsewhere():
-    """What is alive at the peak is gone before the layers; one byte less, and nothing can be kept."""
+    """The peak is over before the layers begin; one byte less, and nothing can be kept."""
     early = "fwd %k: f32[4096]<V> = aten.mul.Tensor(%m, %m)\nfwd %l: f32[4096]<V> = aten.mul.Tensor(%k, %k)\nfwd %af:"
     text = TWO_LAYERS.replace("tangent %t", "input %m: f32[4096]<V>\ntangent %t").replace("fwd %af:", early)
     graph = parse_graph(text)

@@ -144,7 +144,8 @@ def capturing(*, in_pieces: bool = False, dynamic: bool | None = None) -> Iterat
         logger.disabled = True
     gc.set_threshold(*map(max, collects, _RARELY) if collects[0] else collects)
     try:
-        breaks = _hearing_breaks() if in_pieces and _breaks.told else told_afterwards()
+        in_order = _hearing_breaks() if _breaks.told else nullcontext()
+        breaks = in_order if in_pieces else told_afterwards()
         with breaks, config.patch({name: value for name, value in settings.items() if hasattr(config, name)}):
             yield
     finally:

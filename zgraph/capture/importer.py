@@ -6,7 +6,6 @@ import hashlib
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,7 +188,7 @@ class Importer:
         except (TypeError, KeyError) as error:
             raise self._error(node, f"calls {name} with an argument that has no form in the IR: {error}") from None
         row, known = effects(node.target, name, args, dict(kwargs), multi=multi), self.foreign.get(name)
-        self.foreign[name] = row if known is None else _either(known, row)
+        self.foreign[name] = row if known is None else known.either(row)
         phase = self.phases[node]
         region = private_compile.checkpoint_region(node) if phase is Phase.forward else 0
         region = region and self.regions.setdefault(region, len(self.regions) + 1)
@@ -332,11 +331,6 @@ class _Function(Importer):
 
 _FULL = "aten.full.default"
 _GIVEN = "make it outside, and give it to the op as an operand"
-
-
-def _either(one: ExternalOp, other: ExternalOp) -> ExternalOp:
-    """Effects of an op by two calls of it."""
-    return replace(one, random=one.random or other.random, opaque=one.opaque or other.opaque)
 
 
 def _translate(expr: sympy.Expr) -> Dim:

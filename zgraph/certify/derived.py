@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,9 +63,7 @@ class Derived:
                     yield position, str(error)
                     continue
                 known = declared.setdefault(node.op, row)
-                either = replace(row, random=row.random or known.random, opaque=row.opaque or known.opaque)
-                if either != known:
-                    declared[node.op] = either
+                declared[node.op] = row.either(known)
                 given = [self.abstract(v.type) for v in (*node.operands, *node.results)]
                 key = (
                     (node.op, str(node.args), str(node.kwargs))

@@ -217,6 +217,10 @@ class ExternalOp:
     def is_pure(self) -> bool:
         return not (self.writes or self.random or self.opaque)
 
+    def either(self, other: ExternalOp) -> ExternalOp:
+        """Properties of an op by two calls of it."""
+        return replace(self, random=self.random or other.random, opaque=self.opaque or other.opaque)
+
 
 @dataclass(frozen=True)
 class Graph:
