@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -50,6 +51,6 @@ class Failing(nn.Module):
             assert len(x) == 9, "nine"  # assert
         if self.how == "branch" and hidden.sum() > 0:  # branch
             return hidden
-        if self.how == "print":
-            print(x.shape)  # print
+        if self.how == "write":
+            sys.stdout.write("seen")  # write
         return hidden.sum()
