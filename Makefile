@@ -11,8 +11,8 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo
 
-test: $(VENV)/.test lint
-	$(MAKE) --no-print-directory --jobs 2 test-ranks test-rest
+test: $(VENV)/.test
+	$(MAKE) --no-print-directory --jobs 3 lint test-ranks test-rest
 
 # All of it, with 20,000 changed inputs for the readers in the place of 1,500.
 test-deep: export ZGRAPH_DEEP = 1
