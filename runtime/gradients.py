@@ -108,7 +108,8 @@ class _Attach(torch.autograd.Function):
     def forward(ctx: Any, session: Session, slots: Sequence[Slot], *parameters: torch.Tensor) -> Any:
         ctx.session, ctx.slots = session, slots
         ctx.set_materialize_grads(False)
-        return tuple(slot.placeholder.detach() for slot in slots)
+        with torch._C.DisableTorchFunctionSubclass():  # to detach the placeholder of a piece would gather it
+            return tuple(slot.placeholder.detach() for slot in slots)
 
     @staticmethod
     @once_differentiable

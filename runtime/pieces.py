@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from zgraph.bridge import private_compile
+from zgraph.bridge.private_pause import never_captured_alone
 from zgraph.errors import StaleParametersError, UsageError
 from zgraph.ir.layout import chunk_rows
 from zgraph.runtime.eager_fallback import full
@@ -51,6 +52,14 @@ _METADATA = {
     "untyped_storage",
     "_typed_storage",
     "has_names",
+    "_is_view",
+    "_is_zerotensor",
+    "is_conj",
+    "is_inference",
+    "is_neg",
+    "is_pinned",
+    "is_same_size",
+    "is_shared",
 }
 """Methods that read no values."""
 
@@ -84,6 +93,9 @@ class Placeholder(nn.Parameter):
                 return func(*args, **kwargs)
             first = next(a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Placeholder))
             return first.zgraph_pieces.run(func, args, kwargs)
+
+
+never_captured_alone(Placeholder.__torch_function__)
 
 
 def _reads_no_values(func: Any) -> bool:

@@ -1,14 +1,15 @@
-"""Keeps torch.compile, around a compiled model, off zgraph's own functions. Tried on torch 2.13.0."""
+"""Keeps torch.compile, around a compiled model, off zgraph's own functions. Tried on torch 2.11.0 and 2.13.0."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch._C._dynamo import eval_frame
 
-__all__ = ["inline_only_when_called", "pause_capture", "resume_capture"]
+__all__ = ["inline_only_when_called", "never_captured_alone", "pause_capture", "resume_capture"]
 
 
 def inline_only_when_called(file: str) -> None:
@@ -20,6 +21,11 @@ def inline_only_when_called(file: str) -> None:
         rules.BUILTIN_INLINE_WHEN_CALLED.add(file)
         rules.SKIP_DIRS.append(file)
         rules._recompile_re()
+
+
+def never_captured_alone(function: Callable[..., Any]) -> None:
+    """Have torch.compile trace a function where a captured function calls it, and not where eager code does."""
+    torch._dynamo.eval_frame.skip_code(function.__code__)
 
 
 def pause_capture() -> Any:
