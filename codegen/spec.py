@@ -83,6 +83,8 @@ class KernelSpec:
                 raise KernelError(f"{self.name} writes {output}, but makes no such value")
             if output.extent in (Extent.row, Extent.scalar) and output.name not in self.row_sums:
                 raise KernelError(f"{self.name} writes {output}, which has no rows and is no sum over them")
+        if len({output.name for output in self.outputs}) != len(self.outputs):
+            raise KernelError(f"{self.name} writes a value twice; write a copy of it")
         if not self.outputs or self.columns < 1:
             raise KernelError(f"{self.name} must write something, of at least one column")
 

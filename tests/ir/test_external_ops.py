@@ -204,9 +204,10 @@ def value(arg: object) -> Arg:
     return Value("x", TensorType(DType.f32, tuple(arg.shape))) if isinstance(arg, torch.Tensor) else arg
 
 
-def packet(op: str) -> torch._ops.OpOverloadPacket:
+def packet(op: str) -> torch._ops.OpOverloadPacket | None:
+    """The op, None where this torch has none of that name."""
     namespace, name, *_ = op.split(".")
-    return getattr(getattr(torch.ops, namespace), name)
+    return getattr(getattr(torch.ops, namespace), name, None)
 
 
 ARGUMENTS_OF = {

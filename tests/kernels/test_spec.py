@@ -21,6 +21,7 @@ FAULTS = {
     "expected a name or a number": "k 4: x f32[M,N] -> y f32[M,N]; y = mul(x, X)",
     "is no operation": "k 4: x f32[M,N] -> y f32[M,N]; y = cube(x)",
     "reads z, which is not there": "k 4: x f32[M,N] -> y f32[M,N]; y = mul(x, z)",
+    "writes a value twice": "k 4: x f32[M,N] -> y f32[M,N], y bf16[M,N]; y = neg(x)",
     "y is made twice": "k 4: x f32[M,N] -> y f32[M,N]; y = neg(x); y = exp(x)",
     "two inputs of k share": "k 4: x f32[M,N], x f32[N] -> x f32[M,N]",
     "reduces what has no rows": "k 4: x f32[M,1] -> y f32[M,1]; y = row_sum(x)",

@@ -29,6 +29,7 @@ from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.passes.all_gather import AllGather
 from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.lookahead import lowered, makespan_us, peak_bytes
+from zgraph.passes.analysis.timetable import run
 from zgraph.passes.bucket import Bucket
 from zgraph.passes.fit import Fit, _Fitter
 from zgraph.passes.fuse import Fuse
@@ -249,6 +250,56 @@ def test_a_parameter_that_is_returned_is_gathered_last_where_the_budget_is_short
     assert under_way(roomy)["w_full"] > under_way(after)["w_full"] == 0
 
 
+LONG_BACKWARD = """graph "g" mesh(shard=2)
+op aten.mul.Tensor
+param %w: f32[1048576]<S0> "w" stage=2
+input %x: f32[1048576]<V>
+tangent %t: f32[1048576]<V>
+fwd %y: f32[1048576]<V> = aten.mul.Tensor(%x, %x)
+bwd %g: bf16[1048576]<V> = aten.mul.Tensor(%t, %x)
+bwd %p: bf16[1048576]<P(mean)> = pending(%g, reduce="mean")
+bwd %s: future bf16[1048576]<S0> = reduce_scatter_start(%p)
+bwd %m: bf16[1048576]<S0> = wait(%s)
+bwd %c: f32[1048576]<S0> = cast(%m, dtype=f32)
+"""
+
+
+def test_a_reduction_is_waited_for_when_it_is_over_with_the_casts_of_its_result():
+    made = ["x", *(f"u{n}" for n in range(60))]
+    ops = [
+        f"bwd %{name}: f32[1048576]<V> = aten.mul.Tensor(%t, %{read})\n"
+        for read, name in zip(made, made[1:], strict=False)
+    ]
+    outputs = f'return fwd output %y\nreturn bwd grad "w" %c\nreturn bwd grad "x" %{made[-1]}\n'
+    graph = parse_graph(LONG_BACKWARD + "".join(ops) + outputs)
+    verify(graph)
+    step = LoweredStep(graph, TWO)
+    (collective,), (transfer,) = step.collectives, step.transfers
+    assert [graph.nodes[p].name for p in collective.after] == ["m", "c"]
+    found = run(step.problem(step.headroom(2)), (0,), (transfer.first,))
+    op_us = TWO.costs.node_us(graph, graph.nodes[-1], {})
+    for slack in (0.0, 1.0):
+        _, _, waits = step.waits(step.problem(step.headroom(2)), found, slack)
+        lasts = (waits[0] - transfer.first) * op_us / transfer.us
+        assert 1 + slack - op_us / transfer.us <= lasts <= 1 + slack + 2 * op_us / transfer.us
+
+
+def test_the_casts_of_what_is_gathered_are_computed_where_they_stand():
+    text = (
+        TWO_LAYERS.replace(
+            "fwd %y: f32[64]<V> = aten.mul.Tensor(%x, %af)",
+            'fwd %ac: f32[64]<R> = cast(%af, dtype=f32)\nfwd %y: f32[64]<V> = aten.mul.Tensor(%x, %ac)',
+        )
+        .replace("%af: f32", "%af: bf16")
+        .replace("%a: f32[64]<S0>", "%a: bf16[64]<S0>")
+    )
+    graph = parse_graph(text)
+    step = LoweredStep(AllGather().run(graph, TWO), TWO)
+    after = {step.graph.nodes[p].name for c in step.collectives if c.is_gather for p in c.after}
+    assert "af" in after
+    assert "ac" not in after
+
+
 UNEVEN = """graph "g" mesh(shard=2)
 op aten.mul.Tensor
 op aten.t.default views(0)
@@ -425,6 +476,12 @@ def test_a_step_that_just_fits_is_left_as_it_is():
     assert Fit().run(graph, replace(TWO, memory_budget=peak - 1)) != graph
 
 
+def test_all_that_just_fits_is_kept():
+    graph = parse_recipe("canonicalize,partition(stage=3)").run(captured("llama"), TWO)
+    fitter = _Fitter(Forward(graph, TWO), peak_bytes(graph, TWO))
+    assert fitter.best(0) is fitter.trial(None, 0)
+
+
 @pytest.mark.parametrize("name", ["llama", "tied"])
 @pytest.mark.parametrize("bytes_per_s", [1e5, 1e7, 1e12])
 def test_no_step_that_moves_is_faster_than_what_ends_the_search(name, bytes_per_s):
@@ -582,7 +639,20 @@ return fwd output %y
 """
 
 
-@pytest.mark.parametrize("graph", [parse_graph(MERGED), "llama", "bf16"], ids=["merged", "llama", "bf16"])
+TWICE = """graph "g"
+op aten._to_copy.default
+op aten.exp.default
+input %x: f32[64, 16]
+fwd %a: f32[64, 16] = aten.exp.default(%x)
+fwd %b: bf16[64, 16] = aten._to_copy.default(%a, dtype=bf16)
+return fwd output %a
+return fwd output %b
+"""
+
+
+@pytest.mark.parametrize(
+    "graph", [parse_graph(MERGED), parse_graph(TWICE), "llama", "bf16"], ids=["merged", "twice", "llama", "bf16"]
+)
 def test_fused_graphs_give_the_numbers_that_they_gave(graph):
     given = captured(graph) if isinstance(graph, str) else graph
     fused = parse_recipe("canonicalize,fuse").run(given, Context())
