@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -268,7 +269,7 @@ def test_a_reduction_is_waited_for_when_it_is_over_with_the_casts_of_its_result(
     made = ["x", *(f"u{n}" for n in range(60))]
     ops = [
         f"bwd %{name}: f32[1048576]<V> = aten.mul.Tensor(%t, %{read})\n"
-        for read, name in zip(made, made[1:], strict=False)
+        for read, name in itertools.pairwise(made)
     ]
     outputs = f'return fwd output %y\nreturn bwd grad "w" %c\nreturn bwd grad "x" %{made[-1]}\n'
     graph = parse_graph(LONG_BACKWARD + "".join(ops) + outputs)
@@ -288,7 +289,7 @@ def test_the_casts_of_what_is_gathered_are_computed_where_they_stand():
     text = (
         TWO_LAYERS.replace(
             "fwd %y: f32[64]<V> = aten.mul.Tensor(%x, %af)",
-            'fwd %ac: f32[64]<R> = cast(%af, dtype=f32)\nfwd %y: f32[64]<V> = aten.mul.Tensor(%x, %ac)',
+            "fwd %ac: f32[64]<R> = cast(%af, dtype=f32)\nfwd %y: f32[64]<V> = aten.mul.Tensor(%x, %ac)",
         )
         .replace("%af: f32", "%af: bf16")
         .replace("%a: f32[64]<S0>", "%a: bf16[64]<S0>")
