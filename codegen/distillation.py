@@ -1,4 +1,4 @@
-"""What a student learns from a teacher's logits, with neither's logits whole in memory: by blocks of the vocabulary.
+"""Losses of a student that learns from a teacher, with neither's logits whole in memory: by blocks of the vocabulary.
 
 Both projections are part of it. A first sweep brings the logarithms of sums of exponentials up to date from block to
 block (Milakov, Gimelshein: "Online normalizer calculation for softmax", 2018), a second sums the divergence. The
