@@ -194,6 +194,11 @@ def test_models_that_are_compiled_already_are_refused() -> None:
         zgraph.distill(small.llama(), zgraph.compile(small.llama()))
 
 
+def test_a_compiled_model_is_not_pruned() -> None:
+    with pytest.raises(UsageError, match="prune the plain model"):
+        zgraph.prune_layers(zgraph.compile(small.llama()), [0])
+
+
 @pytest.mark.parametrize("keep", [[], [4], [-1]])
 def test_layers_that_are_not_there_cannot_be_kept(keep: list[int]) -> None:
     with pytest.raises(UsageError, match="keep must name some of the layers 0 to 3"):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from zgraph.errors import UsageError
+from zgraph.options.validate import ATTRIBUTE
 
 _PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types", "attention_layers")
 """Entries of a configuration that have one value for each layer."""
@@ -24,8 +25,10 @@ def prune_layers(model: nn.Module, keep: Iterable[int]) -> nn.Module:
         keep: indices of the layers that stay, in any order; they keep their own.
 
     Raises:
-        UsageError: there is no such list or more than one, or no such layer.
+        UsageError: there is no such list or more than one, or no such layer; or the model is compiled.
     """
+    if any(ATTRIBUTE in module.__dict__ for module in model.modules()):
+        raise UsageError(f"this {type(model).__name__} is compiled already: prune the plain model, then compile it")
     config = getattr(model, "config", None)
     count = getattr(config, "num_hidden_layers", None)
     if not isinstance(count, int):
