@@ -19,6 +19,7 @@ import torch
 from zgraph.bridge import private_inductor
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.private_inductor import Example, Lowered
+from zgraph.codegen import distillation as _distillation  # noqa: F401 - registers the ops
 from zgraph.codegen import kernels, loss, matmul, reference, rotary
 from zgraph.codegen.fallback import launched
 from zgraph.codegen.ops import Extent

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from zgraph.capture import trace
     from zgraph.compiler.machine_profile import profile_machine
     from zgraph.compiler.profiler import profile
+    from zgraph.distillation import distill, prune_layers
     from zgraph.engine.checkpoint.export import export_hf
     from zgraph.engine.initialize import add_config_arguments, init_distributed, initialize_engine
     from zgraph.engine.initialize import initialize_engine as initialize
@@ -30,6 +31,7 @@ __all__ = [
     "add_config_arguments",
     "compile",
     "deepspeed",
+    "distill",
     "errors",
     "export_hf",
     "gathered",
@@ -46,6 +48,7 @@ __all__ = [
     "plan",
     "profile",
     "profile_machine",
+    "prune_layers",
     "recipe",
     "register_pass",
     "report",
@@ -58,6 +61,7 @@ _HOMES = {
     "zgraph.capture": ("trace",),
     "zgraph.compiler.machine_profile": ("profile_machine",),
     "zgraph.compiler.profiler": ("profile",),
+    "zgraph.distillation": ("distill", "prune_layers"),
     "zgraph.engine.checkpoint.export": ("export_hf",),
     "zgraph.engine.initialize": ("add_config_arguments", "init_distributed", "initialize", "initialize_engine"),
     "zgraph.estimate.plan": ("plan", "sweep"),

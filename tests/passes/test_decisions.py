@@ -267,10 +267,7 @@ bwd %c: f32[1048576]<S0> = cast(%m, dtype=f32)
 
 def test_a_reduction_is_waited_for_when_it_is_over_with_the_casts_of_its_result():
     made = ["x", *(f"u{n}" for n in range(60))]
-    ops = [
-        f"bwd %{name}: f32[1048576]<V> = aten.mul.Tensor(%t, %{read})\n"
-        for read, name in itertools.pairwise(made)
-    ]
+    ops = [f"bwd %{name}: f32[1048576]<V> = aten.mul.Tensor(%t, %{read})\n" for read, name in itertools.pairwise(made)]
     outputs = f'return fwd output %y\nreturn bwd grad "w" %c\nreturn bwd grad "x" %{made[-1]}\n'
     graph = parse_graph(LONG_BACKWARD + "".join(ops) + outputs)
     verify(graph)

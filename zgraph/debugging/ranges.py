@@ -122,6 +122,8 @@ def _indexed(node: Node, known: Known) -> Iterator[_Use]:
             yield from _sized(known, rows, -1, index, left_out)
         case "projected", (_, Value() as rows, index, int(left_out), *_):
             yield from _sized(known, rows, 0, index, left_out)
+        case "distilled", (_, Value() as rows, _, _, index, _, _, _, int(left_out)):
+            yield from _sized(known, rows, 0, index, left_out)
 
 
 def _sized(known: Known, rows: Value, dim: int, index: Arg, left_out: int | None = None) -> Iterator[_Use]:

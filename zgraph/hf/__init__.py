@@ -1,8 +1,8 @@
 """Hugging Face's Trainer over zgraph: `from zgraph.hf import Trainer`; nothing else imports transformers.
 
-`enable` does the same to any class derived from it. `Accelerator` compiles what it prepares; `prepare` brings a
-compiled model to accelerate's own. `load_pretrained` tells of every weight where it came from. These names are loaded
-when they are first used: `zgraph.hf.adapt` needs neither transformers nor Accelerate.
+`enable` does the same to any class derived from it. `DistillationTrainer` trains a student. `Accelerator` compiles what
+it prepares; `prepare` brings a compiled model to accelerate's own. `load_pretrained` tells of every weight where it
+came from. These names are loaded when they are first used: `zgraph.hf.adapt` needs neither transformers nor Accelerate.
 """
 
 from importlib import import_module
@@ -12,13 +12,25 @@ if TYPE_CHECKING:
     from zgraph.hf.accelerator import Accelerator
     from zgraph.hf.accelerators import prepare
     from zgraph.hf.arguments import TrainingArguments
+    from zgraph.hf.distillation import DistillationTrainer
     from zgraph.hf.pretrained import Loaded, load_pretrained, loaded
     from zgraph.hf.trainer import Trainer, enable
 
-__all__ = ["Accelerator", "Loaded", "Trainer", "TrainingArguments", "enable", "load_pretrained", "loaded", "prepare"]
+__all__ = [
+    "Accelerator",
+    "DistillationTrainer",
+    "Loaded",
+    "Trainer",
+    "TrainingArguments",
+    "enable",
+    "load_pretrained",
+    "loaded",
+    "prepare",
+]
 
 _HOMES = {
     "Accelerator": "zgraph.hf.accelerator",
+    "DistillationTrainer": "zgraph.hf.distillation",
     "Loaded": "zgraph.hf.pretrained",
     "Trainer": "zgraph.hf.trainer",
     "TrainingArguments": "zgraph.hf.arguments",

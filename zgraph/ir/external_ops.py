@@ -36,6 +36,8 @@ LOSS = "zgraph.cross_entropy.default"
 LOSS_BACKWARD = "zgraph.cross_entropy_backward.default"
 PROJECTED_LOSS = "zgraph.linear_cross_entropy.default"
 PROJECTED_LOSS_BACKWARD = "zgraph.linear_cross_entropy_backward.default"
+DISTILLATION = "zgraph.linear_distillation.default"
+DISTILLATION_BACKWARD = "zgraph.linear_distillation_backward.default"
 
 Elements = Literal["itself", "reshaped", "copied", "chosen", "padded", "source", "joined", "either", "filled"]
 """Where the elements of the results are from.
@@ -69,6 +71,8 @@ Work = Literal[
     "convolution backward",
     "projected loss",
     "projected loss backward",
+    "distillation",
+    "distillation backward",
 ]
 """How FLOP are counted, in `zgraph.cost.work`."""
 
@@ -86,7 +90,9 @@ Scratch = Literal[
 DeviceScratch = Literal["attention backward", "attention by tokens backward", "embedding backward", "sorted rows"]
 """The same on GPUs, in `zgraph.cost.device_workspace`."""
 
-Indexing = Literal["rows", "dim", "dims", "flat", "classes", "class", "class of scores", "logits", "projected"]
+Indexing = Literal[
+    "rows", "dim", "dims", "flat", "classes", "class", "class of scores", "logits", "projected", "distilled"
+]
 """Which operand holds indices, and of what, in `zgraph.debugging.ranges`."""
 
 
@@ -248,6 +254,8 @@ _ROWS = (
     Facts(RECTIFIED, work="sum and product"),
     Facts(PROJECTED_LOSS, work="projected loss", indexing="projected"),
     Facts(PROJECTED_LOSS_BACKWARD, work="projected loss backward"),
+    Facts(DISTILLATION, work="distillation", indexing="distilled"),
+    Facts(DISTILLATION_BACKWARD, work="distillation backward"),
     Facts("aten._scaled_dot_product_flash_attention", work="attention"),
     Facts("aten._scaled_dot_product_efficient_attention", work="attention"),
     Facts("aten._scaled_dot_product_cudnn_attention", work="attention"),

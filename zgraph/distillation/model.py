@@ -1,0 +1,271 @@
+"""Student and teacher as one module, whose forward gives the losses of both.
+
+    model = zgraph.distill(student, teacher, temperature=2.0, alpha=0.5, stage=3)
+    loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+The teacher computes without gradients, in eval mode. Its parameters are frozen and sharded, by a stage of their own if
+that is asked for, and an optimizer needs only `model.student.parameters()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zgraph.api import compile as compile_model
+from zgraph.codegen.distillation import DIVERGENCES
+from zgraph.distillation.projection import check_projection, output_weight
+from zgraph.errors import UsageError
+
+IGNORED = -100
+"""The label of a token that counts for nothing, as in torch and transformers."""
+
+
+class Distilled(NamedTuple):
+    """Losses of a step, [].
+
+    Args:
+        loss: `alpha * hard_loss + (1 - alpha) * temperature ** 2 * soft_loss + hidden_weight * hidden_loss`.
+        hard_loss: the cross-entropy with the labels, the mean over the tokens that count.
+        soft_loss: the divergence from the teacher at the temperature, the mean over the same tokens.
+        hidden_loss: the mean squared difference of the hidden states that were paired; 0 where none were.
+    """
+
+    loss: torch.Tensor
+    hard_loss: torch.Tensor
+    soft_loss: torch.Tensor
+    hidden_loss: torch.Tensor
+
+
+class Distillation(nn.Module):
+    """A student that learns from a teacher. See `distill`."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        loss: str = "forward_kl",
+        temperature: float = 1.0,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        logits: str = "blocks",
+        hidden: Mapping[int, int] | None = None,
+        hidden_weight: float = 1.0,
+        shift: bool | None = None,
+    ) -> None:
+        super().__init__()
+        _check_options(loss, temperature, alpha, beta, logits)
+        _check_apart(student, teacher)
+        self.divergence, self.temperature, self.alpha, self.beta = loss, temperature, alpha, beta
+        self.logits, self.hidden_weight = logits, hidden_weight
+        self.pairs = tuple((hidden or {}).items())
+        self.shift = _is_causal(student) if shift is None else shift
+        if logits == "blocks":
+            check_projection(student, "student")
+            check_projection(teacher, "teacher")
+            _check_vocabularies(len(output_weight(student)), len(output_weight(teacher)))
+        self.student = student
+        self.teacher = teacher.requires_grad_(False)
+        self.projections = nn.ModuleList(_projections(self.pairs, student, teacher))
+        self.train(student.training)
+
+    def train(self, mode: bool = True) -> Distillation:
+        """Set the student's mode; the teacher stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, labels: torch.Tensor, **inputs: Any) -> Distilled:
+        """The losses of a batch.
+
+        Args:
+            labels: [B, S], the tokens to predict, as transformers' models take them: a causal model's are shifted
+                here. -100 counts for nothing.
+            inputs: what both models take: input_ids [B, S], attention_mask.
+        """
+        if self.pairs:
+            inputs["output_hidden_states"] = True
+        if self.logits == "blocks":
+            hard, soft, kept = self._in_blocks(labels, inputs)
+        else:
+            hard, soft, kept = self._whole(labels, inputs)
+        between = self._hidden_loss(*kept) if self.pairs else torch.zeros_like(hard)
+        total = self.alpha * hard + (1 - self.alpha) * self.temperature**2 * soft
+        return Distilled(total + self.hidden_weight * between, hard.detach(), soft.detach(), between.detach())
+
+    def _in_blocks(self, labels: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        own = self.student.base_model(**inputs)  # type: ignore[operator]
+        with torch.no_grad():
+            others = self.teacher.base_model(**inputs)  # type: ignore[operator]
+        labels, x, teacher_x = self._aligned(labels, own.last_hidden_state, others.last_hidden_state)
+        weight, teacher_weight = output_weight(self.student), output_weight(self.teacher)
+        hard, soft, _, _ = torch.ops.zgraph.linear_distillation(
+            x.flatten(0, -2),
+            weight.to(x.dtype),
+            teacher_x.flatten(0, -2),
+            teacher_weight.to(teacher_x.dtype),
+            labels.flatten(),
+            self.divergence,
+            self.beta,
+            self.temperature,
+            IGNORED,
+        )
+        return hard, soft, (own, others) if self.pairs else None
+
+    def _whole(self, labels: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        own = self.student(**inputs, labels=labels)
+        with torch.no_grad():
+            others = self.teacher(**inputs)
+        _check_vocabularies(own.logits.shape[-1], others.logits.shape[-1])
+        labels, made, taught = self._aligned(labels, own.logits, others.logits)
+        each = divergence(made, taught, self.divergence, self.temperature, self.beta)
+        counts = labels != IGNORED
+        soft = torch.where(counts, each, 0.0).sum() / counts.sum()
+        return own.loss.to(soft.dtype), soft, (own, others) if self.pairs else None
+
+    def _aligned(self, labels: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Labels, and for each what predicts it."""
+        return (labels[:, 1:], *(v[:, :-1] for v in values)) if self.shift else (labels, *values)
+
+    def _hidden_loss(self, own: Any, others: Any) -> torch.Tensor:
+        found = [
+            F.mse_loss(projection(own.hidden_states[mine]).float(), others.hidden_states[theirs].float())
+            for (mine, theirs), projection in zip(self.pairs, self.projections, strict=True)
+        ]
+        return torch.stack(found).mean()
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    *,
+    loss: str = "forward_kl",
+    temperature: float = 1.0,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    logits: str = "blocks",
+    hidden: Mapping[int, int] | None = None,
+    hidden_weight: float = 1.0,
+    shift: bool | None = None,
+    stage: int | Callable[[str], int] = 3,
+    teacher_stage: int | None = None,
+    **options: Any,
+) -> Distillation:
+    """Compile a student with its teacher, as one step.
+
+    Args:
+        student: trained. Transformers' language models, or any module with a `base_model` and
+            `get_output_embeddings()`.
+        teacher: frozen, and set to eval mode. It has the student's vocabulary.
+        loss: the divergence: "forward_kl" (Hinton et al., 2015), "reverse_kl" (Gu et al., "MiniLLM", 2024) or "jsd"
+            (Agarwal et al., "On-policy distillation", 2024).
+        temperature: divides the logits of both in the divergence, which is multiplied by its square.
+        alpha: the share of the cross-entropy with the labels.
+        beta: the teacher's share of the mixture of "jsd".
+        logits: "blocks" never has the logits of either whole in memory; "whole" does, for models whose logits are more
+            than one product, and takes the student's own loss for the hard one.
+        hidden: layers of the student, each with the layer of the teacher whose hidden state it should have, as indices
+            of `hidden_states`. Where widths differ, a linear layer of `projections`, trained as well, is between.
+        hidden_weight: of the loss of these.
+        shift: whether a position predicts the next label; by default where the student generates.
+        stage: as in `zgraph.compile`; names begin with "student." and "teacher.".
+        teacher_stage: the teacher's own, if it is another.
+        options: of `zgraph.compile`.
+
+    Returns:
+        A compiled module, whose forward returns `Distilled`.
+
+    Raises:
+        UsageError: the models do not fit each other or these options.
+    """
+    model = Distillation(
+        student,
+        teacher,
+        loss=loss,
+        temperature=temperature,
+        alpha=alpha,
+        beta=beta,
+        logits=logits,
+        hidden=hidden,
+        hidden_weight=hidden_weight,
+        shift=shift,
+    )
+
+    def of(name: str) -> int:
+        if teacher_stage is not None and name.startswith("teacher."):
+            return teacher_stage
+        return stage(name) if callable(stage) else stage
+
+    return compile_model(model, stage=stage if teacher_stage is None else of, **options)
+
+
+def divergence(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, kind: str, temperature: float, beta: float
+) -> torch.Tensor:
+    """The divergence of each token, [...], from whole logits [..., V], in fp32 at least."""
+    made = torch.promote_types(logits.dtype, torch.float32)
+    log_p = (logits.to(made) / temperature).log_softmax(-1)
+    log_q = (teacher_logits.to(made) / temperature).log_softmax(-1)
+    if kind == "forward_kl":
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    if kind == "reverse_kl":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_m = (beta * log_q.exp() + (1 - beta) * log_p.exp()).log()
+    return beta * (log_q.exp() * (log_q - log_m)).sum(-1) + (1 - beta) * (log_p.exp() * (log_p - log_m)).sum(-1)
+
+
+def _check_options(loss: str, temperature: float, alpha: float, beta: float, logits: str) -> None:
+    if loss not in DIVERGENCES:
+        raise UsageError(f"loss must be one of {', '.join(DIVERGENCES)}, not {loss!r}")
+    if logits not in ("blocks", "whole"):
+        raise UsageError(f'logits must be "blocks" or "whole", not {logits!r}')
+    if not 0 < temperature < float("inf"):
+        raise UsageError(f"temperature must be above 0, not {temperature}")
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"alpha, the share of the labels' loss, must be from 0 to 1, not {alpha}")
+    if not 0 < beta < 1:
+        raise UsageError(f"beta, the teacher's share of the mixture, must be between 0 and 1, not {beta}")
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    theirs = {id(p) for p in teacher.parameters()}
+    if both := [name for name, p in student.named_parameters() if id(p) in theirs]:
+        raise UsageError(
+            f"student and teacher share the parameter {both[0]}, which would be frozen: give one of them a copy, by "
+            "copy.deepcopy say"
+        )
+    if not any(p.requires_grad for p in student.parameters()):
+        raise UsageError("no parameter of the student requires a gradient: call student.requires_grad_() first")
+
+
+def _check_vocabularies(student: int, teacher: int) -> None:
+    if student != teacher:
+        raise UsageError(
+            f"the student has {student:,} words and the teacher {teacher:,}: distillation compares the same words. If "
+            "their tokenizer is the same and one is padded, call resize_token_embeddings on it"
+        )
+
+
+def _is_causal(model: Any) -> bool:
+    config = getattr(model, "config", None)
+    return bool(getattr(model, "can_generate", bool)()) and not getattr(config, "is_encoder_decoder", False)
+
+
+def _projections(pairs: tuple[tuple[int, int], ...], student: Any, teacher: Any) -> list[nn.Module]:
+    """For each pair what brings the student's hidden state to the teacher's width."""
+    found: list[nn.Module] = []
+    for mine, theirs in pairs:
+        for index, model, who in ((mine, student, "student"), (theirs, teacher, "teacher")):
+            count = getattr(model.config, "num_hidden_layers", None)
+            if count is None or not 0 <= index <= count:
+                raise UsageError(f"hidden={{{mine}: {theirs}}}: the {who} has hidden states 0 to {count}")
+        widths = student.config.hidden_size, teacher.config.hidden_size
+        own = next(student.parameters())
+        made = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths, bias=False)
+        found.append(made.to(device=own.device, dtype=own.dtype))
+    return found
