@@ -19,6 +19,7 @@ or (1 - beta) log(p / m); by the chain rule it is divided by the temperature.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -99,11 +100,10 @@ def linear_distillation(
         elif divergence == "reverse_kl":
             value += (log_p.exp() * log_p.sub_(log_q)).sum(1)
         else:
-            p, q = log_p.exp(), log_q.exp()
-            log_m = (beta * q).add_(p, alpha=1 - beta).log_()
-            inner = p.mul_(log_p.sub_(log_m)).sum(1)
+            log_m = _mixture(log_p, log_q, beta)
+            inner = (log_p.exp() * log_p.sub_(log_m)).sum(1)
             sums += inner
-            value += beta * q.mul_(log_q.sub_(log_m)).sum(1) + (1 - beta) * inner
+            value += beta * (log_q.exp() * log_q.sub_(log_m)).sum(1) + (1 - beta) * inner
     counts = target != ignore_index
     number = counts.sum().to(made)
     hard = torch.where(counts, lses[0] - picked, 0.0).sum() / number
@@ -148,13 +148,17 @@ def linear_distillation_backward(
         elif divergence == "reverse_kl":
             p.mul_(log_p.sub_(log_q).sub_(kept[3, :, None]))
         else:
-            log_m = log_q.exp_().mul_(beta).add_(p, alpha=1 - beta).log_()
-            p.mul_(log_p.sub_(log_m).sub_(kept[3, :, None])).mul_(1 - beta)
+            p.mul_(log_p.sub_(_mixture(log_p, log_q, beta)).sub_(kept[3, :, None])).mul_(1 - beta)
         part = gradient.addcmul_(p, soft.expand_as(p)).to(x.dtype)
         columns = slice(begin, begin + part.shape[1])
         torch.mm(part.t(), x, out=dweight[columns])
         dx += part @ weight[columns]
     return dx.to(x.dtype), dweight
+
+
+def _mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """The logarithm of beta q + (1 - beta) p, where both are too small for a number as well."""
+    return torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
 
 
 class _Normaliser:

@@ -88,6 +88,22 @@ def test_gradients_are_those_of_differences():
         )
 
 
+def test_words_that_neither_ever_says_count_for_nothing():
+    """Their probabilities are 0 in fp32."""
+    x, weight, teacher_x, teacher_weight, target = tensors(6, 200, 4, 0, torch.float32)
+    weight[:50], teacher_weight[:50] = 0.0, 0.0
+    x[:, 0], weight[50:, 0], teacher_x[:, 0], teacher_weight[50:, 0] = 20.0, 20.0, 20.0, 20.0
+    x.requires_grad_()
+    for kind in distillation.DIVERGENCES:
+        made = torch.ops.zgraph.linear_distillation(
+            x, weight, teacher_x, teacher_weight, target, kind, 0.5, 1.0, IGNORED
+        )
+        exact = divergence(x.double() @ weight.double().t(), (teacher_x @ teacher_weight.t()).double(), kind, 1.0, 0.5)
+        assert made[1].item() == pytest.approx(exact[target != IGNORED].mean().item(), rel=1e-4)
+        (gradient,) = torch.autograd.grad(made[1], x)
+        assert gradient.isfinite().all()
+
+
 def test_a_student_that_is_the_teacher_learns_nothing():
     x, weight, _, _, target = tensors(9, 300, 8, 3, torch.float64)
     for kind in distillation.DIVERGENCES:

@@ -9,6 +9,7 @@ that is asked for, and an optimizer needs only `model.student.parameters()`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -215,7 +216,7 @@ def divergence(
         return (log_q.exp() * (log_q - log_p)).sum(-1)
     if kind == "reverse_kl":
         return (log_p.exp() * (log_p - log_q)).sum(-1)
-    log_m = (beta * log_q.exp() + (1 - beta) * log_p.exp()).log()
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
     return beta * (log_q.exp() * (log_q - log_m)).sum(-1) + (1 - beta) * (log_p.exp() * (log_p - log_m)).sum(-1)
 
 
