@@ -35,6 +35,7 @@ from zgraph.passes.fit import Fit, _Fitter
 from zgraph.passes.fuse import Fuse
 from zgraph.passes.fuse import candidates as fuse_candidates
 from zgraph.passes.fusion.candidates import Candidates
+from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload, Saved
 from zgraph.passes.partition import Partition
@@ -288,7 +289,7 @@ def test_the_casts_of_what_is_gathered_are_computed_where_they_stand():
     text = (
         TWO_LAYERS.replace(
             "fwd %y: f32[64]<V> = aten.mul.Tensor(%x, %af)",
-            'fwd %ac: f32[64]<R> = cast(%af, dtype=f32)\nfwd %y: f32[64]<V> = aten.mul.Tensor(%x, %ac)',
+            "fwd %ac: f32[64]<R> = cast(%af, dtype=f32)\nfwd %y: f32[64]<V> = aten.mul.Tensor(%x, %ac)",
         )
         .replace("%af: f32", "%af: bf16")
         .replace("%a: f32[64]<S0>", "%a: bf16[64]<S0>")
@@ -495,6 +496,10 @@ def test_no_step_that_moves_is_faster_than_what_ends_the_search(name, bytes_per_
     limit = peak_bytes(moved, context)
     fitter = _Fitter(Forward(graph, context), limit)
     assert makespan_us(moved, context) >= fitter.least_us(1 << 40) >= fitter.forward.us
+    leaving = peak_bytes(graph, context) - limit
+    late_bytes = leaving - fitter.forward.hidden_bytes
+    assert (fitter.least_us(1 << 40) > fitter.forward.us) == (late_bytes > 0)
+    assert fitter.least_us(0) == fitter.forward.us
 
 
 @given(
@@ -512,6 +517,20 @@ def test_the_search_goes_on_between_what_fits_and_what_does_not(fits_at, over_at
     fits, over = SimpleNamespace(peak_bytes=target - below), SimpleNamespace(peak_bytes=target + above)
     found = fitter.between(fits, fits_at, over, over_at, number)
     assert min(fits_at, over_at) < found < max(fits_at, over_at)
+
+
+@given(kept=st.integers(1000, 5000), target=st.integers(2000, 6000), number=st.sampled_from([0, 1, 3, 4]))
+def test_a_guess_from_the_closer_side_takes_a_byte_for_a_byte(kept, target, number):
+    """Where each byte that is kept is one at the peak, it is right at once."""
+    fitter = object.__new__(_Fitter)
+    fitter.target = target
+    lower, higher = kept, kept + 1000
+    base = target - kept - 300
+    fits, over = SimpleNamespace(peak_bytes=base + lower), SimpleNamespace(peak_bytes=base + higher)
+    assert abs(fitter.between(fits, lower, over, higher, number) - (target - base)) <= 1
+    base = target - kept - 700
+    fits, over = SimpleNamespace(peak_bytes=base + lower), SimpleNamespace(peak_bytes=base + higher)
+    assert abs(fitter.between(fits, lower, over, higher, number) - (target - base)) <= 1
 
 
 def test_the_search_keeps_what_fits():
@@ -775,6 +794,20 @@ def test_options_may_be_0_and_no_less(kind, options):
         kind(**{option: 0})
         with pytest.raises(ValueError, match="must be 0 or more"):
             kind(**{option: -1})
+
+
+def test_only_what_stays_where_it_is_on_ranks_is_a_copy():
+    """A gather of shards on the host takes them from there, so that it is no copy."""
+    text = TWO_LAYERS.replace('param %a: f32[64]<S0> "a" stage=3', 'param %a: f32[64]<S0>@host "a" stage=3')
+    moved = ("fwd %z: f32", "fwd %y_host: f32[64]<V>@host = reshard(%y)\nfwd %z: f32")
+    back = ("bwd %ty: f32", "bwd %y_back: f32[64]<V> = reshard(%y_host)\nbwd %ty: f32")
+    graph = parse_graph(text.replace(*moved).replace(*back).replace("(%t, %y)", "(%t, %y_back)"))
+    verify(graph)
+    after = HostCopies().run(graph, TWO)
+    verify(after)
+    assert [n.name for n in of_op(after, "offload_start")] == ["y_host_start"]
+    assert [n.name for n in of_op(after, "reload_start")] == ["y_back_start"]
+    assert len(of_op(after, "reshard")) == len(of_op(graph, "reshard")) - 2 == 6
 
 
 VIEWED = ("fwd %p", "fwd %v: f32[8, 8] = aten.view.default(%x, [8, 8])\nfwd %p")
