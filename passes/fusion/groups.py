@@ -23,7 +23,7 @@ MIN_COLUMNS = 8
 """Shorter rows are no rows of a model."""
 
 MAX_DEPTH = 12
-"""How many ops of the forward a kernel of the backward looks back over."""
+"""How many ops of the forward a kernel of the backward looks back over, beside the one that made what it reads."""
 
 
 def early(graph: Graph) -> Graph:

@@ -928,8 +928,9 @@ return bwd grad "x" %g
 """
 
 
-def test_what_reads_a_tangent_that_is_likely_to_be_zero_is_in_no_kernel():
-    graph = parse_graph(ABSENT)
+@pytest.mark.parametrize("read", ["e", "h"], ids=["alone", "behind what can be fused"])
+def test_what_reads_a_tangent_that_is_likely_to_be_zero_is_in_no_kernel(read):
+    graph = parse_graph(ABSENT.replace("(%e, %x)", f"(%{read}, %x)"))
     verify(graph)
     fused = parse_recipe("fuse,dce").run(graph, Context())
     left = without_tangents(fused, zero_tangents(fused))

@@ -378,3 +378,54 @@ def test_a_matrix_that_an_epilogue_makes_again_is_written_for_the_matmul():
         "return bwd output %h",
     )
     assert kernels(graph, "always") == [["c", "y"], ["h"]]
+
+
+def test_vectors_are_no_rows():
+    graph = program(
+        "input %x: f32[16]",
+        "fwd %a: f32[16] = aten.tanh.default(%x)",
+        "fwd %y: f32[16] = aten.mul.Tensor(%a, %x)",
+        "return fwd output %y",
+    )
+    assert kernels(graph) == []
+
+
+@pytest.mark.parametrize(("columns", "is_one"), [(7, False), (8, True)])
+def test_shorter_rows_are_no_rows_of_a_model(columns, is_one):
+    graph = program(
+        f"input %x: f32[6, {columns}]",
+        f"fwd %a: f32[6, {columns}] = aten.tanh.default(%x)",
+        f"fwd %y: f32[6, {columns}] = aten.mul.Tensor(%a, %x)",
+        "return fwd output %y",
+    )
+    assert kernels(graph) == [["y"]] * is_one
+
+
+@pytest.mark.parametrize(("depth", "reads"), [(13, "x"), (14, "y")])
+def test_a_kernel_of_the_backward_looks_back_over_twelve_ops_and_the_maker_of_what_it_reads(depth, reads):
+    ops = [f"fwd %v{n + 1}: f32[6, 8] = aten.tanh.default(%v{n})" for n in range(1, depth - 1)]
+    graph = program(
+        "input %x: bf16[6, 8]",
+        "tangent %t: f32[6, 8]",
+        "fwd %v1: f32[6, 8] = aten._to_copy.default(%x, dtype=f32)",
+        *ops,
+        f"fwd %y: f32[6, 8] = aten.tanh.default(%v{depth - 1})",
+        "bwd %g: f32[6, 8] = aten.mul.Tensor(%t, %y)",
+        "bwd %h: f32[6, 8] = aten.mul.Tensor(%g, %t)",
+        "return fwd output %y",
+        "return bwd output %h",
+    )
+    backward = check(graph, Fuse()).phase_nodes(Phase.backward)
+    assert {v.name for n in backward for v in n.operands} == {"t", reads}
+
+
+def test_a_product_that_is_scaled_takes_no_epilogue():
+    graph = program(
+        X,
+        W,
+        "input %b: f32[8]",
+        "fwd %m: f32[6, 8] = aten.addmm.default(%b, %x, %w, alpha=2)",
+        "fwd %a: f32[6, 8] = aten.relu.default(%m)",
+        "return fwd output %a",
+    )
+    assert [list(c.nodes) for c in candidates(graph, CONTEXT)] == [["aten"]]
