@@ -429,3 +429,17 @@ def test_a_product_that_is_scaled_takes_no_epilogue():
         "return fwd output %a",
     )
     assert [list(c.nodes) for c in candidates(graph, CONTEXT)] == [["aten"]]
+
+
+def test_a_kernel_of_the_forward_makes_nothing_again():
+    graph = program(
+        "input %x: bf16[6, 8]",
+        "fwd %c: f32[6, 8] = aten._to_copy.default(%x, dtype=f32)",
+        "fwd %y: f32[6, 8] = aten.tanh.default(%c)",
+        "fwd %z: f32[6, 8] = aten.cumsum.default(%y, 0)",
+        "fwd %p: f32[6, 8] = aten.mul.Tensor(%c, %z)",
+        "fwd %q: f32[6, 8] = aten.tanh.default(%p)",
+        "return fwd output %q",
+    )
+    *_, last = [n for n in check(graph, Fuse()).nodes if n.op == ROWS]
+    assert {v.name for v in last.operands} == {"c", "z"}
