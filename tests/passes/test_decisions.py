@@ -31,6 +31,7 @@ from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.lookahead import lowered, makespan_us, peak_bytes
 from zgraph.passes.analysis.timetable import run
 from zgraph.passes.bucket import Bucket
+from zgraph.passes.dce import DeadCode
 from zgraph.passes.fit import Fit, _Fitter
 from zgraph.passes.fuse import Fuse
 from zgraph.passes.fuse import candidates as fuse_candidates
@@ -593,6 +594,31 @@ def test_random_graphs_release_all_that_they_gathered(graph):
     recipe = "canonicalize,partition(stage=3),bucket(max_bytes=200),broadcast,all-gather,reduce-scatter,all-reduce"
     before = parse_recipe(recipe + ",host-copies").run(graph, TWO)
     check_released(before, Release().run(before, TWO))
+
+
+RELEASED = """graph "g" mesh(shard=2)
+op aten.mul.Tensor
+param %a: f32[64]<S0> "a" stage=3
+input %x: f32[64]<V>
+fwd %a_start: future f32[64]<R> = all_gather_start(%a)
+fwd %af: f32[64]<R> = wait(%a_start)
+fwd %y: f32[64]<V> = aten.mul.Tensor(%x, %af)
+fwd %z: f32[64]<V> = aten.mul.Tensor(%y, %y)
+fwd %unused: f32[64]<V> = aten.mul.Tensor(%x, {read})
+fwd release(%af)
+return fwd output %z
+"""
+
+
+@pytest.mark.parametrize(("read", "behind"), [("%x", "z"), ("%af", "y")])
+def test_a_release_stays_unless_what_read_the_memory_last_is_gone(read, behind):
+    graph = parse_graph(RELEASED.replace("{read}", read))
+    verify(graph)
+    after = DeadCode().run(graph, TWO)
+    verify(after)
+    at = next(p for p, n in enumerate(after.nodes) if n.op == "release")
+    assert after.nodes[at - 1].name == behind
+    assert len(after.nodes) == len(graph.nodes) - 1
 
 
 # --- fusion --------------------------------------------------------------------------------------------------------

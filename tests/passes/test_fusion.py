@@ -443,3 +443,15 @@ def test_a_kernel_of_the_forward_makes_nothing_again():
     )
     *_, last = [n for n in check(graph, Fuse()).nodes if n.op == ROWS]
     assert {v.name for v in last.operands} == {"c", "z"}
+
+
+def test_a_result_that_needs_a_view_of_sizes_known_at_run_time_only_is_in_no_kernel():
+    """A column is written as it is wanted."""
+    head = "input %s: int(s0)", "input %x: f32[s0, 3, 8]", "fwd %a: f32[s0, 3, 8] = aten.tanh.default(%x)"
+    column = program(*head, "fwd %y: f32[s0, 3, 1] = aten.sum.dim_IntList(%a, [2], true)", "return fwd output %y")
+    view = "fwd %v: f32[3*s0, 8] = aten.view.default(%a, [%s, 8])"
+    rows = program(*head, view, "fwd %y: f32[3*s0, 8] = aten.tanh.default(%v)", "return fwd output %y")
+    for graph, wanted in ((column, [ROWS]), (rows, [n.op for n in rows.nodes])):
+        fused = Fuse().run(graph, CONTEXT)
+        verify(fused)
+        assert [n.op for n in fused.nodes] == wanted
