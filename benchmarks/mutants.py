@@ -51,6 +51,9 @@ ALSO = {
     "arena": ("passes/test_arena.py",),
     "bucket": ("passes/test_bucket.py",),
     "fit": ("passes/test_fit.py",),
+    "fuse": ("passes/test_fusion.py",),
+    "groups": ("passes/test_fusion.py",),
+    "candidates": ("passes/test_fusion.py",),
     "forward": ("passes/test_forward.py", "passes/test_fit.py"),
     "instruments": ("passes/test_instruments.py",),
     "loss": ("passes/test_losses.py",),
@@ -58,7 +61,7 @@ ALSO = {
     "blocks": ("passes/test_blocks.py",),
     "order": ("passes/test_order.py",),
     "patterns": ("kernels/test_patterns.py",),
-    "rows": ("passes/test_rows.py", "kernels/test_patterns.py"),
+    "rows": ("passes/test_rows.py", "passes/test_fusion.py", "kernels/test_patterns.py"),
     "registry": ("passes/test_registry.py",),
     "rotary": ("passes/test_subgraphs.py",),
     "subgraphs": ("passes/test_subgraphs.py",),
@@ -179,7 +182,7 @@ EQUIVALENT = (
         "passes/core/budgeted.py",
         "self.context.rest_bytes - 1",
         "self.context.rest_bytes + 1",
-        "an allocation is 512 bytes: no step has only one",
+        "an allocation is 64 bytes: no step has only one",
     ),
     Equivalent(
         "passes/fit.py",
@@ -207,7 +210,7 @@ EQUIVALENT = (
         "passes/core/budgeted.py",
         "1",
         "2",
-        "an allocation is 512 bytes: no step has only two",
+        "an allocation is 64 bytes: no step has only two",
         "self.context.rest_bytes - 1",
     ),
     Equivalent(
@@ -215,6 +218,38 @@ EQUIVALENT = (
         "as_it_came.peak.total_bytes < curve.peak.total_bytes",
         "as_it_came.peak.total_bytes <= curve.peak.total_bytes",
         "both are over the limit by as much",
+    ),
+    Equivalent("passes/fit.py", "2", "3", _GUESSED, "limit // (2 * PRECISION)"),
+    Equivalent("passes/fit.py", "2", "3", _GUESSED, "factor = 1 if num_trials < 2"),
+    Equivalent(
+        "passes/fit.py",
+        "num_trials < MAX_TRIALS",
+        "num_trials <= MAX_TRIALS",
+        _TUNED,
+        "fits is None and over.kept_bytes",
+    ),
+    Equivalent(
+        "passes/fit.py",
+        "0",
+        "1",
+        "an allocation is 64 bytes: no value that could be kept has only one",
+        "self.trial(0 if context.recomputes",
+    ),
+    Equivalent(
+        "passes/analysis/timetable.py",
+        "1 + 1e-09",
+        "1 - 1e-09",
+        "orders are tried although none can be better: slower",
+        "best.makespan_us > bound",
+    ),
+    Equivalent(
+        "passes/schedule.py", "1", "2", "one more entry, which nobody reads", "held = [0] * (problem.num_ops + 1)"
+    ),
+    Equivalent(
+        "passes/analysis/lookahead.py",
+        "if all((node.op != 'reshard' for node in graph.nodes)):",
+        "if False:",
+        "a graph without a reshard comes back from each lowering as it is",
     ),
 )
 """Each row must be one place of the source, which the tests check."""

@@ -23,7 +23,7 @@ MIN_COLUMNS = 8
 """Shorter rows are no rows of a model."""
 
 MAX_DEPTH = 12
-"""How many ops of the forward a kernel of the backward looks back over."""
+"""How many ops of the forward a kernel of the backward looks back over, beside the one that made what it reads."""
 
 
 def early(graph: Graph) -> Graph:
@@ -259,14 +259,16 @@ class Groups:
         return Kernel(group, self.views, self.seeds, self.trial, needed).nodes()
 
     def inputs(self, group: Group) -> dict[str, Value]:
-        """Values that a kernel reads from memory, without seeds."""
+        """Values that a kernel reads from memory, without seeds. The matrices of its matmul are, although it may make
+        one of them again for its epilogue."""
         read: dict[str, Value] = {}
         for node in reversed(group.members):
             read.update((v.name, v) for v in map(self.views.root, node.operands))
         for node in reversed(group.again):
             read.update((v.name, v) for v in self.reads(node, group.space, read))
         made = {r.name for node in (*group.again, *group.members) for r in node.results}
-        return {name: v for name, v in read.items() if name not in made}
+        matrices = {self.views.root(v).name for v in group.matmul.operands[-2:]} if group.matmul else ()
+        return {name: v for name, v in read.items() if name not in made or name in matrices}
 
     def reads(self, node: Node, space: Space, wanted: Collection[str]) -> list[Value]:
         """Operands of a node from which its wanted results are computed."""

@@ -10,7 +10,7 @@ from zgraph.codegen.spec import ACC, Arg, KernelSpec, Operand, Step
 from zgraph.errors import KernelError
 from zgraph.ir import Arg as IrArg
 from zgraph.ir import Builder, DType, ExternalOp, Node, TensorType, Value
-from zgraph.ir.external_ops import COMPILED, MATMUL, RECTIFIED, ROWS, SEED, VIEW
+from zgraph.ir.external_ops import COMPILED, DROPOUT, MATMUL, RECTIFIED, ROWS, SEED, VIEW
 from zgraph.passes.analysis.rows import Space, Views, match
 
 FOREIGN = {
@@ -81,10 +81,12 @@ class Kernel:
     def nodes(self) -> tuple[Node, ...] | None:
         """The nodes that replace the group: seeds, the call, and views that give its results the shapes wanted.
 
-        None where a kernel would not do.
+        Seeds are drawn of all dropouts, also of one whose results a kernel of the backward alone makes. None where a
+        kernel would not do.
         """
         group, space, inputs = self.group, self.group.space, self.inputs
         read = {self.views.root(v).name for node in (*group.again, *group.nodes) for v in node.operands}
+        self.seeds = [self.drawn.of(node) for node in group.nodes if node.op == DROPOUT]
         if group.matmul is not None:
             self._multiply(group.matmul)
         for node in group.again:
@@ -146,7 +148,7 @@ class Kernel:
         used = {a for step in steps for a in step.args}
         names: dict[str, Arg] = {"per_column": 1 / self.group.space.columns}
         if "seed" in used:
-            names["seed"] = self._seed(node)
+            names["seed"] = self._named(self.drawn.of(node))
         if isinstance(p := found.bound.get("p"), float):
             names["per_kept"] = 1 / (1 - p) if p < 1 else 0.0  # nothing is kept
         for name, thing in found.bound.items():
@@ -158,13 +160,6 @@ class Kernel:
         for name, result in zip(found.pattern.results, node.results, strict=True):
             if name in names:
                 self.names[result.name] = names[name]
-
-    def _seed(self, node: Node) -> Arg:
-        """The seed of a dropout: drawn before the kernel of the forward."""
-        seed = self.drawn.of(node)
-        if node.phase is self.group.nodes[0].phase:
-            self.seeds.append(seed)
-        return self._named(seed)
 
     def _named(self, value: Value) -> Arg:
         """The argument that stands for a value in a step: a result of an earlier step, or the next input."""

@@ -32,10 +32,12 @@ from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.lookahead import lowered, makespan_us, peak_bytes
 from zgraph.passes.analysis.timetable import run
 from zgraph.passes.bucket import Bucket
+from zgraph.passes.dce import DeadCode
 from zgraph.passes.fit import Fit, _Fitter
 from zgraph.passes.fuse import Fuse
 from zgraph.passes.fuse import candidates as fuse_candidates
 from zgraph.passes.fusion.candidates import Candidates
+from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload, Saved
 from zgraph.passes.partition import Partition
@@ -493,6 +495,10 @@ def test_no_step_that_moves_is_faster_than_what_ends_the_search(name, bytes_per_
     limit = peak_bytes(moved, context)
     fitter = _Fitter(Forward(graph, context), limit)
     assert makespan_us(moved, context) >= fitter.least_us(1 << 40) >= fitter.forward.us
+    leaving = peak_bytes(graph, context) - limit
+    late_bytes = leaving - fitter.forward.hidden_bytes
+    assert (fitter.least_us(1 << 40) > fitter.forward.us) == (late_bytes > 0)
+    assert fitter.least_us(0) == fitter.forward.us
 
 
 @given(
@@ -510,6 +516,20 @@ def test_the_search_goes_on_between_what_fits_and_what_does_not(fits_at, over_at
     fits, over = SimpleNamespace(peak_bytes=target - below), SimpleNamespace(peak_bytes=target + above)
     found = fitter.between(fits, fits_at, over, over_at, number)
     assert min(fits_at, over_at) < found < max(fits_at, over_at)
+
+
+@given(kept=st.integers(1000, 5000), target=st.integers(2000, 6000), number=st.sampled_from([0, 1, 3, 4]))
+def test_a_guess_from_the_closer_side_takes_a_byte_for_a_byte(kept, target, number):
+    """Where each byte that is kept is one at the peak, it is right at once."""
+    fitter = object.__new__(_Fitter)
+    fitter.target = target
+    lower, higher = kept, kept + 1000
+    base = target - kept - 300
+    fits, over = SimpleNamespace(peak_bytes=base + lower), SimpleNamespace(peak_bytes=base + higher)
+    assert abs(fitter.between(fits, lower, over, higher, number) - (target - base)) <= 1
+    base = target - kept - 700
+    fits, over = SimpleNamespace(peak_bytes=base + lower), SimpleNamespace(peak_bytes=base + higher)
+    assert abs(fitter.between(fits, lower, over, higher, number) - (target - base)) <= 1
 
 
 def test_the_search_keeps_what_fits():
@@ -572,6 +592,31 @@ def test_random_graphs_release_all_that_they_gathered(graph):
     recipe = "canonicalize,partition(stage=3),bucket(max_bytes=200),broadcast,all-gather,reduce-scatter,all-reduce"
     before = parse_recipe(recipe + ",host-copies").run(graph, TWO)
     check_released(before, Release().run(before, TWO))
+
+
+RELEASED = """graph "g" mesh(shard=2)
+op aten.mul.Tensor
+param %a: f32[64]<S0> "a" stage=3
+input %x: f32[64]<V>
+fwd %a_start: future f32[64]<R> = all_gather_start(%a)
+fwd %af: f32[64]<R> = wait(%a_start)
+fwd %y: f32[64]<V> = aten.mul.Tensor(%x, %af)
+fwd %z: f32[64]<V> = aten.mul.Tensor(%y, %y)
+fwd %unused: f32[64]<V> = aten.mul.Tensor(%x, {read})
+fwd release(%af)
+return fwd output %z
+"""
+
+
+@pytest.mark.parametrize(("read", "behind"), [("%x", "z"), ("%af", "y")])
+def test_a_release_stays_unless_what_read_the_memory_last_is_gone(read, behind):
+    graph = parse_graph(RELEASED.replace("{read}", read))
+    verify(graph)
+    after = DeadCode().run(graph, TWO)
+    verify(after)
+    at = next(p for p, n in enumerate(after.nodes) if n.op == "release")
+    assert after.nodes[at - 1].name == behind
+    assert len(after.nodes) == len(graph.nodes) - 1
 
 
 # --- fusion --------------------------------------------------------------------------------------------------------
@@ -775,6 +820,20 @@ def test_options_may_be_0_and_no_less(kind, options):
             kind(**{option: -1})
 
 
+def test_only_what_stays_where_it_is_on_ranks_is_a_copy():
+    """A gather of shards on the host takes them from there, so that it is no copy."""
+    text = TWO_LAYERS.replace('param %a: f32[64]<S0> "a" stage=3', 'param %a: f32[64]<S0>@host "a" stage=3')
+    moved = ("fwd %z: f32", "fwd %y_host: f32[64]<V>@host = reshard(%y)\nfwd %z: f32")
+    back = ("bwd %ty: f32", "bwd %y_back: f32[64]<V> = reshard(%y_host)\nbwd %ty: f32")
+    graph = parse_graph(text.replace(*moved).replace(*back).replace("(%t, %y)", "(%t, %y_back)"))
+    verify(graph)
+    after = HostCopies().run(graph, TWO)
+    verify(after)
+    assert [n.name for n in of_op(after, "offload_start")] == ["y_host_start"]
+    assert [n.name for n in of_op(after, "reload_start")] == ["y_back_start"]
+    assert len(of_op(after, "reshard")) == len(of_op(graph, "reshard")) - 2 == 6
+
+
 VIEWED = ("fwd %p", "fwd %v: f32[8, 8] = aten.view.default(%x, [8, 8])\nfwd %p")
 
 
@@ -893,8 +952,9 @@ return bwd grad "x" %g
 """
 
 
-def test_what_reads_a_tangent_that_is_likely_to_be_zero_is_in_no_kernel():
-    graph = parse_graph(ABSENT)
+@pytest.mark.parametrize("read", ["e", "h"], ids=["alone", "behind what can be fused"])
+def test_what_reads_a_tangent_that_is_likely_to_be_zero_is_in_no_kernel(read):
+    graph = parse_graph(ABSENT.replace("(%e, %x)", f"(%{read}, %x)"))
     verify(graph)
     fused = parse_recipe("fuse,dce").run(graph, Context())
     left = without_tangents(fused, zero_tangents(fused))

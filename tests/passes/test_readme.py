@@ -1,7 +1,10 @@
 """The table of the passes is written from the passes, and what they are made of cannot be changed."""
 
 import ast
+import runpy
 from pathlib import Path
+
+import pytest
 
 from zgraph.passes import ALL
 from zgraph.passes.core.readme import PATH, render
@@ -9,6 +12,14 @@ from zgraph.passes.core.readme import PATH, render
 
 def test_the_table_is_up_to_date():
     assert PATH.read_text() == render(), "run: python -m zgraph.passes.core.readme"
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_command_writes_it(monkeypatch):
+    written = {}
+    monkeypatch.setattr(Path, "write_text", lambda path, text: written.update({path: text}))
+    runpy.run_module("zgraph.passes.core.readme", run_name="__main__")
+    assert written == {PATH: render()}
 
 
 def test_every_pass_has_a_row():
