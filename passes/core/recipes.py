@@ -25,7 +25,7 @@ def fusing(recipe: str, *, only_measured: bool = False) -> str:
 
 def recipe_for(kernels: str, recipe: str) -> str:
     """A stage's own recipe, for what runs the ops between collectives: a word that `zgraph.compile` takes."""
-    recipe = in_regions(recipe) if kernels in ("inductor", "auto") else recipe
+    recipe = in_regions(recipe)
     return fusing(recipe, only_measured=kernels == "auto") if kernels in ("triton", "auto") else recipe
 
 
