@@ -61,7 +61,7 @@ class Interpreted:
                 yield instruction
         yield from _ended(run)
 
-    def runner(self, region: Region, _session: Session) -> Compute:
+    def runner(self, region: Region, _session: Session, _loose: Sequence[int]) -> Compute:
         """The function that runs a region, shared by all regions that compute the same."""
         key = (region.text, self._tracks_views(region))
         if key not in self._by_text:
