@@ -68,8 +68,7 @@ class Partition(Pass):
 
     Args:
         stage: the stage of the parameters that state none.
-        repeat_views: whether the backward makes views of the forward's values again, and they are not kept: what is
-            compiled in regions has them for nothing.
+        repeat_views: whether the backward makes views of the forward's values again, and they are not kept.
     """
 
     stage: int = field(default=3, metadata={"always_printed": True})

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Together(Protocol):
     """Runs many instructions as one.
 
-    `is_shown` says whether a profiler shows them as one; if not, they run one by one while somebody watches. `runner` is
-    told at which positions a region's inputs may have other strides in a later call than in the first.
+    `is_shown` says whether a profiler shows them as one; if not, they run one by one while somebody watches. `runner`
+    is told at which positions a region's inputs may have other strides in a later call than in the first.
     """
 
     @property
@@ -129,7 +129,7 @@ class _Writer:
         return "\n".join(lines) + "\n"
 
     def parts(self, program: Program) -> Iterable[Instruction | Region]:
-        """A program's instructions, and regions where they run as one: not while single instructions are measured or shown."""
+        """A program's instructions, and regions where they run as one: not while single ones are measured or shown."""
         watcher = self.watcher
         if self.regions is None or (watcher is not None and (watcher.takes_apart or not self.regions.is_shown)):
             return program.instructions

@@ -1,5 +1,5 @@
-"""Views folded within a region, where nobody looks: what a region returns keeps its own tensor, and what it reads within
-may be another view of the same elements.
+"""Views folded within a region, where nobody looks: what a region returns keeps a tensor of its own, and what is read
+within may be another view of the same elements.
 
     t = aten.t(w); u = aten.t(t); mm(x, u)                       ->      mm(x, w)
     a = aten.view(x, [8, 4]); b = aten.view(a, [2, 4, 4])        ->      b = aten.view(x, [2, 4, 4])

@@ -13,7 +13,21 @@ import torch
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.bridge.private_script import Script, has_interpreter
 from zgraph.errors import UnknownOpError
-from zgraph.ir import Arg, DType, ExternalOp, Graph, Instruction, Node, NoneType, Phase, Program, ScalarType, TensorType, Token, Value
+from zgraph.ir import (
+    Arg,
+    DType,
+    ExternalOp,
+    Graph,
+    Instruction,
+    Node,
+    NoneType,
+    Phase,
+    Program,
+    ScalarType,
+    TensorType,
+    Token,
+    Value,
+)
 from zgraph.ir.external_ops import facts
 from zgraph.runtime.folding import folded
 from zgraph.runtime.region import Compute, Region, region_of
@@ -72,7 +86,9 @@ class Interpreted:
         """Whether autograd must know which results are views: what a forward gives may be written to, and is saved."""
         returned = {v.name for v in region.outputs}
         return any(
-            node.phase is Phase.forward and self._foreign[node.op].views and any(r.name in returned for r in node.results)
+            node.phase is Phase.forward
+            and self._foreign[node.op].views
+            and any(r.name in returned for r in node.results)
             for node in region.nodes
             if node.op in self._foreign
         )

@@ -24,14 +24,12 @@ def fusing(recipe: str, *, only_measured: bool = False) -> str:
 
 
 def recipe_for(kernels: str, recipe: str) -> str:
-    """A stage's own recipe, for what runs the ops between collectives: a word that `zgraph.compile` takes."""
-    recipe = in_regions(recipe)
+    """A stage's own recipe, for what runs the ops between collectives: a word that `zgraph.compile` takes.
+
+    The backward makes views of the forward's values again: a value that is kept costs the host more than a view.
+    """
+    recipe = re.sub(r"partition\(stage=(\d)\)", r"partition(stage=\1,repeat_views=true)", recipe)
     return fusing(recipe, only_measured=kernels == "auto") if kernels in ("triton", "auto") else recipe
-
-
-def in_regions(recipe: str) -> str:
-    """The recipe for what is compiled in regions: the backward makes views of the forward's values again."""
-    return re.sub(r"partition\(stage=(\d)\)", r"partition(stage=\1,repeat_views=true)", recipe)
 
 
 MIXED = RECIPES[3]
