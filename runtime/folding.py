@@ -51,7 +51,7 @@ def folded(region: Region, foreign: Mapping[str, ExternalOp]) -> Region:
 
 
 def _same(node: Node, kept: Mapping[str, Node]) -> Value | None:
-    """What has the elements of a node's result and is there already: its operand, or what that is a view of."""
+    """A value that is there already and has the elements of a node's result: its operand, or what that is a view of."""
     if not node.operands or len(node.results) != 1:
         return None
     row, source, given = facts(node.op), node.operands[0], node.args[1:]

@@ -129,7 +129,7 @@ class _Sized:
         self.strides = [e.stride for e in examples]
 
     def runner(self, loose: Sequence[int]) -> Compute:
-        """What runs one region of this kind: see `Regions.runner`.
+        """Function that runs one region of this kind: see `Regions.runner`.
 
         The first call looks at all strides, later ones at those that may differ; once any region found others, at all.
         """

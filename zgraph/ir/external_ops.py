@@ -32,6 +32,12 @@ MATMUL = "zgraph.matmul.default"
 ROTARY = "zgraph.rotary.default"
 """The op that turns pairs of columns: what, cosines, sines, the order of dimensions in memory, and whether back."""
 
+FLOAT8 = "zgraph.to_float8.default"
+"""The op that casts a matrix to float8: the matrix, the dtype, and the dim that scales are taken along."""
+
+FLOAT8_MM = "zgraph.float8_mm.default"
+"""The op that multiplies two matrices in float8: each with its scales, the result's dtype, whether it may be faster."""
+
 LOSS = "zgraph.cross_entropy.default"
 LOSS_BACKWARD = "zgraph.cross_entropy_backward.default"
 PROJECTED_LOSS = "zgraph.linear_cross_entropy.default"
@@ -56,6 +62,7 @@ Zero = Literal["first", "any", "all"]
 
 Work = Literal[
     "product",
+    "scaled product",
     "sum and product",
     "products",
     "grouped product",
@@ -253,6 +260,7 @@ _ROWS = (
     Facts("aten.dot", work="vector product"),
     Facts("aten.vdot", work="vector product"),
     Facts(MATMUL, work="product"),
+    Facts(FLOAT8_MM, work="scaled product"),
     Facts("aten.addmm", work="sum and product"),
     Facts("aten.addbmm", work="sum and product"),
     Facts("aten.addmm.default", takes_epilogue=True, work="sum and product"),
