@@ -55,9 +55,7 @@ _LIBRARY.define(
 )
 
 _LIBRARY.define("to_float8(Tensor x, ScalarType dtype, int? dim) -> (Tensor, Tensor)")
-_LIBRARY.define(
-    "float8_mm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, ScalarType dtype, bool fast) -> Tensor"
-)
+_LIBRARY.define("float8_mm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, ScalarType dtype, bool fast) -> Tensor")
 
 _parsed = cache(KernelSpec.parse)
 
@@ -241,7 +239,21 @@ def _loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
     return loss.scratch_bytes(num_tokens, num_classes, width, x.dtype.itemsize)
 
 
+def _float8_cast_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    kind = node.operands[0].tensor
+    numel = evaluate(kind.numel, hints)
+    dense = 0 if kind.strides is None else numel * kind.dtype.itemsize
+    return float8.cast_scratch_bytes(numel) + dense
+
+
+def _float8_mm_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    a, _, b, _ = (evaluate(v.tensor.numel, hints) for v in node.operands)
+    return float8.mm_scratch_bytes(a, b, evaluate(node.results[0].tensor.numel, hints))
+
+
 REGISTERED["zgraph.rows"] = _rows_scratch
+REGISTERED["zgraph.to_float8"] = ON_DEVICE["zgraph.to_float8"] = _float8_cast_scratch
+REGISTERED["zgraph.float8_mm"] = _float8_mm_scratch
 REGISTERED["zgraph.compiled"] = lambda node, hints: 0
 REGISTERED["zgraph.matmul"] = _matmul_scratch
 REGISTERED["zgraph.rotary"] = _rotary_scratch

@@ -331,6 +331,14 @@ def test_packed_products_lists_and_vectors_count_what_they_multiply():
     assert flop("aten._int_mm", (X, X.t()), X) == 2 * 3 * 4 * 3
 
 
+def test_a_product_in_float8_counts_its_matrices():
+    a, b = torch.randn(16, 32), torch.randn(32, 48)
+    scales = torch.ones(16, 1), torch.ones(1, 48)
+    made = torch.randn(16, 48)
+    assert flop("zgraph.float8_mm", (a, scales[0], b, scales[1]), made) == 2 * 16 * 32 * 48
+    assert flop("zgraph.float8_mm", (a, torch.ones(()), b, torch.ones(())), made) == 2 * 16 * 32 * 48
+
+
 def test_fp8_is_at_the_rate_of_fp8_and_its_bytes():
     """The scales count as well."""
     left, right = (Value(n, TensorType(DType.f8e4m3, (4096, 4096))) for n in "ab")

@@ -22,6 +22,7 @@ from zgraph.options.validate import Compute, Kernels
 from zgraph.passes import RECIPES, Context, Pass, Pipeline, make_plan, parse_recipe, recipe_for
 from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.lookahead import step_memory
+from zgraph.passes.canonicalize import Canonicalize
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fit import Fit
 from zgraph.passes.fuse import Fuse
@@ -190,7 +191,8 @@ class _Shape:
     def _has_no_room_for_logits(self, context: Context) -> bool:
         """Whether `fuse` of the whole model would take the loss block by block: see `zgraph.passes.fuse`."""
         alive = []
-        for graph in self.samples.members:
+        for captured in self.samples.members:
+            graph = Canonicalize().run(captured, context)
             loss = loss_nodes(graph)
             moments = step_memory(graph, context).moments if loss else ()
             alive.append(max((m.total_bytes for m in moments if m.node in loss), default=0))
