@@ -20,7 +20,7 @@ from zgraph.bridge import private_inductor
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.private_inductor import Example, Lowered
 from zgraph.codegen import distillation as _distillation  # noqa: F401 - registers the ops
-from zgraph.codegen import kernels, loss, matmul, reference, rotary
+from zgraph.codegen import float8, kernels, loss, matmul, reference, rotary
 from zgraph.codegen.fallback import launched
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import KernelSpec
@@ -54,6 +54,9 @@ _LIBRARY.define(
     "linear_cross_entropy_backward(Tensor tangent, Tensor x, Tensor weight, Tensor target, Tensor number, Tensor lse, "
     "int ignore_index, bool mean) -> (Tensor, Tensor)"
 )
+
+_LIBRARY.define("to_float8(Tensor x, ScalarType dtype, int? dim) -> (Tensor, Tensor)")
+_LIBRARY.define("float8_mm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, ScalarType dtype, bool fast) -> Tensor")
 
 _parsed = cache(KernelSpec.parse)
 
@@ -237,7 +240,21 @@ def _loss_scratch(node: Node, hints: Mapping[str, int]) -> int:
     return loss.scratch_bytes(num_tokens, num_classes, width, x.dtype.itemsize)
 
 
+def _float8_cast_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    kind = node.operands[0].tensor
+    numel = evaluate(kind.numel, hints)
+    dense = 0 if kind.strides is None else numel * kind.dtype.itemsize
+    return float8.cast_scratch_bytes(numel) + dense
+
+
+def _float8_mm_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    a, _, b, _ = (evaluate(v.tensor.numel, hints) for v in node.operands)
+    return float8.mm_scratch_bytes(a, b, evaluate(node.results[0].tensor.numel, hints))
+
+
 REGISTERED["zgraph.rows"] = _rows_scratch
+REGISTERED["zgraph.to_float8"] = ON_DEVICE["zgraph.to_float8"] = _float8_cast_scratch
+REGISTERED["zgraph.float8_mm"] = _float8_mm_scratch
 REGISTERED["zgraph.compiled"] = lambda node, hints: 0
 REGISTERED["zgraph.matmul"] = _matmul_scratch
 REGISTERED["zgraph.rotary"] = _rotary_scratch
@@ -268,3 +285,9 @@ _LIBRARY.impl("linear_cross_entropy", loss.linear_cross_entropy, "CompositeExpli
 _LIBRARY.impl("linear_cross_entropy_backward", loss.linear_cross_entropy_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("zgraph::linear_cross_entropy", _loss_fake, lib=_LIBRARY)
 torch.library.register_fake("zgraph::linear_cross_entropy_backward", _loss_backward_fake, lib=_LIBRARY)
+_LIBRARY.impl("to_float8", float8.to_float8_in_pieces, "CompositeExplicitAutograd")
+_LIBRARY.impl("float8_mm", float8.float8_mm, "CompositeExplicitAutograd")
+private_inductor.spell(torch.ops.zgraph.to_float8.default, float8.to_float8)
+private_inductor.spell(torch.ops.zgraph.float8_mm.default, float8.float8_mm)
+torch.library.register_fake("zgraph::to_float8", float8.fake_to_float8, lib=_LIBRARY)
+torch.library.register_fake("zgraph::float8_mm", float8.fake_float8_mm, lib=_LIBRARY)

@@ -13,10 +13,11 @@ from zgraph.passes.bucket import Bucket
 from zgraph.passes.canonicalize import Canonicalize
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.core.pipeline import Pipeline
-from zgraph.passes.core.recipes import MIXED, RECIPES, fusing, recipe_for
+from zgraph.passes.core.recipes import COMPUTES, MIXED, RECIPES, fusing, recipe_for
 from zgraph.passes.core.registry import build_in, known_passes, register_pass
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fit import Fit
+from zgraph.passes.float8 import Float8
 from zgraph.passes.fuse import Fuse
 from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.keep import Keep
@@ -30,6 +31,7 @@ from zgraph.passes.schedule import Schedule
 
 ALL: tuple[type[Pass], ...] = (
     Canonicalize,
+    Float8,
     Fuse,
     Partition,
     Recompute,
@@ -56,6 +58,7 @@ build_in(ALL)
 __all__ = [
     "ALL",
     "BY_NAME",
+    "COMPUTES",
     "MIXED",
     "RECIPES",
     "Arena",

@@ -57,7 +57,7 @@ from zgraph.ir import (
 )
 from zgraph.ir.aliases import Memory
 from zgraph.ir.external_ops import CAST
-from zgraph.ir.graph import map_values
+from zgraph.ir.graph import map_values, values_in
 from zgraph.ir.ops import views
 from zgraph.passes.core.base import Context, Numerics, Pass
 
@@ -68,13 +68,13 @@ class Partition(Pass):
 
     Args:
         stage: the stage of the parameters that state none.
-        repeat_views: whether the backward makes views of the forward's values again, and they are not kept: what is
-            compiled in regions has them for nothing.
+        repeat_views: whether the backward makes views of the forward's values again, and they are not kept: to keep a
+            value takes the host longer than to make a view.
     """
 
     stage: int = field(default=3, metadata={"always_printed": True})
 
-    repeat_views: bool = False
+    repeat_views: bool = True
 
     name: ClassVar[str] = "partition"
     numerics: ClassVar[Numerics] = Numerics.reassociates
@@ -107,6 +107,13 @@ class _Partitioner:
             if output.kind is OutputKind.mutation and output.value is not None:
                 self.mutations.setdefault(output.value.name, []).append(index)
         self.memory = Memory(graph)
+        self.written = {
+            root
+            for node in graph.nodes
+            for position in (graph.foreign[node.op].writes if node.op in graph.foreign else ())
+            for value in values_in(node.args[position : position + 1])
+            for root in self.memory.roots(value.name)
+        }
         self.returned = Counter(r for o in graph.outputs if o.value for r in self.memory.roots(o.value.name))
         self.nodes: list[Node] = []
         self.late: list[Node] = []
@@ -193,7 +200,9 @@ class _Partitioner:
     def is_repeated(self, value: Value) -> bool:
         """Whether the backward makes this view of a value of the forward again."""
         producer = self.source.producers.get(value.name) if self.repeat_views else None
-        return producer is not None and len(producer.results) == 1 and bool(views(self.source, producer))
+        if producer is None or len(producer.results) != 1 or not views(self.source, producer):
+            return False
+        return self.written.isdisjoint(self.memory.roots(value.name))
 
     def is_elsewhere(self, entry: Input) -> bool:
         """Whether a parameter must be brought to where it is computed with."""

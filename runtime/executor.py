@@ -19,6 +19,7 @@ from zgraph.runtime.fused_attention import ATTENTIONS, FusedAttentions
 from zgraph.runtime.in_place import in_place
 from zgraph.runtime.recorder import Watcher
 from zgraph.runtime.region import Compute, Region
+from zgraph.runtime.strides import Strides
 
 if TYPE_CHECKING:
     from zgraph.runtime.session import Session
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 class Together(Protocol):
     """Runs many instructions as one.
 
-    `is_shown` says whether a profiler shows them as one; if not, they run one by one while somebody watches.
+    `is_shown` says whether a profiler shows them as one; if not, they run one by one while somebody watches. `runner`
+    is told at which positions a region's inputs may have other strides in a later call than in the first.
     """
 
     @property
@@ -35,7 +37,7 @@ class Together(Protocol):
 
     def cut(self, program: Program, graph: Graph) -> Iterable[Instruction | Region]: ...
 
-    def runner(self, region: Region, session: Session) -> Compute: ...
+    def runner(self, region: Region, session: Session, loose: Sequence[int]) -> Compute: ...
 
 
 Runner = Callable[[list[Any]], list[Any]]
@@ -111,7 +113,9 @@ class _Writer:
             lines.append(f"    del {', '.join(dead)}")
         if num_bytes := program.arena_bytes:
             lines.append(f"    arena = {self.constant(self.session.arena, 'arena')}({num_bytes})")
-        mark, parts = "", tuple(self.parts())
+        mark, parts = "", tuple(self.parts(program))
+        before = self.parts(self.plan.forward) if program is not self.plan.forward else ()
+        self.strides = Strides(self.plan.graph, self.resident, (*before, *parts))
         if self.watcher is not None:
             begin, mark = self.constant(self.watcher.begin, "begin"), self.constant(self.watcher.mark, "mark")
             lines.append(f"    {begin}({self.constant(parts, 'parts')})")
@@ -124,12 +128,12 @@ class _Writer:
         lines.append(f"    return [{results}]")
         return "\n".join(lines) + "\n"
 
-    def parts(self) -> Iterable[Instruction | Region]:
-        """Instructions, and regions where they run as one: not while single instructions are measured or shown."""
+    def parts(self, program: Program) -> Iterable[Instruction | Region]:
+        """A program's instructions, and regions where they run as one: not while single ones are measured or shown."""
         watcher = self.watcher
         if self.regions is None or (watcher is not None and (watcher.takes_apart or not self.regions.is_shown)):
-            return self.program.instructions
-        return self.regions.cut(self.program, self.plan.graph)
+            return program.instructions
+        return self.regions.cut(program, self.plan.graph)
 
     def arrivals(self, part: Instruction | Region) -> list[str]:
         """A wait for copies of parameters from the host that a part is the first to read."""
@@ -148,7 +152,7 @@ class _Writer:
     def region(self, region: Region) -> list[str]:
         """A call of a region, which is given the last references to what it is the last to read."""
         assert self.regions is not None
-        run = self.constant(self.regions.runner(region, self.session), "region")
+        run = self.constant(self.regions.runner(region, self.session, self.strides.loose(region)), "region")
         frees = [self.local(n) for n in region.frees if n not in self.resident]
         results = ", ".join(self.local(v.name) for v in region.outputs)
         return [

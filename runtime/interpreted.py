@@ -10,10 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zgraph.bridge.aten import resolve, to_torch
+from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.bridge.private_script import Script, has_interpreter
 from zgraph.errors import UnknownOpError
-from zgraph.ir import Arg, Graph, Instruction, Node, NoneType, Phase, Program, ScalarType, TensorType, Token, Value
+from zgraph.ir import (
+    Arg,
+    DType,
+    ExternalOp,
+    Graph,
+    Instruction,
+    Node,
+    NoneType,
+    Phase,
+    Program,
+    ScalarType,
+    TensorType,
+    Token,
+    Value,
+)
+from zgraph.ir.external_ops import facts
+from zgraph.runtime.folding import folded
 from zgraph.runtime.region import Compute, Region, region_of
 
 if TYPE_CHECKING:
@@ -21,6 +37,10 @@ if TYPE_CHECKING:
 
 MIN_OPS = 3
 """A call of a run costs as much as two ops: shorter ones are left as they are."""
+
+
+MAX_EXACT = 1 << 24
+"""The largest integer up to which float32 has all of them."""
 
 
 class Interpreted:
@@ -36,9 +56,11 @@ class Interpreted:
         self.device = device
         self._by_text: dict[tuple[str, bool], Compute] = {}
         self._takes: dict[object, bool] = {}
+        self._foreign: dict[str, ExternalOp] = {}
 
     def cut(self, program: Program, graph: Graph) -> Iterator[Instruction | Region]:
         """The program's instructions in their order, with runs of one layer in the place of those that they hold."""
+        self._foreign |= graph.foreign
         run = list[Instruction]()
         layer = ""
         for instruction in program.instructions:
@@ -53,12 +75,23 @@ class Interpreted:
                 yield instruction
         yield from _ended(run)
 
-    def runner(self, region: Region, _session: Session) -> Compute:
+    def runner(self, region: Region, _session: Session, _loose: Sequence[int]) -> Compute:
         """The function that runs a region, shared by all regions that compute the same."""
-        key = (region.text, _tracks_views(region))
+        key = (region.text, self._tracks_views(region))
         if key not in self._by_text:
-            self._by_text[key] = self._built(region)
+            self._by_text[key] = self._built(folded(region, self._foreign))
         return self._by_text[key]
+
+    def _tracks_views(self, region: Region) -> bool:
+        """Whether autograd must know which results are views: what a forward gives may be written to, and is saved."""
+        returned = {v.name for v in region.outputs}
+        return any(
+            node.phase is Phase.forward
+            and self._foreign[node.op].views
+            and any(r.name in returned for r in node.results)
+            for node in region.nodes
+            if node.op in self._foreign
+        )
 
     def _can_take(self, node: Node, graph: Graph) -> bool:
         if node.op == "release":
@@ -101,7 +134,7 @@ class Interpreted:
                 (r.name, None if isinstance(r.type, NoneType) else m) for r, m in zip(node.results, made, strict=True)
             )
         results = [values[v.name] for v in region.outputs]
-        run = script.function("region", results, tracks_views=_tracks_views(region))
+        run = script.function("region", results, tracks_views=self._tracks_views(region))
         names = [v.name for v in region.inputs]
         at, others = [names.index(v.name) for v in tensors], [names.index(v.name) for v in numbers]
         if len(at) == len(names):
@@ -123,12 +156,29 @@ class Interpreted:
             dtype = to_torch(node.option("dtype"), self.device, of)
             return torch.ops.aten.to.dtype, [of(node.operands[0]), dtype], {"memory_format": dense}
         args = [to_torch(a, self.device, of) for a in node.args]
-        return resolve(node.op), args, {k: to_torch(a, self.device, of) for k, a in node.kwargs}
+        op = facts(node.op).by_tensor
+        if op is not None and len(args) > 1 and (number := _as_tensor(node)) is not None:
+            args[1] = number
+        else:
+            op = node.op
+        return resolve(op), args, {k: to_torch(a, self.device, of) for k, a in node.kwargs}
 
 
-def _tracks_views(region: Region) -> bool:
-    """Whether autograd must know which results are views: what a forward gives may be written to, and is saved."""
-    return any(node.phase is Phase.forward for node in region.nodes)
+def _as_tensor(node: Node) -> torch.Tensor | None:
+    """The number that a node computes with as a tensor, which saves making one in each call; None where the result
+    might be another.
+
+    torch computes with the number in the dtype of what it meets: in half precision with more of its digits.
+    """
+    first, number, made = node.args[0], node.args[1], node.results[0].type
+    if not isinstance(first, Value) or not isinstance(first.type, TensorType) or not isinstance(made, TensorType):
+        return None
+    if first.type.dtype is not made.dtype or isinstance(number, bool):
+        return None
+    is_exact = isinstance(number, int) and abs(number) <= MAX_EXACT
+    if made.dtype in (DType.f32, DType.f64) and (is_exact or isinstance(number, float)):
+        return torch.tensor(number, dtype=TO_TORCH[made.dtype])
+    return torch.tensor(number) if made.dtype is DType.i64 and isinstance(number, int) else None
 
 
 def _kinds(arg: Arg) -> object:

@@ -41,6 +41,7 @@ class Regions:
         seconds: time that compiling them has taken.
         context: in which they are compiled. In it are the user's settings of Inductor: on GPUs, backwards run in a
             thread of autograd's, which has a context of its own.
+        strides_vary: whether a region has been given other strides than its types state.
     """
 
     is_shown: ClassVar[bool] = True
@@ -48,6 +49,7 @@ class Regions:
     num_regions: int = 0
     seconds: float = 0.0
     context: Context = field(default_factory=copy_context)
+    strides_vary: bool = False
     _by_text: dict[str, _Sized] = field(default_factory=dict)
 
     @property
@@ -75,11 +77,17 @@ class Regions:
             finish()
         self.seconds += time.perf_counter() - begin
 
-    def runner(self, region: Region, session: Session) -> Compute:
-        """The function that runs a region, shared by all regions that compute the same."""
+    def runner(self, region: Region, session: Session, loose: Sequence[int]) -> Compute:
+        """The function that runs a region; what is compiled is shared by all regions that compute the same.
+
+        Args:
+            region: the region.
+            session: what it works on.
+            loose: positions of inputs whose strides may be others in a later call than in the first.
+        """
         self.num_regions += 1
         self._compile([region], session)
-        return self._by_text[region.text].run
+        return self._by_text[region.text].runner(loose)
 
     def take_context(self) -> None:
         """Compile as this thread is set, from now on."""
@@ -96,7 +104,7 @@ class Regions:
         ready = sized.begin(examples)
 
         def finish() -> None:
-            sized.run_as_static(examples, ready())
+            sized.are_static(examples, ready())
 
         return finish
 
@@ -112,25 +120,38 @@ class _Sized:
     def __init__(self, regions: Regions, steps: Steps) -> None:
         self.regions, self.steps = regions, steps
         self.compiled: dict[Any, Compute] = {}
+        self.strides: list[tuple[int, ...]] | None = None
         self.run: Compute = self.by_size
 
-    def run_as_static(self, examples: Sequence[Example], compiled: Compute) -> None:
+    def are_static(self, examples: Sequence[Example], compiled: Compute) -> None:
         """The region's sizes are always these, as the graph says: only strides that the caller chose can be others."""
-        self.compiled[tuple((e.size, e.stride) for e in examples)] = compiled
-        strides = [e.stride for e in examples]
-        direct: Compute | None = None
+        self.compiled[tuple((e.size, e.stride) for e in examples)] = self.run = compiled
+        self.strides = [e.stride for e in examples]
+
+    def runner(self, loose: Sequence[int]) -> Compute:
+        """Function that runs one region of this kind: see `Regions.runner`.
+
+        The first call looks at all strides, later ones at those that may differ; once any region found others, at all.
+        """
+        if (strides := self.strides) is None:
+            return self.by_size
+        regions, wanted, is_first = self.regions, [strides[i] for i in loose], True
 
         def run(args: list[Any]) -> Sequence[Any]:
-            nonlocal direct
-            if [a.stride() for a in args] != strides:
-                return self.by_size(args)
-            if direct is None:
-                made = compiled(args)
-                direct = private_inductor.direct(compiled)
+            nonlocal is_first
+            if is_first or regions.strides_vary:
+                if [a.stride() for a in args] != strides:
+                    regions.strides_vary = True
+                    return self.by_size(args)
+                made, is_first = self.run(args), False
+                self.run = private_inductor.direct(self.run)
                 return made
-            return direct(args)
+            if wanted and [args[i].stride() for i in loose] != wanted:
+                regions.strides_vary = True
+                return self.by_size(args)
+            return self.run(args)
 
-        self.run = run
+        return run
 
     def by_size(self, args: list[Any]) -> Sequence[Any]:
         """Run what is compiled for the sizes at hand, or compile it."""

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 PARAMETERS = "parameters"
 """Of a parameter that is offloaded so, what is computed with is on the host too."""
 
-
 Owner = tuple[Any, Any]
 """A container that holds a parameter, and the key or position there."""
 
@@ -172,6 +171,8 @@ class ShardStore:
         self.copies = WorkingCopies(copied, host, lambda: self.version)
         self.is_lent = False
         self._by_swap = [s for s in self.slots.values() if s.placeholder is not s.parameter]
+        self._at_rest: list[torch.Tensor] = [s.parameter for s in self.slots.values()]
+        self._places = self._pointers()
         self._put(at_rest=True)
         _STORES.add(self)
 
@@ -199,15 +200,16 @@ class ShardStore:
     @property
     def version(self) -> int:
         """Grows whenever a parameter at rest is written to."""
-        return sum(t._version for t in self.flats) + sum(s.parameter._version for s in self.slots.values())
+        return sum([t._version for t in self.flats]) + sum([p._version for p in self._at_rest])
 
     def moved(self) -> str | None:
         """The name of a parameter whose memory is no longer this store's (`model.to()` was called, say)."""
-        for slot in self.slots.values():
-            local = slot.parameter._local_tensor if isinstance(slot.parameter, DTensor) else slot.parameter
-            if local.data_ptr() != slot.rest.data_ptr() and local.numel():
-                return slot.name
-        return None
+        if (places := self._pointers()) == self._places:
+            return None
+        return next(n for n, now, before in zip(self.slots, places, self._places, strict=True) if now != before)
+
+    def _pointers(self) -> list[int]:
+        return [(p._local_tensor if isinstance(p, DTensor) else p).data_ptr() for p in self._at_rest]
 
     @property
     def rest_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch.nn.modules.module as module_of_torch
@@ -35,8 +36,8 @@ class Structure:
     def _look(self) -> None:
         modules = [*self.store.model.modules()]
         self._held = [held.values() for m in modules for held in (m._modules, m._parameters)]
-        self._objects = [*chain.from_iterable(self._held)]  # which keeps their ids from being given to others
-        self._ids, self._counts = [*map(id, self._objects)], [*map(len, self._held)]
+        self._objects = [*chain.from_iterable(self._held)]
+        self._counts = [*map(len, self._held)]
         self._hooks = [*_GLOBAL_HOOKS, *(getattr(m, name) for m in modules for name in _HOOKS)]
         self._count, self._registered = -1, -1
         self._keys: tuple[tuple[int, ...], ...] = ()
@@ -49,7 +50,8 @@ class Structure:
         Raises:
             UsageError: a parameter was added, replaced or taken out, or was given other memory by `p.data = ...`.
         """
-        if [*map(id, chain.from_iterable(self._held))] != self._ids or [*map(len, self._held)] != self._counts:
+        found = chain.from_iterable(self._held)
+        if [*map(len, self._held)] != self._counts or not all(map(is_, found, self._objects)):
             self._check_parameters()
             self._look()
         for parameter, storage, name in self._storages:

@@ -23,7 +23,7 @@ from zgraph.errors import UsageError
 from zgraph.options.lengths import Lengths
 from zgraph.options.offload import Offload
 from zgraph.options.settings import Options, Passes, Recompute, resolve
-from zgraph.options.validate import Fullgraph, Kernels, Stage
+from zgraph.options.validate import Compute, Fullgraph, Kernels, Stage
 from zgraph.passes import RECIPES
 from zgraph.runtime.eager_fallback import whole_parameters
 from zgraph.runtime.gradients import without_sync
@@ -48,6 +48,7 @@ def compile(
     recompute: Recompute = "auto",
     offload: Offload = "auto",
     kernels: Kernels | None = None,
+    compute: Compute | None = None,
     passes: Passes | None = None,
     save: str | Path | None = None,
     fullgraph: Fullgraph = True,
@@ -91,6 +92,10 @@ def compile(
             torch's Inductor compile what is between collectives, each different piece once, whatever layers it is in;
             "auto", the default on GPUs, is "inductor" with generated kernels in the place of those ops for which they
             were measured to be faster. Where Inductor cannot compile, "auto" is "aten", and a line says why.
+        compute: "float8" multiplies the matrices of linear layers in float8, with scales from the numbers at hand: one
+            a matrix; "float8-rowwise" with one a row or column, which is more exact. An approximation, by torchao's
+            recipes; None multiplies in `param_dtype`. Layers whose sizes are no multiples of 16, and the projection to
+            the vocabulary, stay as they are; the report names them. GPUs need compute capability 8.9.
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that), a `Pipeline`, or a
             sequence of passes, your own among them (`zgraph.register_pass` lets recipes name these); or the path of a
             run file (`run.zg`), whose last graph is run as it is, if the model is captured as it was for that file.
@@ -128,6 +133,7 @@ def compile(
         "recompute": recompute,
         "offload": offload,
         "kernels": kernels,
+        "compute": compute,
         "passes": passes,
         "save": save,
         "fullgraph": fullgraph,

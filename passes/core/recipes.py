@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 _LOWER = "broadcast,all-gather,reduce-scatter,all-reduce,host-copies"
@@ -16,6 +15,9 @@ RECIPES: Mapping[int, str] = {
     for stage in range(4)
 }
 
+COMPUTES: Mapping[str, str] = {"float8": "float8", "float8-rowwise": "float8(recipe=rowwise)"}
+"""The pass for each word of `compute`."""
+
 
 def fusing(recipe: str, *, only_measured: bool = False) -> str:
     """The recipe with what is between matmuls in generated kernels; or with those that were measured to be fastest."""
@@ -23,15 +25,16 @@ def fusing(recipe: str, *, only_measured: bool = False) -> str:
     return recipe.replace("canonicalize,", f"canonicalize,{fuse},", 1)
 
 
-def recipe_for(kernels: str, recipe: str) -> str:
-    """A stage's own recipe, for what runs the ops between collectives: a word that `zgraph.compile` takes."""
-    recipe = in_regions(recipe) if kernels in ("inductor", "auto") else recipe
-    return fusing(recipe, only_measured=kernels == "auto") if kernels in ("triton", "auto") else recipe
+def recipe_for(kernels: str, recipe: str, compute: str | None = None) -> str:
+    """A stage's own recipe, for what runs the ops between collectives: a word that `zgraph.compile` takes.
 
-
-def in_regions(recipe: str) -> str:
-    """The recipe for what is compiled in regions: the backward makes views of the forward's values again."""
-    return re.sub(r"partition\(stage=(\d)\)", r"partition(stage=\1,repeat_views=true)", recipe)
+    Args:
+        kernels: the word.
+        recipe: of the stage.
+        compute: what matrices are multiplied in, as `zgraph.compile` takes it.
+    """
+    recipe = fusing(recipe, only_measured=kernels == "auto") if kernels in ("triton", "auto") else recipe
+    return recipe.replace("canonicalize,", f"canonicalize,{COMPUTES[compute]},", 1) if compute else recipe
 
 
 MIXED = RECIPES[3]

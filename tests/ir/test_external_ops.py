@@ -172,6 +172,53 @@ def test_the_last_two_operands_of_a_matmul_are_the_matrices(row):
     torch.testing.assert_close(made, a @ b + sum(bias))
 
 
+ALIKE = {
+    "aten._unsafe_view.default": ([3, 4],),
+    "aten.expand.default": ([-1, 4],),
+    "aten.slice.Tensor": (1, 0, 2**62),
+    "aten.view.default": ([-1, 4],),
+}
+
+
+@pytest.mark.parametrize("row", rows("is_first_if_alike"))
+def test_a_view_of_the_same_type_is_the_first_operand(row):
+    for source in (X, X.t().contiguous().t()):
+        try:
+            made = resolve(row.name)(source, *ALIKE.get(row.name, ()))
+        except RuntimeError:
+            continue  # a view that torch refuses
+        assert torch.equal(made, source)
+        assert made.data_ptr() == source.data_ptr()
+
+
+@pytest.mark.parametrize("row", rows("undoes_itself"))
+def test_a_second_call_undoes_the_first(row):
+    rest = () if row.name == "aten.t.default" else (0, 1)
+    once = resolve(row.name)(X, *rest)
+    twice = resolve(row.name)(once, *rest)
+    assert once.shape != X.shape
+    assert (twice.data_ptr(), twice.stride()) == (X.data_ptr(), X.stride())
+    assert torch.equal(twice, X)
+
+
+@pytest.mark.parametrize("row", rows("unit"))
+def test_the_unit_leaves_the_first_operand(row):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        source = torch.randn(64).to(dtype)
+        assert torch.equal(resolve(row.name)(source, row.unit), source)
+        assert not torch.equal(resolve(row.name)(source, row.unit + 1), source)
+
+
+@pytest.mark.parametrize("row", rows("by_tensor"))
+def test_a_number_may_be_a_tensor(row):
+    """Bit for bit, in the dtypes and numbers for which ops that run together take it so."""
+    for dtype, numbers in ((torch.float32, (0.1, 1e-6, 3, 1e300, -(2**24))), (torch.float64, (0.1, 7))):
+        source = torch.randn(257, dtype=dtype)
+        for number in numbers:
+            made = resolve(row.by_tensor)(source, torch.tensor(number, dtype=dtype))
+            assert torch.equal(resolve(row.name)(source, number), made)
+
+
 @pytest.mark.parametrize("row", rows("opens_files"))
 def test_what_opens_files_is_refused(row):
     assert "opens files" in refusal(f"{row.name}.default")
@@ -283,6 +330,14 @@ def test_packed_products_lists_and_vectors_count_what_they_multiply():
     assert flop("aten.mv", (X, X[0]), X[:, 0]) == flop("aten.addmv", (X[:, 0], X, X[0]), X[:, 0]) == 2 * 12
     assert flop("aten.dot", (X[0], X[1]), X[0, 0]) == 2 * 4
     assert flop("aten._int_mm", (X, X.t()), X) == 2 * 3 * 4 * 3
+
+
+def test_a_product_in_float8_counts_its_matrices():
+    a, b = torch.randn(16, 32), torch.randn(32, 48)
+    scales = torch.ones(16, 1), torch.ones(1, 48)
+    made = torch.randn(16, 48)
+    assert flop("zgraph.float8_mm", (a, scales[0], b, scales[1]), made) == 2 * 16 * 32 * 48
+    assert flop("zgraph.float8_mm", (a, torch.ones(()), b, torch.ones(())), made) == 2 * 16 * 32 * 48
 
 
 def test_fp8_is_at_the_rate_of_fp8_and_its_bytes():

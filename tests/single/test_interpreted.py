@@ -213,3 +213,45 @@ def test_runs_of_many_threads_leave_torchscript_as_it_was() -> None:
     theirs = torch.jit.trace(lambda a, b: a.view(2, 2) @ b, (torch.ones(4), torch.ones(2, 2)))
     with pytest.raises(RuntimeError, match="The following operation failed in the TorchScript interpreter"):
         theirs(torch.ones(5), torch.ones(2, 2))
+
+
+class Numbers(nn.Module):
+    """Numbers of several kinds beside tensors of several dtypes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(x.shape[0], device=x.device)
+        half = (x.bfloat16() * 0.1 + 1e-3) / 3
+        scalar = (x.sum() * 0.3 + 1e-6).float()
+        return (x * 1e-6 + 3) / 7 + half + scalar + (places * 3 + 1) * 0.5 + (x.double() * 0.1).float()
+
+
+def test_numbers_beside_tensors_give_the_same_bits(op_by_op: Callable[[], None]) -> None:
+    """Half precision computes with more digits of a number than it has itself."""
+    x = torch.randn(257)
+    wanted = Numbers()(x)
+    torch._dynamo.reset()
+    assert torch.equal(zgraph.compile(Numbers())(x), wanted)
+    op_by_op()
+    torch._dynamo.reset()
+    assert torch.equal(zgraph.compile(Numbers())(x), wanted)
+
+
+def test_a_list_is_made_once_and_each_call_has_its_own() -> None:
+    """A call within a call, by a dispatch mode, has another list than the one that is being read."""
+    script = Script(1, [])
+    run = script.function("region", script.call(aten.neg.default, script.tensors, {}, 1))
+    found: list[float] = []
+
+    class Calling(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with torch.utils._python_dispatch._disable_current_modes():
+                (inner,) = run([torch.tensor([5.0])])
+            found.append(float(inner))
+            return func(*args, **(kwargs or {}))
+
+    given = [torch.tensor([3.0])]
+    with Calling():
+        (made,) = run(given)
+    assert (float(made), found, given) == (-3.0, [-5.0], [])
+    (again,) = run([torch.tensor([4.0])])
+    assert float(again) == -4.0

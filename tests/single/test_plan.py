@@ -178,3 +178,54 @@ def test_a_host_without_room_for_all_activations_leaves_them_to_be_computed_agai
     (beside,) = zgraph.plan(llama(num_layers=2), hardware=small_host, **options).stages
     assert alone.fits
     assert beside == alone
+
+
+class Words(nn.Module):
+    """A projection to many words, whose logits only the loss reads."""
+
+    def __init__(self, num_words: int = 100_000) -> None:
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(num_words, 64), nn.Linear(64, 64)
+        self.head = nn.Linear(64, num_words, bias=False)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.head(torch.tanh(self.inner(self.embed(ids))))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_kernels_are_those_that_compile_would_take():
+    """On GPUs the default takes the loss block by block where the logits have no room; nowhere else is it another."""
+    torch.compiler.reset()
+    with torch.device("meta"):
+        model = Words()
+    ids = torch.zeros(2, 128, dtype=torch.int64)
+    options = {"hardware": "h100", "num_ranks": 1, "stage": 0, "offload": None}
+    for budget, is_small in (("300MiB", True), ("2GiB", False)):
+        plans = [
+            zgraph.plan(model, ids, ids, **options, memory_budget=budget, kernels=k) for k in (None, "auto", "aten")
+        ]
+        default, auto, aten = (plan.stages[0] for plan in plans)
+        assert default == auto
+        assert (auto.total_bytes < 0.7 * aten.total_bytes) == is_small
+        assert (auto == aten) != is_small
+        assert auto.fits
+        assert aten.fits != is_small
+    with pytest.raises(UsageError, match="kernels must be"):
+        zgraph.plan(model, ids, ids, kernels="fast")
+
+
+def test_float8_is_planned_at_its_rate():
+    """A wide layer: its products take less, the casts beside them something, and there are as many FLOP."""
+    torch.compiler.reset()
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8192, 8192, bias=False), nn.SiLU(), nn.Linear(8192, 8192, bias=False))
+    x = torch.empty(8192, 8192, device="meta", dtype=torch.bfloat16)
+    options = {"hardware": "h100", "num_ranks": 1, "stage": 0, "param_dtype": "bf16"}
+    wide, tensors, rows = (
+        zgraph.plan(model, x, **options, compute=c).stages[0] for c in (None, "float8", "float8-rowwise")
+    )
+    assert wide.flop == tensors.flop == rows.flop
+    assert 0.4 * wide.step_us < tensors.step_us < 0.9 * wide.step_us
+    assert tensors.step_us < rows.step_us < wide.step_us
+    with pytest.raises(UsageError, match="compute must be"):
+        zgraph.plan(model, x, compute="float4")

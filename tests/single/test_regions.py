@@ -1,5 +1,6 @@
 """Ops between collectives as regions, each different one compiled once."""
 
+import copy
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,13 @@ from zgraph.bridge.private_inductor import Lowered
 from zgraph.bridge.target import cost_table
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import KernelError
-from zgraph.ir import Axis, Instruction, Plan
+from zgraph.ir import Axis, InputKind, Instruction, Plan
 from zgraph.ir.ops import views
-from zgraph.passes import RECIPES, Context, make_plan, parse_recipe, recipe_for
+from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.runtime import regions
 from zgraph.runtime.region import Region, cut
 from zgraph.runtime.regions import MAX_SIZES
+from zgraph.runtime.strides import Strides
 
 from .trained import MODELS, Trained, batch, losses, plain
 
@@ -103,7 +105,7 @@ def test_views_are_not_kept_and_fresh_gradients_not_copied():
     torch.compiler.reset()
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.GELU(), nn.Linear(16, 8, bias=False))
     graph = zgraph.trace(model, torch.ones(2, 4, 8, requires_grad=True))
-    recipes = recipe_for("auto", RECIPES[0]), RECIPES[0]
+    recipes = RECIPES[0], RECIPES[0].replace("(stage=0", "(stage=0, repeat_views=false")
     kept, plain = (make_plan(parse_recipe(recipe).run(graph, Context())) for recipe in recipes)
 
     def views_of(plan: Plan) -> list[str]:
@@ -149,6 +151,53 @@ def test_functions_of_the_same_code_wait_for_the_same_kernels():
     _, second = (private_inductor.lowered(lambda a: [a.sin() + 1], [x]) for _ in range(2))
     (made,) = second.ready()([x.clone()])
     torch.testing.assert_close(made, x.sin() + 1)
+
+
+@needs_compiler
+def test_strides_that_vary_between_calls():
+    """A tangent that is laid out in another way from one call to the next."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6), nn.Tanh())
+    model = zgraph.compile(copy.deepcopy(plain), kernels="inductor")
+    x = torch.randn(6, 6)
+    for tangent in (torch.randn(6, 6), torch.randn(6, 6), torch.randn(6, 6).t(), torch.randn(1, 6).expand(6, 6)):
+        for each in (plain, model):
+            each.zero_grad()
+            each(x).backward(tangent)
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_region_looks_at_strides_that_may_vary():
+    """At all in the first call, at those that are loose in later ones, and at all again once any were others."""
+    taken: list[str] = []
+    found = regions.Regions()
+    sized = regions._Sized(found, None)
+    sized.by_size = lambda args: taken.append("by size") or args
+    dense, other = torch.ones(3, 3), torch.ones(3, 3).t()[:, :2]
+    kinds = [private_inductor.Example.of(t) for t in (dense, dense)]
+    sized.are_static(kinds, lambda args: taken.append("compiled") or args)
+    run, second = sized.runner([0]), sized.runner([])
+    for args in ([dense, dense], [dense, dense], [other, dense]):
+        run(args)
+        second(args[1:] * 2)
+    assert taken == ["compiled", "compiled"] * 2 + ["by size", "compiled"]
+    second([dense, other])
+    assert taken[-1] == "by size"
+
+
+def test_strides_follow_from_what_is_read():
+    plan = planned(2)
+    parts = list(cut(plan.forward, plan.graph))
+    inputs = {i.value.name for i in plan.graph.inputs if i.kind is not InputKind.param}
+    strides = Strides(plan.graph, plan.resident, parts)
+    found = [p for p in parts if isinstance(p, Region)]
+    for region in found:
+        for index in strides.loose(region):
+            assert region.inputs[index].name in inputs
+    loose = [v for p in found for v in (p.inputs[i] for i in strides.loose(p))]
+    assert 0 < len(loose) < sum(len(p.inputs) for p in found)
 
 
 class Twins(nn.Module):

@@ -25,6 +25,7 @@ __all__ = [
     "inductor",
     "inductor_problem",
     "lowered",
+    "spell",
     "warm",
     "warmed",
 ]
@@ -71,6 +72,9 @@ class _Wait:
         if self.error is not None:
             raise self.error
 
+
+_spelled: dict[Any, Callable[..., Any]] = {}
+"""Functions that Inductor sees in the place of ops."""
 
 _waits: ContextVar[list[_Wait] | None] = ContextVar("zgraph_waits", default=None)
 """Waits that were put off, in a context that lowers."""
@@ -129,7 +133,7 @@ def lowered(
     try:
         with torch.no_grad(), outside, _disable_current_modes(), mode, settings.patch(cache_key_tag=tag):
             fakes = [torch.empty_strided(size, stride, dtype=dtype, device=at) for size, stride, dtype, at in kinds]
-            traced = make_fx(function, decomposition_table=select_decomp_table())(*fakes)
+            traced = make_fx(function, decomposition_table={**select_decomp_table(), **_spelled})(*fakes)
             results: Any = traced.graph.output_node()
             results.meta["user_visible_output_idxs"] = [*range(len(results.args[0]))]  # their strides are kept
             compiled: Any = compile_fx_inner(traced, fakes)
@@ -147,6 +151,11 @@ def lowered(
             each()
 
     return Lowered(compiled, wait)
+
+
+def spell(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+    """Have Inductor see an op as a function of torch's own, and fuse that with what is around it."""
+    _spelled[op] = function
 
 
 def inductor(function: Callable[..., Sequence[torch.Tensor]], examples: Sequence[Example | torch.Tensor]) -> Tensors:

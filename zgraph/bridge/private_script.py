@@ -84,6 +84,13 @@ def _settings() -> _Settings:
     return _Settings(_rethrows())
 
 
+def _empty_list(of: torch.Tensor) -> Any:
+    """A list of tensors as the interpreter has them, which learns the kind from one."""
+    made = _C.ScriptList([of])
+    made.clear()
+    return made
+
+
 class Script:
     """A function of the interpreter in the making: a list of tensors, which it empties, and numbers, to tensors.
 
@@ -152,14 +159,25 @@ class Script:
         whole.setType(_C.TupleType([handle.type() for handle in given]))
         self.graph.registerOutput(whole)
         run: Any = _C._create_function_from_graph(name, self.graph)
-        has_tensors, script_list, settings = self.has_tensors, _C.ScriptList, _settings()
+        settings = _settings()
         below = nullcontext if tracks_views else _C._AutoDispatchBelowADInplaceOrView
+        if not self.has_tensors:
+
+            def of_numbers(_tensors: list[torch.Tensor], *numbers: Any) -> tuple[torch.Tensor, ...]:
+                with settings, below():
+                    return run(*numbers)  # type: ignore[no-any-return]
+
+            return of_numbers
+        spare, example = list[Any](), torch.empty(0)
 
         def interpreted(tensors: list[torch.Tensor], *numbers: Any) -> tuple[torch.Tensor, ...]:
-            given = (script_list(tensors),) if has_tensors else ()
+            given = spare.pop() if spare else _empty_list(example)
+            given.extend(tensors)
             tensors.clear()
             with settings, below():
-                return run(*given, *numbers)  # type: ignore[no-any-return]
+                made = run(given, *numbers)
+            spare.append(given)  # the function emptied it; making one takes longer than the call of an op
+            return made  # type: ignore[no-any-return]
 
         return interpreted
 

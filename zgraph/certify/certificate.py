@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from time import perf_counter
 
+from zgraph.certify import float8
 from zgraph.certify.budget import Limit, footprint, is_lowered, over
 from zgraph.certify.derived import Derived
 from zgraph.certify.equality import Equality, Programs
@@ -84,6 +85,9 @@ class Certifier:
                 if check.fuses(before, graph):
                     check.compare(before_step, before, places=True)
                     check.fused(step, before, graph)
+                elif check.approximates(before, graph):
+                    check.compare(before_step, before, places=True)
+                    check.approximated(step, before, graph)
             check.compare(last_step, last, places=True)
             check.rules(last)
             check.placed(last, released=any(step == "release" for step, _ in self.steps))
@@ -114,6 +118,8 @@ class Certifier:
                 check.placed(graph, released=released)
             if changed and check.fuses(before, graph):
                 check.fused(step, before, graph)
+            elif changed and check.approximates(before, graph):
+                check.approximated(step, before, graph)
             elif changed:
                 check.compare(step, graph)
         return self.certificate(check)
@@ -156,6 +162,19 @@ class _Check:
         """Whether the kernels compute what stood in their place; what follows is compared with this graph."""
         self.name = step
         self.run("kernels by their specification", graph, self.equality.fused(before, graph))
+        self.begin_again(step, graph)
+
+    def approximates(self, before: Graph, graph: Graph) -> bool:
+        """Whether other products are in float8 than in the graph before it, and it is not yet placed."""
+        return not graph.mesh and float8.products(before) != float8.products(graph)
+
+    def approximated(self, step: str, before: Graph, graph: Graph) -> None:
+        """Whether a graph computes what the last one did but for float8; what follows is compared with this one."""
+        self.name, rule = step, "float8 by what it approximates"
+        self.run(rule, graph, float8.faults(graph))
+        made = float8.without_turns(float8.in_full(graph))
+        programs = [self.equality.programs(each) for each in (float8.without_turns(before), made)]
+        self.run(rule, made, self.equality.faults(programs[0], programs[1], step))
         self.begin_again(step, graph)
 
     def compare(self, step: str, graph: Graph, *, places: bool = False) -> None:

@@ -19,7 +19,7 @@ from zgraph.ir.verifier import Fault
 from zgraph.passes.plan.no_sync import without_sync
 from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
-RESENDS = frozenset({"partition", "fit", "keep", "recompute", "offload", "fuse"})
+RESENDS = frozenset({"partition", "fit", "keep", "recompute", "offload", "fuse", "float8"})
 """Passes that may change what goes over the wire or waits for the backward; no other may."""
 
 

@@ -31,6 +31,9 @@ FAILED, USED_WRONGLY, DOES_NOT_FIT = 1, 2, 3
 DTYPES = ("bf16", "f16", "f32")
 """Completions that shells offer for a dtype."""
 
+KERNELS = ("aten", "triton", "inductor", "auto")
+COMPUTES = ("float8", "float8-rowwise")
+
 FILE_WIDTH = 150
 """Columns of a table that does not go to a terminal."""
 

@@ -13,7 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from zgraph.cli.app import (
+    COMPUTES,
     DTYPES,
+    KERNELS,
     AsJson,
     Load,
     app,
@@ -37,8 +39,6 @@ from zgraph.passes.core.pipeline import print_size
 from zgraph.runfile.diff import compare
 from zgraph.runfile.explain import explain
 from zgraph.runfile.format import CAPTURED, Ran, Recording, graph_names
-
-KERNELS = ("aten", "triton", "inductor", "auto")
 
 PHASES = tuple(phase.value for phase in Phase)
 
@@ -65,6 +65,9 @@ def trace(
             autocompletion=any_of(*KERNELS),
         ),
     ] = "aten",
+    compute: Annotated[
+        str, typer.Option(help="What matrices are multiplied in.", autocompletion=any_of(*COMPUTES))
+    ] = "",
     passes: Annotated[
         str, typer.Option(help="A recipe in the place of the stage's own.", autocompletion=several_passes)
     ] = "",
@@ -80,7 +83,8 @@ def trace(
     from zgraph.estimate.trace import traced
 
     param_dtype = as_dtype(dtype, "--dtype")
-    recipe = passes or recipe_for(one_of("--kernels", kernels, KERNELS), RECIPES[stage])
+    chosen = one_of("--compute", compute, COMPUTES) if compute else None
+    recipe = passes or recipe_for(one_of("--kernels", kernels, KERNELS), RECIPES[stage], chosen)
     pipeline = parse_recipe(recipe)
     with progress() as shown:
         task = shown.add_task(f"reading {model}")

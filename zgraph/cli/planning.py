@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn
 
-from zgraph.cli.app import DOES_NOT_FIT, DTYPES, AsJson, app, console, print_json, progress
+from zgraph.cli.app import COMPUTES, DOES_NOT_FIT, DTYPES, KERNELS, AsJson, app, console, one_of, print_json, progress
 from zgraph.cli.completion import any_of, hardware_names
 from zgraph.cost import Hardware, hardware
 
@@ -51,6 +51,16 @@ def plan(
     offload: Annotated[
         str, typer.Option(help="What may go to the host: auto, none, or any of activations,optimizer,parameters.")
     ] = "auto",
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help="What runs the ops between collectives; by default what zgraph.compile takes on the hardware.",
+            autocompletion=any_of(*KERNELS),
+        ),
+    ] = "",
+    compute: Annotated[
+        str, typer.Option(help="What matrices are multiplied in.", autocompletion=any_of(*COMPUTES))
+    ] = "",
     sweep: Annotated[
         bool,
         typer.Option(
@@ -76,6 +86,8 @@ def plan(
         "stage": stage,
         "offload": _offload(offload),
         "param_dtype": as_dtype(dtype, "--dtype"),
+        "kernels": one_of("--kernels", kernels, KERNELS) if kernels else None,
+        "compute": one_of("--compute", compute, COMPUTES) if compute else None,
     }
     found = _combined(model, tried, batch or [], BATCHES if sweep else BATCHES[:1], seq, options)
     is_one = not sweep and len(found.combinations) == 1

@@ -18,6 +18,7 @@ from zgraph.capture import Compiled
 from zgraph.certify.certificate import Certifier
 from zgraph.compiler.autotune import tuned
 from zgraph.compiler.call_guard import eager
+from zgraph.compiler.float8_layers import Float8Layers
 from zgraph.compiler.narrator import Narrator
 from zgraph.compiler.report import Entry, Report, make_entry
 from zgraph.cost.workspace import NUM_THREADS
@@ -89,6 +90,7 @@ class CompiledModel:
         self.is_replanned = False
         self.entries: list[Entry] = []
         self.hints: dict[str, int] = {}
+        self.float8 = Float8Layers()
         self._planned: set[bool] = set()
         self._tuned: set[bool] = set()
 
@@ -96,7 +98,7 @@ class CompiledModel:
         """A captured graph through the passes, planned, agreed on and linked."""
         settings = environment()
         log = Log()
-        instruments: list[Any] = [log, self.narrator]
+        instruments: list[Any] = [log, self.narrator, self.float8]
         is_general = any(not name.startswith(NUM_THREADS) for name in hints)
         self.narrator.captured(graph, len(self.pipeline.passes), is_general=is_general)
         if settings.verify:
@@ -226,6 +228,7 @@ class CompiledModel:
             tuple(self.entries),
             self.regions,
             self.kernels,
+            str(self.float8),
         )
 
 

@@ -108,6 +108,7 @@ class Report:
         entries: one for each captured graph, in the order of capture.
         regions: what Inductor compiled, if it was to.
         kernels: what runs the ops between collectives.
+        float8: which linear layers are multiplied in float8, and why the others are not; empty if none is to be.
     """
 
     model: str
@@ -122,6 +123,7 @@ class Report:
     entries: tuple[Entry, ...]
     regions: Regions | None = None
     kernels: str = "aten"
+    float8: str = ""
 
     @property
     def step_peak_bytes(self) -> int:
@@ -208,6 +210,8 @@ class Report:
             table.add_row("on the host: at the peak of a step", mebibytes(self.host_bytes + self.host_peak_bytes))
         if self.kernels != "aten":
             table.add_row("kernels", KERNELS[self.kernels])
+        if self.float8:
+            table.add_row("float8", self.float8)
         if self.regions is not None:
             table.add_row("compiled by Inductor", str(self.regions))
         return table

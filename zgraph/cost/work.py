@@ -187,6 +187,7 @@ _TRANSPOSABLE = {"convolution", "_convolution", "convolution_overrideable", "con
 
 _RULES: Mapping[FlopRule, Callable[[Shapes, Node], Any]] = {
     "product": lambda s, n: _matmul(s[0], s[1]),
+    "scaled product": lambda s, n: _matmul(s[0], s[2]),
     "sum and product": lambda s, n: _matmul(s[1], s[2]),
     "products": _products,
     "grouped product": _grouped,

@@ -184,6 +184,7 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
         recompute=own.recompute,
         offload=_offload(config),
         kernels=own.kernels,
+        compute=own.compute,
         save=own.save,
         fullgraph=own.fullgraph,
         dynamic=own.dynamic,

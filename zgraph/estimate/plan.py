@@ -20,6 +20,7 @@ from zgraph.errors import UsageError
 from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.stage_plan import Planner, StagePlan
 from zgraph.options.offload import Offload, activations, places
+from zgraph.options.validate import Compute, Kernels, check_compute, check_kernels, default_kernels
 from zgraph.passes import RECIPES
 from zgraph.viz import as_text, gibibytes
 
@@ -132,6 +133,8 @@ def plan(
     stage: int | Sequence[int] | None = None,
     offload: Offload = "auto",
     param_dtype: Dtype | None = None,
+    kernels: Kernels | None = None,
+    compute: Compute | None = None,
     **kwargs: Any,
 ) -> TrainingPlan:
     """Plans memory and time of training a model with AdamW, without the hardware: no process group, device or memory.
@@ -151,6 +154,9 @@ def plan(
             that is faster. `zgraph.compile(model, stage=found.best.stage_of)` takes it.
         offload: what may go to the host's memory, as in `zgraph.compile`.
         param_dtype: dtype to compute in, as in `zgraph.compile`.
+        kernels: what runs the ops between collectives, as in `zgraph.compile`; by default what that takes on the
+            hardware. "inductor" and "auto" are planned op by op, as if Inductor saved nothing.
+        compute: what matrices are multiplied in, as in `zgraph.compile`.
 
     Raises:
         UsageError, DtypeError: an option means nothing.
@@ -166,6 +172,8 @@ def plan(
         stage=stage,
         offload=offload,
         param_dtype=param_dtype,
+        kernels=kernels,
+        compute=compute,
         **kwargs,
     )
     return found
@@ -180,13 +188,15 @@ def sweep(
     stage: int | Sequence[int] | None = None,
     offload: Offload = "auto",
     param_dtype: Dtype | None = None,
+    kernels: Kernels | None = None,
+    compute: Compute | None = None,
     **kwargs: Any,
 ) -> tuple[TrainingPlan, ...]:
     """`plan` for several kinds of hardware, with the model captured once.
 
     Args:
         hardware: what to plan for, one plan each.
-        model, args, kwargs, num_ranks, memory_budget, stage, offload, param_dtype: as for `plan`.
+        model, args, kwargs, num_ranks, memory_budget, stage, offload, param_dtype, kernels, compute: as for `plan`.
 
     Raises:
         UsageError, HardwareError, CaptureError, GraphBreakError: as `plan` does.
@@ -198,7 +208,9 @@ def sweep(
     if num_ranks is not None and num_ranks < 1:
         raise UsageError(f"num_ranks must be 1 or more, not {num_ranks}")
     dtype = as_dtype_or_none(param_dtype, "param_dtype")
-    makers = [_planner(target, num_ranks, memory_budget, offload) for target in hardware]
+    check_kernels(kernels, has_recipe=False)
+    check_compute(compute)
+    makers = [_planner(target, num_ranks, memory_budget, offload, kernels, compute) for target in hardware]
     samples = capture_samples(model, args, kwargs, dtype)
     num_parameters = sum(p.numel() for p in model.parameters())
     sizes = [(n, p.numel() * compute_dtype(p, dtype).itemsize) for n, p in model.named_parameters()]
@@ -217,7 +229,12 @@ def sweep(
 
 
 def _planner(
-    target: Target, num_ranks: int | None, memory_budget: int | str | None, offload: Offload
+    target: Target,
+    num_ranks: int | None,
+    memory_budget: int | str | None,
+    offload: Offload,
+    kernels: Kernels | None,
+    compute: Compute | None,
 ) -> Callable[[LayerSamples], Planner]:
     """A planner for one kind of hardware, once the model is captured."""
     costs = cost_table(target, torch.device("cpu"))
@@ -233,6 +250,8 @@ def _planner(
         host_budget=int(host_bytes) or None,
         places=places(offload, is_gpu=hardware.has_host),
         moves=activations(offload, budget, is_gpu=hardware.has_host) != "never",
+        kernels=kernels or default_kernels(is_gpu=hardware.has_host),
+        compute=compute,
     )
 
 

@@ -12,15 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from zgraph.codegen import library as _kernels  # noqa: F401 - registers the workspace of ops
 from zgraph.cost import CostTable, Moment, simulate, traffic
 from zgraph.cost.rest import at_rest
 from zgraph.cost.work import work
 from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.ir import Axis, Graph, InputKind, Phase
-from zgraph.passes import RECIPES, Context, Pipeline, make_plan, parse_recipe
+from zgraph.options.validate import Compute, Kernels
+from zgraph.passes import RECIPES, Context, Pass, Pipeline, make_plan, parse_recipe, recipe_for
 from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.lookahead import step_memory
+from zgraph.passes.canonicalize import Canonicalize
+from zgraph.passes.dce import DeadCode
 from zgraph.passes.fit import Fit
+from zgraph.passes.fuse import Fuse
+from zgraph.passes.fusion.loss import fused_losses, loss_nodes
 from zgraph.passes.offload import Saved
 
 UPDATE_PASSES = 7
@@ -101,6 +107,8 @@ class Planner:
         host_budget: bytes that one rank may have on the host; None sets no limit.
         places: what may be at rest on the host, what is tried first before the rest: "", "optimizer", "parameters".
         moves: whether activations may wait on the host.
+        kernels: what runs the ops between collectives, as for `zgraph.compile`.
+        compute: what matrices are multiplied in, as there.
     """
 
     samples: LayerSamples
@@ -110,6 +118,8 @@ class Planner:
     host_budget: int | None
     places: tuple[str, ...]
     moves: bool
+    kernels: Kernels = "aten"
+    compute: Compute | None = None
 
     def plan(self, stage: int) -> StagePlan:
         """The fastest plan that fits, with as little on the host as that takes; else the one that needs the least."""
@@ -171,8 +181,22 @@ class _Shape:
         mesh = (Axis("shard", planner.num_ranks),) if planner.num_ranks > 1 else ()
         context = Context(mesh=mesh, costs=planner.costs, groups_calls=True)
         self.samples = planner.samples.changed(self._marked)
-        self.members = [_Member(graph, stage, context) for graph in self.samples.members]
+        steps = parse_recipe(recipe_for(planner.kernels, RECIPES[stage], planner.compute)).passes
+        self.members = [_Member(graph, steps, context) for graph in self.samples.members]
         self.rest = self.samples.scale_by_key([at_rest(m.placed) for m in self.members])
+        if planner.kernels == "auto" and self._has_no_room_for_logits(context):
+            steps = tuple(_Blockwise() if isinstance(step, Fuse) else step for step in steps)
+            self.members = [_Member(graph, steps, context) for graph in self.samples.members]
+
+    def _has_no_room_for_logits(self, context: Context) -> bool:
+        """Whether `fuse` of the whole model would take the loss block by block: see `zgraph.passes.fuse`."""
+        alive = []
+        for captured in self.samples.members:
+            graph = Canonicalize().run(captured, context)
+            loss = loss_nodes(graph)
+            moments = step_memory(graph, context).moments if loss else ()
+            alive.append(max((m.total_bytes for m in moments if m.node in loss), default=0))
+        return self.samples.scale(alive) > self.planner.budget - self.rest_bytes
 
     def _marked(self, graph: Graph) -> Graph:
         inputs = tuple(
@@ -282,12 +306,19 @@ class _Shape:
         return 1e6 * UPDATE_PASSES * self.rest["masters"] / rate
 
 
+@dataclass(frozen=True)
+class _Blockwise(Fuse):
+    """`fuse` where the logits have no room, and nothing was measured: the loss is taken block by block."""
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        return DeadCode().run(fused_losses(graph, self.name), context)
+
+
 class _Member:
     """One graph of the samples at one stage, with all blocks keeping what is worth a price."""
 
-    def __init__(self, graph: Graph, stage: int, context: Context) -> None:
+    def __init__(self, graph: Graph, passes: tuple[Pass, ...], context: Context) -> None:
         self.context = context
-        passes = parse_recipe(RECIPES[stage]).passes
         at = next(i for i, step in enumerate(passes) if step.name == Fit.name)
         self.tail = Pipeline(passes[at + 1 :])
         self.placed = Pipeline(passes[:at]).run(graph, context)

@@ -32,6 +32,12 @@ MATMUL = "zgraph.matmul.default"
 ROTARY = "zgraph.rotary.default"
 """The op that turns pairs of columns: what, cosines, sines, the order of dimensions in memory, and whether back."""
 
+FLOAT8 = "zgraph.to_float8.default"
+"""The op that casts a matrix to float8: the matrix, the dtype, and the dim that scales are taken along."""
+
+FLOAT8_MM = "zgraph.float8_mm.default"
+"""The op that multiplies two matrices in float8: each with its scales, the result's dtype, whether it may be faster."""
+
 LOSS = "zgraph.cross_entropy.default"
 LOSS_BACKWARD = "zgraph.cross_entropy_backward.default"
 PROJECTED_LOSS = "zgraph.linear_cross_entropy.default"
@@ -58,6 +64,7 @@ Zero = Literal["first", "any", "all"]
 
 Work = Literal[
     "product",
+    "scaled product",
     "sum and product",
     "products",
     "grouped product",
@@ -109,6 +116,10 @@ class Facts:
         keeps_rows: whether it is a view that may leave rows as they are, which kernels look through.
         takes_epilogue: whether a generated matmul can stand in its place; the last two operands are the matrices.
         hides_view: whether its result is in the memory of its first argument, although its schema says otherwise.
+        is_first_if_alike: whether its result is the first operand, as a view, where it is of the same type.
+        undoes_itself: whether a second call with the same arguments behind the first gives what the first call read.
+        unit: the number that, as the second argument, leaves the first as it is.
+        by_tensor: the overload that takes a tensor of one number in the place of a number as the second argument.
         opens_files: whether it reads or writes files, so that no graph may have it.
         work: how FLOP are counted; None where it has no matmul.
         scratch: memory that it needs beside operands and results on processors; None where it is negligible.
@@ -124,6 +135,10 @@ class Facts:
     keeps_rows: bool = False
     takes_epilogue: bool = False
     hides_view: bool = False
+    is_first_if_alike: bool = False
+    undoes_itself: bool = False
+    unit: int | None = None
+    by_tensor: str | None = None
     opens_files: bool = False
     work: Work | None = None
     scratch: Scratch | None = None
@@ -138,11 +153,11 @@ class Facts:
 
 _ROWS = (
     # Other names, shapes and copies of a value.
-    Facts("aten.alias.default", elements="itself", keeps_rows=True),
-    Facts("aten.detach.default", elements="itself", keeps_rows=True),
+    Facts("aten.alias.default", elements="itself", keeps_rows=True, is_first_if_alike=True),
+    Facts("aten.detach.default", elements="itself", keeps_rows=True, is_first_if_alike=True),
     Facts("aten.lift_fresh.default", elements="itself"),
-    Facts(VIEW, elements="reshaped", keeps_rows=True),
-    Facts("aten._unsafe_view.default", elements="reshaped", keeps_rows=True, hides_view=True),
+    Facts(VIEW, elements="reshaped", keeps_rows=True, is_first_if_alike=True),
+    Facts("aten._unsafe_view.default", elements="reshaped", keeps_rows=True, hides_view=True, is_first_if_alike=True),
     Facts("aten._reshape_alias.default", elements="reshaped", keeps_rows=True),
     Facts("aten.reshape.default", elements="reshaped"),
     Facts("aten.unsqueeze.default", elements="reshaped", keeps_rows=True),
@@ -155,12 +170,12 @@ _ROWS = (
     Facts("aten.contiguous.default", elements="copied"),
     Facts("aten.lift_fresh_copy.default", elements="copied"),
     # Elements of a value, in another order or number.
-    Facts("aten.t.default", elements="chosen"),
-    Facts("aten.transpose.int", elements="chosen"),
+    Facts("aten.t.default", elements="chosen", undoes_itself=True),
+    Facts("aten.transpose.int", elements="chosen", undoes_itself=True),
     Facts("aten.permute.default", elements="chosen"),
-    Facts("aten.expand.default", elements="chosen", keeps_rows=True),
+    Facts("aten.expand.default", elements="chosen", keeps_rows=True, is_first_if_alike=True),
     Facts("aten.repeat.default", elements="chosen"),
-    Facts("aten.slice.Tensor", elements="chosen"),
+    Facts("aten.slice.Tensor", elements="chosen", is_first_if_alike=True),
     Facts("aten.select.int", elements="chosen"),
     Facts("aten.split.Tensor", elements="chosen"),
     Facts("aten.split_with_sizes.default", elements="chosen"),
@@ -208,11 +223,15 @@ _ROWS = (
     Facts("aten.nll_loss2d_forward.default", indexing="class of scores"),
     Facts(LOSS, indexing="logits"),
     # Arithmetic.
-    Facts("aten.add.Tensor", zero="all", commutes=True),
-    Facts("aten.mul.Tensor", zero="any", commutes=True),
-    Facts("aten.mul.Scalar", zero="first"),
-    Facts("aten.div.Tensor", zero="first"),
-    Facts("aten.div.Scalar", zero="first"),
+    Facts("aten.add.Tensor", zero="all", commutes=True, by_tensor="aten.add.Tensor"),
+    Facts("aten.mul.Tensor", zero="any", commutes=True, unit=1, by_tensor="aten.mul.Tensor"),
+    Facts("aten.mul.Scalar", zero="first", unit=1, by_tensor="aten.mul.Tensor"),
+    Facts("aten.div.Tensor", zero="first", unit=1, by_tensor="aten.div.Tensor"),
+    Facts("aten.div.Scalar", zero="first", unit=1, by_tensor="aten.div.Tensor"),
+    Facts("aten.sub.Tensor", by_tensor="aten.sub.Tensor"),
+    Facts("aten.add.Scalar", by_tensor="aten.add.Tensor"),
+    Facts("aten.sub.Scalar", by_tensor="aten.sub.Tensor"),
+    Facts("aten.pow.Tensor_Scalar", unit=1),
     Facts("aten.neg.default", zero="first"),
     Facts("aten.sum.default", zero="first"),
     Facts("aten.sum.dim_IntList", zero="first"),
@@ -247,6 +266,7 @@ _ROWS = (
     Facts("aten.dot", work="vector product"),
     Facts("aten.vdot", work="vector product"),
     Facts(MATMUL, work="product"),
+    Facts(FLOAT8_MM, work="scaled product"),
     Facts("aten.addmm", work="sum and product"),
     Facts("aten.addbmm", work="sum and product"),
     Facts("aten.addmm.default", takes_epilogue=True, work="sum and product"),

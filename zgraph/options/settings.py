@@ -21,7 +21,18 @@ from zgraph.errors import ContractError, UsageError
 from zgraph.ir.layout import chunk_numel
 from zgraph.options.lengths import Lengths, check_lengths
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
-from zgraph.options.validate import Fullgraph, Kernels, Stage, check_kernels, check_optimizers, check_options, stage_of
+from zgraph.options.validate import (
+    Compute,
+    Fullgraph,
+    Kernels,
+    Stage,
+    check_can_compute,
+    check_kernels,
+    check_optimizers,
+    check_options,
+    default_kernels,
+    stage_of,
+)
 from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, pipeline_of, recipe_for
 from zgraph.passes.core.base import Choice
 from zgraph.runfile.format import RunFile, load_run
@@ -48,6 +59,7 @@ class Options(TypedDict, total=False):
     recompute: Recompute
     offload: Offload
     kernels: Kernels | None
+    compute: Compute | None
     passes: Passes | None
     save: str | Path | None
     fullgraph: Fullgraph
@@ -142,6 +154,7 @@ def resolve(
     save: str | Path | None,
     fullgraph: Fullgraph,
     dynamic: bool | None,
+    compute: Compute | None = None,
     lengths: Lengths | None = None,
 ) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
@@ -157,9 +170,10 @@ def resolve(
     check_lengths(lengths, model.forward, dynamic)
     device = device_for(model, mesh, device)
     is_gpu = device.type != "cpu"
+    check_can_compute(compute, passes is not None, fullgraph, device)
     kernels, remark = kernels_for(kernels, device)
     replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
-    pipeline = pipeline_of(_passes(stage, kernels, passes, replayed))
+    pipeline = pipeline_of(_passes(stage, kernels, compute, passes, replayed))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     costs = cost_table(hardware, device)
@@ -237,7 +251,7 @@ def default_device(mesh: DeviceMesh | None) -> torch.device:
 
 def kernels_for(wanted: Kernels | None, device: torch.device) -> tuple[Kernels, str]:
     """The kernels of the ops between collectives, and why they are not those that were wanted or are the default."""
-    kernels = wanted or ("auto" if device.type != "cpu" else "aten")
+    kernels = wanted or default_kernels(is_gpu=device.type != "cpu")
     if kernels == "auto" and (problem := inductor_problem(device)):
         default = "" if wanted else ", the default on GPUs,"
         return "aten", f'kernels="auto"{default} is kernels="aten" here: Inductor does not compile, as {problem}'
@@ -245,13 +259,13 @@ def kernels_for(wanted: Kernels | None, device: torch.device) -> tuple[Kernels, 
 
 
 def _passes(
-    stage: Stage, kernels: Kernels, passes: Passes | None, replayed: RunFile | None
+    stage: Stage, kernels: Kernels, compute: Compute | None, passes: Passes | None, replayed: RunFile | None
 ) -> str | Pipeline | Sequence[Pass]:
     if replayed is not None:
         return replayed.recipe
     if passes is not None:
         return str(passes) if isinstance(passes, Path) else passes
-    return recipe_for(kernels, RECIPES[stage] if isinstance(stage, int) else MIXED)
+    return recipe_for(kernels, RECIPES[stage] if isinstance(stage, int) else MIXED, compute)
 
 
 def _mesh(device: torch.device, mesh: DeviceMesh | None) -> DeviceMesh | None:

@@ -11,12 +11,16 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.bridge.aten import FROM_TORCH
+from zgraph.codegen.float8 import float8_problem
 from zgraph.errors import AlreadyCompiledError, UsageError
-from zgraph.passes import RECIPES
+from zgraph.passes import COMPUTES, RECIPES
 
 Stage = int | Callable[[str], int]
 
 Kernels = Literal["auto", "aten", "triton", "inductor"]
+
+Compute = Literal["float8", "float8-rowwise"]
+
 Fullgraph = bool | Literal["eager"]
 
 ATTRIBUTE = "_zgraph"
@@ -74,6 +78,36 @@ def check_kernels(kernels: str | None, has_recipe: bool) -> None:
         raise UsageError(f'kernels must be "auto", "aten", "triton" or "inductor", not {kernels!r}')
     if kernels == "triton" and has_recipe:
         raise UsageError('with passes=, the recipe says what is fused: put fuse in it, and leave kernels="triton" out')
+
+
+def default_kernels(*, is_gpu: bool) -> Kernels:
+    """The kernels of the ops between collectives where none are asked for."""
+    return "auto" if is_gpu else "aten"
+
+
+def check_compute(compute: str | None) -> None:
+    """Raise UsageError for a way to multiply matrices that is none."""
+    if compute is not None and compute not in get_args(Compute):
+        raise UsageError(f'compute must be "float8", "float8-rowwise" or None, not {compute!r}')
+
+
+def check_can_compute(compute: str | None, has_recipe: bool, fullgraph: object, device: torch.device) -> None:
+    """Raise UsageError for a way to multiply matrices that the other options or the device leave no place for."""
+    check_compute(compute)
+    if compute is None:
+        return
+    if has_recipe:
+        raise UsageError(
+            f"with passes=, the recipe says what is in float8: put {COMPUTES[compute]} behind canonicalize in it, and "
+            "leave compute= out"
+        )
+    if fullgraph == "eager":
+        raise UsageError(
+            f'compute="{compute}" is for matmuls that are captured, and fullgraph="eager" captures nothing; leave one '
+            "of them out"
+        )
+    if problem := float8_problem(device):
+        raise UsageError(f'compute="{compute}": {problem}. Leave compute= out; param_dtype="bf16" needs no float8')
 
 
 def _check_mesh(mesh: DeviceMesh) -> None:

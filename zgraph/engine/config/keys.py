@@ -288,6 +288,7 @@ class Own(Section):
     recipe: str | None = None
     hardware: str | None = None
     kernels: Literal["aten", "triton", "inductor", "auto"] | None = None
+    compute: Literal["float8", "float8-rowwise"] | None = None
     recompute: Literal["auto"] | bool = "auto"
     fullgraph: bool | Literal["eager"] = True
     dynamic: bool | None = None
