@@ -182,7 +182,8 @@ def _at_rest(session: Session, slot: Slot, gradient: Gradient) -> torch.Tensor:
         return whole.clone() if whole is tensor else whole
     mesh = parameter.device_mesh
     part = whole / session.divisor_of(slot)  # a sum is what every backend reduces
-    return private_runtime.dtensor(part, mesh, [Partial()] * mesh.ndim, parameter.shape, parameter.stride())
+    placements = session.store.ranks.placements(slot.name, Partial())
+    return private_runtime.dtensor(part, mesh, placements, parameter.shape, parameter.stride())
 
 
 def _laid_out(own: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,12 @@ def recipe_for(kernels: str, recipe: str) -> str:
     return fusing(recipe, only_measured=kernels == "auto") if kernels in ("triton", "auto") else recipe
 
 
+def along_model_axes(recipe: str) -> str:
+    """The recipe with parameters cut along the axes of tensor parallelism first, of which kernels are not generated."""
+    recipe = re.sub(r"fuse(\([^)]*\))?,", "", recipe)
+    return recipe.replace("canonicalize,", "canonicalize,place,", 1).replace("broadcast,", "exchange,broadcast,", 1)
+
+
 def in_regions(recipe: str) -> str:
     """The recipe for what is compiled in regions: the backward makes views of the forward's values again."""
     return re.sub(r"partition\(stage=(\d)\)", r"partition(stage=\1,repeat_views=true)", recipe)

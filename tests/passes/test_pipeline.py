@@ -29,6 +29,7 @@ OPTIONS = {
     "only_measured": st.booleans(),
     "repeat_views": st.booleans(),
     "matmuls": st.sampled_from(["never", "auto", "always"]),
+    "axis": st.sampled_from(["tensor", "context", "expert"]),
     "slack": st.sampled_from([0.0, 0.5, 1.25, 8.0]),
 }
 
@@ -81,7 +82,7 @@ def test_every_pass_is_found_by_its_name():
 BAD = [
     ("^partitoin", "did you mean partition?"),
     ("canonicalize,^partitions(stage=2)", "did you mean partition?"),
-    ("^zzz", "the passes are canonicalize, fuse, partition"),
+    ("^zzz", "the passes are canonicalize, place, fuse, partition"),
     ("partition(^stages=2)", "did you mean stage?"),
     ("partition(^zzz=2)", "its options are stage"),
     ("partition,dce(^level=2)", "it has none"),
