@@ -173,7 +173,7 @@ def _num_bytes(kind: TensorType) -> float:
 
 
 def _kept_sums(graph: Graph, rules: Sequence[Rule | None], made: set[str]) -> frozenset[str]:
-    """Partial sums that are not reduced where they are made: what reads them adds them up, or is the only reader."""
+    """Partial sums that are not reduced where they are made, but once by what alone reads them, after it adds them."""
     possible, linear = set(made), dict[int, tuple[tuple[int, ...], ...]]()
     for position, (node, rule) in enumerate(zip(graph.nodes, rules, strict=True)):
         groups = rule.linear if rule is not None else ()
@@ -192,12 +192,11 @@ def _kept_sums(graph: Graph, rules: Sequence[Rule | None], made: set[str]) -> fr
 def _stays(
     graph: Graph, linear: Mapping[int, tuple[tuple[int, ...], ...]], kind: TensorType, name: str, kept: set[str]
 ) -> bool:
-    """Whether all that reads a sum is linear in it, with sums that are kept, and makes no more to reduce of it."""
-    reduced = 0.0
-    for position in graph.users[name]:
-        node = graph.nodes[position]
-        at = {i for i, v in enumerate(node.operands) if v.name == name}
-        if not any(at <= set(g) and all(node.operands[i].name in kept for i in g) for g in linear[position]):
-            return False
-        reduced += sum(_num_bytes(r.tensor) for r in node.results if r.name not in kept)
-    return reduced <= _num_bytes(kind)
+    """Whether one node reads a sum, which is linear in it, with sums that are kept, and makes no more to reduce."""
+    if len(graph.users[name]) > 1:
+        return False
+    node = graph.nodes[position := graph.users[name][0]]
+    at = {i for i, v in enumerate(node.operands) if v.name == name}
+    if not any(at <= set(g) and all(node.operands[i].name in kept for i in g) for g in linear[position]):
+        return False
+    return sum(_num_bytes(r.tensor) for r in node.results if r.name not in kept) <= _num_bytes(kind)
