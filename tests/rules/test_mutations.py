@@ -15,11 +15,8 @@ from zgraph.ir.rules import kept as kept_rules
 
 NUM_CASES = 40 if DEEP else 12
 
-RIGHT = {
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": "_s free: ring attention, as the lse is whole",
-    "aten.embedding.default": "a sum of words",
-    "aten.arange.default": "nothing to cut",
-}
+RIGHT = {("aten._scaled_dot_product_flash_attention_for_cpu_backward.default", "cuts _s")}
+"""No mistake: with the whole log of sums, gradients of keys are those of their part, and those of queries add up."""
 
 
 def mutations(rule: Rule, case: Case) -> Iterator[tuple[str, Rule]]:
@@ -90,6 +87,6 @@ def test_mistakes_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         for what in sorted(names):
             if (caught := is_caught(op, what, monkeypatch)) is not None:
                 found[op, what] = caught
-    missed = [key for key, caught in found.items() if not caught and key[0] not in RIGHT]
+    missed = [key for key, caught in found.items() if not caught and key not in RIGHT]
     assert len(found) > 100
     assert len(missed) <= 0.02 * len(found), missed
