@@ -13,9 +13,10 @@ from zgraph.passes.bucket import Bucket
 from zgraph.passes.canonicalize import Canonicalize
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.core.pipeline import Pipeline
-from zgraph.passes.core.recipes import COMPUTES, MIXED, RECIPES, fusing, recipe_for
+from zgraph.passes.core.recipes import COMPUTES, MIXED, RECIPES, along_model_axes, fusing, recipe_for
 from zgraph.passes.core.registry import build_in, known_passes, register_pass
 from zgraph.passes.dce import DeadCode
+from zgraph.passes.exchange import Exchange
 from zgraph.passes.fit import Fit
 from zgraph.passes.float8 import Float8
 from zgraph.passes.fuse import Fuse
@@ -23,6 +24,7 @@ from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload
 from zgraph.passes.partition import Partition
+from zgraph.passes.place import Place
 from zgraph.passes.plan.make_plan import make_plan
 from zgraph.passes.recompute import Recompute
 from zgraph.passes.reduce_scatter import ReduceScatter
@@ -32,6 +34,7 @@ from zgraph.passes.schedule import Schedule
 ALL: tuple[type[Pass], ...] = (
     Canonicalize,
     Float8,
+    Place,
     Fuse,
     Partition,
     Recompute,
@@ -39,6 +42,7 @@ ALL: tuple[type[Pass], ...] = (
     Fit,
     Keep,
     Bucket,
+    Exchange,
     Broadcast,
     AllGather,
     ReduceScatter,
@@ -66,6 +70,7 @@ __all__ = [
     "Numerics",
     "Pass",
     "Pipeline",
+    "along_model_axes",
     "fusing",
     "known_passes",
     "make_plan",

@@ -27,10 +27,14 @@ class HostCopies(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         def to_host(node: Node) -> bool:
-            return placement_change(node) is None and node.results[0].tensor.is_on_host
+            return placement_change(node) is None and _changes_space(node) and node.results[0].tensor.is_on_host
 
         def to_device(node: Node) -> bool:
-            return placement_change(node) is None and not node.results[0].tensor.is_on_host
+            return placement_change(node) is None and _changes_space(node) and not node.results[0].tensor.is_on_host
 
         graph = lower(graph, to_host, "offload_start", self.name)
         return lower(graph, to_device, "reload_start", self.name)
+
+
+def _changes_space(node: Node) -> bool:
+    return node.operands[0].tensor.space != node.results[0].tensor.space

@@ -34,6 +34,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from zgraph.errors import ContractError
 from zgraph.ir import (
     DEVICE,
     HOST,
@@ -54,6 +55,9 @@ from zgraph.ir import (
     Type,
     Value,
     Varying,
+    in_use,
+    model_axes,
+    num_data_ranks,
 )
 from zgraph.ir.aliases import Memory
 from zgraph.ir.external_ops import CAST
@@ -93,11 +97,18 @@ class _Partitioner:
     """One run of the pass: walks the nodes in order, with what each captured value has become."""
 
     def __init__(self, graph: Graph, context: Context, stage: int, repeat_views: bool) -> None:
-        mesh = tuple(a for a in context.mesh if a.size > 1)
+        mesh = in_use(context.mesh)
+        if model_axes(mesh) != model_axes(graph.mesh):
+            axes = ", ".join(a.name for a in model_axes(mesh)) or "no model axis"
+            raise ContractError(
+                f"the mesh has {axes}, but the graph is placed along "
+                f"{', '.join(a.name for a in model_axes(graph.mesh)) or 'none'}; put place before partition"
+            )
         self.source, self.context, self.repeat_views = graph, context, repeat_views
         self.graph = replace(graph, mesh=mesh)
+        self.num_model = len(model_axes(mesh))
         self.builder = Builder(self.graph, Partition.name)
-        self.sharded = bool(mesh)
+        self.sharded = num_data_ranks(mesh) > 1
         self.inputs = {i.value.name: self.place(i, stage) for i in graph.inputs}
         self.env: dict[Phase, dict[str, Value]] = {p: {} for p in Phase}
         self.derived: set[str] = set()
@@ -163,12 +174,15 @@ class _Partitioner:
         return replace(entry, value=replace(entry.value, type=rest), stage=stage, master=master)
 
     def at(self, kind: TensorType, placement: Placement) -> TensorType:
-        return kind.at(*self.everywhere(placement)) if self.sharded else kind
+        """The type at a placement along the shard axis; along model axes it stays."""
+        if not self.sharded:
+            return kind
+        return kind.at(*kind.placement[: self.num_model], *self.everywhere(placement))
 
     def everywhere(self, placement: Placement) -> tuple[Placement, ...]:
         """A placement along the shard axis with what goes with it along the others: shards are replicated there."""
         others = Replicate() if isinstance(placement, Shard) else placement
-        return (*[others] * (len(self.graph.mesh) - 1), placement)
+        return (*[others] * (len(self.graph.mesh) - self.num_model - 1), placement)
 
     # --- uses --------------------------------------------------------------------------------------------------
 
@@ -176,8 +190,8 @@ class _Partitioner:
         """The node on placed values; whatever it needs of parameters is gathered just before it."""
         env = {v.name: self.needed(v, node) for v in node.operands}
         kinds = [v.type for v in env.values() if isinstance(v.type, TensorType)]
-        foreign = self.source.foreign[node.op]
-        varies = foreign.random or any(k.varies for k in kinds)
+        is_random = node.op in self.source.foreign and self.source.foreign[node.op].random
+        varies = is_random or any(k.varies for k in kinds)
         results = tuple(Value(r.name, self.placed_type(r.type, varies)) for r in node.results)
         tensors = [v for v in node.operands if isinstance(v.type, TensorType)]
         if node.phase is Phase.forward and tensors and all(self.comes_again(v.name) for v in tensors):

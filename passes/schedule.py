@@ -308,6 +308,8 @@ class LoweredStep:
         mesh, hints = self.graph.mesh, self.context.hints
         if OPS[node.op].lane == "h2d":
             return local_bytes(node.results[0].type, mesh, hints)
+        if node.option("axis") is not None:
+            return local_bytes(node.results[0].type, mesh, hints) + OPS[node.op].scratch_bytes(node, mesh)
         whole = moved_bytes(node, mesh)
         prepared = whole // self.graph.num_shards if collective.before else 0
         return whole + max(prepared, OPS[node.op].scratch_bytes(node, mesh))
@@ -333,7 +335,7 @@ def _collectives(graph: Graph) -> list[Collective]:
         moves = transfer_of(node)
         if moves is None:
             continue
-        brings = moves.brings
+        brings = moves.brings or moves.exchanges
         before: list[int] = []
         todo: list[Node] = [node]
         while todo:

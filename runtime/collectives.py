@@ -15,7 +15,8 @@ from zgraph.ir import DType, Node, Partial, Placement, TensorType
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
 from zgraph.runtime.agreement import described
-from zgraph.runtime.gloo_transport import Transfer
+from zgraph.runtime.exchanges import EXCHANGES, all_to_all, first_rank, slice_
+from zgraph.runtime.futures import Future, Work
 from zgraph.runtime.gradients import with_unreduced
 from zgraph.runtime.host import Copy
 
@@ -23,18 +24,6 @@ if TYPE_CHECKING:
     from zgraph.runtime.session import Session
 
 Execute = Callable[..., Any]
-Work = dist.Work | Transfer
-
-
-class Future:
-    """A collective or a copy under way: what to wait for, and how to get the result once it is there."""
-
-    __slots__ = ("finish", "held", "name", "work")
-
-    def __init__(
-        self, name: str, work: Work | Copy | None, held: Any, finish: Callable[[], torch.Tensor | None]
-    ) -> None:
-        self.name, self.work, self.held, self.finish = name, work, held, finish
 
 
 def _one_or_all(futures: list[Future]) -> Any:
@@ -292,11 +281,23 @@ def accumulate(node: Node, session: Session) -> Execute:
     return lambda gradient: with_unreduced(session, slot, gradient)
 
 
+def _along_axis_or(make: Callable[[Node, Session], Execute]) -> Callable[[Node, Session], Execute]:
+    """A maker of starts of one kind: along the model axis that a node names, or else among the data ranks."""
+
+    def maker(node: Node, session: Session) -> Execute:
+        return make(node, session) if node.option("axis") is None else EXCHANGES[node.op](node, session)
+
+    return maker
+
+
 EXECUTORS: Mapping[str, Callable[[Node, Session], Execute]] = {
-    "all_gather_start": all_gather_start,
-    "reduce_scatter_start": reduce_scatter_start,
-    "all_reduce_start": all_reduce_start,
+    "all_gather_start": _along_axis_or(all_gather_start),
+    "reduce_scatter_start": _along_axis_or(reduce_scatter_start),
+    "all_reduce_start": _along_axis_or(all_reduce_start),
     "broadcast_start": broadcast_start,
+    "all_to_all_start": all_to_all,
+    "slice": slice_,
+    "first_rank": first_rank,
     "offload_start": offload_start,
     "reload_start": reload_start,
     "wait": wait,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,14 @@ def whole_parameters(session: Session) -> Iterator[None]:
 def full(session: Session, slot: Slot) -> torch.Tensor:
     """A parameter as it is computed with: on the device, gathered where it is sharded."""
     chunk = slot.rest.to(session.device, slot.placeholder.dtype)
+    own = _along_data(session, slot, chunk)
+    if not session.store.ranks.is_cut(slot.name):
+        return own
+    return session.store.ranks.whole(slot.name, own, lambda work: session.peers.wait(work, slot.name))
+
+
+def _along_data(session: Session, slot: Slot, chunk: torch.Tensor) -> torch.Tensor:
+    """A parameter, gathered over the ranks that it is sharded over."""
     if not slot.is_sharded:
         return chunk
     out = chunk.new_empty(session.num_shards, chunk.numel())
@@ -55,7 +64,8 @@ def full(session: Session, slot: Slot) -> torch.Tensor:
         session.enter("all-gather", moved)
         work = private_runtime.all_gathers([(out.view(-1), chunk)], session.shard_group)
     session.peers.wait(work, slot.name)
-    return out.view(-1)[: slot.placeholder.numel()].view(slot.placeholder.shape)
+    shape = session.store.ranks.shape(slot.name, slot.placeholder.shape)
+    return out.view(-1)[: math.prod(shape)].view(shape)
 
 
 def eager_fallback(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:

@@ -183,7 +183,8 @@ def _at_rest(session: Session, slot: Slot, gradient: Gradient) -> torch.Tensor:
         return whole.clone() if whole is tensor else whole
     mesh = parameter.device_mesh
     part = whole / session.divisor_of(slot)  # a sum is what every backend reduces
-    return private_runtime.dtensor(part, mesh, [Partial()] * mesh.ndim, parameter.shape, parameter.stride())
+    placements = session.store.ranks.placements(slot.name, Partial())
+    return private_runtime.dtensor(part, mesh, placements, parameter.shape, parameter.stride())
 
 
 def _laid_out(own: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -269,9 +270,22 @@ REFUSED_ELSEWHERE = {
 """Optimizers of other packages that do not step over shards, by the names of their classes, and why."""
 
 
+REFUSED_ALONG_MODEL_AXES = {
+    "Muon": "it works on whole matrices, and of these a rank has a part",
+    "CompactAdamW": "it rounds at random, and ranks that hold the same would round apart",
+}
+"""Optimizers of zgraph that do not step beside a model axis, and why."""
+
+
 def _check_optimizer(optimizer: Optimizer, session: Session) -> None:
     """Raise UsageError for an optimizer that does not step over shards, before it changes anything."""
     kind = type(optimizer)
+    for base in kind.__mro__ if session.store.ranks.num_model else ():
+        if base.__module__.startswith("zgraph.") and base.__name__ in REFUSED_ALONG_MODEL_AXES:
+            raise UsageError(
+                f"zgraph.optim.{base.__name__} does not go with tensor parallelism: "
+                f"{REFUSED_ALONG_MODEL_AXES[base.__name__]}; take torch.optim.AdamW"
+            )
     package = kind.__module__.partition(".")[0]
     why = REFUSED.get(kind)
     if package not in ("torch", "zgraph"):

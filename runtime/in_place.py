@@ -27,7 +27,7 @@ def in_place(program: Program, graph: Graph) -> Collection[str]:
         operands = [value.name for value in node.operands]
         roots = aliases.roots(*operands)
         touch((*operands, *(result.name for result in node.results)), position)
-        if node.op == ALL_REDUCE:
+        if node.op == ALL_REDUCE and node.option("axis") is None:
             found[node.name] = position, roots
         elif node.op.endswith("_start"):  # it reads on until it is waited for
             sent.update((result.name, roots) for result in node.results)

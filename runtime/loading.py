@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
-from zgraph.bridge import private_runtime
+from zgraph.bridge import private_dtensor, private_runtime
 from zgraph.errors import StateDictError, nearest
-from zgraph.ir.layout import chunk_rows
 from zgraph.runtime.foreign_shards import REMEDY, foreign
 from zgraph.runtime.shards import ShardStore
 
@@ -53,23 +52,17 @@ def check_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool
         raise StateDictError(f"the state dict does not fit; nothing was loaded. {count}:\n  {shown}")
 
 
-def place_state_dict(
-    store: ShardStore, module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any
-) -> None:
+def place_state_dict(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
     """A pre-hook of `load_state_dict`: whole tensors become shards where shards are held."""
     for name, tensor in module.state_dict(prefix=prefix).items():
         given = state.get(name)
         if isinstance(tensor, DTensor) and isinstance(given, torch.Tensor) and not isinstance(given, DTensor):
-            state[name] = _like(tensor, given, store)
+            state[name] = _like(tensor, given)
 
 
-def _like(held: DTensor, whole: torch.Tensor, store: ShardStore) -> DTensor:
+def _like(held: DTensor, whole: torch.Tensor) -> DTensor:
     """A whole tensor placed as `held` is."""
-    local = whole.to(held._local_tensor.device)
-    if isinstance(held.placements[-1], Shard):
-        start = store.shard * chunk_rows(whole.shape[0], store.num_shards)
-        local = local[start : start + held._local_tensor.shape[0]]
-    return private_runtime.dtensor_like(local, held)
+    return private_runtime.dtensor_like(private_dtensor.placed_as(whole.to(held._local_tensor.device), held), held)
 
 
 def _near(name: str, given: list[str]) -> str:

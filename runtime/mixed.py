@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from zgraph.bridge import private_dtensor
+from zgraph.bridge import private_blocks, private_dtensor
 from zgraph.bridge.private_runtime import dtensor, dtensor_like, exact_items, whole_group
 from zgraph.errors import ShardError
 from zgraph.runtime.advice import advice
@@ -73,6 +73,7 @@ def take_part(mesh: DeviceMesh) -> None:
 @cache
 def _install() -> None:
     exact_items()
+    private_blocks.install()
     private_dtensor.watch((*IN_PLACE, *POINTWISE, *LAYERS, *OTHERS), _run)
     private_dtensor.propagation_errors(_converted)
     for name in ("numpy", "tolist", "storage"):

@@ -40,16 +40,18 @@ class Session:
         self.store, self.device = store, store.device
         self.num_ranks, self.num_shards = store.num_ranks, store.num_shards
         self._group = group
+        self._data_group = store.ranks.data_group if group is not None else None
         self._has_copies = self.num_ranks > self.num_shards
         self._peers = Peers(group, name, store.device) if group is not None else None
         store.peers = self._peers
         self._is_broken = False
         self._lane: Lane | None = None
-        if self._peers is not None and self.device.type == "cpu":
+        if self._peers is not None and self.device.type == "cpu" and self.num_ranks > 1:
             if self._has_copies:
                 self._hosts = Hosts.rows_of(self.num_ranks, self.num_shards)
             else:
-                self._hosts = Hosts.of(self._peers.exchange("host", host_name()))
+                names = dict(zip(self._peers.ranks, self._peers.exchange("host", host_name()), strict=True))
+                self._hosts = Hosts.of([names[rank] for rank in store.ranks.data_ranks])
             self._lane = self._open_lane()
         self._watch = self._watched() if self._peers is not None and not self._peers.polls else None
         self.syncs = True
@@ -71,25 +73,26 @@ class Session:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        assert self._group is not None, "a plan for one rank has no collectives"
-        return self._group
+        """The data ranks: those that reduce gradients together."""
+        assert self._data_group is not None, "a plan for one rank has no collectives"
+        return self._data_group
 
     @property
     def shard_group(self) -> dist.ProcessGroup:
         """The ranks that hold the shards of one copy of the model, this one among them."""
         assert self.store.mesh is not None
-        return self.store.mesh.get_group(1) if self._has_copies else self.group
+        return self.store.mesh.get_group(self.store.mesh.ndim - 1) if self._has_copies else self.group
 
     @property
     def copy_group(self) -> dist.ProcessGroup | None:
         """The ranks that hold the same shard; None where this is the only one."""
         assert self.store.mesh is not None
-        return self.store.mesh.get_group(0) if self._has_copies else None
+        return self.store.mesh.get_group(self.store.mesh.ndim - 2) if self._has_copies else None
 
     def divisor(self, kind: TensorType) -> int:
         """The divisor of the sum over all ranks, to reduce a value of this type."""
         sizes = self.num_ranks // self.num_shards, self.num_shards
-        return kind.divisor(sizes[-len(kind.placement) :])
+        return kind.divisor(sizes[self.store.ranks.num_model - len(kind.placement) :])
 
     def divisor_of(self, slot: Slot) -> int:
         """The divisor of the sum over all ranks, to reduce the gradient of a parameter."""
@@ -140,7 +143,9 @@ class Session:
         peers = self.peers
         try:
             name = f"{peers.name}/lane/{peers.call}"
-            lane = Lane(peers.store, name, self.store.rank, self._hosts, each_has_all=self._has_copies)
+            ranks = self.store.ranks
+            own = f"{name}/{ranks.model_rank}" if ranks.num_model else name
+            lane = Lane(peers.store, own, ranks.data_rank, self._hosts, each_has_all=self._has_copies)
         except RuntimeError as error:
             raise PeerError(
                 f"rank {peers.rank} cannot connect to its peers {list(peers.ranks)}: {error}. After an error all ranks "
@@ -205,7 +210,7 @@ class Session:
 
     def synchronize(self) -> None:
         """Wait for the peers to come here too."""
-        dist.barrier(self.group)
+        dist.barrier(self._group)
 
     # --- gradients ---------------------------------------------------------------------------------------------
 

@@ -15,13 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import compute_dtype
@@ -30,6 +31,8 @@ from zgraph.runtime.flat_buffers import Flats, Part, align_numel
 from zgraph.runtime.host import PAGE_BYTES, HostMemory
 from zgraph.runtime.materialise import materialise
 from zgraph.runtime.mixed import take_part
+from zgraph.runtime.model_ranks import Cuts, ModelRanks
+from zgraph.runtime.owners import Owner, every_owner
 from zgraph.runtime.working_copies import WorkingCopies, are_brought
 
 if TYPE_CHECKING:
@@ -37,9 +40,6 @@ if TYPE_CHECKING:
 
 PARAMETERS = "parameters"
 """Of a parameter that is offloaded so, what is computed with is on the host too."""
-
-Owner = tuple[Any, Any]
-"""A container that holds a parameter, and the key or position there."""
 
 
 @dataclass
@@ -100,7 +100,7 @@ class ShardStore:
 
     Args:
         model: whose parameters to take. It is changed in place.
-        mesh: the ranks, sharded over its last axis; None for one rank, where everything stays whole.
+        mesh: the ranks, sharded over its last axis, model axes first; None for one rank, where everything stays whole.
         group: all ranks of the mesh.
         stages: the stage of each parameter by name; None for what the recipe decides.
         default_stage: the stage that the recipe decides.
@@ -109,6 +109,7 @@ class ShardStore:
         offloads: the names of parameters that are offloaded, and what of them.
         host: the host's memory.
         placeholder_class: of the placeholders. With one of its own, every parameter has a placeholder.
+        cuts: of parameters that are cut along model axes.
 
     Attributes:
         is_lent: whether parameters at rest are whole for now, so that somebody may change them.
@@ -129,27 +130,29 @@ class ShardStore:
         offloads: Mapping[str, str],
         host: HostMemory,
         placeholder_class: type[nn.Parameter] = nn.Parameter,
+        cuts: Mapping[str, Cuts] = MappingProxyType({}),
     ) -> None:
         self.model, self.mesh, self.group, self.param_dtype, self.device = model, mesh, group, param_dtype, device
-        self.num_ranks = mesh.size() if mesh is not None else 1
-        self.num_shards = mesh.size(-1) if mesh is not None else 1
+        self.ranks = ModelRanks(mesh, cuts)
+        self.num_ranks, self.num_shards = self.ranks.num_data, self.ranks.num_shards
         self.rank = dist.get_rank(group) if mesh is not None else 0
-        self.shard = self.rank % self.num_shards
+        self.data_rank = self.ranks.data_rank
+        self.shard = self.data_rank % self.num_shards
         self.offloads, self.host = offloads, host
         self.default_stage, self.placeholder_class = default_stage, placeholder_class
         self.peers: Peers | None = None
         self.slots: dict[str, Slot] = {}
-        found = _owners(model)
+        found = every_owner(model)
         shards = {
             name: self.num_ranks > 1 and p.dim() > 0 and (default_stage if stages[name] is None else stages[name]) != 0
             for name, (p, _) in found.items()
         }
-        self.any_sharded = any(shards.values())
+        self.any_sharded = any(shards.values()) or self.ranks.num_model > 0
         if self.any_sharded and mesh is not None:
             take_part(mesh)
         sharded = {n: p for n, (p, _) in found.items() if shards[n]}
         self._check_host(
-            chunk_numel(tuple(p.shape), self.num_shards if shards[n] else 1) * p.element_size()
+            chunk_numel(self.ranks.shape(n, p.shape), self.num_shards if shards[n] else 1) * p.element_size()
             for n, (p, _) in found.items()
             if offloads.get(n)
         )
@@ -171,7 +174,7 @@ class ShardStore:
         self.copies = WorkingCopies(copied, host, lambda: self.version)
         self.is_lent = False
         self._by_swap = [s for s in self.slots.values() if s.placeholder is not s.parameter]
-        self._at_rest: list[torch.Tensor] = [s.parameter for s in self.slots.values()]
+        self._parameters: list[torch.Tensor] = [s.parameter for s in self.slots.values()]
         self._places = self._pointers()
         self._put(at_rest=True)
         _STORES.add(self)
@@ -200,7 +203,7 @@ class ShardStore:
     @property
     def version(self) -> int:
         """Grows whenever a parameter at rest is written to."""
-        return sum([t._version for t in self.flats]) + sum([p._version for p in self._at_rest])
+        return sum([t._version for t in self.flats]) + sum([p._version for p in self._parameters])
 
     def moved(self) -> str | None:
         """The name of a parameter whose memory is no longer this store's (`model.to()` was called, say)."""
@@ -209,7 +212,7 @@ class ShardStore:
         return next(n for n, now, before in zip(self.slots, places, self._places, strict=True) if now != before)
 
     def _pointers(self) -> list[int]:
-        return [(p._local_tensor if isinstance(p, DTensor) else p).data_ptr() for p in self._at_rest]
+        return [(p._local_tensor if isinstance(p, DTensor) else p).data_ptr() for p in self._parameters]
 
     @property
     def rest_bytes(self) -> int:
@@ -252,7 +255,7 @@ class ShardStore:
 
     def _master(self, name: str, parameter: nn.Parameter) -> Part:
         """With a copy to compute with, the master lies as that does: what updates one can write the other."""
-        numel = chunk_numel(tuple(parameter.shape), self.num_shards)
+        numel = chunk_numel(self.ranks.shape(name, parameter.shape), self.num_shards)
         as_copy = compute_dtype(parameter, self.param_dtype) if self._needs_copy(name, parameter) else parameter.dtype
         return Part(numel, parameter.dtype, bool(self.offloads.get(name)), align_numel(as_copy))
 
@@ -264,7 +267,7 @@ class ShardStore:
         )
 
     def _copy(self, name: str, parameter: nn.Parameter) -> Part:
-        numel = chunk_numel(tuple(parameter.shape), self.num_shards)
+        numel = chunk_numel(self.ranks.shape(name, parameter.shape), self.num_shards)
         dtype = compute_dtype(parameter, self.param_dtype)
         return Part(numel, dtype, self.offloads[name] == PARAMETERS, align_numel(dtype))
 
@@ -275,16 +278,13 @@ class ShardStore:
     def _shard(self, name: str, stage: int | None, parameter: nn.Parameter) -> Slot:
         """Keep this rank's rows in its part of the flat buffer, and free the whole."""
         assert self.mesh is not None
-        shape, stride = parameter.shape, dense_strides(tuple(parameter.shape))
+        shape = self.ranks.shape(name, parameter.shape)
         rows = local_rows(shape[0], self.num_shards, self.shard)
         chunk = self._masters.views[name]
         local = chunk[: rows * math.prod(shape[1:])].view(rows, *shape[1:])
         start = self.shard * chunk_rows(shape[0], self.num_shards)
-        local.copy_(self.from_first_rank(parameter.detach())[start : start + rows])
-        placement = [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
-        at_rest = private_runtime.dtensor_parameter(
-            local, self.mesh, placement, shape, stride, requires_grad=parameter.requires_grad
-        )
+        local.copy_(self.ranks.part(name, self.from_first_rank(parameter.detach()))[start : start + rows])
+        at_rest = self._at_rest(name, local, Shard(0), parameter)
         placeholder = self._placeholder(parameter)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         working, offload = self._copies.views.get(name, chunk), self.offloads.get(name, "")
@@ -299,12 +299,14 @@ class ShardStore:
         if parameter.device != self.device and not self.offloads.get(name):
             parameter.data = parameter.detach().to(self.device)
         whole = parameter.detach()
-        if self.num_ranks > 1:
+        if self.group is not None:
             whole.copy_(self.from_first_rank(whole))
+        is_cut = self.ranks.is_cut(name)
+        whole = self.ranks.part(name, whole)
         offload, casts = self.offloads.get(name, ""), compute_dtype(parameter, self.param_dtype) != parameter.dtype
         placeholder, at_rest, rest, working = parameter, parameter, whole, whole
         beside: torch.Tensor | None = None
-        if casts or offload or self.placeholder_class is not nn.Parameter:
+        if casts or offload or is_cut or self.placeholder_class is not nn.Parameter:
             placeholder = self._placeholder(parameter)
         if offload:
             rest = working = self.host.pool.empty(whole.size(), whole.dtype).copy_(whole)
@@ -315,15 +317,21 @@ class ShardStore:
                 cast = self.host.pool.empty(size, dtype) if on_host or (is_brought and dtype != rest.dtype) else None
                 working = cast if on_host and cast is not None else torch.empty(size, dtype=dtype, device=self.device)
                 beside = cast if on_host or is_brought else working
-            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
             at_rest = nn.Parameter(rest, parameter.requires_grad)
         if self.any_sharded:
-            assert self.mesh is not None
-            placement = [Replicate()] * self.mesh.ndim
-            at_rest = private_runtime.dtensor_parameter(
-                rest, self.mesh, placement, rest.size(), rest.stride(), requires_grad=parameter.requires_grad
-            )
+            at_rest = self._at_rest(name, rest, Replicate(), parameter)
+        if offload or is_cut:
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         return Slot(name, stage, at_rest, placeholder, rest, working, offload, beside=beside)
+
+    def _at_rest(self, name: str, local: torch.Tensor, data: Placement, like: nn.Parameter) -> nn.Parameter:
+        """A parameter as the model holds it at rest, which lies so along the shard axis."""
+        assert self.mesh is not None
+        placement, shape = self.ranks.placements(name, data), like.shape
+        stride = local.stride() if local.shape == shape else dense_strides(tuple(shape))
+        return private_runtime.dtensor_parameter(
+            local, self.mesh, placement, shape, stride, requires_grad=like.requires_grad
+        )
 
     def _placeholder(self, parameter: nn.Parameter) -> nn.Parameter:
         """A parameter of this shape, in the dtype to compute in, without memory."""
@@ -367,53 +375,6 @@ class ShardStore:
             dense = torch.empty(tensor.size(), dtype=tensor.dtype, device=self.device)
         dist.broadcast(dense, dist.get_global_rank(self.group, 0), group=self.group)
         return dense
-
-
-def _owners(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[Owner]]]:
-    """Every parameter under its first name, with every place that holds it.
-
-    Tied weights have several. Recurrent layers and some modules of users keep parameters in an attribute or a list too;
-    recurrent layers also keep weak references, by which they see that their weights are others.
-    """
-    found: dict[int, tuple[str, nn.Parameter, list[Owner]]] = {}
-    for prefix, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                name = f"{prefix}.{key}" if prefix else key
-                found.setdefault(id(parameter), (name, parameter, []))[2].append((module._parameters, key))
-    for module in model.modules():
-        for owner, key, held in _attributes(module):
-            if id(held) in found:
-                found[id(held)][2].append((owner, key))
-    return {name: (parameter, owners) for name, parameter, owners in found.values()}
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
-    """The owner, key and value of each attribute of a module, and of each entry of its lists and dictionaries."""
-    for name, value in module.__dict__.items():
-        if name in ("_parameters", "_buffers", "_modules"):
-            continue
-        if isinstance(value, list | dict):
-            for key, held in value.items() if isinstance(value, dict) else enumerate(value):
-                if isinstance(held, weakref.ref):
-                    yield _Weakly(value), key, held()
-                else:
-                    yield value, key, held
-        else:
-            yield module.__dict__, name, value
-
-
-class _Weakly:
-    """A container of weak references, seen as one of what they refer to."""
-
-    def __init__(self, references: Any) -> None:
-        self.references = references
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.references[key]()
-
-    def __setitem__(self, key: Any, held: Any) -> None:
-        self.references[key] = weakref.ref(held)
 
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -22,6 +22,7 @@ from zgraph.compiler.report import Report
 from zgraph.errors import UsageError
 from zgraph.options.lengths import Lengths
 from zgraph.options.offload import Offload
+from zgraph.options.parallel import Placements
 from zgraph.options.settings import Options, Passes, Recompute, resolve
 from zgraph.options.validate import Compute, Fullgraph, Kernels, Stage
 from zgraph.passes import RECIPES
@@ -54,6 +55,8 @@ def compile(
     fullgraph: Fullgraph = True,
     dynamic: bool | None = None,
     lengths: Lengths | None = None,
+    tensor_parallel: int = 1,
+    placements: Placements | None = None,
 ) -> Any:
     """Shard a model over the ranks and compile its training step, in place.
 
@@ -106,6 +109,11 @@ def compile(
             warning, and each rank may go its own way.
         dynamic: as in `torch.compile`: None learns which sizes change, True takes them all as symbols at once.
         lengths: a few lengths that inputs are padded to, each captured once with static shapes: see `zgraph.Lengths`.
+        tensor_parallel: ranks that compute each op together, neighbours in rank, on one batch. Parameters are cut over
+            them, and what is left of each is sharded over the other ranks as its stage says.
+        placements: how parameters are cut, from patterns of their names to `Shard(dim)` of torch (`"S1/3"` cuts dim 1
+            of a fused projection in each of three blocks); what none names stays whole. By default, the plan that
+            transformers has for the model.
 
     Returns:
         The model, the class, or a decorator.
@@ -119,6 +127,7 @@ def compile(
         HardwareError: there is no such hardware.
         OffloadError: the host has no room for what is offloaded; nothing was changed.
         PlanMismatchError: the ranks have different models or options.
+        PlacementError: a parameter does not divide.
 
     The first call raises BudgetError if even with all computed again the step does not fit the budget.
     """
@@ -139,6 +148,8 @@ def compile(
         "fullgraph": fullgraph,
         "dynamic": dynamic,
         "lengths": lengths,
+        "tensor_parallel": tensor_parallel,
+        "placements": placements,
     }
     if model is None:
         return functools.partial(compile, **options)

@@ -72,6 +72,14 @@ class AbsentImportError(UsageError, ImportError):
     """The same of a name in `from zgraph.deepspeed... import name`, where Python keeps no other error's message."""
 
 
+class PlacementError(UsageError):
+    """A parameter cannot be cut as was asked, or a model cannot be computed in parts along a model axis."""
+
+
+class BatchMismatchError(ZgraphError):
+    """Ranks that compute one op together were given different batches, or draw different random numbers."""
+
+
 class AlreadyCompiledError(UsageError):
     """`zgraph.compile` was called on a model that is compiled already, or holds a part that is."""
 

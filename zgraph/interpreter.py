@@ -2,7 +2,8 @@
 
 It is the meaning of the IR: plain torch, one node after another, every rank in step, nothing overlapped. Values are
 held as each rank would see them: a sharded value is its list of padded chunks; one that varies, or of which a reduction
-is pending, its list of own values.
+is pending, its list of own values. Ranks are numbered row by row of the mesh: those that differ along data axes alone
+follow one another.
 """
 
 from __future__ import annotations
@@ -15,8 +16,25 @@ import torch
 
 from zgraph.bridge import processor_attention as _attention  # noqa: F401 - registers kernels
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
+from zgraph.bridge.parts import moved, part_of, together, total
 from zgraph.errors import InterpretError
-from zgraph.ir import Axis, DType, ExternalOp, Graph, Input, Mesh, Node, Output, TensorType, num_ranks, num_shards
+from zgraph.ir import (
+    Axis,
+    DType,
+    ExternalOp,
+    Graph,
+    Input,
+    Mesh,
+    Node,
+    Output,
+    TensorType,
+    data_axes,
+    model_axes,
+    num_data_ranks,
+    num_ranks,
+    num_shards,
+)
+from zgraph.ir.axis_rules import changed_axis
 from zgraph.ir.layout import bucket_layout, chunk_numel
 
 Ranks = list[Any]
@@ -120,8 +138,11 @@ class Interpreter:
         row = graph.foreign.get(node.op)
         if row is None:
             raise InterpretError(f"the graph does not declare {node.op}: it needs a line: op {node.op}")
-        by_rank = []
+        by_rank: list[list[Any]] = []
         for rank in range(num_ranks(mesh)):
+            if row.random and rank >= num_data_ranks(mesh):  # ranks along a model axis draw the same
+                by_rank.append([_cloned(made) for made in by_rank[rank % num_data_ranks(mesh)]])
+                continue
             own = {v.name: env[v.name][rank] for v in node.operands}
             args = [to_torch(a, _CPU, lambda v: own[v.name]) for a in node.args]  # noqa: B023 - used at once
             kwargs = {k: to_torch(a, _CPU, lambda v: own[v.name]) for k, a in node.kwargs}  # noqa: B023
@@ -186,14 +207,6 @@ def mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
     return total(values) / len(values)
 
 
-def total(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum in the order of the ranks."""
-    found = values[0].clone()
-    for value in values[1:]:
-        found = found + value
-    return found
-
-
 # --- values on ranks ---------------------------------------------------------------------------------------------
 
 
@@ -202,18 +215,47 @@ def _placed(entry: Input, inputs: Mapping[str, Any], mesh: Mesh) -> Ranks:
     if name not in inputs:
         raise InterpretError(f"the input %{name} is missing; the graph has {', '.join(sorted(inputs))} given")
     given = inputs[name]
+    num_data = num_data_ranks(mesh)
     values = given if isinstance(given, list) else [given] * num_ranks(mesh)
+    if len(values) == num_data:
+        values = values * (num_ranks(mesh) // num_data)
     if len(values) != num_ranks(mesh):
         raise InterpretError(f"%{name} was given for {len(values)} ranks, not {num_ranks(mesh)}")
     if not isinstance(kind, TensorType):
         return values
-    for value in values:
-        sizes = [d for d in kind.shape if isinstance(d, int)]
-        if value.dim() != len(kind.shape) or (len(sizes) == len(kind.shape) and list(value.shape) != sizes):
-            raise InterpretError(f"%{name} was given with shape {tuple(value.shape)}, but it is {kind}")
-    if kind.is_sharded:
-        return _cut(values[0].to(TO_TORCH[kind.dtype]), kind, mesh)
-    return [v.clone() for v in values]
+    found: Ranks = []
+    for number in range(num_ranks(mesh) // num_data):
+        block = [part_of(value, kind, mesh, number) for value in values[number * num_data : (number + 1) * num_data]]
+        for value in block:
+            sizes = [d for d in kind.shape if isinstance(d, int)]
+            if value.dim() != len(kind.shape) or (len(sizes) == len(kind.shape) and list(value.shape) != sizes):
+                raise InterpretError(f"%{name} was given with shape {tuple(value.shape)}, but it is {kind}")
+        if kind.is_sharded:
+            found += _cut(block[0].to(TO_TORCH[kind.dtype]), kind, data_axes(mesh))
+        else:
+            found += [v.clone() for v in block]
+    return found
+
+
+def assembled(kind: TensorType, ranks: Ranks, mesh: Mesh) -> torch.Tensor:
+    """The whole tensor that the first of those ranks that differ along model axes alone have together.
+
+    Args:
+        kind: its type.
+        ranks: what each rank has.
+        mesh: of the graph.
+    """
+    count = num_data_ranks(mesh)
+    blocks = [ranks[first : first + count] for first in range(0, len(ranks), count)]
+    parts = [_joined(b[: num_shards(mesh)], kind) if kind.is_sharded else b[0] for b in blocks]
+    for axis, place in reversed(list(zip(model_axes(mesh), kind.placement, strict=False))):
+        parts = [together(parts[first : first + axis.size], place) for first in range(0, len(parts), axis.size)]
+    whole_tensor: torch.Tensor = parts[0]
+    return whole_tensor
+
+
+def _cloned(made: Any) -> Any:
+    return made.clone() if isinstance(made, torch.Tensor) else made
 
 
 def _cut(tensor: torch.Tensor, kind: TensorType, mesh: Mesh) -> Ranks:
@@ -244,6 +286,15 @@ def _change(ranks: Ranks, old: TensorType, new: TensorType, mesh: Mesh) -> Ranks
     """A value at another placement."""
     if old.placement == new.placement:
         return [r.clone() for r in ranks]
+    if (index := changed_axis(old, new, mesh)) is not None:
+        return moved(ranks, old, new, index, mesh)
+    count, axes = num_data_ranks(mesh), data_axes(mesh)
+    blocks = [ranks[first : first + count] for first in range(0, len(ranks), count)]
+    return [rank for block in blocks for rank in _reduced(block, old, new, axes)]
+
+
+def _reduced(ranks: Ranks, old: TensorType, new: TensorType, mesh: Mesh) -> Ranks:
+    """A value at another placement along the data axes."""
     if old.is_sharded:
         count = num_shards(mesh)
         return [_joined(ranks[r - r % count : r - r % count + count], old) for r in range(len(ranks))]
@@ -311,6 +362,9 @@ RULES: Mapping[str, Rule] = {
     "reduce_scatter_start": _reshard,
     "all_reduce_start": _reshard,
     "broadcast_start": _reshard,
+    "all_to_all_start": _reshard,
+    "slice": _reshard,
+    "first_rank": _reshard,
     "offload_start": _reshard,
     "reload_start": _reshard,
     "wait": _same,
@@ -321,4 +375,4 @@ RULES: Mapping[str, Rule] = {
     "copy": _copy,
 }
 
-__all__ = ["RULES", "Caller", "Interpreter", "Ranks", "Torch", "mean", "shards", "total", "whole"]
+__all__ = ["RULES", "Caller", "Interpreter", "Ranks", "Torch", "assembled", "mean", "shards", "total", "whole"]

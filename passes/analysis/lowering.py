@@ -9,9 +9,12 @@ from zgraph.ir import Builder, Graph, Node, Partial, Placement, Reduction
 
 def placement_change(node: Node) -> tuple[Placement, Placement] | None:
     """From and to which placement along the shard axis a reshard goes; None where that does not change."""
-    if node.op != "reshard" or node.operands[0].tensor.placement == node.results[0].tensor.placement:
+    if node.op != "reshard":
         return None
-    return node.operands[0].tensor.placement[-1], node.results[0].tensor.placement[-1]
+    old, new = node.operands[0].tensor, node.results[0].tensor
+    if old.placement == new.placement or old.placement[-1] == new.placement[-1]:
+        return None  # it is another memory that changes, or the placement along a model axis
+    return old.placement[-1], new.placement[-1]
 
 
 def reduces(node: Node, to: Placement, *reductions: Reduction) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 _LOWER = "broadcast,all-gather,reduce-scatter,all-reduce,host-copies"
@@ -28,6 +29,7 @@ def fusing(recipe: str, *, only_measured: bool = False) -> str:
 def recipe_for(kernels: str, recipe: str, compute: str | None = None) -> str:
     """A stage's own recipe, for what runs the ops between collectives: a word that `zgraph.compile` takes.
 
+
     Args:
         kernels: the word.
         recipe: of the stage.
@@ -35,6 +37,12 @@ def recipe_for(kernels: str, recipe: str, compute: str | None = None) -> str:
     """
     recipe = fusing(recipe, only_measured=kernels == "auto") if kernels in ("triton", "auto") else recipe
     return recipe.replace("canonicalize,", f"canonicalize,{COMPUTES[compute]},", 1) if compute else recipe
+
+
+def along_model_axes(recipe: str) -> str:
+    """The recipe with parameters cut along the axes of tensor parallelism first, of which kernels are not generated."""
+    recipe = re.sub(r"fuse(\([^)]*\))?,", "", recipe)
+    return recipe.replace("canonicalize,", "canonicalize,place,", 1).replace("broadcast,", "exchange,broadcast,", 1)
 
 
 MIXED = RECIPES[3]

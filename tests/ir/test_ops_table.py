@@ -2,6 +2,7 @@
 
 import pytest
 
+from zgraph.errors import VerifyError
 from zgraph.interpreter import RULES
 from zgraph.ir import OPS, Axis, Graph, Node, TensorType, parse_graph, print_graph, verify
 from zgraph.ir.ops import LANES, is_pure, views
@@ -30,6 +31,61 @@ input %b: f32[10]<S0>
 input %n: int
 fwd %f: future f32[4, 2]<R> = all_gather_start(%s)
 """
+
+ALONG = """graph "g" mesh(tensor=2, shard=2)
+op aten.silu.default
+input %w: f32[4, 6]<R, V>
+input %s: f32[2, 6]<S0, V>
+input %c: f32[4, 3]<S1, V>
+input %p: f32[4, 6]<P(sum), V>
+input %i: i64[4, 6]<R, V>
+"""
+"""Values along a model axis."""
+
+AXIS_NODES = {
+    "all_to_all_start": (
+        '%a: future f32[4, 3]<S1, V> = all_to_all_start(%s, axis="tensor", dim=1)',
+        '%a: future f32[4, 3]<S1, V> = all_to_all_start(%s, axis="shard", dim=1)',
+        '%a: future f32[4, 3]<S1, V> = all_to_all_start(%w, axis="tensor", dim=1)',
+        '%a: future f32[2, 6]<S0, V> = all_to_all_start(%s, axis="tensor", dim=0)',
+        '%a: future f32[4, 3]<S1, V> = all_to_all_start(%s, axis="tensor")',
+        '%a: f32[4, 3]<S1, V> = all_to_all_start(%s, axis="tensor", dim=1)',
+    ),
+    "slice": (
+        '%a: f32[4, 3]<S1, V> = slice(%w, axis="tensor", dim=1)',
+        '%a: f32[4, 6]<S1, V> = slice(%w, axis="tensor", dim=1)',
+        '%a: f32[4, 3]<S1/3, V> = slice(%w, axis="tensor", dim=1)',
+        '%a: f32[4, 3]<S1, V> = slice(%w, axis="tensor", dim=1, blocks=[1, 2])',
+        '%a: f32[4, 3]<S1, V> = slice(%p, axis="tensor", dim=1)',
+        '%a: f32[4, 3]<S1, V> = slice(%w, axis="context", dim=1)',
+    ),
+    "first_rank": (
+        '%a: f32[4, 6]<P(sum), V> = first_rank(%w, axis="tensor")',
+        '%a: f32[4, 6]<P(sum), V> = first_rank(%p, axis="tensor")',
+        '%a: f32[4, 6]<P(mean), V> = first_rank(%w, axis="tensor")',
+        '%a: i64[4, 6]<P(sum), V> = first_rank(%i, axis="tensor")',
+    ),
+}
+"""The same as `NODES` of ops that are along a model axis alone."""
+
+ALONG_AXIS = (
+    ('%a: future f32[4, 6]<R, V> = all_reduce_start(%p, axis="tensor")', 96),
+    ('%a: future f32[4, 6]<R, V> = all_gather_start(%c, axis="tensor")', 48),
+    ('%a: future f32[2, 6]<S0, V> = reduce_scatter_start(%p, axis="tensor", dim=0)', 48),
+    ('%a: future f32[4, 3]<S1, V> = all_to_all_start(%s, axis="tensor", dim=1)', 24),
+    ("%a: f32[4, 6]<R, V> = reshard(%p)", 0),
+    ("%a: f32[2, 6]<S0/2, V> = reshard(%w)", 0),
+)
+"""What is along a model axis, with the bytes that a rank sends."""
+
+NOT_ALONG_AXIS = (
+    '%a: future f32[4, 6]<R, V> = all_reduce_start(%s, axis="tensor")',
+    '%a: future f32[4, 6]<R, R> = all_reduce_start(%p, axis="tensor")',
+    '%a: future f32[4, 6]<R, V> = all_gather_start(%w, axis="tensor")',
+    "%a: bf16[4, 6]<P(sum), V> = cast(%p, dtype=bf16)",
+    "%a: f32[4, 6]<S0, V> = reshard(%w)",
+    "%a: f32[4, 6]<P(mean), V> = reshard(%w)",
+)
 
 # For each op a node that its type rule takes, and nodes that it does not.
 NODES = {
@@ -162,17 +218,53 @@ NODES = {
 each_op = pytest.mark.parametrize("name", OPS)
 
 
-def node(line: str) -> tuple[Graph, Node]:
-    graph = parse_graph(f"{VALUES}fwd {line}\n")
+def node(line: str, values: str = VALUES) -> tuple[Graph, Node]:
+    graph = parse_graph(f"{values}fwd {line}\n")
     return graph, graph.nodes[-1]
 
 
 def good(name: str) -> tuple[Graph, Node]:
-    return node(NODES[name][0])
+    return node(AXIS_NODES[name][0], ALONG) if name in AXIS_NODES else node(NODES[name][0])
 
 
 def test_the_cases_are_those_of_the_table():
-    assert set(NODES) == set(OPS)
+    assert {*NODES, *AXIS_NODES} == set(OPS)
+
+
+@pytest.mark.parametrize(("line", "sent_bytes"), ALONG_AXIS)
+def test_what_is_moved_along_a_model_axis(line, sent_bytes):
+    graph, made = node(line, ALONG)
+    assert OPS[made.op].rule(made, graph.mesh) == tuple(r.type for r in made.results)
+    assert OPS[made.op].wire_bytes(made, graph.mesh) == sent_bytes
+
+
+@pytest.mark.parametrize("line", [*NOT_ALONG_AXIS, *(line for _, *bad in AXIS_NODES.values() for line in bad)])
+def test_what_is_not_moved_along_a_model_axis(line):
+    with pytest.raises(VerifyError):
+        verify(node(line, ALONG)[0])
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("%a: f32[4, 6]<P(sum), V> = aten.silu.default(%p)", "cannot make"),
+        ("%a: f32[4, 3]<S0, V> = aten.silu.default(%c)", "cannot make"),
+        ("%a: f32[4, 3]<R, V> = aten.silu.default(%c)", "cannot make"),
+        ("%a: f32[4, 6]<S1, V> = aten.silu.default(%w)", "is not broadcast"),
+    ],
+)
+def test_an_op_that_breaks_its_sharding_rule_is_refused(line, wrong):
+    with pytest.raises(VerifyError, match=wrong):
+        verify(node(line, ALONG)[0])
+    verify(node("%a: f32[4, 3]<S1, V> = aten.silu.default(%c)", ALONG)[0])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "wrong"), [("shard=2, tensor=2", "model axes come first"), ("tensor=2", "has no data axis")]
+)
+def test_a_mesh_has_its_model_axes_first(mesh, wrong):
+    with pytest.raises(VerifyError, match=wrong):
+        verify(parse_graph(f'graph "g" mesh({mesh})\n'))
 
 
 @each_op

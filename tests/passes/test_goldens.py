@@ -52,8 +52,9 @@ class Golden:
     @property
     def context(self) -> Context:
         reduce_dtype = self.options.get("reduce_dtype")
+        beside = (Axis("tensor", int(self.options["tensor"])),) if "tensor" in self.options else ()
         return Context(
-            (Axis("shard", int(self.options["ranks"])),),
+            (*beside, Axis("shard", int(self.options["ranks"]))),
             DType(reduce_dtype) if reduce_dtype else None,
             memory_budget=int(self.options["budget"]) if "budget" in self.options else None,
             offloads="auto" if "offloads" in self.options else "never",

@@ -31,6 +31,7 @@ OPTIONS = {
     "matmuls": st.sampled_from(["never", "auto", "always"]),
     "recipe": st.sampled_from(["tensorwise", "rowwise"]),
     "exclude": st.sampled_from(["", "lm_head", "head|router"]),
+    "axis": st.sampled_from(["tensor", "context", "expert"]),
     "slack": st.sampled_from([0.0, 0.5, 1.25, 8.0]),
 }
 
@@ -83,7 +84,7 @@ def test_every_pass_is_found_by_its_name():
 BAD = [
     ("^partitoin", "did you mean partition?"),
     ("canonicalize,^partitions(stage=2)", "did you mean partition?"),
-    ("^zzz", "the passes are canonicalize, float8, fuse, partition"),
+    ("^zzz", "the passes are canonicalize, float8, place, fuse, partition"),
     ("partition(^stages=2)", "did you mean stage?"),
     ("partition(^zzz=2)", "its options are stage"),
     ("partition,dce(^level=2)", "it has none"),

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
-__all__ = ["graph_task", "is_lost", "method", "placed_as", "propagation_errors", "watch"]
+__all__ = ["blocks_of", "graph_task", "is_lost", "method", "placed_as", "propagation_errors", "shard", "watch"]
 
 Op = Callable[..., Any]
 Watcher = Callable[[Op, tuple[Any, ...], Mapping[str, Any], Callable[[], Any]], Any]
@@ -75,13 +76,32 @@ def is_lost(written: DTensor) -> bool:
     return bool(written._local_tensor.untyped_storage()._cdata != base._local_tensor.untyped_storage()._cdata)
 
 
+def shard(dim: int, blocks: tuple[int, ...]) -> Placement:
+    """A cut of a dim, in blocks of one size if there are several. Raises ValueError for others."""
+    if len(set(blocks)) > 1:
+        raise ValueError(f"DTensors are cut in blocks of one size, not {blocks}")
+    return Shard(dim) if len(blocks) == 1 else _StridedShard(dim, split_factor=len(blocks))
+
+
+def blocks_of(placement: object) -> tuple[int, int] | None:
+    """The dim that a placement of torch cuts, and in how many blocks; None of one that cuts none."""
+    if isinstance(placement, _StridedShard):
+        return placement.dim, int(placement.split_factor)
+    return (placement.dim, 1) if isinstance(placement, Shard) else None
+
+
 def placed_as(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
     """This rank's part of a plain tensor that is as large as a DTensor, placed as that is."""
     local = whole
     for axis, placement in enumerate(like.placements):
-        if placement.is_shard():
+        if placement.is_shard() or isinstance(placement, _StridedShard):
             dim = cast(Any, placement).dim
             size, num_ranks = local.shape[dim], like.device_mesh.size(axis)
+            if isinstance(placement, _StridedShard):
+                blocks = torch.split(local, size // int(placement.split_factor), dim)
+                rank = like.device_mesh.get_local_rank(axis)
+                local = torch.cat([block.chunk(num_ranks, dim)[rank] for block in blocks], dim)
+                continue
             rows = -(-size // num_ranks)
             start = min(size, rows * like.device_mesh.get_local_rank(axis))
             local = local.narrow(dim, start, min(rows, size - start))

@@ -23,7 +23,7 @@ from zgraph.bridge.private_ops import write_out_mutations
 from zgraph.capture.failures import failure
 from zgraph.capture.importer import Importer, Leaf
 from zgraph.errors import CaptureError, EscapedParameterError
-from zgraph.ir import DType, Graph, InputKind, Phase, Plan, TensorType, Value
+from zgraph.ir import DType, Graph, InputKind, Phase, Placement, Plan, TensorType, Value
 from zgraph.ir.ops import views
 
 _serial = count()
@@ -37,7 +37,7 @@ class ParamInfo:
     """Facts about a parameter for capture: its name, its stage, its dtype at rest if that is another.
 
     `is_placeholder` says that the tensor traced in its place has no memory, so nothing may escape with it. `offload` is
-    the part of it that is on the host.
+    the part of it that is on the host; `cuts` says how it is cut along model axes.
     """
 
     name: str
@@ -45,6 +45,7 @@ class ParamInfo:
     master: DType | None = None
     is_placeholder: bool = False
     offload: str = ""
+    cuts: tuple[tuple[str, Placement], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,7 @@ class Frontend:
 
     def _leaf(self, example: Any, buffers: Mapping[int, str]) -> Leaf:
         if info := self.params.get(id(example)):
-            return Leaf(InputKind.param, info.name, info.stage, info.master, info.offload)
+            return Leaf(InputKind.param, info.name, info.stage, info.master, info.offload, info.cuts)
         if name := buffers.get(id(example)):
             return Leaf(InputKind.buffer, name)
         return Leaf(InputKind.input)

@@ -30,6 +30,7 @@ from zgraph.ir import (
     Output,
     OutputKind,
     Phase,
+    Placement,
     ScalarType,
     TensorType,
     Type,
@@ -48,6 +49,7 @@ class Leaf(NamedTuple):
     stage: int | None = None
     master: DType | None = None
     offload: str = ""
+    cuts: tuple[tuple[str, Placement], ...] = ()
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -141,7 +143,7 @@ class Importer:
             self.by_index[index] = value.name
         if isinstance(size := node.meta["val"], torch.SymInt) and size.node.hint is not None:
             self.hints[str(size.node.expr)] = int(size.node.hint)
-        self.inputs.append(Input(leaf.kind, value, leaf.target, leaf.stage, leaf.master, leaf.offload))
+        self.inputs.append(Input(leaf.kind, value, leaf.target, leaf.stage, leaf.master, leaf.offload, leaf.cuts))
 
     def _constant(self, node: fx.Node) -> None:
         """A tensor that the model's code made while it was traced."""

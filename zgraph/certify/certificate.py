@@ -20,7 +20,7 @@ from zgraph.certify.ownership import at_rest, gathers, gradients, not_owned, own
 from zgraph.certify.record import Certificate, Checked, Footprint
 from zgraph.certify.spelled import kernels
 from zgraph.errors import VerifyError
-from zgraph.ir import Graph, Mesh, verify
+from zgraph.ir import Graph, Mesh, in_use, verify
 from zgraph.ir.verifier import Fault, describe
 from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.partition import Partition
@@ -37,7 +37,7 @@ PLACED: Mapping[str, Callable[[Graph], Iterator[Fault]]] = {
 
 def on_mesh(graph: Graph, mesh: Mesh) -> Iterator[Fault]:
     """A graph that is placed lies on the mesh that the run is for."""
-    wanted = tuple(axis for axis in mesh if axis.size > 1)
+    wanted = in_use(mesh)
     if graph.mesh not in ((), wanted):
         yield None, f"lies on the mesh {_shape(graph.mesh)}, but the run is for {_shape(wanted)}"
 
@@ -105,9 +105,11 @@ class Certifier:
         else:
             check.rules(self.steps[0][1])
         placed = released = False
+        inputs = self.steps[0][1].inputs
         for number, ((_, before), (step, graph)) in enumerate(pairwise(self.steps), 1):
             released |= step == "release"
-            placed |= step == "partition" or graph.inputs != self.steps[0][1].inputs
+            inputs = graph.inputs if step == "place" else inputs
+            placed |= step == "partition" or graph.inputs != inputs
             if number < since:
                 continue
             changed = graph is not before and graph != before

@@ -14,12 +14,25 @@ from dataclasses import dataclass
 from zgraph.certify.spelled import rounded, spelled
 from zgraph.certify.steps import Steps
 from zgraph.certify.terms import ZERO, Meaning, Terms, meaning
-from zgraph.ir import DType, Graph, Input, InputKind, Output, OutputKind, TensorType, Value
+from zgraph.ir import (
+    DType,
+    Graph,
+    Input,
+    InputKind,
+    Output,
+    OutputKind,
+    TensorType,
+    Value,
+    model_axes,
+    num_data_ranks,
+)
+from zgraph.ir.parts import whole_along
+from zgraph.ir.symbols import Dim
 from zgraph.ir.verifier import Fault
 from zgraph.passes.plan.no_sync import without_sync
 from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
-RESENDS = frozenset({"partition", "fit", "keep", "recompute", "offload", "fuse", "float8"})
+RESENDS = frozenset({"place", "partition", "fit", "keep", "recompute", "offload", "fuse", "float8"})
 """Passes that may change what goes over the wire or waits for the backward; no other may."""
 
 
@@ -98,6 +111,7 @@ class Equality:
         places = (old.mesh, old.inputs, _dtypes(old)) != (new.mesh, new.inputs, _dtypes(new))
         if places:
             yield from self.placed(old, new)
+        places &= step != "place"  # along a model axis, outputs are what they were
         yield from self.alike(before.synced, before.graph, after.synced, new, places, unsynced=False)
         if before.synced.effects != after.synced.effects:
             yield None, "random, writing or opaque ops run in another order, or not as often, as before"
@@ -160,7 +174,8 @@ class Equality:
         entry = next((i for i in new.inputs if i.value.name == source.target), None)
         if not places or wanted is None or wanted == ZERO or entry is None or source.value is None:
             return (*nothing, wanted)
-        if source.kind is OutputKind.mutation and entry.kind is InputKind.buffer and new.mesh:
+        is_shared = source.kind is OutputKind.mutation and entry.kind is InputKind.buffer
+        if is_shared and num_data_ranks(new.mesh) > 1:
             return wanted, self.table.reduced("root", wanted)
         if source.kind is not OutputKind.grad or entry.kind is not InputKind.param:
             return (*nothing, wanted)
@@ -170,7 +185,7 @@ class Equality:
         """A parameter's gradient as the stage wants it."""
         table, dtype, stage = self.table, raw.tensor.dtype, entry.stage or 0
         rest = entry.master or entry.value.tensor.dtype
-        if not new.mesh:
+        if num_data_ranks(new.mesh) == 1:
             return table.cast(term, dtype, rest)
         summed = self.reduce_dtype or dtype
         term = table.cast(term, dtype, summed)
@@ -196,7 +211,7 @@ class Equality:
                 yield None, f"the input %{name} has become another: %{after.value.name}"
             elif before.stage is not None and before.stage != after.stage:
                 yield None, f"%{name} is wanted at stage {before.stage}, and has become stage {after.stage}"
-            elif isinstance(before.value.type, TensorType) and before.value.tensor.shape != after.value.tensor.shape:
+            elif isinstance(before.value.type, TensorType) and _whole_shape(before, old) != _whole_shape(after, new):
                 yield None, f"the input %{name} has another shape than before"
 
     def resent(self, before: Programs, after: Programs, step: str) -> Iterator[Fault]:
@@ -210,6 +225,14 @@ class Equality:
             yield None, f"what is sent has changed: a {how} in phase {phase.value} more or less than before"
         if not set(_saved(after)) <= set(_saved(before)):
             yield None, "more lives from the forward to the backward than before"
+
+
+def _whole_shape(entry: Input, graph: Graph) -> tuple[Dim, ...]:
+    """The shape of an input whose parts along the model axes are put together."""
+    kind = entry.value.tensor
+    for index, axis in enumerate(model_axes(graph.mesh)):
+        kind = whole_along(kind, index, axis.size)
+    return kind.shape
 
 
 def _dtypes(graph: Graph) -> list[DType | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from zgraph.ir import OPS, Graph, Node, Output, OutputKind, Phase, TensorType
+from zgraph.ir import OPS, Graph, Node, Output, OutputKind, Phase, TensorType, num_data_ranks
 from zgraph.ir.aliases import Aliases
 from zgraph.ir.graph import Value, values_in
 from zgraph.ir.ops import brings, views
@@ -146,9 +146,9 @@ def gathers(graph: Graph) -> Iterator[Fault]:
 
 def gradients(graph: Graph) -> Iterator[Fault]:
     """On one rank, too, a gradient lies in its master's memory; on a mesh the verifier sees to it."""
-    entries = {i.value.name: i for i in graph.params}
+    entries, is_sharded = {i.value.name: i for i in graph.params}, num_data_ranks(graph.mesh) > 1
     for output in graph.outputs:
-        if graph.mesh or output.kind is not OutputKind.grad or output.value is None or output.target not in entries:
+        if is_sharded or output.kind is not OutputKind.grad or output.value is None or output.target not in entries:
             continue
         entry, kind = entries[output.target], output.value.type
         if not isinstance(kind, TensorType) or entry.stage is None:
@@ -166,7 +166,7 @@ def at_rest(graph: Graph) -> Iterator[Fault]:
     """Parameters lie as their stage says: whole at stage 0, sharded at the others."""
     for entry in graph.params:
         kind = entry.value.type
-        if not graph.mesh or entry.stage is None or not isinstance(kind, TensorType):
+        if num_data_ranks(graph.mesh) == 1 or entry.stage is None or not isinstance(kind, TensorType):
             continue
         if kind.is_sharded != (entry.stage > 0):
             yield None, f"%{entry.value.name} is of stage {entry.stage}, but {kind} at rest"

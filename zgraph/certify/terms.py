@@ -7,6 +7,10 @@ zgraph's own ops do to a value:
     reload(offload x) = x                  copy(x) = x                         cast(x, its own dtype) = x
     pending(x) = x                         reduction of x = mean(x), sum(x) or root(x), as the type of x says
 
+Along a model axis, parts of a value, a partial sum and the whole are one term, and an op on parts is the op on the
+whole that its sharding rule says it is (`zgraph.ir.rules`): whether it may compute on such parts is for the verifier to
+say.
+
 A term says nothing of where a value is: that is in its type, which `zgraph.ir.verifier` checks. Ops that draw random
 numbers take the state of the generator as an operand and leave another, so that neither their number nor their order
 can change. What shares memory with what is written to reads as another term afterwards. Casts and gathers commute, as
@@ -22,15 +26,30 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 
-from zgraph.ir import OPS, Arg, DType, Graph, Input, InputKind, Node, Phase, TensorType, Value, fingerprint
+from zgraph.ir import (
+    OPS,
+    Arg,
+    DType,
+    Graph,
+    Input,
+    InputKind,
+    Node,
+    Phase,
+    TensorType,
+    Value,
+    fingerprint,
+    model_axes,
+)
 from zgraph.ir.aliases import Aliases
+from zgraph.ir.axis_rules import changed_axis, collective
 from zgraph.ir.external_ops import facts
 from zgraph.ir.ops import Op, views
+from zgraph.ir.rules import whole_node
 
 ZERO = 0
 """The term of a tangent that is zero, and of all that only carries it."""
 
-_SAME = frozenset({"wait", "copy", "release", "pending"})
+_SAME = frozenset({"wait", "copy", "release", "pending", "slice", "first_rank"})
 
 
 class Terms:
@@ -203,6 +222,10 @@ class Reader:
     def moved(self, node: Node, value: Value, result: Value, term: int) -> int:
         """Term of a value after a collective, or after a reshard that will become one."""
         old, new = value.tensor, result.tensor
+        if (index := changed_axis(old, new, self.graph.mesh)) is not None:
+            how = collective(old.placement[index], new.placement[index])
+            self.found.sent += [(how, node.phase, term)] if how.endswith("_start") else []
+            return term
         if old.placement == new.placement:
             if old.space != new.space:
                 self.found.sent.append(("copy", node.phase, term))
@@ -228,6 +251,8 @@ class Reader:
 
     def foreign(self, node: Node, operands: list[int]) -> Sequence[int]:
         row = self.graph.foreign[node.op]
+        for index, axis in enumerate(model_axes(self.graph.mesh)):
+            node = whole_node(node, index, axis.size)
         if ZERO in operands and (zero := self.carried(node, operands)) is not None:
             return zero
         is_one = len(operands) == 1 and node.operands[0].type == node.results[0].type
@@ -256,7 +281,7 @@ class Reader:
 def _is_meant(op: Op) -> bool:
     """Whether the axioms say what a start does to a value: a copy nothing, a reduction what its type says."""
     moves = op.transfer
-    return moves is not None and (op.lane != "comm" or moves.brings or moves.reduces)
+    return moves is not None and (op.lane != "comm" or moves.brings or moves.reduces or moves.exchanges)
 
 
 def constant(arg: Arg, values: Iterator[Hashable]) -> Hashable:

@@ -24,13 +24,14 @@ from zgraph.compiler.first_batch import agreeing
 from zgraph.compiler.narrator import Narrator
 from zgraph.compiler.replanning import FirstRun, replanning
 from zgraph.environment import environment
-from zgraph.ir import Axis
+from zgraph.ir import Axis, in_use
 from zgraph.options.settings import Settings
 from zgraph.options.validate import ATTRIBUTE
 from zgraph.passes import Context
 from zgraph.passes.fuse import Fuse
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.agreement import settings_lines
+from zgraph.runtime.alike import same_batches
 from zgraph.runtime.eager_fallback import eager_fallback
 from zgraph.runtime.gradients import attached, watch_steps
 from zgraph.runtime.interrupts import say_little
@@ -79,6 +80,7 @@ def shard(model: nn.Module, settings: Settings) -> Session:
         dict(settings.offloads),
         HostMemory(device),
         Placeholder if settings.fullgraph is False else nn.Parameter,
+        settings.cuts,
     )
     materialise_buffers(model, device)
     store.place_buffers()
@@ -142,6 +144,8 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         forward = replanning(forward, compiled, frontend.forget, may_repeat=settings.fullgraph is True)
     else:
         forward = eager_fallback(forward, session)
+    if session.store.ranks.num_model:
+        forward = same_batches(forward, session)
     model.__dict__[ATTRIBUTE] = compiled
     forward = guard(forward, session, settings.param_dtype, own_forward, forget, structure)
     if not session.is_alone and settings.fullgraph != "eager" and settings.dynamic is not False:
@@ -150,11 +154,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         forward = bucketed(model, forward, session, settings.lengths)
     model.__dict__["forward"] = forward
     model.__dict__["load_state_dict"] = checked_loading(model, session.store)
-    copier.handles.append(
-        model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            functools.partial(place_state_dict, session.store)
-        )
-    )
+    copier.handles.append(model.register_load_state_dict_pre_hook(place_state_dict))  # type: ignore[no-untyped-call]
     copier.handles.append(model.register_state_dict_pre_hook(lambda *_: session.raise_doom()))  # type: ignore[no-untyped-call]
     model.__dict__["share_memory"] = refuse_sharing
     for name in ADAPTERS:
@@ -181,7 +181,9 @@ def _where(settings: Settings, session: Session) -> str:
     stages = sorted({settings.default_stage if own is None else own for own in settings.stages.values()})
     listed = f"stage{'s' * (len(stages) > 1)} {' and '.join(map(str, stages or [settings.default_stage]))}"
     kernels = f', kernels="{settings.kernels}"' if settings.kernels != "aten" else ""
-    return f"{listed} on {session.num_ranks} rank{'s' * (session.num_ranks > 1)}{kernels}"
+    axes = session.store.ranks.axes
+    model = "".join(f" x {axis.size} of {axis.name}" for axis in axes[: session.store.ranks.num_model])
+    return f"{listed} on {session.num_ranks} rank{'s' * (session.num_ranks > 1)}{model}{kernels}"
 
 
 def _described(model: nn.Module, settings: Settings) -> str:
@@ -214,10 +216,7 @@ def _context(model: nn.Module, settings: Settings, session: Session) -> Context:
 
 
 def _axes(session: Session) -> tuple[Axis, ...]:
-    if session.num_ranks == 1:
-        return ()
-    copies = session.num_ranks // session.num_shards
-    return (*[Axis("replicate", copies)] * (copies > 1), Axis("shard", session.num_shards))
+    return in_use(session.store.ranks.axes)
 
 
 def _param_infos(session: Session) -> dict[int, ParamInfo]:
@@ -226,5 +225,6 @@ def _param_infos(session: Session) -> dict[int, ParamInfo]:
         at_rest, computed = slot.rest.dtype, slot.placeholder.dtype
         master = FROM_TORCH[at_rest] if at_rest != computed else None
         is_placeholder = slot.placeholder is not slot.parameter
-        infos[id(slot.placeholder)] = ParamInfo(slot.name, slot.stage, master, is_placeholder, slot.offload)
+        cuts = session.store.ranks.cuts.get(slot.name, ())
+        infos[id(slot.placeholder)] = ParamInfo(slot.name, slot.stage, master, is_placeholder, slot.offload, cuts)
     return infos

@@ -171,7 +171,7 @@ class CompiledModel:
         if self.session.device.type == "cpu":
             hints = {**hints, NUM_THREADS: self.hints.get(NUM_THREADS, torch.get_num_threads())}
         kind = has_backward(graph)
-        if self.session.num_ranks == 1 or kind in self._planned:
+        if self.session.is_alone or kind in self._planned:
             return hints
         found = json.loads(self.session.peers.exchange(f"sizes/{kind}", json.dumps(dict(hints)))[0])
         self._planned.add(kind)
@@ -199,14 +199,14 @@ class CompiledModel:
         decide.
         """
         kind = has_backward(graph)
-        if kind in self._tuned and not (kind and self.session.num_ranks == 1):
+        if kind in self._tuned and not (kind and self.session.is_alone):
             return
         self._tuned.add(kind)
         before = takewhile(lambda step: step.name != Fuse.name, self.pipeline.passes)
         fuse = next((step for step in self.pipeline.passes if isinstance(step, Fuse)), None)
         context = replace(self.context, hints=hints)
         seen = Pipeline(tuple(before)).run(graph, context)
-        peers = self.session.peers if self.session.num_ranks > 1 else None
+        peers = None if self.session.is_alone else self.session.peers
         costs = tuned(seen, context, self.session.device, peers, self.narrator.remark, str(kind), fuse)
         self.context = replace(self.context, costs=costs)
 

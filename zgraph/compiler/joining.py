@@ -68,7 +68,7 @@ class Joined:
         if self.session.is_alone:
             return [given]
         words = torch.zeros(self.session.num_ranks, dtype=torch.int32, device=self.session.device)
-        words[self.session.store.rank] = int(given)
+        words[self.session.store.data_rank] = int(given)
         work = dist.all_reduce(words, group=self.session.group, async_op=True)
         self.session.peers.wait(work, "the others' word whether they have another batch")
         return [_Loader(word) for word in words.tolist()]

@@ -272,6 +272,8 @@ def _category(node: Node, kind: Type, inputs: Container[str]) -> str:
         if node.op == "unpack":
             return "gradients" if is_sharded else "gathered"
         return "" if node.op in ("cast", "wait") else "buckets"
+    if moves.exchanges:
+        return ""
     if moves.reduces:
         return "buckets" if node.operands[0].tensor.reduction == "root" else "gradients"
     if not moves.brings:

@@ -15,7 +15,20 @@ from zgraph.cost.memory import local_bytes
 from zgraph.cost.network import COLLECTIVES, Network
 from zgraph.cost.work import work
 from zgraph.errors import HardwareError
-from zgraph.ir import OPS, Axis, Graph, Mesh, Node, TensorType, Type, num_ranks, num_shards
+from zgraph.ir import (
+    OPS,
+    Axis,
+    Graph,
+    Mesh,
+    Node,
+    TensorType,
+    Type,
+    model_axes,
+    num_data_ranks,
+    num_ranks,
+    num_shards,
+)
+from zgraph.ir.axis_rules import axis_of
 from zgraph.ir.external_ops import MATMUL
 from zgraph.ir.ops import Transfer, moved_bytes
 from zgraph.ir.ops import transfer as transfer_of
@@ -111,13 +124,17 @@ class CostTable(BaseModel):
         kind = moved(start).name
         if line := self.transfers.get(kind):
             return line.latency_us + 1e6 * OPS[start.op].wire_bytes(start, graph.mesh) / line.bytes_per_s
+        network = self.along(start, graph.mesh)
         if kind not in COLLECTIVES:
-            return self.network(graph.mesh).direct_us(OPS[start.op].wire_bytes(start, graph.mesh))
+            return network.direct_us(OPS[start.op].wire_bytes(start, graph.mesh))
         whole = moved_bytes(start, graph.mesh)
+        if moved(start).exchanges:
+            return network.quote(kind, whole).us
         if moved(start).is_shared:
-            return self.network((Axis("all", graph.num_ranks),)).quote(kind, whole).us
-        us = self.network(graph.mesh).quote(kind, whole).us
-        if moved(start).reduces and graph.num_ranks > graph.num_shards:
+            everyone = (*model_axes(graph.mesh), Axis("all", num_data_ranks(graph.mesh)))
+            return self.network(everyone).quote(kind, whole).us
+        us = network.quote(kind, whole).us
+        if moved(start).reduces and num_data_ranks(graph.mesh) > graph.num_shards:
             us += self._copies(graph.mesh).quote("all_reduce", whole / graph.num_shards).us
         return us
 
@@ -135,15 +152,27 @@ class CostTable(BaseModel):
 
     def network(self, mesh: Mesh) -> Network:
         """The links among the ranks of one shard axis."""
-        count = num_shards(mesh)
+        count, beside = num_shards(mesh), num_ranks(model_axes(mesh))
+        if beside > 1:  # ranks of a model axis are neighbours
+            each = max((self.per_host or self.hardware.devices_per_host) // beside, 1)
+            return Network(self.hardware, count, min(each, count) if count % min(each, count) == 0 else 1)
         if self.per_host:
             return Network(self.hardware, count, min(self.per_host, count))
         return Network.of(self.hardware, count)
 
+    def along(self, start: Node, mesh: Mesh) -> Network:
+        """The links among the ranks that a collective is of: those of its model axis, or of one shard axis."""
+        if start.option("axis") is None:
+            return self.network(mesh)
+        _, count = axis_of(start, mesh)
+        each = min(self.per_host or self.hardware.devices_per_host, count)
+        return Network(self.hardware, count, each if count % each == 0 else 1)
+
     def _copies(self, mesh: Mesh) -> Network:
         """The links among the ranks that hold the same shard."""
-        count = num_ranks(mesh) // num_shards(mesh)
-        each = max((self.per_host or self.hardware.devices_per_host) // num_shards(mesh), 1)
+        count = num_data_ranks(mesh) // num_shards(mesh)
+        beside = num_shards(mesh) * num_ranks(model_axes(mesh))
+        each = max((self.per_host or self.hardware.devices_per_host) // beside, 1)
         return Network(self.hardware, count, each if count % each == 0 else 1)
 
 

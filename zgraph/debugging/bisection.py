@@ -14,7 +14,8 @@ from zgraph.debugging.ddmin import minimal
 from zgraph.debugging.hunks import Change, Hunks, print_hunk
 from zgraph.debugging.known import Known
 from zgraph.debugging.outcome import Failure
-from zgraph.ir import Graph, Node
+from zgraph.errors import CheckError
+from zgraph.ir import Graph, Node, model_axes
 from zgraph.passes import Context, Pipeline
 from zgraph.passes.core.pipeline import print_pass, uncollected
 from zgraph.runfile.sources import Sources, line_of
@@ -69,6 +70,14 @@ class Steps:
 
     graphs: tuple[tuple[str, Graph], ...]
     crash: tuple[str, Failure] | None = None
+
+    def __post_init__(self) -> None:
+        axes = {axis.name: None for _, graph in self.graphs for axis in model_axes(graph.mesh)}
+        if axes:
+            raise CheckError(
+                f"graphs along the axis {', '.join(axes)} are not compared by numbers: simulated ranks have a part of "
+                "the batch each. zgraph verify compares them by their terms"
+            )
 
 
 def run_steps(graph: Graph, pipeline: Pipeline, context: Context) -> Steps:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Union
 
-from zgraph.ir.types import Axis, DType, TensorType, Type, num_ranks, num_shards
+from zgraph.ir.types import Axis, DType, Placement, TensorType, Type, num_ranks, num_shards
 
 __all__ = [
     "Arg",
@@ -161,6 +161,7 @@ class Input:
         master: for a parameter, the dtype of its master copy where that is not the dtype it is computed with.
         offload: for a parameter, what of it is on the host: nothing; `optimizer`: its master, gradient and optimizer
             state, while a copy to compute with stays on the device; `parameters`: that copy too.
+        cuts: for a parameter, the placements wanted for it along model axes, with the axes' names.
     """
 
     kind: InputKind
@@ -169,6 +170,7 @@ class Input:
     stage: int | None = None
     master: DType | None = None
     offload: str = ""
+    cuts: tuple[tuple[str, Placement], ...] = ()
 
 
 class OutputKind(enum.Enum):

@@ -6,20 +6,23 @@ read off their schemas (`graph.ExternalOp`); what is known of them by name is in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from zgraph.ir import type_rules
+from zgraph.ir.axis_rules import axis_of, moved_along
 from zgraph.ir.graph import Graph, Node, Value, values_in
-from zgraph.ir.layout import chunk_numel, is_even
+from zgraph.ir.layout import chunk_numel, concrete, is_even
 from zgraph.ir.type_rules import TypeRule, tensor
 from zgraph.ir.types import (
     DEVICE,
     HOST,
     Mesh,
+    Shard,
     TensorType,
-    num_ranks,
+    num_data_ranks,
     num_shards,
 )
 
@@ -40,6 +43,7 @@ class Transfer:
         name: its name in cost tables and profiles: `all_gather`, `offload`, ...
         brings: an op needs what it delivers, in memory that is released after its last use. The others take away what
             no op needs any more.
+        exchanges: it moves what an op has made along a model axis, and an op needs what it delivers.
         reduces: it sums or averages over the ranks, or takes the first rank's.
         holds: it reads its operand until it is waited for; the others copy it first.
         scatters: each rank keeps a part of the result. If the operand is not dense, or needs padding, a copy of it is
@@ -49,6 +53,7 @@ class Transfer:
 
     name: str
     brings: bool = False
+    exchanges: bool = False
     reduces: bool = False
     holds: bool = False
     scatters: bool = False
@@ -102,7 +107,12 @@ def padded_bytes(kind: TensorType, num_parts: int) -> int:
 
 
 def moved_bytes(node: Node, mesh: Mesh) -> int:
-    """Bytes of the whole of what a collective moves, padding counted."""
+    """Bytes of the whole of what a collective moves, padding counted; whole along its axis, where it has one."""
+    if node.option("axis") is not None:
+        index, size = axis_of(node, mesh)
+        kind = tensor(node)
+        times = size if isinstance(kind.placement[index], Shard) else 1
+        return math.prod(map(concrete, kind.shape)) * times * kind.dtype.itemsize
     num_parts = num_chunks(node, mesh) or num_shards(mesh)
     return sum(padded_bytes(tensor(node, i), num_parts) for i in range(len(node.operands)))
 
@@ -115,38 +125,63 @@ def is_copied(node: Node, value: Value, mesh: Mesh) -> bool:
     return kind.strides is not None or not is_even(kind.shape, num_shards(mesh))
 
 
+def _axis_sends(node: Node, mesh: Mesh) -> int:
+    """Bytes that each rank of a model axis sends: those of a ring, or of an all-to-all all but its own."""
+    whole, (_, size) = moved_bytes(node, mesh), axis_of(node, mesh)
+    if node.op == "all_to_all_start":
+        return _part(whole // size, size)
+    return (2 if node.op == "all_reduce_start" else 1) * _part(whole, size)
+
+
+def _axis_lands(node: Node, mesh: Mesh) -> int:
+    """Room for the parts of all ranks of a model axis before they are put together, or summed."""
+    return moved_bytes(node, mesh)
+
+
 def _part(num_bytes: int, num_parts: int) -> int:
     """(N - 1) / N of it: what a ring all-gather or reduce-scatter sends from each rank."""
     return num_bytes // num_parts * (num_parts - 1)
 
 
 def _gather_sends(node: Node, mesh: Mesh) -> int:
+    if node.option("axis") is not None:
+        return _axis_sends(node, mesh)
     return _part(moved_bytes(node, mesh), num_shards(mesh))
 
 
 def _scatter_sends(node: Node, mesh: Mesh) -> int:
     """To the ranks of this one's shard axis, and the sums to those that hold the same shard."""
+    if node.option("axis") is not None:
+        return _axis_sends(node, mesh)
     whole, count = moved_bytes(node, mesh), num_shards(mesh)
-    return _part(whole, count) + 2 * _part(whole // count, num_ranks(mesh) // count)
+    return _part(whole, count) + 2 * _part(whole // count, num_data_ranks(mesh) // count)
 
 
 def _share_sends(node: Node, mesh: Mesh) -> int:
-    return (2 if node.op == "all_reduce_start" else 1) * _part(moved_bytes(node, mesh), num_ranks(mesh))
+    if node.option("axis") is not None:
+        return _axis_sends(node, mesh)
+    return (2 if node.op == "all_reduce_start" else 1) * _part(moved_bytes(node, mesh), num_data_ranks(mesh))
 
 
 def _scatter_lands(node: Node, mesh: Mesh) -> int:
     """Room for what all peers but one send of one chunk, until it is summed; and for sums of others that hold it."""
+    if node.option("axis") is not None:
+        return _axis_lands(node, mesh)
     chunk = moved_bytes(node, mesh) // num_shards(mesh)
-    return max(num_shards(mesh) - 2, 0) * chunk + (chunk if num_ranks(mesh) > num_shards(mesh) else 0)
+    return max(num_shards(mesh) - 2, 0) * chunk + (chunk if num_data_ranks(mesh) > num_shards(mesh) else 0)
 
 
 def _share_lands(node: Node, mesh: Mesh) -> int:
     """Room for what all peers send of one chunk, until it is summed."""
-    return _part(moved_bytes(node, mesh), num_ranks(mesh))
+    if node.option("axis") is not None:
+        return _axis_lands(node, mesh)
+    return _part(moved_bytes(node, mesh), num_data_ranks(mesh))
 
 
 def _staged(node: Node, mesh: Mesh) -> int:
     """Shards that are on the host go to the device first."""
+    if node.option("axis") is not None:
+        return _axis_lands(node, mesh)
     return moved_bytes(node, mesh) // num_shards(mesh) if tensor(node).is_on_host else 0
 
 
@@ -193,7 +228,7 @@ _ROWS = (
         scratch_bytes=_share_lands,
         pure=False,
         transfer=Transfer("all_reduce", reduces=True, is_shared=True),
-        chunks=num_ranks,
+        chunks=num_data_ranks,
         kind="reduce",
     ),
     Op(
@@ -205,6 +240,31 @@ _ROWS = (
         pure=False,
         transfer=Transfer("broadcast", reduces=True, is_shared=True),
         kind="reduce",
+    ),
+    Op(
+        "all_to_all_start",
+        "Begin to cut a value along another dim: each rank sends every other one its part of this one's part.",
+        moved_along,
+        "comm",
+        _axis_sends,
+        scratch_bytes=_axis_lands,
+        pure=False,
+        transfer=Transfer("all_to_all", exchanges=True),
+        kind="gather",
+    ),
+    Op(
+        "slice",
+        "Keep this rank's part of what is replicated along a model axis, in new memory.",
+        moved_along,
+        recomputable=True,
+        is_work=True,
+    ),
+    Op(
+        "first_rank",
+        "Make a sum over a model axis of what is replicated along it: zeros on all ranks but the first.",
+        moved_along,
+        recomputable=True,
+        is_work=True,
     ),
     Op(
         "offload_start",
@@ -269,8 +329,17 @@ _ROWS = (
 OPS: Mapping[str, Op] = {op.name: op for op in _ROWS}
 
 
+ALONG_AXIS: Mapping[str, Transfer] = {
+    f"{name}_start": Transfer(name, exchanges=True)
+    for name in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+}
+"""Transfers along a model axis, by the op that begins them: each sends a copy."""
+
+
 def transfer(node: Node) -> Transfer | None:
     """Transfer that a start begins; None for all other nodes."""
+    if node.op in ALONG_AXIS and node.option("axis") is not None:
+        return ALONG_AXIS[node.op]
     row = OPS.get(node.op)
     return row.transfer if row is not None else None
 
@@ -284,7 +353,9 @@ def brings(node: Node) -> bool:
 def num_chunks(node: Node, mesh: Mesh) -> int:
     """Into how many chunks of one size what a node makes whole is cut; 0 where it takes as much as it has."""
     row = OPS.get(node.op)
-    return row.chunks(mesh) if row is not None and row.chunks is not None else 0
+    if row is None or row.chunks is None or node.option("axis") is not None:
+        return 0
+    return row.chunks(mesh)
 
 
 def views(graph: Graph, node: Node) -> tuple[str, ...]:

@@ -30,6 +30,8 @@ from zgraph.ir.symbols import Dim, parse_dim
 from zgraph.ir.types import (
     DEVICE,
     HOST,
+    MAX_BLOCKS,
+    MODEL_AXES,
     PLACEMENTS,
     Axis,
     DType,
@@ -127,8 +129,18 @@ class _LineCursor(Cursor):
         if word in PLACEMENTS:
             return PLACEMENTS[word]
         if found := _DIM.fullmatch(word):
-            return Shard(int(found[1]))
+            return Shard(int(found[1]), self.blocks() if self.accept("/") else (1,))
         raise self.error(f"{word} is not a placement: {', '.join(PLACEMENTS)}, or S and a dim", start)
+
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks of a dim: how many of one size, or their sizes to one another."""
+        self.space()
+        start = self.at
+        found = self.listed("]", self.integer) if self.accept("[") else (self.integer(),)
+        is_count = self.text[start] != "["
+        if not found or min(found) < 1 or (found[0] if is_count else len(found)) > MAX_BLOCKS:
+            raise self.error(f"a dim is cut in 1 to {MAX_BLOCKS:,} blocks", start)
+        return (1,) * found[0] if is_count else found
 
     def origin(self) -> Origin:
         module, file, number = "", "", 0
@@ -301,7 +313,8 @@ class _Reader:
         stage = line.integer() if line.accept("stage=") else None
         master = line.one_of(_DTYPES, "a dtype") if line.accept("master=") else None
         offload = line.one_of(_OFFLOADS, "what is offloaded") if line.accept("offload=") else ""
-        return Input(kind, value, target, stage, master, offload)
+        cuts = tuple((axis, line.placement()) for axis in MODEL_AXES if line.accept(f"{axis}="))
+        return Input(kind, value, target, stage, master, offload, cuts)
 
     def output(self, line: _LineCursor) -> Output:
         phase = line.one_of(self.phases, "a phase")

@@ -98,6 +98,7 @@ def print_input(entry: Input) -> str:
     parts += [f"stage={entry.stage}"] if entry.stage is not None else []
     parts += [f"master={entry.master.value}"] if entry.master is not None else []
     parts += [f"offload={entry.offload}"] if entry.offload else []
+    parts += [f"{axis}={place}" for axis, place in entry.cuts]
     return " ".join(parts)
 
 

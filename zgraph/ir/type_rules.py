@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from zgraph.ir.axis_rules import TypeRuleError, changed_axis, laid_as_stated, moved, moved_along
 from zgraph.ir.graph import Node
 from zgraph.ir.layout import bucket_layout
 from zgraph.ir.types import (
@@ -23,14 +24,13 @@ from zgraph.ir.types import (
     TensorType,
     Type,
     Varying,
+    model_axes,
     num_shards,
 )
 
+__all__ = ["TypeRule", "TypeRuleError", "tensor"]
+
 TypeRule = Callable[[Node, Mesh], tuple[Type, ...]]
-
-
-class TypeRuleError(ValueError):
-    """The operands of an op do not fit it."""
 
 
 def tensor(node: Node, index: int = 0) -> TensorType:
@@ -64,9 +64,12 @@ def _sharded(kind: TensorType) -> TensorType:
     return kind
 
 
-def _pending(kind: TensorType, *reductions: Reduction) -> TensorType:
-    """The operand of a reduction: it is pending along the last axis, and along others in the same way or replicated."""
-    is_whole = all(isinstance(p, Partial | Replicate) for p in kind.placement)
+def _pending(kind: TensorType, mesh: Mesh, *reductions: Reduction) -> TensorType:
+    """The operand of a reduction: it is pending along the last axis, and along other data axes in the same way or
+    replicated."""
+    num_model = len(model_axes(mesh))
+    is_whole = all(isinstance(p, Partial | Replicate) for p in kind.placement[num_model:])
+    is_whole = is_whole and not any(isinstance(p, Partial) for p in kind.placement[:num_model])
     last = kind.placement[-1] if kind.placement else None
     if kind.future or not is_whole or not isinstance(last, Partial) or kind.reduction not in reductions:
         names = " or ".join(str(Partial(r)) for r in reductions)
@@ -75,8 +78,10 @@ def _pending(kind: TensorType, *reductions: Reduction) -> TensorType:
     return kind
 
 
-def gathered(node: Node, _: Mesh) -> tuple[Type, ...]:
+def gathered(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     """Onto the device, from wherever the shards lie."""
+    if node.option("axis") is not None:
+        return moved_along(node, mesh)
     return _moved(node, lambda kind: _whole(_sharded(kind)).on(DEVICE))
 
 
@@ -90,16 +95,20 @@ def _part_of(kind: TensorType) -> TensorType:
     return kind.at(*kind.reduced().placement[:-1], Shard(0))
 
 
-def scattered(node: Node, _: Mesh) -> tuple[Type, ...]:
-    return _moved(node, lambda kind: _part_of(_pending(kind, "sum", "mean")))
+def scattered(node: Node, mesh: Mesh) -> tuple[Type, ...]:
+    if node.option("axis") is not None:
+        return moved_along(node, mesh)
+    return _moved(node, lambda kind: _part_of(_pending(kind, mesh, "sum", "mean")))
 
 
-def all_reduced(node: Node, _: Mesh) -> tuple[Type, ...]:
-    return _moved(node, lambda kind: _pending(kind, "sum", "mean").reduced())
+def all_reduced(node: Node, mesh: Mesh) -> tuple[Type, ...]:
+    if node.option("axis") is not None:
+        return moved_along(node, mesh)
+    return _moved(node, lambda kind: _pending(kind, mesh, "sum", "mean").reduced())
 
 
-def broadcast(node: Node, _: Mesh) -> tuple[Type, ...]:
-    return _moved(node, lambda kind: _pending(kind, "root").reduced())
+def broadcast(node: Node, mesh: Mesh) -> tuple[Type, ...]:
+    return _moved(node, lambda kind: _pending(kind, mesh, "root").reduced())
 
 
 def copied_to(space: str) -> TypeRule:
@@ -121,9 +130,9 @@ def waited(node: Node, _: Mesh) -> tuple[Type, ...]:
     return (kind.delivered(),)
 
 
-def resharded(node: Node, _: Mesh) -> tuple[Type, ...]:
-    """Result types of a reshard: shards become whole, pending values are reduced, the memory space may change. All else
-    stays."""
+def resharded(node: Node, mesh: Mesh) -> tuple[Type, ...]:
+    """Result types of a reshard: shards become whole, pending values are reduced, the memory space may change; or the
+    placement changes along one model axis. All else stays."""
     if node.option("reduce") is not None:
         raise TypeRuleError("takes no reduce=: what is pending is in the type of its operand")
     results = []
@@ -131,9 +140,14 @@ def resharded(node: Node, _: Mesh) -> tuple[Type, ...]:
         kind, made = tensor(replace(node, args=(value,), kwargs=())), result.type
         if not isinstance(made, TensorType) or (kind.placement, kind.space) == (made.placement, made.space):
             raise TypeRuleError(f"must change the placement or the memory space of %{value.name}")
+        if (index := changed_axis(kind, made, mesh)) is not None and kind.space == made.space:
+            if len(node.operands) > 1:
+                raise TypeRuleError("moves one tensor along a model axis")
+            results.append(laid_as_stated(moved(kind, index, mesh[index].size, made.placement[index]), node.results))
+            continue
         same = kind
         if kind.placement != made.placement:
-            if made.placement not in (ways := _ways(kind)):
+            if made.placement not in (ways := _ways(kind, mesh)):
                 names = " or ".join(str(kind.contiguous().at(*way)) for way in ways)
                 raise TypeRuleError(f"makes {names} of %{value.name}, not {made}")
             same = kind.contiguous()
@@ -141,11 +155,11 @@ def resharded(node: Node, _: Mesh) -> tuple[Type, ...]:
     return tuple(results)
 
 
-def _ways(kind: TensorType) -> tuple[tuple[Placement, ...], ...]:
+def _ways(kind: TensorType, mesh: Mesh) -> tuple[tuple[Placement, ...], ...]:
     """The placements that there is a collective to."""
     if kind.is_sharded:
         return (_whole(kind).placement,)
-    reduced = _pending(kind, *REDUCTIONS).reduced().placement
+    reduced = _pending(kind, mesh, *REDUCTIONS).reduced().placement
     return (reduced,) if kind.reduction == "root" else (reduced, _part_of(kind).placement)
 
 
@@ -167,25 +181,28 @@ def unpacked(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     return tuple(m.contiguous().at(*flat.placement).on(flat.space) for m in members)
 
 
-def cast(node: Node, _: Mesh) -> tuple[Type, ...]:
+def cast(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     dtype = node.option("dtype")
     if not isinstance(dtype, DType):
         raise TypeRuleError("needs dtype=")
-    return (_one(node).contiguous(dtype),)
+    kind = _one(node)
+    if any(isinstance(p, Partial) for p in kind.placement[: len(model_axes(mesh))]) and dtype is not kind.dtype:
+        raise TypeRuleError(f"rounds parts of a sum, which is not to round the sum: reduce {kind} first")
+    return (kind.contiguous(dtype),)
 
 
-def copied(node: Node, _: Mesh) -> tuple[Type, ...]:
-    kind = _one(node).contiguous()
-    made = node.results[0].type if node.results else kind
-    if isinstance(made, TensorType) and made.varies and all(isinstance(p, Replicate) for p in kind.placement):
-        return (kind.at(*(Varying() for _ in kind.placement)),)
+def copied(node: Node, mesh: Mesh) -> tuple[Type, ...]:
+    kind, num_model = _one(node).contiguous(), len(model_axes(mesh))
+    made, own = node.results[0].type if node.results else kind, kind.placement[num_model:]
+    if isinstance(made, TensorType) and made.varies and all(isinstance(p, Replicate) for p in own):
+        return (kind.at(*kind.placement[:num_model], *(Varying() for _ in own)),)
     return (kind,)
 
 
-def accumulated(node: Node, _: Mesh) -> tuple[Type, ...]:
+def accumulated(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     if not isinstance(node.option("target"), str):
         raise TypeRuleError("needs target=, the name of the parameter")
-    return (_pending(_one(node), "sum", "mean"),)
+    return (_pending(_one(node), mesh, "sum", "mean"),)
 
 
 def stated(node: Node, _: Mesh) -> tuple[Type, ...]:

@@ -13,6 +13,8 @@ from zgraph.ir.symbols import Dim, render
 __all__ = [
     "DEVICE",
     "HOST",
+    "MAX_BLOCKS",
+    "MODEL_AXES",
     "PLACEMENTS",
     "REDUCTIONS",
     "Axis",
@@ -28,6 +30,10 @@ __all__ = [
     "TensorType",
     "Type",
     "Varying",
+    "data_axes",
+    "in_use",
+    "model_axes",
+    "num_data_ranks",
     "num_ranks",
     "num_shards",
 ]
@@ -67,6 +73,10 @@ def _itemsize(name: str) -> int:
 _ITEMSIZES = {dtype: _itemsize(dtype.value) for dtype in DType}
 
 
+MAX_BLOCKS = 1024
+"""Blocks that a dim may be cut in."""
+
+
 @dataclass(frozen=True, slots=True)
 class Replicate:
     """Every rank of the axis holds the same, whole value."""
@@ -77,12 +87,35 @@ class Replicate:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Rank r of the axis holds chunk r of tensor dim `dim`: ceil(size / N) rows each, the last ones shorter."""
+    """Rank r of the axis holds chunk r of tensor dim `dim`, or of each of several blocks of it.
+
+    Along a data axis the chunks have ceil(size / N) rows each, the last ones fewer, and there is one block. Along a
+    model axis every block divides by N.
+
+    Args:
+        dim: the tensor dim.
+        blocks: the sizes of the blocks to one another: a fused projection of queries, keys and values is `(1, 1, 1)`,
+            or `(4, 1, 1)` where four heads of queries share one of keys.
+    """
 
     dim: int
+    blocks: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        if not self.blocks or any(b < 1 for b in self.blocks):
+            raise ValueError(f"blocks are sizes of 1 or more, not {self.blocks}")
+        if (common := math.gcd(*self.blocks)) > 1:
+            object.__setattr__(self, "blocks", tuple(b // common for b in self.blocks))
 
     def __str__(self) -> str:
-        return f"S{self.dim}"
+        if len(self.blocks) == 1:
+            return f"S{self.dim}"
+        return f"S{self.dim}/{len(self.blocks) if len(set(self.blocks)) == 1 else [*self.blocks]}"
+
+    def divides(self, size: Dim, num_ranks: int) -> bool:
+        """Whether a dim of this size falls into such blocks, each of which divides by the ranks."""
+        unit = sum(self.blocks)
+        return isinstance(size, int) and not size % unit and all(size // unit * b % num_ranks == 0 for b in self.blocks)
 
 
 Reduction = Literal["sum", "mean", "root"]
@@ -125,7 +158,36 @@ class Axis:
 
 
 Mesh = tuple[Axis, ...]
-"""The axes of a device mesh. Tensors are sharded along the last; ranks along the others hold the same shards."""
+"""The axes of a device mesh: model axes first, then data axes, of which at least one.
+
+Along a *model axis* the ranks divide an op's work among them; along a *data axis* each has its own part of the batch.
+Parameters are cut along the model axes first. What is left of each is sharded along the last data axis, and ranks along
+the other data axes hold the same shards.
+"""
+
+MODEL_AXES = ("tensor", "context", "expert")
+"""Names of the axes along which ranks divide the work of one op."""
+
+
+def model_axes(mesh: Mesh) -> Mesh:
+    """The axes along which ranks divide the work of one op."""
+    return tuple(axis for axis in mesh if axis.name in MODEL_AXES)
+
+
+def data_axes(mesh: Mesh) -> Mesh:
+    """The axes along which each rank has its own part of the batch."""
+    return tuple(axis for axis in mesh if axis.name not in MODEL_AXES)
+
+
+def in_use(mesh: Mesh) -> Mesh:
+    """The axes of more than one rank; with a model axis, a data axis too."""
+    found = tuple(axis for axis in mesh if axis.size > 1)
+    return (*found, Axis("shard", 1)) if found and not data_axes(found) else found
+
+
+def num_data_ranks(mesh: Mesh) -> int:
+    """Ranks along the data axes together: those whose gradients are reduced; 1 without a mesh."""
+    return math.prod(axis.size for axis in data_axes(mesh))
 
 
 def num_ranks(mesh: Mesh) -> int:
@@ -134,7 +196,7 @@ def num_ranks(mesh: Mesh) -> int:
 
 
 def num_shards(mesh: Mesh) -> int:
-    """Parts that a sharded tensor is cut into: the ranks of the last axis."""
+    """Parts that a sharded tensor is cut into: the ranks of the last axis, a data axis."""
     return mesh[-1].size if mesh else 1
 
 
@@ -146,10 +208,11 @@ DEVICE, HOST = "device", "host"
 class TensorType:
     """The type of a tensor value.
 
-    `shape` is the global shape; for a placement of `Varying` it is each rank's own. `strides` is None where the
-    tensor is contiguous. `placement` has one entry a mesh axis (none where the graph has no mesh). `space` is the
-    memory that it lies in: the device's, where ops compute, or the host's. `future` marks a value that a start op
-    promises and a `wait` delivers.
+    `shape` is what an op reads and makes. Ops compute on whole tensors of shards along a data axis, so it is the global
+    shape there. They compute on their own part along a model axis, and with `Varying` values, so it is the rank's own
+    shape there. `strides` is None where the tensor is contiguous. `placement` has one entry a mesh axis (none where the
+    graph has no mesh). `space` is the memory that it lies in: the device's, where ops compute, or the host's. `future`
+    marks a value that a start op promises and a `wait` delivers.
     """
 
     dtype: DType
@@ -187,14 +250,16 @@ class TensorType:
         return found.pop() if len(found) == 1 else None
 
     def divisor(self, sizes: Iterable[int]) -> int:
-        """Divisor that turns the sum over all ranks into the reduced value.
+        """Divisor that turns the sum over all data ranks into the reduced value.
 
         For a mean it is the number of ranks, for a sum the number of ranks that hold the same value.
 
         Args:
-            sizes: the ranks along each axis.
+            sizes: the ranks along each data axis.
         """
-        return math.prod(n for p, n in zip(self.placement, sizes, strict=True) if p != Partial("sum"))
+        counts = tuple(sizes)
+        own = self.placement[len(self.placement) - len(counts) :]
+        return math.prod(n for p, n in zip(own, counts, strict=True) if p != Partial("sum"))
 
     def at(self, *placement: Placement) -> TensorType:
         """The same tensor at another placement."""

@@ -12,9 +12,22 @@ from zgraph.ir.graph import PROGRAMS, Arg, Graph, Input, InputKind, Node, Output
 from zgraph.ir.names import COLLECTIVES, HIGHER_ORDER
 from zgraph.ir.ops import OPS
 from zgraph.ir.printer import print_arg, print_node
+from zgraph.ir.rules.kept import broken_rule
 from zgraph.ir.symbols import Dim, simplify
 from zgraph.ir.type_rules import TypeRuleError
-from zgraph.ir.types import DEVICE, HOST, Partial, Replicate, Shard, TensorType, Type, Varying
+from zgraph.ir.types import (
+    DEVICE,
+    HOST,
+    Mesh,
+    Partial,
+    Replicate,
+    Shard,
+    TensorType,
+    Type,
+    Varying,
+    model_axes,
+    num_data_ranks,
+)
 
 Fault = tuple[int | None, str]
 """Position of the node at fault (None: the graph as a whole) and what is wrong."""
@@ -131,8 +144,12 @@ def _not_a_function(graph: Graph) -> Iterator[str]:
 
 
 def placements(graph: Graph) -> Iterator[Fault]:
-    """One placement a mesh axis on every tensor; an op that is not zgraph's own sees only whole or own values."""
-    rank = len(graph.mesh)
+    """One placement a mesh axis on every tensor. Along data axes, an op that is not zgraph's own sees only whole or own
+    values; along a model axis, it keeps to its sharding rule."""
+    rank, num_model = len(graph.mesh), len(model_axes(graph.mesh))
+    if wrong := _wrong_mesh(graph.mesh):
+        yield None, wrong
+        return
     for entry in graph.inputs:
         if unknown := _unknown_size(entry.value.type):
             yield None, f"the input %{entry.value.name} is sharded, but its size {unknown} is not known"
@@ -146,18 +163,28 @@ def placements(graph: Graph) -> Iterator[Fault]:
                 yield position, f"%{result.name} has {len(result.type.placement)} placements for {rank} mesh axes"
         if node.op in OPS:
             continue
-        kinds = [v.type for v in node.operands if isinstance(v.type, TensorType)]
-        if any(isinstance(p, Shard | Partial) for k in kinds for p in k.placement):
+        kinds = [v.type.placement[num_model:] for v in node.operands if isinstance(v.type, TensorType)]
+        made = [(r, r.type.placement[num_model:]) for r in node.results if isinstance(r.type, TensorType)]
+        if any(isinstance(p, Shard | Partial) for own in kinds for p in own):
             yield position, f"{node.op} computes on one rank alone, so a sharded or partial operand must be resharded"
-        for result in node.results:
-            if isinstance(result.type, TensorType) and any(
-                isinstance(p, Shard | Partial) for p in result.type.placement
-            ):
+        for result, own in made:
+            if any(isinstance(p, Shard | Partial) for p in own):
                 yield position, f"%{result.name} is called {result.type}, but {node.op} computes on one rank alone"
-        varies = any(isinstance(p, Varying) for k in kinds for p in k.placement)
-        for result in node.results:
-            if isinstance(result.type, TensorType) and varies and Replicate() in result.type.placement:
+        varies = any(isinstance(p, Varying) for own in kinds for p in own)
+        for result, own in made:
+            if varies and Replicate() in own:
                 yield position, f"%{result.name} is called replicated, but it is made of values that vary"
+        for index in range(num_model):
+            if wrong := broken_rule(node, graph.mesh, index):
+                yield position, wrong
+
+
+def _wrong_mesh(mesh: Mesh) -> str:
+    """Mistake in the axes of a mesh; empty if there is none."""
+    num_model = len(model_axes(mesh))
+    if model_axes(mesh[:num_model]) != mesh[:num_model]:
+        return "has a data axis before a model axis; model axes come first"
+    return "has no data axis" if num_model and num_model == len(mesh) else ""
 
 
 def _unknown_size(kind: Type) -> Dim | None:
@@ -227,13 +254,16 @@ def targets(graph: Graph) -> Iterator[Fault]:
             continue
         if kind.shape != target.shape or kind.dtype not in (target.dtype, entry.master):
             yield None, f"the {output.kind.value} of %{output.target} is {kind}, but it is {target}"
-        elif graph.mesh and (message := _misplaced(output, kind, entry, target)):
+        elif graph.mesh and (message := _misplaced(output, kind, entry, target, num_data_ranks(graph.mesh) > 1)):
             makers = (p for p, node in enumerate(graph.nodes) if output.value in node.results)
             yield next(makers, None), message
 
 
-def _misplaced(output: Output, kind: TensorType, entry: Input, target: TensorType) -> str:
-    """Mistake in the placement, memory or phase of a parameter's gradient or a buffer's new value; empty if none."""
+def _misplaced(output: Output, kind: TensorType, entry: Input, target: TensorType, is_sharded: bool) -> str:
+    """Mistake in the placement, memory or phase of a parameter's gradient or a buffer's new value; empty if none.
+
+    `is_sharded` says whether there are several data ranks, for which gradients are reduced.
+    """
     is_gradient = output.kind is OutputKind.grad and entry.kind is InputKind.param
     if not is_gradient and not (output.kind is OutputKind.mutation and entry.kind is InputKind.buffer):
         return ""
@@ -246,7 +276,7 @@ def _misplaced(output: Output, kind: TensorType, entry: Input, target: TensorTyp
     if kind.space != space:
         return f"{what}, but its {'master' if is_gradient else 'memory'} is the {space}'s"
     due = Phase.update if entry.stage == 1 else Phase.backward
-    if is_gradient and entry.stage is not None and output.phase is not due:
+    if is_gradient and entry.stage is not None and output.phase is not due and is_sharded:
         return f"{what} of stage {entry.stage}, and returned in phase {output.phase.value}, not {due.value}"
     return ""
 

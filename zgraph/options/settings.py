@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -21,6 +21,7 @@ from zgraph.errors import ContractError, UsageError
 from zgraph.ir.layout import chunk_numel
 from zgraph.options.lengths import Lengths, check_lengths
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
+from zgraph.options.parallel import AXIS, Placements, check_parallel, cuts_of, mesh_of
 from zgraph.options.validate import (
     Compute,
     Fullgraph,
@@ -33,10 +34,11 @@ from zgraph.options.validate import (
     default_kernels,
     stage_of,
 )
-from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, pipeline_of, recipe_for
+from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, along_model_axes, pipeline_of, recipe_for
 from zgraph.passes.core.base import Choice
 from zgraph.runfile.format import RunFile, load_run
 from zgraph.runtime.agreement import check_joined
+from zgraph.runtime.model_ranks import Cuts, ModelRanks
 
 Recompute = Literal["auto"] | bool
 
@@ -65,6 +67,8 @@ class Options(TypedDict, total=False):
     fullgraph: Fullgraph
     dynamic: bool | None
     lengths: Lengths | None
+    tensor_parallel: int
+    placements: Placements | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Settings:
         fullgraph: whether the forward must be captured as one graph.
         dynamic: which sizes are symbols, as in `torch.compile`.
         lengths: what inputs are padded to; None leaves them as they are.
+        cuts: how parameters are cut along the axis of tensor parallelism, by name.
     """
 
     device: torch.device
@@ -112,6 +117,7 @@ class Settings:
     fullgraph: Fullgraph
     dynamic: bool | None
     lengths: Lengths | None = None
+    cuts: Mapping[str, Cuts] = field(default_factory=dict)
 
     @property
     def is_gpu(self) -> bool:
@@ -131,10 +137,12 @@ class Settings:
     @property
     def text(self) -> str:
         """Text of the settings that must be the same on all ranks."""
-        return (
+        found = (
             f"recipe {self.recipe}, param_dtype {self.param_dtype}, memory_budget {self.memory_budget}, "
             f"costs {fingerprint_of(self.costs)}"
         ) + (f", lengths {self.lengths.text}" if self.lengths is not None else "")
+        cuts = (f"{name} {place}" for name, places in self.cuts.items() for _, place in places)
+        return found + (f", cut {', '.join(cuts)}" if self.cuts else "")
 
 
 def resolve(
@@ -156,13 +164,16 @@ def resolve(
     dynamic: bool | None,
     compute: Compute | None = None,
     lengths: Lengths | None = None,
+    tensor_parallel: int = 1,
+    placements: Placements | None = None,
 ) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
 
     Raises:
         UsageError, AlreadyCompiledError, RecipeError, ContractError, RunFileError, HardwareError: as `zgraph.compile`.
     """
-    check_options(model, stage, mesh, is_moved=device is not None)
+    has_axis = mesh is not None and AXIS in (mesh.mesh_dim_names or ())
+    check_options(model, stage, None if has_axis else mesh, is_moved=device is not None)
     computed, averaged = as_dtype_or_none(param_dtype, "param_dtype"), as_dtype_or_none(reduce_dtype, "reduce_dtype")
     if recompute not in RECOMPUTES:
         raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
@@ -173,18 +184,25 @@ def resolve(
     check_can_compute(compute, passes is not None, fullgraph, device)
     kernels, remark = kernels_for(kernels, device)
     replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
-    pipeline = pipeline_of(_passes(stage, kernels, compute, passes, replayed))
+    parallel = mesh_of(device, mesh, tensor_parallel)
+    cuts = cuts_of(model, placements, parallel) if parallel is not None else {}
+    if parallel is None and placements is not None:
+        raise UsageError("placements= says how parameters are cut; give tensor_parallel= too")
+    if parallel is not None:
+        check_parallel(kernels, offload, fullgraph, dynamic, compute, has_recipe=passes is not None)
+        dynamic = False
+    pipeline = pipeline_of(_passes(stage, kernels, compute, passes, replayed, is_parallel=parallel is not None))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     costs = cost_table(hardware, device)
-    mesh = _mesh(device, mesh)
+    mesh = parallel or _mesh(device, mesh)
     num_ranks = mesh.size() if mesh is not None else 1
     budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device, num_ranks)
     if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
         raise ContractError(f"the recipe '{pipeline}' places nothing on the {mesh.size()} ranks; add partition to it")
     moves = activations(offload, budget, is_gpu=is_gpu)
     wanted = {name: default_stage if own is None else own for name, own in stages.items()}
-    resting = _resting(model, wanted, mesh.size(-1) if mesh is not None else 1, computed)
+    resting = _resting(model, wanted, ModelRanks(mesh, cuts), computed)
     offloads = of_parameters(offload, resting, budget, is_gpu=is_gpu)
     if fullgraph not in (True, False, "eager"):
         raise UsageError(f'fullgraph must be True, False or "eager", not {fullgraph!r}')
@@ -214,6 +232,7 @@ def resolve(
         fullgraph,
         dynamic if lengths is None else False,
         lengths,
+        cuts,
     )
 
 
@@ -259,13 +278,20 @@ def kernels_for(wanted: Kernels | None, device: torch.device) -> tuple[Kernels, 
 
 
 def _passes(
-    stage: Stage, kernels: Kernels, compute: Compute | None, passes: Passes | None, replayed: RunFile | None
+    stage: Stage,
+    kernels: Kernels,
+    compute: Compute | None,
+    passes: Passes | None,
+    replayed: RunFile | None,
+    *,
+    is_parallel: bool,
 ) -> str | Pipeline | Sequence[Pass]:
     if replayed is not None:
         return replayed.recipe
     if passes is not None:
         return str(passes) if isinstance(passes, Path) else passes
-    return recipe_for(kernels, RECIPES[stage] if isinstance(stage, int) else MIXED, compute)
+    recipe = recipe_for(kernels, RECIPES[stage] if isinstance(stage, int) else MIXED, compute)
+    return along_model_axes(recipe) if is_parallel else recipe
 
 
 def _mesh(device: torch.device, mesh: DeviceMesh | None) -> DeviceMesh | None:
@@ -287,13 +313,13 @@ def _joined(device: torch.device, mesh: DeviceMesh | None) -> DeviceMesh | None:
 
 
 def _resting(
-    model: nn.Module, wanted: Mapping[str, int], num_shards: int, param_dtype: torch.dtype | None
+    model: nn.Module, wanted: Mapping[str, int], ranks: ModelRanks, param_dtype: torch.dtype | None
 ) -> dict[str, Resting]:
     """Bytes that each parameter takes on a rank, by name."""
     found = {}
     for name, parameter in model.named_parameters():
-        parts = num_shards if parameter.dim() and wanted[name] else 1
-        numel = chunk_numel(tuple(parameter.shape), parts)
+        parts = ranks.num_shards if parameter.dim() and wanted[name] else 1
+        numel = chunk_numel(ranks.shape(name, parameter.shape), parts)
         copied = compute_dtype(parameter, param_dtype)
         found[name] = Resting(numel * parameter.element_size(), numel * copied.itemsize)
     return found

@@ -1,0 +1,212 @@
+"""Cut parameters along a model axis, and have every op compute on parts of them.
+
+Two ranks of an axis `tensor`, `%w` cut by columns and `%v` by rows, as the model's plan for tensor parallelism has it:
+
+    param %w: f32[32, 64] "up" tensor=S1           param %w: f32[32, 32]<S1, R> "up" tensor=S1
+    param %v: f32[64, 32] "down" tensor=S0         param %v: f32[32, 32]<S0, R> "down" tensor=S0
+    fwd %h: f32[4, 64] = aten.mm(%x, %w)     ->    fwd %h: f32[4, 32]<S1, R> = aten.mm(%x, %w)
+    fwd %a: f32[4, 64] = aten.silu(%h)             fwd %a: f32[4, 32]<S1, R> = aten.silu(%h)
+    fwd %y: f32[4, 32] = aten.mm(%a, %v)           fwd %y: f32[4, 32]<P(sum), R> = aten.mm(%a, %v)
+                                                   fwd %y_R: f32[4, 32]<R, R> = reshard(%y)
+
+Where values live follows from where the parameters do, by the table of sharding rules (`zgraph/ir/rules`); a reshard
+stands where a value must be elsewhere. Types and sizes among arguments are those of a rank's part from here on. What
+comes out of the model is whole, and a gradient lies as its parameter does. `partition` goes on with what is left of
+each parameter, along the data axes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from zgraph.errors import PlacementError
+from zgraph.ir import (
+    MODEL_AXES,
+    Axis,
+    Builder,
+    Graph,
+    Input,
+    InputKind,
+    Node,
+    Output,
+    OutputKind,
+    Partial,
+    Placement,
+    Replicate,
+    TensorType,
+    Type,
+    Value,
+    model_axes,
+)
+from zgraph.ir.graph import map_values
+from zgraph.ir.parts import part_along
+from zgraph.ir.rules import localised
+from zgraph.passes.analysis.placing import choose, wire_bytes
+from zgraph.passes.core.base import Context, Numerics, Pass
+
+R, P = Replicate(), Partial("sum")
+
+
+@dataclass(frozen=True)
+class Place(Pass):
+    """Cut parameters along a model axis, and have every op compute on parts of them.
+
+    Args:
+        axis: the name of the axis. Where the mesh has none of this name, or no parameter is cut along it, nothing is
+            done.
+    """
+
+    axis: str = "tensor"
+
+    name: ClassVar[str] = "place"
+    numerics: ClassVar[Numerics] = Numerics.reassociates
+    conflicts: ClassVar[frozenset[str]] = frozenset({"placed"})
+
+    def __post_init__(self) -> None:
+        if self.axis not in MODEL_AXES:
+            raise ValueError(f"axis must be one of {', '.join(MODEL_AXES)}, not {self.axis}")
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        size = next((a.size for a in model_axes(context.mesh) if a.name == self.axis), 1)
+        if size == 1:
+            return graph
+        seeds = {i.value.name: place for i in graph.params for axis, place in i.cuts if axis == self.axis}
+        return _Placer(graph, Axis(self.axis, size), seeds).run()
+
+
+class _Placer:
+    """One run of the pass."""
+
+    def __init__(self, graph: Graph, axis: Axis, seeds: Mapping[str, Placement]) -> None:
+        if wrong := next((n for n in graph.nodes if n.op in graph.foreign and graph.foreign[n.op].writes), None):
+            raise PlacementError(
+                f"{wrong.op} of {wrong.origin.module or 'the model'} writes to memory, which parts of values on other "
+                f"ranks do not see; leave {axis.name} parallelism out, or write the model without it"
+            )
+        before = model_axes(graph.mesh)
+        self.index, self.size, self.is_first = len(before), axis.size, not graph.mesh
+        self.source = graph
+        self.graph = replace(graph, mesh=(*before, axis, Axis("shard", 1)))
+        self.builder = Builder(self.graph, Place.name)
+        self.seeds = {name: self.checked(graph, name, place, axis) for name, place in seeds.items()}
+        self.nodes: list[Node] = []
+        self.have: dict[str, dict[Placement, Value]] = {}
+
+    def checked(self, graph: Graph, name: str, place: Placement, axis: Axis) -> Placement:
+        """A seed that its parameter divides into."""
+        entry = next(i for i in graph.params if i.value.name == name)
+        try:
+            part_along(self.whole(entry.value.tensor), self.index, axis.size, place)
+        except ValueError:
+            shape = tuple(entry.value.tensor.shape)
+            raise PlacementError(
+                f"{entry.target} of shape {shape} does not divide into {place} on {axis.size} ranks of {axis.name}; "
+                "place it on another dim, keep it whole, or take another number of ranks"
+            ) from None
+        return place
+
+    def whole(self, kind: TensorType) -> TensorType:
+        """A type of the captured graph, replicated along the axis."""
+        if self.is_first:
+            return kind.at(R, R)
+        return kind.at(*kind.placement[: self.index], R, *kind.placement[self.index :])
+
+    def typed(self, kind: Type, place: Placement | None) -> Type:
+        """A captured type at a placement."""
+        if not isinstance(kind, TensorType):
+            return kind
+        return part_along(self.whole(kind), self.index, self.size, place or R)
+
+    def run(self) -> Graph:
+        choices = choose(self.source, self.seeds, self.size)
+        inputs = tuple(map(self.input, self.source.inputs))
+        for node, strategy, rule in zip(self.source.nodes, choices.strategies, choices.rules, strict=True):
+            env = {
+                v.name: self.wanted(v, place, node)
+                for v, place in zip(node.operands, strategy.ins, strict=True)
+                if isinstance(v.type, TensorType)
+            }
+            results = tuple(
+                Value(r.name, self.typed(r.type, place)) for r, place in zip(node.results, strategy.outs, strict=True)
+            )
+            args = localised(node, rule, (*strategy.ins, *strategy.outs), self.size)
+            self.nodes.append(
+                replace(
+                    node,
+                    args=tuple(map_values(a, env) for a in args),
+                    kwargs=tuple((k, map_values(a, env)) for k, a in node.kwargs),
+                    results=results,
+                )
+            )
+            for result, place in zip(results, strategy.outs, strict=True):
+                self.have[result.name] = {place or R: result}
+                if result.name in choices.reduced:
+                    self.have[result.name] = {R: self.wanted(result, R, node)}
+        outputs = tuple(map(self.output, self.source.outputs))
+        return replace(self.graph, inputs=inputs, nodes=tuple(self.nodes), outputs=outputs)
+
+    def input(self, entry: Input) -> Input:
+        place = self.seeds.get(entry.value.name, R)
+        value = Value(entry.value.name, self.typed(entry.value.type, place))
+        self.have[value.name] = {place: value}
+        return replace(entry, value=value)
+
+    def output(self, output: Output) -> Output:
+        """An output as the caller wants it: whole, or a gradient as its parameter lies."""
+        if output.value is None or not isinstance(output.value.type, TensorType):
+            return output
+        is_gradient = output.kind is OutputKind.grad and output.target in self.seeds
+        node = Node("", (), (), phase=output.phase)
+        if (maker := self.source.producers.get(output.value.name)) is not None:
+            node = replace(node, origin=maker.origin)
+        return replace(output, value=self.wanted(output.value, self.seeds[output.target] if is_gradient else R, node))
+
+    def wanted(self, value: Value, place: Placement | None, user: Node) -> Value:
+        """A captured value at a placement, brought there before its first user if it is not."""
+        have = self.have[value.name]
+        if place is None:
+            return next(iter(have.values()))
+        if place in have:
+            return have[place]
+        kind = self.source_type(value.name)
+        source = min(have, key=lambda old: wire_bytes(kind, old, place, self.size))
+        if source == P and R in have:
+            source = R
+        stem = f"{value.name}_{_word(place)}"
+        result = self.builder.value(stem, self.typed(kind, place))
+        self.insert(self.builder.typed("reshard", (have[source],), (result,), user.phase, user.origin))
+        have[place] = result
+        return result
+
+    def source_type(self, name: str) -> TensorType:
+        """The type of a captured value."""
+        maker = self.source.producers.get(name)
+        if maker is not None:
+            return next(r.tensor for r in maker.results if r.name == name)
+        return next(i.value.tensor for i in self.source.inputs if i.value.name == name)
+
+    def insert(self, node: Node) -> None:
+        """Put a node behind those that are there; of the forward, before the backward begins."""
+        at = len(self.nodes)
+        while at and self.nodes[at - 1].phase.rank > node.phase.rank:
+            at -= 1
+        self.nodes.insert(at, node)
+
+
+def _word(place: Placement) -> str:
+    """A placement as a part of a name."""
+    return "_".join(re.findall(r"\w+", str(place)))
+
+
+def cut_inputs(graph: Graph, axis: str, cuts: Mapping[str, Placement]) -> Graph:
+    """The graph with parameters to be cut along an axis, by their names in the model."""
+    return replace(
+        graph,
+        inputs=tuple(
+            replace(i, cuts=((axis, cuts[i.target]),)) if i.kind is InputKind.param and i.target in cuts else i
+            for i in graph.inputs
+        ),
+    )

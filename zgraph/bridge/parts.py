@@ -1,0 +1,101 @@
+"""Parts of tensors along a model axis, as `zgraph.ir.parts` types them: cut, put together, and laid out in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from zgraph.errors import InterpretError
+from zgraph.ir.types import Mesh, Partial, Placement, Replicate, Shard, TensorType, model_axes, num_ranks
+
+
+def cut(tensor: torch.Tensor, place: Shard, num_ranks: int) -> list[torch.Tensor]:
+    """The parts that ranks have of a tensor: of each block of a dim its chunk, one after the other."""
+    blocks = torch.split(tensor, _sizes(tensor.shape[place.dim], place), place.dim)
+    pieces = [block.chunk(num_ranks, place.dim) for block in blocks]
+    return [torch.cat([piece[rank] for piece in pieces], place.dim) for rank in range(num_ranks)]
+
+
+def joined(parts: Sequence[torch.Tensor], place: Shard) -> torch.Tensor:
+    """The tensor that ranks have these parts of."""
+    sizes = _sizes(parts[0].shape[place.dim], place)
+    pieces = [torch.split(part, sizes, place.dim) for part in parts]
+    return torch.cat([pieces[rank][block] for block in range(len(sizes)) for rank in range(len(parts))], place.dim)
+
+
+def laid_out(tensor: torch.Tensor, kind: TensorType) -> torch.Tensor:
+    """A copy of a tensor that lies in memory as its type says."""
+    if kind.strides is None:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    strides = [int(s) for s in kind.strides]
+    made = torch.empty_strided(
+        [1 if s == 0 else n for n, s in zip(tensor.shape, strides, strict=True)],
+        strides,
+        dtype=tensor.dtype,
+        device=tensor.device,
+    )
+    for dim, stride in enumerate(strides):
+        if stride == 0:
+            tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
+    made.copy_(tensor)
+    return made.expand([int(n) for n in kind.shape])
+
+
+def total(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum in the order of the ranks."""
+    found = values[0].clone()
+    for value in values[1:]:
+        found = found + value
+    return found
+
+
+def together(parts: Sequence[torch.Tensor], place: Placement) -> torch.Tensor:
+    """The value that the ranks of a model axis have together: their parts joined, or their sum, or what each has."""
+    if isinstance(place, Shard):
+        return joined(parts, place)
+    return total(parts) if isinstance(place, Partial) else parts[0]
+
+
+def part_of(tensor: torch.Tensor, kind: TensorType, mesh: Mesh, number: int) -> torch.Tensor:
+    """The part of a whole tensor that the ranks have whose number along the model axes is `number`.
+
+    Raises:
+        InterpretError: it does not divide.
+    """
+    for axis, place in reversed(list(zip(model_axes(mesh), kind.placement, strict=False))):
+        number, rank = divmod(number, axis.size)
+        if isinstance(place, Shard):
+            if place.dim >= tensor.dim() or not place.divides(tensor.shape[place.dim], axis.size):
+                raise InterpretError(f"a tensor of shape {tuple(tensor.shape)} does not divide into {kind}")
+            tensor = cut(tensor, place, axis.size)[rank]
+        elif isinstance(place, Partial) and rank:
+            tensor = torch.zeros_like(tensor)
+    return tensor
+
+
+def moved(
+    ranks: Sequence[torch.Tensor], old: TensorType, new: TensorType, index: int, mesh: Mesh
+) -> list[torch.Tensor]:
+    """A value at another placement along a model axis: among the ranks that differ along it alone."""
+    step, size = num_ranks(mesh[index + 1 :]), mesh[index].size
+    place = new.placement[index]
+    found = list(ranks)
+    for first in (r for r in range(len(ranks)) if r // step % size == 0):
+        peers = [first + step * number for number in range(size)]
+        whole_tensor = together([ranks[peer] for peer in peers], old.placement[index])
+        if isinstance(place, Shard):
+            parts = cut(whole_tensor, place, size)
+        elif isinstance(place, Replicate):
+            parts = [whole_tensor] * size
+        else:
+            parts = [whole_tensor, *(torch.zeros_like(whole_tensor) for _ in peers[1:])]
+        for peer, part in zip(peers, parts, strict=True):
+            found[peer] = laid_out(part, new)
+    return found
+
+
+def _sizes(size: int, place: Shard) -> list[int]:
+    """The sizes of the blocks of a dim, or of a rank's parts of them."""
+    unit = size // sum(place.blocks)
+    return [unit * block for block in place.blocks]

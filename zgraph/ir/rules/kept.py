@@ -1,0 +1,65 @@
+"""Whether a node of a placed graph keeps to its rule along a model axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zgraph.ir.graph import Node, map_values
+from zgraph.ir.rules.factors import Call, Cut, Rule, Strategy
+from zgraph.ir.rules.local import localised, whole_node
+from zgraph.ir.rules.table import rule_of
+from zgraph.ir.types import Mesh, Placement, Replicate, Shard, TensorType
+
+__all__ = ["broken_rule", "cuts_of", "places_of"]
+
+
+def places_of(node: Node, index: int) -> tuple[Placement | None, ...]:
+    """How the operands and then the results of a node are placed along an axis; None of what is no tensor."""
+    values = (*node.operands, *node.results)
+    return tuple(v.type.placement[index] if isinstance(v.type, TensorType) else None for v in values)
+
+
+def cuts_of(rule: Rule, places: Sequence[Placement | None], num_ranks: int) -> list[Cut]:
+    """The cuts that place tensors so, those of operands and then those of results."""
+    dims = (*rule.ins, *rule.outs)
+    found = [rule.cut(d, p, num_ranks) for d, p in zip(dims, places, strict=False) if isinstance(p, Shard)]
+    return [cut for cut in dict.fromkeys(found) if cut is not None]
+
+
+def broken_rule(node: Node, mesh: Mesh, index: int) -> str:
+    """In what a node breaks its op's sharding rule along a model axis; empty if it keeps it.
+
+    Args:
+        node: the node.
+        mesh: of the graph.
+        index: the number of the axis.
+    """
+    places, num_ranks = places_of(node, index), mesh[index].size
+    if all(place is None or place == Replicate() for place in places):
+        return ""
+    wanted = f"along {mesh[index].name}, {node.op} cannot make {_listed(places[len(node.operands) :])} of "
+    wanted += _listed(places[: len(node.operands)])
+    try:
+        whole = whole_node(node, index, num_ranks)
+        rule = rule_of(Call.of(whole))
+    except ValueError as error:
+        return f"{wanted}: {error}"
+    if rule is None:
+        return f"{wanted}: it has no sharding rule, so its operands must be whole"
+    count = len(node.operands)
+    if not any(_fits(s, places, count) for s in rule.strategies(num_ranks, cuts_of(rule, places, num_ranks))):
+        return f"{wanted} by its sharding rule"
+    own = {v.name: v for v in node.operands}
+    if tuple(map_values(a, own) for a in localised(whole, rule, places, num_ranks)) != node.args:
+        return f"has sizes among its arguments that are not those of a rank's part along {mesh[index].name}"
+    return ""
+
+
+def _fits(strategy: Strategy, places: tuple[Placement | None, ...], count: int) -> bool:
+    ins = zip(strategy.ins, places[:count], strict=True)
+    outs = zip(strategy.outs, places[count:], strict=True)
+    return all(a is None or a == b for a, b in ins) and all(a is None or a == b for a, b in outs)
+
+
+def _listed(places: tuple[Placement | None, ...]) -> str:
+    return "(" + ", ".join("-" if p is None else str(p) for p in places) + ")"

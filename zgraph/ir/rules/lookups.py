@@ -1,0 +1,66 @@
+"""Rules of ops that look rows up by index: the rows are whole, what they have passes, and so do the indices."""
+
+from __future__ import annotations
+
+from zgraph.ir.graph import Value
+from zgraph.ir.rules.factors import Call, Rule, letters, written
+from zgraph.ir.rules.pointwise import FIRST
+
+
+def embedding(call: Call) -> Rule:
+    """Rows of a table."""
+    index = " ".join(letters(call.shape(1), "t"))
+    return written(call, f"_v d, {index} -> {index} d", linear=FIRST)
+
+
+def embedding_backward(call: Call) -> Rule:
+    """The gradient of a table: rows that are looked up more than once are summed."""
+    index = " ".join(letters(call.shape(1), "t"))
+    if call.arg(4, "scale_grad_by_freq", False):
+        index = " ".join(f"_{n.lstrip('_')}" for n in index.split())  # a part counts how often it has a word itself
+    return written(call, f"{index} d, {index} -> _v d", linear=FIRST)
+
+
+def gather(call: Call) -> Rule:
+    """Elements along a dim by index."""
+    own, at = call.shape(0), call.shape(1)
+    dim = call.integer(1, "dim", 0) % max(len(own), 1)
+    passes = [i != dim and size == picked for i, (size, picked) in enumerate(zip(own, at, strict=True))]
+    names = letters(own)
+    base = " ".join(n if here else f"_own{i}" for i, (n, here) in enumerate(zip(names, passes, strict=True)))
+    index = " ".join(n if here else f"_at{i}" for i, (n, here) in enumerate(zip(names, passes, strict=True)))
+    return written(call, f"{base}, {index} -> {index}", linear=FIRST)
+
+
+def indexed(call: Call) -> Rule | None:
+    """Elements by indices of the first dims; None where an index comes behind a dim without."""
+    own, listed = call.shape(0), call.args[1]
+    assert isinstance(listed, tuple)
+    depth = sum(isinstance(i, Value) for i in listed)
+    if depth != len(listed):
+        return None
+    shapes = [call.shape(1 + i) for i in range(depth)]
+    rank = max(len(s) for s in shapes)
+    spread = tuple(
+        next((s[len(s) - rank + i] for s in shapes if len(s) - rank + i >= 0 and s[len(s) - rank + i] != 1), 1)
+        for i in range(rank)
+    )
+    names = letters(spread, "t")
+    at = [
+        " ".join(
+            n if size == full else f"_one{k}_{i}"
+            for i, (n, size, full) in enumerate(zip(names[rank - len(s) :], s, spread[rank - len(s) :], strict=True))
+        )
+        for k, s in enumerate(shapes)
+    ]
+    rest = letters(own)[depth:]
+    base = " ".join([f"_v{i}" for i in range(depth)] + rest)
+    return written(call, f"{base}, {', '.join(at)} -> {' '.join(names + rest)}", linear=FIRST)
+
+
+RULES = {
+    "aten.embedding.default": embedding,
+    "aten.embedding_dense_backward.default": embedding_backward,
+    "aten.gather.default": gather,
+    "aten.index.Tensor": indexed,
+}
