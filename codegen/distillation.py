@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from zgraph.codegen.loss import MULTIPLE, computed_in
+from zgraph.codegen.loss import MULTIPLE, at, computed_in
 from zgraph.cost.device_workspace import REGISTERED as ON_DEVICE
 from zgraph.cost.workspace import REGISTERED
 from zgraph.ir import Node
@@ -49,7 +49,8 @@ def block_columns(num_tokens: int, num_classes: int) -> int:
 def scratch_bytes(num_tokens: int, num_classes: int, width: int, itemsize: int) -> int:
     """About the most bytes that either op has alive at once, beside what it reads and what it writes."""
     numel = num_tokens * block_columns(num_tokens, num_classes)
-    return numel * (4 * _ALIVE + itemsize) + num_tokens * width * 4
+    computed = max(itemsize, 4)
+    return numel * (computed * _ALIVE + itemsize) + num_tokens * width * computed
 
 
 def linear_distillation(
@@ -75,17 +76,16 @@ def linear_distillation(
         ignore_index: a target whose token counts for nothing.
 
     Returns:
-        The means of both over the tokens that count, and their number, []; and four numbers of each token, [4, T]: the
-        logarithms of the sums of exponentials of the student's logits, of these at the temperature, of the teacher's
-        at the temperature, and the sum p h above. All in fp32, or in fp64 if `x` is.
+        The means of both over the tokens that count (0 where none does, NaN where one's label is no class), and their
+        number, at least 1, []; and four numbers of each token, [4, T]: the logarithms of the sums of exponentials of
+        the student's logits, of these at the temperature, of the teacher's at the temperature, and the sum p h above.
+        All in fp32, or in fp64 if `x` is.
     """
     made = computed_in(x.dtype)
     plain, own, others = (_Normaliser(target, made) for _ in range(3))
-    picked = torch.zeros(target.shape, dtype=made, device=x.device)
+    picked = torch.full(target.shape, math.nan, dtype=made, device=x.device)  # of a label that is no class
     for begin, logits, teacher in _blocks(x, weight, teacher_x, teacher_weight, made):
-        at = target - begin
-        inside = (at >= 0) & (at < logits.shape[1])
-        columns = at.clamp(0, logits.shape[1] - 1)[:, None]
+        columns, inside = at(target, begin, logits.shape[1])
         picked = torch.where(inside, logits.gather(1, columns)[:, 0], picked)
         plain.add(logits)
         own.add(logits.div_(temperature))
@@ -105,7 +105,7 @@ def linear_distillation(
             sums += inner
             value += beta * (log_q.exp() * log_q.sub_(log_m)).sum(1) + (1 - beta) * inner
     counts = target != ignore_index
-    number = counts.sum().to(made)
+    number = counts.sum().clamp_min(1).to(made)
     hard = torch.where(counts, lses[0] - picked, 0.0).sum() / number
     soft = torch.where(counts, value, 0.0).sum() / number
     sums = value if divergence == "reverse_kl" else sums
@@ -136,10 +136,9 @@ def linear_distillation_backward(
     soft = torch.where(counts, soft_tangent.to(made) / number / temperature, 0.0)
     dx, dweight = torch.zeros_like(x, dtype=made), torch.empty_like(weight)
     for begin, logits, teacher in _blocks(x, weight, teacher_x, teacher_weight, made):
-        at = target - begin
-        inside = (at >= 0) & (at < logits.shape[1])
+        places, inside = at(target, begin, logits.shape[1])
         gradient = (logits - kept[0, :, None]).exp_()
-        gradient.scatter_add_(1, at.clamp(0, logits.shape[1] - 1)[:, None], -inside[:, None].to(made)).mul_(hard)
+        gradient.scatter_add_(1, places, -inside[:, None].to(made)).mul_(hard)
         log_p = logits.div_(temperature).sub_(kept[1, :, None])
         log_q = teacher.div_(temperature).sub_(kept[2, :, None])
         p = log_p.exp()

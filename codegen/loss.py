@@ -9,6 +9,7 @@ models", 2024). A block of the weight's gradient is one matmul over all tokens, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -40,9 +41,9 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int, mean: bool)
     picked = torch.zeros_like(lse)
     for some in _some_rows(rows):
         part = rows[some].to(lse.dtype)
-        at, inside = _at(target[some], 0, rows.shape[1])
+        columns, inside = at(target[some], 0, rows.shape[1])
         lse[some] = part.logsumexp(1)
-        picked[some] = torch.where(inside, part.gather(1, at)[:, 0], 0.0)
+        picked[some] = torch.where(inside, part.gather(1, columns)[:, 0], math.nan)
     return *_summed(lse - picked, target, ignore_index, mean), lse
 
 
@@ -54,9 +55,9 @@ def cross_entropy_backward(
     out = made.view(rows.shape)
     scale = _scale(tangent, target, number, ignore_index, mean)
     for some in _some_rows(rows):
-        at, inside = _at(target[some], 0, rows.shape[1])
+        columns, inside = at(target[some], 0, rows.shape[1])
         part = (rows[some].to(lse.dtype) - lse[some, None]).exp_()
-        out[some] = part.scatter_add_(1, at, -inside[:, None].to(lse.dtype)).mul_(scale[some])
+        out[some] = part.scatter_add_(1, columns, -inside[:, None].to(lse.dtype)).mul_(scale[some])
     return made
 
 
@@ -103,15 +104,15 @@ def linear_cross_entropy(
         mean: divide by the number of targets that count.
 
     Returns:
-        The loss and that number, []; the logarithm of the sum of exponentials of each token's logits, [T]. All of them
-        in fp32, or in fp64 if `x` is.
+        The loss (NaN where a target is no class) and that number, []; the logarithm of the sum of exponentials of each
+        token's logits, [T]. All of them in fp32, or in fp64 if `x` is.
     """
     top = x.new_full(target.shape, float("-inf"), dtype=computed_in(x.dtype))
-    total, picked = torch.zeros_like(top), torch.zeros_like(top)
+    total, picked = torch.zeros_like(top), torch.full_like(top, math.nan)
     for begin, part in _blocks(x, weight):
         logits = (x @ part.t()).to(top.dtype)
-        at, inside = _at(target, begin, len(part))
-        picked = torch.where(inside, logits.gather(1, at)[:, 0], picked)
+        columns, inside = at(target, begin, len(part))
+        picked = torch.where(inside, logits.gather(1, columns)[:, 0], picked)
         higher = torch.maximum(top, logits.amax(1))
         total.mul_(top.sub_(higher).exp_()).add_(logits.sub_(higher[:, None]).exp_().sum(1))
         top = higher
@@ -136,9 +137,9 @@ def linear_cross_entropy_backward(
     dx, dweight = torch.zeros_like(x, dtype=lse.dtype), torch.empty_like(weight)
     for begin, part in _blocks(x, weight):
         logits = (x @ part.t()).to(lse.dtype)
-        at, inside = _at(target, begin, len(part))
+        columns, inside = at(target, begin, len(part))
         gradient = logits.sub_(lse[:, None]).exp_()
-        gradient.scatter_add_(1, at, -inside[:, None].to(lse.dtype)).mul_(scale)
+        gradient.scatter_add_(1, columns, -inside[:, None].to(lse.dtype)).mul_(scale)
         gradient = gradient.to(x.dtype)
         torch.mm(gradient.t(), x, out=dweight[begin : begin + len(part)])
         dx += gradient @ part
@@ -159,7 +160,7 @@ def _blocks(x: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield begin, weight[begin : begin + columns]
 
 
-def _at(target: Tensor, begin: int, columns: int) -> tuple[Tensor, Tensor]:
+def at(target: Tensor, begin: int, columns: int) -> tuple[Tensor, Tensor]:
     """Where in a block each target lies, [T, 1], and whether it does."""
-    at = target - begin
-    return at.clamp(0, columns - 1)[:, None], (at >= 0) & (at < columns)
+    found = target - begin
+    return found.clamp(0, columns - 1)[:, None], (found >= 0) & (found < columns)

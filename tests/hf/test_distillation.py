@@ -78,5 +78,45 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path: Path) -> None:
         made(tmp_path)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
 
 
+def test_what_brings_hidden_states_to_the_teachers_width_is_resumed_and_the_best_student_kept(tmp_path: Path) -> None:
+    def one() -> Any:
+        return DistillationTrainer(
+            llama(),
+            teacher(),
+            arguments(
+                tmp_path,
+                save_strategy="steps",
+                save_steps=3,
+                eval_strategy="steps",
+                eval_steps=3,
+                load_best_model_at_end=True,
+            ),
+            distillation={**OPTIONS, "hidden": {1: 2}},
+            train_dataset=Rows(),
+            eval_dataset=Rows(6),
+        )
+
+    ours = one()
+    ours.train()
+    best = transformers.AutoModelForCausalLM.from_pretrained(ours.state.best_model_checkpoint).state_dict()
+    for name, weight in ours.model.student.state_dict().items():
+        torch.testing.assert_close(weight, best[name], msg=name)
+    again = one()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    same(history(again, "loss", "grad_norm"), history(ours, "loss", "grad_norm"))
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        ({"teacher_stage": 0}, {}, "no 'teacher_stage'; its options are alpha"),
+        ({}, {"label_smoothing_factor": 0.1}, "loss"),
+    ],
+)
+def test_options_that_are_none_are_refused(tmp_path: Path, options: Any, given: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        DistillationTrainer(llama(), teacher(), arguments(tmp_path, **given), distillation=options)
+
+
 def test_the_names_are_there() -> None:
     assert zgraph.hf.DistillationTrainer is DistillationTrainer

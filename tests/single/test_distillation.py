@@ -9,7 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, Gemma2Config, GPT2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    Gemma2Config,
+    GPT2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 import small
 import zgraph
@@ -140,13 +150,87 @@ def layers(model: Any) -> Any:
 
 def gemma2() -> nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Gemma2Config(vocab_size=300, num_hidden_layers=2, head_dim=8, final_logit_softcapping=0.01, **sizes)
+    config = Gemma2Config(vocab_size=300, num_hidden_layers=2, head_dim=8, **sizes)
     return AutoModelForCausalLM.from_config(config)
 
 
 def bert() -> nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
     return AutoModelForMaskedLM.from_config(BertConfig(vocab_size=300, **sizes))
+
+
+def bart() -> nn.Module:
+    sizes = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    layers = {"encoder_layers": 1, "decoder_layers": 1}
+    return BartForConditionalGeneration(BartConfig(vocab_size=300, d_model=32, **sizes, **layers))
+
+
+@pytest.mark.parametrize("build", [bart, lambda: small.t5(32, 1)])
+def test_an_encoder_and_decoder_learns_from_whole_logits(build: Any) -> None:
+    torch.manual_seed(0)
+    student, teacher = build().eval(), build().eval()
+    plain = [copy.deepcopy(m) for m in (student, teacher)]
+    model = zgraph.distill(student, teacher, logits="whole")
+    given = batch(0, 300)
+    made = model(**given)
+    own, taught = (m(**given) for m in plain)
+    each = divergence(own.logits, taught.logits, "forward_kl", 1.0, 0.5)
+    assert made.hard_loss.item() == pytest.approx(own.loss.item(), rel=1e-5)
+    assert made.soft_loss.item() == pytest.approx(each[given["labels"] != -100].mean().item(), rel=1e-5)
+
+
+def test_what_padding_holds_does_not_matter() -> None:
+    student, teacher = models()
+    model = zgraph.distillation.Distillation(student, teacher, hidden={1: 2})
+    given = batch(0, student.config.vocab_size)
+    mask = torch.ones_like(given["input_ids"])
+    mask[:, 8:] = 0
+    given["labels"][:, 8:] = -100
+    first = model(**given, attention_mask=mask)
+    given["input_ids"][:, 8:] = 7
+    for one, other in zip(first, model(**given, attention_mask=mask), strict=True):
+        assert other.item() == pytest.approx(one.item(), rel=1e-6)
+
+
+def test_where_no_label_counts_nothing_is_learnt() -> None:
+    student, teacher = models()
+    model = zgraph.distillation.Distillation(student, teacher)
+    ids = batch(0, student.config.vocab_size)["input_ids"]
+    made = model(input_ids=ids, labels=torch.full_like(ids, -100))
+    made.loss.backward()
+    assert made.loss.item() == 0
+    assert all(not p.grad.any() for p in student.parameters() if p.grad is not None)
+
+
+def test_modules_that_were_in_eval_mode_stay_so() -> None:
+    student, teacher = models()
+    student.train()
+    student.model.layers[0].eval()
+    zgraph.distillation.Distillation(student, teacher)
+    assert student.training
+    assert student.model.layers[1].training
+    assert not student.model.layers[0].training
+
+
+def test_a_label_that_is_no_word_is_told() -> None:
+    student, teacher = models()
+    model = zgraph.distillation.Distillation(student, teacher)
+    given = batch(0, student.config.vocab_size)
+    given["labels"][0, 5] = 305
+    assert model(**given).loss.isnan()
+
+
+def test_a_configuration_that_does_not_describe_what_is_left_is_refused() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "mlp_only_layers": [3]}
+    config = Qwen3MoeConfig(vocab_size=300, num_hidden_layers=4, head_dim=8, **sizes, **experts)
+    with pytest.raises(UsageError, match="does not describe the layers that are left"):
+        zgraph.prune_layers(AutoModelForCausalLM.from_config(config), [0, 3])
+
+
+def meta() -> nn.Module:
+    with torch.device("meta"):
+        return small.llama()
 
 
 def test_a_masked_model_is_not_shifted_and_learns_from_whole_logits() -> None:
@@ -171,7 +255,11 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "words": (small.llama, lambda: small.llama(num_words=77), {}, "resize_token_embeddings"),
     "soft-capping": (small.llama, gemma2, {}, 'teacher.*soft-capping.*logits="whole"'),
     "a head of more than one layer": (bert, bert, {}, 'no product alone.*logits="whole"'),
-    "no transformer": (lambda: nn.Linear(4, 4), small.llama, {}, 'student, Linear.*logits="whole"'),
+    "no transformer": (lambda: nn.Linear(4, 4), small.llama, {"shift": True}, 'student, Linear.*logits="whole"'),
+    "an encoder": (lambda: small.t5(32, 1), small.llama, {}, 'encoder|decoder|logits="whole"'),
+    "weights that are not there": (meta, small.llama, {"logits": "whole"}, "load its weights first"),
+    "pairs": (small.llama, small.llama, {"hidden": [(1, 2)]}, "hidden must map layers"),
+    "no shift": (lambda: nn.Linear(4, 4), small.llama, {"logits": "whole"}, "pass shift=True or False"),
     "layer": (small.llama, small.llama, {"hidden": {1: 99}}, "teacher has hidden states 0 to"),
 }
 

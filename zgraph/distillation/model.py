@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from zgraph.api import compile as compile_model
@@ -33,7 +32,8 @@ class Distilled(NamedTuple):
         loss: `alpha * hard_loss + (1 - alpha) * temperature ** 2 * soft_loss + hidden_weight * hidden_loss`.
         hard_loss: the cross-entropy with the labels, the mean over the tokens that count.
         soft_loss: the divergence from the teacher at the temperature, the mean over the same tokens.
-        hidden_loss: the mean squared difference of the hidden states that were paired; 0 where none were.
+        hidden_loss: the mean squared difference of the hidden states that were paired, over the tokens that
+            attention_mask [B, S] has, and over the pairs; 0 where none were.
     """
 
     loss: torch.Tensor
@@ -62,9 +62,10 @@ class Distillation(nn.Module):
         super().__init__()
         _check_options(loss, temperature, alpha, beta, logits)
         _check_apart(student, teacher)
+        _check_loaded(student, teacher)
         self.divergence, self.temperature, self.alpha, self.beta = loss, temperature, alpha, beta
         self.logits, self.hidden_weight = logits, hidden_weight
-        self.pairs = tuple((hidden or {}).items())
+        self.pairs = _pairs(hidden)
         self.shift = _is_causal(student) if shift is None else shift
         if logits == "blocks":
             check_projection(student, "student")
@@ -73,7 +74,17 @@ class Distillation(nn.Module):
         self.student = student
         self.teacher = teacher.requires_grad_(False)
         self.projections = nn.ModuleList(_projections(self.pairs, student, teacher))
-        self.train(student.training)
+        self.training = student.training
+        self.teacher.eval()
+
+    @property
+    def config(self) -> Any:
+        """The student's configuration."""
+        return self.student.config
+
+    def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """Have the student computed again in the backward, as transformers' models do."""
+        self.student.gradient_checkpointing_enable(*args, **options)  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> Distillation:
         """Set the student's mode; the teacher stays in eval mode."""
@@ -88,14 +99,20 @@ class Distillation(nn.Module):
             labels: [B, S], the tokens to predict, as transformers' models take them: a causal model's are shifted
                 here. -100 counts for nothing.
             inputs: what both models take: input_ids [B, S], attention_mask.
+
+        Raises:
+            UsageError: the loss of routers is asked for, which is none of blocks.
         """
+        if self.logits == "blocks" and inputs.get("output_router_logits"):
+            raise UsageError('the loss of routers is the model\'s own: pass logits="whole" to zgraph.distill')
         if self.pairs:
             inputs["output_hidden_states"] = True
         if self.logits == "blocks":
             hard, soft, kept = self._in_blocks(labels, inputs)
         else:
             hard, soft, kept = self._whole(labels, inputs)
-        between = self._hidden_loss(*kept) if self.pairs else torch.zeros_like(hard)
+        mask = inputs.get("attention_mask")
+        between = self._hidden_loss(kept, mask) if self.pairs else torch.zeros_like(hard)
         total = self.alpha * hard + (1 - self.alpha) * self.temperature**2 * soft
         return Distilled(total + self.hidden_weight * between, hard.detach(), soft.detach(), between.detach())
 
@@ -120,24 +137,27 @@ class Distillation(nn.Module):
 
     def _whole(self, labels: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Any]:
         own = self.student(**inputs, labels=labels)
+        if getattr(self.teacher.config, "is_encoder_decoder", False):
+            inputs = {**inputs, "labels": labels}  # of which it makes its decoder's input
         with torch.no_grad():
             others = self.teacher(**inputs)
         _check_vocabularies(own.logits.shape[-1], others.logits.shape[-1])
         labels, made, taught = self._aligned(labels, own.logits, others.logits)
         each = divergence(made, taught, self.divergence, self.temperature, self.beta)
         counts = labels != IGNORED
-        soft = torch.where(counts, each, 0.0).sum() / counts.sum()
+        soft = torch.where(counts, each, 0.0).sum() / counts.sum().clamp_min(1)
         return own.loss.to(soft.dtype), soft, (own, others) if self.pairs else None
 
     def _aligned(self, labels: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Labels, and for each what predicts it."""
         return (labels[:, 1:], *(v[:, :-1] for v in values)) if self.shift else (labels, *values)
 
-    def _hidden_loss(self, own: Any, others: Any) -> torch.Tensor:
-        found = [
-            F.mse_loss(projection(own.hidden_states[mine]).float(), others.hidden_states[theirs].float())
-            for (mine, theirs), projection in zip(self.pairs, self.projections, strict=True)
-        ]
+    def _hidden_loss(self, outputs: Any, mask: torch.Tensor | None) -> torch.Tensor:
+        (own, others), found = outputs, []
+        for (mine, theirs), projection in zip(self.pairs, self.projections, strict=True):
+            difference = projection(own.hidden_states[mine]).float() - others.hidden_states[theirs].float()
+            each = difference.square().mean(-1)
+            found.append(each.mean() if mask is None else (each * mask).sum() / mask.sum())
         return torch.stack(found).mean()
 
 
@@ -166,23 +186,23 @@ def distill(
         loss: the divergence: "forward_kl" (Hinton et al., 2015), "reverse_kl" (Gu et al., "MiniLLM", 2024) or "jsd"
             (Agarwal et al., "On-policy distillation", 2024).
         temperature: divides the logits of both in the divergence, which is multiplied by its square.
-        alpha: the share of the cross-entropy with the labels.
+        alpha: the share of the cross-entropy with the labels; the divergence has the rest.
         beta: the teacher's share of the mixture of "jsd".
         logits: "blocks" never has the logits of either whole in memory; "whole" does, for models whose logits are more
             than one product, and takes the student's own loss for the hard one.
-        hidden: layers of the student, each with the layer of the teacher whose hidden state it should have, as indices
-            of `hidden_states`. Where widths differ, a linear layer of `projections`, trained as well, is between.
+        hidden: maps indices of the student's `hidden_states` to the teacher's; 0 is the embedding. Where widths differ,
+            a linear layer of `projections` is between, whose parameters an optimizer must be given too.
         hidden_weight: of the loss of these.
-        shift: whether a position predicts the next label; by default where the student generates.
+        shift: whether a position predicts the next label; by default as the student's `can_generate()` says.
         stage: as in `zgraph.compile`; names begin with "student." and "teacher.".
-        teacher_stage: the teacher's own, if it is another.
-        options: of `zgraph.compile`.
+        teacher_stage: stage of the teacher; by default the student's.
+        options: passed to `zgraph.compile`.
 
     Returns:
         A compiled module, whose forward returns `Distilled`.
 
     Raises:
-        UsageError: the models do not fit each other or these options.
+        UsageError: the models do not fit each other, or an option does not fit them.
     """
     model = Distillation(
         student,
@@ -252,9 +272,24 @@ def _check_vocabularies(student: int, teacher: int) -> None:
         )
 
 
+def _check_loaded(student: nn.Module, teacher: nn.Module) -> None:
+    for model, who in ((student, "student"), (teacher, "teacher")):
+        if any(p.is_meta for p in model.parameters()):
+            raise UsageError(f"the {who}, {type(model).__name__}, is on the meta device: load its weights first")
+
+
 def _is_causal(model: Any) -> bool:
-    config = getattr(model, "config", None)
-    return bool(getattr(model, "can_generate", bool)()) and not getattr(config, "is_encoder_decoder", False)
+    if not hasattr(model, "can_generate"):
+        raise UsageError(
+            f"{type(model).__name__} does not say whether a position predicts the next label: pass shift=True or False"
+        )
+    return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def _pairs(hidden: object) -> tuple[tuple[int, int], ...]:
+    if not isinstance(hidden, Mapping | None):
+        raise UsageError(f"hidden must map layers of the student to the teacher's, as {{1: 2}}, not {hidden!r}")
+    return tuple((hidden or {}).items())
 
 
 def _projections(pairs: tuple[tuple[int, int], ...], student: Any, teacher: Any) -> list[nn.Module]:
@@ -262,8 +297,11 @@ def _projections(pairs: tuple[tuple[int, int], ...], student: Any, teacher: Any)
     found: list[nn.Module] = []
     for mine, theirs in pairs:
         for index, model, who in ((mine, student, "student"), (theirs, teacher, "teacher")):
-            count = getattr(model.config, "num_hidden_layers", None)
-            if count is None or not 0 <= index <= count:
+            config = getattr(model, "config", None)
+            count = getattr(config, "num_hidden_layers", None)
+            if count is None or not hasattr(config, "hidden_size") or getattr(config, "is_encoder_decoder", False):
+                raise UsageError(f"hidden= needs one stack of layers, with config.num_hidden_layers, of the {who}")
+            if not 0 <= index <= count:
                 raise UsageError(f"hidden={{{mine}: {theirs}}}: the {who} has hidden states 0 to {count}")
         widths = student.config.hidden_size, teacher.config.hidden_size
         own = next(student.parameters())

@@ -10,6 +10,8 @@ from torch import nn
 from zgraph.errors import UsageError
 
 TOLERANCE = 1e-3
+LARGE = 1e3
+"""What hidden states are multiplied by: a soft-capping hardly changes small logits."""
 _NUM_TOKENS = 4
 _WHOLE = 'Pass logits="whole" to make all logits instead, which takes their memory'
 
@@ -24,42 +26,37 @@ def check_projection(model: nn.Module, who: str) -> None:
     """
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
         raise UsageError(f"the {who}, {type(model).__name__}, has no base_model and get_output_embeddings(). {_WHOLE}")
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear) or head.bias is not None or model.base_model is model:
         raise UsageError(f"the logits of the {who}, {type(model).__name__}, are no product alone. {_WHOLE}")
     if getattr(getattr(model, "config", None), "output_router_logits", False):
         raise UsageError(f"the {who}, {type(model).__name__}, has a loss of its routers as well. {_WHOLE}")
-    if any(p.is_meta for p in model.parameters()):
-        raise UsageError(f"the {who}, {type(model).__name__}, is on the meta device: load its weights first. {_WHOLE}")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UsageError(f"the {who}, {type(model).__name__}, makes its decoder's input of the labels. {_WHOLE}")
     tokens = torch.arange(_NUM_TOKENS, device=head.weight.device)[None] % len(head.weight)
-    before = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
+    hook = head.register_forward_pre_hook(lambda _, given: (LARGE * given[0],))
     try:
         with torch.no_grad():
             wanted = model(input_ids=tokens).logits
-            made = head(last_hidden(model, {"input_ids": tokens}))
+            made = head(model.base_model(input_ids=tokens).last_hidden_state)
     except (TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"the {who}, {type(model).__name__}, takes no input_ids alone ({error}). {_WHOLE}") from None
     finally:
-        model.train(before)
-    difference = (made - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
-    if not difference <= TOLERANCE:
+        hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    difference = (made - wanted).abs().max() / wanted.abs().max()
+    if not difference <= TOLERANCE:  # nor is it where all logits are 0
         raise UsageError(
             f"the logits of the {who}, {type(model).__name__}, are more than its output embedding's product with its "
             f"last hidden state: they differ by {float(difference):.1g} of the largest (a soft-capping or a scale of "
-            f"logits?). {_WHOLE}"
+            f"logits, or a head of zeros?). {_WHOLE}"
         )
-
-
-def last_hidden(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """The last hidden state of a model, [..., D]."""
-    base: Any = model.base_model
-    hidden: torch.Tensor = base(**inputs).last_hidden_state
-    return hidden
 
 
 def output_weight(model: nn.Module) -> torch.Tensor:
     """The weight that makes the logits, [V, D]."""
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    weight: torch.Tensor = head.weight
+    weight: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
     return weight

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from zgraph.errors import UsageError
@@ -25,7 +26,8 @@ def prune_layers(model: nn.Module, keep: Iterable[int]) -> nn.Module:
         keep: indices of the layers that stay, in any order; they keep their own.
 
     Raises:
-        UsageError: there is no such list or more than one, or no such layer; or the model is compiled.
+        UsageError: there is no such list or more than one, or no such layer; the model is compiled; or its
+            configuration cannot describe what is left.
     """
     if any(ATTRIBUTE in module.__dict__ for module in model.modules()):
         raise UsageError(f"this {type(model).__name__} is compiled already: prune the plain model, then compile it")
@@ -52,7 +54,24 @@ def prune_layers(model: nn.Module, keep: Iterable[int]) -> nn.Module:
                 module.layer_idx = number
     for found in {id(m.config): m.config for m in made.modules() if hasattr(m, "config")}.values():
         _shorten(found, kept, count)
+    _check_described(made)
     return made
+
+
+def _check_described(model: Any) -> None:
+    """Raise UsageError if the configuration describes another model than its layers make, which none could load."""
+    problem = "other parameters"
+    try:
+        with torch.device("meta"):
+            again = type(model)(copy.deepcopy(model.config)).state_dict()
+        same = {n: t.shape for n, t in again.items()} == {n: t.shape for n, t in model.state_dict().items()}
+    except Exception as error:  # whatever the model's own code raises
+        same, problem = False, f"{type(error).__name__}: {error}"
+    if not same:
+        raise UsageError(
+            f"the configuration of {type(model).__name__} does not describe the layers that are left ({problem}): keep "
+            "other layers, or prune its layers by hand"
+        )
 
 
 def _shorten(config: Any, kept: list[int], count: int) -> None:

@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from zgraph.distillation import Distillation
 from zgraph.engine.checkpoint.tensors import whole_state_dict
 from zgraph.errors import UsageError
 from zgraph.hf.trainer import Trainer
 
+PROJECTIONS = "projections.safetensors"
+"""Beside the student's weights in a checkpoint: what brings its hidden states to the teacher's width."""
 _STUDENT = "student."
+_OPTIONS = set(inspect.signature(Distillation).parameters) - {"student", "teacher"}
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -26,11 +28,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     Args:
         model: the student.
         teacher: frozen; it is sharded like the student.
-        distillation: options of `zgraph.distill`, such as `{"temperature": 2.0, "alpha": 0.3}`.
+        distillation: options of `zgraph.distill`, such as `{"temperature": 2.0, "alpha": 0.3}`; the stage is that of
+            the Trainer's configuration.
         args, kwargs: as `zgraph.hf.Trainer` takes them.
 
     Raises:
-        UsageError: the models do not fit each other or the options, or metrics of logits are asked for.
+        UsageError: the models do not fit each other, an option does not fit them or is none, or another loss or metrics
+            of logits are asked for.
     """
 
     model: Any
@@ -44,10 +48,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         distillation: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("compute_metrics") is not None:
-            raise UsageError("compute_metrics reads logits, which distillation never makes: evaluate the student alone")
-        super().__init__(Distillation(model, teacher, **(distillation or {})), *args, **kwargs)
+        options = dict(distillation or {})
+        if unknown := options.keys() - _OPTIONS:
+            raise UsageError(f"distillation has no {min(unknown)!r}; its options are {', '.join(sorted(_OPTIONS))}")
+        super().__init__(Distillation(model, teacher, **options), *args, **kwargs)
         self.model_accepts_loss_kwargs = False
+        if self.compute_metrics is not None:
+            raise UsageError("compute_metrics reads logits, which are not returned here: evaluate the student alone")
+        if self.compute_loss_func is not None or self.args.label_smoothing_factor:
+            raise UsageError("the loss is that of distillation: leave compute_loss_func and label_smoothing_factor out")
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -61,17 +70,33 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             super()._save(output_dir, {n.removeprefix(_STUDENT): v for n, v in whole.items() if _is_students(n)})
         finally:
             self.model = both
+        beside = {n: v.contiguous() for n, v in whole.items() if n.startswith("projections.")}
+        if beside and self.args.should_save:
+            save_file(beside, Path(output_dir or self.args.output_dir) / PROJECTIONS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        file = Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME
-        if not file.is_file():
-            raise UsageError(f"{resume_from_checkpoint} has no {SAFE_WEIGHTS_NAME} of a student")
-        found = {f"{_STUDENT}{name}": value for name, value in load_file(file).items()}
-        known = {name for name in self.model.state_dict() if _is_students(name)}
-        tied = {f"{_STUDENT}{name}" for name in getattr(self.model.student, "all_tied_weights_keys", ())}
+        folder = Path(resume_from_checkpoint)
+        parts = [load_file(file) for file in sorted(folder.glob("model*.safetensors"))]
+        found = {f"{_STUDENT}{name}": value for part in parts for name, value in part.items()}
+        if not found:
+            raise UsageError(f"{folder} has no model.safetensors of a student")
+        if (folder / PROJECTIONS).is_file():
+            found |= load_file(folder / PROJECTIONS)
+        known = {name for name in self.model.state_dict() if not name.startswith("teacher.")}
+        tied = {f"{_STUDENT}{name}" for name in getattr(self.model.student, "all_tied_weights_keys", None) or ()}
         if wrong := sorted((found.keys() ^ known) - tied):
-            raise UsageError(f"{file} is of another student: {wrong[0].removeprefix(_STUDENT)} is in one of them only")
+            raise UsageError(
+                f"{folder} is of another student: {wrong[0].removeprefix(_STUDENT)} is in one of them only"
+            )
         self.model.load_state_dict(found, strict=False)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **given: Any
+    ) -> Any:
+        return super().prediction_step(model, inputs, True, *args, **given)
 
 
 def _is_students(name: str) -> bool:
