@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -23,6 +23,9 @@ def main(
     hardware: Annotated[list[str] | None, typer.Option(help="A profile; may repeat.")] = None,
     sequence: Annotated[int, typer.Option(min=1, help="Tokens of the one sequence of each rank.")] = 4096,
     host: Annotated[bool, typer.Option(help="Whether anything may go to the host's memory.")] = True,
+    kernels: Annotated[
+        Literal["aten", "auto"], typer.Option(help="What runs the ops; auto is what zgraph.compile takes.")
+    ] = "aten",
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
 ) -> None:
     """Plan all four stages, in bf16 with masters and AdamW in fp32, and print a table for each cluster."""
@@ -39,6 +42,7 @@ def main(
         hardware=names,
         param_dtype=torch.bfloat16,
         offload="auto" if host else None,
+        kernels=kernels,
     )
     for name, plan in zip(names, plans, strict=True):
         Console(width=None if Console().is_terminal else 150).print(plan)

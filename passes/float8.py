@@ -52,11 +52,11 @@ class Float8(Pass):
 
     Args:
         recipe: "tensorwise" or "rowwise".
-        exclude: last names of the layers that stay as they are, with | between them.
+        exclude: last names of the layers that stay as they are, with + between them.
     """
 
     recipe: Recipe = "tensorwise"
-    exclude: str = "lm_head|output|embed_out"
+    exclude: str = "lm_head+output+embed_out"
 
     name: ClassVar[str] = "float8"
     numerics: ClassVar[Numerics] = Numerics.approximate
@@ -157,7 +157,7 @@ def _operand(graph: Graph, value: Value) -> _Operand:
 
 
 def _why_not(a: _Operand, b: _Operand, layer: str, exclude: str) -> str:
-    if layer.rpartition(".")[2] in exclude.split("|"):
+    if layer.rpartition(".")[2] in exclude.split("+"):
         return "excluded by name"
     if a.value.tensor.dtype not in _COMPUTED or a.value.tensor.dtype is not b.value.tensor.dtype:
         return f"computed in {a.value.tensor.dtype.value}"

@@ -192,8 +192,8 @@ def test_three_products_a_layer_and_none_of_those_that_stay() -> None:
     assert {n.origin.module for n in made} == {"first", "second", "third"}
     assert len(made) == 8  # the input needs no gradient
     assert sum(n.phase is Phase.forward for n in made) == 3
-    assert Float8(exclude="second|third").layers(graph) == ["first", "lm_head"]
-    assert Float8(exclude="first|second|third|lm_head").run(graph, Context()) is graph
+    assert Float8(exclude="second+third").layers(graph) == ["first", "lm_head"]
+    assert Float8(exclude="first+second+third+lm_head").run(graph, Context()) is graph
     assert parse_graph(print_graph(found)) == found
 
 
@@ -271,4 +271,4 @@ def test_an_old_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_recipes_as_text() -> None:
-    assert str(parse_recipe("float8(recipe=rowwise, exclude=lm_head|router)")).startswith("float8(recipe=rowwise")
+    assert str(parse_recipe("float8(recipe=rowwise, exclude=lm_head+router)")).startswith("float8(recipe=rowwise")
