@@ -139,7 +139,7 @@ def _gather(
 def reduce_scatter_start(node: Node, session: Session) -> Execute:
     """The sums or means over the ranks, as the operands' type says, each rank keeping its chunks."""
     num_shards, kind = session.num_shards, node.operands[0].tensor
-    divisor, ops = session.divisor(kind), (_op(kind.placement[-1]), _op(kind.placement[0]))
+    divisor, ops = session.divisor(kind), (_op(kind.placement[-1]), _op(kind.placement[-2:][0]))
     pads = [_padder(v.tensor, num_shards) for v in node.operands]
     name, moved = described(node), session.moved(node)
 

@@ -91,8 +91,8 @@ class Session:
 
     def divisor(self, kind: TensorType) -> int:
         """The divisor of the sum over all ranks, to reduce a value of this type."""
-        sizes = self.num_ranks // self.num_shards, self.num_shards
-        return kind.divisor(sizes[self.store.ranks.num_model - len(kind.placement) :])
+        copies = self.num_ranks // self.num_shards
+        return kind.divisor((copies, self.num_shards) if copies > 1 else (self.num_shards,))
 
     def divisor_of(self, slot: Slot) -> int:
         """The divisor of the sum over all ranks, to reduce the gradient of a parameter."""

@@ -183,6 +183,9 @@ def beside(mesh: DeviceMesh, path: str) -> bool:
             optimizer.step()
             optimizer.zero_grad()
         assert abs(losses[1].item() / losses[0].item() - 1) < 2e-6
+    with torch.no_grad():
+        losses = [model(**zoo.batch("llama", 7)).loss.item() for model in (plain, ours)]
+    assert abs(losses[1] / losses[0] - 1) < 2e-6
     muon = zgraph.optim.Muon(ours.named_parameters())
     ours(**zoo.batch("llama", 9)).loss.backward()
     with pytest.raises(UsageError, match="Muon does not go with tensor parallelism"):

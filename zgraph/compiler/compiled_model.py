@@ -25,6 +25,7 @@ from zgraph.cost.workspace import NUM_THREADS
 from zgraph.environment import environment
 from zgraph.errors import UsageError, VerifyError, did_you_mean
 from zgraph.ir import Graph, print_graph, verify
+from zgraph.ir.rules.kept import gathered_for
 from zgraph.options.validate import ATTRIBUTE
 from zgraph.passes import Context, Pipeline, known_passes, make_plan
 from zgraph.passes.core.instruments import Dump, Log, Verify
@@ -132,6 +133,9 @@ class CompiledModel:
             certificate = certifier.finish() if settings.verify else None
         for path in paths:
             recording.run_file(_made(type(self.model).__name__), context, certificate).save(path)
+        if whole := gathered_for(final):
+            ops = ", ".join(f"{op} ({count})" for op, count in whole.items())
+            self.narrator.remark(f"values are put together in each step for ops without a sharding rule: {ops}")
         plan = make_plan(final)
         replayed = self.replayed if has_backward(graph) else None
         again = _Again(graph, context, self.pipeline, type(self.model).__name__, replayed)

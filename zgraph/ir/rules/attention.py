@@ -19,15 +19,6 @@ def _mask(shape: Shape, q: str) -> str:
     return " ".join(name if size != 1 else one for (name, one), size in zip(names, shape, strict=True))
 
 
-def _whole(call: Call) -> Rule:
-    """All dims whole."""
-    sides = [
-        ", ".join(" ".join(f"_{side}{i}_{d}" for d in range(len(s))) for i, s in enumerate(shapes) if s is not None)
-        for side, shapes in (("i", call.ins), ("o", call.outs))
-    ]
-    return written(call, " -> ".join(sides))
-
-
 def _groups(call: Call, queries: int, keys: int) -> Mapping[str, Dim] | None:
     """The sizes of heads of keys, and of queries that share one; None where they do not divide."""
     of_queries, of_keys = call.shape(queries)[1], call.shape(keys)[1]
@@ -36,22 +27,22 @@ def _groups(call: Call, queries: int, keys: int) -> Mapping[str, Dim] | None:
     return {"h": of_keys, "g": of_queries // of_keys}
 
 
-def forward(call: Call) -> Rule:
-    """Attention on processors, with its log of sums."""
+def forward(call: Call) -> Rule | None:
+    """Attention on processors, with its log of sums; None with dropout."""
     sizes = _groups(call, 0, 1)
     if call.arg(3, "dropout_p", 0.0) or sizes is None:
-        return _whole(call)
+        return None
     q = "_q" if call.arg(4, "is_causal", False) else "q"
     mask = ", " + _mask(call.shape(3), q) if len(call.ins) > 3 else ""
     text = f"b (h g) {q} _d, b h _s _d, b h _s _e{mask} -> b (h g) {q} _e, b (h g) {q}"
     return written(call, text, sizes=sizes)
 
 
-def backward(call: Call) -> Rule:
-    """Its backward."""
+def backward(call: Call) -> Rule | None:
+    """Its backward; None with dropout."""
     sizes = _groups(call, 1, 2)
     if call.arg(6, "dropout_p", 0.0) or sizes is None:
-        return _whole(call)
+        return None
     q = "_q" if call.arg(7, "is_causal", False) else "q"
     mask = ", " + _mask(call.shape(6), q) if len(call.ins) > 6 else ""
     queries, keys = f"b (h g) {q} _d, b h _s _d, b h _s _e", f"b (h g) {q} _e, b (h g) {q}"

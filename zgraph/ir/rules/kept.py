@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
-from zgraph.ir.graph import Node, map_values
+from zgraph.ir.graph import Graph, Node, map_values
 from zgraph.ir.rules.factors import Call, Cut, Rule, Strategy
 from zgraph.ir.rules.local import localised, whole_node
 from zgraph.ir.rules.table import rule_of
 from zgraph.ir.types import Mesh, Placement, Replicate, Shard, TensorType
 
-__all__ = ["broken_rule", "cuts_of", "places_of"]
+__all__ = ["broken_rule", "cuts_of", "gathered_for", "places_of"]
 
 
 def places_of(node: Node, index: int) -> tuple[Placement | None, ...]:
@@ -53,6 +54,19 @@ def broken_rule(node: Node, mesh: Mesh, index: int) -> str:
     if tuple(map_values(a, own) for a in localised(whole, rule, places, num_ranks)) != node.args:
         return f"has sizes among its arguments that are not those of a rank's part along {mesh[index].name}"
     return ""
+
+
+def gathered_for(graph: Graph) -> Mapping[str, int]:
+    """How many values a lowered graph gathers, or sums, along model axes for ops without a sharding rule, by op."""
+    found: Counter[str] = Counter()
+    for node in graph.nodes:
+        if "." not in node.op or rule_of(Call.of(node)) is not None:
+            continue
+        for value in {v.name: v for v in node.operands}.values():
+            maker = graph.producers.get(value.name)
+            start = graph.producers.get(maker.operands[0].name) if maker is not None and maker.op == "wait" else None
+            found[node.op] += start is not None and start.option("axis") is not None
+    return {op: count for op, count in sorted(found.items()) if count}
 
 
 def _fits(strategy: Strategy, places: tuple[Placement | None, ...], count: int) -> bool:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from zgraph.ir.rules.factors import Call, Rule, written
 
 
-def forward(call: Call) -> Rule:
-    """The negative log likelihood: a mean over some rows is no part of the mean over all."""
+def forward(call: Call) -> Rule | None:
+    """The negative log likelihood of rows, whose mean over some is no part of that over all; None with weights."""
     reduction = call.integer(3, "reduction", 1)
     if len(call.shape(0)) != 2 or len(call.ins) != 2:
-        rows = ", ".join(" ".join(f"_i{k}_{d}" for d in range(len(s or ()))) for k, s in enumerate(call.ins))
-        outs = ", ".join(" ".join(f"_o{k}_{d}" for d in range(len(s or ()))) for k, s in enumerate(call.outs))
-        return written(call, f"{rows} -> {outs}")
+        return None
     row = "t" if reduction == 2 else "_t"
     return written(call, f"{row} _v, {row} -> {row if len(call.out()) else ''}, ")
 

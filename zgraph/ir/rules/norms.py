@@ -5,18 +5,18 @@ from __future__ import annotations
 from zgraph.ir.rules.factors import Call, Rule, letters, written
 
 
-def layer_norm(call: Call) -> Rule:
-    """A layer norm, with the mean and the deviation of each row."""
+def layer_norm(call: Call) -> Rule | None:
+    """A layer norm, with the mean and the deviation of each row; None without weight or bias."""
     if len(call.ins) != 3:
-        return _plain(call, 1)
+        return None
     rows, tail, stat = _parts(call, 1)
     return written(call, f"{rows} {tail}, {tail}, {tail} -> {rows} {tail}, {stat}, {stat}")
 
 
-def backward(call: Call) -> Rule:
-    """Its backward; gradients of weight and bias are sums over rows."""
+def backward(call: Call) -> Rule | None:
+    """Its backward, in which gradients of weight and bias are sums over rows; None without these."""
     if len(call.ins) != 6 or None in call.outs:
-        return _plain(call, 2)
+        return None
     rows, tail, stat = _parts(call, 2)
     text = f"{rows} {tail}, {rows} {tail}, {stat}, {stat}, {tail}, {tail} -> {rows} {tail}, {tail}, {tail}"
     return written(call, text, linear=((0,),))
@@ -27,15 +27,6 @@ def _parts(call: Call, position: int) -> tuple[str, str, str]:
     own, count = call.shape(0), len(call.integers(position, "normalized_shape"))
     rows = " ".join(letters(own)[: len(own) - count])
     return rows, " ".join(f"_h{i}" for i in range(count)), f"{rows} " + " ".join(f"_one{i}" for i in range(count))
-
-
-def _plain(call: Call, position: int) -> Rule:
-    """All whole: of another form than with weight and bias."""
-    sides = [
-        ", ".join(" ".join(f"_{side}{i}_{d}" for d in range(len(s))) for i, s in enumerate(shapes) if s is not None)
-        for side, shapes in (("i", call.ins), ("o", call.outs))
-    ]
-    return written(call, " -> ".join(sides))
 
 
 RULES = {
