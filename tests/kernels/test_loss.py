@@ -43,7 +43,7 @@ def test_the_loss_and_its_gradients_are_torchs(dtype, num_tokens, num_classes, w
             torch.tensor(1.5), x, weight, target, number, lse, IGNORED, mean
         )
     limit = 1e-5 if dtype is torch.float32 else 1e-2
-    floor = limit / 10  # gradients of one class are nothing
+    floor = limit / 5  # gradients of one class are nothing, and of few a difference of rounded numbers
     assert abs(made.item() - exact.item()) <= limit * abs(exact.item()) + floor
     assert int(number) == int((target != IGNORED).sum())
     assert (dx.dtype, dweight.dtype) == (dtype, dtype)
