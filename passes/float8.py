@@ -21,7 +21,7 @@ of those in `exclude`: the projection to the vocabulary, whose numbers the loss 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 from zgraph.ir import Arg, DType, ExternalOp, Graph, Node, Phase, TensorType, Token, Value
@@ -167,18 +167,14 @@ def _why_not(a: _Operand, b: _Operand, layer: str, exclude: str) -> str:
     return f"{odd[0]} is no multiple of {MULTIPLE}" if odd else ""
 
 
-@dataclass
 class _Rewriter:
     """One run of the pass."""
 
-    graph: Graph
-    options: Float8
-    products: list[_Product]
-    nodes: list[Node] = field(default_factory=list)
-    made: dict[tuple[object, ...], tuple[Value, Value]] = field(default_factory=dict)
-    placed: dict[tuple[object, ...], Value] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, graph: Graph, options: Float8, products: list[_Product]) -> None:
+        self.graph, self.options, self.products = graph, options, products
+        self.nodes: list[Node] = []
+        self.made: dict[tuple[object, ...], tuple[Value, Value]] = {}
+        self.placed: dict[tuple[object, ...], Value] = {}
         self.builder = Builder(self.graph, Float8.name)
         self.parameters = {i.value.name for i in self.graph.params}
 
