@@ -46,6 +46,7 @@ ELSEWHERE = {
     "Monitoring._synchronize": "a time",
     "Recorder.means_us": "a time",
     "exchange.run": "a time",
+    "Alike._finish": "tensor parallelism, in no case: the wait is the comparison's own",
 }
 """Functions that wait for no stream, or for one whose memory nobody reads, by what for."""
 

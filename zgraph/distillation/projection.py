@@ -11,7 +11,7 @@ from zgraph.errors import UsageError
 
 TOLERANCE = 1e-3
 LARGE = 1e3
-"""What hidden states are multiplied by: a soft-capping hardly changes small logits."""
+"""Factor of hidden states in the check: a soft-capping hardly changes small logits."""
 _NUM_TOKENS = 4
 _WHOLE = 'Pass logits="whole" to make all logits instead, which takes their memory'
 
