@@ -7,6 +7,7 @@ they exchange in every layer stays within a host: the ranks of `DeviceMesh` are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -65,7 +66,7 @@ class ModelRanks:
     @property
     def _beside(self) -> int:
         assert self.mesh is not None
-        return int(torch.tensor(self.mesh.shape[: self.num_model]).prod()) if self.num_model else 1
+        return math.prod(self.mesh.shape[: self.num_model])
 
     @property
     def num_shards(self) -> int:
@@ -81,17 +82,17 @@ class ModelRanks:
     @property
     def data_rank(self) -> int:
         """This rank's number among the data ranks."""
-        number = 0
-        for axis in range(self.num_model, len(self.coordinate)):
-            assert self.mesh is not None
-            number = number * self.mesh.size(axis) + self.coordinate[axis]
-        return number
+        return self._number(range(self.num_model, len(self.coordinate)))
 
     @property
     def model_rank(self) -> int:
         """This rank's number among those that differ along model axes alone."""
+        return self._number(range(self.num_model))
+
+    def _number(self, axes: range) -> int:
+        """This rank's number among those that differ along these axes alone."""
         number = 0
-        for axis in range(self.num_model):
+        for axis in axes:
             assert self.mesh is not None
             number = number * self.mesh.size(axis) + self.coordinate[axis]
         return number

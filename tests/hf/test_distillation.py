@@ -23,7 +23,7 @@ def teacher() -> Any:
 
 
 class Plain(transformers.Trainer):
-    """What anyone would write."""
+    """A Trainer as anyone would write it."""
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         own = model(**inputs)

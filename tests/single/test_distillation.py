@@ -43,7 +43,7 @@ def batch(step: int, num_words: int) -> dict[str, torch.Tensor]:
 
 
 def plain_loss(student: nn.Module, teacher: nn.Module, given: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
-    """What anyone would write."""
+    """The loss as anyone would write it."""
     own = student(**given)
     with torch.no_grad():
         taught = teacher(input_ids=given["input_ids"]).logits
