@@ -7,23 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from tests.deep import DEEP, deep
+from tests.peaks import peak_bytes
 from zgraph.codegen import distillation, library  # noqa: F401 - the library registers what the ops need
 from zgraph.distillation.model import IGNORED, divergence
-
-
-def peak_bytes(step) -> int:
-    """The most bytes alive at once, above what was alive before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        step()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
 
 
 def tensors(num_tokens: int, num_classes: int, width: int, seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

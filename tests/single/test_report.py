@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import zgraph
 from small import llama
+from tests.peaks import peak_bytes
 from zgraph.compiler.report import Report, alike, mebibytes
 
 from .nets import Mlp, built, rows
@@ -16,14 +16,7 @@ from .nets import Mlp, built, rows
 
 def measured_peak_bytes(model: nn.Module, ids: torch.Tensor) -> int:
     """The most bytes alive at once, above what was alive before, in a forward and a backward."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        model(input_ids=ids, labels=ids).loss.backward()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+    return peak_bytes(lambda: model(input_ids=ids, labels=ids).loss.backward())
 
 
 @pytest.mark.parametrize(("num_rows", "length"), [(2, 32), (4, 128)], ids=["weights-rule", "activations-rule"])
