@@ -1,5 +1,6 @@
 """Products in float8 on several ranks: the passes of each stage keep the numbers, to the last bit."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 import zgraph
 from tests.interp.ranks import Reference
+from zgraph.debugging.runs import Checked, Options, check_graphs
+from zgraph.ir import Axis, Graph
 from zgraph.ir.external_ops import FLOAT8_MM
 from zgraph.passes import RECIPES, Context, parse_recipe
 from zgraph.passes.float8 import Float8
@@ -40,3 +43,45 @@ def test_every_pass_keeps_the_numbers(recipe: str, stage: int, num_ranks: int) -
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_what_is_computed_again_has_the_same_numbers(recipe: str) -> None:
     reference(recipe, 3).check(parse_recipe(RECIPES[3].replace("fit", "recompute(keep_bytes=1)")))
+
+
+class Square(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(100 * torch.relu(self.first(x)))
+
+
+def checked(recipe: str, fault: tuple[int, ...] = ()) -> Checked:
+    """What the numeric check says of stage 3 in float8; with the matrices at `fault` of two products exchanged."""
+    context = Context(mesh=(Axis("shard", 2),))
+    captured = zgraph.trace(Square().bfloat16(), torch.randn(16, 32, dtype=torch.bfloat16))
+    steps = [("captured", captured), ("float8", Float8(recipe).run(captured, context))]
+    pipeline = parse_recipe(RECIPES[3])
+    made = pipeline.steps(steps[-1][1], context)
+    steps += [(p.name, ran.after) for p, ran in zip(pipeline.passes, made, strict=True)]
+    if fault:
+        steps.append(("exchange", exchanged(steps[-1][1], fault)))
+    return check_graphs([name for name, _ in steps], steps, context, Options(dtypes=True))
+
+
+def exchanged(graph: Graph, numbers: tuple[int, ...]) -> Graph:
+    """The graph with the operands of these numbers of the second product those of the first."""
+    first, second, *_ = (node for node in graph.nodes if node.op == FLOAT8_MM)
+    args = tuple(first.args[i] if i in numbers else arg for i, arg in enumerate(second.args))
+    return graph.with_nodes([replace(n, args=args) if n is second else n for n in graph.nodes])
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_the_numeric_check_has_nothing_against_it(recipe: str) -> None:
+    assert checked(recipe).wrong is None
+
+
+@pytest.mark.parametrize(("fault", "dtypes"), [((2, 3), False), ((1,), True)], ids=["another matrix", "another scale"])
+def test_the_numeric_check_finds_a_wrong_operand(fault: tuple[int, ...], dtypes: bool) -> None:
+    """A scale is 1 in fp64, so that a wrong one is found in real dtypes alone."""
+    wrong = checked("tensorwise", fault).wrong
+    assert wrong is not None
+    assert (wrong.step, wrong.dtypes) == ("exchange", dtypes)

@@ -8,19 +8,21 @@ from dataclasses import replace
 
 from zgraph.debugging.draws import FLOATS, SAME_DRAWS
 from zgraph.ir import OPS, Arg, DType, ExternalOp, Graph, Node, TensorType
-from zgraph.ir.external_ops import CAST
+from zgraph.ir.external_ops import CAST, FLOAT8, FLOAT8_MM
 from zgraph.ir.graph import Value
 from zgraph.ir.types import Type
 
 _WIDE: Mapping[DType, DType] = {DType.f32: DType.c64, DType.f64: DType.c128}
 _COMPLEX = frozenset(_WIDE.values())
+_AMAX, _ONES, _MM = "aten.amax.default", "aten.ones_like.default", "aten.mm.default"
 _KERNEL_OPERAND = re.compile(rf"\b(?:{'|'.join(d.value for d in FLOATS)})\[")
 
 
 def in_dtype(graph: Graph, dtype: DType, *, draws_in_own: bool = False) -> Graph:
     """The graph with all its floating-point numbers of one dtype: to be run, not always valid.
 
-    Buckets are laid out anew, since members are aligned to bytes.
+    Buckets are laid out anew, since members are aligned to bytes. A product in float8 is the one that it approximates:
+    scales are 1, and nothing is rounded.
 
     Args:
         graph: after any pass.
@@ -34,21 +36,39 @@ class _Rewriter:
     def __init__(self, graph: Graph, dtype: DType, draws_in_own: bool) -> None:
         self.graph, self.dtype, self.draws_in_own = graph, dtype, draws_in_own
         self.made: dict[str, Type] = {}
+        self.scaled: set[str] = set()
 
     def run(self) -> Graph:
         graph = self.graph
         inputs = tuple(replace(i, value=self.value(i.value), master=None) for i in graph.inputs)
         nodes = tuple(made for node in graph.nodes for made in self.nodes(node))
         outputs = tuple(replace(o, value=None if o.value is None else self.value(o.value)) for o in graph.outputs)
-        foreign = {CAST: ExternalOp(), **graph.foreign}
+        foreign = {name: ExternalOp() for name in (CAST, _AMAX, _ONES, _MM)} | dict(graph.foreign)
         return replace(graph, inputs=inputs, nodes=nodes, outputs=outputs, foreign=foreign)
 
     def nodes(self, node: Node) -> Iterator[Node]:
         row = self.graph.foreign.get(node.op)
         if self.draws_in_own and row is not None and row.random and node.op not in SAME_DRAWS:
             yield from self.drawing(node)
+        elif node.op == FLOAT8:
+            yield from self.unscaled(node)
+        elif node.op == FLOAT8_MM:
+            a, _, b, *_ = node.operands
+            yield self.node(replace(node, op=_MM, args=(a, b)))
         else:
             yield self.node(node)
+
+    def unscaled(self, node: Node) -> Iterator[Node]:
+        """A matrix as it is, and scales of 1 in the shape of those that it was cast with."""
+        (x, _, dim), (data, scale) = node.args, node.results
+        assert isinstance(x, Value)
+        self.scaled.add(data.name)
+        data, scale, largest = self.value(data), self.value(scale), Value(f"{node.name}.largest", self.type(scale.type))
+        yield _cast(self.value(x), data, node)
+        yield replace(
+            node, op=_AMAX, args=(self.value(x), () if dim is None else (dim,), dim is not None), results=(largest,)
+        )
+        yield replace(node, op=_ONES, args=(largest,), results=(scale,))
 
     def drawing(self, node: Node) -> Iterator[Node]:
         """A node that draws, between casts to the dtypes that it has and back."""
@@ -64,6 +84,8 @@ class _Rewriter:
                 yield _cast(own, self.value(result), node)
 
     def node(self, node: Node) -> Node:
+        if any(value.name in self.scaled for value in node.operands):  # the matrix, turned or copied
+            self.scaled.update(result.name for result in node.results)
         kwargs = tuple((k, self.arg(a)) for k, a in node.kwargs)
         node = replace(node, args=tuple(map(self.arg, node.args)), kwargs=kwargs, results=self.values(node))
         if self.makes_default_floats(node):
@@ -83,6 +105,9 @@ class _Rewriter:
         return tuple(map(self.value, node.results))
 
     def value(self, value: Value) -> Value:
+        if value.name in self.scaled:
+            assert isinstance(value.type, TensorType)
+            return Value(value.name, replace(value.type, dtype=self.dtype))
         return Value(value.name, self.made.get(value.name) or self.type(value.type))
 
     def arg(self, arg: Arg) -> Arg:

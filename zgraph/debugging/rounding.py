@@ -44,8 +44,11 @@ class Disturb:
         self.factors: dict[torch.dtype, torch.Tensor] = {}
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The numbers changed; where that is beyond the dtype, as they are."""
-        if not tensor.numel():
+        """The numbers changed; where that is beyond the dtype, as they are.
+
+        So are those in float8: what they are cast from is changed, and a last bit is an eighth of a number there.
+        """
+        if not tensor.numel() or tensor.dtype.itemsize == 1:
             return tensor
         made = tensor * self.drawn(tensor.numel(), tensor.dtype).view(tensor.shape)
         return made if math.isfinite(made.sum()) else torch.where(made.isfinite(), made, tensor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zgraph.certify import float8
 from zgraph.debugging.bisection import Search, Steps, Tell
 from zgraph.debugging.check import NUM_MICRO_STEPS, examine, names_of, reference
 from zgraph.debugging.known import Known, Reference
@@ -114,11 +115,13 @@ class _Check:
     def run(self) -> Checked:
         programs: list[str] = []
         for dtype in (DType.f64, None) if self.options.dtypes else (DType.f64,):
-            known = self.known(dtype)
-            programs += names_of(known, self.steps.graphs[-1][1], self.options.micro_steps)
-            found = self.each(known) if self.options.every else self.last(known)
+            first = 0 if dtype else self.approximated
+            steps = Steps(self.steps.graphs[first:])
+            known = self.known(steps.graphs[0][1], dtype)
+            programs += names_of(known, steps.graphs[-1][1], self.options.micro_steps)
+            found = self.each(known, steps) if self.options.every else self.last(known, steps)
             if found is not None:
-                at, failure = found
+                at, failure = first + found[0], found[1]
                 wrong = Wrong(self.names[at], self.steps.graphs[at][0], failure, dtypes=dtype is None)
                 return Checked(self.looked_at, tuple(dict.fromkeys(programs)), self.num_ranks, wrong)
         return Checked(self.looked_at, tuple(dict.fromkeys(programs)), self.num_ranks, None)
@@ -127,10 +130,20 @@ class _Check:
     def looked_at(self) -> tuple[str, ...]:
         return self.names[1:] if self.options.every else self.names[-1:]
 
-    def known(self, dtype: DType | None) -> Known:
+    @property
+    def approximated(self) -> int:
+        """The position of the last graph whose products are in float8 where those of the one before it are not.
+
+        In fp64 these are the products that they approximate. In real dtypes they are as far from them as float8 is,
+        which is what was asked for: graphs are compared with this one.
+        """
+        products = [frozenset(float8.products(graph)) for _, graph in self.steps.graphs]
+        return max((at for at in range(1, len(products)) if products[at] - products[at - 1]), default=0)
+
+    def known(self, graph: Graph, dtype: DType | None) -> Known:
         self.tell("running the captured graph" + ("" if dtype else " in its own dtypes"))
         return reference(
-            self.steps.graphs[0][1],
+            graph,
             self.num_ranks,
             self.options.seed,
             self.context.hints,
@@ -139,15 +152,15 @@ class _Check:
             reduce_dtype=self.context.reduce_dtype,
         )
 
-    def last(self, known: Known) -> tuple[int, Failure] | None:
+    def last(self, known: Known, steps: Steps) -> tuple[int, Failure] | None:
         """Whether the last graph is wrong; if it is, the first that is so in the same program."""
         tolerance = self.tolerance(known)
-        return Search(known, self.steps, tolerance, self.options.micro_steps, tell=self.tell).first()
+        return Search(known, steps, tolerance, self.options.micro_steps, tell=self.tell).first()
 
-    def each(self, known: Known) -> tuple[int, Failure] | None:
+    def each(self, known: Known, steps: Steps) -> tuple[int, Failure] | None:
         """The first graph that is wrong."""
-        before: Graph | None = self.steps.graphs[0][1]
-        for at, (step, graph) in enumerate(self.steps.graphs):
+        before: Graph | None = steps.graphs[0][1]
+        for at, (step, graph) in enumerate(steps.graphs):
             if not at or graph == before:
                 continue
             before = graph
