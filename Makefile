@@ -18,13 +18,14 @@ test: $(VENV)/.test
 test-deep: export ZGRAPH_DEEP = 1
 test-deep: test
 
-# What runs on several ranks often waits, for the network or for what it kills: the rest fills the time. Kernels and
-# certificates go with it so that both take about as long.
+# What runs on several ranks often waits, for the network or for what it kills: the rest fills the time. Kernels,
+# numbers and certificates go with it so that both take about as long.
 test-ranks: $(VENV)/.test
-	$(BIN)/python -m pytest tests/distributed tests/kernels tests/trust
+	$(BIN)/python -m pytest tests/distributed tests/interp tests/kernels tests/rules tests/trust
 
 test-rest: $(VENV)/.test $(VENV)/.chromium $(VENV)/.compiler
-	$(BIN)/python -m pytest tests --ignore tests/distributed --ignore tests/kernels --ignore tests/trust
+	$(BIN)/python -m pytest tests --ignore tests/distributed --ignore tests/interp \
+		--ignore tests/kernels --ignore tests/rules --ignore tests/trust
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
