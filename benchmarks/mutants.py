@@ -64,7 +64,7 @@ ALSO = {
     "order": ("passes/test_order.py",),
     "patterns": ("kernels/test_patterns.py",),
     "place": ("interp/test_placed.py",),
-    "placing": ("interp/test_placed.py",),
+    "placing": ("passes/test_placing.py", "interp/test_placed.py"),
     "rows": ("passes/test_rows.py", "passes/test_fusion.py", "kernels/test_patterns.py"),
     "registry": ("passes/test_registry.py",),
     "rotary": ("passes/test_subgraphs.py",),

@@ -1,0 +1,122 @@
+"""What a placement costs, and where partial sums are reduced."""
+
+import pytest
+
+from zgraph.ir import Axis, Graph, Partial, Placement, Replicate, Shard, TensorType, parse_graph, verify
+from zgraph.ir.types import DType
+from zgraph.passes import Context, parse_recipe
+from zgraph.passes.analysis.placing import wire_bytes
+from zgraph.passes.place import Place
+
+R, P, S = Replicate(), Partial("sum"), Shard
+
+HEAD = """graph "sums"
+op aten.add.Tensor
+op aten.cat.default
+op aten.mm.default
+op aten.mul.Tensor
+op aten.sum.default
+param %w: f32[8, 8] "w" stage=3 tensor=S0
+param %u: f32[8, 8] "u" stage=3 tensor=S0
+input %x: f32[4, 8]
+input %z: f32[4, 8]
+fwd %a: f32[4, 8] = aten.mm.default(%x, %w)
+fwd %b: f32[4, 8] = aten.mm.default(%z, %u)
+"""
+
+
+def placed(text: str, num_ranks: int = 2) -> Graph:
+    graph = parse_graph(HEAD + text)
+    verify(graph)
+    made = parse_recipe("place").run(graph, Context(mesh=(Axis("tensor", num_ranks),)))
+    verify(made)
+    return made
+
+
+def sums(graph: Graph) -> list[str]:
+    """The values that are reduced, by their captured names."""
+    return [
+        node.operands[0].name
+        for node in graph.nodes
+        if node.op == "reshard"
+        and node.operands[0].tensor.placement[0] == P
+        and node.results[0].tensor.placement[0] == R
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "num_bytes"),
+    [
+        (P, R, 2 * 3 / 4 * 96),
+        (S(0), R, 3 / 4 * 96),
+        (P, S(1), 3 / 4 * 96),
+        (S(0), S(1), 3 / 4 * 96 / 4),
+        (R, S(0), 0),
+        (R, P, 0),
+        (S(0), P, 0),
+    ],
+    ids=str,
+)
+def test_bytes_that_a_rank_sends(old: Placement, new: Placement, num_bytes: float) -> None:
+    assert wire_bytes(TensorType(DType.f32, (4, 6)), old, new, 4) == num_bytes
+
+
+def test_sums_that_are_added_are_reduced_once() -> None:
+    assert sums(placed("fwd %y: f32[4, 8] = aten.add.Tensor(%a, %b)\nreturn fwd output %y\n")) == ["y"]
+
+
+def test_a_sum_that_is_added_to_a_whole_value_is_reduced_where_it_is_made() -> None:
+    text = "fwd %m: f32[4, 8] = aten.mul.Tensor(%b, %b)\nfwd %y: f32[4, 8] = aten.add.Tensor(%a, %m)\n"
+    assert sorted(sums(placed(text + "return fwd output %y\n"))) == ["a", "b"]
+
+
+def test_a_sum_that_is_read_twice_is_reduced_where_it_is_made() -> None:
+    text = "fwd %y: f32[4, 8] = aten.add.Tensor(%a, %b)\nreturn fwd output %y\nreturn fwd output %a\n"
+    assert sums(placed(text)) == ["a", "b"]
+
+
+def test_what_is_read_by_what_is_not_linear_is_reduced_before_it() -> None:
+    text = "fwd %y: f32[4, 8] = aten.mul.Tensor(%a, %b)\nreturn fwd output %y\n"
+    assert sums(placed(text)) == ["a", "b"]
+
+
+def test_a_sum_is_not_kept_until_it_is_larger() -> None:
+    text = "fwd %y: f32[8, 8] = aten.cat.default([%a, %b])\nreturn fwd output %y\n"
+    assert sums(placed(text)) == ["a", "b"]
+
+
+def test_a_chain_of_sums_is_reduced_at_its_end() -> None:
+    text = (
+        "fwd %c: f32[4, 8] = aten.add.Tensor(%a, %b)\nfwd %d: f32[4, 8] = aten.mm.default(%z, %w)\n"
+        "fwd %y: f32[4, 8] = aten.add.Tensor(%c, %d)\nreturn fwd output %y\n"
+    )
+    assert sums(placed(text)) == ["y"]
+
+
+def test_a_value_that_a_node_reads_twice_has_one_placement() -> None:
+    made = placed("fwd %q: f32[8, 8] = aten.mm.default(%w, %w)\nreturn fwd output %q\n")
+    first, second = next(node for node in made.nodes if node.results and node.results[0].name == "q").operands
+    assert first == second
+
+
+def test_parameters_stay_where_their_user_wants_them_though_less_would_be_sent() -> None:
+    """The product before is cut along its rows, which the next one sums over: it is gathered, not the parameter."""
+    text = (
+        "input %l: f32[8, 64]\n"
+        "fwd %p: f32[8, 64] = aten.mm.default(%w, %l)\nfwd %y: f32[8, 64] = aten.mm.default(%u, %p)\n"
+        "return fwd output %y\n"
+    )
+    head, nodes = HEAD.split("fwd %a")[0], text
+    graph = parse_graph(head + nodes)
+    made = parse_recipe("place").run(graph, Context(mesh=(Axis("tensor", 2),)))
+    assert [n.operands[0].name for n in made.nodes if n.op == "reshard"] == ["p", "y"]
+
+
+def test_without_such_an_axis_nothing_is_placed() -> None:
+    graph = parse_graph(HEAD + "return fwd output %a\nreturn fwd output %b\n")
+    assert parse_recipe("place").run(graph, Context(mesh=(Axis("shard", 2),))) is graph
+
+
+def test_an_axis_of_data_is_refused() -> None:
+    with pytest.raises(ValueError, match="axis must be one of tensor"):
+        Place(axis="shard")
