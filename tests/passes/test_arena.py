@@ -105,3 +105,9 @@ def test_it_is_for_devices_whose_allocator_keeps_blocks():
     graph = parse_recipe(RECIPES[3]).run(captured("llama"), Context(mesh=(Axis("shard", 2),)))
     assert Arena().run(graph, Context()) == graph
     assert Arena().run(graph, Context(keeps_blocks=True)) == Arena(always=True).run(graph, Context())
+
+
+def test_a_hole_that_is_large_enough_is_filled():
+    lives = [(0, 1, 100), (1, 3, 80), (2, 3, 40), (2, 3, 60)]
+    placed = place([Buffer(str(number), born, num_bytes, last) for number, (born, last, num_bytes) in enumerate(lives)])
+    assert {b.name: b.offset for b in placed} == {"0": 0, "1": 100, "3": 0, "2": 60}

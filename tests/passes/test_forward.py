@@ -84,6 +84,13 @@ def test_what_a_byte_may_cost_says_what_is_kept():
     assert choices[0][0].us == 0
 
 
+def test_the_last_price_is_above_all_at_which_a_choice_changes(monkeypatch):
+    """However slow an op is."""
+    monkeypatch.setattr(CostTable, "node_us", lambda *_: 1e6)
+    forward = Forward(parse_graph(CHAIN), Context())
+    assert [c.num_bytes for c in forward.choices_at(forward.prices()[-1])] == [0]
+
+
 def test_layers_are_blocks_and_small_parts_go_with_the_one_before():
     """Regions that the user marked stay whole, whatever layers they are in."""
 

@@ -1,12 +1,17 @@
 """The cross-entropy as one op: with the projection where nothing else needs the logits, beside it where it does."""
 
+import re
+
 import pytest
 import torch
 
 from tests.interp.ranks import Reference
+from zgraph.cost.memory import ALLOCATION_BYTES
 from zgraph.ir import parse_graph, verify
 from zgraph.ir.external_ops import LOSS, LOSS_BACKWARD, PROJECTED_LOSS, PROJECTED_LOSS_BACKWARD
-from zgraph.passes import Context, parse_recipe
+from zgraph.passes import Context, Fuse, parse_recipe
+from zgraph.passes.analysis.lookahead import step_memory
+from zgraph.passes.fusion.loss import loss_nodes
 
 TEXT = """graph "g"
 op aten._log_softmax.default
@@ -110,3 +115,13 @@ def test_a_loss_takes_in_what_nothing_else_needs(changes: list[Change], wanted: 
     for found, true in zip(reference.run(fused), reference.run(graph), strict=True):
         for a, b in zip(found or (), true or (), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_beside_inductor_the_loss_is_one_op_where_memory_asks_for_it_at_any_of_its_nodes():
+    graph = parse_graph(re.sub(r"\b16\b", "4096", TEXT))
+    alive = [m.total_bytes for m in step_memory(graph, Context()).moments if m.node in loss_nodes(graph)]
+    assert min(alive) < max(alive) - ALLOCATION_BYTES
+    assert max(alive) % ALLOCATION_BYTES == 0
+    for budget, is_fused in ((max(alive) - ALLOCATION_BYTES, True), (max(alive), False)):
+        made = Fuse(only_measured=True).prepared(graph, Context(memory_budget=budget))
+        assert (made is not graph) == is_fused

@@ -92,3 +92,12 @@ def test_any_priority_leaves_a_valid_graph(graph, random, num_ranks):
     verify(mixed)
     assert set(mixed.nodes) == set(after.nodes)
     assert all(before < position for position, needs in enumerate(dependencies(mixed)) for before in needs)
+
+
+def test_what_is_sent_is_written_and_freed_once_it_is_waited_for():
+    graph = parse_graph(
+        HEAD.replace('graph "g"', 'graph "g" mesh(shard=2)').replace("f32[4]", "f32[4]<V>")
+        + 'bwd %p: f32[4]<P(mean)> = pending(%x, reduce="mean")\nbwd %s: future f32[4]<R> = all_reduce_start(%p)\n'
+        + "bwd %r: f32[4]<R> = wait(%s)\nbwd %w: f32[4]<V> = aten.add_.Tensor(%x, 1)\n"
+    )
+    assert dependencies(graph)[-1] == {0, 1, 2}
