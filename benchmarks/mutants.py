@@ -277,11 +277,25 @@ EQUIVALENT = (
     ),
     Equivalent(
         "passes/schedule.py",
-        "max((self._uses.get(root, (0, -1))[1] for root in self._memory.roots(value.name)), default=-1)",
-        "min((self._uses.get(root, (0, -1))[1] for root in self._memory.roots(value.name)), default=-1)",
+        "max((last + 1 for root, (_, last) in self._uses.items() if root in roots), default=0)",
+        "min((last + 1 for root, (_, last) in self._uses.items() if root in roots), default=0)",
         "what is moved to the host lies in one memory",
     ),
     Equivalent("passes/fit.py", "64", "65", _GUESSED),
+    Equivalent("passes/fit.py", "0", "1", "no value of one byte is worth moving", "self.trial(most.keep_bytes, 0)"),
+    Equivalent(
+        "passes/recompute.py",
+        "self.keep_bytes > 0",
+        "self.keep_bytes >= 0",
+        "where no bytes are given there is no number of them to keep exactly",
+    ),
+    Equivalent("passes/analysis/forward.py", "2", "3", "above all prices either way", "2 * slopes[-1] + 1.0"),
+    Equivalent(
+        "passes/analysis/timetable.py",
+        "best.makespan_us - 1e-09",
+        "best.makespan_us + 1e-09",
+        _ROUNDING,
+    ),
     Equivalent("passes/fit.py", "0", "1", _GUESSED, "(unused, unused // 2, unused // 4, 0)"),
     Equivalent("passes/fuse.py", "0", "1", "a node of the graph has its moments", "max(alive, default=0)"),
     Equivalent(

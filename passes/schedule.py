@@ -280,16 +280,17 @@ class LoweredStep:
         us, lane = self.context.costs.transfer_us(graph, node, self.context.hints), OPS[node.op].lane
         if not collective.is_gather:
             if lane == "d2h":
-                first = max(first, min(self._last_use(node.operands[0]) + 1, end))
+                first = max(first, min(self._after_last_use(node.operands[0]), end))
             return Transfer(us, first, end, self._taken_bytes(node), first, lane)
         results = [r for p in collective.after for r in graph.nodes[p].results]
         users = [self.op_at[u] for r in results for u in graph.users.get(r.name, ()) if u in self.op_at]
         due = min(users, default=end)
         return Transfer(us, min(first, due), due, self._brought_bytes(collective, node), due, lane)
 
-    def _last_use(self, value: Value) -> int:
-        """The last op that touches the memory of a value; -1 if none does."""
-        return max((self._uses.get(root, (0, -1))[1] for root in self._memory.roots(value.name)), default=-1)
+    def _after_last_use(self, value: Value) -> int:
+        """The op behind the last that touches the memory of a value."""
+        roots = self._memory.roots(value.name)
+        return max((last + 1 for root, (_, last) in self._uses.items() if root in roots), default=0)
 
     def _taken_bytes(self, node: Node) -> int:
         """Bytes that a reduction or a copy to the host holds until it is over."""

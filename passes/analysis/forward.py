@@ -240,7 +240,8 @@ class Forward:
                 for high, low in pairwise(_frontier(block))
             }
         )
-        return [(a + b) / 2 for a, b in pairwise(slopes)] + [2 * slopes[-1] + 1.0] if slopes else [1.0]
+        between = [(a + b) / 2 for a, b in pairwise(slopes)]
+        return [*between, 2 * slopes[-1] + 1.0] if slopes else [1.0]
 
     # --- the graph -----------------------------------------------------------------------------------------------
 

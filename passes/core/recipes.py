@@ -36,13 +36,13 @@ def recipe_for(kernels: str, recipe: str, compute: str | None = None) -> str:
         compute: what matrices are multiplied in, as `zgraph.compile` takes it.
     """
     recipe = fusing(recipe, only_measured=kernels == "auto") if kernels in ("triton", "auto") else recipe
-    return recipe.replace("canonicalize,", f"canonicalize,{COMPUTES[compute]},", 1) if compute else recipe
+    return recipe.replace("canonicalize,", f"canonicalize,{COMPUTES[compute]},") if compute else recipe
 
 
 def along_model_axes(recipe: str) -> str:
     """The recipe with parameters cut along the axes of tensor parallelism first, of which kernels are not generated."""
     recipe = re.sub(r"fuse(\([^)]*\))?,", "", recipe)
-    return recipe.replace("canonicalize,", "canonicalize,place,", 1).replace("broadcast,", "exchange,broadcast,", 1)
+    return recipe.replace("canonicalize,", "canonicalize,place,").replace("broadcast,", "exchange,broadcast,")
 
 
 MIXED = RECIPES[3]

@@ -76,3 +76,26 @@ return bwd grad "x" %g
     step = LoweredStep(graph, Context(mesh=(Axis("shard", 2),)))
     out, back = step.transfers
     assert [step.graph.nodes[step.ops[t.first]].name for t in (out, back)] == ["d", "g"]
+
+
+def test_what_nothing_touches_is_copied_to_the_host_at_once():
+    graph = parse_graph(
+        """graph "g" mesh(shard=2)
+op aten.mul.Tensor
+input %x: f32[64, 64]<V>
+input %u: f32[64, 64]<V>
+tangent %t: f32[64, 64]<V>
+fwd %a: f32[64, 64]<V> = aten.mul.Tensor(%x, %x)
+fwd %b: f32[64, 64]<V> = aten.mul.Tensor(%a, %a)
+fwd %s: future f32[64, 64]<V>@host = offload_start(%u)
+fwd %h: f32[64, 64]<V>@host = wait(%s)
+bwd %r: future f32[64, 64]<V> = reload_start(%h)
+bwd %k: f32[64, 64]<V> = wait(%r)
+bwd %g: f32[64, 64]<V> = aten.mul.Tensor(%t, %k)
+return fwd output %b
+return bwd grad "x" %g
+"""
+    )
+    verify(graph)
+    out, _ = LoweredStep(graph, Context(mesh=(Axis("shard", 2),))).transfers
+    assert out.first == 0
