@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 PASSES = ROOT / "passes"
 FAST = (
     "tests/passes/test_goldens.py",
+    "tests/passes/test_programs.py",
     "tests/passes/test_decisions.py",
     "tests/passes/test_pipeline.py",
     "tests/passes/test_readme.py",
