@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import zgraph.codegen.library  # noqa: F401 - kernels say what they need beside operands and results
 from zgraph.cost import CostTable, hardware
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Axis, DType, Graph, Origin, Shard, parse_graph, print_graph
@@ -62,7 +63,7 @@ def graph_of(name: str) -> Graph:
 
 def context_of(case: Case, graph: Graph) -> Context:
     """What the passes know."""
-    hints = {symbol: SIZE for symbol in sorted(set(re.findall(r"\bs\d+\b", print_graph(graph))))}
+    hints = dict.fromkeys(sorted(set(re.findall(r"\bs\d+\b", print_graph(graph)))), SIZE)
     context = Context(mesh=case.mesh, hints=hints, **case.options)
     if not case.profile:
         return context
