@@ -82,7 +82,7 @@ def linear_distillation(
         All in fp32, or in fp64 if `x` is.
     """
     made = computed_in(x.dtype)
-    plain, own, others = (_Normaliser(target, made) for _ in range(3))
+    plain, own, others = (Normaliser(target, made) for _ in range(3))
     picked = torch.full(target.shape, math.nan, dtype=made, device=x.device)  # of a label that is no class
     for begin, logits, teacher in _blocks(x, weight, teacher_x, teacher_weight, made):
         columns, inside = at(target, begin, logits.shape[1])
@@ -160,7 +160,7 @@ def _mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
 
 
-class _Normaliser:
+class Normaliser:
     """The logarithm of the sum of exponentials of each row, over blocks of columns."""
 
     def __init__(self, target: Tensor, dtype: torch.dtype) -> None:

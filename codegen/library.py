@@ -21,6 +21,7 @@ from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.private_inductor import Example, Lowered
 from zgraph.codegen import distillation as _distillation  # noqa: F401 - registers the ops
 from zgraph.codegen import float8, kernels, loss, matmul, reference, rotary
+from zgraph.codegen import topk_distillation as _topk_distillation  # noqa: F401 - registers the ops
 from zgraph.codegen.fallback import launched
 from zgraph.codegen.ops import Extent
 from zgraph.codegen.spec import KernelSpec

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from zgraph.capture import trace
     from zgraph.compiler.machine_profile import profile_machine
     from zgraph.compiler.profiler import profile
-    from zgraph.distillation import distill, prune_layers
+    from zgraph.distillation import KeptLogits, distill, keep_logits, prune_layers
     from zgraph.engine.checkpoint.export import export_hf
     from zgraph.engine.initialize import add_config_arguments, init_distributed, initialize_engine
     from zgraph.engine.initialize import initialize_engine as initialize
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from zgraph.passes.core.registry import register_pass
 
 __all__ = [
+    "KeptLogits",
     "Lengths",
     "add_config_arguments",
     "compile",
@@ -41,6 +42,7 @@ __all__ = [
     "initialize_engine",
     "ir",
     "join",
+    "keep_logits",
     "lightning",
     "no_sync",
     "optim",
@@ -61,7 +63,7 @@ _HOMES = {
     "zgraph.capture": ("trace",),
     "zgraph.compiler.machine_profile": ("profile_machine",),
     "zgraph.compiler.profiler": ("profile",),
-    "zgraph.distillation": ("distill", "prune_layers"),
+    "zgraph.distillation": ("KeptLogits", "distill", "keep_logits", "prune_layers"),
     "zgraph.engine.checkpoint.export": ("export_hf",),
     "zgraph.engine.initialize": ("add_config_arguments", "init_distributed", "initialize", "initialize_engine"),
     "zgraph.estimate.plan": ("plan", "sweep"),

@@ -124,3 +124,54 @@ def test_of_128k_words_it_takes_a_twentieth_of_the_memory(shrunk, monkeypatch):
     blocks = peak_bytes(in_blocks) - weight.nbytes  # of its gradient, which either makes
     assert blocks <= 0.05 * peak_bytes(whole)
     assert blocks <= distillation.scratch_bytes(*sizes, 4, 4) + weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(
+    num_tokens=st.integers(1, 30),
+    num_classes=st.integers(2, 600),
+    width=st.integers(1, 20),
+    share=st.floats(0, 1),
+    temperature=st.floats(0.5, 4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=200 if DEEP else 20, deadline=None)
+def test_of_kept_words_losses_and_gradients_are_those_of_whole_logits(
+    dtype, num_tokens, num_classes, width, share, temperature, seed
+):
+    x, weight, teacher_x, teacher_weight, target = tensors(num_tokens, num_classes, width, seed, dtype)
+    taught, words = (teacher_x.double() @ teacher_weight.double().t()).topk(1 + int(share * (num_classes - 1)))
+    log_q = (taught / temperature).log_softmax(-1)
+    exact_x, exact_weight = (t.double().requires_grad_() for t in (x, weight))
+    logits = exact_x @ exact_weight.t()
+    hard = F.cross_entropy(logits, target, ignore_index=IGNORED)
+    log_p = (logits / temperature).log_softmax(-1).gather(1, words)
+    soft = (log_q.exp() * (log_q - log_p)).sum(1)[target != IGNORED].mean()
+    (0.25 * hard + 1.5 * soft).backward()
+    x.requires_grad_(), weight.requires_grad_()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(distillation, "BLOCK_BYTES", 4 * num_tokens * distillation.MULTIPLE)
+        made = torch.ops.zgraph.linear_topk_distillation(
+            x, weight, target, words, log_q.to(dtype), temperature, IGNORED
+        )
+        (0.25 * made[0] + 1.5 * made[1]).backward()
+    limit = 5e-6 if dtype is torch.float32 else 1e-12
+    scale = max(float(each.detach().abs().max()) for each in (logits, taught)) / min(temperature, 1)
+    for got, wanted in ((made[0], hard), (made[1], soft)):
+        assert abs(got.item() - wanted.item()) <= limit * (abs(wanted.item()) + scale)
+    for got, wanted, factor in ((x.grad, exact_x.grad, weight), (weight.grad, exact_weight.grad, x)):
+        assert got.dtype is dtype
+        size = 1 + float(wanted.norm()) + float(factor.detach().norm())
+        assert float((got.double() - wanted).norm()) <= limit / 4 * (1 + scale) * size
+
+
+def test_of_kept_words_gradients_are_those_of_differences_and_what_is_no_word_is_nan():
+    x, weight, _, _, target = tensors(4, 20, 3, 0, torch.float64)
+    x.requires_grad_(), weight.requires_grad_()
+    words = torch.stack([torch.randperm(20)[:5] for _ in range(4)])
+    log_q = torch.randn(4, 5, dtype=torch.float64).log_softmax(-1)
+    call = torch.ops.zgraph.linear_topk_distillation
+    torch.autograd.gradcheck(lambda a, b: call(a, b, target, words, log_q, 1.7, IGNORED)[:2], (x, weight))
+    words[0, 0] = 20
+    target[0] = 1
+    assert call(x, weight, target, words, log_q, 1.7, IGNORED)[1].isnan()

@@ -202,5 +202,6 @@ _RULES: Mapping[FlopRule, Callable[[Shapes, Node], Any]] = {
     "projected loss": lambda s, n: _matmul(s[0], s[1][::-1]),
     "projected loss backward": lambda s, n: 3 * _matmul(s[1], s[2][::-1]),
     "distillation": lambda s, n: 2 * _matmul(s[0], s[1][::-1]) + 2 * _matmul(s[2], s[3][::-1]),
+    "projected losses backward": lambda s, n: 3 * _matmul(s[2], s[3][::-1]),
     "distillation backward": lambda s, n: 3 * _matmul(s[2], s[3][::-1]) + _matmul(s[4], s[5][::-1]),
 }

@@ -124,6 +124,9 @@ def _indexed(node: Node, known: Known) -> Iterator[_Use]:
             yield from _sized(known, rows, 0, index, left_out)
         case "distilled", (_, Value() as rows, _, _, index, _, _, _, int(left_out)):
             yield from _sized(known, rows, 0, index, left_out)
+        case "kept words", (_, Value() as rows, index, words, _, _, int(left_out)):
+            yield from _sized(known, rows, 0, index, left_out)
+            yield from _sized(known, rows, 0, words)
 
 
 def _sized(known: Known, rows: Value, dim: int, index: Arg, left_out: int | None = None) -> Iterator[_Use]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from zgraph.api import compile as compile_model
 from zgraph.codegen.distillation import DIVERGENCES
+from zgraph.distillation.kept import KEPT, check_kept
 from zgraph.distillation.projection import check_projection, output_weight
 from zgraph.errors import UsageError
 
@@ -48,7 +49,7 @@ class Distillation(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         *,
         loss: str = "forward_kl",
         temperature: float = 1.0,
@@ -61,21 +62,28 @@ class Distillation(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(loss, temperature, alpha, beta, logits)
-        _check_apart(student, teacher)
-        _check_loaded(student, teacher)
+        if teacher is None and (loss != "forward_kl" or hidden):
+            raise UsageError('without a teacher loss must be "forward_kl", with no hidden=: only its logits were kept')
+        _check_trained(student)
+        for model, who in ((student, "student"), (teacher, "teacher")):
+            _check_loaded(model, who)
+        if teacher is not None:
+            _check_apart(student, teacher)
         self.divergence, self.temperature, self.alpha, self.beta = loss, temperature, alpha, beta
         self.logits, self.hidden_weight = logits, hidden_weight
         self.pairs = _pairs(hidden)
         self.shift = _is_causal(student) if shift is None else shift
         if logits == "blocks":
             check_projection(student, "student")
-            check_projection(teacher, "teacher")
-            _check_vocabularies(len(output_weight(student)), len(output_weight(teacher)))
+            if teacher is not None:
+                check_projection(teacher, "teacher")
+                _check_vocabularies(len(output_weight(student)), len(output_weight(teacher)))
         self.student = student
-        self.teacher = teacher.requires_grad_(False)
+        self.teacher = None if teacher is None else teacher.requires_grad_(False)
         self.projections = nn.ModuleList(_projections(self.pairs, student, teacher))
         self.training = student.training
-        self.teacher.eval()
+        if teacher is not None:
+            teacher.eval()
 
     @property
     def config(self) -> Any:
@@ -89,7 +97,8 @@ class Distillation(nn.Module):
     def train(self, mode: bool = True) -> Distillation:
         """Set the student's mode; the teacher stays in eval mode."""
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
         return self
 
     def forward(self, labels: torch.Tensor, **inputs: Any) -> Distilled:
@@ -98,30 +107,53 @@ class Distillation(nn.Module):
         Args:
             labels: [B, S], the tokens to predict, as transformers' models take them: a causal model's are shifted
                 here. -100 counts for nothing.
-            inputs: what both models take: input_ids [B, S], attention_mask.
+            inputs: what both models take: input_ids [B, S], attention_mask. Without a teacher also what was kept of
+                one: teacher_logits and teacher_words, [B, S, K].
 
         Raises:
-            UsageError: the loss of routers is asked for, which is none of blocks.
+            UsageError: the loss of routers is asked for, which is none of blocks; or what was kept of a teacher is not
+                given, or given beside one.
         """
         if self.logits == "blocks" and inputs.get("output_router_logits"):
             raise UsageError('the loss of routers is the model\'s own: pass logits="whole" to zgraph.distill')
         if self.pairs:
             inputs["output_hidden_states"] = True
-        if self.logits == "blocks":
-            hard, soft, kept = self._in_blocks(labels, inputs)
+        if self.teacher is None or KEPT & inputs.keys():
+            check_kept(self.teacher is not None, inputs)
+            hard, soft = self._of_kept(labels, inputs)
+        elif self.logits == "blocks":
+            hard, soft, kept = self._in_blocks(labels, inputs, self.teacher)
         else:
-            hard, soft, kept = self._whole(labels, inputs)
+            hard, soft, kept = self._whole(labels, inputs, self.teacher)
         mask = inputs.get("attention_mask")
         between = self._hidden_loss(kept, mask) if self.pairs else torch.zeros_like(hard)
         total = self.alpha * hard + (1 - self.alpha) * self.temperature**2 * soft
         return Distilled(total + self.hidden_weight * between, hard.detach(), soft.detach(), between.detach())
 
-    def _in_blocks(self, labels: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def _of_kept(self, labels: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        taught, words = inputs.pop("teacher_logits"), inputs.pop("teacher_words").long()
+        log_q = (taught.float() / self.temperature).log_softmax(-1)
+        if self.logits == "blocks":
+            made, weight = self.student.base_model(**inputs).last_hidden_state, output_weight(self.student)  # type: ignore[operator]
+            labels, x, words, log_q = self._aligned(labels, made, words, log_q)
+            read = (x.flatten(0, -2), weight.to(x.dtype), labels.flatten(), words.flatten(0, -2), log_q.flatten(0, -2))
+            hard, soft, _, _ = torch.ops.zgraph.linear_topk_distillation(*read, self.temperature, IGNORED)
+            return hard, soft
+        own = self.student(**inputs, labels=labels)
+        labels, logits, words, log_q = self._aligned(labels, own.logits, words, log_q)
+        log_p = (logits.float() / self.temperature).log_softmax(-1).gather(-1, words)
+        counts = labels != IGNORED
+        soft = torch.where(counts, (log_q.exp() * (log_q - log_p)).sum(-1), 0.0).sum() / counts.sum().clamp_min(1)
+        return own.loss.to(soft.dtype), soft
+
+    def _in_blocks(
+        self, labels: torch.Tensor, inputs: dict[str, Any], teacher: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         own = self.student.base_model(**inputs)  # type: ignore[operator]
         with torch.no_grad():
-            others = self.teacher.base_model(**inputs)  # type: ignore[operator]
+            others = teacher.base_model(**inputs)
         labels, x, teacher_x = self._aligned(labels, own.last_hidden_state, others.last_hidden_state)
-        weight, teacher_weight = output_weight(self.student), output_weight(self.teacher)
+        weight, teacher_weight = output_weight(self.student), output_weight(teacher)
         hard, soft, _, _ = torch.ops.zgraph.linear_distillation(
             x.flatten(0, -2),
             weight.to(x.dtype),
@@ -135,12 +167,14 @@ class Distillation(nn.Module):
         )
         return hard, soft, (own, others) if self.pairs else None
 
-    def _whole(self, labels: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def _whole(
+        self, labels: torch.Tensor, inputs: dict[str, Any], teacher: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         own = self.student(**inputs, labels=labels)
-        if getattr(self.teacher.config, "is_encoder_decoder", False):
+        if getattr(teacher.config, "is_encoder_decoder", False):
             inputs = {**inputs, "labels": labels}  # of which it makes its decoder's input
         with torch.no_grad():
-            others = self.teacher(**inputs)
+            others = teacher(**inputs)
         _check_vocabularies(own.logits.shape[-1], others.logits.shape[-1])
         labels, made, taught = self._aligned(labels, own.logits, others.logits)
         each = divergence(made, taught, self.divergence, self.temperature, self.beta)
@@ -163,7 +197,7 @@ class Distillation(nn.Module):
 
 def distill(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     *,
     loss: str = "forward_kl",
     temperature: float = 1.0,
@@ -182,7 +216,8 @@ def distill(
     Args:
         student: trained. Transformers' language models, or any module with a `base_model` and
             `get_output_embeddings()`.
-        teacher: frozen, and set to eval mode. It has the student's vocabulary.
+        teacher: frozen, and set to eval mode. It has the student's vocabulary. None where batches bring what
+            `keep_logits` kept of one.
         loss: the divergence: "forward_kl" (Hinton et al., 2015), "reverse_kl" (Gu et al., "MiniLLM", 2024) or "jsd"
             (Agarwal et al., "On-policy distillation", 2024).
         temperature: divides the logits of both in the divergence, which is multiplied by its square.
@@ -260,6 +295,9 @@ def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
             f"student and teacher share the parameter {both[0]}, which would be frozen: give one of them a copy, by "
             "copy.deepcopy say"
         )
+
+
+def _check_trained(student: nn.Module) -> None:
     if not any(p.requires_grad for p in student.parameters()):
         raise UsageError("no parameter of the student requires a gradient: call student.requires_grad_() first")
 
@@ -272,10 +310,9 @@ def _check_vocabularies(student: int, teacher: int) -> None:
         )
 
 
-def _check_loaded(student: nn.Module, teacher: nn.Module) -> None:
-    for model, who in ((student, "student"), (teacher, "teacher")):
-        if any(p.is_meta for p in model.parameters()):
-            raise UsageError(f"the {who}, {type(model).__name__}, is on the meta device: load its weights first")
+def _check_loaded(model: nn.Module | None, who: str) -> None:
+    if model is not None and any(p.is_meta for p in model.parameters()):
+        raise UsageError(f"the {who}, {type(model).__name__}, is on the meta device: load its weights first")
 
 
 def _is_causal(model: Any) -> bool:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from zgraph.distillation import Distillation
+from zgraph.distillation.kept import KEPT
 from zgraph.engine.checkpoint.tensors import whole_state_dict
 from zgraph.errors import UsageError
 from zgraph.hf.trainer import Trainer
@@ -27,7 +28,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         model: the student.
-        teacher: frozen; it is sharded like the student.
+        teacher: frozen; it is sharded like the student. None where rows bring what `zgraph.keep_logits` kept of one.
         distillation: options of `zgraph.distill`, such as `{"temperature": 2.0, "alpha": 0.3}`; the stage is that of
             the Trainer's configuration.
         args, kwargs: as `zgraph.hf.Trainer` takes them.
@@ -43,7 +44,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def __init__(
         self,
         model: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         *args: Any,
         distillation: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -60,7 +61,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = [*inspect.signature(self.model.student.forward).parameters, "labels"]
+            kept = sorted(KEPT) if self.model.teacher is None else []
+            self._signature_columns = [*inspect.signature(self.model.student.forward).parameters, "labels", *kept]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         whole = whole_state_dict(self.model, keep=self.args.should_save) if state_dict is None else state_dict

@@ -44,6 +44,8 @@ PROJECTED_LOSS = "zgraph.linear_cross_entropy.default"
 PROJECTED_LOSS_BACKWARD = "zgraph.linear_cross_entropy_backward.default"
 DISTILLATION = "zgraph.linear_distillation.default"
 DISTILLATION_BACKWARD = "zgraph.linear_distillation_backward.default"
+TOPK_DISTILLATION = "zgraph.linear_topk_distillation.default"
+TOPK_DISTILLATION_BACKWARD = "zgraph.linear_topk_distillation_backward.default"
 
 Elements = Literal["itself", "reshaped", "copied", "chosen", "padded", "source", "joined", "either", "filled"]
 """Where the elements of the results are from.
@@ -78,6 +80,7 @@ Work = Literal[
     "convolution backward",
     "projected loss",
     "projected loss backward",
+    "projected losses backward",
     "distillation",
     "distillation backward",
 ]
@@ -98,7 +101,17 @@ DeviceScratch = Literal["attention backward", "attention by tokens backward", "e
 """The same on GPUs, in `zgraph.cost.device_workspace`."""
 
 Indexing = Literal[
-    "rows", "dim", "dims", "flat", "classes", "class", "class of scores", "logits", "projected", "distilled"
+    "rows",
+    "dim",
+    "dims",
+    "flat",
+    "classes",
+    "class",
+    "class of scores",
+    "logits",
+    "projected",
+    "distilled",
+    "kept words",
 ]
 """Which operand holds indices, and of what, in `zgraph.debugging.ranges`."""
 
@@ -276,6 +289,8 @@ _ROWS = (
     Facts(PROJECTED_LOSS_BACKWARD, work="projected loss backward"),
     Facts(DISTILLATION, work="distillation", indexing="distilled"),
     Facts(DISTILLATION_BACKWARD, work="distillation backward"),
+    Facts(TOPK_DISTILLATION, work="projected loss", indexing="kept words"),
+    Facts(TOPK_DISTILLATION_BACKWARD, work="projected losses backward"),
     Facts("aten._scaled_dot_product_flash_attention", work="attention"),
     Facts("aten._scaled_dot_product_efficient_attention", work="attention"),
     Facts("aten._scaled_dot_product_cudnn_attention", work="attention"),
