@@ -290,6 +290,13 @@ EQUIVALENT = (
         "self.keep_bytes >= 0",
         "where no bytes are given there is no number of them to keep exactly",
     ),
+    Equivalent(
+        "passes/plan/make_plan.py",
+        "True",
+        "False",
+        "the programs of other steps take longer to make, and are not looked at",
+        "make_plan(graph, only_step=True)",
+    ),
     Equivalent("passes/analysis/forward.py", "2", "3", "above all prices either way", "2 * slopes[-1] + 1.0"),
     Equivalent(
         "passes/analysis/timetable.py",

@@ -20,6 +20,7 @@ from zgraph.errors import UsageError
 
 def kept(folder: Path, teacher: nn.Module, top_k: int) -> Any:
     batches = [batch(step, teacher.config.vocab_size) for step in range(3)]
+    batches[2]["labels"] = batches[2]["input_ids"]
     assert zgraph.keep_logits(teacher, batches, folder, top_k=top_k) == 3
     return zgraph.KeptLogits(folder)
 

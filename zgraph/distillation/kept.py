@@ -74,7 +74,7 @@ def keep_logits(
                 raise UsageError(f"top_k={top_k}, but the teacher has {logits.shape[-1]} words")
             values, words = logits.topk(top_k, dim=-1)
             kept = {**batch, "teacher_logits": values.bfloat16(), "teacher_words": words.int()}
-            whole = {name: value.detach().cpu().contiguous() for name, value in kept.items()}
+            whole = {name: value.detach().cpu().contiguous().clone() for name, value in kept.items()}  # none shared
             draft = to / f"rank{rank}-{number:08}.draft"
             save_file(whole, draft)
             draft.rename(draft.with_suffix(".safetensors"))
