@@ -118,6 +118,47 @@ def test_hidden_states_are_brought_to_the_teachers_width() -> None:
     assert made.loss.item() == pytest.approx(total.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("num_heads", [4, 2], ids=["heads as many", "means over heads"])
+def test_attention_is_learned_from_the_teachers(num_heads: int) -> None:
+    torch.manual_seed(0)
+    teacher = small.llama(num_layers=3, num_heads=4, num_kv_heads=2)
+    student = small.llama(num_layers=2, num_heads=num_heads, num_kv_heads=2)
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")
+    plain, taught = copy.deepcopy(student), copy.deepcopy(teacher).eval()
+    model = zgraph.distill(student, teacher, attention={0: 1, 1: 2}, attention_weight=3.0)
+    given = batch(0, student.config.vocab_size)
+    mask = torch.ones_like(given["input_ids"])
+    mask[0, :2] = 0
+    made = model(**given, attention_mask=mask)
+    made.loss.backward()
+    found = [
+        m(input_ids=given["input_ids"], attention_mask=mask, output_attentions=True).attentions for m in (plain, taught)
+    ]
+    each = [(a, b) if num_heads == 4 else (a.mean(1), b.mean(1)) for a, b in zip(found[0], found[1][1:], strict=True)]
+    squares = [(a - b.detach()).square().sum(-1) for a, b in each]
+    rows = [s.mean(1) if num_heads == 4 else s for s in squares]
+    wanted = torch.stack([(r * mask).sum() / mask.sum() for r in rows]).mean()
+    assert made.attention_loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    total = 0.5 * made.hard_loss + 0.5 * made.soft_loss + 3.0 * made.attention_loss
+    assert made.loss.item() == pytest.approx(total.item(), rel=1e-5)
+    assert all(p.grad is not None for p in model.student.parameters())
+
+
+def test_attention_that_is_not_there() -> None:
+    student, teacher = models()
+    for attention, words in (
+        ({0: 0}, "which the student does not make with sdpa attention"),
+        ({2: 0}, "the student has layers 0 to 1"),
+        ({0: 4}, "the teacher has layers 0 to 3"),
+        ([0], "attention must map layers"),
+    ):
+        if words.startswith("the teacher"):
+            student.set_attn_implementation("eager")
+        with pytest.raises(UsageError, match=words):
+            zgraph.distill(student, teacher, attention=attention)
+
+
 def gpt2() -> nn.Module:
     return AutoModelForCausalLM.from_config(GPT2Config(vocab_size=300, n_embd=32, n_layer=4, n_head=2, n_positions=64))
 

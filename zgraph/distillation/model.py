@@ -19,6 +19,7 @@ from torch import nn
 from zgraph.api import compile as compile_model
 from zgraph.codegen.distillation import DIVERGENCES
 from zgraph.distillation.kept import KEPT, check_kept
+from zgraph.distillation.layers import attention_loss, check_attentions, hidden_loss, pairs_of, projections
 from zgraph.distillation.projection import check_projection, output_weight
 from zgraph.errors import UsageError
 
@@ -30,17 +31,21 @@ class Distilled(NamedTuple):
     """Losses of a step, [].
 
     Args:
-        loss: `alpha * hard_loss + (1 - alpha) * temperature ** 2 * soft_loss + hidden_weight * hidden_loss`.
+        loss: `alpha * hard_loss + (1 - alpha) * temperature ** 2 * soft_loss + hidden_weight * hidden_loss
+            + attention_weight * attention_loss`.
         hard_loss: the cross-entropy with the labels, the mean over the tokens that count.
         soft_loss: the divergence from the teacher at the temperature, the mean over the same tokens.
         hidden_loss: the mean squared difference of the hidden states that were paired, over the tokens that
             attention_mask [B, S] has, and over the pairs; 0 where none were.
+        attention_loss: the squared differences of the attention probabilities that were paired, summed over the keys,
+            the mean over heads, the same tokens and the pairs; 0 where none were.
     """
 
     loss: torch.Tensor
     hard_loss: torch.Tensor
     soft_loss: torch.Tensor
     hidden_loss: torch.Tensor
+    attention_loss: torch.Tensor
 
 
 class Distillation(nn.Module):
@@ -58,20 +63,24 @@ class Distillation(nn.Module):
         logits: str = "blocks",
         hidden: Mapping[int, int] | None = None,
         hidden_weight: float = 1.0,
+        attention: Mapping[int, int] | None = None,
+        attention_weight: float = 1.0,
         shift: bool | None = None,
     ) -> None:
         super().__init__()
         _check_options(loss, temperature, alpha, beta, logits)
-        if teacher is None and (loss != "forward_kl" or hidden):
-            raise UsageError('without a teacher loss must be "forward_kl", with no hidden=: only its logits were kept')
+        if teacher is None and (loss != "forward_kl" or hidden or attention):
+            raise UsageError(
+                'without a teacher loss must be "forward_kl", with no hidden= or attention=: its logits alone were kept'
+            )
         _check_trained(student)
         for model, who in ((student, "student"), (teacher, "teacher")):
             _check_loaded(model, who)
         if teacher is not None:
             _check_apart(student, teacher)
         self.divergence, self.temperature, self.alpha, self.beta = loss, temperature, alpha, beta
-        self.logits, self.hidden_weight = logits, hidden_weight
-        self.pairs = _pairs(hidden)
+        self.logits, self.hidden_weight, self.attention_weight = logits, hidden_weight, attention_weight
+        self.pairs, self.attention_pairs = pairs_of(hidden, "hidden"), pairs_of(attention, "attention")
         self.shift = _is_causal(student) if shift is None else shift
         if logits == "blocks":
             check_projection(student, "student")
@@ -80,7 +89,8 @@ class Distillation(nn.Module):
                 _check_vocabularies(len(output_weight(student)), len(output_weight(teacher)))
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False)
-        self.projections = nn.ModuleList(_projections(self.pairs, student, teacher))
+        self.projections = nn.ModuleList(projections(self.pairs, student, teacher))
+        check_attentions(self.attention_pairs, student, teacher)
         self.training = student.training
         if teacher is not None:
             teacher.eval()
@@ -118,6 +128,9 @@ class Distillation(nn.Module):
             raise UsageError('the loss of routers is the model\'s own: pass logits="whole" to zgraph.distill')
         if self.pairs:
             inputs["output_hidden_states"] = True
+        if self.attention_pairs:
+            inputs["output_attentions"] = True
+        kept: tuple[Any, Any] = (None, None)
         if self.teacher is None or KEPT & inputs.keys():
             check_kept(self.teacher is not None, inputs)
             hard, soft = self._of_kept(labels, inputs)
@@ -126,9 +139,15 @@ class Distillation(nn.Module):
         else:
             hard, soft, kept = self._whole(labels, inputs, self.teacher)
         mask = inputs.get("attention_mask")
-        between = self._hidden_loss(kept, mask) if self.pairs else torch.zeros_like(hard)
         total = self.alpha * hard + (1 - self.alpha) * self.temperature**2 * soft
-        return Distilled(total + self.hidden_weight * between, hard.detach(), soft.detach(), between.detach())
+        states, attentions = torch.zeros_like(hard), torch.zeros_like(hard)
+        if self.pairs:
+            states = hidden_loss(self.pairs, self.projections, *kept, mask)
+            total = total + self.hidden_weight * states
+        if self.attention_pairs:
+            attentions = attention_loss(self.attention_pairs, *kept, mask)
+            total = total + self.attention_weight * attentions
+        return Distilled(total, hard.detach(), soft.detach(), states.detach(), attentions.detach())
 
     def _of_kept(self, labels: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         taught, words = inputs.pop("teacher_logits"), inputs.pop("teacher_words").long()
@@ -148,7 +167,7 @@ class Distillation(nn.Module):
 
     def _in_blocks(
         self, labels: torch.Tensor, inputs: dict[str, Any], teacher: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, Any]]:
         own = self.student.base_model(**inputs)  # type: ignore[operator]
         with torch.no_grad():
             others = teacher.base_model(**inputs)
@@ -165,11 +184,11 @@ class Distillation(nn.Module):
             self.temperature,
             IGNORED,
         )
-        return hard, soft, (own, others) if self.pairs else None
+        return hard, soft, (own, others)
 
     def _whole(
         self, labels: torch.Tensor, inputs: dict[str, Any], teacher: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, Any]]:
         own = self.student(**inputs, labels=labels)
         if getattr(teacher.config, "is_encoder_decoder", False):
             inputs = {**inputs, "labels": labels}  # of which it makes its decoder's input
@@ -180,19 +199,11 @@ class Distillation(nn.Module):
         each = divergence(made, taught, self.divergence, self.temperature, self.beta)
         counts = labels != IGNORED
         soft = torch.where(counts, each, 0.0).sum() / counts.sum().clamp_min(1)
-        return own.loss.to(soft.dtype), soft, (own, others) if self.pairs else None
+        return own.loss.to(soft.dtype), soft, (own, others)
 
     def _aligned(self, labels: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Labels, and for each what predicts it."""
         return (labels[:, 1:], *(v[:, :-1] for v in values)) if self.shift else (labels, *values)
-
-    def _hidden_loss(self, outputs: Any, mask: torch.Tensor | None) -> torch.Tensor:
-        (own, others), found = outputs, []
-        for (mine, theirs), projection in zip(self.pairs, self.projections, strict=True):
-            difference = projection(own.hidden_states[mine]).float() - others.hidden_states[theirs].float()
-            each = difference.square().mean(-1)
-            found.append(each.mean() if mask is None else (each * mask).sum() / mask.sum())
-        return torch.stack(found).mean()
 
 
 def distill(
@@ -206,6 +217,8 @@ def distill(
     logits: str = "blocks",
     hidden: Mapping[int, int] | None = None,
     hidden_weight: float = 1.0,
+    attention: Mapping[int, int] | None = None,
+    attention_weight: float = 1.0,
     shift: bool | None = None,
     stage: int | Callable[[str], int] = 3,
     teacher_stage: int | None = None,
@@ -228,6 +241,10 @@ def distill(
         hidden: maps indices of the student's `hidden_states` to the teacher's; 0 is the embedding. Where widths differ,
             a linear layer of `projections` is between, whose parameters an optimizer must be given too.
         hidden_weight: of the loss of these.
+        attention: maps layers of the student, from 0, to the teacher's, whose attention probabilities they learn (Jiao
+            et al., "TinyBERT", 2020). Both models must be loaded with attn_implementation="eager". Where the numbers of
+            heads differ, the means over heads are compared.
+        attention_weight: of the loss of these.
         shift: whether a position predicts the next label; by default as the student's `can_generate()` says.
         stage: as in `zgraph.compile`; names begin with "student." and "teacher.".
         teacher_stage: stage of the teacher; by default the student's.
@@ -249,6 +266,8 @@ def distill(
         logits=logits,
         hidden=hidden,
         hidden_weight=hidden_weight,
+        attention=attention,
+        attention_weight=attention_weight,
         shift=shift,
     )
 
@@ -321,27 +340,3 @@ def _is_causal(model: Any) -> bool:
             f"{type(model).__name__} does not say whether a position predicts the next label: pass shift=True or False"
         )
     return bool(model.can_generate()) and not getattr(model.config, "is_encoder_decoder", False)
-
-
-def _pairs(hidden: object) -> tuple[tuple[int, int], ...]:
-    if not isinstance(hidden, Mapping | None):
-        raise UsageError(f"hidden must map layers of the student to the teacher's, as {{1: 2}}, not {hidden!r}")
-    return tuple((hidden or {}).items())
-
-
-def _projections(pairs: tuple[tuple[int, int], ...], student: Any, teacher: Any) -> list[nn.Module]:
-    """For each pair what brings the student's hidden state to the teacher's width."""
-    found: list[nn.Module] = []
-    for mine, theirs in pairs:
-        for index, model, who in ((mine, student, "student"), (theirs, teacher, "teacher")):
-            config = getattr(model, "config", None)
-            count = getattr(config, "num_hidden_layers", None)
-            if count is None or not hasattr(config, "hidden_size") or getattr(config, "is_encoder_decoder", False):
-                raise UsageError(f"hidden= needs one stack of layers, with config.num_hidden_layers, of the {who}")
-            if not 0 <= index <= count:
-                raise UsageError(f"hidden={{{mine}: {theirs}}}: the {who} has hidden states 0 to {count}")
-        widths = student.config.hidden_size, teacher.config.hidden_size
-        own = next(student.parameters())
-        made = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths, bias=False)
-        found.append(made.to(device=own.device, dtype=own.dtype))
-    return found
