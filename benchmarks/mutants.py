@@ -304,6 +304,16 @@ EQUIVALENT = (
         "best.makespan_us + 1e-09",
         _ROUNDING,
     ),
+    Equivalent("passes/fit.py", "4", "5", _GUESSED, "(unused, unused // 2, unused // 4, 0)"),
+    Equivalent(
+        "passes/release.py",
+        "max((p for r in sends.results for p in graph.users.get(r.name, ())), default=-1)",
+        "min((p for r in sends.results for p in graph.users.get(r.name, ())), default=-1)",
+        "a start is waited for once",
+    ),
+    Equivalent(
+        "passes/release.py", "1", "2", "a start is waited for once", "graph.users.get(r.name, ())), default=-1)"
+    ),
     Equivalent("passes/fit.py", "0", "1", _GUESSED, "(unused, unused // 2, unused // 4, 0)"),
     Equivalent("passes/fuse.py", "0", "1", "a node of the graph has its moments", "max(alive, default=0)"),
     Equivalent(

@@ -947,6 +947,25 @@ def test_the_librarys_epilogue_serves_rows_in_more_dimensions():
     assert [r.tensor.shape for n in (call, view) for r in n.results] == [(8, 16), (2, 4, 16)]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "is_taken"),
+    [
+        ("", "", True),
+        ("%b: f32[16] ", "%b: f32[16 | 2] ", False),
+        ("%b: f32[16] ", "%b: f32[1, 16] ", True),
+        ("2, 4, 16", "8, 4, 4", False),
+    ],
+    ids=["a bias", "a bias with gaps", "a row", "other rows"],
+)
+def test_a_matmul_is_in_the_kernel_of_what_follows_where_its_bias_and_its_result_lie_in_the_kernels_rows(
+    before, after, is_taken
+):
+    graph = parse_graph(RECTIFIED_ROWS.replace(before, after) if before else RECTIFIED_ROWS)
+    verify(graph)
+    taken = [name for found in fuse_candidates(graph, Context()) for name in found.nodes]
+    assert ("matmul" in taken) == is_taken
+
+
 ABSENT = """graph "g"
 op aten.expand.default views(0)
 op aten.add.Tensor
