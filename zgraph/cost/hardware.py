@@ -54,6 +54,28 @@ class Link(_Frozen):
     latency_us: float = Field(ge=0, description="one message of no size, software included")
 
 
+class AttentionRate(_Frozen):
+    """How fast a kernel of attention is, as shares of the best matmul rate of its dtype.
+
+    A sequence of `half_sequence` keys reaches half of them, one of n keys n / (n + half_sequence).
+    """
+
+    forward: float = Field(gt=0, le=1)
+    backward: float = Field(gt=0, le=1)
+    half_sequence: float = Field(0.0, ge=0)
+
+
+ATTENTION_ALIKE: Mapping[str, tuple[str, ...]] = {
+    "flash3": ("cudnn", "flash"),
+    "cudnn": ("flash3", "flash"),
+    "flash": ("cudnn",),
+    "efficient": ("triton", "flash"),
+    "triton": ("efficient", "flash"),
+    "flex": ("triton", "flash"),
+}
+"""Kernels of attention whose rates stand for one that a profile does not have, nearest first."""
+
+
 class Device(_Frozen):
     """One accelerator, or the cores that one rank has."""
 
@@ -69,6 +91,18 @@ class Device(_Frozen):
         le=1,
         description="the share of the best matmul rate that generated matmuls reach; 0: none run there",
     )
+    sustained: float = Field(
+        1.0, gt=0, le=1, description="the share of the best matmul rate that large matmuls hold through a training step"
+    )
+    matmul_half_dim: float = Field(
+        0.0, ge=0, description="a matmul whose smallest size is this one reaches half of its rate"
+    )
+    memory_share: float = Field(
+        1.0, gt=0, le=1, description="the share of a large copy's bandwidth that torch's ops reach one by one"
+    )
+    fused_share: float = Field(1.0, gt=0, le=1, description="the same of generated kernels")
+    update_share: float = Field(1.0, gt=0, le=1, description="the same of an optimizer's step")
+    attention: Mapping[str, AttentionRate] = Field({}, description="by kernel; without, it is as fast as matmuls")
 
     @field_validator("matmul_flops")
     @classmethod
@@ -81,6 +115,11 @@ class Device(_Frozen):
         """The matmul rate of a dtype; that of its like, or of fp32, where the profile has none."""
         names = dtype, *ALIKE.get(dtype, ()), "f32"
         return next(self.matmul_flops[name] for name in names if name in self.matmul_flops)
+
+    def attention_rate(self, kernel: str) -> AttentionRate | None:
+        """The rate of a kernel of attention, or of its like; None where the profile knows of none."""
+        names = kernel, *ATTENTION_ALIKE.get(kernel, ())
+        return next((self.attention[name] for name in names if name in self.attention), None)
 
 
 class Hardware(_Frozen):
