@@ -16,8 +16,8 @@ from benchmarks.published.models import Sizes, Transformer
 from benchmarks.published.rows import Row, at
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the workspace of ops
 from zgraph.cost import CostTable
-from zgraph.cost.rest import at_rest
 from zgraph.cost.replay import Replay
+from zgraph.cost.rest import at_rest
 from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.placeholders import with_sizes
 from zgraph.ir import Axis, DType, Graph, Phase

@@ -94,10 +94,14 @@ class Interval:
 
     def text(self, unit: str = "") -> str:
         """The interval for people, with no digit that the bounds do not know: `3.6 s (80 %: 3.2 to 4.1)`."""
-        digits = self.digits
-        value, low, high = (f"{v:,.{digits}f}" for v in (self.value, self.low, self.high))
-        shown = f"{value} {unit}".rstrip()
-        return shown if low == high else f"{shown} ({LEVEL:.0%}: {low} to {high})".replace("%:", " %:")
+        value = f"{self.value:,.{self.digits}f} {unit}".rstrip()
+        return f"{value} ({self.bounds})" if self.low < self.high else value
+
+    @property
+    def bounds(self) -> str:
+        """The bounds for people, `80 %: 3.2 to 4.1`."""
+        low, high = (f"{v:,.{self.digits}f}" for v in (self.low, self.high))
+        return f"{100 * LEVEL:.0f} %: {low} to {high}"
 
     @property
     def digits(self) -> int:
@@ -107,6 +111,22 @@ class Interval:
             return 2
         known = max(math.ceil(math.log10(10 * self.value / width)), 1)
         return min(max(known - math.floor(math.log10(self.value)), 0), 3)
+
+
+def time_text(us: Interval) -> str:
+    """An interval of microseconds for people, in the largest unit that its value fills."""
+    for unit, factor in (("s", 1e6), ("ms", 1e3)):
+        if us.value >= factor:
+            return us.scaled(1 / factor).text(unit)
+    return us.text("us")
+
+
+def bytes_text(num_bytes: Interval) -> str:
+    """An interval of bytes for people, in the largest unit that its value fills."""
+    for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if num_bytes.value >= 2**exponent:
+            return num_bytes.scaled(2.0**-exponent).text(unit)
+    return num_bytes.text("B")
 
 
 def _doublings(number: float, most: float) -> float:

@@ -14,6 +14,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from zgraph.cost.accuracy import UNKNOWN, Accuracy
 from zgraph.environment import cache_folder
 from zgraph.errors import HardwareError, did_you_mean
 
@@ -141,10 +142,18 @@ class Hardware(_Frozen):
     host_link: Link
     host_memory_bytes: int = Field(0, ge=0)
     overlap_slowdown: float = Field(1.0, ge=1.0)
+    accuracy: Accuracy | None = Field(
+        None, description="how true predictions are; None: they were compared with nothing"
+    )
 
     @property
     def num_devices(self) -> int:
         return self.num_hosts * self.devices_per_host
+
+    @property
+    def error(self) -> Accuracy:
+        """How true its predictions are."""
+        return self.accuracy or UNKNOWN
 
     @property
     def has_host(self) -> bool:
@@ -280,7 +289,7 @@ def _lines(fields: Mapping[str, object], table: str) -> Iterator[str]:
     for key, value in fields.items():
         if isinstance(value, str):
             yield f"{key} = {json.dumps(value, ensure_ascii=False)}"  # TOML writes plain texts as JSON does
-        elif not isinstance(value, Mapping):
+        elif value is not None and not isinstance(value, Mapping):
             yield f"{key} = {value!r}"
     for key, value in fields.items():
         if isinstance(value, Mapping):

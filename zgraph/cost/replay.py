@@ -51,7 +51,7 @@ class Replay:
 
     def step_us(self, costs: CostTable) -> float:
         """The step's time, as `simulate` gives it."""
-        graph, hints, slowdown = self.graph, self.hints, costs.hardware.overlap_slowdown
+        hints, slowdown = self.hints, costs.hardware.overlap_slowdown
         cost = [self._us(costs, node) for node in self.nodes]
         now, free, over = 0.0, dict.fromkeys(LANES, 0.0), dict[int, float]()
         for lane, number, future in self.steps:

@@ -1,8 +1,8 @@
 """Graphs with placeholder sizes, and what they are with other sizes.
 
-A model that is captured with sizes that are multiples of primes of their own can be read as one of any other sizes: each
-prime that divides a number of the graph is replaced by what stands for it. A capture then serves many batches, sequences
-and widths. Numbers that are sums of sizes are not recognised, so a model must not have any that cost something.
+A model that is captured with sizes that are multiples of primes of their own can be read as one of any other sizes:
+each prime that divides a number of the graph is replaced by what stands for it. A capture then serves many batches,
+sequences and widths. Numbers that are sums of sizes are not recognised, so a model must have none that cost something.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import nn
 from zgraph.bridge.aten import compute_dtype
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.bridge.target import MEMORY_MARGIN, Target, cost_table, num_bytes, planned_budget
+from zgraph.cost import Interval
 from zgraph.errors import UsageError
 from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.stage_plan import Planner, StagePlan
@@ -66,7 +67,9 @@ class TrainingPlan:
         others = [s.stage for s in self.stages if not s.fits]
         full = f"; stage {', '.join(map(str, others))} would not fit" if others else ""
         small = f", {len(self.best.whole)} small parameters kept whole" if self.best.whole else ""
-        return f"stage {self.best.stage}{small}: the fastest that fits{resting(self.best)}{full}"
+        tied = [s.title for s in self.stages if s.fits and s is not self.best and s.time.is_tied(self.best.time)]
+        ties = f"; stage {', '.join(tied)} no slower than is certain" if tied else ""
+        return f"stage {self.best.stage}{small}: the fastest that fits{resting(self.best)}{ties}{full}"
 
     def __rich__(self) -> RenderableType:
         title = (
@@ -88,6 +91,7 @@ class TrainingPlan:
             "least",
             *("host", "moved") * uses_host,
             "step",
+            "80 %",
             "exposed",
             "sent",
             "again",
@@ -111,7 +115,8 @@ class TrainingPlan:
                 plan.title,
                 *(f"{size / unit:,.1f}" for size in sizes),
                 *(f"{plan.host_bytes / unit:,.1f}", f"{plan.moved_share:.0%}") * uses_host,
-                seconds(plan.total_us),
+                seconds(plan.total_us, plan.time),
+                bounds(plan.time),
                 seconds(plan.exposed_us),
                 f"{plan.sent_bytes / unit:,.1f}",
                 f"{plan.again_share:.0%}",
@@ -255,9 +260,15 @@ def _planner(
     )
 
 
-def seconds(us: float) -> str:
-    """A time for people: in seconds, or in milliseconds below one."""
-    return f"{us / 1e6:,.2f} s" if us >= 1e6 else f"{us / 1e3:,.1f} ms"
+def seconds(us: float, known: Interval | None = None) -> str:
+    """A time for people: in seconds, or in milliseconds below one; with the digits that its interval knows."""
+    unit, factor, digits = ("s", 1e6, 2) if us >= 1e6 else ("ms", 1e3, 1)
+    return f"{us / factor:,.{known.scaled(1 / factor).digits if known else digits}f} {unit}"
+
+
+def bounds(us: Interval) -> str:
+    """Bounds of a time for people, in the unit that `seconds` takes."""
+    return us.scaled(1e-6 if us.value >= 1e6 else 1e-3).bounds.split(": ")[1]
 
 
 def resting(plan: StagePlan) -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the workspace of ops
-from zgraph.cost import CostTable, Moment, simulate, traffic
+from zgraph.cost import CostTable, Interval, Moment, memory_interval, simulate, time_interval, traffic
 from zgraph.cost.rest import at_rest
+from zgraph.cost.table import UPDATE_PASSES
 from zgraph.cost.work import work
 from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.ir import Axis, Graph, InputKind, Phase
@@ -28,9 +29,6 @@ from zgraph.passes.fit import Fit
 from zgraph.passes.fuse import Fuse
 from zgraph.passes.fusion.loss import fused_losses, loss_nodes
 from zgraph.passes.offload import Saved
-
-UPDATE_PASSES = 7
-"""How often AdamW's update goes over memory as large as the masters: it reads four tensors and writes three."""
 
 RESTING = ("parameters", "optimizer", "buffers")
 CATEGORIES = (*RESTING, "gradients", "activations", "gathered", "temporaries", "buckets")
@@ -57,6 +55,8 @@ class StagePlan:
         flop: of one rank's matmuls in a step, what is computed again not counted.
         again_share: FLOP of what is computed again, over those of the step without.
         fits: whether the peak is within the budget, and the host has room.
+        time: microseconds of a step with its update, and between which bounds four of five measurements lie.
+        memory: the same of the peak, in bytes.
     """
 
     stage: int
@@ -74,6 +74,8 @@ class StagePlan:
     flop: float
     again_share: float
     fits: bool
+    time: Interval
+    memory: Interval
 
     @property
     def title(self) -> str:
@@ -269,6 +271,7 @@ class _Shape:
         """The plan of one way to fit, with its times."""
         figures = [m.figures(option.price, option.moved_share) for m in self.members]
         step_us, exposed_us, sent, flop = (self.samples.scale(f) for f in zip(*figures, strict=True))
+        planner = self.planner
         usual = self.samples.scale([m.flop for m in self.members])
         return StagePlan(
             stage=self.stage,
@@ -286,6 +289,8 @@ class _Shape:
             flop=usual,
             again_share=flop / usual - 1 if usual else 0.0,
             fits=option.fits,
+            time=time_interval(step_us + self.update_us, self.members[0].placed, planner.costs, {}),
+            memory=memory_interval(option.total_bytes, planner.costs),
         )
 
     def peak(self, price: float | None, moved_share: float) -> tuple[dict[str, int], int]:
@@ -301,9 +306,10 @@ class _Shape:
     @property
     def update_us(self) -> float:
         """AdamW's update, as fast as memory lets it: the device's, or where it runs on the host, that of the link."""
-        hardware = self.planner.costs.hardware
-        rate = hardware.host_link.bytes_per_s if self.place else hardware.device.memory_bytes_per_s
-        return 1e6 * UPDATE_PASSES * self.rest["masters"] / rate
+        costs = self.planner.costs
+        if not self.place:
+            return costs.update_us(self.rest["masters"])
+        return 1e6 * UPDATE_PASSES * self.rest["masters"] / costs.hardware.host_link.bytes_per_s
 
 
 @dataclass(frozen=True)
