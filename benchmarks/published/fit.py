@@ -30,7 +30,7 @@ BACKWARD_SHARE = 0.75
 HALF_SEQUENCE = {"flash": 400.0, "triton": 400.0}
 """Keys at which a kernel of attention reaches half of its rate, read off the same figures."""
 
-NUM_ITERATIONS = 6
+NUM_ITERATIONS = 20
 STEP = 0.02
 """Of a difference quotient."""
 
@@ -120,33 +120,80 @@ def step_s(prediction: Prediction, constants: Constants) -> float:
     return prediction.step_s(costs(prediction.row, constants))
 
 
-def fit(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """The constants that explain the rows best."""
-    names = list(PRIORS)
-    center = np.log([PRIORS[n].value for n in names])
-    spread = np.array([PRIORS[n].spread for n in names])
-    counts = Counter(p.row.family for p in predictions)
-    weights = np.array([1 / math.sqrt(_weight(counts[p.row.family])) for p in predictions]) / ROW_SPREAD
+@dataclass(frozen=True)
+class Linearised:
+    """Logarithms of the steps of some rows as linear functions of those of the constants, around a point.
 
-    def errors(point: NDArray[np.float64]) -> NDArray[np.float64]:
-        constants = dict(zip(names, np.exp(point).tolist(), strict=True))
-        return np.array([math.log(step_s(p, constants) / p.row.measured_s) for p in predictions])
+    Args:
+        families: of each row, what it is left out with.
+        point: logarithms of the constants.
+        errors: logarithms of predicted over measured there.
+        slopes: [rows, constants].
+    """
 
-    point = center.copy()
-    for _ in range(NUM_ITERATIONS):
-        here = errors(point)
-        steps = np.eye(len(names)) * STEP
-        slopes = np.stack([(errors(point + step) - here) / STEP for step in steps], axis=1)
-        robust = weights / np.sqrt(np.maximum(np.abs(here) / (2 * ROW_SPREAD), 1))
-        a = np.concatenate([robust[:, None] * slopes, np.diag(1 / spread)])
-        b = np.concatenate([-robust * here, (center - point) / spread])
-        change = np.linalg.lstsq(a, b, rcond=None)[0]
-        point = point + np.clip(change, -0.3, 0.3)
-        if np.abs(change).max() < 0.003:
-            break
-    return dict(zip(names, np.exp(point).tolist(), strict=True))
+    families: tuple[str, ...]
+    point: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    slopes: NDArray[np.float64]
+
+    @classmethod
+    def at(cls, predictions: Sequence[Prediction], constants: Constants) -> Linearised:
+        """The steps around these constants."""
+        point = np.log([constants[name] for name in PRIORS])
+        errors = np.array([_error(p, constants) for p in predictions])
+        slopes = np.zeros((len(predictions), len(PRIORS)))
+        for column, name in enumerate(PRIORS):
+            moved = {**constants, name: constants[name] * math.exp(STEP)}
+            for row, prediction in enumerate(predictions):
+                if _matters(name, prediction):
+                    slopes[row, column] = (_error(prediction, moved) - errors[row]) / STEP
+        return cls(tuple(p.row.family for p in predictions), point, errors, slopes)
+
+    def solved(self, left_out: str = "") -> dict[str, float]:
+        """The constants that explain the rows best, without those of one family; errors beyond twice the spread count
+        by their size, not by their square (Huber, 1964).
+        """
+        used = np.array([family != left_out for family in self.families])
+        counts = Counter(self.families)
+        weights = np.array([1 / math.sqrt(row_weight(counts[family])) for family in self.families])[used] / ROW_SPREAD
+        known, spread = np.log([c.value for c in PRIORS.values()]), np.array([c.spread for c in PRIORS.values()])
+        errors, slopes = self.errors[used], self.slopes[used]
+        change = np.zeros(len(PRIORS))
+        for _ in range(NUM_ITERATIONS):
+            here = errors + slopes @ change
+            robust = weights / np.sqrt(np.maximum(np.abs(here) / (2 * ROW_SPREAD), 1))
+            a = np.concatenate([robust[:, None] * slopes, np.diag(1 / spread)])
+            b = np.concatenate([-robust * errors, (known - self.point) / spread])
+            change = np.linalg.lstsq(a, b, rcond=None)[0]
+        return dict(zip(PRIORS, np.exp(self.point + change).tolist(), strict=True))
 
 
-def _weight(count: int) -> float:
+def fit(predictions: Sequence[Prediction], num_rounds: int = 3) -> tuple[dict[str, float], Linearised]:
+    """The constants that explain the rows best, and the steps as functions of them there."""
+    constants = prior()
+    for _ in range(num_rounds):
+        near = Linearised.at(predictions, constants)
+        constants = near.solved()
+    return constants, near
+
+
+def _error(prediction: Prediction, constants: Constants) -> float:
+    return math.log(step_s(prediction, constants) / prediction.row.measured_s)
+
+
+def _matters(name: str, prediction: Prediction) -> bool:
+    """Whether a constant can change a row's step."""
+    row = prediction.row
+    if name.split()[-1] in ("ampere", "hopper"):
+        is_attention = name.split()[0] in HALF_SEQUENCE
+        return name.endswith(architecture(row.hardware)) and (not is_attention or name.startswith(row.attention))
+    if name in ("within", "between", "slowdown"):
+        return row.num_ranks > 1
+    if name == "fused":
+        return row.is_fused or bool(row.compute)
+    return ("2021" in row.system) if "2021" in name else True
+
+
+def row_weight(count: int) -> float:
     """How many rows of one system count as one: all but a few tell the same."""
     return max(count / 8, 1.0)

@@ -6,9 +6,9 @@ A model is captured with placeholder sizes, once for each kind of block, and rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from statistics import fmean
 
 import torch
 
@@ -20,6 +20,7 @@ from zgraph.cost.replay import Replay
 from zgraph.cost.rest import at_rest
 from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.placeholders import with_sizes
+from zgraph.estimate.stage_plan import Planner
 from zgraph.ir import Axis, DType, Graph, Phase
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe, recipe_for
 from zgraph.passes.partition import Partition
@@ -38,17 +39,19 @@ class Part:
     Args:
         weight: of it in the row.
         times: how often it runs in a step.
-        replays: of the members of the samples.
+        missing: layers that the smallest captured model lacks.
+        replays: of that model, and of one with a layer more.
     """
 
     weight: float
     times: int
-    samples: LayerSamples
-    replays: tuple[Replay, ...]
+    missing: int
+    replays: tuple[Replay, Replay]
 
     def us(self, costs: CostTable) -> float:
         """Microseconds of all its runs in a step."""
-        return self.times * self.samples.scale([replay.step_us(costs) for replay in self.replays])
+        base, longer = (replay.step_us(costs) for replay in self.replays)
+        return self.times * (base + self.missing * (longer - base))
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Prediction:
     row: Row
     parts: tuple[Part, ...]
     master_bytes: int
+    peak_bytes: float
 
     def step_s(self, costs: CostTable) -> float:
         """Seconds of a step with its update."""
@@ -75,27 +79,47 @@ def predicted(row: Row, costs: CostTable) -> Prediction:
     found: list[Part] = []
     kinds = {"none": ("none",), "full": ("full",), "ops": ("full",), "layers": ("none", "full")}[row.recomputed]
     for kind in kinds:
-        samples = _samples(row, kind)
-        if row.recomputed == "ops":
-            samples = samples.changed(_kept_ops)
-        synced = Part(1 / len(kinds), 1, samples, _replays(row, samples, costs, row.num_ranks))
+        samples = _marked(row, kind)
+        missing = samples.missing[0]
+        synced = Part(1 / len(kinds), 1, missing, _replays(row, samples, costs, row.num_ranks))
         if row.num_micro > 1 and row.stage < 2:
             alone = _replays(row, samples, costs, 1)
-            found += [synced, Part(1 / len(kinds), row.num_micro - 1, samples, alone)]
+            found += [synced, Part(1 / len(kinds), row.num_micro - 1, missing, alone)]
         else:
             found.append(replace(synced, times=row.num_micro))
     placed = [Partition(stage=row.stage).run(g, _context(row, costs, row.num_ranks)) for g in samples.members]
     masters = samples.scale([at_rest(graph)["masters"] for graph in placed])
-    return Prediction(row, tuple(found), int(masters))
+    peak_bytes = fmean(_peak_bytes(row, _marked(row, kind), costs) for kind in kinds) if row.memory[0] else 0.0
+    return Prediction(row, tuple(found), int(masters), peak_bytes)
 
 
-def _replays(row: Row, samples: LayerSamples, costs: CostTable, num_ranks: int) -> tuple[Replay, ...]:
+def _peak_bytes(row: Row, samples: LayerSamples, costs: CostTable) -> float:
+    """The peak of a step, as `zgraph.plan` counts it where the budget is no limit."""
+    planner = Planner(
+        samples,
+        row.num_ranks,
+        costs,
+        budget=1 << 50,
+        host_budget=None,
+        places=("",),
+        moves=False,
+        kernels="triton" if row.is_fused else "aten",
+        compute="float8" if row.compute else None,
+        reduce_dtype=DType(row.reduce_dtype) if row.reduce_dtype else None,
+        accumulation=row.num_micro,
+        num_copies=row.num_copies,
+    )
+    return planner.peak_bytes(row.stage)
+
+
+def _replays(row: Row, samples: LayerSamples, costs: CostTable, num_ranks: int) -> tuple[Replay, Replay]:
     context = _context(row, costs, num_ranks)
     recipe = recipe_for("triton" if row.is_fused else "aten", RECIPES[row.stage], row.compute or None)
     steps = parse_recipe(recipe)
-    return tuple(
+    base, longer = (
         Replay.of(make_plan(steps.run(graph, context), only_step=True), context.hints) for graph in samples.members
     )
+    return base, longer
 
 
 def _context(row: Row, costs: CostTable, num_ranks: int) -> Context:
@@ -104,6 +128,12 @@ def _context(row: Row, costs: CostTable, num_ranks: int) -> Context:
         mesh = (Axis("replica", row.num_copies), Axis("shard", num_ranks // row.num_copies))
     reduce_dtype = DType(row.reduce_dtype) if row.reduce_dtype else None
     return Context(mesh=mesh, costs=costs, groups_calls=True, reduce_dtype=reduce_dtype)
+
+
+def _marked(row: Row, checkpointed: str) -> LayerSamples:
+    """The row's model, with the ops that it keeps."""
+    samples = _samples(row, checkpointed)
+    return samples.changed(_kept_ops) if row.recomputed == "ops" else samples
 
 
 def _samples(row: Row, checkpointed: str) -> LayerSamples:
@@ -163,7 +193,3 @@ def _kept_ops(graph: Graph) -> Graph:
                 node = replace(node, checkpoint=0)
         nodes.append(node)
     return graph.with_nodes(nodes)
-
-
-Predictor = Callable[[Row], Prediction]
-Values = Mapping[int, int]

@@ -143,7 +143,7 @@ class Hardware(_Frozen):
     host_memory_bytes: int = Field(0, ge=0)
     overlap_slowdown: float = Field(1.0, ge=1.0)
     accuracy: Accuracy | None = Field(
-        None, description="how true predictions are; None: they were compared with nothing"
+        None, description="how true predictions are, if anybody has looked"
     )
 
     @property
