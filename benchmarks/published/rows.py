@@ -29,9 +29,6 @@ OTHER_NAMES = {
 LINK_SHARE = 0.9
 """The share of a network's label that large messages reach."""
 
-HBM2E_BYTES_PER_S = 0.85 * 2.0e12
-"""Memory bandwidth of the H100 that has HBM2e, as large copies reach it."""
-
 MPT_NETWORK_GBPS = {"a100": 200.0, "h100": 400.0}
 """A device's share of the network between hosts, where the row says that of a host: 1,600 and 3,200 Gbit/s."""
 
@@ -238,7 +235,9 @@ def _gpu(cells: Mapping[str, str]) -> str:
 
 
 def _hardware(cells: Mapping[str, str], gpu: str, num_ranks: int, each: int) -> Hardware:
-    name = {"a100": "a100-40" if "40" in cells["gpu"] else "a100-80"}.get(gpu, gpu)
+    said = cells["gpu"]
+    variants = {"a100": "a100-40" if "40" in said else "a100-80", "h100": "h100-96" if "96" in said else "h100"}
+    name = variants.get(gpu, gpu)
     try:
         profile = hardware(name)
     except ValueError:
@@ -247,9 +246,6 @@ def _hardware(cells: Mapping[str, str], gpu: str, num_ranks: int, each: int) -> 
     if said:
         rate = LINK_SHARE * float(said) * 1e9 / 8
         profile = profile.model_copy(update={"between": Link(bytes_per_s=rate, latency_us=profile.between.latency_us)})
-    if "HBM2e" in cells["gpu"]:
-        device = profile.device.model_copy(update={"memory_bytes_per_s": HBM2E_BYTES_PER_S})
-        profile = profile.model_copy(update={"device": device})
     if num_ranks > each and num_ranks % each:
         raise Inexpressible(f"{num_ranks} ranks do not fill hosts of {each}")
     return profile.shaped(max(num_ranks // each, 1), each)

@@ -10,7 +10,7 @@ from benchmarks.published.fit import Constants, architecture, with_constants
 from zgraph.cost import Accuracy, hardware
 from zgraph.cost.hardware import FOLDER
 
-FITTED = ("a100-40", "a100-80", "h100", "h100-nvl", "h200", "h20")
+FITTED = ("a100-40", "a100-80", "h100", "h100-96", "h100-nvl", "h200", "h20")
 """Profiles of the architectures that steps were published of."""
 
 SHARES = ("sustained", "matmul_half_dim", "memory_share", "fused_share", "update_share")
