@@ -19,6 +19,7 @@ from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.bridge.private_gpu import TORCH_KERNELS, Capability, chosen_attention
 from zgraph.bridge.target import MEMORY_MARGIN, Target, alike_capability, cost_table, num_bytes, planned_budget
 from zgraph.cost import CostTable, Interval
+from zgraph.cost.workspace import NUM_THREADS
 from zgraph.errors import UsageError
 from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.stage_plan import Planner, StagePlan
@@ -324,6 +325,7 @@ def _planner(
         moves=activations(offload, budget, is_gpu=hardware.has_host) != "never",
         kernels=kernels or default_kernels(is_gpu=hardware.has_host),
         compute=compute,
+        hints={} if hardware.has_host else {NUM_THREADS: torch.get_num_threads()},
         **more,
     )
 

@@ -8,8 +8,8 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the workspace of ops
@@ -114,6 +114,7 @@ class Planner:
         reduce_dtype: dtype in which gradients are summed over ranks.
         accumulation: micro-steps of a step.
         num_copies: ranks that hold the same shard.
+        hints: how many threads processors have, where it is them that compute.
     """
 
     samples: LayerSamples
@@ -129,6 +130,7 @@ class Planner:
     reduce_dtype: DType | None = None
     accumulation: int = 1
     num_copies: int = 1
+    hints: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def mesh(self) -> Mesh:
