@@ -21,14 +21,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.published.conformal import Residual, bounds, coverage
+from benchmarks.published.conformal import Residual, accuracy, coverage
 from benchmarks.published.fit import PRIORS, fit, step_s
 from benchmarks.published.predict import Prediction, costs_of, predicted
 from benchmarks.published.rows import FILES, Row, Unread, read
 from benchmarks.published.store import store
-from zgraph.cost import Accuracy, Interval, memory_interval
-
-MAX_RANKS_OF = {"ampere": 128, "hopper": 512}
+from zgraph.cost import Interval, memory_interval
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 140)
     found = [row for path in rows or FILES for row in read(path)]
     if refit:
-        record = _fitted(console, [row for row in found if isinstance(row, Row)])
+        record = _refitted(console, [row for row in found if isinstance(row, Row)])
     else:
         outcomes = [outcome(row) for row in track(found, "predicting", console=Console(stderr=True))]
         _print(console, outcomes)
@@ -120,9 +118,14 @@ def _print(console: Console, outcomes: Iterable[Outcome]) -> None:
         )
 
 
-def _fitted(console: Console, rows: Sequence[Row]) -> dict[str, Any]:
-    """Fit, say what leaving a system out says, and write the profiles."""
+def _refitted(console: Console, rows: Sequence[Row]) -> dict[str, Any]:
+    """Schedule all rows, and fit the profiles to them."""
     predictions = [predicted(row, costs_of(row)) for row in track(rows, "scheduling", console=Console(stderr=True))]
+    return fitted(console, predictions)
+
+
+def fitted(console: Console, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Fit, say what leaving a system out says, and write the profiles."""
     constants, near = fit(predictions)
     residuals = left_out(predictions, near.solved)
     table = Table("left out", "rows", "mean error", "median", "bias", title_justify="left")
@@ -134,25 +137,16 @@ def _fitted(console: Console, rows: Sequence[Row]) -> dict[str, Any]:
     sizes = [abs(r.error) for r in residuals]
     covered = coverage(residuals)
     console.print(f"mean {fmean(sizes):.1%}, median {median(sizes):.1%} over {len(sizes)} rows; covered {covered:.0%}")
-    low, high = bounds(residuals)
-    accuracy = Accuracy(
-        time_low=round(low, 3),
-        time_high=round(high, 3),
-        memory_low=0.85,
-        memory_high=1.35,
-        max_ranks=512,
-        max_sequence=65536,
-        source=f"{len(sizes)} published steps, each system left out once: python -m benchmarks.published --fit",
-    )
-    store(constants, dict.fromkeys(("ampere", "hopper"), accuracy))
+    known = accuracy(residuals)
+    store(constants, dict.fromkeys(("ampere", "hopper"), known))
     return {
         "constants": {name: round(constants[name], 4) for name in PRIORS},
         "mean_error": fmean(sizes),
         "median_error": median(sizes),
         "covered": covered,
-        "bounds": [low, high],
+        "bounds": [known.time_low, known.time_high],
         "rows": [
-            {"id": r.name, "family": r.family, "measured_s": r.measured_s, "predicted_s": r.predicted_s}
+            {"id": r.row.name, "family": r.family, "measured_s": r.row.measured_s, "predicted_s": r.predicted_s}
             for r in residuals
         ],
     }
@@ -163,11 +157,7 @@ def left_out(predictions: Sequence[Prediction], solved: Any) -> list[Residual]:
     found = []
     for family in dict.fromkeys(p.row.family for p in predictions):
         constants = solved(family)
-        found += [
-            Residual(p.row.name, family, p.row.measured_s, step_s(p, constants))
-            for p in predictions
-            if p.row.family == family
-        ]
+        found += [Residual(p.row, step_s(p, constants)) for p in predictions if p.row.family == family]
     return found
 
 

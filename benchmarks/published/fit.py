@@ -101,15 +101,15 @@ def with_constants(hardware: Hardware, constants: Constants) -> Hardware:
     return hardware.model_copy(
         update={
             "device": hardware.device.model_copy(update=device),
-            "within": _scaled(hardware.within, constants["within"]),
-            "between": _scaled(hardware.between, constants["between"]),
+            "within": _shared(hardware.within, constants["within"]),
+            "between": _shared(hardware.between, constants["between"]),
             "overlap_slowdown": max(constants["slowdown"], 1.0),
         }
     )
 
 
-def _scaled(link: Link, share: float) -> Link:
-    return Link(bytes_per_s=link.bytes_per_s * share, latency_us=link.latency_us)
+def _shared(link: Link, share: float) -> Link:
+    return link.model_copy(update={"share": min(share, 1.0)})
 
 
 def costs(row: Row, constants: Constants) -> CostTable:
@@ -174,7 +174,7 @@ class Linearised:
         return dict(zip(PRIORS, np.exp(self.point + change).tolist(), strict=True))
 
 
-def fit(predictions: Sequence[Prediction], num_rounds: int = 3) -> tuple[dict[str, float], Linearised]:
+def fit(predictions: Sequence[Prediction], num_rounds: int = 4) -> tuple[dict[str, float], Linearised]:
     """The constants that explain the rows best, and the steps as functions of them there."""
     constants = prior()
     for _ in range(num_rounds):

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.published.models import Sizes
-from zgraph.cost import Hardware, Link, hardware
+from zgraph.cost import Hardware, hardware
 
 FOLDER = Path(__file__).parents[1] / "data"
 FILES = (FOLDER / "measured_steps.csv", FOLDER / "mpt_fsdp_steps.csv")
@@ -28,6 +28,10 @@ OTHER_NAMES = {
 
 LINK_SHARE = 0.9
 """The share of a network's label that large messages reach."""
+
+SHARE_OF_2021 = 1.0
+"""The share of a link that the collectives of DeepSpeed's ZeRO-3 of 2021 reach, by the one row of it: the constant
+`collectives of 2021` of `--fit`."""
 
 MPT_NETWORK_GBPS = {"a100": 200.0, "h100": 400.0}
 """A device's share of the network between hosts, where the row says that of a host: 1,600 and 3,200 Gbit/s."""
@@ -185,6 +189,8 @@ def _expressed(cells: Mapping[str, str], name: str, system: str, recomputed: str
         measured_s,
         _memory(cells),
     )
+    if "2021" in system:
+        row = replace(row, hardware=_slow_collectives(row.hardware))
     if row.sequence % 32:
         raise Inexpressible(f"a sequence of {row.sequence} is no multiple of 32")
     return row
@@ -244,11 +250,17 @@ def _hardware(cells: Mapping[str, str], gpu: str, num_ranks: int, each: int) -> 
         raise Inexpressible(f"no profile is that of {cells['gpu']}") from None
     said = cells.get("internode_per_gpu_gbps") or ("" if "id" in cells else str(MPT_NETWORK_GBPS.get(gpu, "")))
     if said:
-        rate = LINK_SHARE * float(said) * 1e9 / 8
-        profile = profile.model_copy(update={"between": Link(bytes_per_s=rate, latency_us=profile.between.latency_us)})
+        between = profile.between.model_copy(update={"bytes_per_s": LINK_SHARE * float(said) * 1e9 / 8})
+        profile = profile.model_copy(update={"between": between})
     if num_ranks > each and num_ranks % each:
         raise Inexpressible(f"{num_ranks} ranks do not fill hosts of {each}")
     return profile.shaped(max(num_ranks // each, 1), each)
+
+
+def _slow_collectives(profile: Hardware) -> Hardware:
+    """The profile with collectives as they were before they were sent in large pieces."""
+    links = {name: getattr(profile, name).model_copy(update={"share": SHARE_OF_2021}) for name in ("within", "between")}
+    return profile.model_copy(update=links)
 
 
 def _sizes(cells: Mapping[str, str], checkpointed: str) -> Sizes:

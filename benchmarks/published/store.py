@@ -32,6 +32,8 @@ def store(constants: Constants, accuracies: Mapping[str, Accuracy]) -> list[Path
         for key in SHARES:
             text = _with_key(text, key, getattr(found.device, key))
         text = re.sub(r"(?m)^overlap_slowdown = .*$", f"overlap_slowdown = {found.overlap_slowdown:.3g}", text)
+        for link in ("within", "between"):
+            text = _with_share(text, link, getattr(found, link).share)
         text = re.sub(r"\n\[(device\.attention\.\w+|accuracy)\][^\[]*(?=\n\[|\Z)", "", text).rstrip() + "\n"
         for kernel, rate in found.device.attention.items():
             text += _table(f"device.attention.{kernel}", rate.model_dump())
@@ -47,6 +49,13 @@ def _with_key(text: str, key: str, value: float) -> str:
     if re.search(rf"(?m)^{key} = ", text):
         return re.sub(rf"(?m)^{key} = .*$", line, text)
     return re.sub(r"(?m)^(launch_us = .*)$", rf"\1\n{line}", text, count=1)
+
+
+def _with_share(text: str, link: str, share: float) -> str:
+    """The text with the share of a link, in the table of its name."""
+    head, name, tail = text.partition(f"\n[{link}]")
+    tail = re.sub(r"(?m)^share = .*\n", "", tail, count=1) if re.match(r"[^\[]*\nshare = ", tail) else tail
+    return head + name + re.sub(r"(?m)^(latency_us = .*)$", rf"\1\nshare = {share:.3g}", tail, count=1)
 
 
 def _table(name: str, fields: Mapping[str, float | int | str]) -> str:

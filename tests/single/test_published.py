@@ -2,11 +2,12 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks.published.conformal import Residual, bounds, coverage
+from benchmarks.published.conformal import Residual, accuracy, bounds, coverage
 from benchmarks.published.models import Sizes, Transformer
 from benchmarks.published.rows import FILES, Row, Unread, read
 from zgraph import trace
@@ -90,14 +91,15 @@ def test_a_file_of_other_columns_is_refused(tmp_path):
 
 
 def test_intervals_are_of_families_left_out():
+    row = next(found for found in read(STEPS) if isinstance(found, Row))
     residuals = [
-        Residual(f"{family}{n}", family, math.exp(shift + n / 100), 1.0)
+        Residual(replace(row, system=family, measured_s=math.exp(shift + n / 100)), 1.0)
         for family, shift in (("a", 0.0), ("b", 0.1), ("c", -0.1), ("d", 0.05))
         for n in range(-5, 6)
     ]
     low, high = bounds(residuals)
-    assert low == pytest.approx(math.exp(-0.12), rel=0.03)
-    assert high == pytest.approx(math.exp(0.13), rel=0.03)
-    without = bounds(residuals, "c")
-    assert without[0] > low
+    assert low == pytest.approx(math.exp(-0.11), rel=0.02)
+    assert high == pytest.approx(math.exp(0.12), rel=0.02)
+    assert bounds(residuals, "c")[0] > low
     assert 0.6 < coverage(residuals) < 1.0
+    assert accuracy(residuals, "a").max_ranks == row.num_ranks

@@ -53,6 +53,12 @@ class Link(_Frozen):
 
     bytes_per_s: float = Field(gt=0, description="what large messages reach, not the label on the cable")
     latency_us: float = Field(ge=0, description="one message of no size, software included")
+    share: float = Field(1.0, gt=0, le=1, description="the share of it that collectives of a training step reach")
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second that collectives of a training step reach."""
+        return self.bytes_per_s * self.share
 
 
 class AttentionRate(_Frozen):
@@ -142,9 +148,7 @@ class Hardware(_Frozen):
     host_link: Link
     host_memory_bytes: int = Field(0, ge=0)
     overlap_slowdown: float = Field(1.0, ge=1.0)
-    accuracy: Accuracy | None = Field(
-        None, description="how true predictions are, if anybody has looked"
-    )
+    accuracy: Accuracy | None = Field(None, description="how true predictions are, if anybody has looked")
 
     @property
     def num_devices(self) -> int:
