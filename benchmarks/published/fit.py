@@ -32,7 +32,7 @@ HALF_SEQUENCE = {"flash": 400.0, "triton": 400.0}
 
 NUM_ITERATIONS = 20
 STEP = 0.02
-"""Of a difference quotient."""
+"""Of a difference quotient, downwards: shares end at 1."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ class Linearised:
         errors = np.array([_error(p, constants) for p in predictions])
         slopes = np.zeros((len(predictions), len(PRIORS)))
         for column, name in enumerate(PRIORS):
-            moved = {**constants, name: constants[name] * math.exp(STEP)}
+            moved = {**constants, name: constants[name] * math.exp(-STEP)}
             for row, prediction in enumerate(predictions):
                 if _matters(name, prediction):
-                    slopes[row, column] = (_error(prediction, moved) - errors[row]) / STEP
+                    slopes[row, column] = (errors[row] - _error(prediction, moved)) / STEP
         return cls(tuple(p.row.family for p in predictions), point, errors, slopes)
 
     def solved(self, left_out: str = "") -> dict[str, float]:

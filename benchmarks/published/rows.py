@@ -29,7 +29,7 @@ OTHER_NAMES = {
 LINK_SHARE = 0.9
 """The share of a network's label that large messages reach."""
 
-SHARE_OF_2021 = 1.0
+SHARE_OF_2021 = 0.117
 """The share of a link that the collectives of DeepSpeed's ZeRO-3 of 2021 reach, by the one row of it: the constant
 `collectives of 2021` of `--fit`."""
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from zgraph.cost.accuracy import UNKNOWN, Accuracy
+from zgraph.cost.accuracy import PROCESSOR, UNKNOWN, Accuracy
 from zgraph.environment import cache_folder
 from zgraph.errors import HardwareError, did_you_mean
 
@@ -157,7 +157,7 @@ class Hardware(_Frozen):
     @property
     def error(self) -> Accuracy:
         """How true its predictions are."""
-        return self.accuracy or UNKNOWN
+        return self.accuracy or (UNKNOWN if self.has_host else PROCESSOR)
 
     @property
     def has_host(self) -> bool:
