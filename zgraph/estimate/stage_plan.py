@@ -199,7 +199,13 @@ class _Shape:
 
     def __init__(self, planner: Planner, stage: int, whole: frozenset[str], place: str) -> None:
         self.planner, self.stage, self.whole, self.place = planner, stage, whole, place
-        context = Context(mesh=planner.mesh, costs=planner.costs, groups_calls=True, reduce_dtype=planner.reduce_dtype)
+        context = Context(
+            mesh=planner.mesh,
+            costs=planner.costs,
+            groups_calls=True,
+            reduce_dtype=planner.reduce_dtype,
+            hints=planner.hints,
+        )
         self.samples = planner.samples.changed(self._marked)
         steps = parse_recipe(recipe_for(planner.kernels, RECIPES[stage], planner.compute)).passes
         self.members = [Member(graph, steps, context) for graph in self.samples.members]
