@@ -27,6 +27,7 @@ from benchmarks.published.predict import Prediction, costs_of, predicted
 from benchmarks.published.rows import FILES, Row, Unread, read
 from benchmarks.published.store import store
 from zgraph.cost import Interval, memory_interval
+from zgraph.errors import ZgraphError
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,11 @@ def outcome(row: Row | Unread) -> Outcome:
     """Predict a row with the built-in profile of its device."""
     if isinstance(row, Unread):
         return Outcome(row, reason=row.reason)
-    found = predicted(row, costs_of(row))
     costs = costs_of(row)
+    try:
+        found = predicted(row, costs)
+    except ZgraphError as problem:
+        return Outcome(row, reason=str(problem))
     time = costs.hardware.error.time(
         found.step_s(costs),
         num_ranks=row.num_ranks,
@@ -75,12 +79,13 @@ def main(
     """Print each published step beside what is predicted of it, and the mean error."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     found = [row for path in rows or FILES for row in read(path)]
+    record: Any
     if refit:
         record = _refitted(console, [row for row in found if isinstance(row, Row)])
     else:
         outcomes = [outcome(row) for row in track(found, "predicting", console=Console(stderr=True))]
         _print(console, outcomes)
-        record = {"summary": summary(outcomes), "rows": [o.record for o in outcomes]}
+        record = [o.record for o in outcomes]
     if json_file is not None:
         json_file.write_text(json.dumps(record, indent=1) + "\n")
 

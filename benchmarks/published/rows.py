@@ -33,6 +33,9 @@ SHARE_OF_2021 = 0.117
 """The share of a link that the collectives of DeepSpeed's ZeRO-3 of 2021 reach, by the one row of it: the constant
 `collectives of 2021` of `--fit`."""
 
+PCIE_BYTES_PER_S = 4.0e10
+"""Bus bandwidth of an all-reduce over 8 GPUs without NVLink (stas00/ml-engineering)."""
+
 MPT_NETWORK_GBPS = {"a100": 200.0, "h100": 400.0}
 """A device's share of the network between hosts, where the row says that of a host: 1,600 and 3,200 Gbit/s."""
 
@@ -141,23 +144,23 @@ def _name(cells: Mapping[str, str]) -> str:
 
 def _row(cells: Mapping[str, str], name: str) -> Row | Unread:
     system = cells.get("system", "")
+    measured_s = 0.0
     try:
+        measured_s = _measured_s(cells, "none")
         recomputed = _recomputed(cells, system)
-    except Inexpressible as why:
-        return Unread(name, system, _measured_s(cells, "none"), str(why))
-    measured_s = _measured_s(cells, recomputed)
-    try:
+        measured_s = _measured_s(cells, recomputed)
         return _expressed(cells, name, system, recomputed, measured_s)
     except Inexpressible as why:
         return Unread(name, system, measured_s, str(why))
+    except (KeyError, ValueError) as problem:
+        return Unread(name, system, measured_s, f"a cell that it takes is missing, or no number: {problem}")
 
 
 def _expressed(cells: Mapping[str, str], name: str, system: str, recomputed: str, measured_s: float) -> Row:
     strategy = _cell(cells, "strategy")
-    if found := [f"{word} {n}" for word, n in re.findall(r"\b(TP|PP|CP|EP)[ =-]?(\d+)", strategy) if int(n) > 1]:
+    ways = re.findall(r"\b(TP|PP|CP|EP|SP)(?![a-z])[ =-]?(\d*)", strategy, re.IGNORECASE)
+    if found := [f"{word} {n}".rstrip() for word, n in ways if n != "1"]:
         raise Inexpressible(f"it is parallel in another way than by ZeRO: {', '.join(found)}")
-    if re.search(r"\b(CP|context parallel)\b", strategy):
-        raise Inexpressible("it is parallel along the context")
     said = f"{strategy} {system}".lower()
     if "offload" in said and "no offload" not in said:
         raise Inexpressible("the optimizer runs on the host, of whose cores and memory the row says nothing")
@@ -189,6 +192,9 @@ def _expressed(cells: Mapping[str, str], name: str, system: str, recomputed: str
         measured_s,
         _memory(cells),
     )
+    if "pcie" in cells["gpu"].lower():
+        within = row.hardware.within.model_copy(update={"bytes_per_s": PCIE_BYTES_PER_S})
+        row = replace(row, hardware=row.hardware.model_copy(update={"within": within}))
     if "2021" in system:
         row = replace(row, hardware=_slow_collectives(row.hardware))
     if row.sequence % 32:

@@ -13,6 +13,9 @@ from zgraph.cost.hardware import FOLDER
 FITTED = ("a100-40", "a100-80", "h100", "h100-96", "h100-nvl", "h200", "h20")
 """Profiles of the architectures that steps were published of."""
 
+CARRIED = ("b200", "gb200", "gb300")
+"""Profiles that have Hopper's shares, as no step was published of them, and no error bars of their own."""
+
 SHARES = ("sustained", "matmul_half_dim", "memory_share", "fused_share", "update_share")
 
 
@@ -24,7 +27,7 @@ def store(constants: Constants, accuracies: Mapping[str, Accuracy]) -> list[Path
         accuracies: by architecture.
     """
     written = []
-    for name in FITTED:
+    for name in (*FITTED, *CARRIED):
         path = FOLDER / f"{name}.toml"
         profile = hardware(name)
         found = with_constants(profile, constants)
@@ -37,9 +40,9 @@ def store(constants: Constants, accuracies: Mapping[str, Accuracy]) -> list[Path
         text = re.sub(r"\n\[(device\.attention\.\w+|accuracy)\][^\[]*(?=\n\[|\Z)", "", text).rstrip() + "\n"
         for kernel, rate in found.device.attention.items():
             text += _table(f"device.attention.{kernel}", rate.model_dump())
-        text += _table("accuracy", accuracies[architecture(profile)].model_dump())
+        if name in FITTED:
+            text += _table("accuracy", accuracies[architecture(profile)].model_dump())
         path.write_text(text)
-        hardware(name)
         written.append(path)
     return written
 

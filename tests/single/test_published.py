@@ -72,6 +72,8 @@ def changed(tmp_path, path, name, **cells):
         ({"gpu": "TPUv4"}, "no profile is that of TPUv4"),
         ({"params": "8e9"}, "are not those of its layers"),
         ({"act_ckpt": "sometimes"}, "recomputation of 'sometimes' is not known"),
+        ({"strategy": "FSDP2 + async TP"}, "parallel in another way than by ZeRO: TP"),
+        ({"mbs": ""}, "missing, or no number"),
         ({"gpus": "12"}, "12 ranks do not fill hosts of 8"),
         ({"step_s": "", "tok_s_gpu": ""}, "neither seconds, tokens nor FLOP"),
         ({"seq": "1000"}, "no multiple of 32"),
