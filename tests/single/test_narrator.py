@@ -20,7 +20,7 @@ import zgraph
 from zgraph.compiler import build, narrator
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.compiler.narrator import Bar, tell
-from zgraph.compiler.report import mebibytes, milliseconds
+from zgraph.cost import bytes_text, memory_interval, time_text
 from zgraph.environment import LOG_KINDS, environment
 from zgraph.errors import UsageError
 
@@ -40,8 +40,8 @@ for size in (2, 3, 3):
 """
 
 LINE = (
-    r"captured Linear, \d+ nodes in \d+\.\d s; \d+ passes in \d+\.\d s; stage 2 on 1 rank; predicted step [\d.,]+ us, "
-    r"peak [\d.]+ KiB"
+    r"captured Linear, \d+ nodes in \d+\.\d s; \d+ passes in \d+\.\d s; stage 2 on 1 rank; predicted step [\d.,]+ us "
+    r"\(80 %: [\d.,]+ to [\d.,]+\), peak [\d.]+ (KiB|B) \(80 %: [\d.]+ to [\d.]+\)"
 )
 AGAIN = r"Linear is captured again, time 2: input\.shape\[0\] changed from 2 to 3; sizes that change are symbols .*"
 
@@ -104,7 +104,8 @@ def test_the_line_has_the_reports_numbers(caplog: pytest.LogCaptureFixture) -> N
     (line,) = lines_of(model, caplog, lambda m: m(*rows(0)).backward(), lambda m: m(*rows(0)))
     report = zgraph.report(model)
     (entry,) = report.entries
-    assert f"predicted step {milliseconds(entry.timeline.step_us)}, peak {mebibytes(report.peak_bytes)}" in line
+    peak = bytes_text(memory_interval(report.peak_bytes, entry.costs))
+    assert f"predicted step {time_text(entry.time)}, peak {peak}" in line
     assert f"{len(entry.steps)} passes" in line
     assert "stages 0 and 3 on 1 rank" in line
 

@@ -37,10 +37,10 @@ def _captured_once(monkeypatch):
     """Tests that plan the same model share its capture."""
     capture = planning.capture_samples
 
-    def capture_samples(model, args, kwargs, param_dtype):
-        key = type(model), sum(p.numel() for p in model.parameters()), layer_scaling.stacks
+    def capture_samples(model, args, kwargs, param_dtype, capability):
+        key = type(model), sum(p.numel() for p in model.parameters()), layer_scaling.stacks, capability
         if key not in _CAPTURES:
-            _CAPTURES[key] = capture(model, args, kwargs, param_dtype)
+            _CAPTURES[key] = capture(model, args, kwargs, param_dtype, capability)
         return _CAPTURES[key]
 
     monkeypatch.setattr(planning, "capture_samples", capture_samples)

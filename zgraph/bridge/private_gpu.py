@@ -16,8 +16,16 @@ from typing import Any
 import torch
 import torch.nn.attention.flex_attention
 from torch import fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Capability", "as_on_gpu", "attention_on_gpu", "flex_attention_on_gpu"]
+__all__ = [
+    "TORCH_KERNELS",
+    "Capability",
+    "as_on_gpu",
+    "attention_on_gpu",
+    "chosen_attention",
+    "flex_attention_on_gpu",
+]
 
 Capability = tuple[int, int]
 """A GPU's compute capability, major and minor."""
@@ -80,6 +88,27 @@ def as_on_gpu(capability: Capability) -> Callable[[fx.GraphModule], None]:
                 part.recompile()
 
     return rewrite
+
+
+TORCH_KERNELS = ("math", "efficient", "flash", "cudnn")
+"""Kernels of attention that torch can be told to take."""
+
+_BACKENDS = {
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+@contextmanager
+def chosen_attention(kernel: str | None) -> Iterator[None]:
+    """Have torch take one kernel of attention, and "math" where that cannot be; its own choice for any other word."""
+    if kernel not in _BACKENDS:
+        yield
+        return
+    with sdpa_kernel([_BACKENDS[kernel], SDPBackend.MATH]):
+        yield
 
 
 @contextmanager

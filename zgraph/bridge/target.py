@@ -71,6 +71,14 @@ def capability_of(hardware: Hardware) -> Capability | None:
     return next((found for name, found in CAPABILITIES.items() if hardware.name.startswith(name)), _USUAL)
 
 
+def alike_capability(hardware: Hardware) -> Capability | None:
+    """A compute capability that stands for all with the same ops, so that models are captured once for them."""
+    found = capability_of(hardware)
+    if found is None or found < _USUAL:
+        return found
+    return (9, 0) if found[0] in (9, 10) and found[1] == 0 else _USUAL
+
+
 UNKNOWN = "a100-40"
 """Profile whose rates and links stand for those of a GPU whose name says nothing; a warning tells of it."""
 

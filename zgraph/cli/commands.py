@@ -381,6 +381,7 @@ def simulate_run(
     Example: `zgraph simulate run.zg`
     """
     from zgraph.compiler.report import make_entry, mebibytes, step_summary
+    from zgraph.cost import memory_interval
 
     run, name = read_run(file)
     plan, timeline = run.step(name)
@@ -389,16 +390,22 @@ def simulate_run(
     starts = {n.name: n for n in entry.plan.graph.nodes}
     for stall in timeline.stalls:
         causes[f"{starts[stall.start].op} in the {stall.phase}"] += stall.us
+    peak_bytes = entry.memory.peak.total_bytes + run.context.rest_bytes
+    peak = memory_interval(peak_bytes, run.context.costs)
     if as_json:
         print_json(
             {
                 "step_us": timeline.step_us,
+                "step_low_us": entry.time.low,
+                "step_high_us": entry.time.high,
                 "lower_bound_us": entry.lower_bound_us,
                 "gap": entry.gap,
                 "busy_us": dict(timeline.busy_us),
                 "exposed_us": timeline.exposed_us,
                 "exposed_by": dict(causes),
-                "peak_bytes": entry.memory.peak.total_bytes + run.context.rest_bytes,
+                "peak_bytes": peak_bytes,
+                "peak_low_bytes": peak.low,
+                "peak_high_bytes": peak.high,
                 "rest_bytes": run.context.rest_bytes,
             }
         )

@@ -21,6 +21,7 @@ from zgraph.compiler.call_guard import eager
 from zgraph.compiler.float8_layers import Float8Layers
 from zgraph.compiler.narrator import Narrator
 from zgraph.compiler.report import Entry, Report, make_entry
+from zgraph.cost import memory_interval
 from zgraph.cost.workspace import NUM_THREADS
 from zgraph.environment import environment
 from zgraph.errors import UsageError, VerifyError, did_you_mean
@@ -152,7 +153,7 @@ class CompiledModel:
             forward = trial.watched(forward, "forward")
             backward = trial.watched(backward, "backward") if backward is not None else None
         self.entries.append(entry)
-        self.narrator.compiled(graph, entry.steps, entry.timeline.step_us, peak_bytes)
+        self.narrator.compiled(graph, entry.steps, entry.time, memory_interval(peak_bytes, context.costs))
         return Compiled(plan, forward, backward)
 
     def plan_smaller(self) -> None:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch.utils import _pytree as pytree
 
 from zgraph.bridge.private_compile import on_break, on_capture
-from zgraph.compiler.report import mebibytes, milliseconds
+from zgraph.cost import Interval, bytes_text, time_text
 from zgraph.ir import Graph
 from zgraph.passes import Pass
 from zgraph.passes.core.instruments import PassSummary
@@ -160,15 +160,15 @@ class Narrator:
             found = PassSummary.of(step.name, before, after, seconds)
             tell(f"{found.text}: {found.summary}; {found.num_nodes:,} nodes, {1e3 * seconds:,.0f} ms")
 
-    def compiled(self, graph: Graph, steps: Collection[PassSummary], step_us: float, peak_bytes: int) -> None:
+    def compiled(self, graph: Graph, steps: Collection[PassSummary], step: Interval, peak: Interval) -> None:
         """The graph is compiled: what was captured, the passes, and what a step is predicted to take."""
         self._began = 0.0
         self._bar.stop()
         if "capture" in self.kinds:
             tell(
                 f"captured {self.model}, {len(graph.nodes):,} nodes in {self.seconds:.1f} s; {len(steps)} passes in "
-                f"{sum(step.seconds for step in steps):.1f} s; {self.where}; predicted step {milliseconds(step_us)}, "
-                f"peak {gibibytes(peak_bytes) if peak_bytes >= 2**30 else mebibytes(peak_bytes)}"
+                f"{sum(step.seconds for step in steps):.1f} s; {self.where}; predicted step {time_text(step)}, "
+                f"peak {bytes_text(peak)}"
             )
 
 

@@ -15,7 +15,19 @@ from rich.table import Table
 from rich.text import Text
 
 from zgraph.certify.record import Certificate
-from zgraph.cost import MemoryCurve, Timeline, Traffic, simulate, traffic
+from zgraph.cost import (
+    CostTable,
+    Interval,
+    MemoryCurve,
+    Timeline,
+    Traffic,
+    bytes_text,
+    memory_interval,
+    simulate,
+    time_interval,
+    time_text,
+    traffic,
+)
 from zgraph.cost.memory import Life, alive_at_peak
 from zgraph.cost.work import work
 from zgraph.errors import UsageError
@@ -44,6 +56,7 @@ class Entry:
     timeline: Timeline
     lower_bound_us: float
     hints: Mapping[str, int]
+    costs: CostTable
     run: Callable[[], RunFile]
     """Runs the passes on the graph again, and returns their run file."""
     certificate: Certificate | None = None
@@ -58,6 +71,11 @@ class Entry:
     def flop(self) -> int:
         """FLOP of one rank's matmuls in a step."""
         return sum(int(evaluate(work(self.plan.graph, n).flop, self.hints)) for n in self.plan.graph.nodes)
+
+    @cached_property
+    def time(self) -> Interval:
+        """The step's time in microseconds, with its interval."""
+        return time_interval(self.timeline.step_us, self.plan.graph, self.costs, self.hints)
 
     @property
     def kind(self) -> str:
@@ -80,7 +98,8 @@ def make_entry(
     """The entry of a plan, of which `run` makes the file; the plan is simulated where no timeline is given."""
     timeline = timeline or simulate(plan, context.costs, context.hints)
     bound = step_bound_us(plan.graph, context, timeline)
-    return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, context.hints, run, certificate)
+    known = context.hints, context.costs, run, certificate
+    return Entry(plan, tuple(steps), timeline.memory, traffic(plan), timeline, bound, *known)
 
 
 KERNELS = {
@@ -194,6 +213,11 @@ class Report:
         style = "width: 100%; height: 760px; border: 0"
         return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{escape(self.html())}"></iframe>'
 
+    def _peak_text(self) -> str:
+        if not self.entries:
+            return mebibytes(self.peak_bytes)
+        return bytes_text(memory_interval(self.peak_bytes, self.entries[0].costs))
+
     def _rest(self) -> Table:
         table = Table(title=f"{self.model} on {self.num_ranks} rank{'s' * (self.num_ranks > 1)}", title_justify="left")
         table.add_column("at rest, per rank")
@@ -204,7 +228,7 @@ class Report:
         table.add_row("with AdamW's two moments", mebibytes(self.rest_bytes + self.state_bytes))
         table.add_row("buffers", mebibytes(self.buffer_bytes))
         table.add_row("above that, in AdamW's step", mebibytes(self.update_bytes))
-        table.add_row("peak of a training step", mebibytes(self.peak_bytes))
+        table.add_row("peak of a training step", self._peak_text())
         if self.host_bytes or self.host_peak_bytes:
             table.add_row("on the host: masters and moments", mebibytes(self.host_bytes))
             table.add_row("on the host: at the peak of a step", mebibytes(self.host_bytes + self.host_peak_bytes))
@@ -302,7 +326,7 @@ def step_summary(entry: Entry) -> Text:
     """Predicted time, the bound below which no order can go, and what computing waits for."""
     timeline = entry.timeline
     text = Text(
-        f"predicted step {milliseconds(timeline.step_us)}, lower bound {milliseconds(entry.lower_bound_us)}, gap "
+        f"predicted step {time_text(entry.time)}, lower bound {milliseconds(entry.lower_bound_us)}, gap "
         f"{max(entry.gap, 0.0):.1%}: computing {milliseconds(timeline.busy_us['compute'])}, communication "
         f"{milliseconds(timeline.busy_us['comm'])}, "
     )

@@ -56,9 +56,9 @@ class StepForm:
 
     def step_s(self, stage: int, hardware: Hardware) -> sympy.Expr:
         """Seconds of a step that hides all communication it can: the larger of computing and the slowest link."""
-        bytes_per_s = hardware.within.bytes_per_s
+        bytes_per_s = hardware.within.rate
         if hardware.num_hosts > 1:
-            bytes_per_s = min(bytes_per_s, hardware.devices_per_host * hardware.between.bytes_per_s)
+            bytes_per_s = min(bytes_per_s, hardware.devices_per_host * hardware.between.rate)
         return sympy.Max(self.computing_s(hardware), self.wire_bytes(stage) / bytes_per_s)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from zgraph.cost.accuracy import PROCESSOR, UNKNOWN, Accuracy
 from zgraph.environment import cache_folder
 from zgraph.errors import HardwareError, did_you_mean
 
@@ -52,6 +53,34 @@ class Link(_Frozen):
 
     bytes_per_s: float = Field(gt=0, description="what large messages reach, not the label on the cable")
     latency_us: float = Field(ge=0, description="one message of no size, software included")
+    share: float = Field(1.0, gt=0, le=1, description="the share of it that collectives of a training step reach")
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second that collectives of a training step reach."""
+        return self.bytes_per_s * self.share
+
+
+class AttentionRate(_Frozen):
+    """How fast a kernel of attention is, as shares of the best matmul rate of its dtype.
+
+    A sequence of `half_sequence` keys reaches half of them, one of n keys n / (n + half_sequence).
+    """
+
+    forward: float = Field(gt=0, le=1)
+    backward: float = Field(gt=0, le=1)
+    half_sequence: float = Field(0.0, ge=0)
+
+
+ATTENTION_ALIKE: Mapping[str, tuple[str, ...]] = {
+    "flash3": ("cudnn", "flash"),
+    "cudnn": ("flash3", "flash"),
+    "flash": ("cudnn",),
+    "efficient": ("triton", "flash"),
+    "triton": ("efficient", "flash"),
+    "flex": ("triton", "flash"),
+}
+"""Kernels of attention whose rates stand for one that a profile does not have, nearest first."""
 
 
 class Device(_Frozen):
@@ -69,6 +98,18 @@ class Device(_Frozen):
         le=1,
         description="the share of the best matmul rate that generated matmuls reach; 0: none run there",
     )
+    sustained: float = Field(
+        1.0, gt=0, le=1, description="the share of the best matmul rate that large matmuls hold through a training step"
+    )
+    matmul_half_dim: float = Field(
+        0.0, ge=0, description="a matmul whose smallest size is this one reaches half of its rate"
+    )
+    memory_share: float = Field(
+        1.0, gt=0, le=1, description="the share of a large copy's bandwidth that torch's ops reach one by one"
+    )
+    fused_share: float = Field(1.0, gt=0, le=1, description="the same of generated kernels")
+    update_share: float = Field(1.0, gt=0, le=1, description="the same of an optimizer's step")
+    attention: Mapping[str, AttentionRate] = Field({}, description="by kernel; without, it is as fast as matmuls")
 
     @field_validator("matmul_flops")
     @classmethod
@@ -81,6 +122,11 @@ class Device(_Frozen):
         """The matmul rate of a dtype; that of its like, or of fp32, where the profile has none."""
         names = dtype, *ALIKE.get(dtype, ()), "f32"
         return next(self.matmul_flops[name] for name in names if name in self.matmul_flops)
+
+    def attention_rate(self, kernel: str) -> AttentionRate | None:
+        """The rate of a kernel of attention, or of its like; None where the profile knows of none."""
+        names = kernel, *ATTENTION_ALIKE.get(kernel, ())
+        return next((self.attention[name] for name in names if name in self.attention), None)
 
 
 class Hardware(_Frozen):
@@ -102,10 +148,16 @@ class Hardware(_Frozen):
     host_link: Link
     host_memory_bytes: int = Field(0, ge=0)
     overlap_slowdown: float = Field(1.0, ge=1.0)
+    accuracy: Accuracy | None = Field(None, description="how true predictions are, if anybody has looked")
 
     @property
     def num_devices(self) -> int:
         return self.num_hosts * self.devices_per_host
+
+    @property
+    def error(self) -> Accuracy:
+        """How true its predictions are."""
+        return self.accuracy or (UNKNOWN if self.has_host else PROCESSOR)
 
     @property
     def has_host(self) -> bool:
@@ -241,7 +293,7 @@ def _lines(fields: Mapping[str, object], table: str) -> Iterator[str]:
     for key, value in fields.items():
         if isinstance(value, str):
             yield f"{key} = {json.dumps(value, ensure_ascii=False)}"  # TOML writes plain texts as JSON does
-        elif not isinstance(value, Mapping):
+        elif value is not None and not isinstance(value, Mapping):
             yield f"{key} = {value!r}"
     for key, value in fields.items():
         if isinstance(value, Mapping):

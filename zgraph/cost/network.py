@@ -80,8 +80,8 @@ class Network:
         flat = self._flat_link()
         if op == "all_reduce":
             both = tuple(Quote(q.algorithm, 2 * q.us) for q in scatter)
-            return (*both, Quote("tree", 2 * rounds * flat.latency_us + 2e6 * whole_bytes / flat.bytes_per_s))
-        return {"broadcast": (Quote("tree", rounds * flat.latency_us + 1e6 * whole_bytes / flat.bytes_per_s),)}[op]
+            return (*both, Quote("tree", 2 * rounds * flat.latency_us + 2e6 * whole_bytes / flat.rate))
+        return {"broadcast": (Quote("tree", rounds * flat.latency_us + 1e6 * whole_bytes / flat.rate),)}[op]
 
     def _scatters(self, whole_bytes: float) -> tuple[Quote, ...]:
         num_ranks, hosts, each = self.num_ranks, self.num_hosts, self.per_host
@@ -104,7 +104,7 @@ class Network:
         within, between = self.hardware.within, self.hardware.between
         if self.num_hosts == 1:
             return within
-        bytes_per_s = min(within.bytes_per_s, self.per_host * between.bytes_per_s)
+        bytes_per_s = min(within.rate, self.per_host * between.rate)
         if self.per_host == 1:
             return between
         latency_us = (between.latency_us + (self.per_host - 1) * within.latency_us) / self.per_host
@@ -113,4 +113,4 @@ class Network:
 
 def _steps(link: Link, num_messages: int, num_bytes: float) -> float:
     """Microseconds for messages one after the other that carry `num_bytes` in all."""
-    return num_messages * link.latency_us + 1e6 * num_bytes / link.bytes_per_s
+    return num_messages * link.latency_us + 1e6 * num_bytes / link.rate

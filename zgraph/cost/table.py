@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from zgraph.cost.hardware import Hardware, read_text, shown
 from zgraph.cost.memory import local_bytes
 from zgraph.cost.network import COLLECTIVES, Network
-from zgraph.cost.work import work
+from zgraph.cost.work import attention_kernel, work
 from zgraph.errors import HardwareError
 from zgraph.ir import (
     OPS,
@@ -35,6 +35,9 @@ from zgraph.ir.ops import transfer as transfer_of
 from zgraph.ir.symbols import evaluate
 
 Us = Annotated[float, Field(ge=0)]
+
+UPDATE_PASSES = 7
+"""How often AdamW's update goes over memory as large as the masters: it reads four tensors and writes three."""
 
 MAX_BYTES = 64 << 20
 """Of a table's file."""
@@ -58,6 +61,7 @@ class CostTable(BaseModel):
         transfers: models by collective (all_gather, ...) or copy (offload, reload).
         groups: microseconds of the ways to run ops that can be one kernel, op by op ("aten"), as that ("kernel"), ...,
             by the `signature` of the kernel, behind that of the matmul before it where there is one.
+        attention: the kernel that attention runs as, where it is not the one that the graph names.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -66,6 +70,7 @@ class CostTable(BaseModel):
     ops: Mapping[str, Us] = {}
     transfers: Mapping[str, AlphaBeta] = {}
     groups: Mapping[str, Mapping[str, Us]] = {}
+    attention: str = ""
 
     def group_us(self, key: str) -> Mapping[str, Us]:
         """Times of the ways to run a group: of this one, else of the one that differs least, and in sizes alone."""
@@ -83,18 +88,37 @@ class CostTable(BaseModel):
     def roofline_us(self, graph: Graph, node: Node, hints: Mapping[str, int]) -> float:
         """The larger of computing and moving memory (Williams, Waterman, Patterson: "Roofline", 2009).
 
-        The matmul rate falls for small ones: FLOP / (FLOP + half) of the best rate.
+        The matmul rate falls for small ones: FLOP / (FLOP + half) of the best rate, and size / (size + half) by the
+        smallest size. Attention has the rate of its kernel.
         """
         done = work(graph, node)
         flop, num_bytes = evaluate(done.flop, hints), evaluate(done.num_bytes, hints)
         if not flop and not num_bytes:
             return 0.0
         device = self.hardware.device
-        rate = device.rate(done.dtype)
-        if node.op == MATMUL:
-            rate *= device.generated_matmul_rate or 1.0
-        computing = (flop + device.matmul_half_flop) / rate if flop else 0.0
-        return device.launch_us + 1e6 * max(computing, num_bytes / device.memory_bytes_per_s)
+        share = device.fused_share if node.op.startswith("zgraph.") else device.memory_share
+        moving = num_bytes / (device.memory_bytes_per_s * share)
+        computing = 0.0
+        if flop:
+            rate = device.rate(done.dtype) * self._matmul_share(node, evaluate(done.size, hints))
+            computing = (flop + device.matmul_half_flop) / rate
+        return device.launch_us + 1e6 * max(computing, moving)
+
+    def _matmul_share(self, node: Node, size: float) -> float:
+        """The share of the best matmul rate that an op reaches."""
+        device = self.hardware.device
+        if kernel := attention_kernel(node):
+            found = device.attention_rate(self.attention or kernel)
+            if found is not None:
+                best = found.backward if "backward" in node.op else found.forward
+                return best * size / (size + found.half_sequence) if size else best
+        share = device.sustained * (device.generated_matmul_rate or 1.0 if node.op == MATMUL else 1.0)
+        return share * size / (size + device.matmul_half_dim) if size else share
+
+    def update_us(self, master_bytes: float) -> float:
+        """AdamW's update of masters on the device, in microseconds: as fast as its memory lets it."""
+        device = self.hardware.device
+        return 1e6 * UPDATE_PASSES * master_bytes / (device.memory_bytes_per_s * device.update_share)
 
     def start_us(self, start: Node, hints: Mapping[str, int]) -> float:
         """Time for the compute lane to hand a collective over, in microseconds; 0 where it was not measured."""

@@ -17,11 +17,19 @@ from zgraph.ir.symbols import Dim
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Work of one rank for one node. `dtype` is the one that its matmuls run in; empty where there are none."""
+    """Work of one rank for one node.
+
+    Args:
+        flop: of its matmuls.
+        num_bytes: read and written.
+        dtype: of its matmuls; empty where there are none.
+        size: the smallest size of a matmul, or the number of keys of an attention; 0 where it is not known.
+    """
 
     flop: Any = 0
     num_bytes: Any = 0
     dtype: str = ""
+    size: Any = 0
 
 
 def work(graph: Graph, node: Node) -> Work:
@@ -37,7 +45,28 @@ def work(graph: Graph, node: Node) -> Work:
     flop = _flop(node)
     if flop is None:
         return Work() if views(graph, node) and not graph.foreign[node.op].writes else Work(0, _bytes(node))
-    return Work(flop, _bytes(node), _matmul_dtype(node))
+    return Work(flop, _bytes(node), _matmul_dtype(node), _smallest(node))
+
+
+def attention_kernel(node: Node) -> str:
+    """The kernel of an attention op: "flash", "cudnn", "efficient", "flex"; empty where it is none."""
+    if is_higher_order(node):
+        return "flex" if "attention" in node.op else ""
+    rule = facts(node.op).work
+    if rule is None or not rule.startswith("attention"):
+        return ""
+    return next((name for name in ("cudnn", "efficient") if name in node.op), "flash")
+
+
+def _smallest(node: Node) -> Any:
+    """The smallest size of a matmul; the number of keys of an attention."""
+    shapes = [v.type.shape for v in node.operands if isinstance(v.type, TensorType)]
+    if attention_kernel(node):
+        key = _query_and_key(shapes, node)[1]
+        return key[2] if "by tokens" not in str(facts(node.op).work) else key[-3]
+    wide = [shape for shape in shapes if len(shape) > 1]
+    sizes = [size for shape in wide[:2] for size in shape[-2:]]
+    return min(sizes) if sizes and all(isinstance(size, int) for size in sizes) else 0
 
 
 def _pair(graph: Graph, node: Node) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zgraph.bridge.private_gpu import Capability
 from zgraph.capture import trace
 from zgraph.capture.layers import kinds_and_shapes, shortened, stacks
 from zgraph.ir import Graph
@@ -54,7 +55,11 @@ class LayerSamples:
 
 
 def capture_samples(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], param_dtype: torch.dtype | None
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    param_dtype: torch.dtype | None,
+    capability: Capability | None = None,
 ) -> LayerSamples:
     """Capture a model in few layers: layers of one class, with parameters of the same shapes, count as repeated.
 
@@ -62,11 +67,12 @@ def capture_samples(
         model: a module on any device; it is not changed.
         args, kwargs: what its forward is called with.
         param_dtype: dtype to compute in.
+        capability: the GPU's that it is captured for; None for a processor.
     """
 
     def capture(lengths: Mapping[nn.Module, int]) -> Graph:
         with shortened(lengths):
-            return trace(model, *args, param_dtype=param_dtype, **kwargs)
+            return trace(model, *args, param_dtype=param_dtype, capability=capability, **kwargs)
 
     found = stacks(model, kinds_and_shapes, (nn.ModuleList,))
     found = [s for s in found if len(s.layers) > s.length(FEW_LAYERS) + s.period]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,13 +14,17 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from zgraph.bridge.aten import compute_dtype
+from zgraph.bridge.aten import FROM_TORCH, compute_dtype
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
-from zgraph.bridge.target import MEMORY_MARGIN, Target, cost_table, num_bytes, planned_budget
+from zgraph.bridge.private_gpu import TORCH_KERNELS, Capability, chosen_attention
+from zgraph.bridge.target import MEMORY_MARGIN, Target, alike_capability, cost_table, num_bytes, planned_budget
+from zgraph.cost import CostTable, Interval
+from zgraph.cost.workspace import NUM_THREADS
 from zgraph.errors import UsageError
 from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.stage_plan import Planner, StagePlan
 from zgraph.options.offload import Offload, activations, places
+from zgraph.options.settings import RECOMPUTES, Recompute, check_recompute
 from zgraph.options.validate import Compute, Kernels, check_compute, check_kernels, default_kernels
 from zgraph.passes import RECIPES
 from zgraph.viz import as_text, gibibytes
@@ -66,7 +71,9 @@ class TrainingPlan:
         others = [s.stage for s in self.stages if not s.fits]
         full = f"; stage {', '.join(map(str, others))} would not fit" if others else ""
         small = f", {len(self.best.whole)} small parameters kept whole" if self.best.whole else ""
-        return f"stage {self.best.stage}{small}: the fastest that fits{resting(self.best)}{full}"
+        tied = [s.title for s in self.stages if s.fits and s is not self.best and s.time.is_tied(self.best.time)]
+        ties = f"; stage {', '.join(tied)} no slower than is certain" if tied else ""
+        return f"stage {self.best.stage}{small}: the fastest that fits{resting(self.best)}{ties}{full}"
 
     def __rich__(self) -> RenderableType:
         title = (
@@ -88,6 +95,7 @@ class TrainingPlan:
             "least",
             *("host", "moved") * uses_host,
             "step",
+            "80 %",
             "exposed",
             "sent",
             "again",
@@ -111,7 +119,8 @@ class TrainingPlan:
                 plan.title,
                 *(f"{size / unit:,.1f}" for size in sizes),
                 *(f"{plan.host_bytes / unit:,.1f}", f"{plan.moved_share:.0%}") * uses_host,
-                seconds(plan.total_us),
+                seconds(plan.total_us, plan.time),
+                bounds(plan.time),
                 seconds(plan.exposed_us),
                 f"{plan.sent_bytes / unit:,.1f}",
                 f"{plan.again_share:.0%}",
@@ -135,6 +144,11 @@ def plan(
     param_dtype: Dtype | None = None,
     kernels: Kernels | None = None,
     compute: Compute | None = None,
+    recompute: Recompute = "auto",
+    reduce_dtype: Dtype | None = None,
+    accumulation: int = 1,
+    mesh: tuple[int, int] | None = None,
+    attention: str | None = None,
     **kwargs: Any,
 ) -> TrainingPlan:
     """Plans memory and time of training a model with AdamW, without the hardware: no process group, device or memory.
@@ -157,6 +171,13 @@ def plan(
         kernels: what runs the ops between collectives, as in `zgraph.compile`; by default what that takes on the
             hardware. "inductor" and "auto" are planned op by op, as if Inductor saved nothing.
         compute: what matrices are multiplied in, as in `zgraph.compile`.
+        recompute: what is computed again, as in `zgraph.compile`.
+        reduce_dtype: dtype in which gradients are averaged over ranks, as in `zgraph.compile`.
+        accumulation: micro-steps of a step; all but the last are under `zgraph.no_sync`.
+        mesh: ranks that hold the same shard, and ranks that parameters are sharded over; their product is `num_ranks`.
+        attention: the kernel that attention runs as: "math", "efficient", "flash" or "cudnn", which torch can be told
+            to take, and where the profile has its rate another, such as "flash3" or "triton". By default what torch
+            takes on the hardware.
 
     Raises:
         UsageError, DtypeError: an option means nothing.
@@ -174,6 +195,11 @@ def plan(
         param_dtype=param_dtype,
         kernels=kernels,
         compute=compute,
+        recompute=recompute,
+        reduce_dtype=reduce_dtype,
+        accumulation=accumulation,
+        mesh=mesh,
+        attention=attention,
         **kwargs,
     )
     return found
@@ -190,13 +216,19 @@ def sweep(
     param_dtype: Dtype | None = None,
     kernels: Kernels | None = None,
     compute: Compute | None = None,
+    recompute: Recompute = "auto",
+    reduce_dtype: Dtype | None = None,
+    accumulation: int = 1,
+    mesh: tuple[int, int] | None = None,
+    attention: str | None = None,
     **kwargs: Any,
 ) -> tuple[TrainingPlan, ...]:
     """`plan` for several kinds of hardware, with the model captured once.
 
     Args:
         hardware: what to plan for, one plan each.
-        model, args, kwargs, num_ranks, memory_budget, stage, offload, param_dtype, kernels, compute: as for `plan`.
+        model, args, kwargs, num_ranks, memory_budget, stage, offload, param_dtype, kernels, compute, recompute,
+            reduce_dtype, accumulation, mesh, attention: as for `plan`.
 
     Raises:
         UsageError, HardwareError, CaptureError, GraphBreakError: as `plan` does.
@@ -210,13 +242,30 @@ def sweep(
     dtype = as_dtype_or_none(param_dtype, "param_dtype")
     check_kernels(kernels, has_recipe=False)
     check_compute(compute)
-    makers = [_planner(target, num_ranks, memory_budget, offload, kernels, compute) for target in hardware]
-    samples = capture_samples(model, args, kwargs, dtype)
+    check_recompute(recompute)
+    if accumulation < 1:
+        raise UsageError(f"accumulation must be 1 or more, not {accumulation}")
+    copies = _checked_copies(mesh, num_ranks)
+    num_ranks = math.prod(mesh) if mesh else num_ranks
+    reduced = as_dtype_or_none(reduce_dtype, "reduce_dtype")
+    tables = [_with_attention(cost_table(target, torch.device("cpu")), attention) for target in hardware]
+    more = {
+        "recomputes": RECOMPUTES[recompute],
+        "reduce_dtype": reduced and FROM_TORCH[reduced],
+        "accumulation": accumulation,
+        "num_copies": copies,
+    }
+    makers = [_planner(table, num_ranks, memory_budget, offload, kernels, compute, more) for table in tables]
+    captured: dict[Capability | None, LayerSamples] = {}
     num_parameters = sum(p.numel() for p in model.parameters())
     sizes = [(n, p.numel() * compute_dtype(p, dtype).itemsize) for n, p in model.named_parameters()]
     plans = []
-    for make in makers:
-        planner = make(samples)
+    for make, table in zip(makers, tables, strict=True):
+        kind = alike_capability(table.hardware)
+        if kind not in captured:
+            with chosen_attention(attention):
+                captured[kind] = capture_samples(model, args, kwargs, dtype, kind)
+        planner = make(captured[kind])
         found = tuple(map(planner.plan, stages))
         whole = TrainingPlan(
             type(model).__name__, num_parameters, planner.num_ranks, planner.costs.hardware.name, planner.budget, found
@@ -228,16 +277,40 @@ def sweep(
     return tuple(plans)
 
 
+def _checked_copies(mesh: tuple[int, int] | None, num_ranks: int | None) -> int:
+    """How many ranks hold the same shard."""
+    if mesh is None:
+        return 1
+    if len(mesh) != 2 or not all(isinstance(size, int) and size > 0 for size in mesh):
+        raise UsageError(f"mesh must be two numbers of ranks, those of copies and those of shards, not {mesh!r}")
+    if num_ranks not in (None, math.prod(mesh)):
+        raise UsageError(f"a mesh of {mesh[0]} x {mesh[1]} has {math.prod(mesh)} ranks, and num_ranks is {num_ranks}")
+    return mesh[0]
+
+
+def _with_attention(table: CostTable, kernel: str | None) -> CostTable:
+    """The costs with another kernel of attention. Raises UsageError for one whose rate nobody knows."""
+    known = {*TORCH_KERNELS, *table.hardware.device.attention}
+    if kernel is not None and kernel not in known:
+        raise UsageError(
+            f"attention must be one of {', '.join(sorted(known))} on {table.hardware.name}, not {kernel!r}; a rate of "
+            f"its own can be put in a profile, under [device.attention.{kernel}]"
+        )
+    if kernel is None or kernel == "math":
+        return table
+    return table.model_copy(update={"attention": kernel})
+
+
 def _planner(
-    target: Target,
+    costs: CostTable,
     num_ranks: int | None,
     memory_budget: int | str | None,
     offload: Offload,
     kernels: Kernels | None,
     compute: Compute | None,
+    more: Mapping[str, Any],
 ) -> Callable[[LayerSamples], Planner]:
     """A planner for one kind of hardware, once the model is captured."""
-    costs = cost_table(target, torch.device("cpu"))
     hardware = costs.hardware
     count = hardware.num_devices if num_ranks is None else num_ranks
     budget = planned_budget(hardware, count) if memory_budget is None else num_bytes(memory_budget)
@@ -252,12 +325,20 @@ def _planner(
         moves=activations(offload, budget, is_gpu=hardware.has_host) != "never",
         kernels=kernels or default_kernels(is_gpu=hardware.has_host),
         compute=compute,
+        hints={} if hardware.has_host else {NUM_THREADS: torch.get_num_threads()},
+        **more,
     )
 
 
-def seconds(us: float) -> str:
-    """A time for people: in seconds, or in milliseconds below one."""
-    return f"{us / 1e6:,.2f} s" if us >= 1e6 else f"{us / 1e3:,.1f} ms"
+def seconds(us: float, known: Interval | None = None) -> str:
+    """A time for people: in seconds, or in milliseconds below one; with the digits that its interval knows."""
+    unit, factor, digits = ("s", 1e6, 2) if us >= 1e6 else ("ms", 1e3, 1)
+    return f"{us / factor:,.{known.scaled(1 / factor).digits if known else digits}f} {unit}"
+
+
+def bounds(us: Interval) -> str:
+    """Bounds of a time for people, in the unit that `seconds` takes."""
+    return us.scaled(1e-6 if us.value >= 1e6 else 1e-3).bounds.split(": ")[1]
 
 
 def resting(plan: StagePlan) -> str:

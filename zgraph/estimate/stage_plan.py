@@ -8,29 +8,26 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the workspace of ops
-from zgraph.cost import CostTable, Moment, simulate, traffic
+from zgraph.cost import CostTable, Interval, memory_interval, time_interval
 from zgraph.cost.rest import at_rest
-from zgraph.cost.work import work
+from zgraph.cost.table import UPDATE_PASSES
 from zgraph.estimate.layer_scaling import LayerSamples
-from zgraph.ir import Axis, Graph, InputKind, Phase
+from zgraph.estimate.member import Member
+from zgraph.ir import Axis, DType, Graph, InputKind, Mesh
 from zgraph.options.validate import Compute, Kernels
-from zgraph.passes import RECIPES, Context, Pass, Pipeline, make_plan, parse_recipe, recipe_for
-from zgraph.passes.analysis.forward import Forward
+from zgraph.passes import RECIPES, Context, parse_recipe, recipe_for
 from zgraph.passes.analysis.lookahead import step_memory
 from zgraph.passes.canonicalize import Canonicalize
+from zgraph.passes.core.base import Choice
 from zgraph.passes.dce import DeadCode
-from zgraph.passes.fit import Fit
 from zgraph.passes.fuse import Fuse
 from zgraph.passes.fusion.loss import fused_losses, loss_nodes
 from zgraph.passes.offload import Saved
-
-UPDATE_PASSES = 7
-"""How often AdamW's update goes over memory as large as the masters: it reads four tensors and writes three."""
 
 RESTING = ("parameters", "optimizer", "buffers")
 CATEGORIES = (*RESTING, "gradients", "activations", "gathered", "temporaries", "buckets")
@@ -57,6 +54,8 @@ class StagePlan:
         flop: of one rank's matmuls in a step, what is computed again not counted.
         again_share: FLOP of what is computed again, over those of the step without.
         fits: whether the peak is within the budget, and the host has room.
+        time: microseconds of a step with its update, and between which bounds four of five measurements lie.
+        memory: the same of the peak, in bytes.
     """
 
     stage: int
@@ -74,6 +73,8 @@ class StagePlan:
     flop: float
     again_share: float
     fits: bool
+    time: Interval
+    memory: Interval
 
     @property
     def title(self) -> str:
@@ -109,6 +110,11 @@ class Planner:
         moves: whether activations may wait on the host.
         kernels: what runs the ops between collectives, as for `zgraph.compile`.
         compute: what matrices are multiplied in, as there.
+        recomputes: whether the forward is computed again where it has no room, never, or always.
+        reduce_dtype: dtype in which gradients are summed over ranks.
+        accumulation: micro-steps of a step.
+        num_copies: ranks that hold the same shard.
+        hints: how many threads processors have, where it is them that compute.
     """
 
     samples: LayerSamples
@@ -120,6 +126,17 @@ class Planner:
     moves: bool
     kernels: Kernels = "aten"
     compute: Compute | None = None
+    recomputes: Choice = "auto"
+    reduce_dtype: DType | None = None
+    accumulation: int = 1
+    num_copies: int = 1
+    hints: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh: of copies of shards, and of shards, each where there are several."""
+        copies = (Axis("replica", self.num_copies),) if self.num_copies > 1 else ()
+        return (*copies, Axis("shard", self.num_ranks // self.num_copies)) if self.num_ranks > 1 else ()
 
     def plan(self, stage: int) -> StagePlan:
         """The fastest plan that fits, with as little on the host as that takes; else the one that needs the least."""
@@ -128,6 +145,10 @@ class Planner:
             if (found := self._fastest(shape)) is not None:
                 return found
         return shape.finished(shape.smallest)
+
+    def peak_bytes(self, stage: int) -> int:
+        """The peak of a step that keeps all but what the user marked, whatever the budget."""
+        return _Shape(self, stage, frozenset(), "").option(None, 0.0).total_bytes
 
     def _fastest(self, shape: _Shape) -> StagePlan | None:
         """The fastest way to make it fit; None if there is none."""
@@ -178,15 +199,20 @@ class _Shape:
 
     def __init__(self, planner: Planner, stage: int, whole: frozenset[str], place: str) -> None:
         self.planner, self.stage, self.whole, self.place = planner, stage, whole, place
-        mesh = (Axis("shard", planner.num_ranks),) if planner.num_ranks > 1 else ()
-        context = Context(mesh=mesh, costs=planner.costs, groups_calls=True)
+        context = Context(
+            mesh=planner.mesh,
+            costs=planner.costs,
+            groups_calls=True,
+            reduce_dtype=planner.reduce_dtype,
+            hints=planner.hints,
+        )
         self.samples = planner.samples.changed(self._marked)
         steps = parse_recipe(recipe_for(planner.kernels, RECIPES[stage], planner.compute)).passes
-        self.members = [_Member(graph, steps, context) for graph in self.samples.members]
+        self.members = [Member(graph, steps, context) for graph in self.samples.members]
         self.rest = self.samples.scale_by_key([at_rest(m.placed) for m in self.members])
         if planner.kernels == "auto" and self._has_no_room_for_logits(context):
             steps = tuple(_Blockwise() if isinstance(step, Fuse) else step for step in steps)
-            self.members = [_Member(graph, steps, context) for graph in self.samples.members]
+            self.members = [Member(graph, steps, context) for graph in self.samples.members]
 
     def _has_no_room_for_logits(self, context: Context) -> bool:
         """Whether `fuse` of the whole model would take the loss block by block: see `zgraph.passes.fuse`."""
@@ -226,9 +252,9 @@ class _Shape:
         """The way that needs the fewest bytes of the device: all that may be is moved, the rest computed again where
         that helps; nothing is moved where the host has no room for all."""
         moved_share = 1.0 if self.planner.moves else 0.0
-        ways = [self.option(price, moved_share) for price in (None, self.prices[-1])]
+        ways = [self.option(price, moved_share) for price in (self.prices[0], self.prices[-1])]
         if moved_share and not any(option.has_headroom for option in ways):
-            ways = [self.option(price, 0.0) for price in (None, self.prices[-1])]
+            ways = [self.option(price, 0.0) for price in (self.prices[0], self.prices[-1])]
         return min(ways, key=lambda option: (not option.has_headroom, option.total_bytes))
 
     @property
@@ -241,8 +267,13 @@ class _Shape:
 
     @cached_property
     def prices(self) -> list[float | None]:
-        """Prices of a byte, between which some block's choice changes; at none everything is kept."""
-        return [None, *self.members[0].forward.prices()]
+        """Prices of a byte, between which some block's choice changes; at none all is kept that the user has not
+        marked. Those that the user leaves: none, or the highest.
+        """
+        if self.planner.recomputes == "never":
+            return [None]
+        found = self.members[0].forward.prices()
+        return [found[-1]] if self.planner.recomputes == "always" else [None, *found]
 
     def option(self, price: float | None, moved_share: float) -> _Option:
         """Option at this price and moved share: its bytes, and whether it fits."""
@@ -254,7 +285,7 @@ class _Shape:
 
     def fitted(self, moved_share: float) -> _Option:
         """The way that computes as little again as the budget asks for."""
-        most = self.option(None, moved_share)
+        most = self.option(self.prices[0], moved_share)
         if most.fits:
             return most
         chosen = self.option(self.prices[-1], moved_share)
@@ -267,7 +298,8 @@ class _Shape:
 
     def finished(self, option: _Option) -> StagePlan:
         """The plan of one way to fit, with its times."""
-        figures = [m.figures(option.price, option.moved_share) for m in self.members]
+        planner = self.planner
+        figures = [m.figures(option.price, option.moved_share, planner.accumulation) for m in self.members]
         step_us, exposed_us, sent, flop = (self.samples.scale(f) for f in zip(*figures, strict=True))
         usual = self.samples.scale([m.flop for m in self.members])
         return StagePlan(
@@ -283,15 +315,20 @@ class _Shape:
             update_us=self.update_us,
             exposed_us=exposed_us,
             sent_bytes=int(sent),
-            flop=usual,
+            flop=usual * planner.accumulation,
             again_share=flop / usual - 1 if usual else 0.0,
             fits=option.fits,
+            time=time_interval(step_us + self.update_us, self.members[0].placed, planner.costs, {}),
+            memory=memory_interval(option.total_bytes, planner.costs),
         )
 
     def peak(self, price: float | None, moved_share: float) -> tuple[dict[str, int], int]:
         """Bytes on the device by category at the peak of the step, and bytes on the host."""
         found = [m.peaks(price, moved_share) for m in self.members]
         parts = [self.samples.scale_by_key([m[part].bytes_by_category for m, _ in found]) for part in (0, 1)]
+        if self.planner.accumulation > 1:  # what micro-steps before have left lies beside what this one makes
+            before = int(self.samples.scale([m.accumulated_bytes for m in self.members]))
+            parts = [{**part, "gradients": part.get("gradients", 0) + before} for part in parts]
         update = {"gradients": self.rest["optimizer"]}  # with one more copy, for torch's AdamW
         highest = max([*parts, update], key=lambda m: sum(m.values()))
         on_host = self.rest["host"] + int(self.samples.scale([on_host for _, on_host in found]))
@@ -301,9 +338,10 @@ class _Shape:
     @property
     def update_us(self) -> float:
         """AdamW's update, as fast as memory lets it: the device's, or where it runs on the host, that of the link."""
-        hardware = self.planner.costs.hardware
-        rate = hardware.host_link.bytes_per_s if self.place else hardware.device.memory_bytes_per_s
-        return 1e6 * UPDATE_PASSES * self.rest["masters"] / rate
+        costs = self.planner.costs
+        if not self.place:
+            return costs.update_us(self.rest["masters"])
+        return 1e6 * UPDATE_PASSES * self.rest["masters"] / costs.hardware.host_link.bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -312,52 +350,3 @@ class _Blockwise(Fuse):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         return DeadCode().run(fused_losses(graph, self.name), context)
-
-
-class _Member:
-    """One graph of the samples at one stage, with all blocks keeping what is worth a price."""
-
-    def __init__(self, graph: Graph, passes: tuple[Pass, ...], context: Context) -> None:
-        self.context = context
-        at = next(i for i, step in enumerate(passes) if step.name == Fit.name)
-        self.tail = Pipeline(passes[at + 1 :])
-        self.placed = Pipeline(passes[:at]).run(graph, context)
-        self.forward = Forward(self.placed, context)
-
-    @cached_property
-    def flop(self) -> float:
-        """FLOP of a step in which nothing is computed again."""
-        return float(sum(work(self.placed, node).flop for node in self.placed.nodes))
-
-    def graph(self, us_per_byte: float | None, moved_share: float) -> Graph:
-        """The placed graph; at a price, without what is not worth its bytes; with a share of the rest on the host."""
-        kept = self.placed if us_per_byte is None else self.forward.keeping(self.forward.choices_at(us_per_byte))
-        if not moved_share:
-            return kept
-        saved = Saved(kept, self.context)
-        return saved.offloading(saved.first(int(moved_share * sum(saved.num_bytes.values()))))
-
-    def peaks(self, us_per_byte: float | None, moved_share: float) -> tuple[tuple[Moment, Moment], int]:
-        """The highest moments before the backward reaches the first layer, and after; the most bytes on the host."""
-        graph = self.graph(us_per_byte, moved_share)
-        curve = step_memory(graph, self.context)
-        moments = curve.moments
-        layers = {n.name: n.origin.module for n in graph.nodes if n.phase is Phase.backward}
-        first = next(
-            (i for i, m in enumerate(moments) if m.phase == "bwd" and ".0." in f"{layers.get(m.node, '')}."),
-            len(moments),
-        )
-        before, after = moments[:first] or moments, moments[first:] or moments
-        return (_highest(before), _highest(after)), curve.host_peak_bytes
-
-    def figures(self, us_per_byte: float | None, moved_share: float) -> tuple[float, float, float, float]:
-        """Microseconds of the step and of what is exposed, bytes sent, and FLOP."""
-        scheduled = self.tail.run(self.graph(us_per_byte, moved_share), self.context)
-        whole = make_plan(scheduled, only_step=True)
-        timeline = simulate(whole, self.context.costs, self.context.hints)
-        sent = sum(t.sent_bytes for t in traffic(whole))
-        return timeline.step_us, timeline.exposed_us, sent, sum(work(scheduled, n).flop for n in scheduled.nodes)
-
-
-def _highest(moments: Sequence[Moment]) -> Moment:
-    return max(moments, key=lambda m: m.total_bytes)

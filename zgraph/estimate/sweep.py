@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from zgraph.estimate.plan import TrainingPlan, parameters, resting, seconds
+from zgraph.estimate.plan import TrainingPlan, bounds, parameters, resting, seconds
 from zgraph.estimate.stage_plan import StagePlan
 from zgraph.viz import gibibytes
 
@@ -105,6 +105,7 @@ class Sweep:
             "peak",
             "budget",
             "step",
+            "80 %",
             f"{self.unit}/s",
             "of a rank",
             "MFU",
@@ -121,7 +122,8 @@ class Sweep:
                 stage.offload,
                 gibibytes(stage.total_bytes),
                 gibibytes(plan.budget_bytes),
-                seconds(stage.total_us),
+                seconds(stage.total_us, stage.time),
+                bounds(stage.time),
                 f"{found.items_per_s:,.0f}",
                 f"{found.items_per_s / plan.num_ranks:,.0f}",
                 f"{found.utilisation:.0%}",

@@ -48,6 +48,12 @@ Passes = str | Path | Pipeline | Sequence[Pass]
 RECOMPUTES: Mapping[Recompute, Choice] = {"auto": "auto", True: "always", False: "never"}
 
 
+def check_recompute(recompute: object) -> None:
+    """Raise UsageError for a word that does not say what is computed again."""
+    if recompute not in RECOMPUTES:
+        raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
+
+
 class Options(TypedDict, total=False):
     """The options of `zgraph.compile`, for type checkers."""
 
@@ -175,8 +181,7 @@ def resolve(
     has_axis = mesh is not None and AXIS in (mesh.mesh_dim_names or ())
     check_options(model, stage, None if has_axis else mesh, is_moved=device is not None)
     computed, averaged = as_dtype_or_none(param_dtype, "param_dtype"), as_dtype_or_none(reduce_dtype, "reduce_dtype")
-    if recompute not in RECOMPUTES:
-        raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
+    check_recompute(recompute)
     check_kernels(kernels, passes is not None)
     check_lengths(lengths, model.forward, dynamic)
     device = device_for(model, mesh, device)

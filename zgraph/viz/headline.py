@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from zgraph.cost import Timeline, traffic
+from zgraph.cost import Timeline, bytes_text, memory_interval, time_interval, time_text, traffic
 from zgraph.cost.rest import at_rest
 from zgraph.ir import Graph, Mesh
 from zgraph.passes import make_plan
@@ -97,7 +97,9 @@ def _rest(run: RunFile) -> Iterator[str]:
 
 def _step(run: RunFile, found: Figures) -> Iterator[str]:
     budget = run.context.memory_budget
-    yield f"The peak is {size(found.peak_bytes)}{f' of a budget of {size(budget)}' if budget else ''}."
+    costs = run.context.costs
+    peak = bytes_text(memory_interval(found.peak_bytes, costs))
+    yield f"The peak is {peak}{f' of a budget of {size(budget)}' if budget else ''}."
     if found.communication_us:
         hidden_us = max(0.0, found.communication_us - found.exposed_us)
         yield (
@@ -108,7 +110,8 @@ def _step(run: RunFile, found: Figures) -> Iterator[str]:
     gap = (
         f", {100 * max(0.0, found.step_us / found.bound_us - 1):.1f} % above its lower bound" if found.bound_us else ""
     )
-    yield f"The {what} is predicted to take {duration(found.step_us)}{gap}."
+    step = time_interval(found.step_us, run.graph(), costs, run.context.hints)
+    yield f"The {what} is predicted to take {time_text(step)}{gap}."
 
 
 def size(num_bytes: float) -> str:

@@ -1,0 +1,114 @@
+"""One graph of a model's samples at one stage: its memory, and the time of its micro-steps."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+from zgraph.cost import AlphaBeta, CostTable, Moment, simulate
+from zgraph.cost.memory import local_bytes
+from zgraph.cost.table import moved
+from zgraph.cost.work import work
+from zgraph.ir import OPS, Graph, Node, Phase, Plan
+from zgraph.passes import Context, Pass, Pipeline, make_plan
+from zgraph.passes.analysis.forward import Forward
+from zgraph.passes.analysis.lookahead import step_memory
+from zgraph.passes.fit import Fit
+from zgraph.passes.offload import Saved
+
+
+class Member:
+    """One graph of the samples at one stage, with all blocks keeping what is worth a price."""
+
+    def __init__(self, graph: Graph, passes: tuple[Pass, ...], context: Context) -> None:
+        self.context = context
+        at = next(i for i, step in enumerate(passes) if step.name == Fit.name)
+        self.tail = Pipeline(passes[at + 1 :])
+        self.placed = Pipeline(passes[:at]).run(graph, context)
+        self.forward = Forward(self.placed, context)
+
+    @cached_property
+    def flop(self) -> float:
+        """FLOP of a step in which nothing is computed again."""
+        return float(sum(work(self.placed, node).flop for node in self.placed.nodes))
+
+    @cached_property
+    def kept(self) -> Graph:
+        """The graph that keeps all but what the user marked under `torch.utils.checkpoint`."""
+        is_marked = any(node.checkpoint for node in self.placed.nodes)
+        return self.forward.keeping(self.forward.choices(None)) if is_marked else self.placed
+
+    @cached_property
+    def accumulated_bytes(self) -> int:
+        """Bytes of the gradients that a micro-step leaves under no_sync."""
+        unsynced = make_plan(self.tail.run(self.placed, self.context)).unsynced
+        results = unsynced.results if unsynced else ()
+        return sum(local_bytes(value.type, self.context.mesh, {}) for value in results if value is not None)
+
+    def graph(self, us_per_byte: float | None, moved_share: float) -> Graph:
+        """The placed graph without what the user marked to be computed again; at a price, without what is not worth its
+        bytes; with a share of the rest on the host.
+        """
+        kept = self.kept if us_per_byte is None else self.forward.keeping(self.forward.choices_at(us_per_byte))
+        if not moved_share:
+            return kept
+        saved = Saved(kept, self.context)
+        return saved.offloading(saved.first(int(moved_share * sum(saved.num_bytes.values()))))
+
+    def peaks(self, us_per_byte: float | None, moved_share: float) -> tuple[tuple[Moment, Moment], int]:
+        """The highest moments before the backward reaches the first layer, and after; the most bytes on the host."""
+        graph = self.graph(us_per_byte, moved_share)
+        curve = step_memory(graph, self.context)
+        moments = curve.moments
+        layers = {n.name: n.origin.module for n in graph.nodes if n.phase is Phase.backward}
+        first = next(
+            (i for i, m in enumerate(moments) if m.phase == "bwd" and ".0." in f"{layers.get(m.node, '')}."),
+            len(moments),
+        )
+        before, after = moments[:first] or moments, moments[first:] or moments
+        return (_highest(before), _highest(after)), curve.host_peak_bytes
+
+    def figures(
+        self, us_per_byte: float | None, moved_share: float, num_micro: int
+    ) -> tuple[float, float, float, float]:
+        """Microseconds of a step's micro-steps and of what is exposed, bytes sent, and FLOP of one micro-step."""
+        scheduled = self.tail.run(self.graph(us_per_byte, moved_share), self.context)
+        whole = make_plan(scheduled, only_step=num_micro == 1)
+        flop = sum(work(scheduled, n).flop for n in scheduled.nodes)
+        last = _simulated(whole, self.context, self.context.costs)
+        if num_micro == 1:
+            return *last, flop
+        early = self._early(whole)
+        return *(at_last + (num_micro - 1) * before for at_last, before in zip(last, early, strict=True)), flop
+
+    def _early(self, whole: Plan) -> tuple[float, float, float]:
+        """The same of a micro-step under no_sync that is not the first: parameters that are whole from the forward to
+        the end of the step are there.
+        """
+        both = whole.loss_only and (whole.loss_only[1], whole.loss_only[1])
+        unsynced = replace(whole, backward=whole.unsynced, loss_only=both)
+        if any(_gathers(node) for node in unsynced.graph.nodes if node.phase is Phase.backward):
+            return _simulated(unsynced, self.context, self.context.costs)
+        free = AlphaBeta(latency_us=0, bytes_per_s=sys.float_info.max)
+        costs = self.context.costs
+        costs = costs.model_copy(update={"transfers": {**costs.transfers, "all_gather": free}})
+        return _simulated(unsynced, self.context, costs, gathers=False)
+
+
+def _gathers(node: Node) -> bool:
+    return node.op in OPS and OPS[node.op].lane == "comm" and moved(node).name == "all_gather"
+
+
+def _simulated(plan: Plan, context: Context, costs: CostTable, *, gathers: bool = True) -> tuple[float, float, float]:
+    """Microseconds of a micro-step and of what is exposed of it, and bytes sent; `gathers` says whether it gathers."""
+    timeline = simulate(plan, costs, context.hints)
+    started = {span.node for span in timeline.spans if span.lane == "comm"}
+    nodes = [node for node in plan.collectives if node.name in started and (gathers or not _gathers(node))]
+    sent = sum(OPS[node.op].wire_bytes(node, plan.graph.mesh) for node in nodes)
+    return timeline.step_us, timeline.exposed_us, sent
+
+
+def _highest(moments: Sequence[Moment]) -> Moment:
+    return max(moments, key=lambda m: m.total_bytes)
