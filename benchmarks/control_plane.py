@@ -32,7 +32,7 @@ import zgraph
 from benchmarks import results
 from zgraph.bridge import private_runtime
 from zgraph.compiler.compiled_model import compiled_model
-from zgraph.errors import PeerError
+from zgraph.errors import ZgraphError
 from zgraph.runtime.heartbeat import Heartbeat
 from zgraph.runtime.journal import ranks_word
 from zgraph.runtime.meetings import Meetings
@@ -123,9 +123,9 @@ def miss(peers: Meetings, victim: int, wait_for_it: Callable[[], Any]) -> tuple[
     """Wait for a rank that is dead or dies; when that was said, and how."""
     try:
         wait_for_it()
-    except PeerError as error:
-        return time.monotonic(), str(error)
-    raise AssertionError(f"rank {peers.rank} did not miss rank {victim}")
+    except ZgraphError as error:
+        return time.monotonic(), f"{type(error).__name__}: {error}"
+    return time.monotonic(), f"rank {peers.rank} did not miss rank {victim}"
 
 
 def is_named(said: str, victim: int) -> bool:

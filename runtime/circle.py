@@ -118,6 +118,7 @@ class Circle:
             PlanMismatchError: the ranks have drifted apart.
         """
         self.raise_failure()
+        wait.looks += 1
         with store_errors():
             wait.tell()
         if left := self._left(wait):

@@ -33,8 +33,9 @@ class Wait:
         place: what it waits for, for a message.
         journal: of the lane; None where there is none.
         number: of the collective in the journal; 0 where it is a comparison.
-        comparison: which; nothing where it is a collective.
+        comparison: key of its ruling in the store; nothing where it is a collective.
         scope: the call of the model that it is in.
+        looks: how often whoever waits has found that it still does.
     """
 
     store: Store
@@ -44,6 +45,7 @@ class Wait:
     number: int = 0
     comparison: str = ""
     scope: str = ""
+    looks: int = 0
     _serial: int = field(default_factory=lambda: next(_serials))
     _told: int = -1
     _seen: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class Wait:
         last = self.journal.last_lines()[-1:] if self.journal else []
         return {
             "serial": self._serial,
+            "looks": self.looks,
             "place": self.place,
             "number": self.number,
             "comparison": self.comparison,
@@ -94,17 +97,25 @@ class Wait:
         pair = first_difference(ours, parse_lines(peek(self.store, _key(rank)).decode()))
         return self._message(pair[0].place, rank, pair[1].place) if pair is not None else ""
 
+    def still_waits(self, rank: int, beat: Beat) -> bool:
+        """Whether another rank goes on to wait for the same since this one first saw it: a heartbeat may be old."""
+        word = beat.wait
+        if not word:
+            return False
+        serial, looks = self._seen.setdefault(rank, (word["serial"], word["looks"]))
+        if word["serial"] != serial:
+            self._seen[rank] = word["serial"], word["looks"]
+            return False
+        return bool(word["looks"] > looks)
+
     def _apart(self, rank: int, beat: Beat) -> str:
         """Describes two ranks of which each waits for what the other has not begun."""
         word = beat.wait
-        if not word:
+        if not self.still_waits(rank, beat) or not self._blocks(word) or not self._is_blocked_by(word):
             return ""
-        still = self._seen.setdefault(rank, (word["serial"], beat.count))
-        if word["serial"] != still[0]:
-            self._seen[rank] = word["serial"], beat.count
-        elif beat.count > still[1] and self._blocks(word) and self._is_blocked_by(word):
-            return self._message(self.place, rank, word["place"])
-        return ""
+        if any(key and peek(self.store, key) for key in (self.comparison, word["comparison"])):
+            return ""  # it is over, and a rank has yet to hear of it
+        return self._message(self.place, rank, word["place"])
 
     def _blocks(self, word: dict[str, Any]) -> bool:
         """Whether another rank waits for what this one has not begun."""

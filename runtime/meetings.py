@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from zgraph.errors import PeerError, PlanMismatchError
 from zgraph.runtime.circle import ASK_AFTER_SECONDS, Circle
+from zgraph.runtime.drift import Wait
 from zgraph.runtime.elsewhere import Seen
 from zgraph.runtime.heartbeat import BEAT_SECONDS
 from zgraph.runtime.journal import begun
@@ -114,7 +115,7 @@ class Meetings(Circle):
             with self.heart.ears.listen(key, f"{_OVER}rank {self.rank} has left {comparison}") as ear:
                 while not ear.over.wait(ASK_AFTER_SECONDS):
                     self.heart.wait = wait
-                    self._raise_stuck(what)
+                    self._raise_stuck(wait, what)
                     self.look(wait, comparison, seen)
                     if time.monotonic() > until:
                         self.give_up(limit_s)
@@ -123,12 +124,14 @@ class Meetings(Circle):
         self._at(comparison, waits=False)
         return ear.word()
 
-    def _raise_stuck(self, what: str) -> None:
+    def _raise_stuck(self, wait: Wait, what: str) -> None:
         """Raise if the next rank waits in the same call for a collective that this rank has not begun."""
         rank = self.heart.neighbour(self.ranks)
         beat = self.heart.beat_of(rank) if rank is not None else None
-        word = beat.wait if beat is not None else {}
-        if not word or word["comparison"] or word["scope"] != f"{self.name}/{self.call}":
+        if rank is None or beat is None or not wait.still_waits(rank, beat):
+            return
+        word = beat.wait
+        if word["comparison"] or word["scope"] != wait.scope:
             return
         known = begun().get(self.journal.name, 0) if self.journal is not None else 0
         if not 0 < word["number"] <= known:

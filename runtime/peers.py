@@ -86,6 +86,7 @@ class Peers(Meetings):
                     if number:
                         self.look(wait, what, seen)
                     else:
+                        wait.looks += 1
                         self.raise_failure()
                     if asked > until:
                         self.give_up(self.limit_s)

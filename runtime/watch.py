@@ -240,6 +240,7 @@ class Watch:
         peers = self.peers
         if self._wait is None:
             self._wait = peers.new_wait(self._what(mark.number), mark.number)
+        self._wait.looks += 1
         self._wait.tell()
         if found := peers.drifted(self._wait, self._seen):
             return PlanMismatchError(found)
