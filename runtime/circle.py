@@ -126,7 +126,7 @@ class Circle:
         with store_errors():
             if found := self.drifted(wait, seen):
                 self.raise_drift(self.say_drift(found))
-        if gone := self.silent():
+        if wait.comparison and (gone := self.silent()):  # where a rank is gone, a collective's connection breaks
             self.blame(what, TimeoutError("no answer"), gone)
 
     def drifted(self, wait: Wait, seen: Seen) -> str:
@@ -171,8 +171,12 @@ class Circle:
         """The others of these ranks that have ended, and their last word."""
         return {r: alarm for r, alarm in self.heart.departed().items() if r in self.ranks and r != self.rank}
 
-    def silent(self) -> list[int]:
-        """Ranks whose heartbeat has stopped: their neighbours said so, and a beat later nothing new was heard."""
+    def silent(self, patience_s: float | None = None) -> list[int]:
+        """Ranks whose heartbeat has stopped: their neighbours said so, and later nothing new was heard.
+
+        Args:
+            patience_s: how much later to listen; by default a beat.
+        """
         alarms = self.heart.alarms
         while self._num_heard < len(alarms):
             alarm = alarms[self._num_heard]
@@ -183,7 +187,8 @@ class Circle:
                 if new and not self._suspects:
                     self._suspected = time.monotonic()
                 self._suspects |= new
-        if self._suspects and time.monotonic() - self._suspected >= BEAT_SECONDS:
+        patience_s = BEAT_SECONDS if patience_s is None else patience_s
+        if self._suspects and time.monotonic() - self._suspected >= patience_s:
             with store_errors():
                 words = read_all(self.store, [beat_key(rank) for rank in self._suspects])
             beats = zip(self._suspects.items(), map(Beat.parse, words), strict=True)

@@ -114,18 +114,18 @@ class Heartbeat(threading.Thread):
     def _beat(self, count: int) -> bool:
         """One beat; False if none need follow. Nobody is held from one to the next.
 
-        What goes wrong while looking does not end the heart: only where the beat itself cannot be written is the store
-        taken to be gone.
+        What goes wrong while looking does not end the heart: only where the store does not answer is it taken to be
+        gone.
         """
         watchers, said = self.watchers(), [Beat(count)]
         problem = _tried(lambda: said.append(self._word(count, watchers)))
         try:
             self.store.set(beat_key(self.rank), str(said[-1]))
+            self.listen()
         except (RuntimeError, ValueError):  # the store closed with the job
             for watcher in watchers:
                 watcher.look_alone()
             return bool(watchers)
-        problem = _tried(self.listen) or problem
         new = self.alarms[self._num_shown :]
         for watcher in watchers:
             problem = _tried(partial(watcher.look, new)) or problem

@@ -14,7 +14,8 @@ from datetime import timedelta
 from zgraph.bridge.private_runtime import Store
 
 _ABSENT = "\0"
-_PATIENCE = timedelta(days=30)
+_PATIENCE = timedelta(days=20)
+"""Milliseconds in it fit into 31 bits. A wait that ended sooner would be told of on stderr, by the store's client."""
 _GOODBYE_S = 5.0
 
 

@@ -27,6 +27,8 @@ from zgraph.runtime.store_errors import STORE_IS_GONE
 
 STUCK_SECONDS = 3.0
 """A device that has not come to the end of what was queued for so long is taken to wait."""
+PATIENCE_SECONDS = 4.0
+"""For how much longer a rank that its neighbour calls silent is listened to: it may only be busy."""
 GRACE_SECONDS = 2.0
 """How long a rank may take to fail in the same call as another: then all have failed alike, and may go on."""
 
@@ -244,7 +246,7 @@ class Watch:
         self._wait.tell()
         if found := peers.drifted(self._wait, self._seen):
             return PlanMismatchError(found)
-        if gone := peers.silent():
+        if gone := peers.silent(PATIENCE_SECONDS):
             keys = ", ".join(map(beat_key, gone))
             are, send = ("is", "it sends") if len(gone) == 1 else ("are", "they send")
             return PeerError(

@@ -205,7 +205,7 @@ def test_a_rank_without_a_heartbeat(store: Counted, pair: tuple[Rank, Rank], mon
     assert first.peers.doom is None
     monkeypatch.setattr(heart, "GONE_AFTER_SECONDS", -1.0)
     monkeypatch.setattr(heart, "BEAT_SECONDS", -1.0)
-    monkeypatch.setattr(circle, "BEAT_SECONDS", -1.0)
+    monkeypatch.setattr(watching, "PATIENCE_SECONDS", -1.0)
     first.beat(2)
     assert "rank 1 is gone, while rank 0 waits for %a" in str(first.ended())
 
@@ -223,7 +223,7 @@ def test_a_rank_that_was_silent_and_beats_again_is_not_gone(
         first.beat(2)
     assert [a.kind for a in first.heart.alarms] == ["silent"]
     store.set(beat_key(1), str(Beat(8)))
-    monkeypatch.setattr(circle, "BEAT_SECONDS", -1.0)
+    monkeypatch.setattr(watching, "PATIENCE_SECONDS", -1.0)
     first.beat(2)
     assert first.peers.doom is None
 
