@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 from zgraph.bridge.private_runtime import Store
 
@@ -56,7 +57,8 @@ class Ears:
         Raises RuntimeError if the store is gone.
         """
         if not self._idle:
-            clone = self._store.clone()
+            store: Any = self._store  # torch's stubs leave out that it can be cloned
+            clone: Store = store.clone()
             clone.set_timeout(_PATIENCE)
             self._idle.append(clone)
         return Ear(self._store, self._idle, key, otherwise)
