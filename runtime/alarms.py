@@ -1,4 +1,4 @@
-"""Alarms: a rank failed, or ended. They are numbered, so that one key of the store tells whether there is another."""
+"""Alarms: a rank failed, ended or is silent. They are numbered, so that one number tells whether there are others."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from zgraph.bridge.private_runtime import Store
+from zgraph.runtime.questions import read_all
 
-MOST_AT_ONCE = 8
+MOST_AT_ONCE = 64
 """Alarms that a reader takes at once: many ranks may end together."""
-HOLE_BEATS = 8
-"""How often a reader that finds nothing asks whether a number was taken and stayed empty."""
-_COUNT = "zgraph/alarms"
+HOLE_LOOKS = 3
+"""After how many looks a number that was taken and stayed empty is passed over."""
+COUNT = "zgraph/alarms"
+"""Key of the number of alarms."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,11 @@ class Alarm:
     """Word that a rank cannot go on.
 
     Args:
-        kind: "failed" in a call of a model; "left", as its process ends; "over" where no rank can go on.
+        kind: "failed" in a call of a model; "left", as its process ends; "silent", as its neighbour says, who hears no
+            heartbeat; "over" where no rank can go on.
         scope: the name of the model and the number of the call that failed; of "over" the name of the group.
-        rank: the rank that failed or ended.
-        text: why; of "over" the whole message.
+        rank: the rank that failed or ended, or that is silent.
+        text: why; of "over" the whole message; of "silent" the last beat of each rank that is, as JSON.
         begun: how many collectives the rank had begun on each lane.
     """
 
@@ -36,7 +39,7 @@ class Alarm:
 
 def raise_alarm(store: Store, alarm: Alarm) -> None:
     """Put an alarm behind those that are there. Raises RuntimeError if the store is gone."""
-    store.set(_key(store.add(_COUNT, 1)), json.dumps(asdict(alarm)))
+    store.set(_key(store.add(COUNT, 1)), json.dumps(asdict(alarm)))
 
 
 class Alarms:
@@ -44,27 +47,29 @@ class Alarms:
 
     def __init__(self, store: Store) -> None:
         self.store, self.num_read = store, 0
-        self._num_asked = self._num_empty = 0
+        self._num_empty = 0
 
-    def new(self) -> list[Alarm]:
-        """Alarms that have not been read: one question to the store where there are none, and now and then another."""
+    def new(self, count: int | None = None) -> list[Alarm]:
+        """Alarms that have not been read.
+
+        Args:
+            count: how many there are, for whoever has asked already: without new ones, the store is asked nothing.
+        """
+        count = self.store.add(COUNT, 0) if count is None else count
+        numbers = range(self.num_read + 1, min(count, self.num_read + MOST_AT_ONCE) + 1)
         found: list[Alarm] = []
-        while len(found) < MOST_AT_ONCE and self.store.check([_key(self.num_read + 1)]):
-            self.num_read += 1
-            found.append(Alarm(**json.loads(self.store.get(_key(self.num_read)))))
-        self._skip_hole(is_empty=not found)
+        for number, word in zip(numbers, read_all(self.store, [_key(n) for n in numbers]), strict=True):
+            if not word and not self._is_hole():
+                break
+            self.num_read, self._num_empty = number, 0
+            if word:
+                found.append(Alarm(**json.loads(word)))
         return found
 
-    def _skip_hole(self, *, is_empty: bool) -> None:
-        """Pass over a number that a process took and never filled, as it was killed: it would hide all later ones."""
-        self._num_asked += 1
-        if not is_empty:
-            self._num_empty = 0
-        elif self._num_empty or self._num_asked % HOLE_BEATS == 0:
-            is_hole = self.store.add(_COUNT, 0) > self.num_read
-            self._num_empty = self._num_empty + 1 if is_hole else 0
-            if self._num_empty > 2:
-                self.num_read, self._num_empty = self.num_read + 1, 1
+    def _is_hole(self) -> bool:
+        """Whether a process took the next number and was killed before it filled it: it would hide all later ones."""
+        self._num_empty += 1
+        return self._num_empty > HOLE_LOOKS
 
 
 def _key(number: int) -> str:

@@ -7,14 +7,12 @@ that is out of memory), and for a script that ends while the others go on.
 from __future__ import annotations
 
 import atexit
-import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from types import TracebackType
-from typing import NamedTuple
 
 from zgraph.bridge.private_runtime import Store
 from zgraph.runtime.advice import advice
@@ -22,16 +20,9 @@ from zgraph.runtime.alarms import Alarm, raise_alarm
 from zgraph.runtime.interrupts import quiet
 from zgraph.runtime.journal import begun
 
-LINGER_SECONDS = 1.0
-_ANY = "zgraph/left"
-
-
-class Departure(NamedTuple):
-    """How a rank ended, and how many collectives it had begun on each lane."""
-
-    rank: int
-    how: str
-    begun: dict[str, int]
+LINGER_SECONDS = 1.5
+"""How long a process that failed stays, as the store may end with it: the others read alarms at each beat."""
+_died_threads: list[str] = []
 
 
 @lru_cache(maxsize=1)
@@ -56,46 +47,16 @@ def watch(store: Store, rank: int, reason: Callable[[], str]) -> None:
     def thread_hook(args: threading.ExceptHookArgs) -> None:
         before_thread(args)
         name = args.thread.name if args.thread is not None else "a thread"
-        _note(store, rank, f"its thread {name} had died of {args.exc_type.__name__}: {args.exc_value}"[:2000])
+        _died_threads[:] = [f" (its thread {name} had died of {args.exc_type.__name__}: {args.exc_value})"[:2000]]
 
     sys.excepthook, threading.excepthook = hook, thread_hook
     atexit.register(_leave, store, rank, "came to the end of its script")
 
 
-def departures(store: Store, ranks: Iterable[int]) -> list[Departure]:
-    """The ranks of these that have left word. Raises RuntimeError if the store is gone."""
-    if not store.check([_ANY]):
-        return []
-    found = []
-    for rank in ranks:
-        if store.check([_left(rank)]):
-            word = json.loads(store.get(_left(rank)))
-            found.append(Departure(rank, word["how"] + _noted(store, rank), word["begun"]))
-    return found
-
-
 def _leave(store: Store, rank: int, how: str) -> None:
+    """Raise an alarm, unless this process has said before that it ends."""
     try:
-        word = json.dumps({"how": how, "begun": begun()})
-        is_first = store.compare_set(_left(rank), "", word).decode() == word
-        store.set(_ANY, "")
-        if is_first:
-            raise_alarm(store, Alarm("left", "", rank, how, begun()))
+        if store.add(f"zgraph/left/{rank}", 1) == 1:
+            raise_alarm(store, Alarm("left", "", rank, how + "".join(_died_threads), begun()))
     except (RuntimeError, ValueError):
         return  # the store is gone: the others are told by the broken connections
-
-
-def _note(store: Store, rank: int, what: str) -> None:
-    try:
-        store.set(f"zgraph/noted/{rank}", what)
-    except (RuntimeError, ValueError):
-        return
-
-
-def _noted(store: Store, rank: int) -> str:
-    key = f"zgraph/noted/{rank}"
-    return f" ({store.get(key).decode()})" if store.check([key]) else ""
-
-
-def _left(rank: int) -> str:
-    return f"zgraph/left/{rank}"

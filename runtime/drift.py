@@ -1,21 +1,19 @@
-"""Ranks that have drifted apart: one skipped a backward, say. Those that wait find out from one another's journals.
+"""Ranks that have drifted apart: one skipped a backward, say. Those that wait find out from their neighbours.
 
-A rank that has waited for a while says in the store for what, again and again, and reads what the others say. Nothing
-of this happens in a step that goes well.
+With each heartbeat, a rank that has waited for a while says for what. It looks at the next rank of the ring only: where
+two ranks differ, so do two neighbours. Nothing of this happens in a step that goes well.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from zgraph.bridge.private_runtime import Store
-from zgraph.runtime.departures import departures
-from zgraph.runtime.elsewhere import Seen
+from zgraph.runtime.beats import Beat
 from zgraph.runtime.journal import Journal, begun, first_difference, parse_lines, print_lines
+from zgraph.runtime.questions import peek
 
 REMEDY = (
     "All ranks must run the same forwards and backwards in the same order: none may skip one (because its loss is not "
@@ -32,79 +30,92 @@ class Wait:
     Args:
         store: where the ranks tell one another.
         rank: this one.
-        ranks: all that take part.
         place: what it waits for, for a message.
         journal: of the lane; None where there is none.
         number: of the collective in the journal; 0 where it is a comparison.
-        comparison: which; nothing where it is a collective.
-        outside: the ranks that were found to wait outside of the model.
+        comparison: key of its ruling in the store; nothing where it is a collective.
+        scope: the call of the model that it is in.
+        looks: how often whoever waits has found that it still does.
     """
 
     store: Store
     rank: int
-    ranks: Sequence[int]
     place: str
     journal: Journal | None
     number: int = 0
     comparison: str = ""
-    outside: Seen = field(default_factory=dict)
+    scope: str = ""
+    looks: int = 0
     _serial: int = field(default_factory=lambda: next(_serials))
-    _beat: int = 0
+    _told: int = -1
     _seen: dict[int, tuple[int, int]] = field(default_factory=dict)
 
-    def tell(self) -> None:
-        """Say that this rank still waits, and for what."""
-        self._beat += 1
-        journal = self.journal
-        word = {
+    def word(self) -> dict[str, Any]:
+        """Description of the wait that goes with each heartbeat."""
+        last = self.journal.last_lines()[-1:] if self.journal else []
+        return {
             "serial": self._serial,
-            "beat": self._beat,
+            "looks": self.looks,
             "place": self.place,
             "number": self.number,
             "comparison": self.comparison,
-            "journal": journal.name if journal else "",
+            "scope": self.scope,
+            "journal": self.journal.name if self.journal else "",
+            "last": [last[0].number, last[0].hash] if last else [],
             "begun": begun(),
-            "lines": print_lines(journal.last_lines()) if journal else "",
         }
-        self.store.set(_key(self.rank), json.dumps(word))
 
-    def drifted(self) -> str:
-        """Describes another rank whose work does not match this one's; empty if none is known."""
-        for rank in self.ranks:
-            if rank != self.rank and self.store.check([_key(rank)]):
-                word = json.loads(self.store.get(_key(rank)))
-                if found := self._apart(rank, word):
-                    return found
-        return ""
+    def tell(self) -> None:
+        """Put the end of the journal where the others read it, if it has grown since. Raises RuntimeError if the store
+        is gone.
+        """
+        if self.journal is not None and self._told != self.journal.number:
+            self._told = self.journal.number
+            self.store.set(_key(self.rank), print_lines(self.journal.last_lines()))
 
-    def left(self) -> str:
-        """Which rank has ended and cannot come any more, and how; nothing if none has."""
-        for rank, how, begun_there in departures(self.store, [r for r in self.ranks if r != self.rank]):
-            if self.comparison or (self.journal and begun_there.get(self.journal.name, 0) < self.number):
-                return f"rank {rank} {how}, while rank {self.rank} waits for {self.place}"
-        return ""
+    def drifted(self, rank: int, beat: Beat) -> str:
+        """Describes where another rank's work does not match this one's; empty if it does, as far as is known.
 
-    def differs(self, rank: int) -> str:
-        """Describes the first collective that another rank which waits began in the place of this one's."""
-        return self._differs(rank, json.loads(self.store.get(_key(rank)))) if self.store.check([_key(rank)]) else ""
+        Args:
+            rank: the other.
+            beat: its last heartbeat.
+        """
+        return self.differs(rank, beat) or self._apart(rank, beat)
 
-    def _differs(self, rank: int, word: dict[str, Any]) -> str:
-        journal = self.journal
-        if journal and journal.name and word["journal"] == journal.name:
-            pair = first_difference(journal.last_lines(), parse_lines(word["lines"]))
-            if pair is not None:
-                return self._message(pair[0].place, rank, pair[1].place)
-        return ""
+    def differs(self, rank: int, beat: Beat) -> str:
+        """Describes the first collective that another rank which waits began in the place of this one's.
 
-    def _apart(self, rank: int, word: dict[str, Any]) -> str:
-        if found := self._differs(rank, word):
-            return found
-        still = self._seen.setdefault(rank, (word["serial"], word["beat"]))
-        if word["serial"] != still[0]:
-            self._seen[rank] = word["serial"], word["beat"]
-        elif word["beat"] > still[1] and self._blocks(word) and self._is_blocked_by(word):
-            return self._message(self.place, rank, word["place"])
-        return ""
+        Its journal is read only where the hashes of the two differ.
+        """
+        word, journal = beat.wait, self.journal
+        if not word or not journal or not journal.name or word["journal"] != journal.name or not word["last"]:
+            return ""
+        number, hash_there = word["last"]
+        ours = journal.last_lines()
+        if all(line.number != number or line.hash == hash_there for line in ours):
+            return ""
+        pair = first_difference(ours, parse_lines(peek(self.store, _key(rank)).decode()))
+        return self._message(pair[0].place, rank, pair[1].place) if pair is not None else ""
+
+    def still_waits(self, rank: int, beat: Beat) -> bool:
+        """Whether another rank goes on to wait for the same since this one first saw it: a heartbeat may be old."""
+        word = beat.wait
+        if not word:
+            return False
+        serial, looks = self._seen.setdefault(rank, (word["serial"], word["looks"]))
+        if word["serial"] != serial:
+            self._seen[rank] = word["serial"], word["looks"]
+            return False
+        return bool(word["looks"] > looks)
+
+    def _apart(self, rank: int, beat: Beat) -> str:
+        """Describes two ranks of which each waits for what the other has not begun."""
+        word = beat.wait
+        if not self.still_waits(rank, beat) or not self._blocks(word) or not self._is_blocked_by(word):
+            return ""
+        if any(key and peek(self.store, key) for key in (self.comparison, word["comparison"])):
+            return ""  # it is over, and a rank has yet to hear of it
+        return self._message(self.place, rank, word["place"])
 
     def _blocks(self, word: dict[str, Any]) -> bool:
         """Whether another rank waits for what this one has not begun."""

@@ -1,7 +1,7 @@
 """Ranks that wait in torch.distributed itself, in a barrier say, while others wait for them in a call of the model.
 
 A rank whose loader was shorter has left its loop, and waits where the others never come. It cannot tell by itself: its
-heartbeat looks at where the main thread stands, and says so in the store.
+heartbeat looks at where the main thread stands, and says so.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
-from zgraph.bridge.private_runtime import Store
+from zgraph.runtime.beats import Beat
 
 AFTER_SECONDS = 3.0
-LASTING_BEATS = 6
+LASTING_BEATS = 2
 """How often a rank must have told of the same wait since another began to look: what it told before may be over."""
 _TORCH = "/torch/distributed/"
 _WAITS = "/torch/distributed/distributed_c10d.py"
@@ -24,27 +24,18 @@ _WAITS = "/torch/distributed/distributed_c10d.py"
 
 
 class Lookout:
-    """Looks where the main thread of this process waits.
+    """Looks where the main thread of this process waits."""
 
-    Args:
-        store: where it is told.
-        rank: this one.
-    """
-
-    def __init__(self, store: Store, rank: int) -> None:
-        self.store, self.rank = store, rank
+    def __init__(self) -> None:
         self._seen: tuple[str, int] = ("", 0)
-        self._since, self._tells = 0.0, False
+        self._since = 0.0
 
-    def look(self, beat: int) -> None:
-        """Tell of a wait that has become long, at each beat, and that it is over."""
+    def look(self) -> str:
+        """The function of torch.distributed that the main thread has waited in for long; empty if it does not."""
         seen = waits_at(sys._current_frames().get(threading.main_thread().ident or 0))
         if seen != self._seen:
             self._seen, self._since = seen, time.monotonic()
-        is_long = bool(seen[0]) and time.monotonic() - self._since >= AFTER_SECONDS
-        if is_long or self._tells:
-            self._tells = is_long
-            self.store.set(_key(self.rank), f"{beat} {seen[0]}" if is_long else "")
+        return seen[0] if time.monotonic() - self._since >= AFTER_SECONDS else ""
 
 
 def waits_at(frame: FrameType | None) -> tuple[str, int]:
@@ -67,29 +58,26 @@ def waits_at(frame: FrameType | None) -> tuple[str, int]:
 
 
 Seen = dict[int, tuple[int, str]]
-"""For each rank the beat at which it was first found in a wait, and which."""
+"""For each rank the heartbeat with which it was first found in a wait, and which."""
 
 
-def elsewhere(store: Store, rank: int, ranks: Sequence[int], place: str, waiting: Sequence[int], seen: Seen) -> str:
+def elsewhere(rank: int, place: str, beats: Mapping[int, Beat | None], seen: Seen) -> str:
     """Says which rank waits outside of the model, if no rank can go on; else empty.
 
     Args:
-        store: where ranks tell.
         rank: this one, which waits in a call of the model.
-        ranks: all that take part.
-        place: what this one waits for.
-        waiting: the ranks that wait in calls of the model, this one among them.
+        place: what it waits for.
+        beats: the last heartbeat of each rank that takes part.
         seen: what earlier looks of the same wait have found; it is kept up here.
     """
-    others = [r for r in ranks if r not in waiting]
-    words = {r: store.get(_key(r)).decode() if store.check([_key(r)]) else "" for r in others}
-    for other in ranks:
-        beat, _, word = words.get(other, "").partition(" ")
-        if not word:
+    others = {r: beat for r, beat in sorted(beats.items()) if r != rank and not (beat is not None and beat.waits)}
+    for other in beats:
+        beat = others.get(other)
+        if beat is None or not beat.outside:
             seen.pop(other, None)
-        elif seen.get(other, (0, ""))[1] != word:
-            seen[other] = int(beat), word
-    lasts = [r in seen and int(words[r].partition(" ")[0]) - seen[r][0] >= LASTING_BEATS for r in others]
+        elif seen.get(other, (0, ""))[1] != beat.outside:
+            seen[other] = beat.count, beat.outside
+    lasts = [r in seen and beat is not None and beat.count - seen[r][0] >= LASTING_BEATS for r, beat in others.items()]
     if not others or not all(lasts):
         return ""
     places = "; ".join(f"rank {r} made fewer calls of the model and waits in {seen[r][1]}" for r in others)
@@ -98,7 +86,3 @@ def elsewhere(store: Store, rank: int, ranks: Sequence[int], place: str, waiting
         "the same length (drop_last=True, DistributedSampler), or train within `with zgraph.join(model) as joined: for "
         "batch in joined(loader):`"
     )
-
-
-def _key(rank: int) -> str:
-    return f"zgraph/elsewhere/{rank}"

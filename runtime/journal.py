@@ -7,6 +7,7 @@ journal where the others read them; where two have another hash under one number
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections import deque
 from collections.abc import Sequence
@@ -77,13 +78,25 @@ def keep(journal: Journal) -> None:
     _journals[journal.name] = journal
 
 
+def ranks_word(ranks: Sequence[int]) -> str:
+    """A word for these ranks in their order, to name things after, whose length does not grow with their number.
+
+    >>> ranks_word((0, 2, 5))
+    '0_2_5'
+    >>> ranks_word(range(1024))
+    '1024-69c46eb0c08c2ef0'
+    """
+    word = "_".join(map(str, ranks))
+    return word if len(ranks) <= 8 else f"{len(ranks)}-{hashlib.blake2b(word.encode(), digest_size=8).hexdigest()}"
+
+
 _shared: dict[tuple[int, ...], Journal] = {}
 
 
 def journal_of(ranks: tuple[int, ...]) -> Journal:
     """The journal of all that these ranks do together: on GPUs all their models use the same communicators."""
     if ranks not in _shared:
-        _shared[ranks] = Journal(f"zgraph/group/{'_'.join(map(str, ranks))}")
+        _shared[ranks] = Journal(f"zgraph/group/{ranks_word(ranks)}")
         keep(_shared[ranks])
     return _shared[ranks]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -18,18 +18,19 @@ import torch
 
 from zgraph.errors import PeerError, PlanMismatchError, ZgraphError
 from zgraph.runtime.alarms import Alarm, raise_alarm
+from zgraph.runtime.beats import Place, beat_key
+from zgraph.runtime.circle import AGAIN, Circle, rank_names
 from zgraph.runtime.drift import Wait
-from zgraph.runtime.heartbeat import Place, beat_key
+from zgraph.runtime.elsewhere import Seen
 from zgraph.runtime.journal import Journal, Moved
-from zgraph.runtime.peers import AGAIN, GONE_AFTER_SECONDS, Peers
 from zgraph.runtime.store_errors import STORE_IS_GONE
 
 STUCK_SECONDS = 3.0
 """A device that has not come to the end of what was queued for so long is taken to wait."""
+PATIENCE_SECONDS = 4.0
+"""For how much longer a rank that its neighbour calls silent is listened to: it may only be busy."""
 GRACE_SECONDS = 2.0
 """How long a rank may take to fail in the same call as another: then all have failed alike, and may go on."""
-RANKS_A_BEAT = 16
-"""Of how many ranks a rank that waits for long asks the store at a beat, on average."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _is_over(event: torch.cuda.Event) -> bool:
 class HostMarks:
     """Marks where the main thread waits: for a device whose collectives the processor itself waits for."""
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: Circle) -> None:
         self.peers = peers
 
     def enter(self) -> None: ...
@@ -110,7 +111,7 @@ class Watch:
         abort: ends collectives that are under way with this rank; it may take long.
     """
 
-    def __init__(self, peers: Peers, journal: Journal, marks: Marks, abort: Callable[[int], None]) -> None:
+    def __init__(self, peers: Circle, journal: Journal, marks: Marks, abort: Callable[[int], None]) -> None:
         self.peers, self.journal, self.marks, self.abort = peers, journal, marks, abort
         ranks = peers.ranks
         self.next = ranks[(ranks.index(peers.rank) + 1) % len(ranks)]
@@ -118,9 +119,7 @@ class Watch:
         self._mark: Mark | None = None
         self._marked: tuple[int, Place] = 0, peers.place
         self._wait: Wait | None = None
-        self._told = self._beats = 0
-        self._said = ""
-        self._heard: tuple[bytes | None, float] = (None, 0.0)
+        self._seen: Seen = {}
 
     @property
     def reason(self) -> str:
@@ -135,13 +134,18 @@ class Watch:
         what = self._what(self._mark.number).rpartition(" in call ")[0]
         return Place(self.peers.call, what, True, self._mark.since)
 
+    @property
+    def wait(self) -> Wait | None:
+        """The same wait, as other ranks are told of it."""
+        return self._wait
+
     def enter(self, kind: str, moved: Moved) -> None:
         """Note a collective that begins."""
         self.marks.enter()
         self.journal.enter(kind, (), moved)
 
-    def look(self, alarms: list[Alarm]) -> None:
-        """Read new alarms, and look whether the device goes on. Raises RuntimeError if the store is gone."""
+    def look(self, alarms: Sequence[Alarm]) -> None:
+        """Take new alarms, and look whether the device goes on. Raises RuntimeError if the store is gone."""
         if self.peers.doom is not None:
             return
         now = time.monotonic()
@@ -237,30 +241,21 @@ class Watch:
         """Tell for what this rank waits, and look at the next rank: where two differ, so do two neighbours."""
         peers = self.peers
         if self._wait is None:
-            place = self._what(mark.number)
-            self._wait = Wait(peers.store, peers.rank, peers.ranks, place, self.journal, mark.number)
-            self._said = peers.say_waiting(f"{mark.number} rank {peers.rank} waits for {place}")
-        self._beats += 1
-        if self._told != self.journal.number:
-            self._told = self.journal.number
-            self._wait.tell()
-        if found := self._wait.differs(self.next):
+            self._wait = peers.new_wait(self._what(mark.number), mark.number)
+        self._wait.looks += 1
+        self._wait.tell()
+        if found := peers.drifted(self._wait, self._seen):
             return PlanMismatchError(found)
-        if self._beats % (1 + len(peers.ranks) // RANKS_A_BEAT) == 0 and (found := peers.elsewhere(self._wait)):
-            return PlanMismatchError(found)
-        beat = peers.beat(self.next)
-        if beat != self._heard[0]:
-            self._heard = beat, now
-        if now - self._heard[1] > 2 * GONE_AFTER_SECONDS:
+        if gone := peers.silent(PATIENCE_SECONDS):
+            keys = ", ".join(map(beat_key, gone))
+            are, send = ("is", "it sends") if len(gone) == 1 else ("are", "they send")
             return PeerError(
-                f"rank {self.next} is gone, while rank {peers.rank} waits for {self._wait.place}: it sends no "
-                f"heartbeat ({beat_key(self.next)}). {AGAIN}"
+                f"{rank_names(gone)} {are} gone, while rank {peers.rank} waits for {self._wait.place}: {send} no "
+                f"heartbeat ({keys}). {AGAIN}"
             )
         if now - mark.since > peers.limit_s:
             return PeerError(f"rank {peers.rank} has waited for {peers.limit_s:g} s: {peers.places()}")
         return None
 
     def _end_wait(self) -> None:
-        if self._said:
-            self.peers.take_back(self._said)
-        self._wait, self._said, self._beats, self._told = None, "", 0, 0
+        self._wait, self._seen = None, {}

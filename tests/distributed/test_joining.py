@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 import zgraph
 from zgraph.errors import PeerError, UsageError
-from zgraph.runtime import rendezvous
+from zgraph.runtime import heartbeat, rendezvous
+from zgraph.runtime.beats import Beat
 
 RANKS = 3
 DIED = "rank {} died while the ranks joined. Start the job again."
@@ -18,6 +19,8 @@ DIED = "rank {} died while the ranks joined. Start the job again."
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setattr(rendezvous, "GONE_AFTER_SECONDS", 1.5)
+    monkeypatch.setattr(rendezvous, "BEAT_SECONDS", 0.3)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.3)
     return dist.HashStore()
 
 
@@ -39,7 +42,8 @@ def meet(store: dist.Store, *ranks: int, limit_s: float = 20, failing: tuple[int
 
 def die(store: dist.Store, rank: int) -> None:
     """A rank with one heartbeat."""
-    store.set(rendezvous.beat_key(rank), "0 ")
+    store.set(rendezvous.beat_key(rank), str(Beat(0)))
+    rendezvous.enter(store, "came", rank)
 
 
 def test_all_come(store: dist.Store) -> None:

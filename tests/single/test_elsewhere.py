@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
-import torch.distributed as dist
 
+from zgraph.runtime.beats import Beat
 from zgraph.runtime.elsewhere import LASTING_BEATS, Seen, elsewhere, waits_at
 
 BARRIER = "torch.distributed's barrier (train.py:31)"
 
 
-def looks(words: list[str], waiting: tuple[int, ...] = (0,)) -> list[bool]:
-    """Whether each look of rank 0 finds that rank 1 will not come, while rank 1 tells these words."""
-    store, seen, found = dist.HashStore(), Seen(), []
-    for word in words:
-        store.set("zgraph/elsewhere/1", word)
-        found.append("rank 1 made fewer calls" in elsewhere(store, 0, (0, 1), "%x", waiting, seen))
+def looks(beats: list[Beat], *, waits: bool = False) -> list[bool]:
+    """Whether each look of rank 0 finds that rank 1 will not come, while rank 1 sends these heartbeats."""
+    seen, found = Seen(), []
+    for beat in beats:
+        found.append("rank 1 made fewer calls" in elsewhere(0, "%x", {1: replace(beat, waits=waits)}, seen))
     return found
 
 
-def told(*beats: int) -> list[str]:
-    return [f"{beat} {BARRIER}" for beat in beats]
+def told(*beats: int) -> list[Beat]:
+    return [Beat(beat, outside=BARRIER) for beat in beats]
 
 
 def test_a_wait_that_lasts_is_one() -> None:
@@ -34,11 +34,11 @@ def test_a_word_that_stays_behind_is_none() -> None:
 
 
 def test_a_wait_that_is_over_meanwhile_is_none() -> None:
-    assert not any(looks([*told(10, 11), "", *told(10 + LASTING_BEATS, 11 + LASTING_BEATS)]))
+    assert not any(looks([*told(10, 11), Beat(12), *told(10 + LASTING_BEATS, 11 + LASTING_BEATS)]))
 
 
 def test_nobody_is_missed_where_all_wait_in_the_model() -> None:
-    assert not any(looks(told(10, 10 + LASTING_BEATS), waiting=(0, 1)))
+    assert not any(looks(told(10, 10 + LASTING_BEATS), waits=True))
 
 
 @pytest.mark.parametrize(

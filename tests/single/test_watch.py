@@ -18,14 +18,15 @@ import torch.distributed as dist
 
 from zgraph.bridge import private_runtime
 from zgraph.errors import PeerError, PlanMismatchError
+from zgraph.runtime import circle
 from zgraph.runtime import heartbeat as heart
-from zgraph.runtime import peers as talking
 from zgraph.runtime import watch as watching
-from zgraph.runtime.alarms import HOLE_BEATS, MOST_AT_ONCE, Alarm, Alarms, raise_alarm
+from zgraph.runtime.alarms import HOLE_LOOKS, MOST_AT_ONCE, Alarm, Alarms, raise_alarm
+from zgraph.runtime.beats import Beat, Place, beat_key
 from zgraph.runtime.drift import Wait
-from zgraph.runtime.heartbeat import Heartbeat, Place, beat_key
+from zgraph.runtime.heartbeat import Heartbeat
 from zgraph.runtime.journal import Journal, Moved, begun, keep
-from zgraph.runtime.peers import Peers
+from zgraph.runtime.meetings import Meetings
 from zgraph.runtime.watch import DeviceMarks, Mark, Watch
 
 NAME = "zgraph/0_1/1"
@@ -50,20 +51,40 @@ class Counted(dist.HashStore):
         self.asked["get"] += 1
         return super().get(key)
 
+    def set(self, key: str, value: str) -> None:
+        self.asked["set"] += 1
+        super().set(key, value)
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        self.asked["compare_set"] += 1
+        return super().compare_set(key, expected, desired)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self.asked["multi_get"] += 1
+        return super().multi_get(keys)
+
+
+class Heart(Heartbeat):
+    """One that beats when it is told to."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
 
 class Rank:
     """One of two ranks, whose device has come to the end of its work, or waits."""
 
     def __init__(self, store: dist.Store, rank: int) -> None:
-        peers = self.peers = Peers.__new__(Peers)
-        peers.ranks, peers.rank, peers.store, peers.name = (0, 1), rank, store, NAME
-        peers.call, peers.failed_call, peers.limit_s, peers.doom = 3, -1, 600.0, None
-        peers._heartbeat = SimpleNamespace(place=Place(3, "", False, 0.0))  # type: ignore[assignment]
+        self.heart = Heart(store, rank)
+        peers = self.peers = Meetings(self.heart, (0, 1), NAME, 600.0)
+        peers.call = 3
+        self.heart.place = Place(3, "", False, 0.0)
         peers.journal = self.journal = Journal("zgraph/group/0_1", call=3)
         self.is_passed, self.aborted = False, list[int]()
-        self.alarms = Alarms(store)
-        self.num_marks = 0
+        self.num_marks = self.num_beats = 0
         self.watch = Watch(peers, self.journal, self, self.aborted.append)
+        self.heart.add(self.watch)
 
     def enter(self) -> None: ...
 
@@ -77,7 +98,8 @@ class Rank:
 
     def beat(self, times: int = 1) -> None:
         for _ in range(times):
-            self.watch.look(self.alarms.new())
+            self.num_beats += 1
+            self.heart._beat(self.num_beats)
 
     def ended(self) -> Any:
         """What the main thread raises, once the communicators are aborted."""
@@ -104,7 +126,7 @@ def test_all_is_well(store: Counted, pair: tuple[Rank, Rank]) -> None:
     first.is_passed = True
     first.begin("a", "b")
     first.beat(20)
-    assert store.asked == {"check": 20, "add": 20 // HOLE_BEATS}
+    assert store.asked == {"set": 20, "multi_get": 20, "compare_set": 1, "add": 1}
     assert first.peers.doom is None
     assert first.watch.stuck_at is None
 
@@ -178,12 +200,32 @@ def test_a_rank_that_ended(store: Counted, pair: tuple[Rank, Rank], begun: int, 
 def test_a_rank_without_a_heartbeat(store: Counted, pair: tuple[Rank, Rank], monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = pair
     first.begin("a")
-    store.set(beat_key(1), "7 somewhere")
+    store.set(beat_key(1), str(Beat(7, "somewhere")))
     first.beat(2)
     assert first.peers.doom is None
-    monkeypatch.setattr(watching, "GONE_AFTER_SECONDS", -1.0)
-    first.beat()
+    monkeypatch.setattr(heart, "GONE_AFTER_SECONDS", -1.0)
+    monkeypatch.setattr(heart, "BEAT_SECONDS", -1.0)
+    monkeypatch.setattr(watching, "PATIENCE_SECONDS", -1.0)
+    first.beat(2)
     assert "rank 1 is gone, while rank 0 waits for %a" in str(first.ended())
+
+
+def test_a_rank_that_was_silent_and_beats_again_is_not_gone(
+    store: Counted, pair: tuple[Rank, Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = pair
+    first.begin("a")
+    store.set(beat_key(1), str(Beat(7)))
+    first.beat(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(heart, "GONE_AFTER_SECONDS", -1.0)
+        patch.setattr(heart, "BEAT_SECONDS", -1.0)
+        first.beat(2)
+    assert [a.kind for a in first.heart.alarms] == ["silent"]
+    store.set(beat_key(1), str(Beat(8)))
+    monkeypatch.setattr(watching, "PATIENCE_SECONDS", -1.0)
+    first.beat(2)
+    assert first.peers.doom is None
 
 
 def test_the_store_is_gone(pair: tuple[Rank, Rank]) -> None:
@@ -197,7 +239,7 @@ def test_the_store_is_gone(pair: tuple[Rank, Rank]) -> None:
 class Looker:
     """Someone who looks on, and may fail."""
 
-    stuck_at, reason = None, ""
+    stuck_at, wait, reason = None, None, ""
 
     def __init__(self, seen: Counter[str]) -> None:
         self.seen = seen
@@ -240,7 +282,9 @@ def test_an_error_in_looking_is_no_end_of_the_store(
         with caplog.at_level(logging.WARNING, "zgraph"):
             until(lambda: seen["looked"] > 5)
         assert seen["alone"] == 0
-        assert int(store.get(beat_key(0)).split()[0]) > 3
+        beat = Beat.parse(store.get(beat_key(0)))
+        assert beat is not None
+        assert beat.count > 3
         assert len([r for r in caplog.records if "could not look on" in r.getMessage()]) == 1
         store.is_gone = True
         until(lambda: seen["alone"] > 2)
@@ -270,9 +314,10 @@ def test_a_journal_is_read_while_it_is_written() -> None:
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        wait = Wait(dist.HashStore(), 0, (0, 1), "here", journal, 1)
+        wait = Wait(dist.HashStore(), 0, "here", journal, 1)
         for _ in range(50):
             wait.tell()
+            wait.word()
             assert begun()["zgraph/test"] <= journal.number
     finally:
         sys.setswitchinterval(before)
@@ -295,9 +340,9 @@ def test_a_number_that_stays_empty_hides_no_alarms(store: Counted) -> None:
     raise_alarm(store, Alarm("left", "", 1, "ended"))
     store.add("zgraph/alarms", 1)
     raise_alarm(store, Alarm("left", "", 2, "ended"))
-    found = [[a.rank for a in alarms.new()] for _ in range(3 * HOLE_BEATS)]
+    found = [[a.rank for a in alarms.new()] for _ in range(3 * HOLE_LOOKS)]
     assert [ranks for ranks in found if ranks] == [[1], [2]]
-    assert not any(found[: HOLE_BEATS + 1]), "its process may yet fill it"
+    assert not any(found[:HOLE_LOOKS]), "its process may yet fill it"
 
 
 def test_waits_that_are_not_the_models(pair: tuple[Rank, Rank]) -> None:
@@ -308,11 +353,11 @@ def test_waits_that_are_not_the_models(pair: tuple[Rank, Rank]) -> None:
     first.beat(5)
     assert first.num_marks == 1
     first.is_passed = False
-    first.peers._heartbeat.place = Place(4, "", False, 1.0)  # a call begins
+    first.heart.place = Place(4, "", False, 1.0)  # a call begins
     first.beat(5)
     assert first.num_marks == 1
     assert first.watch.stuck_at is None
-    first.peers._heartbeat.place = Place(4, "%a", False, 2.0)  # its stream waits for a collective begun before
+    first.heart.place = Place(4, "%a", False, 2.0)  # its stream waits for a collective begun before
     first.beat(2)
     assert first.num_marks == 2
     assert first.watch.stuck_at is not None
@@ -323,11 +368,10 @@ def test_waits_that_are_not_the_models(pair: tuple[Rank, Rank]) -> None:
 
 
 def test_a_patient_wait_ends(pair: tuple[Rank, Rank], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(talking, "LINGER_SECONDS", 0.0)
+    monkeypatch.setattr(circle, "LINGER_SECONDS", 0.0)
     peers = pair[0].peers
-    peers.limit_s, peers.compared = 0.6, 0
+    peers.limit_s = 0.6
     began = time.monotonic()
-    peers.gone = list  # type: ignore[method-assign]
     with pytest.raises(PeerError, match=r"rank 0 has waited for 1\.2 s"):
         peers.exchange("times", "mine", num_limits=2)
     assert time.monotonic() - began > 1.2

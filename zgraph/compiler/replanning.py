@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from traceback import walk_tb
@@ -74,20 +72,8 @@ def agreed(session: Session, place: str, budget: int) -> int:
     """
     if session.is_alone:
         return budget
-    peers = session.peers
-    store, stem = peers.store, f"{peers.name}/{peers.call}/short"
-    keys, ruling = [f"{stem}/{rank}" for rank in peers.ranks], f"{stem}/ruling"
-    until = time.monotonic() + AGREE_S
     try:
-        store.set(f"{stem}/{peers.rank}", json.dumps([place, budget]))
-        while not store.check(keys) and not store.check([ruling]) and time.monotonic() < until:
-            time.sleep(0.02)
-        words = [json.loads(store.get(key)) for key in keys] if store.check(keys) else []
-        is_one = bool(words) and all(found == place for found, _ in words)
-        store.compare_set(ruling, "", "agreed" if is_one else "apart")  # the first to say it rules
-        if store.get(ruling) != b"agreed":
-            return 0
-        return min(int(json.loads(store.get(key))[1]) for key in keys)
+        return session.peers.smallest("short", place, budget, AGREE_S)
     except RuntimeError:  # the store is gone, and with it whoever kept it
         return 0
 

@@ -1,0 +1,55 @@
+"""Words that a rank says with each beat of its heart: that it lives, where it is, and what it waits for."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+
+class Place(NamedTuple):
+    """Where a rank is: in which call of a model, and what it waits for there, or has waited for last."""
+
+    call: int
+    what: str
+    waits: bool
+    since: float
+
+    def __str__(self) -> str:
+        if self.waits:
+            return f"waits for {self.what} in call {self.call}"
+        after = f", after {self.what}" if self.what else ""
+        return f"has not answered for {time.monotonic() - self.since:.0f} s, last seen in call {self.call}{after}"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One heartbeat.
+
+    Args:
+        count: grows from one to the next.
+        place: where the rank is, as `Place` prints it.
+        waits: whether it waits there for other ranks.
+        outside: the function of torch.distributed that its main thread has waited in for long; mostly nothing.
+        wait: of a rank that has waited for a while, what `Wait.word` says; else empty.
+    """
+
+    count: int
+    place: str = ""
+    waits: bool = False
+    outside: str = ""
+    wait: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def parse(word: bytes) -> Beat | None:
+        """The heartbeat that was printed; None of a rank that has never been seen."""
+        return Beat(**json.loads(word)) if word else None
+
+
+def beat_key(rank: int) -> str:
+    """Where a rank's heartbeat is in the store."""
+    return f"zgraph/beat/{rank}"
