@@ -43,7 +43,7 @@ from zgraph.ir import (
 )
 from zgraph.ir.graph import map_values
 from zgraph.ir.parts import part_along
-from zgraph.ir.rules import localised
+from zgraph.ir.rules import on_parts
 from zgraph.passes.analysis.placing import choose, wire_bytes
 from zgraph.passes.core.base import Context, Numerics, Pass
 
@@ -87,10 +87,9 @@ class _Placer:
                 f"ranks do not see; leave {axis.name} parallelism out, or write the model without it"
             )
         before = model_axes(graph.mesh)
-        self.index, self.size, self.is_first = len(before), axis.size, not graph.mesh
+        self.index, self.axis, self.size, self.is_first = len(before), axis.name, axis.size, not graph.mesh
         self.source = graph
         self.graph = replace(graph, mesh=(*before, axis, Axis("shard", 1)))
-        self.builder = Builder(self.graph, Place.name)
         self.seeds = {name: self.checked(graph, name, place, axis) for name, place in seeds.items()}
         self.nodes: list[Node] = []
         self.have: dict[str, dict[Placement, Value]] = {}
@@ -122,6 +121,9 @@ class _Placer:
 
     def run(self) -> Graph:
         choices = choose(self.source, self.seeds, self.size)
+        self.source = choices.graph
+        self.graph = replace(self.graph, foreign=self.source.foreign)
+        self.builder = Builder(replace(self.graph, nodes=self.source.nodes), Place.name)
         inputs = tuple(map(self.input, self.source.inputs))
         for node, strategy, rule in zip(self.source.nodes, choices.strategies, choices.rules, strict=True):
             env = {
@@ -132,12 +134,13 @@ class _Placer:
             results = tuple(
                 Value(r.name, self.typed(r.type, place)) for r, place in zip(node.results, strategy.outs, strict=True)
             )
-            args = localised(node, rule, (*strategy.ins, *strategy.outs), self.size)
+            op, args, options = on_parts(node, rule, strategy, self.axis, self.size)
             self.nodes.append(
                 replace(
                     node,
+                    op=op,
                     args=tuple(map_values(a, env) for a in args),
-                    kwargs=tuple((k, map_values(a, env)) for k, a in node.kwargs),
+                    kwargs=tuple((k, map_values(a, env)) for k, a in options),
                     results=results,
                 )
             )

@@ -21,8 +21,8 @@ from zgraph.compiler.joining import Joined
 from zgraph.compiler.report import Report
 from zgraph.errors import UsageError
 from zgraph.options.lengths import Lengths
+from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload
-from zgraph.options.parallel import Placements
 from zgraph.options.settings import Options, Passes, Recompute, resolve
 from zgraph.options.validate import Compute, Fullgraph, Kernels, Stage
 from zgraph.passes import RECIPES

@@ -3,7 +3,9 @@
 Parameters are where their users want them. From there cuts spread: `x @ w` with columns of w cut has them cut, and a
 product over what is cut makes a partial sum. A partial sum is reduced at once, unless all that reads it is linear in it
 and adds it to sums like it, as where the gradients of three projections of one input meet: they are reduced once. This
-is Megatron's pattern where the parameters are placed as Megatron places them (Shoeybi et al., 2019).
+is Megatron's pattern where the parameters are placed as Megatron places them (Shoeybi et al., 2019). An op along a dim
+that is cut is spelled out, where it has a definition (`zgraph.ir.rules.definitions`): a softmax over parts of a
+vocabulary.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from zgraph.ir import Graph, Node, Partial, Placement, Replicate, Shard, TensorType
+from zgraph.ir import Builder, Graph, Node, Partial, Placement, Replicate, Shard, TensorType
 from zgraph.ir.axis_rules import collective
 from zgraph.ir.rules import Call, Rule, Strategy, rule_of
+from zgraph.ir.rules.definitions import DEFINED, defined, dim_of, spelled_out
 from zgraph.ir.rules.kept import cuts_of
 from zgraph.ir.symbols import simplify
 
@@ -28,11 +31,13 @@ class Choices:
     """A choice for every node.
 
     Args:
+        graph: the graph, in which ops along cut dims are spelled out.
         strategies: by the node's position.
         rules: of each node; None where it has none.
         reduced: values that are partial sums where they are made, and are reduced there.
     """
 
+    graph: Graph
     strategies: tuple[Strategy, ...]
     rules: tuple[Rule | None, ...]
     reduced: frozenset[str]
@@ -46,15 +51,33 @@ def choose(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int) -> Choi
         seeds: the placement of inputs, by name; all others are whole.
         num_ranks: ranks along the axis.
     """
+    builder = Builder(graph)
+    while along := _along_cuts(graph, seeds, num_ranks):
+        graph = spelled_out(graph, along, builder.fresh)
     rules = [_rule(node) for node in graph.nodes]
     first = _Walk(graph, seeds, num_ranks, rules, frozenset())
     kept = _kept_sums(graph, rules, first.sums)
     walk = _Walk(graph, seeds, num_ranks, rules, kept) if kept else first
-    return Choices(tuple(walk.strategies), tuple(rules), frozenset(walk.sums - kept))
+    reduced = frozenset((walk.sums | walk.largest) - kept)
+    return Choices(graph, tuple(walk.strategies), tuple(rules), reduced)
+
+
+def _along_cuts(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int) -> frozenset[str]:
+    """Names of nodes whose operands are cut as their ops are not, but what these are defined by is."""
+    if not any(node.op in DEFINED for node in graph.nodes):
+        return frozenset()
+    walk = _Walk(graph, seeds, num_ranks, [_rule(node) for node in graph.nodes], frozenset())
+    return frozenset(
+        node.name
+        for node in graph.nodes
+        if node.op in DEFINED
+        for made in (walk.made[v.name] for v in node.operands if v.name in walk.made)
+        if isinstance(made, Shard) and dim_of(node) in (None, made.dim) and defined(node, str)
+    )
 
 
 def _rule(node: Node) -> Rule | None:
-    return rule_of(Call.of(node)) if node.op.startswith("aten.") else None
+    return rule_of(Call.of(node)) if "." in node.op else None
 
 
 def whole(node: Node) -> Strategy:
@@ -70,7 +93,9 @@ class _Walk:
 
     Attributes:
         strategies: the choice for each node.
+        made: how each value is made.
         sums: the values that are made as partial sums.
+        largest: those of which ranks have the largest of their parts.
     """
 
     def __init__(
@@ -85,7 +110,9 @@ class _Walk:
         self.have: dict[str, set[Placement]] = {i.value.name: {seeds.get(i.value.name, R)} for i in graph.inputs}
         self.of_parameters = set(graph.param_names)
         self.strategies: list[Strategy] = []
+        self.made: dict[str, Placement | None] = {}
         self.sums: set[str] = set()
+        self.largest: set[str] = set()
         for node, rule in zip(graph.nodes, rules, strict=True):
             self.strategies.append(self.best(node, rule))
             self.take(node, self.strategies[-1])
@@ -131,7 +158,8 @@ class _Walk:
         for value, place in zip(node.results, strategy.outs, strict=True):
             if place is not None:
                 num_bytes = _num_bytes(value.tensor)
-                sent += self.moved(value.tensor, {P}, R) if place == P and value.name not in self.kept else 0.0
+                if isinstance(place, Partial) and value.name not in self.kept:
+                    sent += self.moved(value.tensor, {place}, R)
                 local += num_bytes / self.num_ranks if isinstance(place, Shard) else num_bytes
         return sent, local
 
@@ -147,9 +175,11 @@ class _Walk:
             if place is not None:
                 self.have[value.name].add(place)
         for value, place in zip(node.results, strategy.outs, strict=True):
-            if place == P:
-                self.sums.add(value.name)
-            self.have[value.name] = {R if place is None or (place == P and value.name not in self.kept) else place}
+            self.made[value.name] = place
+            if isinstance(place, Partial):
+                (self.sums if place == P else self.largest).add(value.name)
+            is_reduced = isinstance(place, Partial) and value.name not in self.kept
+            self.have[value.name] = {R if place is None or is_reduced else place}
         if node.operands and all(v.name in self.of_parameters for v in node.operands):
             self.of_parameters.update(r.name for r in node.results)
 
@@ -164,7 +194,7 @@ def wire_bytes(kind: TensorType, old: Placement, new: Placement, num_ranks: int)
             return share * whole_bytes
         case "all_to_all_start":
             return share * whole_bytes / num_ranks
-    return 0.0 if old != P else 2 * share * whole_bytes
+    return 2 * share * whole_bytes if isinstance(old, Partial) else 0.0
 
 
 def _num_bytes(kind: TensorType) -> float:

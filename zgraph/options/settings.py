@@ -20,8 +20,9 @@ from zgraph.cost import CostTable
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir.layout import chunk_numel
 from zgraph.options.lengths import Lengths, check_lengths
+from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
-from zgraph.options.parallel import AXIS, Placements, check_parallel, cuts_of, mesh_of
+from zgraph.options.parallel import AXIS, check_parallel, cuts_of, mesh_of
 from zgraph.options.validate import (
     Compute,
     Fullgraph,
