@@ -133,7 +133,7 @@ def _by_style(model: nn.Module, num_ranks: int) -> Iterator[tuple[str, Shard]]:
 
 
 def _vocabulary(model: nn.Module, num_ranks: int) -> Iterator[tuple[str, Shard]]:
-    """Rows of the tables of words that a model reads and writes, tied or not, where they divide; else they are whole."""
+    """Rows of the tables of words that a model reads and writes, tied or not: those that divide."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
