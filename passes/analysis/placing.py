@@ -10,11 +10,24 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from zgraph.ir import Builder, Graph, Node, Partial, Placement, Replicate, Shard, TensorType
+from zgraph.ir import (
+    Builder,
+    Graph,
+    InputKind,
+    Node,
+    Partial,
+    Phase,
+    Placement,
+    Replicate,
+    Shard,
+    TensorType,
+    Value,
+)
 from zgraph.ir.axis_rules import collective
+from zgraph.ir.ops import views
 from zgraph.ir.rules import Call, Rule, Strategy, rule_of
 from zgraph.ir.rules.definitions import DEFINED, defined, dim_of, spelled_out
 from zgraph.ir.rules.kept import cuts_of
@@ -34,32 +47,75 @@ class Choices:
         graph: the graph, in which ops along cut dims are spelled out.
         strategies: by the node's position.
         rules: of each node; None where it has none.
-        reduced: values that are partial sums where they are made, and are reduced there.
+        reduced: values that are partial sums where they are made, and are reduced there, and to which placement.
     """
 
     graph: Graph
     strategies: tuple[Strategy, ...]
     rules: tuple[Rule | None, ...]
-    reduced: frozenset[str]
+    reduced: Mapping[str, Placement]
 
 
-def choose(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int) -> Choices:
+def choose(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int, *, sequence: bool = False) -> Choices:
     """A strategy for every node of a graph on whole tensors.
 
     Args:
         graph: the graph.
         seeds: the placement of inputs, by name; all others are whole.
         num_ranks: ranks along the axis.
+        sequence: whether what is reduced lies cut along the sequence afterwards, where its reader takes it so.
     """
     builder = Builder(graph)
+    graph = _views_once(graph) if sequence else graph
     while along := _along_cuts(graph, seeds, num_ranks):
         graph = spelled_out(graph, along, builder.fresh)
     rules = [_rule(node) for node in graph.nodes]
-    first = _Walk(graph, seeds, num_ranks, rules, frozenset())
+    tokens = along_sequence(graph, rules, num_ranks) if sequence else None
+    first = _Walk(graph, seeds, num_ranks, rules, frozenset(), tokens)
     kept = _kept_sums(graph, rules, first.sums)
-    walk = _Walk(graph, seeds, num_ranks, rules, kept) if kept else first
-    reduced = frozenset((walk.sums | walk.largest) - kept)
+    walk = _Walk(graph, seeds, num_ranks, rules, kept, tokens, frozenset(first.sums)) if kept else first
+    reduced = {name: walk.after(name) for name in (*walk.sums, *walk.largest) if name not in kept}
     return Choices(graph, tuple(walk.strategies), tuple(rules), reduced)
+
+
+def along_sequence(graph: Graph, rules: Sequence[Rule | None], num_ranks: int) -> Mapping[str, Placement]:
+    """Where the sequence is in values, as their readers take them: all inputs are cut along dim 1, and this spreads.
+
+    Args:
+        graph: the graph.
+        rules: of its nodes.
+        num_ranks: ranks along the axis.
+    """
+    cut = Shard(1)
+    seeds = {
+        i.value.name: cut
+        for i in graph.inputs
+        if i.kind is InputKind.input and isinstance(i.value.type, TensorType) and len(i.value.type.shape) > 1
+        if cut.divides(i.value.type.shape[1], num_ranks)
+    }
+    walk = _Walk(graph, seeds, num_ranks, rules, frozenset())
+    found: dict[str, Placement] = {}
+    for node, strategy in zip(graph.nodes, walk.strategies, strict=True):
+        for value, place in zip(node.operands, strategy.ins, strict=True):
+            if isinstance(place, Shard):
+                found.setdefault(value.name, place)
+    return found
+
+
+def _views_once(graph: Graph) -> Graph:
+    """The graph with one view in the place of several of one value, so that what they are gathered for is sent once."""
+    known: dict[Hashable, Value] = {}
+    merged: dict[str, Value] = {}
+    nodes = []
+    for old in graph.nodes:
+        node = old.substitute(merged)
+        if len(node.results) == 1 and len(node.operands) == 1 and views(graph, node):
+            made = known.setdefault((node.op, node.args, node.kwargs, node.phase), node.results[0])
+            if made is not node.results[0]:
+                merged[node.name] = made
+                continue
+        nodes.append(node)
+    return replace(graph, nodes=tuple(nodes), outputs=tuple(output.substitute(merged) for output in graph.outputs))
 
 
 def _along_cuts(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int) -> frozenset[str]:
@@ -105,15 +161,22 @@ class _Walk:
         num_ranks: int,
         rules: Sequence[Rule | None],
         kept: frozenset[str],
+        tokens: Mapping[str, Placement] | None = None,
+        sums: frozenset[str] = frozenset(),
     ) -> None:
-        self.num_ranks, self.kept = num_ranks, kept
-        self.have: dict[str, set[Placement]] = {i.value.name: {seeds.get(i.value.name, R)} for i in graph.inputs}
+        self.num_ranks, self.kept, self.tokens, self.expected = num_ranks, kept, tokens, sums
+        self.rest: dict[str, Placement] = {i.value.name: seeds.get(i.value.name, R) for i in graph.inputs}
+        self.have: dict[str, set[Placement]] = {name: {place} for name, place in self.rest.items()}
         self.of_parameters = set(graph.param_names)
         self.strategies: list[Strategy] = []
         self.made: dict[str, Placement | None] = {}
         self.sums: set[str] = set()
         self.largest: set[str] = set()
+        is_forward = True
         for node, rule in zip(graph.nodes, rules, strict=True):
+            if tokens is not None and is_forward and node.phase is not Phase.forward:
+                is_forward = False  # what the forward gathers is not kept for the backward
+                self.have = {name: {self.rest[name]} for name in self.have}
             self.strategies.append(self.best(node, rule))
             self.take(node, self.strategies[-1])
 
@@ -158,8 +221,9 @@ class _Walk:
         for value, place in zip(node.results, strategy.outs, strict=True):
             if place is not None:
                 num_bytes = _num_bytes(value.tensor)
-                if isinstance(place, Partial) and value.name not in self.kept:
-                    sent += self.moved(value.tensor, {place}, R)
+                is_free = value.name in self.kept and (P in strategy.ins or value.name in self.expected)
+                if isinstance(place, Partial) and not is_free:
+                    sent += self.moved(value.tensor, {place}, self.after(value.name) if place == P else R)
                 local += num_bytes / self.num_ranks if isinstance(place, Shard) else num_bytes
         return sent, local
 
@@ -168,6 +232,11 @@ class _Walk:
         if place in have:
             return 0.0
         return min(wire_bytes(kind, old, place, self.num_ranks) for old in have)
+
+    def after(self, name: str) -> Placement:
+        """Where a sum is once it is reduced."""
+        found = R if self.tokens is None or name in self.largest else self.tokens.get(name, R)
+        return found
 
     def take(self, node: Node, strategy: Strategy) -> None:
         """Note what is there once a node has run."""
@@ -179,7 +248,8 @@ class _Walk:
             if isinstance(place, Partial):
                 (self.sums if place == P else self.largest).add(value.name)
             is_reduced = isinstance(place, Partial) and value.name not in self.kept
-            self.have[value.name] = {R if place is None or is_reduced else place}
+            self.rest[value.name] = self.after(value.name) if is_reduced else place or R
+            self.have[value.name] = {self.rest[value.name]}
         if node.operands and all(v.name in self.of_parameters for v in node.operands):
             self.of_parameters.update(r.name for r in node.results)
 
