@@ -34,12 +34,17 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(mesh: DeviceMesh, name: str, stage: int, num_micro: int = 1, **options: Any) -> tuple[float, float, float]:
+def train(
+    mesh: DeviceMesh, name: str, stage: int, num_micro: int = 1, *, sequence_parallel: bool = False
+) -> tuple[float, float, float]:
     """The largest relative errors of a loss and of a gradient's norm, and the largest of a parameter in the end.
 
     Each data rank has its own batch, and its own seed for dropout.
     """
-    plain, ours = zoo.builder(name)(), zgraph.compile(zoo.builder(name)(), stage=stage, tensor_parallel=2, **options)
+    plain, ours = (
+        zoo.builder(name)(),
+        zgraph.compile(zoo.builder(name)(), stage=stage, tensor_parallel=2, sequence_parallel=sequence_parallel),
+    )
     num_data, mine = mesh.size() // 2, mesh.get_local_rank() // 2
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (plain, ours)]
     worst_loss = worst_norm = 0.0
@@ -67,6 +72,11 @@ def train(mesh: DeviceMesh, name: str, stage: int, num_micro: int = 1, **options
             optimizer.zero_grad()
     pairs = zip(plain.parameters(), ours.parameters(), strict=True)
     return worst_loss, worst_norm, max(float((full(b) - a).abs().max()) for a, b in pairs)
+
+
+def in_parts(mesh: DeviceMesh, name: str, stage: int) -> tuple[float, float, float]:
+    """The same with activations cut along the sequence."""
+    return train(mesh, name, stage, 2, sequence_parallel=True)
 
 
 def assert_close(found: list[tuple[float, float, float]]) -> None:
@@ -124,3 +134,51 @@ def reshard(mesh: DeviceMesh, name: str, path: str) -> list[float]:
 @pytest.mark.parametrize("name", [deep("mixtral"), deep("t5"), deep("tied")])
 def test_a_checkpoint_is_loaded_at_another_layout_and_back(pool: Pool, name: str, tmp_path: Any) -> None:
     assert pool.run(reshard, 4, name, str(tmp_path)) == [[0.0, 0.0]] * 4
+
+
+def engine(mesh: DeviceMesh, path: str) -> tuple[float, float, float, list[int]]:
+    """How far an engine's losses and gradient norms are from those of plain training, and a loss after a checkpoint."""
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": MAX_NORM,
+        "zero_optimization": {"stage": 3},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01}},
+        "tensor_parallel": {"autotp_size": 2},
+        "zgraph": {"sequence_parallel": True},
+    }
+    made = [zgraph.initialize_engine(model=zoo.builder("tied")(), config=config)[0] for _ in range(2)]
+    ours, plain = made[0], zoo.builder("tied")()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
+    mine, worst_loss, worst_norm = ours.get_data_parallel_rank(), 0.0, 0.0
+    for step in range(3):
+        losses = [[plain(**zoo.batch("tied", 100 * step + 10 * m + r)).loss for r in range(2)] for m in range(2)]
+        (sum(loss for row in losses for loss in row) / 4).backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        for micro in range(2):
+            loss = ours(**zoo.batch("tied", 100 * step + 10 * micro + mine)).loss
+            ours.backward(loss)
+            ours.step()
+            worst_loss = max(worst_loss, abs(loss.item() / losses[micro][mine].item() - 1))
+        worst_norm = max(worst_norm, abs(float(ours.get_global_grad_norm()) / norm.item() - 1))
+    ours.save_checkpoint(path)
+    made[1].load_checkpoint(path)
+    after = [model(**zoo.batch("tied", 7)).loss.item() for model in made]
+    numbers = [ours.world_size, ours.dp_world_size, ours.get_data_parallel_rank(), ours.get_tensor_parallel_rank()]
+    return worst_loss, worst_norm, abs(after[0] - after[1]), numbers
+
+
+@pytest.mark.parametrize("case", [deep("tied")])
+def test_an_engine(pool: Pool, case: str, tmp_path: Any) -> None:
+    for rank, (loss, norm, resumed, numbers) in enumerate(pool.run(engine, 4, str(tmp_path), limit_s=300)):
+        assert loss < 2e-6
+        assert norm < 2e-6
+        assert resumed == 0
+        assert numbers == [4, 2, rank // 2, rank % 2]
+
+
+@pytest.mark.parametrize(("name", "stage"), [("llama", 2), deep("bert", 3), deep("mixtral", 1), deep("t5", 0)])
+def test_sequences_in_parts(pool: Pool, name: str, stage: int) -> None:
+    assert_close(pool.run(in_parts, 4, name, stage, limit_s=600 if DEEP else 90))

@@ -90,6 +90,20 @@ def check_parallel(
         raise UsageError('kernels="triton" fuses ops of whole tensors; with tensor parallelism take "aten" or "auto"')
 
 
+def check_sequence(sequence_parallel: object, mesh: DeviceMesh | None, *, has_recipe: bool) -> None:
+    """Refuse sequence parallelism where nothing is computed together, or where a recipe says what passes run.
+
+    Raises:
+        UsageError: so it is, with what to do instead.
+    """
+    if not isinstance(sequence_parallel, bool):
+        raise UsageError(f"sequence_parallel must be True or False, not {sequence_parallel!r}")
+    if sequence_parallel and mesh is None:
+        raise UsageError("sequence_parallel=True cuts activations over the ranks of tensor_parallel=; give that too")
+    if sequence_parallel and has_recipe:
+        raise UsageError("a recipe says itself how activations lie: write place(sequence=true) in passes=")
+
+
 def cuts_of(model: nn.Module, placements: Placements | None, mesh: DeviceMesh) -> Mapping[str, Cuts]:
     """How each parameter is cut over the ranks that compute together, by name; those that stay whole are not there.
 
