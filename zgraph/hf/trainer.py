@@ -89,7 +89,7 @@ class Sharded(Base):  # type: ignore[misc]
         read = read_config(config, world_size=self.args.world_size)
         if read.tensor_parallel > 1:
             raise ConfigError(
-                "tensor_parallel.autotp_size: transformers' Trainer gives each rank rows of its own and counts them so; "
+                "tensor_parallel.autotp_size: transformers' Trainer gives each rank its own rows and counts them so; "
                 "leave it out, or train with zgraph.initialize_engine"
             )
         return read
