@@ -147,10 +147,10 @@ def engine(mesh: DeviceMesh, path: str) -> tuple[float, float, float, list[int]]
         "tensor_parallel": {"autotp_size": 2},
         "zgraph": {"sequence_parallel": True},
     }
-    made = [zgraph.initialize_engine(model=zoo.builder("tied")(), config=config)[0] for _ in range(2)]
-    ours, plain = made[0], zoo.builder("tied")()
+    ours, plain = zgraph.initialize_engine(model=zoo.builder("tied")(), config=config)[0], zoo.builder("tied")()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
     mine, worst_loss, worst_norm = ours.get_data_parallel_rank(), 0.0, 0.0
+    torch.manual_seed(mine)
     for step in range(3):
         losses = [[plain(**zoo.batch("tied", 100 * step + 10 * m + r)).loss for r in range(2)] for m in range(2)]
         (sum(loss for row in losses for loss in row) / 4).backward()
@@ -164,8 +164,12 @@ def engine(mesh: DeviceMesh, path: str) -> tuple[float, float, float, list[int]]
             worst_loss = max(worst_loss, abs(loss.item() / losses[micro][mine].item() - 1))
         worst_norm = max(worst_norm, abs(float(ours.get_global_grad_norm()) / norm.item() - 1))
     ours.save_checkpoint(path)
-    made[1].load_checkpoint(path)
-    after = [model(**zoo.batch("tied", 7)).loss.item() for model in made]
+    after = [ours(**zoo.batch("tied", 7)).loss.item()]
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    ours.load_checkpoint(path)
+    after.append(ours(**zoo.batch("tied", 7)).loss.item())
     numbers = [ours.world_size, ours.dp_world_size, ours.get_data_parallel_rank(), ours.get_tensor_parallel_rank()]
     return worst_loss, worst_norm, abs(after[0] - after[1]), numbers
 
