@@ -118,8 +118,8 @@ def _by_style(model: nn.Module, num_ranks: int) -> Iterator[tuple[str, Shard]]:
         places = _STYLES.get(style)
         if places is None:
             continue
-        for name, parameter in parameters.items():
-            if parameter.dim() == 3 and _fits(pattern, name):
+        for name, experts in parameters.items():
+            if experts.dim() == 3 and _fits(pattern, name):
                 yield name, Shard(places[0].dim + 1, places[0].blocks)
         for name in modules:
             if not isinstance(modules[name], nn.Linear) or not _fits(pattern, name):
