@@ -18,6 +18,7 @@ from zgraph.ir import (
     Graph,
     InputKind,
     Node,
+    OutputKind,
     Partial,
     Phase,
     Placement,
@@ -169,6 +170,7 @@ class _Walk:
         self.have: dict[str, set[Placement]] = {name: {place} for name, place in self.rest.items()}
         self.of_parameters = set(graph.param_names)
         self.strategies: list[Strategy] = []
+        self.due = _gradients(graph, rules, seeds, num_ranks)
         self.made: dict[str, Placement | None] = {}
         self.sums: set[str] = set()
         self.largest: set[str] = set()
@@ -185,6 +187,8 @@ class _Walk:
         if rule is None:
             return whole(node)
         cuts = [c for places in self.held(node) for c in cuts_of(rule, places, self.num_ranks)]
+        due = [None if d is None else self.due.get(r.name) for d, r in zip(rule.outs, node.results, strict=True)]
+        cuts += cuts_of(rule, [*(None for _ in node.operands), *due], self.num_ranks)
         usable = [s for s in rule.strategies(self.num_ranks, cuts) if self.is_usable(node, s)]
         return min(usable, key=lambda s: self.cost(node, s))
 
@@ -252,6 +256,30 @@ class _Walk:
             self.have[value.name] = {self.rest[value.name]}
         if node.operands and all(v.name in self.of_parameters for v in node.operands):
             self.of_parameters.update(r.name for r in node.results)
+
+
+_PASSED_ON = frozenset({"add", "t", "transpose", "view", "_to_copy", "clone"})
+"""Ops through which a gradient goes, whose operands lie as it does."""
+
+
+def _gradients(
+    graph: Graph, rules: Sequence[Rule | None], seeds: Mapping[str, Placement], num_ranks: int
+) -> Mapping[str, Placement]:
+    """Where gradients of cut parameters must be in the end, and so what they are sums and views of."""
+    due: dict[str, Placement] = {
+        o.value.name: seeds[o.target]
+        for o in graph.outputs
+        if o.kind is OutputKind.grad and o.value is not None and o.target in seeds
+    }
+    for node, rule in zip(reversed(graph.nodes), reversed(rules), strict=True):
+        if rule is None or node.name not in due or node.op.split(".")[1] not in _PASSED_ON:
+            continue
+        for cut in cuts_of(rule, [*(None for _ in node.operands), due[node.name]], num_ranks):
+            strategy = rule.with_cut(num_ranks, cut)
+            for value, place in zip(node.operands, strategy.ins if strategy else (), strict=bool(strategy)):
+                if isinstance(place, Shard):
+                    due.setdefault(value.name, place)
+    return due
 
 
 def wire_bytes(kind: TensorType, old: Placement, new: Placement, num_ranks: int) -> float:

@@ -115,7 +115,7 @@ _RUNS: Mapping[str, Run] = {
 
 
 def runs(node: Node, device: torch.device, rank: int, num_ranks: int) -> Run:
-    """What runs an op that knows its rank, given the tensors that it reads.
+    """Runner of an op that knows its rank, which takes the tensors that it reads.
 
     Args:
         node: the op.
