@@ -34,6 +34,7 @@ from zgraph.ir import (
     Output,
     OutputKind,
     Partial,
+    Phase,
     Placement,
     Replicate,
     TensorType,
@@ -43,7 +44,7 @@ from zgraph.ir import (
 )
 from zgraph.ir.graph import map_values
 from zgraph.ir.parts import part_along
-from zgraph.ir.rules import localised
+from zgraph.ir.rules import on_parts
 from zgraph.passes.analysis.placing import choose, wire_bytes
 from zgraph.passes.core.base import Context, Numerics, Pass
 
@@ -57,9 +58,12 @@ class Place(Pass):
     Args:
         axis: the name of the axis. Where the mesh has none of this name, or no parameter is cut along it, nothing is
             done.
+        sequence: whether activations between blocks lie cut along the sequence: a reduce-scatter behind what makes a
+            partial sum, a gather before what needs it whole, and again in the backward.
     """
 
     axis: str = "tensor"
+    sequence: bool = False
 
     name: ClassVar[str] = "place"
     numerics: ClassVar[Numerics] = Numerics.reassociates
@@ -74,25 +78,25 @@ class Place(Pass):
         if size == 1:
             return graph
         seeds = {i.value.name: place for i in graph.params for axis, place in i.cuts if axis == self.axis}
-        return _Placer(graph, Axis(self.axis, size), seeds).run()
+        return _Placer(graph, Axis(self.axis, size), seeds, sequence=self.sequence).run()
 
 
 class _Placer:
     """One run of the pass."""
 
-    def __init__(self, graph: Graph, axis: Axis, seeds: Mapping[str, Placement]) -> None:
+    def __init__(self, graph: Graph, axis: Axis, seeds: Mapping[str, Placement], *, sequence: bool) -> None:
         if wrong := next((n for n in graph.nodes if n.op in graph.foreign and graph.foreign[n.op].writes), None):
             raise PlacementError(
                 f"{wrong.op} of {wrong.origin.module or 'the model'} writes to memory, which parts of values on other "
                 f"ranks do not see; leave {axis.name} parallelism out, or write the model without it"
             )
         before = model_axes(graph.mesh)
-        self.index, self.size, self.is_first = len(before), axis.size, not graph.mesh
-        self.source = graph
+        self.index, self.axis, self.size, self.is_first = len(before), axis.name, axis.size, not graph.mesh
+        self.source, self.sequence = graph, sequence
         self.graph = replace(graph, mesh=(*before, axis, Axis("shard", 1)))
-        self.builder = Builder(self.graph, Place.name)
         self.seeds = {name: self.checked(graph, name, place, axis) for name, place in seeds.items()}
         self.nodes: list[Node] = []
+        self.is_forward = True
         self.have: dict[str, dict[Placement, Value]] = {}
 
     def checked(self, graph: Graph, name: str, place: Placement, axis: Axis) -> Placement:
@@ -121,9 +125,15 @@ class _Placer:
         return part_along(self.whole(kind), self.index, self.size, place or R)
 
     def run(self) -> Graph:
-        choices = choose(self.source, self.seeds, self.size)
+        choices = choose(self.source, self.seeds, self.size, sequence=self.sequence)
+        self.source = choices.graph
+        self.graph = replace(self.graph, foreign=self.source.foreign)
+        self.builder = Builder(replace(self.graph, nodes=self.source.nodes), Place.name)
         inputs = tuple(map(self.input, self.source.inputs))
         for node, strategy, rule in zip(self.source.nodes, choices.strategies, choices.rules, strict=True):
+            if self.sequence and self.is_forward and node.phase is not Phase.forward:
+                self.is_forward = False  # what the forward gathers is not kept for the backward
+                self.have = {name: dict([next(iter(held.items()))]) for name, held in self.have.items()}
             env = {
                 v.name: self.wanted(v, place, node)
                 for v, place in zip(node.operands, strategy.ins, strict=True)
@@ -132,19 +142,20 @@ class _Placer:
             results = tuple(
                 Value(r.name, self.typed(r.type, place)) for r, place in zip(node.results, strategy.outs, strict=True)
             )
-            args = localised(node, rule, (*strategy.ins, *strategy.outs), self.size)
+            op, args, options = on_parts(node, rule, strategy, self.axis, self.size)
             self.nodes.append(
                 replace(
                     node,
+                    op=op,
                     args=tuple(map_values(a, env) for a in args),
-                    kwargs=tuple((k, map_values(a, env)) for k, a in node.kwargs),
+                    kwargs=tuple((k, map_values(a, env)) for k, a in options),
                     results=results,
                 )
             )
             for result, place in zip(results, strategy.outs, strict=True):
                 self.have[result.name] = {place or R: result}
-                if result.name in choices.reduced:
-                    self.have[result.name] = {R: self.wanted(result, R, node)}
+                if (reduced := choices.reduced.get(result.name)) is not None:
+                    self.have[result.name] = {reduced: self.wanted(result, reduced, node)}
         outputs = tuple(map(self.output, self.source.outputs))
         return replace(self.graph, inputs=inputs, nodes=tuple(self.nodes), outputs=outputs)
 

@@ -14,8 +14,9 @@ from zgraph.bridge.aten import TO_TORCH
 from zgraph.ir import DType, Node, Partial, Placement, TensorType
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
+from zgraph.ir.rules import PARTS
 from zgraph.runtime.agreement import described
-from zgraph.runtime.exchanges import EXCHANGES, all_to_all, first_rank, slice_
+from zgraph.runtime.exchanges import EXCHANGES, all_to_all, first_rank, ranked, slice_
 from zgraph.runtime.futures import Future, Work
 from zgraph.runtime.gradients import with_unreduced
 from zgraph.runtime.host import Copy
@@ -298,6 +299,7 @@ EXECUTORS: Mapping[str, Callable[[Node, Session], Execute]] = {
     "all_to_all_start": all_to_all,
     "slice": slice_,
     "first_rank": first_rank,
+    **dict.fromkeys(PARTS.values(), ranked),
     "offload_start": offload_start,
     "reload_start": reload_start,
     "wait": wait,

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from zgraph.bridge import parts
-from zgraph.ir import Node, Shard, TensorType
+from zgraph.bridge.ranked_ops import runs
+from zgraph.ir import Node, Partial, Shard, TensorType
 from zgraph.runtime.agreement import described
 from zgraph.runtime.futures import Future
 
@@ -36,14 +37,15 @@ def _places(node: Node, session: Session) -> tuple[TensorType, Any, Any]:
 
 
 def all_reduce(node: Node, session: Session) -> Execute:
-    """The sum of what the ranks have."""
-    (group, _, _), (made, _, _) = _of_axis(node, session), _places(node, session)
+    """The sum of what the ranks have, or the largest."""
+    (group, _, _), (made, old, _) = _of_axis(node, session), _places(node, session)
     name, moved = described(node), session.moved(node)
+    how = dist.ReduceOp.MAX if old == Partial("max") else dist.ReduceOp.SUM
 
     def execute(own: torch.Tensor) -> Future:
         total = own.clone(memory_format=torch.contiguous_format)
         session.enter("all-reduce", moved)
-        work = dist.all_reduce(total, group=group, async_op=True)
+        work = dist.all_reduce(total, how, group=group, async_op=True)
         return Future(name, work, None, lambda: _laid(total, made))
 
     return execute
@@ -109,6 +111,12 @@ def first_rank(node: Node, session: Session) -> Execute:
     """All of it on the first rank, zeros on the others."""
     (_, _, rank), (made, _, _) = _of_axis(node, session), _places(node, session)
     return lambda own: parts.laid_out(torch.zeros_like(own) if rank else own, made)
+
+
+def ranked(node: Node, session: Session) -> Execute:
+    """An op that knows which part of a dim this rank has."""
+    _, size, rank = _of_axis(node, session)
+    return runs(node, session.device, rank, size)
 
 
 def _laid(tensor: torch.Tensor, kind: TensorType) -> torch.Tensor:

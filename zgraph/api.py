@@ -21,8 +21,8 @@ from zgraph.compiler.joining import Joined
 from zgraph.compiler.report import Report
 from zgraph.errors import UsageError
 from zgraph.options.lengths import Lengths
+from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload
-from zgraph.options.parallel import Placements
 from zgraph.options.settings import Options, Passes, Recompute, resolve
 from zgraph.options.validate import Compute, Fullgraph, Kernels, Stage
 from zgraph.passes import RECIPES
@@ -56,6 +56,7 @@ def compile(
     dynamic: bool | None = None,
     lengths: Lengths | None = None,
     tensor_parallel: int = 1,
+    sequence_parallel: bool = False,
     placements: Placements | None = None,
 ) -> Any:
     """Shard a model over the ranks and compile its training step, in place.
@@ -111,6 +112,8 @@ def compile(
         lengths: a few lengths that inputs are padded to, each captured once with static shapes: see `zgraph.Lengths`.
         tensor_parallel: ranks that compute each op together, neighbours in rank, on one batch. Parameters are cut over
             them, and what is left of each is sharded over the other ranks as its stage says.
+        sequence_parallel: with `tensor_parallel`, whether activations between blocks lie cut along the sequence: less
+            memory, for as many bytes sent.
         placements: how parameters are cut, from patterns of their names to `Shard(dim)` of torch (`"S1/3"` cuts dim 1
             of a fused projection in each of three blocks); what none names stays whole. By default, the plan that
             transformers has for the model.
@@ -149,6 +152,7 @@ def compile(
         "dynamic": dynamic,
         "lengths": lengths,
         "tensor_parallel": tensor_parallel,
+        "sequence_parallel": sequence_parallel,
         "placements": placements,
     }
     if model is None:

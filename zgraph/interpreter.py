@@ -17,6 +17,7 @@ import torch
 from zgraph.bridge import processor_attention as _attention  # noqa: F401 - registers kernels
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.bridge.parts import moved, part_of, together, total
+from zgraph.bridge.ranked_ops import runs
 from zgraph.errors import InterpretError
 from zgraph.ir import (
     Axis,
@@ -34,8 +35,9 @@ from zgraph.ir import (
     num_ranks,
     num_shards,
 )
-from zgraph.ir.axis_rules import changed_axis
+from zgraph.ir.axis_rules import axis_of, changed_axis
 from zgraph.ir.layout import bucket_layout, chunk_numel
+from zgraph.ir.rules import PARTS
 
 Ranks = list[Any]
 """One value as each rank has it."""
@@ -356,6 +358,17 @@ def _copy(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
     return [[t.clone(memory_format=torch.contiguous_format) for t in operands[0]]]
 
 
+def _ranked(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
+    """An op that knows its rank along an axis."""
+    index, size = axis_of(node, mesh)
+    step = num_ranks(mesh[index + 1 :])
+    made = [
+        runs(node, _CPU, rank // step % size, size)(*(ranks[rank] for ranks in operands))
+        for rank in range(num_ranks(mesh))
+    ]
+    return [list(ranks) for ranks in zip(*made, strict=True)] if len(node.results) > 1 else [made]
+
+
 RULES: Mapping[str, Rule] = {
     "reshard": _reshard,
     "all_gather_start": _reshard,
@@ -365,6 +378,7 @@ RULES: Mapping[str, Rule] = {
     "all_to_all_start": _reshard,
     "slice": _reshard,
     "first_rank": _reshard,
+    **dict.fromkeys(PARTS.values(), _ranked),
     "offload_start": _reshard,
     "reload_start": _reshard,
     "wait": _same,

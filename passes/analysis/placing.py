@@ -3,17 +3,34 @@
 Parameters are where their users want them. From there cuts spread: `x @ w` with columns of w cut has them cut, and a
 product over what is cut makes a partial sum. A partial sum is reduced at once, unless all that reads it is linear in it
 and adds it to sums like it, as where the gradients of three projections of one input meet: they are reduced once. This
-is Megatron's pattern where the parameters are placed as Megatron places them (Shoeybi et al., 2019).
+is Megatron's pattern where the parameters are placed as Megatron places them (Shoeybi et al., 2019). An op along a dim
+that is cut is spelled out, where it has a definition (`zgraph.ir.rules.definitions`): a softmax over parts of a
+vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from zgraph.ir import Graph, Node, Partial, Placement, Replicate, Shard, TensorType
+from zgraph.ir import (
+    Builder,
+    Graph,
+    InputKind,
+    Node,
+    OutputKind,
+    Partial,
+    Phase,
+    Placement,
+    Replicate,
+    Shard,
+    TensorType,
+    Value,
+)
 from zgraph.ir.axis_rules import collective
+from zgraph.ir.ops import views
 from zgraph.ir.rules import Call, Rule, Strategy, rule_of
+from zgraph.ir.rules.definitions import DEFINED, defined, dim_of, spelled_out
 from zgraph.ir.rules.kept import cuts_of
 from zgraph.ir.symbols import simplify
 
@@ -28,33 +45,96 @@ class Choices:
     """A choice for every node.
 
     Args:
+        graph: the graph, in which ops along cut dims are spelled out.
         strategies: by the node's position.
         rules: of each node; None where it has none.
-        reduced: values that are partial sums where they are made, and are reduced there.
+        reduced: values that are partial sums where they are made, and are reduced there, and to which placement.
     """
 
+    graph: Graph
     strategies: tuple[Strategy, ...]
     rules: tuple[Rule | None, ...]
-    reduced: frozenset[str]
+    reduced: Mapping[str, Placement]
 
 
-def choose(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int) -> Choices:
+def choose(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int, *, sequence: bool = False) -> Choices:
     """A strategy for every node of a graph on whole tensors.
 
     Args:
         graph: the graph.
         seeds: the placement of inputs, by name; all others are whole.
         num_ranks: ranks along the axis.
+        sequence: whether what is reduced lies cut along the sequence afterwards, where its reader takes it so.
     """
+    builder = Builder(graph)
+    graph = _views_once(graph) if sequence else graph
+    while along := _along_cuts(graph, seeds, num_ranks):
+        graph = spelled_out(graph, along, builder.fresh)
     rules = [_rule(node) for node in graph.nodes]
-    first = _Walk(graph, seeds, num_ranks, rules, frozenset())
+    tokens = along_sequence(graph, rules, num_ranks) if sequence else None
+    first = _Walk(graph, seeds, num_ranks, rules, frozenset(), tokens)
     kept = _kept_sums(graph, rules, first.sums)
-    walk = _Walk(graph, seeds, num_ranks, rules, kept) if kept else first
-    return Choices(tuple(walk.strategies), tuple(rules), frozenset(walk.sums - kept))
+    walk = _Walk(graph, seeds, num_ranks, rules, kept, tokens, frozenset(first.sums)) if kept else first
+    reduced = {name: walk.after(name) for name in (*walk.sums, *walk.largest) if name not in kept}
+    return Choices(graph, tuple(walk.strategies), tuple(rules), reduced)
+
+
+def along_sequence(graph: Graph, rules: Sequence[Rule | None], num_ranks: int) -> Mapping[str, Placement]:
+    """Where the sequence is in values, as their readers take them: all inputs are cut along dim 1, and this spreads.
+
+    Args:
+        graph: the graph.
+        rules: of its nodes.
+        num_ranks: ranks along the axis.
+    """
+    cut = Shard(1)
+    seeds = {
+        i.value.name: cut
+        for i in graph.inputs
+        if i.kind is InputKind.input and isinstance(i.value.type, TensorType) and len(i.value.type.shape) > 1
+        if cut.divides(i.value.type.shape[1], num_ranks)
+    }
+    walk = _Walk(graph, seeds, num_ranks, rules, frozenset())
+    found: dict[str, Placement] = {}
+    for node, strategy in zip(graph.nodes, walk.strategies, strict=True):
+        for value, place in zip(node.operands, strategy.ins, strict=True):
+            if isinstance(place, Shard):
+                found.setdefault(value.name, place)
+    return found
+
+
+def _views_once(graph: Graph) -> Graph:
+    """The graph with one view in the place of several of one value, so that what they are gathered for is sent once."""
+    known: dict[Hashable, Value] = {}
+    merged: dict[str, Value] = {}
+    nodes = []
+    for old in graph.nodes:
+        node = old.substitute(merged)
+        if len(node.results) == 1 and len(node.operands) == 1 and views(graph, node):
+            made = known.setdefault((node.op, node.args, node.kwargs, node.phase), node.results[0])
+            if made is not node.results[0]:
+                merged[node.name] = made
+                continue
+        nodes.append(node)
+    return replace(graph, nodes=tuple(nodes), outputs=tuple(output.substitute(merged) for output in graph.outputs))
+
+
+def _along_cuts(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int) -> frozenset[str]:
+    """Names of nodes whose operands are cut as their ops are not, but what these are defined by is."""
+    if not any(node.op in DEFINED for node in graph.nodes):
+        return frozenset()
+    walk = _Walk(graph, seeds, num_ranks, [_rule(node) for node in graph.nodes], frozenset())
+    return frozenset(
+        node.name
+        for node in graph.nodes
+        if node.op in DEFINED
+        for made in (walk.made[v.name] for v in node.operands if v.name in walk.made)
+        if isinstance(made, Shard) and dim_of(node) in (None, made.dim) and defined(node, str)
+    )
 
 
 def _rule(node: Node) -> Rule | None:
-    return rule_of(Call.of(node)) if node.op.startswith("aten.") else None
+    return rule_of(Call.of(node)) if "." in node.op else None
 
 
 def whole(node: Node) -> Strategy:
@@ -70,7 +150,9 @@ class _Walk:
 
     Attributes:
         strategies: the choice for each node.
+        made: how each value is made.
         sums: the values that are made as partial sums.
+        largest: those of which ranks have the largest of their parts.
     """
 
     def __init__(
@@ -80,13 +162,23 @@ class _Walk:
         num_ranks: int,
         rules: Sequence[Rule | None],
         kept: frozenset[str],
+        tokens: Mapping[str, Placement] | None = None,
+        sums: frozenset[str] = frozenset(),
     ) -> None:
-        self.num_ranks, self.kept = num_ranks, kept
-        self.have: dict[str, set[Placement]] = {i.value.name: {seeds.get(i.value.name, R)} for i in graph.inputs}
+        self.num_ranks, self.kept, self.tokens, self.expected = num_ranks, kept, tokens, sums
+        self.rest: dict[str, Placement] = {i.value.name: seeds.get(i.value.name, R) for i in graph.inputs}
+        self.have: dict[str, set[Placement]] = {name: {place} for name, place in self.rest.items()}
         self.of_parameters = set(graph.param_names)
         self.strategies: list[Strategy] = []
+        self.due = _gradients(graph, rules, seeds, num_ranks)
+        self.made: dict[str, Placement | None] = {}
         self.sums: set[str] = set()
+        self.largest: set[str] = set()
+        is_forward = True
         for node, rule in zip(graph.nodes, rules, strict=True):
+            if tokens is not None and is_forward and node.phase is not Phase.forward:
+                is_forward = False  # what the forward gathers is not kept for the backward
+                self.have = {name: {self.rest[name]} for name in self.have}
             self.strategies.append(self.best(node, rule))
             self.take(node, self.strategies[-1])
 
@@ -95,6 +187,8 @@ class _Walk:
         if rule is None:
             return whole(node)
         cuts = [c for places in self.held(node) for c in cuts_of(rule, places, self.num_ranks)]
+        due = [None if d is None else self.due.get(r.name) for d, r in zip(rule.outs, node.results, strict=True)]
+        cuts += cuts_of(rule, [*(None for _ in node.operands), *due], self.num_ranks)
         usable = [s for s in rule.strategies(self.num_ranks, cuts) if self.is_usable(node, s)]
         return min(usable, key=lambda s: self.cost(node, s))
 
@@ -131,7 +225,9 @@ class _Walk:
         for value, place in zip(node.results, strategy.outs, strict=True):
             if place is not None:
                 num_bytes = _num_bytes(value.tensor)
-                sent += self.moved(value.tensor, {P}, R) if place == P and value.name not in self.kept else 0.0
+                is_free = value.name in self.kept and (P in strategy.ins or value.name in self.expected)
+                if isinstance(place, Partial) and not is_free:
+                    sent += self.moved(value.tensor, {place}, self.after(value.name) if place == P else R)
                 local += num_bytes / self.num_ranks if isinstance(place, Shard) else num_bytes
         return sent, local
 
@@ -141,17 +237,49 @@ class _Walk:
             return 0.0
         return min(wire_bytes(kind, old, place, self.num_ranks) for old in have)
 
+    def after(self, name: str) -> Placement:
+        """Where a sum is once it is reduced."""
+        found = R if self.tokens is None or name in self.largest else self.tokens.get(name, R)
+        return found
+
     def take(self, node: Node, strategy: Strategy) -> None:
         """Note what is there once a node has run."""
         for value, place in zip(node.operands, strategy.ins, strict=True):
             if place is not None:
                 self.have[value.name].add(place)
         for value, place in zip(node.results, strategy.outs, strict=True):
-            if place == P:
-                self.sums.add(value.name)
-            self.have[value.name] = {R if place is None or (place == P and value.name not in self.kept) else place}
+            self.made[value.name] = place
+            if isinstance(place, Partial):
+                (self.sums if place == P else self.largest).add(value.name)
+            is_reduced = isinstance(place, Partial) and value.name not in self.kept
+            self.rest[value.name] = self.after(value.name) if is_reduced else place or R
+            self.have[value.name] = {self.rest[value.name]}
         if node.operands and all(v.name in self.of_parameters for v in node.operands):
             self.of_parameters.update(r.name for r in node.results)
+
+
+_PASSED_ON = frozenset({"add", "t", "transpose", "view", "_to_copy", "clone"})
+"""Ops through which a gradient goes, whose operands lie as it does."""
+
+
+def _gradients(
+    graph: Graph, rules: Sequence[Rule | None], seeds: Mapping[str, Placement], num_ranks: int
+) -> Mapping[str, Placement]:
+    """Where gradients of cut parameters must be in the end, and so what they are sums and views of."""
+    due: dict[str, Placement] = {
+        o.value.name: seeds[o.target]
+        for o in graph.outputs
+        if o.kind is OutputKind.grad and o.value is not None and o.target in seeds
+    }
+    for node, rule in zip(reversed(graph.nodes), reversed(rules), strict=True):
+        if rule is None or node.name not in due or node.op.split(".")[1] not in _PASSED_ON:
+            continue
+        for cut in cuts_of(rule, [*(None for _ in node.operands), due[node.name]], num_ranks):
+            strategy = rule.with_cut(num_ranks, cut)
+            for value, place in zip(node.operands, strategy.ins if strategy else (), strict=bool(strategy)):
+                if isinstance(place, Shard):
+                    due.setdefault(value.name, place)
+    return due
 
 
 def wire_bytes(kind: TensorType, old: Placement, new: Placement, num_ranks: int) -> float:
@@ -164,7 +292,7 @@ def wire_bytes(kind: TensorType, old: Placement, new: Placement, num_ranks: int)
             return share * whole_bytes
         case "all_to_all_start":
             return share * whole_bytes / num_ranks
-    return 0.0 if old != P else 2 * share * whole_bytes
+    return 2 * share * whole_bytes if isinstance(old, Partial) else 0.0
 
 
 def _num_bytes(kind: TensorType) -> float:

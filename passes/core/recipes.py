@@ -39,10 +39,16 @@ def recipe_for(kernels: str, recipe: str, compute: str | None = None) -> str:
     return recipe.replace("canonicalize,", f"canonicalize,{COMPUTES[compute]},") if compute else recipe
 
 
-def along_model_axes(recipe: str) -> str:
-    """The recipe with parameters cut along the axes of tensor parallelism first, of which kernels are not generated."""
+def along_model_axes(recipe: str, *, sequence: bool = False) -> str:
+    """The recipe with parameters cut along the axes of tensor parallelism first, of which kernels are not generated.
+
+    Args:
+        recipe: of a stage.
+        sequence: whether activations between blocks are cut along the sequence.
+    """
+    place = "place(sequence=true)" if sequence else "place"
     recipe = re.sub(r"fuse(\([^)]*\))?,", "", recipe)
-    return recipe.replace("canonicalize,", "canonicalize,place,").replace("broadcast,", "exchange,broadcast,")
+    return recipe.replace("canonicalize,", f"canonicalize,{place},").replace("broadcast,", "exchange,broadcast,")
 
 
 MIXED = RECIPES[3]

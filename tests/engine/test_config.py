@@ -121,7 +121,9 @@ def test_what_zgraph_decides_is_accepted_with_a_line_that_says_so(caplog):
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
             "zero_optimization.offload_optimizer.nvme_path",
         ),
-        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size: 1 ranks are no multiple of 2"),
+        ({"tensor_parallel": {"tp": {"tp_size": 2}}}, "tensor_parallel.tp"),
+        ({"zgraph": {"sequence_parallel": True}}, "zgraph.sequence_parallel"),
         ({"gradient_clipping": "auto"}, "gradient_clipping"),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op"),
         ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
@@ -241,11 +243,11 @@ def config(draw: random.Random) -> dict[str, object]:
 
 def test_any_configuration_works_or_is_refused_with_its_problems():
     draw, works, refused = random.Random(0), 0, 0
-    for _ in range(5000):
+    for _ in range(6000):
         world_size = draw.choice((1, 2, 8))
         try:
             found = read_config(config(draw), world_size=world_size)
-            assert found.train_batch == found.micro_batch * found.accumulation * world_size
+            assert found.train_batch * found.tensor_parallel == found.micro_batch * found.accumulation * world_size
             made = (found.optimizer or AdamWParams()).make([nn.Parameter(torch.ones(2, 2))])
             if found.schedule is not None:
                 Scheduler(made, found.schedule).step()

@@ -39,6 +39,9 @@ input %s: f32[2, 6]<S0, V>
 input %c: f32[4, 3]<S1, V>
 input %p: f32[4, 6]<P(sum), V>
 input %i: i64[4, 6]<R, V>
+input %n: i64[4]<R, V>
+input %g: f32[]<R, V>
+input %h: f32[4, 6, 6]<R, V>
 """
 """Values along a model axis."""
 
@@ -64,6 +67,35 @@ AXIS_NODES = {
         '%a: f32[4, 6]<P(sum), V> = first_rank(%p, axis="tensor")',
         '%a: f32[4, 6]<P(mean), V> = first_rank(%w, axis="tensor")',
         '%a: i64[4, 6]<P(sum), V> = first_rank(%i, axis="tensor")',
+    ),
+    "part_embedding": (
+        '%a: f32[4, 6, 6]<P(sum), V> = part_embedding(%s, %i, axis="tensor")',
+        '%a: f32[4, 6, 6]<R, V> = part_embedding(%s, %i, axis="tensor")',
+        '%a: f32[4, 6, 3]<S2, V> = part_embedding(%c, %i, axis="tensor")',
+        '%a: f32[4, 6, 6]<P(sum), V> = part_embedding(%w, %i, axis="tensor")',
+        '%a: f32[4, 6]<P(sum), V> = part_embedding(%s, %i, axis="tensor")',
+        '%a: f32[4, 6, 6]<P(sum), R> = part_embedding(%s, %i, axis="tensor")',
+        '%a: f32[4, 6, 6]<P(sum), V> = part_embedding(%s, %i, axis="context")',
+        '%a: f32[4, 6, 6]<P(sum), V> = part_embedding(%s, axis="tensor")',
+    ),
+    "part_embedding_backward": (
+        '%a: f32[5, 6]<S0, V> = part_embedding_backward(%h, %i, 5, -1, false, axis="tensor")',
+        '%a: f32[5, 6]<R, V> = part_embedding_backward(%h, %i, 5, -1, false, axis="tensor")',
+        '%a: f32[5, 6]<S0, V> = part_embedding_backward(%h, %i, 10, -1, false, axis="tensor")',
+        '%a: f32[5, 6]<S0, V> = part_embedding_backward(%h, %i, 5, -1, true, axis="tensor")',
+        '%a: f32[5, 6]<S0, V> = part_embedding_backward(%h, %i, axis="tensor")',
+    ),
+    "part_nll_loss": (
+        '%a: f32[]<P(sum), V>, %b: f32[]<R, V> = part_nll_loss(%c, %n, none, 1, -100, axis="tensor")',
+        '%a: f32[]<P(sum), V>, %b: f32[]<P(sum), V> = part_nll_loss(%c, %n, none, 1, -100, axis="tensor")',
+        '%a: f32[]<R, V>, %b: f32[]<R, V> = part_nll_loss(%w, %n, none, 1, -100, axis="tensor")',
+        '%a: f32[4]<P(sum), V>, %b: f32[]<R, V> = part_nll_loss(%c, %n, none, 1, -100, axis="tensor")',
+        '%a: f32[]<P(sum), V> = part_nll_loss(%c, %n, none, 1, -100, axis="tensor")',
+    ),
+    "part_nll_loss_backward": (
+        '%a: f32[4, 3]<S1, V> = part_nll_loss_backward(%g, %c, %n, none, 1, -100, %g, axis="tensor")',
+        '%a: f32[4, 6]<R, V> = part_nll_loss_backward(%g, %w, %n, none, 1, -100, %g, axis="tensor")',
+        '%a: f32[4, 6]<S1, V> = part_nll_loss_backward(%g, %c, %n, none, 1, -100, %g, axis="tensor")',
     ),
 }
 """The same as `NODES` of ops that are along a model axis alone."""

@@ -7,6 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401 - registers its ops
+
+from zgraph.ir import allow_namespace
+
+allow_namespace("transformers")
 
 F = torch.float64
 Made = tuple[Any, ...]
@@ -60,6 +65,7 @@ def calls(r: random.Random) -> dict[str, Callable[[], Made]]:
         **_attention(r, bt),
         **_rows(r, s, bt, m, k),
         **_created(r, s, m),
+        **_experts(r, k, n),
     }
 
 
@@ -86,6 +92,7 @@ def _pointwise(r: random.Random, s: list[int]) -> dict[str, Callable[[], Made]]:
         **{f"aten.{op}.Tensor": flags for op in ("bitwise_and", "bitwise_or", "bitwise_xor")},
         **{f"aten.{op}.default": flags for op in ("logical_and", "logical_or")},
         **{f"aten.{op}_backward.default": same for op in ("gelu", "sigmoid", "silu", "tanh")},
+        "aten.native_dropout_backward.default": lambda: (x(*s), ints(2, *s).bool(), 1.25),
         "aten.bitwise_not.default": lambda: (ints(2, *s).bool(),),
         "aten.clamp.default": lambda: (x(*s), -0.5, 0.5),
         "aten.clamp.Tensor": lambda: (x(*s), torch.zeros(s, dtype=F)),
@@ -109,6 +116,21 @@ def _products(r: random.Random, m: int, k: int, n: int, b: int) -> dict[str, Cal
         "aten.bmm.default": lambda: (x(b, m, k), x(b, k, n)),
         "aten.addmm.default": lambda: (x(*r.choice(((n,), (1, n), (m, n)))), x(m, k), x(k, n)),
         "aten.baddbmm.default": lambda: (x(b, m, n), x(b, m, k), x(b, k, n)),
+    }
+
+
+def _experts(r: random.Random, k: int, n: int) -> dict[str, Callable[[], Made]]:
+    counts = [r.choice((0, 4, 8)) for _ in range(2)] + [4]
+    ends, rows = torch.tensor(counts).cumsum(0).to(torch.int32), sum(counts)
+    fallback = "transformers.grouped_mm_fallback"
+    return {
+        "aten._grouped_mm.default": lambda: (  # in no wider floats, and of rows of 16 bytes
+            (x(rows, 48).float(), x(3, 48, 48).float(), ends)
+            if r.random() < 0.6
+            else (x(rows, 48).float().T, x(rows, 48).float(), ends)
+        ),
+        f"{fallback}.default": lambda: (x(rows, k), x(3, k, n), ends),
+        f"{fallback}_backward.default": lambda: (x(rows, k), x(3, k, n), ends, x(rows, n)),
     }
 
 
@@ -160,6 +182,7 @@ def _reductions(r: random.Random, s: list[int], d: int) -> dict[str, Callable[[]
         "aten._log_softmax.default": lambda: (x(*s), d - len(s), False),
         "aten._softmax_backward_data.default": lambda: (x(*s), x(*s), d, torch.float64),
         "aten._log_softmax_backward_data.default": lambda: (x(*s), x(*s), d, torch.float64),
+        "aten._safe_softmax.default": lambda: (x(*s), d),
         "aten.cumsum.default": lambda: (x(*s), d),
         "aten.topk.default": lambda: (x(*s), 1, d),
         "aten.sort.default": lambda: (x(*s), d),
@@ -199,6 +222,12 @@ def _rows(r: random.Random, s: list[int], bt: list[int], m: int, k: int) -> dict
         "aten.embedding_dense_backward.default": lambda: (
             *(x(*bt, k), ints(8, *bt), 8, r.choice((-1, 3)), r.random() < 0.3),
         ),
+        "aten.index_put.default": lambda: (
+            (x(7, k), [ints(7, m)], x(m, k), True)
+            if r.random() < 0.6
+            else (x(12, k), [torch.randperm(12)[:m]], x(m, k))
+        ),
+        "aten.scatter.src": lambda: (x(*s), d, ints(s[d], *s[:d], 1, *s[d + 1 :]), x(*s[:d], 1, *s[d + 1 :])),
         "aten.gather.default": lambda: (x(*s), d, ints(s[d], *s[:d], 5, *s[d + 1 :])),
         "aten.index.Tensor": lambda: (
             (x(5, 7, k), [ints(5, m, 1), ints(7, 1, 4)]) if r.random() < 0.5 else (x(5, k), [ints(5, m)])
@@ -219,6 +248,8 @@ def _created(r: random.Random, s: list[int], m: int) -> dict[str, Callable[[], M
         **{f"aten.{op}.default": lambda: (x(*s), sizes(r)) for op in ("new_zeros", "new_ones")},
         "aten.new_full.default": lambda: (x(*s), sizes(r), 2.5),
         **{f"aten.{op}.default": lambda: (s, {"dtype": torch.float64}) for op in ("zeros", "ones")},
+        **{f"aten.{op}.default": lambda: (x(*s),) for op in ("zeros_like", "ones_like")},
+        "aten.full_like.default": lambda: (x(*s), 2.5),
         "aten.full.default": lambda: (s, 2.5, {"dtype": torch.float64}),
         "aten.scalar_tensor.default": lambda: (1.5, {"dtype": torch.float64}),
         "aten.arange.default": lambda: (m,),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.deep import DEEP
-from tests.rules.cases import Case, random_case, run, strategies
+from tests.rules.cases import Case, random_case, run, strategies, tolerance
 from zgraph.ir import DType
 from zgraph.ir.rules import RULES, Rule
 from zgraph.ir.rules import kept as kept_rules
@@ -67,7 +67,7 @@ def is_caught(op: str, what: str, monkeypatch: pytest.MonkeyPatch) -> bool | Non
                 continue
             met = bool(met)
             try:
-                if not run(case, wrong, strategy, 2) < 1e-9:
+                if not run(case, wrong, strategy, 2) < 1e3 * tolerance(case):
                     return True
             except Exception:
                 return True

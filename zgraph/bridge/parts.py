@@ -51,9 +51,11 @@ def total(values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def together(parts: Sequence[torch.Tensor], place: Placement) -> torch.Tensor:
-    """The value that the ranks of a model axis have together: their parts joined, or their sum, or what each has."""
+    """The value that the ranks of a model axis have together: their parts joined or reduced, or what each has."""
     if isinstance(place, Shard):
         return joined(parts, place)
+    if place == Partial("max"):
+        return torch.stack(list(parts)).amax(0)
     return total(parts) if isinstance(place, Partial) else parts[0]
 
 

@@ -9,7 +9,7 @@ zgraph's own ops do to a value:
 
 Along a model axis, parts of a value, a partial sum and the whole are one term, and an op on parts is the op on the
 whole that its sharding rule says it is (`zgraph.ir.rules`): whether it may compute on such parts is for the verifier to
-say.
+say. An op that has a definition is read as that (`zgraph.ir.rules.definitions`).
 
 A term says nothing of where a value is: that is in its type, which `zgraph.ir.verifier` checks. Ops that draw random
 numbers take the state of the generator as an operand and leave another, so that neither their number nor their order
@@ -30,6 +30,7 @@ from zgraph.ir import (
     OPS,
     Arg,
     DType,
+    ExternalOp,
     Graph,
     Input,
     InputKind,
@@ -44,10 +45,13 @@ from zgraph.ir.aliases import Aliases
 from zgraph.ir.axis_rules import changed_axis, collective
 from zgraph.ir.external_ops import facts
 from zgraph.ir.ops import Op, views
-from zgraph.ir.rules import whole_node
+from zgraph.ir.rules import PARTS, meant, whole_node
+from zgraph.ir.rules.definitions import defined
 
 ZERO = 0
 """The term of a tangent that is zero, and of all that only carries it."""
+
+_RANKED = frozenset(PARTS.values())
 
 _SAME = frozenset({"wait", "copy", "release", "pending", "slice", "first_rank"})
 
@@ -138,6 +142,7 @@ class Reader:
         self.written: dict[str, int] = {}
         self.seen: dict[str, int] = {}
         self.state = terms.of("effects")
+        self.num_defined = 0
 
     def run(self) -> Meaning:
         terms = self.found.terms
@@ -192,6 +197,8 @@ class Reader:
 
     def node(self, node: Node) -> Sequence[int]:
         operands = [self.read(v.name) for v in node.operands]
+        if node.op in _RANKED:
+            return self.foreign(meant(node), operands)
         return self.own(node, operands) if node.op in OPS else self.foreign(node, operands)
 
     def own(self, node: Node, operands: list[int]) -> Sequence[int]:
@@ -250,11 +257,13 @@ class Reader:
         return [self.table.of("unpack", i, bucket, *laid) for i in range(len(node.results))]
 
     def foreign(self, node: Node, operands: list[int]) -> Sequence[int]:
-        row = self.graph.foreign[node.op]
+        row = self.graph.foreign.get(node.op, ExternalOp())
         for index, axis in enumerate(model_axes(self.graph.mesh)):
             node = whole_node(node, index, axis.size)
         if ZERO in operands and (zero := self.carried(node, operands)) is not None:
             return zero
+        if steps := defined(node, self.fresh):
+            return self.defined(node, steps, operands)
         is_one = len(operands) == 1 and node.operands[0].type == node.results[0].type
         if is_one and facts(node.op).elements == "itself":
             return operands
@@ -265,6 +274,19 @@ class Reader:
         if len(node.results) == 1:
             return (self.table.of(key),)
         return [self.table.of(i, key) for i in range(len(node.results))]
+
+    def defined(self, node: Node, steps: Sequence[Node], operands: list[int]) -> Sequence[int]:
+        """The term of a node by its definition."""
+        known = dict(zip((v.name for v in node.operands), operands, strict=True))
+        for step in steps:
+            made = self.foreign(step, [known[v.name] for v in step.operands])
+            known.update(zip((r.name for r in step.results), made, strict=True))
+        return [known[r.name] for r in node.results]
+
+    def fresh(self, stem: str) -> str:
+        """A name in a definition."""
+        self.num_defined += 1
+        return f"{stem} {self.num_defined}"
 
     def carried(self, node: Node, operands: list[int]) -> Sequence[int] | None:
         """The results of a node that reads a zero, where they follow from that; None where they do not."""

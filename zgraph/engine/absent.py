@@ -23,8 +23,6 @@ ABSENT: dict[str, str] = {
     "get_wall_clock_timers": "give wall_clock_breakdown in the configuration",
     "print_forward_breakdown": "give flops_profiler in the configuration",
     "get_compile_time": "ZGRAPH_LOGS=capture tells what each compile takes",
-    "get_model_parallel_rank": "it would be 0: there is no tensor parallelism",
-    "get_tensor_parallel_rank": "it would be 0: there is no tensor parallelism",
     "get_sequence_parallel_group": "leave it out: there is no sequence parallelism",
     "load_moe_state_dict": "call engine.load_module_state_dict: experts are parameters as any other",
     "load_universal_checkpoint": "call engine.load_checkpoint: every checkpoint resumes at any number of ranks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,13 +16,12 @@ class Gradients:
     """The gradients of these parameters on this rank, as they are at the end of a step."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.sharded: list[torch.Tensor] = []
+        self.sharded: dict[tuple[dist.ProcessGroup, ...], list[torch.Tensor]] = {}
         self.whole: list[torch.Tensor] = []
-        self.groups: set[dist.ProcessGroup] = set()
         for gradient in (p.grad for p in parameters):
-            if isinstance(gradient, DTensor) and any(p.is_shard() for p in gradient.placements):
-                self.sharded.append(gradient.to_local())
-                self.groups.add(gradient.device_mesh.get_group(gradient.device_mesh.ndim - 1))
+            if isinstance(gradient, DTensor) and (axes := _cut_axes(gradient)):
+                groups = tuple(gradient.device_mesh.get_group(axis) for axis in axes)
+                self.sharded.setdefault(groups, []).append(gradient.to_local())
             elif gradient is not None:
                 self.whole.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
 
@@ -30,21 +30,28 @@ class Gradients:
 
         Infinite or not a number if any gradient on any rank is.
         """
-        square = _square(self.sharded)
-        for group in self.groups:
-            square = square.to(_device_of(group))
-            dist.all_reduce(square, group=group)
-        whole = _square(self.whole)
-        device = whole.device if whole.is_cuda else square.device
-        return (square.to(device) + whole.to(device)).sqrt()
+        squares = [_square(self.whole)]
+        for groups, gradients in self.sharded.items():
+            square = _square(gradients)
+            for group in groups:
+                square = square.to(_device_of(group))
+                dist.all_reduce(square, group=group)
+            squares.append(square)
+        device = next((square.device for square in squares if square.is_cuda), squares[-1].device)
+        return torch.stack([square.to(device) for square in squares]).sum().sqrt()
 
     def scale(self, factor: float | torch.Tensor) -> None:
         """Multiply all of them. The host waits for the factor only where gradients are in its memory."""
-        for gradients in _alike(self.sharded + self.whole):
+        for gradients in _alike([*self.whole, *chain.from_iterable(self.sharded.values())]):
             if isinstance(factor, torch.Tensor) and gradients[0].is_cuda:
                 multiply(gradients, factor)
             elif (number := float(factor)) != 1:
                 torch._foreach_mul_(gradients, number)
+
+
+def _cut_axes(gradient: DTensor) -> list[int]:
+    """The axes of its mesh along which each rank has another part of it."""
+    return [axis for axis, p in enumerate(gradient.placements) if not p.is_replicate() and not p.is_partial()]
 
 
 def multiply(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:

@@ -80,6 +80,8 @@ def initialize_engine(
         raise UsageError("initialize_engine needs config=: a dict, a path, or JSON in base64")
     init_distributed(dist_init_required=dist_init_required)
     everyone = dist.get_world_size() if dist.is_initialized() else 1
+    if mesh is not None and "tensor" in (mesh.mesh_dim_names or ()):
+        raise UsageError("leave mesh= out, and give tensor_parallel.autotp_size in the configuration")
     read = read_config(source, world_size=everyone if mesh is None else mesh.size())
     if _rank(mesh) == 0:
         for note in read.notes:
@@ -95,7 +97,7 @@ def initialize_engine(
             read.keys.dataloader_drop_last,
             read.keys.seed or 0,
             read.world_size,
-            _rank(mesh),
+            _rank(mesh) // read.tensor_parallel,
         )
     groups = _named_groups(model, model_parameters)
     with handed_over(optimizer, model) if isinstance(optimizer, Optimizer) else contextlib.nullcontext():
@@ -189,6 +191,9 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
         fullgraph=own.fullgraph,
         dynamic=own.dynamic,
         passes=own.recipe,
+        tensor_parallel=config.tensor_parallel,
+        sequence_parallel=own.sequence_parallel,
+        placements=own.placements,
     )
 
 

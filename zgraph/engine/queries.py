@@ -113,17 +113,25 @@ class Queries:
 
     @property
     def world_size(self) -> int:
-        """Ranks that share a batch."""
-        return self.config.world_size
+        """All ranks."""
+        return self.config.world_size * self.config.tensor_parallel
 
     @property
     def dp_world_size(self) -> int:
-        """Ranks that share a batch: there is no other parallelism."""
+        """Ranks that each have a batch of their own."""
         return self.config.world_size
 
     def get_data_parallel_rank(self) -> int:
-        """This rank's number among those that share a batch."""
-        return self.ranks.rank
+        """This rank's number among those that each have a batch of their own."""
+        return compiled_model(self.module).session.store.data_rank
+
+    def get_tensor_parallel_rank(self) -> int:
+        """This rank's number among those that compute every op together."""
+        return compiled_model(self.module).session.store.ranks.model_rank
+
+    def get_model_parallel_rank(self) -> int:
+        """The same: there is no pipeline."""
+        return self.get_tensor_parallel_rank()
 
     @property
     def is_compiled(self) -> bool:

@@ -2,8 +2,9 @@
 
     P(sum) -> R    all_reduce_start            S -> R    all_gather_start           R -> S         slice
     P(sum) -> S    reduce_scatter_start        S -> S    all_to_all_start           R -> P(sum)    first_rank
+    P(max) -> R    all_reduce_start
 
-The first four are collectives of the ranks of the axis, the last two are free: each rank keeps its part of what it
+The first five are collectives of the ranks of the axis, the last two are free: each rank keeps its part of what it
 has, or the first one all of it and the others zeros. What comes of it is new memory, laid out as its type says.
 """
 
@@ -50,7 +51,7 @@ def axis_of(node: Node, mesh: Mesh) -> tuple[int, int]:
 def collective(old: Placement, new: Placement) -> str:
     """The op that changes a placement along a model axis; empty if none does."""
     match old, new:
-        case Partial("sum"), Replicate():
+        case Partial("sum" | "max"), Replicate():
             return "all_reduce_start"
         case Partial("sum"), Shard():
             return "reduce_scatter_start"

@@ -15,6 +15,7 @@ from zgraph.ir import type_rules
 from zgraph.ir.axis_rules import axis_of, moved_along
 from zgraph.ir.graph import Graph, Node, Value, values_in
 from zgraph.ir.layout import chunk_numel, concrete, is_even
+from zgraph.ir.ranked_types import DOCS, ranked
 from zgraph.ir.type_rules import TypeRule, tensor
 from zgraph.ir.types import (
     DEVICE,
@@ -266,6 +267,7 @@ _ROWS = (
         recomputable=True,
         is_work=True,
     ),
+    *(Op(name, doc, ranked, recomputable=True, is_work=True) for name, doc in DOCS.items()),
     Op(
         "offload_start",
         "Begin to copy a value from the device to its host.",

@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from zgraph.ir.symbols import Dim, render
 
@@ -118,10 +118,11 @@ class Shard:
         return isinstance(size, int) and not size % unit and all(size // unit * b % num_ranks == 0 for b in self.blocks)
 
 
-Reduction = Literal["sum", "mean", "root"]
-"""Reduction that makes one value of the ranks' values: their sum, their mean, or the first rank's."""
+Reduction = Literal["sum", "mean", "root", "max"]
+"""Reduction that makes one value of the ranks' values: their sum, their mean, the first rank's, or the largest."""
 
-REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+REDUCTIONS: tuple[Reduction, ...] = ("sum", "mean", "root")
+"""Reductions along data axes; along model axes there are `sum` and `max`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class Varying:
 
 Placement = Replicate | Shard | Partial | Varying
 
-_WHOLE: tuple[Placement, ...] = (Replicate(), Varying(), *(Partial(r) for r in REDUCTIONS))
+_WHOLE: tuple[Placement, ...] = (Replicate(), Varying(), *(Partial(r) for r in REDUCTIONS), Partial("max"))
 PLACEMENTS: Mapping[str, Placement] = {str(p): p for p in _WHOLE}
 """The placements by their text, but for shards."""
 

@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate
 
-from zgraph.bridge.private_dtensor import blocks_of
-from zgraph.errors import PlacementError, UsageError, did_you_mean
+from zgraph.errors import PlacementError, UsageError
 from zgraph.ir import Shard
+from zgraph.options.model_plans import Placements, given, planned
 from zgraph.runtime.model_ranks import Cuts, model_mesh
 
-Placements = Mapping[str, Placement | str]
-"""From patterns of parameters' names to `Shard(dim)` or `Replicate()` of torch, or a graph's text of it: `S1/3` cuts
-dim 1 in each of three blocks."""
-
 AXIS = "tensor"
-
-_TEXT = re.compile(r"S([0-9]{1,2})(?:/([0-9]{1,3}))?")
-
-_STYLES: Mapping[str, tuple[Shard, Shard | None]] = {
-    "colwise": (Shard(0), Shard(0)),
-    "colwise_gather_output": (Shard(0), Shard(0)),
-    "colwise_rep": (Shard(0), Shard(0)),
-    "packed_colwise": (Shard(0, (1, 1)), Shard(0, (1, 1))),
-    "rowwise": (Shard(1), None),
-    "rowwise_split_input": (Shard(1), None),
-}
-"""Placements of a linear layer's weight and bias by the style that a plan of transformers has for it."""
-
-_GATHERED = ("colwise_gather_output", "colwise_rep")
-"""Styles of layers whose output is needed whole: they stay so where their sizes do not divide."""
-
-_OWN_PLANS: Mapping[str, Mapping[str, str]] = {
-    "gpt2": {
-        "*.attn.c_attn.weight": "S1/3",
-        "*.attn.c_proj.weight": "S0",
-        "*.mlp.c_fc.weight": "S1",
-        "*.mlp.c_fc.bias": "S0",
-        "*.mlp.c_proj.weight": "S0",
-    }
-}
-"""Megatron's placements for models that transformers has no plan for, by type; rows of these weights are inputs."""
 
 
 def mesh_of(device: torch.device, mesh: DeviceMesh | None, tensor_parallel: int) -> DeviceMesh | None:
@@ -123,6 +90,20 @@ def check_parallel(
         raise UsageError('kernels="triton" fuses ops of whole tensors; with tensor parallelism take "aten" or "auto"')
 
 
+def check_sequence(sequence_parallel: object, mesh: DeviceMesh | None, *, has_recipe: bool) -> None:
+    """Refuse sequence parallelism where nothing is computed together, or where a recipe says what passes run.
+
+    Raises:
+        UsageError: so it is, with what to do instead.
+    """
+    if not isinstance(sequence_parallel, bool):
+        raise UsageError(f"sequence_parallel must be True or False, not {sequence_parallel!r}")
+    if sequence_parallel and mesh is None:
+        raise UsageError("sequence_parallel=True cuts activations over the ranks of tensor_parallel=; give that too")
+    if sequence_parallel and has_recipe:
+        raise UsageError("a recipe says itself how activations lie: write place(sequence=true) in passes=")
+
+
 def cuts_of(model: nn.Module, placements: Placements | None, mesh: DeviceMesh) -> Mapping[str, Cuts]:
     """How each parameter is cut over the ranks that compute together, by name; those that stay whole are not there.
 
@@ -136,7 +117,7 @@ def cuts_of(model: nn.Module, placements: Placements | None, mesh: DeviceMesh) -
         PlacementError: a parameter does not divide.
     """
     num_ranks = mesh.size(0)
-    found = dict(_planned(model, num_ranks) if placements is None else _given(model, placements))
+    found = dict(planned(model, num_ranks) if placements is None else given(model, placements))
     parameters = dict(model.named_parameters())
     if placements is None and not found:
         raise UsageError(
@@ -156,60 +137,3 @@ def cuts_of(model: nn.Module, placements: Placements | None, mesh: DeviceMesh) -
                 f"torch puts no such DTensor together again; leave it whole with Replicate(), or take {Shard(0)}"
             )
     return {name: ((AXIS, place),) for name, place in found.items()}
-
-
-def _given(model: nn.Module, placements: Placements) -> Iterator[tuple[str, Shard]]:
-    """Placements by the user's patterns: the last that fits a name counts."""
-    parameters = dict(model.named_parameters())
-    found: dict[str, Shard | None] = {}
-    for pattern, placement in placements.items():
-        names = [name for name in parameters if fnmatchcase(name, pattern)]
-        if not names:
-            some = f"its parameters are {', '.join([*parameters][:6])}, ..."
-            hint = did_you_mean(pattern.rpartition("*")[2].lstrip("."), parameters, some)
-            raise UsageError(f"placements: no parameter of {type(model).__name__} is called {pattern}; {hint}")
-        found |= {name: _read(pattern, placement, parameters[name].dim()) for name in names}
-    return ((name, place) for name, place in found.items() if place is not None)
-
-
-def _read(pattern: str, placement: Placement | str, rank: int) -> Shard | None:
-    """A placement as the graph has it; None where the parameter stays whole."""
-    if isinstance(placement, Replicate) or placement == "R":
-        return None
-    if isinstance(placement, str):
-        if text := _TEXT.fullmatch(placement):
-            return Shard(int(text[1]), (1,) * int(text[2] or 1))
-    elif (cut := blocks_of(placement)) is not None:
-        dim, blocks = cut
-        return Shard(dim % rank if rank and -rank <= dim < rank else abs(dim), (1,) * blocks)
-    raise UsageError(
-        f"placements[{pattern!r}] must be Shard(dim) or Replicate() of torch.distributed.tensor, or a text such as "
-        f'"S1" or "S1/3" (dim 1, in each of three blocks), not {placement!r}'
-    )
-
-
-def _planned(model: nn.Module, num_ranks: int) -> Iterator[tuple[str, Shard]]:
-    """Placements by the plan that transformers has for a model, or zgraph for it."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if own := _OWN_PLANS.get(kind or ""):
-        yield from _given(model, own)
-        return
-    plan = getattr(model, "tp_plan", None)
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters())
-    for pattern, style in plan.items() if isinstance(plan, dict) else ():
-        places = _STYLES.get(style)
-        for name in modules if places is not None else ():
-            if not isinstance(modules[name], nn.Linear) or not _fits(pattern, name):
-                continue
-            for key, place in zip(("weight", "bias"), places or (), strict=True):
-                parameter = parameters.get(f"{name}.{key}")
-                if parameter is None or place is None:
-                    continue
-                if style not in _GATHERED or place.divides(parameter.shape[place.dim], num_ranks):
-                    yield f"{name}.{key}", place
-
-
-def _fits(pattern: str, name: str) -> bool:
-    """Whether a name is one of a pattern of transformers, in which `*` is a number."""
-    return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None

@@ -20,8 +20,9 @@ from zgraph.cost import CostTable
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir.layout import chunk_numel
 from zgraph.options.lengths import Lengths, check_lengths
+from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
-from zgraph.options.parallel import AXIS, Placements, check_parallel, cuts_of, mesh_of
+from zgraph.options.parallel import AXIS, check_parallel, check_sequence, cuts_of, mesh_of
 from zgraph.options.validate import (
     Compute,
     Fullgraph,
@@ -171,6 +172,7 @@ def resolve(
     compute: Compute | None = None,
     lengths: Lengths | None = None,
     tensor_parallel: int = 1,
+    sequence_parallel: bool = False,
     placements: Placements | None = None,
 ) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
@@ -193,10 +195,12 @@ def resolve(
     cuts = cuts_of(model, placements, parallel) if parallel is not None else {}
     if parallel is None and placements is not None:
         raise UsageError("placements= says how parameters are cut; give tensor_parallel= too")
+    check_sequence(sequence_parallel, parallel, has_recipe=passes is not None)
     if parallel is not None:
         check_parallel(kernels, offload, fullgraph, dynamic, compute, has_recipe=passes is not None)
         dynamic = False
-    pipeline = pipeline_of(_passes(stage, kernels, compute, passes, replayed, is_parallel=parallel is not None))
+    along = None if parallel is None else bool(sequence_parallel)
+    pipeline = pipeline_of(_passes(stage, kernels, compute, passes, replayed, along))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     costs = cost_table(hardware, device)
@@ -288,15 +292,14 @@ def _passes(
     compute: Compute | None,
     passes: Passes | None,
     replayed: RunFile | None,
-    *,
-    is_parallel: bool,
+    along: bool | None,
 ) -> str | Pipeline | Sequence[Pass]:
     if replayed is not None:
         return replayed.recipe
     if passes is not None:
         return str(passes) if isinstance(passes, Path) else passes
     recipe = recipe_for(kernels, RECIPES[stage] if isinstance(stage, int) else MIXED, compute)
-    return along_model_axes(recipe) if is_parallel else recipe
+    return along_model_axes(recipe, sequence=along) if along is not None else recipe
 
 
 def _mesh(device: torch.device, mesh: DeviceMesh | None) -> DeviceMesh | None:

@@ -167,6 +167,7 @@ class Checkpoints:
 
     def _load(self, folder: Path, parts: Parts) -> dict[str, Any]:
         engine, ranks = self.engine, self.ranks
+        first = ranks.rank - ranks.rank % engine.config.tensor_parallel  # ranks that compute together draw the same
 
         def opened() -> tuple[Reader, State, OfRank | None, Tensors, OptimizerLoad | None, Tensors]:
             if not (folder / INDEX).is_file():
@@ -174,8 +175,7 @@ class Checkpoints:
             reader = Reader(folder)
             reader.check(ranks.rank, ranks.size)
             state = read_json(folder / STATE, State)
-            is_old_rank = ranks.rank < state.world_size
-            own = read_json(folder / _of_rank(ranks.rank), OfRank) if is_old_rank else None
+            own = read_json(folder / _of_rank(first), OfRank) if first < state.world_size else None
             targets = model_targets(engine.module, reader.index.tensors, strict=parts.strict)
             gradients = gradient_targets(engine, state, reader.described) if parts.optimizer else {}
             return reader, state, own, targets, self._optimizer_load(reader, parts), gradients
@@ -194,7 +194,7 @@ class Checkpoints:
                 if own is not None:
                     own.restore()
                 else:
-                    start_anew(engine.config.keys.seed or 0, state.global_steps, ranks.rank)
+                    start_anew(engine.config.keys.seed or 0, state.global_steps, first)
 
         ranks.together(finish)
         mine = own.client_state if own is not None else None

@@ -109,7 +109,9 @@ _RANKS: WeakKeyDictionary[Session, Ranks] = WeakKeyDictionary()
 
 def ranks_of(session: Session) -> Ranks:
     """Those of a compiled model; the same whenever it is asked, as each has a separate group."""
-    return _RANKS.setdefault(session, Ranks(session.store.group))
+    store = session.store
+    group = dist.group.WORLD if store.ranks.num_model else store.group  # a mesh with a model axis is of all ranks
+    return _RANKS.setdefault(session, Ranks(group))
 
 
 def raise_together(problems: dict[int, str | None]) -> None:

@@ -281,6 +281,26 @@ class SchedulerKeys(Section):
     params: dict[str, Any] = Field(default_factory=dict)
 
 
+class TensorParallel(Section):
+    """`tensor_parallel`: ranks that compute every op together."""
+
+    ignored: ClassVar[Mapping[str, str]] = {
+        "tp_overlap_comm": _SCHEDULE,
+        "dtype": "choose fp16 or bf16",
+        "keep_module_on_host": _HOST,
+    }
+    unsupported: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("tensor_parallel", "tp"), "give autotp_size, the number of ranks"),
+        **dict.fromkeys(
+            ("injection_policy_tuple", "injection_policy", "partition_config", "preset_model"),
+            "say in zgraph.placements how parameters are cut",
+        ),
+        **dict.fromkeys(("replace_with_kernel_inject", "kernel_inject"), "leave it out"),
+    }
+
+    autotp_size: NonNegativeInt = 0
+
+
 class Own(Section):
     """`zgraph`: what DeepSpeed has no word for; each as `zgraph.compile` takes it."""
 
@@ -293,6 +313,8 @@ class Own(Section):
     fullgraph: bool | Literal["eager"] = True
     dynamic: bool | None = None
     save: Path | None = None
+    sequence_parallel: bool = False
+    placements: dict[str, str] | None = None
 
 
 class EngineConfig(Section):
@@ -332,7 +354,6 @@ class EngineConfig(Section):
                 "compression_training",
                 "sparse_attention",
                 "pipeline",
-                "tensor_parallel",
                 "moe",
                 "expert_parallel",
                 "sequence_parallel_size",
@@ -371,5 +392,6 @@ class EngineConfig(Section):
     csv_monitor: Monitor = Monitor()
     wandb: WandB = WandB()
     checkpoint: CheckpointKeys = CheckpointKeys()
+    tensor_parallel: TensorParallel = TensorParallel()
     seed: NonNegativeInt | None = None
     zgraph: Own = Own()

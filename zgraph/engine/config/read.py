@@ -29,7 +29,7 @@ class Config:
         keys: the configuration's keys.
         micro_batch: rows of one forward on one rank.
         accumulation: forwards before a step.
-        world_size: ranks.
+        world_size: ranks that each have a batch of their own.
         optimizer: parameters of the optimizer; None if the configuration names none.
         schedule: the learning rates; None if the configuration names none.
         notes: for each key that has no effect, what decides instead.
@@ -50,6 +50,11 @@ class Config:
         return offload.nvme_path if offload.device == "nvme" else None
 
     @property
+    def tensor_parallel(self) -> int:
+        """Ranks that compute every op together, on one batch."""
+        return max(self.keys.tensor_parallel.autotp_size, 1)
+
+    @property
     def train_batch(self) -> int:
         """Rows of all ranks and forwards before a step."""
         return self.micro_batch * self.accumulation * self.world_size
@@ -65,7 +70,7 @@ def read_config(source: Mapping[str, Any] | str | Path, *, world_size: int) -> C
 
     Args:
         source: a mapping, the path of a JSON file, or JSON in base64.
-        world_size: ranks that share a batch.
+        world_size: all ranks.
 
     Raises:
         ConfigError: anything is wrong; the error has all problems.
@@ -84,6 +89,7 @@ def read_config(source: Mapping[str, Any] | str | Path, *, world_size: int) -> C
         schedule = _named(reading, "scheduler", named, SCHEDULES)
     if keys is not None:
         _check_together(reading, keys)
+        world_size = _data_ranks(reading, keys, world_size)
         micro, steps = _batches(reading, keys, world_size)
     reading.finish()
     assert keys is not None
@@ -204,6 +210,21 @@ def _check_together(reading: Reading, keys: EngineConfig) -> None:
     for package in PACKAGES:
         if getattr(keys, package).enabled and not is_installed(package):
             reading.problems.append(f"{package}.enabled: the package is missing; pip install {package}")
+
+
+def _data_ranks(reading: Reading, keys: EngineConfig, world_size: int) -> int:
+    """Ranks that each have a batch of their own."""
+    together = max(keys.tensor_parallel.autotp_size, 1)
+    if world_size % together:
+        reading.problems.append(f"tensor_parallel.autotp_size: {world_size} ranks are no multiple of {together}")
+    if together > 1 and keys.zero_optimization.zero_hpz_partition_size > 1:
+        reading.problems.append("zero_optimization.zero_hpz_partition_size: leave it out with tensor parallelism")
+    if together == 1 and (keys.zgraph.sequence_parallel or keys.zgraph.placements is not None):
+        reading.problems.append(
+            "zgraph.sequence_parallel, zgraph.placements: they say how tensor parallelism is done; give "
+            "tensor_parallel.autotp_size too"
+        )
+    return max(world_size // together, 1)
 
 
 def _batches(reading: Reading, keys: EngineConfig, world_size: int) -> tuple[int, int]:

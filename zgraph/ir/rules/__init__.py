@@ -8,6 +8,19 @@ from __future__ import annotations
 
 from zgraph.ir.rules.factors import Call, Cut, Rule, Strategy
 from zgraph.ir.rules.local import localised, whole_node
+from zgraph.ir.rules.ranked import PARTS, meant, on_parts
 from zgraph.ir.rules.table import RULES, rule_of
 
-__all__ = ["RULES", "Call", "Cut", "Rule", "Strategy", "localised", "rule_of", "whole_node"]
+__all__ = [
+    "PARTS",
+    "RULES",
+    "Call",
+    "Cut",
+    "Rule",
+    "Strategy",
+    "localised",
+    "meant",
+    "on_parts",
+    "rule_of",
+    "whole_node",
+]

@@ -7,17 +7,23 @@ from zgraph.ir.rules.factors import Call, Rule, letters, written
 
 def filled(call: Call) -> Rule:
     """One number everywhere. Zeros are partial sums too: none of the operands' values matters."""
+    if call.name.endswith("_like"):
+        return like(call)
     position = 1 if call.name.startswith("new_") else 0
     names = " ".join(letters(call.out()))
-    zeros = call.name in ("zeros", "new_zeros", "zeros_like")
-    sized = not call.name.endswith("_like")
     operands = ", ".join("*" for shape in call.ins if shape is not None)
     return written(
         call,
         f"{operands} -> {names}",
-        linear=((),) if zeros else (),
-        local=((position, "shape"),) if sized else (),
+        linear=((),) if call.name in ("zeros", "new_zeros") else (),
+        local=((position, "shape"),),
     )
+
+
+def like(call: Call) -> Rule:
+    """One number everywhere, of the shape that the operand has here."""
+    names = " ".join(letters(call.out()))
+    return written(call, f"{names} -> {names}", linear=((0,), ()) if call.name == "zeros_like" else ())
 
 
 def counted(call: Call) -> Rule:
@@ -26,8 +32,10 @@ def counted(call: Call) -> Rule:
     return written(call, f"{operands} -> {' '.join(letters(call.out(), whole=range(len(call.out()))))}")
 
 
+_FILLED = ("new_zeros", "new_ones", "new_full", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like")
+
 RULES = {
-    **{f"aten.{op}.default": filled for op in ("new_zeros", "new_ones", "zeros", "ones", "full", "new_full")},
+    **{f"aten.{op}.default": filled for op in _FILLED},
     **{f"aten.{op}.default": counted for op in ("arange", "scalar_tensor")},
     **{f"aten.arange.{overload}": counted for overload in ("start", "start_step")},
 }

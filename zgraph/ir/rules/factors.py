@@ -6,6 +6,7 @@ A rule has, for each tensor, its dims as products of *factors*, outermost first,
                                       has k.
     view    "b (h d) -> b h d"        cut h: S1 -> S1.      cut d: S1/<h> -> S2, as d is cut in each of the h blocks.
     split   "b x+ -> b x, b x"        cut x: S1/2 -> S1, S1: what has `x+` is made of parts that have x each.
+    lookup  "v d, t -> t d"           cut v: S0, R -> P(sum), by an op that knows which rows its rank has.
 
 A factor that begins with `_` is never cut. A tensor that is `*` may be placed in any way: only its type is read. From
 factors alone a rule knows how placements go together, one *strategy* for each way: a factor that is cut, or operands
@@ -24,7 +25,7 @@ from itertools import accumulate
 
 from zgraph.ir.graph import Arg, Node
 from zgraph.ir.symbols import Dim, simplify
-from zgraph.ir.types import MAX_BLOCKS, DType, Partial, Placement, Replicate, Shard, TensorType
+from zgraph.ir.types import MAX_BLOCKS, DType, Partial, Placement, Reduction, Replicate, Shard, TensorType
 
 __all__ = ["Call", "Cut", "Dims", "Rule", "Shape", "Strategy", "letters", "written"]
 
@@ -127,6 +128,9 @@ class Rule:
         added: operands that count once where a cut makes results partial sums: a bias.
         local: arguments that are sizes: see `zgraph.ir.rules.local`.
         joins: of a factor whose parts are joined, their sizes.
+        ranked: factors that an op cuts which knows its rank (`zgraph.ir.rules.ranked`): whose index is a value.
+        same: results that all ranks have the whole of where such a factor is cut.
+        reduce: what results are pending that lack a factor which is cut.
     """
 
     ins: tuple[Dims | None, ...]
@@ -136,6 +140,9 @@ class Rule:
     added: tuple[int, ...] = ()
     local: tuple[tuple[int, str], ...] = ()
     joins: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ranked: tuple[str, ...] = ()
+    same: tuple[int, ...] = ()
+    reduce: Reduction = "sum"
 
     def place(self, dims: Dims | None, cut: Cut) -> Shard | None:
         """Where a cut of a factor is in a tensor of these dims; None if it does not have the factor."""
@@ -174,6 +181,8 @@ class Rule:
         factor, blocks = cut
         if factor[0] == "_" or factor not in self.sizes:
             return False
+        if factor in self.ranked and len(blocks) > 1:
+            return False  # a rank's indices follow one another
         sizes = self.joins.get(factor) or (self.sizes[factor],)
         return all(Shard(0, blocks).divides(size, num_ranks) for size in sizes)
 
@@ -201,12 +210,16 @@ class Rule:
             return None
         ins, outs = places[: len(self.ins)], places[len(self.ins) :]
         summed = any(d is not None and p is None for d, p in zip(self.outs, outs, strict=True))
+        pending = Partial(self.reduce)
         return Strategy(
             tuple(
                 None if d is None else p or (P if summed and i in self.added else R)
                 for i, (d, p) in enumerate(zip(self.ins, ins, strict=True))
             ),
-            tuple(None if d is None else p or P for d, p in zip(self.outs, outs, strict=True)),
+            tuple(
+                None if d is None else p or (R if i in self.same and cut[0] in self.ranked else pending)
+                for i, (d, p) in enumerate(zip(self.outs, outs, strict=True))
+            ),
         )
 
     def with_sums(self, group: tuple[int, ...]) -> Strategy:
@@ -259,6 +272,9 @@ def written(
     added: tuple[int, ...] = (),
     local: tuple[tuple[int, str], ...] = (),
     joins: Mapping[str, tuple[int, ...]] | None = None,
+    ranked: tuple[str, ...] = (),
+    same: tuple[int, ...] = (),
+    reduce: Reduction = "sum",
 ) -> Rule:
     """A rule from its text, in which operands and results that are no tensors are left out.
 
@@ -288,7 +304,8 @@ def written(
         sides.append(tuple(tensors))
     known.update(dict.fromkeys(joins or {}, 0))
     sums = all(d is None or d in _FLOATS for d in call.dtypes[1])
-    return Rule(sides[0], sides[1], known, linear if sums else (), added, local, joins or {})
+    linear = linear if sums else ()
+    return Rule(sides[0], sides[1], known, linear, added, local, joins or {}, ranked, same, reduce)
 
 
 _FLOATS = frozenset({DType.f64, DType.f32, DType.f16, DType.bf16, DType.c64, DType.c128})

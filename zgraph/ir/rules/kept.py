@@ -27,16 +27,17 @@ def cuts_of(rule: Rule, places: Sequence[Placement | None], num_ranks: int) -> l
     return [cut for cut in dict.fromkeys(found) if cut is not None]
 
 
-def broken_rule(node: Node, mesh: Mesh, index: int) -> str:
+def broken_rule(node: Node, mesh: Mesh, index: int, *, knows_rank: bool = False) -> str:
     """In what a node breaks its op's sharding rule along a model axis; empty if it keeps it.
 
     Args:
         node: the node.
         mesh: of the graph.
         index: the number of the axis.
+        knows_rank: whether the op knows its rank along the axis, and so looks up what its rank has.
     """
     places, num_ranks = places_of(node, index), mesh[index].size
-    if all(place is None or place == Replicate() for place in places):
+    if all(place is None or place == Replicate() for place in places) and not knows_rank:
         return ""
     wanted = f"along {mesh[index].name}, {node.op} cannot make {_listed(places[len(node.operands) :])} of "
     wanted += _listed(places[: len(node.operands)])
@@ -48,7 +49,9 @@ def broken_rule(node: Node, mesh: Mesh, index: int) -> str:
     if rule is None:
         return f"{wanted}: it has no sharding rule, so its operands must be whole"
     count = len(node.operands)
-    if not any(_fits(s, places, count) for s in rule.strategies(num_ranks, cuts_of(rule, places, num_ranks))):
+    cuts = [c for c in cuts_of(rule, places, num_ranks) if (c[0] in rule.ranked) is knows_rank]
+    ways = [rule.with_cut(num_ranks, cut) for cut in cuts] if knows_rank else rule.strategies(num_ranks, cuts)
+    if not any(way is not None and _fits(way, places, count) for way in ways):
         return f"{wanted} by its sharding rule"
     own = {v.name: v for v in node.operands}
     if tuple(map_values(a, own) for a in localised(whole, rule, places, num_ranks)) != node.args:

@@ -76,7 +76,7 @@ def _resized(
                     size * times // over if d in dims and isinstance(size, int) and size > 0 else size
                     for d, size in enumerate(arg)
                 )
-        elif {("in", int(dim)), ("out", int(dim))} & cut:
+        elif {("in", int(dim)), ("out", int(dim))} & cut and (kind != "made" or ("out", int(dim)) in cut):
             args[position] = _scaled(arg, times, over)
     return tuple(args)
 

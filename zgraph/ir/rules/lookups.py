@@ -1,4 +1,7 @@
-"""Rules of ops that look rows up by index: the rows are whole, what they have passes, and so do the indices."""
+"""Rules of ops that look rows up by index: the indices pass, and so does what rows have.
+
+Rows of a table of words are cut where ranks know which of them they have.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from zgraph.ir.rules.pointwise import FIRST
 def embedding(call: Call) -> Rule:
     """Rows of a table."""
     index = " ".join(letters(call.shape(1), "t"))
-    return written(call, f"_v d, {index} -> {index} d", linear=FIRST)
+    return written(call, f"v d, {index} -> {index} d", linear=FIRST, ranked=("v",))
 
 
 def embedding_backward(call: Call) -> Rule:
@@ -18,7 +21,8 @@ def embedding_backward(call: Call) -> Rule:
     index = " ".join(letters(call.shape(1), "t"))
     if call.arg(4, "scale_grad_by_freq", False):
         index = " ".join(f"_{n.lstrip('_')}" for n in index.split())  # a part counts how often it has a word itself
-    return written(call, f"{index} d, {index} -> _v d", linear=FIRST)
+        return written(call, f"{index} d, {index} -> _v d", linear=FIRST)
+    return written(call, f"{index} d, {index} -> v d", linear=FIRST, local=((2, "made 0"),), ranked=("v",))
 
 
 def gather(call: Call) -> Rule:
@@ -58,9 +62,41 @@ def indexed(call: Call) -> Rule | None:
     return written(call, f"{base}, {', '.join(at)} -> {' '.join(names + rest)}", linear=FIRST)
 
 
+def put(call: Call) -> Rule | None:
+    """Rows of a copy written, or added to, by indices of the first dim; None for others."""
+    listed, is_added = call.args[1], bool(call.arg(3, "accumulate", False))
+    if not isinstance(listed, tuple) or len(listed) != 1 or len(call.ins) != 3:
+        return None
+    own, at, given = call.shape(0), call.shape(1), call.shape(2)
+    rows = letters(at, "t", whole=() if is_added else range(len(at)))
+    rest = letters(own)[1:]
+    if tuple(given) != (*at, *own[1:]):
+        return None
+    base = " ".join(["_v", *rest])
+    text = f"{base}, {' '.join(rows)}, {' '.join(rows + rest)} -> {base}"
+    return written(call, text, linear=((0, 2),), added=(0,))
+
+
+def scatter(call: Call) -> Rule | None:
+    """Elements of a copy written along a dim by index; None with a number in the place of elements."""
+    if len(call.ins) != 3:
+        return None
+    own, at, given = (call.shape(i) for i in range(3))
+    dim = call.integer(1, "dim", 0) % max(len(own), 1)
+    names = letters(own)
+    passes = [i != dim and len({own[i], at[i], given[i]}) == 1 for i in range(len(own))]
+    base, index, source = (
+        " ".join(n if here else f"_{k}{i}" for i, (n, here) in enumerate(zip(names, passes, strict=True)))
+        for k in ("own", "at", "from")
+    )
+    return written(call, f"{base}, {index}, {source} -> {base}", linear=((0, 2),))
+
+
 RULES = {
     "aten.embedding.default": embedding,
     "aten.embedding_dense_backward.default": embedding_backward,
     "aten.gather.default": gather,
     "aten.index.Tensor": indexed,
+    "aten.index_put.default": put,
+    "aten.scatter.src": scatter,
 }

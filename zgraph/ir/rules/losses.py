@@ -1,4 +1,4 @@
-"""Rules of losses: rows pass where they are summed or left alone; classes are whole."""
+"""Rules of losses: rows pass where they are summed or left alone; classes are cut where ranks know which they have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def forward(call: Call) -> Rule | None:
     if len(call.shape(0)) != 2 or len(call.ins) != 2:
         return None
     row = "t" if reduction == 2 else "_t"
-    return written(call, f"{row} _v, {row} -> {row if len(call.out()) else ''}, ")
+    return written(call, f"{row} v, {row} -> {row if len(call.out()) else ''}, ", ranked=("v",), same=(1,))
 
 
 def backward(call: Call) -> Rule | None:
@@ -19,7 +19,7 @@ def backward(call: Call) -> Rule | None:
     if len(call.ins) != 4 or len(call.shape(1)) != 2:
         return None
     row = "t" if len(call.shape(0)) == 0 else "_t"
-    return written(call, f"{'' if row == 't' else row}, {row} _v, {row}, -> {row} _v", linear=((0,),))
+    return written(call, f"{'' if row == 't' else row}, {row} v, {row}, -> {row} v", linear=((0,),), ranked=("v",))
 
 
 RULES = {

@@ -19,6 +19,7 @@ LINEAR: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "gelu_backward": FIRST,
     "lift_fresh_copy": FIRST,
     "mul": ((0,), (1,)),
+    "native_dropout_backward": FIRST,
     "neg": FIRST,
     "sigmoid_backward": FIRST,
     "silu_backward": FIRST,
@@ -37,6 +38,7 @@ OPS = (
     *("tanh", "_to_copy", "expm1", "softplus", "hardtanh", "leaky_relu", "elu", "bitwise_not", "trunc", "round"),
     *(
         "gelu_backward",
+        "native_dropout_backward",
         "sigmoid_backward",
         "silu_backward",
         "tanh_backward",

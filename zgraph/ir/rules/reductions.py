@@ -21,8 +21,15 @@ def mean(call: Call) -> Rule:
     return written(call, f"{' '.join(names)} -> {_left(call, names, gone)}", linear=FIRST)
 
 
-def extreme(call: Call) -> Rule:
-    """A largest or smallest element: what is compared is whole."""
+def largest(call: Call) -> Rule:
+    """A largest element: of what is compared, ranks have the largest of their parts."""
+    own = call.shape(0)
+    names = letters(own)
+    return written(call, f"{' '.join(names)} -> {_left(call, names, _reduced(call))}", reduce="max")
+
+
+def smallest(call: Call) -> Rule:
+    """A smallest element: what is compared is whole."""
     own, gone = call.shape(0), _reduced(call)
     names = letters(own, whole=gone)
     return written(call, f"{' '.join(names)} -> {_left(call, names, gone)}")
@@ -63,13 +70,13 @@ RULES = {
     "aten.sum.dim_IntList": total,
     "aten.mean.default": mean,
     "aten.mean.dim": mean,
-    "aten.amax.default": extreme,
-    "aten.amin.default": extreme,
+    "aten.amax.default": largest,
+    "aten.amin.default": smallest,
     **{
         f"aten.{op}.default": along_one_dim
         for op in (
             *("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data", "cumsum"),
-            *("topk", "sort"),
+            *("topk", "sort", "_safe_softmax"),
         )
     },
 }

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from zgraph.ir.rules import attention, creation, lookups, losses, norms, pieces, pointwise, products, reductions, views
+from zgraph.ir.rules import (
+    attention,
+    creation,
+    experts,
+    lookups,
+    losses,
+    norms,
+    pieces,
+    pointwise,
+    products,
+    reductions,
+    views,
+)
 from zgraph.ir.rules.factors import Call, Rule
 
 __all__ = ["RULES", "rule_of"]
@@ -20,6 +32,7 @@ RULES: Mapping[str, Callable[[Call], Rule | None]] = {
     **lookups.RULES,
     **losses.RULES,
     **creation.RULES,
+    **experts.RULES,
 }
 """A function for each op, from a call to its factors; None where the call has none."""
 

@@ -1,0 +1,77 @@
+"""Type rules of ops that know which part of a dim their rank has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from zgraph.ir.axis_rules import TypeRuleError, axis_of
+from zgraph.ir.graph import Node
+from zgraph.ir.rules.kept import broken_rule
+from zgraph.ir.rules.ranked import meant
+from zgraph.ir.symbols import Dim
+from zgraph.ir.types import Mesh, Partial, Replicate, Shard, TensorType, Type, Varying, model_axes
+
+__all__ = ["DOCS", "ranked"]
+
+Shapes = tuple[tuple[Dim, ...], ...]
+
+
+def ranked(node: Node, mesh: Mesh) -> tuple[Type, ...]:
+    """The types of what an op makes that knows its rank along the axis it names: dense, and placed by its rule."""
+    index, _ = axis_of(node, mesh)
+    kinds = [v.type for v in node.operands]
+    tensors = [kind for kind in kinds if isinstance(kind, TensorType)]
+    if len(tensors) < max(len(kinds), 2) or any(t.future or len(t.placement) != len(mesh) for t in tensors):
+        raise TypeRuleError("computes with tensors that are on the device, one placement a mesh axis")
+    made = [r.type for r in node.results if isinstance(r.type, TensorType) and len(r.type.placement) == len(mesh)]
+    shapes = _SHAPES[node.op](node, tensors)
+    if len(made) != len(node.results) or len(made) != len(shapes):
+        raise TypeRuleError(f"makes {len(shapes)} tensors, one placement a mesh axis")
+    call, num_model = meant(node), len(model_axes(mesh))
+    for number in range(num_model):
+        if wrong := broken_rule(call, mesh, number, knows_rank=number == index):
+            raise TypeRuleError(wrong)
+    data = [p for t in tensors for p in t.placement[num_model:]]
+    if any(isinstance(p, Shard | Partial) for p in data):
+        raise TypeRuleError("computes with values that are whole, or a rank's own, along the axes of data")
+    own = Varying() if Varying() in data else Replicate()
+    placements = [(*kind.placement[:num_model], *[own] * (len(mesh) - num_model)) for kind in made]
+    dtype = next(t.dtype for t in tensors if t.dtype.value.startswith(("f", "bf")))
+    return tuple(TensorType(dtype, shape, None, place) for shape, place in zip(shapes, placements, strict=True))
+
+
+def _rows(node: Node, kinds: list[TensorType]) -> Shapes:
+    table, index = kinds[0].shape, kinds[1].shape
+    return ((*index, *table[1:]),)
+
+
+def _table(node: Node, kinds: list[TensorType]) -> Shapes:
+    count = node.args[2] if len(node.args) > 2 else None
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeRuleError("needs the number of its rows")
+    return ((count, kinds[0].shape[-1]),)
+
+
+def _loss(node: Node, kinds: list[TensorType]) -> Shapes:
+    is_each = len(node.args) > 3 and node.args[3] == 0
+    return (kinds[1].shape if is_each else (), ())
+
+
+def _classes(node: Node, kinds: list[TensorType]) -> Shapes:
+    return (kinds[1].shape,)
+
+
+_SHAPES: Mapping[str, Callable[[Node, list[TensorType]], Shapes]] = {
+    "part_embedding": _rows,
+    "part_embedding_backward": _table,
+    "part_nll_loss": _loss,
+    "part_nll_loss_backward": _classes,
+}
+
+DOCS: Mapping[str, str] = {
+    "part_embedding": "Look up rows of a table of which the rank has a part: zeros for rows of other ranks.",
+    "part_embedding_backward": "The gradient of the rank's rows of a table.",
+    "part_nll_loss": "The negative log likelihood of those labels that the rank has the classes of.",
+    "part_nll_loss_backward": "Its backward: zeros for labels whose classes other ranks have.",
+}
+"""A line of what each op does."""

@@ -1,0 +1,70 @@
+"""Ops that know which part of a dim their rank has: lookups by index, and losses of classes.
+
+    %e = aten.embedding.default(%w, %ids)                        looks rows of `%w` up
+    %e = part_embedding(%w, %ids, axis="tensor")                 looks up those that the rank has: a sum over the ranks
+
+An op of torch takes indices for those of all rows, so that a cut along them needs another op. A placed graph has it
+under a name of zgraph's own, with the arguments of torch's and the axis along which it knows its rank.
+
+Source: vocabulary-parallel embedding and loss, Shoeybi et al., Megatron-LM, 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from zgraph.ir.graph import Arg, Node
+from zgraph.ir.rules.factors import Rule, Strategy
+from zgraph.ir.rules.local import localised
+from zgraph.ir.types import Placement
+
+__all__ = ["PARTS", "is_ranked", "meant", "on_parts"]
+
+PARTS: Mapping[str, str] = {
+    "aten.embedding.default": "part_embedding",
+    "aten.embedding_dense_backward.default": "part_embedding_backward",
+    "aten.nll_loss_forward.default": "part_nll_loss",
+    "aten.nll_loss_backward.default": "part_nll_loss_backward",
+}
+"""The op on parts for each op of torch."""
+
+_MEANT = {part: op for op, part in PARTS.items()}
+
+
+def meant(node: Node) -> Node:
+    """The op of torch on parts that an op which knows its rank stands for, or the node itself."""
+    if node.op not in _MEANT:
+        return node
+    return replace(node, op=_MEANT[node.op], kwargs=tuple((k, a) for k, a in node.kwargs if k != "axis"))
+
+
+def is_ranked(rule: Rule | None, places: Sequence[Placement | None]) -> bool:
+    """Whether operands and results that are placed so need an op that knows its rank."""
+    if rule is None:
+        return False
+    tensors = zip((*rule.ins, *rule.outs), places, strict=True)
+    return any(
+        place == rule.place(dims, (factor, (1,))) and place is not None
+        for dims, place in tensors
+        for factor in rule.ranked
+    )
+
+
+def on_parts(
+    node: Node, rule: Rule | None, strategy: Strategy, axis: str, num_ranks: int
+) -> tuple[str, tuple[Arg, ...], tuple[tuple[str, Arg], ...]]:
+    """The op, the arguments and the options of a node on whole tensors, for ranks that have parts of them.
+
+    Args:
+        node: with the types of whole tensors.
+        rule: its rule.
+        strategy: how its operands and results are placed along the axis.
+        axis: the axis.
+        num_ranks: ranks along it.
+    """
+    places = (*strategy.ins, *strategy.outs)
+    args = localised(node, rule, places, num_ranks)
+    if not is_ranked(rule, places):
+        return node.op, args, node.kwargs
+    return PARTS[node.op], args, (*node.kwargs, ("axis", axis))
