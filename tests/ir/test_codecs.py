@@ -132,7 +132,9 @@ def test_zeros_are_zeros(text: str) -> None:
     assert not decode(codec, encode(codec, torch.zeros(3, 700)), 700).any()
 
 
-@pytest.mark.parametrize(("text", "error"), [("q8(block=256)", 0.012), ("q4(block=128)", 0.2), ("sign(block=256)", 0.8)])
+@pytest.mark.parametrize(
+    ("text", "error"), [("q8(block=256)", 0.012), ("q4(block=128)", 0.2), ("sign(block=256)", 0.8)]
+)
 def test_relative_errors_are_as_large_as_bits_make_them(text: str, error: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 1 << 16)

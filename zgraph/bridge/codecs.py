@@ -19,12 +19,9 @@ import torch
 from torch.nn.functional import pad
 
 from zgraph.ir import DType
-from zgraph.ir.codecs import Q4, Q8, Blockwise, Codec, Raw, Sign, TopK
+from zgraph.ir.codecs import CODED_AT_A_TIME, Q4, Q8, Blockwise, Codec, Raw, Sign, TopK
 
 Tensor = torch.Tensor
-
-PIECE = 1 << 18
-"""Numbers that are coded at a time, so that what is in between stays in a processor's cache."""
 
 _BIAS, _NOT_FINITE = 127, 255
 _LARGEST = {8: 127, 4: 7}
@@ -78,7 +75,7 @@ def decode(codec: Codec, code: Tensor, numel: int, dtype: torch.dtype = torch.fl
 
 
 def add_decoded(codec: Codec, code: Tensor, out: Tensor) -> Tensor:
-    """Add what the codes of rows stand for to `out`: [rows, num_bytes] to [rows, numel] in fp32, or in `raw`'s dtype."""
+    """Add what the codes of rows, [rows, num_bytes], stand for to `out`: [rows, numel] in fp32, of `raw` in its own."""
     if isinstance(codec, Raw):
         return out.add_(decode(codec, code, out.shape[1], out.dtype))
     decoder = _DECODERS[type(codec)]
@@ -91,14 +88,14 @@ def add_decoded(codec: Codec, code: Tensor, out: Tensor) -> Tensor:
 def _pieces(codec: Codec, numel: int) -> Any:
     """Numbers that are coded together: from where to where, and the places of their code's parts in that of the row."""
     if isinstance(codec, TopK):
-        size, total = max(PIECE // codec.chunk, 1) * codec.chunk, codec.num_kept(numel)
+        size, total = max(CODED_AT_A_TIME // codec.chunk, 1) * codec.chunk, codec.num_kept(numel)
         for begin in range(0, numel, size):
             end = min(begin + size, numel)
             first, last = codec.num_kept(begin), codec.num_kept(end)
             yield begin, end, (slice(2 * first, 2 * last), slice(2 * (total + first), 2 * (total + last)))
         return
     assert isinstance(codec, Blockwise)
-    size, bits = max(PIECE // codec.block, 1) * codec.block, codec.bits
+    size, bits = max(CODED_AT_A_TIME // codec.block, 1) * codec.block, codec.bits
     scales = -(-numel // codec.block)
     for begin in range(0, numel, size):
         end = min(begin + size, numel)
@@ -154,7 +151,7 @@ def _encode_steps(codec: Blockwise, y: Tensor, out: list[Tensor]) -> tuple[Tenso
     if codec.bits == 8:
         payload.copy_(whole[: y.numel()].view(torch.uint8))
     else:
-        low, high = (whole[:: 2] & 15).view(torch.uint8), (whole[1::2] & 15).view(torch.uint8)
+        low, high = (whole[::2] & 15).view(torch.uint8), (whole[1::2] & 15).view(torch.uint8)
         payload.copy_((low | (high << 4))[: payload.numel()])
     finite = (exponent != _NOT_FINITE)[:, None].expand_as(blocks)
     return _flat(steps * scale, y.numel()), _flat(finite, y.numel())

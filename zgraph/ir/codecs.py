@@ -26,6 +26,9 @@ from zgraph.ir.types import DType
 LARGEST_BLOCK = 1 << 16
 """Numbers in a block or chunk: those that an index of 16 bits tells apart."""
 
+CODED_AT_A_TIME = 1 << 18
+"""Numbers that are coded at a time, so that what is in between stays in a processor's cache."""
+
 _PERCENT = re.compile(r"\d{1,3}(?:\.\d{1,4})?%", re.ASCII)
 
 

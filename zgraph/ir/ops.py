@@ -11,17 +11,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from zgraph.ir import type_rules
+from zgraph.ir import coded_rules, type_rules
 from zgraph.ir.axis_rules import axis_of, moved_along
+from zgraph.ir.codecs import CODED_AT_A_TIME
 from zgraph.ir.graph import Graph, Node, Value, values_in
 from zgraph.ir.layout import chunk_numel, concrete, is_even
 from zgraph.ir.type_rules import TypeRule, tensor
 from zgraph.ir.types import (
     DEVICE,
     HOST,
+    DType,
     Mesh,
     Shard,
     TensorType,
+    Type,
     num_data_ranks,
     num_shards,
 )
@@ -157,6 +160,16 @@ def _scatter_sends(node: Node, mesh: Mesh) -> int:
     return _part(whole, count) + 2 * _part(whole // count, num_data_ranks(mesh) // count)
 
 
+def _exchange_sends(node: Node, mesh: Mesh) -> int:
+    """To each other rank its part, or the codes of its part."""
+    is_along = node.option("axis") is not None
+    return _axis_sends(node, mesh) if is_along else _part(concrete(tensor(node).shape[1]), num_shards(mesh))
+
+
+def _exchanged(node: Node, mesh: Mesh) -> tuple[Type, ...]:
+    return moved_along(node, mesh) if node.option("axis") is not None else coded_rules.exchanged(node, mesh)
+
+
 def _share_sends(node: Node, mesh: Mesh) -> int:
     if node.option("axis") is not None:
         return _axis_sends(node, mesh)
@@ -176,6 +189,14 @@ def _share_lands(node: Node, mesh: Mesh) -> int:
     if node.option("axis") is not None:
         return _axis_lands(node, mesh)
     return _part(moved_bytes(node, mesh), num_data_ranks(mesh))
+
+
+def _coded_scratch(node: Node, mesh: Mesh) -> int:
+    """Room for a piece of numbers in several forms; and, where codes are added, for the sum in fp32."""
+    made = node.results[0].type
+    assert isinstance(made, TensorType)
+    is_sum = node.op == "decode" and made.dtype is not DType.f32
+    return 32 * CODED_AT_A_TIME + (4 * chunk_numel(made.shape, num_shards(mesh)) if is_sum else 0)
 
 
 def _staged(node: Node, mesh: Mesh) -> int:
@@ -244,12 +265,12 @@ _ROWS = (
     Op(
         "all_to_all_start",
         "Begin to cut a value along another dim: each rank sends every other one its part of this one's part.",
-        moved_along,
+        _exchanged,
         "comm",
-        _axis_sends,
-        scratch_bytes=_axis_lands,
+        _exchange_sends,
+        scratch_bytes=lambda node, mesh: _axis_lands(node, mesh) if node.option("axis") is not None else 0,
         pure=False,
-        transfer=Transfer("all_to_all", exchanges=True),
+        transfer=Transfer("all_to_all", holds=True),
         kind="gather",
     ),
     Op(
@@ -296,6 +317,22 @@ _ROWS = (
     ),
     Op("unpack", "Take a bucket apart again.", type_rules.unpacked, views=_is_sharded, chunks=num_shards, is_work=True),
     Op("cast", "Change the dtype.", type_rules.cast, recomputable=True, prepares=True, is_work=True),
+    Op(
+        "encode",
+        "Code numbers by a codec, with what earlier codes left out added, and keep what this one leaves out.",
+        coded_rules.encoded,
+        scratch_bytes=_coded_scratch,
+        pure=False,
+        prepares=True,
+        is_work=True,
+    ),
+    Op(
+        "decode",
+        "Make numbers of codes; of the codes of all ranks their sum or mean, in fp32.",
+        coded_rules.decoded,
+        scratch_bytes=_coded_scratch,
+        is_work=True,
+    ),
     Op(
         "copy",
         "A dense copy in new memory; of a replicated value each rank may take its own.",

@@ -19,6 +19,7 @@ from zgraph.bridge.target import Target, cost_table, device_budget, fingerprint_
 from zgraph.cost import CostTable
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir.layout import chunk_numel
+from zgraph.options.compression import Compress, codec_for
 from zgraph.options.lengths import Lengths, check_lengths
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
 from zgraph.options.parallel import AXIS, Placements, check_parallel, cuts_of, mesh_of
@@ -34,7 +35,7 @@ from zgraph.options.validate import (
     default_kernels,
     stage_of,
 )
-from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, along_model_axes, pipeline_of, recipe_for
+from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, along_model_axes, compressing, pipeline_of, recipe_for
 from zgraph.passes.core.base import Choice
 from zgraph.runfile.format import RunFile, load_run
 from zgraph.runtime.agreement import check_joined
@@ -62,6 +63,7 @@ class Options(TypedDict, total=False):
     offload: Offload
     kernels: Kernels | None
     compute: Compute | None
+    compress: Compress
     passes: Passes | None
     save: str | Path | None
     fullgraph: Fullgraph
@@ -163,6 +165,7 @@ def resolve(
     fullgraph: Fullgraph,
     dynamic: bool | None,
     compute: Compute | None = None,
+    compress: Compress = None,
     lengths: Lengths | None = None,
     tensor_parallel: int = 1,
     placements: Placements | None = None,
@@ -191,11 +194,12 @@ def resolve(
     if parallel is not None:
         check_parallel(kernels, offload, fullgraph, dynamic, compute, has_recipe=passes is not None)
         dynamic = False
-    pipeline = pipeline_of(_passes(stage, kernels, compute, passes, replayed, is_parallel=parallel is not None))
+    mesh = parallel or _mesh(device, mesh)
+    codec = codec_for(compress, mesh, has_recipe=passes is not None, fullgraph=fullgraph)
+    pipeline = pipeline_of(_passes(stage, kernels, compute, codec, passes, replayed, is_parallel=parallel is not None))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     costs = cost_table(hardware, device)
-    mesh = parallel or _mesh(device, mesh)
     num_ranks = mesh.size() if mesh is not None else 1
     budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device, num_ranks)
     if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
@@ -281,6 +285,7 @@ def _passes(
     stage: Stage,
     kernels: Kernels,
     compute: Compute | None,
+    codec: str,
     passes: Passes | None,
     replayed: RunFile | None,
     *,
@@ -291,6 +296,7 @@ def _passes(
     if passes is not None:
         return str(passes) if isinstance(passes, Path) else passes
     recipe = recipe_for(kernels, RECIPES[stage] if isinstance(stage, int) else MIXED, compute)
+    recipe = compressing(recipe, codec) if codec else recipe
     return along_model_axes(recipe) if is_parallel else recipe
 
 
