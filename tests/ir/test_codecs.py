@@ -78,7 +78,7 @@ def numbers(draw: st.DrawFn) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("text", FEEDS)
-@settings(max_examples=400 if DEEP else 30, deadline=None)
+@settings(max_examples=400 if DEEP else 12, deadline=None)
 @given(data=st.data())
 def test_feedback_loses_nothing(text: str, data: st.DataObject) -> None:
     codec, x = parse_codec(text), data.draw(numbers())[None]
@@ -95,7 +95,7 @@ def test_feedback_loses_nothing(text: str, data: st.DataObject) -> None:
         assert torch.equal(rest[~finite], before[~finite])
 
 
-@settings(max_examples=400 if DEEP else 30, deadline=None)
+@settings(max_examples=400 if DEEP else 12, deadline=None)
 @given(x=numbers())
 def test_signs_lose_half_of_a_last_bit_at_most(x: torch.Tensor) -> None:
     codec, rest = Sign(), torch.zeros(1, len(x))

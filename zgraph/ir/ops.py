@@ -13,14 +13,12 @@ from typing import Literal, get_args
 
 from zgraph.ir import coded_rules, type_rules
 from zgraph.ir.axis_rules import axis_of, moved_along
-from zgraph.ir.codecs import CODED_AT_A_TIME
 from zgraph.ir.graph import Graph, Node, Value, values_in
 from zgraph.ir.layout import chunk_numel, concrete, is_even
 from zgraph.ir.type_rules import TypeRule, tensor
 from zgraph.ir.types import (
     DEVICE,
     HOST,
-    DType,
     Mesh,
     Shard,
     TensorType,
@@ -191,14 +189,6 @@ def _share_lands(node: Node, mesh: Mesh) -> int:
     return _part(moved_bytes(node, mesh), num_data_ranks(mesh))
 
 
-def _coded_scratch(node: Node, mesh: Mesh) -> int:
-    """Room for a piece of numbers in several forms; and, where codes are added, for the sum in fp32."""
-    made = node.results[0].type
-    assert isinstance(made, TensorType)
-    is_sum = node.op == "decode" and made.dtype is not DType.f32
-    return 32 * CODED_AT_A_TIME + (4 * chunk_numel(made.shape, num_shards(mesh)) if is_sum else 0)
-
-
 def _staged(node: Node, mesh: Mesh) -> int:
     """Shards that are on the host go to the device first."""
     if node.option("axis") is not None:
@@ -321,7 +311,6 @@ _ROWS = (
         "encode",
         "Code numbers by a codec, with what earlier codes left out added, and keep what this one leaves out.",
         coded_rules.encoded,
-        scratch_bytes=_coded_scratch,
         pure=False,
         prepares=True,
         is_work=True,
@@ -330,7 +319,6 @@ _ROWS = (
         "decode",
         "Make numbers of codes; of the codes of all ranks their sum or mean, in fp32.",
         coded_rules.decoded,
-        scratch_bytes=_coded_scratch,
         is_work=True,
     ),
     Op(
