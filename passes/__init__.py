@@ -11,9 +11,10 @@ from zgraph.passes.arena import Arena
 from zgraph.passes.broadcast import Broadcast
 from zgraph.passes.bucket import Bucket
 from zgraph.passes.canonicalize import Canonicalize
+from zgraph.passes.compress import Compress
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.core.pipeline import Pipeline
-from zgraph.passes.core.recipes import COMPUTES, MIXED, RECIPES, along_model_axes, fusing, recipe_for
+from zgraph.passes.core.recipes import COMPUTES, MIXED, RECIPES, along_model_axes, compressing, fusing, recipe_for
 from zgraph.passes.core.registry import build_in, known_passes, register_pass
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.exchange import Exchange
@@ -42,6 +43,7 @@ ALL: tuple[type[Pass], ...] = (
     Fit,
     Keep,
     Bucket,
+    Compress,
     Exchange,
     Broadcast,
     AllGather,
@@ -71,6 +73,7 @@ __all__ = [
     "Pass",
     "Pipeline",
     "along_model_axes",
+    "compressing",
     "fusing",
     "known_passes",
     "make_plan",

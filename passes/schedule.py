@@ -353,7 +353,7 @@ def _collectives(graph: Graph) -> list[Collective]:
             for result in todo.pop().results:
                 for user in graph.users.get(result.name, ()):
                     follower = graph.nodes[user]
-                    if follower.op in ("wait", "unpack") or (follower.op == "cast" and not brings):
+                    if follower.op in ("wait", "unpack", "decode") or (follower.op == "cast" and not brings):
                         after.append(user)
                         todo.append(follower)
         found.append(Collective(position, tuple(before), tuple(after), brings))

@@ -15,8 +15,9 @@ from zgraph.ir import DType, Node, Partial, Placement, TensorType
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
 from zgraph.ir.rules import PARTS
+from zgraph.runtime import coded
 from zgraph.runtime.agreement import described
-from zgraph.runtime.exchanges import EXCHANGES, all_to_all, first_rank, ranked, slice_
+from zgraph.runtime.exchanges import EXCHANGES, first_rank, ranked, slice_
 from zgraph.runtime.futures import Future, Work
 from zgraph.runtime.gradients import with_unreduced
 from zgraph.runtime.host import Copy
@@ -296,7 +297,9 @@ EXECUTORS: Mapping[str, Callable[[Node, Session], Execute]] = {
     "reduce_scatter_start": _along_axis_or(reduce_scatter_start),
     "all_reduce_start": _along_axis_or(all_reduce_start),
     "broadcast_start": broadcast_start,
-    "all_to_all_start": all_to_all,
+    "all_to_all_start": _along_axis_or(coded.exchange),
+    "encode": coded.encode,
+    "decode": coded.decode,
     "slice": slice_,
     "first_rank": first_rank,
     **dict.fromkeys(PARTS.values(), ranked),

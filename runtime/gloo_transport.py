@@ -177,6 +177,12 @@ class Lane:
         tags = self.journal.tag(), self.journal.tag()
         return self._queue.add(_together([self._reduce_and_gather(chunks, divisor or self.num_ranks, *tags)]), number)
 
+    def all_to_all(self, outs: Chunks, chunks: Chunks, moved: Moved | None = None) -> Transfer:
+        """Fill the slots `outs`, one a rank, with what each rank has for this one among its `chunks`."""
+        number = self.journal.enter("all-to-all", [chunks[0].nbytes], moved)
+        outs[self.rank].copy_(chunks[self.rank])
+        return self._queue.add(_together([self._swap(outs, chunks, self.journal.tag())]), number)
+
     @property
     def shard(self) -> int:
         """Which part of a sharded tensor is this rank's."""
@@ -197,6 +203,11 @@ class Lane:
         others = [(i, r) for i, r in enumerate(ranks) if r != self.rank]
         yield self._exchange(count, [(slots[i], r, 0) for i, r in others], [(own, r, 0) for _, r in others])
         return own
+
+    def _swap(self, outs: Chunks, chunks: Chunks, count: int) -> Phases[torch.Tensor]:
+        others = [r for r in range(self.num_ranks) if r != self.rank]
+        yield self._exchange(count, [(outs[r], r, 0) for r in others], [(chunks[r], r, 0) for r in others])
+        return outs[self.rank]
 
     def _reduce_copies(self, chunks: Chunks, divisor: int, out: torch.Tensor, tags: list[int]) -> Phases[torch.Tensor]:
         """A sum within the host, then one over the hosts, each rank of one place summing a piece of it."""

@@ -14,6 +14,7 @@ from zgraph.errors import PeerError, ZgraphError
 from zgraph.ir import Node, Plan, TensorType
 from zgraph.ir.layout import chunk_numel
 from zgraph.runtime.agreement import described
+from zgraph.runtime.feedback import Feedback
 from zgraph.runtime.gloo_transport import Hosts, Lane, host_name
 from zgraph.runtime.host import HostMemory
 from zgraph.runtime.journal import Moved, journal_of
@@ -63,6 +64,7 @@ class Session:
         self.recorder: Watcher | None = None
         self.reduce_dtype: torch.dtype | None = None
         self.before_reading: Callable[[], None] | None = None
+        self.feedback = Feedback(self)
         self._ranges = Ranges()
         self.plans: list[Plan] = []
         self.kinds: dict[str, TensorType] = {}

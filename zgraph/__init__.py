@@ -14,7 +14,7 @@ from zgraph.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from zgraph import deepspeed, errors, hf, ir, lightning, optim, passes
-    from zgraph.api import compile, gathered, join, no_sync, recipe, report
+    from zgraph.api import compile, feedback, gathered, join, no_sync, recipe, report
     from zgraph.capture import trace
     from zgraph.compiler.machine_profile import profile_machine
     from zgraph.compiler.profiler import profile
@@ -35,6 +35,7 @@ __all__ = [
     "distill",
     "errors",
     "export_hf",
+    "feedback",
     "gathered",
     "hf",
     "init_distributed",
@@ -59,7 +60,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "zgraph.api": ("compile", "gathered", "join", "no_sync", "recipe", "report"),
+    "zgraph.api": ("compile", "feedback", "gathered", "join", "no_sync", "recipe", "report"),
     "zgraph.capture": ("trace",),
     "zgraph.compiler.machine_profile": ("profile_machine",),
     "zgraph.compiler.profiler": ("profile",),

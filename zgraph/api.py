@@ -20,6 +20,7 @@ from zgraph.compiler.compiled_model import compiled_model, is_gathered
 from zgraph.compiler.joining import Joined
 from zgraph.compiler.report import Report
 from zgraph.errors import UsageError
+from zgraph.options.compression import Compress
 from zgraph.options.lengths import Lengths
 from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload
@@ -27,6 +28,7 @@ from zgraph.options.settings import Options, Passes, Recompute, resolve
 from zgraph.options.validate import Compute, Fullgraph, Kernels, Stage
 from zgraph.passes import RECIPES
 from zgraph.runtime.eager_fallback import whole_parameters
+from zgraph.runtime.feedback import FeedbackState
 from zgraph.runtime.gradients import without_sync
 
 M = TypeVar("M")
@@ -50,6 +52,7 @@ def compile(
     offload: Offload = "auto",
     kernels: Kernels | None = None,
     compute: Compute | None = None,
+    compress: Compress = None,
     passes: Passes | None = None,
     save: str | Path | None = None,
     fullgraph: Fullgraph = True,
@@ -100,6 +103,10 @@ def compile(
             a matrix; "float8-rowwise" with one a row or column, which is more exact. An approximation, by torchao's
             recipes; None multiplies in `param_dtype`. Layers whose sizes are no multiples of 16, and the projection to
             the vocabulary, stay as they are; the report names them. GPUs need compute capability 8.9.
+        compress: a codec of gradients on the wire: "q8(block=256)", "q4(block=128)", "sign(block=256)" or
+            "topk(1%, chunk=4096)". Ranks exchange codes, and the owner of each part adds in fp32 what they stand for.
+            What a code leaves out is kept on the rank, in fp32 as large as the model, and sent with the next. An
+            approximation: None, the default, sends the numbers. `zgraph.feedback(model)` is what checkpoints save.
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that), a `Pipeline`, or a
             sequence of passes, your own among them (`zgraph.register_pass` lets recipes name these); or the path of a
             run file (`run.zg`), whose last graph is run as it is, if the model is captured as it was for that file.
@@ -124,6 +131,7 @@ def compile(
     Raises:
         UsageError: an option means nothing, or the model cannot be sharded as asked.
         AlreadyCompiledError: the model, or a part of it, is compiled already.
+        CodecError: the codec does not parse.
         RecipeError, ContractError: the recipe does not parse or does not fit together.
         RunFileError: the run file is none, or (in the first call) of another model.
         DtypeError: a dtype is none, or no floating-point one.
@@ -146,6 +154,7 @@ def compile(
         "offload": offload,
         "kernels": kernels,
         "compute": compute,
+        "compress": compress,
         "passes": passes,
         "save": save,
         "fullgraph": fullgraph,
@@ -245,6 +254,21 @@ def report(model: nn.Module) -> Report:
     return compiled_model(model).report
 
 
+def feedback(model: nn.Module) -> FeedbackState:
+    """What the codes of a model's gradients have left out so far (`compress=`), as a part of a checkpoint.
+
+        torch.distributed.checkpoint.save({"model": model.state_dict(), "feedback": zgraph.feedback(model)}, ...)
+
+    It has `state_dict` and `load_state_dict`: a tensor for each parameter, in fp32, placed as that is, which any number
+    of ranks loads. Saving is a call of all ranks. It splits what is due evenly over them, so that training goes on from
+    what is saved. Without `compress=` all is zero.
+
+    Raises:
+        UsageError: the model is not compiled.
+    """
+    return FeedbackState(compiled_model(model).session.feedback)
+
+
 def recipe(stage: int) -> str:
     """The recipe of a ZeRO stage, to edit and pass as `zgraph.compile(model, passes=...)`.
 
@@ -270,4 +294,4 @@ def _compile_class(kind: type[nn.Module], options: Options) -> type[nn.Module]:
     return kind
 
 
-__all__ = ["compile", "gathered", "join", "no_sync", "recipe", "report"]
+__all__ = ["compile", "feedback", "gathered", "join", "no_sync", "recipe", "report"]

@@ -110,6 +110,10 @@ class RecipeError(TextError):
     """A recipe (a pipeline of passes written as text) that does not parse, or names what does not exist."""
 
 
+class CodecError(TextError, UsageError):
+    """A codec's text does not parse, or names what there is not."""
+
+
 class ZirError(TextError):
     """A `.zir` text that does not parse."""
 

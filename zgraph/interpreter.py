@@ -16,6 +16,7 @@ import torch
 
 from zgraph.bridge import processor_attention as _attention  # noqa: F401 - registers kernels
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
+from zgraph.bridge.codecs import decode, encode_into
 from zgraph.bridge.parts import moved, part_of, together, total
 from zgraph.bridge.ranked_ops import runs
 from zgraph.errors import InterpretError
@@ -36,6 +37,7 @@ from zgraph.ir import (
     num_shards,
 )
 from zgraph.ir.axis_rules import axis_of, changed_axis
+from zgraph.ir.coded_rules import codec_of
 from zgraph.ir.layout import bucket_layout, chunk_numel
 from zgraph.ir.rules import PARTS
 
@@ -83,12 +85,15 @@ class Interpreter:
         held: the gradients of earlier micro-steps that `accumulate` adds, by the name of the parameter.
         syncs: whether the run ends a step. Where it does not, gathers with `keep` leave what they bring in `kept`.
         kept: what gathers with `keep` take in the place of gathering again.
+        rests: what codes have left out so far, by the parameters whose gradients are coded, and by whether that is of
+            what each rank adds or of a part that its owner codes once more.
     """
 
     def __init__(self, num_ranks: int = 0, seed: int = 0, caller: Caller | None = None) -> None:
         self.num_ranks, self.seed, self.caller = num_ranks, seed, caller
         self.held: dict[str, Ranks] = {}
         self.kept: dict[str, Ranks] = {}
+        self.rests: dict[tuple[tuple[str, ...], bool], Ranks] = {}
         self.syncs = True
 
     def run(
@@ -133,6 +138,8 @@ class Interpreter:
             return self._gather(node, operands, mesh)
         if rule := RULES.get(node.op):
             return rule(node, operands, mesh)
+        if node.op == "encode":
+            return [self._encode(node, operands[0], mesh)]
         if node.op == "release":
             return self._release(operands[0])
         if node.op == "accumulate":
@@ -169,6 +176,20 @@ class Interpreter:
             if tensor.untyped_storage().data_ptr() not in kept:
                 tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
         return []
+
+    def _encode(self, node: Node, operand: Ranks, mesh: Mesh) -> Ranks:
+        """Codes of what each rank has, with the rest of its last code added; the new rest is kept."""
+        kind, codec, names, count = node.operands[0].tensor, codec_of(node), node.option("feedback"), num_shards(mesh)
+        numbers = [x.view(1, -1) if kind.is_sharded else torch.stack(_pieces(x, kind, count)) for x in operand]
+        size = codec.num_bytes(numbers[0].shape[1], kind.dtype)
+        codes = [torch.empty(len(x), size, dtype=torch.uint8) for x in numbers]
+        rests: Ranks = [None] * len(numbers)
+        if isinstance(names, tuple) and not codec.is_exact:
+            key = tuple(map(str, names)), kind.is_sharded
+            rests = self.rests.setdefault(key, [torch.zeros_like(x, dtype=torch.float32) for x in numbers])
+        for x, code, rest in zip(numbers, codes, rests, strict=True):
+            encode_into(codec, x, code, rest)
+        return [code.view(-1) for code in codes]
 
     def _accumulate(self, node: Node, gradients: Ranks) -> Ranks:
         held = self.held.pop(str(node.option("target")), None)
@@ -354,6 +375,22 @@ def _cast(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
     return [[t.to(TO_TORCH[dtype], memory_format=torch.contiguous_format, copy=True) for t in operands[0]]]
 
 
+def _exchange(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
+    if node.option("axis") is not None:
+        return _reshard(node, operands, mesh)
+    rows = [codes.view(num_shards(mesh), -1) for codes in operands[0]]
+    return [[torch.cat([row[rank] for row in rows]) for rank in range(len(rows))]]
+
+
+def _decode(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
+    kind, codec, count = node.results[0].tensor, codec_of(node), num_shards(mesh)
+    chunk, dtype = chunk_numel(kind.shape, count), TO_TORCH[kind.dtype]
+    found = [decode(codec, codes.view(count, -1), chunk, dtype) for codes in operands[0]]
+    if (reduce := node.option("reduce")) is None:
+        return [[rows.view(-1)[: int(kind.numel)].view([int(d) for d in kind.shape]).to(dtype) for rows in found]]
+    return [[((mean if reduce == "mean" else total)(rows.unbind())).to(dtype) for rows in found]]
+
+
 def _copy(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
     return [[t.clone(memory_format=torch.contiguous_format) for t in operands[0]]]
 
@@ -375,7 +412,8 @@ RULES: Mapping[str, Rule] = {
     "reduce_scatter_start": _reshard,
     "all_reduce_start": _reshard,
     "broadcast_start": _reshard,
-    "all_to_all_start": _reshard,
+    "all_to_all_start": _exchange,
+    "decode": _decode,
     "slice": _reshard,
     "first_rank": _reshard,
     **dict.fromkeys(PARTS.values(), _ranked),

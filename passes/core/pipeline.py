@@ -20,7 +20,7 @@ Option = bool | int | float | str
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _WORD = re.compile(r"[A-Za-z][\w-]*")
-_LITERAL = re.compile(r"[^,()\s]+")
+_LITERAL = re.compile(r"[^,()\s]+(?:\([^()]*\))?")
 
 
 class Instrument(Protocol):

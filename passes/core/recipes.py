@@ -39,6 +39,11 @@ def recipe_for(kernels: str, recipe: str, compute: str | None = None) -> str:
     return recipe.replace("canonicalize,", f"canonicalize,{COMPUTES[compute]},") if compute else recipe
 
 
+def compressing(recipe: str, codec: str) -> str:
+    """The recipe with codes of gradients in the place of their numbers on the wire."""
+    return recipe.replace("broadcast,", f"compress(gradients={codec}),broadcast,")
+
+
 def along_model_axes(recipe: str, *, sequence: bool = False) -> str:
     """The recipe with parameters cut along the axes of tensor parallelism first, of which kernels are not generated.
 

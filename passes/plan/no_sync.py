@@ -33,4 +33,10 @@ def without_sync(graph: Graph) -> Graph:
     def removable(node: Node) -> bool:
         return is_pure(graph, node) or (node.op in OPS and not OPS[node.op].consumes)
 
-    return sweep(replace(graph, outputs=outputs), removable)
+    raw_graph = replace(graph, outputs=outputs)
+    used = raw_graph.with_nodes([node for node in graph.nodes if node.op != "release"])
+    swept = sweep(used, removable)
+    made = {result.name for node in swept.nodes for result in node.results}
+    left = set(map(id, swept.nodes))
+    nodes = [n for n in graph.nodes if id(n) in left or (n.op == "release" and n.operands[0].name in made)]
+    return swept.with_nodes(nodes)

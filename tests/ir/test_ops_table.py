@@ -28,6 +28,8 @@ param %sh: f32[4, 2]<S0>@host "sh"
 input %r: f32[4, 2]<R>
 input %bucket: f32[14]<R>
 input %b: f32[10]<S0>
+input %codes: u8[2, 10]<S1>
+input %rows: u8[2, 10]<S0>
 input %n: int
 fwd %f: future f32[4, 2]<R> = all_gather_start(%s)
 """
@@ -214,6 +216,28 @@ NODES = {
         "%a: bf16[4, 2]<S0> = cast(%s, dtype=f64)",
         '%a: bf16[4, 2]<S0> = cast(%s, dtype="bf16")',
     ),
+    "encode": (
+        '%a: u8[2, 10]<S0> = encode(%m, codec="q8(block=256)", feedback=["s"])',
+        '%a: u8[10]<S0> = encode(%m, codec="q8(block=256)")',
+        '%a: u8[2, 10]<S0> = encode(%m, codec="q9")',
+        "%a: u8[2, 10]<S0> = encode(%m)",
+        '%a: u8[2, 10]<S0> = encode(%v, codec="q8(block=256)")',
+        '%a: u8[2, 10]<S0> = encode(%root, codec="q8(block=256)")',
+        '%a: u8[2, 10]<S0> = encode(%m, codec="q8(block=256)", feedback=["s", "s"])',
+        '%a: u8[2, 10]<S0> = encode(%m, codec="q8(block=256)", feedback="s")',
+        '%a: u8[10]<S0> = encode(%sd, codec="q8(block=256)")',
+        '%a: u8[10]<S0> = encode(%sh, codec="q8(block=256)")',
+    ),
+    "decode": (
+        '%a: f32[4, 2]<S0> = decode(%codes, codec="q8(block=256)", reduce="mean")',
+        '%a: f32[4, 2]<S0> = decode(%codes, codec="q4(block=128)", reduce="mean")',
+        '%a: f32[4, 2]<R> = decode(%codes, codec="q8(block=256)")',
+        '%a: f32[4, 2]<S0> = decode(%codes, codec="q8(block=256)", reduce="root")',
+        '%a: f32[5, 2]<S0> = decode(%codes, codec="q8(block=256)", reduce="mean")',
+        '%a: i32[4, 2]<S0> = decode(%codes, codec="q8(block=256)", reduce="mean")',
+        '%a: f32[4, 2]<S0> = decode(%codes, reduce="mean")',
+        '%a: f32[4, 2]<S0> = decode(%rows, codec="q8(block=256)", reduce="mean")',
+    ),
     "copy": (
         "%a: f32[4, 2]<V> = copy(%v)",
         "%a: f32[4, 2]<S0> = copy(%v)",
@@ -247,6 +271,15 @@ NODES = {
     ),
 }
 
+EXCHANGED = (
+    "%a: future u8[2, 10]<S1> = all_to_all_start(%rows)",
+    "%a: future u8[2, 10]<S1> = all_to_all_start(%codes)",
+    "%a: future f32[4, 2]<S1> = all_to_all_start(%s)",
+    "%a: future u8[2, 10]<S1> = all_to_all_start(%rows, dim=1)",
+    "%a: u8[2, 10]<S1> = all_to_all_start(%rows)",
+)
+"""Codes that are exchanged along a data axis, and what is not."""
+
 each_op = pytest.mark.parametrize("name", OPS)
 
 
@@ -268,6 +301,15 @@ def test_what_is_moved_along_a_model_axis(line, sent_bytes):
     graph, made = node(line, ALONG)
     assert OPS[made.op].rule(made, graph.mesh) == tuple(r.type for r in made.results)
     assert OPS[made.op].wire_bytes(made, graph.mesh) == sent_bytes
+
+
+def test_codes_are_exchanged_along_the_data_axis():
+    graph, made = node(EXCHANGED[0])
+    verify(graph)
+    assert OPS[made.op].wire_bytes(made, graph.mesh) == 5
+    for line in EXCHANGED[1:]:
+        with pytest.raises(VerifyError):
+            verify(node(line)[0])
 
 
 @pytest.mark.parametrize("line", [*NOT_ALONG_AXIS, *(line for _, *bad in AXIS_NODES.values() for line in bad)])

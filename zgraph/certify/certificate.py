@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from time import perf_counter
 
-from zgraph.certify import float8
+from zgraph.certify import codes, float8
 from zgraph.certify.budget import Limit, footprint, is_lowered, over
 from zgraph.certify.derived import Derived
 from zgraph.certify.equality import Equality, Programs
@@ -31,6 +31,7 @@ PLACED: Mapping[str, Callable[[Graph], Iterator[Fault]]] = {
     "gathers": gathers,
     "order": under_way,
     "releases": not_owned,
+    "codes": codes.feedback,
 }
 """The rules of graphs that are placed."""
 

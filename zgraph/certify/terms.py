@@ -5,6 +5,7 @@ zgraph's own ops do to a value:
 
     wait(start x) = x                      gather(shards of x) = x             unpack_i(pack(x_0, ...)) = x_i
     reload(offload x) = x                  copy(x) = x                         cast(x, its own dtype) = x
+    decode(encode(x)) = x                  decode(exchange(encode(x))) = reduction of x, but for what the codec rounds
     pending(x) = x                         reduction of x = mean(x), sum(x) or root(x), as the type of x says
 
 Along a model axis, parts of a value, a partial sum and the whole are one term, and an op on parts is the op on the
@@ -44,7 +45,7 @@ from zgraph.ir import (
 from zgraph.ir.aliases import Aliases
 from zgraph.ir.axis_rules import changed_axis, collective
 from zgraph.ir.external_ops import facts
-from zgraph.ir.ops import Op, views
+from zgraph.ir.ops import transfer, views
 from zgraph.ir.rules import PARTS, meant, whole_node
 from zgraph.ir.rules.definitions import defined
 
@@ -138,6 +139,7 @@ class Reader:
         self.found = Meaning()
         self.dtypes: dict[int, DType] = {}
         self.buckets: dict[int, tuple[tuple[int, Hashable], ...]] = {}
+        self.codes: dict[int, tuple[int, Hashable, str]] = {}
         self.aliases = Aliases(graph)
         self.written: dict[str, int] = {}
         self.seen: dict[str, int] = {}
@@ -205,7 +207,11 @@ class Reader:
         op, table = node.op, self.table
         if op == "release":
             return ()
-        if op == "reshard" or _is_meant(OPS[op]):
+        if op in ("encode", "decode") or (op == "all_to_all_start" and node.option("axis") is None):
+            return (self.coded(node, operands[0]),)
+        if op == "all_gather_start" and operands[0] in self.codes:
+            return operands
+        if op == "reshard" or _is_meant(node):
             return [self.moved(node, v, r, t) for v, r, t in zip(node.operands, node.results, operands, strict=True)]
         if op in _SAME:
             return operands
@@ -237,8 +243,11 @@ class Reader:
             if old.space != new.space:
                 self.found.sent.append(("copy", node.phase, term))
             return term
+        return self.changed(node, "gather" if old.is_sharded else old.reduction or "unknown", term)
+
+    def changed(self, node: Node, how: str, term: int) -> int:
+        """Term of a value that a collective of this kind has gathered or reduced; of a bucket, each member's."""
         members = self.buckets.get(term)
-        how = "gather" if old.is_sharded else old.reduction or "unknown"
         self.found.sent += [(how, node.phase, one) for one in ([m for m, _ in members] if members else [term])]
         if how == "gather":
             return term
@@ -248,6 +257,31 @@ class Reader:
         bucket = self.table.of("pack", *made)
         self.buckets[bucket] = made
         return bucket
+
+    def coded(self, node: Node, term: int) -> int:
+        """Term of codes, of codes that are exchanged, or of the numbers that codes stand for.
+
+        Codes of a value are told from the value, so that only what was coded by the same codec is decoded, and only
+        what was exchanged is reduced.
+        """
+        table, codec = self.table, str(node.option("codec"))
+        if node.op == "all_to_all_start":
+            code = self.codes.get(term)
+            made = table.of("exchanged", term)
+            if code is not None and code[2] == "own":
+                self.codes[made] = (code[0], code[1], "exchanged")
+            return made
+        if node.op == "encode":
+            pending = node.operands[0].tensor.reduction
+            made = table.of("coded", codec, pending, term)
+            self.codes[made] = (term, (codec, pending), "own" if pending else "part")
+            return made
+        reduce = node.option("reduce")
+        is_whole = self.codes.get(term, ())[1:] == ((codec, reduce), "exchanged" if reduce else "part")
+        if not is_whole:
+            return table.of("decoded", codec, str(reduce), term)
+        source = self.codes[term][0]
+        return self.changed(node, str(reduce), source) if reduce else source
 
     def unpacked(self, node: Node, bucket: int) -> Sequence[int]:
         members = self.buckets.get(bucket)
@@ -300,10 +334,10 @@ class Reader:
         return None
 
 
-def _is_meant(op: Op) -> bool:
+def _is_meant(node: Node) -> bool:
     """Whether the axioms say what a start does to a value: a copy nothing, a reduction what its type says."""
-    moves = op.transfer
-    return moves is not None and (op.lane != "comm" or moves.brings or moves.reduces or moves.exchanges)
+    moves = transfer(node)
+    return moves is not None and (OPS[node.op].lane != "comm" or moves.brings or moves.reduces or moves.exchanges)
 
 
 def constant(arg: Arg, values: Iterator[Hashable]) -> Hashable:

@@ -28,6 +28,7 @@ from zgraph.ir import Axis, in_use
 from zgraph.options.settings import Settings
 from zgraph.options.validate import ATTRIBUTE
 from zgraph.passes import Context
+from zgraph.passes.compress import Compress
 from zgraph.passes.fuse import Fuse
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.agreement import settings_lines
@@ -201,12 +202,15 @@ def _described(model: nn.Module, settings: Settings) -> str:
 def _context(model: nn.Module, settings: Settings, session: Session) -> Context:
     """Context of the passes: mesh, costs, memory and choices."""
     store = session.store
+    rest_bytes = store.rest_bytes + store.state_bytes + buffer_bytes(model) + library_bytes(session.device)
+    if any(isinstance(step, Compress) for step in enabled(settings.pipeline).passes):
+        rest_bytes += session.feedback.most_bytes
     return Context(
         mesh=_axes(session),
         reduce_dtype=FROM_TORCH[settings.reduce_dtype] if settings.reduce_dtype is not None else None,
         costs=settings.costs,
         memory_budget=settings.memory_budget,
-        rest_bytes=store.rest_bytes + store.state_bytes + buffer_bytes(model) + library_bytes(session.device),
+        rest_bytes=rest_bytes,
         update_bytes=store.update_bytes,
         groups_calls=settings.is_gpu,
         keeps_blocks=settings.is_gpu,

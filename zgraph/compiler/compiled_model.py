@@ -234,6 +234,8 @@ class CompiledModel:
             self.regions,
             self.kernels,
             str(self.float8),
+            self.session.feedback.num_bytes,
+            str(self.session.feedback),
         )
 
 

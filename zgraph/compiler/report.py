@@ -128,6 +128,8 @@ class Report:
         regions: what Inductor compiled, if it was to.
         kernels: what runs the ops between collectives.
         float8: which linear layers are multiplied in float8, and why the others are not; empty if none is to be.
+        feedback_bytes: bytes at rest of what codes of gradients have left out.
+        code_errors: of each bucket of gradients the relative error of its first code; empty if none is coded.
     """
 
     model: str
@@ -143,6 +145,8 @@ class Report:
     regions: Regions | None = None
     kernels: str = "aten"
     float8: str = ""
+    feedback_bytes: int = 0
+    code_errors: str = ""
 
     @property
     def step_peak_bytes(self) -> int:
@@ -157,7 +161,8 @@ class Report:
     @property
     def peak_bytes(self) -> int:
         """The most bytes alive at once on this rank in a training step with AdamW, whatever they are for."""
-        return self.rest_bytes + self.state_bytes + self.buffer_bytes + max(self.step_peak_bytes, self.update_bytes)
+        at_rest = self.rest_bytes + self.state_bytes + self.buffer_bytes + self.feedback_bytes
+        return at_rest + max(self.step_peak_bytes, self.update_bytes)
 
     @property
     def flop(self) -> int:
@@ -236,6 +241,9 @@ class Report:
             table.add_row("kernels", KERNELS[self.kernels])
         if self.float8:
             table.add_row("float8", self.float8)
+        if self.code_errors:
+            table.add_row("left out by codes, for the next step", mebibytes(self.feedback_bytes))
+            table.add_row("relative error of the first codes", self.code_errors)
         if self.regions is not None:
             table.add_row("compiled by Inductor", str(self.regions))
         return table

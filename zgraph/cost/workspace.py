@@ -12,11 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from zgraph.cost.device_workspace import device_workspace_bytes
 from zgraph.cost.functions import called_bytes, is_higher_order
 from zgraph.ir import Node, TensorType, Type
+from zgraph.ir.codecs import CODED_AT_A_TIME
 from zgraph.ir.external_ops import Scratch, facts
 from zgraph.ir.symbols import evaluate
 
 NUM_THREADS = "num_threads"
 """A hint of this name is there where kernels run on processors, and says how many threads they use."""
+
+_CODING_BYTES = 32
+"""For each number of a piece that is coded or decoded: in fp32, in steps, in blocks, and what it stands for."""
 
 _KEY_PIECE = 512
 _FLOAT_BYTES = 4
@@ -35,6 +39,9 @@ def workspace_bytes(node: Node, hints: Hints) -> int:
     """Bytes that a node's op takes beside its operands and results while it runs, on processors or on a GPU."""
     if is_higher_order(node):
         return called_bytes(node, lambda kind: _type_bytes(kind, hints), lambda inner: workspace_bytes(inner, hints))
+    if node.op in ("encode", "decode"):
+        numbers = node.operands[0] if node.op == "encode" else node.results[0]
+        return _CODING_BYTES * min(evaluate(numbers.tensor.numel, hints), CODED_AT_A_TIME)
     if NUM_THREADS not in hints:
         return device_workspace_bytes(node, hints)
     packet = ".".join(node.op.split(".")[:2])

@@ -10,11 +10,14 @@ from zgraph.debugging.draws import FLOATS, SAME_DRAWS
 from zgraph.ir import OPS, Arg, DType, ExternalOp, Graph, Node, TensorType
 from zgraph.ir.external_ops import CAST, FLOAT8, FLOAT8_MM
 from zgraph.ir.graph import Value
+from zgraph.ir.symbols import Dim
 from zgraph.ir.types import Type
 
 _WIDE: Mapping[DType, DType] = {DType.f32: DType.c64, DType.f64: DType.c128}
 _COMPLEX = frozenset(_WIDE.values())
 _AMAX, _ONES, _MM = "aten.amax.default", "aten.ones_like.default", "aten.mm.default"
+CODING = frozenset({"encode", "decode"})
+"""Ops that name a codec."""
 _KERNEL_OPERAND = re.compile(rf"\b(?:{'|'.join(d.value for d in FLOATS)})\[")
 
 
@@ -22,7 +25,7 @@ def in_dtype(graph: Graph, dtype: DType, *, draws_in_own: bool = False) -> Graph
     """The graph with all its floating-point numbers of one dtype: to be run, not always valid.
 
     Buckets are laid out anew, since members are aligned to bytes. A product in float8 is the one that it approximates:
-    scales are 1, and nothing is rounded.
+    scales are 1, and nothing is rounded. Codes are those of `raw`: they stand for the numbers themselves.
 
     Args:
         graph: after any pass.
@@ -32,11 +35,33 @@ def in_dtype(graph: Graph, dtype: DType, *, draws_in_own: bool = False) -> Graph
     return _Rewriter(graph, dtype, draws_in_own).run()
 
 
+def exactly_coded(graph: Graph) -> Graph:
+    """The graph whose codes are those of `raw`: they stand for the numbers themselves, in the dtypes that they have."""
+    if all(node.op not in CODING for node in graph.nodes):
+        return graph
+    env, nodes = dict[str, Value](), list[Node]()
+    for node in graph.nodes:
+        made = node.substitute(env)
+        if any(v.name in env for v in node.operands) or node.op in CODING:
+            made = replace(made, kwargs=_raw(made))
+            kinds = OPS[node.op].rule(made, graph.mesh)
+            made = replace(made, results=tuple(Value(r.name, k) for r, k in zip(node.results, kinds, strict=True)))
+            env.update((r.name, r) for r, old in zip(made.results, node.results, strict=True) if r != old)
+        nodes.append(made)
+    return graph.with_nodes(nodes)
+
+
+def _raw(node: Node) -> tuple[tuple[str, Arg], ...]:
+    """Options of a node with `raw` in the place of its codec."""
+    return tuple((k, "raw" if k == "codec" and node.op in CODING else a) for k, a in node.kwargs)
+
+
 class _Rewriter:
     def __init__(self, graph: Graph, dtype: DType, draws_in_own: bool) -> None:
         self.graph, self.dtype, self.draws_in_own = graph, dtype, draws_in_own
         self.made: dict[str, Type] = {}
         self.scaled: set[str] = set()
+        self.coded: dict[str, tuple[Dim, ...]] = {}
 
     def run(self) -> Graph:
         graph = self.graph
@@ -86,10 +111,18 @@ class _Rewriter:
     def node(self, node: Node) -> Node:
         if any(value.name in self.scaled for value in node.operands):  # the matrix, turned or copied
             self.scaled.update(result.name for result in node.results)
-        kwargs = tuple((k, self.arg(a)) for k, a in node.kwargs)
+        kwargs = tuple((k, self.arg(a)) for k, a in _raw(node))
         node = replace(node, args=tuple(map(self.arg, node.args)), kwargs=kwargs, results=self.values(node))
         if self.makes_default_floats(node):
             node = replace(node, kwargs=(*node.kwargs, ("dtype", self.dtype)))
+        if node.op == "encode":
+            self.coded[node.name] = node.operands[0].tensor.shape
+        elif node.op in OPS and node.operands and (shape := self.coded.get(node.operands[0].name)) is not None:
+            if node.op == "decode":  # a bucket has another layout now
+                self.made[node.name] = replace(node.results[0].tensor, shape=shape)
+                node = replace(node, results=self.values(node))
+            else:
+                self.coded.update((r.name, shape) for r in node.results)
         if node.op in OPS:
             kinds = OPS[node.op].rule(node, self.graph.mesh)
             self.made.update(zip((r.name for r in node.results), kinds, strict=True))

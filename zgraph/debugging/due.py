@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator
 
 from zgraph.ir import OPS, Graph, Node, Output, OutputKind, Phase
 
-_AVERAGES = frozenset({"reshard", "accumulate", *(o.name for o in OPS.values() if o.transfer and o.transfer.reduces)})
+_REDUCES = (o.name for o in OPS.values() if o.transfer and o.transfer.reduces)
+_AVERAGES = frozenset({"reshard", "accumulate", "encode", "decode", *_REDUCES})
 
 
 def misplaced(graph: Graph, own: Collection[int] = ()) -> Iterator[tuple[int, str]]:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.debugging.draws import Disturb, draw_numbers
-from zgraph.debugging.dtypes import in_dtype
+from zgraph.debugging.dtypes import exactly_coded, in_dtype
 from zgraph.debugging.numbers import Numbers
 from zgraph.debugging.outcome import Difference, differences
 from zgraph.debugging.programs import Course, MicroStep, Programs
@@ -86,7 +86,9 @@ class Reference:
 
     def as_run(self, graph: Graph) -> Graph:
         """The graph with numbers of the dtype that is checked in."""
-        return graph if self.dtype is None else in_dtype(graph, self.dtype, draws_in_own=self.draws_in_own)
+        if self.dtype is None:
+            return exactly_coded(graph)
+        return in_dtype(graph, self.dtype, draws_in_own=self.draws_in_own)
 
     def outputs(self, course: Course, at: int) -> Outputs:
         """Outputs of the captured graph in a micro-step."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from zgraph.ir import type_rules
+from zgraph.ir import coded_rules, type_rules
 from zgraph.ir.axis_rules import axis_of, moved_along
 from zgraph.ir.graph import Graph, Node, Value, values_in
 from zgraph.ir.layout import chunk_numel, concrete, is_even
@@ -23,6 +23,7 @@ from zgraph.ir.types import (
     Mesh,
     Shard,
     TensorType,
+    Type,
     num_data_ranks,
     num_shards,
 )
@@ -158,6 +159,16 @@ def _scatter_sends(node: Node, mesh: Mesh) -> int:
     return _part(whole, count) + 2 * _part(whole // count, num_data_ranks(mesh) // count)
 
 
+def _exchange_sends(node: Node, mesh: Mesh) -> int:
+    """To each other rank its part, or the codes of its part."""
+    is_along = node.option("axis") is not None
+    return _axis_sends(node, mesh) if is_along else _part(concrete(tensor(node).shape[1]), num_shards(mesh))
+
+
+def _exchanged(node: Node, mesh: Mesh) -> tuple[Type, ...]:
+    return moved_along(node, mesh) if node.option("axis") is not None else coded_rules.exchanged(node, mesh)
+
+
 def _share_sends(node: Node, mesh: Mesh) -> int:
     if node.option("axis") is not None:
         return _axis_sends(node, mesh)
@@ -245,12 +256,12 @@ _ROWS = (
     Op(
         "all_to_all_start",
         "Begin to cut a value along another dim: each rank sends every other one its part of this one's part.",
-        moved_along,
+        _exchanged,
         "comm",
-        _axis_sends,
-        scratch_bytes=_axis_lands,
+        _exchange_sends,
+        scratch_bytes=lambda node, mesh: _axis_lands(node, mesh) if node.option("axis") is not None else 0,
         pure=False,
-        transfer=Transfer("all_to_all", exchanges=True),
+        transfer=Transfer("all_to_all", holds=True),
         kind="gather",
     ),
     Op(
@@ -298,6 +309,20 @@ _ROWS = (
     ),
     Op("unpack", "Take a bucket apart again.", type_rules.unpacked, views=_is_sharded, chunks=num_shards, is_work=True),
     Op("cast", "Change the dtype.", type_rules.cast, recomputable=True, prepares=True, is_work=True),
+    Op(
+        "encode",
+        "Code numbers by a codec, with what earlier codes left out added, and keep what this one leaves out.",
+        coded_rules.encoded,
+        pure=False,
+        prepares=True,
+        is_work=True,
+    ),
+    Op(
+        "decode",
+        "Make numbers of codes; of the codes of all ranks their sum or mean, in fp32.",
+        coded_rules.decoded,
+        is_work=True,
+    ),
     Op(
         "copy",
         "A dense copy in new memory; of a replicated value each rank may take its own.",

@@ -19,6 +19,7 @@ from zgraph.bridge.target import Target, cost_table, device_budget, fingerprint_
 from zgraph.cost import CostTable
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir.layout import chunk_numel
+from zgraph.options.compression import Compress, codec_for
 from zgraph.options.lengths import Lengths, check_lengths
 from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
@@ -35,7 +36,7 @@ from zgraph.options.validate import (
     default_kernels,
     stage_of,
 )
-from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, along_model_axes, pipeline_of, recipe_for
+from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, along_model_axes, compressing, pipeline_of, recipe_for
 from zgraph.passes.core.base import Choice
 from zgraph.runfile.format import RunFile, load_run
 from zgraph.runtime.agreement import check_joined
@@ -69,6 +70,7 @@ class Options(TypedDict, total=False):
     offload: Offload
     kernels: Kernels | None
     compute: Compute | None
+    compress: Compress
     passes: Passes | None
     save: str | Path | None
     fullgraph: Fullgraph
@@ -170,6 +172,7 @@ def resolve(
     fullgraph: Fullgraph,
     dynamic: bool | None,
     compute: Compute | None = None,
+    compress: Compress = None,
     lengths: Lengths | None = None,
     tensor_parallel: int = 1,
     sequence_parallel: bool = False,
@@ -199,12 +202,13 @@ def resolve(
     if parallel is not None:
         check_parallel(kernels, offload, fullgraph, dynamic, compute, has_recipe=passes is not None)
         dynamic = False
+    mesh = parallel or _mesh(device, mesh)
+    codec = codec_for(compress, mesh, has_recipe=passes is not None, fullgraph=fullgraph)
     along = None if parallel is None else bool(sequence_parallel)
-    pipeline = pipeline_of(_passes(stage, kernels, compute, passes, replayed, along))
+    pipeline = pipeline_of(_passes(stage, kernels, compute, codec, passes, replayed, along))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     costs = cost_table(hardware, device)
-    mesh = parallel or _mesh(device, mesh)
     num_ranks = mesh.size() if mesh is not None else 1
     budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device, num_ranks)
     if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
@@ -290,6 +294,7 @@ def _passes(
     stage: Stage,
     kernels: Kernels,
     compute: Compute | None,
+    codec: str,
     passes: Passes | None,
     replayed: RunFile | None,
     along: bool | None,
@@ -299,6 +304,7 @@ def _passes(
     if passes is not None:
         return str(passes) if isinstance(passes, Path) else passes
     recipe = recipe_for(kernels, RECIPES[stage] if isinstance(stage, int) else MIXED, compute)
+    recipe = compressing(recipe, codec) if codec else recipe
     return along_model_axes(recipe, sequence=along) if along is not None else recipe
 
 

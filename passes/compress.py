@@ -1,0 +1,141 @@
+"""Send codes of gradients in the place of their numbers, and keep what codes leave out for the next step.
+
+    bwd %g_mean: f32[64, 32]<S0> = reshard(%g)                     where %g: f32[64, 32]<P(mean)>
+->
+    bwd %g_mean_code: u8[2, 2056]<S0> = encode(%g, codec="q8(block=256)", feedback=["lin.weight"])
+    bwd %g_mean_start: future u8[2, 2056]<S1> = all_to_all_start(%g_mean_code)
+    bwd %g_mean_codes: u8[2, 2056]<S1> = wait(%g_mean_start)
+    bwd %g_mean: f32[64, 32]<S0> = decode(%g_mean_codes, codec="q8(block=256)", reduce="mean")
+
+Each rank codes its own gradient, with the rest of the step before added, and sends every other rank the part that is
+that one's; the owner of a part adds in fp32 what the codes stand for. What every rank keeps whole (stage 0) is coded
+once more by its owner, and gathered.
+
+With feedback, what one step leaves out the next ones send: 1-bit SGD (Seide et al., Interspeech 2014); its two stages,
+with the owner of a part as the server: 1-bit Adam (Tang et al., ICML 2021, section 3).
+
+Values that are no parameter's gradient stay as they are, and so do those whose code would be no smaller, and those of
+fewer bytes than `at_least_bytes`, of which the latency counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from zgraph.errors import CodecError, ContractError
+from zgraph.ir import Builder, Graph, Node, OutputKind, Phase, Replicate, Shard, TensorType, Value, data_axes
+from zgraph.ir.codecs import Codec, parse_codec
+from zgraph.ir.coded_rules import CODED, code_bytes
+from zgraph.ir.layout import bucket_layout
+from zgraph.ir.ops import padded_bytes
+from zgraph.passes.analysis.lowering import reduces
+from zgraph.passes.core.base import Context, Numerics, Pass
+
+_CARRIES = frozenset({"cast", "copy", "reshard", "wait", "offload_start"})
+"""Ops between what was reduced and the gradient that the graph returns."""
+
+
+@dataclass(frozen=True)
+class Compress(Pass):
+    """Send codes of gradients in the place of their numbers, and keep what codes leave out for the next step.
+
+    Args:
+        gradients: the codec.
+        at_least_bytes: values of fewer bytes, all members of a bucket together, are sent as they are.
+    """
+
+    gradients: str = field(default="q8(block=256)", metadata={"always_printed": True})
+    at_least_bytes: int = 1024
+
+    name: ClassVar[str] = "compress"
+    numerics: ClassVar[Numerics] = Numerics.approximate
+    requires: ClassVar[frozenset[str]] = frozenset({"placed"})
+    provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "gradients", str(parse_codec(self.gradients)))
+        except CodecError as error:
+            raise ValueError(str(error).splitlines()[0]) from None
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of gradients."""
+        return parse_codec(self.gradients)
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        if graph.num_shards == 1:
+            return graph
+        if len(graph.mesh) > 1 or len(data_axes(graph.mesh)) > 1:
+            raise ContractError(
+                "compress codes gradients along one axis of ranks, and the mesh has "
+                f"{', '.join(a.name for a in graph.mesh)}; leave compress out of the recipe, or take a mesh of one axis"
+            )
+        builder = Builder(graph, self.name)
+        nodes: list[Node] = []
+        for node in graph.nodes:
+            targets = self.targets(graph, node)
+            nodes += list(_coded(node, targets, self.gradients, builder)) if targets else [node]
+        return graph.with_nodes(nodes)
+
+    def targets(self, graph: Graph, node: Node) -> tuple[str, ...]:
+        """The parameters whose gradients a reshard reduces, if it is to send codes; else none."""
+        if not (reduces(node, Shard(0), "sum", "mean") or reduces(node, Replicate(), "sum", "mean")):
+            return ()
+        kinds = [v.tensor for v in node.operands]
+        found = tuple(_target(graph, r) for r in node.results)
+        is_coded = all(found) and len(set(found)) == len(found) and kinds[0].dtype in CODED
+        if not is_coded or sum(padded_bytes(k, graph.num_shards) for k in kinds) < self.at_least_bytes:
+            return ()
+        part = TensorType(kinds[0].dtype, (graph.num_shards * bucket_layout(kinds, graph.num_shards).part_numel,))
+        if code_bytes(self.codec, part, graph.mesh) >= padded_bytes(part, graph.num_shards) // graph.num_shards:
+            return ()
+        return found
+
+
+def _target(graph: Graph, value: Value) -> str:
+    """The name in the model of the only parameter whose gradient a value becomes; empty if it is none's."""
+    names = {i.value.name: i.target for i in graph.params}
+    found: set[str] = set()
+    waiting = [value.name]
+    while waiting:
+        name = waiting.pop()
+        found |= {
+            names.get(o.target, "") if o.kind is OutputKind.grad else ""
+            for o in graph.outputs
+            if o.value is not None and o.value.name == name
+        }
+        for user in (graph.nodes[p] for p in graph.users.get(name, ())):
+            if user.op in _CARRIES and user.phase is not Phase.forward:
+                index = next(i for i, v in enumerate(user.operands) if v.name == name)
+                waiting.append(user.results[index].name)
+            else:
+                found.add("")
+    return found.pop() if len(found) == 1 else ""
+
+
+def _coded(node: Node, targets: tuple[str, ...], codec: str, builder: Builder) -> Iterator[Node]:
+    """The nodes in the place of a reshard that reduces gradients."""
+    stem, phase, origin = node.name, node.phase, node.origin
+    is_bucket, source = len(node.operands) > 1, node.operands[0]
+    if is_bucket:
+        yield (packed := builder.node("pack", node.args, f"{stem}_pack", phase, origin))
+        source = packed.results[0]
+    feedback = {"codec": codec, "feedback": targets}
+    yield (own := builder.node("encode", (source,), f"{stem}_code", phase, origin, **feedback))
+    yield (start := builder.node("all_to_all_start", own.results, f"{stem}_start", phase, origin))
+    yield (codes := builder.node("wait", start.results, f"{stem}_codes", phase, origin))
+    shape, result = source.tensor.contiguous(), node.results[0]
+    ends_here = result.tensor.is_sharded and not is_bucket
+    part = result if ends_here else builder.value(f"{stem}_part", shape.at(Shard(0)))
+    yield builder.typed("decode", codes.results, (part,), phase, origin, codec=codec, reduce=shape.reduction)
+    if not result.tensor.is_sharded:
+        yield (own := builder.node("encode", (part,), f"{stem}_part_code", phase, origin, **feedback))
+        yield (start := builder.node("all_gather_start", own.results, f"{stem}_part_start", phase, origin))
+        yield (codes := builder.node("wait", start.results, f"{stem}_part_codes", phase, origin))
+        part = builder.value(f"{stem}_flat", shape.at(Replicate())) if is_bucket else result
+        yield builder.typed("decode", codes.results, (part,), phase, origin, codec=codec)
+    if is_bucket:
+        yield builder.typed("unpack", (part,), node.results, phase, origin)

@@ -1,0 +1,87 @@
+"""How codes are made, exchanged and decoded on this rank: see `zgraph.ir.coded_rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from zgraph.bridge.aten import TO_TORCH
+from zgraph.bridge.codecs import add_decoded, encode_into
+from zgraph.bridge.codecs import decode as decoded
+from zgraph.ir import Node
+from zgraph.ir.coded_rules import codec_of
+from zgraph.ir.layout import bucket_layout, chunk_numel, is_even
+from zgraph.runtime.agreement import described
+from zgraph.runtime.feedback import Bucket
+from zgraph.runtime.futures import Future, Work
+
+if TYPE_CHECKING:
+    from zgraph.runtime.session import Session
+
+Execute = Callable[..., Any]
+
+
+def encode(node: Node, session: Session) -> Execute:
+    """The code of this rank's numbers, with the rest of the codes before, and a rest for the next one."""
+    codec, kind, num_shards = codec_of(node), node.operands[0].tensor, session.num_shards
+    is_part, chunk = kind.is_sharded, chunk_numel(kind.shape, num_shards)
+    rows, numel = (1 if is_part else num_shards), int(kind.numel)
+    is_padded = not is_part and not is_even(kind.shape, num_shards)
+    names, size = node.option("feedback"), codec.num_bytes(chunk, kind.dtype)
+    bucket = Bucket(tuple(map(str, names)), kind.dtype, is_part) if isinstance(names, tuple) else None
+
+    def execute(tensor: torch.Tensor) -> torch.Tensor:
+        if is_padded:
+            numbers = tensor.new_zeros(rows, chunk)
+            numbers.view(-1)[:numel].copy_(tensor.reshape(-1))
+        else:
+            numbers = tensor.reshape(rows, chunk)
+        rest = session.feedback.of(bucket) if bucket is not None else None
+        code = torch.empty(rows, size, dtype=torch.uint8, device=tensor.device)
+        encode_into(codec, numbers, code, rest)
+        if bucket is not None and rest is not None and bucket not in session.feedback.errors:
+            session.feedback.errors[bucket] = rest.norm() / numbers.float().norm().clamp(min=1e-30)
+        return code.view(-1)
+
+    return execute
+
+
+def exchange(node: Node, session: Session) -> Execute:
+    """From every rank the code of this one's part of what that rank adds."""
+    num_shards, name, moved = session.num_shards, described(node), session.moved(node)
+
+    def execute(code: torch.Tensor) -> Future:
+        found = torch.empty_like(code)
+        if session.lane is not None:
+            parts = found.view(num_shards, -1).unbind(), code.view(num_shards, -1).unbind()
+            work: Work = session.lane.all_to_all(*parts, moved=moved)
+        else:
+            session.enter("all-to-all", moved)
+            work = dist.all_to_all_single(found, code, group=session.shard_group, async_op=True)
+        return Future(name, work, code, lambda: found)
+
+    return execute
+
+
+def decode(node: Node, session: Session) -> Execute:
+    """What codes stand for: the sum or mean over the ranks that made them, in fp32; or each part as it is."""
+    codec, kind, num_shards = codec_of(node), node.results[0].tensor, session.num_shards
+    (chunk,) = bucket_layout([kind], num_shards).chunks
+    dtype, shape, numel = TO_TORCH[kind.dtype], [int(d) for d in kind.shape], int(kind.numel)
+    total_dtype = dtype if codec.is_exact else torch.float32
+    reduce, divisor = node.option("reduce"), num_shards if node.option("reduce") == "mean" else 1
+
+    def reduced(codes: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(1, chunk, dtype=total_dtype, device=codes.device)
+        for row in codes.view(num_shards, 1, -1):
+            add_decoded(codec, row, total)
+        return total.div_(divisor).view(-1).to(dtype)
+
+    def parts(codes: torch.Tensor) -> torch.Tensor:
+        found = decoded(codec, codes.view(num_shards, -1), chunk, total_dtype)
+        return found.view(-1)[:numel].view(shape).to(dtype)
+
+    return reduced if reduce else parts

@@ -1,0 +1,222 @@
+"""Error feedback: what the codes of a parameter's gradient have left out so far, which the next code takes with it.
+
+A rest lies as the numbers that are coded do, bucket by bucket, in fp32: of what a rank adds to a reduction all parts,
+[ranks, numbers of a part]; of a part that its owner codes once more that part, [1, numbers]. Another graph of the same
+model may have other buckets: rests move there with their parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from zgraph.bridge import private_runtime
+from zgraph.errors import StateDictError
+from zgraph.ir import DType, TensorType
+from zgraph.ir.layout import BucketLayout, bucket_layout, chunk_numel
+
+if TYPE_CHECKING:
+    from zgraph.runtime.session import Session
+
+
+MOST_BUCKETS = 12
+"""Buckets of which a report says how far they are off."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters whose gradients are coded together.
+
+    Args:
+        names: of the parameters, in order.
+        dtype: of what is coded, by which members are aligned.
+        is_part: whether it is the part that this rank owns, coded once more.
+    """
+
+    names: tuple[str, ...]
+    dtype: DType
+    is_part: bool = False
+
+
+class Feedback:
+    """The rests of one model on this rank. They are zero until the first code.
+
+    Args:
+        session: of the model.
+
+    Attributes:
+        errors: of each bucket the relative error of its first code: the norm of what that left out over the norm of
+            what was coded.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.errors: dict[Bucket, torch.Tensor] = {}
+        self._flats: dict[Bucket, torch.Tensor] = {}
+        self._homes: dict[tuple[str, bool], Bucket] = {}
+
+    def of(self, bucket: Bucket) -> torch.Tensor:
+        """The rest of a bucket, [ranks, numbers of a part] in fp32, to be changed in place."""
+        found = self._flats.get(bucket)
+        if found is not None and all(self._homes[name, bucket.is_part] is bucket for name in bucket.names):
+            return found
+        layout = self._layout(bucket)
+        rows = 1 if bucket.is_part else self.session.num_shards
+        made = torch.zeros(rows, layout.part_numel, dtype=torch.float32, device=self.session.device)
+        for name, view in zip(bucket.names, _members(made, layout), strict=True):
+            held = self._member(name, bucket.is_part)
+            if held is not None:
+                view.copy_(held)
+        self._flats[bucket] = made
+        self._homes.update(((name, bucket.is_part), bucket) for name in bucket.names)
+        in_use = set(self._homes.values())
+        self._flats = {b: flat for b, flat in self._flats.items() if b in in_use}
+        return made
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rests."""
+        return sum(flat.nbytes for flat in self._flats.values())
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of all rests, if the gradients of all parameters are coded."""
+        count, found = self.session.num_shards, 0
+        for slot in self.session.store.slots.values() if count > 1 else ():
+            chunk = chunk_numel(tuple(slot.placeholder.shape), count)
+            found += 4 * chunk * (count + (not slot.is_sharded))
+        return found
+
+    def __str__(self) -> str:
+        """How far the first code of each bucket is off, for people; empty if nothing was coded."""
+        said = []
+        for bucket, error in list(self.errors.items())[:MOST_BUCKETS]:
+            more = f" and {len(bucket.names) - 1} more" if len(bucket.names) > 1 else ""
+            said.append(f"{bucket.names[0]}{more}{' (by its owner)' * bucket.is_part} {float(error):.2%}")
+        rest = len(self.errors) - MOST_BUCKETS
+        return ", ".join(said) + (f", and {rest} buckets more" if rest > 0 else "")
+
+    def _layout(self, bucket: Bucket) -> BucketLayout:
+        slots = self.session.store.slots
+        shapes = [tuple(slots[name].placeholder.shape) for name in bucket.names]
+        return bucket_layout([TensorType(bucket.dtype, shape) for shape in shapes], self.session.num_shards)
+
+    def _member(self, name: str, is_part: bool) -> torch.Tensor | None:
+        """The rest of one parameter, [ranks, numbers of its part]; None where nothing was coded yet."""
+        bucket = self._homes.get((name, is_part))
+        if bucket is None:
+            return None
+        return _members(self._flats[bucket], self._layout(bucket))[bucket.names.index(name)]
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def evened(self) -> dict[str, torch.Tensor]:
+        """What is still due to each parameter's gradient: the whole, in fp32. All ranks call it.
+
+        It is split evenly over the ranks on the way: what they go on with here is what whoever loads it goes on with,
+        whatever the number of ranks.
+        """
+        session, found = self.session, dict[str, torch.Tensor]()
+        for name in sorted({name for name, _ in self._homes}):
+            own, part = self._member(name, False), self._member(name, True)
+            assert own is not None
+            due = own / self._divisor(name)
+            if part is not None:
+                due[session.store.shard] += part[0]
+            dist.all_reduce(due, group=session.group)
+            found[name] = self._whole(name, due)
+        self.clear()  # of padding, too
+        for name, whole in found.items():
+            self.put(name, whole)
+        return found
+
+    def put(self, name: str, whole: torch.Tensor) -> None:
+        """Take what is due to a parameter's gradient, in the place of what was due here."""
+        session = self.session
+        if (name, False) not in self._homes:
+            self.of(Bucket((name,), DType.f32))
+        own, part = self._member(name, False), self._member(name, True)
+        assert own is not None
+        due = torch.zeros(own.shape, dtype=own.dtype, device=own.device)
+        due.view(-1)[: whole.numel()].copy_(whole.reshape(-1))
+        own.copy_(due * (self._divisor(name) / session.num_ranks))
+        if part is not None:
+            part.zero_()
+
+    def clear(self) -> None:
+        """Forget all rests."""
+        for flat in self._flats.values():
+            flat.zero_()
+
+    def _divisor(self, name: str) -> int:
+        return self.session.divisor_of(self.session.store.slots[name])
+
+    def _whole(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        shape = self.session.store.slots[name].placeholder.shape
+        return rows.reshape(-1)[: shape.numel()].view(shape)
+
+
+def _members(flat: torch.Tensor, layout: BucketLayout) -> list[torch.Tensor]:
+    return [flat[:, o : o + c] for o, c in zip(layout.offsets, layout.chunks, strict=True)]
+
+
+class FeedbackState:
+    """What the codes of a model's gradients have left out, for checkpoints: `torch.distributed.checkpoint` saves and
+    loads it as it does a model or an optimizer.
+
+    Args:
+        feedback: of the model.
+
+    It has a tensor for each parameter, in fp32, placed as the parameter is: what is still due to its gradient.
+    """
+
+    def __init__(self, feedback: Feedback) -> None:
+        self.feedback = feedback
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What is due to each parameter's gradient. All ranks call it together; it is zero before the first step."""
+        due = self.feedback.evened()
+        return {
+            name: self._placed(name, due.get(name, torch.zeros(slot.placeholder.shape, device=slot.rest.device)))
+            for name, slot in self._slots()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, at any number of ranks.
+
+        Raises:
+            StateDictError: a parameter is missing, or has another shape.
+        """
+        given = {}
+        for name, slot in self._slots():
+            found = state.get(name)
+            if found is None:
+                raise StateDictError(
+                    f"the feedback of {name} is missing; load what state_dict() of zgraph.feedback(model) gave"
+                )
+            if tuple(found.shape) != tuple(slot.placeholder.shape):
+                raise StateDictError(
+                    f"the feedback of {name} has shape {tuple(found.shape)}, and the parameter "
+                    f"{tuple(slot.placeholder.shape)}; load the state of this model"
+                )
+            given[name] = found.full_tensor() if isinstance(found, DTensor) else found
+        for name, whole in given.items():
+            self.feedback.put(name, whole)
+
+    def _slots(self) -> Iterator[tuple[str, Any]]:
+        slots = self.feedback.session.store.slots
+        return ((name, slots[name]) for name in sorted(slots) if slots[name].placeholder.requires_grad)
+
+    def _placed(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        slot, session = self.feedback.session.store.slots[name], self.feedback.session
+        if not slot.is_sharded:
+            return whole.clone()
+        rows = slot.placeholder.shape[0]
+        each = -(-rows // session.num_shards)
+        own = whole[session.store.shard * each : (session.store.shard + 1) * each].clone()
+        return private_runtime.dtensor_like(own, slot.parameter)

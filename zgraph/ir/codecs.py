@@ -1,0 +1,200 @@
+"""Codecs of what goes over the wire, as data with a text: how many bytes a code takes follows from the codec.
+
+    q8(block=256)             8 bits a number, one exponent a block              about 1/4 of fp32
+    q4(block=128)             4 bits a number, one exponent a block              about 1/8
+    sign(block=256)           the sign of a number, one exponent a block         about 1/32
+    topk(1%, chunk=4096)      the largest numbers of each chunk, in bf16         about 1/100
+    raw                       the numbers themselves
+
+A codec codes numbers in one dimension, in fp32. What its codes stand for is in `zgraph.bridge.codecs`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from zgraph.errors import CodecError, did_you_mean
+from zgraph.ir.cursor import Cursor
+from zgraph.ir.types import DType
+
+LARGEST_BLOCK = 1 << 16
+"""Numbers in a block or chunk: those that an index of 16 bits tells apart."""
+
+CODED_AT_A_TIME = 1 << 18
+"""Numbers that are coded at a time, so that what is in between stays in a processor's cache."""
+
+_PERCENT = re.compile(r"\d{1,3}(?:\.\d{1,4})?%", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Codec(abc.ABC):
+    """A way to code numbers. Its fields are its options; its text is that of a call."""
+
+    name: ClassVar[str]
+    is_exact: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def num_bytes(self, numel: int, dtype: DType) -> int:
+        """Bytes of the code of `numel` numbers of this dtype."""
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)}' for f in dataclasses.fields(self))})"
+
+
+@dataclass(frozen=True)
+class Blockwise(Codec):
+    """One exponent for each block of `block` numbers, and for each number a few bits.
+
+    Raises:
+        ValueError: the block is no multiple of 8 from 8 to 65536.
+    """
+
+    block: int = 256
+
+    bits: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.block <= LARGEST_BLOCK or self.block % 8:
+            raise ValueError(f"block must be a multiple of 8 from 8 to {LARGEST_BLOCK}, not {self.block}")
+
+    def num_bytes(self, numel: int, dtype: DType) -> int:
+        return -(-numel * self.bits // 8) + -(-numel // self.block)
+
+
+@dataclass(frozen=True)
+class Q8(Blockwise):
+    """8 bits a number: multiples from -127 to 127 of a power of two."""
+
+    name: ClassVar[str] = "q8"
+    bits: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
+class Q4(Blockwise):
+    """4 bits a number: multiples from -7 to 7 of a power of two."""
+
+    block: int = 128
+
+    name: ClassVar[str] = "q4"
+    bits: ClassVar[int] = 4
+
+
+@dataclass(frozen=True)
+class Sign(Blockwise):
+    """One bit a number: plus or minus a power of two near the mean magnitude of its block."""
+
+    name: ClassVar[str] = "sign"
+    bits: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class TopK(Codec):
+    """The numbers of largest magnitude in each chunk, cut to bf16, with their places; the others are zero.
+
+    Args:
+        percent: how many of each chunk, rounded up.
+        chunk: numbers in a chunk.
+
+    Raises:
+        ValueError: the share is not above 0 and at most 100 %, or the chunk is not from 8 to 65536.
+    """
+
+    percent: float = 1.0
+    chunk: int = 4096
+
+    name: ClassVar[str] = "topk"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percent <= 100:
+            raise ValueError(f"the share must be above 0% and at most 100%, not {self.percent:g}%")
+        if not 8 <= self.chunk <= LARGEST_BLOCK:
+            raise ValueError(f"chunk must be from 8 to {LARGEST_BLOCK}, not {self.chunk}")
+
+    def kept(self, numel: int) -> int:
+        """How many of a chunk of `numel` numbers are kept."""
+        return min(numel, math.ceil(round(numel * self.percent / 100, 6)))
+
+    def num_kept(self, numel: int) -> int:
+        """How many of `numel` numbers are kept, the last chunk perhaps a shorter one."""
+        full, rest = divmod(numel, self.chunk)
+        return full * self.kept(self.chunk) + self.kept(rest)
+
+    def num_bytes(self, numel: int, dtype: DType) -> int:
+        return 4 * self.num_kept(numel)
+
+    def __str__(self) -> str:
+        return f"topk({self.percent:.10g}%, chunk={self.chunk})"
+
+
+@dataclass(frozen=True)
+class Raw(Codec):
+    """The bytes of the numbers themselves: what stands for any codec where numbers are checked."""
+
+    name: ClassVar[str] = "raw"
+    is_exact: ClassVar[bool] = True
+
+    def num_bytes(self, numel: int, dtype: DType) -> int:
+        return numel * dtype.itemsize
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CODECS: Mapping[str, type[Codec]] = {kind.name: kind for kind in (Q8, Q4, Sign, TopK, Raw)}
+"""The codecs by name."""
+
+
+class _Text(Cursor):
+    """A cursor over a codec's text."""
+
+    fault = CodecError
+    blanks = re.compile(r"\s*")
+
+
+def parse_codec(text: str) -> Codec:
+    """The codec that a text writes; options that it leaves out are at their default.
+
+    >>> str(parse_codec("q8")), str(parse_codec("topk(0.5%)"))
+    ('q8(block=256)', 'topk(0.5%, chunk=4096)')
+
+    Raises:
+        CodecError: with a caret under what does not parse.
+    """
+    cursor = _Text(text)
+    name = cursor.match(re.compile(r"\w+"), "the name of a codec")
+    if name not in CODECS:
+        hint = did_you_mean(name, CODECS, f"the codecs are {', '.join(CODECS)}")
+        raise cursor.error(f"there is no codec called {name[:40]}; {hint}", 0)
+    kind = CODECS[name]
+    options: dict[str, int | float] = {}
+    if cursor.accept("("):
+        for key, value in cursor.listed(")", lambda: _option(cursor, kind, options)):
+            options[key] = value
+    cursor.end()
+    try:
+        return kind(**options)
+    except ValueError as error:
+        raise cursor.error(str(error), 0) from None
+
+
+def _option(cursor: _Text, kind: type[Codec], given: dict[str, int | float]) -> tuple[str, int | float]:
+    known = [f.name for f in dataclasses.fields(kind)]
+    if kind is TopK and not given and _PERCENT.match(cursor.text, cursor.at):
+        found = "percent", float(cursor.match(_PERCENT, "a share").rstrip("%"))
+    else:
+        key = cursor.word("the name of an option")
+        if key not in known or key == "percent":
+            listed = ", ".join(k for k in known if k != "percent") or "none"
+            raise cursor.error(f"{kind.name} has no option {key}; it has {listed}", cursor.at - len(key))
+        if key in given:
+            raise cursor.error(f"{key} is given twice", cursor.at - len(key))
+        cursor.expect("=")
+        found = key, cursor.integer()
+    given[found[0]] = found[1]
+    return found
