@@ -48,7 +48,7 @@ def to_int8(x: Tensor, parts: int) -> tuple[Tensor, Tensor]:
         int8 [parts * rows, columns], all rows of a part together; fp32 [rows, 1].
     """
     if len(x) > ROWS and parts == 1:
-        made = [to_int8(piece, 1) for piece in x.split(ROWS)]
+        made = [to_int8(piece, 1) for piece in torch.split(x, ROWS)]
         return torch.cat([data for data, _ in made]), torch.cat([scale for _, scale in made])
     wide = x.float()
     scale = wide.abs().amax(1, keepdim=True).clamp_min(EPS) / LARGEST
@@ -97,7 +97,7 @@ def to_int4(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def nearest(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """The integers of `to_int4` before they are packed, int32 [outputs, columns] from 0 to 15, and its scales."""
-    pieces = [_nearest(piece.float(), group) for piece in w.split(ROWS)]
+    pieces = [_nearest(piece.float(), group) for piece in torch.split(w, ROWS)]
     return torch.cat([q for q, _ in pieces]), torch.cat([s for _, s in pieces], 1).contiguous()
 
 

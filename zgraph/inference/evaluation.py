@@ -141,7 +141,7 @@ def _layer_errors(model: nn.Module, windows: torch.Tensor, weights: str, group: 
         for name, layer in layers.items():
             is_wide = name.rpartition(".")[2] in wider or id(layer.weight) in tied
             seen[name] = _Seen(kept_in="int8" if is_wide else weights)
-            seen[name].change = _rounded(_rows(layer), seen[name].kept_in, group) - _rows(layer)
+            seen[name].change = as_integers(_rows(layer), seen[name].kept_in, group) - _rows(layer)
         model(input_ids=windows.to(next(model.parameters()).device), use_cache=False)
     found = (LayerError(n, s.kept_in, math.sqrt(s.error / s.output)) for n, s in seen.items() if s.output)
     return tuple(sorted(found, key=lambda layer: -layer.error))
@@ -180,11 +180,10 @@ def _rows(layer: Any) -> torch.Tensor:
     return weight.t() if _is_turned(layer) else weight
 
 
-def _rounded(weight: torch.Tensor, kept_in: str, group: int) -> torch.Tensor:
-    """A weight as it is when it comes back from integers."""
+def as_integers(weight: torch.Tensor, kept_in: str, group: int) -> torch.Tensor:
+    """A weight [outputs, columns] as it is when it comes back from integers, in fp32."""
     if kept_in == "int8":
         data, scale = quantised.to_int8(weight.contiguous(), 1)
         return data.float() * scale
-    eye = torch.eye(weight.shape[1], device=weight.device)
-    data, scales = quantised.to_int4(weight.contiguous(), group)
-    return quantised.int4_mm(eye, data, scales, group, torch.float32).t()
+    integers, scales = quantised.nearest(weight.contiguous(), group)
+    return quantised.from_int4((integers[:, ::2] | integers[:, 1::2] << 4).to(torch.uint8), scales, group)

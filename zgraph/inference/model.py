@@ -174,14 +174,14 @@ class Inference:
             raise UsageError(f"max_new_tokens is a number of tokens above 0, not {max_new_tokens!r}")
         if prompts.num_rows > self.max_batch:
             raise UsageError(
-                f"{prompts.num_rows} prompts are more than the {self.max_batch} rows of the cache; pass fewer at a time, "
-                f"or max_batch={prompts.num_rows} to zgraph.infer"
+                f"{prompts.num_rows} prompts are more than the {self.max_batch} rows of the cache; pass fewer, or "
+                f"max_batch={prompts.num_rows} to zgraph.infer"
             )
         longest = max(prompts.lengths)
         if longest + max_new_tokens > self.max_len:
             raise ContextLengthError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the {self.max_len} places of "
-                f"the cache; pass max_len={longest + max_new_tokens} to zgraph.infer, or ask for fewer"
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the {self.max_len} places "
+                f"of the cache; pass max_len={longest + max_new_tokens} to zgraph.infer, or ask for fewer"
             )
 
     @torch.no_grad()

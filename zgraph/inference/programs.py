@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from zgraph.capture import capture_call
+from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.environment import environment
 from zgraph.errors import InferenceError
 from zgraph.ir import Graph, Input, InputKind, OutputKind, Plan, verify

@@ -67,4 +67,4 @@ class Prompts:
         for number, row in enumerate(self.rows):
             tokens[number, -len(row) :] = row
             places[number, -len(row) :] = torch.arange(len(row))
-        yield from zip(tokens.split(size, 1), places.split(size, 1), strict=True)
+        yield from zip(torch.split(tokens, size, 1), torch.split(places, size, 1), strict=True)

@@ -33,7 +33,7 @@ class LayerShape:
     dtype: torch.dtype
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of the cache, as transformers' models call it.
 
     Args:
@@ -45,7 +45,7 @@ class SlotLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.places = keys, values, places
         self.is_initialized = True
 
