@@ -20,6 +20,7 @@ from zgraph.passes.exchange import Exchange
 from zgraph.passes.fit import Fit
 from zgraph.passes.float8 import Float8
 from zgraph.passes.fuse import Fuse
+from zgraph.passes.grouped_heads import GroupedHeads
 from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.in_place import InPlace
 from zgraph.passes.keep import Keep
@@ -56,6 +57,7 @@ ALL: tuple[type[Pass], ...] = (
     Arena,
     InPlace,
     Quantise,
+    GroupedHeads,
 )
 
 BY_NAME: Mapping[str, type[Pass]] = {kind.name: kind for kind in ALL}

@@ -81,7 +81,7 @@ def test_rows_of_zeros_stay_zeros():
     assert not data.any()
     assert torch.isfinite(scale).all()
     packed, scales = quantised.to_int4(torch.zeros(16, 32), 32)
-    assert not quantised.int4_mm(torch.ones(1, 32), packed, scales, 32, torch.float32).any()
+    assert quantised.int4_mm(torch.ones(1, 32), packed, scales, 32, torch.float32).abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize(

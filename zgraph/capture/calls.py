@@ -49,7 +49,8 @@ def capture_call(
 
     params = {id(p): ParamInfo(n) for n, p in model.named_parameters()}
     inputs = {id(tensor): key for key, tensor in arguments.items()}
-    front = Frontend(params, lambda: {id(b): n for n, b in model.named_buffers()}, catch, name, inputs=inputs)
+    buffers = {id(b): n for n, b in model.named_buffers()}  # torch keeps the frontend, which must not keep the model
+    front = Frontend(params, lambda: buffers, catch, name, inputs=inputs)
     try:
         with torch.no_grad():
             front.wrap(function, dynamic=False)(*arguments.values())

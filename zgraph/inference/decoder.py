@@ -87,7 +87,7 @@ def decoder_step(model: nn.Module, max_len: int) -> Step:
     kind = type(model).__name__
     with torch.no_grad():
         whole = model(input_ids=tokens, use_cache=True, return_dict=True)
-        shapes = layer_shapes(whole.past_key_values, kind)
+        shapes = layer_shapes(getattr(whole, "past_key_values", None), kind)
         wanted = whole.logits[0, -2:].float()
         step = Step(model, shapes, PROBE_TOKENS + 2)
         try:

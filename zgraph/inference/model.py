@@ -22,7 +22,7 @@ from zgraph.passes.quantise import GROUPS
 CHUNK = 64
 """Tokens of a prompt that one call of the prefill takes."""
 
-RECIPE = "canonicalize,dce,in-place"
+RECIPE = "canonicalize,grouped-heads,dce,in-place"
 """The passes for a model whose weights stay as they are."""
 
 WEIGHTS, ACTIVATIONS, KERNELS = ("int8", "int4"), ("int8",), ("aten", "inductor")
