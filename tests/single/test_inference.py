@@ -215,14 +215,40 @@ def test_bad_options_are_refused(llama, options, words):
         zgraph.infer(llama, **options)
 
 
-def test_models_that_cannot_generate_are_refused(llama):
-    with pytest.raises(UsageError, match="no causal language model"):
-        zgraph.infer(torch.nn.Linear(2, 2))
+def test_plain_forwards_are_the_models():
+    torch.manual_seed(0)
+    model = hf.BertForSequenceClassification(
+        hf.BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    ).eval()
+    inference = zgraph.infer(model)
+    given = prompts(2, 12)
+    for _ in range(2):
+        found, own = inference(**given, output_hidden_states=True), model(**given, output_hidden_states=True)
+        assert type(found) is type(own)
+        assert torch.allclose(found.logits, own.logits, atol=1e-6)
+        assert len(found.hidden_states) == len(own.hidden_states) == 2
+        assert torch.allclose(found.hidden_states[1], own.hidden_states[1], atol=1e-6)
+        with torch.no_grad():
+            model.classifier.bias.add_(1)
+    assert len(inference.programs.all) == 1
+    with pytest.raises(UsageError, match="no head that gives tokens"):
+        inference.generate(given["input_ids"], max_new_tokens=1)
+    with pytest.raises(UsageError, match="no use for max_batch"):
+        zgraph.infer(model, max_batch=2)
+    with pytest.raises(UsageError, match="plain values"):
+        inference(input_ids=[1, 2])
+
+
+def test_models_that_cannot_be_inferred_are_refused():
+    plain = torch.nn.Linear(2, 2)
+    assert torch.equal(zgraph.infer(plain)(input=torch.ones(1, 2)), plain(torch.ones(1, 2)))
     with torch.device("meta"), pytest.raises(UsageError, match="one device"):
         zgraph.infer(hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)))
+    with pytest.raises(UsageError, match="takes a module"):
+        zgraph.infer("model")
     mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=96, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises((UsageError, InferenceError), match=r"own generate|no cache"):
-        zgraph.infer(mamba)
+    with pytest.raises(UsageError, match="own generate"):
+        zgraph.infer(mamba).generate(torch.ones(1, 2, dtype=torch.int64), max_new_tokens=1)
 
 
 def test_groups_that_do_not_divide_are_refused():

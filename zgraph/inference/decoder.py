@@ -74,11 +74,10 @@ class Step:
         return added(seen & near if is_windowed else seen)
 
 
-def decoder_step(model: nn.Module, max_len: int) -> Step:
-    """The step of a model, compared with the model's own forward.
+def decoder_step(model: nn.Module, max_len: int) -> Step | str:
+    """The step of a model, compared with the model's own forward; or why it has no cache of keys and values.
 
     Raises:
-        UsageError: the model has no cache of keys and values.
         InferenceError: the step does not compute what the forward does.
     """
     device = next(model.parameters()).device
@@ -87,7 +86,9 @@ def decoder_step(model: nn.Module, max_len: int) -> Step:
     kind = type(model).__name__
     with torch.no_grad():
         whole = model(input_ids=tokens, use_cache=True, return_dict=True)
-        shapes = layer_shapes(getattr(whole, "past_key_values", None), kind)
+        shapes = layer_shapes(getattr(whole, "past_key_values", None))
+        if isinstance(shapes, str):
+            return shapes
         wanted = whole.logits[0, -2:].float()
         step = Step(model, shapes, PROBE_TOKENS + 2)
         try:

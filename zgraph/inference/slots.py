@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from zgraph.errors import UsageError
 from zgraph.ir.arena import ALIGN_BYTES
 
 
@@ -91,26 +90,16 @@ def slot_cache(tensors: Sequence[torch.Tensor], places: torch.Tensor) -> Cache:
     return Cache(layers=[SlotLayer(keys, values, places) for keys, values in pairs])
 
 
-def layer_shapes(cache: object, kind: str) -> list[LayerShape]:
-    """The shapes of a cache's layers, from one that a model has filled.
-
-    Raises:
-        UsageError: the model keeps no keys and values, or other things beside them.
-    """
+def layer_shapes(cache: object) -> list[LayerShape] | str:
+    """The shapes of a cache's layers, from one that a model has filled; or why it is no cache of keys and values."""
     if not isinstance(cache, Cache) or not len(cache):
-        raise UsageError(
-            f"{kind} gives no cache of keys and values, so it cannot generate here; call the inference itself for a "
-            "plain forward"
-        )
+        return "it gives no cache of keys and values; use the model's own generate"
     found = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         plain = isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.dim() == 4
         if not plain or hasattr(layer, "conv_states"):
-            raise UsageError(
-                f"{kind} keeps a {type(layer).__name__}, which is no plain cache of keys and values; use the model's "
-                "own generate"
-            )
+            return f"it keeps a {type(layer).__name__}, no plain cache of keys and values; use the model's own generate"
         assert keys is not None
         assert values is not None
         found.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
