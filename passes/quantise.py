@@ -9,8 +9,8 @@
     fwd %y: f32[4, 32] = zgraph.int8_mm.default(%x_i8, %w_i8, %x_scale, %w_scale, f32)
 
 `int8` has one scale for each output of a layer. Activations are then three rows of int8 each, which keeps 21 bits of
-them, or one (`activations=int8`). `int4` has one scale for each group of columns, and bf16 activations; the layers
-named in `wider` have int8. A table of embeddings is kept in int8 in both, and looked up there.
+them, or one (`activations=int8`) but in the layers named in `precise`. `int4` has one scale for each group of columns,
+and bf16 activations; the layers named in `wider` have int8. A table of embeddings is in int8 in both.
 
 What depends on weights alone is for `zgraph.passes.plan.fixed` to compute once.
 """
@@ -65,12 +65,14 @@ class Quantise(Pass):
         activations: "wide" keeps them; "int8" rounds each token's to int8, for weights in int8.
         group: columns that share a scale, in int4.
         wider: last names of the layers that int4 leaves in int8, with + between them.
+        precise: last names of the layers whose activations are kept: those behind a product, which has outliers.
     """
 
     weights: Weights = "int8"
     activations: Activations = "wide"
     group: int = 64
     wider: str = "lm_head+output+embed_out"
+    precise: str = "down_proj+fc2+w2"
 
     name: ClassVar[str] = "quantise"
     numerics: ClassVar[Numerics] = Numerics.approximate
@@ -137,10 +139,14 @@ def _layers(graph: Graph, options: Quantise) -> Iterator[_Layer]:
             weight = operand_of(graph, value)
             if weight.value.name not in parameters or weight.value.tensor.dtype not in _FLOATS:
                 continue
-            is_wide = name.rpartition(".")[2] in options.wider.split("+") or weight.value.name in tables
+            is_wide = _is_among(name, options.wider) or weight.value.name in tables
             kept_in: Weights = "int8" if is_wide else options.weights
             why_not = _why_not(weight, options.group) if kept_in == "int4" else ""
             yield _Layer(node, name, x, weight, kept_in, why_not)
+
+
+def _is_among(name: str, last_names: str) -> bool:
+    return name.rpartition(".")[2] in last_names.split("+")
 
 
 def _why_not(weight: Operand, group: int) -> str:
@@ -187,7 +193,8 @@ class _Rewriter:
             packed, scales = self.int4(layer)
             self.add(layer, INT4_MM, (layer.x, packed, scales, self.options.group, dtype), out)
         else:
-            parts = 1 if self.options.activations == "int8" else WIDE_PARTS
+            is_rounded = self.options.activations == "int8" and not _is_among(layer.name, self.options.precise)
+            parts = 1 if is_rounded else WIDE_PARTS
             x, x_scale = self.int8(layer, layer.x, parts)
             w, w_scale = self.weight(layer)
             self.add(layer, INT8_MM, (x, w, x_scale, w_scale, dtype), out)

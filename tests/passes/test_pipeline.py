@@ -36,6 +36,7 @@ OPTIONS = {
     "activations": st.just("wide"),
     "group": st.sampled_from([32, 64, 128]),
     "wider": st.sampled_from(["", "lm_head", "head+router"]),
+    "precise": st.sampled_from(["", "down_proj", "fc2+w2"]),
     "slack": st.sampled_from([0.0, 0.5, 1.25, 8.0]),
 }
 
