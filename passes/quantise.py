@@ -101,7 +101,7 @@ class Quantise(Pass):
         return DeadCode().run(_Rewriter(graph, self, layers).run(), context)
 
     def layers(self, graph: Graph) -> dict[str, str]:
-        """What the weight of each layer of a forward is kept in, by the layer's name."""
+        """The integers that the weight of each layer of a forward is kept in, by the layer's name."""
         return {layer.name: layer.kept_in for layer in _layers(graph, self)}
 
 

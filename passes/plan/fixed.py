@@ -1,4 +1,4 @@
-"""What a forward computes from the model alone, apart from what it computes from a call's inputs.
+"""The part of a forward that is computed from the model alone, apart from that of a call's inputs.
 
     param %w: f32[32, 16] "layer.weight"                  graph of what is fixed
     input %x: f32[4, 16] "x"                                param %w: f32[32, 16] "layer.weight"

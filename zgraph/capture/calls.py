@@ -16,7 +16,7 @@ from zgraph.ir import Graph
 
 @dataclass(frozen=True)
 class Call:
-    """What a call was captured as.
+    """A call as it was captured.
 
     Args:
         graph: a forward alone. Its parameters and buffers have the model's names, its inputs those of the arguments.

@@ -1,4 +1,4 @@
-"""What keeping weights in integers costs on text: perplexity before and after, and the error of each layer."""
+"""The cost of keeping weights in integers, on text: perplexity before and after, and the error of each layer."""
 
 from __future__ import annotations
 

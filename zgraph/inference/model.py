@@ -20,7 +20,7 @@ RECIPE = "canonicalize,grouped-heads,dce,in-place"
 """The passes for a model whose weights stay as they are."""
 
 WEIGHTS, ACTIVATIONS, KERNELS = ("int8", "int4"), ("int8",), ("aten", "inductor")
-"""What options may be, beside None."""
+"""Values of options beside None."""
 
 
 def recipe_of(weights: str | None, activations: str | None, group: int) -> str:

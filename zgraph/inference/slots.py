@@ -18,7 +18,7 @@ from zgraph.ir.arena import ALIGN_BYTES
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer keeps of a token.
+    """Keys and values that one layer keeps of a token.
 
     Args:
         num_heads: of keys and values.

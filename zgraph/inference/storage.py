@@ -121,7 +121,7 @@ def _state(held: dict[str, torch.Tensor], turned: set[str], group: int) -> dict[
 
 
 def _kept_in(model: nn.Module, weights: str) -> dict[str, tuple[str, bool]]:
-    """What the weight of each linear layer and embedding is kept in, and whether its rows are columns."""
+    """The integers of each linear layer's and embedding's weight, and whether its rows are columns."""
     wider = Quantise().wider.split("+")
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[str, tuple[str, bool]] = {}
