@@ -53,7 +53,7 @@ class Step:
         return logits
 
     def mask(self, places: torch.Tensor, keys: torch.Tensor) -> Any:
-        """The numbers that are added to scores: 0 for places that a token sees, the smallest number for those behind it.
+        """The numbers added to scores: 0 for places that a token sees, the smallest number for those behind it.
 
         One mask, [rows, 1, tokens, places]; or one for each kind of layer, where some see a window.
         """
