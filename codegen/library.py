@@ -20,7 +20,7 @@ from zgraph.bridge import private_inductor
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.private_inductor import Example, Lowered
 from zgraph.codegen import distillation as _distillation  # noqa: F401 - registers the ops
-from zgraph.codegen import float8, kernels, loss, matmul, reference, rotary
+from zgraph.codegen import float8, kernels, loss, matmul, quantised, reference, rotary
 from zgraph.codegen import topk_distillation as _topk_distillation  # noqa: F401 - registers the ops
 from zgraph.codegen.fallback import launched
 from zgraph.codegen.ops import Extent
@@ -58,6 +58,11 @@ _LIBRARY.define(
 
 _LIBRARY.define("to_float8(Tensor x, ScalarType dtype, int? dim) -> (Tensor, Tensor)")
 _LIBRARY.define("float8_mm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, ScalarType dtype, bool fast) -> Tensor")
+
+_LIBRARY.define("to_int8(Tensor x, int parts) -> (Tensor, Tensor)")
+_LIBRARY.define("int8_mm(Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, ScalarType dtype) -> Tensor")
+_LIBRARY.define("to_int4(Tensor w, int group) -> (Tensor, Tensor)")
+_LIBRARY.define("int4_mm(Tensor x, Tensor w, Tensor scales, int group, ScalarType dtype) -> Tensor")
 
 _parsed = cache(KernelSpec.parse)
 
@@ -253,7 +258,32 @@ def _float8_mm_scratch(node: Node, hints: Mapping[str, int]) -> int:
     return float8.mm_scratch_bytes(a, b, evaluate(node.results[0].tensor.numel, hints))
 
 
+def _to_int8_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    parts = node.args[1]
+    assert isinstance(parts, int)
+    return quantised.to_int8_scratch_bytes(evaluate(node.operands[0].tensor.numel, hints), parts)
+
+
+def _int8_mm_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    x, _, scale, _ = (v.tensor for v in node.operands)
+    parts = evaluate(x.shape[0], hints) // max(evaluate(scale.shape[0], hints), 1)
+    return quantised.int8_mm_scratch_bytes(parts, evaluate(node.results[0].tensor.numel, hints))
+
+
+def _to_int4_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    return quantised.to_int4_scratch_bytes(evaluate(node.operands[0].tensor.numel, hints))
+
+
+def _int4_mm_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    x, made = node.operands[0].tensor, node.results[0].tensor
+    return quantised.int4_mm_scratch_bytes(evaluate(x.numel, hints), evaluate(made.numel, hints))
+
+
 REGISTERED["zgraph.rows"] = _rows_scratch
+REGISTERED["zgraph.to_int8"] = ON_DEVICE["zgraph.to_int8"] = _to_int8_scratch
+REGISTERED["zgraph.int8_mm"] = _int8_mm_scratch
+REGISTERED["zgraph.to_int4"] = ON_DEVICE["zgraph.to_int4"] = _to_int4_scratch
+REGISTERED["zgraph.int4_mm"] = _int4_mm_scratch
 REGISTERED["zgraph.to_float8"] = ON_DEVICE["zgraph.to_float8"] = _float8_cast_scratch
 REGISTERED["zgraph.float8_mm"] = _float8_mm_scratch
 REGISTERED["zgraph.compiled"] = lambda node, hints: 0
@@ -292,3 +322,6 @@ private_inductor.spell(torch.ops.zgraph.to_float8.default, float8.to_float8)
 private_inductor.spell(torch.ops.zgraph.float8_mm.default, float8.float8_mm)
 torch.library.register_fake("zgraph::to_float8", float8.fake_to_float8, lib=_LIBRARY)
 torch.library.register_fake("zgraph::float8_mm", float8.fake_float8_mm, lib=_LIBRARY)
+for _name in ("to_int8", "int8_mm", "to_int4", "int4_mm"):
+    _LIBRARY.impl(_name, getattr(quantised, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zgraph::{_name}", getattr(quantised, f"fake_{_name}"), lib=_LIBRARY)

@@ -21,12 +21,15 @@ from zgraph.passes.exchange import Exchange
 from zgraph.passes.fit import Fit
 from zgraph.passes.float8 import Float8
 from zgraph.passes.fuse import Fuse
+from zgraph.passes.grouped_heads import GroupedHeads
 from zgraph.passes.host_copies import HostCopies
+from zgraph.passes.in_place import InPlace
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload
 from zgraph.passes.partition import Partition
 from zgraph.passes.place import Place
 from zgraph.passes.plan.make_plan import make_plan
+from zgraph.passes.quantise import Quantise
 from zgraph.passes.recompute import Recompute
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
@@ -54,6 +57,9 @@ ALL: tuple[type[Pass], ...] = (
     Schedule,
     DeadCode,
     Arena,
+    InPlace,
+    Quantise,
+    GroupedHeads,
 )
 
 BY_NAME: Mapping[str, type[Pass]] = {kind.name: kind for kind in ALL}

@@ -27,6 +27,7 @@ from typing import ClassVar, Literal, get_args
 from zgraph.ir import Arg, DType, ExternalOp, Graph, Node, Phase, TensorType, Token, Value
 from zgraph.ir.builder import Builder
 from zgraph.ir.external_ops import FLOAT8, FLOAT8_MM, facts
+from zgraph.passes.analysis.operands import Operand, operand_of
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.dce import DeadCode
 
@@ -84,19 +85,6 @@ class Float8(Pass):
 
 
 @dataclass(frozen=True)
-class _Operand:
-    """A matrix of a product: a value, perhaps transposed."""
-
-    value: Value
-    is_turned: bool
-
-    @property
-    def shape(self) -> tuple[object, ...]:
-        shape = self.value.tensor.shape
-        return shape[::-1] if self.is_turned else shape
-
-
-@dataclass(frozen=True)
 class _Product:
     """One of the products of a linear layer.
 
@@ -109,8 +97,8 @@ class _Product:
     """
 
     node: Node
-    a: _Operand
-    b: _Operand
+    a: Operand
+    b: Operand
     role: Literal["output", "grad_input", "grad_weight"]
     layer: str
     why_not: str
@@ -124,7 +112,7 @@ def _products(graph: Graph, exclude: str) -> Iterator[_Product]:
     for node in graph.nodes:
         if node.op not in ("aten.mm.default", "aten.addmm.default") or node.kwargs:
             continue
-        a, b = (_operand(graph, v) for v in node.operands[-2:])
+        a, b = (operand_of(graph, v) for v in node.operands[-2:])
         if node.phase is Phase.forward and b.value.name in parameters and b.is_turned:
             layer = node.origin.module
             why = _why_not(a, b, layer, exclude)
@@ -144,19 +132,7 @@ def _products(graph: Graph, exclude: str) -> Iterator[_Product]:
                     )
 
 
-def _operand(graph: Graph, value: Value) -> _Operand:
-    """The matrix that a value is, or is the transpose of."""
-    turned = False
-    while (node := graph.producers.get(value.name)) is not None and len(node.operands) == 1:
-        if node.op == _T:
-            turned = not turned
-        elif facts(node.op).elements != "itself":
-            break
-        value = node.operands[0]
-    return _Operand(value, turned)
-
-
-def _why_not(a: _Operand, b: _Operand, layer: str, exclude: str) -> str:
+def _why_not(a: Operand, b: Operand, layer: str, exclude: str) -> str:
     if layer.rpartition(".")[2] in exclude.split("+"):
         return "excluded by name"
     if a.value.tensor.dtype not in _COMPUTED or a.value.tensor.dtype is not b.value.tensor.dtype:
@@ -205,7 +181,7 @@ class _Rewriter:
         if bias is not None:
             self.add(product, _ADD, (out, bias), result)
 
-    def matrix(self, product: _Product, operand: _Operand, dtype: DType, contracted: int) -> tuple[Value, Value]:
+    def matrix(self, product: _Product, operand: Operand, dtype: DType, contracted: int) -> tuple[Value, Value]:
         """A matrix in float8 with its scales: the first of a product row-major, the second column-major.
 
         Args:

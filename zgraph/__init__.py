@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zgraph.engine.initialize import add_config_arguments, init_distributed, initialize_engine
     from zgraph.engine.initialize import initialize_engine as initialize
     from zgraph.estimate.plan import plan, sweep
+    from zgraph.inference import infer
     from zgraph.options.lengths import Lengths
     from zgraph.passes.core.registry import register_pass
 
@@ -38,6 +39,7 @@ __all__ = [
     "feedback",
     "gathered",
     "hf",
+    "infer",
     "init_distributed",
     "initialize",
     "initialize_engine",
@@ -68,6 +70,7 @@ _HOMES = {
     "zgraph.engine.checkpoint.export": ("export_hf",),
     "zgraph.engine.initialize": ("add_config_arguments", "init_distributed", "initialize", "initialize_engine"),
     "zgraph.estimate.plan": ("plan", "sweep"),
+    "zgraph.inference": ("infer",),
     "zgraph.options.lengths": ("Lengths",),
     "zgraph.passes.core.registry": ("register_pass",),
 }

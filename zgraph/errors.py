@@ -215,3 +215,15 @@ class CacheError(ZgraphError):
 
 class KernelError(ZgraphError, ValueError):
     """A kernel's specification does not parse or does not hold together."""
+
+
+class InferenceError(ZgraphError):
+    """A model cannot be run for inference as it is, or gave numbers that are none."""
+
+
+class ContextLengthError(UsageError):
+    """A prompt and the tokens asked for are longer than the cache."""
+
+
+class QuantisationError(UsageError):
+    """A layer's weight cannot be kept in the integers asked for."""

@@ -32,6 +32,11 @@ OPTIONS = {
     "recipe": st.sampled_from(["tensorwise", "rowwise"]),
     "exclude": st.sampled_from(["", "lm_head", "head+router"]),
     "axis": st.sampled_from(["tensor", "context", "expert"]),
+    "weights": st.sampled_from(["int8", "int4"]),
+    "activations": st.just("wide"),
+    "group": st.sampled_from([32, 64, 128]),
+    "wider": st.sampled_from(["", "lm_head", "head+router"]),
+    "precise": st.sampled_from(["", "down_proj", "fc2+w2"]),
     "slack": st.sampled_from([0.0, 0.5, 1.25, 8.0]),
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class Frontend:
         left_eager: told why a piece of a function that is captured in pieces runs eagerly.
         ready: called when a capture fails; True if it has changed what the function does so that another may not.
         rewrite: given each function that torch.compile has traced, before its graph is taken.
+        inputs: the name of each tensor, by `id`, that the function is called with and is known by.
     """
 
     def __init__(
@@ -86,7 +88,9 @@ class Frontend:
         left_eager: Callable[[str], None] = lambda why: None,
         ready: Callable[[], bool] = lambda: False,
         rewrite: Callable[[fx.GraphModule], None] | None = None,
+        inputs: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
+        self.inputs = inputs
         self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
         self.left_eager, self.ready, self.rewrite = left_eager, ready, rewrite
         self._codes: list[types.CodeType] = []
@@ -164,7 +168,7 @@ class Frontend:
             return Leaf(InputKind.param, info.name, info.stage, info.master, info.offload, info.cuts)
         if name := buffers.get(id(example)):
             return Leaf(InputKind.buffer, name)
-        return Leaf(InputKind.input)
+        return Leaf(InputKind.input, self.inputs.get(id(example), ""))
 
 
 class _OneCapture:

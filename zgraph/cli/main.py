@@ -15,6 +15,7 @@ from zgraph.cli import (  # noqa: F401 - add commands
     machine,
     pictures,
     planning,
+    quantising,
 )
 from zgraph.cli.app import DOES_NOT_FIT, FAILED, USED_WRONGLY, app
 from zgraph.cli.terminal import printable

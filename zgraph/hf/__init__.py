@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer over zgraph: `from zgraph.hf import Trainer`; nothing else imports transformers.
+"""Hugging Face's Trainer over zgraph: `from zgraph.hf import Trainer`; only inference imports transformers too.
 
 `enable` does the same to any class derived from it. `DistillationTrainer` trains a student. `Accelerator` compiles what
 it prepares; `prepare` brings a compiled model to accelerate's own. `load_pretrained` tells of every weight where it

@@ -38,6 +38,18 @@ FLOAT8 = "zgraph.to_float8.default"
 FLOAT8_MM = "zgraph.float8_mm.default"
 """The op that multiplies two matrices in float8: each with its scales, the result's dtype, whether it may be faster."""
 
+INT8 = "zgraph.to_int8.default"
+"""The op that makes rows of int8: of what, and how many rows for each."""
+
+INT8_MM = "zgraph.int8_mm.default"
+"""The op that multiplies rows of int8: activations, a weight, the scales of both, the result's dtype."""
+
+INT4 = "zgraph.to_int4.default"
+"""The op that makes a weight of int4: of what, and how many columns share a scale."""
+
+INT4_MM = "zgraph.int4_mm.default"
+"""The op that multiplies rows with a weight of int4: rows, the weight, its scales, its group, the result's dtype."""
+
 LOSS = "zgraph.cross_entropy.default"
 LOSS_BACKWARD = "zgraph.cross_entropy_backward.default"
 PROJECTED_LOSS = "zgraph.linear_cross_entropy.default"
@@ -280,6 +292,8 @@ _ROWS = (
     Facts("aten.vdot", work="vector product"),
     Facts(MATMUL, work="product"),
     Facts(FLOAT8_MM, work="scaled product"),
+    Facts(INT8_MM, work="packed product"),
+    Facts(INT4_MM, work="packed product"),
     Facts("aten.addmm", work="sum and product"),
     Facts("aten.addbmm", work="sum and product"),
     Facts("aten.addmm.default", takes_epilogue=True, work="sum and product"),

@@ -1,0 +1,271 @@
+"""Keep the weights of a forward in int8 or int4, and multiply with them as they are.
+
+    fwd %t: f32[64, 32 | 1, 64] = aten.t.default(%w)
+    fwd %y: f32[4, 32] = aten.mm.default(%x, %t)
+                    |
+                    v
+    fwd %w_i8: i8[32, 64], %w_scale: f32[32, 1] = zgraph.to_int8.default(%w, 1)
+    fwd %x_i8: i8[12, 64], %x_scale: f32[4, 1] = zgraph.to_int8.default(%x, 3)
+    fwd %y: f32[4, 32] = zgraph.int8_mm.default(%x_i8, %w_i8, %x_scale, %w_scale, f32)
+
+`int8` has one scale for each output of a layer. Activations are then three rows of int8 each, which keeps 21 bits of
+them, or one (`activations=int8`) but in the layers named in `precise`. `int4` has one scale for each group of columns,
+and bf16 activations; the layers named in `wider` have int8. A table of embeddings is in int8 in both.
+
+What depends on weights alone is for `zgraph.passes.plan.fixed` to compute once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
+
+from zgraph.errors import QuantisationError
+from zgraph.ir import Arg, DType, ExternalOp, Graph, Node, TensorType, Token, Value
+from zgraph.ir.builder import Builder
+from zgraph.ir.external_ops import CAST, INT4, INT4_MM, INT8, INT8_MM, facts
+from zgraph.passes.analysis.operands import TRANSPOSE, Operand, operand_of
+from zgraph.passes.core.base import Context, Numerics, Pass
+from zgraph.passes.dce import DeadCode
+
+Weights = Literal["int8", "int4"]
+Activations = Literal["wide", "int8"]
+
+GROUPS = (32, 64, 128)
+"""Columns that may share a scale, of int4: those that torch's kernel has."""
+
+INT4_ROWS = 16
+"""Outputs of a layer in int4 are a multiple of this."""
+
+WIDE_PARTS = 3
+"""Rows of int8 for each row of activations, where these are to be kept."""
+
+_FLOATS = (DType.bf16, DType.f16, DType.f32)
+_ADD, _CLONE, _MUL, _EMBEDDING = "aten.add.Tensor", "aten.clone.default", "aten.mul.Tensor", "aten.embedding.default"
+_ROWS = {
+    INT8: ExternalOp(multi=True),
+    INT4: ExternalOp(multi=True),
+    INT8_MM: ExternalOp(),
+    INT4_MM: ExternalOp(),
+    TRANSPOSE: ExternalOp(views=(0,)),
+    CAST: ExternalOp(),
+    _CLONE: ExternalOp(),
+    _ADD: ExternalOp(),
+    _MUL: ExternalOp(),
+}
+
+
+@dataclass(frozen=True)
+class Quantise(Pass):
+    """Keep the weights of a forward in int8 or int4, and multiply with them as they are.
+
+    Args:
+        weights: "int8" or "int4".
+        activations: "wide" keeps them; "int8" rounds each token's to int8, for weights in int8.
+        group: columns that share a scale, in int4.
+        wider: last names of the layers that int4 leaves in int8, with + between them.
+        precise: last names of the layers whose activations are kept: those behind a product, which has outliers.
+    """
+
+    weights: Weights = "int8"
+    activations: Activations = "wide"
+    group: int = 64
+    wider: str = "lm_head+output+embed_out"
+    precise: str = "down_proj+fc2+w2"
+
+    name: ClassVar[str] = "quantise"
+    numerics: ClassVar[Numerics] = Numerics.approximate
+    provides: ClassVar[frozenset[str]] = frozenset({"quantised"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"placed", "quantised", "float8"})
+
+    def __post_init__(self) -> None:
+        if self.weights not in get_args(Weights):
+            raise ValueError("weights must be int8 or int4")
+        if self.activations not in get_args(Activations):
+            raise ValueError("activations must be wide or int8")
+        if self.activations == "int8" and self.weights != "int8":
+            raise ValueError("activations=int8 needs weights=int8")
+        if self.group not in GROUPS:
+            raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}")
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        layers = list(_layers(graph, self))
+        if wrong := [layer for layer in layers if layer.why_not]:
+            raise QuantisationError(
+                f"{len(wrong)} of {len(layers)} layers cannot be kept in {self.weights}, first "
+                f"{wrong[0].name or wrong[0].weight.value.name}: {wrong[0].why_not}"
+            )
+        if not layers:
+            return graph
+        return DeadCode().run(_Rewriter(graph, self, layers).run(), context)
+
+    def layers(self, graph: Graph) -> dict[str, str]:
+        """The integers that the weight of each layer of a forward is kept in, by the layer's name."""
+        return {layer.name: layer.kept_in for layer in _layers(graph, self)}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A product with a weight, or a lookup in one.
+
+    Args:
+        node: the matmul, or the lookup.
+        name: the module.
+        x: activations, or indices.
+        weight: the matrix.
+        kept_in: the weight's dtype.
+        why_not: why it cannot be; empty if it can.
+    """
+
+    node: Node
+    name: str
+    x: Value
+    weight: Operand
+    kept_in: Weights
+    why_not: str
+
+
+def _layers(graph: Graph, options: Quantise) -> Iterator[_Layer]:
+    parameters = {i.value.name for i in graph.params if len(i.value.tensor.shape) == 2}
+    tables = {n.operands[0].name for n in graph.nodes if n.op == _EMBEDDING}
+    for node in graph.nodes:
+        name = node.origin.module
+        if node.op == _EMBEDDING and node.operands[0].name in parameters:
+            if node.operands[0].tensor.dtype in _FLOATS:
+                yield _Layer(node, name, node.operands[1], Operand(node.operands[0], False), "int8", "")
+        elif node.op in ("aten.mm.default", "aten.addmm.default") and not node.kwargs:
+            x, value = node.operands[-2:]
+            weight = operand_of(graph, value)
+            if weight.value.name not in parameters or weight.value.tensor.dtype not in _FLOATS:
+                continue
+            is_wide = _is_among(name, options.wider) or weight.value.name in tables
+            kept_in: Weights = "int8" if is_wide else options.weights
+            why_not = _why_not(weight, options.group) if kept_in == "int4" else ""
+            yield _Layer(node, name, x, weight, kept_in, why_not)
+
+
+def _is_among(name: str, last_names: str) -> bool:
+    return name.rpartition(".")[2] in last_names.split("+")
+
+
+def _why_not(weight: Operand, group: int) -> str:
+    columns, outputs = weight.shape
+    if isinstance(columns, int) and columns % group:
+        fits = [g for g in GROUPS if columns % g == 0]
+        remedy = f"pass group={max(fits)}" if fits else "keep it in int8, by its name in wider= or weights=int8"
+        return f"groups of {group} do not divide its {columns} columns; {remedy}"
+    if isinstance(outputs, int) and outputs % INT4_ROWS:
+        return f"its {outputs} outputs are no multiple of {INT4_ROWS}; keep it in int8, by its name in wider="
+    return ""
+
+
+class _Rewriter:
+    """One run of the pass."""
+
+    def __init__(self, graph: Graph, options: Quantise, layers: list[_Layer]) -> None:
+        self.graph, self.options = graph, options
+        self.by_node = {id(layer.node): layer for layer in layers}
+        self.nodes: list[Node] = []
+        self.made: dict[tuple[object, ...], tuple[Value, Value]] = {}
+        self.builder = Builder(graph, Quantise.name)
+
+    def run(self) -> Graph:
+        for node in self.graph.nodes:
+            layer = self.by_node.get(id(node))
+            if layer is None:
+                self.nodes.append(node)
+            elif node.op == _EMBEDDING:
+                self.look_up(layer)
+            else:
+                self.multiply(layer)
+        used = {node.op for node in self.nodes}
+        foreign = {op: row for op, row in _ROWS.items() if op in used}
+        return replace(self.graph, nodes=tuple(self.nodes), foreign={**foreign, **self.graph.foreign})
+
+    def multiply(self, layer: _Layer) -> None:
+        """A product with integers in the place of a product."""
+        node, (result,) = layer.node, layer.node.results
+        bias = node.operands[0] if node.op == "aten.addmm.default" else None
+        out = result if bias is None else self.builder.value(f"{result.name}_product", result.type)
+        dtype = result.tensor.dtype
+        if layer.kept_in == "int4":
+            packed, scales = self.int4(layer)
+            self.add(layer, INT4_MM, (layer.x, packed, scales, self.options.group, dtype), out)
+        else:
+            is_rounded = self.options.activations == "int8" and not _is_among(layer.name, self.options.precise)
+            parts = 1 if is_rounded else WIDE_PARTS
+            x, x_scale = self.int8(layer, layer.x, parts)
+            w, w_scale = self.weight(layer)
+            self.add(layer, INT8_MM, (x, w, x_scale, w_scale, dtype), out)
+        if bias is not None:
+            self.add(layer, _ADD, (out, bias), result)
+
+    def look_up(self, layer: _Layer) -> None:
+        """Rows of integers, and their scales, in the place of rows."""
+        node, (result,) = layer.node, layer.node.results
+        data, scale = self.weight(layer)
+        rest, kind = node.args[2:], result.tensor
+        rows = self.builder.value(f"{result.name}_i8", replace(kind, dtype=DType.i8))
+        scales = self.builder.value(f"{result.name}_scale", TensorType(DType.f32, (*kind.shape[:-1], 1)))
+        wide = self.builder.value(f"{result.name}_wide", replace(kind, dtype=DType.f32))
+        is_wide = kind.dtype is DType.f32
+        out = result if is_wide else self.builder.value(f"{result.name}_scaled", wide.type)
+        self.add(layer, _EMBEDDING, (data, layer.x, *rest), rows)
+        self.add(layer, _EMBEDDING, (scale, layer.x, *rest), scales)
+        self.add(layer, CAST, (rows,), wide, dtype=DType.f32)
+        self.add(layer, _MUL, (wide, scales), out)
+        if not is_wide:
+            self.add(layer, CAST, (out,), result, dtype=kind.dtype)
+
+    def weight(self, layer: _Layer) -> tuple[Value, Value]:
+        """A weight as rows of int8, one for each output."""
+        return self.int8(layer, self.rows(layer), 1)
+
+    def int4(self, layer: _Layer) -> tuple[Value, Value]:
+        """A weight as int4, packed, and its scales; made once."""
+        value, group = self.rows(layer), self.options.group
+        key = (INT4, value.name)
+        if key not in self.made:
+            outputs, columns = (int(d) for d in value.tensor.shape)
+            stem = layer.weight.value.name
+            packed = self.builder.value(f"{stem}_i4", TensorType(DType.u8, (outputs, columns // 2)))
+            scales = self.builder.value(f"{stem}_scales", TensorType(DType.bf16, (columns // group, outputs, 2)))
+            self.add(layer, INT4, (value, group), packed, scales)
+            self.made[key] = packed, scales
+        return self.made[key]
+
+    def int8(self, layer: _Layer, value: Value, parts: int) -> tuple[Value, Value]:
+        """A matrix as rows of int8, and their scales; made once of what is the same in another shape."""
+        maker = self.graph.producers.get(value.name)
+        source: object = value.name
+        if maker is not None and facts(maker.op).elements == "reshaped":
+            source = (maker.op, maker.args)
+        key = (INT8, source, parts)
+        if key not in self.made:
+            rows, columns = value.tensor.shape
+            data = self.builder.value(f"{value.name}_i8", TensorType(DType.i8, (parts * rows, columns)))
+            scale = self.builder.value(f"{value.name}_scale", TensorType(DType.f32, (rows, 1)))
+            self.add(layer, INT8, (value, parts), data, scale)
+            self.made[key] = data, scale
+        return self.made[key]
+
+    def rows(self, layer: _Layer) -> Value:
+        """A weight with one row for each output."""
+        value, kind = layer.weight.value, layer.weight.value.tensor
+        if layer.weight.is_turned or layer.node.op == _EMBEDDING:
+            return value
+        key = (_CLONE, value.name)
+        if key not in self.made:
+            turned = replace(kind, shape=kind.shape[::-1], strides=(1, kind.shape[1]))
+            view = self.builder.value(f"{value.name}_t", turned)
+            dense = self.builder.value(f"{value.name}_rows", turned.contiguous())
+            self.add(layer, TRANSPOSE, (value,), view)
+            self.add(layer, _CLONE, (view,), dense, memory_format=Token("memory_format", "contiguous_format"))
+            self.made[key] = dense, dense
+        return self.made[key][0]
+
+    def add(self, layer: _Layer, op: str, args: Iterable[Arg], *results: Value, **options: Arg) -> None:
+        """A node in the place of a layer's."""
+        node = layer.node
+        self.nodes.append(self.builder.typed(op, args, results, node.phase, node.origin, **options))

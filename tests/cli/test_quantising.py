@@ -1,0 +1,132 @@
+"""The commands on weights in integers: a folder that comes back, figures, and what is refused."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from zgraph.errors import QuantisationError, UsageError
+from zgraph.inference.evaluation import as_integers, evaluate
+from zgraph.inference.storage import FILE, load_quantised, save_quantised
+
+WORDS = [f"w{n}" for n in range(64)]
+
+
+def small(**more: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        **more,
+    )
+    return hf.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model with a tokenizer of 64 words, as transformers saves them."""
+    found = tmp_path_factory.mktemp("model")
+    small().save_pretrained(found)
+    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(found)
+    return found
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folder_comes_back_as_the_numbers_of_its_integers(tmp_path, weights, tied):
+    model = small(tie_word_embeddings=tied)
+    kept = save_quantised(model, tmp_path, weights=weights, group=32)
+    assert kept["model.embed_tokens.weight"] == kept["lm_head.weight"] == "int8"
+    assert kept["model.layers.0.mlp.up_proj.weight"] == weights
+    found, *about = load_quantised(tmp_path)
+    assert about == [weights, 32]
+    own, back = dict(model.named_parameters()), dict(found.named_parameters())
+    assert own.keys() == back.keys()
+    for name, weight in own.items():
+        wanted = as_integers(weight, kept[name], 32) if name in kept else weight
+        assert torch.equal(back[name], wanted), name
+
+
+def test_what_gpt2_has_as_columns_comes_back(tmp_path):
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32))
+    save_quantised(model, tmp_path, weights="int8")
+    found, *_ = load_quantised(tmp_path)
+    for name, weight in model.named_parameters():
+        error = (found.get_parameter(name) - weight).abs().max()
+        assert error <= weight.abs().max() / 254 + 1e-7, name
+
+
+def test_files_that_are_none_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="zgraph quantise"):
+        load_quantised(tmp_path)
+    save_quantised(small(), tmp_path, weights="int8")
+    whole = (tmp_path / FILE).read_bytes()
+    for wrong in (whole[:-9], b"", whole.replace(b"zgraph.weights", b"zgraph.weightz"), whole[:100] + whole[140:]):
+        (tmp_path / FILE).write_bytes(wrong)
+        with pytest.raises(UsageError, match="damaged"):
+            load_quantised(tmp_path)
+    (tmp_path / FILE).write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(UsageError, match="does not fit"):
+        load_quantised(tmp_path)
+    odd = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=64, hidden_size=48, num_attention_heads=2, num_hidden_layers=1))
+    with pytest.raises(QuantisationError, match=r"48 columns.*take int8"):
+        save_quantised(odd, tmp_path, weights="int4")
+
+
+def test_the_commands(command, saved, tmp_path):
+    (tmp_path / "text.txt").write_text(" ".join(WORDS * 2))
+    code, out, _ = command(
+        "quantise", str(saved), "-o", str(tmp_path / "made"), "--weights", "int4", "--group", "32", "--json"
+    )
+    assert code == 0
+    made = json.loads(out)
+    assert made["weights"] == {"int8": 2, "int4": 7}
+    assert made["bytes"] < made["bytes_before"]
+    assert load_quantised(tmp_path / "made")[1:] == ("int4", 32)
+    given = "eval", str(saved), "--text", str(tmp_path / "text.txt"), "--window", "32"
+    code, out, _ = command(*given, "--weights", "int8", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["num_tokens"] == 4 * 31
+    assert found["before"] == pytest.approx(found["after"], rel=0.01)
+    assert {layer["name"] for layer in found["layers"]} >= {"lm_head", "model.layers.0.self_attn.q_proj"}
+    errors = [layer["error"] for layer in found["layers"]]
+    assert errors == sorted(errors, reverse=True)
+    assert 0 < errors[0] < 0.02
+
+
+def test_perplexity_is_that_of_the_plain_model():
+    model, tokens = small(), torch.randint(64, (100,), generator=torch.Generator().manual_seed(0))
+    found = evaluate(model, tokens, weights="int8", window=32, max_windows=2)
+    with torch.no_grad():
+        rows = tokens[:64].view(2, 32)
+        wanted = torch.nn.functional.cross_entropy(model(rows).logits[:, :-1].reshape(-1, 64), rows[:, 1:].reshape(-1))
+    assert found.before == pytest.approx(wanted.exp().item(), rel=1e-5)
+    assert found.num_tokens == 62
+    with pytest.raises(UsageError, match="longer text"):
+        evaluate(model, tokens[:20], weights="int8", window=32)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("quantise", "nowhere", "-o", "made"), "no folder nowhere"),
+        (("quantise", ".", "-o", "made"), "no causal language model"),
+        (("quantise", ".", "-o", "made", "--weights", "int3"), "int8, int4"),
+        (("eval", ".", "--text", "nowhere.txt"), "cannot read"),
+    ],
+)
+def test_mistakes(command, tmp_path, monkeypatch, args, said):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*args)
+    assert code == 2
+    assert said in err

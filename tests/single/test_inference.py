@@ -1,0 +1,290 @@
+"""Tokens and logits of inference are transformers' own, and what cannot be done is said."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import transformers as hf
+
+import zgraph
+from tests.deep import DEEP, deep
+from zgraph.errors import ContextLengthError, InferenceError, QuantisationError, UsageError
+from zgraph.inference.evaluation import as_integers
+from zgraph.inference.prompts import Prompts
+from zgraph.inference.sampling import Sampling
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2}
+
+FAMILIES = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)),
+    "one layer": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "num_hidden_layers": 1})),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**GROUPED, head_dim=8, sliding_window=6)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=96)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=8)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=6)),
+}
+USUAL = ("llama", "gemma2", "gpt2")
+
+
+def made(family: str) -> torch.nn.Module:
+    """A small model whose likeliest tokens vary."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return made("llama")
+
+
+@pytest.fixture(scope="module")
+def inference(llama):
+    return zgraph.infer(llama, max_batch=4, max_len=96)
+
+
+def prompts(num_rows: int = 3, length: int = 70) -> dict[str, torch.Tensor]:
+    """Prompts of 10, of nearly all, and of all tokens, padded on the left."""
+    ids = torch.randint(3, 96, (num_rows, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :-10], mask[1:2, :5] = 0, 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def own_logits(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of the model's own forward for the token behind each prompt."""
+    places = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(**given, position_ids=places).logits[:, -1]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES] if DEEP else USUAL)
+def test_greedy_tokens_and_logits_are_transformers(family, request):
+    model = request.getfixturevalue("llama") if family == "llama" else made(family)
+    found = request.getfixturevalue("inference") if family == "llama" else zgraph.infer(model, max_batch=4, max_len=96)
+    given = prompts()
+    wanted = model.generate(**given, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert torch.equal(found.generate(**given, max_new_tokens=20, pad_token_id=0), wanted)
+    own = own_logits(model, given)
+    assert (found.logits(**given) - own).abs().max() <= 1e-5 * own.abs().max()
+
+
+def test_draws_are_transformers(llama, inference):
+    given, options = prompts(), {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "pad_token_id": 0}
+    torch.manual_seed(5)
+    wanted = llama.generate(**given, max_new_tokens=8, **options)
+    torch.manual_seed(5)
+    assert torch.equal(inference.generate(**given, max_new_tokens=8, **options), wanted)
+
+
+def test_rows_end_at_stop_tokens(llama, inference):
+    given = prompts()
+    free = inference.generate(**given, max_new_tokens=8)
+    stop = int(free[0, 72])
+    wanted = llama.generate(**given, max_new_tokens=8, do_sample=False, eos_token_id=stop, pad_token_id=1)
+    assert torch.equal(inference.generate(**given, max_new_tokens=8, eos_token_id=stop, pad_token_id=1), wanted)
+
+
+def test_tokens_are_streamed(inference):
+    class Heard:
+        def __init__(self):
+            self.told, self.has_ended = [], False
+
+        def put(self, value):
+            self.told.append(value)
+
+        def end(self):
+            self.has_ended = True
+
+    heard, given = Heard(), prompts(2)
+    whole = inference.generate(**given, max_new_tokens=3, streamer=heard)
+    assert heard.has_ended
+    assert torch.equal(heard.told[0], given["input_ids"])
+    assert torch.equal(torch.stack(heard.told[1:], 1), whole[:, -3:])
+    assert torch.equal(torch.stack([*inference.stream(**given, max_new_tokens=3)], 1), whole[:, -3:])
+
+
+def test_a_row_gives_the_same_in_any_batch(inference):
+    given = prompts(4)
+    whole = inference.generate(**given, max_new_tokens=4)
+    alone = inference.generate(given["input_ids"][:1, -10:], max_new_tokens=4)
+    assert torch.equal(alone[0, -4:], whole[0, -4:])
+
+
+def test_new_weights_are_computed_with(llama, inference):
+    given = prompts(1, 10)
+    before = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    try:
+        with torch.no_grad():
+            for p in llama.parameters():
+                p.mul_(0.9)
+        own = own_logits(llama, given)
+        assert (inference.logits(**given) - own).abs().max() <= 1e-5 * own.abs().max()
+    finally:
+        with torch.no_grad():
+            for name, p in llama.named_parameters():
+                p.copy_(before[name])
+
+
+def test_the_cache_is_written_in_place(inference):
+    for program in inference.programs.all:
+        ops = [node.op for node in program.plan.graph.nodes]
+        assert ops.count("aten.index_put_.default") == 4
+        assert "aten.index_put.default" not in ops
+        assert program.copies == []
+    decode = inference.programs.all[1].plan.graph
+    assert not [n for n in decode.nodes if n.op == "aten.expand.default" and len(n.operands[0].tensor.shape) == 5]
+    assert inference.cache_bytes == 2 * 2 * -(-4 * 2 * 97 * 8 * 4 // 512) * 512
+
+
+def rounded(model: torch.nn.Module, weights: str, group: int) -> torch.nn.Module:
+    """The model with the numbers that integers stand for."""
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                is_wide = isinstance(module, torch.nn.Embedding) or name == "lm_head"
+                module.weight.copy_(as_integers(module.weight, "int8" if is_wide else weights, group))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "close"), [("int8", None, 1e-4), deep("int8", "int8", 0.5), ("int4", None, 0.2)]
+)
+def test_a_model_in_integers_is_the_model_of_their_numbers(weights, activations, close):
+    model, given = made("one layer"), prompts()
+    own = own_logits(rounded(made("one layer"), weights, 32), given)
+    found = zgraph.infer(model, max_batch=4, max_len=96, weights=weights, activations=activations, group=32)
+    logits = found.logits(**given)
+    assert (logits - own).norm() <= close * own.norm()
+    assert not torch.equal(logits, own_logits(model, given))
+    matrices = sum(p.nbytes for p in model.parameters() if p.dim() == 2)
+    assert found.weights_bytes < 0.45 * matrices
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    twice = found.logits(**given)
+    assert (twice - 2 * logits).norm() <= 1e-3 * twice.norm()
+    held = weakref.ref(model.lm_head.weight)
+    del model
+    gc.collect()
+    assert held() is None
+    assert torch.equal(found.logits(**given), twice)
+
+
+BAD = {
+    "longer than the cache": (ContextLengthError, "max_len=100", {"max_new_tokens": 30}, {}),
+    "no new tokens": (UsageError, "above 0", {"max_new_tokens": 0}, {}),
+    "no draws": (UsageError, "do_sample=True", {"max_new_tokens": 1, "top_k": 3}, {}),
+    "padding behind": (UsageError, "on the left", {"max_new_tokens": 1}, {"attention_mask": torch.zeros(3, 70)}),
+    "another mask": (UsageError, "one entry", {"max_new_tokens": 1}, {"attention_mask": torch.ones(3, 7)}),
+    "floats": (UsageError, "integers", {"max_new_tokens": 1}, {"input_ids": torch.ones(3, 70)}),
+    "no such token": (UsageError, "vocabulary", {"max_new_tokens": 1}, {"input_ids": torch.full((3, 70), 96)}),
+    "too many rows": (
+        UsageError,
+        "max_batch=5",
+        {"max_new_tokens": 1},
+        {"input_ids": torch.ones(5, 7, dtype=torch.int64), "attention_mask": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_prompts_are_refused(inference, case):
+    kind, words, options, given = BAD[case]
+    with pytest.raises(kind, match=words):
+        inference.generate(**{**prompts(), **given}, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_batch": 0}, "max_batch"),
+        ({"max_len": 10**6}, "made for 2048"),
+        ({"weights": "int3"}, "int8, int4"),
+        ({"activations": "int8"}, 'weights="int8"'),
+        ({"weights": "int4", "group": 48}, "32, 64, 128"),
+        ({"kernels": "triton"}, "aten, inductor"),
+    ],
+)
+def test_bad_options_are_refused(llama, options, words):
+    with pytest.raises(UsageError, match=words):
+        zgraph.infer(llama, **options)
+
+
+def test_plain_forwards_are_the_models():
+    torch.manual_seed(0)
+    model = hf.BertForSequenceClassification(
+        hf.BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    ).eval()
+    inference = zgraph.infer(model)
+    given = prompts(2, 12)
+    for _ in range(2):
+        found, own = inference(**given, output_hidden_states=True), model(**given, output_hidden_states=True)
+        assert type(found) is type(own)
+        assert torch.allclose(found.logits, own.logits, atol=1e-6)
+        assert len(found.hidden_states) == len(own.hidden_states) == 2
+        assert torch.allclose(found.hidden_states[1], own.hidden_states[1], atol=1e-6)
+        with torch.no_grad():
+            model.classifier.bias.add_(1)
+    assert len(inference.programs.all) == 1
+    with pytest.raises(UsageError, match="no head that gives tokens"):
+        inference.generate(given["input_ids"], max_new_tokens=1)
+    with pytest.raises(UsageError, match="no use for max_batch"):
+        zgraph.infer(model, max_batch=2)
+    with pytest.raises(UsageError, match="plain values"):
+        inference(input_ids=[1, 2])
+
+
+def test_models_that_cannot_be_inferred_are_refused():
+    plain = torch.nn.Linear(2, 2)
+    assert torch.equal(zgraph.infer(plain)(input=torch.ones(1, 2)), plain(torch.ones(1, 2)))
+    with torch.device("meta"), pytest.raises(UsageError, match="one device"):
+        zgraph.infer(hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)))
+    with pytest.raises(UsageError, match="takes a module"):
+        zgraph.infer("model")
+    mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=96, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UsageError, match="own generate"):
+        zgraph.infer(mamba).generate(torch.ones(1, 2, dtype=torch.int64), max_new_tokens=1)
+
+
+def test_groups_that_do_not_divide_are_refused():
+    torch.manual_seed(0)
+    odd = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "intermediate_size": 80, "num_hidden_layers": 1}))
+    with pytest.raises(QuantisationError, match=r"down_proj.*80 columns"):
+        zgraph.infer(odd, weights="int4", group=32)
+
+
+def test_logits_that_are_no_numbers_are_refused():
+    model = made("one layer")
+    found = zgraph.infer(model, max_len=32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = torch.nan
+    with pytest.raises(InferenceError, match="no numbers"):
+        found.logits(torch.tensor([[5, 6]]))
+
+
+def test_the_distribution_that_is_drawn_from():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    assert Sampling(True, top_k=2).shaped(logits).isinf().tolist() == [[False, False, True, True]]
+    assert Sampling(True, top_p=0.6).shaped(logits).isinf().tolist() == [[False, True, True, True]]
+    assert Sampling(True, top_p=0.7).shaped(logits).isinf().tolist() == [[False, False, True, True]]
+    assert torch.equal(Sampling(True, temperature=2.0).shaped(logits), logits / 2)
+    assert Sampling().choose(logits).tolist() == [0]
+    for wrong in ({"temperature": 0.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            Sampling(True, **wrong)
+
+
+def test_prompts_are_cut_so_that_they_end_together():
+    ids = torch.tensor([[0, 0, 7], [1, 2, 3]])
+    found = Prompts(ids, torch.tensor([[0, 0, 1], [1, 1, 1]]), 8)
+    pieces = [(tokens.tolist(), places.tolist()) for tokens, places in found.chunks(2, 3, 9)]
+    assert found.lengths == [1, 3]
+    assert pieces == [
+        ([[0, 0], [0, 1], [0, 0]], [[9, 9], [9, 0], [9, 9]]),
+        ([[0, 7], [2, 3], [0, 0]], [[9, 0], [1, 2], [9, 9]]),
+    ]

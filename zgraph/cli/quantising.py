@@ -1,0 +1,138 @@
+"""The commands that keep a model's weights in integers, and that measure what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from zgraph.cli.app import AsJson, app, console, one_of, print_json, progress, writing
+from zgraph.cli.completion import any_of
+from zgraph.errors import UsageError
+
+WEIGHTS, ACTIVATIONS = ("int8", "int4"), ("int8",)
+NUM_WORST = 10
+"""Layers that `eval` names."""
+
+Model = Annotated[str, typer.Argument(help="A folder with a model and its tokenizer, as transformers saves them.")]
+Weights = Annotated[str, typer.Option(help="int8 or int4.", autocompletion=any_of(*WEIGHTS))]
+Group = Annotated[int, typer.Option(help="Columns that share a scale in int4: 32, 64 or 128.")]
+
+
+@app.command()
+def quantise(
+    model: Model,
+    output: Annotated[str, typer.Option("--output", "-o", help="The folder to write.")],
+    weights: Weights = "int8",
+    group: Group = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model with its weights in int8 or int4, as safetensors.
+
+    Example: `zgraph quantise SmolLM2-135M -o SmolLM2-135M-int8`
+    """
+    from zgraph.inference.storage import FILE, save_quantised
+
+    one_of("--weights", weights, WEIGHTS)
+    with progress() as shown:
+        shown.add_task(f"reading {model}")
+        found, tokenizer = _loaded(model)
+        before = sum(p.nbytes for p in found.parameters())
+        shown.add_task("rounding its weights")
+        with writing(output):
+            kept = save_quantised(found, Path(output), weights=weights, group=group)
+            tokenizer.save_pretrained(output)
+    after = (Path(output) / FILE).stat().st_size
+    counts = Counter(kept.values())
+    if as_json:
+        print_json({"folder": output, "bytes": after, "bytes_before": before, "weights": dict(counts)})
+        return
+    listed = ", ".join(f"{count} weights in {kind}" for kind, count in sorted(counts.items()))
+    console().print(
+        f"{output}: {after:,} bytes, {after / before:.2f} of the {before:,} before; {listed}", highlight=False
+    )
+
+
+@app.command("eval")
+def evaluation(
+    model: Model,
+    text: Annotated[Path, typer.Option("--text", help="A text in UTF-8 to predict.")],
+    weights: Weights = "int8",
+    activations: Annotated[
+        str, typer.Option(help="int8 rounds activations too.", autocompletion=any_of(*ACTIVATIONS))
+    ] = "",
+    group: Group = 64,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are scored together.")] = 256,
+    max_windows: Annotated[int, typer.Option(min=1, help="Windows of the text that are scored at most.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Score a text with a model as it is and in integers: perplexities, and the layers that err most.
+
+    Example: `zgraph eval SmolLM2-135M --text book.txt --weights int4`
+    """
+    from zgraph.inference.evaluation import evaluate
+
+    one_of("--weights", weights, WEIGHTS)
+    words = _text(text)
+    with progress() as shown:
+        shown.add_task(f"scoring {text}")
+        found, tokenizer = _loaded(model)
+        tokens = torch.tensor(tokenizer(words, verbose=False)["input_ids"])
+        result = evaluate(
+            found,
+            tokens,
+            weights=weights,
+            activations=activations or None,
+            group=group,
+            window=window,
+            max_windows=max_windows,
+        )
+    if as_json:
+        print_json({**dataclasses.asdict(result), "worse": result.worse})
+        return
+    out = console()
+    out.print(
+        f"perplexity {result.before:.4f} before, {result.after:.4f} after ({result.worse:+.2%}), over "
+        f"{result.num_tokens:,} tokens; weights {result.after_bytes:,} bytes, "
+        f"{result.after_bytes / result.before_bytes:.2f} of the {result.before_bytes:,} before",
+        highlight=False,
+    )
+    table = Table("layer", "kept in", "error", title="the layers that err most")
+    for layer in result.layers[:NUM_WORST]:
+        table.add_row(escape(layer.name), layer.kept_in, f"{layer.error:.4f}")
+    out.print(table)
+
+
+def _loaded(name: str) -> tuple[Any, Any]:
+    """The model and the tokenizer of a folder, in fp32. Nothing of the folder's is run, and nothing downloaded."""
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError("this needs transformers: pip install zgraph-compiler[hf]") from None
+    if not Path(name).is_dir():
+        raise UsageError(f"there is no folder {name}; save a model and its tokenizer to one with save_pretrained")
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    model: Any = transformers.AutoModelForCausalLM
+    tokenizer: Any = transformers.AutoTokenizer
+    try:
+        return (
+            model.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **safe).eval(),
+            tokenizer.from_pretrained(name, **safe),
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name} has no causal language model with safetensors, or no tokenizer: {error}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is no text in UTF-8") from None

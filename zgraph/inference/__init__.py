@@ -1,0 +1,7 @@
+"""A model for inference: captured programs, a cache with fixed places, and tokens from them."""
+
+from zgraph.inference.forwards import Inference
+from zgraph.inference.generation import Generator
+from zgraph.inference.model import infer
+
+__all__ = ["Generator", "Inference", "infer"]

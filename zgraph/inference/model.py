@@ -1,0 +1,134 @@
+"""`zgraph.infer`: a model as programs for inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from zgraph.bridge.private_inductor import inductor_problem
+from zgraph.errors import UsageError
+from zgraph.inference.decoder import check_max_len, decoder_step
+from zgraph.inference.forwards import Inference
+from zgraph.inference.generation import Generator
+from zgraph.inference.programs import Programs
+from zgraph.inference.slots import Arena
+from zgraph.options.validate import ATTRIBUTE
+from zgraph.passes import parse_recipe
+from zgraph.passes.quantise import GROUPS
+
+RECIPE = "canonicalize,grouped-heads,dce,in-place"
+"""The passes for a model whose weights stay as they are."""
+
+WEIGHTS, ACTIVATIONS, KERNELS = ("int8", "int4"), ("int8",), ("aten", "inductor")
+"""Values of options beside None."""
+
+
+def recipe_of(weights: str | None, activations: str | None, group: int) -> str:
+    """The passes for a model whose weights are kept so.
+
+    Raises:
+        UsageError: the options mean nothing, alone or together.
+    """
+    for name, value, known in (("weights", weights, WEIGHTS), ("activations", activations, ACTIVATIONS)):
+        if value is not None and value not in known:
+            raise UsageError(f"{name} must be None or one of {', '.join(known)}, not {value!r}")
+    if activations is not None and weights != "int8":
+        raise UsageError('activations="int8" multiplies integers with integers: pass weights="int8" too')
+    if group not in GROUPS:
+        raise UsageError(f"group must be one of {', '.join(map(str, GROUPS))}, not {group!r}")
+    if weights is None:
+        return RECIPE
+    options = {"weights": weights, "activations": activations, "group": group if weights == "int4" else None}
+    text = ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
+    return RECIPE.replace("canonicalize,", f"canonicalize,quantise({text}),")
+
+
+def infer(
+    model: nn.Module,
+    *,
+    max_batch: int | None = None,
+    max_len: int | None = None,
+    weights: str | None = None,
+    activations: str | None = None,
+    group: int = 64,
+    kernels: str = "aten",
+) -> Inference:
+    """A model for inference: its prefill and decode captured and linked, to run over a cache with fixed places.
+
+        inference = zgraph.infer(model, max_batch=8, max_len=512)
+        tokens = inference.generate(ids, attention_mask, max_new_tokens=64)
+
+    Nothing of torch.compile runs for a token. The model itself is not changed, and where its weights are written to,
+    the next call computes with the new ones. What cannot generate here (an encoder, a plain module) has plain forwards:
+    `inference(input_ids=ids)`, captured at the first call of each shape.
+
+    Args:
+        model: a causal language model of transformers, or any module, on one device.
+        max_batch: rows to generate for at once; None takes one. A call with fewer rows takes as long as one with all.
+        max_len: tokens of a row, the prompt's among them; None takes 1,024, or what the model was made for if that is
+            less.
+        weights: what they are kept in: None leaves them; "int8" has a scale for each output of a layer; "int4" one for
+            each group of columns, and int8 for embeddings and the projection to the vocabulary. Both are approximate.
+        activations: "int8" rounds each token's before it meets a weight in int8, which is faster, and less exact.
+        group: columns that share a scale in int4: 32, 64 or 128.
+        kernels: what runs the ops: "aten", torch's own; or "inductor", those between writes compiled together.
+
+    Raises:
+        UsageError: an option means nothing, or the model is compiled already or has no cache.
+        QuantisationError: a layer's columns or outputs do not fit the integers.
+        InferenceError: the model does not compute with such a cache what it computes without.
+        GraphBreakError, CaptureError: a call cannot be captured as one graph.
+    """
+    device = _check_model(model)
+    if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
+        raise UsageError(f"max_batch is a number of rows above 0, not {max_batch!r}")
+    if kernels not in KERNELS:
+        raise UsageError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
+    pipeline = parse_recipe(recipe_of(weights, activations, group))
+    if kernels == "inductor" and (problem := inductor_problem(device)):
+        raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
+    programs = Programs(model, pipeline, device, compiles=kernels == "inductor")
+    kind, why_not = type(model).__name__, _why_not(model)
+    was_training = model.training
+    model.eval()
+    try:
+        step = decoder_step(model, check_max_len(model, max_len)) if not why_not else None
+        if isinstance(step, str) or step is None:
+            why_not = why_not or str(step)
+            if max_batch is not None or max_len is not None:
+                raise UsageError(f"{kind} has no use for max_batch and max_len: {why_not}")
+            return Inference(lambda: model, kind, programs, why_not)
+        arena = Arena(step.shapes, max_batch or 1, step.max_len + 1, device)
+        return Generator(model, step, programs, arena, max_batch or 1)
+    finally:
+        model.train(was_training)
+
+
+def _why_not(model: nn.Module) -> str:
+    """Why a model cannot generate here, as far as its configuration tells; empty where it may."""
+    config = getattr(model, "config", None)
+    if not callable(getattr(model, "can_generate", None)) or config is None:
+        return "it is no causal language model of transformers"
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder with a decoder has two caches; use the model's own generate"
+    if not model.can_generate() or model.get_output_embeddings() is None:  # type: ignore[operator]
+        return "it has no head that gives tokens; take its ...ForCausalLM"
+    return ""
+
+
+def _check_model(model: nn.Module) -> torch.device:
+    """The device of a model that can be captured for inference."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"infer takes a module, not a {type(model).__name__}")
+    if ATTRIBUTE in model.__dict__:
+        raise UsageError(
+            f"this {type(model).__name__} is compiled for training; save it with zgraph.export_hf, and pass "
+            "a plain one that loads it"
+        )
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1 or torch.device("meta") in devices:
+        raise UsageError(
+            f"{type(model).__name__} is on {', '.join(sorted(map(str, devices))) or 'no device'}; infer takes a model "
+            "whose weights are on one device"
+        )
+    return devices.pop()

@@ -1,0 +1,204 @@
+"""Calls of one model as programs: captured once, rewritten by passes, linked, and run without torch.compile.
+
+What a call computes from the model alone (transposed, joined and quantised weights, tables) is computed once and
+shared by all programs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from zgraph.capture import capture_call
+from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
+from zgraph.environment import environment
+from zgraph.errors import InferenceError
+from zgraph.ir import Graph, Input, InputKind, OutputKind, Plan, verify
+from zgraph.ir.aliases import Memory
+from zgraph.passes import Context, Pipeline, make_plan
+from zgraph.passes.core.instruments import Verify
+from zgraph.passes.plan.fixed import only, split_fixed
+from zgraph.runtime import HostMemory, Session, ShardStore
+from zgraph.runtime.executor import Runner, link
+from zgraph.runtime.interpreted import Interpreted
+from zgraph.runtime.regions import Regions
+
+
+class Program:
+    """A call that is linked.
+
+    Args:
+        plan: what it runs.
+        run: runs it.
+    """
+
+    def __init__(self, plan: Plan, run: Runner) -> None:
+        self.plan, self.run = plan, run
+        graph, memory = plan.graph, Memory(plan.graph)
+        targets = {i.value.name: i.target for i in graph.inputs}
+        self.arguments = [targets[v.name] for v in plan.forward.arguments if v.name not in plan.resident]
+        self.needed = [v.name in plan.resident for v in plan.forward.arguments]
+        self.copies = [
+            (position, targets[o.target])
+            for position, o in enumerate(graph.outputs)
+            if o.kind is OutputKind.mutation and o.value and o.target not in memory.roots(o.value.name)
+        ]
+        self.outputs = [i for i, o in enumerate(graph.outputs) if o.kind is OutputKind.output]
+
+    def __call__(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The outputs for arguments by name; those that the call changes are changed in place."""
+        names = iter(self.arguments)
+        results = self.run([None if resident else given[next(names)] for resident in self.needed])
+        for position, name in self.copies:
+            given[name].copy_(results[position])
+        return [results[i] for i in self.outputs]
+
+
+class Programs:
+    """Programs of one model.
+
+    Args:
+        model: whose calls they are. Kept is no reference to it, nor to a parameter that no program reads as it is.
+        pipeline: the passes.
+        device: that the model is on.
+        compiles: whether Inductor compiles what is between ops that write.
+    """
+
+    def __init__(self, model: nn.Module, pipeline: Pipeline, device: torch.device, *, compiles: bool) -> None:
+        self.pipeline, self.device = pipeline, device
+        self._sources = {
+            name: weakref.ref(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        }
+        self._versions = self._version()
+        self._shared: dict[str, torch.Tensor] = {}
+        self._fixed: list[tuple[Graph, tuple[str, ...], Mapping[str, torch.Tensor]]] = []
+        self._resident: dict[str, torch.Tensor] = {}
+        store = ShardStore(nn.Module(), None, None, {}, 0, None, device, {}, HostMemory(device))
+        self._session = Session(store, None, "inference")
+        self._together: Regions | Interpreted = Regions() if compiles else Interpreted(device)
+        self.all: list[Program] = []
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of what the programs read that depends on the model alone, each storage counted once."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._resident.values()}
+        return sum(storages.values())
+
+    def program(
+        self, model: nn.Module, function: Callable[..., object], arguments: Mapping[str, torch.Tensor], name: str
+    ) -> Program:
+        """A call as a program.
+
+        Args:
+            model: the model.
+            function: calls the model with `arguments.values()`, and gives tensors.
+            arguments: examples by name, no two in the same memory.
+            name: of the program.
+
+        Raises:
+            GraphBreakError, CaptureError: the call cannot be captured.
+            VerifyError: with ZGRAPH_VERIFY, a pass made a graph that is none.
+        """
+        call = capture_call(function, arguments, model, name)
+        captured, constants = _settled(call.graph, call.constants)
+        checks = environment().verify
+        if checks:
+            verify(captured)
+        graph = self.pipeline.run(captured, Context(), [Verify()] if checks == 2 else [])
+        fixed, graph = split_fixed(graph)
+        names = tuple(i.target for i in graph.inputs[len(graph.inputs) - len(fixed.outputs) :])
+        self._compute(fixed, names, constants)
+        self._fixed.append((fixed, names, constants))
+        plan = make_plan(graph)
+        resident = {
+            i.value.name: self._resident.setdefault(i.target, self._tensor(i.target, constants))
+            for i in graph.inputs
+            if i.value.name in plan.resident
+        }
+        program = Program(plan, self._linked(plan, resident))
+        self.all.append(program)
+        return program
+
+    def refresh(self) -> None:
+        """Compute what depends on the model alone anew, if somebody has written to the model since."""
+        versions = self._version()
+        if all(self._versions[name] == version for name, version in versions.items()):
+            return
+        self._versions |= versions
+        done: set[str] = set()
+        for fixed, names, constants in self._fixed:
+            due = [i for i, name in enumerate(names) if name not in done]
+            done.update(names)
+            for i, made in zip(due, self._run(only(fixed, due), constants), strict=True):
+                if (held := self._shared[names[i]]).data_ptr() != made.data_ptr():
+                    held.copy_(made)
+
+    def _compute(self, fixed: Graph, names: Sequence[str], constants: Mapping[str, torch.Tensor]) -> None:
+        """Compute what is fixed and not there yet."""
+        due = [i for i, name in enumerate(names) if name not in self._shared]
+        if due:
+            made = self._run(only(fixed, due), constants)
+            self._shared.update((names[i], tensor) for i, tensor in zip(due, made, strict=True))
+
+    @torch.no_grad()
+    def _run(self, graph: Graph, constants: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        plan = make_plan(graph)
+        found = {i.value.name: self._tensor(i.target, constants) for i in graph.inputs}
+        resident = {name: found[name] for name in plan.resident}
+        run = link(plan.forward, plan, self._session, resident)
+        return run([None if v.name in resident else found[v.name] for v in plan.forward.arguments])
+
+    def _linked(self, plan: Plan, resident: Mapping[str, torch.Tensor]) -> Runner:
+        if isinstance(self._together, Regions):
+            self._together.take_context()
+            self._together.compile([plan.forward], plan.graph, self._session)
+        return link(plan.forward, plan, self._session, resident, None, self._together)
+
+    def _tensor(self, target: str, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if target in self._shared:
+            return self._shared[target]
+        if target in constants:
+            return constants[target].to(self.device)
+        found = self._sources[target]()
+        assert found is not None, "the model is there"
+        return found.detach()
+
+    def _version(self) -> dict[str, int]:
+        """How often the model's tensors were written to: of those that are there."""
+        return {name: tensor._version for name, ref in self._sources.items() if (tensor := ref()) is not None}
+
+
+def _settled(graph: Graph, constants: Mapping[str, torch.Tensor]) -> tuple[Graph, dict[str, torch.Tensor]]:
+    """A graph whose buffers are constants, and whose constants are named after their content, so that graphs can share
+    them.
+
+    Raises:
+        InferenceError: it changes a buffer of the model.
+    """
+    names = {name: f"data:{_digest(tensor)}" for name, tensor in constants.items()}
+    changed = {o.target for o in graph.outputs if o.kind is OutputKind.mutation}
+    inputs = list[Input]()
+    for found in graph.inputs:
+        if found.kind is InputKind.constant:
+            found = replace(found, target=names[found.target])
+        elif found.kind is InputKind.buffer:
+            if found.value.name in changed:
+                raise InferenceError(
+                    f"{graph.name} changes the buffer {found.target} in each call, which rows of a batch would share; "
+                    "use the model's own generate"
+                )
+            found = replace(found, kind=InputKind.constant)
+        inputs.append(found)
+    return replace(graph, inputs=tuple(inputs)), {names[name]: tensor for name, tensor in constants.items()}
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """A digest of a tensor's bytes, dtype and shape."""
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

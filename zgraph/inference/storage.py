@@ -1,0 +1,148 @@
+"""A model with its weights in integers, in a folder: safetensors, with its configuration beside them.
+
+A weight `NAME` is there as `NAME.int8` [outputs, columns] with `NAME.scale` [outputs, 1]; or as `NAME.int4`, uint8
+[outputs, columns / 2], even columns in the lower four bits, with `NAME.scales`, bf16 [columns / group, outputs, 2].
+Everything else is as it was. Reading runs nothing of the folder's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from zgraph.codegen import quantised
+from zgraph.errors import QuantisationError, UsageError
+from zgraph.passes.quantise import GROUPS, INT4_ROWS, Quantise
+
+FILE = "model.zgraph.safetensors"
+KEY = "zgraph.weights"
+
+
+def save_quantised(model: nn.Module, folder: Path, *, weights: str, group: int = 64) -> dict[str, str]:
+    """Write a model's linear layers and embeddings as integers, and the rest as it is.
+
+    Args:
+        model: a causal language model of transformers.
+        folder: where to; made if it is not there.
+        weights, group: as of `zgraph.infer`.
+
+    Returns:
+        What each weight is kept in, by its name.
+
+    Raises:
+        QuantisationError: a layer's columns or outputs do not fit the integers.
+    """
+    kept, held = _kept_in(model, weights), dict[str, torch.Tensor]()
+    done: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in done:
+            continue  # the other name of a tied weight
+        done.add(id(tensor))
+        whole = tensor.detach()
+        if name not in kept:
+            held[name] = whole.contiguous()
+        elif kept[name][0] == "int8":
+            held[f"{name}.int8"], held[f"{name}.scale"] = quantised.to_int8(_turned(whole, kept[name][1]), 1)
+        else:
+            rows = _turned(whole, kept[name][1])
+            _check(name, rows, group)
+            integers, held[f"{name}.scales"] = quantised.nearest(rows, group)
+            held[f"{name}.int4"] = (integers[:, ::2] | integers[:, 1::2] << 4).to(torch.uint8)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"weights": weights, "group": group, "turned": sorted(n for n in kept if kept[n][1])}
+    save_file(held, folder / FILE, {KEY: json.dumps(about), "format": "pt"})
+    model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+    return {name: kind for name, (kind, _) in kept.items()}
+
+
+def load_quantised(folder: Path) -> tuple[nn.Module, str, int]:
+    """A plain model with the numbers that the integers of a folder stand for, in fp32, what they were, and the group.
+
+    `zgraph.infer` with the same `weights` gives the same integers.
+
+    Raises:
+        UsageError: the folder has no such file, it does not fit its own configuration, or it is damaged.
+    """
+    import transformers  # not needed to write
+
+    path = folder / FILE
+    if not path.is_file():
+        raise UsageError(f"{folder} has no {FILE}; zgraph quantise MODEL -o {folder} writes one")
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})[KEY])
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        turned, group, weights = set(about["turned"]), int(about["group"]), str(about["weights"])
+        state = _state(held, turned, group)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{path} is damaged, or was not written by zgraph quantise ({error}); write it anew") from None
+    config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    auto: Any = transformers.AutoModelForCausalLM
+    model: nn.Module = auto.from_config(config, dtype=torch.float32)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UsageError(f"{path} does not fit the configuration beside it: {error}") from None
+    tied = {n for n in missing if any(p is q for q, p in _named(model, n, state))}
+    if unexpected or set(missing) - tied:
+        wrong = sorted({*unexpected, *(set(missing) - tied)})
+        raise UsageError(f"{path} does not fit the configuration beside it: {', '.join(wrong[:5])}")
+    return model.eval(), weights, group
+
+
+def _named(model: nn.Module, name: str, state: dict[str, torch.Tensor]) -> list[tuple[Any, Any]]:
+    """A missing parameter beside each that was loaded: it is one of them where weights are tied."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return [(own.get(name), own[other]) for other in state if other in own]
+
+
+def _state(held: dict[str, torch.Tensor], turned: set[str], group: int) -> dict[str, torch.Tensor]:
+    """Tensors in fp32 by their own names."""
+    state: dict[str, torch.Tensor] = {}
+    for key, tensor in held.items():
+        name, _, kind = key.rpartition(".")
+        if kind == "int8" and f"{name}.scale" in held:
+            wide = tensor.float() * held[f"{name}.scale"]
+        elif kind == "int4" and f"{name}.scales" in held:
+            wide = quantised.from_int4(tensor, held[f"{name}.scales"], group)
+        elif kind in ("scale", "scales") and (f"{name}.int8" in held or f"{name}.int4" in held):
+            continue
+        else:
+            state[key] = tensor
+            continue
+        state[name] = wide.t().contiguous() if name in turned else wide
+    return state
+
+
+def _kept_in(model: nn.Module, weights: str) -> dict[str, tuple[str, bool]]:
+    """The integers of each linear layer's and embedding's weight, and whether its rows are columns."""
+    wider = Quantise().wider.split("+")
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found: dict[str, tuple[str, bool]] = {}
+    for name, module in model.named_modules():
+        is_turned = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+        if isinstance(module, nn.Linear | nn.Embedding) or is_turned:
+            is_wide = id(module.weight) in tables or name.rpartition(".")[2] in wider
+            found[f"{name}.weight"] = "int8" if is_wide else weights, is_turned
+    return found
+
+
+def _turned(weight: torch.Tensor, is_turned: bool) -> torch.Tensor:
+    return weight.t().contiguous() if is_turned else weight.contiguous()
+
+
+def _check(name: str, rows: torch.Tensor, group: int) -> None:
+    outputs, columns = rows.shape
+    if columns % group or outputs % INT4_ROWS:
+        fits = [g for g in GROUPS if columns % g == 0 and outputs % INT4_ROWS == 0]
+        remedy = f"take groups of {max(fits)}" if fits else "take int8"
+        raise QuantisationError(
+            f"{name} has {outputs} outputs, of which {INT4_ROWS} go together, and {columns} columns, which groups of "
+            f"{group} do not divide; {remedy}"
+        )
