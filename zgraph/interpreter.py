@@ -17,7 +17,7 @@ import torch
 from zgraph.bridge import processor_attention as _attention  # noqa: F401 - registers kernels
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.bridge.codecs import decode, encode_into
-from zgraph.bridge.parts import moved, part_of, together, total
+from zgraph.bridge.parts import from_chunks, moved, padded_chunks, part_of, together, total
 from zgraph.bridge.ranked_ops import runs
 from zgraph.errors import InterpretError
 from zgraph.ir import (
@@ -180,7 +180,7 @@ class Interpreter:
     def _encode(self, node: Node, operand: Ranks, mesh: Mesh) -> Ranks:
         """Codes of what each rank has, with the rest of its last code added; the new rest is kept."""
         kind, codec, names, count = node.operands[0].tensor, codec_of(node), node.option("feedback"), num_shards(mesh)
-        numbers = [x.view(1, -1) if kind.is_sharded else torch.stack(_pieces(x, kind, count)) for x in operand]
+        numbers = [x.view(1, -1) if kind.is_sharded else torch.stack(padded_chunks(x, kind, count)) for x in operand]
         size = codec.num_bytes(numbers[0].shape[1], kind.dtype)
         codes = [torch.empty(len(x), size, dtype=torch.uint8) for x in numbers]
         rests: Ranks = [None] * len(numbers)
@@ -207,7 +207,7 @@ def whole(output: Output, ranks: Ranks, count: int = 0) -> Ranks:
     kind = output.value.type if output.value is not None else None
     if isinstance(kind, TensorType) and kind.is_sharded:
         count = count or len(ranks)
-        joined = [_joined(ranks[first : first + count], kind) for first in range(0, len(ranks), count)]
+        joined = [from_chunks(ranks[first : first + count], kind) for first in range(0, len(ranks), count)]
         return [joined[rank // count] for rank in range(len(ranks))]
     return ranks
 
@@ -222,7 +222,7 @@ def shards(wholes: Ranks, kind: TensorType, count: int) -> Ranks:
     """
     if not kind.is_sharded:
         return wholes
-    return [_pieces(tensor, kind, count)[rank % count] for rank, tensor in enumerate(wholes)]
+    return [padded_chunks(tensor, kind, count)[rank % count] for rank, tensor in enumerate(wholes)]
 
 
 def mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -270,7 +270,7 @@ def assembled(kind: TensorType, ranks: Ranks, mesh: Mesh) -> torch.Tensor:
     """
     count = num_data_ranks(mesh)
     blocks = [ranks[first : first + count] for first in range(0, len(ranks), count)]
-    parts = [_joined(b[: num_shards(mesh)], kind) if kind.is_sharded else b[0] for b in blocks]
+    parts = [from_chunks(b[: num_shards(mesh)], kind) if kind.is_sharded else b[0] for b in blocks]
     for axis, place in reversed(list(zip(model_axes(mesh), kind.placement, strict=False))):
         parts = [together(parts[first : first + axis.size], place) for first in range(0, len(parts), axis.size)]
     whole_tensor: torch.Tensor = parts[0]
@@ -283,21 +283,8 @@ def _cloned(made: Any) -> Any:
 
 def _cut(tensor: torch.Tensor, kind: TensorType, mesh: Mesh) -> Ranks:
     """The padded chunks of a whole tensor, one a rank: the same ones for all that differ in other axes only."""
-    pieces = _pieces(tensor, kind, num_shards(mesh))
+    pieces = padded_chunks(tensor, kind, num_shards(mesh))
     return [pieces[rank % len(pieces)].clone() for rank in range(num_ranks(mesh))]
-
-
-def _pieces(tensor: torch.Tensor, kind: TensorType, count: int) -> list[torch.Tensor]:
-    chunk = chunk_numel(kind.shape, count)
-    padded = tensor.new_zeros(chunk * count)
-    padded[: tensor.numel()] = tensor.reshape(-1)
-    return list(torch.split(padded, chunk)) if chunk else [padded] * count
-
-
-def _joined(chunks: Ranks, kind: TensorType) -> torch.Tensor:
-    """A whole tensor from its padded chunks."""
-    sizes = [int(d) for d in kind.shape]
-    return torch.cat(chunks)[: int(kind.numel)].view(sizes).clone()
 
 
 # --- zgraph's own ops --------------------------------------------------------------------------------------------
@@ -320,7 +307,7 @@ def _reduced(ranks: Ranks, old: TensorType, new: TensorType, mesh: Mesh) -> Rank
     """A value at another placement along the data axes."""
     if old.is_sharded:
         count = num_shards(mesh)
-        return [_joined(ranks[r - r % count : r - r % count + count], old) for r in range(len(ranks))]
+        return [from_chunks(ranks[r - r % count : r - r % count + count], old) for r in range(len(ranks))]
     if old.reduction is None:
         raise InterpretError(f"nothing says how {old} becomes {new}: pending(%value, reduce=...) does")
     if old.reduction == "root":
@@ -349,7 +336,7 @@ def _pack(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
     for rank in range(num_ranks(mesh)):
         bucket = operands[0][rank].new_zeros(1 if sharded else num_shards(mesh), layout.part_numel)
         for ranks, kind, offset, chunk in zip(operands, kinds, layout.offsets, layout.chunks, strict=True):
-            rows = [ranks[rank]] if sharded else _pieces(ranks[rank], kind, num_shards(mesh))
+            rows = [ranks[rank]] if sharded else padded_chunks(ranks[rank], kind, num_shards(mesh))
             for row, piece in zip(bucket, rows, strict=True):
                 row[offset : offset + chunk] = piece
         packed.append(bucket.view(-1))
@@ -365,7 +352,7 @@ def _unpack(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
             members.append([bucket[offset : offset + chunk].clone() for bucket in operands[0]])
         else:
             spans = [b.view(num_shards(mesh), -1)[:, offset : offset + chunk] for b in operands[0]]
-            members.append([_joined(list(span), kind) for span in spans])
+            members.append([from_chunks(list(span), kind) for span in spans])
     return members
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from zgraph.errors import InterpretError
+from zgraph.ir.layout import chunk_numel
 from zgraph.ir.types import Mesh, Partial, Placement, Replicate, Shard, TensorType, model_axes, num_ranks
 
 
@@ -22,6 +23,20 @@ def joined(parts: Sequence[torch.Tensor], place: Shard) -> torch.Tensor:
     sizes = _sizes(parts[0].shape[place.dim], place)
     pieces = [torch.split(part, sizes, place.dim) for part in parts]
     return torch.cat([pieces[rank][block] for block in range(len(sizes)) for rank in range(len(parts))], place.dim)
+
+
+def padded_chunks(tensor: torch.Tensor, kind: TensorType, count: int) -> list[torch.Tensor]:
+    """The chunks of a whole tensor's numbers for so many ranks of data, the last ones with zeros behind them."""
+    chunk = chunk_numel(kind.shape, count)
+    padded = tensor.new_zeros(chunk * count)
+    padded[: tensor.numel()] = tensor.reshape(-1)
+    return list(torch.split(padded, chunk)) if chunk else [padded] * count
+
+
+def from_chunks(chunks: list[torch.Tensor], kind: TensorType) -> torch.Tensor:
+    """A whole tensor from its padded chunks."""
+    sizes = [int(d) for d in kind.shape]
+    return torch.cat(chunks)[: int(kind.numel)].view(sizes).clone()
 
 
 def laid_out(tensor: torch.Tensor, kind: TensorType) -> torch.Tensor:
