@@ -69,6 +69,7 @@ class Options(TypedDict, total=False):
     dynamic: bool | None
     lengths: Lengths | None
     tensor_parallel: int
+    sequence_parallel: bool
     placements: Placements | None
 
 
