@@ -57,9 +57,10 @@ class Watcher(Protocol):
 
 
 class Member(Protocol):
-    """Whoever needs to know whether ranks live."""
+    """Whoever needs to know whether ranks live: they form a ring, in which this one has the place `at`."""
 
     ranks: tuple[int, ...]
+    at: int
 
 
 class Heard(NamedTuple):
@@ -145,10 +146,10 @@ class Heartbeat(threading.Thread):
 
     def listen(self) -> None:
         """Hear the neighbours, and read new alarms. Raises RuntimeError if the store is gone."""
-        rings = [member.ranks for ref in self._members if (member := ref()) is not None]
+        rings = [member for ref in self._members if (member := ref()) is not None]
         if not rings:
             return
-        near = {rank for ranks in rings if (rank := self.neighbour(ranks)) is not None}
+        near = {rank for ring in rings if (rank := self.neighbour(ring)) is not None}
         now = time.monotonic()
         if not self._is_counted:  # that the count can be read, though it is none
             self._is_counted = self.store.add(COUNT, 0) >= 0
@@ -157,7 +158,8 @@ class Heartbeat(threading.Thread):
         count, *words = self.store.multi_get([COUNT, *map(beat_key, sorted(near))])
         self._hear(sorted(near), words, now)
         late = {rank for rank in near if self._silence_s(rank, now) > 1.5 * BEAT_SECONDS}
-        far = {rank for ranks in rings if late & {*ranks} for rank in ranks} - {self.rank, *near}
+        far = {rank for ring in rings if late & {*ring.ranks} for rank in ring.ranks} if late else set()
+        far -= {self.rank, *near}
         if far:  # a whole host may be gone: nobody but its neighbour looks at so many
             self._hear(sorted(far), read_all(self.store, [beat_key(rank) for rank in sorted(far)]), now)
         self.heard = {rank: heard for rank, heard in self.heard.items() if rank in far or rank in near}
@@ -192,12 +194,11 @@ class Heartbeat(threading.Thread):
         """The ranks that have left word of their end."""
         return {alarm.rank: alarm for alarm in list(self.alarms) if alarm.kind == "left"}
 
-    def neighbour(self, ranks: tuple[int, ...]) -> int | None:
-        """The next in the ring of these ranks that has not ended; None if there is no other."""
-        at = ranks.index(self.rank)
+    def neighbour(self, ring: Member) -> int | None:
+        """The next rank of a ring that has not ended; None if there is no other."""
         gone = self.departed()
-        behind = itertools.chain(range(at + 1, len(ranks)), range(at))
-        return next((ranks[i] for i in behind if ranks[i] not in gone), None)
+        behind = itertools.chain(range(ring.at + 1, len(ring.ranks)), range(ring.at))
+        return next((ring.ranks[i] for i in behind if ring.ranks[i] not in gone), None)
 
     def beat_of(self, rank: int) -> Beat | None:
         """The last heartbeat of a neighbour; None if it was never heard."""
