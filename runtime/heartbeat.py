@@ -93,6 +93,7 @@ class Heartbeat(threading.Thread):
         self.heard: dict[int, Heard] = {}
         self._log = Alarms(store)
         self._is_counted = False
+        self._here: set[int] = set()
         self._lock = threading.Lock()
         self._told: dict[int, bytes] = {}
         self._has_told = False
@@ -104,12 +105,8 @@ class Heartbeat(threading.Thread):
         atexit.register(self.stop)
 
     def run(self) -> None:
-        began = time.monotonic()
         for count in itertools.count(1):
-            if not self._beat(count):
-                return
-            began = max(began + BEAT_SECONDS, time.monotonic())  # the last beat may have taken long
-            if self.over.wait(began - time.monotonic()):
+            if not self._beat(count) or self.over.wait(BEAT_SECONDS):
                 return
 
     def _beat(self, count: int) -> bool:
@@ -157,15 +154,24 @@ class Heartbeat(threading.Thread):
             self.store.compare_set(beat_key(rank), "", "")  # that it can be read, though it has not come yet
         count, *words = self.store.multi_get([COUNT, *map(beat_key, sorted(near))])
         self._hear(sorted(near), words, now)
-        late = {rank for rank in near if self._silence_s(rank, now) > 1.5 * BEAT_SECONDS}
+        late = {rank for rank in near if self._silence_s(rank, now) > 1.9 * BEAT_SECONDS}
         far = {rank for ring in rings if late & {*ring.ranks} for rank in ring.ranks} if late else set()
         far -= {self.rank, *near}
         if far:  # a whole host may be gone: nobody but its neighbour looks at so many
-            self._hear(sorted(far), read_all(self.store, [beat_key(rank) for rank in sorted(far)]), now)
+            self._hear(sorted(far), self._far_words(sorted(far)), now)
         self.heard = {rank: heard for rank, heard in self.heard.items() if rank in far or rank in near}
         if any(self._silence_s(rank, now) > GONE_AFTER_SECONDS for rank in late):
             self._say_silent([rank for rank in self.heard if self._silence_s(rank, now) > 0.9 * BEAT_SECONDS])
         self.read_alarms(int(count))
+
+    def _far_words(self, ranks: Sequence[int]) -> list[bytes]:
+        """Heartbeats of many ranks: one question, once it is known that all of them have come."""
+        keys = [beat_key(rank) for rank in ranks]
+        if self._here >= {*ranks}:
+            return [bytes(word) for word in self.store.multi_get(keys)]
+        words = read_all(self.store, keys)
+        self._here |= {rank for rank, word in zip(ranks, words, strict=True) if word}
+        return words
 
     def _hear(self, ranks: Sequence[int], words: Sequence[bytes], now: float) -> None:
         for rank, word in zip(ranks, words, strict=True):
