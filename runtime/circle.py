@@ -188,7 +188,7 @@ class Circle:
                     self._suspected = time.monotonic()
                 self._suspects |= new
         patience_s = BEAT_SECONDS if patience_s is None else patience_s
-        if self._suspects and time.monotonic() - self._suspected >= patience_s:
+        if self._suspects and time.monotonic() - self._suspected >= patience_s * self.heart.slowness:
             with store_errors():
                 words = read_all(self.store, [beat_key(rank) for rank in self._suspects])
             beats = zip(self._suspects.items(), map(Beat.parse, words), strict=True)

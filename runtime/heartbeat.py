@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
@@ -79,7 +80,8 @@ class Heartbeat(threading.Thread):
         store: of the job.
         rank: this one.
 
-    `alarms` are all that have come so far; `wait` is the wait of the main thread, once it is long.
+    `alarms` are all that have come so far; `wait` is the wait of the main thread, once it is long; `slowness` says how
+    many times longer the last beats took than they should: on a busy machine, others are late too.
     """
 
     def __init__(self, store: Store, rank: int) -> None:
@@ -94,6 +96,8 @@ class Heartbeat(threading.Thread):
         self._log = Alarms(store)
         self._is_counted = False
         self._here: set[int] = set()
+        self.slowness = 1.0
+        self._times: deque[float] = deque(maxlen=5)
         self._lock = threading.Lock()
         self._told: dict[int, bytes] = {}
         self._has_told = False
@@ -148,19 +152,21 @@ class Heartbeat(threading.Thread):
             return
         near = {rank for ring in rings if (rank := self.neighbour(ring)) is not None}
         now = time.monotonic()
+        self._times.append(now)
+        self.slowness = max(1.0, *((b - a) / BEAT_SECONDS for a, b in itertools.pairwise([now, *self._times])))
         if not self._is_counted:  # that the count can be read, though it is none
             self._is_counted = self.store.add(COUNT, 0) >= 0
         for rank in near - self.heard.keys():
             self.store.compare_set(beat_key(rank), "", "")  # that it can be read, though it has not come yet
         count, *words = self.store.multi_get([COUNT, *map(beat_key, sorted(near))])
         self._hear(sorted(near), words, now)
-        late = {rank for rank in near if self._silence_s(rank, now) > 1.9 * BEAT_SECONDS}
+        late = {rank for rank in near if self._silence_s(rank, now) > 1.9 * BEAT_SECONDS * self.slowness}
         far = {rank for ring in rings if late & {*ring.ranks} for rank in ring.ranks} if late else set()
         far -= {self.rank, *near}
         if far:  # a whole host may be gone: nobody but its neighbour looks at so many
             self._hear(sorted(far), self._far_words(sorted(far)), now)
         self.heard = {rank: heard for rank, heard in self.heard.items() if rank in far or rank in near}
-        if any(self._silence_s(rank, now) > GONE_AFTER_SECONDS for rank in late):
+        if any(self._silence_s(rank, now) > GONE_AFTER_SECONDS * self.slowness for rank in late):
             self._say_silent([rank for rank in self.heard if self._silence_s(rank, now) > 0.9 * BEAT_SECONDS])
         self.read_alarms(int(count))
 
