@@ -52,7 +52,7 @@ class Circle:
     def __init__(self, heart: Heartbeat, ranks: tuple[int, ...], name: str, limit_s: float) -> None:
         self.heart, self.ranks, self.name, self.limit_s = heart, ranks, name, limit_s
         self.store: Store = heart.store
-        self.rank = heart.rank
+        self.rank, self.at = heart.rank, ranks.index(heart.rank)
         self.call = 0
         self.compared = 0
         self.failed_call = -1
@@ -131,7 +131,7 @@ class Circle:
 
     def drifted(self, wait: Wait, seen: Seen) -> str:
         """Describes how the next rank's work does not match this one's; empty if it does, as far as it is known."""
-        rank = self.heart.neighbour(self.ranks)
+        rank = self.heart.neighbour(self)
         beat = self.heart.beat_of(rank) if rank is not None else None
         if rank is None or beat is None:
             return ""
@@ -188,7 +188,7 @@ class Circle:
                     self._suspected = time.monotonic()
                 self._suspects |= new
         patience_s = BEAT_SECONDS if patience_s is None else patience_s
-        if self._suspects and time.monotonic() - self._suspected >= patience_s:
+        if self._suspects and time.monotonic() - self._suspected >= patience_s * self.heart.slowness:
             with store_errors():
                 words = read_all(self.store, [beat_key(rank) for rank in self._suspects])
             beats = zip(self._suspects.items(), map(Beat.parse, words), strict=True)

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
@@ -57,9 +58,10 @@ class Watcher(Protocol):
 
 
 class Member(Protocol):
-    """Whoever needs to know whether ranks live."""
+    """Whoever needs to know whether ranks live: they form a ring, in which this one has the place `at`."""
 
     ranks: tuple[int, ...]
+    at: int
 
 
 class Heard(NamedTuple):
@@ -78,7 +80,8 @@ class Heartbeat(threading.Thread):
         store: of the job.
         rank: this one.
 
-    `alarms` are all that have come so far; `wait` is the wait of the main thread, once it is long.
+    `alarms` are all that have come so far; `wait` is the wait of the main thread, once it is long; `slowness` says how
+    many times longer the last beats took than they should: on a busy machine, others are late too.
     """
 
     def __init__(self, store: Store, rank: int) -> None:
@@ -92,6 +95,9 @@ class Heartbeat(threading.Thread):
         self.heard: dict[int, Heard] = {}
         self._log = Alarms(store)
         self._is_counted = False
+        self._here: set[int] = set()
+        self.slowness = 1.0
+        self._times: deque[float] = deque(maxlen=5)
         self._lock = threading.Lock()
         self._told: dict[int, bytes] = {}
         self._has_told = False
@@ -103,12 +109,8 @@ class Heartbeat(threading.Thread):
         atexit.register(self.stop)
 
     def run(self) -> None:
-        began = time.monotonic()
         for count in itertools.count(1):
-            if not self._beat(count):
-                return
-            began = max(began + BEAT_SECONDS, time.monotonic())  # the last beat may have taken long
-            if self.over.wait(began - time.monotonic()):
+            if not self._beat(count) or self.over.wait(BEAT_SECONDS):
                 return
 
     def _beat(self, count: int) -> bool:
@@ -145,25 +147,37 @@ class Heartbeat(threading.Thread):
 
     def listen(self) -> None:
         """Hear the neighbours, and read new alarms. Raises RuntimeError if the store is gone."""
-        rings = [member.ranks for ref in self._members if (member := ref()) is not None]
+        rings = [member for ref in self._members if (member := ref()) is not None]
         if not rings:
             return
-        near = {rank for ranks in rings if (rank := self.neighbour(ranks)) is not None}
+        near = {rank for ring in rings if (rank := self.neighbour(ring)) is not None}
         now = time.monotonic()
+        self._times.append(now)
+        self.slowness = max(1.0, *((b - a) / BEAT_SECONDS for a, b in itertools.pairwise([now, *self._times])))
         if not self._is_counted:  # that the count can be read, though it is none
             self._is_counted = self.store.add(COUNT, 0) >= 0
         for rank in near - self.heard.keys():
             self.store.compare_set(beat_key(rank), "", "")  # that it can be read, though it has not come yet
         count, *words = self.store.multi_get([COUNT, *map(beat_key, sorted(near))])
         self._hear(sorted(near), words, now)
-        late = {rank for rank in near if self._silence_s(rank, now) > 1.5 * BEAT_SECONDS}
-        far = {rank for ranks in rings if late & {*ranks} for rank in ranks} - {self.rank, *near}
+        late = {rank for rank in near if self._silence_s(rank, now) > 1.9 * BEAT_SECONDS * self.slowness}
+        far = {rank for ring in rings if late & {*ring.ranks} for rank in ring.ranks} if late else set()
+        far -= {self.rank, *near}
         if far:  # a whole host may be gone: nobody but its neighbour looks at so many
-            self._hear(sorted(far), read_all(self.store, [beat_key(rank) for rank in sorted(far)]), now)
+            self._hear(sorted(far), self._far_words(sorted(far)), now)
         self.heard = {rank: heard for rank, heard in self.heard.items() if rank in far or rank in near}
-        if any(self._silence_s(rank, now) > GONE_AFTER_SECONDS for rank in late):
+        if any(self._silence_s(rank, now) > GONE_AFTER_SECONDS * self.slowness for rank in late):
             self._say_silent([rank for rank in self.heard if self._silence_s(rank, now) > 0.9 * BEAT_SECONDS])
         self.read_alarms(int(count))
+
+    def _far_words(self, ranks: Sequence[int]) -> list[bytes]:
+        """Heartbeats of many ranks: one question, once it is known that all of them have come."""
+        keys = [beat_key(rank) for rank in ranks]
+        if self._here >= {*ranks}:
+            return [bytes(word) for word in self.store.multi_get(keys)]
+        words = read_all(self.store, keys)
+        self._here |= {rank for rank, word in zip(ranks, words, strict=True) if word}
+        return words
 
     def _hear(self, ranks: Sequence[int], words: Sequence[bytes], now: float) -> None:
         for rank, word in zip(ranks, words, strict=True):
@@ -192,12 +206,11 @@ class Heartbeat(threading.Thread):
         """The ranks that have left word of their end."""
         return {alarm.rank: alarm for alarm in list(self.alarms) if alarm.kind == "left"}
 
-    def neighbour(self, ranks: tuple[int, ...]) -> int | None:
-        """The next in the ring of these ranks that has not ended; None if there is no other."""
-        at = ranks.index(self.rank)
+    def neighbour(self, ring: Member) -> int | None:
+        """The next rank of a ring that has not ended; None if there is no other."""
         gone = self.departed()
-        behind = itertools.chain(range(at + 1, len(ranks)), range(at))
-        return next((ranks[i] for i in behind if ranks[i] not in gone), None)
+        behind = itertools.chain(range(ring.at + 1, len(ring.ranks)), range(ring.at))
+        return next((ring.ranks[i] for i in behind if ring.ranks[i] not in gone), None)
 
     def beat_of(self, rank: int) -> Beat | None:
         """The last heartbeat of a neighbour; None if it was never heard."""

@@ -126,7 +126,7 @@ class Meetings(Circle):
 
     def _raise_stuck(self, wait: Wait, what: str) -> None:
         """Raise if the next rank waits in the same call for a collective that this rank has not begun."""
-        rank = self.heart.neighbour(self.ranks)
+        rank = self.heart.neighbour(self)
         beat = self.heart.beat_of(rank) if rank is not None else None
         if rank is None or beat is None or not wait.still_waits(rank, beat):
             return

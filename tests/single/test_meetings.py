@@ -167,7 +167,7 @@ def test_the_dead_are_named_by_all(start: Start, dead: tuple[int, ...]) -> None:
         assert isinstance(said, PeerError)
         assert f"{names} of [0, 1, 2, 3, 4, 5, 6, 7] {'is' if len(dead) == 1 else 'are'} gone: rank " in str(said)
         assert "waited for the comparison of the plan" in str(said)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_a_failure_is_told_to_all_who_wait(start: Start) -> None:
