@@ -9,7 +9,7 @@ is Megatron's pattern where the parameters are placed as Megatron places them (S
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from zgraph.ir import Graph, Node, Partial, Placement, Replicate, Shard, TensorType
 from zgraph.ir.axis_rules import collective
@@ -31,11 +31,20 @@ class Choices:
         strategies: by the node's position.
         rules: of each node; None where it has none.
         reduced: values that are partial sums where they are made, and are reduced there.
+        views: values that are made where they are read: wherever what they view is.
+        ways: how a value comes to a placement, where that was chosen: from another placement of it, or of what it
+            views.
     """
 
     strategies: tuple[Strategy, ...]
     rules: tuple[Rule | None, ...]
     reduced: frozenset[str]
+    views: frozenset[str] = frozenset()
+    ways: Mapping[tuple[str, Placement], tuple[str, Placement]] = field(default_factory=dict)
+
+    def any_place(self, name: str) -> Placement:
+        """A placement that a view can have, for ops that read its type alone."""
+        return next((place for viewed, place in self.ways if viewed == name), R)
 
 
 def choose(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int) -> Choices:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the workspace of ops
 from zgraph.cost import CostTable, Moment, simulate, traffic
-from zgraph.cost.rest import at_rest
+from zgraph.cost.rest import UPDATE_PASSES, at_rest
 from zgraph.cost.work import work
 from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.ir import Axis, Graph, InputKind, Phase
@@ -28,9 +28,6 @@ from zgraph.passes.fit import Fit
 from zgraph.passes.fuse import Fuse
 from zgraph.passes.fusion.loss import fused_losses, loss_nodes
 from zgraph.passes.offload import Saved
-
-UPDATE_PASSES = 7
-"""How often AdamW's update goes over memory as large as the masters: it reads four tensors and writes three."""
 
 RESTING = ("parameters", "optimizer", "buffers")
 CATEGORIES = (*RESTING, "gradients", "activations", "gathered", "temporaries", "buckets")
