@@ -35,6 +35,7 @@ from zgraph.ir import (
     Output,
     OutputKind,
     Partial,
+    Phase,
     Placement,
     Replicate,
     TensorType,
@@ -45,7 +46,7 @@ from zgraph.ir import (
 from zgraph.ir.graph import map_values
 from zgraph.ir.parts import part_along
 from zgraph.ir.rules import Call, localised, rule_of
-from zgraph.passes.analysis.placing import Choices, choose, wire_bytes
+from zgraph.passes.analysis.placing import choose, wire_bytes
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.placements import Search
 
@@ -141,7 +142,10 @@ class _Placer:
     def run(self) -> Graph:
         choices = self.choices
         inputs = tuple(map(self.input, self.source.inputs))
+        returned = [o for o in self.source.outputs if o.phase is Phase.forward]
         for node, strategy, rule in zip(self.source.nodes, choices.strategies, choices.rules, strict=True):
+            while returned and node.phase is not Phase.forward:
+                self.output(returned.pop())
             if node.results and node.results[0].name in choices.views:
                 self.have[node.results[0].name] = {}
                 continue

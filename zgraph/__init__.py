@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zgraph.engine.initialize import initialize_engine as initialize
     from zgraph.estimate.plan import plan, sweep
     from zgraph.options.lengths import Lengths
+    from zgraph.options.searched import search_placements
     from zgraph.passes.core.registry import register_pass
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "recipe",
     "register_pass",
     "report",
+    "search_placements",
     "sweep",
     "trace",
 ]
@@ -66,6 +68,7 @@ _HOMES = {
     "zgraph.engine.initialize": ("add_config_arguments", "init_distributed", "initialize", "initialize_engine"),
     "zgraph.estimate.plan": ("plan", "sweep"),
     "zgraph.options.lengths": ("Lengths",),
+    "zgraph.options.searched": ("search_placements",),
     "zgraph.passes.core.registry": ("register_pass",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

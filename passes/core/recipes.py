@@ -39,10 +39,16 @@ def recipe_for(kernels: str, recipe: str, compute: str | None = None) -> str:
     return recipe.replace("canonicalize,", f"canonicalize,{COMPUTES[compute]},", 1) if compute else recipe
 
 
-def along_model_axes(recipe: str) -> str:
-    """The recipe with parameters cut along the axes of tensor parallelism first, of which kernels are not generated."""
+def along_model_axes(recipe: str, searches: str = "") -> str:
+    """The recipe with parameters cut along the axes of tensor parallelism first, of which kernels are not generated.
+
+    Args:
+        recipe: a stage's.
+        searches: what `place` searches: nothing, `values`, or with parameters `all`.
+    """
+    place = f"place(search={searches})" if searches else "place"
     recipe = re.sub(r"fuse(\([^)]*\))?,", "", recipe)
-    return recipe.replace("canonicalize,", "canonicalize,place,", 1).replace("broadcast,", "exchange,broadcast,", 1)
+    return recipe.replace("canonicalize,", f"canonicalize,{place},", 1).replace("broadcast,", "exchange,broadcast,", 1)
 
 
 MIXED = RECIPES[3]

@@ -118,4 +118,3 @@ class Prices:
             line, sent = costs.gather_alpha_beta(self.mesh), numel * kind.dtype.itemsize * (1 - 1 / shards)
             us += 1e6 * ROUNDS[stage] * sent / line.bytes_per_s
         return us
-

@@ -2,17 +2,19 @@
 
 Variables, all between 0 and 1:
 
-    x[i, s]      node i takes strategy s, or input i has placement s: integers, of which one is 1
-    a[g, p]      the group g is at hand at its spot p
-    e[g, q, p]   it is brought there from spot q, where it is made: paid once for all that read it
+    x[i, s]        node i takes strategy s, or input i has placement s: integers, of which one is 1
+    f[g, r, q, p]  group g is made at its spot q, and read by r at spot p: the product of two choices
+    e[g, q, p]     g is brought from q to p, which is paid once for all that read it
 
-    sum of x[i, s] over strategies of i that read g at p  <=  a[g, p]
-    a[g, p]     <=  sum of x that make g at p  +  sum of e[g, q, p] over q  +  (a[g, whole] where p is a part)
-    e[g, q, p]  <=  sum of x that make g at q
+    sum over p of f[g, r, q, p]  =  sum of x that make g at q
+    sum over q of f[g, r, q, p]  =  sum of x of r that read g at p
+    f[g, r, q, p]  <=  e[g, q, p]  +  (the least of e[g, q, whole] and of what takes the part p of the whole)
 
-With x chosen, the rest is linear and comes out whole. Nodes of repeated blocks share their variables, and so do groups
-that are made and read alike. The program is that of AutoParallel and of Alpa's intra-operator pass (Zheng et al., 2022),
-but that reshards are shared among readers.
+With x chosen, the rest is linear and comes out whole. The flows f make the relaxation tight: on most models its bound is
+the optimum. Nodes of repeated blocks share their variables, and so do groups that are made and read alike.
+
+The choice of a strategy for each node with prices on edges is that of Alpa (Zheng et al., "Alpa: Automating Inter- and
+Intra-Operator Parallelism", 2022); views are contracted and reshards shared here.
 """
 
 from __future__ import annotations
@@ -260,7 +262,9 @@ class Program:
 
         pairs = dict.fromkeys(pair for flow in flows.values() for pair in flow)
         to_whole = {
-            old: way(self.reshard_us(group, old, whole)) for old in dict.fromkeys(old for old, _ in pairs) if old != whole
+            old: way(self.reshard_us(group, old, whole))
+            for old in dict.fromkeys(old for old, _ in pairs)
+            if old != whole
         }
         parts = {
             new: way(self.reshard_us(group, whole, new))

@@ -1,7 +1,7 @@
 """Search of where things live along one axis: the program solved, and read as choices that `place` carries out.
 
-A solution says how each node goes. How each group of values then comes to where it is read is written out here: straight
-from where it is made, or as a part of the whole where the whole is there, whichever takes less.
+A solution says how each node goes. How each group of values then comes to where it is read is written out here:
+straight from where it is made, or as a part of the whole where the whole is there, whichever takes less.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from zgraph.errors import PlacementError
-from zgraph.ir import Axis, Graph, OutputKind, Placement, Replicate, TensorType
+from zgraph.ir import Axis, Graph, OutputKind, Placement, Replicate, TensorType, num_data_ranks
 from zgraph.ir.rules import Strategy
 from zgraph.passes.analysis.placing import Choices
 from zgraph.passes.core.base import Context
@@ -83,7 +83,8 @@ class Search:
                 f"a search along {axis.name} begins with whole tensors, and the graph is placed along "
                 f"{', '.join(a.name for a in graph.mesh)}: search along the first axis, and state the others"
             )
-        self.space = Space(graph, axis.size, fixed, free=free)
+        data = num_data_ranks(context.mesh)
+        self.space = Space(graph, axis.size, fixed, free=free, is_sharded=data > 1)
         self.prices = Prices(graph, axis, context)
         self.program = Program(self.space, self.prices)
 
@@ -133,9 +134,7 @@ class Search:
             places[entry.value.name] = place
             if entry.value.name in space.trained:
                 total_us += self.prices.at_rest_us(entry, place)
-        views = frozenset(
-            node.results[0].name for at, node in enumerate(graph.nodes) if space.is_view_at(at)
-        )
+        views = frozenset(node.results[0].name for at, node in enumerate(graph.nodes) if space.is_view_at(at))
         choices = Choices(strategies, space.rules, frozenset(), views, ways)
         return Found(places, choices, total_us, solved.bound_us, sent)
 
@@ -184,9 +183,7 @@ class Search:
             place = found
         return group.numbers[name, place or R]
 
-    def _bring(
-        self, group: Group, made: int, needed: Mapping[int, None], ways: dict[Pair, Pair]
-    ) -> tuple[float, int]:
+    def _bring(self, group: Group, made: int, needed: Mapping[int, None], ways: dict[Pair, Pair]) -> tuple[float, int]:
         """Note how a group comes to where it is read; the time and the bytes that it takes."""
         whole = group.numbers[group.root.name, R]
         straight = self._sources(group, made, needed, whole if whole in needed else made)

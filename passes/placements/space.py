@@ -63,6 +63,7 @@ class Space:
         num_ranks: ranks along the axis.
         fixed: inputs whose placement is given, by name.
         free: whether other parameters may be cut.
+        is_sharded: whether data axes shard what is left of parameters, along dim 0: that is not cut in blocks then.
 
     Attributes:
         trained: names of values that come of parameters.
@@ -77,8 +78,11 @@ class Space:
         group_of: of each value by name, the number of its group.
     """
 
-    def __init__(self, graph: Graph, num_ranks: int, fixed: Mapping[str, Placement], *, free: bool) -> None:
-        self.graph, self.num_ranks, self.fixed, self.free = graph, num_ranks, fixed, free
+    def __init__(
+        self, graph: Graph, num_ranks: int, fixed: Mapping[str, Placement], *, free: bool, is_sharded: bool
+    ) -> None:
+        self.graph, self.num_ranks, self.fixed = graph, num_ranks, fixed
+        self.free, self.is_sharded = free, is_sharded
         self.stands = twins(graph)
         self.members = instances(self.stands)
         known: dict[int, Rule | None] = {at: _rule(graph.nodes[at]) for at in self.members}
@@ -233,7 +237,11 @@ class Space:
             return (R,)
         shape = value.tensor.shape
         known = sorted(self.known.get(self.keys[value.name], ()), key=str)
-        return (R, *(p for p in known if p.divides(shape[p.dim], self.num_ranks)))
+        return (R, *(p for p in known if p.divides(shape[p.dim], self.num_ranks) and self._is_kept(p)))
+
+    def _is_kept(self, place: Shard) -> bool:
+        """Whether a DTensor may be placed so."""
+        return len(set(place.blocks)) == 1 and (len(place.blocks) == 1 or place.dim > 0 or not self.is_sharded)
 
     def _grouped(self) -> tuple[tuple[Group, ...], dict[str, int]]:
         """Values with their views."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,9 @@ from zgraph.errors import PlacementError, UsageError, did_you_mean
 from zgraph.ir import Shard
 from zgraph.runtime.model_ranks import Cuts, model_mesh
 
-Placements = Mapping[str, Placement | str]
+Placements = Mapping[str, Placement | str] | Literal["auto"]
 """From patterns of parameters' names to `Shard(dim)` or `Replicate()` of torch, or a graph's text of it: `S1/3` cuts
-dim 1 in each of three blocks."""
+dim 1 in each of three blocks. `"auto"` searches for them."""
 
 AXIS = "tensor"
 
@@ -136,6 +137,8 @@ def cuts_of(model: nn.Module, placements: Placements | None, mesh: DeviceMesh) -
         PlacementError: a parameter does not divide.
     """
     num_ranks = mesh.size(0)
+    if isinstance(placements, str):
+        raise UsageError(f'placements must be "auto", or from names of parameters to placements, not {placements!r}')
     found = dict(_planned(model, num_ranks) if placements is None else _given(model, placements))
     parameters = dict(model.named_parameters())
     if placements is None and not found:
@@ -158,7 +161,7 @@ def cuts_of(model: nn.Module, placements: Placements | None, mesh: DeviceMesh) -
     return {name: ((AXIS, place),) for name, place in found.items()}
 
 
-def _given(model: nn.Module, placements: Placements) -> Iterator[tuple[str, Shard]]:
+def _given(model: nn.Module, placements: Mapping[str, Placement | str]) -> Iterator[tuple[str, Shard]]:
     """Placements by the user's patterns: the last that fits a name counts."""
     parameters = dict(model.named_parameters())
     found: dict[str, Shard | None] = {}

@@ -22,6 +22,7 @@ from zgraph.ir.layout import chunk_numel
 from zgraph.options.lengths import Lengths, check_lengths
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
 from zgraph.options.parallel import AXIS, Placements, check_parallel, cuts_of, mesh_of
+from zgraph.options.searched import FoundPlacements, searched, usual_inputs
 from zgraph.options.validate import (
     Compute,
     Fullgraph,
@@ -185,16 +186,19 @@ def resolve(
     kernels, remark = kernels_for(kernels, device)
     replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
     parallel = mesh_of(device, mesh, tensor_parallel)
+    costs = cost_table(hardware, device)
+    if parallel is not None and placements == "auto":
+        tensor, data = parallel.size(0), parallel.size(1)
+        placements = searched(model, (), usual_inputs(model), costs, tensor, data, computed)
     cuts = cuts_of(model, placements, parallel) if parallel is not None else {}
     if parallel is None and placements is not None:
         raise UsageError("placements= says how parameters are cut; give tensor_parallel= too")
     if parallel is not None:
         check_parallel(kernels, offload, fullgraph, dynamic, compute, has_recipe=passes is not None)
         dynamic = False
-    pipeline = pipeline_of(_passes(stage, kernels, compute, passes, replayed, is_parallel=parallel is not None))
+    pipeline = pipeline_of(_passes(stage, kernels, compute, passes, replayed, _axes(parallel, placements)))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
-    costs = cost_table(hardware, device)
     mesh = parallel or _mesh(device, mesh)
     num_ranks = mesh.size() if mesh is not None else 1
     budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device, num_ranks)
@@ -283,15 +287,21 @@ def _passes(
     compute: Compute | None,
     passes: Passes | None,
     replayed: RunFile | None,
-    *,
-    is_parallel: bool,
+    axes: Literal["", "stated", "searched"],
 ) -> str | Pipeline | Sequence[Pass]:
     if replayed is not None:
         return replayed.recipe
     if passes is not None:
         return str(passes) if isinstance(passes, Path) else passes
     recipe = recipe_for(kernels, RECIPES[stage] if isinstance(stage, int) else MIXED, compute)
-    return along_model_axes(recipe) if is_parallel else recipe
+    return along_model_axes(recipe, searches="values" if axes == "searched" else "") if axes else recipe
+
+
+def _axes(parallel: DeviceMesh | None, placements: Placements | None) -> Literal["", "stated", "searched"]:
+    """How values are placed along a model axis: by the placements of parameters, or as a search has it."""
+    if parallel is None:
+        return ""
+    return "searched" if isinstance(placements, FoundPlacements) else "stated"
 
 
 def _mesh(device: torch.device, mesh: DeviceMesh | None) -> DeviceMesh | None:
