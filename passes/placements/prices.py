@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from zgraph.cost.forms import ROUNDS
 from zgraph.cost.rest import UPDATE_PASSES
-from zgraph.ir import OPS, Axis, Graph, Input, Mesh, Node, Placement, Replicate, Shard, TensorType, Type, Value
+from zgraph.ir import OPS, Arg, Axis, Graph, Input, Mesh, Node, Placement, Replicate, Shard, TensorType, Type, Value
 from zgraph.ir.axis_rules import collective
 from zgraph.ir.graph import map_values
 from zgraph.ir.parts import part_along
@@ -90,7 +90,9 @@ class Prices:
         op = collective(old, new)
         if not op:
             return float("inf"), 0
-        options = [("axis", self.axis.name), *([("dim", new.dim)] if isinstance(new, Shard) else [])]
+        options: list[tuple[str, Arg]] = [("axis", self.axis.name)]
+        if isinstance(new, Shard):
+            options.append(("dim", new.dim))
         if isinstance(new, Shard) and len(new.blocks) > 1:
             options.append(("blocks", new.blocks))
         made = self.local(kind, new)

@@ -10,7 +10,7 @@ Variables, all between 0 and 1:
     sum over q of f[g, r, q, p]  =  sum of x of r that read g at p
     f[g, r, q, p]  <=  e[g, q, p]  +  (the least of e[g, q, whole] and of what takes the part p of the whole)
 
-With x chosen, the rest is linear and comes out whole. The flows f make the relaxation tight: on most models its bound is
+With x chosen, the rest is linear and comes out whole. The flows f make the relaxation tight, its bound near
 the optimum. Nodes of repeated blocks share their variables, and so do groups that are made and read alike.
 
 The choice of a strategy for each node with prices on edges is that of Alpa (Zheng et al., "Alpa: Automating Inter- and
@@ -158,7 +158,7 @@ class Program:
         """What brings groups to where they are read; of groups that are alike, once."""
         makers = self._makers()
         readers = self._readers()
-        known: dict[Hashable, dict[int, int]] = {}
+        known: dict[Hashable, dict[int, float]] = {}
         for number, reads in readers.items():
             group = self.space.groups[number]
             made = makers[number]
@@ -175,8 +175,9 @@ class Program:
         found: list[dict[int, list[int]]] = [{} for _ in space.groups]
         for entry in space.graph.inputs:
             number = space.group_of[entry.value.name]
-            for place, x in self.chosen[self.own[entry.value.name]].items():
-                found[number].setdefault(space.groups[number].numbers[entry.value.name, place], []).append(x)
+            for own, x in self.chosen[self.own[entry.value.name]].items():
+                assert not isinstance(own, Strategy)
+                found[number].setdefault(space.groups[number].numbers[entry.value.name, own], []).append(x)
         for at, node in enumerate(space.graph.nodes):
             for s, x in self.chosen.get(space.stands[at], {}).items():
                 for value, place in zip(node.results, s.outs, strict=True) if isinstance(s, Strategy) else ():
@@ -207,9 +208,9 @@ class Program:
                 continue
             if output.kind is OutputKind.grad and output.target in space.graph.param_names:
                 owner = self.own[output.target]
-                for place, x in self.chosen[owner].items():
-                    assert not isinstance(place, Strategy)
-                    reads(output.value.name, place, owner, [x])
+                for own, x in self.chosen[owner].items():
+                    assert not isinstance(own, Strategy)
+                    reads(output.value.name, own, owner, [x])
             else:
                 reads(output.value.name, R, "output", ())
         return found

@@ -163,11 +163,10 @@ class Search:
         for output in space.graph.outputs:
             if output.value is None or not isinstance(output.value.type, TensorType):
                 continue
-            place = R
-            if output.kind is OutputKind.grad and output.target in space.graph.param_names:
-                place = solved.choices[output.target]
-            assert not isinstance(place, Strategy)
-            reads(output.value.name, place)
+            is_grad = output.kind is OutputKind.grad and output.target in space.graph.param_names
+            wanted = solved.choices[output.target] if is_grad else R
+            assert not isinstance(wanted, Strategy)
+            reads(output.value.name, wanted)
         return needed
 
     def _made(self, solved: Solved, strategies: tuple[Strategy, ...], group: Group) -> int:

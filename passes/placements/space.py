@@ -298,8 +298,9 @@ def is_view(graph: Graph, node: Node) -> bool:
     if len(node.operands) != 1 or len(node.results) != 1 or not views(graph, node):
         return False
     old, new = node.operands[0].type, node.results[0].type
-    both = isinstance(old, TensorType) and isinstance(new, TensorType)
-    return both and old.dtype is new.dtype and old.numel == new.numel
+    if not isinstance(old, TensorType) or not isinstance(new, TensorType):
+        return False
+    return old.dtype is new.dtype and bool(old.numel == new.numel)
 
 
 def _spots(starts: Sequence[Pair], joins: Mapping[Pair, Sequence[Pair]]) -> tuple[Mapping[str, Placement], ...]:

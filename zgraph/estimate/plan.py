@@ -37,6 +37,7 @@ class TrainingPlan:
         budget_bytes: bytes that one rank may have alive.
         stages: one plan for each stage that was asked for, and the best of them with a stage for each parameter where
             that is faster.
+        tensor_parallel: ranks that compute each op together.
     """
 
     model: str
@@ -45,6 +46,7 @@ class TrainingPlan:
     hardware: str
     budget_bytes: int
     stages: tuple[StagePlan, ...]
+    tensor_parallel: int = 1
 
     @property
     def best(self) -> StagePlan | None:
@@ -72,7 +74,7 @@ class TrainingPlan:
         title = (
             f"{self.model}, {parameters(self.num_parameters)} on {self.num_ranks} ranks of "
             f"{self.hardware}, {gibibytes(self.budget_bytes)} each"
-        )
+        ) + (f", {self.tensor_parallel} compute together" if self.tensor_parallel > 1 else "")
         name, unit = ("GiB", 2**30) if any(p.total_bytes >= 2**30 for p in self.stages) else ("MiB", 2**20)
         table = Table(title=f"{title}; sizes in {name}", title_justify="left")
         uses_host = any(plan.host_bytes for plan in self.stages)
@@ -135,6 +137,7 @@ def plan(
     param_dtype: Dtype | None = None,
     kernels: Kernels | None = None,
     compute: Compute | None = None,
+    tensor_parallel: int = 1,
     **kwargs: Any,
 ) -> TrainingPlan:
     """Plans memory and time of training a model with AdamW, without the hardware: no process group, device or memory.
@@ -157,6 +160,8 @@ def plan(
         kernels: what runs the ops between collectives, as in `zgraph.compile`; by default what that takes on the
             hardware. "inductor" and "auto" are planned op by op, as if Inductor saved nothing.
         compute: what matrices are multiplied in, as in `zgraph.compile`.
+        tensor_parallel: ranks that compute each op together, with the same batch, by placements that are searched as
+            `zgraph.search_placements` does.
 
     Raises:
         UsageError, DtypeError: an option means nothing.
@@ -174,6 +179,7 @@ def plan(
         param_dtype=param_dtype,
         kernels=kernels,
         compute=compute,
+        tensor_parallel=tensor_parallel,
         **kwargs,
     )
     return found
@@ -190,6 +196,7 @@ def sweep(
     param_dtype: Dtype | None = None,
     kernels: Kernels | None = None,
     compute: Compute | None = None,
+    tensor_parallel: int = 1,
     **kwargs: Any,
 ) -> tuple[TrainingPlan, ...]:
     """`plan` for several kinds of hardware, with the model captured once.
@@ -197,6 +204,7 @@ def sweep(
     Args:
         hardware: what to plan for, one plan each.
         model, args, kwargs, num_ranks, memory_budget, stage, offload, param_dtype, kernels, compute: as for `plan`.
+        tensor_parallel: as for `plan`.
 
     Raises:
         UsageError, HardwareError, CaptureError, GraphBreakError: as `plan` does.
@@ -210,7 +218,10 @@ def sweep(
     dtype = as_dtype_or_none(param_dtype, "param_dtype")
     check_kernels(kernels, has_recipe=False)
     check_compute(compute)
-    makers = [_planner(target, num_ranks, memory_budget, offload, kernels, compute) for target in hardware]
+    _check_parallel(tensor_parallel, compute)
+    makers = [
+        _planner(target, num_ranks, memory_budget, offload, kernels, compute, tensor_parallel) for target in hardware
+    ]
     samples = capture_samples(model, args, kwargs, dtype)
     num_parameters = sum(p.numel() for p in model.parameters())
     sizes = [(n, p.numel() * compute_dtype(p, dtype).itemsize) for n, p in model.named_parameters()]
@@ -219,7 +230,13 @@ def sweep(
         planner = make(samples)
         found = tuple(map(planner.plan, stages))
         whole = TrainingPlan(
-            type(model).__name__, num_parameters, planner.num_ranks, planner.costs.hardware.name, planner.budget, found
+            type(model).__name__,
+            num_parameters,
+            planner.num_ranks,
+            planner.costs.hardware.name,
+            planner.budget,
+            found,
+            tensor_parallel,
         )
         if stage is None and whole.best is not None:
             refined = planner.refined(whole.best, sizes)
@@ -235,11 +252,14 @@ def _planner(
     offload: Offload,
     kernels: Kernels | None,
     compute: Compute | None,
+    tensor: int,
 ) -> Callable[[LayerSamples], Planner]:
     """A planner for one kind of hardware, once the model is captured."""
     costs = cost_table(target, torch.device("cpu"))
     hardware = costs.hardware
     count = hardware.num_devices if num_ranks is None else num_ranks
+    if count % tensor:
+        raise UsageError(f"tensor_parallel={tensor} does not divide the {count} ranks; take a multiple of it")
     budget = planned_budget(hardware, count) if memory_budget is None else num_bytes(memory_budget)
     host_bytes = hardware.host_memory_bytes * (1 - MEMORY_MARGIN) / hardware.spread(count)[1]
     return partial(
@@ -252,7 +272,18 @@ def _planner(
         moves=activations(offload, budget, is_gpu=hardware.has_host) != "never",
         kernels=kernels or default_kernels(is_gpu=hardware.has_host),
         compute=compute,
+        tensor=tensor,
     )
+
+
+def _check_parallel(tensor_parallel: int, compute: Compute | None) -> None:
+    """Refuse what does not go with ranks that compute together."""
+    if isinstance(tensor_parallel, bool) or not isinstance(tensor_parallel, int) or tensor_parallel < 1:
+        raise UsageError(f"tensor_parallel must be a number of ranks, 1 or more, not {tensor_parallel!r}")
+    if tensor_parallel > 1 and compute is not None:
+        raise UsageError(
+            f"float8 takes its scales from whole matrices: leave compute={compute!r} or tensor_parallel= out"
+        )
 
 
 def seconds(us: float) -> str:

@@ -17,9 +17,18 @@ from zgraph.cost import CostTable, Moment, simulate, traffic
 from zgraph.cost.rest import UPDATE_PASSES, at_rest
 from zgraph.cost.work import work
 from zgraph.estimate.layer_scaling import LayerSamples
-from zgraph.ir import Axis, Graph, InputKind, Phase
+from zgraph.ir import Axis, Graph, InputKind, Mesh, Phase
 from zgraph.options.validate import Compute, Kernels
-from zgraph.passes import RECIPES, Context, Pass, Pipeline, make_plan, parse_recipe, recipe_for
+from zgraph.passes import (
+    RECIPES,
+    Context,
+    Pass,
+    Pipeline,
+    along_model_axes,
+    make_plan,
+    parse_recipe,
+    recipe_for,
+)
 from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.lookahead import step_memory
 from zgraph.passes.canonicalize import Canonicalize
@@ -106,6 +115,7 @@ class Planner:
         moves: whether activations may wait on the host.
         kernels: what runs the ops between collectives, as for `zgraph.compile`.
         compute: what matrices are multiplied in, as there.
+        tensor: ranks that compute each op together, by placements that are searched.
     """
 
     samples: LayerSamples
@@ -117,6 +127,19 @@ class Planner:
     moves: bool
     kernels: Kernels = "aten"
     compute: Compute | None = None
+    tensor: int = 1
+
+    @property
+    def mesh(self) -> Mesh:
+        """The axes that there are more ranks than one along."""
+        if self.tensor > 1:
+            return (Axis("tensor", self.tensor), Axis("shard", self.num_ranks // self.tensor))
+        return (Axis("shard", self.num_ranks),) if self.num_ranks > 1 else ()
+
+    def recipe(self, stage: int) -> str:
+        """The passes of a stage."""
+        found = recipe_for(self.kernels, RECIPES[stage], self.compute)
+        return along_model_axes(found, searches="all") if self.tensor > 1 else found
 
     def plan(self, stage: int) -> StagePlan:
         """The fastest plan that fits, with as little on the host as that takes; else the one that needs the least."""
@@ -143,7 +166,7 @@ class Planner:
             parameters: names and bytes, of the whole model.
         """
         best = plan
-        if not plan.stage or not plan.fits or self.num_ranks == 1:
+        if not plan.stage or not plan.fits or self.num_ranks == 1 or self.tensor > 1:
             return plan
         for size in sorted({num_bytes for _, num_bytes in parameters}):
             whole = frozenset(name for name, num_bytes in parameters if num_bytes <= size)
@@ -175,10 +198,9 @@ class _Shape:
 
     def __init__(self, planner: Planner, stage: int, whole: frozenset[str], place: str) -> None:
         self.planner, self.stage, self.whole, self.place = planner, stage, whole, place
-        mesh = (Axis("shard", planner.num_ranks),) if planner.num_ranks > 1 else ()
-        context = Context(mesh=mesh, costs=planner.costs, groups_calls=True)
+        context = Context(mesh=planner.mesh, costs=planner.costs, groups_calls=True)
         self.samples = planner.samples.changed(self._marked)
-        steps = parse_recipe(recipe_for(planner.kernels, RECIPES[stage], planner.compute)).passes
+        steps = parse_recipe(planner.recipe(stage)).passes
         self.members = [_Member(graph, steps, context) for graph in self.samples.members]
         self.rest = self.samples.scale_by_key([at_rest(m.placed) for m in self.members])
         if planner.kernels == "auto" and self._has_no_room_for_logits(context):
