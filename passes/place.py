@@ -18,8 +18,9 @@ each parameter, along the data axes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 from zgraph.errors import PlacementError
@@ -44,9 +45,10 @@ from zgraph.ir import (
 )
 from zgraph.ir.graph import map_values
 from zgraph.ir.parts import part_along
-from zgraph.ir.rules import on_parts
+from zgraph.ir.rules import Call, Strategy, on_parts, rule_of
 from zgraph.passes.analysis.placing import choose, wire_bytes
 from zgraph.passes.core.base import Context, Numerics, Pass
+from zgraph.passes.placements import Search
 
 R, P = Replicate(), Partial("sum")
 
@@ -60,10 +62,14 @@ class Place(Pass):
             done.
         sequence: whether activations between blocks lie cut along the sequence: a reduce-scatter behind what makes a
             partial sum, a gather before what needs it whole, and again in the backward.
+        search: what is searched for the least time on the hardware of the context, as an integer program: `all`, or
+            with parameters where they are stated, `values`. Without it each node in order takes the way that sends the
+            fewest bytes. It finds where activations lie cut along the sequence on its own.
     """
 
     axis: str = "tensor"
     sequence: bool = False
+    search: str = ""
 
     name: ClassVar[str] = "place"
     numerics: ClassVar[Numerics] = Numerics.reassociates
@@ -72,19 +78,33 @@ class Place(Pass):
     def __post_init__(self) -> None:
         if self.axis not in MODEL_AXES:
             raise ValueError(f"axis must be one of {', '.join(MODEL_AXES)}, not {self.axis}")
+        if self.search not in ("", "values", "all"):
+            raise ValueError(f"search must be values or all, not {self.search}")
+        if self.search and self.sequence:
+            raise ValueError("what is searched decides where the sequence is cut: leave sequence out")
 
     def run(self, graph: Graph, context: Context) -> Graph:
         size = next((a.size for a in model_axes(context.mesh) if a.name == self.axis), 1)
         if size == 1:
             return graph
-        seeds = {i.value.name: place for i in graph.params for axis, place in i.cuts if axis == self.axis}
-        return _Placer(graph, Axis(self.axis, size), seeds, sequence=self.sequence).run()
+        axis = Axis(self.axis, size)
+        seeds = {i.value.name: place for i in graph.params for name, place in i.cuts if name == self.axis}
+        search = partial(Search, context=context, free=self.search == "all") if self.search else None
+        return _Placer(graph, axis, seeds, search, sequence=self.sequence).run()
 
 
 class _Placer:
     """One run of the pass."""
 
-    def __init__(self, graph: Graph, axis: Axis, seeds: Mapping[str, Placement], *, sequence: bool) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        axis: Axis,
+        seeds: Mapping[str, Placement],
+        search: Callable[..., Search] | None = None,
+        *,
+        sequence: bool = False,
+    ) -> None:
         if wrong := next((n for n in graph.nodes if n.op in graph.foreign and graph.foreign[n.op].writes), None):
             raise PlacementError(
                 f"{wrong.op} of {wrong.origin.module or 'the model'} writes to memory, which parts of values on other "
@@ -95,6 +115,12 @@ class _Placer:
         self.source, self.sequence = graph, sequence
         self.graph = replace(graph, mesh=(*before, axis, Axis("shard", 1)))
         self.seeds = {name: self.checked(graph, name, place, axis) for name, place in seeds.items()}
+        if search is None:
+            self.choices = choose(graph, self.seeds, axis.size, sequence=sequence)
+        else:
+            found = search(graph, axis, fixed=self.seeds).found
+            self.seeds = {name: place for name, place in found.places.items() if place != R}
+            self.choices = found.choices
         self.nodes: list[Node] = []
         self.is_forward = True
         self.have: dict[str, dict[Placement, Value]] = {}
@@ -125,15 +151,21 @@ class _Placer:
         return part_along(self.whole(kind), self.index, self.size, place or R)
 
     def run(self) -> Graph:
-        choices = choose(self.source, self.seeds, self.size, sequence=self.sequence)
+        choices = self.choices
         self.source = choices.graph
         self.graph = replace(self.graph, foreign=self.source.foreign)
         self.builder = Builder(replace(self.graph, nodes=self.source.nodes), Place.name)
         inputs = tuple(map(self.input, self.source.inputs))
+        returned = [o for o in self.source.outputs if o.phase is Phase.forward]
         for node, strategy, rule in zip(self.source.nodes, choices.strategies, choices.rules, strict=True):
             if self.sequence and self.is_forward and node.phase is not Phase.forward:
                 self.is_forward = False  # what the forward gathers is not kept for the backward
                 self.have = {name: dict([next(iter(held.items()))]) for name, held in self.have.items()}
+            while returned and node.phase is not Phase.forward:
+                self.output(returned.pop())
+            if node.results and node.results[0].name in choices.views:
+                self.have[node.results[0].name] = {}
+                continue
             env = {
                 v.name: self.wanted(v, place, node)
                 for v, place in zip(node.operands, strategy.ins, strict=True)
@@ -179,8 +211,11 @@ class _Placer:
         """A captured value at a placement, brought there before its first user if it is not."""
         have = self.have[value.name]
         if place is None:
-            return next(iter(have.values()))
+            return next(iter(have.values())) if have else self.wanted(value, self.choices.any_place(value.name), user)
         if place in have:
+            return have[place]
+        if (way := self.choices.ways.get((value.name, place))) is not None:
+            have[place] = self.brought(value, place, way, user)
             return have[place]
         kind = self.source_type(value.name)
         source = min(have, key=lambda old: wire_bytes(kind, old, place, self.size))
@@ -190,6 +225,29 @@ class _Placer:
         result = self.builder.value(stem, self.typed(kind, place))
         self.insert(self.builder.typed("reshard", (have[source],), (result,), user.phase, user.origin))
         have[place] = result
+        return result
+
+    def viewed(self, value: Value) -> Node:
+        """The node that makes a value."""
+        return self.source.producers[value.name]
+
+    def brought(self, value: Value, place: Placement, way: tuple[str, Placement], user: Node) -> Value:
+        """A value at a placement, by the way that was chosen."""
+        name, before = way
+        stem = f"{value.name}_{_word(place)}"
+        if name == value.name:
+            source = self.wanted(value, before, user)
+            result = self.builder.value(stem, self.typed(self.source_type(name), place))
+            self.insert(self.builder.typed("reshard", (source,), (result,), user.phase, user.origin))
+            return result
+        node = self.viewed(value)
+        rule = rule_of(Call.of(node))
+        source = self.wanted(node.operands[0], before, user)
+        stem = self.builder.fresh(stem) if self.have[value.name] else value.name
+        result = Value(stem, self.typed(value.type, place))
+        op, args, options = on_parts(node, rule, Strategy((before,), (place,)), self.axis, self.size)
+        args = tuple(map_values(a, {name: source}) for a in args)
+        self.insert(replace(node, op=op, args=args, kwargs=options, results=(result,), phase=user.phase))
         return result
 
     def source_type(self, name: str) -> TensorType:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from zgraph.estimate.plan import plan, sweep
     from zgraph.inference import infer
     from zgraph.options.lengths import Lengths
+    from zgraph.options.searched import search_placements
     from zgraph.passes.core.registry import register_pass
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "recipe",
     "register_pass",
     "report",
+    "search_placements",
     "sweep",
     "trace",
 ]
@@ -72,6 +74,7 @@ _HOMES = {
     "zgraph.estimate.plan": ("plan", "sweep"),
     "zgraph.inference": ("infer",),
     "zgraph.options.lengths": ("Lengths",),
+    "zgraph.options.searched": ("search_placements",),
     "zgraph.passes.core.registry": ("register_pass",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

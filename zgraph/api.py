@@ -123,7 +123,8 @@ def compile(
             memory, for as many bytes sent.
         placements: how parameters are cut, from patterns of their names to `Shard(dim)` of torch (`"S1/3"` cuts dim 1
             of a fused projection in each of three blocks); what none names stays whole. By default, the plan that
-            transformers has for the model.
+            transformers has for the model. "auto" searches for them, and for where all values between them are, with
+            the hardware's costs; so does `zgraph.search_placements` for inputs of your own.
 
     Returns:
         The model, the class, or a decorator.

@@ -11,7 +11,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from zgraph.ir import (
     Builder,
@@ -49,12 +49,21 @@ class Choices:
         strategies: by the node's position.
         rules: of each node; None where it has none.
         reduced: values that are partial sums where they are made, and are reduced there, and to which placement.
+        views: values that are made where they are read: wherever what they view is.
+        ways: how a value comes to a placement, where that was chosen: from another placement of it, or of what it
+            views.
     """
 
     graph: Graph
     strategies: tuple[Strategy, ...]
     rules: tuple[Rule | None, ...]
     reduced: Mapping[str, Placement]
+    views: frozenset[str] = frozenset()
+    ways: Mapping[tuple[str, Placement], tuple[str, Placement]] = field(default_factory=dict)
+
+    def any_place(self, name: str) -> Placement:
+        """A placement that a view can have, for ops that read its type alone."""
+        return next((place for viewed, place in self.ways if viewed == name), R)
 
 
 def choose(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int, *, sequence: bool = False) -> Choices:

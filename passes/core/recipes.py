@@ -44,14 +44,15 @@ def compressing(recipe: str, codec: str) -> str:
     return recipe.replace("broadcast,", f"compress(gradients={codec}),broadcast,")
 
 
-def along_model_axes(recipe: str, *, sequence: bool = False) -> str:
+def along_model_axes(recipe: str, *, sequence: bool = False, searches: str = "") -> str:
     """The recipe with parameters cut along the axes of tensor parallelism first, of which kernels are not generated.
 
     Args:
         recipe: of a stage.
         sequence: whether activations between blocks are cut along the sequence.
+        searches: what `place` searches: nothing, `values`, or with parameters `all`.
     """
-    place = "place(sequence=true)" if sequence else "place"
+    place = f"place(search={searches})" if searches else "place(sequence=true)" if sequence else "place"
     recipe = re.sub(r"fuse(\([^)]*\))?,", "", recipe)
     return recipe.replace("canonicalize,", f"canonicalize,{place},").replace("broadcast,", "exchange,broadcast,")
 

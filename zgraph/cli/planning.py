@@ -61,6 +61,10 @@ def plan(
     compute: Annotated[
         str, typer.Option(help="What matrices are multiplied in.", autocompletion=any_of(*COMPUTES))
     ] = "",
+    tensor_parallel: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Ranks that compute each op together; may be given again.", show_default="1"),
+    ] = None,
     sweep: Annotated[
         bool,
         typer.Option(
@@ -89,7 +93,8 @@ def plan(
         "kernels": one_of("--kernels", kernels, KERNELS) if kernels else None,
         "compute": one_of("--compute", compute, COMPUTES) if compute else None,
     }
-    found = _combined(model, tried, batch or [], BATCHES if sweep else BATCHES[:1], seq, options)
+    groups = tensor_parallel or [1]
+    found = _combined(model, tried, batch or [], BATCHES if sweep else BATCHES[:1], seq, groups, options)
     is_one = not sweep and len(found.combinations) == 1
     if as_json:
         print_json(_plan_row(found.combinations[0].plan) if is_one else _sweep_rows(found))
@@ -122,6 +127,7 @@ def _combined(
     asked: Sequence[int],
     usual: Sequence[int],
     seq: int | None,
+    groups: Sequence[int],
     options: Mapping[str, Any],
 ) -> Sweep:
     """All combinations; the model is captured once for each batch that is asked for, or for the usual ones."""
@@ -145,12 +151,14 @@ def _combined(
         for batch in batches:
             shown.update(task, description=f"capturing batch {batch}, planning {len(targets)} x {model}")
             inputs = given.inputs if given.has_own_inputs else training_inputs(given.model, batch, seq)
-            plans = sweep(given.model, hardware=tuple(tables.values()), **options, **inputs)
             rows, items = _counted(inputs)
-            found += [
-                Combination(name, rows, items, peaks[name].get(dtype) or peaks[name]["f32"], plan)
-                for name, plan in zip(targets, plans, strict=True)
-            ]
+            for group in groups:
+                targeted = tuple(tables.values())
+                plans = sweep(given.model, hardware=targeted, tensor_parallel=group, **options, **inputs)
+                found += [
+                    Combination(name, rows, items, peaks[name].get(dtype) or peaks[name]["f32"], plan)
+                    for name, plan in zip(targets, plans, strict=True)
+                ]
             shown.advance(task)
     found.sort(key=lambda c: list(targets).index(c.hardware))
     return Sweep(tuple(found), "tokens" if "input_ids" in inputs else "rows")
@@ -190,6 +198,7 @@ def _combination_rows(found: Sweep) -> Iterator[dict[str, Any]]:
         yield {
             "hardware": c.hardware,
             "num_ranks": c.plan.num_ranks,
+            "tensor_parallel": c.plan.tensor_parallel,
             "batch": c.batch,
             "fits": c.fits,
             "items_per_s": c.items_per_s,

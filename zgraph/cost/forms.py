@@ -18,7 +18,7 @@ from zgraph.ir.symbols import symbol
 NUM_RANKS = symbol("N")
 """The symbol for the number of ranks."""
 
-_ROUNDS: Mapping[int, int] = {0: 2, 1: 2, 2: 2, 3: 3}
+ROUNDS: Mapping[int, int] = {0: 2, 1: 2, 2: 2, 3: 3}
 """Times that (N - 1) / N of all parameters cross the wire: an all-reduce is a reduce-scatter and an all-gather."""
 
 
@@ -46,7 +46,7 @@ class StepForm:
         Raises:
             KeyError: there is no such stage.
         """
-        return _ROUNDS[stage] * self.parameter_bytes * (NUM_RANKS - 1) / NUM_RANKS
+        return ROUNDS[stage] * self.parameter_bytes * (NUM_RANKS - 1) / NUM_RANKS
 
     def computing_s(self, hardware: Hardware) -> sympy.Expr:
         """Seconds of computing, every op at the profile's best rate."""

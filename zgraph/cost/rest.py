@@ -5,6 +5,9 @@ from __future__ import annotations
 from zgraph.cost.memory import local_bytes
 from zgraph.ir import Graph, InputKind, TensorType
 
+UPDATE_PASSES = 7
+"""How often AdamW's update goes over memory as large as the masters: it reads four tensors and writes three."""
+
 
 def at_rest(placed: Graph) -> dict[str, int]:
     """Bytes of this rank: of parameters, AdamW's moments and buffers on the device, of masters, and on the host."""

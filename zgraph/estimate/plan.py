@@ -42,6 +42,7 @@ class TrainingPlan:
         budget_bytes: bytes that one rank may have alive.
         stages: one plan for each stage that was asked for, and the best of them with a stage for each parameter where
             that is faster.
+        tensor_parallel: ranks that compute each op together.
     """
 
     model: str
@@ -50,6 +51,7 @@ class TrainingPlan:
     hardware: str
     budget_bytes: int
     stages: tuple[StagePlan, ...]
+    tensor_parallel: int = 1
 
     @property
     def best(self) -> StagePlan | None:
@@ -79,7 +81,7 @@ class TrainingPlan:
         title = (
             f"{self.model}, {parameters(self.num_parameters)} on {self.num_ranks} ranks of "
             f"{self.hardware}, {gibibytes(self.budget_bytes)} each"
-        )
+        ) + (f", {self.tensor_parallel} compute together" if self.tensor_parallel > 1 else "")
         name, unit = ("GiB", 2**30) if any(p.total_bytes >= 2**30 for p in self.stages) else ("MiB", 2**20)
         table = Table(title=f"{title}; sizes in {name}", title_justify="left")
         uses_host = any(plan.host_bytes for plan in self.stages)
@@ -149,6 +151,7 @@ def plan(
     accumulation: int = 1,
     mesh: tuple[int, int] | None = None,
     attention: str | None = None,
+    tensor_parallel: int = 1,
     **kwargs: Any,
 ) -> TrainingPlan:
     """Plans memory and time of training a model with AdamW, without the hardware: no process group, device or memory.
@@ -178,6 +181,8 @@ def plan(
         attention: the kernel that attention runs as: "math", "efficient", "flash" or "cudnn", which torch can be told
             to take, and where the profile has its rate another, such as "flash3" or "triton". By default what torch
             takes on the hardware.
+        tensor_parallel: ranks that compute each op together, with the same batch, by placements that are searched as
+            `zgraph.search_placements` does.
 
     Raises:
         UsageError, DtypeError: an option means nothing.
@@ -200,6 +205,7 @@ def plan(
         accumulation=accumulation,
         mesh=mesh,
         attention=attention,
+        tensor_parallel=tensor_parallel,
         **kwargs,
     )
     return found
@@ -221,6 +227,7 @@ def sweep(
     accumulation: int = 1,
     mesh: tuple[int, int] | None = None,
     attention: str | None = None,
+    tensor_parallel: int = 1,
     **kwargs: Any,
 ) -> tuple[TrainingPlan, ...]:
     """`plan` for several kinds of hardware, with the model captured once.
@@ -228,7 +235,7 @@ def sweep(
     Args:
         hardware: what to plan for, one plan each.
         model, args, kwargs, num_ranks, memory_budget, stage, offload, param_dtype, kernels, compute, recompute,
-            reduce_dtype, accumulation, mesh, attention: as for `plan`.
+            reduce_dtype, accumulation, mesh, attention, tensor_parallel: as for `plan`.
 
     Raises:
         UsageError, HardwareError, CaptureError, GraphBreakError: as `plan` does.
@@ -242,6 +249,7 @@ def sweep(
     dtype = as_dtype_or_none(param_dtype, "param_dtype")
     check_kernels(kernels, has_recipe=False)
     check_compute(compute)
+    _check_parallel(tensor_parallel, compute, mesh)
     check_recompute(recompute)
     if accumulation < 1:
         raise UsageError(f"accumulation must be 1 or more, not {accumulation}")
@@ -254,6 +262,7 @@ def sweep(
         "reduce_dtype": reduced and FROM_TORCH[reduced],
         "accumulation": accumulation,
         "num_copies": copies,
+        "tensor": tensor_parallel,
     }
     makers = [_planner(table, num_ranks, memory_budget, offload, kernels, compute, more) for table in tables]
     captured: dict[Capability | None, LayerSamples] = {}
@@ -268,7 +277,13 @@ def sweep(
         planner = make(captured[kind])
         found = tuple(map(planner.plan, stages))
         whole = TrainingPlan(
-            type(model).__name__, num_parameters, planner.num_ranks, planner.costs.hardware.name, planner.budget, found
+            type(model).__name__,
+            num_parameters,
+            planner.num_ranks,
+            planner.costs.hardware.name,
+            planner.budget,
+            found,
+            tensor_parallel,
         )
         if stage is None and whole.best is not None:
             refined = planner.refined(whole.best, sizes)
@@ -313,6 +328,8 @@ def _planner(
     """A planner for one kind of hardware, once the model is captured."""
     hardware = costs.hardware
     count = hardware.num_devices if num_ranks is None else num_ranks
+    if count % (tensor := more["tensor"]):
+        raise UsageError(f"tensor_parallel={tensor} does not divide the {count} ranks; take a multiple of it")
     budget = planned_budget(hardware, count) if memory_budget is None else num_bytes(memory_budget)
     host_bytes = hardware.host_memory_bytes * (1 - MEMORY_MARGIN) / hardware.spread(count)[1]
     return partial(
@@ -328,6 +345,18 @@ def _planner(
         hints={} if hardware.has_host else {NUM_THREADS: torch.get_num_threads()},
         **more,
     )
+
+
+def _check_parallel(tensor_parallel: int, compute: Compute | None, mesh: tuple[int, int] | None) -> None:
+    """Refuse what does not go with ranks that compute together."""
+    if isinstance(tensor_parallel, bool) or not isinstance(tensor_parallel, int) or tensor_parallel < 1:
+        raise UsageError(f"tensor_parallel must be a number of ranks, 1 or more, not {tensor_parallel!r}")
+    if tensor_parallel > 1 and mesh is not None:
+        raise UsageError("ranks that compute together are planned for with shards over all others: leave mesh= out")
+    if tensor_parallel > 1 and compute is not None:
+        raise UsageError(
+            f"float8 takes its scales from whole matrices: leave compute={compute!r} or tensor_parallel= out"
+        )
 
 
 def seconds(us: float, known: Interval | None = None) -> str:

@@ -14,13 +14,12 @@ from functools import cached_property
 
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the workspace of ops
 from zgraph.cost import CostTable, Interval, memory_interval, time_interval
-from zgraph.cost.rest import at_rest
-from zgraph.cost.table import UPDATE_PASSES
+from zgraph.cost.rest import UPDATE_PASSES, at_rest
 from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.estimate.member import Member
 from zgraph.ir import Axis, DType, Graph, InputKind, Mesh
 from zgraph.options.validate import Compute, Kernels
-from zgraph.passes import RECIPES, Context, parse_recipe, recipe_for
+from zgraph.passes import RECIPES, Context, along_model_axes, parse_recipe, recipe_for
 from zgraph.passes.analysis.lookahead import step_memory
 from zgraph.passes.canonicalize import Canonicalize
 from zgraph.passes.core.base import Choice
@@ -115,6 +114,7 @@ class Planner:
         accumulation: micro-steps of a step.
         num_copies: ranks that hold the same shard.
         hints: how many threads processors have, where it is them that compute.
+        tensor: ranks that compute each op together, by placements that are searched.
     """
 
     samples: LayerSamples
@@ -131,12 +131,20 @@ class Planner:
     accumulation: int = 1
     num_copies: int = 1
     hints: Mapping[str, int] = field(default_factory=dict)
+    tensor: int = 1
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh: of copies of shards, and of shards, each where there are several."""
+        """The mesh: of ranks that compute together, of copies of shards, and of shards; of one rank, none."""
+        together = (Axis("tensor", self.tensor),) if self.tensor > 1 else ()
         copies = (Axis("replica", self.num_copies),) if self.num_copies > 1 else ()
-        return (*copies, Axis("shard", self.num_ranks // self.num_copies)) if self.num_ranks > 1 else ()
+        shards = Axis("shard", self.num_ranks // self.num_copies // self.tensor)
+        return (*together, *copies, shards) if self.num_ranks > 1 else ()
+
+    def recipe(self, stage: int) -> str:
+        """The passes of a stage."""
+        found = recipe_for(self.kernels, RECIPES[stage], self.compute)
+        return along_model_axes(found, searches="all") if self.tensor > 1 else found
 
     def plan(self, stage: int) -> StagePlan:
         """The fastest plan that fits, with as little on the host as that takes; else the one that needs the least."""
@@ -167,7 +175,7 @@ class Planner:
             parameters: names and bytes, of the whole model.
         """
         best = plan
-        if not plan.stage or not plan.fits or self.num_ranks == 1:
+        if not plan.stage or not plan.fits or self.num_ranks == 1 or self.tensor > 1:
             return plan
         for size in sorted({num_bytes for _, num_bytes in parameters}):
             whole = frozenset(name for name, num_bytes in parameters if num_bytes <= size)
@@ -207,7 +215,7 @@ class _Shape:
             hints=planner.hints,
         )
         self.samples = planner.samples.changed(self._marked)
-        steps = parse_recipe(recipe_for(planner.kernels, RECIPES[stage], planner.compute)).passes
+        steps = parse_recipe(planner.recipe(stage)).passes
         self.members = [Member(graph, steps, context) for graph in self.samples.members]
         self.rest = self.samples.scale_by_key([at_rest(m.placed) for m in self.members])
         if planner.kernels == "auto" and self._has_no_room_for_logits(context):

@@ -42,8 +42,8 @@ class Combination:
 
     @property
     def items_per_s(self) -> float:
-        """Items that all ranks together train on in a second."""
-        return 1e6 * self.num_items * self.plan.num_ranks / self.stage.total_us
+        """Items that all ranks together train on in a second; those that compute together have the same."""
+        return 1e6 * self.num_items * self.plan.num_ranks / self.plan.tensor_parallel / self.stage.total_us
 
     @property
     def utilisation(self) -> float:
@@ -89,16 +89,19 @@ class Sweep:
 
     def _described(self, found: Combination) -> str:
         return (
-            f"{found.hardware} ({found.plan.num_ranks} ranks) with batch {found.batch} at stage {found.stage.stage}"
+            f"{found.hardware} ({found.plan.num_ranks} ranks{_together(found.plan)}) with batch {found.batch} "
+            f"at stage {found.stage.stage}"
             f"{resting(found.stage)}, {found.items_per_s:,.0f} {self.unit}/s"
         )
 
     def __rich__(self) -> RenderableType:
         first = self.combinations[0].plan
         table = Table(title=f"{first.model}, {parameters(first.num_parameters)}", title_justify="left")
+        together = any(found.plan.tensor_parallel > 1 for found in self.combinations)
         for column in (
             "hardware",
             "ranks",
+            *("together",) * together,
             "batch",
             "stage",
             "on the host",
@@ -117,6 +120,7 @@ class Sweep:
             table.add_row(
                 found.hardware,
                 str(plan.num_ranks),
+                *(str(plan.tensor_parallel),) * together,
                 str(found.batch),
                 stage.title,
                 stage.offload,
@@ -131,3 +135,7 @@ class Sweep:
                 style="bold" if found in (self.fastest, self.smallest) else "",
             )
         return Group(table, Text(self.reason))
+
+
+def _together(plan: TrainingPlan) -> str:
+    return f", {plan.tensor_parallel} together" if plan.tensor_parallel > 1 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from torch import nn
 from torch.distributed.tensor import Placement, Replicate
@@ -15,9 +16,9 @@ from zgraph.ir import Shard
 
 __all__ = ["Placements", "given", "planned"]
 
-Placements = Mapping[str, Placement | str]
+Placements = Mapping[str, Placement | str] | Literal["auto"]
 """From patterns of parameters' names to `Shard(dim)` or `Replicate()` of torch, or a graph's text of it: `S1/3` cuts
-dim 1 in each of three blocks."""
+dim 1 in each of three blocks. `"auto"` searches for them."""
 
 _TEXT = re.compile(r"S([0-9]{1,2})(?:/([0-9]{1,3}))?")
 
@@ -66,7 +67,7 @@ _OWN_PLANS: Mapping[str, Mapping[str, str]] = {
 """Megatron's placements for models that transformers has no plan for, by type; rows of GPT-2's weights are inputs."""
 
 
-def given(model: nn.Module, placements: Placements) -> Iterator[tuple[str, Shard]]:
+def given(model: nn.Module, placements: Mapping[str, Placement | str]) -> Iterator[tuple[str, Shard]]:
     """Placements by the user's patterns: the last that fits a name counts."""
     parameters = dict(model.named_parameters())
     found: dict[str, Shard | None] = {}

@@ -117,6 +117,8 @@ def cuts_of(model: nn.Module, placements: Placements | None, mesh: DeviceMesh) -
         PlacementError: a parameter does not divide.
     """
     num_ranks = mesh.size(0)
+    if isinstance(placements, str):
+        raise UsageError(f'placements must be "auto", or from names of parameters to placements, not {placements!r}')
     found = dict(planned(model, num_ranks) if placements is None else given(model, placements))
     parameters = dict(model.named_parameters())
     if placements is None and not found:

@@ -24,6 +24,7 @@ from zgraph.options.lengths import Lengths, check_lengths
 from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
 from zgraph.options.parallel import AXIS, check_parallel, check_sequence, cuts_of, mesh_of
+from zgraph.options.searched import FoundPlacements, searched, usual_inputs
 from zgraph.options.validate import (
     Compute,
     Fullgraph,
@@ -196,6 +197,10 @@ def resolve(
     kernels, remark = kernels_for(kernels, device)
     replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
     parallel = mesh_of(device, mesh, tensor_parallel)
+    costs = cost_table(hardware, device)
+    if parallel is not None and placements == "auto":
+        tensor, data = parallel.size(0), parallel.size(1)
+        placements = searched(model, (), usual_inputs(model), costs, tensor, data, computed)
     cuts = cuts_of(model, placements, parallel) if parallel is not None else {}
     if parallel is None and placements is not None:
         raise UsageError("placements= says how parameters are cut; give tensor_parallel= too")
@@ -205,11 +210,10 @@ def resolve(
         dynamic = False
     mesh = parallel or _mesh(device, mesh)
     codec = codec_for(compress, mesh, has_recipe=passes is not None, fullgraph=fullgraph)
-    along = None if parallel is None else bool(sequence_parallel)
-    pipeline = pipeline_of(_passes(stage, kernels, compute, codec, passes, replayed, along))
+    axes = _axes(parallel, placements, sequence_parallel=sequence_parallel)
+    pipeline = pipeline_of(_passes(stage, kernels, compute, codec, passes, replayed, axes))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
-    costs = cost_table(hardware, device)
     num_ranks = mesh.size() if mesh is not None else 1
     budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device, num_ranks)
     if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
@@ -298,7 +302,7 @@ def _passes(
     codec: str,
     passes: Passes | None,
     replayed: RunFile | None,
-    along: bool | None,
+    axes: Literal["", "stated", "along the sequence", "searched"],
 ) -> str | Pipeline | Sequence[Pass]:
     if replayed is not None:
         return replayed.recipe
@@ -306,7 +310,25 @@ def _passes(
         return str(passes) if isinstance(passes, Path) else passes
     recipe = recipe_for(kernels, RECIPES[stage] if isinstance(stage, int) else MIXED, compute)
     recipe = compressing(recipe, codec) if codec else recipe
-    return along_model_axes(recipe, sequence=along) if along is not None else recipe
+    if not axes:
+        return recipe
+    searches = "values" if axes == "searched" else ""
+    return along_model_axes(recipe, sequence=axes == "along the sequence", searches=searches)
+
+
+def _axes(
+    parallel: DeviceMesh | None, placements: Placements | None, *, sequence_parallel: bool
+) -> Literal["", "stated", "along the sequence", "searched"]:
+    """How values are placed along a model axis: by the placements of parameters, or as a search has it."""
+    if parallel is None:
+        return ""
+    if isinstance(placements, FoundPlacements):
+        if sequence_parallel:
+            raise UsageError(
+                "placements that were searched say themselves where the sequence is cut: leave sequence_parallel= out"
+            )
+        return "searched"
+    return "along the sequence" if sequence_parallel else "stated"
 
 
 def _mesh(device: torch.device, mesh: DeviceMesh | None) -> DeviceMesh | None:
