@@ -12,6 +12,7 @@ from statistics import fmean
 
 from benchmarks.published.models import Sizes
 from zgraph.cost import Hardware, hardware
+from zgraph.errors import HardwareError
 
 FOLDER = Path(__file__).parents[1] / "data"
 FILES = (FOLDER / "measured_steps.csv", FOLDER / "mpt_fsdp_steps.csv")
@@ -252,7 +253,7 @@ def _hardware(cells: Mapping[str, str], gpu: str, num_ranks: int, each: int) -> 
     name = variants.get(gpu, gpu)
     try:
         profile = hardware(name)
-    except ValueError:
+    except HardwareError:
         raise Inexpressible(f"no profile is that of {cells['gpu']}") from None
     said = cells.get("internode_per_gpu_gbps") or ("" if "id" in cells else str(MPT_NETWORK_GBPS.get(gpu, "")))
     if said:

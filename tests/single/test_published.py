@@ -103,5 +103,5 @@ def test_intervals_are_of_families_left_out():
     assert low == pytest.approx(math.exp(-0.11), rel=0.02)
     assert high == pytest.approx(math.exp(0.12), rel=0.02)
     assert bounds(residuals, "c")[0] > low
-    assert 0.6 < coverage(residuals) < 1.0
+    assert 0.5 < coverage(residuals) < 0.8  # families that differ: fewer than of rows of one kind
     assert accuracy(residuals, "a").max_ranks == row.num_ranks

@@ -108,7 +108,7 @@ class Network:
         if self.per_host == 1:
             return between
         latency_us = (between.latency_us + (self.per_host - 1) * within.latency_us) / self.per_host
-        return Link(bytes_per_s=bytes_per_s, latency_us=latency_us)
+        return Link(bytes_per_s=bytes_per_s, latency_us=latency_us, share=1.0)
 
 
 def _steps(link: Link, num_messages: int, num_bytes: float) -> float:
