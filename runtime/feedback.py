@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -219,4 +219,4 @@ class FeedbackState:
         rows = slot.placeholder.shape[0]
         each = -(-rows // session.num_shards)
         own = whole[session.store.shard * each : (session.store.shard + 1) * each].clone()
-        return private_runtime.dtensor_like(own, slot.parameter)
+        return private_runtime.dtensor_like(own, cast(DTensor, slot.parameter))

@@ -53,7 +53,8 @@ class Replay:
         """The step's time, as `simulate` gives it."""
         hints, slowdown = self.hints, costs.hardware.overlap_slowdown
         cost = [self._us(costs, node) for node in self.nodes]
-        now, free, over = 0.0, dict[str, float].fromkeys(LANES, 0.0), dict[int, float]()
+        now, over = 0.0, dict[int, float]()
+        free: dict[str, float] = dict.fromkeys(LANES, 0.0)
         for lane, number, future in self.steps:
             if lane != "compute":
                 now += costs.start_us(self.nodes[number], hints)

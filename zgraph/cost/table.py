@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from zgraph.cost.hardware import Hardware, read_text, shown
 from zgraph.cost.memory import local_bytes
 from zgraph.cost.network import COLLECTIVES, Network
+from zgraph.cost.rest import UPDATE_PASSES
 from zgraph.cost.work import attention_kernel, work
 from zgraph.errors import HardwareError
 from zgraph.ir import (
@@ -35,9 +36,6 @@ from zgraph.ir.ops import transfer as transfer_of
 from zgraph.ir.symbols import evaluate
 
 Us = Annotated[float, Field(ge=0)]
-
-UPDATE_PASSES = 7
-"""How often AdamW's update goes over memory as large as the masters: it reads four tensors and writes three."""
 
 MAX_BYTES = 64 << 20
 """Of a table's file."""
