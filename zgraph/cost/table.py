@@ -98,8 +98,8 @@ class CostTable(BaseModel):
         moving = num_bytes / (device.memory_bytes_per_s * share)
         computing = 0.0
         if flop:
-            rate = device.rate(done.dtype) * self._matmul_share(node, evaluate(done.size, hints))
-            computing = (flop + device.matmul_half_flop) / rate
+            share = self._matmul_share(node, evaluate(done.size, hints))
+            computing = (flop / share + device.matmul_half_flop) / device.rate(done.dtype)
         return device.launch_us + 1e6 * max(computing, moving)
 
     def _matmul_share(self, node: Node, size: float) -> float:
