@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from zgraph.errors import CodecError, ContractError
-from zgraph.ir import Builder, Graph, Node, OutputKind, Phase, Replicate, Shard, TensorType, Value, data_axes
+from zgraph.ir import Arg, Builder, Graph, Node, OutputKind, Phase, Replicate, Shard, TensorType, Value, data_axes
 from zgraph.ir.codecs import Codec, parse_codec
 from zgraph.ir.coded_rules import CODED, code_bytes
 from zgraph.ir.layout import bucket_layout
@@ -123,7 +123,7 @@ def _coded(node: Node, targets: tuple[str, ...], codec: str, builder: Builder) -
     if is_bucket:
         yield (packed := builder.node("pack", node.args, f"{stem}_pack", phase, origin))
         source = packed.results[0]
-    feedback = {"codec": codec, "feedback": targets}
+    feedback: dict[str, Arg] = {"codec": codec, "feedback": targets}
     yield (own := builder.node("encode", (source,), f"{stem}_code", phase, origin, **feedback))
     yield (start := builder.node("all_to_all_start", own.results, f"{stem}_start", phase, origin))
     yield (codes := builder.node("wait", start.results, f"{stem}_codes", phase, origin))

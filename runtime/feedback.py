@@ -214,9 +214,10 @@ class FeedbackState:
 
     def _placed(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         slot, session = self.feedback.session.store.slots[name], self.feedback.session
-        if not slot.is_sharded:
+        parameter = slot.parameter
+        if not slot.is_sharded or not isinstance(parameter, DTensor):
             return whole.clone()
         rows = slot.placeholder.shape[0]
         each = -(-rows // session.num_shards)
         own = whole[session.store.shard * each : (session.store.shard + 1) * each].clone()
-        return private_runtime.dtensor_like(own, slot.parameter)
+        return private_runtime.dtensor_like(own, parameter)
