@@ -67,7 +67,7 @@ def exchange(node: Node, session: Session) -> Execute:
 
 
 def decode(node: Node, session: Session) -> Execute:
-    """What codes stand for: the sum or mean over the ranks that made them, in fp32; or each part as it is."""
+    """Numbers that codes stand for: the sum or mean over the ranks that made them, in fp32; or each part as it is."""
     codec, kind, num_shards = codec_of(node), node.results[0].tensor, session.num_shards
     (chunk,) = bucket_layout([kind], num_shards).chunks
     dtype, shape, numel = TO_TORCH[kind.dtype], [int(d) for d in kind.shape], int(kind.numel)

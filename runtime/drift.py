@@ -113,6 +113,8 @@ class Wait:
         word = beat.wait
         if not self.still_waits(rank, beat) or not self._blocks(word) or not self._is_blocked_by(word):
             return ""
+        if bool(word["comparison"]) != bool(self.comparison) and word["scope"] == self.scope:
+            return ""  # the one that compares says what it has compiled
         if any(key and peek(self.store, key) for key in (self.comparison, word["comparison"])):
             return ""  # it is over, and a rank has yet to hear of it
         return self._message(self.place, rank, word["place"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,6 @@ from zgraph.bridge import private_runtime
 from zgraph.errors import StateDictError
 from zgraph.ir import DType, TensorType
 from zgraph.ir.layout import BucketLayout, bucket_layout, chunk_numel
-
-if TYPE_CHECKING:
-    from zgraph.runtime.session import Session
-
 
 MOST_BUCKETS = 12
 """Buckets of which a report says how far they are off."""
@@ -43,6 +39,22 @@ class Bucket:
     is_part: bool = False
 
 
+class Owner(Protocol):
+    """The session of the model, as far as it is needed here."""
+
+    store: Any
+    device: torch.device
+    num_ranks: int
+    num_shards: int
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks that reduce gradients together."""
+
+    def divisor_of(self, slot: Any) -> int:
+        """The divisor of the sum over all ranks, to reduce the gradient of a parameter."""
+
+
 class Feedback:
     """The rests of one model on this rank. They are zero until the first code.
 
@@ -54,7 +66,7 @@ class Feedback:
             what was coded.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Owner) -> None:
         self.session = session
         self.errors: dict[Bucket, torch.Tensor] = {}
         self._flats: dict[Bucket, torch.Tensor] = {}
@@ -116,7 +128,7 @@ class Feedback:
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def evened(self) -> dict[str, torch.Tensor]:
-        """What is still due to each parameter's gradient: the whole, in fp32. All ranks call it.
+        """Rest that is still due to each parameter's gradient: the whole, in fp32. All ranks call it.
 
         It is split evenly over the ranks on the way: what they go on with here is what whoever loads it goes on with,
         whatever the number of ranks.
@@ -166,8 +178,8 @@ def _members(flat: torch.Tensor, layout: BucketLayout) -> list[torch.Tensor]:
 
 
 class FeedbackState:
-    """What the codes of a model's gradients have left out, for checkpoints: `torch.distributed.checkpoint` saves and
-    loads it as it does a model or an optimizer.
+    """Rests of the codes of a model's gradients, for checkpoints: `torch.distributed.checkpoint` saves and loads it as
+    it does a model or an optimizer.
 
     Args:
         feedback: of the model.
@@ -179,7 +191,7 @@ class FeedbackState:
         self.feedback = feedback
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What is due to each parameter's gradient. All ranks call it together; it is zero before the first step."""
+        """Rest that is due to each parameter's gradient. All ranks call it together; zero before the first step."""
         due = self.feedback.evened()
         return {
             name: self._placed(name, due.get(name, torch.zeros(slot.placeholder.shape, device=slot.rest.device)))

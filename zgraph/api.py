@@ -256,7 +256,7 @@ def report(model: nn.Module) -> Report:
 
 
 def feedback(model: nn.Module) -> FeedbackState:
-    """What the codes of a model's gradients have left out so far (`compress=`), as a part of a checkpoint.
+    """Rests that the codes of a model's gradients have left out so far (`compress=`), as a part of a checkpoint.
 
         torch.distributed.checkpoint.save({"model": model.state_dict(), "feedback": zgraph.feedback(model)}, ...)
 

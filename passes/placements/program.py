@@ -45,7 +45,7 @@ Reads = dict[Hashable, dict[int, list[int]]]
 """For each reader of a group, the variables by which it reads it at each spot."""
 
 Choice = Strategy | Placement
-"""What is chosen of a node, or of an input."""
+"""Choice of a node, or of an input."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Program:
             self._row(dict.fromkeys(self.chosen[at].values(), 1.0), 1.0, 1.0)
 
     def _bring(self) -> None:
-        """What brings groups to where they are read; of groups that are alike, once."""
+        """Nodes that bring groups to where they are read; of groups that are alike, once."""
         makers = self._makers()
         readers = self._readers()
         known: dict[Hashable, dict[int, float]] = {}
@@ -187,7 +187,7 @@ class Program:
         return found
 
     def _readers(self) -> dict[int, Reads]:
-        """What reads each group: for each reader, the variables by which it does at each spot; none of an output."""
+        """Readers of each group: for each reader, the variables by which it does at each spot; none of an output."""
         space = self.space
         found: dict[int, Reads] = {}
 
@@ -216,7 +216,7 @@ class Program:
         return found
 
     def _look(self, group: Group, made: Mapping[int, list[int]], reads: Reads) -> Hashable:
-        """What is the same of groups that share variables: who makes and reads them, and where they may be."""
+        """Key that groups have in common which share variables: who makes and reads them, and where they may be."""
         order = {name: n for n, name in enumerate((group.root.name, *group.parents))}
         spots = tuple(tuple((order[name], place) for name, place in spot.items()) for spot in group.spots)
         makers = tuple((spot, tuple(xs)) for spot, xs in made.items())
@@ -253,7 +253,7 @@ class Program:
     def _shared(
         self, group: Group, flows: Mapping[Hashable, Mapping[tuple[int, int], int]], whole: int
     ) -> dict[int, float]:
-        """What several readers share: each way is paid once, and parts of a whole that is there are free."""
+        """Ways that several readers share: each way is paid once, and parts of a whole that is there are free."""
         priced: dict[int, float] = {}
 
         def way(price: float) -> int:

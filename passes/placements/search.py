@@ -139,7 +139,7 @@ class Search:
         return Found(places, choices, total_us, solved.bound_us, sent)
 
     def _strategy(self, solved: Solved, at: int) -> Strategy:
-        """What is chosen of a node; of a view, that it is whole, which nobody asks for."""
+        """Choice of a node; of a view, that it is whole, which nobody asks for."""
         if self.space.is_view_at(at):
             return self.space.strategies[self.space.stands[at]][0]
         found = solved.choices[self.space.stands[at]]

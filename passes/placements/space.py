@@ -110,7 +110,7 @@ class Space:
         return self.stands[position] in self.views
 
     def _value_keys(self) -> dict[str, object]:
-        """What is the same for values that repeat each other: results by their node, parameters by what reads them."""
+        """Keys of values that repeat each other: results by their node, parameters by what reads them."""
         nodes, users = self.graph.nodes, self.graph.users
         keys: dict[str, object] = {
             r.name: (self.stands[at], n) for at, node in enumerate(nodes) for n, r in enumerate(node.results)

@@ -6,6 +6,7 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Page, expect
 
+from zgraph.cost import bytes_text, memory_interval, time_interval, time_text
 from zgraph.ir import InputKind
 from zgraph.runfile.format import run_file
 from zgraph.viz.headline import duration, figures, headline, size, unsharded_bytes
@@ -36,14 +37,15 @@ def test_the_headline_has_the_figures_of_the_run(opened, run, drawn):
     assert found.peak_bytes == timeline.memory.peak.total_bytes + context.rest_bytes
     whole = sum(3 * i.value.tensor.numel * 4 for i in run.graph("captured").inputs if i.kind is InputKind.param)
     assert unsharded_bytes(run) == pytest.approx(whole, rel=0.01)
+    step = time_text(time_interval(timeline.step_us, run.graph(), context.costs, context.hints))
     shown = opened(drawn).locator("#headline")
     for said in (
         "ZeRO stage 3 on 2 ranks of h100",
         f"unsharded, each would hold {size(whole)}",
-        f"{size(found.peak_bytes)} of a budget",
+        f"{bytes_text(memory_interval(found.peak_bytes, context.costs))} of a budget",
         f"Of {duration(timeline.busy_us['comm'])} of communication",
         f"{duration(timeline.exposed_us)} is exposed",
-        f"take {duration(timeline.step_us)}, {100 * (timeline.step_us / found.bound_us - 1):.1f} % above",
+        f"take {step}, {100 * (timeline.step_us / found.bound_us - 1):.1f} % above",
     ):
         expect(shown).to_contain_text(said)
 

@@ -11,6 +11,7 @@ import pytest
 import transformers as hf
 
 import zgraph
+from tests.cli.test_quantising import save_language_model
 from zgraph.cli import main as _main  # noqa: F401 - adds the commands
 from zgraph.cli.app import app
 from zgraph.cli.models import subject
@@ -34,6 +35,9 @@ def test_the_example_of_every_command_runs(name, zgraph_command):
         args[args.index("run.zg")] = "other.zg"
     if name == "plan":
         args += ["--stage", "3"]  # one is enough
+    if name in ("quantise", "eval") and not Path("SmolLM2-135M").exists():
+        save_language_model(Path("SmolLM2-135M"), width=64)
+        Path("book.txt").write_text(" ".join(f"w{n % 64}" for n in range(3000)))
     code, out, error = zgraph_command(*args)
     assert code == 0, error
     assert out.strip()

@@ -1,6 +1,7 @@
 """The commands on weights in integers: a folder that comes back, figures, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from zgraph.inference.storage import FILE, load_quantised, save_quantised
 WORDS = [f"w{n}" for n in range(64)]
 
 
-def small(**more: object) -> torch.nn.Module:
+def small(width: int = 32, **more: object) -> torch.nn.Module:
     torch.manual_seed(0)
     config = hf.LlamaConfig(
         vocab_size=64,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -27,14 +28,19 @@ def small(**more: object) -> torch.nn.Module:
     return hf.LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A model with a tokenizer of 64 words, as transformers saves them."""
-    found = tmp_path_factory.mktemp("model")
-    small().save_pretrained(found)
+def save_language_model(folder: Path, width: int = 32) -> None:
+    """Save a model with a tokenizer of 64 words, as transformers does."""
+    small(width).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(found)
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a model and a tokenizer."""
+    found = tmp_path_factory.mktemp("model")
+    save_language_model(found)
     return found
 
 

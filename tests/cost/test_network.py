@@ -30,7 +30,7 @@ def test_a_ring_on_one_host_is_worked_out_by_hand(num_ranks):
     profile = hardware("1x8-h100")
     (ring, *_) = Network.of(profile, num_ranks).quotes("all_gather", 8e9)
     share = (num_ranks - 1) / num_ranks
-    wanted = (num_ranks - 1) * profile.within.latency_us + 1e6 * 8e9 * share / profile.within.bytes_per_s
+    wanted = (num_ranks - 1) * profile.within.latency_us + 1e6 * 8e9 * share / profile.within.rate
     assert ring.us == pytest.approx(wanted)
 
 

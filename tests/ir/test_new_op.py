@@ -55,7 +55,7 @@ ROW = Op(
 def missing(name: str) -> list[str]:
     """Parts that an op of the table lacks."""
     row, found = OPS[name], []
-    if name not in interpreter.RULES and name not in ("accumulate", "release"):
+    if name not in interpreter.RULES and name not in ("accumulate", "encode", "release"):
         found.append("an interpreter rule")
     if name not in collectives.EXECUTORS and name not in ("release", "reshard", "pending"):
         found.append("an executor")

@@ -24,7 +24,9 @@ def test_every_rule_has_calls() -> None:
 def test_sharded_is_whole(num_ranks: int) -> None:
     ways: Counter[str] = Counter()
     for op in RULES:
-        for seed in range(ROUNDS):
+        for seed in range(6 * ROUNDS):
+            if seed >= ROUNDS and ways[op]:
+                break
             case, rule, r = random_case(1000 * num_ranks + seed, op)
             if rule is None:
                 continue

@@ -66,7 +66,7 @@ def encode_into(codec: Codec, x: Tensor, code: Tensor, rest: Tensor | None) -> T
 
 
 def decode(codec: Codec, code: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the codes of rows stand for: [rows, num_bytes] to [rows, numel] in fp32; of `raw` in `dtype`."""
+    """Numbers that the codes of rows stand for: [rows, num_bytes] to [rows, numel] in fp32; of `raw` in `dtype`."""
     if isinstance(codec, Raw):
         return code.contiguous().view(-1).clone().view(dtype).view(len(code), numel)
     out = torch.zeros(len(code), numel, dtype=torch.float32, device=code.device)

@@ -1,4 +1,4 @@
-"""What codes leave out belongs to the parameters that are named: it is sent with their next gradients, and once.
+"""Rests that codes leave out: each is sent once, with the next gradients of the parameters that are named.
 
 That codes stand for what was reduced is an axiom of `zgraph.certify.terms`: decode(exchange(encode(x))) is the
 reduction of x, if all three are of one codec, whatever that rounds.

@@ -119,7 +119,9 @@ def _copy(name: str, like: str) -> str:
     given = FOLDER / f"{like}.toml"
     text = given.read_text() if like in known() else as_toml(found)
     source = f"copied from {like}; say here where your figures are from"
-    kept = [line for line in text.splitlines() if not re.match(r"name = |source = |# \S", line)]
+    fields, table, rest = text.partition("\n[")
+    kept = [line for line in fields.splitlines() if not re.match(r"name = |source = |# \S", line)]
+    kept += [line for line in (table.strip() + rest).splitlines() if not re.match(r"# \S", line)]
     return (
         "\n".join(
             [

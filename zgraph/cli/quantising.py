@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -76,6 +75,8 @@ def evaluation(
 
     Example: `zgraph eval SmolLM2-135M --text book.txt --weights int4`
     """
+    import torch
+
     from zgraph.inference.evaluation import evaluate
 
     one_of("--weights", weights, WEIGHTS)
@@ -112,6 +113,7 @@ def evaluation(
 def _loaded(name: str) -> tuple[Any, Any]:
     """The model and the tokenizer of a folder, in fp32. Nothing of the folder's is run, and nothing downloaded."""
     try:
+        import torch
         import transformers
     except ImportError:
         raise UsageError("this needs transformers: pip install zgraph-compiler[hf]") from None

@@ -31,10 +31,10 @@ class Accuracy(BaseModel):
 
     Args:
         time_low, time_high: those of steps.
-        memory_low, memory_high: those of peaks.
+        memory_low, memory_high: those of peaks; on GPUs estimates, not made of measurements.
         max_ranks: of the steps that were published.
         max_sequence: keys of the longest attention among them.
-        source: where the figures are from.
+        source: where those of steps are from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -88,7 +88,7 @@ allocation."""
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """What is predicted, and between which bounds four of five measurements lie."""
+    """Prediction, and the bounds between which four of five measurements lie."""
 
     low: float
     value: float

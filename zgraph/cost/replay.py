@@ -12,7 +12,7 @@ from zgraph.ir.ops import LANES
 
 @dataclass(frozen=True)
 class Replay:
-    """What the clock needs of a plan, to run it again at other costs: each kind of node once, and their order.
+    """Record of a plan, to run the clock again at other costs: each kind of node once, and their order.
 
     Args:
         graph: of the plan.

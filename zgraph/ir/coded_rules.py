@@ -73,7 +73,7 @@ def exchanged(node: Node, mesh: Mesh) -> tuple[Type, ...]:
 
 
 def decoded(node: Node, mesh: Mesh) -> tuple[Type, ...]:
-    """What codes stand for: reduced over the ranks that made them, or each part as it is."""
+    """Type of what codes stand for: reduced over the ranks that made them, or each part as it is."""
     kind, codec = _operand(node, mesh), codec_of(node)
     made = node.results[0].type if len(node.results) == 1 else None
     if not isinstance(made, TensorType) or (made.dtype not in CODED and made.dtype is not DType.f64):

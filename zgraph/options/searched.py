@@ -181,7 +181,7 @@ def _stand_in(name: str, standing: list[tuple[str, RepeatedLayers]]) -> str:
 
 
 def usual_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a language model of transformers is searched with where no inputs are given: one row of tokens.
+    """Inputs that a language model of transformers is searched with where no inputs are given: one row of tokens.
 
     Raises:
         UsageError: it is none.
