@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from zgraph.cost.memory import local_bytes
 from zgraph.ir import Graph, InputKind, TensorType
 
 UPDATE_PASSES = 7
 """How often AdamW's update goes over memory as large as the masters: it reads four tensors and writes three."""
+
+
+def update_scratch(placed: Graph) -> int:
+    """Bytes that torch's AdamW takes beside gradients on a processor, which takes one parameter after the other: two as
+    large as a shard of this rank, and one as large as the shard before it."""
+    sizes = [
+        local_bytes(i.value.type, placed.mesh, {})
+        * (i.master or i.value.tensor.dtype).itemsize
+        // i.value.tensor.dtype.itemsize
+        for i in placed.params
+        if not i.offload
+    ]
+    return max((2 * size + last for last, size in pairwise([0, *sizes])), default=0)
 
 
 def at_rest(placed: Graph) -> dict[str, int]:

@@ -64,6 +64,8 @@ def _smallest(node: Node) -> Any:
     if attention_kernel(node):
         key = _query_and_key(shapes, node)[1]
         return key[2] if "by tokens" not in str(facts(node.op).work) else key[-3]
+    if facts(node.op).work == "scaled product":
+        shapes = shapes[::2]  # a scale is behind each matrix
     wide = [shape for shape in shapes if len(shape) > 1]
     sizes = [size for shape in wide[:2] for size in shape[-2:]]
     return min(sizes) if sizes and all(isinstance(size, int) for size in sizes) else 0

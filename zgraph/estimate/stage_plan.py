@@ -14,7 +14,7 @@ from functools import cached_property
 
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the workspace of ops
 from zgraph.cost import CostTable, Interval, memory_interval, time_interval
-from zgraph.cost.rest import UPDATE_PASSES, at_rest
+from zgraph.cost.rest import UPDATE_PASSES, at_rest, update_scratch
 from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.estimate.member import Member
 from zgraph.ir import Axis, DType, Graph, InputKind, Mesh
@@ -337,11 +337,17 @@ class _Shape:
         if self.planner.accumulation > 1:  # what micro-steps before have left lies beside what this one makes
             before = int(self.samples.scale([m.accumulated_bytes for m in self.members]))
             parts = [{**part, "gradients": part.get("gradients", 0) + before} for part in parts]
-        update = {"gradients": self.rest["optimizer"]}  # with one more copy, for torch's AdamW
-        highest = max([*parts, update], key=lambda m: sum(m.values()))
+        highest = max([*parts, {"gradients": self.update_bytes}], key=lambda m: sum(m.values()))
         on_host = self.rest["host"] + int(self.samples.scale([on_host for _, on_host in found]))
         rest = {name: self.rest[name] for name in RESTING}
         return {**dict.fromkeys(CATEGORIES, 0), **highest, **rest}, on_host
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes of gradients, and of what torch's AdamW takes beside them: on a GPU one more copy of all."""
+        if self.planner.costs.hardware.has_host:
+            return self.rest["optimizer"]
+        return self.rest["optimizer"] // 2 + max(update_scratch(m.placed) for m in self.members)
 
     @property
     def update_us(self) -> float:
