@@ -1,4 +1,4 @@
-"""What the control plane costs a rank that waits, how late an agreement is, and how soon a dead rank is named.
+"""Cost of the control plane: what a rank that waits pays, how late an agreement is, how soon a dead rank is named.
 
 Up to 32 ranks are processes that train a tiny model over gloo. More are simulated: the real heartbeats and comparisons,
 each with connections of its own to one real TCPStore, as threads of a few processes.
@@ -354,7 +354,7 @@ def figures(
     death: float,
     victim: int,
 ) -> dict[str, Any]:
-    """What was measured, by name. Raises SystemExit if a rank did not say who is dead."""
+    """Measurements by name. Raises SystemExit if a rank did not say who is dead."""
     unnamed = [text for _, text in said if not is_named(text, victim)]
     if unnamed or len(said) != num_ranks - 1:
         raise SystemExit(f"{len(said)} of {num_ranks - 1} ranks spoke; rank {victim} is not named in: {unnamed[:1]}")

@@ -37,7 +37,7 @@ STEP = 0.02
 
 @dataclass(frozen=True)
 class Constant:
-    """What is known of a constant before any row is seen: its value, and the standard deviation of its logarithm."""
+    """Prior of a constant, before any row is seen: its value, and the standard deviation of its logarithm."""
 
     value: float
     spread: float

@@ -56,7 +56,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was captured, placed and scheduled for a row; times are those of a cost table."""
+    """Graph that was captured, placed and scheduled for a row; times are those of a cost table."""
 
     row: Row
     parts: tuple[Part, ...]

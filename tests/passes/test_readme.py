@@ -29,7 +29,7 @@ def test_every_pass_has_a_row():
     assert all(row.split("|")[2].strip().endswith(".") for row in rows)
 
 
-LOOSE = {"groups.Group", "instruments.Dump", "instruments.Log", "program.Program"}
+LOOSE = {"rows.Group", "instruments.Dump", "instruments.Log", "program.Program"}
 """Instruments take notes, a group of nodes and an integer program grow."""
 
 
