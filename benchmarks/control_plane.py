@@ -33,6 +33,7 @@ from benchmarks import results
 from zgraph.bridge import private_runtime
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import ZgraphError
+from zgraph.runtime import gloo_transport
 from zgraph.runtime.heartbeat import Heartbeat
 from zgraph.runtime.journal import ranks_word
 from zgraph.runtime.meetings import Meetings
@@ -228,7 +229,7 @@ def train(rank: int, num_ranks: int, port: int, late_s: float, pipe: Connection)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "ZGRAPH_LOGS": "none"}
     counting: list[Counting] = []
-    own_store, own_messenger = private_runtime.store, private_runtime.messenger
+    own_store, own_messenger = private_runtime.store, gloo_transport.messenger
 
     def counted() -> Any:
         if not counting:
@@ -236,7 +237,7 @@ def train(rank: int, num_ranks: int, port: int, late_s: float, pipe: Connection)
         return counting[0]
 
     private_runtime.store = counted
-    private_runtime.messenger = lambda store, *args: own_messenger(getattr(store, "inner", store), *args)  # type: ignore[assignment]
+    gloo_transport.messenger = lambda store, *args: own_messenger(getattr(store, "inner", store), *args)  # type: ignore[assignment]
     zgraph.init_distributed("gloo")
     torch.manual_seed(0)
     model = zgraph.compile(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 4)), stage=3)
