@@ -26,6 +26,8 @@ from zgraph.runtime.store_errors import store_errors
 ASK_AFTER_SECONDS = 0.5
 """How often a rank that waits looks at what its heartbeat has heard."""
 READ_SECONDS = 4.0
+MOST_PATIENT = 4.0
+"""How many times longer who is gone is waited for where this rank's own heart is late: then others may be, too."""
 NAMED = 16
 """Of how many ranks a message says one by one where they are."""
 AGAIN = "Look why on that rank, then start the job again from its last checkpoint."
@@ -208,11 +210,13 @@ class Circle:
         """
         with store_errors():
             self.heart.read_alarms()
-        until = time.monotonic() + GONE_AFTER_SECONDS + 4 * BEAT_SECONDS
+        since, patience_s = time.monotonic(), GONE_AFTER_SECONDS + 4 * BEAT_SECONDS
         while True:
             self.raise_failure()
             left = self.departed()
-            if left or (gone := self.silent() if gone is None else gone) or time.monotonic() > until:
+            if left or (gone := self.silent() if gone is None else gone):
+                break
+            if time.monotonic() - since > patience_s * min(self.heart.slowness, MOST_PATIENT):
                 break
             gone = None
             time.sleep(ASK_AFTER_SECONDS / 4)
