@@ -194,7 +194,8 @@ def _fake(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, 
     return kept.new_empty(()), kept.new_empty(()), kept.new_empty(()), kept
 
 
-def _backward_fake(hard: Tensor, soft: Tensor, x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def backward_fake(hard: Tensor, soft: Tensor, x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """The types of the gradients of a student's two operands."""
     return torch.empty_like(x), torch.empty_like(weight)
 
 
@@ -229,7 +230,7 @@ _LIBRARY.define(
 _LIBRARY.impl("linear_distillation", linear_distillation, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_distillation_backward", linear_distillation_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("zgraph::linear_distillation", _fake, lib=_LIBRARY)
-torch.library.register_fake("zgraph::linear_distillation_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake("zgraph::linear_distillation_backward", backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("zgraph::linear_distillation", _differentiate, setup_context=_keep, lib=_LIBRARY)
 REGISTERED["zgraph.linear_distillation"] = REGISTERED["zgraph.linear_distillation_backward"] = _scratch
 ON_DEVICE["zgraph.linear_distillation"] = ON_DEVICE["zgraph.linear_distillation_backward"] = _scratch

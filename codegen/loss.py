@@ -162,5 +162,11 @@ def _blocks(x: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def at(target: Tensor, begin: int, columns: int) -> tuple[Tensor, Tensor]:
     """Where in a block each target lies, [T, 1], and whether it does."""
-    found = target - begin
-    return found.clamp(0, columns - 1)[:, None], (found >= 0) & (found < columns)
+    found, inside = places(target, begin, columns)
+    return found[:, None], inside
+
+
+def places(classes: Tensor, begin: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Where in a block each of some classes lies, and whether it does, both in their shape."""
+    found = classes - begin
+    return found.clamp(0, columns - 1), (found >= 0) & (found < columns)

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from zgraph.codegen.distillation import Normaliser, block_columns
-from zgraph.codegen.loss import at, computed_in
+from zgraph.codegen.distillation import Normaliser, backward_fake, block_columns
+from zgraph.codegen.loss import at, computed_in, places
 from zgraph.cost.device_workspace import REGISTERED as ON_DEVICE
 from zgraph.cost.workspace import REGISTERED
 from zgraph.ir import Node
@@ -56,7 +56,7 @@ def linear_topk_distillation(
     for begin, logits in _blocks(x, weight, made):
         columns, inside = at(target, begin, logits.shape[1])
         picked = torch.where(inside, logits.gather(1, columns)[:, 0], picked)
-        columns, inside = _places(words, begin, logits.shape[1])
+        columns, inside = places(words, begin, logits.shape[1])
         kept = torch.where(inside, logits.gather(1, columns), kept)
         plain.add(logits)
         own.add(logits.div_(temperature))
@@ -95,16 +95,16 @@ def linear_topk_distillation_backward(
     total = q.sum(1, keepdim=True)
     dx, dweight = torch.zeros_like(x, dtype=made), torch.empty_like(weight)
     for begin, logits in _blocks(x, weight, made):
-        places, inside = at(target, begin, logits.shape[1])
+        columns, inside = at(target, begin, logits.shape[1])
         gradient = (logits - lses[0, :, None]).exp_()
-        gradient.scatter_add_(1, places, -inside[:, None].to(made)).mul_(hard)
+        gradient.scatter_add_(1, columns, -inside[:, None].to(made)).mul_(hard)
         p = logits.div_(temperature).sub_(lses[1, :, None]).exp_().mul_(total)
-        places, within = _places(words, begin, logits.shape[1])
-        p.scatter_add_(1, places, torch.where(within, -q, 0.0))
+        columns, within = places(words, begin, logits.shape[1])
+        p.scatter_add_(1, columns, torch.where(within, -q, 0.0))
         part = gradient.addcmul_(p, soft.expand_as(p)).to(x.dtype)
-        columns = slice(begin, begin + part.shape[1])
-        torch.mm(part.t(), x, out=dweight[columns])
-        dx += part @ weight[columns]
+        some = slice(begin, begin + part.shape[1])
+        torch.mm(part.t(), x, out=dweight[some])
+        dx += part @ weight[some]
     return dx.to(x.dtype), dweight
 
 
@@ -114,17 +114,11 @@ def scratch_bytes(num_tokens: int, num_classes: int, width: int, num_words: int,
     return numel * (computed * _ALIVE + itemsize) + num_tokens * computed * (width + 6 * num_words)
 
 
-def _places(words: Tensor, begin: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Where in a block each word lies, [T, K], and whether it does."""
-    found = words - begin
-    return found.clamp(0, columns - 1), (found >= 0) & (found < columns)
-
-
 def _blocks(x: Tensor, weight: Tensor, made: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """Blocks of logits in the dtype of the loss, free to be written to, with the number of their first class."""
     columns = block_columns(len(x), len(weight))
     for begin in range(0, len(weight), columns):
-        yield begin, (x @ weight[begin : begin + columns].t()).to(made, copy=True)
+        yield begin, (x @ weight[begin : begin + columns].t()).to(made)
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
@@ -133,10 +127,6 @@ def _blocks(x: Tensor, weight: Tensor, made: torch.dtype) -> Iterator[tuple[int,
 def _fake(x: Tensor, weight: Tensor, target: Tensor, *_: object) -> Any:
     lses = x.new_empty((2, *target.shape), dtype=computed_in(x.dtype))
     return lses.new_empty(()), lses.new_empty(()), lses.new_empty(()), lses
-
-
-def _backward_fake(hard: Tensor, soft: Tensor, x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -171,7 +161,7 @@ _LIBRARY.define(
 _LIBRARY.impl("linear_topk_distillation", linear_topk_distillation, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_topk_distillation_backward", linear_topk_distillation_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("zgraph::linear_topk_distillation", _fake, lib=_LIBRARY)
-torch.library.register_fake("zgraph::linear_topk_distillation_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake("zgraph::linear_topk_distillation_backward", backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("zgraph::linear_topk_distillation", _differentiate, setup_context=_keep, lib=_LIBRARY)
 for _name in ("zgraph.linear_topk_distillation", "zgraph.linear_topk_distillation_backward"):
     REGISTERED[_name] = ON_DEVICE[_name] = _scratch

@@ -55,7 +55,7 @@ class Square(torch.nn.Module):
 
 
 def checked(recipe: str, fault: tuple[int, ...] = ()) -> Checked:
-    """What the numeric check says of stage 3 in float8; with the matrices at `fault` of two products exchanged."""
+    """The numeric check of stage 3 in float8; with the matrices at `fault` of two products exchanged."""
     context = Context(mesh=(Axis("shard", 2),))
     captured = zgraph.trace(Square().bfloat16(), torch.randn(16, 32, dtype=torch.bfloat16))
     steps = [("captured", captured), ("float8", Float8(recipe).run(captured, context))]

@@ -62,7 +62,7 @@ def graph_of(name: str) -> Graph:
 
 
 def context_of(case: Case, graph: Graph) -> Context:
-    """What the passes know."""
+    """Facts that the passes know."""
     hints = dict.fromkeys(sorted(set(re.findall(r"\bs\d+\b", print_graph(graph)))), SIZE)
     context = Context(mesh=case.mesh, hints=hints, **case.options)
     if not case.profile:

@@ -1,4 +1,4 @@
-"""What a placement costs, and where partial sums are reduced."""
+"""Costs of a placement, and where partial sums are reduced."""
 
 import pytest
 
