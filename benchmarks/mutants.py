@@ -74,6 +74,8 @@ ALSO = {
     "subgraphs": ("passes/test_subgraphs.py",),
     "timetable": ("passes/test_timetable.py",),
     "budgeted": ("passes/test_within.py",),
+    "compress": ("interp/test_codes.py",),
+    **{name: ("passes/test_placements.py",) for name in ("prices", "program", "search", "space", "twins")},
 }
 """Tests of one module's own, which run first, with more examples of hypothesis."""
 

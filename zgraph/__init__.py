@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zgraph.engine.initialize import initialize_engine as initialize
     from zgraph.estimate.plan import plan, sweep
     from zgraph.inference import infer
+    from zgraph.optim.local_steps import local_steps
     from zgraph.options.lengths import Lengths
     from zgraph.options.searched import search_placements
     from zgraph.passes.core.registry import register_pass
@@ -48,6 +49,7 @@ __all__ = [
     "join",
     "keep_logits",
     "lightning",
+    "local_steps",
     "no_sync",
     "optim",
     "passes",
@@ -73,6 +75,7 @@ _HOMES = {
     "zgraph.engine.initialize": ("add_config_arguments", "init_distributed", "initialize", "initialize_engine"),
     "zgraph.estimate.plan": ("plan", "sweep"),
     "zgraph.inference": ("infer",),
+    "zgraph.optim.local_steps": ("local_steps",),
     "zgraph.options.lengths": ("Lengths",),
     "zgraph.options.searched": ("search_placements",),
     "zgraph.passes.core.registry": ("register_pass",),

@@ -210,8 +210,8 @@ def init_group(backend: str, store: Store, rank: int, num_ranks: int, timeout: t
         dist.distributed_c10d._set_pg_timeout(timeout or default_pg_timeout)
 
 
-def joined(ranks: list[int], name: str) -> dist.ProcessGroup:
-    """A new group of these ranks over gloo, whose joining has a limit, and whose collectives torch's own.
+def joined(ranks: list[int], name: str, timeout: timedelta = default_pg_timeout) -> dist.ProcessGroup:
+    """A new group of these ranks over gloo, whose joining has a limit, and whose collectives another.
 
     Only these ranks call it, where `torch.distributed.new_group` wants all; there the name would be made of what each
     rank has made before, so that ranks of several meshes would wait under different ones.
@@ -219,6 +219,7 @@ def joined(ranks: list[int], name: str) -> dist.ProcessGroup:
     Args:
         ranks: global ones, in their order; this one is among them.
         name: the same on all of them, and used for no other group.
+        timeout: of its collectives; torch's own by default.
     """
     c10d, rank = dist.distributed_c10d, dist.get_rank()
     group, _ = c10d._new_process_group_helper(
@@ -231,7 +232,7 @@ def joined(ranks: list[int], name: str) -> dist.ProcessGroup:
         timeout=timedelta(seconds=JOIN_S),
     )
     c10d._world.pg_group_ranks[group] = {found: at for at, found in enumerate(ranks)}
-    c10d._set_pg_timeout(default_pg_timeout, group)
+    c10d._set_pg_timeout(timeout, group)
     return cast(dist.ProcessGroup, group)
 
 
