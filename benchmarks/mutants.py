@@ -54,6 +54,7 @@ ALSO = {
     "fit": ("passes/test_fit.py",),
     "exchange": ("interp/test_placed.py",),
     "float8": ("single/test_float8.py", "interp/test_float8.py"),
+    "fixed": ("passes/test_fixed.py",),
     "fuse": ("passes/test_fusion.py", "passes/test_losses.py"),
     "groups": ("passes/test_fusion.py",),
     "candidates": ("passes/test_fusion.py",),
@@ -75,7 +76,7 @@ ALSO = {
     "timetable": ("passes/test_timetable.py",),
     "budgeted": ("passes/test_within.py",),
     "compress": ("interp/test_codes.py",),
-    **{name: ("passes/test_placements.py",) for name in ("prices", "program", "search", "space", "twins")},
+    **dict.fromkeys(("prices", "program", "search", "space", "twins"), ("passes/test_placements.py",)),
 }
 """Tests of one module's own, which run first, with more examples of hypothesis."""
 
@@ -134,6 +135,27 @@ _GUESSED = "which guesses are tried is no promise, and of those that fit the fir
 _TWICE = "a value that is looked at twice is found to be the same: slower"
 
 EQUIVALENT = (
+    Equivalent(
+        "passes/schedule.py", "0", "1", "the bound is of all memory being free", "headroom = (0,) * len(step.ops)"
+    ),
+    Equivalent(
+        "passes/fit.py",
+        "over.kept_bytes - fits.kept_bytes > 1",
+        "over.kept_bytes - fits.kept_bytes >= 1",
+        "an allocation is 64 bytes: two choices do not differ by one",
+    ),
+    Equivalent(
+        "passes/fit.py",
+        "if found.kept_bytes == over.kept_bytes:",
+        "if False:",
+        "the same choice is tried again, so often as is allowed: slower",
+    ),
+    Equivalent(
+        "passes/placements/program.py",
+        "output.kind is OutputKind.grad and output.target in space.graph.param_names",
+        "output.kind is OutputKind.grad or output.target in space.graph.param_names",
+        "only gradients have the name of a parameter",
+    ),
     Equivalent(_BLOCKS, "1000", "1001", _TUNED),
     Equivalent(_BLOCKS, "seen.add(other)", "pass", _TWICE),
     Equivalent(_BLOCKS, "reached.add(other)", "pass", _TWICE),

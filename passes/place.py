@@ -219,8 +219,6 @@ class _Placer:
             return have[place]
         kind = self.source_type(value.name)
         source = min(have, key=lambda old: wire_bytes(kind, old, place, self.size))
-        if source == P and R in have:
-            source = R
         stem = f"{value.name}_{_word(place)}"
         result = self.builder.value(stem, self.typed(kind, place))
         self.insert(self.builder.typed("reshard", (have[source],), (result,), user.phase, user.origin))

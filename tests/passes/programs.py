@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import zgraph.codegen.library  # noqa: F401 - kernels say what they need beside operands and results
-from zgraph.cost import CostTable, hardware
+from zgraph.cost import CostTable, Link, hardware
 from zgraph.errors import BudgetError
 from zgraph.ir import OPS, Axis, DType, Graph, Origin, Shard, parse_graph, print_graph
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.passes.core.recipes import along_model_axes, fusing
 from zgraph.passes.place import cut_inputs
+from zgraph.passes.placements import Search
 from zgraph.passes.plan.make_plan import memory_of
 from zgraph.passes.schedule import lower_bound_us
 
@@ -106,6 +107,52 @@ def line(case: Case) -> dict[str, Any]:
     }
 
 
+def searched(graph_name: str, num_ranks: int, num_data: int = 1) -> dict[str, Any]:
+    """What a search of placements may choose from, and what it finds: times, as another choice may be as good.
+
+    The device is slow, so that it pays to cut small models.
+    """
+    graph, axis = graph_of(graph_name), Axis("tensor", num_ranks)
+    known = hardware("cpu")
+    rates = {"launch_us": 0.0, "matmul_half_flop": 0.0, "memory_bytes_per_s": 1e10, "matmul_flops": {"f32": 1e9}}
+    device = known.device.model_copy(update=rates | {"matmul_flops": {"f32": 1e9, "bf16": 1e9}})
+    within = Link(bytes_per_s=3e8, latency_us=1.0)
+    profile = known.model_copy(update={"device": device, "devices_per_host": 8, "within": within})
+    mesh = (axis, Axis("shard", num_data)) if num_data > 1 else (axis,)
+    search = Search(graph, axis, Context(mesh=mesh, costs=CostTable(hardware=profile, per_host=8)), {})
+    space = search.space
+    strategies = {graph.nodes[at].name: sorted(map(repr, found)) for at, found in space.strategies.items()}
+    groups = [(g.root.name, sorted(g.parents.items()), [sorted(s.items()) for s in g.spots]) for g in space.groups]
+    text = repr((space.stands, strategies, sorted(space.inputs.items()), groups, sorted(space.trained)))
+    named = [i for i in graph.params if len(space.inputs[i.value.name]) > 1]
+    most = [max(named, key=lambda i: (i.value.tensor.numel, i.value.name)).value.name] if named else []
+    return {
+        "groups": len(groups),
+        "strategies": sum(map(len, strategies.values())),
+        "us": round(search.found.total_us, 3),
+        "bound_us": round(search.found.bound_us, 2),
+        "more_us": [round(a.more_us, 2) for name in most for a in search.alternatives(name)],
+        "digest": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
+
+
+SEARCHED: dict[str, tuple[str, int, int]] = {
+    f"{name}, searched on {num_ranks} x {num_data}": (name, num_ranks, num_data)
+    for name, num_ranks, num_data in (
+        ("convnet", 2, 1),
+        ("mixed", 2, 2),
+        ("bf16", 3, 1),
+        ("llama", 2, 1),
+        ("llama", 3, 2),
+        ("gpt2", 2, 2),
+        ("gpt2", 3, 1),
+        ("vit", 2, 1),
+        ("vit", 3, 1),
+        ("bf16-llama", 3, 1),
+    )
+}
+
+
 ONE, THREE = (Axis("shard", 1),), (Axis("shard", 3),)
 TWO_HOSTS = (Axis("replicate", 2), Axis("shard", 2))
 GRAPHS = ("tied", "convnet", "dynamic", "bf16", "mixed", "llama", "gpt2", "vit", "bf16-llama")
@@ -177,9 +224,15 @@ def capture() -> None:
         (FOLDER / f"{name}.zir").write_text(print_graph(bare(graph)))
 
 
+def lines() -> dict[str, Any]:
+    """All lines, by name."""
+    placed = {name: searched(*what) for name, what in SEARCHED.items()}
+    return {name: line(case) for name, case in CASES.items()} | placed
+
+
 def write() -> None:
     """Write what comes out."""
-    RESULTS.write_text(json.dumps({name: line(case) for name, case in CASES.items()}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(lines(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

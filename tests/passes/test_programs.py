@@ -9,7 +9,7 @@ import json
 import pytest
 
 from tests.deep import DEEP
-from tests.passes.programs import CASES, GRAPHS, RESULTS, graph_of, line
+from tests.passes.programs import CASES, GRAPHS, RESULTS, SEARCHED, graph_of, line, searched
 from zgraph.ir import verify
 
 KNOWN = json.loads(RESULTS.read_text())
@@ -27,9 +27,14 @@ def test_the_graphs_are_valid(name):
 
 
 def test_there_is_one_line_for_each():
-    assert list(KNOWN) == list(CASES)
+    assert list(KNOWN) == [*CASES, *SEARCHED]
 
 
 @pytest.mark.parametrize("name", filter(is_run, CASES))
 def test_it_is_the_program_that_it_was(name):
     assert line(CASES[name]) == KNOWN[name]
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_a_search_has_the_choices_that_it_had(name):
+    assert searched(*SEARCHED[name]) == KNOWN[name]
