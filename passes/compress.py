@@ -14,14 +14,17 @@ once more by its owner, and gathered.
 With feedback, what one step leaves out the next ones send: 1-bit SGD (Seide et al., Interspeech 2014); its two stages,
 with the owner of a part as the server: 1-bit Adam (Tang et al., ICML 2021, section 3).
 
+With `gradients=auto` a graph gets the mildest of `AUTO` that hides what is sent about as well as any, and none where
+what it saves is less than `LEAST_SAVED` of the step: so predicted, with the time that codes themselves take.
+
 Values that are no parameter's gradient stay as they are, and so do those whose code would be no smaller, and those of
 fewer bytes than `at_least_bytes`, of which the latency counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from zgraph.errors import CodecError, ContractError
@@ -30,8 +33,18 @@ from zgraph.ir.codecs import Codec, parse_codec
 from zgraph.ir.coded_rules import CODED, code_bytes
 from zgraph.ir.layout import bucket_layout
 from zgraph.ir.ops import padded_bytes
+from zgraph.passes.analysis.lookahead import makespan_us
 from zgraph.passes.analysis.lowering import reduces
 from zgraph.passes.core.base import Context, Numerics, Pass
+
+AUTO = ("q8(block=256)", "q4(block=128)")
+"""Codecs that `auto` chooses from, the mildest first."""
+
+LEAST_SAVED = 0.05
+"""Share of a step that codes must save to be chosen."""
+
+ABOUT_AS_GOOD = 0.02
+"""Share of a step that a milder codec may take longer than the best."""
 
 _CARRIES = frozenset({"cast", "copy", "reshard", "wait", "offload_start"})
 """Ops between what was reduced and the gradient that the graph returns."""
@@ -42,7 +55,7 @@ class Compress(Pass):
     """Send codes of gradients in the place of their numbers, and keep what codes leave out for the next step.
 
     Args:
-        gradients: the codec.
+        gradients: the codec, or `auto`.
         at_least_bytes: values of fewer bytes, all members of a bucket together, are sent as they are.
     """
 
@@ -55,10 +68,29 @@ class Compress(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     def __post_init__(self) -> None:
+        if self.gradients == "auto":
+            return
         try:
             object.__setattr__(self, "gradients", str(parse_codec(self.gradients)))
         except CodecError as error:
             raise ValueError(str(error).splitlines()[0]) from None
+
+    def times_us(self, graph: Graph, context: Context) -> dict[str, float]:
+        """Predicted times of a step, with each codec of `auto` and with none, whose text is empty."""
+        others = tuple(step for step in context.lowering if not isinstance(step, Compress))
+        context = replace(context, lowering=others)
+        found = {"": makespan_us(graph, context)}
+        for text in AUTO:
+            found[text] = makespan_us(replace(self, gradients=text).run(graph, context), context)
+        return found
+
+    @staticmethod
+    def chosen(times_us: Mapping[str, float]) -> str:
+        """The codec that `auto` takes, with these times; empty for none."""
+        best = min(times_us.values())
+        if times_us[""] * (1 - LEAST_SAVED) <= best:
+            return ""
+        return next(text for text in AUTO if times_us[text] <= best * (1 + ABOUT_AS_GOOD))
 
     @property
     def codec(self) -> Codec:
@@ -73,6 +105,9 @@ class Compress(Pass):
                 "compress codes gradients along one axis of ranks, and the mesh has "
                 f"{', '.join(a.name for a in graph.mesh)}; leave compress out of the recipe, or take a mesh of one axis"
             )
+        if self.gradients == "auto":
+            found = self.chosen(self.times_us(graph, context))
+            return replace(self, gradients=found).run(graph, context) if found else graph
         builder = Builder(graph, self.name)
         nodes: list[Node] = []
         for node in graph.nodes:

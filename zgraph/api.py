@@ -105,8 +105,10 @@ def compile(
             the vocabulary, stay as they are; the report names them. GPUs need compute capability 8.9.
         compress: a codec of gradients on the wire: "q8(block=256)", "q4(block=128)", "sign(block=256)" or
             "topk(1%, chunk=4096)". Ranks exchange codes, and the owner of each part adds in fp32 what they stand for.
-            What a code leaves out is kept on the rank, in fp32 as large as the model, and sent with the next. An
-            approximation: None, the default, sends the numbers. `zgraph.feedback(model)` is what checkpoints save.
+            What a code leaves out is kept on the rank, in fp32 as large as the model, and sent with the next
+            (`zgraph.feedback(model)` is what checkpoints save). "auto" takes the mildest of `q8` and `q4` that hides
+            what is sent about as well as any, or none where that saves less than 5 % of the predicted step; the report
+            says why. An approximation: None, the default, sends the numbers.
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that), a `Pipeline`, or a
             sequence of passes, your own among them (`zgraph.register_pass` lets recipes name these); or the path of a
             run file (`run.zg`), whose last graph is run as it is, if the model is captured as it was for that file.

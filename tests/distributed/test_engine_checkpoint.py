@@ -74,6 +74,33 @@ def save(_: DeviceMesh, path: Path) -> list[float]:
     return losses(engine, 9)
 
 
+def with_codes(_: DeviceMesh, path: Path, keys: dict[str, Any]) -> tuple[list[float], list[float], bool]:
+    """Losses behind a checkpoint of a run whose gradients are coded: as it goes on, and as another resumes it."""
+    engine = engine_of(0, **keys)
+    losses(engine, 4)
+    engine.save_checkpoint(path)
+    kept = losses(engine, 8)
+    again = engine_of(0, seed=1, **keys)
+    again.load_checkpoint(path)
+    plain = engine_of(0, seed=1)
+    plain.load_checkpoint(path)  # rests of codes mean nothing to it
+    return kept, losses(again, 8), losses(plain, 8) != kept
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"zgraph": {"compress": "sign"}, "zero_optimization": {"stage": 1}},
+        {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+    ],
+    ids=["a codec", "zero_quantized_gradients"],
+)
+def test_what_codes_left_out_is_saved(two: Pool, tmp_path: Path, keys: dict[str, Any]) -> None:
+    for kept, again, differs in two.run(with_codes, 2, tmp_path, keys):
+        assert kept == again
+        assert differs
+
+
 def with_an_optimizer_of_torchs(mesh: DeviceMesh, path: Path) -> None:
     """A parameter without dimensions has moments that look like its step."""
 

@@ -130,6 +130,12 @@ def test_what_zgraph_decides_is_accepted_with_a_line_that_says_so(caplog):
         ({"data_types": {"buffer_dtype": "bf16"}}, "data_types.buffer_dtype"),
         ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size"),
         ({"checkpoint": {"tag_validation": "foo"}}, "checkpoint.tag_validation"),
+        ({"zgraph": {"compress": "q9"}}, "zgraph.compress: there is no codec called q9"),
+        (
+            {"zero_optimization": {"zero_quantized_gradients": True, "zero_hpz_partition_size": 2}},
+            "zero_optimization.zero_quantized_gradients",
+        ),
+        ({"optimizer": {"type": "OneBitAdam"}}, 'optimizer.type: there is no OneBitAdam; take "AdamW" with zgraph.com'),
     ],
 )
 def test_what_does_not_go_together_or_is_not_there(keys, place):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 import small
 import zgraph
+from zgraph.cost import hardware
 from zgraph.errors import UsageError
 from zgraph.estimate import plan as planning
 
@@ -79,3 +81,19 @@ def test_a_slower_kernel_of_attention_takes_longer():
 def test_what_cannot_be(options, problem):
     with pytest.raises(UsageError, match=problem):
         planned(0, **options)
+
+
+def test_codes_of_gradients_are_planned(monkeypatch):
+    monkeypatch.undo()
+    slow = hardware("cpu").shaped(1, 4)
+    slow = slow.model_copy(update={"within": slow.within.model_copy(update={"bytes_per_s": 1e6})})
+    model, x = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)), torch.randn(8, 64)
+    plain, coded, chosen = (
+        zgraph.plan(model, x, hardware=slow, stage=2, compress=codec).stages[0] for codec in (None, "q4", "auto")
+    )
+    assert coded.total_us < plain.total_us
+    assert chosen.total_us == coded.total_us
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    assert coded.rest_bytes["optimizer"] - plain.rest_bytes["optimizer"] == whole
+    with pytest.raises(UsageError, match="one axis"):
+        zgraph.plan(model, x, hardware=slow, num_ranks=4, mesh=(2, 2), compress="q4")

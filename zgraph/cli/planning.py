@@ -61,6 +61,7 @@ def plan(
     compute: Annotated[
         str, typer.Option(help="What matrices are multiplied in.", autocompletion=any_of(*COMPUTES))
     ] = "",
+    compress: Annotated[str, typer.Option(help="The codec of gradients, as q8; or auto.", show_default="none")] = "",
     tensor_parallel: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Ranks that compute each op together; may be given again.", show_default="1"),
@@ -92,6 +93,7 @@ def plan(
         "param_dtype": as_dtype(dtype, "--dtype"),
         "kernels": one_of("--kernels", kernels, KERNELS) if kernels else None,
         "compute": one_of("--compute", compute, COMPUTES) if compute else None,
+        "compress": compress or None,
     }
     groups = tensor_parallel or [1]
     found = _combined(model, tried, batch or [], BATCHES if sweep else BATCHES[:1], seq, groups, options)

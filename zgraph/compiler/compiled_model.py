@@ -18,6 +18,7 @@ from zgraph.capture import Compiled
 from zgraph.certify.certificate import Certifier
 from zgraph.compiler.autotune import tuned
 from zgraph.compiler.call_guard import eager
+from zgraph.compiler.codec_choice import CodecChoice
 from zgraph.compiler.float8_layers import Float8Layers
 from zgraph.compiler.narrator import Narrator
 from zgraph.compiler.report import Entry, Report, make_entry
@@ -92,7 +93,7 @@ class CompiledModel:
         self.is_replanned = False
         self.entries: list[Entry] = []
         self.hints: dict[str, int] = {}
-        self.float8 = Float8Layers()
+        self.float8, self.codec_choice = Float8Layers(), ""
         self._planned: set[bool] = set()
         self._tuned: set[bool] = set()
 
@@ -116,6 +117,8 @@ class CompiledModel:
         if self.tunes:
             self._tune(graph, hints)
         context = replace(self.context, hints=hints)
+        choice = CodecChoice(context)
+        instruments.append(choice)
         paths = list(self._run_paths(graph.name, settings.dump))
         recording = Recording(graph, sources=sources_of(graph) if paths else {})
         if paths:
@@ -130,6 +133,7 @@ class CompiledModel:
         else:
             with _named_remedy():
                 final = self.pipeline.run(graph, context, instruments)
+        self.codec_choice = choice.said or self.codec_choice
         with _named_remedy():
             certificate = certifier.finish() if settings.verify else None
         for path in paths:
@@ -234,6 +238,7 @@ class CompiledModel:
             self.regions,
             self.kernels,
             str(self.float8),
+            self.codec_choice,
             self.session.feedback.num_bytes,
             str(self.session.feedback),
         )

@@ -128,6 +128,7 @@ class Report:
         regions: what Inductor compiled, if it was to.
         kernels: what runs the ops between collectives.
         float8: which linear layers are multiplied in float8, and why the others are not; empty if none is to be.
+        codec: the codec of gradients that was chosen for them, and why; empty if there was no choice.
         feedback_bytes: bytes at rest of what codes of gradients have left out.
         code_errors: of each bucket of gradients the relative error of its first code; empty if none is coded.
     """
@@ -145,6 +146,7 @@ class Report:
     regions: Regions | None = None
     kernels: str = "aten"
     float8: str = ""
+    codec: str = ""
     feedback_bytes: int = 0
     code_errors: str = ""
 
@@ -241,6 +243,8 @@ class Report:
             table.add_row("kernels", KERNELS[self.kernels])
         if self.float8:
             table.add_row("float8", self.float8)
+        if self.codec:
+            table.add_row("codec of gradients", self.codec)
         if self.code_errors:
             table.add_row("left out by codes, for the next step", mebibytes(self.feedback_bytes))
             table.add_row("relative error of the first codes", self.code_errors)

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from zgraph.cost.memory import local_bytes
 from zgraph.ir import Graph, InputKind, TensorType
+from zgraph.ir.layout import chunk_numel
 
 UPDATE_PASSES = 7
 """How often AdamW's update goes over memory as large as the masters: it reads four tensors and writes three."""
@@ -22,6 +23,16 @@ def update_scratch(placed: Graph) -> int:
         if not i.offload
     ]
     return max((2 * size + last for last, size in pairwise([0, *sizes])), default=0)
+
+
+def feedback_bytes(placed: Graph) -> int:
+    """Bytes of this rank that hold what codes of gradients leave out, if the gradients of all parameters are coded: in
+    fp32, of its own addend to each, and of its part of those that it keeps whole."""
+    count, found = placed.num_shards, 0
+    for entry in placed.params if count > 1 else ():
+        kind = entry.value.tensor
+        found += 4 * int(chunk_numel(kind.shape, count)) * (count + (not kind.is_sharded))
+    return found
 
 
 def at_rest(placed: Graph) -> dict[str, int]:

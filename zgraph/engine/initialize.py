@@ -165,6 +165,10 @@ def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
+QUANTISED = "q4(block=128)"
+"""The codec of `zero_quantized_gradients`, whose codes have 4 bits a number in ZeRO++ too (Wang et al., 2023)."""
+
+
 def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None) -> nn.Module:
     """Compile a model, in place, as a configuration says.
 
@@ -187,6 +191,7 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
         offload=_offload(config),
         kernels=own.kernels,
         compute=own.compute,
+        compress=own.compress or (QUANTISED if keys.zero_optimization.zero_quantized_gradients else None),
         save=own.save,
         fullgraph=own.fullgraph,
         dynamic=own.dynamic,

@@ -23,6 +23,7 @@ from zgraph.cost.workspace import NUM_THREADS
 from zgraph.errors import UsageError
 from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.stage_plan import Planner, StagePlan
+from zgraph.options.compression import Compress, planned_codec
 from zgraph.options.offload import Offload, activations, places
 from zgraph.options.settings import RECOMPUTES, Recompute, check_recompute
 from zgraph.options.validate import Compute, Kernels, check_compute, check_kernels, default_kernels
@@ -146,6 +147,7 @@ def plan(
     param_dtype: Dtype | None = None,
     kernels: Kernels | None = None,
     compute: Compute | None = None,
+    compress: Compress = None,
     recompute: Recompute = "auto",
     reduce_dtype: Dtype | None = None,
     accumulation: int = 1,
@@ -174,6 +176,8 @@ def plan(
         kernels: what runs the ops between collectives, as in `zgraph.compile`; by default what that takes on the
             hardware. "inductor" and "auto" are planned op by op, as if Inductor saved nothing.
         compute: what matrices are multiplied in, as in `zgraph.compile`.
+        compress: the codec of gradients, as in `zgraph.compile`, or "auto"; what
+            codes leave out counts as optimizer state.
         recompute: what is computed again, as in `zgraph.compile`.
         reduce_dtype: dtype in which gradients are averaged over ranks, as in `zgraph.compile`.
         accumulation: micro-steps of a step; all but the last are under `zgraph.no_sync`.
@@ -200,6 +204,7 @@ def plan(
         param_dtype=param_dtype,
         kernels=kernels,
         compute=compute,
+        compress=compress,
         recompute=recompute,
         reduce_dtype=reduce_dtype,
         accumulation=accumulation,
@@ -222,6 +227,7 @@ def sweep(
     param_dtype: Dtype | None = None,
     kernels: Kernels | None = None,
     compute: Compute | None = None,
+    compress: Compress = None,
     recompute: Recompute = "auto",
     reduce_dtype: Dtype | None = None,
     accumulation: int = 1,
@@ -234,8 +240,8 @@ def sweep(
 
     Args:
         hardware: what to plan for, one plan each.
-        model, args, kwargs, num_ranks, memory_budget, stage, offload, param_dtype, kernels, compute, recompute,
-            reduce_dtype, accumulation, mesh, attention, tensor_parallel: as for `plan`.
+        model, args, kwargs, num_ranks, memory_budget, stage, offload, param_dtype, kernels, compute, compress,
+            recompute, reduce_dtype, accumulation, mesh, attention, tensor_parallel: as for `plan`.
 
     Raises:
         UsageError, HardwareError, CaptureError, GraphBreakError: as `plan` does.
@@ -263,6 +269,7 @@ def sweep(
         "accumulation": accumulation,
         "num_copies": copies,
         "tensor": tensor_parallel,
+        "codec": planned_codec(compress, copies, tensor_parallel),
     }
     makers = [_planner(table, num_ranks, memory_budget, offload, kernels, compute, more) for table in tables]
     captured: dict[Capability | None, LayerSamples] = {}

@@ -14,12 +14,12 @@ from functools import cached_property
 
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the workspace of ops
 from zgraph.cost import CostTable, Interval, memory_interval, time_interval
-from zgraph.cost.rest import UPDATE_PASSES, at_rest, update_scratch
+from zgraph.cost.rest import UPDATE_PASSES, at_rest, feedback_bytes, update_scratch
 from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.estimate.member import Member
 from zgraph.ir import Axis, DType, Graph, InputKind, Mesh
 from zgraph.options.validate import Compute, Kernels
-from zgraph.passes import RECIPES, Context, along_model_axes, parse_recipe, recipe_for
+from zgraph.passes import RECIPES, Context, along_model_axes, compressing, parse_recipe, recipe_for
 from zgraph.passes.analysis.lookahead import step_memory
 from zgraph.passes.canonicalize import Canonicalize
 from zgraph.passes.core.base import Choice
@@ -115,6 +115,7 @@ class Planner:
         num_copies: ranks that hold the same shard.
         hints: how many threads processors have, where it is them that compute.
         tensor: ranks that compute each op together, by placements that are searched.
+        codec: of gradients, or "auto"; empty for none.
     """
 
     samples: LayerSamples
@@ -132,6 +133,7 @@ class Planner:
     num_copies: int = 1
     hints: Mapping[str, int] = field(default_factory=dict)
     tensor: int = 1
+    codec: str = ""
 
     @property
     def mesh(self) -> Mesh:
@@ -144,6 +146,7 @@ class Planner:
     def recipe(self, stage: int) -> str:
         """The passes of a stage."""
         found = recipe_for(self.kernels, RECIPES[stage], self.compute)
+        found = compressing(found, self.codec) if self.codec else found
         return along_model_axes(found, searches="all") if self.tensor > 1 else found
 
     def plan(self, stage: int) -> StagePlan:
@@ -218,6 +221,8 @@ class _Shape:
         steps = parse_recipe(planner.recipe(stage)).passes
         self.members = [Member(graph, steps, context) for graph in self.samples.members]
         self.rest = self.samples.scale_by_key([at_rest(m.placed) for m in self.members])
+        if planner.codec:
+            self.rest["optimizer"] += int(self.samples.scale([feedback_bytes(m.placed) for m in self.members]))
         if planner.kernels == "auto" and self._has_no_room_for_logits(context):
             steps = tuple(_Blockwise() if isinstance(step, Fuse) else step for step in steps)
             self.members = [Member(graph, steps, context) for graph in self.samples.members]

@@ -91,7 +91,7 @@ class Fragment:
     def put(self, flat: torch.Tensor) -> None:
         """Write all parameters."""
         with torch.no_grad():
-            for parameter, part in zip(self.parameters, flat.split(self.numels), strict=True):
+            for parameter, part in zip(self.parameters, torch.split(flat, self.numels), strict=True):
                 parameter.copy_(part.view(parameter.shape))
 
 
@@ -231,7 +231,7 @@ class LocalSteps:
         for fragment in self.fragments:
             kept = {"momentum": fragment.momentum, "rest": fragment.travel.evened()}
             for key, flat in kept.items():
-                for name, part in zip(fragment.names, flat.split(fragment.numels), strict=True):
+                for name, part in zip(fragment.names, torch.split(flat, fragment.numels), strict=True):
                     found[f"{key}.{name}"] = self._placed(name, part)
         return found
 

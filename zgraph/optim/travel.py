@@ -44,7 +44,7 @@ class Travel:
         """
         if ready is None:
             return self._mean(numbers)
-        stream = torch.cuda.Stream(numbers.device)
+        stream = torch.cuda.Stream(numbers.device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
             found = self._mean(numbers)

@@ -8,23 +8,19 @@ from zgraph.errors import UsageError
 from zgraph.ir.codecs import Codec, Raw, parse_codec
 
 Compress = str | Codec | None
-"""A codec or its text; None sends numbers as they are."""
+"""A codec or its text, or "auto"; None sends numbers as they are."""
 
 
 def codec_for(compress: Compress, mesh: DeviceMesh | None, *, has_recipe: bool, fullgraph: object) -> str:
-    """The text of the codec of gradients; empty where there is none, or one rank.
+    """The text of the codec of gradients, or "auto"; empty where there is none, or one rank.
 
     Raises:
         CodecError: the text does not parse.
         UsageError: it is no codec, or one that the other options leave no place for.
     """
-    if compress is None:
+    codec = _checked(compress)
+    if not codec:
         return ""
-    if not isinstance(compress, str | Codec):
-        raise UsageError(f'compress must be a codec such as "q8(block=256)", or None, not {compress!r}')
-    codec = parse_codec(compress) if isinstance(compress, str) else compress
-    if isinstance(codec, Raw):
-        raise UsageError('compress="raw" would send the numbers themselves; leave compress= out')
     if has_recipe:
         raise UsageError(
             f"with passes=, the recipe says what is compressed: put compress(gradients={codec}) behind bucket in it, "
@@ -40,4 +36,36 @@ def codec_for(compress: Compress, mesh: DeviceMesh | None, *, has_recipe: bool, 
             f'compress="{codec}" codes gradients along one axis of ranks, and the mesh has {mesh.ndim}; leave '
             "compress= out, or pass a mesh of one axis"
         )
-    return str(codec) if mesh is not None and mesh.size() > 1 else ""
+    return codec if mesh is not None and mesh.size() > 1 else ""
+
+
+def planned_codec(compress: Compress, num_copies: int, tensor_parallel: int) -> str:
+    """The text of the codec of gradients for a plan, or "auto"; empty where there is none.
+
+    Args:
+        compress: the option.
+        num_copies: ranks that hold the same shard.
+        tensor_parallel: ranks that compute each op together.
+
+    Raises:
+        CodecError: the text does not parse.
+        UsageError: it is no codec, or the mesh has more than one axis.
+    """
+    codec = _checked(compress)
+    if codec and (num_copies > 1 or tensor_parallel > 1):
+        raise UsageError(
+            f'compress="{codec}" codes gradients along one axis of ranks; leave compress=, or mesh= and '
+            "tensor_parallel=, out"
+        )
+    return codec
+
+
+def _checked(compress: object) -> str:
+    if compress is None or compress == "auto":
+        return compress or ""
+    if not isinstance(compress, str | Codec):
+        raise UsageError(f'compress must be a codec such as "q8(block=256)", "auto" or None, not {compress!r}')
+    codec = parse_codec(compress) if isinstance(compress, str) else compress
+    if isinstance(codec, Raw):
+        raise UsageError('compress="raw" would send the numbers themselves; leave compress= out')
+    return str(codec)

@@ -24,6 +24,7 @@ from zgraph.engine.checkpoint.deepspeed import is_deepspeed, load_deepspeed
 from zgraph.engine.checkpoint.directory import Folders, checked_tag
 from zgraph.engine.checkpoint.json_codec import decode, encode
 from zgraph.engine.checkpoint.optimizer_state import OptimizerLoad
+from zgraph.engine.checkpoint.rests import rest_targets, rests_of, take_rests
 from zgraph.engine.checkpoint.rng_state import Randomness, start_anew
 from zgraph.engine.checkpoint.state import State, model_targets, restore, state_of, tensors_of, without_frozen
 from zgraph.engine.checkpoint.storage import INDEX, Reader, Writer, read_json
@@ -84,7 +85,7 @@ class Checkpoints:
         name, tensors, beside = self.ranks.together(lambda: self._contents(tag, client_state))
         if not frozen:
             tensors = without_frozen(self.engine.module, tensors)
-        tensors |= gradients_of(self.engine)
+        tensors |= gradients_of(self.engine) | rests_of(self.engine)
         name = self._same_tag(name)
         folders = Folders(root)
         folder = self.ranks.first(lambda: folders.begin(name))
@@ -169,7 +170,7 @@ class Checkpoints:
         engine, ranks = self.engine, self.ranks
         first = ranks.rank - ranks.rank % engine.config.tensor_parallel  # ranks that compute together draw the same
 
-        def opened() -> tuple[Reader, State, OfRank | None, Tensors, OptimizerLoad | None, Tensors]:
+        def opened() -> tuple[Reader, State, OfRank | None, Tensors, OptimizerLoad | None, Tensors, Tensors]:
             if not (folder / INDEX).is_file():
                 raise CheckpointError(f"{folder} holds no checkpoint: it has neither {INDEX} nor DeepSpeed's files")
             reader = Reader(folder)
@@ -178,15 +179,18 @@ class Checkpoints:
             own = read_json(folder / _of_rank(first), OfRank) if first < state.world_size else None
             targets = model_targets(engine.module, reader.index.tensors, strict=parts.strict)
             gradients = gradient_targets(engine, state, reader.described) if parts.optimizer else {}
-            return reader, state, own, targets, self._optimizer_load(reader, parts), gradients
+            rests = rest_targets(engine, reader.described) if parts.optimizer else {}
+            return reader, state, own, targets, self._optimizer_load(reader, parts), gradients, rests
 
-        reader, state, own, targets, optimizer, gradients = ranks.together(opened)
-        tensors = targets | gradients | (optimizer.targets if optimizer is not None else {})
+        reader, state, own, targets, optimizer, gradients, rests = ranks.together(opened)
+        tensors = targets | gradients | rests | (optimizer.targets if optimizer is not None else {})
         read_shards(tensors, reader, ranks)
         _written(engine.module)
 
         def finish() -> None:
             take_gradients(engine, gradients)
+            if parts.optimizer:
+                take_rests(engine, rests)
             if optimizer is not None:
                 optimizer.finish(state)
             if not parts.module_only:

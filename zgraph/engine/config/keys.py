@@ -123,7 +123,6 @@ class Zero(Section):
     unsupported: ClassVar[Mapping[str, str]] = {
         "zero_quantized_weights": "leave it out: weights are gathered in the dtype to compute in",
         "zero_quantized_nontrainable_weights": "leave it out",
-        "zero_quantized_gradients": "leave it out, or choose `communication_data_type`",
         "zenflow": "leave it out",
         **dict.fromkeys(
             ("mics_shard_size", "mics_hierarchical_params_gather"),
@@ -138,6 +137,7 @@ class Zero(Section):
     stage3_param_persistence_threshold: NonNegativeInt | None = None
     stage3_gather_16bit_weights_on_model_save: bool = False
     zero_hpz_partition_size: PositiveInt = 1
+    zero_quantized_gradients: bool = False
 
 
 class FP16(Section):
@@ -309,6 +309,7 @@ class Own(Section):
     hardware: str | None = None
     kernels: Literal["aten", "triton", "inductor", "auto"] | None = None
     compute: Literal["float8", "float8-rowwise"] | None = None
+    compress: str | None = None
     recompute: Literal["auto"] | bool = "auto"
     fullgraph: bool | Literal["eager"] = True
     dynamic: bool | None = None

@@ -136,6 +136,15 @@ OPTIMIZERS: dict[str, type[OptimizerParams]] = {
     "Muon": MuonParams,
 }
 
+_CODED = 'take "AdamW" with zgraph.compress: "sign", which codes gradients in one bit and keeps what that leaves out'
+
+ABSENT_OPTIMIZERS: Mapping[str, str] = {
+    "OneBitAdam": _CODED,
+    "ZeroOneAdam": _CODED,
+    "OneBitLamb": f"there is no LAMB; {_CODED}",
+}
+"""DeepSpeed's that there are not, with the remedy."""
+
 
 def names_in(model: nn.Module, group: Mapping[str, Any]) -> list[str]:
     """The names that a group's parameters have in a model. Raises UsageError if one is not the model's."""

@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from zgraph.engine.config.keys import EngineConfig, Zero
 from zgraph.engine.config.lr_schedules import SCHEDULES, Schedule
-from zgraph.engine.config.optimizers import OPTIMIZERS, OptimizerParams
+from zgraph.engine.config.optimizers import ABSENT_OPTIMIZERS, OPTIMIZERS, OptimizerParams
 from zgraph.engine.config.sections import NO_EFFECT, Reading, flatten
 from zgraph.engine.monitor.writers import PACKAGES, is_installed
-from zgraph.errors import ConfigError
+from zgraph.errors import CodecError, ConfigError
+from zgraph.ir.codecs import parse_codec
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def _named(reading: Reading, section: str, found: Mapping[str, Any], kinds: Mapp
     kind = next((k for n, k in kinds.items() if isinstance(name, str) and n.lower() == name.lower()), None)
     if kind is None:
         if isinstance(name, str):
-            reading.problems.append(f"{section}.type: there is no {name}; it is one of {', '.join(kinds)}")
+            remedy = ABSENT_OPTIMIZERS.get(name, f"it is one of {', '.join(kinds)}")
+            reading.problems.append(f"{section}.type: there is no {name}; {remedy}")
         return None
     return reading.read(kind, params, f"{section}.params") if isinstance(params, Mapping) else None
 
@@ -200,6 +202,16 @@ def _check_together(reading: Reading, keys: EngineConfig) -> None:
             "managed_gradient_accumulation: call engine.step() after every micro-batch and leave the key out, or say "
             "which ends a step by engine.set_gradient_accumulation_boundary"
         )
+    if zero.zero_quantized_gradients and zero.zero_hpz_partition_size > 1:
+        reading.problems.append(
+            "zero_optimization.zero_quantized_gradients: codes are sent along one axis of ranks; leave it or "
+            "zero_hpz_partition_size out"
+        )
+    if keys.zgraph.compress not in (None, "auto"):
+        try:
+            parse_codec(keys.zgraph.compress)
+        except CodecError as error:
+            reading.problems.append(f"zgraph.compress: {str(error).splitlines()[0]}")
     for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
         if getattr(zero, name).device != "none" and zero.stage < least:
             reading.notes.append(f"zero_optimization.{name}{NO_EFFECT}it takes stage {least} or more")
