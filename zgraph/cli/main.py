@@ -12,6 +12,7 @@ from zgraph.cli import (  # noqa: F401 - add commands
     debugging,
     exports,
     hardware,
+    launching,
     machine,
     pictures,
     planning,

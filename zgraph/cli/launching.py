@@ -1,0 +1,282 @@
+"""The command `launch`: ranks on this host, on others by ssh, or as a job of a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zgraph.cli.app import app
+from zgraph.cli.clusters import PORT, WRITERS, Job
+from zgraph.cli.environment_report import cores
+from zgraph.errors import UsageError
+
+MAX_PROCESSOR_RANKS = 4
+"""Ranks that are started on a host without GPUs, where nothing else is said: other cores are threads of theirs."""
+
+FORWARDED = ("ZGRAPH_", "NCCL_", "GLOO_", "TORCH_", "OMP_", "CUDA_", "HIP_", "HF_")
+"""Beginnings of the names of variables that hosts reached by ssh get; PYTHONPATH and PATH beside them."""
+
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
+"""Parts of the names of those that they do not get: a command line is there for all to read."""
+
+GRACE_S = 10.0
+"""How long what runs on a host has to end by itself, once another has failed."""
+
+MOST_BYTES = 1 << 20
+"""Of a hostfile."""
+
+SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4", "-q")
+"""A terminal for each, so that what runs there ends when this end is closed; no question is asked."""
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def launch(
+    arguments: Annotated[
+        list[str], typer.Argument(help="Options of torchrun, then the script, then what is passed to the script.")
+    ],
+) -> None:
+    """Start a script on several ranks, as torchrun does: here, on hosts by ssh, or as a job of a cluster.
+
+    Takes every option of torchrun. Without `--nproc-per-node` there is one rank for each GPU; without GPUs one for each
+    core, at most 4. OMP_NUM_THREADS, where it is not set, shares the cores among them. The exit code is the script's.
+
+    `--hostfile FILE` starts it on every host of the file, a line each (`gpu-3 slots=8`), over ssh; the first is where
+    they meet. `--print slurm`, `jobset` or `pytorchjob` prints what a cluster takes, for `--nnodes` hosts; `--submit`
+    hands SLURM's to sbatch. Both know `--job-name`, `--time`, `--partition`, `--account`, `--image`, `--cpus-only`.
+
+    Example: `zgraph launch --nproc-per-node 2 train.py --steps 3`
+    """
+    options = _options(arguments)
+    if options.print or options.submit:
+        _to_a_cluster(options)
+    elif options.hostfile:
+        sys.exit(_over_ssh(options, hosts_of(Path(options.hostfile))))
+    else:
+        _here(options)
+
+
+def _options(arguments: list[str]) -> Namespace:
+    """Parse arguments as torchrun does, with those of zgraph and another number of ranks where none is given."""
+    from torch.distributed.run import get_args_parser
+
+    parser: ArgumentParser = get_args_parser()
+    parser.prog = "zgraph launch"
+    parser.add_argument("--hostfile", default="")
+    parser.add_argument("--print", default="", choices=[*WRITERS])
+    for name in ("--submit", "--cpus-only"):
+        parser.add_argument(name, action="store_true")
+    for name in ("--time", "--partition", "--account", "--image"):
+        parser.add_argument(name, default="")
+    parser.add_argument("--job-name", default="zgraph")
+    if "PET_NPROC_PER_NODE" not in os.environ:
+        parser.set_defaults(nproc_per_node=str(_ranks_by_default()))
+    return parser.parse_args(arguments)
+
+
+def _ranks_by_default() -> int:
+    import torch
+
+    if torch.accelerator.is_available():
+        return torch.accelerator.device_count()
+    return min(cores(), MAX_PROCESSOR_RANKS)
+
+
+def _num_ranks(options: Namespace) -> int:
+    """Ranks on this host. Raises UsageError for what is no number of ranks."""
+    from torch.distributed.run import determine_local_world_size
+
+    try:
+        found: int = determine_local_world_size(options.nproc_per_node)
+    except ValueError as error:
+        raise UsageError(f"--nproc-per-node {options.nproc_per_node}: {error}") from None
+    if found < 1:
+        raise UsageError(f"--nproc-per-node must be 1 or more, not {found}")
+    return found
+
+
+# --- this host -------------------------------------------------------------------------------------------------------
+
+
+def _here(options: Namespace) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import run
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores() // _num_ranks(options), 1)))
+    for name in ("agent.server.api", "multiprocessing.api"):  # which tell of every signal that is handed on
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
+    try:
+        run(options)  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.stderr.write(f"{error}\n")
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+
+
+# --- a cluster -------------------------------------------------------------------------------------------------------
+
+
+def _to_a_cluster(options: Namespace) -> None:
+    """Print the job, or hand it to SLURM."""
+    if options.submit and options.print not in ("", "slurm"):
+        raise UsageError(f"--submit hands a job to SLURM: print {options.print}, and give it to kubectl apply -f -")
+    least, _, most = options.nnodes.partition(":")
+    if not least.isdigit() or most not in ("", least):
+        raise UsageError(f"--nnodes must be a number of hosts here, not {options.nnodes}")
+    text = WRITERS[options.print or "slurm"](
+        Job(
+            (options.training_script, *options.training_script_args),
+            int(least),
+            _num_ranks(options),
+            options.job_name,
+            gpus=not options.cpus_only,
+            time=options.time,
+            partition=options.partition,
+            account=options.account,
+            image=options.image,
+            rest=_rest(options),
+        )
+    )
+    if not options.submit:
+        sys.stdout.write(text)
+        return
+    try:
+        ended = subprocess.run(["sbatch"], input=text, text=True, check=False)
+    except FileNotFoundError:
+        raise UsageError("--submit needs sbatch, which is not here; leave it out, and the job is printed") from None
+    sys.exit(ended.returncode)
+
+
+def _rest(options: Namespace) -> list[str]:
+    """Options of torchrun that any way of starting passes on."""
+    found = [*(["-m"] if options.module else []), *(["--no-python"] if options.no_python else [])]
+    return [*found, *([f"--max-restarts={options.max_restarts}"] if options.max_restarts else [])]
+
+
+# --- hosts by ssh ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host of a hostfile.
+
+    Args:
+        name: as ssh takes it.
+        slots: ranks on it; 0 leaves it to `--nproc-per-node`.
+    """
+
+    name: str
+    slots: int = 0
+
+
+def hosts_of(path: Path) -> list[Host]:
+    """The hosts of a hostfile, as MPI and DeepSpeed have it: `name slots=8` a line; behind # is a remark.
+
+    Raises:
+        UsageError: there is no such file, a line means nothing, or a host is there twice.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--hostfile {path}: {error}") from None
+    if len(text) > MOST_BYTES:
+        raise UsageError(f"--hostfile {path} has more than {MOST_BYTES:,} bytes")
+    found: list[Host] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        name, slots = words[0], words[1].removeprefix("slots=") if len(words) > 1 else "0"
+        is_number = slots.isascii() and slots.isdigit() and len(slots) < 6
+        if len(words) > 2 or not is_number or name.startswith("-"):
+            raise UsageError(f'{path}, line {number}: "{line.strip()[:80]}" is no host; write "gpu-3 slots=8"')
+        if name in {host.name for host in found}:
+            raise UsageError(f"{path}, line {number}: {name[:80]} is there twice")
+        found.append(Host(name, int(slots)))
+    if not found:
+        raise UsageError(f"{path} names no host")
+    return found
+
+
+def command_on(host: Host, number: int, hosts: Sequence[Host], options: Namespace) -> str:
+    """The command of one host, for its shell."""
+    names = (n for n in os.environ if n.startswith(FORWARDED) or n in ("PYTHONPATH", "PATH"))
+    kept = {n: os.environ[n] for n in names if not any(part in n.upper() for part in SECRET)}
+    place = hosts[0].name.rpartition("@")[2]
+    port = options.master_port or PORT
+    arguments = [
+        *("--nnodes", str(len(hosts)), "--node-rank", str(number)),
+        *("--nproc-per-node", str(host.slots or options.nproc_per_node)),
+        *("--master-addr", options.master_addr or place, "--master-port", str(port)),
+        *_rest(options),
+        *(options.training_script, *options.training_script_args),
+    ]
+    variables = [f"{name}={value}" for name, value in sorted(kept.items())]
+    command = shlex.join(["env", *variables, sys.executable, "-m", "zgraph", "launch", *arguments])
+    return f"cd {shlex.quote(os.getcwd())} && exec {command}"
+
+
+def _over_ssh(options: Namespace, hosts: Sequence[Host]) -> int:
+    """Run on all hosts; the exit code of the first that fails, when the others are ended."""
+    running: list[subprocess.Popen[bytes]] = []
+    ended, first = threading.Event(), list[tuple[str, int]]()
+
+    def follow(host: Host, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            sys.stdout.write(f"{host.name}: {line.decode(errors='replace').rstrip()}\n")
+            sys.stdout.flush()
+        if (code := process.wait()) and not first:
+            first.append((host.name, code))
+            ended.set()
+        if all(other.poll() is not None for other in running):
+            ended.set()
+
+    try:
+        for number, host in enumerate(hosts):
+            command = [*SSH, "--", host.name, command_on(host, number, hosts, options)]
+            pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            running.append(subprocess.Popen(command, **pipes))
+        threads = [threading.Thread(target=follow, args=pair) for pair in zip(hosts, running, strict=True)]
+        for thread in threads:
+            thread.start()
+        ended.wait()
+    except FileNotFoundError:
+        raise UsageError("--hostfile needs ssh, which is not here") from None
+    finally:
+        _end(running)
+    for thread in threads:
+        thread.join()
+    if not first:
+        return 0
+    name, code = first[0]
+    sys.stderr.write(f"zgraph: {name} ended with exit code {code}; the others were ended\n")
+    return code if code > 0 else 128 - code
+
+
+def _end(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End what still runs; what does not end by itself is killed."""
+    for process in running:
+        if process.poll() is None:
+            process.terminate()
+    until = time.monotonic() + GRACE_S
+    for process in running:
+        try:
+            process.wait(max(until - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
