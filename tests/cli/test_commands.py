@@ -131,6 +131,18 @@ def test_what_programs_read(zgraph_command):
     assert "model.py" in found["source"]
     _, out, _ = zgraph_command("simulate", "run.zg", "--json")
     assert json.loads(out)["step_us"] >= json.loads(out)["lower_bound_us"] > 0
+    slow = ("--straggler", "3", "--fail-every", "3h", "--checkpoint", "60s", "--restart", "10m")
+    _, out, _ = zgraph_command("simulate", "run.zg", *slow, "--json")
+    found = json.loads(out)
+    assert found["step_us"] - found["even_step_us"] >= 1.9 * found["busy_us"]["compute"] / 3 - found["exposed_us"]
+    assert sum(v for k, v in found["goodput"].items() if k != "interval_s") == pytest.approx(1)
+    _, out, _ = zgraph_command("simulate", "run.zg", *slow, "--checkpoint-every", "20m")
+    assert "goodput 8" in out
+    assert "after 20.0 minutes" in out
+    assert "makes the step" in out
+    code, _, error = zgraph_command("simulate", "run.zg", "--fail-every", "often")
+    assert code == 2
+    assert "is no duration" in error
 
 
 def test_looking_at_a_run_takes_no_torch(zgraph_command):

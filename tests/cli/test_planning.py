@@ -107,3 +107,18 @@ def test_mistakes(args, code, said, zgraph_command):
     got, _, error = zgraph_command("plan", *args)
     assert got == code, error
     assert said in " ".join(error.split())
+
+
+def test_how_long_so_many_tokens_take(zgraph_command):
+    alone = (*TINY, "--hardware", "2x2-h100", "--batch", "3")
+    _, out, _ = zgraph_command(*alone, "--json", "--sweep")
+    (row,) = [r for r in json.loads(out)["combinations"] if r["hardware"] == "2x2-h100"]
+    _, out, _ = zgraph_command(*alone, "--tokens", "3T")
+    days, hours = re.search(r"3,000,000,000,000 tokens in ([\d,.]+) days .*, ([\d,]+) device-hours", out).groups()
+    expected = 3e12 / row["items_per_s"] / 86400
+    assert float(days.replace(",", "")) == pytest.approx(expected, rel=0.02)
+    assert float(hours.replace(",", "")) == pytest.approx(96 * expected, rel=1e-3)
+    for wrong in ("many", "-3", "nan", "inf", "3X"):
+        code, _, error = zgraph_command(*alone, "--tokens", wrong)
+        assert code == 2
+        assert "--tokens must be" in error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -368,49 +367,3 @@ def _shortened(text: str) -> str:
     """The beginning of a long text: a bucket's gather reads a hundred values."""
     rest = len(text) - MAX_CHARACTERS
     return text if rest < MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ... ({rest:,} characters more; --json has all)"
-
-
-@app.command(name="simulate")
-def simulate_run(
-    file: Annotated[str, typer.Argument(help="A run file; - for standard input.")],
-    load: Load = None,
-    as_json: AsJson = False,
-) -> None:
-    """The predicted step: time, memory, and what computing waits for.
-
-    Example: `zgraph simulate run.zg`
-    """
-    from zgraph.compiler.report import make_entry, mebibytes, step_summary
-    from zgraph.cost import memory_interval
-
-    run, name = read_run(file)
-    plan, timeline = run.step(name)
-    entry = make_entry(plan, (), run.context, lambda: run, timeline)
-    causes: dict[str, float] = defaultdict(float)
-    starts = {n.name: n for n in entry.plan.graph.nodes}
-    for stall in timeline.stalls:
-        causes[f"{starts[stall.start].op} in the {stall.phase}"] += stall.us
-    peak_bytes = entry.memory.peak.total_bytes + run.context.rest_bytes
-    peak = memory_interval(peak_bytes, run.context.costs)
-    if as_json:
-        print_json(
-            {
-                "step_us": timeline.step_us,
-                "step_low_us": entry.time.low,
-                "step_high_us": entry.time.high,
-                "lower_bound_us": entry.lower_bound_us,
-                "gap": entry.gap,
-                "busy_us": dict(timeline.busy_us),
-                "exposed_us": timeline.exposed_us,
-                "exposed_by": dict(causes),
-                "peak_bytes": peak_bytes,
-                "peak_low_bytes": peak.low,
-                "peak_high_bytes": peak.high,
-                "rest_bytes": run.context.rest_bytes,
-            }
-        )
-        return
-    console().print(step_summary(entry))
-    for cause, us in sorted(causes.items(), key=lambda item: -item[1]):
-        console().print(f"  exposed by {cause}: {us:,.1f} us")
-    console().print(f"at rest {mebibytes(run.context.rest_bytes)}")

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from zgraph.cli.app import COMPUTES, DOES_NOT_FIT, DTYPES, KERNELS, AsJson, app, console, one_of, print_json, progress
 from zgraph.cli.completion import any_of, hardware_names
 from zgraph.cost import Hardware, hardware
+from zgraph.errors import UsageError
 
 if TYPE_CHECKING:
     from zgraph.estimate.plan import TrainingPlan
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from zgraph.estimate.sweep import Combination, Sweep
 
 BATCHES = (1, 2, 4, 8)
+SCALES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 """Batches that `--sweep` tries where none is given."""
 
 
@@ -73,6 +75,9 @@ def plan(
             help="Try half and twice the hosts of one --hardware too, and batches of 1, 2, 4, 8 if none is given.",
         ),
     ] = False,
+    tokens: Annotated[
+        str, typer.Option(help="To train on in all, as 15T, 300B or 1e12: how long that takes, in GPU-hours too.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Predict training of a model on hardware that is not here: memory, time, what fits, and what to choose.
@@ -83,6 +88,7 @@ def plan(
     """
     from zgraph.bridge.dtypes import as_dtype
 
+    wanted = _count(tokens) if tokens else 0.0
     names = targets or ["h100"]
     tried = _around(names) if sweep and not world else {name: name for name in names}
     options = {
@@ -102,8 +108,23 @@ def plan(
         print_json(_plan_row(found.combinations[0].plan) if is_one else _sweep_rows(found))
     else:
         console().print(found.combinations[0].plan if is_one else found)
+        for one in found.combinations if wanted else ():
+            if one.fits:
+                console().print(f"{one.hardware}, batch {one.batch}: {one.training(wanted, found.unit)}")
     if found.fastest is None:
         raise typer.Exit(DOES_NOT_FIT)
+
+
+def _count(text: str) -> float:
+    """A number such as `15T`, `300B`, `20M` or `1e12`. Raises UsageError if it is none."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in SCALES else (text, "")
+    try:
+        found = float(number) * SCALES.get(unit, 1.0)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1e30:
+        raise UsageError(f"--tokens must be a number such as 15T, 300B or 1e12, not {text[:40]!r}")
+    return found
 
 
 def _around(names: Sequence[str]) -> dict[str, str | Hardware]:

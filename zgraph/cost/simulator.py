@@ -68,13 +68,20 @@ class Timeline:
         return max(self.busy_us.values(), default=0.0)
 
 
-def simulate(plan: Plan, costs: CostTable, hints: Mapping[str, int]) -> Timeline:
+def simulate(plan: Plan, costs: CostTable, hints: Mapping[str, int], *, straggler: float = 1.0) -> Timeline:
     """Run one training step (or one forward, where there is no backward) on the clock.
+
+    Args:
+        plan: the plan.
+        costs: durations.
+        hints: a number for each symbolic size.
+        straggler: how many times as long the rank whose clock it is computes as the others do, from 1 on: they wait for
+            it in each collective.
 
     Raises:
         SimulationError: the plan would deadlock, or touches a buffer that a collective is using.
     """
-    clock = _Clock(plan.graph, costs, hints)
+    clock = _Clock(plan.graph, costs, hints, straggler)
     clock.run(plan.forward.instructions)
     if plan.backward is not None:
         clock.run((plan.loss_only[0] if plan.loss_only else plan.backward).instructions)
@@ -87,8 +94,8 @@ def simulate(plan: Plan, costs: CostTable, hints: Mapping[str, int]) -> Timeline
 
 
 class _Clock:
-    def __init__(self, graph: Graph, costs: CostTable, hints: Mapping[str, int]) -> None:
-        self.graph, self.costs, self.hints = graph, costs, hints
+    def __init__(self, graph: Graph, costs: CostTable, hints: Mapping[str, int], straggler: float) -> None:
+        self.graph, self.costs, self.hints, self.straggler = graph, costs, hints, straggler
         self.now = 0.0
         self.lane_free: dict[str, float] = dict.fromkeys(LANES, 0.0)
         self.spans: list[Span] = []
@@ -135,7 +142,7 @@ class _Clock:
 
     def compute(self, node: Node) -> None:
         self.check(node)
-        us = self.costs.node_us(self.graph, node, self.hints)
+        us = self.straggler * self.costs.node_us(self.graph, node, self.hints)
         if not us:
             return
         overlapped = min(max(max(self.lane_free.values()) - self.now, 0.0) / self.slowdown, us)

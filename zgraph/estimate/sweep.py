@@ -45,6 +45,12 @@ class Combination:
         """Items that all ranks together train on in a second; those that compute together have the same."""
         return 1e6 * self.num_items * self.plan.num_ranks / self.plan.tensor_parallel / self.stage.total_us
 
+    def training(self, num_items: float, unit: str) -> str:
+        """Text that says how long training on so many items takes, in days and in device-hours."""
+        days = self.stage.time.scaled(num_items / self.items_per_s / self.stage.total_us / 86400)
+        hours = 24 * days.value * self.plan.num_ranks
+        return f"{num_items:,.0f} {unit} in {days.text('days')}, {hours:,.0f} device-hours, if nothing fails"
+
     @property
     def utilisation(self) -> float:
         """The share of the data sheet's rate that goes into matmuls, those that are computed again not counted."""
