@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shlex
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zgraph.cli.app import app
+from zgraph.cli.app import FAILED, AsJson, app, console, print_json
 from zgraph.cli.clusters import PORT, WRITERS, Job
 from zgraph.cli.environment_report import cores
 from zgraph.errors import UsageError
@@ -280,3 +281,38 @@ def _end(running: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait(max(until - time.monotonic(), 0.0))
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where checkpoints are to go: its disk is timed.")] = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Check all ranks before training: versions, clocks, speed of each device, disk and link.
+
+    Started by a launcher it checks all of its ranks; alone, this machine. The exit code is 1 if something is wrong.
+
+    Example: `zgraph launch --hostfile hosts -m zgraph doctor`
+    """
+    import torch
+
+    from zgraph.compiler.checkup import check_ranks
+    from zgraph.runtime.rendezvous import join_ranks
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        join_ranks("nccl" if torch.cuda.is_available() else "gloo")
+    found = check_ranks(folder)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first:
+        if as_json:
+            print_json({"ranks": [dataclasses.asdict(one) for one in found.ranks], "problems": found.problems})
+        else:
+            console().print(found.table())
+            for problem in found.problems or (f"{len(found.ranks)} ranks are alike, and none is slow",):
+                console().print(problem, highlight=False)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if is_first and found.problems:
+        raise typer.Exit(FAILED)
