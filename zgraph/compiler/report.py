@@ -130,6 +130,8 @@ class Report:
         float8: which linear layers are multiplied in float8, and why the others are not; empty if none is to be.
         feedback_bytes: bytes at rest of what codes of gradients have left out.
         code_errors: of each bucket of gradients the relative error of its first code; empty if none is coded.
+        cuda_graphs: of each captured graph what the GPU repeats from recordings, and what not and why.
+        recorded_bytes: bytes that recordings keep between steps, at most.
     """
 
     model: str
@@ -147,6 +149,8 @@ class Report:
     float8: str = ""
     feedback_bytes: int = 0
     code_errors: str = ""
+    cuda_graphs: tuple[str, ...] = ()
+    recorded_bytes: int = 0
 
     @property
     def step_peak_bytes(self) -> int:
@@ -162,6 +166,8 @@ class Report:
     def peak_bytes(self) -> int:
         """The most bytes alive at once on this rank in a training step with AdamW, whatever they are for."""
         at_rest = self.rest_bytes + self.state_bytes + self.buffer_bytes + self.feedback_bytes
+        if self.recorded_bytes:  # they are there while the optimizer steps
+            return at_rest + self.recorded_bytes + self.update_bytes
         return at_rest + max(self.step_peak_bytes, self.update_bytes)
 
     @property
@@ -244,6 +250,8 @@ class Report:
         if self.code_errors:
             table.add_row("left out by codes, for the next step", mebibytes(self.feedback_bytes))
             table.add_row("relative error of the first codes", self.code_errors)
+        for text in self.cuda_graphs:
+            table.add_row("CUDA graphs", text)
         if self.regions is not None:
             table.add_row("compiled by Inductor", str(self.regions))
         return table
