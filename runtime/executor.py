@@ -101,6 +101,7 @@ class _Writer:
         self.names: dict[str, Any] = {}
         self.locals: dict[str, str] = {}
         self.resident = plan.resident
+        self.outside: set[str] = set()
         self.spare = in_place(program, plan.graph)
         self.awaited = {name for name, memory in resident.items() if session.store.copies.is_brought(memory)}
         for name, memory in resident.items():
@@ -169,7 +170,9 @@ class _Writer:
         self.names[name] = None
         given = ", ".join(self.local(v.name) for v in stretch.inputs)
         body = [f"    {given}, = args"] * bool(given) + ["    args.clear()", *arena]
+        self.outside = {*stretch.frees} - {v.name for v in stretch.inputs}
         body += [f"    {line}" for part in stretch.parts for line in self.part(part)]
+        self.outside = set()
         made = ", ".join(self.local(v.name) for v in stretch.outputs)
         functions += [f"def {name}(args):", *body, f"    return [{made}]"]
         names = self.names
@@ -181,7 +184,7 @@ class _Writer:
 
     def instruction(self, instruction: Instruction) -> list[str]:
         node = instruction.node
-        frees = [self.local(n) for n in instruction.frees if n not in self.resident]
+        frees = self.freed(instruction)
         lines = [] if node.op == "release" else [self.call(node)]
         return lines + ([f"del {', '.join(frees)}"] if frees else [])
 
@@ -192,13 +195,17 @@ class _Writer:
         return self.called(run, region)
 
     def called(self, run: str, together: Region | Stretch) -> list[str]:
-        frees = [self.local(n) for n in together.frees if n not in self.resident]
+        frees = self.freed(together)
         results = ", ".join(self.local(v.name) for v in together.outputs)
         return [
             f"args = [{', '.join(self.local(v.name) for v in together.inputs)}]",
             *([f"del {', '.join(frees)}"] if frees else []),
             f"{results}, = {run}(args)",
         ]
+
+    def freed(self, part: Part | Stretch) -> list[str]:
+        """Names that are deleted after a part. A stretch's function deletes none that it was not given."""
+        return [self.local(n) for n in part.frees if n not in self.resident and n not in self.outside]
 
     def call(self, node: Node) -> str:
         if row := self.foreign.get(node.op):

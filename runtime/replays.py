@@ -113,8 +113,9 @@ class Replays:
         arena: memory in which its programs lay their buffers out; None where they have none.
 
     `left` counts the ops that are left to the host, by the reason, and `failures` the stretches that could not be
-    recorded; `num_held` counts the forwards that ran as they are, since what the last one left for a backward was held;
-    `num_moved` the programs that ran so from somewhere on, since what they read was elsewhere.
+    recorded. `num_replays` counts the programs that were replayed, `num_held` the forwards that ran as they are, since
+    what the last one left for a backward was held, `num_moved` the programs that ran so from somewhere on, since what
+    they read was elsewhere.
     """
 
     device: torch.device
@@ -123,6 +124,7 @@ class Replays:
     arena: torch.Tensor | None = None
     left: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
+    num_replays: int = 0
     num_held: int = 0
     num_moved: int = 0
     num_stretches: int = 0
@@ -169,7 +171,7 @@ class Replays:
         left = ", ".join(f"{count} {why}" for why, count in self.left.most_common())
         if not self.num_stretches:
             return f"nothing to record: {left or 'too few ops'}"
-        found = [f"{self.num_ops:,} ops in {self.num_stretches} recordings"]
+        found = [f"{self.num_ops:,} ops in {self.num_stretches} recordings, programs replayed {self.num_replays} times"]
         found += [f"left to the host {left}"] if left else []
         found += [f"{count} not recorded: {why}" for why, count in self.failures.items()]
         found += [f"{self.num_held} forwards op by op, as a backward was to come"] if self.num_held else []
@@ -245,6 +247,7 @@ class ProgramReplays:
         if is_first and self.is_forward:
             self.shared.waiting.watch([*self._leaving.owners.values()])
         self.shared.num_moved += self.has_moved
+        self.shared.num_replays += not (is_first or self.has_moved)
         self._is_open = False
         return results
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from zgraph.cost.memory import local_bytes, simulate_memory
 from zgraph.cost.table import CostTable
+from zgraph.cost.work import work
 from zgraph.ir import OPS, Plan
+from zgraph.ir.symbols import evaluate
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Launches:
 
     Args:
         host_us: microseconds of the host to launch its ops one by one.
-        device_us: microseconds of the device to run them, without launches.
+        device_us: microseconds of the device to run them at its best rates.
     """
 
     host_us: float
@@ -31,16 +33,18 @@ class Launches:
 def launches(plan: Plan, costs: CostTable, hints: Mapping[str, int]) -> Launches:
     """The launches of a plan's step, op by op, on given hardware.
 
-    An op is launched in the time of the smallest op (`Device.launch_us`), and what it takes longer is the device's.
+    An op is launched in the time of the smallest op (`Device.launch_us`).
     """
-    each, host_us, device_us = costs.hardware.device.launch_us, 0.0, 0.0
+    device, num_ops, device_s = costs.hardware.device, 0, 0.0
     for node in plan.graph.nodes:
         if node.op in OPS and OPS[node.op].lane != "compute":
             continue
-        if us := costs.node_us(plan.graph, node, hints):
-            host_us += each
-            device_us += max(us - each, 0.0)
-    return Launches(host_us, device_us)
+        done = work(plan.graph, node)
+        flop, num_bytes = evaluate(done.flop, hints), evaluate(done.num_bytes, hints)
+        num_ops += bool(flop or num_bytes)
+        computing = flop / device.rate(done.dtype) if flop else 0.0
+        device_s += max(computing, num_bytes / device.memory_bytes_per_s)
+    return Launches(device.launch_us * num_ops, 1e6 * device_s)
 
 
 def recorded_bytes(plan: Plan, hints: Mapping[str, int]) -> int:
