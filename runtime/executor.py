@@ -142,7 +142,7 @@ class _Writer:
         """Where the program's buffers lie, if any of them has a place there."""
         if not (num_bytes := self.program.arena_bytes):
             return []
-        arena = self.session.arena if self.replays is None else self.replays.shared.block
+        arena = self.session.arenas.take if self.replays is None else self.replays.shared.block
         return [f"    arena = {self.constant(arena, 'arena')}({num_bytes})"]
 
     def parts(self, program: Program) -> Iterable[Part]:

@@ -49,7 +49,7 @@ def link_plan(
     Raises:
         PlanMismatchError: the ranks compiled different plans.
     """
-    _agree(session, plan, captured, known)
+    session.arenas.reserve(plan, together=_agree(session, plan, captured, known))
     slots = session.store.slots
     resident: dict[str, Any] = {}
     for entry in plan.graph.inputs:
@@ -96,19 +96,23 @@ def link_plan(
     return guarded, _guarded(session, _backward(session, plan, plan.backward, backward, behind), survives)
 
 
-def _agree(session: Session, plan: Plan, captured: str, known: str) -> None:
+def _agree(session: Session, plan: Plan, captured: str, known: str) -> bool:
     """Compare the plan with the peers', unless its collectives are those of a plan that they have agreed on.
 
     The first plan of each kind must be the same text everywhere, programs included. Later ones may come on some
     ranks alone (a new sequence length): they are safe as long as what goes over the wire, and when, stays the same.
+
+    Returns:
+        Whether all ranks are here with this plan.
     """
     if session.is_alone:
-        return
+        return True
     marks, wire = wire_of(plan)
-    if wire not in session.agreed:
+    if is_new := wire not in session.agreed:
         session.peers.agree("program", plan_text(plan, captured, known))
         session.agreed.add(wire)
     session.marks |= marks
+    return is_new
 
 
 def _guarded(session: Session, run: Runner, survives: Callable[[BaseException], bool]) -> Runner:

@@ -25,6 +25,7 @@ import torch
 from zgraph.bridge import private_graphs
 from zgraph.errors import in_one_line
 from zgraph.ir import Plan, Program
+from zgraph.runtime.arenas import Turns
 from zgraph.runtime.stretches import Part, Stretch, cut
 
 NUM_WARM_UPS = 2
@@ -110,6 +111,7 @@ class Replays:
         device: of this rank.
         plan: the plan.
         resident: the memory of parameters and constants, by the name of their value.
+        turns: of all programs with memory that stays.
         arena: memory in which its programs lay their buffers out; None where they have none.
 
     `left` counts the ops that are left to the host, by the reason, and `failures` the stretches that could not be
@@ -121,6 +123,7 @@ class Replays:
     device: torch.device
     plan: Plan
     resident: Mapping[str, Any]
+    turns: Turns
     arena: torch.Tensor | None = None
     left: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
@@ -138,7 +141,6 @@ class Replays:
         self.waiting = Waiting()
         self.forward = Mode.steps
         self._counted: set[int] = set()
-        self._stream: torch.cuda.Stream | None = None
 
     def block(self, num_bytes: int) -> torch.Tensor:
         """A program's arena, always in the same place."""
@@ -159,13 +161,6 @@ class Replays:
                 self.num_stretches += 1
                 self.num_ops += part.num_ops
             yield part
-
-    def follow(self) -> None:
-        """Have the current stream come after the one that was replayed on last."""
-        stream = torch.cuda.current_stream(self.device)
-        if self._stream is not None and stream != self._stream:
-            stream.wait_stream(self._stream)
-        self._stream = stream
 
     def __str__(self) -> str:
         left = ", ".join(f"{count} {why}" for why, count in self.left.most_common())
@@ -222,7 +217,7 @@ class ProgramReplays:
             for stretch in self._stretches:
                 stretch.forget()
         self._num_runs += 1
-        self.mode, self.has_moved, self._is_open = Mode.steps, False, False
+        self.mode, self.has_moved = Mode.steps, False
         if self._num_runs > NUM_WARM_UPS and self._num_failures < MOST_TRIES:
             if self._leaving is not None:
                 self.mode = Mode.replays
@@ -233,9 +228,8 @@ class ProgramReplays:
                 shared.num_held += 1
                 self.mode = Mode.steps
             shared.forward = self.mode
-        if self.mode is not Mode.steps:
-            self._is_open = True
-            shared.follow()
+        self._is_open = self.mode is not Mode.steps
+        shared.turns.follow()
 
     def _end(self, results: list[Any]) -> list[Any]:
         if self.mode is Mode.steps:

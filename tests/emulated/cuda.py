@@ -93,7 +93,7 @@ def install(total_bytes: int = TOTAL_BYTES) -> None:
     _lib.emulated_log.restype = ctypes.c_char_p
     for name in ("stream", "host_record", "alive_bytes", "peak_bytes", "reserved_bytes", "end_capture"):
         getattr(_lib, f"emulated_{name}").restype = ctypes.c_int64
-    for name in ("limit", "fail_after", "host", "host_wait", "begin_capture", "replay", "forget"):
+    for name in ("limit", "fail_after", "host", "host_wait", "begin_capture", "replay", "forget", "pool"):
         getattr(_lib, f"emulated_{name}").argtypes = [ctypes.c_int64]
     _lib.emulated_pin.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
     _lib.emulated_keep.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
@@ -250,6 +250,23 @@ class Graph:
             _lib.emulated_forget(self._number)
 
 
+class Pool:
+    """`torch.cuda.MemPool` of the device: memory that nothing else gets."""
+
+    def __init__(self, allocator: Any = None) -> None:
+        self.allocator, self.id = allocator, new_pool()
+
+
+@contextlib.contextmanager
+def use_pool(pool: Pool, device: Any = None) -> Iterator[None]:
+    """Context whose memory is a pool's."""
+    _lib.emulated_pool(pool.id[1])
+    try:
+        yield
+    finally:
+        _lib.emulated_pool(0)
+
+
 def new_pool() -> tuple[int, int]:
     """A handle of memory that recordings share."""
     return 0, next(_pools)
@@ -346,6 +363,8 @@ def _replace(total_bytes: int) -> None:
         reset_peak_memory_stats=lambda device=None: _lib.emulated_reset_peak(),
         empty_cache=lambda: None,
         CUDAGraph=Graph,
+        MemPool=Pool,
+        use_mem_pool=use_pool,
         graph_pool_handle=new_pool,
         is_current_stream_capturing=is_capturing,
     )

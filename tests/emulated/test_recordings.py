@@ -101,7 +101,7 @@ def test_streams_follow_one_another(echoes: Server) -> None:
     races, left_out, _, distance = echoes.run(recordings.another_stream, "residual")
     assert races == []
     assert distance == 0
-    assert any(found for site, found in left_out.items() if "Replays.follow" in site)
+    assert any(found for site, found in left_out.items() if "Turns.follow" in site)
 
 
 def test_what_cannot_be_recorded_runs_op_by_op(echoes: Server) -> None:

@@ -151,6 +151,8 @@ class CompiledModel:
         update_bytes = context.update_bytes if plan.backward is not None else 0
         peak_bytes = context.rest_bytes + max(entry.memory.peak.total_bytes, update_bytes)
         trial = self.trial(self, peak_bytes) if self.trial is not None else None
+        if context.memory_budget is not None:
+            self.session.arenas.room_bytes = context.memory_budget - context.rest_bytes - update_bytes
         found = Recordings(plan, self.session, context, self.cuda_graphs) if self.cuda_graphs else None
         forward, backward = link_plan(
             self.session,
@@ -254,6 +256,8 @@ class CompiledModel:
             str(self.session.feedback),
             tuple(str(found) for found in self.recordings),
             max((found.kept_bytes for found in self.recordings), default=0),
+            self.session.arenas.state,
+            self.session.arenas.kept_bytes,
         )
 
 

@@ -11,6 +11,7 @@ from zgraph.ir import Plan
 from zgraph.options.validate import CudaGraphs
 from zgraph.passes import Context
 from zgraph.runtime import Session
+from zgraph.runtime.arenas import most_bytes
 from zgraph.runtime.replays import Replays
 
 
@@ -49,9 +50,9 @@ class Recordings:
 
     def _make(self, resident: Mapping[str, Any]) -> Replays:
         plan, session = self.plan, self.session
-        most = max((p.arena_bytes for p in (plan.forward, plan.backward) if p is not None), default=0)
-        arena = session.arena(most) if most else None
-        self.replays = Replays(session.device, plan, resident, arena)
+        most = most_bytes(plan)
+        arena = session.arenas.keep(most) if most else None
+        self.replays = Replays(session.device, plan, resident, session.arenas.turns, arena)
         return self.replays
 
     def __str__(self) -> str:

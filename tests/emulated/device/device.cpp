@@ -121,6 +121,11 @@ void emulated_keep(uint64_t address, uint64_t num_bytes) {
 
 // --- memory
 
+// What this thread takes from here on is of a pool; 0 for none.
+void emulated_pool(int64_t pool) {
+  capture_pool = pool;
+}
+
 void emulated_pin(uint64_t address, uint64_t num_bytes) {
   pin(address, num_bytes);
 }
