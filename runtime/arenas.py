@@ -44,8 +44,8 @@ class Arenas:
         kind: "registered" keeps one block that is registered with the group; "symmetric" one that is a window at the
             same place on all ranks too; "plain" takes memory for each run.
 
-    `turns` are those of all programs with memory that stays. `room_bytes` is what a block that stays may take; None sets
-    no limit. `state` says what became of it, in words.
+    `turns` are those of all programs with memory that stays. `room_bytes` is what a block that stays may take; None
+    sets no limit. `state` says what became of it, in words.
     """
 
     def __init__(self, device: torch.device, group: Callable[[], dist.ProcessGroup | None], kind: str) -> None:

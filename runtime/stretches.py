@@ -21,7 +21,7 @@ Part = Instruction | Region
 MIN_OPS = 4
 """Ops that are no views; a replay and its copies take the host as long as two or three launches."""
 
-ANY_TENSORS = ("cast", "copy", "pack", "unpack")
+ANY_TENSORS = ("amax", "cast", "copy", "float8_cast", "float8_scale", "pack", "unpack")
 """Ops of zgraph that only compute, on the device."""
 
 REASONS = {
