@@ -31,8 +31,9 @@ class Recordings:
         self.num_bytes = recorded_bytes(plan, context.hints)
         self.problem = ""
         bound = launches(plan, context.costs, context.hints)
+        self.compared = _compared(bound, context.costs)
         if wanted == "auto" and not bound.bind:
-            self.problem = f"none: {_compared(bound, context.costs)}, so that the device would not wait"
+            self.problem = f"none: {self.compared}, so that the device would not wait"
         elif missing := _missing_bytes(self.num_bytes, plan, context):
             self.problem = (
                 f"none: they would keep {_mib(self.num_bytes)}, {_mib(missing)} more than the budget has room for"
@@ -56,7 +57,7 @@ class Recordings:
         return self.replays
 
     def __str__(self) -> str:
-        found = self.problem or f"{self.replays}; they keep at most {_mib(self.num_bytes)}"
+        found = self.problem or f"{self.replays}; {self.compared}; they keep at most {_mib(self.num_bytes)}"
         return f"{self.plan.graph.name}: {found}"
 
 
