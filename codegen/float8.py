@@ -2,7 +2,7 @@
 
 The numbers are those of torchao's `Float8Linear` (`torchao/float8`, recipes `tensorwise` and `rowwise`): a scale is the
 dtype's largest number over the largest magnitude, in fp64 and then fp32; by rows it is rounded down to a power of two.
-What is cast is multiplied in fp32 and saturates.
+What is cast is multiplied in fp32 and saturates (`zgraph.bridge.float8`).
 
 GPUs need compute capability 8.9 for it. On processors the product is emulated: both matrices are cast to fp32, which
 holds their products exactly, and multiplied there. torch's own product of float8 takes seconds there for 512 columns.
@@ -14,13 +14,9 @@ from functools import cache
 
 import torch
 
+from zgraph.bridge.float8 import PIECE, cast, scale_of
+
 Tensor = torch.Tensor
-
-EPS = 1e-12
-"""The smallest magnitude that a scale is made for."""
-
-PIECE = 1 << 20
-"""Numbers that are cast at a time, so that their fp32 copies take little memory."""
 
 OLDEST_GPU = (8, 9)
 """The compute capability from which NVIDIA's GPUs multiply float8."""
@@ -35,7 +31,7 @@ def to_float8(x: Tensor, dtype: torch.dtype, dim: int | None) -> tuple[Tensor, T
         dim: 1 for a scale a row, [rows, 1]; 0 for one a column, [1, columns]; None for one in all, [].
     """
     scale = _scale(_largest(x, dim), dtype, dim)
-    return _cast(x, scale, dtype), scale
+    return cast(x, scale, dtype), scale
 
 
 def to_float8_in_pieces(x: Tensor, dtype: torch.dtype, dim: int | None) -> tuple[Tensor, Tensor]:
@@ -49,7 +45,7 @@ def to_float8_in_pieces(x: Tensor, dtype: torch.dtype, dim: int | None) -> tuple
     scales = torch.split(scale, rows) if dim == 1 else [scale] * len(pieces)
     made = torch.empty_like(x, dtype=dtype)
     for piece, own, out in zip(pieces, scales, torch.split(made, rows), strict=True):
-        out.copy_(_cast(piece, own, dtype))
+        out.copy_(cast(piece, own, dtype))
     return made, scale
 
 
@@ -58,13 +54,8 @@ def _largest(x: Tensor, dim: int | None) -> Tensor:
 
 
 def _scale(amax: Tensor, dtype: torch.dtype, dim: int | None) -> Tensor:
-    scale = (torch.finfo(dtype).max / amax.double().clamp(min=EPS)).float()
+    scale = scale_of(amax, dtype)
     return scale if dim is None else scale.log2().floor().exp2()
-
-
-def _cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    limit = torch.finfo(dtype).max
-    return (x.float() * scale).clamp(-limit, limit).to(dtype)
 
 
 def float8_mm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:

@@ -20,6 +20,7 @@ from zgraph.passes.dce import DeadCode
 from zgraph.passes.exchange import Exchange
 from zgraph.passes.fit import Fit
 from zgraph.passes.float8 import Float8
+from zgraph.passes.float8_gathers import Float8Gathers
 from zgraph.passes.fuse import Fuse
 from zgraph.passes.grouped_heads import GroupedHeads
 from zgraph.passes.host_copies import HostCopies
@@ -46,6 +47,7 @@ ALL: tuple[type[Pass], ...] = (
     Fit,
     Keep,
     Bucket,
+    Float8Gathers,
     Compress,
     Exchange,
     Broadcast,

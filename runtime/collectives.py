@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from zgraph.bridge import private_runtime
+from zgraph.bridge import float8, private_runtime
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.ir import DType, Node, Partial, Placement, TensorType
 from zgraph.ir.arena import offsets
@@ -309,6 +309,7 @@ EXECUTORS: Mapping[str, Callable[[Node, Session], Execute]] = {
     "pack": pack,
     "unpack": unpack,
     "cast": cast,
+    **dict.fromkeys(float8.PARTS, lambda node, session: float8.runs(node)),
     "copy": copy,
     "accumulate": accumulate,
 }

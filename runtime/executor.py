@@ -8,7 +8,7 @@ from __future__ import annotations
 import linecache
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import resolve, to_torch
@@ -19,6 +19,8 @@ from zgraph.runtime.fused_attention import ATTENTIONS, FusedAttentions
 from zgraph.runtime.in_place import in_place
 from zgraph.runtime.recorder import Watcher
 from zgraph.runtime.region import Compute, Region
+from zgraph.runtime.replays import ProgramReplays
+from zgraph.runtime.stretches import Part, Stretch, reads_of
 from zgraph.runtime.strides import Strides
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def link(
     resident: Mapping[str, Any],
     watcher: Watcher | None = None,
     regions: Together | None = None,
+    replays: ProgramReplays | None = None,
 ) -> Runner:
     """The program as a function from a list of arguments, which it empties, to a list of results.
 
@@ -65,13 +68,15 @@ def link(
         resident: the memory of parameters and constants, by the name of their value.
         watcher: if given, it is told after every instruction.
         regions: what runs many instructions as one; op by op, if none is given.
+        replays: what a GPU repeats stretches of the program by; none if none is given.
     """
-    writer = _Writer(program, plan, session, resident, watcher, regions)
+    writer = _Writer(program, plan, session, resident, watcher, regions, replays)
     source = writer.source()
     label = f"{LABEL}{plan.graph.name} {plan.fingerprint} {program.name}>"
     linecache.cache[label] = (len(source), None, source.splitlines(True), label)
     exec(compile(source, label, "exec"), writer.names)
     run: Runner = writer.names[program.name]
+    run = run if replays is None else replays.around(run)
     run.source = source  # type: ignore[attr-defined]
     return run
 
@@ -87,14 +92,16 @@ class _Writer:
         resident: Mapping[str, Any],
         watcher: Watcher | None,
         regions: Together | None,
+        replays: ProgramReplays | None,
     ) -> None:
         self.program, self.plan, self.session, self.watcher = program, plan, session, watcher
-        self.regions = regions
+        self.regions, self.replays = regions, replays
         self.foreign = plan.graph.foreign
         self.attentions = FusedAttentions()
         self.names: dict[str, Any] = {}
         self.locals: dict[str, str] = {}
         self.resident = plan.resident
+        self.outside: set[str] = set()
         self.spare = in_place(program, plan.graph)
         self.awaited = {name for name, memory in resident.items() if session.store.copies.is_brought(memory)}
         for name, memory in resident.items():
@@ -111,41 +118,73 @@ class _Writer:
         lines.append("    args.clear()")
         if dead := [self.local(name) for name in program.unread if name not in self.resident]:
             lines.append(f"    del {', '.join(dead)}")
-        if num_bytes := program.arena_bytes:
-            lines.append(f"    arena = {self.constant(self.session.arena, 'arena')}({num_bytes})")
-        mark, parts = "", tuple(self.parts(program))
+        arena = self.arena()
+        lines += arena
+        mark, single = "", tuple(self.parts(program))
         before = self.parts(self.plan.forward) if program is not self.plan.forward else ()
-        self.strides = Strides(self.plan.graph, self.resident, (*before, *parts))
+        self.strides = Strides(self.plan.graph, self.resident, (*before, *single))
+        parts = single if self.replays is None else tuple(self.replays.shared.cut(program, single))
         if self.watcher is not None:
             begin, mark = self.constant(self.watcher.begin, "begin"), self.constant(self.watcher.mark, "mark")
             lines.append(f"    {begin}({self.constant(parts, 'parts')})")
+        functions: list[str] = []
         for part in parts:
-            written = self.region(part) if isinstance(part, Region) else self.instruction(part)
-            lines.extend(f"    {line}" for line in (*self.arrivals(part), *written))
+            arrivals = self.arrivals(part)
+            written = self.stretch(part, arena, functions) if isinstance(part, Stretch) else self.part(part)
+            lines.extend(f"    {line}" for line in (*arrivals, *written))
             if mark:
                 lines.append(f"    {mark}()")
         results = ", ".join("None" if v is None else self.local(v.name) for v in program.results)
         lines.append(f"    return [{results}]")
-        return "\n".join(lines) + "\n"
+        return "\n".join([*functions, *lines]) + "\n"
 
-    def parts(self, program: Program) -> Iterable[Instruction | Region]:
+    def arena(self) -> list[str]:
+        """Where the program's buffers lie, if any of them has a place there."""
+        if not (num_bytes := self.program.arena_bytes):
+            return []
+        arena = self.session.arenas.take if self.replays is None else self.replays.shared.block
+        return [f"    arena = {self.constant(arena, 'arena')}({num_bytes})"]
+
+    def parts(self, program: Program) -> Iterable[Part]:
         """A program's instructions, and regions where they run as one: not while single ones are measured or shown."""
         watcher = self.watcher
         if self.regions is None or (watcher is not None and (watcher.takes_apart or not self.regions.is_shown)):
             return program.instructions
         return self.regions.cut(program, self.plan.graph)
 
-    def arrivals(self, part: Instruction | Region) -> list[str]:
+    def arrivals(self, part: Part | Stretch) -> list[str]:
         """A wait for copies of parameters from the host that a part is the first to read."""
-        reads = part.inputs if isinstance(part, Region) else part.node.operands
+        reads = part.reads if isinstance(part, Stretch) else reads_of(part)
         due = [name for name in dict.fromkeys(v.name for v in reads) if name in self.awaited]
         self.awaited.difference_update(due)
         arrive = self.constant(self.session.store.copies.arrive, "arrive") if due else ""
         return [f"{arrive}({', '.join(map(self.local, due))})"] if due else []
 
+    def part(self, part: Part) -> list[str]:
+        return self.region(part) if isinstance(part, Region) else self.instruction(part)
+
+    def stretch(self, stretch: Stretch, arena: list[str], functions: list[str]) -> list[str]:
+        """A call of a stretch, whose parts are a function of their own."""
+        assert self.replays is not None
+        name = self.unique("stretch")
+        self.names[name] = None
+        given = ", ".join(self.local(v.name) for v in stretch.inputs)
+        body = [f"    {given}, = args"] * bool(given) + ["    args.clear()", *arena]
+        self.outside = {*stretch.frees} - {v.name for v in stretch.inputs}
+        body += [f"    {line}" for part in stretch.parts for line in self.part(part)]
+        self.outside = set()
+        made = ", ".join(self.local(v.name) for v in stretch.outputs)
+        functions += [f"def {name}(args):", *body, f"    return [{made}]"]
+        names = self.names
+
+        def steps(args: list[Any]) -> list[Any]:
+            return cast(list[Any], names[name](args))
+
+        return self.called(self.constant(self.replays.runner(steps), "replay"), stretch)
+
     def instruction(self, instruction: Instruction) -> list[str]:
         node = instruction.node
-        frees = [self.local(n) for n in instruction.frees if n not in self.resident]
+        frees = self.freed(instruction)
         lines = [] if node.op == "release" else [self.call(node)]
         return lines + ([f"del {', '.join(frees)}"] if frees else [])
 
@@ -153,13 +192,20 @@ class _Writer:
         """A call of a region, which is given the last references to what it is the last to read."""
         assert self.regions is not None
         run = self.constant(self.regions.runner(region, self.session, self.strides.loose(region)), "region")
-        frees = [self.local(n) for n in region.frees if n not in self.resident]
-        results = ", ".join(self.local(v.name) for v in region.outputs)
+        return self.called(run, region)
+
+    def called(self, run: str, together: Region | Stretch) -> list[str]:
+        frees = self.freed(together)
+        results = ", ".join(self.local(v.name) for v in together.outputs)
         return [
-            f"args = [{', '.join(self.local(v.name) for v in region.inputs)}]",
+            f"args = [{', '.join(self.local(v.name) for v in together.inputs)}]",
             *([f"del {', '.join(frees)}"] if frees else []),
             f"{results}, = {run}(args)",
         ]
+
+    def freed(self, part: Part | Stretch) -> list[str]:
+        """Names that are deleted after a part. A stretch's function deletes none that it was not given."""
+        return [self.local(n) for n in part.frees if n not in self.resident and n not in self.outside]
 
     def call(self, node: Node) -> str:
         if row := self.foreign.get(node.op):

@@ -16,6 +16,7 @@ from zgraph.runtime.gradients import Gradient, needs_token, token
 from zgraph.runtime.interpreted import Interpreted
 from zgraph.runtime.recorder import Watcher
 from zgraph.runtime.regions import Regions
+from zgraph.runtime.replays import Replays
 from zgraph.runtime.session import Session
 from zgraph.runtime.shards import Slot
 from zgraph.runtime.unused import Tangents, Unused
@@ -30,6 +31,7 @@ def link_plan(
     regions: Regions | None = None,
     behind: Mapping[str, Tangents] = MappingProxyType({}),
     survives: Callable[[BaseException], bool] = lambda error: False,
+    replays: Callable[[Mapping[str, Any]], Replays] | None = None,
 ) -> tuple[Runner, Runner | None]:
     """The runners of a plan's forward and backward, once all ranks have agreed on it.
 
@@ -42,11 +44,12 @@ def link_plan(
         regions: if given, they compile what is between collectives; else torch's interpreter runs it.
         behind: what `tangents_behind` finds in the captured graph.
         survives: whether all ranks go on after an error of theirs, so that the peers need not be told.
+        replays: if given, makes what the GPU repeats stretches of the programs by, of the memory that stays.
 
     Raises:
         PlanMismatchError: the ranks compiled different plans.
     """
-    _agree(session, plan, captured, known)
+    session.arenas.reserve(plan, together=_agree(session, plan, captured, known))
     slots = session.store.slots
     resident: dict[str, Any] = {}
     for entry in plan.graph.inputs:
@@ -56,10 +59,13 @@ def link_plan(
             resident[entry.value.name] = constants[entry.target].to(session.device)
     session.plans.append(plan)
     together = regions or Interpreted(session.device)
+    recordings = replays(resident) if replays is not None else None
 
     @cache
     def runner(program: Program, watcher: Watcher | None) -> Runner:
-        return link(program, plan, session, resident, watcher, together)
+        repeats = recordings is not None and (watcher is None or not watcher.takes_apart)
+        of_program = recordings.of(program) if recordings is not None and repeats else None
+        return link(program, plan, session, resident, watcher, together, of_program)
 
     if regions is not None:
         regions.take_context()
@@ -90,19 +96,23 @@ def link_plan(
     return guarded, _guarded(session, _backward(session, plan, plan.backward, backward, behind), survives)
 
 
-def _agree(session: Session, plan: Plan, captured: str, known: str) -> None:
+def _agree(session: Session, plan: Plan, captured: str, known: str) -> bool:
     """Compare the plan with the peers', unless its collectives are those of a plan that they have agreed on.
 
     The first plan of each kind must be the same text everywhere, programs included. Later ones may come on some
     ranks alone (a new sequence length): they are safe as long as what goes over the wire, and when, stays the same.
+
+    Returns:
+        Whether all ranks are here with this plan.
     """
     if session.is_alone:
-        return
+        return True
     marks, wire = wire_of(plan)
-    if wire not in session.agreed:
+    if is_new := wire not in session.agreed:
         session.peers.agree("program", plan_text(plan, captured, known))
         session.agreed.add(wire)
     session.marks |= marks
+    return is_new
 
 
 def _guarded(session: Session, run: Runner, survives: Callable[[BaseException], bool]) -> Runner:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from zgraph.ir import Instruction, Node
-from zgraph.runtime.region import Region
+from zgraph.runtime.stretches import Part, Stretch
 
 
 class Watcher(Protocol):
@@ -19,7 +19,7 @@ class Watcher(Protocol):
 
     takes_apart: bool
 
-    def begin(self, parts: Sequence[Instruction | Region]) -> None: ...
+    def begin(self, parts: Sequence[Part | Stretch]) -> None: ...
 
     def mark(self) -> None: ...
 
@@ -38,10 +38,10 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type != "cpu"
-        self._runs: list[tuple[Sequence[Instruction | Region], Sequence[int | torch.Event]]] = []
+        self._runs: list[tuple[Sequence[Part | Stretch], Sequence[int | torch.Event]]] = []
         self._mark: Callable[[], None] = lambda: None
 
-    def begin(self, parts: Sequence[Instruction | Region]) -> None:
+    def begin(self, parts: Sequence[Part | Stretch]) -> None:
         """A program begins."""
         if self.on_gpu:
             marked: list[torch.Event] = []

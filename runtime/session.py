@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 
 from zgraph.bridge import private_runtime
+from zgraph.environment import environment
 from zgraph.errors import PeerError, ZgraphError
 from zgraph.ir import Node, Plan, TensorType
 from zgraph.ir.layout import chunk_numel
 from zgraph.runtime.agreement import described
+from zgraph.runtime.arenas import Arenas
 from zgraph.runtime.feedback import Feedback
 from zgraph.runtime.gloo_transport import Hosts, Lane, host_name
 from zgraph.runtime.host import HostMemory
@@ -65,6 +67,8 @@ class Session:
         self.reduce_dtype: torch.dtype | None = None
         self.before_reading: Callable[[], None] | None = None
         self.feedback = Feedback(self)
+        sharded = self.shard_group if group is not None else None
+        self.arenas = Arenas(self.device, lambda: sharded, environment().arenas)
         self._ranges = Ranges()
         self.plans: list[Plan] = []
         self.kinds: dict[str, TensorType] = {}
@@ -131,10 +135,6 @@ class Session:
     def watcher(self) -> Watcher | None:
         """Who is told how programs go on: whoever measures, or torch's profiler while it is on; mostly nobody."""
         return self._ranges if self.recorder is None and private_runtime.is_profiling() else self.recorder
-
-    def arena(self, num_bytes: int) -> torch.Tensor:
-        """The memory in which a program lays its buffers out, each at a multiple of `zgraph.ir.arena.ALIGN_BYTES`."""
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     @property
     def lane(self) -> Lane | None:

@@ -25,7 +25,7 @@ from zgraph.options.lengths import Lengths
 from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload
 from zgraph.options.settings import Options, Passes, Recompute, resolve
-from zgraph.options.validate import Compute, Fullgraph, Kernels, Stage
+from zgraph.options.validate import Compute, CudaGraphs, Fullgraph, Kernels, Stage
 from zgraph.passes import RECIPES
 from zgraph.runtime.eager_fallback import whole_parameters
 from zgraph.runtime.feedback import FeedbackState
@@ -61,6 +61,7 @@ def compile(
     tensor_parallel: int = 1,
     sequence_parallel: bool = False,
     placements: Placements | None = None,
+    cuda_graphs: CudaGraphs = False,
 ) -> Any:
     """Shard a model over the ranks and compile its training step, in place.
 
@@ -127,6 +128,10 @@ def compile(
             of a fused projection in each of three blocks); what none names stays whole. By default, the plan that
             transformers has for the model. "auto" searches for them, and for where all values between them are, with
             the hardware's costs; so does `zgraph.search_placements` for inputs of your own.
+        cuda_graphs: True records on a GPU what each program does between its collectives, in its third run, and has the
+            GPU repeat it from then on, which saves the host the launches. "auto" does so where launching takes the host
+            longer than running takes the device. What cannot be recorded runs op by op; the report says why. It takes
+            more memory, since recordings keep theirs.
 
     Returns:
         The model, the class, or a decorator.
@@ -166,6 +171,7 @@ def compile(
         "tensor_parallel": tensor_parallel,
         "sequence_parallel": sequence_parallel,
         "placements": placements,
+        "cuda_graphs": cuda_graphs,
     }
     if model is None:
         return functools.partial(compile, **options)

@@ -15,6 +15,10 @@ recompile, and a progress bar on a terminal."""
 USUAL_LOGS = frozenset({"capture", "recompiles", "progress"})
 
 
+ARENAS = ("registered", "symmetric", "plain")
+"""Kinds of memory that ZGRAPH_ARENAS may name."""
+
+
 @dataclass(frozen=True)
 class Environment:
     """The environment variables that zgraph reads.
@@ -29,6 +33,8 @@ class Environment:
             "full" has all.
         logs: ZGRAPH_LOGS, what is told while a model is captured and compiled: kinds of `LOG_KINDS`, separated by
             commas, "all" or "none".
+        arenas: ZGRAPH_ARENAS, the memory that collectives read and write on GPUs: "registered" with NCCL where that can
+            be, "symmetric" as a window on all ranks too, or "plain".
         config: ZGRAPH_CONFIG, the configuration file of `zgraph.hf.Trainer` where it is given none.
     """
 
@@ -39,6 +45,7 @@ class Environment:
     config: Path | None = None
     traceback: str = "short"
     logs: frozenset[str] = USUAL_LOGS
+    arenas: str = "registered"
 
 
 def environment() -> Environment:
@@ -56,6 +63,9 @@ def environment() -> Environment:
     traceback = os.environ.get("ZGRAPH_TRACEBACK", "short")
     if traceback not in ("short", "full"):
         raise UsageError(f"ZGRAPH_TRACEBACK must be short or full, not {traceback!r}")
+    arenas = os.environ.get("ZGRAPH_ARENAS", "registered")
+    if arenas not in ARENAS:
+        raise UsageError(f"ZGRAPH_ARENAS must be {', '.join(ARENAS[:-1])} or {ARENAS[-1]}, not {arenas!r}")
     return Environment(
         Path(dump) if dump else None,
         int(level),
@@ -64,6 +74,7 @@ def environment() -> Environment:
         Path(config) if config else None,
         traceback,
         _logs(),
+        arenas,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from zgraph.bridge import float8
 from zgraph.bridge import processor_attention as _attention  # noqa: F401 - registers kernels
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.bridge.codecs import decode, encode_into
@@ -411,6 +412,7 @@ RULES: Mapping[str, Rule] = {
     "pack": _pack,
     "unpack": _unpack,
     "cast": _cast,
+    **dict.fromkeys(float8.PARTS, float8.on_ranks),
     "copy": _copy,
 }
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from zgraph.ir import Graph, Node
 
+CASTS = ("cast", "float8_cast")
+"""Ops between a parameter and its gather."""
+
 
 def is_gather(graph: Graph, node: Node) -> bool:
     """Whether a node brings a parameter to where it is computed with."""
@@ -22,7 +25,7 @@ def casts_before(graph: Graph, gather: Node) -> list[str]:
     """The casts between the parameter and its gather, last first."""
     found: list[str] = []
     value = gather.operands[0]
-    while (maker := graph.producers.get(value.name)) is not None and maker.op == "cast":
+    while (maker := graph.producers.get(value.name)) is not None and maker.op in CASTS:
         found.append(maker.name)
         value = maker.operands[0]
     return found

@@ -36,7 +36,10 @@ def recipe_for(kernels: str, recipe: str, compute: str | None = None) -> str:
         compute: what matrices are multiplied in, as `zgraph.compile` takes it.
     """
     recipe = fusing(recipe, only_measured=kernels == "auto") if kernels in ("triton", "auto") else recipe
-    return recipe.replace("canonicalize,", f"canonicalize,{COMPUTES[compute]},") if compute else recipe
+    if compute is None:
+        return recipe
+    recipe = recipe.replace("broadcast,", "float8-gathers,broadcast,") if compute == "float8" else recipe
+    return recipe.replace("canonicalize,", f"canonicalize,{COMPUTES[compute]},")
 
 
 def compressing(recipe: str, codec: str) -> str:

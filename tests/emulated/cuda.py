@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,11 +91,13 @@ def install(total_bytes: int = TOTAL_BYTES) -> None:
         ctypes.CDLL(str(torch_folder() / "lib" / name), ctypes.RTLD_GLOBAL)
     _lib = ctypes.CDLL(str(library()), ctypes.RTLD_GLOBAL)
     _lib.emulated_log.restype = ctypes.c_char_p
-    for name in ("stream", "host_record", "alive_bytes", "peak_bytes", "reserved_bytes"):
+    for name in ("stream", "host_record", "alive_bytes", "peak_bytes", "reserved_bytes", "end_capture"):
         getattr(_lib, f"emulated_{name}").restype = ctypes.c_int64
-    for name in ("limit", "fail_after", "host", "host_wait"):
+    for name in ("limit", "fail_after", "host", "host_wait", "begin_capture", "replay", "forget", "pool"):
         getattr(_lib, f"emulated_{name}").argtypes = [ctypes.c_int64]
     _lib.emulated_pin.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+    _lib.emulated_keep.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+    _lib.emulated_record_launch.argtypes = [_LAUNCH, ctypes.c_int64]
     _lib.emulated_resize.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
     _lib.emulated_touch.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int]
     _replace(total_bytes)
@@ -191,6 +194,84 @@ def failing_after(num_allocations: int) -> Iterator[None]:
         _lib.emulated_fail_after(-1)
 
 
+# --- recordings -------------------------------------------------------------------------------------------------
+
+_LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+_launches: list[Callable[[], None]] = []
+_pools = itertools.count(1)
+
+
+@_LAUNCH
+def _launched(number: int) -> None:
+    _launches[number]()
+
+
+def is_capturing() -> bool:
+    """Whether this thread writes down what it launches, so that nothing runs."""
+    return bool(_lib.emulated_is_capturing())
+
+
+def keep(address: int, num_bytes: int) -> None:
+    """Keep bytes that a launch is about to change: it does not run while a thread captures."""
+    _lib.emulated_keep(address, num_bytes)
+
+
+def record_launch(launch: Callable[[], None]) -> None:
+    """Write down a launch that no operator of torch makes."""
+    _launches.append(launch)
+    _lib.emulated_record_launch(_launched, len(_launches) - 1)
+
+
+class Graph:
+    """`torch.cuda.CUDAGraph` of the device."""
+
+    def __init__(self, keep_graph: bool = False) -> None:
+        self._number: int | None = None
+        self._pool: tuple[int, int] | None = None
+
+    def capture_begin(self, pool: tuple[int, int] | None = None, capture_error_mode: str = "global") -> None:
+        assert _lib.emulated_stream() != 0, "the default stream cannot be captured"
+        self._pool = pool or new_pool()
+        _lib.emulated_begin_capture(self._pool[1])
+
+    def capture_end(self) -> None:
+        self._number = _lib.emulated_end_capture()
+
+    def replay(self) -> None:
+        assert self._number is not None
+        _lib.emulated_replay(self._number)
+
+    def pool(self) -> tuple[int, int]:
+        assert self._pool is not None
+        return self._pool
+
+    def __del__(self) -> None:
+        if self._number is not None:
+            _lib.emulated_forget(self._number)
+
+
+class Pool:
+    """`torch.cuda.MemPool` of the device: memory that nothing else gets."""
+
+    def __init__(self, allocator: Any = None) -> None:
+        self.allocator, self.id = allocator, new_pool()
+
+
+@contextlib.contextmanager
+def use_pool(pool: Pool, device: Any = None) -> Iterator[None]:
+    """Context whose memory is a pool's."""
+    _lib.emulated_pool(pool.id[1])
+    try:
+        yield
+    finally:
+        _lib.emulated_pool(0)
+
+
+def new_pool() -> tuple[int, int]:
+    """A handle of memory that recordings share."""
+    return 0, next(_pools)
+
+
 # --- torch.cuda -------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +362,11 @@ def _replace(total_bytes: int) -> None:
         mem_get_info=lambda device=None: (total_bytes - _lib.emulated_alive_bytes(), total_bytes),
         reset_peak_memory_stats=lambda device=None: _lib.emulated_reset_peak(),
         empty_cache=lambda: None,
+        CUDAGraph=Graph,
+        MemPool=Pool,
+        use_mem_pool=use_pool,
+        graph_pool_handle=new_pool,
+        is_current_stream_capturing=is_capturing,
     )
     torch.Event = Event
     _replace_storages(torch.UntypedStorage)

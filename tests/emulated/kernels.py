@@ -9,6 +9,7 @@ import torch
 from triton.runtime import interpreter
 
 from tests.emulated import cuda
+from zgraph.bridge import private_graphs
 from zgraph.compiler import autotune
 
 
@@ -21,7 +22,14 @@ def watch() -> None:
     launch = interpreter.GridExecutor.__call__
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_cuda and t.numel()]
+        if cuda.is_capturing():
+            placed = [_unheld(a) for a in args]
+            named = {name: _unheld(a) for name, a in kwargs.items()}
+            for tensor in _on_device(*args, *kwargs.values()):
+                cuda.keep(tensor.data_ptr(), _num_bytes(tensor))
+            cuda.record_launch(lambda: launched(self, *placed, **named))
+            return launch(self, *args, **kwargs)
+        tensors = _on_device(*args, *kwargs.values())
         before = [_content(t) for t in tensors]
         result = launch(self, *args, **kwargs)
         for tensor, content in zip(tensors, before, strict=True):
@@ -32,6 +40,15 @@ def watch() -> None:
     interpreter.GridExecutor.__call__ = launched
     autotune.NUM_WARMUPS = autotune.NUM_ROUNDS = 1
     autotune.FLUSH_BYTES = 1 << 20
+
+
+def _on_device(*given: Any) -> list[torch.Tensor]:
+    return [t for t in given if isinstance(t, torch.Tensor) and t.is_cuda and t.numel()]
+
+
+def _unheld(given: Any) -> Any:
+    """A tensor by its address."""
+    return private_graphs.alias(given) if isinstance(given, torch.Tensor) and given.is_cuda else given
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:

@@ -20,9 +20,12 @@ CASES = {
     "offload optimizer": Case(options={"offload": "optimizer"}),
     "offload parameters": Case(options={"offload": "parameters"}, num_micro_steps=2),
     "offload activations": Case(net="deep", num_rows=256, options=recipe(3, "offload(num_bytes=100000)")),
+    "recorded": Case(
+        net="deep", options={**recipe(3, BUCKETS, tail=GROUPED), "cuda_graphs": True}, num_micro_steps=2, num_steps=5
+    ),
     "states on the host": Case(optimizer={"state": "host", "chunk_bytes": 8192}),
 }
-OFTEN = ("stage 1, 2 micro-steps", "grouped", "offload parameters")
+OFTEN = ("stage 1, 2 micro-steps", "grouped", "offload parameters", "recorded")
 
 
 @pytest.mark.parametrize("name", [*OFTEN, *(deep(name) for name in CASES if name not in OFTEN)])

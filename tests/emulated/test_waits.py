@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.deep import DEEP, deep
-from tests.emulated import snippets
+from tests.emulated import registered, snippets
 from tests.emulated.cases import CASES, OFTEN
 from tests.emulated.sabotage import FAULTS, spoiled
 from tests.emulated.server import Server
@@ -70,7 +70,7 @@ Waits = tuple[dict[str, Counter[str]], set[str]]
 def seen(trained: Callable[[str], Trained], echoes: Server) -> Waits:
     """For each place that asks for waits, the races of each case if it did not; and functions that wait."""
     each = {name: (trained(name).left_out, trained(name).waiting) for name in (CASES if DEEP else OFTEN)}
-    for job in (snippets.muon, snippets.two_heads):
+    for job in (snippets.muon, snippets.two_heads, registered.another_stream):
         races, *each[job.__name__] = echoes.run(job)
         assert races == []
     found: dict[str, Counter[str]] = {}

@@ -35,6 +35,7 @@ class Trained:
         streams: of the device that something ran on.
         num_arena: values in arenas.
         ops: nodes of the plan by their op.
+        recordings: of each captured graph what was recorded, and what not and why.
     """
 
     losses: list[float]
@@ -46,6 +47,7 @@ class Trained:
     streams: list[int] = field(default_factory=list)
     num_arena: int = 0
     ops: dict[str, int] = field(default_factory=dict)
+    recordings: tuple[str, ...] = ()
 
 
 def train(case: Case, *, leaves_out: bool = True) -> Trained:
@@ -92,6 +94,7 @@ def train(case: Case, *, leaves_out: bool = True) -> Trained:
         sorted({e.stream for e in log if e.kind == "op" and e.stream >= 0}),
         sum(bool(node.option("at")) for node in nodes),
         dict(Counter(node.op for node in nodes if "." not in node.op)),
+        zgraph.report(compiled).cuda_graphs,
     )
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import zgraph
-from tests.interp.ranks import Reference
+from tests.deep import deep
+from tests.interp.ranks import Reference, context
 from zgraph.debugging.runs import Checked, Options, check_graphs
 from zgraph.ir import Axis, Graph
 from zgraph.ir.external_ops import FLOAT8_MM
@@ -40,6 +41,23 @@ def test_every_pass_keeps_the_numbers(recipe: str, stage: int, num_ranks: int) -
     reference(recipe, num_ranks).check(parse_recipe(RECIPES[stage]))
 
 
+@pytest.mark.parametrize(
+    ("stage", "num_ranks"), [(1, 2), (2, 3), (3, 2), (3, 3), (3, 5), *(deep(s, n) for s in range(4) for n in (1, 4, 7))]
+)
+def test_gathers_in_float8_keep_the_numbers(stage: int, num_ranks: int) -> None:
+    """Three ranks do not divide the 16 rows of the second weight, and five leave one without any."""
+    recipe = RECIPES[stage].replace("broadcast,", "float8-gathers,broadcast,")
+    reference("tensorwise", num_ranks).check(parse_recipe(recipe))
+    graph = parse_recipe(recipe).run(reference("tensorwise", num_ranks).captured, context(num_ranks))
+    moved = [o.tensor.dtype.value for n in graph.nodes if n.op == "all_gather_start" for o in n.operands]
+    assert moved.count("f8e4m3") >= (num_ranks > 1 and stage > 0)
+
+
+def test_gathers_in_float8_on_a_grid_keep_the_numbers() -> None:
+    recipe = parse_recipe(RECIPES[3].replace("broadcast,", "float8-gathers,broadcast,"))
+    reference("tensorwise", 4).check(recipe, num_copies=2)
+
+
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_what_is_computed_again_has_the_same_numbers(recipe: str) -> None:
     reference(recipe, 3).check(parse_recipe(RECIPES[3].replace("fit", "recompute(keep_bytes=1)")))
@@ -59,7 +77,7 @@ def checked(recipe: str, fault: tuple[int, ...] = ()) -> Checked:
     context = Context(mesh=(Axis("shard", 2),))
     captured = zgraph.trace(Square().bfloat16(), torch.randn(16, 32, dtype=torch.bfloat16))
     steps = [("captured", captured), ("float8", Float8(recipe).run(captured, context))]
-    pipeline = parse_recipe(RECIPES[3])
+    pipeline = parse_recipe(RECIPES[3].replace("broadcast,", "float8-gathers,broadcast,"))
     made = pipeline.steps(steps[-1][1], context)
     steps += [(p.name, ran.after) for p, ran in zip(pipeline.passes, made, strict=True)]
     if fault:

@@ -31,6 +31,9 @@ input %b: f32[10]<S0>
 input %codes: u8[2, 10]<S1>
 input %rows: u8[2, 10]<S0>
 input %n: int
+input %largest: f32[2]<R>
+input %one: f32[]<R>
+input %own: f32[]<V>
 fwd %f: future f32[4, 2]<R> = all_gather_start(%s)
 """
 
@@ -215,6 +218,36 @@ NODES = {
         "%a: bf16[4, 2]<S0> = cast(%s)",
         "%a: bf16[4, 2]<S0> = cast(%s, dtype=f64)",
         '%a: bf16[4, 2]<S0> = cast(%s, dtype="bf16")',
+    ),
+    "amax": (
+        "%a: f32[2]<S0> = amax(%s)",
+        "%a: f32[1]<S0> = amax(%s)",
+        "%a: f32[2]<R> = amax(%s)",
+        "%a: f32[2]<S0> = amax(%v)",
+        "%a: f32[2]<S0> = amax(%s1)",
+        "%a: f32[2]<S0> = amax(%sd)",
+        "%a: f32[2]<S0> = amax(%sh)",
+        "%a: f32[2]<S0> = amax(%s, %s)",
+        "%a: f32[2]<S0> = amax(%n)",
+    ),
+    "float8_scale": (
+        "%a: f32[]<R> = float8_scale(%largest, dtype=f8e4m3)",
+        "%a: f32[]<R> = float8_scale(%largest)",
+        "%a: f32[]<R> = float8_scale(%largest, dtype=bf16)",
+        "%a: f32[]<V> = float8_scale(%largest, dtype=f8e4m3)",
+        "%a: f32[]<R> = float8_scale(%r, dtype=f8e4m3)",
+        "%a: f32[]<R> = float8_scale(%n, dtype=f8e4m3)",
+        "%a: f32[]<R> = float8_scale(%largest, %largest, dtype=f8e4m3)",
+    ),
+    "float8_cast": (
+        "%a: f8e4m3[4, 2]<S0> = float8_cast(%s, %one, dtype=f8e4m3)",
+        "%a: f8e4m3[4, 2]<S0> = float8_cast(%s, %one, dtype=f8e5m2)",
+        "%a: f8e4m3[4, 2]<R> = float8_cast(%s, %one, dtype=f8e4m3)",
+        "%a: f8e4m3[4, 2]<S0> = float8_cast(%s, %own, dtype=f8e4m3)",
+        "%a: f8e4m3[4, 2]<S0> = float8_cast(%s, %largest, dtype=f8e4m3)",
+        "%a: f8e4m3[4, 2]<S0> = float8_cast(%s, dtype=f8e4m3)",
+        "%a: f8e4m3[4, 2]<R> = float8_cast(%r, %one, dtype=f8e4m3)",
+        "%a: bf16[4, 2]<S0> = float8_cast(%s, %one, dtype=bf16)",
     ),
     "encode": (
         '%a: u8[2, 10]<S0> = encode(%m, codec="q8(block=256)", feedback=["s"])',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,15 +13,17 @@ import torch
 from torch import nn
 
 import zgraph
+from zgraph.bridge import float8 as parts
 from zgraph.certify.certificate import certify
 from zgraph.certify.float8 import faults
 from zgraph.codegen import float8
 from zgraph.codegen import library as _ops  # noqa: F401 - registers the ops
 from zgraph.errors import UsageError, VerifyError
-from zgraph.ir import Graph, Node, Phase, parse_graph, print_graph
+from zgraph.ir import Axis, Graph, Node, Phase, parse_graph, print_graph
 from zgraph.ir.external_ops import FLOAT8, FLOAT8_MM
 from zgraph.passes import Context, parse_recipe
 from zgraph.passes.float8 import Float8
+from zgraph.passes.float8_gathers import Float8Gathers
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -272,3 +275,59 @@ def test_an_old_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_recipes_as_text() -> None:
     assert str(parse_recipe("float8(recipe=rowwise, exclude=lm_head+router)")).startswith("float8(recipe=rowwise")
+
+
+# --- gathers ----------------------------------------------------------------------------------------------------
+
+
+def gathered() -> tuple[Graph, Graph]:
+    """A graph of two ranks whose weights are gathered in full, and in float8."""
+    torch.compiler.reset()
+    square = nn.Sequential(nn.Linear(32, 32, bias=False), nn.SiLU(), nn.Linear(32, 32, bias=False))
+    context = Context(mesh=(Axis("shard", 2),))
+    captured = zgraph.trace(square, torch.randn(16, 32))
+    full = parse_recipe("canonicalize,float8,partition(stage=3)").run(captured, context)
+    return full, Float8Gathers().run(full, context)
+
+
+def sent_bytes(graph: Graph) -> int:
+    """Bytes of the wholes that its gathers move."""
+    gathers = (n for n in graph.nodes if n.op == "reshard" and n.operands[0].tensor.is_sharded)
+    return sum(math.prod(v.tensor.shape) * v.tensor.dtype.itemsize for n in gathers for v in n.operands)
+
+
+def test_gathers_in_float8_send_a_quarter_of_fp32() -> None:
+    """One weight of the two is gathered in the forward alone; and each has a largest magnitude on two ranks."""
+    full, small = gathered()
+    assert (sent_bytes(full), sent_bytes(small)) == (4 * 3 * 32 * 32, 3 * 32 * 32 + 2 * 2 * 4)
+
+
+def of_the_first(graph: Graph, op: str, index: int) -> Graph:
+    """The graph whose nodes of an op all read the operand of that number that the first of them does."""
+    first = next(node for node in graph.nodes if node.op == op).operands[index]
+    return changed(graph, lambda n: n.substitute({n.operands[index].name: first}) if n.op == op else n)
+
+
+@pytest.mark.parametrize(("op", "index"), [("amax", 0), ("float8_scale", 0), ("float8_cast", 1), ("float8_cast", 0)])
+def test_a_certificate_refuses_another_scale_or_weight(op: str, index: int) -> None:
+    """What belongs to the first weight, in the place of the second's."""
+    full, small = gathered()
+    context = Context(mesh=(Axis("shard", 2),))
+    certify([("partition", full), ("float8-gathers", small)], context)
+    with pytest.raises(VerifyError, match="is not what the graph before it computes"):
+        certify([("partition", full), ("float8-gathers", of_the_first(small, op, index))], context)
+
+
+@pytest.mark.parametrize("numbers", [[0.0, -0.0], [-3.0, 2.0], [float("-inf"), 1.0], [1.0, float("nan")]])
+def test_the_largest_magnitude_of_a_part(numbers: list[float]) -> None:
+    x = torch.tensor(numbers, dtype=torch.bfloat16)
+    torch.testing.assert_close(parts.largest(x), x.abs().amax().float().view(1), equal_nan=True, rtol=0, atol=0)
+
+
+def test_parts_are_cast_as_the_whole_is() -> None:
+    x = torch.randn(1000) * torch.logspace(-8, 3, 1000)
+    scale = parts.scale_of(parts.largest(x).amax(), E4M3)
+    pieces = torch.cat([parts.cast_in_pieces(part, scale, E4M3).float() for part in x.split(300)])
+    data, whole = float8.to_float8(x.view(10, 100), E4M3, None)
+    assert torch.equal(scale, whole)
+    assert torch.equal(pieces, data.float().view(-1))

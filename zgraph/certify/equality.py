@@ -32,7 +32,7 @@ from zgraph.ir.verifier import Fault
 from zgraph.passes.plan.no_sync import without_sync
 from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
-RESENDS = frozenset({"place", "partition", "fit", "keep", "recompute", "offload", "fuse", "float8"})
+RESENDS = frozenset({"place", "partition", "fit", "keep", "recompute", "offload", "fuse", "float8", "float8-gathers"})
 """Passes that may change what goes over the wire or waits for the backward; no other may."""
 
 

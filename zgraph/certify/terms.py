@@ -5,6 +5,7 @@ zgraph's own ops do to a value:
 
     wait(start x) = x                      gather(shards of x) = x             unpack_i(pack(x_0, ...)) = x_i
     reload(offload x) = x                  copy(x) = x                         cast(x, its own dtype) = x
+    to_float8(x) = float8_cast(x, s), s where s = float8_scale(amax(x))
     decode(encode(x)) = x                  decode(exchange(encode(x))) = reduction of x, but for what the codec rounds
     pending(x) = x                         reduction of x = mean(x), sum(x) or root(x), as the type of x says
 
@@ -44,7 +45,7 @@ from zgraph.ir import (
 )
 from zgraph.ir.aliases import Aliases
 from zgraph.ir.axis_rules import changed_axis, collective
-from zgraph.ir.external_ops import facts
+from zgraph.ir.external_ops import FLOAT8, facts
 from zgraph.ir.ops import transfer, views
 from zgraph.ir.rules import PARTS, meant, whole_node
 from zgraph.ir.rules.definitions import defined
@@ -140,6 +141,7 @@ class Reader:
         self.dtypes: dict[int, DType] = {}
         self.buckets: dict[int, tuple[tuple[int, Hashable], ...]] = {}
         self.codes: dict[int, tuple[int, Hashable, str]] = {}
+        self.largest: dict[int, int] = {}
         self.aliases = Aliases(graph)
         self.written: dict[str, int] = {}
         self.seen: dict[str, int] = {}
@@ -226,6 +228,8 @@ class Reader:
             return (term,)
         if op == "unpack":
             return self.unpacked(node, operands[0])
+        if op in ("amax", "float8_scale", "float8_cast"):
+            return (self.in_float8(node, operands),)
         if op == "accumulate":
             return (operands[0] if self.unsynced else table.of("sum", str(node.option("target")), operands[0]),)
         if OPS[op].lane != "compute":
@@ -282,6 +286,21 @@ class Reader:
             return table.of("decoded", codec, str(reduce), term)
         source = self.codes[term][0]
         return self.changed(node, str(reduce), source) if reduce else source
+
+    def in_float8(self, node: Node, operands: list[int]) -> int:
+        """Term of a part in float8, and of what it is scaled with: those of the whole, if the scale is the whole's."""
+        table = self.table
+        if node.op == "amax":
+            made = table.of("amax", operands[0])
+            self.largest[made] = operands[0]
+            return made
+        call = table.of("call", FLOAT8, ("%", constant(node.option("dtype"), iter(())), None), ())
+        if node.op == "float8_scale":
+            source = self.largest.get(operands[0])
+            return table.of("scale", *operands, call) if source is None else table.of(1, (call, source))
+        value, scale = operands
+        is_its_own = scale == table.of(1, (call, value))
+        return table.of(0, (call, value)) if is_its_own else table.of("part in float8", call, value, scale)
 
     def unpacked(self, node: Node, bucket: int) -> Sequence[int]:
         members = self.buckets.get(bucket)

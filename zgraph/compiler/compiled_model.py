@@ -21,6 +21,7 @@ from zgraph.compiler.call_guard import eager
 from zgraph.compiler.codec_choice import CodecChoice
 from zgraph.compiler.float8_layers import Float8Layers
 from zgraph.compiler.narrator import Narrator
+from zgraph.compiler.recordings import Recordings
 from zgraph.compiler.report import Entry, Report, make_entry
 from zgraph.cost import memory_interval
 from zgraph.cost.workspace import NUM_THREADS
@@ -28,7 +29,7 @@ from zgraph.environment import environment
 from zgraph.errors import UsageError, VerifyError, did_you_mean
 from zgraph.ir import Graph, print_graph, verify
 from zgraph.ir.rules.kept import gathered_for
-from zgraph.options.validate import ATTRIBUTE
+from zgraph.options.validate import ATTRIBUTE, CudaGraphs
 from zgraph.passes import Context, Pipeline, known_passes, make_plan
 from zgraph.passes.core.instruments import Dump, Log, Verify
 from zgraph.passes.fuse import Fuse
@@ -64,6 +65,7 @@ class CompiledModel:
         narrator: tells the user of what is captured; None tells nothing.
         trial: watches the first runs of a program, given this and the peak that is planned; None watches nothing.
         kernels: what runs the ops between collectives, for the report.
+        cuda_graphs: whether programs are recorded for the GPU to repeat.
 
     `smaller_budget` is the one to plan again with, once a first run was out of memory.
     """
@@ -82,13 +84,15 @@ class CompiledModel:
         narrator: Narrator | None = None,
         trial: Callable[[CompiledModel, int], Trial] | None = None,
         kernels: str = "aten",
+        cuda_graphs: CudaGraphs = False,
     ) -> None:
         self.model, self.session, self.context = model, session, context
         self.save, self.replayed, self.regions, self.tunes = save, replayed, regions, tunes
         self.pipeline = enabled(pipeline)
         self.eager = eager(model.forward, session.store.param_dtype)
         self.narrator = narrator or Narrator(type(model).__name__, model.forward, (), "")
-        self.trial, self.kernels = trial, kernels
+        self.trial, self.kernels, self.cuda_graphs = trial, kernels, cuda_graphs
+        self.recordings: list[Recordings] = []
         self.smaller_budget: int | None = None
         self.is_replanned = False
         self.entries: list[Entry] = []
@@ -151,8 +155,21 @@ class CompiledModel:
         update_bytes = context.update_bytes if plan.backward is not None else 0
         peak_bytes = context.rest_bytes + max(entry.memory.peak.total_bytes, update_bytes)
         trial = self.trial(self, peak_bytes) if self.trial is not None else None
-        survives = [trial.survives] if trial is not None else []
-        forward, backward = link_plan(self.session, plan, constants, text, known, self.regions, behind, *survives)
+        if context.memory_budget is not None:
+            self.session.arenas.room_bytes = context.memory_budget - context.rest_bytes - update_bytes
+        found = Recordings(plan, self.session, context, self.cuda_graphs) if self.cuda_graphs else None
+        forward, backward = link_plan(
+            self.session,
+            plan,
+            constants,
+            text,
+            known,
+            self.regions,
+            behind,
+            trial.survives if trial is not None else lambda error: False,
+            found.maker if found is not None else None,
+        )
+        self.recordings += [found] if found is not None else []
         if trial is not None:
             forward = trial.watched(forward, "forward")
             backward = trial.watched(backward, "backward") if backward is not None else None
@@ -166,6 +183,7 @@ class CompiledModel:
         budget, self.smaller_budget, self.is_replanned = self.smaller_budget, None, True
         self.context = replace(self.context, memory_budget=budget)
         self.entries.clear()
+        self.recordings.clear()
         self._planned.clear()
         self.session.plans.clear()
         self.session.forget_copies()
@@ -241,6 +259,10 @@ class CompiledModel:
             self.codec_choice,
             self.session.feedback.num_bytes,
             str(self.session.feedback),
+            tuple(str(found) for found in self.recordings),
+            max((found.kept_bytes for found in self.recordings), default=0),
+            self.session.arenas.state,
+            self.session.arenas.kept_bytes,
         )
 
 

@@ -131,6 +131,10 @@ class Report:
         codec: the codec of gradients that was chosen for them, and why; empty if there was no choice.
         feedback_bytes: bytes at rest of what codes of gradients have left out.
         code_errors: of each bucket of gradients the relative error of its first code; empty if none is coded.
+        cuda_graphs: of each captured graph what the GPU repeats from recordings, and what not and why.
+        recorded_bytes: bytes that recordings keep between steps, at most.
+        arenas: whether NCCL knows the memory that collectives read and write, and why not; empty where there is none.
+        arena_bytes: bytes of it that are kept between steps.
     """
 
     model: str
@@ -149,6 +153,10 @@ class Report:
     codec: str = ""
     feedback_bytes: int = 0
     code_errors: str = ""
+    cuda_graphs: tuple[str, ...] = ()
+    recorded_bytes: int = 0
+    arenas: str = ""
+    arena_bytes: int = 0
 
     @property
     def step_peak_bytes(self) -> int:
@@ -164,7 +172,9 @@ class Report:
     def peak_bytes(self) -> int:
         """The most bytes alive at once on this rank in a training step with AdamW, whatever they are for."""
         at_rest = self.rest_bytes + self.state_bytes + self.buffer_bytes + self.feedback_bytes
-        return at_rest + max(self.step_peak_bytes, self.update_bytes)
+        if self.recorded_bytes:  # they are there while the optimizer steps
+            return at_rest + self.recorded_bytes + self.update_bytes
+        return at_rest + max(self.step_peak_bytes, self.arena_bytes + self.update_bytes)
 
     @property
     def flop(self) -> int:
@@ -248,6 +258,10 @@ class Report:
         if self.code_errors:
             table.add_row("left out by codes, for the next step", mebibytes(self.feedback_bytes))
             table.add_row("relative error of the first codes", self.code_errors)
+        if self.arenas:
+            table.add_row("arenas", self.arenas)
+        for text in self.cuda_graphs:
+            table.add_row("CUDA graphs", text)
         if self.regions is not None:
             table.add_row("compiled by Inductor", str(self.regions))
         return table

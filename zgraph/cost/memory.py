@@ -271,7 +271,7 @@ def _category(node: Node, kind: Type, inputs: Container[str]) -> str:
     if moves is None:
         if node.op == "unpack":
             return "gradients" if is_sharded else "gathered"
-        return "" if node.op in ("cast", "wait") else "buckets"
+        return "" if node.op in ("amax", "cast", "float8_cast", "float8_scale", "wait") else "buckets"
     if moves.exchanges:
         return ""
     if moves.reduces:

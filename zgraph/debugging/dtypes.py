@@ -77,6 +77,11 @@ class _Rewriter:
             yield from self.drawing(node)
         elif node.op == FLOAT8:
             yield from self.unscaled(node)
+        elif node.op == "float8_scale":
+            yield replace(node, args=tuple(map(self.value, node.operands)), results=self.values(node))
+        elif node.op == "float8_cast":
+            self.scaled.add(node.name)
+            yield _cast(self.value(node.operands[0]), self.value(node.results[0]), node)
         elif node.op == FLOAT8_MM:
             a, _, b, *_ = node.operands
             yield self.node(replace(node, op=_MM, args=(a, b)))

@@ -199,6 +199,7 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
         tensor_parallel=config.tensor_parallel,
         sequence_parallel=own.sequence_parallel,
         placements=own.placements,
+        cuda_graphs=own.cuda_graphs,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from zgraph.ir import coded_rules, type_rules
+from zgraph.ir import coded_rules, float8_rules, type_rules
 from zgraph.ir.axis_rules import axis_of, moved_along
 from zgraph.ir.graph import Graph, Node, Value, values_in
 from zgraph.ir.layout import chunk_numel, concrete, is_even
@@ -309,6 +309,17 @@ _ROWS = (
     ),
     Op("unpack", "Take a bucket apart again.", type_rules.unpacked, views=_is_sharded, chunks=num_shards, is_work=True),
     Op("cast", "Change the dtype.", type_rules.cast, recomputable=True, prepares=True, is_work=True),
+    Op("amax", "Find the largest magnitude of each rank's part.", float8_rules.amax, recomputable=True, is_work=True),
+    Op("float8_scale", "Make the scale of a whole of the largest magnitudes of its parts.", float8_rules.scale),
+    Op(
+        "float8_cast",
+        "Cast each rank's part to float8 with the scale of the whole.",
+        float8_rules.cast,
+        scratch_bytes=float8_rules.cast_bytes,
+        recomputable=True,
+        prepares=True,
+        is_work=True,
+    ),
     Op(
         "encode",
         "Code numbers by a codec, with what earlier codes left out added, and keep what this one leaves out.",

@@ -27,10 +27,12 @@ from zgraph.options.parallel import AXIS, check_parallel, check_sequence, cuts_o
 from zgraph.options.searched import FoundPlacements, searched, usual_inputs
 from zgraph.options.validate import (
     Compute,
+    CudaGraphs,
     Fullgraph,
     Kernels,
     Stage,
     check_can_compute,
+    check_cuda_graphs,
     check_kernels,
     check_optimizers,
     check_options,
@@ -80,6 +82,7 @@ class Options(TypedDict, total=False):
     tensor_parallel: int
     sequence_parallel: bool
     placements: Placements | None
+    cuda_graphs: CudaGraphs
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Settings:
         dynamic: which sizes are symbols, as in `torch.compile`.
         lengths: what inputs are padded to; None leaves them as they are.
         cuts: how parameters are cut along the axis of tensor parallelism, by name.
+        cuda_graphs: whether programs are recorded for the GPU to repeat.
     """
 
     device: torch.device
@@ -129,6 +133,7 @@ class Settings:
     dynamic: bool | None
     lengths: Lengths | None = None
     cuts: Mapping[str, Cuts] = field(default_factory=dict)
+    cuda_graphs: CudaGraphs = False
 
     @property
     def is_gpu(self) -> bool:
@@ -179,6 +184,7 @@ def resolve(
     tensor_parallel: int = 1,
     sequence_parallel: bool = False,
     placements: Placements | None = None,
+    cuda_graphs: CudaGraphs = False,
 ) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
 
@@ -194,6 +200,7 @@ def resolve(
     device = device_for(model, mesh, device)
     is_gpu = device.type != "cpu"
     check_can_compute(compute, passes is not None, fullgraph, device)
+    check_cuda_graphs(cuda_graphs, fullgraph, device)
     kernels, remark = kernels_for(kernels, device)
     replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
     parallel = mesh_of(device, mesh, tensor_parallel)
@@ -251,6 +258,7 @@ def resolve(
         dynamic if lengths is None else False,
         lengths,
         cuts,
+        cuda_graphs if is_gpu else False,
     )
 
 

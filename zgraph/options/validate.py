@@ -23,6 +23,8 @@ Compute = Literal["float8", "float8-rowwise"]
 
 Fullgraph = bool | Literal["eager"]
 
+CudaGraphs = bool | Literal["auto"]
+
 ATTRIBUTE = "_zgraph"
 """Where a compiled model keeps what `zgraph.compile` attached to it."""
 
@@ -108,6 +110,21 @@ def check_can_compute(compute: str | None, has_recipe: bool, fullgraph: object, 
         )
     if problem := float8_problem(device):
         raise UsageError(f'compute="{compute}": {problem}. Leave compute= out; param_dtype="bf16" needs no float8')
+
+
+def check_cuda_graphs(cuda_graphs: object, fullgraph: object, device: torch.device) -> None:
+    """Raise UsageError for recordings that the other options or the device leave no place for."""
+    if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
+        raise UsageError(f'cuda_graphs must be True, False or "auto", not {cuda_graphs!r}')
+    if cuda_graphs is True and device.type != "cuda":
+        raise UsageError(
+            f"cuda_graphs=True is for GPUs, and the model is on the {device.type}; leave it out, or pass device="
+        )
+    if cuda_graphs is True and fullgraph == "eager":
+        raise UsageError(
+            'cuda_graphs=True records programs that are captured, and fullgraph="eager" captures nothing; leave one of '
+            "them out"
+        )
 
 
 def _check_mesh(mesh: DeviceMesh) -> None:

@@ -24,6 +24,7 @@ TORCH_LIBRARY_IMPL(_, CUDA, library) {
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {
+  library.impl("set_.source_Storage_storage_offset", &emulated::set_memory);
   library.impl("empty.memory_format", &emulated::empty);
   library.impl("empty_strided", &emulated::empty_strided);
   library.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&emulated::run>());
@@ -86,7 +87,44 @@ void emulated_synchronize() {
   note("sync_device", "", 0);
 }
 
+// --- recordings
+
+void emulated_begin_capture(int64_t pool) {
+  begin_capture(pool);
+}
+
+int64_t emulated_end_capture() {
+  return end_capture();
+}
+
+void emulated_replay(int64_t number) {
+  replay(number);
+}
+
+void emulated_forget(int64_t number) {
+  forget(number);
+}
+
+int emulated_is_capturing() {
+  return is_capturing() ? 1 : 0;
+}
+
+// Writes down a launch that no operator makes: a function of Python's, given the number.
+void emulated_record_launch(void (*launch)(int64_t), int64_t number) {
+  recording->launches.push_back([launch, number] { launch(number); });
+}
+
+// Keeps what such a launch is about to write to.
+void emulated_keep(uint64_t address, uint64_t num_bytes) {
+  keep_before({address, num_bytes, true});
+}
+
 // --- memory
+
+// What this thread takes from here on is of a pool; 0 for none.
+void emulated_pool(int64_t pool) {
+  capture_pool = pool;
+}
 
 void emulated_pin(uint64_t address, uint64_t num_bytes) {
   pin(address, num_bytes);

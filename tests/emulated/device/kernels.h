@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <set>
 
-#include "memory.h"
+#include "graphs.h"
 
 namespace emulated {
 
@@ -140,6 +140,9 @@ class Aliases {
 inline void note_crossing(const at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   const auto& on_host = to.is_cuda() ? from : to;
   bool pins = is_pinned(on_host.const_data_ptr());
+  if (!non_blocking || !pins) {
+    refuse_in_capture("copy that blocks");
+  }
   std::vector<Access> accesses;
   if (pins || from.is_cuda()) {
     accesses.push_back(extent(from, false));
@@ -180,6 +183,38 @@ inline bool writes_to(const c10::Argument& argument) {
   return argument.alias_info() != nullptr && argument.alias_info()->isWrite();
 }
 
+// Results that have memory of their own, where a recording has it.
+struct Landing {
+  size_t result;
+  size_t item;
+  void* address;
+  size_t num_bytes;
+};
+
+inline const at::Tensor landed(const at::IValue& value, size_t item) {
+  return value.isTensor() ? value.toTensor() : value.toTensorVector().at(item);
+}
+
+// Writes a call down, which holds no memory of the device: to be run at the same addresses on the stream that replays it.
+inline void record_call(
+    const c10::OperatorHandle& op,
+    torch::jit::Stack arguments,
+    std::vector<Landing> landings,
+    std::string name,
+    std::vector<Access> accesses) {
+  recording->launches.push_back([op, arguments, landings, name, accesses] {
+    InKernel here;
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto stack = arguments;
+    op.callBoxed(&stack);
+    for (const auto& landing : landings) {
+      auto made = landed(stack.at(landing.result), landing.item);
+      std::memcpy(landing.address, made.storage().data(), std::min(landing.num_bytes, made.storage().nbytes()));
+    }
+    note("op", name, current_stream, 0, accesses);
+  });
+}
+
 // Runs an operator of the device with the kernel of the processor.
 inline void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   InKernel here;
@@ -190,10 +225,17 @@ inline void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   bool only_views = is_view(schema, name);
   bool to_device = true;
   bool host_waits = WAITING.count(name) > 0;
+  if (host_waits) {
+    refuse_in_capture(name);
+  }
 
   auto take = [&](const at::Tensor& tensor, bool writes) {
     if (is_on_device(tensor) && !only_views) {  // numbers of the host go along with the launch
       accesses.push_back(extent(tensor, writes));
+      keep_before(accesses.back());
+    }
+    if (is_capturing() && tensor.defined() && !is_on_device(tensor)) {
+      return tensor.clone();
     }
     return aliases.on_processor(tensor);
   };
@@ -234,14 +276,22 @@ inline void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     }
   }
 
+  torch::jit::Stack arguments;
+  if (is_capturing()) {
+    arguments.assign(stack->begin() + first, stack->end());
+  }
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     op.callBoxed(stack);
   }
   aliases.settle();
+  std::vector<Landing> landings;
 
-  auto give = [&](const at::Tensor& tensor, const c10::Argument& result) {
+  auto give = [&](const at::Tensor& tensor, const c10::Argument& result, size_t at, size_t item) {
     auto made = aliases.on_device(tensor, to_device);
+    if (is_capturing() && is_on_device(made) && made.storage().data() != tensor.storage().data()) {
+      landings.push_back({at, item, made.storage().mutable_data(), made.storage().nbytes()});
+    }
     if (is_on_device(made) && !only_views && result.alias_info() == nullptr) {
       accesses.push_back(extent(made, true));
     }
@@ -252,16 +302,21 @@ inline void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (size_t i = 0; i < schema.returns().size(); i++) {
     auto& value = (*stack)[first + i];
     if (value.isTensor()) {
-      value = give(value.toTensor(), schema.returns()[i]);
+      value = give(value.toTensor(), schema.returns()[i], i, 0);
     } else if (value.isTensorList()) {
       auto tensors = value.toTensorVector();
-      for (auto& tensor : tensors) {
-        tensor = give(tensor, schema.returns()[i]);
+      for (size_t item = 0; item < tensors.size(); item++) {
+        tensors[item] = give(tensors[item], schema.returns()[i], i, item);
       }
       value = tensors;
     }
   }
-  if (!only_views) {
+  bool runs = !only_views || name == "aten::copy_";
+  if (is_capturing()) {
+    if (runs) {
+      record_call(op, std::move(arguments), std::move(landings), name, accesses);
+    }
+  } else if (!only_views) {
     note("op", name, current_stream, 0, accesses);
     if (host_waits) {
       note("sync_stream", name, current_stream);
@@ -308,6 +363,14 @@ inline at::Tensor empty_strided(
     std::optional<bool>) {
   constexpr auto keys = c10::DispatchKeySet(c10::DispatchKey::CUDA);
   return at::detail::empty_strided_generic(size, stride, &device_allocator, keys, c10::dtype_or_default(dtype));
+}
+
+// A tensor over given memory.
+inline at::Tensor& set_memory(
+    at::Tensor& self, at::Storage source, int64_t offset, at::IntArrayRef size, at::IntArrayRef stride) {
+  self.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(source));
+  self.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride, offset);
+  return self;
 }
 
 }  // namespace emulated

@@ -21,12 +21,18 @@ constexpr auto CUDA = c10::DeviceType::CUDA;
 struct Block {
   int64_t stream;
   size_t num_bytes;
+  // Of recordings; 0 for none.
+  int64_t pool;
 };
+
+// While this thread captures: the pool that memory comes from, and what was taken so far.
+inline thread_local int64_t capture_pool = 0;
+inline thread_local std::vector<std::pair<void*, size_t>> captured_blocks;
 
 struct Memory {
   std::mutex mutex;
   std::unordered_map<void*, Block> alive;
-  std::map<std::pair<int64_t, size_t>, std::vector<void*>> free;
+  std::map<std::tuple<int64_t, int64_t, size_t>, std::vector<void*>> free;
   // Allocations that ask for more than `limit_bytes` in all fail; so does the one with the number `fails_at`.
   int64_t limit_bytes = INT64_MAX;
   int64_t fails_at = -1;
@@ -44,10 +50,12 @@ inline void give_back(void* block) {
   if (found == memory.alive.end()) {
     return;
   }
-  auto [stream, num_bytes] = found->second;
+  auto [stream, num_bytes, pool] = found->second;
   memory.alive_bytes -= static_cast<int64_t>(num_bytes);
-  note("free", "free", stream, 0, {{reinterpret_cast<uint64_t>(block), num_bytes, true}});
-  memory.free[{stream, num_bytes}].push_back(block);
+  if (pool == 0) {  // else it goes to a later recording, whose replays write to it then
+    note("free", "free", stream, 0, {{reinterpret_cast<uint64_t>(block), num_bytes, true}});
+  }
+  memory.free[{pool, stream, num_bytes}].push_back(block);
   memory.alive.erase(found);
 }
 
@@ -64,7 +72,7 @@ inline void* take(size_t wanted_bytes) {
       " bytes. The emulated device has ",
       memory.alive_bytes,
       " bytes in use.");
-  auto& pool = memory.free[{current_stream, num_bytes}];
+  auto& pool = memory.free[{capture_pool, current_stream, num_bytes}];
   void* block = nullptr;
   if (!pool.empty()) {
     block = pool.back();
@@ -74,7 +82,10 @@ inline void* take(size_t wanted_bytes) {
     memory.reserved_bytes += static_cast<int64_t>(num_bytes);
     std::memset(block, 0xfe, num_bytes);
   }
-  memory.alive[block] = {current_stream, num_bytes};
+  memory.alive[block] = {current_stream, num_bytes, capture_pool};
+  if (capture_pool != 0) {
+    captured_blocks.emplace_back(block, num_bytes);
+  }
   memory.alive_bytes += static_cast<int64_t>(num_bytes);
   memory.peak_bytes = std::max(memory.peak_bytes, memory.alive_bytes);
   return block;

@@ -4,7 +4,7 @@
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
-#include "memory.h"
+#include "graphs.h"
 
 namespace emulated {
 
@@ -64,9 +64,11 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
     return true;
   }
   void synchronizeStream(const c10::Stream& waited) const override {
+    refuse_in_capture("synchronize");
     note("sync_stream", "", waited.id());
   }
   void synchronizeDevice(const c10::DeviceIndex) const override {
+    refuse_in_capture("synchronize");
     note("sync_device", "", 0);
   }
 
@@ -85,11 +87,13 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
     }
   }
   void synchronizeEvent(void* event) const override {
+    refuse_in_capture("synchronize");
     if (event != nullptr) {
       note("sync_event", "", 0, id_of(event));
     }
   }
   bool queryEvent(void* event) const override {  // it is over, and the host knows
+    refuse_in_capture("query");
     if (event != nullptr) {
       note("query_event", "", 0, id_of(event));
     }

@@ -316,6 +316,7 @@ class Own(Section):
     save: Path | None = None
     sequence_parallel: bool = False
     placements: dict[str, str] | None = None
+    cuda_graphs: Literal["auto"] | bool = False
 
 
 class EngineConfig(Section):
