@@ -38,6 +38,7 @@ from zgraph.ir import (
     Phase,
     Placement,
     Replicate,
+    Shard,
     TensorType,
     Type,
     Value,
@@ -47,6 +48,7 @@ from zgraph.ir.graph import map_values
 from zgraph.ir.parts import part_along
 from zgraph.ir.rules import Call, Strategy, on_parts, rule_of
 from zgraph.passes.analysis.placing import choose, wire_bytes
+from zgraph.passes.analysis.sequences import choose_along_sequence
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.placements import Search
 
@@ -58,8 +60,8 @@ class Place(Pass):
     """Cut parameters along a model axis, and have every op compute on parts of them.
 
     Args:
-        axis: the name of the axis. Where the mesh has none of this name, or no parameter is cut along it, nothing is
-            done.
+        axis: the name of the axis. Where the mesh has none of this name, nothing is done. Along `context`, the sequence
+            of inputs is cut, and parameters are whole where they are used.
         sequence: whether activations between blocks lie cut along the sequence: a reduce-scatter behind what makes a
             partial sum, a gather before what needs it whole, and again in the backward.
         search: what is searched for the least time on the hardware of the context, as an integer program: `all`, or
@@ -80,6 +82,8 @@ class Place(Pass):
             raise ValueError(f"axis must be one of {', '.join(MODEL_AXES)}, not {self.axis}")
         if self.search not in ("", "values", "all"):
             raise ValueError(f"search must be values or all, not {self.search}")
+        if self.axis == "context" and (self.search or self.sequence):
+            raise ValueError("along context, what is cut is the sequence: leave search and sequence out")
         if self.search and self.sequence:
             raise ValueError("what is searched decides where the sequence is cut: leave sequence out")
 
@@ -115,7 +119,10 @@ class _Placer:
         self.source, self.sequence = graph, sequence
         self.graph = replace(graph, mesh=(*before, axis, Axis("shard", 1)))
         self.seeds = {name: self.checked(graph, name, place, axis) for name, place in seeds.items()}
-        if search is None:
+        self.is_context = axis.name == "context"
+        if self.is_context:
+            self.choices = choose_along_sequence(graph, self.seeds, axis.size)
+        elif search is None:
             self.choices = choose(graph, self.seeds, axis.size, sequence=sequence)
         else:
             found = search(graph, axis, fixed=self.seeds).found
@@ -158,9 +165,9 @@ class _Placer:
         inputs = tuple(map(self.input, self.source.inputs))
         returned = [o for o in self.source.outputs if o.phase is Phase.forward]
         for node, strategy, rule in zip(self.source.nodes, choices.strategies, choices.rules, strict=True):
-            if self.sequence and self.is_forward and node.phase is not Phase.forward:
-                self.is_forward = False  # what the forward gathers is not kept for the backward
-                self.have = {name: dict([next(iter(held.items()))]) for name, held in self.have.items()}
+            if self.is_forward and node.phase is not Phase.forward:
+                self.is_forward = False
+                self.have = {name: self.kept(held) for name, held in self.have.items()}
             while returned and node.phase is not Phase.forward:
                 self.output(returned.pop())
             if node.results and node.results[0].name in choices.views:
@@ -190,6 +197,13 @@ class _Placer:
                     self.have[result.name] = {reduced: self.wanted(result, reduced, node)}
         outputs = tuple(map(self.output, self.source.outputs))
         return replace(self.graph, inputs=inputs, nodes=tuple(self.nodes), outputs=outputs)
+
+    def kept(self, held: dict[Placement, Value]) -> dict[Placement, Value]:
+        """What of a value in the forward is kept for the backward: not what is gathered where the sequence is cut."""
+        if not self.sequence and not self.is_context:
+            return held
+        first, *others = held.items()
+        return dict([first, *(o for o in others if self.is_context and isinstance(o[0], Shard))])
 
     def input(self, entry: Input) -> Input:
         place = self.seeds.get(entry.value.name, R)

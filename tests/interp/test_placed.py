@@ -111,7 +111,7 @@ def test_random_placements(name: str, num_ranks: int, monkeypatch: pytest.Monkey
     graph = captured(name)
     wanted = Interpreter().run(graph, inputs(name))
     r = random.Random(num_ranks)
-    monkeypatch.setattr(placing._Walk, "cost", lambda *_: (r.random(), 0.0))
+    monkeypatch.setattr(placing.Walk, "cost", lambda *_: (r.random(), 0.0))
     for _ in range(NUM_PLANS):
         cut = cut_inputs(graph, "tensor", random_cuts(graph, num_ranks, r))
         steps = [("captured", cut)]
