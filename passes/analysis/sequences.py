@@ -112,12 +112,14 @@ class SequenceWalk(Walk):
         tokens: Mapping[str, Placement],
     ) -> None:
         self.trained, self.where = trained_values(graph), tokens
+        self.shared = {name for name, users in graph.users.items() if len(users) > 1}
         super().__init__(graph, seeds, num_ranks, rules, kept, tokens, sums)
 
     def cuts(self, node: Node, rule: Rule) -> list[Cut]:
         """The cuts where the sequence is, and those of operands as they are there if no byte is sent for them.
 
-        Where the former would have to gather the sequence of an operand, those of the op's other factors too.
+        Where the former would have to gather the sequence of an operand, those of the op's other factors too. What
+        several nodes read is brought to where its sequence is before the first of them, and so but once.
         """
         ours = [v.name in self.trained and v.name not in self.of_parameters for v in node.operands]
         values = (*node.operands, *node.results)
@@ -127,6 +129,8 @@ class SequenceWalk(Walk):
         found = cuts_of(rule, tokens, self.num_ranks)
         if not any(self.keeps_parts(strategy, tokens) for strategy in self.ways(rule, found)):
             found += self.others(rule)
+        elif any(where is not None and v.name in self.shared for v, where in zip(node.operands, tokens, strict=False)):
+            return found
         for places in self.held(node):
             mine = [p if is_ours else None for p, is_ours in zip(places, ours, strict=True)]
             for cut in cuts_of(rule, mine, self.num_ranks):
