@@ -30,9 +30,9 @@ from zgraph.ir import (
 )
 from zgraph.ir.axis_rules import collective
 from zgraph.ir.ops import views
-from zgraph.ir.rules import Call, Rule, Strategy, rule_of
+from zgraph.ir.rules import Call, Rule, Strategy, meant, rule_of
 from zgraph.ir.rules.definitions import DEFINED, defined, dim_of, spelled_out
-from zgraph.ir.rules.factors import Cut
+from zgraph.ir.rules.factors import Cut, letters, written
 from zgraph.ir.rules.kept import cuts_of
 from zgraph.ir.symbols import simplify
 
@@ -172,7 +172,20 @@ def _along_cuts(graph: Graph, first: Callable[[Graph, Rules], Walk]) -> frozense
 
 
 def rule_for(node: Node) -> Rule | None:
+    """The rule of a node, of one that is placed along another axis already too; None where its operands are whole."""
+    if node.op == "reshard":
+        return _of_reshard(node)
+    node = meant(node)
     return rule_of(Call.of(node)) if "." in node.op else None
+
+
+def _of_reshard(node: Node) -> Rule:
+    """The rule of what moves a value along another axis: dims pass, but for those that are put together or cut."""
+    call = Call.of(node)
+    pairs = zip(call.shape(0), call.out(), strict=True)
+    names = [name if old == new else f"_{name}" for name, (old, new) in zip(letters(call.out()), pairs, strict=True)]
+    given = " ".join(n if n[0] != "_" else f"{n}_given" for n in names)
+    return written(call, f"{given} -> {' '.join(names)}")
 
 
 def whole(node: Node) -> Strategy:
@@ -318,7 +331,7 @@ def trained_values(graph: Graph) -> frozenset[str]:
     return frozenset(found)
 
 
-_PASSED_ON = frozenset({"add", "t", "transpose", "view", "_to_copy", "clone"})
+_PASSED_ON = frozenset({"add", "t", "transpose", "view", "_to_copy", "clone", "reshard"})
 """Ops through which a gradient goes, whose operands lie as it does."""
 
 
@@ -332,7 +345,7 @@ def gradients_due(
         if o.kind is OutputKind.grad and o.value is not None and o.target in seeds
     }
     for node, rule in zip(reversed(graph.nodes), reversed(rules), strict=True):
-        if rule is None or node.name not in due or node.op.split(".")[1] not in _PASSED_ON:
+        if rule is None or node.name not in due or node.op.removeprefix("aten.").split(".")[0] not in _PASSED_ON:
             continue
         for cut in cuts_of(rule, [*(None for _ in node.operands), due[node.name]], num_ranks):
             strategy = rule.with_cut(num_ranks, cut)

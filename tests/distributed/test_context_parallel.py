@@ -31,10 +31,13 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(mesh: DeviceMesh, name: str, stage: int, num_micro: int, contexts: int) -> tuple[float, float, float]:
+def train(mesh: DeviceMesh, name: str, stage: int, num_micro: int, tensor: int = 1) -> tuple[float, float, float]:
     """The largest relative errors of a loss and of a gradient's norm, and the largest of a parameter in the end."""
-    plain, ours = zoo.builder(name)(), zgraph.compile(zoo.builder(name)(), stage=stage, context_parallel=contexts)
-    num_data, mine = mesh.size() // contexts, mesh.get_local_rank() // contexts
+    plain, ours = (
+        zoo.builder(name)(),
+        zgraph.compile(zoo.builder(name)(), stage=stage, context_parallel=2, tensor_parallel=tensor),
+    )
+    num_data, mine = mesh.size() // 2 // tensor, mesh.get_local_rank() // 2 // tensor
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (plain, ours)]
     worst_loss = worst_norm = 0.0
     for step in range(NUM_STEPS):
@@ -70,11 +73,14 @@ def assert_close(found: list[tuple[float, float, float]]) -> None:
         assert parameter < 1e-4  # where a gradient is nearly zero, AdamW makes much of its last bits
 
 
-@pytest.mark.parametrize(("name", "stage", "num_micro"), [("llama", 3, 2), deep("gpt2", 2, 1), deep("tied", 1, 2)])
-def test_two_by_two_ranks(pool: Pool, name: str, stage: int, num_micro: int) -> None:
-    assert_close(pool.run(train, 4, name, stage, num_micro, 2, limit_s=600 if DEEP else 90))
+@pytest.mark.parametrize(
+    ("name", "stage", "num_micro", "tensor"),
+    [("llama", 3, 2, 1), ("tied", 3, 1, 2), deep("gpt2", 2, 1, 1), deep("tied", 1, 2, 1), deep("gpt2", 2, 2, 2)],
+)
+def test_four_ranks(pool: Pool, name: str, stage: int, num_micro: int, tensor: int) -> None:
+    assert_close(pool.run(train, 4, name, stage, num_micro, tensor, limit_s=600 if DEEP else 90))
 
 
 @pytest.mark.parametrize(("name", "stage", "num_micro"), [("gpt2", 3, 1), ("llama", 0, 2), deep("tied", 2, 1)])
 def test_two_ranks(pair: Pool, name: str, stage: int, num_micro: int) -> None:
-    assert_close(pair.run(train, 2, name, stage, num_micro, 2, limit_s=600 if DEEP else 90))
+    assert_close(pair.run(train, 2, name, stage, num_micro, limit_s=600 if DEEP else 90))

@@ -55,7 +55,7 @@ def dim_of(node: Node) -> int | None:
     """The dim that an op works along; None where no dim may be cut."""
     if node.op == DROPOUT:
         return None
-    if node.op == LOSS:
+    if node.op in LOSSES:
         return 0
     position = 2 if node.op.endswith("_backward_data.default") else 1
     dim, rank = node.args[position], len(node.operands[0].tensor.shape)
@@ -112,7 +112,8 @@ def _mean_loss(to: _Writer) -> None:
 
 DROPOUT = "aten.native_dropout.default"
 
-LOSS = "aten.nll_loss_forward.default"
+LOSSES = ("aten.nll_loss_forward.default", "part_nll_loss")
+"""Losses of classes; the latter has classes cut already."""
 
 MEAN, SUM = 1, 2
 """How losses are reduced, as torch counts the ways."""
@@ -123,7 +124,7 @@ DEFINED: Mapping[str, Callable[[_Writer], None]] = {
     "aten._log_softmax_backward_data.default": _log_softmax_backward,
     "aten._softmax_backward_data.default": _softmax_backward,
     DROPOUT: _dropout,
-    LOSS: _mean_loss,
+    **dict.fromkeys(LOSSES, _mean_loss),
 }
 """Writers of what an op is made of, by the op."""
 
@@ -144,7 +145,7 @@ def defined(node: Node, fresh: Callable[[str], str]) -> tuple[Node, ...]:
 
 def _is_plain(node: Node) -> bool:
     """Whether its operands and its result are dense floats; the backward casts nothing then."""
-    if node.op == LOSS:
+    if node.op in LOSSES:
         return len(node.operands) == 2 and node.args[3] == MEAN and len(node.operands[0].tensor.shape) == 2
     if node.op == DROPOUT:
         p = node.args[1]
