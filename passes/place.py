@@ -44,7 +44,9 @@ from zgraph.ir import (
     Value,
     model_axes,
 )
+from zgraph.ir.external_ops import CAST
 from zgraph.ir.graph import map_values
+from zgraph.ir.ops import views
 from zgraph.ir.parts import part_along
 from zgraph.ir.rules import Call, Strategy, on_parts, rule_of
 from zgraph.passes.analysis.placing import choose, wire_bytes
@@ -164,10 +166,11 @@ class _Placer:
         self.builder = Builder(replace(self.graph, nodes=self.source.nodes), Place.name)
         inputs = tuple(map(self.input, self.source.inputs))
         returned = [o for o in self.source.outputs if o.phase is Phase.forward]
+        again = self.made_of_parameters() if self.is_context else frozenset()
         for node, strategy, rule in zip(self.source.nodes, choices.strategies, choices.rules, strict=True):
             if self.is_forward and node.phase is not Phase.forward:
                 self.is_forward = False
-                self.have = {name: self.kept(held) for name, held in self.have.items()}
+                self.have = {name: {} if name in again else self.kept(held) for name, held in self.have.items()}
             while returned and node.phase is not Phase.forward:
                 self.output(returned.pop())
             if node.results and node.results[0].name in choices.views:
@@ -205,6 +208,15 @@ class _Placer:
         first, *others = held.items()
         return dict([first, *(o for o in others if self.is_context and isinstance(o[0], Shard))])
 
+    def made_of_parameters(self) -> frozenset[str]:
+        """Views and casts of parameters alone, which the backward makes again of what it gathers."""
+        found = set(self.source.param_names)
+        for node in self.source.phase_nodes(Phase.forward):
+            is_made = node.operands and all(v.name in found for v in node.operands) and len(node.results) == 1
+            if is_made and (node.op == CAST or views(self.source, node)):
+                found.add(node.name)
+        return frozenset(found - set(self.source.param_names))
+
     def input(self, entry: Input) -> Input:
         place = self.seeds.get(entry.value.name, R)
         value = Value(entry.value.name, self.typed(entry.value.type, place))
@@ -224,6 +236,8 @@ class _Placer:
     def wanted(self, value: Value, place: Placement | None, user: Node) -> Value:
         """A captured value at a placement, brought there before its first user if it is not."""
         have = self.have[value.name]
+        if not have and self.is_context:
+            have[R] = self.made_again(value, user)
         if place is None:
             return next(iter(have.values())) if have else self.wanted(value, self.choices.any_place(value.name), user)
         if place in have:
@@ -239,6 +253,14 @@ class _Placer:
         result = self.builder.value(stem, self.typed(kind, place))
         self.insert(self.builder.typed("reshard", (have[source],), (result,), user.phase, user.origin))
         have[place] = result
+        return result
+
+    def made_again(self, value: Value, user: Node) -> Value:
+        """What is made of parameters alone, made once more before its first user in the backward."""
+        node = self.viewed(value)
+        given = {v.name: self.wanted(v, R, user) for v in node.operands}
+        result = Value(self.builder.fresh(f"{value.name}_again"), self.typed(value.type, R))
+        self.insert(replace(node.substitute(given), results=(result,), phase=user.phase))
         return result
 
     def viewed(self, value: Value) -> Node:
