@@ -46,6 +46,7 @@ from zgraph.ir import (
 )
 from zgraph.ir.external_ops import CAST
 from zgraph.ir.graph import map_values
+from zgraph.ir.layout import dense_strides, is_contiguous
 from zgraph.ir.ops import views
 from zgraph.ir.parts import part_along
 from zgraph.ir.rules import Call, Strategy, on_parts, rule_of
@@ -250,10 +251,24 @@ class _Placer:
         if source == P and R in have:
             source = R
         stem = f"{value.name}_{_word(place)}"
-        result = self.builder.value(stem, self.typed(kind, place))
+        result = self.builder.value(stem, self.typed(self.laid(value, kind), place))
         self.insert(self.builder.typed("reshard", (have[source],), (result,), user.phase, user.origin))
         have[place] = result
         return result
+
+    def laid(self, value: Value, kind: TensorType) -> TensorType:
+        """The type of a value once it is moved: without the gaps that a part of a fused projection has, if no view of
+        it counts on them.
+        """
+        users = [self.source.nodes[at] for at in self.source.users.get(value.name, ())]
+        if not self.is_context or kind.strides is None or any(views(self.source, user) for user in users):
+            return kind
+        strides = kind.strides
+        if not all(isinstance(stride, int) and stride > 0 for stride in strides):
+            return kind
+        order = sorted(range(len(strides)), key=lambda dim: (-int(strides[dim]), dim))
+        dense = dense_strides(kind.shape, order)
+        return replace(kind, strides=None if is_contiguous(kind.shape, dense) else dense)
 
     def made_again(self, value: Value, user: Node) -> Value:
         """What is made of parameters alone, made once more before its first user in the backward."""

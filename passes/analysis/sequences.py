@@ -76,9 +76,10 @@ def _followed(graph: Graph, rules: Rules, inputs: Mapping[str, Placement]) -> di
     """Where the sequence is in each value that has it, through factors that may be cut and through those that may not.
 
     Where operands have it in several factors, as queries and keys do, each result has it in the first of them that it
-    has.
+    has. What is made of nothing, as zeros are, has it where its first reader does.
     """
     found = dict(inputs)
+    made = {r.name for node in graph.nodes if not node.operands for r in node.results}
     for node, rule in zip(graph.nodes, rules, strict=True):
         if rule is None:
             continue
@@ -86,6 +87,9 @@ def _followed(graph: Graph, rules: Rules, inputs: Mapping[str, Placement]) -> di
         for value, dims in zip(node.operands, rule.ins, strict=True):
             if isinstance(place := found.get(value.name), Shard) and (cut := rule.followed(dims, place)) is not None:
                 cuts[cut] = None
+        for value, dims in zip(node.operands, rule.ins, strict=True):
+            if value.name in made and (first := next((p for c in cuts if (p := rule.place(dims, c))), None)):
+                found.setdefault(value.name, first)
         for result, dims in zip(node.results, rule.outs, strict=True):
             places = [place for cut in cuts if (place := rule.place(dims, cut)) is not None]
             if places:
@@ -124,6 +128,8 @@ class SequenceWalk(Walk):
         ours = [v.name in self.trained and v.name not in self.of_parameters for v in node.operands]
         values = (*node.operands, *node.results)
         tokens = [None if v.name in self.of_parameters else self.where.get(v.name) for v in values]
+        if not node.operands:
+            return cuts_of(rule, tokens, self.num_ranks)
         if not any(r.name in self.trained for r in node.results) or not (any(ours) or any(tokens)):
             return []
         found = cuts_of(rule, tokens, self.num_ranks)

@@ -100,18 +100,18 @@ class Causal(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(zoo.WORDS, 32)
         self.layers = nn.ModuleList(
-            nn.ModuleDict({"qkv": nn.Linear(32, 96), "out": nn.Linear(32, 32), "up": nn.Linear(32, 96)})
-            for _ in range(2)
+            nn.ModuleDict({"qkv": nn.Linear(32, 96), "out": nn.Linear(32, 32), "up": nn.Linear(32, 256), "down": nn.Linear(256, 32)})
+            for _ in range(4)
         )
         self.head = nn.Linear(32, zoo.WORDS)
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         h = self.embed(ids)
         for layer in self.layers:
-            q, k, v = (t.unflatten(2, (4, 8)).transpose(1, 2) for t in layer["qkv"](h).chunk(3, -1))
+            q, k, v = (t.view(*ids.shape, 4, 8).transpose(1, 2) for t in layer["qkv"](h).chunk(3, -1))
             mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             h = h + layer["out"](mixed.transpose(1, 2).flatten(2))
-            h = h + layer["up"](h).relu().chunk(3, -1)[0]
+            h = h + layer["down"](layer["up"](h).relu())
         return nn.functional.cross_entropy(self.head(h).flatten(0, 1), labels.flatten())
 
 
