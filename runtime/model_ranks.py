@@ -86,6 +86,11 @@ class ModelRanks:
         """This rank's number among the data ranks."""
         return self._number(range(self.num_model, len(self.coordinate)))
 
+    @property
+    def model_rank(self) -> int:
+        """This rank's number among those that differ along model axes alone."""
+        return self._number(range(self.num_model))
+
     def rank_along(self, axis: str) -> int:
         """This rank's number along a model axis; 0 where the mesh has none of this name."""
         names = (self.mesh.mesh_dim_names or ()) if self.mesh is not None else ()

@@ -33,7 +33,7 @@ from zgraph.errors import UsageError, did_you_mean
 from zgraph.ir import Phase, print_graph, verify
 from zgraph.ir.lines import node_lines, read_line
 from zgraph.ir.ops import LANES
-from zgraph.passes import RECIPES, Pass, Pipeline, known_passes, parse_recipe, recipe_for
+from zgraph.passes import RECIPES, Pass, Pipeline, along_model_axes, known_passes, parse_recipe, recipe_for
 from zgraph.passes.core.instruments import PassSummary
 from zgraph.passes.core.pipeline import print_size
 from zgraph.runfile.diff import compare
@@ -68,6 +68,8 @@ def trace(
     compute: Annotated[
         str, typer.Option(help="What matrices are multiplied in.", autocompletion=any_of(*COMPUTES))
     ] = "",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks that compute each op together.")] = 1,
+    context_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share each sequence.")] = 1,
     passes: Annotated[
         str, typer.Option(help="A recipe in the place of the stage's own.", autocompletion=several_passes)
     ] = "",
@@ -85,6 +87,11 @@ def trace(
     param_dtype = as_dtype(dtype, "--dtype")
     chosen = one_of("--compute", compute, COMPUTES) if compute else None
     recipe = passes or recipe_for(one_of("--kernels", kernels, KERNELS), RECIPES[stage], chosen)
+    together = {"tensor": tensor_parallel, "context": context_parallel}
+    if axes := [axis for axis, size in together.items() if size > 1]:
+        if chosen or kernels == "triton":
+            raise UsageError("where ranks compute together, leave --compute and --kernels triton out")
+        recipe = recipe if passes else along_model_axes(recipe, axes)
     pipeline = parse_recipe(recipe)
     with progress() as shown:
         task = shown.add_task(f"reading {model}")
@@ -98,6 +105,8 @@ def trace(
             num_ranks=world or None,
             memory_budget=memory_budget or None,
             param_dtype=param_dtype,
+            tensor_parallel=tensor_parallel,
+            context_parallel=context_parallel,
         )
         errors().print(f"captured {run.manifest.provenance.captured}", highlight=False)
         shown.update(task, description=f"writing {output}")

@@ -128,19 +128,21 @@ def check_sequence(sequence_parallel: object, mesh: DeviceMesh | None, *, has_re
         raise UsageError("a recipe says itself how activations lie: write place(sequence=true) in passes=")
 
 
-def cuts_of(model: nn.Module, placements: Placements | None, mesh: DeviceMesh) -> Mapping[str, Cuts]:
+def cuts_of(
+    model: nn.Module, placements: Placements | None, num_ranks: int, num_shards: int
+) -> Mapping[str, Cuts]:
     """How each parameter is cut over the ranks that compute together, by name; those that stay whole are not there.
 
     Args:
         model: the model.
         placements: what the user says; None takes the model's plan.
-        mesh: the ranks, the axis of tensor parallelism first.
+        num_ranks: ranks along the axis of tensor parallelism.
+        num_shards: ranks that what is left of a parameter is sharded over.
 
     Raises:
         UsageError: there is no plan for the model, or a pattern names no parameter.
         PlacementError: a parameter does not divide.
     """
-    num_ranks = sizes_of(mesh)[AXIS]
     if num_ranks == 1:
         if placements is not None:
             raise UsageError("placements= says how parameters are cut; give tensor_parallel= too")
@@ -161,36 +163,35 @@ def cuts_of(model: nn.Module, placements: Placements | None, mesh: DeviceMesh) -
                 f"{name} of shape {shape} does not divide into {place} over {num_ranks} ranks; cut another dim, leave "
                 "it whole with Replicate(), or take another tensor_parallel="
             )
-        if place.dim == 0 and len(place.blocks) > 1 and mesh.size(-1) > 1:
+        if place.dim == 0 and len(place.blocks) > 1 and num_shards > 1:
             raise PlacementError(
-                f"{name} cannot be {place}: dim 0 is sharded over the {mesh.size(-1)} ranks of {AXIS} groups too, and "
+                f"{name} cannot be {place}: dim 0 is sharded over the {num_shards} ranks of {AXIS} groups too, and "
                 f"torch puts no such DTensor together again; leave it whole with Replicate(), or take {Shard(0)}"
             )
     return {name: ((AXIS, place),) for name, place in found.items()}
 
 
 def at_rest(
-    model: nn.Module, cuts: Mapping[str, Cuts], mesh: DeviceMesh, stage_of: Callable[[str], int]
+    model: nn.Module, cuts: Mapping[str, Cuts], sizes: Mapping[str, int], stage_of: Callable[[str], int]
 ) -> Mapping[str, Cuts]:
     """The cuts of parameters along the axes, those that shard them at rest over the ranks of a context included.
 
     These have the whole of a parameter where they use it, so that it is sharded over them as over data ranks: along
-    the first dim that divides. One of stage 0, or without such a dim, is whole.
+    the first dim that divides and is not cut in blocks already. One of stage 0, or without such a dim, is whole.
 
     Args:
         model: the model.
         cuts: along the axis of tensor parallelism, by name.
-        mesh: the ranks.
+        sizes: ranks along each axis.
         stage_of: from a parameter's name to its stage.
     """
-    sizes = sizes_of(mesh)
     if sizes[CONTEXT] == 1:
         return cuts
     found = dict(cuts)
     for name, parameter in model.named_parameters():
         shape = list(parameter.shape)
         for _, place in cuts.get(name, ()):
-            shape[place.dim] //= sizes[AXIS]
+            shape[place.dim] = shape[place.dim] // sizes[AXIS] if len(place.blocks) == 1 else 0
         dims = [dim for dim, size in enumerate(shape) if size and size % sizes[CONTEXT] == 0]
         if dims and stage_of(name):
             found[name] = (*cuts.get(name, ()), (CONTEXT, Shard(dims[0])))

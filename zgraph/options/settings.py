@@ -213,7 +213,8 @@ def resolve(
     if parallel is not None and placements == "auto" and (tensor := sizes_of(parallel)[AXIS]) > 1:
         data = parallel.size() // tensor
         placements = searched(model, (), usual_inputs(model), costs, tensor, data, computed)
-    cuts = cuts_of(model, placements, parallel) if parallel is not None else {}
+    sizes = sizes_of(parallel)
+    cuts = cuts_of(model, placements, sizes[AXIS], parallel.size(-1)) if parallel is not None else {}
     if parallel is None and placements is not None:
         raise UsageError("placements= says how parameters are cut; give tensor_parallel= too")
     check_sequence(sequence_parallel, parallel, has_recipe=passes is not None)
@@ -223,12 +224,12 @@ def resolve(
     mesh = parallel or _mesh(device, mesh)
     codec = codec_for(compress, mesh, has_recipe=passes is not None, fullgraph=fullgraph)
     axes = _axes(parallel, placements, sequence_parallel=sequence_parallel)
-    together = [axis for axis, size in sizes_of(parallel).items() if size > 1]
+    together = [axis for axis, size in sizes.items() if size > 1]
     pipeline = pipeline_of(_passes(stage, kernels, compute, codec, passes, replayed, axes, together))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     wanted = {name: default_stage if own is None else own for name, own in stages.items()}
-    cuts = at_rest(model, cuts, parallel, wanted.__getitem__) if parallel is not None else cuts
+    cuts = at_rest(model, cuts, sizes, wanted.__getitem__)
     num_ranks = mesh.size() if mesh is not None else 1
     budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device, num_ranks)
     if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
