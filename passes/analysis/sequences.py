@@ -16,7 +16,7 @@ from typing import ClassVar
 from zgraph.errors import PlacementError
 from zgraph.ir import Graph, InputKind, Node, Placement, Replicate, Shard, TensorType
 from zgraph.ir.rules import Rule, Strategy
-from zgraph.ir.rules.attention import RULES as ATTENTION
+from zgraph.ir.rules import attention, device_attention
 from zgraph.ir.rules.factors import Cut
 from zgraph.ir.rules.kept import cuts_of
 from zgraph.passes.analysis.placing import Choices, Rules, Walk, chosen, trained_values, views_once
@@ -24,6 +24,8 @@ from zgraph.passes.analysis.placing import Choices, Rules, Walk, chosen, trained
 __all__ = ["choose_along_sequence"]
 
 R = Replicate()
+
+ATTENTION = frozenset({*attention.RULES, *device_attention.RULES})
 
 SEQUENCE = Shard(1)
 """Where the sequence is in the inputs of a model."""
@@ -185,7 +187,8 @@ def _check_attention(found: Choices, num_ranks: int) -> None:
     for node, strategy in zip(found.graph.nodes, found.strategies, strict=True):
         if node.op not in ATTENTION or any(isinstance(place, Shard) for place in strategy.ins):
             continue
-        queries, keys = (v.tensor.shape for v in node.operands[:2])
+        first = int("backward" in node.op)
+        queries, keys = (v.tensor.shape for v in node.operands[first : first + 2])
         raise PlacementError(
             f"{node.op} of {node.origin.module or 'the model'} has {queries[1]} heads of queries and {keys[1]} of keys, "
             f"which do not divide over {num_ranks} ranks of context; take a context_parallel= that divides them, or "
