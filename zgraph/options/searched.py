@@ -141,12 +141,7 @@ def searched(
     explain: bool = False,
 ) -> FoundPlacements:
     """The search of `search_placements` for `tensor` ranks that compute together, and `data` such groups."""
-    found = [s for s in stacks(model, kinds_and_shapes, (nn.ModuleList,)) if len(s.layers) > s.length(FEW_LAYERS)]
-    with shortened({s.layers: s.length(FEW_LAYERS) for s in found}):
-        captured = trace(model, *args, param_dtype=as_dtype_or_none(param_dtype, "param_dtype"), **kwargs)
-    axes = (Axis("tensor", tensor), Axis("shard", data))
-    context = Context(mesh=axes, costs=costs)
-    search = Search(parse_recipe("canonicalize").run(captured, context), axes[0], context, {})
+    search, found = search_of(model, args, kwargs, costs, tensor, data, param_dtype)
     best = search.found
     places = {entry.target: best.places[entry.value.name] for entry in search.space.graph.params}
     named = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -167,6 +162,24 @@ def searched(
         best.sent_bytes,
         tuple(rows),
     )
+
+
+def search_of(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    costs: CostTable,
+    tensor: int,
+    data: int,
+    param_dtype: Dtype | None,
+) -> tuple[Search, list[RepeatedLayers]]:
+    """The program of a search, not solved yet, and the stacks of which a few layers stand for all."""
+    found = [s for s in stacks(model, kinds_and_shapes, (nn.ModuleList,)) if len(s.layers) > s.length(FEW_LAYERS)]
+    with shortened({s.layers: s.length(FEW_LAYERS) for s in found}):
+        captured = trace(model, *args, param_dtype=as_dtype_or_none(param_dtype, "param_dtype"), **kwargs)
+    axes = (Axis("tensor", tensor), Axis("shard", data))
+    context = Context(mesh=axes, costs=costs)
+    return Search(parse_recipe("canonicalize").run(captured, context), axes[0], context, {}), found
 
 
 def _stand_in(name: str, standing: list[tuple[str, RepeatedLayers]]) -> str:
