@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
 from typing import Any
 
 import pytest
@@ -100,7 +99,14 @@ class Causal(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(zoo.WORDS, 32)
         self.layers = nn.ModuleList(
-            nn.ModuleDict({"qkv": nn.Linear(32, 96), "out": nn.Linear(32, 32), "up": nn.Linear(32, 256), "down": nn.Linear(256, 32)})
+            nn.ModuleDict(
+                {
+                    "qkv": nn.Linear(32, 96),
+                    "out": nn.Linear(32, 32),
+                    "up": nn.Linear(32, 256),
+                    "down": nn.Linear(256, 32),
+                }
+            )
             for _ in range(4)
         )
         self.head = nn.Linear(32, zoo.WORDS)

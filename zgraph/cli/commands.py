@@ -25,7 +25,6 @@ from zgraph.cli.app import (
     print_json,
     progress,
     read_run,
-    read_whole_run,
     write_run,
 )
 from zgraph.cli.completion import any_of, hardware_names, pass_names, several_passes
@@ -37,7 +36,6 @@ from zgraph.passes import RECIPES, Pass, Pipeline, along_model_axes, known_passe
 from zgraph.passes.core.instruments import PassSummary
 from zgraph.passes.core.pipeline import print_size
 from zgraph.runfile.diff import compare
-from zgraph.runfile.explain import explain
 from zgraph.runfile.format import CAPTURED, Ran, Recording, graph_names
 
 PHASES = tuple(phase.value for phase in Phase)
@@ -327,56 +325,6 @@ def diff(
 
 def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {op}" for op, count in counts.items())
-
-
-@app.command(name="explain")
-def explain_node(
-    file: Annotated[str, typer.Argument(help="A run file; - for standard input.")],
-    node: Annotated[str, typer.Argument(help="What a node makes, such as %mm_3.")],
-    load: Load = None,
-    as_json: AsJson = False,
-) -> None:
-    """Where a node comes from, which passes made, changed or moved it, and why it is where it is.
-
-    Example: `zgraph explain run.zg %mm_3`
-    """
-    run = read_whole_run(file)
-    found = explain(run, node)
-    if as_json:
-        print_json(
-            {
-                "node": found.node.text + found.node.end,
-                "module": found.node.origin.module,
-                "source": found.source,
-                "events": [dataclasses.asdict(e) for e in found.events],
-                "reads": found.reads,
-                "readers": found.readers,
-                "timing": found.timing,
-            }
-        )
-        return
-    rows = [
-        ("node", found.node.text),
-        ("module", found.node.origin.module),
-        ("source", found.source),
-    ]
-    rows += [(f"{e.did} by {e.graph}" if e.did != "captured" else "captured", e.text) for e in found.events]
-    rows += [("reads", ", ".join(found.reads)), ("read by", ", ".join(found.readers))]
-    rows += [("when", text) for text in found.timing]
-    table = Table.grid(padding=(0, 2))
-    for title, text in rows:
-        if text or title.startswith("removed"):
-            table.add_row(title, escape(_shortened(text)))
-    console().print(table, highlight=False)
-
-
-MAX_CHARACTERS = 320
-
-
-def _shortened(text: str) -> str:
-    """The beginning of a long text: a bucket's gather reads a hundred values."""
-    rest = len(text) - MAX_CHARACTERS
-    return text if rest < MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ... ({rest:,} characters more; --json has all)"
 
 
 @app.command(name="simulate")

@@ -113,6 +113,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         narrator=narrator,
         trial=functools.partial(FirstRun, may_repeat=settings.fullgraph is True),
         kernels=settings.kernels,
+        placements=settings.search,
     )
     if settings.remark:
         narrator.remark(settings.remark)

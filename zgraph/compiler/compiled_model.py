@@ -63,6 +63,7 @@ class CompiledModel:
         narrator: tells the user of what is captured; None tells nothing.
         trial: watches the first runs of a program, given this and the peak that is planned; None watches nothing.
         kernels: what runs the ops between collectives, for the report.
+        placements: what a search for placements found, in words, for the report.
 
     `smaller_budget` is the one to plan again with, once a first run was out of memory.
     """
@@ -81,13 +82,14 @@ class CompiledModel:
         narrator: Narrator | None = None,
         trial: Callable[[CompiledModel, int], Trial] | None = None,
         kernels: str = "aten",
+        placements: str = "",
     ) -> None:
         self.model, self.session, self.context = model, session, context
         self.save, self.replayed, self.regions, self.tunes = save, replayed, regions, tunes
         self.pipeline = enabled(pipeline)
         self.eager = eager(model.forward, session.store.param_dtype)
         self.narrator = narrator or Narrator(type(model).__name__, model.forward, (), "")
-        self.trial, self.kernels = trial, kernels
+        self.trial, self.kernels, self.placements = trial, kernels, placements
         self.smaller_budget: int | None = None
         self.is_replanned = False
         self.entries: list[Entry] = []
@@ -236,6 +238,7 @@ class CompiledModel:
             str(self.float8),
             self.session.feedback.num_bytes,
             str(self.session.feedback),
+            self.placements,
         )
 
 

@@ -130,6 +130,7 @@ class Report:
         float8: which linear layers are multiplied in float8, and why the others are not; empty if none is to be.
         feedback_bytes: bytes at rest of what codes of gradients have left out.
         code_errors: of each bucket of gradients the relative error of its first code; empty if none is coded.
+        placements: what the search for placements found: its time, the lower bound and the gap; empty without a search.
     """
 
     model: str
@@ -147,6 +148,7 @@ class Report:
     float8: str = ""
     feedback_bytes: int = 0
     code_errors: str = ""
+    placements: str = ""
 
     @property
     def step_peak_bytes(self) -> int:
@@ -177,6 +179,8 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._rest()]
+        if self.placements:
+            parts.append(Text(f"placements: {self.placements}"))
         for entry, *others in alike(self.entries):
             parts += [Text(), _passes(entry), _peak(entry), _certified(entry)]
             if entry.traffic:

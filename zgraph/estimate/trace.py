@@ -52,7 +52,8 @@ def traced(
             along these axes.
 
     Raises:
-        PlacementError, UsageError, HardwareError, CaptureError, GraphBreakError, BudgetError: as `zgraph.plan` and the passes do.
+        PlacementError, UsageError, HardwareError, CaptureError, GraphBreakError, BudgetError: as `zgraph.plan` and the
+            passes do.
     """
     costs = cost_table(hardware, torch.device("cpu"))
     count = costs.hardware.num_devices if num_ranks is None else num_ranks

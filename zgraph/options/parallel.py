@@ -1,4 +1,4 @@
-"""Ranks that compute together: the mesh, and how each parameter is cut, from a model's own plan or from placements by name."""
+"""Ranks that compute together: the mesh, and how parameters are cut, by a model's own plan or placements by name."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def mesh_of(device: torch.device, mesh: DeviceMesh | None, sizes: Mapping[str, i
     others = [name for name in names if name not in AXES]
     if mesh.size() != dist.get_world_size() or len(others) > 1:
         raise UsageError(
-            f"a mesh with an axis called {own[0]!r} has all ranks of the job and one axis beside it, to shard over; not "
-            f"{dict(zip(names, mesh.shape, strict=True))} of {dist.get_world_size()} ranks"
+            f"a mesh with an axis called {own[0]!r} has all ranks of the job and one axis beside it, to shard over; "
+            f"not {dict(zip(names, mesh.shape, strict=True))} of {dist.get_world_size()} ranks"
         )
     order = [names.index(name) for name in (*own, *others)]
     ranks = mesh.mesh.permute(order) if others else mesh.mesh.permute(order).unsqueeze(-1)
@@ -74,9 +74,7 @@ def _of_all_ranks(device: torch.device, sizes: Mapping[str, int]) -> DeviceMesh:
     if count % together:
         has = "there is no process group, and so one rank" if not dist.is_initialized() else f"there are {count} ranks"
         given = " and ".join(f"{axis}_parallel={size}" for axis, size in sizes.items())
-        raise UsageError(
-            f"{given}, but {has}; start a multiple of {together}: torchrun --nproc-per-node={together}"
-        )
+        raise UsageError(f"{given}, but {has}; start a multiple of {together}: torchrun --nproc-per-node={together}")
     return model_mesh(device.type, count, sizes)
 
 
@@ -95,19 +93,27 @@ def check_parallel(
         UsageError: one of them, with what to do instead.
     """
     if fullgraph is not True:
-        raise UsageError(f"ranks that compute together do so by one graph, so that fullgraph must be True, not {fullgraph!r}")
+        raise UsageError(
+            f"ranks that compute together do so by one graph, so that fullgraph must be True, not {fullgraph!r}"
+        )
     if dynamic:
-        raise UsageError("ranks that compute together cut sizes that are known: leave dynamic= out, and pad inputs (lengths=)")
+        raise UsageError(
+            "ranks that compute together cut sizes that are known: leave dynamic= out, and pad inputs (lengths=)"
+        )
     wanted = (offload,) if isinstance(offload, str) else tuple(offload) if isinstance(offload, list | tuple) else ()
     if set(wanted) & {"optimizer", "parameters"}:
-        raise UsageError(f'where ranks compute together, offload must be "auto", "activations" or None, not {offload!r}')
+        raise UsageError(
+            f'where ranks compute together, offload must be "auto", "activations" or None, not {offload!r}'
+        )
     if compute is not None:
         raise UsageError(
             f"float8 takes its scales from whole matrices: leave compute={compute!r}, or tensor_parallel= and "
             "context_parallel=, out"
         )
     if kernels == "triton" and not has_recipe:
-        raise UsageError('kernels="triton" fuses ops of whole tensors; where ranks compute together take "aten" or "auto"')
+        raise UsageError(
+            'kernels="triton" fuses ops of whole tensors; where ranks compute together take "aten" or "auto"'
+        )
 
 
 def check_sequence(sequence_parallel: object, mesh: DeviceMesh | None, *, has_recipe: bool) -> None:
@@ -121,16 +127,12 @@ def check_sequence(sequence_parallel: object, mesh: DeviceMesh | None, *, has_re
     if sequence_parallel and sizes_of(mesh)[AXIS] == 1:
         raise UsageError("sequence_parallel=True cuts activations over the ranks of tensor_parallel=; give that too")
     if sequence_parallel and sizes_of(mesh)[CONTEXT] > 1:
-        raise UsageError(
-            "context_parallel= cuts the sequence already, over all ops; leave sequence_parallel= out"
-        )
+        raise UsageError("context_parallel= cuts the sequence already, over all ops; leave sequence_parallel= out")
     if sequence_parallel and has_recipe:
         raise UsageError("a recipe says itself how activations lie: write place(sequence=true) in passes=")
 
 
-def cuts_of(
-    model: nn.Module, placements: Placements | None, num_ranks: int, num_shards: int
-) -> Mapping[str, Cuts]:
+def cuts_of(model: nn.Module, placements: Placements | None, num_ranks: int, num_shards: int) -> Mapping[str, Cuts]:
     """How each parameter is cut over the ranks that compute together, by name; those that stay whole are not there.
 
     Args:

@@ -69,6 +69,12 @@ class FoundPlacements(Mapping[str, str]):
         """How far the time is above its lower bound, as a share of that."""
         return max(self.total_us / self.bound_us - 1, 0.0) if self.bound_us else 0.0
 
+    @property
+    def summary(self) -> str:
+        """The time of what was searched, its lower bound and the gap between them, and the bytes sent, in words."""
+        took = f"{self.total_us / 1e3:,.2f} ms, lower bound {self.bound_us / 1e3:,.2f} ms, gap {self.gap:.2%}"
+        return f"layers that were searched: {took}, {self.sent_bytes / 2**20:,.1f} MiB sent by a rank"
+
     def __rich__(self) -> RenderableType:
         title = f"{self.model} over {self.num_ranks} ranks of {self.hardware}"
         table = Table(title=title, title_justify="left")
@@ -76,10 +82,7 @@ class FoundPlacements(Mapping[str, str]):
             table.add_column(column)
         for row in self.searched:
             table.add_row(*row)
-        took = f"{self.total_us / 1e3:,.2f} ms, lower bound {self.bound_us / 1e3:,.2f} ms, gap {self.gap:.2%}"
-        return Group(
-            table, Text(f"layers that were searched: {took}, {self.sent_bytes / 2**20:,.1f} MiB sent by a rank")
-        )
+        return Group(table, Text(self.summary))
 
     def __str__(self) -> str:
         return as_text(self, width=150)

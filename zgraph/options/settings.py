@@ -118,6 +118,7 @@ class Settings:
         dynamic: which sizes are symbols, as in `torch.compile`.
         lengths: what inputs are padded to; None leaves them as they are.
         cuts: how parameters are cut along the axes along which ranks compute together, by name.
+        search: what the search for placements found, in words; empty where none was.
     """
 
     device: torch.device
@@ -140,6 +141,7 @@ class Settings:
     dynamic: bool | None
     lengths: Lengths | None = None
     cuts: Mapping[str, Cuts] = field(default_factory=dict)
+    search: str = ""
 
     @property
     def is_gpu(self) -> bool:
@@ -266,6 +268,7 @@ def resolve(
         dynamic if lengths is None else False,
         lengths,
         cuts,
+        placements.summary if isinstance(placements, FoundPlacements) else "",
     )
 
 

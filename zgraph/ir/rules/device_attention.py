@@ -37,11 +37,12 @@ def _rule(call: Call, roles: str, results: str, dropout: int) -> Rule | None:
         return None
     ins = [_text(known.get(n, " "), shape, f"in{n}_") for n, shape in enumerate(call.ins) if shape is not None]
     outs = [
-        _text(results[n], shape, f"out{n}_") if n < len(results) else "*"  # the same on all ranks
+        _text(results[n] if n < len(results) else " ", shape, f"out{n}_")
         for n, shape in enumerate(call.outs)
         if shape is not None
     ]
-    return written(call, f"{', '.join(ins)} -> {', '.join(outs)}", sizes=sizes)
+    same = tuple(range(len(results), len(call.outs)))  # what a kernel says beside
+    return written(call, f"{', '.join(ins)} -> {', '.join(outs)}", sizes=sizes, same=same)
 
 
 def _operands(call: Call, roles: str) -> Mapping[int, str]:

@@ -129,7 +129,7 @@ class Rule:
         local: arguments that are sizes: see `zgraph.ir.rules.local`.
         joins: of a factor whose parts are joined, their sizes.
         ranked: factors that an op cuts which knows its rank (`zgraph.ir.rules.ranked`): whose index is a value.
-        same: results that all ranks have the whole of where such a factor is cut.
+        same: results that all ranks have the whole of where such a factor is cut; any factor, if there is none such.
         reduce: what results are pending that lack a factor which is cut.
     """
 
@@ -160,7 +160,7 @@ class Rule:
         return next((cut for cut in self._meant(dims, place) if self.allows(cut, num_ranks)), None)
 
     def followed(self, dims: Dims | None, place: Shard) -> Cut | None:
-        """The factor that a cut of a tensor of these dims is in, which may be one that is never cut; None if none is."""
+        """The factor that a cut of a tensor of these dims is in, be it one that is never cut; None if none is."""
         return next(self._meant(dims, place), None)
 
     def _meant(self, dims: Dims | None, place: Shard) -> Iterator[Cut]:
@@ -225,10 +225,14 @@ class Rule:
                 for i, (d, p) in enumerate(zip(self.ins, ins, strict=True))
             ),
             tuple(
-                None if d is None else p or (R if i in self.same and cut[0] in self.ranked else pending)
+                None if d is None else p or (R if i in self.same and self._is_same(cut) else pending)
                 for i, (d, p) in enumerate(zip(self.outs, outs, strict=True))
             ),
         )
+
+    def _is_same(self, cut: Cut) -> bool:
+        """Whether results in `same` are whole on all ranks where this is cut."""
+        return not self.ranked or cut[0] in self.ranked
 
     def with_sums(self, group: tuple[int, ...]) -> Strategy:
         """The strategy in which these operands are partial sums."""
