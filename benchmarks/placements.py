@@ -134,9 +134,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(
                 f"    {difference.name}: {difference.found}, where the plan has {difference.plan}: {difference.reason}"
             )
-    matrices = sum(a.num_matrices for a in found)
-    same = matrices - sum(len(a.differences) for a in found)
+        _write(options, found, refused)
+    matrices, same = _counted(found)
     print(f"{same} of {matrices} matrices of {len(found)} configurations lie where their plans have them")
+
+
+def _counted(found: Sequence[Agreement]) -> tuple[int, int]:
+    """Matrices, and those of them that lie where their plans have them."""
+    matrices = sum(a.num_matrices for a in found)
+    return matrices, matrices - sum(len(a.differences) for a in found)
+
+
+def _write(options: argparse.Namespace, found: Sequence[Agreement], refused: dict[str, str]) -> None:
+    matrices, same = _counted(found)
     results.write(
         options.json,
         num_ranks=options.ranks,

@@ -11,6 +11,7 @@ from torch import nn
 
 import small
 import zgraph
+from tests.deep import deep
 from tests.interp.test_placed import TOKENS, VOCABULARY, captured, error, inputs, planned
 from zgraph.certify.certificate import certify
 from zgraph.debugging.dtypes import in_dtype
@@ -73,8 +74,7 @@ def exact(graph: Graph, made: Graph, name: str) -> bool:
     return error(made, Interpreter().run(made, given), graph, Interpreter().run(graph, given)) < 1e-12
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("name", ["llama", "fused"])
+@pytest.mark.parametrize(("name", "num_ranks"), [("llama", 3), ("fused", 2), deep("llama", 2), deep("fused", 3)])
 def test_attention_exchanges_the_sequence_for_heads(name: str, num_ranks: int) -> None:
     graph = captured(name)
     made = placed(graph, (Axis("context", num_ranks),))
@@ -85,7 +85,7 @@ def test_attention_exchanges_the_sequence_for_heads(name: str, num_ranks: int) -
     assert found["fwd all_gather"] == (name == "llama")  # the logits, which it returns
 
 
-@pytest.mark.parametrize("name", ["llama", "fused"])
+@pytest.mark.parametrize("name", ["fused", deep("llama")])
 def test_parameters_are_sharded_over_the_ranks_of_a_context(name: str) -> None:
     graph = at_rest(captured(name), 2)
     made = placed(graph, (Axis("context", 2),))
@@ -97,7 +97,7 @@ def test_parameters_are_sharded_over_the_ranks_of_a_context(name: str) -> None:
     assert "bwd all_reduce" not in found
 
 
-@pytest.mark.parametrize("name", ["llama", "fused"])
+@pytest.mark.parametrize("name", ["llama", deep("fused")])
 def test_it_goes_with_tensor_parallelism(name: str) -> None:
     graph = planned(name)
     words = {"llama": ("model.embed_tokens.weight", "lm_head.weight"), "fused": ("embed.weight", "head.weight")}[name]
