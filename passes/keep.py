@@ -59,6 +59,7 @@ class Keep(Pass):
         ahead_bytes = step.ahead_bytes(self.num_ahead)
         headroom = HeadroomTree([max(r - ahead_bytes, 0) for r in step.headroom_beside(curve, 0)])
         kept = []
+        pairs = [pair for pair in pairs if all(step.is_read(node.name) for node in pair)]
         for full, again in sorted(pairs, key=lambda pair: step.uses(pair[1].name)):
             begin, end = step.uses(full.name)[1] + 1, step.uses(again.name)[0]
             num_bytes = padded_bytes(full.operands[0].tensor, graph.num_shards)

@@ -220,7 +220,8 @@ class _Partitioner:
 
     def is_elsewhere(self, entry: Input) -> bool:
         """Whether a parameter must be brought to where it is computed with."""
-        return self.sharded or entry.value.tensor.is_on_host
+        over_contexts = any(axis == "context" for axis, _ in entry.cuts)
+        return self.sharded or over_contexts or entry.value.tensor.is_on_host
 
     def needed(self, value: Value, user: Node) -> Value:
         """The value that `user` must read in place of the captured `value`."""

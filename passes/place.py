@@ -38,15 +38,20 @@ from zgraph.ir import (
     Phase,
     Placement,
     Replicate,
+    Shard,
     TensorType,
     Type,
     Value,
     model_axes,
 )
+from zgraph.ir.external_ops import CAST
 from zgraph.ir.graph import map_values
+from zgraph.ir.layout import dense_strides, is_contiguous
+from zgraph.ir.ops import views
 from zgraph.ir.parts import part_along
 from zgraph.ir.rules import Call, Strategy, on_parts, rule_of
 from zgraph.passes.analysis.placing import choose, wire_bytes
+from zgraph.passes.analysis.sequences import choose_along_sequence
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.placements import Search
 
@@ -58,8 +63,8 @@ class Place(Pass):
     """Cut parameters along a model axis, and have every op compute on parts of them.
 
     Args:
-        axis: the name of the axis. Where the mesh has none of this name, or no parameter is cut along it, nothing is
-            done.
+        axis: the name of the axis. Where the mesh has none of this name, nothing is done. Along `context`, the sequence
+            of inputs is cut, and parameters are whole where they are used.
         sequence: whether activations between blocks lie cut along the sequence: a reduce-scatter behind what makes a
             partial sum, a gather before what needs it whole, and again in the backward.
         search: what is searched for the least time on the hardware of the context, as an integer program: `all`, or
@@ -80,6 +85,8 @@ class Place(Pass):
             raise ValueError(f"axis must be one of {', '.join(MODEL_AXES)}, not {self.axis}")
         if self.search not in ("", "values", "all"):
             raise ValueError(f"search must be values or all, not {self.search}")
+        if self.axis == "context" and (self.search or self.sequence):
+            raise ValueError("along context, what is cut is the sequence: leave search and sequence out")
         if self.search and self.sequence:
             raise ValueError("what is searched decides where the sequence is cut: leave sequence out")
 
@@ -115,7 +122,10 @@ class _Placer:
         self.source, self.sequence = graph, sequence
         self.graph = replace(graph, mesh=(*before, axis, Axis("shard", 1)))
         self.seeds = {name: self.checked(graph, name, place, axis) for name, place in seeds.items()}
-        if search is None:
+        self.is_context = axis.name == "context"
+        if self.is_context:
+            self.choices = choose_along_sequence(graph, self.seeds, axis.size)
+        elif search is None:
             self.choices = choose(graph, self.seeds, axis.size, sequence=sequence)
         else:
             found = search(graph, axis, fixed=self.seeds).found
@@ -157,10 +167,11 @@ class _Placer:
         self.builder = Builder(replace(self.graph, nodes=self.source.nodes), Place.name)
         inputs = tuple(map(self.input, self.source.inputs))
         returned = [o for o in self.source.outputs if o.phase is Phase.forward]
+        again = self.made_of_parameters() if self.is_context else frozenset()
         for node, strategy, rule in zip(self.source.nodes, choices.strategies, choices.rules, strict=True):
-            if self.sequence and self.is_forward and node.phase is not Phase.forward:
-                self.is_forward = False  # what the forward gathers is not kept for the backward
-                self.have = {name: dict([next(iter(held.items()))]) for name, held in self.have.items()}
+            if self.is_forward and node.phase is not Phase.forward:
+                self.is_forward = False
+                self.have = {name: {} if name in again else self.kept(held) for name, held in self.have.items()}
             while returned and node.phase is not Phase.forward:
                 self.output(returned.pop())
             if node.results and node.results[0].name in choices.views:
@@ -191,6 +202,22 @@ class _Placer:
         outputs = tuple(map(self.output, self.source.outputs))
         return replace(self.graph, inputs=inputs, nodes=tuple(self.nodes), outputs=outputs)
 
+    def kept(self, held: dict[Placement, Value]) -> dict[Placement, Value]:
+        """What of a value in the forward is kept for the backward: not what is gathered where the sequence is cut."""
+        if not self.sequence and not self.is_context:
+            return held
+        first, *others = held.items()
+        return dict([first, *(o for o in others if self.is_context and isinstance(o[0], Shard))])
+
+    def made_of_parameters(self) -> frozenset[str]:
+        """Views and casts of parameters alone, which the backward makes again of what it gathers."""
+        found = set(self.source.param_names)
+        for node in self.source.phase_nodes(Phase.forward):
+            is_made = node.operands and all(v.name in found for v in node.operands) and len(node.results) == 1
+            if is_made and (node.op == CAST or views(self.source, node)):
+                found.add(node.name)
+        return frozenset(found - set(self.source.param_names))
+
     def input(self, entry: Input) -> Input:
         place = self.seeds.get(entry.value.name, R)
         value = Value(entry.value.name, self.typed(entry.value.type, place))
@@ -210,6 +237,8 @@ class _Placer:
     def wanted(self, value: Value, place: Placement | None, user: Node) -> Value:
         """A captured value at a placement, brought there before its first user if it is not."""
         have = self.have[value.name]
+        if not have and self.is_context:
+            have[R] = self.made_again(value, user)
         if place is None:
             return next(iter(have.values())) if have else self.wanted(value, self.choices.any_place(value.name), user)
         if place in have:
@@ -220,9 +249,31 @@ class _Placer:
         kind = self.source_type(value.name)
         source = min(have, key=lambda old: wire_bytes(kind, old, place, self.size))
         stem = f"{value.name}_{_word(place)}"
-        result = self.builder.value(stem, self.typed(kind, place))
+        result = self.builder.value(stem, self.typed(self.laid(value, kind), place))
         self.insert(self.builder.typed("reshard", (have[source],), (result,), user.phase, user.origin))
         have[place] = result
+        return result
+
+    def laid(self, value: Value, kind: TensorType) -> TensorType:
+        """The type of a value once it is moved: without the gaps that a part of a fused projection has, if no view of
+        it counts on them.
+        """
+        users = [self.source.nodes[at] for at in self.source.users.get(value.name, ())]
+        if not self.is_context or kind.strides is None or any(views(self.source, user) for user in users):
+            return kind
+        strides = kind.strides
+        if not all(isinstance(stride, int) and stride > 0 for stride in strides):
+            return kind
+        order = sorted(range(len(strides)), key=lambda dim: (-int(strides[dim]), dim))
+        dense = dense_strides(kind.shape, order)
+        return replace(kind, strides=None if is_contiguous(kind.shape, dense) else dense)
+
+    def made_again(self, value: Value, user: Node) -> Value:
+        """What is made of parameters alone, made once more before its first user in the backward."""
+        node = self.viewed(value)
+        given = {v.name: self.wanted(v, R, user) for v in node.operands}
+        result = Value(self.builder.fresh(f"{value.name}_again"), self.typed(value.type, R))
+        self.insert(replace(node.substitute(given), results=(result,), phase=user.phase))
         return result
 
     def viewed(self, value: Value) -> Node:

@@ -185,6 +185,10 @@ class LoweredStep:
         (root,) = self._memory.roots(name)
         return self._uses[root]
 
+    def is_read(self, name: str) -> bool:
+        """Whether an op touches that memory; what is gathered along a second axis is read by its collective alone."""
+        return not self._memory.roots(name).isdisjoint(self._uses)
+
     @cached_property
     def _memory(self) -> Memory:
         return Memory(self.graph)

@@ -24,16 +24,18 @@ Cuts = tuple[tuple[str, Shard], ...]
 """How a parameter is cut: along which model axes, and where."""
 
 
-def model_mesh(device: str, num_ranks: int, tensor: int) -> DeviceMesh:
-    """The mesh of all ranks with an axis for tensor parallelism.
+def model_mesh(device: str, num_ranks: int, sizes: Mapping[str, int]) -> DeviceMesh:
+    """The mesh of all ranks with axes along which they compute together, neighbours along the first.
 
     Args:
         device: its kind.
-        num_ranks: all of them, a multiple of `tensor`.
-        tensor: ranks that compute one op together.
+        num_ranks: all of them, a multiple of those that compute together.
+        sizes: ranks along each of these axes.
     """
-    ranks = torch.arange(num_ranks).view(num_ranks // tensor, tensor).T.contiguous()
-    return DeviceMesh(device, ranks, mesh_dim_names=("tensor", "shard"))
+    counts = tuple(sizes.values())
+    ranks = torch.arange(num_ranks).view(num_ranks // math.prod(counts), *reversed(counts))
+    ranks = ranks.permute(*reversed(range(ranks.ndim))).contiguous()
+    return DeviceMesh(device, ranks, mesh_dim_names=(*sizes, "shard"))
 
 
 def num_model_axes(mesh: DeviceMesh | None) -> int:
@@ -88,6 +90,11 @@ class ModelRanks:
     def model_rank(self) -> int:
         """This rank's number among those that differ along model axes alone."""
         return self._number(range(self.num_model))
+
+    def rank_along(self, axis: str) -> int:
+        """This rank's number along a model axis; 0 where the mesh has none of this name."""
+        names = (self.mesh.mesh_dim_names or ()) if self.mesh is not None else ()
+        return self.coordinate[names.index(axis)] if axis in names else 0
 
     def _number(self, axes: range) -> int:
         """This rank's number among those that differ along these axes alone."""

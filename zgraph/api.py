@@ -60,6 +60,7 @@ def compile(
     lengths: Lengths | None = None,
     tensor_parallel: int = 1,
     sequence_parallel: bool = False,
+    context_parallel: int = 1,
     placements: Placements | None = None,
     cuda_graphs: CudaGraphs = False,
 ) -> Any:
@@ -124,6 +125,8 @@ def compile(
             them, and what is left of each is sharded over the other ranks as its stage says.
         sequence_parallel: with `tensor_parallel`, whether activations between blocks lie cut along the sequence: less
             memory, for as many bytes sent.
+        context_parallel: ranks that share each sequence of one batch: each computes a part of it, and attention some
+            heads of all of it. Parameters are sharded over them as over the other ranks.
         placements: how parameters are cut, from patterns of their names to `Shard(dim)` of torch (`"S1/3"` cuts dim 1
             of a fused projection in each of three blocks); what none names stays whole. By default, the plan that
             transformers has for the model. "auto" searches for them, and for where all values between them are, with
@@ -146,7 +149,7 @@ def compile(
         HardwareError: there is no such hardware.
         OffloadError: the host has no room for what is offloaded; nothing was changed.
         PlanMismatchError: the ranks have different models or options.
-        PlacementError: a parameter does not divide.
+        PlacementError: a parameter does not divide; or in the first call, a sequence or heads of attention.
 
     The first call raises BudgetError if even with all computed again the step does not fit the budget.
     """
@@ -170,6 +173,7 @@ def compile(
         "lengths": lengths,
         "tensor_parallel": tensor_parallel,
         "sequence_parallel": sequence_parallel,
+        "context_parallel": context_parallel,
         "placements": placements,
         "cuda_graphs": cuda_graphs,
     }

@@ -9,13 +9,14 @@ from zgraph.passes.all_reduce import AllReduce
 from zgraph.passes.analysis.timetable import evaluate, first_use_order, latest_first_order
 from zgraph.passes.broadcast import Broadcast
 from zgraph.passes.core.base import Context
+from zgraph.passes.exchange import Exchange
 from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.plan.make_plan import memory_of
 from zgraph.passes.reduce_scatter import ReduceScatter
 from zgraph.passes.release import Release
 from zgraph.passes.schedule import LoweredStep
 
-LOWERING = (Broadcast(), AllGather(), ReduceScatter(), AllReduce(), HostCopies())
+LOWERING = (Exchange(), Broadcast(), AllGather(), ReduceScatter(), AllReduce(), HostCopies())
 """Zgraph's own, for what the pipeline at hand leaves: nothing, as a rule."""
 
 

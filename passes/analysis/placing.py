@@ -10,8 +10,9 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from zgraph.ir import (
     Builder,
@@ -29,12 +30,16 @@ from zgraph.ir import (
 )
 from zgraph.ir.axis_rules import collective
 from zgraph.ir.ops import views
-from zgraph.ir.rules import Call, Rule, Strategy, rule_of
+from zgraph.ir.rules import Call, Rule, Strategy, meant, rule_of
 from zgraph.ir.rules.definitions import DEFINED, defined, dim_of, spelled_out
+from zgraph.ir.rules.factors import Cut, letters, written
 from zgraph.ir.rules.kept import cuts_of
 from zgraph.ir.symbols import simplify
 
 R, P = Replicate(), Partial("sum")
+
+Rules = Sequence[Rule | None]
+"""The rule of each node."""
 
 PARAMETERS_COUNT = 1000
 """Bytes of parameters count as often as this: they lie where their user wants them."""
@@ -75,20 +80,44 @@ def choose(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int, *, sequ
         num_ranks: ranks along the axis.
         sequence: whether what is reduced lies cut along the sequence afterwards, where its reader takes it so.
     """
+    tokens: Mapping[str, Placement] | None = None
+
+    def walked(graph: Graph, rules: Rules, kept: frozenset[str], sums: frozenset[str]) -> Walk:
+        nonlocal tokens
+        if sequence and tokens is None:
+            tokens = along_sequence(graph, rules, num_ranks)
+        return Walk(graph, seeds, num_ranks, rules, kept, tokens, sums)
+
+    def plain(graph: Graph, rules: Rules) -> Walk:
+        return Walk(graph, seeds, num_ranks, rules, frozenset())
+
+    return chosen(views_once(graph) if sequence else graph, plain, walked)
+
+
+def chosen(
+    graph: Graph,
+    first: Callable[[Graph, Rules], Walk],
+    walked: Callable[[Graph, Rules, frozenset[str], frozenset[str]], Walk],
+) -> Choices:
+    """The choices of a walk over a graph in which ops along cut dims are spelled out.
+
+    Args:
+        graph: on whole tensors.
+        first: a walk that says which values are cut.
+        walked: the walk, from the graph, its rules, the sums that are kept, and those that are expected.
+    """
     builder = Builder(graph)
-    graph = _views_once(graph) if sequence else graph
-    while along := _along_cuts(graph, seeds, num_ranks):
+    while along := _along_cuts(graph, first):
         graph = spelled_out(graph, along, builder.fresh)
-    rules = [_rule(node) for node in graph.nodes]
-    tokens = along_sequence(graph, rules, num_ranks) if sequence else None
-    first = _Walk(graph, seeds, num_ranks, rules, frozenset(), tokens)
-    kept = _kept_sums(graph, rules, first.sums)
-    walk = _Walk(graph, seeds, num_ranks, rules, kept, tokens, frozenset(first.sums)) if kept else first
+    rules = [rule_for(node) for node in graph.nodes]
+    before = walked(graph, rules, frozenset(), frozenset())
+    kept = kept_sums(graph, rules, before.sums)
+    walk = walked(graph, rules, kept, frozenset(before.sums)) if kept else before
     reduced = {name: walk.after(name) for name in (*walk.sums, *walk.largest) if name not in kept}
     return Choices(graph, tuple(walk.strategies), tuple(rules), reduced)
 
 
-def along_sequence(graph: Graph, rules: Sequence[Rule | None], num_ranks: int) -> Mapping[str, Placement]:
+def along_sequence(graph: Graph, rules: Rules, num_ranks: int) -> Mapping[str, Placement]:
     """Where the sequence is in values, as their readers take them: all inputs are cut along dim 1, and this spreads.
 
     Args:
@@ -103,7 +132,7 @@ def along_sequence(graph: Graph, rules: Sequence[Rule | None], num_ranks: int) -
         if i.kind is InputKind.input and isinstance(i.value.type, TensorType) and len(i.value.type.shape) > 1
         if cut.divides(i.value.type.shape[1], num_ranks)
     }
-    walk = _Walk(graph, seeds, num_ranks, rules, frozenset())
+    walk = Walk(graph, seeds, num_ranks, rules, frozenset())
     found: dict[str, Placement] = {}
     for node, strategy in zip(graph.nodes, walk.strategies, strict=True):
         for value, place in zip(node.operands, strategy.ins, strict=True):
@@ -112,7 +141,7 @@ def along_sequence(graph: Graph, rules: Sequence[Rule | None], num_ranks: int) -
     return found
 
 
-def _views_once(graph: Graph) -> Graph:
+def views_once(graph: Graph) -> Graph:
     """The graph with one view in the place of several of one value, so that what they are gathered for is sent once."""
     known: dict[Hashable, Value] = {}
     merged: dict[str, Value] = {}
@@ -128,11 +157,11 @@ def _views_once(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes), outputs=tuple(output.substitute(merged) for output in graph.outputs))
 
 
-def _along_cuts(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int) -> frozenset[str]:
+def _along_cuts(graph: Graph, first: Callable[[Graph, Rules], Walk]) -> frozenset[str]:
     """Names of nodes whose operands are cut as their ops are not, but what these are defined by is."""
     if not any(node.op in DEFINED for node in graph.nodes):
         return frozenset()
-    walk = _Walk(graph, seeds, num_ranks, [_rule(node) for node in graph.nodes], frozenset())
+    walk = first(graph, [rule_for(node) for node in graph.nodes])
     return frozenset(
         node.name
         for node in graph.nodes
@@ -142,8 +171,21 @@ def _along_cuts(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int) ->
     )
 
 
-def _rule(node: Node) -> Rule | None:
+def rule_for(node: Node) -> Rule | None:
+    """The rule of a node, of one that is placed along another axis already too; None where its operands are whole."""
+    if node.op == "reshard":
+        return _of_reshard(node)
+    node = meant(node)
     return rule_of(Call.of(node)) if "." in node.op else None
+
+
+def _of_reshard(node: Node) -> Rule:
+    """The rule of what moves a value along another axis: dims pass, but for those that are put together or cut."""
+    call = Call.of(node)
+    pairs = zip(call.shape(0), call.out(), strict=True)
+    names = [name if old == new else f"_{name}" for name, (old, new) in zip(letters(call.out()), pairs, strict=True)]
+    given = " ".join(n if n[0] != "_" else f"{n}_given" for n in names)
+    return written(call, f"{given} -> {' '.join(names)}")
 
 
 def whole(node: Node) -> Strategy:
@@ -154,7 +196,7 @@ def whole(node: Node) -> Strategy:
     )
 
 
-class _Walk:
+class Walk:
     """One walk over the nodes in their order.
 
     Attributes:
@@ -164,12 +206,14 @@ class _Walk:
         largest: those of which ranks have the largest of their parts.
     """
 
+    parameters_count: ClassVar[int] = PARAMETERS_COUNT
+
     def __init__(
         self,
         graph: Graph,
         seeds: Mapping[str, Placement],
         num_ranks: int,
-        rules: Sequence[Rule | None],
+        rules: Rules,
         kept: frozenset[str],
         tokens: Mapping[str, Placement] | None = None,
         sums: frozenset[str] = frozenset(),
@@ -179,15 +223,15 @@ class _Walk:
         self.have: dict[str, set[Placement]] = {name: {place} for name, place in self.rest.items()}
         self.of_parameters = set(graph.param_names)
         self.strategies: list[Strategy] = []
-        self.due = _gradients(graph, rules, seeds, num_ranks)
+        self.due = gradients_due(graph, rules, seeds, num_ranks)
         self.made: dict[str, Placement | None] = {}
         self.sums: set[str] = set()
         self.largest: set[str] = set()
         is_forward = True
         for node, rule in zip(graph.nodes, rules, strict=True):
-            if tokens is not None and is_forward and node.phase is not Phase.forward:
-                is_forward = False  # what the forward gathers is not kept for the backward
-                self.have = {name: {self.rest[name]} for name in self.have}
+            if is_forward and node.phase is not Phase.forward:
+                is_forward = False
+                self.have = {name: self.kept_places(name) for name in self.have}
             self.strategies.append(self.best(node, rule))
             self.take(node, self.strategies[-1])
 
@@ -195,11 +239,18 @@ class _Walk:
         """The strategy that moves the fewest bytes; of those, the one that cuts the most."""
         if rule is None:
             return whole(node)
-        cuts = [c for places in self.held(node) for c in cuts_of(rule, places, self.num_ranks)]
-        due = [None if d is None else self.due.get(r.name) for d, r in zip(rule.outs, node.results, strict=True)]
-        cuts += cuts_of(rule, [*(None for _ in node.operands), *due], self.num_ranks)
-        usable = [s for s in rule.strategies(self.num_ranks, cuts) if self.is_usable(node, s)]
+        usable = [s for s in rule.strategies(self.num_ranks, self.cuts(node, rule)) if self.is_usable(node, s)]
         return min(usable, key=lambda s: self.cost(node, s))
+
+    def cuts(self, node: Node, rule: Rule) -> list[Cut]:
+        """The cuts that a node may have: those of its operands as they are there, and of its results as they are due."""
+        found = [c for places in self.held(node) for c in cuts_of(rule, places, self.num_ranks)]
+        due = [None if d is None else self.due.get(r.name) for d, r in zip(rule.outs, node.results, strict=True)]
+        return [*found, *cuts_of(rule, [*(None for _ in node.operands), *due], self.num_ranks)]
+
+    def kept_places(self, name: str) -> set[Placement]:
+        """In which of its placements a value of the forward is there in the backward."""
+        return {self.rest[name]} if self.tokens is not None else self.have[name]
 
     def held(self, node: Node) -> Iterator[list[Placement | None]]:
         """The placements in which the operands of a node are there, some of them at a time."""
@@ -229,16 +280,20 @@ class _Walk:
         sent, local = 0.0, 0.0
         for value, place in {(v.name, p): (v, p) for v, p in zip(node.operands, strategy.ins, strict=True)}.values():
             if place is not None:
-                times = PARAMETERS_COUNT if value.name in self.of_parameters else 1
+                times = self.parameters_count if value.name in self.of_parameters else 1
                 sent += times * self.moved(value.tensor, self.have[value.name], place)
         for value, place in zip(node.results, strategy.outs, strict=True):
             if place is not None:
                 num_bytes = _num_bytes(value.tensor)
                 is_free = value.name in self.kept and (P in strategy.ins or value.name in self.expected)
-                if isinstance(place, Partial) and not is_free:
+                if isinstance(place, Partial) and not is_free and self.is_counted(value.name):
                     sent += self.moved(value.tensor, {place}, self.after(value.name) if place == P else R)
                 local += num_bytes / self.num_ranks if isinstance(place, Shard) else num_bytes
         return sent, local
+
+    def is_counted(self, name: str) -> bool:
+        """Whether what a sum takes to be reduced is a reason against it."""
+        return True
 
     def moved(self, kind: TensorType, have: set[Placement], place: Placement) -> float:
         """Bytes that a rank sends to have a value at a placement."""
@@ -267,12 +322,21 @@ class _Walk:
             self.of_parameters.update(r.name for r in node.results)
 
 
-_PASSED_ON = frozenset({"add", "t", "transpose", "view", "_to_copy", "clone"})
+def trained_values(graph: Graph) -> frozenset[str]:
+    """Names of values that come of a parameter, those of parameters among them."""
+    found = set(graph.param_names)
+    for node in graph.nodes:
+        if any(v.name in found for v in node.operands):
+            found.update(r.name for r in node.results)
+    return frozenset(found)
+
+
+_PASSED_ON = frozenset({"add", "t", "transpose", "view", "_to_copy", "clone", "reshard"})
 """Ops through which a gradient goes, whose operands lie as it does."""
 
 
-def _gradients(
-    graph: Graph, rules: Sequence[Rule | None], seeds: Mapping[str, Placement], num_ranks: int
+def gradients_due(
+    graph: Graph, rules: Rules, seeds: Mapping[str, Placement], num_ranks: int
 ) -> Mapping[str, Placement]:
     """Where gradients of cut parameters must be in the end, and so what they are sums and views of."""
     due: dict[str, Placement] = {
@@ -281,7 +345,7 @@ def _gradients(
         if o.kind is OutputKind.grad and o.value is not None and o.target in seeds
     }
     for node, rule in zip(reversed(graph.nodes), reversed(rules), strict=True):
-        if rule is None or node.name not in due or node.op.split(".")[1] not in _PASSED_ON:
+        if rule is None or node.name not in due or node.op.removeprefix("aten.").split(".")[0] not in _PASSED_ON:
             continue
         for cut in cuts_of(rule, [*(None for _ in node.operands), due[node.name]], num_ranks):
             strategy = rule.with_cut(num_ranks, cut)
@@ -309,7 +373,7 @@ def _num_bytes(kind: TensorType) -> float:
     return float(found if isinstance(found, int) else 1) * kind.dtype.itemsize
 
 
-def _kept_sums(graph: Graph, rules: Sequence[Rule | None], made: set[str]) -> frozenset[str]:
+def kept_sums(graph: Graph, rules: Rules, made: set[str]) -> frozenset[str]:
     """Partial sums that are not reduced where they are made, but once by what alone reads them, after it adds them."""
     possible, linear = set(made), dict[int, tuple[tuple[int, ...], ...]]()
     for position, (node, rule) in enumerate(zip(graph.nodes, rules, strict=True)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 _LOWER = "broadcast,all-gather,reduce-scatter,all-reduce,host-copies"
 """Every stage lowers every kind of reshard: a scalar parameter is not sharded whatever the stage, so its gradient is
@@ -47,17 +47,21 @@ def compressing(recipe: str, codec: str) -> str:
     return recipe.replace("broadcast,", f"compress(gradients={codec}),broadcast,")
 
 
-def along_model_axes(recipe: str, *, sequence: bool = False, searches: str = "") -> str:
-    """The recipe with parameters cut along the axes of tensor parallelism first, of which kernels are not generated.
+def along_model_axes(
+    recipe: str, axes: Sequence[str] = ("tensor",), *, sequence: bool = False, searches: str = ""
+) -> str:
+    """The recipe with values placed along the axes along which ranks compute together, of which no kernels are made.
 
     Args:
         recipe: of a stage.
-        sequence: whether activations between blocks are cut along the sequence.
-        searches: what `place` searches: nothing, `values`, or with parameters `all`.
+        axes: the axes.
+        sequence: whether activations between blocks are cut along the sequence, over the ranks of tensor parallelism.
+        searches: what `place` searches there: nothing, `values`, or with parameters `all`.
     """
-    place = f"place(search={searches})" if searches else "place(sequence=true)" if sequence else "place"
+    tensor = f"place(search={searches})" if searches else "place(sequence=true)" if sequence else "place"
+    steps = ",".join(tensor if axis == "tensor" else f"place(axis={axis})" for axis in axes)
     recipe = re.sub(r"fuse(\([^)]*\))?,", "", recipe)
-    return recipe.replace("canonicalize,", f"canonicalize,{place},").replace("broadcast,", "exchange,broadcast,")
+    return recipe.replace("canonicalize,", f"canonicalize,{steps},").replace("broadcast,", "exchange,broadcast,")
 
 
 MIXED = RECIPES[3]

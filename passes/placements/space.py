@@ -18,6 +18,7 @@ from zgraph.ir import Graph, InputKind, Node, Partial, Placement, Replicate, Sha
 from zgraph.ir.ops import views
 from zgraph.ir.rules import Call, Rule, Strategy, rule_of
 from zgraph.ir.rules.factors import Cut
+from zgraph.passes.analysis.placing import trained_values
 from zgraph.passes.placements.twins import instances, twins
 
 __all__ = ["Group", "Space", "whole"]
@@ -87,7 +88,7 @@ class Space:
         self.members = instances(self.stands)
         known: dict[int, Rule | None] = {at: _rule(graph.nodes[at]) for at in self.members}
         self.rules = tuple(known[at] for at in self.stands)
-        self.trained = _of_parameters(graph)
+        self.trained = trained_values(graph)
         self.made_at = {r.name: at for at, node in enumerate(graph.nodes) for r in node.results}
         values = (*(i.value for i in graph.inputs), *(r for node in graph.nodes for r in node.results))
         self.types = {v.name: v.type for v in values if isinstance(v.type, TensorType)}
@@ -345,12 +346,3 @@ def _rows(value: Value) -> int:
     """Rows of a batch."""
     shape = value.type.shape if isinstance(value.type, TensorType) else ()
     return shape[0] if len(shape) > 1 and isinstance(shape[0], int) else 1
-
-
-def _of_parameters(graph: Graph) -> frozenset[str]:
-    """Values that come of a parameter."""
-    found = set(graph.param_names)
-    for node in graph.nodes:
-        if any(v.name in found for v in node.operands):
-            found.update(r.name for r in node.results)
-    return frozenset(found)

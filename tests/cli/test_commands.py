@@ -69,6 +69,8 @@ def test_the_example_of_every_command_runs(name, zgraph_command):
         (("trace", "model.py:gone", "--hardware", "2x4-a100"), 2, "did you mean a100-40?"),
         (("trace", "model.py:gone", "--memory-budget", "9KiB", "-o", "x.zg"), 3, "the smallest that can"),
         (("trace", "model.py:gone", "--stage", "7"), 2, "--stage"),
+        (("trace", "model.py:gone", "--world", "3", "--context-parallel", "2"), 2, "do not divide 3 ranks"),
+        (("trace", "model.py:gone", "--world", "2", "--tensor-parallel", "2"), 2, "there is no plan for tensor"),
         (("show", "model.py"), 1, "no run file"),
         (("verify", "run.zg@bucket"), 2, "all graphs of the file: leave out @bucket"),
     ],

@@ -136,7 +136,14 @@ def test_a_checkpoint_is_loaded_at_another_layout_and_back(pool: Pool, name: str
     assert pool.run(reshard, 4, name, str(tmp_path)) == [[0.0, 0.0]] * 4
 
 
-def engine(mesh: DeviceMesh, path: str) -> tuple[float, float, float, list[int]]:
+TOGETHER: dict[str, dict[str, Any]] = {
+    "tensor": {"tensor_parallel": {"autotp_size": 2}, "zgraph": {"sequence_parallel": True}},
+    "context": {"sequence_parallel_size": 2},
+}
+"""Keys by which two ranks have one batch."""
+
+
+def engine(mesh: DeviceMesh, path: str, axis: str) -> tuple[float, float, float, list[int]]:
     """How far an engine's losses and gradient norms are from those of plain training, and a loss after a checkpoint."""
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -144,8 +151,7 @@ def engine(mesh: DeviceMesh, path: str) -> tuple[float, float, float, list[int]]
         "gradient_clipping": MAX_NORM,
         "zero_optimization": {"stage": 3},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01}},
-        "tensor_parallel": {"autotp_size": 2},
-        "zgraph": {"sequence_parallel": True},
+        **TOGETHER[axis],
     }
     ours, plain = zgraph.initialize_engine(model=zoo.builder("tied")(), config=config)[0], zoo.builder("tied")()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
@@ -170,13 +176,14 @@ def engine(mesh: DeviceMesh, path: str) -> tuple[float, float, float, list[int]]
             parameter.zero_()
     ours.load_checkpoint(path)
     after.append(ours(**zoo.batch("tied", 7)).loss.item())
-    numbers = [ours.world_size, ours.dp_world_size, ours.get_data_parallel_rank(), ours.get_tensor_parallel_rank()]
+    along = ours.get_tensor_parallel_rank() if axis == "tensor" else ours.get_sequence_parallel_rank()
+    numbers = [ours.world_size, ours.dp_world_size, ours.get_data_parallel_rank(), along]
     return worst_loss, worst_norm, abs(after[0] - after[1]), numbers
 
 
-@pytest.mark.parametrize("case", [deep("tied")])
-def test_an_engine(pool: Pool, case: str, tmp_path: Any) -> None:
-    for rank, (loss, norm, resumed, numbers) in enumerate(pool.run(engine, 4, str(tmp_path), limit_s=300)):
+@pytest.mark.parametrize("axis", [deep("tensor"), deep("context")])
+def test_an_engine(pool: Pool, axis: str, tmp_path: Any) -> None:
+    for rank, (loss, norm, resumed, numbers) in enumerate(pool.run(engine, 4, str(tmp_path), axis, limit_s=300)):
         assert loss < 2e-6
         assert norm < 2e-6
         assert resumed == 0

@@ -122,6 +122,7 @@ def test_what_zgraph_decides_is_accepted_with_a_line_that_says_so(caplog):
             "zero_optimization.offload_optimizer.nvme_path",
         ),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size: 1 ranks are no multiple of 2"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size: 1 ranks are no multiple of 2"),
         ({"tensor_parallel": {"tp": {"tp_size": 2}}}, "tensor_parallel.tp"),
         ({"zgraph": {"sequence_parallel": True}}, "zgraph.sequence_parallel"),
         ({"gradient_clipping": "auto"}, "gradient_clipping"),
@@ -141,6 +142,13 @@ def test_what_zgraph_decides_is_accepted_with_a_line_that_says_so(caplog):
 def test_what_does_not_go_together_or_is_not_there(keys, place):
     (problem,) = problems({**LEAST, **keys})
     assert problem.startswith(place)
+
+
+def test_sequences_are_shared_in_one_way():
+    keys = {**LEAST, "sequence_parallel_size": 2, "tensor_parallel": {"autotp_size": 2}}
+    assert read_config(keys, world_size=8).world_size == 2
+    with pytest.raises(ConfigError, match="sequence_parallel_size cuts the sequence already"):
+        read_config({**keys, "zgraph": {"sequence_parallel": True}}, world_size=8)
 
 
 def test_what_a_configuration_may_say_as_it_is_so_anyhow():
@@ -253,7 +261,7 @@ def test_any_configuration_works_or_is_refused_with_its_problems():
         world_size = draw.choice((1, 2, 8))
         try:
             found = read_config(config(draw), world_size=world_size)
-            assert found.train_batch * found.tensor_parallel == found.micro_batch * found.accumulation * world_size
+            assert found.train_batch * found.together == found.micro_batch * found.accumulation * world_size
             made = (found.optimizer or AdamWParams()).make([nn.Parameter(torch.ones(2, 2))])
             if found.schedule is not None:
                 Scheduler(made, found.schedule).step()

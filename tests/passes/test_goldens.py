@@ -52,7 +52,7 @@ class Golden:
     @property
     def context(self) -> Context:
         reduce_dtype = self.options.get("reduce_dtype")
-        beside = (Axis("tensor", int(self.options["tensor"])),) if "tensor" in self.options else ()
+        beside = tuple(Axis(a, int(self.options[a])) for a in ("tensor", "context") if a in self.options)
         return Context(
             (*beside, Axis("shard", int(self.options["ranks"]))),
             DType(reduce_dtype) if reduce_dtype else None,

@@ -60,6 +60,21 @@ class Block(nn.Module):
         return x.square().sum()
 
 
+class Layer(nn.Module):
+    """A layer of a transformer: attention of four heads over queries, keys and values, and two matrices behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(4))
+        self.up, self.down = nn.Linear(16, 48, bias=False), nn.Linear(48, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).view(1, -1, 4, 4).transpose(1, 2) for layer in self.layers[:3])
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.layers[3](mixed.transpose(1, 2).flatten(2))
+        return (x + self.down(nn.functional.silu(self.up(x)))).square().sum()
+
+
 def captured(model: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> Graph:
     return parse_recipe("canonicalize").run(zgraph.trace(model, *args, **kwargs), Context())
 
@@ -111,12 +126,18 @@ def greedy(graph: Graph, given: Context, places: Mapping[str, Placement]) -> Gra
 BLOCKS = {"two": (8, 32, 8), "three": (12, 24, 24, 12)}
 if DEEP:
     BLOCKS |= {"four": (8, 16, 8, 24, 8), "six": (8, 16, 8, 16, 8, 16, 8), "eight": (8, 16, 8, 16, 8, 16, 8, 16, 8)}
+    BLOCKS |= {"layer": ()}
+
+
+def block(name: str) -> Graph:
+    sizes = BLOCKS[name]
+    return captured(Block(sizes), torch.rand(16, sizes[0])) if sizes else captured(Layer(), torch.rand(1, 16, 16))
 
 
 @pytest.mark.parametrize("bytes_per_s", [1e7, 3e8])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_no_placement_of_parameters_beats_it(name: str, bytes_per_s: float) -> None:
-    graph = captured(Block(BLOCKS[name]), torch.rand(16, BLOCKS[name][0]))
+    graph = block(name)
     given = context(2, costs(bytes_per_s))
     found = Search(graph, given.mesh[0], given, {}).found
     assert found.gap < 2e-4
@@ -207,7 +228,7 @@ def test_the_next_best_takes_longer() -> None:
 
 def test_a_second_axis_is_stated() -> None:
     graph = captured(Block((8, 32, 8)), torch.rand(16, 8))
-    given = Context(mesh=(Axis("tensor", 2), Axis("context", 2), Axis("shard", 1)), costs=costs())
+    given = Context(mesh=(Axis("tensor", 2), Axis("expert", 2), Axis("shard", 1)), costs=costs())
     placed = Place(search="all").run(graph, given)
     with pytest.raises(PlacementError, match="search along the first axis"):
-        Place(axis="context", search="all").run(placed, given)
+        Place(axis="expert", search="all").run(placed, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -205,7 +206,37 @@ def _attention(r: random.Random, bt: list[int]) -> dict[str, Callable[[], Made]]
         out, lse = forward(*args, 0.0, causal, **options)
         return (x(*out.shape), *args, out, lse, 0.0, causal, options)
 
+    def on_gpu(kind: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Arguments of what a GPU has, which zgraph lets processors compute too; masks and keys are for every head."""
+        (q_, k, v), options = arguments()
+        k, v = (k, v) if kind == "flash" else (x(bt[0], h, bt[1], e), x(bt[0], h, bt[1], e))
+        has_bias = "attn_mask" in options and kind != "flash"
+        bias = options["attn_mask"].expand(bt[0], h, q, bt[1]) if has_bias else None
+        flags = (0.0, causal) if kind == "flash" else (bias, True, 0.0, causal)
+        return (q_, k, v), flags
+
+    def device(kind: str) -> Made:
+        args, flags = on_gpu(kind)
+        return (*args, *flags, {"scale": 0.3})
+
+    def device_backward(kind: str) -> Made:
+        args, flags = on_gpu(kind)
+        op = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention")
+        made, scale = op(*args, *flags, scale=0.3), {"scale": 0.3}
+        grad, bias = x(*made[0].shape), flags[0]
+        if kind == "flash":
+            return (grad, *args, *made[:2], None, None, q, bt[1], 0.0, causal, made[6], made[7], scale)
+        if kind == "efficient":
+            return (grad, *args, bias, *made[:4], 0.0, [True, True, True, False], causal, scale)
+        return (grad, *args, *made[:2], made[6], made[7], bias, None, None, q, bt[1], 0.0, causal, scale)
+
+    kinds = ("flash", "efficient", "cudnn")
     return {
+        **{f"aten._scaled_dot_product_{kind}_attention.default": functools.partial(device, kind) for kind in kinds},
+        **{
+            f"aten._scaled_dot_product_{kind}_attention_backward.default": functools.partial(device_backward, kind)
+            for kind in kinds
+        },
         "aten._scaled_dot_product_flash_attention_for_cpu.default": lambda: (
             lambda found: (*found[0], 0.0, causal, found[1])
         )(arguments()),

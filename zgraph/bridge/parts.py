@@ -80,8 +80,9 @@ def part_of(tensor: torch.Tensor, kind: TensorType, mesh: Mesh, number: int) -> 
     Raises:
         InterpretError: it does not divide.
     """
-    for axis, place in reversed(list(zip(model_axes(mesh), kind.placement, strict=False))):
-        number, rank = divmod(number, axis.size)
+    axes = model_axes(mesh)
+    for index, (axis, place) in enumerate(zip(axes, kind.placement, strict=False)):
+        rank = number // num_ranks(axes[index + 1 :]) % axis.size
         if isinstance(place, Shard):
             if place.dim >= tensor.dim() or not place.divides(tensor.shape[place.dim], axis.size):
                 raise InterpretError(f"a tensor of shape {tuple(tensor.shape)} does not divide into {kind}")

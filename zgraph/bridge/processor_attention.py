@@ -69,6 +69,7 @@ def _grads(
     _refuse(dropout)
     q, k, v = qkv
     kept = sums.reshape(*sums.shape[:2], -1)[..., : q.shape[2]].contiguous()
+    kept = kept.double() if q.dtype is torch.float64 else kept  # which no GPU computes in
     made = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, _heads(k, q), _heads(v, q), out, kept, 0.0, causal, attn_mask=mask, scale=scale
     )

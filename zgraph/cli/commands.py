@@ -24,7 +24,6 @@ from zgraph.cli.app import (
     print_json,
     progress,
     read_run,
-    read_whole_run,
     write_run,
 )
 from zgraph.cli.completion import any_of, hardware_names, pass_names, several_passes
@@ -32,11 +31,10 @@ from zgraph.errors import UsageError, did_you_mean
 from zgraph.ir import Phase, print_graph, verify
 from zgraph.ir.lines import node_lines, read_line
 from zgraph.ir.ops import LANES
-from zgraph.passes import RECIPES, Pass, Pipeline, known_passes, parse_recipe, recipe_for
+from zgraph.passes import RECIPES, Pass, Pipeline, along_model_axes, known_passes, parse_recipe, recipe_for
 from zgraph.passes.core.instruments import PassSummary
 from zgraph.passes.core.pipeline import print_size
 from zgraph.runfile.diff import compare
-from zgraph.runfile.explain import explain
 from zgraph.runfile.format import CAPTURED, Ran, Recording, graph_names
 
 PHASES = tuple(phase.value for phase in Phase)
@@ -67,6 +65,8 @@ def trace(
     compute: Annotated[
         str, typer.Option(help="What matrices are multiplied in.", autocompletion=any_of(*COMPUTES))
     ] = "",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks that compute each op together.")] = 1,
+    context_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share each sequence.")] = 1,
     passes: Annotated[
         str, typer.Option(help="A recipe in the place of the stage's own.", autocompletion=several_passes)
     ] = "",
@@ -84,6 +84,11 @@ def trace(
     param_dtype = as_dtype(dtype, "--dtype")
     chosen = one_of("--compute", compute, COMPUTES) if compute else None
     recipe = passes or recipe_for(one_of("--kernels", kernels, KERNELS), RECIPES[stage], chosen)
+    together = {"tensor": tensor_parallel, "context": context_parallel}
+    if axes := [axis for axis, size in together.items() if size > 1]:
+        if chosen or kernels == "triton":
+            raise UsageError("where ranks compute together, leave --compute and --kernels triton out")
+        recipe = recipe if passes else along_model_axes(recipe, axes)
     pipeline = parse_recipe(recipe)
     with progress() as shown:
         task = shown.add_task(f"reading {model}")
@@ -97,6 +102,8 @@ def trace(
             num_ranks=world or None,
             memory_budget=memory_budget or None,
             param_dtype=param_dtype,
+            tensor_parallel=tensor_parallel,
+            context_parallel=context_parallel,
         )
         errors().print(f"captured {run.manifest.provenance.captured}", highlight=False)
         shown.update(task, description=f"writing {output}")
@@ -317,53 +324,3 @@ def diff(
 
 def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {op}" for op, count in counts.items())
-
-
-@app.command(name="explain")
-def explain_node(
-    file: Annotated[str, typer.Argument(help="A run file; - for standard input.")],
-    node: Annotated[str, typer.Argument(help="What a node makes, such as %mm_3.")],
-    load: Load = None,
-    as_json: AsJson = False,
-) -> None:
-    """Where a node comes from, which passes made, changed or moved it, and why it is where it is.
-
-    Example: `zgraph explain run.zg %mm_3`
-    """
-    run = read_whole_run(file)
-    found = explain(run, node)
-    if as_json:
-        print_json(
-            {
-                "node": found.node.text + found.node.end,
-                "module": found.node.origin.module,
-                "source": found.source,
-                "events": [dataclasses.asdict(e) for e in found.events],
-                "reads": found.reads,
-                "readers": found.readers,
-                "timing": found.timing,
-            }
-        )
-        return
-    rows = [
-        ("node", found.node.text),
-        ("module", found.node.origin.module),
-        ("source", found.source),
-    ]
-    rows += [(f"{e.did} by {e.graph}" if e.did != "captured" else "captured", e.text) for e in found.events]
-    rows += [("reads", ", ".join(found.reads)), ("read by", ", ".join(found.readers))]
-    rows += [("when", text) for text in found.timing]
-    table = Table.grid(padding=(0, 2))
-    for title, text in rows:
-        if text or title.startswith("removed"):
-            table.add_row(title, escape(_shortened(text)))
-    console().print(table, highlight=False)
-
-
-MAX_CHARACTERS = 320
-
-
-def _shortened(text: str) -> str:
-    """The beginning of a long text: a bucket's gather reads a hundred values."""
-    rest = len(text) - MAX_CHARACTERS
-    return text if rest < MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ... ({rest:,} characters more; --json has all)"

@@ -10,6 +10,7 @@ from zgraph.cli import (  # noqa: F401 - add commands
     checking,
     commands,
     debugging,
+    explaining,
     exports,
     hardware,
     launching,

@@ -68,6 +68,7 @@ def plan(
         list[int] | None,
         typer.Option(min=1, help="Ranks that compute each op together; may be given again.", show_default="1"),
     ] = None,
+    context_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share each sequence.")] = 1,
     sweep: Annotated[
         bool,
         typer.Option(
@@ -100,6 +101,7 @@ def plan(
         "kernels": one_of("--kernels", kernels, KERNELS) if kernels else None,
         "compute": one_of("--compute", compute, COMPUTES) if compute else None,
         "compress": compress or None,
+        "context_parallel": context_parallel,
     }
     groups = tensor_parallel or [1]
     found = _combined(model, tried, batch or [], BATCHES if sweep else BATCHES[:1], seq, groups, options)
@@ -222,6 +224,7 @@ def _combination_rows(found: Sweep) -> Iterator[dict[str, Any]]:
             "hardware": c.hardware,
             "num_ranks": c.plan.num_ranks,
             "tensor_parallel": c.plan.tensor_parallel,
+            "context_parallel": c.plan.context_parallel,
             "batch": c.batch,
             "fits": c.fits,
             "items_per_s": c.items_per_s,

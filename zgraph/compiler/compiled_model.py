@@ -66,6 +66,7 @@ class CompiledModel:
         trial: watches the first runs of a program, given this and the peak that is planned; None watches nothing.
         kernels: what runs the ops between collectives, for the report.
         cuda_graphs: whether programs are recorded for the GPU to repeat.
+        placements: what a search for placements found, in words, for the report.
 
     `smaller_budget` is the one to plan again with, once a first run was out of memory.
     """
@@ -85,6 +86,7 @@ class CompiledModel:
         trial: Callable[[CompiledModel, int], Trial] | None = None,
         kernels: str = "aten",
         cuda_graphs: CudaGraphs = False,
+        placements: str = "",
     ) -> None:
         self.model, self.session, self.context = model, session, context
         self.save, self.replayed, self.regions, self.tunes = save, replayed, regions, tunes
@@ -93,6 +95,7 @@ class CompiledModel:
         self.narrator = narrator or Narrator(type(model).__name__, model.forward, (), "")
         self.trial, self.kernels, self.cuda_graphs = trial, kernels, cuda_graphs
         self.recordings: list[Recordings] = []
+        self.placements = placements
         self.smaller_budget: int | None = None
         self.is_replanned = False
         self.entries: list[Entry] = []
@@ -263,6 +266,7 @@ class CompiledModel:
             max((found.kept_bytes for found in self.recordings), default=0),
             self.session.arenas.state,
             self.session.arenas.kept_bytes,
+            self.placements,
         )
 
 

@@ -135,6 +135,7 @@ class Report:
         recorded_bytes: bytes that recordings keep between steps, at most.
         arenas: whether NCCL knows the memory that collectives read and write, and why not; empty where there is none.
         arena_bytes: bytes of it that are kept between steps.
+        placements: what the search for placements found: its time, the lower bound and the gap; empty without a search.
     """
 
     model: str
@@ -157,6 +158,7 @@ class Report:
     recorded_bytes: int = 0
     arenas: str = ""
     arena_bytes: int = 0
+    placements: str = ""
 
     @property
     def step_peak_bytes(self) -> int:
@@ -189,6 +191,8 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._rest()]
+        if self.placements:
+            parts.append(Text(f"placements: {self.placements}"))
         for entry, *others in alike(self.entries):
             parts += [Text(), _passes(entry), _peak(entry), _certified(entry)]
             if entry.traffic:

@@ -80,8 +80,10 @@ def initialize_engine(
         raise UsageError("initialize_engine needs config=: a dict, a path, or JSON in base64")
     init_distributed(dist_init_required=dist_init_required)
     everyone = dist.get_world_size() if dist.is_initialized() else 1
-    if mesh is not None and "tensor" in (mesh.mesh_dim_names or ()):
-        raise UsageError("leave mesh= out, and give tensor_parallel.autotp_size in the configuration")
+    if mesh is not None and {"tensor", "context"} & set(mesh.mesh_dim_names or ()):
+        raise UsageError(
+            "leave mesh= out, and give tensor_parallel.autotp_size or sequence_parallel_size in the configuration"
+        )
     read = read_config(source, world_size=everyone if mesh is None else mesh.size())
     if _rank(mesh) == 0:
         for note in read.notes:
@@ -97,7 +99,7 @@ def initialize_engine(
             read.keys.dataloader_drop_last,
             read.keys.seed or 0,
             read.world_size,
-            _rank(mesh) // read.tensor_parallel,
+            _rank(mesh) // read.together,
         )
     groups = _named_groups(model, model_parameters)
     with handed_over(optimizer, model) if isinstance(optimizer, Optimizer) else contextlib.nullcontext():
@@ -198,6 +200,7 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
         passes=own.recipe,
         tensor_parallel=config.tensor_parallel,
         sequence_parallel=own.sequence_parallel,
+        context_parallel=config.context_parallel,
         placements=own.placements,
         cuda_graphs=own.cuda_graphs,
     )

@@ -114,7 +114,7 @@ class Queries:
     @property
     def world_size(self) -> int:
         """All ranks."""
-        return self.config.world_size * self.config.tensor_parallel
+        return self.config.world_size * self.config.together
 
     @property
     def dp_world_size(self) -> int:
@@ -127,7 +127,11 @@ class Queries:
 
     def get_tensor_parallel_rank(self) -> int:
         """This rank's number among those that compute every op together."""
-        return compiled_model(self.module).session.store.ranks.model_rank
+        return compiled_model(self.module).session.store.ranks.rank_along("tensor")
+
+    def get_sequence_parallel_rank(self) -> int:
+        """This rank's number among those that share each sequence."""
+        return compiled_model(self.module).session.store.ranks.rank_along("context")
 
     def get_model_parallel_rank(self) -> int:
         """The same: there is no pipeline."""

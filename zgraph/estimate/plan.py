@@ -44,6 +44,7 @@ class TrainingPlan:
         stages: one plan for each stage that was asked for, and the best of them with a stage for each parameter where
             that is faster.
         tensor_parallel: ranks that compute each op together.
+        context_parallel: ranks that share each sequence.
     """
 
     model: str
@@ -53,6 +54,12 @@ class TrainingPlan:
     budget_bytes: int
     stages: tuple[StagePlan, ...]
     tensor_parallel: int = 1
+    context_parallel: int = 1
+
+    @property
+    def together(self) -> int:
+        """Ranks that have the same batch."""
+        return self.tensor_parallel * self.context_parallel
 
     @property
     def best(self) -> StagePlan | None:
@@ -82,7 +89,7 @@ class TrainingPlan:
         title = (
             f"{self.model}, {parameters(self.num_parameters)} on {self.num_ranks} ranks of "
             f"{self.hardware}, {gibibytes(self.budget_bytes)} each"
-        ) + (f", {self.tensor_parallel} compute together" if self.tensor_parallel > 1 else "")
+        ) + (f", {self.together} compute together" if self.together > 1 else "")
         name, unit = ("GiB", 2**30) if any(p.total_bytes >= 2**30 for p in self.stages) else ("MiB", 2**20)
         table = Table(title=f"{title}; sizes in {name}", title_justify="left")
         uses_host = any(plan.host_bytes for plan in self.stages)
@@ -154,6 +161,7 @@ def plan(
     mesh: tuple[int, int] | None = None,
     attention: str | None = None,
     tensor_parallel: int = 1,
+    context_parallel: int = 1,
     **kwargs: Any,
 ) -> TrainingPlan:
     """Plans memory and time of training a model with AdamW, without the hardware: no process group, device or memory.
@@ -187,6 +195,7 @@ def plan(
             takes on the hardware.
         tensor_parallel: ranks that compute each op together, with the same batch, by placements that are searched as
             `zgraph.search_placements` does.
+        context_parallel: ranks that share each sequence, as in `zgraph.compile`.
 
     Raises:
         UsageError, DtypeError: an option means nothing.
@@ -211,6 +220,7 @@ def plan(
         mesh=mesh,
         attention=attention,
         tensor_parallel=tensor_parallel,
+        context_parallel=context_parallel,
         **kwargs,
     )
     return found
@@ -234,6 +244,7 @@ def sweep(
     mesh: tuple[int, int] | None = None,
     attention: str | None = None,
     tensor_parallel: int = 1,
+    context_parallel: int = 1,
     **kwargs: Any,
 ) -> tuple[TrainingPlan, ...]:
     """`plan` for several kinds of hardware, with the model captured once.
@@ -241,7 +252,8 @@ def sweep(
     Args:
         hardware: what to plan for, one plan each.
         model, args, kwargs, num_ranks, memory_budget, stage, offload, param_dtype, kernels, compute, compress,
-            recompute, reduce_dtype, accumulation, mesh, attention, tensor_parallel: as for `plan`.
+            recompute, reduce_dtype, accumulation, mesh, attention, tensor_parallel,
+            context_parallel: as for `plan`.
 
     Raises:
         UsageError, HardwareError, CaptureError, GraphBreakError: as `plan` does.
@@ -255,7 +267,8 @@ def sweep(
     dtype = as_dtype_or_none(param_dtype, "param_dtype")
     check_kernels(kernels, has_recipe=False)
     check_compute(compute)
-    _check_parallel(tensor_parallel, compute, mesh)
+    together = {"tensor_parallel": tensor_parallel, "context_parallel": context_parallel}
+    _check_parallel(together, compute, mesh)
     check_recompute(recompute)
     if accumulation < 1:
         raise UsageError(f"accumulation must be 1 or more, not {accumulation}")
@@ -269,7 +282,8 @@ def sweep(
         "accumulation": accumulation,
         "num_copies": copies,
         "tensor": tensor_parallel,
-        "codec": planned_codec(compress, copies, tensor_parallel),
+        "codec": planned_codec(compress, copies, tensor_parallel * context_parallel),
+        "context": context_parallel,
     }
     makers = [_planner(table, num_ranks, memory_budget, offload, kernels, compute, more) for table in tables]
     captured: dict[Capability | None, LayerSamples] = {}
@@ -291,6 +305,7 @@ def sweep(
             planner.budget,
             found,
             tensor_parallel,
+            context_parallel,
         )
         if stage is None and whole.best is not None:
             refined = planner.refined(whole.best, sizes)
@@ -335,8 +350,9 @@ def _planner(
     """A planner for one kind of hardware, once the model is captured."""
     hardware = costs.hardware
     count = hardware.num_devices if num_ranks is None else num_ranks
-    if count % (tensor := more["tensor"]):
-        raise UsageError(f"tensor_parallel={tensor} does not divide the {count} ranks; take a multiple of it")
+    for axis in ("tensor", "context"):
+        if count % (more["tensor"] * more["context"]) and more[axis] > 1:
+            raise UsageError(f"{axis}_parallel={more[axis]} does not divide the {count} ranks; take a multiple of it")
     budget = planned_budget(hardware, count) if memory_budget is None else num_bytes(memory_budget)
     host_bytes = hardware.host_memory_bytes * (1 - MEMORY_MARGIN) / hardware.spread(count)[1]
     return partial(
@@ -354,16 +370,15 @@ def _planner(
     )
 
 
-def _check_parallel(tensor_parallel: int, compute: Compute | None, mesh: tuple[int, int] | None) -> None:
+def _check_parallel(together: Mapping[str, int], compute: Compute | None, mesh: tuple[int, int] | None) -> None:
     """Refuse what does not go with ranks that compute together."""
-    if isinstance(tensor_parallel, bool) or not isinstance(tensor_parallel, int) or tensor_parallel < 1:
-        raise UsageError(f"tensor_parallel must be a number of ranks, 1 or more, not {tensor_parallel!r}")
-    if tensor_parallel > 1 and mesh is not None:
-        raise UsageError("ranks that compute together are planned for with shards over all others: leave mesh= out")
-    if tensor_parallel > 1 and compute is not None:
-        raise UsageError(
-            f"float8 takes its scales from whole matrices: leave compute={compute!r} or tensor_parallel= out"
-        )
+    for name, count in together.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise UsageError(f"{name} must be a number of ranks, 1 or more, not {count!r}")
+        if count > 1 and mesh is not None:
+            raise UsageError("ranks that compute together are planned for with shards over all others: leave mesh= out")
+        if count > 1 and compute is not None:
+            raise UsageError(f"float8 takes its scales from whole matrices: leave compute={compute!r} or {name}= out")
 
 
 def seconds(us: float, known: Interval | None = None) -> str:

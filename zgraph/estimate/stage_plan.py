@@ -17,7 +17,7 @@ from zgraph.cost import CostTable, Interval, memory_interval, time_interval
 from zgraph.cost.rest import UPDATE_PASSES, at_rest, feedback_bytes, update_scratch
 from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.estimate.member import Member
-from zgraph.ir import Axis, DType, Graph, InputKind, Mesh
+from zgraph.ir import Axis, DType, Graph, Input, InputKind, Mesh, Placement, Shard, model_axes
 from zgraph.options.validate import Compute, Kernels
 from zgraph.passes import RECIPES, Context, along_model_axes, compressing, parse_recipe, recipe_for
 from zgraph.passes.analysis.lookahead import step_memory
@@ -116,6 +116,7 @@ class Planner:
         hints: how many threads processors have, where it is them that compute.
         tensor: ranks that compute each op together, by placements that are searched.
         codec: of gradients, or "auto"; empty for none.
+        context: ranks that share each sequence.
     """
 
     samples: LayerSamples
@@ -134,20 +135,23 @@ class Planner:
     hints: Mapping[str, int] = field(default_factory=dict)
     tensor: int = 1
     codec: str = ""
+    context: int = 1
 
     @property
     def mesh(self) -> Mesh:
         """The mesh: of ranks that compute together, of copies of shards, and of shards; of one rank, none."""
-        together = (Axis("tensor", self.tensor),) if self.tensor > 1 else ()
+        sizes = {"tensor": self.tensor, "context": self.context}
+        together = tuple(Axis(name, size) for name, size in sizes.items() if size > 1)
         copies = (Axis("replica", self.num_copies),) if self.num_copies > 1 else ()
-        shards = Axis("shard", self.num_ranks // self.num_copies // self.tensor)
+        shards = Axis("shard", self.num_ranks // self.num_copies // self.tensor // self.context)
         return (*together, *copies, shards) if self.num_ranks > 1 else ()
 
     def recipe(self, stage: int) -> str:
         """The passes of a stage."""
         found = recipe_for(self.kernels, RECIPES[stage], self.compute)
         found = compressing(found, self.codec) if self.codec else found
-        return along_model_axes(found, searches="all") if self.tensor > 1 else found
+        axes = [axis.name for axis in model_axes(self.mesh)]
+        return along_model_axes(found, axes, searches="all" if self.tensor > 1 else "") if axes else found
 
     def plan(self, stage: int) -> StagePlan:
         """The fastest plan that fits, with as little on the host as that takes; else the one that needs the least."""
@@ -178,7 +182,7 @@ class Planner:
             parameters: names and bytes, of the whole model.
         """
         best = plan
-        if not plan.stage or not plan.fits or self.num_ranks == 1 or self.tensor > 1:
+        if not plan.stage or not plan.fits or self.num_ranks == 1 or model_axes(self.mesh):
             return plan
         for size in sorted({num_bytes for _, num_bytes in parameters}):
             whole = frozenset(name for name, num_bytes in parameters if num_bytes <= size)
@@ -239,12 +243,21 @@ class _Shape:
 
     def _marked(self, graph: Graph) -> Graph:
         inputs = tuple(
-            replace(i, stage=0 if i.target in self.whole else i.stage, offload=self.place)
+            replace(i, stage=0 if i.target in self.whole else i.stage, offload=self.place, cuts=self._cuts(i))
             if i.kind is InputKind.param
             else i
             for i in graph.inputs
         )
         return replace(graph, inputs=inputs)
+
+    def _cuts(self, entry: Input) -> tuple[tuple[str, Placement], ...]:
+        """How a parameter is sharded over the ranks of a context, along a dim that a search may cut too."""
+        planner = self.planner
+        if planner.context == 1 or not self.stage or entry.target in self.whole:
+            return entry.cuts
+        shape, count = entry.value.tensor.shape, planner.context * planner.tensor
+        dims = [dim for dim in range(len(shape)) if Shard(dim).divides(shape[dim], count)]
+        return ((*entry.cuts, ("context", Shard(dims[0])))) if dims else entry.cuts
 
     @cached_property
     def shares(self) -> list[float]:

@@ -43,7 +43,7 @@ class Combination:
     @property
     def items_per_s(self) -> float:
         """Items that all ranks together train on in a second; those that compute together have the same."""
-        return 1e6 * self.num_items * self.plan.num_ranks / self.plan.tensor_parallel / self.stage.total_us
+        return 1e6 * self.num_items * self.plan.num_ranks / self.plan.together / self.stage.total_us
 
     def training(self, num_items: float, unit: str) -> str:
         """Text that says how long training on so many items takes, in days and in device-hours."""
@@ -103,7 +103,7 @@ class Sweep:
     def __rich__(self) -> RenderableType:
         first = self.combinations[0].plan
         table = Table(title=f"{first.model}, {parameters(first.num_parameters)}", title_justify="left")
-        together = any(found.plan.tensor_parallel > 1 for found in self.combinations)
+        together = any(found.plan.together > 1 for found in self.combinations)
         for column in (
             "hardware",
             "ranks",
@@ -126,7 +126,7 @@ class Sweep:
             table.add_row(
                 found.hardware,
                 str(plan.num_ranks),
-                *(str(plan.tensor_parallel),) * together,
+                *(str(plan.together),) * together,
                 str(found.batch),
                 stage.title,
                 stage.offload,
@@ -144,4 +144,4 @@ class Sweep:
 
 
 def _together(plan: TrainingPlan) -> str:
-    return f", {plan.tensor_parallel} together" if plan.tensor_parallel > 1 else ""
+    return f", {plan.together} together" if plan.together > 1 else ""

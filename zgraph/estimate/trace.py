@@ -17,8 +17,11 @@ from zgraph.cost.rest import at_rest
 from zgraph.environment import environment
 from zgraph.errors import UsageError
 from zgraph.ir import Axis, Graph, OutputKind
+from zgraph.options.parallel import at_rest as at_rest_over
+from zgraph.options.parallel import cuts_of
 from zgraph.passes import Context, Pipeline
 from zgraph.passes.partition import Partition
+from zgraph.passes.place import Place
 from zgraph.runfile.format import Provenance, Recording, RunFile
 from zgraph.runfile.sources import sources_of
 
@@ -32,6 +35,8 @@ def traced(
     num_ranks: int | None = None,
     memory_budget: int | str | None = None,
     param_dtype: Dtype | None = None,
+    tensor_parallel: int = 1,
+    context_parallel: int = 1,
 ) -> RunFile:
     """Capture a model under fake tensors, as the hardware will run it, and run passes on it.
 
@@ -43,9 +48,12 @@ def traced(
         num_ranks: by default all devices of the hardware.
         memory_budget: bytes of one rank; by default the device's memory less a margin.
         param_dtype: dtype to compute in.
+        tensor_parallel, context_parallel: ranks that compute together, as in `zgraph.compile`; the pipeline places
+            along these axes.
 
     Raises:
-        UsageError, HardwareError, CaptureError, GraphBreakError, BudgetError: as `zgraph.plan` and the passes do.
+        PlacementError, UsageError, HardwareError, CaptureError, GraphBreakError, BudgetError: as `zgraph.plan` and the
+            passes do.
     """
     costs = cost_table(hardware, torch.device("cpu"))
     count = costs.hardware.num_devices if num_ranks is None else num_ranks
@@ -54,7 +62,12 @@ def traced(
     budget = planned_budget(costs.hardware, count) if memory_budget is None else num_bytes(memory_budget)
     dtype = as_dtype_or_none(param_dtype, "param_dtype")
     graph, how = capture_deep(model, inputs, dtype, capability_of(costs.hardware))
-    mesh = (Axis("shard", count),) if count > 1 else ()
+    sizes = {"tensor": tensor_parallel, "context": context_parallel}
+    if count % (together := tensor_parallel * context_parallel):
+        raise UsageError(f"{together} ranks that compute together do not divide {count} ranks; take a multiple of them")
+    model_axes = tuple(Axis(name, size) for name, size in sizes.items() if size > 1)
+    mesh = (*model_axes, Axis("shard", count // together)) if count > 1 else ()
+    graph = _cut(graph, model, pipeline, sizes, count // together)
     context = Context(mesh=mesh, costs=costs, memory_budget=budget, groups_calls=True, keeps_blocks=True)
     context = _resting(graph, pipeline, context)
     recording = Recording(graph, sources=sources_of(graph))
@@ -65,10 +78,18 @@ def traced(
     return recording.run_file(made, context, certifier.finish() if level else None)
 
 
+def _cut(graph: Graph, model: nn.Module, pipeline: Pipeline, sizes: Mapping[str, int], num_shards: int) -> Graph:
+    """The graph with its parameters cut along the axes along which ranks compute together, by the model's plan."""
+    stage = next((step.stage for step in pipeline.passes if isinstance(step, Partition)), 0)
+    cuts = cuts_of(model, None, sizes["tensor"], num_shards)
+    cuts = at_rest_over(model, cuts, sizes, lambda _: stage)
+    return replace(graph, inputs=tuple(replace(i, cuts=cuts.get(i.target, i.cuts)) for i in graph.inputs))
+
+
 def _resting(graph: Graph, pipeline: Pipeline, context: Context) -> Context:
     """The context with what one rank holds between steps: masters, AdamW's moments of them, and buffers; and what
     AdamW's step takes above: the gradients, and as much again."""
-    placing = [step for step in pipeline.passes if isinstance(step, Partition)]
+    placing = [step for step in pipeline.passes if isinstance(step, Partition | Place)]
     placed = Pipeline(tuple(placing)).run(graph, context)
     trained = {o.target for o in placed.outputs if o.kind is OutputKind.grad and o.value is not None}
     updated = replace(placed, inputs=tuple(i for i in placed.params if i.value.name in trained))

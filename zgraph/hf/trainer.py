@@ -87,10 +87,10 @@ class Sharded(Base):  # type: ignore[misc]
     def _read(self, num_steps: int | None = None) -> Config:
         config = filled(self.zgraph_source, self.args, num_steps=num_steps)
         read = read_config(config, world_size=self.args.world_size)
-        if read.tensor_parallel > 1:
+        if read.together > 1:
             raise ConfigError(
-                "tensor_parallel.autotp_size: transformers' Trainer gives each rank its own rows and counts them so; "
-                "leave it out, or train with zgraph.initialize_engine"
+                "tensor_parallel.autotp_size, sequence_parallel_size: Trainer gives each rank its own rows "
+                "and counts them so; leave these keys out, or train with zgraph.initialize_engine"
             )
         return read
 

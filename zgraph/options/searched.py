@@ -69,6 +69,12 @@ class FoundPlacements(Mapping[str, str]):
         """How far the time is above its lower bound, as a share of that."""
         return max(self.total_us / self.bound_us - 1, 0.0) if self.bound_us else 0.0
 
+    @property
+    def summary(self) -> str:
+        """The time of what was searched, its lower bound and the gap between them, and the bytes sent, in words."""
+        took = f"{self.total_us / 1e3:,.2f} ms, lower bound {self.bound_us / 1e3:,.2f} ms, gap {self.gap:.2%}"
+        return f"layers that were searched: {took}, {self.sent_bytes / 2**20:,.1f} MiB sent by a rank"
+
     def __rich__(self) -> RenderableType:
         title = f"{self.model} over {self.num_ranks} ranks of {self.hardware}"
         table = Table(title=title, title_justify="left")
@@ -76,10 +82,7 @@ class FoundPlacements(Mapping[str, str]):
             table.add_column(column)
         for row in self.searched:
             table.add_row(*row)
-        took = f"{self.total_us / 1e3:,.2f} ms, lower bound {self.bound_us / 1e3:,.2f} ms, gap {self.gap:.2%}"
-        return Group(
-            table, Text(f"layers that were searched: {took}, {self.sent_bytes / 2**20:,.1f} MiB sent by a rank")
-        )
+        return Group(table, Text(self.summary))
 
     def __str__(self) -> str:
         return as_text(self, width=150)
@@ -141,12 +144,7 @@ def searched(
     explain: bool = False,
 ) -> FoundPlacements:
     """The search of `search_placements` for `tensor` ranks that compute together, and `data` such groups."""
-    found = [s for s in stacks(model, kinds_and_shapes, (nn.ModuleList,)) if len(s.layers) > s.length(FEW_LAYERS)]
-    with shortened({s.layers: s.length(FEW_LAYERS) for s in found}):
-        captured = trace(model, *args, param_dtype=as_dtype_or_none(param_dtype, "param_dtype"), **kwargs)
-    axes = (Axis("tensor", tensor), Axis("shard", data))
-    context = Context(mesh=axes, costs=costs)
-    search = Search(parse_recipe("canonicalize").run(captured, context), axes[0], context, {})
+    search, found = search_of(model, args, kwargs, costs, tensor, data, param_dtype)
     best = search.found
     places = {entry.target: best.places[entry.value.name] for entry in search.space.graph.params}
     named = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -167,6 +165,24 @@ def searched(
         best.sent_bytes,
         tuple(rows),
     )
+
+
+def search_of(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    costs: CostTable,
+    tensor: int,
+    data: int,
+    param_dtype: Dtype | None,
+) -> tuple[Search, list[RepeatedLayers]]:
+    """The program of a search, not solved yet, and the stacks of which a few layers stand for all."""
+    found = [s for s in stacks(model, kinds_and_shapes, (nn.ModuleList,)) if len(s.layers) > s.length(FEW_LAYERS)]
+    with shortened({s.layers: s.length(FEW_LAYERS) for s in found}):
+        captured = trace(model, *args, param_dtype=as_dtype_or_none(param_dtype, "param_dtype"), **kwargs)
+    axes = (Axis("tensor", tensor), Axis("shard", data))
+    context = Context(mesh=axes, costs=costs)
+    return Search(parse_recipe("canonicalize").run(captured, context), axes[0], context, {}), found
 
 
 def _stand_in(name: str, standing: list[tuple[str, RepeatedLayers]]) -> str:

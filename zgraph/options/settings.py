@@ -23,7 +23,17 @@ from zgraph.options.compression import Compress, codec_for
 from zgraph.options.lengths import Lengths, check_lengths
 from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
-from zgraph.options.parallel import AXIS, check_parallel, check_sequence, cuts_of, mesh_of
+from zgraph.options.parallel import (
+    AXES,
+    AXIS,
+    CONTEXT,
+    at_rest,
+    check_parallel,
+    check_sequence,
+    cuts_of,
+    mesh_of,
+    sizes_of,
+)
 from zgraph.options.searched import FoundPlacements, searched, usual_inputs
 from zgraph.options.validate import (
     Compute,
@@ -81,6 +91,7 @@ class Options(TypedDict, total=False):
     lengths: Lengths | None
     tensor_parallel: int
     sequence_parallel: bool
+    context_parallel: int
     placements: Placements | None
     cuda_graphs: CudaGraphs
 
@@ -109,8 +120,9 @@ class Settings:
         fullgraph: whether the forward must be captured as one graph.
         dynamic: which sizes are symbols, as in `torch.compile`.
         lengths: what inputs are padded to; None leaves them as they are.
-        cuts: how parameters are cut along the axis of tensor parallelism, by name.
+        cuts: how parameters are cut along the axes along which ranks compute together, by name.
         cuda_graphs: whether programs are recorded for the GPU to repeat.
+        search: what the search for placements found, in words; empty where none was.
     """
 
     device: torch.device
@@ -134,6 +146,7 @@ class Settings:
     lengths: Lengths | None = None
     cuts: Mapping[str, Cuts] = field(default_factory=dict)
     cuda_graphs: CudaGraphs = False
+    search: str = ""
 
     @property
     def is_gpu(self) -> bool:
@@ -157,7 +170,7 @@ class Settings:
             f"recipe {self.recipe}, param_dtype {self.param_dtype}, memory_budget {self.memory_budget}, "
             f"costs {fingerprint_of(self.costs)}"
         ) + (f", lengths {self.lengths.text}" if self.lengths is not None else "")
-        cuts = (f"{name} {place}" for name, places in self.cuts.items() for _, place in places)
+        cuts = (f"{name} {axis} {place}" for name, places in self.cuts.items() for axis, place in places)
         return found + (f", cut {', '.join(cuts)}" if self.cuts else "")
 
 
@@ -183,6 +196,7 @@ def resolve(
     lengths: Lengths | None = None,
     tensor_parallel: int = 1,
     sequence_parallel: bool = False,
+    context_parallel: int = 1,
     placements: Placements | None = None,
     cuda_graphs: CudaGraphs = False,
 ) -> Settings:
@@ -191,7 +205,7 @@ def resolve(
     Raises:
         UsageError, AlreadyCompiledError, RecipeError, ContractError, RunFileError, HardwareError: as `zgraph.compile`.
     """
-    has_axis = mesh is not None and AXIS in (mesh.mesh_dim_names or ())
+    has_axis = mesh is not None and bool(set(AXES) & set(mesh.mesh_dim_names or ()))
     check_options(model, stage, None if has_axis else mesh, is_moved=device is not None)
     computed, averaged = as_dtype_or_none(param_dtype, "param_dtype"), as_dtype_or_none(reduce_dtype, "reduce_dtype")
     check_recompute(recompute)
@@ -203,12 +217,13 @@ def resolve(
     check_cuda_graphs(cuda_graphs, fullgraph, device)
     kernels, remark = kernels_for(kernels, device)
     replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
-    parallel = mesh_of(device, mesh, tensor_parallel)
+    parallel = mesh_of(device, mesh, {AXIS: tensor_parallel, CONTEXT: context_parallel})
     costs = cost_table(hardware, device)
-    if parallel is not None and placements == "auto":
-        tensor, data = parallel.size(0), parallel.size(1)
+    if parallel is not None and placements == "auto" and (tensor := sizes_of(parallel)[AXIS]) > 1:
+        data = parallel.size() // tensor
         placements = searched(model, (), usual_inputs(model), costs, tensor, data, computed)
-    cuts = cuts_of(model, placements, parallel) if parallel is not None else {}
+    sizes = sizes_of(parallel)
+    cuts = cuts_of(model, placements, sizes[AXIS], parallel.size(-1)) if parallel is not None else {}
     if parallel is None and placements is not None:
         raise UsageError("placements= says how parameters are cut; give tensor_parallel= too")
     check_sequence(sequence_parallel, parallel, has_recipe=passes is not None)
@@ -218,15 +233,17 @@ def resolve(
     mesh = parallel or _mesh(device, mesh)
     codec = codec_for(compress, mesh, has_recipe=passes is not None, fullgraph=fullgraph)
     axes = _axes(parallel, placements, sequence_parallel=sequence_parallel)
-    pipeline = pipeline_of(_passes(stage, kernels, compute, codec, passes, replayed, axes))
+    together = [axis for axis, size in sizes.items() if size > 1]
+    pipeline = pipeline_of(_passes(stage, kernels, compute, codec, passes, replayed, axes, together))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
+    wanted = {name: default_stage if own is None else own for name, own in stages.items()}
+    cuts = at_rest(model, cuts, sizes, wanted.__getitem__)
     num_ranks = mesh.size() if mesh is not None else 1
     budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device, num_ranks)
     if mesh is not None and not any("placed" in step.provides for step in pipeline.passes):
         raise ContractError(f"the recipe '{pipeline}' places nothing on the {mesh.size()} ranks; add partition to it")
     moves = activations(offload, budget, is_gpu=is_gpu)
-    wanted = {name: default_stage if own is None else own for name, own in stages.items()}
     resting = _resting(model, wanted, ModelRanks(mesh, cuts), computed)
     offloads = of_parameters(offload, resting, budget, is_gpu=is_gpu)
     if fullgraph not in (True, False, "eager"):
@@ -259,6 +276,7 @@ def resolve(
         lengths,
         cuts,
         cuda_graphs if is_gpu else False,
+        placements.summary if isinstance(placements, FoundPlacements) else "",
     )
 
 
@@ -311,6 +329,7 @@ def _passes(
     passes: Passes | None,
     replayed: RunFile | None,
     axes: Literal["", "stated", "along the sequence", "searched"],
+    together: Sequence[str],
 ) -> str | Pipeline | Sequence[Pass]:
     if replayed is not None:
         return replayed.recipe
@@ -321,7 +340,7 @@ def _passes(
     if not axes:
         return recipe
     searches = "values" if axes == "searched" else ""
-    return along_model_axes(recipe, sequence=axes == "along the sequence", searches=searches)
+    return along_model_axes(recipe, together, sequence=axes == "along the sequence", searches=searches)
 
 
 def _axes(

@@ -168,7 +168,7 @@ class Checkpoints:
 
     def _load(self, folder: Path, parts: Parts) -> dict[str, Any]:
         engine, ranks = self.engine, self.ranks
-        first = ranks.rank - ranks.rank % engine.config.tensor_parallel  # ranks that compute together draw the same
+        first = ranks.rank - ranks.rank % engine.config.together  # ranks that compute together draw the same
 
         def opened() -> tuple[Reader, State, OfRank | None, Tensors, OptimizerLoad | None, Tensors, Tensors]:
             if not (folder / INDEX).is_file():

@@ -339,7 +339,7 @@ class EngineConfig(Section):
         "hybrid_engine": "the model generates as it is: call engine.eval()",
         "autotuning": "zgraph.plan finds the stage; run `zgraph plan`",
         "memory_breakdown": "zgraph.report says what is alive at the peak, and zgraph view when",
-        "seq_parallel_communication_data_type": "there is no sequence parallelism",
+        "seq_parallel_communication_data_type": "what is exchanged keeps its dtype",
         "vocabulary_size": "kernels know their sizes",
     }
     unsupported: ClassVar[Mapping[str, str]] = {
@@ -358,7 +358,6 @@ class EngineConfig(Section):
                 "pipeline",
                 "moe",
                 "expert_parallel",
-                "sequence_parallel_size",
                 "random_ltd",
                 "weight_quantization",
                 "comet",
@@ -395,5 +394,6 @@ class EngineConfig(Section):
     wandb: WandB = WandB()
     checkpoint: CheckpointKeys = CheckpointKeys()
     tensor_parallel: TensorParallel = TensorParallel()
+    sequence_parallel_size: PositiveInt = 1
     seed: NonNegativeInt | None = None
     zgraph: Own = Own()

@@ -56,6 +56,16 @@ class Config:
         return max(self.keys.tensor_parallel.autotp_size, 1)
 
     @property
+    def context_parallel(self) -> int:
+        """Ranks that share each sequence of one batch."""
+        return self.keys.sequence_parallel_size
+
+    @property
+    def together(self) -> int:
+        """Ranks that have the same batch."""
+        return self.tensor_parallel * self.context_parallel
+
+    @property
     def train_batch(self) -> int:
         """Rows of all ranks and forwards before a step."""
         return self.micro_batch * self.accumulation * self.world_size
@@ -226,12 +236,21 @@ def _check_together(reading: Reading, keys: EngineConfig) -> None:
 
 def _data_ranks(reading: Reading, keys: EngineConfig, world_size: int) -> int:
     """Ranks that each have a batch of their own."""
-    together = max(keys.tensor_parallel.autotp_size, 1)
+    tensor, context = max(keys.tensor_parallel.autotp_size, 1), keys.sequence_parallel_size
+    together = tensor * context
     if world_size % together:
-        reading.problems.append(f"tensor_parallel.autotp_size: {world_size} ranks are no multiple of {together}")
+        named = ["tensor_parallel.autotp_size"] * (tensor > 1) + ["sequence_parallel_size"] * (context > 1)
+        reading.problems.append(f"{', '.join(named)}: {world_size} ranks are no multiple of {together}")
     if together > 1 and keys.zero_optimization.zero_hpz_partition_size > 1:
-        reading.problems.append("zero_optimization.zero_hpz_partition_size: leave it out with tensor parallelism")
-    if together == 1 and (keys.zgraph.sequence_parallel or keys.zgraph.placements is not None):
+        reading.problems.append(
+            "zero_optimization.zero_hpz_partition_size: leave it out where ranks compute together (tensor_parallel, "
+            "sequence_parallel_size)"
+        )
+    if context > 1 and keys.zgraph.sequence_parallel:
+        reading.problems.append(
+            "zgraph.sequence_parallel: sequence_parallel_size cuts the sequence already; leave one of them out"
+        )
+    if tensor == 1 and (keys.zgraph.sequence_parallel or keys.zgraph.placements is not None):
         reading.problems.append(
             "zgraph.sequence_parallel, zgraph.placements: they say how tensor parallelism is done; give "
             "tensor_parallel.autotp_size too"

@@ -4,10 +4,11 @@
     _softmax(x)                 e / sum(e)             with e = exp(x - amax(x))
     their backwards, of y       g - exp(y) sum(g)      and  g y - y sum(g y)
     native_dropout(x, p)        x * mask / (1 - p)     with mask = native_dropout(ones, p)
+    nll_loss(x, t), a mean      s / n                  with s, n = nll_loss(x, t), a sum, and the labels that count
 
 Whole, a softmax needs all that it works along. Spelled out, each rank has the largest and the sums of its part, and the
 ranks exchange those alone: a loss of a vocabulary in parts. Of dropout, every rank draws the whole mask, and uses its
-part: what is dropped is what would be on one rank.
+part: what is dropped is what would be on one rank. A mean of losses is a quotient of sums: each rank counts its labels.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def dim_of(node: Node) -> int | None:
     """The dim that an op works along; None where no dim may be cut."""
     if node.op == DROPOUT:
         return None
+    if node.op in LOSSES:
+        return 0
     position = 2 if node.op.endswith("_backward_data.default") else 1
     dim, rank = node.args[position], len(node.operands[0].tensor.shape)
     assert isinstance(dim, int), "the dim is a number"
@@ -99,7 +102,21 @@ def _dropout(to: _Writer) -> None:
     to.op("aten.mul.Scalar", to.op("aten.mul.Tensor", x, mask), 1 / (1 - p), result=made)
 
 
+def _mean_loss(to: _Writer) -> None:
+    loss, count = to.node.results
+    total = Value(to.fresh(f"{loss.name}_sum"), loss.type)
+    args = (*to.node.args[:3], SUM, *to.node.args[4:])
+    to.nodes.append(replace(to.node, args=args, results=(total, count)))
+    to.op("aten.div.Tensor", total, count, result=loss)
+
+
 DROPOUT = "aten.native_dropout.default"
+
+LOSSES = ("aten.nll_loss_forward.default", "part_nll_loss")
+"""Losses of classes; the latter has classes cut already."""
+
+MEAN, SUM = 1, 2
+"""How losses are reduced, as torch counts the ways."""
 
 DEFINED: Mapping[str, Callable[[_Writer], None]] = {
     "aten._log_softmax.default": _log_softmax,
@@ -107,6 +124,7 @@ DEFINED: Mapping[str, Callable[[_Writer], None]] = {
     "aten._log_softmax_backward_data.default": _log_softmax_backward,
     "aten._softmax_backward_data.default": _softmax_backward,
     DROPOUT: _dropout,
+    **dict.fromkeys(LOSSES, _mean_loss),
 }
 """Writers of what an op is made of, by the op."""
 
@@ -127,6 +145,8 @@ def defined(node: Node, fresh: Callable[[str], str]) -> tuple[Node, ...]:
 
 def _is_plain(node: Node) -> bool:
     """Whether its operands and its result are dense floats; the backward casts nothing then."""
+    if node.op in LOSSES:
+        return len(node.operands) == 2 and node.args[3] == MEAN and len(node.operands[0].tensor.shape) == 2
     if node.op == DROPOUT:
         p = node.args[1]
         is_drawn = node.args[2] is True and isinstance(p, float) and 0 < p < 1

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -129,7 +129,7 @@ class Rule:
         local: arguments that are sizes: see `zgraph.ir.rules.local`.
         joins: of a factor whose parts are joined, their sizes.
         ranked: factors that an op cuts which knows its rank (`zgraph.ir.rules.ranked`): whose index is a value.
-        same: results that all ranks have the whole of where such a factor is cut.
+        same: results that all ranks have the whole of where such a factor is cut; any factor, if there is none such.
         reduce: what results are pending that lack a factor which is cut.
     """
 
@@ -157,24 +157,32 @@ class Rule:
 
     def cut(self, dims: Dims | None, place: Shard, num_ranks: int) -> Cut | None:
         """The cut that places a tensor of these dims so; None if there is none that is allowed."""
+        return next((cut for cut in self._meant(dims, place) if self.allows(cut, num_ranks)), None)
+
+    def followed(self, dims: Dims | None, place: Shard) -> Cut | None:
+        """The factor that a cut of a tensor of these dims is in, be it one that is never cut; None if none is."""
+        return next(self._meant(dims, place), None)
+
+    def _meant(self, dims: Dims | None, place: Shard) -> Iterator[Cut]:
+        """The cuts that place a tensor of these dims so, of factors of one size each, the outermost first."""
         if dims is None or place.dim >= len(dims):
-            return None
+            return
         group, outer = dims[place.dim], 1
         if group and group[0].endswith("+"):
             factor = group[0][:-1]
-            parts = _part(self.joins[factor], place.blocks)
-            return (factor, parts) if parts is not None and self.allows((factor, parts), num_ranks) else None
+            if (parts := _part(self.joins[factor], place.blocks)) is not None:
+                yield factor, parts
+            return
         for factor in group:
             if not isinstance(self.sizes[factor], int):
-                return None
+                return
             each, rest = divmod(len(place.blocks), outer)
             if rest or not each:
-                return None
+                return
             cut = factor, Shard(0, place.blocks[:each]).blocks
-            if self.allows(cut, num_ranks) and self.place(dims, cut) == place:
-                return cut
+            if self.place(dims, cut) == place:
+                yield cut
             outer *= int(self.sizes[factor])
-        return None
 
     def allows(self, cut: Cut, num_ranks: int) -> bool:
         """Whether a factor may be cut so."""
@@ -217,10 +225,14 @@ class Rule:
                 for i, (d, p) in enumerate(zip(self.ins, ins, strict=True))
             ),
             tuple(
-                None if d is None else p or (R if i in self.same and cut[0] in self.ranked else pending)
+                None if d is None else p or (R if i in self.same and self._is_same(cut) else pending)
                 for i, (d, p) in enumerate(zip(self.outs, outs, strict=True))
             ),
         )
+
+    def _is_same(self, cut: Cut) -> bool:
+        """Whether results in `same` are whole on all ranks where this is cut."""
+        return not self.ranked or cut[0] in self.ranked
 
     def with_sums(self, group: tuple[int, ...]) -> Strategy:
         """The strategy in which these operands are partial sums."""

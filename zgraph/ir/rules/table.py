@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from zgraph.ir.rules import (
     attention,
     creation,
+    device_attention,
     experts,
     lookups,
     losses,
@@ -28,6 +29,7 @@ RULES: Mapping[str, Callable[[Call], Rule | None]] = {
     **pieces.RULES,
     **reductions.RULES,
     **attention.RULES,
+    **device_attention.RULES,
     **norms.RULES,
     **lookups.RULES,
     **losses.RULES,
