@@ -67,6 +67,28 @@ class Block(nn.Module):
         return (x + self.down(nn.functional.gelu(self.up(self.norm(x))))).square().mean()
 
 
+class Wide(nn.Module):
+    """Layers that fit integers of eight and four bits, those that do not, a table that is a layer, a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(48, 32)
+        self.first, self.fc2 = nn.Linear(32, 64), nn.Linear(64, 32, bias=False)
+        self.odd, self.up = nn.Linear(32, 24), nn.Linear(24, 32, bias=False)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.shift = nn.Parameter(torch.ones(5, 32), requires_grad=False)
+        self.narrow, self.lm_head = nn.Linear(32, 64), nn.Linear(64, 48)
+        self.tied = nn.Linear(32, 48, bias=False)
+        self.tied.weight = self.table.weight
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.table(tokens)
+        x = x + self.fc2(nn.functional.relu(self.first(x))) * self.scale
+        x = nn.functional.rms_norm(x + self.up(torch.tanh(self.odd(x))), (32,)) + self.shift.mean(0)
+        logits = self.tied(x) + self.lm_head(self.narrow(x))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()), logits
+
+
 @cache
 def captured(name: str) -> Graph:
     """The graph of one of the models."""

@@ -209,16 +209,17 @@ def capture() -> None:
 
     import small
     import zgraph
-    from tests.interp.models import captured
+    from tests.interp import models
 
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     torch.manual_seed(0)
-    graphs = {name: captured(name) for name in ("tied", "convnet", "dynamic", "bf16", "llama")}
-    graphs["mixed"] = captured("mixed stages")
+    graphs = {name: models.captured(name) for name in ("tied", "convnet", "dynamic", "bf16", "llama")}
+    graphs["mixed"] = models.captured("mixed stages")
     graphs["gpt2"] = zgraph.trace(small.gpt2(16, 2, 24), input_ids=tokens, labels=tokens)
     graphs["vit"] = zgraph.trace(small.vit(16, 1, inner=32, image_size=16), torch.zeros(2, 3, 16, 16))
     model = small.llama(16, 2, 24, num_heads=4, num_kv_heads=2, inner=32)
     graphs["bf16-llama"] = zgraph.trace(model, input_ids=tokens, labels=tokens, param_dtype=torch.bfloat16)
+    graphs["wide"] = zgraph.trace(models.Wide(), torch.zeros(2, 16, dtype=torch.int64))
     FOLDER.mkdir(exist_ok=True)
     for name, graph in graphs.items():
         (FOLDER / f"{name}.zir").write_text(print_graph(bare(graph)))
