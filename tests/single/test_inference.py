@@ -11,7 +11,7 @@ import zgraph
 from tests.deep import DEEP, deep
 from zgraph.errors import ContextLengthError, InferenceError, QuantisationError, UsageError
 from zgraph.inference.evaluation import as_integers
-from zgraph.inference.prompts import Prompts
+from zgraph.inference.prompts import Prompts, pieces
 from zgraph.inference.sampling import Sampling
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -279,12 +279,9 @@ def test_the_distribution_that_is_drawn_from():
             Sampling(True, **wrong)
 
 
-def test_prompts_are_cut_so_that_they_end_together():
+def test_a_prompt_is_cut_so_that_its_last_piece_is_full():
     ids = torch.tensor([[0, 0, 7], [1, 2, 3]])
     found = Prompts(ids, torch.tensor([[0, 0, 1], [1, 1, 1]]), 8)
-    pieces = [(tokens.tolist(), places.tolist()) for tokens, places in found.chunks(2, 3, 9)]
     assert found.lengths == [1, 3]
-    assert pieces == [
-        ([[0, 0], [0, 1], [0, 0]], [[9, 9], [9, 0], [9, 9]]),
-        ([[0, 7], [2, 3], [0, 0]], [[9, 0], [1, 2], [9, 9]]),
-    ]
+    cut = [[(tokens.tolist(), places.tolist()) for tokens, places in pieces(row, 2, 9)] for row in found.rows]
+    assert cut == [[([[0, 7]], [[9, 0]])], [([[0, 1]], [[9, 0]]), ([[2, 3]], [[1, 2]])]]

@@ -16,6 +16,7 @@ from zgraph.cli import (  # noqa: F401 - add commands
     pictures,
     planning,
     quantising,
+    serving,
 )
 from zgraph.cli.app import DOES_NOT_FIT, FAILED, USED_WRONGLY, app
 from zgraph.cli.terminal import printable

@@ -7,6 +7,7 @@ from torch import nn
 
 from zgraph.bridge.private_inductor import inductor_problem
 from zgraph.errors import UsageError
+from zgraph.inference.calls import Calls
 from zgraph.inference.decoder import check_max_len, decoder_step
 from zgraph.inference.forwards import Inference
 from zgraph.inference.generation import Generator
@@ -99,7 +100,7 @@ def infer(
                 raise UsageError(f"{kind} has no use for max_batch and max_len: {why_not}")
             return Inference(lambda: model, kind, programs, why_not)
         arena = Arena(step.shapes, max_batch or 1, step.max_len + 1, device)
-        return Generator(model, step, programs, arena, max_batch or 1)
+        return Generator(model, Calls(model, step, programs, arena, max_batch or 1))
     finally:
         model.train(was_training)
 

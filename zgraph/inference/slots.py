@@ -136,7 +136,3 @@ class Arena:
             self._block[at : at + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
             for at, (shape, dtype) in zip(offsets, sizes, strict=True)
         ]
-
-    def clear(self) -> None:
-        """Fill it with zeros."""
-        self._block.zero_()
