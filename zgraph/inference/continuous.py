@@ -56,12 +56,12 @@ class Made:
 class _Running:
     """A request that is waited for."""
 
-    def __init__(self, number: int, request: Request, stops: frozenset[int]) -> None:
+    def __init__(self, number: int, request: Request, stops: frozenset[int], device: torch.device) -> None:
         self.number, self.request, self.stops = number, request, stops
         self.prompt = torch.tensor(request.tokens, dtype=torch.int64)
         self.draws: torch.Generator | None = None
         if request.seed is not None:
-            self.draws = torch.Generator().manual_seed(request.seed)
+            self.draws = torch.Generator(device).manual_seed(request.seed)
         self.num_taken = self.num_made = 0
         self.pieces: Iterator[torch.Tensor] = iter(())
 
@@ -86,6 +86,8 @@ class ContinuousBatch:
             raise UsageError(
                 f"a {type(generator).__name__} cannot generate; pass what zgraph.infer gives for a decoder"
             )
+        if not generator.calls.is_alone:
+            raise UsageError("requests that come and go are for one rank; leave tensor_parallel= out of zgraph.infer")
         self.generator, self.calls = generator, generator.calls
         num_rows = self.calls.num_rows
         self._rows: list[_Running | None] = [None] * num_rows
@@ -135,7 +137,7 @@ class ContinuousBatch:
         """Queue a request; its number. Raises what `check` does."""
         self.check(request)
         stops = self.generator.stops if request.stops is None else request.stops
-        self._waiting.append(_Running(self._next, request, frozenset(stops)))
+        self._waiting.append(_Running(self._next, request, frozenset(stops), self.calls.device))
         self._next += 1
         return self._next - 1
 

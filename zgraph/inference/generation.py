@@ -42,6 +42,11 @@ class Generator(Inference):
         self._pad = _pad_token(model)
 
     @property
+    def wire_bytes(self) -> int:
+        """Bytes that a rank sends for one token of each row; of tokens that are drawn, without these themselves."""
+        return self.calls.wire_bytes
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of the cache, all rows and places of it."""
         return self.calls.arena.num_bytes
@@ -121,6 +126,7 @@ class Generator(Inference):
         prompts = Prompts(input_ids, attention_mask, self.num_words)
         self._check(prompts, 1)
         self.programs.refresh()
+        self.calls.check_alike(repr(prompts.listed))
         return self._prefilled(prompts)
 
     def _check(self, prompts: Prompts, max_new_tokens: int) -> None:
@@ -149,6 +155,7 @@ class Generator(Inference):
         generator: torch.Generator | None,
     ) -> Iterator[torch.Tensor]:
         self.programs.refresh()
+        self.calls.check_alike(repr((prompts.listed, num_steps, sampling, stops, pad)))
         num_rows, device = prompts.num_rows, self.calls.device
         logits = self._prefilled(prompts)
         at = torch.full((self.max_batch,), self.max_len, dtype=torch.int64, device=device)
@@ -157,7 +164,10 @@ class Generator(Inference):
         ends = torch.tensor(stops, dtype=torch.int64, device=device)
         tokens = torch.zeros(self.max_batch, dtype=torch.int64, device=device)
         for step in range(num_steps):
-            chosen = torch.where(has_ended, pad, sampling.choose(logits, generator))
+            chosen = sampling.choose(logits, generator)
+            if sampling.do_sample:
+                chosen = self.calls.of_first(chosen)
+            chosen = torch.where(has_ended, pad, chosen)
             yield chosen.to(prompts.device)
             has_ended |= torch.isin(chosen, ends)
             if step + 1 == num_steps or bool(has_ended.all()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.bridge.private_inductor import inductor_problem
 from zgraph.errors import UsageError
@@ -13,12 +14,18 @@ from zgraph.inference.forwards import Inference
 from zgraph.inference.generation import Generator
 from zgraph.inference.programs import Programs
 from zgraph.inference.slots import Arena
+from zgraph.ir import Shard
+from zgraph.options.model_plans import Placements
+from zgraph.options.parallel import AXIS, cuts_of, mesh_of
 from zgraph.options.validate import ATTRIBUTE
 from zgraph.passes import parse_recipe
 from zgraph.passes.quantise import GROUPS
 
 RECIPE = "canonicalize,grouped-heads,dce,in-place"
 """The passes for a model whose weights stay as they are."""
+
+PARALLEL = "canonicalize,grouped-heads,dce,place,partition(stage=0),exchange,dce,in-place"
+"""The passes for one that several ranks compute together."""
 
 WEIGHTS, ACTIVATIONS, KERNELS = ("int8", "int4"), ("int8",), ("aten", "inductor")
 """Values of options beside None."""
@@ -53,6 +60,8 @@ def infer(
     activations: str | None = None,
     group: int = 64,
     kernels: str = "aten",
+    tensor_parallel: int = 1,
+    placements: Placements | None = None,
 ) -> Inference:
     """A model for inference: its prefill and decode captured and linked, to run over a cache with fixed places.
 
@@ -73,9 +82,14 @@ def infer(
         activations: "int8" rounds each token's before it meets a weight in int8, which is faster, and less exact.
         group: columns that share a scale in int4: 32, 64 or 128.
         kernels: what runs the ops: "aten", torch's own; or "inductor", those between writes compiled together.
+        tensor_parallel: ranks that compute each op together, all of the job's: each has some heads, with their part of
+            the cache, and some columns of each MLP. They are called with the same prompts, and give the same tokens.
+        placements: how parameters are cut over these ranks, as of `zgraph.compile`; None takes the model's own plan.
 
     Raises:
         UsageError: an option means nothing, or the model is compiled already or has no cache.
+        PlacementError: a parameter does not divide over the ranks.
+        PlanMismatchError: the ranks have different models or options.
         QuantisationError: a layer's columns or outputs do not fit the integers.
         InferenceError: the model does not compute with such a cache what it computes without.
         GraphBreakError, CaptureError: a call cannot be captured as one graph.
@@ -88,6 +102,11 @@ def infer(
     pipeline = parse_recipe(recipe_of(weights, activations, group))
     if kernels == "inductor" and (problem := inductor_problem(device)):
         raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
+    mesh = mesh_of(device, None, tensor_parallel)
+    if mesh is None and placements is not None:
+        raise UsageError("placements= says how ranks share parameters; pass tensor_parallel= too")
+    if mesh is not None:
+        return _parallel(model, mesh, placements, max_batch or 1, max_len, weights, kernels)
     programs = Programs(model, pipeline, device, compiles=kernels == "inductor")
     kind, why_not = type(model).__name__, _why_not(model)
     was_training = model.training
@@ -101,6 +120,40 @@ def infer(
             return Inference(lambda: model, kind, programs, why_not)
         arena = Arena(step.shapes, max_batch or 1, step.max_len + 1, device)
         return Generator(model, Calls(model, step, programs, arena, max_batch or 1))
+    finally:
+        model.train(was_training)
+
+
+def _parallel(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    placements: Placements | None,
+    max_batch: int,
+    max_len: int | None,
+    weights: str | None,
+    kernels: str,
+) -> Inference:
+    """A model that the ranks of a mesh compute together."""
+    kind, num_ranks = type(model).__name__, mesh.size(0)
+    if weights is not None or kernels != "aten":
+        raise UsageError('tensor_parallel= cuts layers of whole numbers run by kernels="aten": leave weights= out')
+    if mesh.size(-1) > 1:
+        raise UsageError(
+            f"tensor_parallel={num_ranks} is for all {mesh.size()} ranks of the job; pass that, or start fewer"
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        step = _why_not(model) or decoder_step(model, check_max_len(model, max_len))
+        if isinstance(step, str):
+            raise UsageError(f"{kind} cannot generate over several ranks: {step}")
+        shapes = [shape.part(num_ranks) for shape in step.shapes]
+        names = [f"cache.{number}.{what}" for number in range(len(shapes)) for what in ("keys", "values")]
+        cuts = {**cuts_of(model, placements, mesh), **dict.fromkeys(names, ((AXIS, Shard(1)),))}
+        device = next(model.parameters()).device
+        programs = Programs(model, parse_recipe(PARALLEL), device, compiles=False, mesh=mesh, cuts=cuts)
+        arena = Arena(shapes, max_batch, step.max_len + 1, device)
+        return Generator(model, Calls(model, step, programs, arena, max_batch))
     finally:
         model.train(was_training)
 

@@ -46,6 +46,11 @@ class Prompts:
             raise UsageError(f"input_ids has a token outside of 0 to {num_tokens - 1}, the model's vocabulary")
 
     @property
+    def listed(self) -> list[list[int]]:
+        """The tokens of each row, as numbers."""
+        return [row.tolist() for row in self.rows]
+
+    @property
     def num_rows(self) -> int:
         """How many prompts there are."""
         return len(self.rows)

@@ -7,12 +7,13 @@ the end takes what belongs to no token: padding, and rows that have ended.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from zgraph.errors import PlacementError
 from zgraph.ir.arena import ALIGN_BYTES
 
 
@@ -30,6 +31,19 @@ class LayerShape:
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+
+    def part(self, num_ranks: int) -> LayerShape:
+        """What each of so many ranks keeps: some of the heads.
+
+        Raises:
+            PlacementError: the heads do not divide.
+        """
+        if self.num_heads % num_ranks:
+            raise PlacementError(
+                f"a layer's {self.num_heads} heads of keys and values do not divide over {num_ranks} ranks; take a "
+                "tensor_parallel= that divides them"
+            )
+        return replace(self, num_heads=self.num_heads // num_ranks)
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -57,12 +71,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Write a call's keys and values, [rows, heads, tokens, dim], to their places; all places of all rows."""
         assert self.keys is not None
         assert self.values is not None
-        num_rows, num_heads = key_states.shape[:2]
-        device = self.places.device
-        rows = torch.arange(num_rows, device=device)[:, None, None]
-        heads = torch.arange(num_heads, device=device)[None, :, None]
-        at = (rows, heads, self.places[:, None, :])
-        self.keys[at], self.values[at] = key_states, value_states
+        rows = torch.arange(key_states.shape[0], device=self.places.device)[:, None]
+        at = (rows, slice(None), self.places)  # no index of heads: each rank may have some of them
+        self.keys[at], self.values[at] = key_states.transpose(1, 2), value_states.transpose(1, 2)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
