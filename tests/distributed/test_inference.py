@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -161,3 +162,50 @@ def test_mistakes_are_told_on_both_ranks_and_they_go_on(pair):
     for word, said in zip(words, first, strict=False):
         assert word in said
     assert "1 heads of keys and values do not divide" in first[8]
+
+
+def trained(_: DeviceMesh, tensor_parallel: int, rounds: int) -> dict[str, Any]:
+    """What a rank finds in rounds of generating and training, and in training alone."""
+    ids = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(dist.get_rank()))
+    prompt = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(7))
+    losses: list[list[float]] = []
+    same, sizes, captured = True, [], []
+    for serves in (False, True):
+        model = zgraph.compile(made("tied").train(), stage=3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses.append([])
+        for _round in range(rounds):
+            if serves:
+                with zgraph.serving(model, max_batch=2, max_len=32, tensor_parallel=tensor_parallel) as inference:
+                    tokens = inference.generate(prompt, max_new_tokens=6, pad_token_id=0)
+                with zgraph.gathered(model):
+                    mask = torch.ones_like(prompt)
+                    wanted = model.generate(
+                        prompt, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
+                    )
+                same = same and torch.equal(tokens, wanted)
+                captured.append((len(inference.programs.all), len(zgraph.report(model).entries)))
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+            sizes += [held()] if serves else []
+    return {"same": same, "losses": losses, "sizes": sizes, "captured": captured}
+
+
+def held() -> int:
+    """Bytes of all tensors that this process holds."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.is_cpu}.values())
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_serving_within_training_leaves_losses_memory_and_programs_as_they_are(pair, tensor_parallel):
+    for found in pair.run(trained, 2, tensor_parallel, 20 if DEEP else 4, limit_s=240):
+        assert found["same"]
+        assert found["losses"][0] == found["losses"][1]
+        assert len(set(found["losses"][0])) > 2
+        assert len(set(found["sizes"][1:])) == 1, found["sizes"]
+        assert len(set(found["captured"][1:])) == 1

@@ -88,6 +88,7 @@ class CompiledModel:
         self.eager = eager(model.forward, session.store.param_dtype)
         self.narrator = narrator or Narrator(type(model).__name__, model.forward, (), "")
         self.trial, self.kernels = trial, kernels
+        self.plain: Callable[[], nn.Module] | None = None
         self.smaller_budget: int | None = None
         self.is_replanned = False
         self.entries: list[Entry] = []

@@ -100,7 +100,7 @@ def decoder_step(model: nn.Module, max_len: int) -> Step | str:
             ) from error
     scale = max(1.0, wanted.abs().max().item())
     worst = (found - wanted).abs().max().item() / scale
-    if not worst <= _tolerance(shapes[0].dtype):
+    if not worst <= tolerance(shapes[0].dtype):
         raise InferenceError(
             f"{kind} with a cache of fixed places gives logits that differ from its own by {worst:.2g} of the largest: "
             "it is called in a way that is not known here; use the model's own generate"
@@ -119,7 +119,8 @@ def _probe(step: Step, tokens: torch.Tensor, device: torch.device) -> torch.Tens
     return torch.cat([first, second])
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
+    """How far logits of a step may be from the model's own, over the largest."""
     return 1e-4 if dtype in (torch.float32, torch.float64) else 0.1
 
 

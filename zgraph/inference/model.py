@@ -9,10 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from zgraph.bridge.private_inductor import inductor_problem
 from zgraph.errors import UsageError
 from zgraph.inference.calls import Calls
-from zgraph.inference.decoder import check_max_len, decoder_step
+from zgraph.inference.decoder import Step, check_max_len, decoder_step
 from zgraph.inference.forwards import Inference
 from zgraph.inference.generation import Generator
 from zgraph.inference.programs import Programs
+from zgraph.inference.seq2seq import Seq2Seq, Seq2SeqStep, seq2seq_step
 from zgraph.inference.slots import Arena
 from zgraph.ir import Shard
 from zgraph.options.model_plans import Placements
@@ -62,6 +63,7 @@ def infer(
     kernels: str = "aten",
     tensor_parallel: int = 1,
     placements: Placements | None = None,
+    max_source: int | None = None,
 ) -> Inference:
     """A model for inference: its prefill and decode captured and linked, to run over a cache with fixed places.
 
@@ -73,7 +75,7 @@ def infer(
     `inference(input_ids=ids)`, captured at the first call of each shape.
 
     Args:
-        model: a causal language model of transformers, or any module, on one device.
+        model: a causal language model of transformers, an encoder with a decoder, or any module, on one device.
         max_batch: rows to generate for at once; None takes one. A call with fewer rows takes as long as one with all.
         max_len: tokens of a row, the prompt's among them; None takes 1,024, or what the model was made for if that is
             less.
@@ -84,6 +86,7 @@ def infer(
         kernels: what runs the ops: "aten", torch's own; or "inductor", those between writes compiled together.
         tensor_parallel: ranks that compute each op together, all of the job's: each has some heads, with their part of
             the cache, and some columns of each MLP. They are called with the same prompts, and give the same tokens.
+        max_source: tokens that an encoder takes; None takes 512. Sources of features have one size, and take none.
         placements: how parameters are cut over these ranks, as of `zgraph.compile`; None takes the model's own plan.
 
     Raises:
@@ -106,18 +109,28 @@ def infer(
     if mesh is None and placements is not None:
         raise UsageError("placements= says how ranks share parameters; pass tensor_parallel= too")
     if mesh is not None:
+        if max_source is not None:
+            raise UsageError("tensor_parallel= is for decoders; leave it or max_source= out")
         return _parallel(model, mesh, placements, max_batch or 1, max_len, weights, kernels)
     programs = Programs(model, pipeline, device, compiles=kernels == "inductor")
     kind, why_not = type(model).__name__, _why_not(model)
     was_training = model.training
     model.eval()
     try:
-        step = decoder_step(model, check_max_len(model, max_len)) if not why_not else None
-        if isinstance(step, str) or step is None:
-            why_not = why_not or str(step)
+        has_source = not why_not and bool(getattr(model.config, "is_encoder_decoder", False))
+        if max_source is not None and not has_source:
+            raise UsageError(f"{kind} has no use for max_source: it is no encoder with a decoder")
+        step: Step | Seq2SeqStep | str = why_not
+        if has_source:
+            step = seq2seq_step(model, check_max_len(model, max_len), max_source)
+        elif not why_not:
+            step = decoder_step(model, check_max_len(model, max_len))
+        if isinstance(step, str):
             if max_batch is not None or max_len is not None:
-                raise UsageError(f"{kind} has no use for max_batch and max_len: {why_not}")
-            return Inference(lambda: model, kind, programs, why_not)
+                raise UsageError(f"{kind} has no use for max_batch and max_len: {step}")
+            return Inference(lambda: model, kind, programs, step)
+        if isinstance(step, Seq2SeqStep):
+            return Seq2Seq(model, step, programs, max_batch or 1)
         arena = Arena(step.shapes, max_batch or 1, step.max_len + 1, device)
         return Generator(model, Calls(model, step, programs, arena, max_batch or 1))
     finally:
@@ -163,8 +176,6 @@ def _why_not(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     if not callable(getattr(model, "can_generate", None)) or config is None:
         return "it is no causal language model of transformers"
-    if getattr(config, "is_encoder_decoder", False):
-        return "an encoder with a decoder has two caches; use the model's own generate"
     if not model.can_generate() or model.get_output_embeddings() is None:  # type: ignore[operator]
         return "it has no head that gives tokens; take its ...ForCausalLM"
     return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -103,6 +103,7 @@ class Programs:
         self.session = Session(store, group, unique_name(group) if group is not None else "inference")
         self.ranks = store.ranks
         self._parts: dict[str, torch.Tensor] = {}
+        self._sizes: dict[int, int] = {}
         self._sources = {
             name: weakref.ref(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
@@ -176,6 +177,39 @@ class Programs:
         self._versions |= versions
         for name in changed & self._parts.keys():
             self._parts[name].copy_(self._part(name))
+        self._compute_anew()
+
+    @torch.no_grad()
+    def load(self, wholes: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take new values of parameters, whole, one after the other; of those that are cut, this rank's part alone."""
+        self._resize(is_there=True)
+        for name, whole in wholes:
+            if name in self._parts:
+                self._parts[name].copy_(self.ranks.part(name, whole))
+            elif (found := self._sources[name]()) is not None:
+                found.copy_(whole)
+        self._versions |= self._version()
+        self._compute_anew()
+
+    def unload(self) -> None:
+        """Give the memory of all that depends on parameters back, until `load`."""
+        self._resize(is_there=False)
+
+    def _resize(self, *, is_there: bool) -> None:
+        """Take the memory of what depends on parameters, or give it back; never that of constants."""
+        sources = {name: tensor for name, ref in self._sources.items() if (tensor := ref()) is not None}
+        constant = [t for _, _, constants in self._fixed for t in constants.values()]
+        constant += [t for t in sources.values() if not isinstance(t, nn.Parameter)]
+        kept = {t.untyped_storage()._cdata for t in constant}
+        whole = [t for name, t in sources.items() if not (is_there and name in self._parts)]
+        for tensor in (*whole, *self._parts.values(), *self._shared.values()):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in kept:
+                size = self._sizes.setdefault(storage._cdata, storage.nbytes())
+                storage.resize_(size if is_there else 0)
+
+    def _compute_anew(self) -> None:
+        """Compute what depends on the model alone once more, to where it lies."""
         done: set[str] = set()
         for fixed, names, constants in self._fixed:
             due = [i for i, name in enumerate(names) if name not in done]
@@ -211,7 +245,9 @@ class Programs:
         if target in constants:
             return constants[target].to(self.device)
         if self.ranks.is_cut(target):
-            return self._parts.setdefault(target, self._part(target))
+            if target not in self._parts:
+                self._parts[target] = self._part(target)
+            return self._parts[target]
         found = self._sources[target]()
         assert found is not None, "the model is there"
         return found.detach()

@@ -147,3 +147,9 @@ class Arena:
             self._block[at : at + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
             for at, (shape, dtype) in zip(offsets, sizes, strict=True)
         ]
+
+    def resize(self, *, is_there: bool) -> None:
+        """Take the memory, filled with zeros, or give it back; the tensors stay the same."""
+        self._block.untyped_storage().resize_(self.num_bytes if is_there else 0)
+        if is_there:
+            self._block.zero_()
