@@ -66,6 +66,9 @@ def evaluation(
     activations: Annotated[
         str, typer.Option(help="int8 rounds activations too.", autocompletion=any_of(*ACTIVATIONS))
     ] = "",
+    kv: Annotated[
+        str, typer.Option("--kv", help="int8 rounds keys and values too.", autocompletion=any_of("int8"))
+    ] = "",
     group: Group = 64,
     window: Annotated[int, typer.Option(min=2, help="Tokens that are scored together.")] = 256,
     max_windows: Annotated[int, typer.Option(min=1, help="Windows of the text that are scored at most.")] = 64,
@@ -90,6 +93,7 @@ def evaluation(
             tokens,
             weights=weights,
             activations=activations or None,
+            kv=kv or None,
             group=group,
             window=window,
             max_windows=max_windows,

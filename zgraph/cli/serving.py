@@ -22,6 +22,7 @@ Model = Annotated[
 ]
 Weights = Annotated[str, typer.Option(help="int8 or int4; as they are without.", autocompletion=any_of(*WEIGHTS))]
 Activations = Annotated[str, typer.Option(help="int8 rounds activations too.", autocompletion=any_of(*ACTIVATIONS))]
+KV = Annotated[str, typer.Option("--kv", help="int8 keeps keys and values in it.", autocompletion=any_of("int8"))]
 Group = Annotated[int, typer.Option(help="Columns that share a scale in int4: 32, 64 or 128.")]
 MaxLen = Annotated[int, typer.Option(min=2, help="Tokens of a request, the prompt's among them; 1,024 without.")]
 
@@ -39,6 +40,7 @@ def serve(
     grace: Annotated[float, typer.Option(min=0, help="Seconds for requests under way at the end.")] = 30.0,
     weights: Weights = "",
     activations: Activations = "",
+    kv: KV = "",
     group: Group = 64,
 ) -> None:
     """Answer by OpenAI's protocol over HTTP, many requests in each step.
@@ -53,11 +55,11 @@ def serve(
     except ImportError as error:
         raise UsageError(f"this needs {error.name}: pip install zgraph-compiler[serve]") from None
 
-    _check(weights, activations)
+    _check(weights, activations, kv)
     listening = bound(host, port)
     with progress() as shown:
         shown.add_task(f"reading and capturing {model}")
-        generator, tokenizer = _generator(model, max_batch, max_len, weights, activations, group)
+        generator, tokenizer = _generator(model, max_batch, max_len, weights, activations, kv, group)
     called = name or Path(model).resolve().name
     server = Server(
         Worker(generator, max_waiting), Words(tokenizer), called, Limits(max_body, grace_seconds=grace), hosts_of(host)
@@ -79,20 +81,21 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     weights: Weights = "",
     activations: Activations = "",
+    kv: KV = "",
     group: Group = 64,
 ) -> None:
     """Talk with a model in the terminal; an empty line or the end of the input ends it.
 
     Example: `zgraph chat SmolLM2-135M --weights int8`
     """
-    _check(weights, activations)
+    _check(weights, activations, kv)
     from zgraph.inference.sampling import Sampling
     from zgraph.server.talk import Talk
     from zgraph.server.text import Words
 
     with progress() as shown:
         shown.add_task(f"reading and capturing {model}")
-        generator, tokenizer = _generator(model, 1, max_len, weights, activations, group)
+        generator, tokenizer = _generator(model, 1, max_len, weights, activations, kv, group)
     sampling = Sampling(True, temperature, top_p=top_p) if temperature else Sampling()
     talk, out = Talk(generator, Words(tokenizer), sampling, seed, system), console()
     while True:
@@ -112,16 +115,18 @@ def chat(
             errors().print("stopped")
 
 
-def _check(weights: str, activations: str) -> None:
+def _check(weights: str, activations: str, kv: str) -> None:
     """Refuse words that mean nothing, before anything is read."""
     if weights:
         one_of("--weights", weights, WEIGHTS)
     if activations:
         one_of("--activations", activations, ACTIVATIONS)
+    if kv:
+        one_of("--kv", kv, ACTIVATIONS)
 
 
 def _generator(
-    folder: str, max_batch: int, max_len: int | None, weights: str, activations: str, group: int
+    folder: str, max_batch: int, max_len: int | None, weights: str, activations: str, kv: str, group: int
 ) -> tuple[Any, Any]:
     """The model of a folder for inference, and its tokenizer."""
     from zgraph.inference import Generator, infer
@@ -137,6 +142,7 @@ def _generator(
         max_len=max_len,
         weights=weights or None,
         activations=activations or None,
+        kv=kv or None,
         group=group,
     )
     if not isinstance(found, Generator):

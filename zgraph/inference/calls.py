@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -40,9 +40,8 @@ class Calls:
         self.programs, self.arena = programs, arena
         self.num_rows, self.max_len = num_rows, step.max_len
         self.chunk = min(CHUNK, step.max_len)
-        self.device = arena.tensors[0].device
-        self._cache = _named(arena.tensors)
-        self._row_of = [_named([t[row : row + 1] for t in arena.tensors]) for row in range(num_rows)]
+        self.device = arena.device
+        self._row_of = [arena.row(row) for row in range(num_rows)]
 
         def program(rows: int, num_tokens: int, name: str) -> Program:
             return programs.program(model, step, arguments(rows, num_tokens, step, self.device), name)
@@ -111,14 +110,10 @@ class Calls:
             tokens: int64 [rows].
             places: int64 [rows], where they go; `max_len` for a row that has none.
         """
-        (logits,) = self._decode({"tokens": tokens[:, None], "places": places[:, None], **self._cache})
+        (logits,) = self._decode({"tokens": tokens[:, None], "places": places[:, None], **self.arena.named})
         return logits
 
     def clear(self, row: int | None = None) -> None:
         """Fill a row of the cache, or all, with zeros: what is no number would spoil what comes after."""
-        for tensor in self.arena.tensors:
+        for tensor in self.arena.named.values():
             (tensor if row is None else tensor[row]).zero_()
-
-
-def _named(tensors: list[torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    return {f"cache.{n // 2}.{'values' if n % 2 else 'keys'}": tensor for n, tensor in enumerate(tensors)}

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from zgraph.bridge.private_inductor import inductor_problem
 from zgraph.errors import UsageError
 from zgraph.inference.calls import Calls
-from zgraph.inference.decoder import Step, check_max_len, decoder_step
+from zgraph.inference.decoder import Step, check_max_len, decoder_step, kept_in
 from zgraph.inference.forwards import Inference
 from zgraph.inference.generation import Generator
 from zgraph.inference.programs import Programs
@@ -52,6 +52,12 @@ def recipe_of(weights: str | None, activations: str | None, group: int) -> str:
     return RECIPE.replace("canonicalize,", f"canonicalize,quantise({text}),")
 
 
+def check_kv(kv: str | None) -> None:
+    """Refuse what keys and values cannot be kept in. Raises UsageError."""
+    if kv not in (None, "int8"):
+        raise UsageError(f"kv must be None or int8, not {kv!r}")
+
+
 def infer(
     model: nn.Module,
     *,
@@ -64,6 +70,7 @@ def infer(
     tensor_parallel: int = 1,
     placements: Placements | None = None,
     max_source: int | None = None,
+    kv: str | None = None,
 ) -> Inference:
     """A model for inference: its prefill and decode captured and linked, to run over a cache with fixed places.
 
@@ -82,6 +89,7 @@ def infer(
         weights: what they are kept in: None leaves them; "int8" has a scale for each output of a layer; "int4" one for
             each group of columns, and int8 for embeddings and the projection to the vocabulary. Both are approximate.
         activations: "int8" rounds each token's before it meets a weight in int8, which is faster, and less exact.
+        kv: "int8" keeps keys and values in int8, with a scale for each head of each token. Approximate.
         group: columns that share a scale in int4: 32, 64 or 128.
         kernels: what runs the ops: "aten", torch's own; or "inductor", those between writes compiled together.
         tensor_parallel: ranks that compute each op together, all of the job's: each has some heads, with their part of
@@ -102,6 +110,7 @@ def infer(
         raise UsageError(f"max_batch is a number of rows above 0, not {max_batch!r}")
     if kernels not in KERNELS:
         raise UsageError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
+    check_kv(kv)
     pipeline = parse_recipe(recipe_of(weights, activations, group))
     if kernels == "inductor" and (problem := inductor_problem(device)):
         raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
@@ -111,7 +120,7 @@ def infer(
     if mesh is not None:
         if max_source is not None:
             raise UsageError("tensor_parallel= is for decoders; leave it or max_source= out")
-        return _parallel(model, mesh, placements, max_batch or 1, max_len, weights, kernels)
+        return _parallel(model, mesh, placements, max_batch or 1, max_len, weights, kernels, kv)
     programs = Programs(model, pipeline, device, compiles=kernels == "inductor")
     kind, why_not = type(model).__name__, _why_not(model)
     was_training = model.training
@@ -125,12 +134,17 @@ def infer(
             step = seq2seq_step(model, check_max_len(model, max_len), max_source)
         elif not why_not:
             step = decoder_step(model, check_max_len(model, max_len))
+        if kv is not None and not isinstance(step, Step):
+            raise UsageError(
+                f"{kind} has no use for kv={kv!r}: {step if isinstance(step, str) else 'it has two caches'}"
+            )
         if isinstance(step, str):
             if max_batch is not None or max_len is not None:
                 raise UsageError(f"{kind} has no use for max_batch and max_len: {step}")
             return Inference(lambda: model, kind, programs, step)
         if isinstance(step, Seq2SeqStep):
             return Seq2Seq(model, step, programs, max_batch or 1)
+        step = kept_in(step, kv)
         arena = Arena(step.shapes, max_batch or 1, step.max_len + 1, device)
         return Generator(model, Calls(model, step, programs, arena, max_batch or 1))
     finally:
@@ -145,6 +159,7 @@ def _parallel(
     max_len: int | None,
     weights: str | None,
     kernels: str,
+    kv: str | None,
 ) -> Inference:
     """A model that the ranks of a mesh compute together."""
     kind, num_ranks = type(model).__name__, mesh.size(0)
@@ -160,8 +175,9 @@ def _parallel(
         step = _why_not(model) or decoder_step(model, check_max_len(model, max_len))
         if isinstance(step, str):
             raise UsageError(f"{kind} cannot generate over several ranks: {step}")
+        step = kept_in(step, kv)
         shapes = [shape.part(num_ranks) for shape in step.shapes]
-        names = [f"cache.{number}.{what}" for number in range(len(shapes)) for what in ("keys", "values")]
+        names = [f"cache.{number}.{what}" for number, shape in enumerate(shapes) for what in shape.tensors(0, 0)]
         cuts = {**cuts_of(model, placements, mesh), **dict.fromkeys(names, ((AXIS, Shard(1)),))}
         device = next(model.parameters()).device
         programs = Programs(model, parse_recipe(PARALLEL), device, compiles=False, mesh=mesh, cuts=cuts)

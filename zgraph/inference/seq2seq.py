@@ -23,13 +23,13 @@ from zgraph.inference.forwards import Inference
 from zgraph.inference.generation import Streamer, stop_tokens
 from zgraph.inference.programs import Programs
 from zgraph.inference.sampling import Sampling
-from zgraph.inference.slots import Arena, LayerShape, SlotLayer, layer_shapes
+from zgraph.inference.slots import Arena, LayerShape, SlotLayer, layer_shapes, memories
 
 PROBE_TOKENS = 3
 """Tokens that a model's step is compared with its own forward on."""
 
 
-class _Lockstep(SlotLayer):
+class _Lockstep(SlotLayer):  # type: ignore[no-untyped-call]
     """A layer of the decoder's own cache, where all rows are at one place."""
 
     def get_seq_length(self) -> Any:
@@ -37,15 +37,13 @@ class _Lockstep(SlotLayer):
         return self.places[0, 0]
 
 
-class _Source(SlotLayer):
+class _Source(SlotLayer):  # type: ignore[no-untyped-call]
     """A layer's keys and values of the source, [rows, heads, places, dim]: written whole, or there already."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Write all places of all rows."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys.copy_(key_states)
-        self.values.copy_(value_states)
+        self.memory["keys"].copy_(key_states)
+        self.memory["values"].copy_(value_states)
         return key_states, value_states
 
 
@@ -113,10 +111,9 @@ class Seq2SeqStep:
         is_first: bool,
     ) -> torch.Tensor:
         own, source = cache[: 2 * len(self.shapes.own)], cache[2 * len(self.shapes.own) :]
-        pairs = zip(own[::2], own[1::2], strict=True), zip(source[::2], source[1::2], strict=True)
         both = EncoderDecoderCache(
-            Cache(layers=[_Lockstep(keys, values, places) for keys, values in pairs[0]]),
-            Cache(layers=[_Source(keys, values, places) for keys, values in pairs[1]]),
+            Cache(layers=[_Lockstep(memory, places) for memory in memories(self.shapes.own, own)]),
+            Cache(layers=[_Source(memory, places) for memory in memories(self.shapes.source, source)]),
         )
         both.is_updated = dict.fromkeys(range(len(self.shapes.source)), not is_first)
         options: dict[str, Any] = {"attention_mask": mask} if self.has_mask else {}
@@ -125,7 +122,7 @@ class Seq2SeqStep:
         out = self.model(
             **given,
             decoder_input_ids=tokens,
-            decoder_attention_mask=self._masks.mask(places, own[0]),
+            decoder_attention_mask=self._masks.mask(places),
             past_key_values=both,
             use_cache=True,
             return_dict=True,
@@ -187,7 +184,7 @@ def _probe(step: Seq2SeqStep, source: torch.Tensor, mask: torch.Tensor, tokens: 
     """Logits of each token, of which the first comes with the source."""
     device = tokens.device
     caches = _arenas(step, 1, device)
-    memory = [t for arena in caches for t in arena.tensors]
+    memory = [t for arena in caches for t in arena.named.values()]
     rows = [step.start(source, mask, tokens[:, :1], torch.zeros(1, 1, dtype=torch.int64, device=device), *memory)]
     for at in range(1, tokens.shape[1]):
         places = torch.full((1, 1), at, device=device)
@@ -199,7 +196,7 @@ def _arenas(step: Seq2SeqStep, num_rows: int, device: torch.device) -> tuple[Are
     shapes = step.shapes
     return (
         Arena(shapes.own, num_rows, step.max_len + 1, device),
-        Arena(shapes.source, num_rows, shapes.num_places, device),
+        Arena(shapes.source, num_rows, shapes.num_places, device, "source"),
     )
 
 
@@ -222,8 +219,8 @@ class Seq2Seq(Inference):
         self._pad, self._begin = getattr(config, "pad_token_id", None), getattr(config, "decoder_start_token_id", None)
         self.num_words: int = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         self._arenas = _arenas(step, max_batch, self.device)
-        self._cache = self._named(None)
-        self._row_of = [self._named(row) for row in range(max_batch)]
+        self._cache = {name: t for arena in self._arenas for name, t in arena.named.items()}
+        self._row_of = [{n: t for a in self._arenas for n, t in a.row(row).items()} for row in range(max_batch)]
         source = torch.zeros(1, *step.shapes.source_shape, dtype=step.shapes.source_dtype, device=self.device)
 
         def examples(rows: int) -> dict[str, torch.Tensor]:
@@ -239,15 +236,6 @@ class Seq2Seq(Inference):
     def cache_bytes(self) -> int:
         """Bytes of both caches."""
         return sum(arena.num_bytes for arena in self._arenas)
-
-    def _named(self, row: int | None) -> dict[str, torch.Tensor]:
-        """Both caches by name, or one row of them."""
-        rows = slice(None) if row is None else slice(row, row + 1)
-        return {
-            f"{what}.{n // 2}.{'values' if n % 2 else 'keys'}": tensor[rows]
-            for what, arena in zip(("cache", "source"), self._arenas, strict=True)
-            for n, tensor in enumerate(arena.tensors)
-        }
 
     def generate(  # type: ignore[override]
         self,

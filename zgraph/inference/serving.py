@@ -36,7 +36,7 @@ class _Served:
         found = infer(plain, **options)
         if not isinstance(found, Generator):
             found.generate()
-        self.generator: Generator = found  # type: ignore[assignment]
+        self.generator: Generator = found
 
     def fill(self) -> None:
         """Bring all parameters into the layout of inference, one after the other."""
