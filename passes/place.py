@@ -95,7 +95,7 @@ class Place(Pass):
         if size == 1:
             return graph
         axis = Axis(self.axis, size)
-        seeds = {i.value.name: place for i in graph.params for name, place in i.cuts if name == self.axis}
+        seeds = {i.value.name: place for i in graph.inputs for name, place in i.cuts if name == self.axis}
         search = partial(Search, context=context, free=self.search == "all") if self.search else None
         return _Placer(graph, axis, seeds, search, sequence=self.sequence).run()
 
@@ -136,8 +136,8 @@ class _Placer:
         self.have: dict[str, dict[Placement, Value]] = {}
 
     def checked(self, graph: Graph, name: str, place: Placement, axis: Axis) -> Placement:
-        """A seed that its parameter divides into."""
-        entry = next(i for i in graph.params if i.value.name == name)
+        """A seed that its parameter, or input, divides into."""
+        entry = next(i for i in graph.inputs if i.value.name == name)
         try:
             part_along(self.whole(entry.value.tensor), self.index, axis.size, place)
         except ValueError:
@@ -225,14 +225,16 @@ class _Placer:
         return replace(entry, value=value)
 
     def output(self, output: Output) -> Output:
-        """An output as the caller wants it: whole, or a gradient as its parameter lies."""
+        """An output as the caller wants it: whole, or as what it belongs to lies: a gradient as its parameter, the new
+        value of an input as the old one.
+        """
         if output.value is None or not isinstance(output.value.type, TensorType):
             return output
-        is_gradient = output.kind is OutputKind.grad and output.target in self.seeds
+        belongs = output.kind in (OutputKind.grad, OutputKind.mutation) and output.target in self.seeds
         node = Node("", (), (), phase=output.phase)
         if (maker := self.source.producers.get(output.value.name)) is not None:
             node = replace(node, origin=maker.origin)
-        return replace(output, value=self.wanted(output.value, self.seeds[output.target] if is_gradient else R, node))
+        return replace(output, value=self.wanted(output.value, self.seeds[output.target] if belongs else R, node))
 
     def wanted(self, value: Value, place: Placement | None, user: Node) -> Value:
         """A captured value at a placement, brought there before its first user if it is not."""
@@ -320,11 +322,12 @@ def _word(place: Placement) -> str:
 
 
 def cut_inputs(graph: Graph, axis: str, cuts: Mapping[str, Placement]) -> Graph:
-    """The graph with parameters to be cut along an axis, by their names in the model."""
+    """The graph with parameters, and inputs of a call, to be cut along an axis, by their names."""
+    kinds = InputKind.param, InputKind.input
     return replace(
         graph,
         inputs=tuple(
-            replace(i, cuts=((axis, cuts[i.target]),)) if i.kind is InputKind.param and i.target in cuts else i
+            replace(i, cuts=((axis, cuts[i.target]),)) if i.kind in kinds and i.target in cuts else i
             for i in graph.inputs
         ),
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zgraph.engine.initialize import add_config_arguments, init_distributed, initialize_engine
     from zgraph.engine.initialize import initialize_engine as initialize
     from zgraph.estimate.plan import plan, sweep
-    from zgraph.inference import infer
+    from zgraph.inference import infer, serving
     from zgraph.optim.local_steps import local_steps
     from zgraph.options.lengths import Lengths
     from zgraph.options.searched import search_placements
@@ -61,6 +61,7 @@ __all__ = [
     "register_pass",
     "report",
     "search_placements",
+    "serving",
     "sweep",
     "trace",
 ]
@@ -74,7 +75,7 @@ _HOMES = {
     "zgraph.engine.checkpoint.export": ("export_hf",),
     "zgraph.engine.initialize": ("add_config_arguments", "init_distributed", "initialize", "initialize_engine"),
     "zgraph.estimate.plan": ("plan", "sweep"),
-    "zgraph.inference": ("infer",),
+    "zgraph.inference": ("infer", "serving"),
     "zgraph.optim.local_steps": ("local_steps",),
     "zgraph.options.lengths": ("Lengths",),
     "zgraph.options.searched": ("search_placements",),

@@ -225,5 +225,9 @@ class ContextLengthError(UsageError):
     """A prompt and the tokens asked for are longer than the cache."""
 
 
+class OverloadError(ZgraphError):
+    """A server has no room for more requests, or is stopping. Ask again later."""
+
+
 class QuantisationError(UsageError):
     """A layer's weight cannot be kept in the integers asked for."""

@@ -15,8 +15,7 @@ from typing import ClassVar
 
 from zgraph.errors import PlacementError
 from zgraph.ir import Graph, InputKind, Node, Placement, Replicate, Shard, TensorType
-from zgraph.ir.rules import Rule, Strategy
-from zgraph.ir.rules import attention, device_attention
+from zgraph.ir.rules import Rule, Strategy, attention, device_attention
 from zgraph.ir.rules.factors import Cut
 from zgraph.ir.rules.kept import cuts_of
 from zgraph.passes.analysis.placing import Choices, Rules, Walk, chosen, trained_values, views_once

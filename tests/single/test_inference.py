@@ -6,12 +6,13 @@ import weakref
 import pytest
 import torch
 import transformers as hf
+from transformers.cache_utils import Cache
 
 import zgraph
 from tests.deep import DEEP, deep
 from zgraph.errors import ContextLengthError, InferenceError, QuantisationError, UsageError
-from zgraph.inference.evaluation import as_integers
-from zgraph.inference.prompts import Prompts
+from zgraph.inference.evaluation import _Rounded, as_integers
+from zgraph.inference.prompts import Prompts, pieces
 from zgraph.inference.sampling import Sampling
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -175,6 +176,27 @@ def test_a_model_in_integers_is_the_model_of_their_numbers(weights, activations,
     assert torch.equal(found.logits(**given), twice)
 
 
+def test_keys_and_values_in_int8_are_the_model_with_rounded_ones():
+    model, given = made("one layer"), prompts(1)
+    own = own_logits(model, given)
+    found = zgraph.infer(model, max_batch=2, max_len=96, kv="int8")
+    cache = Cache(layers=[_Rounded()])
+    with torch.no_grad():
+        wanted = model(given["input_ids"][:, 60:], past_key_values=cache).logits[:, -1]
+    logits = found.logits(**given)
+    assert (logits - wanted).norm() <= 1e-3 * wanted.norm() < (logits - own).norm() * 10
+    assert (logits - own).norm() <= 0.05 * own.norm()
+    assert found.cache_bytes == 2 * (-(-2 * 2 * 97 * 8 // 512) + -(-2 * 2 * 97 * 4 // 512)) * 512
+    assert not [n.op for p in found.programs.all for n in p.plan.graph.nodes if n.op == "aten.index_put.default"]
+    tokens = found.generate(**given, max_new_tokens=20)
+    assert torch.equal(tokens[:, :70], given["input_ids"])
+    again = found.logits(tokens[:, 60:89])
+    with torch.no_grad():
+        wanted = model(tokens[:, 60:89], past_key_values=cache).logits[:, -1]
+    assert (again - wanted).norm() <= 1e-3 * wanted.norm()
+    assert int(again.argmax()) == int(tokens[0, 89])
+
+
 BAD = {
     "longer than the cache": (ContextLengthError, "max_len=100", {"max_new_tokens": 30}, {}),
     "no new tokens": (UsageError, "above 0", {"max_new_tokens": 0}, {}),
@@ -205,6 +227,8 @@ def test_bad_prompts_are_refused(inference, case):
         ({"max_batch": 0}, "max_batch"),
         ({"max_len": 10**6}, "made for 2048"),
         ({"weights": "int3"}, "int8, int4"),
+        ({"kv": "int4"}, "None or int8"),
+        ({"max_source": 8}, "no encoder"),
         ({"activations": "int8"}, 'weights="int8"'),
         ({"weights": "int4", "group": 48}, "32, 64, 128"),
         ({"kernels": "triton"}, "aten, inductor"),
@@ -279,12 +303,9 @@ def test_the_distribution_that_is_drawn_from():
             Sampling(True, **wrong)
 
 
-def test_prompts_are_cut_so_that_they_end_together():
+def test_a_prompt_is_cut_so_that_its_last_piece_is_full():
     ids = torch.tensor([[0, 0, 7], [1, 2, 3]])
     found = Prompts(ids, torch.tensor([[0, 0, 1], [1, 1, 1]]), 8)
-    pieces = [(tokens.tolist(), places.tolist()) for tokens, places in found.chunks(2, 3, 9)]
     assert found.lengths == [1, 3]
-    assert pieces == [
-        ([[0, 0], [0, 1], [0, 0]], [[9, 9], [9, 0], [9, 9]]),
-        ([[0, 7], [2, 3], [0, 0]], [[9, 0], [1, 2], [9, 9]]),
-    ]
+    cut = [[(tokens.tolist(), places.tolist()) for tokens, places in pieces(row, 2, 9)] for row in found.rows]
+    assert cut == [[([[0, 7]], [[9, 0]])], [([[0, 1]], [[9, 0]]), ([[2, 3]], [[1, 2]])]]

@@ -18,6 +18,7 @@ from zgraph.cli import (  # noqa: F401 - add commands
     pictures,
     planning,
     quantising,
+    serving,
     simulating,
 )
 from zgraph.cli.app import DOES_NOT_FIT, FAILED, USED_WRONGLY, app

@@ -41,7 +41,7 @@ def quantise(
     one_of("--weights", weights, WEIGHTS)
     with progress() as shown:
         shown.add_task(f"reading {model}")
-        found, tokenizer = _loaded(model)
+        found, tokenizer = _plain(model)
         before = sum(p.nbytes for p in found.parameters())
         shown.add_task("rounding its weights")
         with writing(output):
@@ -66,6 +66,9 @@ def evaluation(
     activations: Annotated[
         str, typer.Option(help="int8 rounds activations too.", autocompletion=any_of(*ACTIVATIONS))
     ] = "",
+    kv: Annotated[
+        str, typer.Option("--kv", help="int8 rounds keys and values too.", autocompletion=any_of("int8"))
+    ] = "",
     group: Group = 64,
     window: Annotated[int, typer.Option(min=2, help="Tokens that are scored together.")] = 256,
     max_windows: Annotated[int, typer.Option(min=1, help="Windows of the text that are scored at most.")] = 64,
@@ -83,13 +86,14 @@ def evaluation(
     words = _text(text)
     with progress() as shown:
         shown.add_task(f"scoring {text}")
-        found, tokenizer = _loaded(model)
+        found, tokenizer = _plain(model)
         tokens = torch.tensor(tokenizer(words, verbose=False)["input_ids"])
         result = evaluate(
             found,
             tokens,
             weights=weights,
             activations=activations or None,
+            kv=kv or None,
             group=group,
             window=window,
             max_windows=max_windows,
@@ -110,25 +114,42 @@ def evaluation(
     out.print(table)
 
 
-def _loaded(name: str) -> tuple[Any, Any]:
-    """The model and the tokenizer of a folder, in fp32. Nothing of the folder's is run, and nothing downloaded."""
+def loaded(name: str) -> tuple[Any, Any, tuple[str, int] | None]:
+    """The model and the tokenizer of a folder, in fp32; the integers of `zgraph quantise`, and their group.
+
+    Nothing of the folder's is run, and nothing downloaded.
+    """
     try:
         import torch
         import transformers
     except ImportError:
         raise UsageError("this needs transformers: pip install zgraph-compiler[hf]") from None
-    if not Path(name).is_dir():
+    from zgraph.inference.storage import FILE, load_quantised
+
+    folder = Path(name)
+    if not folder.is_dir():
         raise UsageError(f"there is no folder {name}; save a model and its tokenizer to one with save_pretrained")
     safe = {"local_files_only": True, "trust_remote_code": False}
-    model: Any = transformers.AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForCausalLM
     tokenizer: Any = transformers.AutoTokenizer
     try:
-        return (
-            model.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **safe).eval(),
-            tokenizer.from_pretrained(name, **safe),
-        )
+        if (folder / FILE).is_file():
+            model, weights, group = load_quantised(folder)
+            return model, tokenizer.from_pretrained(name, **safe), (weights, group)
+        plain = auto.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **safe).eval()
+        return plain, tokenizer.from_pretrained(name, **safe), None
+    except UsageError:
+        raise
     except (OSError, ValueError) as error:
         raise UsageError(f"{name} has no causal language model with safetensors, or no tokenizer: {error}") from None
+
+
+def _plain(name: str) -> tuple[Any, Any]:
+    """The model and the tokenizer of a folder that holds no integers."""
+    model, tokenizer, kept_in = loaded(name)
+    if kept_in is not None:
+        raise UsageError(f"{name} has weights in {kept_in[0]} already; take the folder that it was made from")
+    return model, tokenizer
 
 
 def _text(path: Path) -> str:

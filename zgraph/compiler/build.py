@@ -163,6 +163,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     for name in ADAPTERS:
         import_module(name).adapt(model)
     copier.attach(session)
+    compiled.plain = functools.partial(copier.plain, session)
 
 
 def _make_ready(model: nn.Module, structure: Structure) -> bool:

@@ -96,6 +96,7 @@ class CompiledModel:
         self.trial, self.kernels, self.cuda_graphs = trial, kernels, cuda_graphs
         self.recordings: list[Recordings] = []
         self.placements = placements
+        self.plain: Callable[[], nn.Module] | None = None
         self.smaller_budget: int | None = None
         self.is_replanned = False
         self.entries: list[Entry] = []

@@ -45,14 +45,27 @@ class Copier:
         ]
         self._attached = [key for key, value in own.items() if self._before.get(key, _NONE) is not value]
 
-    def _copied(self, session: Session, memo: dict[int, Any]) -> nn.Module:
-        """Another model with the same values, compiled. All ranks copy together."""
+    def plain(self, session: Session) -> nn.Module:
+        """A model as it was before it was compiled, with whole parameters that hold no values yet."""
+        memo: dict[int, Any] = {}
+        for slot in session.store.slots.values():
+            like = slot.placeholder
+            whole = torch.empty(slot.parameter.shape, dtype=like.dtype, device=session.device)
+            memo[id(slot.parameter)] = nn.Parameter(whole, requires_grad=False)
+        return self._bare(memo)
+
+    def _bare(self, memo: dict[int, Any]) -> nn.Module:
         made = type(self.model).__new__(type(self.model))
         memo[id(self.model)] = made
-        for slot in session.store.slots.values():
-            memo[id(slot.parameter)] = _blank(slot.parameter, like=slot.placeholder)
         with self._detached():
             made.__dict__.update(copy.deepcopy(self.model.__dict__, memo))
+        return made
+
+    def _copied(self, session: Session, memo: dict[int, Any]) -> nn.Module:
+        """Another model with the same values, compiled. All ranks copy together."""
+        for slot in session.store.slots.values():
+            memo[id(slot.parameter)] = _blank(slot.parameter, like=slot.placeholder)
+        made = self._bare(memo)
         copied = self.again(made)
         with torch.no_grad():
             for name, slot in session.store.slots.items():

@@ -3,5 +3,6 @@
 from zgraph.inference.forwards import Inference
 from zgraph.inference.generation import Generator
 from zgraph.inference.model import infer
+from zgraph.inference.serving import serving
 
-__all__ = ["Generator", "Inference", "infer"]
+__all__ = ["Generator", "Inference", "infer", "serving"]

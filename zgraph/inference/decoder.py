@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,15 +37,15 @@ class Step:
         Args:
             tokens: [rows, tokens].
             places: [rows, tokens], where in its row each token is; `max_len` for what is none.
-            cache: keys and values of each layer in turn, which are written to.
+            cache: the tensors of each layer in turn, which are written to.
         """
         options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self.takes else {}
         if "position_ids" in self.takes:
             options["position_ids"] = torch.where(places < self.max_len, places, 0)
         out = self.model(
             input_ids=tokens,
-            attention_mask=self.mask(places, cache[0]),
-            past_key_values=slot_cache(cache, places),
+            attention_mask=self.mask(places),
+            past_key_values=slot_cache(self.shapes, cache, places),
             use_cache=True,
             return_dict=True,
             **options,
@@ -52,17 +53,17 @@ class Step:
         logits: torch.Tensor = out.logits[:, -1].float()
         return logits
 
-    def mask(self, places: torch.Tensor, keys: torch.Tensor) -> Any:
+    def mask(self, places: torch.Tensor) -> Any:
         """The numbers added to scores: 0 for places that a token sees, the smallest number for those behind it.
 
         One mask, [rows, 1, tokens, places]; or one for each kind of layer, where some see a window.
         """
         kinds = dict.fromkeys(getattr(self.config, "layer_types", None) or ())
         window = getattr(self.config, "sliding_window", None)
-        at = torch.arange(keys.shape[2], device=places.device)[None, None, None, :]
+        at = torch.arange(self.max_len + 1, device=places.device)[None, None, None, :]
         own = places[:, None, :, None]
         seen, near = at <= own, own - at < (window or 0)
-        dtype = keys.dtype
+        dtype = self.shapes[0].dtype
 
         def added(seen: torch.Tensor) -> torch.Tensor:
             zero = torch.zeros((), dtype=dtype, device=places.device)
@@ -100,7 +101,7 @@ def decoder_step(model: nn.Module, max_len: int) -> Step | str:
             ) from error
     scale = max(1.0, wanted.abs().max().item())
     worst = (found - wanted).abs().max().item() / scale
-    if not worst <= _tolerance(shapes[0].dtype):
+    if not worst <= tolerance(shapes[0].dtype):
         raise InferenceError(
             f"{kind} with a cache of fixed places gives logits that differ from its own by {worst:.2g} of the largest: "
             "it is called in a way that is not known here; use the model's own generate"
@@ -108,9 +109,15 @@ def decoder_step(model: nn.Module, max_len: int) -> Step | str:
     return Step(model, shapes, max_len)
 
 
+def kept_in(step: Step, kv: str | None) -> Step:
+    """The step with keys and values kept in int8, or as they are."""
+    shapes = [replace(shape, is_rounded=kv == "int8") for shape in step.shapes]
+    return Step(step.model, shapes, step.max_len)
+
+
 def _probe(step: Step, tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Logits of the last two tokens: of a prefill with padding before it, and of one token after it."""
-    cache = Arena(step.shapes, 1, step.max_len + 1, device).tensors
+    cache = [*Arena(step.shapes, 1, step.max_len + 1, device).named.values()]
     num = tokens.shape[1] - 1
     padded = torch.cat([tokens.new_zeros(1, 1), tokens[:, :num]], 1)
     places = torch.arange(-1, num, device=device)[None] % (step.max_len + 1)
@@ -119,7 +126,8 @@ def _probe(step: Step, tokens: torch.Tensor, device: torch.device) -> torch.Tens
     return torch.cat([first, second])
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
+    """How far logits of a step may be from the model's own, over the largest."""
     return 1e-4 if dtype in (torch.float32, torch.float64) else 0.1
 
 
@@ -128,9 +136,8 @@ def arguments(num_rows: int, num_tokens: int, step: Step, device: torch.device) 
     tokens = torch.zeros(num_rows, num_tokens, dtype=torch.int64, device=device)
     found = {"tokens": tokens, "places": torch.zeros_like(tokens)}
     for number, shape in enumerate(step.shapes):
-        for what, dim in (("keys", shape.key_dim), ("values", shape.value_dim)):
-            size = num_rows, shape.num_heads, step.max_len + 1, dim
-            found[f"cache.{number}.{what}"] = torch.empty(size, dtype=shape.dtype, device=device)
+        for what, (size, dtype) in shape.tensors(num_rows, step.max_len + 1).items():
+            found[f"cache.{number}.{what}"] = torch.empty(size, dtype=dtype, device=device)
     return found
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from zgraph.codegen import quantised
 from zgraph.errors import UsageError
-from zgraph.inference.model import recipe_of
+from zgraph.inference.model import check_kv, recipe_of
 from zgraph.inference.programs import Programs
+from zgraph.inference.slots import rounded
 from zgraph.passes import parse_recipe
 from zgraph.passes.quantise import Quantise
 
@@ -66,18 +68,19 @@ def evaluate(
     model: nn.Module,
     tokens: torch.Tensor,
     *,
-    weights: str,
+    weights: str | None = None,
     activations: str | None = None,
     group: int = 64,
     window: int = WINDOW,
     max_windows: int | None = None,
+    kv: str | None = None,
 ) -> Evaluation:
     """Score a text with a model's weights as they are, and in integers.
 
     Args:
         model: a causal language model of transformers. Its mode is put back.
         tokens: int64 [tokens], the text; what does not fill a window is left out.
-        weights, activations, group: as of `zgraph.infer`.
+        weights, activations, group, kv: as of `zgraph.infer`.
         window: tokens that are scored together.
         max_windows: how many are at most; None takes all.
 
@@ -89,34 +92,70 @@ def evaluate(
     if not len(windows) or window < 2:
         raise UsageError(f"the text has {len(tokens)} tokens, and a window {window}; take a longer text")
     recipe = recipe_of(weights, activations, group)
+    check_kv(kv)
     was_training = model.training
     model.eval()
     try:
         before, before_bytes = _perplexity(model, windows, recipe_of(None, None, group))
-        after, after_bytes = _perplexity(model, windows, recipe)
-        layers = _layer_errors(model, windows[:1], weights, group)
+        after, after_bytes = _perplexity(model, windows, recipe, kv)
+        layers = _layer_errors(model, windows[:1], weights, group) if weights else ()
     finally:
         model.train(was_training)
     return Evaluation(windows.numel() - len(windows), before, after, before_bytes, after_bytes, layers)
 
 
+class _Rounded(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """A layer of a cache that gives keys and values as they come back from int8, and keeps none."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """Both, rounded."""
+        both = (rounded(states) for states in (key_states, value_states))
+        return tuple((data.float() * scale).to(key_states.dtype) for data, scale in both)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The tokens of this call."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """None before this call."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+
 class _Score:
     """The summed loss of a window's tokens."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, kv: str | None) -> None:
+        self.model, self.kv = model, kv
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        options: dict[str, Any] = {"use_cache": False}
+        if self.kv is not None:
+            config: Any = getattr(self.model.config, "get_text_config", lambda **_: self.model.config)(decoder=True)
+            cache = Cache(layers=[_Rounded() for _ in range(config.num_hidden_layers)])
+            options = {"use_cache": True, "past_key_values": cache}
+        logits = self.model(input_ids=tokens, return_dict=True, **options).logits
         return F.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum")
 
 
 @torch.no_grad()
-def _perplexity(model: nn.Module, windows: torch.Tensor, recipe: str) -> tuple[float, int]:
+def _perplexity(model: nn.Module, windows: torch.Tensor, recipe: str, kv: str | None = None) -> tuple[float, int]:
     """The perplexity by a program, and the bytes of the weights that it reads."""
     device = next(model.parameters()).device
     programs = Programs(model, parse_recipe(recipe), device, compiles=False)
-    program = programs.program(model, _Score(model), {"tokens": windows[:1].to(device)}, "score")
+    program = programs.program(model, _Score(model, kv), {"tokens": windows[:1].to(device)}, "score")
     losses = [program({"tokens": row[None].to(device)})[0].item() for row in windows]
     return math.exp(math.fsum(losses) / (windows.numel() - len(windows))), programs.weights_bytes
 

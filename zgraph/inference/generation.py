@@ -10,15 +10,10 @@ import torch
 from torch import nn
 
 from zgraph.errors import ContextLengthError, InferenceError, UsageError
-from zgraph.inference.decoder import Step, arguments
+from zgraph.inference.calls import Calls
 from zgraph.inference.forwards import Inference
-from zgraph.inference.programs import Program, Programs
 from zgraph.inference.prompts import Prompts
 from zgraph.inference.sampling import Sampling
-from zgraph.inference.slots import Arena
-
-CHUNK = 64
-"""Tokens of a prompt that one call of the prefill takes."""
 
 
 class Streamer(Protocol):
@@ -35,29 +30,26 @@ class Generator(Inference):
     Attributes:
         max_batch: rows that it can generate for at once.
         max_len: tokens of a row, the prompt's among them.
+        num_words: tokens of the vocabulary.
+        stops: tokens that end a row, by the model's generation_config.
     """
 
-    def __init__(self, model: nn.Module, step: Step, programs: Programs, arena: Arena, max_batch: int) -> None:
-        super().__init__(weakref.ref(model), type(model).__name__, programs)
-        self.max_batch, self.max_len = max_batch, step.max_len
-        self._arena, self._pad = arena, _pad_token(model)
-        self._stops = _stops(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
-        self._vocabulary: int = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-        self._cache = {
-            f"cache.{n // 2}.{'values' if n % 2 else 'keys'}": tensor for n, tensor in enumerate(arena.tensors)
-        }
-        device = arena.tensors[0].device
-        self.chunk = min(CHUNK, self.max_len)
+    def __init__(self, model: nn.Module, calls: Calls) -> None:
+        super().__init__(weakref.ref(model), type(model).__name__, calls.programs)
+        self.calls, self.max_batch, self.max_len = calls, calls.num_rows, calls.max_len
+        self.stops = stop_tokens(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+        self.num_words: int = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        self._pad = _pad_token(model)
 
-        def program(num_tokens: int, name: str) -> Program:
-            return programs.program(model, step, arguments(max_batch, num_tokens, step, device), name)
-
-        self._prefill, self._decode = program(self.chunk, "prefill"), program(1, "decode")
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that a rank sends for one token of each row; of tokens that are drawn, without these themselves."""
+        return self.calls.wire_bytes
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the cache, all rows and places of it."""
-        return self._arena.num_bytes
+        return self.calls.arena.num_bytes
 
     def generate(  # type: ignore[override]
         self,
@@ -122,18 +114,19 @@ class Generator(Inference):
             InferenceError: the model gave logits that are no numbers.
         """
         sampling = Sampling(do_sample, temperature, top_k, top_p)
-        stops = self._stops if eos_token_id is None else _stops(eos_token_id)
+        stops = self.stops if eos_token_id is None else stop_tokens(eos_token_id)
         pad = next((p for p in (pad_token_id, self._pad, *stops) if p is not None), 0)
-        prompts = Prompts(input_ids, attention_mask, self._vocabulary)
+        prompts = Prompts(input_ids, attention_mask, self.num_words)
         self._check(prompts, max_new_tokens)
         return self._steps(prompts, max_new_tokens, sampling, stops, pad, generator)
 
     @torch.no_grad()
     def logits(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of the token that follows each prompt, fp32 [rows, vocabulary]. Raises what `stream` does."""
-        prompts = Prompts(input_ids, attention_mask, self._vocabulary)
+        prompts = Prompts(input_ids, attention_mask, self.num_words)
         self._check(prompts, 1)
         self.programs.refresh()
+        self.calls.check_alike(repr(prompts.listed))
         return self._prefilled(prompts)
 
     def _check(self, prompts: Prompts, max_new_tokens: int) -> None:
@@ -162,44 +155,43 @@ class Generator(Inference):
         generator: torch.Generator | None,
     ) -> Iterator[torch.Tensor]:
         self.programs.refresh()
-        num_rows, device = prompts.num_rows, self._arena.tensors[0].device
+        self.calls.check_alike(repr((prompts.listed, num_steps, sampling, stops, pad)))
+        num_rows, device = prompts.num_rows, self.calls.device
         logits = self._prefilled(prompts)
         at = torch.full((self.max_batch,), self.max_len, dtype=torch.int64, device=device)
         at[:num_rows] = torch.tensor(prompts.lengths, device=device)
         has_ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
         ends = torch.tensor(stops, dtype=torch.int64, device=device)
-        tokens = torch.zeros(self.max_batch, 1, dtype=torch.int64, device=device)
+        tokens = torch.zeros(self.max_batch, dtype=torch.int64, device=device)
         for step in range(num_steps):
-            chosen = torch.where(has_ended, pad, sampling.choose(logits, generator))
+            chosen = sampling.choose(logits, generator)
+            if sampling.do_sample:
+                chosen = self.calls.of_first(chosen)
+            chosen = torch.where(has_ended, pad, chosen)
             yield chosen.to(prompts.device)
             has_ended |= torch.isin(chosen, ends)
             if step + 1 == num_steps or bool(has_ended.all()):
                 return
-            tokens[:num_rows, 0] = chosen
+            tokens[:num_rows] = chosen
             at[:num_rows].masked_fill_(has_ended, self.max_len)
-            logits = self._call(self._decode, tokens, at[:, None])[:num_rows]
+            logits = self._checked(self.calls.decode(tokens, at)[:num_rows])
             at[:num_rows] += ~has_ended
 
     def _prefilled(self, prompts: Prompts) -> torch.Tensor:
         """Logits of the prompts' last tokens, with their keys and values in the cache."""
-        logits = None
-        for tokens, places in prompts.chunks(self.chunk, self.max_batch, self.max_len):
-            device = self._arena.tensors[0].device
-            logits = self._call(self._prefill, tokens.to(device), places.to(device))
-        assert logits is not None, "a prompt has a token"
-        return logits[: prompts.num_rows]
+        rows = [list(self.calls.prefill(row, tokens))[-1] for row, tokens in enumerate(prompts.rows)]
+        return self._checked(torch.stack(rows))
 
-    def _call(self, program: Program, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        (logits,) = program({"tokens": tokens, "places": places, **self._cache})
+    def _checked(self, logits: torch.Tensor) -> torch.Tensor:
         if not bool(torch.isfinite(logits).all()):
-            self._arena.clear()
+            self.calls.clear()
             raise InferenceError(
                 f"{self.kind} gives logits that are no numbers; look for weights that are none, or infer in fp32"
             )
         return logits
 
 
-def _stops(found: int | Sequence[int] | None) -> tuple[int, ...]:
+def stop_tokens(found: int | Sequence[int] | None) -> tuple[int, ...]:
     """Tokens that end a row."""
     if found is None:
         return ()

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.bridge.private_inductor import inductor_problem
 from zgraph.errors import UsageError
-from zgraph.inference.decoder import check_max_len, decoder_step
+from zgraph.inference.calls import Calls
+from zgraph.inference.decoder import Step, check_max_len, decoder_step, kept_in
 from zgraph.inference.forwards import Inference
 from zgraph.inference.generation import Generator
 from zgraph.inference.programs import Programs
+from zgraph.inference.seq2seq import Seq2Seq, Seq2SeqStep, seq2seq_step
 from zgraph.inference.slots import Arena
+from zgraph.ir import Shard
+from zgraph.options.model_plans import Placements
+from zgraph.options.parallel import AXIS, cuts_of, mesh_of
 from zgraph.options.validate import ATTRIBUTE
 from zgraph.passes import parse_recipe
 from zgraph.passes.quantise import GROUPS
 
 RECIPE = "canonicalize,grouped-heads,dce,in-place"
 """The passes for a model whose weights stay as they are."""
+
+PARALLEL = "canonicalize,grouped-heads,dce,place,partition(stage=0),exchange,dce,in-place"
+"""The passes for one that several ranks compute together."""
 
 WEIGHTS, ACTIVATIONS, KERNELS = ("int8", "int4"), ("int8",), ("aten", "inductor")
 """Values of options beside None."""
@@ -43,6 +52,12 @@ def recipe_of(weights: str | None, activations: str | None, group: int) -> str:
     return RECIPE.replace("canonicalize,", f"canonicalize,quantise({text}),")
 
 
+def check_kv(kv: str | None) -> None:
+    """Refuse what keys and values cannot be kept in. Raises UsageError."""
+    if kv not in (None, "int8"):
+        raise UsageError(f"kv must be None or int8, not {kv!r}")
+
+
 def infer(
     model: nn.Module,
     *,
@@ -52,6 +67,10 @@ def infer(
     activations: str | None = None,
     group: int = 64,
     kernels: str = "aten",
+    tensor_parallel: int = 1,
+    placements: Placements | None = None,
+    max_source: int | None = None,
+    kv: str | None = None,
 ) -> Inference:
     """A model for inference: its prefill and decode captured and linked, to run over a cache with fixed places.
 
@@ -63,18 +82,25 @@ def infer(
     `inference(input_ids=ids)`, captured at the first call of each shape.
 
     Args:
-        model: a causal language model of transformers, or any module, on one device.
+        model: a causal language model of transformers, an encoder with a decoder, or any module, on one device.
         max_batch: rows to generate for at once; None takes one. A call with fewer rows takes as long as one with all.
         max_len: tokens of a row, the prompt's among them; None takes 1,024, or what the model was made for if that is
             less.
         weights: what they are kept in: None leaves them; "int8" has a scale for each output of a layer; "int4" one for
             each group of columns, and int8 for embeddings and the projection to the vocabulary. Both are approximate.
         activations: "int8" rounds each token's before it meets a weight in int8, which is faster, and less exact.
+        kv: "int8" keeps keys and values in int8, with a scale for each head of each token. Approximate.
         group: columns that share a scale in int4: 32, 64 or 128.
         kernels: what runs the ops: "aten", torch's own; or "inductor", those between writes compiled together.
+        tensor_parallel: ranks that compute each op together, all of the job's: each has some heads, with their part of
+            the cache, and some columns of each MLP. They are called with the same prompts, and give the same tokens.
+        max_source: tokens that an encoder takes; None takes 512. Sources of features have one size, and take none.
+        placements: how parameters are cut over these ranks, as of `zgraph.compile`; None takes the model's own plan.
 
     Raises:
         UsageError: an option means nothing, or the model is compiled already or has no cache.
+        PlacementError: a parameter does not divide over the ranks.
+        PlanMismatchError: the ranks have different models or options.
         QuantisationError: a layer's columns or outputs do not fit the integers.
         InferenceError: the model does not compute with such a cache what it computes without.
         GraphBreakError, CaptureError: a call cannot be captured as one graph.
@@ -84,22 +110,79 @@ def infer(
         raise UsageError(f"max_batch is a number of rows above 0, not {max_batch!r}")
     if kernels not in KERNELS:
         raise UsageError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
+    check_kv(kv)
     pipeline = parse_recipe(recipe_of(weights, activations, group))
     if kernels == "inductor" and (problem := inductor_problem(device)):
         raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
+    mesh = mesh_of(device, None, tensor_parallel)
+    if mesh is None and placements is not None:
+        raise UsageError("placements= says how ranks share parameters; pass tensor_parallel= too")
+    if mesh is not None:
+        if max_source is not None:
+            raise UsageError("tensor_parallel= is for decoders; leave it or max_source= out")
+        return _parallel(model, mesh, placements, max_batch or 1, max_len, weights, kernels, kv)
     programs = Programs(model, pipeline, device, compiles=kernels == "inductor")
     kind, why_not = type(model).__name__, _why_not(model)
     was_training = model.training
     model.eval()
     try:
-        step = decoder_step(model, check_max_len(model, max_len)) if not why_not else None
-        if isinstance(step, str) or step is None:
-            why_not = why_not or str(step)
+        has_source = not why_not and bool(getattr(model.config, "is_encoder_decoder", False))
+        if max_source is not None and not has_source:
+            raise UsageError(f"{kind} has no use for max_source: it is no encoder with a decoder")
+        step: Step | Seq2SeqStep | str = why_not
+        if has_source:
+            step = seq2seq_step(model, check_max_len(model, max_len), max_source)
+        elif not why_not:
+            step = decoder_step(model, check_max_len(model, max_len))
+        if kv is not None and not isinstance(step, Step):
+            raise UsageError(
+                f"{kind} has no use for kv={kv!r}: {step if isinstance(step, str) else 'it has two caches'}"
+            )
+        if isinstance(step, str):
             if max_batch is not None or max_len is not None:
-                raise UsageError(f"{kind} has no use for max_batch and max_len: {why_not}")
-            return Inference(lambda: model, kind, programs, why_not)
+                raise UsageError(f"{kind} has no use for max_batch and max_len: {step}")
+            return Inference(lambda: model, kind, programs, step)
+        if isinstance(step, Seq2SeqStep):
+            return Seq2Seq(model, step, programs, max_batch or 1)
+        step = kept_in(step, kv)
         arena = Arena(step.shapes, max_batch or 1, step.max_len + 1, device)
-        return Generator(model, step, programs, arena, max_batch or 1)
+        return Generator(model, Calls(model, step, programs, arena, max_batch or 1))
+    finally:
+        model.train(was_training)
+
+
+def _parallel(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    placements: Placements | None,
+    max_batch: int,
+    max_len: int | None,
+    weights: str | None,
+    kernels: str,
+    kv: str | None,
+) -> Inference:
+    """A model that the ranks of a mesh compute together."""
+    kind, num_ranks = type(model).__name__, mesh.size(0)
+    if weights is not None or kernels != "aten":
+        raise UsageError('tensor_parallel= cuts layers of whole numbers run by kernels="aten": leave weights= out')
+    if mesh.size(-1) > 1:
+        raise UsageError(
+            f"tensor_parallel={num_ranks} is for all {mesh.size()} ranks of the job; pass that, or start fewer"
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        step = _why_not(model) or decoder_step(model, check_max_len(model, max_len))
+        if isinstance(step, str):
+            raise UsageError(f"{kind} cannot generate over several ranks: {step}")
+        step = kept_in(step, kv)
+        shapes = [shape.part(num_ranks) for shape in step.shapes]
+        names = [f"cache.{number}.{what}" for number, shape in enumerate(shapes) for what in shape.tensors(0, 0)]
+        cuts = {**cuts_of(model, placements, mesh), **dict.fromkeys(names, ((AXIS, Shard(1)),))}
+        device = next(model.parameters()).device
+        programs = Programs(model, parse_recipe(PARALLEL), device, compiles=False, mesh=mesh, cuts=cuts)
+        arena = Arena(shapes, max_batch, step.max_len + 1, device)
+        return Generator(model, Calls(model, step, programs, arena, max_batch))
     finally:
         model.train(was_training)
 
@@ -109,8 +192,6 @@ def _why_not(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     if not callable(getattr(model, "can_generate", None)) or config is None:
         return "it is no causal language model of transformers"
-    if getattr(config, "is_encoder_decoder", False):
-        return "an encoder with a decoder has two caches; use the model's own generate"
     if not model.can_generate() or model.get_output_embeddings() is None:  # type: ignore[operator]
         return "it has no head that gives tokens; take its ...ForCausalLM"
     return ""

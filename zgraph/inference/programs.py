@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from zgraph.bridge.private_runtime import whole_group
 from zgraph.capture import capture_call
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.environment import environment
 from zgraph.errors import InferenceError
-from zgraph.ir import Graph, Input, InputKind, OutputKind, Plan, verify
+from zgraph.ir import Graph, Input, InputKind, OutputKind, Placement, Plan, print_graph, verify
 from zgraph.ir.aliases import Memory
 from zgraph.passes import Context, Pipeline, make_plan
 from zgraph.passes.core.instruments import Verify
+from zgraph.passes.place import cut_inputs
 from zgraph.passes.plan.fixed import only, split_fixed
 from zgraph.runtime import HostMemory, Session, ShardStore
+from zgraph.runtime.agreement import plan_text, wire_of
 from zgraph.runtime.executor import Runner, link
 from zgraph.runtime.interpreted import Interpreted
+from zgraph.runtime.model_ranks import Cuts
+from zgraph.runtime.peers import unique_name
 from zgraph.runtime.regions import Regions
 
 
@@ -35,10 +42,11 @@ class Program:
     Args:
         plan: what it runs.
         run: runs it.
+        session: that it runs in, which hears of errors.
     """
 
-    def __init__(self, plan: Plan, run: Runner) -> None:
-        self.plan, self.run = plan, run
+    def __init__(self, plan: Plan, run: Runner, session: Session) -> None:
+        self.plan, self.run, self.session = plan, run, session
         graph, memory = plan.graph, Memory(plan.graph)
         targets = {i.value.name: i.target for i in graph.inputs}
         self.arguments = [targets[v.name] for v in plan.forward.arguments if v.name not in plan.resident]
@@ -53,7 +61,12 @@ class Program:
     def __call__(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The outputs for arguments by name; those that the call changes are changed in place."""
         names = iter(self.arguments)
-        results = self.run([None if resident else given[next(names)] for resident in self.needed])
+        args = [None if resident else given[next(names)] for resident in self.needed]
+        try:
+            results = self.run(args)
+        except BaseException as error:
+            self.session.fail(error)
+            raise
         for position, name in self.copies:
             given[name].copy_(results[position])
         return [results[i] for i in self.outputs]
@@ -67,10 +80,30 @@ class Programs:
         pipeline: the passes.
         device: that the model is on.
         compiles: whether Inductor compiles what is between ops that write.
+        mesh: the ranks that compute together; None for one rank.
+        cuts: of parameters, and of inputs of calls, over these ranks.
+
+    Attributes:
+        session: what runs the collectives.
     """
 
-    def __init__(self, model: nn.Module, pipeline: Pipeline, device: torch.device, *, compiles: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pipeline: Pipeline,
+        device: torch.device,
+        *,
+        compiles: bool,
+        mesh: DeviceMesh | None = None,
+        cuts: Mapping[str, Cuts] = MappingProxyType({}),
+    ) -> None:
         self.pipeline, self.device = pipeline, device
+        group = whole_group(mesh) if mesh is not None else None
+        store = ShardStore(nn.Module(), mesh, group, {}, 0, None, device, {}, HostMemory(device), nn.Parameter, cuts)
+        self.session = Session(store, group, unique_name(group) if group is not None else "inference")
+        self.ranks = store.ranks
+        self._parts: dict[str, torch.Tensor] = {}
+        self._sizes: dict[int, int] = {}
         self._sources = {
             name: weakref.ref(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
@@ -78,8 +111,6 @@ class Programs:
         self._shared: dict[str, torch.Tensor] = {}
         self._fixed: list[tuple[Graph, tuple[str, ...], Mapping[str, torch.Tensor]]] = []
         self._resident: dict[str, torch.Tensor] = {}
-        store = ShardStore(nn.Module(), None, None, {}, 0, None, device, {}, HostMemory(device))
-        self._session = Session(store, None, "inference")
         self._together: Regions | Interpreted = Regions() if compiles else Interpreted(device)
         self.all: list[Program] = []
 
@@ -102,6 +133,7 @@ class Programs:
 
         Raises:
             GraphBreakError, CaptureError: the call cannot be captured.
+            PlanMismatchError: ranks that compute together have other programs.
             VerifyError: with ZGRAPH_VERIFY, a pass made a graph that is none.
         """
         call = capture_call(function, arguments, model, name)
@@ -109,27 +141,75 @@ class Programs:
         checks = environment().verify
         if checks:
             verify(captured)
-        graph = self.pipeline.run(captured, Context(), [Verify()] if checks == 2 else [])
+        for axis, cuts in self._by_axis().items():
+            captured = cut_inputs(captured, axis, cuts)
+        context = Context(mesh=self.ranks.axes)
+        graph = self.pipeline.run(captured, context, [Verify()] if checks == 2 else [])
         fixed, graph = split_fixed(graph)
         names = tuple(i.target for i in graph.inputs[len(graph.inputs) - len(fixed.outputs) :])
         self._compute(fixed, names, constants)
         self._fixed.append((fixed, names, constants))
         plan = make_plan(graph)
+        if not self.session.is_alone:
+            self.session.peers.agree("program", plan_text(plan, print_graph(captured, origins=False), ""))
+            marks, _ = wire_of(plan)
+            self.session.marks |= marks
         resident = {
             i.value.name: self._resident.setdefault(i.target, self._tensor(i.target, constants))
             for i in graph.inputs
             if i.value.name in plan.resident
         }
-        program = Program(plan, self._linked(plan, resident))
+        program = Program(plan, self._linked(plan, resident), self.session)
         self.all.append(program)
         return program
 
     def refresh(self) -> None:
-        """Compute what depends on the model alone anew, if somebody has written to the model since."""
+        """Begin a call: compute what depends on the model alone anew, if somebody has written to the model since.
+
+        Raises:
+            PeerError: a rank that computes with this one failed before, or is gone.
+        """
+        self.session.begin_call()
         versions = self._version()
         if all(self._versions[name] == version for name, version in versions.items()):
             return
+        changed = {name for name, version in versions.items() if self._versions[name] != version}
         self._versions |= versions
+        for name in changed & self._parts.keys():
+            self._parts[name].copy_(self._part(name))
+        self._compute_anew()
+
+    @torch.no_grad()
+    def load(self, wholes: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take new values of parameters, whole, one after the other; of those that are cut, this rank's part alone."""
+        self._resize(is_there=True)
+        for name, whole in wholes:
+            if name in self._parts:
+                self._parts[name].copy_(self.ranks.part(name, whole))
+            elif (found := self._sources[name]()) is not None:
+                found.copy_(whole)
+        self._versions |= self._version()
+        self._compute_anew()
+
+    def unload(self) -> None:
+        """Give the memory of all that depends on parameters back, until `load`."""
+        self._resize(is_there=False)
+
+    def _resize(self, *, is_there: bool) -> None:
+        """Take the memory of what depends on parameters, or give it back; never that of constants."""
+        sources = {name: tensor for name, ref in self._sources.items() if (tensor := ref()) is not None}
+        constant = [t for _, _, constants in self._fixed for t in constants.values()]
+        constant += [t for t in sources.values() if not isinstance(t, nn.Parameter)]
+        kept = {t.untyped_storage()._cdata for t in constant}
+        whole = [t for name, t in sources.items() if not (is_there and name in self._parts)]
+        for tensor in (*whole, *self._parts.values(), *self._shared.values()):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in kept:
+                size = self._sizes.setdefault(storage._cdata, storage.nbytes())
+                storage.resize_(size if is_there else 0)
+
+    def _compute_anew(self) -> None:
+        """Compute what depends on the model alone once more, to where it lies."""
         done: set[str] = set()
         for fixed, names, constants in self._fixed:
             due = [i for i, name in enumerate(names) if name not in done]
@@ -150,23 +230,41 @@ class Programs:
         plan = make_plan(graph)
         found = {i.value.name: self._tensor(i.target, constants) for i in graph.inputs}
         resident = {name: found[name] for name in plan.resident}
-        run = link(plan.forward, plan, self._session, resident)
+        run = link(plan.forward, plan, self.session, resident)
         return run([None if v.name in resident else found[v.name] for v in plan.forward.arguments])
 
     def _linked(self, plan: Plan, resident: Mapping[str, torch.Tensor]) -> Runner:
         if isinstance(self._together, Regions):
             self._together.take_context()
-            self._together.compile([plan.forward], plan.graph, self._session)
-        return link(plan.forward, plan, self._session, resident, None, self._together)
+            self._together.compile([plan.forward], plan.graph, self.session)
+        return link(plan.forward, plan, self.session, resident, None, self._together)
 
     def _tensor(self, target: str, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if target in self._shared:
             return self._shared[target]
         if target in constants:
             return constants[target].to(self.device)
+        if self.ranks.is_cut(target):
+            if target not in self._parts:
+                self._parts[target] = self._part(target)
+            return self._parts[target]
         found = self._sources[target]()
         assert found is not None, "the model is there"
         return found.detach()
+
+    def _part(self, name: str) -> torch.Tensor:
+        """This rank's part of a parameter, in memory of its own."""
+        found = self._sources[name]()
+        assert found is not None, "the model is there"
+        return self.ranks.part(name, found.detach()).clone()
+
+    def _by_axis(self) -> dict[str, dict[str, Placement]]:
+        """The cuts along each axis, by the names of what is cut."""
+        found: dict[str, dict[str, Placement]] = {}
+        for name, cuts in self.ranks.cuts.items():
+            for axis, place in cuts:
+                found.setdefault(axis, {})[name] = place
+        return found
 
     def _version(self) -> dict[str, int]:
         """How often the model's tensors were written to: of those that are there."""

@@ -1,4 +1,4 @@
-"""Prompts of different lengths, without their padding, in pieces of one size."""
+"""Prompts of different lengths without their padding, and pieces of one size of them."""
 
 from __future__ import annotations
 
@@ -46,25 +46,30 @@ class Prompts:
             raise UsageError(f"input_ids has a token outside of 0 to {num_tokens - 1}, the model's vocabulary")
 
     @property
+    def listed(self) -> list[list[int]]:
+        """The tokens of each row, as numbers."""
+        return [row.tolist() for row in self.rows]
+
+    @property
     def num_rows(self) -> int:
         """How many prompts there are."""
         return len(self.rows)
 
-    def chunks(self, size: int, num_rows: int, nowhere: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pieces of the prompts, the last token of every row at the end of the last piece.
 
-        Args:
-            size: tokens of a piece.
-            num_rows: rows of it, of which the last ones may be empty.
-            nowhere: the place of what is no token.
+def pieces(tokens: torch.Tensor, size: int, nowhere: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pieces of one prompt, its last token at the end of the last piece.
 
-        Yields:
-            Tokens and their places, int64 [num_rows, size].
-        """
-        num_chunks = -(-max(self.lengths) // size)
-        tokens = torch.zeros(num_rows, num_chunks * size, dtype=torch.int64)
-        places = torch.full_like(tokens, nowhere)
-        for number, row in enumerate(self.rows):
-            tokens[number, -len(row) :] = row
-            places[number, -len(row) :] = torch.arange(len(row))
-        yield from zip(torch.split(tokens, size, 1), torch.split(places, size, 1), strict=True)
+    Args:
+        tokens: int64 [tokens], one at least.
+        size: tokens of a piece.
+        nowhere: the place of what is no token: what fills the first piece.
+
+    Yields:
+        Tokens and their places, int64 [1, size].
+    """
+    num_tokens = len(tokens)
+    whole = torch.zeros(1, -(-num_tokens // size) * size, dtype=torch.int64)
+    places = torch.full_like(whole, nowhere)
+    whole[0, -num_tokens:] = tokens
+    places[0, -num_tokens:] = torch.arange(num_tokens)
+    yield from zip(torch.split(whole, size, 1), torch.split(places, size, 1), strict=True)

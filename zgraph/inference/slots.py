@@ -6,14 +6,20 @@ the end takes what belongs to no token: padding, and rows that have ended.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from zgraph.errors import PlacementError
 from zgraph.ir.arena import ALIGN_BYTES
+
+EPS = 1e-12
+"""The smallest magnitude that a scale is made for."""
+
+TensorShape = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -23,29 +29,54 @@ class LayerShape:
     Args:
         num_heads: of keys and values.
         key_dim, value_dim: numbers a head.
-        dtype: of them.
+        dtype: that they are computed in.
+        is_rounded: whether they are kept in int8, with a scale for each head of each token.
     """
 
     num_heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    is_rounded: bool = False
+
+    def tensors(self, num_rows: int, num_places: int) -> dict[str, TensorShape]:
+        """The tensors of a layer's cache by name, [rows, heads, places, dim]."""
+        found: dict[str, TensorShape] = {}
+        for what, dim in (("keys", self.key_dim), ("values", self.value_dim)):
+            size = num_rows, self.num_heads, num_places
+            found[what] = (*size, dim), torch.int8 if self.is_rounded else self.dtype
+            if self.is_rounded:
+                found[f"{what}_scale"] = (*size, 1), torch.float32
+        return found
+
+    def part(self, num_ranks: int) -> LayerShape:
+        """What each of so many ranks keeps: some of the heads.
+
+        Raises:
+            PlacementError: the heads do not divide.
+        """
+        if self.num_heads % num_ranks:
+            raise PlacementError(
+                f"a layer's {self.num_heads} heads of keys and values do not divide over {num_ranks} ranks; take a "
+                "tensor_parallel= that divides them"
+            )
+        return replace(self, num_heads=self.num_heads // num_ranks)
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of the cache, as transformers' models call it.
 
     Args:
-        keys, values: [rows, heads, places, dim].
+        memory: the layer's tensors, as `LayerShape.tensors` has them.
         places: [rows, tokens], where this call's tokens go.
     """
 
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> None:
+    def __init__(self, memory: Mapping[str, torch.Tensor], places: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.keys, self.values, self.places = keys, values, places
+        self.keys, self.values, self.memory, self.places = memory["keys"], memory["values"], memory, places
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -55,15 +86,18 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a call's keys and values, [rows, heads, tokens, dim], to their places; all places of all rows."""
-        assert self.keys is not None
-        assert self.values is not None
-        num_rows, num_heads = key_states.shape[:2]
-        device = self.places.device
-        rows = torch.arange(num_rows, device=device)[:, None, None]
-        heads = torch.arange(num_heads, device=device)[None, :, None]
-        at = (rows, heads, self.places[:, None, :])
-        self.keys[at], self.values[at] = key_states, value_states
-        return self.keys, self.values
+        return self._updated("keys", key_states), self._updated("values", value_states)
+
+    def _updated(self, what: str, states: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(states.shape[0], device=self.places.device)[:, None]
+        at = (rows, slice(None), self.places)  # no index of heads: each rank may have some of them
+        held, scales = self.memory[what], self.memory.get(f"{what}_scale")
+        if scales is None:
+            held[at] = states.transpose(1, 2)
+            return held
+        data, scale = rounded(states)
+        held[at], scales[at] = data.transpose(1, 2), scale.transpose(1, 2)
+        return held.to(states.dtype) * scales.to(states.dtype)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All places, the first of them at 0."""
@@ -79,15 +113,29 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.keys.shape[2]
 
 
-def slot_cache(tensors: Sequence[torch.Tensor], places: torch.Tensor) -> Cache:
+def rounded(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values as int8, and a scale in fp32 for each head of each token, [..., 1]."""
+    wide = states.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp_min(EPS) / 127
+    return (wide / scale).round().to(torch.int8), scale
+
+
+def memories(shapes: Sequence[LayerShape], tensors: Sequence[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of each layer by name, from those of all layers in turn."""
+    left = iter(tensors)
+    for shape in shapes:
+        yield {name: next(left) for name in shape.tensors(0, 0)}
+
+
+def slot_cache(shapes: Sequence[LayerShape], tensors: Sequence[torch.Tensor], places: torch.Tensor) -> Cache:
     """The cache that a model is called with.
 
     Args:
-        tensors: keys and values of each layer in turn, [rows, heads, places, dim].
+        shapes: of the layers.
+        tensors: of each layer in turn.
         places: [rows, tokens].
     """
-    pairs = zip(tensors[::2], tensors[1::2], strict=True)
-    return Cache(layers=[SlotLayer(keys, values, places) for keys, values in pairs])
+    return Cache(layers=[SlotLayer(memory, places) for memory in memories(shapes, tensors)])
 
 
 def layer_shapes(cache: object) -> list[LayerShape] | str:
@@ -114,29 +162,38 @@ class Arena:
         num_rows: slots.
         num_places: tokens a slot.
         device: where it is.
+        name: what names begin with.
 
     Attributes:
-        tensors: keys and values of each layer in turn, [rows, heads, places, dim].
+        named: the tensors of each layer in turn, by name: `cache.0.keys` and so on.
         num_bytes: of the block.
     """
 
-    def __init__(self, layers: Sequence[LayerShape], num_rows: int, num_places: int, device: torch.device) -> None:
-        sizes = [
-            ((num_rows, layer.num_heads, num_places, dim), layer.dtype)
-            for layer in layers
-            for dim in (layer.key_dim, layer.value_dim)
-        ]
+    def __init__(
+        self, layers: Sequence[LayerShape], num_rows: int, num_places: int, device: torch.device, name: str = "cache"
+    ) -> None:
+        sizes = {
+            f"{name}.{number}.{what}": size
+            for number, layer in enumerate(layers)
+            for what, size in layer.tensors(num_rows, num_places).items()
+        }
         offsets, end = [], 0
-        for shape, dtype in sizes:
+        for shape, dtype in sizes.values():
             offsets.append(end)
             end += -(-torch.Size(shape).numel() * dtype.itemsize // ALIGN_BYTES) * ALIGN_BYTES
-        self.num_bytes = end
+        self.num_bytes, self.device = end, device
         self._block = torch.zeros(end, dtype=torch.uint8, device=device)
-        self.tensors = [
-            self._block[at : at + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
-            for at, (shape, dtype) in zip(offsets, sizes, strict=True)
-        ]
+        self.named = {
+            key: self._block[at : at + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+            for at, (key, (shape, dtype)) in zip(offsets, sizes.items(), strict=True)
+        }
 
-    def clear(self) -> None:
-        """Fill it with zeros."""
-        self._block.zero_()
+    def row(self, row: int) -> dict[str, torch.Tensor]:
+        """The tensors of one slot, by name."""
+        return {name: tensor[row : row + 1] for name, tensor in self.named.items()}
+
+    def resize(self, *, is_there: bool) -> None:
+        """Take the memory, filled with zeros, or give it back; the tensors stay the same."""
+        self._block.untyped_storage().resize_(self.num_bytes if is_there else 0)
+        if is_there:
+            self._block.zero_()

@@ -5,7 +5,7 @@ Rows of a table of words are cut where ranks know which of them they have.
 
 from __future__ import annotations
 
-from zgraph.ir.graph import Value
+from zgraph.ir.graph import Arg, Value
 from zgraph.ir.rules.factors import Call, Rule, letters, written
 from zgraph.ir.rules.pointwise import FIRST
 
@@ -63,8 +63,10 @@ def indexed(call: Call) -> Rule | None:
 
 
 def put(call: Call) -> Rule | None:
-    """Rows of a copy written, or added to, by indices of the first dim; None for others."""
+    """Rows of a copy written, or added to, by indices of the first dim, or of several; None for others."""
     listed, is_added = call.args[1], bool(call.arg(3, "accumulate", False))
+    if isinstance(listed, tuple) and not is_added and sum(isinstance(i, Value) for i in listed) > 1:
+        return _put_apart(call, listed)
     if not isinstance(listed, tuple) or len(listed) != 1 or len(call.ins) != 3:
         return None
     own, at, given = call.shape(0), call.shape(1), call.shape(2)
@@ -75,6 +77,23 @@ def put(call: Call) -> Rule | None:
     base = " ".join(["_v", *rest])
     text = f"{base}, {' '.join(rows)}, {' '.join(rows + rest)} -> {base}"
     return written(call, text, linear=((0, 2),), added=(0,))
+
+
+def _put_apart(call: Call, listed: tuple[Arg, ...]) -> Rule | None:
+    """Elements of a copy written by indices with a dim between them, which passes: what indices make comes first."""
+    at = [i for i, index in enumerate(listed) if isinstance(index, Value)]
+    if at == list(range(at[0], at[-1] + 1)):
+        return None
+    own, given = call.shape(0), call.shape(len(at) + 1)
+    names = ["_v" + str(i) if i in at else name for i, name in enumerate(letters(own))]
+    passing = [name for i, name in enumerate(names) if i not in at]
+    num_made = len(given) - len(passing)
+    if given[num_made:] != tuple(size for i, size in enumerate(own) if i not in at):
+        return None
+    indices = [" ".join(f"_i{k}{d}" for d in range(len(call.shape(1 + k)))) for k in range(len(at))]
+    source = " ".join([*(f"_t{d}" for d in range(num_made)), *passing])
+    base = " ".join(names)
+    return written(call, f"{base}, {', '.join(indices)}, {source} -> {base}", linear=((0, len(at) + 1),))
 
 
 def scatter(call: Call) -> Rule | None:
@@ -98,5 +117,6 @@ RULES = {
     "aten.gather.default": gather,
     "aten.index.Tensor": indexed,
     "aten.index_put.default": put,
+    "aten.index_put_.default": put,
     "aten.scatter.src": scatter,
 }

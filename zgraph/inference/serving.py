@@ -1,0 +1,102 @@
+"""Generation inside of a training loop: shards brought into the layout of inference once, and given back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from zgraph.compiler.compiled_model import compiled_model
+from zgraph.errors import UsageError
+from zgraph.inference.generation import Generator
+from zgraph.inference.model import infer
+from zgraph.runtime.eager_fallback import full
+from zgraph.runtime.session import Session
+
+
+class _Served:
+    """A plain copy of a compiled model, whose memory is there while it serves.
+
+    Args:
+        session: of the compiled model.
+        plain: the copy, with whole parameters that hold no values.
+        options: of `zgraph.infer`.
+    """
+
+    def __init__(self, session: Session, plain: nn.Module, options: dict[str, Any]) -> None:
+        self.session, self.plain, self.options = session, plain, options
+        parameters = dict(plain.named_parameters())
+        with torch.no_grad():
+            for name, whole in self._wholes():
+                parameters[name].copy_(whole)
+        found = infer(plain, **options)
+        if not isinstance(found, Generator):
+            found.generate()
+        self.generator: Generator = found
+
+    def fill(self) -> None:
+        """Bring all parameters into the layout of inference, one after the other."""
+        self.generator.calls.arena.resize(is_there=True)
+        self.generator.programs.load(self._wholes())
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self.generator.programs.unload()
+        self.generator.calls.arena.resize(is_there=False)
+
+    def _wholes(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter, gathered from its shards. All ranks meet in it."""
+        self.session.begin_call()
+        try:
+            for slot in self.session.store.slots.values():
+                yield slot.name, full(self.session, slot)
+        except BaseException as error:
+            self.session.fail(error)
+            raise
+
+
+_SERVED: weakref.WeakKeyDictionary[nn.Module, _Served] = weakref.WeakKeyDictionary()
+"""What each compiled model generates with: its programs are captured once."""
+
+
+@contextmanager
+def serving(model: nn.Module, **options: Any) -> Iterator[Generator]:
+    """Generate with a model that is compiled for training, within a training loop.
+
+        with zgraph.serving(model, max_batch=8, max_len=256) as inference:
+            tokens = inference.generate(ids, max_new_tokens=64)
+
+    Each parameter is gathered from its shards once at the beginning, into the layout of inference; for a token nothing
+    is. At the end, that memory is given back. Programs are captured at the first `with` of a model alone. All ranks
+    enter it together. Within it they may generate from other prompts, unless they compute together.
+
+    Args:
+        model: a causal language model of transformers, compiled by `zgraph.compile` at any stage.
+        options: those of `zgraph.infer`: `max_batch`, `max_len`, `weights`, `tensor_parallel` and so on, the same each
+            time. With `tensor_parallel` each rank keeps its part alone; the first time it holds the whole, which the
+            step is compared with.
+
+    Raises:
+        UsageError: the model is not compiled, cannot generate, or the options are not those of the last time.
+        PeerError: another rank failed.
+    """
+    compiled = compiled_model(model)
+    held = _SERVED.get(model)
+    if held is not None and held.options != options:
+        raise UsageError(
+            f"this {type(model).__name__} was served with {held.options or 'no options'}, and programs are captured "
+            "once; pass the same options each time"
+        )
+    if held is None:
+        assert compiled.plain is not None, "the model is attached"
+        held = _SERVED[model] = _Served(compiled.session, compiled.plain(), options)
+    else:
+        held.fill()
+    try:
+        yield held.generator
+    finally:
+        held.free()

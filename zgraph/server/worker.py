@@ -1,0 +1,164 @@
+"""The thread that steps a batch, and through which others reach it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+from zgraph.errors import OverloadError
+from zgraph.inference.continuous import ContinuousBatch, Made, Request
+from zgraph.inference.generation import Generator
+
+logger = logging.getLogger("zgraph.server")
+
+Heard = Callable[[Made], None]
+"""Told of each token of a request, in the worker's thread."""
+
+
+class Ticket:
+    """A request that was handed over; `cancel` takes it.
+
+    Args:
+        request: what was asked.
+        heard: told of each token.
+    """
+
+    def __init__(self, request: Request, heard: Heard) -> None:
+        self.request, self.heard = request, heard
+        self.number: int | None = None
+        self.is_over = False
+
+
+class Worker:
+    """A thread that generates for whoever asks, from any thread.
+
+    Args:
+        generator: a model of `zgraph.infer`, which nothing else may use meanwhile.
+        max_waiting: requests that may wait for a row; more are refused.
+
+    Attributes:
+        num_running, num_waiting: requests with a row, and without one.
+        step_seconds: told how long each step took.
+    """
+
+    def __init__(self, generator: Generator, max_waiting: int = 256) -> None:
+        self.generator, self.max_waiting = generator, max_waiting
+        self.num_running = 0
+        self.step_seconds: Callable[[float], None] = lambda _: None
+        self._batch = ContinuousBatch(generator)
+        self._tickets: dict[int, Ticket] = {}
+        self._new: deque[Ticket] = deque()
+        self._dropped: deque[Ticket] = deque()
+        self._wake = threading.Condition()
+        self._is_closing = self._is_cut = False
+        self._num_pending = 0
+        self._thread = threading.Thread(target=self._run, name="zgraph.server", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a row."""
+        return max(0, self._num_pending - self.num_running)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are taken."""
+        return self._thread.is_alive() and not self._is_closing
+
+    def submit(self, requests: list[Request], heard: list[Heard]) -> list[Ticket]:
+        """Hand requests over, all or none.
+
+        Raises:
+            UsageError, ContextLengthError: one of them cannot be generated.
+            OverloadError: too many wait already, or the worker is closing.
+        """
+        for request in requests:
+            self._batch.check(request)
+        tickets = [Ticket(request, told) for request, told in zip(requests, heard, strict=True)]
+        with self._wake:
+            if not self.is_alive:
+                raise OverloadError("the server is stopping; ask another, or again when it is back")
+            if self._num_pending + len(tickets) > self.max_waiting + self.generator.max_batch:
+                raise OverloadError(f"{self.num_waiting} requests wait already; ask again later")
+            self._num_pending += len(tickets)
+            self._new.extend(tickets)
+            self._wake.notify()
+        return tickets
+
+    def cancel(self, tickets: list[Ticket]) -> None:
+        """Forget requests that are not over: their rows are free before the next step."""
+        with self._wake:
+            self._dropped.extend(ticket for ticket in tickets if not ticket.is_over)
+            self._wake.notify()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Take no more requests, and wait until those that were taken are over, or for so long."""
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify()
+        self._thread.join(timeout_s)
+        self._is_cut = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """Hear what is new, and step; whether there is more to come."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._new or self._dropped or self._batch.is_busy or self._is_closing)
+            new, dropped = [*self._new], [*self._dropped]
+            self._new.clear()
+            self._dropped.clear()
+        for ticket in new:
+            ticket.number = self._batch.submit(ticket.request)
+            self._tickets[ticket.number] = ticket
+        for ticket in dropped:
+            if ticket.number is not None and not ticket.is_over:
+                self._batch.cancel(ticket.number)
+                self._end(ticket)
+        if self._is_cut:
+            self._fail("the server stopped")
+        if self._batch.is_busy:
+            self._step()
+        self.num_running = self._batch.num_running
+        with self._wake:
+            return not (self._is_closing and not self._tickets and not self._new)
+
+    def _step(self) -> None:
+        begin = time.perf_counter()
+        try:
+            found = self._batch.step()
+        except Exception:
+            logger.exception("a step failed, and with it all requests under way")
+            self._fail("a step failed")
+            return
+        self.step_seconds(time.perf_counter() - begin)
+        for made in found:
+            self._tell(self._tickets[made.number], made)
+
+    def _fail(self, why: str) -> None:
+        """End all requests under way."""
+        for number, ticket in [*self._tickets.items()]:
+            self._batch.cancel(number)
+            self._tell(ticket, Made(number, None, "error"))
+        self.generator.calls.clear()
+        logger.warning("%s: requests under way have ended without an answer", why)
+
+    def _tell(self, ticket: Ticket, made: Made) -> None:
+        if made.ended:
+            self._end(ticket)
+        with suppress(RuntimeError):  # the loop that listens is closed
+            ticket.heard(made)
+
+    def _end(self, ticket: Ticket) -> None:
+        assert ticket.number is not None
+        ticket.is_over = True
+        del self._tickets[ticket.number]
+        with self._wake:
+            self._num_pending -= 1
