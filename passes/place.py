@@ -203,7 +203,7 @@ class _Placer:
         return replace(self.graph, inputs=inputs, nodes=tuple(self.nodes), outputs=outputs)
 
     def kept(self, held: dict[Placement, Value]) -> dict[Placement, Value]:
-        """What of a value in the forward is kept for the backward: not what is gathered where the sequence is cut."""
+        """The value of the forward that is kept for the backward: not what is gathered where the sequence is cut."""
         if not self.sequence and not self.is_context:
             return held
         first, *others = held.items()
@@ -271,7 +271,7 @@ class _Placer:
         return replace(kind, strides=None if is_contiguous(kind.shape, dense) else dense)
 
     def made_again(self, value: Value, user: Node) -> Value:
-        """What is made of parameters alone, made once more before its first user in the backward."""
+        """A copy of nodes that read parameters alone, made once more before its first user in the backward."""
         node = self.viewed(value)
         given = {v.name: self.wanted(v, R, user) for v in node.operands}
         result = Value(self.builder.fresh(f"{value.name}_again"), self.typed(value.type, R))

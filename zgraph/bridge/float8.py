@@ -50,7 +50,7 @@ def cast_in_pieces(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def runs(node: Node) -> Callable[..., torch.Tensor]:
-    """What one of `PARTS` does with what a rank has."""
+    """Run one of `PARTS` on this rank's tensors."""
     if node.op == "amax":
         return largest
     dtype = node.option("dtype")

@@ -169,4 +169,4 @@ class _Written(yaml.SafeDumper):  # type: ignore[misc]
 
 
 WRITERS = {"slurm": sbatch, "jobset": job_set, "pytorchjob": pytorch_job}
-"""What `zgraph launch --print` writes."""
+"""Writers of `zgraph launch --print`, by its words."""

@@ -39,7 +39,7 @@ PACKAGES = ("torch", "triton", "numpy", "transformers")
 
 @dataclass(frozen=True)
 class Found:
-    """What one rank found out about itself.
+    """Measurements of one rank.
 
     Args:
         rank: its number.
@@ -76,7 +76,7 @@ class Checkup:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What is wrong, one sentence each; empty if nothing is."""
+        """Problems, one sentence each; empty if there are none."""
         return (*self._unlike(), *self._slow(), *self._late())
 
     def _unlike(self) -> list[str]:

@@ -114,7 +114,7 @@ def infer(
     pipeline = parse_recipe(recipe_of(weights, activations, group))
     if kernels == "inductor" and (problem := inductor_problem(device)):
         raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
-    mesh = mesh_of(device, None, tensor_parallel)
+    mesh = mesh_of(device, None, {AXIS: tensor_parallel})
     if mesh is None and placements is not None:
         raise UsageError("placements= says how ranks share parameters; pass tensor_parallel= too")
     if mesh is not None:
@@ -178,7 +178,7 @@ def _parallel(
         step = kept_in(step, kv)
         shapes = [shape.part(num_ranks) for shape in step.shapes]
         names = [f"cache.{number}.{what}" for number, shape in enumerate(shapes) for what in shape.tensors(0, 0)]
-        cuts = {**cuts_of(model, placements, mesh), **dict.fromkeys(names, ((AXIS, Shard(1)),))}
+        cuts = {**cuts_of(model, placements, num_ranks, mesh.size(-1)), **dict.fromkeys(names, ((AXIS, Shard(1)),))}
         device = next(model.parameters()).device
         programs = Programs(model, parse_recipe(PARALLEL), device, compiles=False, mesh=mesh, cuts=cuts)
         arena = Arena(shapes, max_batch, step.max_len + 1, device)

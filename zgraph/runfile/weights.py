@@ -100,7 +100,7 @@ def _unnumbered(name: str) -> str:
 
 
 def explain_weight(run: RunFile, name: str) -> Weight | None:
-    """What a run knows of a parameter; None if it has none of this name.
+    """Facts of a run about a parameter; None if it has none of this name.
 
     Args:
         run: the run.

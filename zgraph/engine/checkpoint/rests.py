@@ -20,7 +20,7 @@ _PREFIX = "feedback."
 
 
 def rests_of(engine: Trains) -> Tensors:
-    """What is still due to each parameter's gradient; nothing if none was coded. All ranks must ask for it."""
+    """Rests that are due to each parameter's gradient; none if nothing was coded. All ranks must ask for it."""
     feedback = compiled_model(engine.module).session.feedback
     if not feedback.num_bytes:
         return {}

@@ -20,7 +20,7 @@ HEADS = {"q": "b (h g) _q _d", "k": "b h _s _d", "v": "b h _s _e", "o": "b (h g)
 _FORWARD = {"flash": "qkv", "efficient": "qkvm", "cudnn": "qkvm"}
 
 _BACKWARD = {"flash": "oqkvol", "efficient": "oqkvmol", "cudnn": "oqkvol  m"}
-"""What the arguments of each op are: of the letters above, a mask, or logarithms of sums; others are read whole."""
+"""Arguments of each op: of the letters above, a mask, or logarithms of sums; others are read whole."""
 
 _DROPOUTS = {"flash": (3, 10), "efficient": (5, 9), "cudnn": (5, 13)}
 """Where the probability of dropout is among the arguments of an op and of its backward."""
@@ -46,7 +46,7 @@ def _rule(call: Call, roles: str, results: str, dropout: int) -> Rule | None:
 
 
 def _operands(call: Call, roles: str) -> Mapping[int, str]:
-    """What the operands are, by their numbers, from what the arguments are."""
+    """Roles of the operands, by their numbers, from those of the arguments."""
     found: dict[int, str] = {}
     number = 0
     for position, arg in enumerate(call.args):
