@@ -11,7 +11,7 @@ import yaml
 from tests.deep import deep
 from zgraph.cli.clusters import Job, job_set, pytorch_job, sbatch
 from zgraph.cli.environment_report import cores
-from zgraph.cli.launching import Host, hosts_of
+from zgraph.cli.launching import Host, _options, command_on, hosts_of
 from zgraph.errors import UsageError
 
 SSH = """#!/usr/bin/env bash
@@ -48,6 +48,18 @@ def test_hosts_are_reached_by_ssh(ssh, zgraph_command, tmp_path, monkeypatch, mo
         assert f"{host}: rank {number} of 2, {cores()} threads, {[arguments[-2 if more else -1], *more]}" in out
     assert "hunter2" not in out
     assert ("the others were ended" in error) == bool(code)
+
+
+def test_the_first_host_is_where_they_meet(monkeypatch):
+    monkeypatch.setattr("os.environ", {"PATH": "/bin", "HF_TOKEN": "hunter2", "NCCL_DEBUG": "INFO", "SHELL": "sh"})
+    hosts = [Host("user@gpu-1", 8), Host("gpu-2")]
+    options = _options(["--hostfile", "hosts", "--master-port", "7", "train.py", "--x"])
+    commands = [command_on(host, number, hosts, options) for number, host in enumerate(hosts)]
+    place = "--master-addr gpu-1 --master-port 7 train.py --x"
+    ends = [f"--node-rank 0 --nproc-per-node 8 {place}", f"--node-rank 1 {place}"]
+    for command, end in zip(commands, ends, strict=True):
+        assert command.endswith(f"-m zgraph launch --nnodes 2 {end}")
+        assert "env NCCL_DEBUG=INFO PATH=/bin " in command
 
 
 def test_a_hostfile_is_read(tmp_path):
@@ -171,10 +183,16 @@ def test_a_job_is_printed(zgraph_command):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--print", "jobset", "train.py"), "give --image"),
+        (("--print", "jobset", "--nproc-per-node", "8", "train.py"), "give --image"),
         (("--print", "slurm", "--nnodes", "1:4", "train.py"), "number of hosts"),
         (("--print", "jobset", "--submit", "train.py"), "kubectl"),
-        (("--submit", "train.py"), "needs sbatch"),
+        (("--submit", "--nproc-per-node", "8", "train.py"), "needs sbatch"),
+        (("--print", "slurm", "--nnodes", "4", "train.py"), "--nproc-per-node 8"),
+        (("--print", "slurm", "--hostfile", "hosts", "train.py"), "give one of them"),
+        (("--print", "slurm", "--log-dir", "logs", "train.py"), "--log-dir is for"),
+        (("--hostfile", "hosts", "--rdzv-backend", "etcd", "train.py"), "--rdzv-backend is for"),
+        (("--hostfile", "hosts", "--nnodes", "2", "train.py"), "the number of hosts"),
+        (("--time", "1:00:00", "train.py"), "--time is for a job"),
     ],
 )
 def test_jobs_that_cannot_be_are_refused(zgraph_command, monkeypatch, arguments, said):

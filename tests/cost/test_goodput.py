@@ -68,5 +68,7 @@ def test_times_that_mean_nothing_are_refused(times: tuple[float, float, float]) 
 def test_what_never_gets_there_is_refused() -> None:
     with pytest.raises(UsageError, match="save more often"):
         goodput(Failures(10.0, 1.0, 1.0), 1e5)
+    with pytest.raises(UsageError, match="never get"):
+        best_interval_s(Failures(10.0, 10_000.0), 1.0)
     with pytest.raises(UsageError, match="above 0"):
         goodput(Failures(10.0), 0.0)

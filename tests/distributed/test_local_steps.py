@@ -61,6 +61,8 @@ def trained(mesh: DeviceMesh, num_inner: int, stage: int, steps: int, options: d
     for step in range(steps):
         step_of(model, optimizer, step, mesh.get_rank())
     outer.synchronise()
+    outer.synchronise()  # nothing has moved
+    outer.state_dict()
     return digest(model)
 
 
@@ -88,14 +90,14 @@ def reference(num_replicas: int, num_inner: int, steps: int, every: int, outer: 
 
 
 @pytest.mark.parametrize(
-    ("num_replicas", "num_inner", "stage"),
-    [(2, 1, 3), (2, 2, 3), deep(3, 1, 2), deep(2, 2, 0), deep(2, 2, 1)],
+    ("num_replicas", "num_inner", "stage", "steps"),
+    [(2, 1, 3, 8), (2, 2, 3, 10), deep(3, 1, 2, 10), deep(2, 2, 0, 10), deep(2, 2, 1, 8)],
 )
-def test_it_is_diloco(pool: Pool, num_replicas: int, num_inner: int, stage: int) -> None:
+def test_it_is_diloco(pool: Pool, num_replicas: int, num_inner: int, stage: int, steps: int) -> None:
     options = {"every": 4, "outer": Nesterov(0.7, 0.9), "codec": None}
-    found = pool.run(trained, num_replicas * num_inner, num_inner, stage, 10, options)
+    found = pool.run(trained, num_replicas * num_inner, num_inner, stage, steps, options)
     assert all(one == found[0] for one in found)
-    assert found[0] == pytest.approx(reference(num_replicas, num_inner, 10, 4, Nesterov(0.7, 0.9)), abs=2e-5)
+    assert found[0] == pytest.approx(reference(num_replicas, num_inner, steps, 4, Nesterov(0.7, 0.9)), abs=2e-5)
 
 
 def averaged(mesh: DeviceMesh) -> tuple[list[float], list[float]]:
@@ -180,6 +182,29 @@ def test_a_run_goes_on_from_what_it_saved(pool: Pool) -> None:
         assert found == other
 
 
+def poisoned_shard(mesh: DeviceMesh) -> tuple[int, list[float]]:
+    """The same of replicas of two ranks, where a single shard of one is not finite."""
+    ranks = DeviceMesh("cpu", mesh.mesh.view(-1, 2), mesh_dim_names=("outer", "inner"))
+    model = zgraph.compile(net(), stage=3, mesh=ranks["inner"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    outer = zgraph.local_steps(model, optimizer, ranks["outer"], every=2, codec="q8")
+    for step in range(3):
+        step_of(model, optimizer, step, mesh.get_rank())
+    if mesh.get_rank() == 1:
+        with torch.no_grad():
+            next(iter(model.parameters())).to_local().fill_(float("inf"))  # type: ignore[attr-defined]
+    outer.synchronise()
+    return outer.skipped, digest(model)
+
+
+def test_all_ranks_of_a_replica_go_back(pool: Pool) -> None:
+    found = pool.run(poisoned_shard, 4)
+    assert all(one == found[0] for one in found)
+    skipped, last = found[0]
+    assert skipped == 1
+    assert all(torch.tensor(last).isfinite())
+
+
 def poisoned(mesh: DeviceMesh) -> tuple[int, bool, list[float]]:
     """Outer steps left out, whether the first took all back, and the parameters at the end."""
     model = net()
@@ -225,9 +250,9 @@ def test_copies_to_compute_with_are_made_anew(pool: Pool) -> None:
         assert found == pytest.approx(other, rel=1e-2)
 
 
-def refused(mesh: DeviceMesh, differs: bool, options: dict[str, Any]) -> str:
-    if differs and mesh.get_rank() == 1:
-        options = {**options, "every": 9}
+def refused(mesh: DeviceMesh, differs: dict[str, Any], options: dict[str, Any]) -> str:
+    if mesh.get_rank() == 1:
+        options = {**options, **differs}
     try:
         replica(mesh, 1, **options)
     except zgraph.errors.UsageError as error:
@@ -247,11 +272,12 @@ def refused(mesh: DeviceMesh, differs: bool, options: dict[str, Any]) -> str:
     ids=str,
 )
 def test_options_that_mean_nothing_are_refused(pool: Pool, options: dict[str, Any], said: str) -> None:
-    assert all(said in found for found in pool.run(refused, 2, False, options))
+    assert all(said in found for found in pool.run(refused, 2, {}, options))
 
 
 def test_replicas_that_disagree_are_told_so(pool: Pool) -> None:
-    assert all("every=9" in found and "rank 1" in found for found in pool.run(refused, 2, True, {"every": 4}))
+    assert all("every=9" in said and "rank 1" in said for said in pool.run(refused, 2, {"every": 9}, {"every": 4}))
+    assert all("must be less" in said for said in pool.run(refused, 2, {"delay": 9}, {"every": 4}))
 
 
 def left_alone(mesh: DeviceMesh) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -38,8 +39,10 @@ GRACE_S = 10.0
 MOST_BYTES = 1 << 20
 """Of a hostfile."""
 
-SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4", "-q")
-"""A terminal for each, so that what runs there ends when this end is closed; no question is asked."""
+SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
+UNREACHED = 255
+"""A terminal for each, so that what runs there ends when this end is closed; no question is asked. Its own exit code
+where it reaches no host."""
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -60,6 +63,7 @@ def launch(
     Example: `zgraph launch --nproc-per-node 2 train.py --steps 3`
     """
     options = _options(arguments)
+    _check_together(options)
     if options.print or options.submit:
         _to_a_cluster(options)
     elif options.hostfile:
@@ -81,9 +85,45 @@ def _options(arguments: list[str]) -> Namespace:
     for name in ("--time", "--partition", "--account", "--image"):
         parser.add_argument(name, default="")
     parser.add_argument("--job-name", default="zgraph")
+    parser.set_defaults(master_addr="")
     if "PET_NPROC_PER_NODE" not in os.environ:
-        parser.set_defaults(nproc_per_node=str(_ranks_by_default()))
+        parser.set_defaults(nproc_per_node="")
     return parser.parse_args(arguments)
+
+
+ELSEWHERE = frozenset(
+    ("nnodes", "nproc_per_node", "master_addr", "master_port", "module", "no_python", "max_restarts")
+) | {"training_script", "training_script_args"}
+"""Options that ranks on other hosts are started with; those of torchrun beside them are for this host alone."""
+
+OF_CLUSTERS = ("submit", "cpus_only", "time", "partition", "account", "image")
+
+
+def _check_together(options: Namespace) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        UsageError: so one would.
+    """
+    to_cluster, over_ssh = bool(options.print or options.submit), bool(options.hostfile)
+    if to_cluster and over_ssh:
+        raise UsageError("--hostfile starts the script now, and --print and --submit make a job: give one of them")
+    if not to_cluster and (given := [name for name in OF_CLUSTERS if getattr(options, name)]):
+        raise UsageError(f"--{given[0].replace('_', '-')} is for a job of a cluster: give --print or --submit too")
+    if not to_cluster and not over_ssh:
+        return
+    usual = vars(_options(["script.py"]))
+    known = ELSEWHERE | {"hostfile", "print", "job_name", *OF_CLUSTERS}
+    for name, value in vars(options).items():
+        if name not in known and value != usual[name]:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for ranks that torchrun starts here; leave it out, or run torchrun on "
+                "each host"
+            )
+    if over_ssh and options.nnodes != usual["nnodes"]:
+        raise UsageError("--nnodes is the number of hosts in --hostfile: leave it out")
+    if to_cluster and (options.master_addr or options.master_port != usual["master_port"]):
+        raise UsageError("the job's first host is where ranks meet: leave --master-addr and --master-port out")
 
 
 def _ranks_by_default() -> int:
@@ -97,6 +137,8 @@ def _ranks_by_default() -> int:
 def _num_ranks(options: Namespace) -> int:
     """Ranks on this host. Raises UsageError for what is no number of ranks."""
     from torch.distributed.run import determine_local_world_size
+
+    options.nproc_per_node = options.nproc_per_node or str(_ranks_by_default())
 
     try:
         found: int = determine_local_world_size(options.nproc_per_node)
@@ -116,6 +158,7 @@ def _here(options: Namespace) -> None:
     from torch.distributed.run import run
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores() // _num_ranks(options), 1)))
+    options.master_addr = options.master_addr or os.environ.get("PET_MASTER_ADDR", "127.0.0.1")
     for name in ("agent.server.api", "multiprocessing.api"):  # which tell of every signal that is handed on
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
     try:
@@ -138,6 +181,8 @@ def _to_a_cluster(options: Namespace) -> None:
     least, _, most = options.nnodes.partition(":")
     if not least.isdigit() or most not in ("", least):
         raise UsageError(f"--nnodes must be a number of hosts here, not {options.nnodes}")
+    if not options.nproc_per_node:
+        raise UsageError("say how many ranks, and GPUs, each host of the job has: --nproc-per-node 8")
     text = WRITERS[options.print or "slurm"](
         Job(
             (options.training_script, *options.training_script_args),
@@ -177,7 +222,7 @@ class Host:
 
     Args:
         name: as ssh takes it.
-        slots: ranks on it; 0 leaves it to `--nproc-per-node`.
+        slots: ranks on it; 0 leaves it to `--nproc-per-node`, or else to that host.
     """
 
     name: str
@@ -219,10 +264,10 @@ def command_on(host: Host, number: int, hosts: Sequence[Host], options: Namespac
     names = (n for n in os.environ if n.startswith(FORWARDED) or n in ("PYTHONPATH", "PATH"))
     kept = {n: os.environ[n] for n in names if not any(part in n.upper() for part in SECRET)}
     place = hosts[0].name.rpartition("@")[2]
-    port = options.master_port or PORT
+    port, slots = options.master_port or PORT, host.slots or options.nproc_per_node
     arguments = [
         *("--nnodes", str(len(hosts)), "--node-rank", str(number)),
-        *("--nproc-per-node", str(host.slots or options.nproc_per_node)),
+        *(("--nproc-per-node", str(slots)) if slots else ()),
         *("--master-addr", options.master_addr or place, "--master-port", str(port)),
         *_rest(options),
         *(options.training_script, *options.training_script_args),
@@ -236,6 +281,8 @@ def _over_ssh(options: Namespace, hosts: Sequence[Host]) -> int:
     """Run on all hosts; the exit code of the first that fails, when the others are ended."""
     running: list[subprocess.Popen[bytes]] = []
     ended, first = threading.Event(), list[tuple[str, int]]()
+    signal.signal(signal.SIGTERM, _ended_by)
+    signal.signal(signal.SIGHUP, _ended_by)
 
     def follow(host: Host, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -267,7 +314,13 @@ def _over_ssh(options: Namespace, hosts: Sequence[Host]) -> int:
         return 0
     name, code = first[0]
     sys.stderr.write(f"zgraph: {name} ended with exit code {code}; the others were ended\n")
+    if code == UNREACHED:
+        sys.stderr.write(f"zgraph: ssh may not reach it without a password: try `ssh -o BatchMode=yes {name} true`\n")
     return code if code > 0 else 128 - code
+
+
+def _ended_by(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _end(running: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from zgraph.estimate.sweep import Combination, Sweep
 
 BATCHES = (1, 2, 4, 8)
-SCALES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 """Batches that `--sweep` tries where none is given."""
+
+SCALES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+"""Units of `--tokens`, in upper or lower case."""
 
 
 @app.command()
@@ -119,7 +121,7 @@ def plan(
 
 def _count(text: str) -> float:
     """A number such as `15T`, `300B`, `20M` or `1e12`. Raises UsageError if it is none."""
-    number, unit = (text[:-1], text[-1]) if text[-1:] in SCALES else (text, "")
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in SCALES else (text, "")
     try:
         found = float(number) * SCALES.get(unit, 1.0)
     except ValueError:

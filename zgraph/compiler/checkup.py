@@ -238,6 +238,7 @@ def _late_s(group: dist.ProcessGroup | None, device: torch.device) -> float:
         for _ in range(2):  # the first connects
             if rank == 0:
                 dist.recv(told, group=group, group_src=other)
+                told.item()  # on a GPU, the host goes on before the question is there
                 told.fill_(time.time())
                 dist.send(told, group=group, group_dst=other)
             else:

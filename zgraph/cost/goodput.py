@@ -85,10 +85,18 @@ def best_interval_s(failures: Failures, least_s: float) -> float:
     Args:
         failures: of the job.
         least_s: the time of a step.
+
+    Raises:
+        UsageError: a checkpoint takes so long that the job would not get through one.
     """
     mean, save = failures.every_s, failures.checkpoint_s
     if not save:
         return least_s
+    if save > 100 * mean:
+        raise UsageError(
+            f"a checkpoint takes {save:,.0f} s, and the job fails every {mean:,.0f} s on average: it would never get "
+            "there; save faster, or to a nearer place"
+        )
     bounds = (math.log(1e-6 * mean), math.log(100 * mean))
     found = minimize_scalar(
         lambda x: math.expm1((math.exp(x) + save) / mean) / math.exp(x), bounds=bounds, method="bounded"

@@ -65,6 +65,7 @@ class Fragment:
         begin: where all replicas began, [numbers] in fp32.
         momentum: of the outer optimizer, likewise.
         travel: takes its outer gradients to the other replicas.
+        agreed_at: the step after which all replicas held the same.
         due: the step after which the mean that is under way is taken in; 0 if none is.
         mean: the mean that is under way.
         left: where this replica was when it asked for it, if it went on meanwhile.
@@ -75,6 +76,7 @@ class Fragment:
     begin: torch.Tensor
     momentum: torch.Tensor
     travel: Travel
+    agreed_at: int = 0
     due: int = 0
     mean: Future[torch.Tensor] | None = None
     left: torch.Tensor | None = None
@@ -119,7 +121,8 @@ class LocalSteps:
         self._named = dict(named)
         self._thread = ThreadPoolExecutor(1, "zgraph-local-steps")
         self.fragments = [self._fragment(names) for names in _split(named, fragments)]
-        self._moved_since = False
+        meshes = {p.device_mesh for _, p in named if isinstance(p, DTensor)}
+        self._meshes = sorted(meshes, key=lambda mesh: mesh.mesh.flatten().tolist())
 
     def _fragment(self, names: Sequence[str]) -> Fragment:
         shards = [local(self._named[name]) for name in names]
@@ -136,7 +139,6 @@ class LocalSteps:
             PeerError: a replica is gone, or does not come.
         """
         self.steps += 1
-        self._moved_since = True
         for number, fragment in enumerate(self.fragments):
             if fragment.due and self.steps >= fragment.due:
                 self._take(fragment)
@@ -160,12 +162,11 @@ class LocalSteps:
         for fragment in self.fragments:
             if fragment.due:
                 self._take(fragment)
-        if self._moved_since:
-            for fragment in self.fragments:
-                self._ask(fragment)
-            for fragment in self.fragments:
-                self._take(fragment)
-        self._moved_since = False
+        moved = [fragment for fragment in self.fragments if fragment.agreed_at != self.steps]
+        for fragment in moved:
+            self._ask(fragment)
+        for fragment in moved:
+            self._take(fragment)
 
     def _ask(self, fragment: Fragment) -> None:
         now = fragment.now()
@@ -187,21 +188,32 @@ class LocalSteps:
                 f"more seconds ({error})"
             ) from error
         since = fragment.now() - fragment.left if fragment.left is not None else None
-        fragment.mean = fragment.left = None
-        fragment.due = 0
-        if mean.isfinite().all():
+        if self.steps == fragment.due - self.delay:
+            fragment.agreed_at = self.steps
+        fragment.mean, fragment.left, fragment.due = None, None, 0
+        if self._is_finite(mean):
             fragment.momentum.mul_(self.outer.momentum).add_(mean)
             fragment.begin.sub_(mean.add_(fragment.momentum, alpha=self.outer.momentum), alpha=self.outer.lr)
         else:
             since = None
             self.skipped += 1
             log.warning(
-                "outer step after step %d: not all replicas' parameters are finite from %s on; all go back to where "
-                "they began",
+                "outer step after step %d: not all replicas' parameters are finite from %s on; all go back with these to "
+                "where they began",
                 self.steps,
                 fragment.names[0],
             )
         fragment.put(fragment.begin if since is None else fragment.begin + since)
+
+    def _is_finite(self, mean: torch.Tensor) -> bool:
+        """Whether a mean is finite on all ranks of a replica, each of which has that of its shards."""
+        is_finite = mean.isfinite().all().int()
+        for mesh in self._meshes:
+            flag = is_finite.to(mesh.device_type)
+            for dim in range(mesh.ndim):
+                dist.all_reduce(flag, dist.ReduceOp.MIN, group=mesh.get_group(dim))
+            is_finite = flag
+        return bool(is_finite)
 
     # --- figures ---------------------------------------------------------------------------------------------------
 
@@ -212,8 +224,9 @@ class LocalSteps:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of memory at rest: beginnings, momentum, and the rests of codes."""
-        return sum(f.begin.nbytes + f.momentum.nbytes + f.travel.num_bytes for f in self.fragments)
+        """Bytes of memory: beginnings, momentum, rests of codes, and where means that are under way were asked for."""
+        left = sum(f.left.nbytes for f in self.fragments if f.left is not None)
+        return left + sum(f.begin.nbytes + f.momentum.nbytes + f.travel.num_bytes for f in self.fragments)
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -225,14 +238,15 @@ class LocalSteps:
         Raises:
             StateDictError: replicas hold different parameters, as steps were taken since they agreed.
         """
-        if self._moved_since or any(f.due for f in self.fragments):
+        if any(f.agreed_at != self.steps or f.due for f in self.fragments):
             raise StateDictError("replicas hold different parameters since the last step: call synchronise() first")
         found: dict[str, Any] = {"steps": self.steps}
         for fragment in self.fragments:
-            kept = {"momentum": fragment.momentum, "rest": fragment.travel.evened()}
+            kept = {"momentum": fragment.momentum, "rest": fragment.travel.evened(), "begin": fragment.begin}
             for key, flat in kept.items():
                 for name, part in zip(fragment.names, torch.split(flat, fragment.numels), strict=True):
-                    found[f"{key}.{name}"] = self._placed(name, part)
+                    if key != "begin" or self._named[name].dtype != torch.float32:
+                        found[f"{key}.{name}"] = self._placed(name, part)
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -242,12 +256,22 @@ class LocalSteps:
             StateDictError: a parameter is missing, or has another shape here.
         """
         for fragment in self.fragments:
+            if fragment.mean is not None:
+                fragment.mean.exception()  # its thread writes to the rests until it is there
             found = {key: [self._given(state, key, name) for name in fragment.names] for key in ("momentum", "rest")}
             fragment.momentum.copy_(torch.cat(found["momentum"]))
             fragment.travel.put(torch.cat(found["rest"]))
-            fragment.begin.copy_(fragment.now())
+            for name, part, now in zip(
+                fragment.names,
+                torch.split(fragment.begin, fragment.numels),
+                torch.split(fragment.now(), fragment.numels),
+                strict=True,
+            ):
+                is_whole = self._named[name].dtype == torch.float32
+                part.copy_(now if is_whole else self._given(state, "begin", name))
             fragment.due, fragment.mean, fragment.left = 0, None, None
-        self.steps, self._moved_since = int(state["steps"]), False
+            fragment.agreed_at = int(state["steps"])
+        self.steps = int(state["steps"])
 
     def _given(self, state: Mapping[str, Any], key: str, name: str) -> torch.Tensor:
         found = state.get(f"{key}.{name}")
@@ -325,37 +349,40 @@ def local_steps(
         UsageError: an argument means nothing, or replicas disagree in one; on all ranks.
         CodecError: the codec does not parse.
     """
-    outer = outer if outer is not None else Nesterov()
-    chosen = parse_codec(codec) if isinstance(codec, str) else codec if codec is not None else Raw()
-    _check(mesh, every, fragments, delay, chosen)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not named:
-        raise UsageError("no parameter of the model is trained: there is nothing to average")
-    if wide := [name for name, p in named if not p.is_floating_point() or p.dtype == torch.float64]:
-        raise UsageError(
-            f"outer gradients are fp32, and {wide[0]} is {dict(named)[wide[0]].dtype}; train in fp32 or less"
-        )
-    group = mesh.get_group()
-    shapes = ", ".join(f"{name} {tuple(local(p).shape)} {p.dtype}" for name, p in named)
-    _agree(group, f"every={every}, outer={outer}, codec={chosen}, fragments={fragments}, delay={delay}", shapes)
-    own = _group(group)
-    with torch.no_grad():
-        for _, parameter in named:
-            held = local(parameter)
-            whole = held.cpu().contiguous()
-            dist.broadcast(whole, group_src=0, group=own)
-            held.copy_(whole)
-    found = LocalSteps(named, own, every, outer, chosen, fragments, delay)
-    optimizer.register_step_post_hook(found.after_step)
-    return found
-
-
-def _check(mesh: object, every: int, fragments: int, delay: int, codec: object) -> None:
     if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1 or mesh.size() < 2:
         raise UsageError(
             'mesh must have one axis of two ranks or more, those that hold the same shard: init_device_mesh("cpu", '
             '(2, 4), mesh_dim_names=("outer", "inner"))["outer"]'
         )
+    outer, group = outer if outer is not None else Nesterov(), mesh.get_group()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    problem: UsageError | None = None
+    chosen: Codec = Raw()
+    try:
+        chosen = parse_codec(codec) if isinstance(codec, str) else codec if codec is not None else chosen
+        _check(named, every, fragments, delay, chosen)
+    except UsageError as error:
+        problem = error
+    shapes = ", ".join(f"{n} {tuple(local(p).shape)} {p.dtype}" for n, p in model.named_parameters())
+    options = f"every={every}, outer={outer}, codec={chosen}, fragments={fragments}, delay={delay}"
+    _agree(group, problem, options, shapes)
+    own = _group(group)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            held = local(parameter)
+            whole = held.cpu().contiguous().view(-1)
+            dist.broadcast(whole.view(torch.uint8), group_src=0, group=own)
+            held.copy_(whole.view(held.shape))
+    found = LocalSteps(named, own, every, outer, chosen, fragments, delay)
+    optimizer.register_step_post_hook(found.after_step)
+    return found
+
+
+def _check(named: Sequence[tuple[str, nn.Parameter]], every: int, fragments: int, delay: int, codec: object) -> None:
+    if not named:
+        raise UsageError("no parameter of the model is trained: there is nothing to average")
+    if wide := [(name, p.dtype) for name, p in named if not p.is_floating_point() or p.dtype == torch.float64]:
+        raise UsageError(f"outer gradients are fp32, and {wide[0][0]} is {wide[0][1]}; train in fp32 or less")
     for name, value, least in (("every", every, 1), ("fragments", fragments, 1), ("delay", delay, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UsageError(f"{name} must be a whole number from {least} on, not {value!r}")
@@ -380,17 +407,19 @@ _count: dict[str, int] = {}
 """How many groups were made of each, by its name."""
 
 
-def _agree(group: dist.ProcessGroup, options: str, shapes: str) -> None:
-    """Raise UsageError on all ranks where replicas differ."""
-    found: list[tuple[str, str]] = [("", "")] * dist.get_world_size(group)
-    dist.all_gather_object(found, (options, shapes), group=group)
+def _agree(group: dist.ProcessGroup, problem: UsageError | None, options: str, shapes: str) -> None:
+    """Raise UsageError on all ranks where replicas differ, or one has a problem."""
+    found: list[tuple[str, str, str]] = [("", "", "")] * dist.get_world_size(group)
+    dist.all_gather_object(found, (str(problem or ""), options, shapes), group=group)
+    if problem is not None:
+        raise problem
     ranks = dist.get_process_group_ranks(group)
-    for rank, (its, shards) in zip(ranks, found, strict=True):
-        if its != found[0][0]:
-            raise UsageError(
-                f"local_steps got {found[0][0]} on rank {ranks[0]}, and {its} on rank {rank}; give all one"
-            )
-        if shards != found[0][1]:
+    for rank, (its, chosen, shards) in zip(ranks, found, strict=True):
+        if its:
+            raise UsageError(f"local_steps on rank {rank}: {its}")
+        if chosen != found[0][1]:
+            raise UsageError(f"local_steps got {found[0][1]} on rank {ranks[0]}, {chosen} on rank {rank}; give all one")
+        if shards != found[0][2]:
             raise UsageError(
                 f"ranks {ranks[0]} and {rank} hold different shards; mesh= are the ranks that hold the same shard of "
                 "each replica, and all replicas are compiled alike"
