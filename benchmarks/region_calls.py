@@ -1,4 +1,4 @@
-"""What a call of a compiled region takes the host, by Inductor and by AOTInductor: python -m benchmarks.region_calls
+"""The host's time for a call of a region, by Inductor and by AOTInductor: python -m benchmarks.region_calls
 
 A region is called by the Python code that Inductor writes for it. AOTInductor writes C++ in its place, which is one
 call from Python (`torch._inductor.aot_compile`). Both are given the regions of a tiny Llama, in turns.
