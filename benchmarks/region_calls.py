@@ -1,131 +1,81 @@
-"""What a call of a compiled region takes the host, by Inductor and by AOTInductor: python -m benchmarks.region_calls
+"""The host's time for a call of a region, by Inductor and by AOTInductor: python -m benchmarks.region_calls
 
 A region is called by the Python code that Inductor writes for it. AOTInductor writes C++ in its place, which is one
-call from Python (`torch._inductor.aot_compile`). Both are given the regions of a tiny Llama, in turns.
+call from Python (`torch._inductor.aot_compile`). The region is a norm, a gate and three products of a few numbers, so
+that kernels take next to nothing.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
-from unittest.mock import patch
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import zgraph
-from benchmarks.host_time import llama
 from benchmarks.results import write
 from zgraph.bridge import private_inductor
 from zgraph.bridge.private_inductor import Example
 
-Tensors = Sequence[torch.Tensor]
+aten: Any = torch.ops.aten
+Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One region.
-
-    num_ops: ops in it; num_inputs, num_outputs: tensors that a call is given, and gives.
-    wrapper_us, runner_us: the fastest mean of a turn, by Inductor's wrapper and by AOTInductor's runner.
-    runner_seconds: what AOTInductor took to compile it.
-    """
-
-    num_ops: int
-    num_inputs: int
-    num_outputs: int
-    wrapper_us: float
-    runner_us: float
-    runner_seconds: float
+def region(
+    x: torch.Tensor, w: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, rest: torch.Tensor, bias: torch.Tensor
+) -> list[torch.Tensor]:
+    """The region: three results."""
+    normed = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w
+    hidden = torch.nn.functional.silu(aten.mm(normed, gate)) * aten.mm(normed, up)
+    return [hidden, normed, aten.addmm(bias, hidden, gate.t()) + rest]
 
 
-def regions_of(layers: int) -> list[tuple[Callable[..., Any], list[Example]]]:
-    """The different regions of a step, as functions of tensors with examples."""
-    found: list[tuple[Callable[..., Any], list[Example]]] = []
-    own = private_inductor.lowered
-
-    def lowered(function: Callable[..., Any], examples: Any, **options: Any) -> Any:
-        found.append((function, list(examples)))
-        return own(function, examples, **options)
-
-    torch.manual_seed(0)
-    ids = torch.zeros(1, 2, dtype=torch.int64)
-    with patch.object(private_inductor, "lowered", lowered):
-        model: Any = zgraph.compile(llama(layers), stage=0, kernels="inductor")
-        model(input_ids=ids, labels=ids).loss.backward()
-    return found
-
-
-def made(example: Example) -> torch.Tensor:
-    tensor = torch.empty_strided(example.size, example.stride, dtype=example.dtype)
-    return tensor.uniform_() if tensor.is_floating_point() else tensor.zero_()
-
-
-def runner(function: Callable[..., Any], inputs: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], Tensors]:
+def ahead_of_time(inputs: list[torch.Tensor]) -> Run:
     """The region by AOTInductor: a call of C++."""
     with torch.no_grad():
-        traced = make_fx(function)(*inputs)
+        traced = make_fx(region, tracing_mode="fake")(*inputs)
     path = torch._inductor.aot_compile(traced, tuple(inputs))
-    container = torch._C._aoti.AOTIModelContainerRunnerCpu(path, 1)
-    run: Callable[[list[torch.Tensor]], Tensors] = container.run
+    run: Run = torch._C._aoti.AOTIModelContainerRunnerCpu(path, 1).run
     return run
 
 
-def measured(layers: int, most: int, rounds: int, calls: int) -> list[Row]:
-    """The regions with the most inputs, each in turns of both."""
-    rows = []
-    for function, examples in sorted(regions_of(layers), key=lambda pair: -len(pair[1]))[:most]:
-        inputs = [made(e) for e in examples]
-        wrapper = private_inductor.inductor(function, examples)
-        wrapper(list(inputs))
-        wrapper = private_inductor.direct(wrapper)
-        began = time.perf_counter()
-        ahead = runner(function, inputs)
-        seconds = time.perf_counter() - began
-        for one, other in zip(wrapper(list(inputs)), ahead(list(inputs)), strict=True):
+def measured(rounds: int, calls: int) -> dict[str, float]:
+    """Microseconds of CPU time of a call, of the fastest turn of each."""
+    inputs = [torch.randn(size) for size in ((2, 8), (8,), (8, 8), (8, 8), (2, 8), (8,))]
+    wrapper: Run = private_inductor.inductor(region, [Example.of(t) for t in inputs])
+    wrapper(list(inputs))
+    ways: dict[str, Run] = {
+        "eager": lambda args: region(*args),
+        "Inductor": private_inductor.direct(wrapper),
+        "AOTInductor": ahead_of_time(inputs),
+    }
+    for run in ways.values():
+        for one, other in zip(run(list(inputs)), region(*inputs), strict=True):
             torch.testing.assert_close(one, other)
-        times = {"wrapper": float("inf"), "runner": float("inf")}
-        for _ in range(rounds):
-            for name, run in (("wrapper", wrapper), ("runner", ahead)):
-                start = time.thread_time()
-                for _ in range(calls):
-                    run(list(inputs))
-                times[name] = min(times[name], 1e6 * (time.thread_time() - start) / calls)
-        traced = make_fx(function)(*inputs)
-        num_ops = sum(n.op == "call_function" for n in traced.graph.nodes)
-        outputs = wrapper(list(inputs))
-        rows.append(Row(num_ops, len(inputs), len(outputs), times["wrapper"], times["runner"], seconds))
-    return rows
+    found = dict.fromkeys(ways, float("inf"))
+    for _ in range(rounds):
+        for name, run in ways.items():
+            began = time.thread_time()
+            for _ in range(calls):
+                run(list(inputs))
+            found[name] = min(found[name], 1e6 * (time.thread_time() - began) / calls)
+    return found
 
 
 def main(
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 2,
-    most: Annotated[int, typer.Option(min=1, help="How many regions, those with the most inputs first.")] = 5,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 7,
-    calls: Annotated[int, typer.Option(min=1, help="Calls a turn.")] = 300,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 15,
+    calls: Annotated[int, typer.Option(min=1, help="Calls a turn.")] = 200,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
 ) -> None:
-    """Time the regions, and print what a call of each takes."""
-    os.environ.setdefault("ZGRAPH_LOGS", "none")
+    """Time the region, and print what a call of it takes."""
     torch.set_num_threads(1)
-    rows = measured(layers, most, rounds, calls)
-    table = Table(title="one call of a region, CPU time of its thread", title_justify="left")
-    for column in ("ops", "inputs", "outputs", "Inductor's wrapper us", "AOTInductor us", "compiled in s"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        times = f"{row.wrapper_us:.1f}", f"{row.runner_us:.1f}", f"{row.runner_seconds:.0f}"
-        table.add_row(str(row.num_ops), str(row.num_inputs), str(row.num_outputs), *times)
-    total = [sum(times) for times in zip(*((r.wrapper_us, r.runner_us) for r in rows), strict=True)]
-    table.add_row("", "", "all", *(f"{us:.1f}" for us in total), "")
-    Console(width=100).print(table)
-    write(json_file, rows=[asdict(row) for row in rows])
+    found = measured(rounds, calls)
+    for name, us in found.items():
+        print(f"{name}: {us:.1f} us a call")
+    write(json_file, call_us=found)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def most_bytes(plan: Plan) -> int:
 
 
 class Turns:
-    """Whoever has memory that stays: a stream comes after the one that had it before."""
+    """Streams that take turns with memory that stays: each comes after the one before."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

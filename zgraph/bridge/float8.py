@@ -1,4 +1,4 @@
-"""Scales of float8, and what they make of numbers: of torchao's `Float8Linear` (`torchao/float8`, recipe `tensorwise`).
+"""Scales of float8, and numbers cast with them, as torchao's `Float8Linear` has it (`torchao/float8`, `tensorwise`).
 
 A scale is the dtype's largest number over the largest magnitude, in fp64 and then fp32. What is cast is multiplied in
 fp32 and saturates.
@@ -50,7 +50,7 @@ def cast_in_pieces(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def runs(node: Node) -> Callable[..., torch.Tensor]:
-    """Run one of `PARTS` on this rank's tensors."""
+    """The function of one of `PARTS`: from what a rank has to what it makes."""
     if node.op == "amax":
         return largest
     dtype = node.option("dtype")
@@ -62,6 +62,6 @@ def runs(node: Node) -> Callable[..., torch.Tensor]:
 
 
 def on_ranks(node: Node, operands: list[list[torch.Tensor]], mesh: Mesh) -> Sequence[list[torch.Tensor]]:
-    """The same on each of several ranks, given what each has of each operand."""
+    """One of `PARTS` on each of several ranks, given what each has of each operand."""
     run = runs(node)
     return [[run(*own) for own in zip(*operands, strict=True)]]
