@@ -50,7 +50,7 @@ class LayerShape:
         return found
 
     def part(self, num_ranks: int) -> LayerShape:
-        """What each of so many ranks keeps: some of the heads.
+        """The part that each of so many ranks keeps: some of the heads.
 
         Raises:
             PlacementError: the heads do not divide.

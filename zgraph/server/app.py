@@ -33,7 +33,7 @@ CLIENT_IS_GONE = 499
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes.
+    """Limits of requests, and of the time that they may take.
 
     Args:
         body_bytes: of a request.

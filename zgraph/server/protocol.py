@@ -1,4 +1,4 @@
-"""What is asked over HTTP: OpenAI's completions and chat completions, as far as they mean something here.
+"""Requests over HTTP: OpenAI's completions and chat completions, as far as they mean something here.
 
 A field that would have no effect is refused, unless its value asks for none.
 """
@@ -22,7 +22,7 @@ Nothing = Annotated[float, Field(ge=0, le=0)]
 
 
 class _Asked(BaseModel):
-    """What both kinds of requests have."""
+    """Fields that both kinds of requests have."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
