@@ -31,6 +31,8 @@ def test_the_example_of_every_command_runs(name, zgraph_command):
     assert code == 0
     (example,) = re.findall(r"Example: (zgraph .*)", re.sub(r"[│`]| +$", "", text, flags=re.M).replace("\n  ", " "))
     args = [a.replace("mm_3", "addmm_1") for a in shlex.split(example)[1:]]
+    if name in ("serve", "chat"):
+        pytest.skip("waits for somebody: test_serving.py runs it")
     if name == "trace":
         args[args.index("run.zg")] = "other.zg"
     if name == "plan":

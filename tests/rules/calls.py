@@ -248,6 +248,12 @@ def _rows(r: random.Random, s: list[int], bt: list[int], m: int, k: int) -> dict
     norm, lead = sizes(r, 1, 2), sizes(r, 1, 2)
     flat, stat = [*lead, *norm], [*lead, *(1 for _ in norm)]
     d = r.randrange(len(s))
+
+    def slots() -> Made:
+        """Places of rows written, with a dim between the indices that passes: a cache of keys and values."""
+        places = torch.stack([torch.randperm(7)[:2] for _ in range(3)])
+        return x(3, k, 7, 5), [torch.arange(3)[:, None], None, places], x(3, 2, k, 5)
+
     return {
         "aten.embedding.default": lambda: (x(8, k), ints(8, *bt)),
         "aten.embedding_dense_backward.default": lambda: (
@@ -255,9 +261,12 @@ def _rows(r: random.Random, s: list[int], bt: list[int], m: int, k: int) -> dict
         ),
         "aten.index_put.default": lambda: (
             (x(7, k), [ints(7, m)], x(m, k), True)
-            if r.random() < 0.6
+            if r.random() < 0.5
+            else slots()
+            if r.random() < 0.5
             else (x(12, k), [torch.randperm(12)[:m]], x(m, k))
         ),
+        "aten.index_put_.default": slots,
         "aten.scatter.src": lambda: (x(*s), d, ints(s[d], *s[:d], 1, *s[d + 1 :]), x(*s[:d], 1, *s[d + 1 :])),
         "aten.gather.default": lambda: (x(*s), d, ints(s[d], *s[:d], 5, *s[d + 1 :])),
         "aten.index.Tensor": lambda: (

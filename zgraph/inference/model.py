@@ -120,7 +120,12 @@ def infer(
     if mesh is not None:
         if max_source is not None:
             raise UsageError("tensor_parallel= is for decoders; leave it or max_source= out")
-        return _parallel(model, mesh, placements, max_batch or 1, max_len, weights, kernels, kv)
+        if weights is not None or kv is not None or kernels != "aten":
+            raise UsageError(
+                'tensor_parallel= is for weights, keys and values as they are, and kernels="aten": leave weights=, kv= '
+                "and kernels= out"
+            )
+        return _parallel(model, mesh, placements, max_batch or 1, max_len)
     programs = Programs(model, pipeline, device, compiles=kernels == "inductor")
     kind, why_not = type(model).__name__, _why_not(model)
     was_training = model.training
@@ -157,14 +162,9 @@ def _parallel(
     placements: Placements | None,
     max_batch: int,
     max_len: int | None,
-    weights: str | None,
-    kernels: str,
-    kv: str | None,
 ) -> Inference:
     """A model that the ranks of a mesh compute together."""
     kind, num_ranks = type(model).__name__, mesh.size(0)
-    if weights is not None or kernels != "aten":
-        raise UsageError('tensor_parallel= cuts layers of whole numbers run by kernels="aten": leave weights= out')
     if mesh.size(-1) > 1:
         raise UsageError(
             f"tensor_parallel={num_ranks} is for all {mesh.size()} ranks of the job; pass that, or start fewer"
@@ -175,7 +175,6 @@ def _parallel(
         step = _why_not(model) or decoder_step(model, check_max_len(model, max_len))
         if isinstance(step, str):
             raise UsageError(f"{kind} cannot generate over several ranks: {step}")
-        step = kept_in(step, kv)
         shapes = [shape.part(num_ranks) for shape in step.shapes]
         names = [f"cache.{number}.{what}" for number, shape in enumerate(shapes) for what in shape.tensors(0, 0)]
         cuts = {**cuts_of(model, placements, num_ranks, mesh.size(-1)), **dict.fromkeys(names, ((AXIS, Shard(1)),))}

@@ -49,7 +49,7 @@ class _Source(SlotLayer):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes of the tensors that are kept of a row.
+    """The parts of a row that are kept.
 
     Args:
         own: of each token, in each layer.
@@ -362,7 +362,7 @@ class Seq2Seq(Inference):
             logits = decoded(chosen)
 
     def _first(self, inputs: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
-        """First tokens of answers."""
+        """The tokens that answers begin with."""
         if given is None:
             if self._begin is None:
                 raise UsageError(f"{self.kind} does not say what answers begin with; pass decoder_input_ids")

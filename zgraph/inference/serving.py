@@ -60,7 +60,7 @@ class _Served:
 
 
 _SERVED: weakref.WeakKeyDictionary[nn.Module, _Served] = weakref.WeakKeyDictionary()
-"""Inference of each compiled model: its programs are captured once."""
+"""The copy that each compiled model generates with: its programs are captured once."""
 
 
 @contextmanager

@@ -33,7 +33,7 @@ CLIENT_IS_GONE = 499
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server.
+    """Limits of requests, and of the time that they may take.
 
     Args:
         body_bytes: of a request.

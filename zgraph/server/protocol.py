@@ -22,7 +22,7 @@ Nothing = Annotated[float, Field(ge=0, le=0)]
 
 
 class _Asked(BaseModel):
-    """Fields of both kinds of requests."""
+    """Fields that both kinds of requests have."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -32,7 +32,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def listener(server: Server) -> uvicorn.Server:
-    """The server that answers requests: `run([socket])` does so until SIGINT, SIGTERM or `should_exit`.
+    """The server itself: `run([socket])` answers requests until SIGINT, SIGTERM or `should_exit`.
 
     At the end it takes no new requests, and those under way have `grace_seconds`.
     """

@@ -82,13 +82,13 @@ class TextStream:
         self._text, self._num_given = "", 0
 
     def add(self, token: int) -> str:
-        """Text that is certain with one more token, and was not given yet."""
+        """The text that is certain with one more token, and was not given yet."""
         self._tokens.append(token)
         self._text += self._decoder.step(self.words.backend, token) or ""
         return self._given(self._num_held())
 
     def end(self) -> str:
-        """Rest of the text when no more tokens come."""
+        """The rest of the text, when no more tokens come."""
         if self.has_stopped:
             return ""
         whole = self.words.whole(self._tokens)
