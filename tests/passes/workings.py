@@ -17,7 +17,7 @@ from typing import Any
 from tests.passes.programs import FOLDER, Case, bare, context_of, graph_of
 from zgraph.cost import CostTable, Link, hardware
 from zgraph.errors import ZgraphError
-from zgraph.ir import Axis, Graph, OutputKind, Phase, Shard, print_graph
+from zgraph.ir import Axis, ExternalOp, Graph, Output, OutputKind, Phase, Shard, Value, print_graph
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.passes.analysis import timetable
 from zgraph.passes.analysis.forward import Forward
@@ -29,8 +29,11 @@ from zgraph.passes.compress import Compress
 from zgraph.passes.fit import _Fitter
 from zgraph.passes.float8 import Float8
 from zgraph.passes.fusion.groups import Groups
+from zgraph.passes.fusion.loss import fused_losses, loss_nodes
+from zgraph.passes.fusion.rotary import fused_subgraphs
 from zgraph.passes.keep import Keep
 from zgraph.passes.offload import Offload, Saved
+from zgraph.passes.partition import Partition
 from zgraph.passes.place import cut_inputs
 from zgraph.passes.placements import Search
 from zgraph.passes.placements.program import Program
@@ -369,6 +372,81 @@ def grown(name: str) -> Iterator[Any]:
             yield recipe.run(graph_of(name), context)
 
 
+def varied(graph: Graph, *, rows: tuple[ExternalOp, ...] = (ExternalOp(),)) -> Iterator[Graph]:
+    """The graph with another reader of each value, and with another op in the place of each node.
+
+    Args:
+        graph: the graph.
+        rows: what is known of the other op; of what it writes to or views, the first argument if that is a value.
+    """
+    for node in graph.nodes:
+        if any(v.name in graph.param_names for v in node.results) or not node.results:
+            continue
+        for value in node.results:
+            yield replace(graph, outputs=(*graph.outputs, Output(OutputKind.output, value, "", node.phase)))
+        op, is_single = "test.other.default", bool(node.args) and isinstance(node.args[0], Value)
+        for row in rows:
+            if (row.writes or row.views) and not is_single:
+                continue
+            nodes = tuple(replace(n, op=op) if n is node else n for n in graph.nodes)
+            foreign = {**graph.foreign, op: replace(row, multi=len(node.results) > 1)}
+            yield replace(graph, nodes=nodes, foreign=foreign)
+
+
+def new_nodes(before: Graph, after: Graph) -> list[Any]:
+    """What a pass made, and how many nodes there are."""
+    old = set(map(id, before.nodes))
+    return [len(after.nodes), *(repr(n) for n in after.nodes if id(n) not in old)]
+
+
+def matched(name: str) -> Iterator[Any]:
+    """What is found to fuse where a graph is a little different."""
+    graph = parse_recipe("canonicalize").run(graph_of(name), Context())
+    for other in varied(graph):
+        yield new_nodes(other, fused_losses(other, "fuse")), new_nodes(other, fused_subgraphs(other, "fuse"))
+        yield sorted(loss_nodes(other))
+
+
+def layered(name: str) -> Iterator[Any]:
+    """Which layers have eight bits, and what carries zeros alone, where a graph is a little different."""
+    graph = parse_recipe("canonicalize").run(graph_of(name), Context())
+    zeros = zero_tangents(graph) or frozenset(i.value.name for i in graph.inputs if i.kind.value == "tangent")
+    for other in varied(graph):
+        yield Float8().layers(other), Float8().left_out(other), Quantise().layers(other)
+        found = without_tangents(other, zeros)
+        yield None if found is None else [len(found.nodes), found.outputs]
+
+
+ROWS = (
+    ExternalOp(random=True),
+    ExternalOp(opaque=True),
+    ExternalOp(writes=(0,)),
+    ExternalOp(views=(0,)),
+)
+
+
+def odd(name: str, stage: int) -> Iterator[Any]:
+    """What becomes of graphs with ops of which nothing else is known."""
+    whole = parse_recipe("canonicalize").run(graph_of(name), Context())
+    context = placed(name, stage)[1]
+    for other in varied(whole, rows=ROWS):
+
+        def found(graph: Graph = other) -> Any:
+            graph = passed("dce", Partition(stage).run(graph, context), context)
+            forward, saved = Forward(graph, context), Saved(graph, context, 1)
+            again = [[(m.us, m.runs_again) for m in block.makers] for block, _ in forward.blocks]
+            step = lowered(graph, context)
+            transfers = [(t.first, t.due, t.num_bytes) for t in step.transfers]
+            plan = make_plan(graph, only_step=True)
+            return [new_nodes(other, graph), again, saved.num_bytes, transfers, plan.saved, step.canonical().nodes]
+
+        yield outcome(found)
+        yield outcome(
+            lambda graph=other: [(c.key, sorted(c.nodes)) for c in Groups(graph, "fuse").candidates("auto", {})]
+        )
+        yield outcome(lambda graph=other: passed("in-place", graph, context))
+
+
 def alike(name: str) -> Iterator[Any]:
     """Nodes that repeat others."""
     yield twins(graph_of(name))
@@ -416,6 +494,11 @@ def _workings() -> Iterator[tuple[str, Callable[[], Iterator[Any]]]]:
         yield f"{name}, eight bits", partial(eights, name)
         yield f"{name}, kernels", partial(grown, name)
         yield f"{name}, repeated", partial(alike, name)
+    for name in ("wide", "llama", "bf16"):
+        yield f"{name}, matched if varied", partial(matched, name)
+        yield f"{name}, layers if varied", partial(layered, name)
+    for name, stage in (("tied", 3), ("bf16", 1), ("convnet", 2), ("mixed", 0)):
+        yield f"{name}, odd ops", partial(odd, name, stage)
 
 
 WORKINGS = dict(_workings())
