@@ -111,13 +111,14 @@ def layer(
         (
             layer(16, 64),
             128,
-            "1 of 1 layers cannot be kept in int4, first lin: groups of 128 do not divide its 64 columns; pass group=64",
+            "1 of 1 layers cannot be kept in int4, first lin: groups of 128 do not divide its 64 columns; pass "
+            "group=64",
         ),
         (
             layer(24, 64),
             64,
-            "1 of 1 layers cannot be kept in int4, first lin: its 24 outputs are no multiple of 16; keep it in int8, by "
-            "its name in wider=",
+            "1 of 1 layers cannot be kept in int4, first lin: its 24 outputs are no multiple of 16; keep it in int8, "
+            "by its name in wider=",
         ),
     ],
 )
@@ -184,8 +185,8 @@ def test_what_writes_to_memory_is_not_cut(where: str, of: str) -> None:
 def test_a_cut_that_does_not_divide() -> None:
     graph = cut_inputs(graph_of("bf16"), "tensor", {"up.weight": Shard(0)})
     says = (
-        "up.weight of shape (9, 6) does not divide into S0 on 2 ranks of tensor; place it on another dim, keep it whole, "
-        "or take another number of ranks"
+        "up.weight of shape (9, 6) does not divide into S0 on 2 ranks of tensor; place it on another dim, keep it "
+        "whole, or take another number of ranks"
     )
     with pytest.raises(PlacementError, match=f"^{re.escape(says)}$"):
         Place().run(graph, TENSOR)
@@ -194,8 +195,8 @@ def test_a_cut_that_does_not_divide() -> None:
 def test_a_search_of_what_is_placed() -> None:
     graph = Place().run(graph_of("tied"), TENSOR)
     says = (
-        "a search along tensor begins with whole tensors, and the graph is placed along tensor, shard: search along the "
-        "first axis, and state the others"
+        "a search along tensor begins with whole tensors, and the graph is placed along tensor, shard: search along "
+        "the first axis, and state the others"
     )
     with pytest.raises(PlacementError, match=f"^{re.escape(says)}$"):
         Search(graph, Axis("tensor", 2), TENSOR, {})
@@ -205,8 +206,8 @@ def test_codes_go_along_one_axis() -> None:
     context = Context((Axis("replicate", 2), Axis("shard", 2)))
     graph = parse_recipe("partition(stage=2)").run(graph_of("tied"), context)
     says = (
-        "compress codes gradients along one axis of ranks, and the mesh has replicate, shard; leave compress out of the "
-        "recipe, or take a mesh of one axis"
+        "compress codes gradients along one axis of ranks, and the mesh has replicate, shard; leave compress out of "
+        "the recipe, or take a mesh of one axis"
     )
     with pytest.raises(ContractError, match=f"^{re.escape(says)}$"):
         Compress().run(graph, context)
@@ -303,9 +304,9 @@ def test_what_a_refusal_says() -> None:
     error = over_budget(Context(memory_budget=12345, rest_bytes=1000), 20000, "%y, forward")
     assert (error.needed_bytes, error.where) == (21000, "%y, forward")
     assert str(error) == (
-        "a memory budget of 12,345 bytes cannot hold this step: with 1,000 at rest and 20,000 at its peak (%y, forward), "
-        "21,000 is the smallest that can; offload the optimizer or the parameters (offload=), shard over more ranks, or "
-        "make the batch smaller"
+        "a memory budget of 12,345 bytes cannot hold this step: with 1,000 at rest and 20,000 at its peak (%y, "
+        "forward), 21,000 is the smallest that can; offload the optimizer or the parameters (offload=), shard over "
+        "more ranks, or make the batch smaller"
     )
 
 
