@@ -11,7 +11,7 @@ from typing import Any
 from tests.passes.programs import FOLDER
 from tests.passes.workings.common import TWO, TWO_HOSTS, outcome, plain
 from tests.passes.workings.ops import eights, grown, layered, matched, odd
-from tests.passes.workings.places import alike, choices, cut, spaces
+from tests.passes.workings.places import alike, choices, cut, repeated, spaces
 from tests.passes.workings.steps import ahead, coded, fitted, forwards, leaving, moved, plans, problems, random_problems
 from zgraph.ir import Axis
 
@@ -59,6 +59,7 @@ def _workings() -> Iterator[tuple[str, Callable[[], Iterator[Any]]]]:
         yield f"{name}, what is tried to fit", partial(fitted, name, 3)
     for seed in range(3):
         yield f"timetables {seed}", partial(random_problems, seed)
+        yield f"repetitions {seed}", partial(repeated, seed)
     for name in ("gpt2", "bf16-llama"):
         yield f"{name}, eight bits", partial(eights, name)
         yield f"{name}, kernels", partial(grown, name)

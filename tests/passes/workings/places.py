@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from tests.passes.programs import Case, context_of, graph_of
 from tests.passes.workings.common import LOWER, TWO, scheduled, slow
@@ -14,7 +17,8 @@ from zgraph.passes.analysis.placing import along_sequence, choose
 from zgraph.passes.place import cut_inputs
 from zgraph.passes.placements import Search
 from zgraph.passes.placements.program import Program
-from zgraph.passes.placements.twins import twins
+from zgraph.passes.placements.space import Pair, _spots
+from zgraph.passes.placements.twins import _candidates, _longest, _repetitions, twins
 from zgraph.passes.schedule import lower_bound_us
 
 
@@ -86,3 +90,23 @@ def spaces(name: str, num_ranks: int, num_data: int) -> Iterator[Any]:
 def alike(name: str) -> Iterator[Any]:
     """Nodes that repeat others."""
     yield twins(graph_of(name))
+
+
+def repeated(seed: int) -> Iterator[Any]:
+    """Repetitions in random rows of nodes, and places of random views."""
+    rng = random.Random(seed)
+    for _ in range(80):
+        block = [rng.randint(0, 3) for _ in range(rng.randint(1, 6))]
+        row = [rng.randint(0, 3) for _ in range(rng.randint(0, 3))] + block * rng.randint(0, 5)
+        row += [rng.randint(0, 5) for _ in range(rng.randint(0, 4))] + block * rng.randint(0, 3)
+        looks = np.array(row, dtype=int)
+        reads = np.cumsum([0, *(rng.choice((0, 1, 1, 2)) for _ in row)])
+        yield [tuple(map(int, found)) for found in _candidates(looks, reads)]
+        yield [tuple(map(int, found)) for found in _repetitions(looks, reads, 0, len(row))]
+        yield _longest(looks > 1)
+        joins: dict[Pair, list[Pair]] = {}
+        for number in range(1, 6):
+            for dim in range(3):
+                old = (str(rng.randint(0, number - 1)), Shard(rng.randint(0, 2)))
+                joins.setdefault(old, []).append((str(number), Shard(dim)))
+        yield [list(spot.items()) for spot in _spots([(str(n), Shard(d)) for n in range(6) for d in range(3)], joins)]
