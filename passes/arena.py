@@ -54,16 +54,15 @@ class Arena(Pass):
 
 def place(found: Sequence[Buffer]) -> list[Buffer]:
     """The buffers with an offset each, those that are alive at one time apart."""
-    placed: list[Buffer] = []
+    placed: list[tuple[int, Buffer]] = []
     for buffer in sorted(found, key=lambda b: (-b.num_bytes, b.node)):
         offset = 0
-        for other in sorted((o for o in placed if o.overlaps(buffer)), key=lambda o: o.offset or 0):
-            assert other.offset is not None
-            if offset + buffer.num_bytes <= other.offset:
+        for begin, num_bytes in sorted((at, other.num_bytes) for at, other in placed if other.overlaps(buffer)):
+            if offset + buffer.num_bytes <= begin:
                 break
-            offset = max(offset, other.offset + other.num_bytes)
-        placed.append(replace(buffer, offset=offset))
-    return placed
+            offset = max(offset, begin + num_bytes)
+        placed.append((offset, buffer))
+    return [replace(buffer, offset=offset) for offset, buffer in placed]
 
 
 def crowded_bytes(found: Sequence[Buffer]) -> int:

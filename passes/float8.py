@@ -92,7 +92,7 @@ class _Product:
         node: the matmul.
         a, b: its matrices.
         role: which of the three it is.
-        layer: the module.
+        layer: the module whose output it is; empty for gradients.
         why_not: why it stays as it is; empty if it does not.
     """
 
@@ -121,15 +121,12 @@ def _products(graph: Graph, exclude: str) -> Iterator[_Product]:
             yield outputs[-1]
         elif node.phase is Phase.backward and node.op == "aten.mm.default":
             if b.value.name in parameters and not b.is_turned:
-                layer = next((p.layer for p in outputs if p.b.value == b.value), "")
                 why = refused.get(b.value.name, "its output is no product")
-                yield _Product(node, a, b, "grad_input", layer, why)
+                yield _Product(node, a, b, "grad_input", "", why)
             elif a.is_turned:
                 of = [p for p in outputs if p.a == b and p.b.value.tensor.shape[0] == a.value.tensor.shape[1]]
                 if of:
-                    yield _Product(
-                        node, a, b, "grad_weight", of[0].layer, next((p.why_not for p in of if p.why_not), "")
-                    )
+                    yield _Product(node, a, b, "grad_weight", "", next((p.why_not for p in of if p.why_not), ""))
 
 
 def _why_not(a: Operand, b: Operand, layer: str, exclude: str) -> str:

@@ -275,7 +275,8 @@ class HeadroomTree:
 
     def __init__(self, headroom: Sequence[int]) -> None:
         self.size = 1 << max(len(headroom) - 1, 0).bit_length()
-        self.low = [inf] * self.size + [*headroom] + [inf] * (self.size - len(headroom))
+        self.low = [inf] * (2 * self.size)
+        self.low[self.size : self.size + len(headroom)] = headroom
         for node in range(self.size - 1, 0, -1):
             self.low[node] = min(self.low[2 * node], self.low[2 * node + 1])
         self.taken = [0] * (2 * self.size)

@@ -64,7 +64,9 @@ def _candidates(part: np.ndarray, reads: np.ndarray) -> Iterator[tuple[int, int,
         last[look] = at
     for distance, _ in distances.most_common(_NUM_PERIODS):
         for period in (distance, 2 * distance, 4 * distance):
-            begin, length = _longest(part[:-period] == part[period:]) if period < len(part) else (0, 0)
+            if period >= len(part):
+                break
+            begin, length = _longest(part[:-period] == part[period:])
             if length < period or reads[begin + period] - reads[begin] < PERIOD_MATRICES:
                 continue
             yield length + period, -period, -begin

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zgraph.ir import Axis, Graph, parse_graph, verify
+from zgraph.ir import Axis, Graph, Phase, parse_graph, verify
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
@@ -111,3 +111,38 @@ def test_a_plan_has_both_backwards(stage, num_ranks):
         assert without.arguments == full.arguments
         assert len(without.results) == len(full.results)
         assert not any(v.name == "u" for i in without.instructions for v in i.node.operands)
+
+
+ZEROS = """graph "g"
+op aten.add.Tensor
+op aten.mul.Tensor
+op aten.sum.default
+param %w: f32[4] "w"
+input %x: f32[4]
+tangent %t: f32[]
+tangent %u: f32[4]
+tangent %v: f32[4]
+fwd %y: f32[4] = aten.mul.Tensor(%x, %w)
+fwd %z: f32[4] = aten.mul.Tensor(%y, %w)
+fwd %l: f32[] = aten.sum.default(%y)
+bwd %e: f32[4] = aten.mul.Tensor(%t, %x)
+bwd %both: f32[4] = aten.add.Tensor(%u, %v)
+bwd %more: f32[4] = aten.add.Tensor(%both, 0)
+bwd %a: f32[4] = aten.add.Tensor(%more, %e)
+bwd %g: f32[4] = aten.mul.Tensor(%a, %x)
+return fwd output %l
+return fwd output %y
+return fwd output %z
+return bwd grad "w" %g
+"""
+
+
+def test_sums_of_zeros_are_zero():
+    graph = parse_graph(ZEROS)
+    assert zero_tangents(graph) == {"u", "v"}
+    found = without_tangents(graph, zero_tangents(graph))
+    assert [str(n.name) for n in found.nodes if n.phase is Phase.backward] == ["e", "g"]
+    assert [v.name for v in found.nodes[-1].operands] == ["e", "x"]
+    only_one = without_tangents(graph, frozenset({"u"}))
+    assert [n.name for n in only_one.nodes if n.phase is Phase.backward] == ["e", "more", "a", "g"]
+    assert without_tangents(graph, frozenset({"t", "u", "v"})) is None

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from tests.passes.workings import RESULTS, WORKINGS, digest
+from tests.passes.workings.cases import RESULTS, WORKINGS, digest
 
 KNOWN = json.loads(RESULTS.read_text())
 

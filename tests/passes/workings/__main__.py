@@ -1,0 +1,5 @@
+"""Write the digests anew."""
+
+from tests.passes.workings.cases import write
+
+write()
