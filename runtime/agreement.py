@@ -31,6 +31,7 @@ def settings_lines(pipeline: str) -> list[str]:
     return [
         f"zgraph {__version__}, torch {torch.__version__}",
         f"ZGRAPH_DISABLE={','.join(sorted(environment().disable))}",
+        f"ZGRAPH_ARENAS={environment().arenas}",
         f"passes {pipeline}",
     ]
 

@@ -60,8 +60,8 @@ class Arenas:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that stay between runs."""
-        return self._block.nbytes if self._block is not None else 0
+        """Bytes that stay between runs: of all blocks, as a recording may hold an earlier one."""
+        return sum(block.memory.nbytes for block in self._registered)
 
     def take(self, num_bytes: int) -> torch.Tensor:
         """Memory for one run of a program, each at a multiple of `zgraph.ir.arena.ALIGN_BYTES`."""
@@ -84,7 +84,9 @@ class Arenas:
             together: whether all ranks are here with the same plan.
         """
         num_bytes = most_bytes(plan)
-        if self.device.type != "cuda" or not num_bytes or num_bytes <= self.kept_bytes:
+        if self.device.type != "cuda" or not num_bytes:
+            return
+        if self._block is not None and num_bytes <= self._block.nbytes:
             return
         if problem := self._problem(num_bytes, together=together):
             self.state = self.state if self._block is not None else f"not registered: {problem}"
@@ -98,7 +100,7 @@ class Arenas:
         self._registered.append(made)
         self._block = made.memory
         how = "registered with NCCL" + ", as a window on all ranks" * (self.kind == "symmetric")
-        self.state = f"{how}; {num_bytes / 2**20:,.1f} MiB are kept between steps"
+        self.state = f"{how}; {self.kept_bytes / 2**20:,.1f} MiB are kept between steps"
 
     def _problem(self, num_bytes: int, *, together: bool) -> str:
         """Why a block of so many bytes is not to be registered; empty if it is."""
@@ -108,8 +110,9 @@ class Arenas:
             return "one rank has no collectives"
         if self.kind == "symmetric" and not together:
             return "this rank met sizes alone, and windows are made by all ranks together"
-        if self.room_bytes is not None and num_bytes > self.room_bytes:
-            return f"the budget has no room to keep {num_bytes / 2**20:,.1f} MiB beside the optimizer's step"
+        kept = self.kept_bytes + num_bytes
+        if self.room_bytes is not None and kept > self.room_bytes:
+            return f"the budget has no room to keep {kept / 2**20:,.1f} MiB beside the optimizer's step"
         return ""
 
 

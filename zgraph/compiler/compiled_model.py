@@ -161,7 +161,8 @@ class CompiledModel:
         trial = self.trial(self, peak_bytes) if self.trial is not None else None
         if context.memory_budget is not None:
             self.session.arenas.room_bytes = context.memory_budget - context.rest_bytes - update_bytes
-        found = Recordings(plan, self.session, context, self.cuda_graphs) if self.cuda_graphs else None
+        kept = sum(found.kept_bytes for found in self.recordings)
+        found = Recordings(plan, self.session, context, self.cuda_graphs, kept) if self.cuda_graphs else None
         forward, backward = link_plan(
             self.session,
             plan,
@@ -264,7 +265,7 @@ class CompiledModel:
             self.session.feedback.num_bytes,
             str(self.session.feedback),
             tuple(str(found) for found in self.recordings),
-            max((found.kept_bytes for found in self.recordings), default=0),
+            sum(found.kept_bytes for found in self.recordings),
             self.session.arenas.state,
             self.session.arenas.kept_bytes,
             self.placements,

@@ -23,9 +23,12 @@ class Recordings:
         session: what it works on.
         context: of the passes, with sizes to plan for.
         wanted: whether there shall be recordings; "auto" has them where the device would wait for the host.
+        kept_before: bytes that recordings of other plans of the model keep.
     """
 
-    def __init__(self, plan: Plan, session: Session, context: Context, wanted: CudaGraphs) -> None:
+    def __init__(
+        self, plan: Plan, session: Session, context: Context, wanted: CudaGraphs, kept_before: int = 0
+    ) -> None:
         self.plan, self.session = plan, session
         self.replays: Replays | None = None
         self.num_bytes = recorded_bytes(plan, context.hints)
@@ -34,7 +37,7 @@ class Recordings:
         self.compared = _compared(bound, context.costs)
         if wanted == "auto" and not bound.bind:
             self.problem = f"none: {self.compared}, so that the device would not wait"
-        elif missing := _missing_bytes(self.num_bytes, plan, context):
+        elif missing := _missing_bytes(kept_before + self.num_bytes, plan, context):
             self.problem = (
                 f"none: they would keep {_mib(self.num_bytes)}, {_mib(missing)} more than the budget has room for"
             )

@@ -20,7 +20,7 @@ from zgraph.bridge.private_runtime import whole_group
 from zgraph.capture import capture_call
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.environment import environment
-from zgraph.errors import InferenceError
+from zgraph.errors import InferenceError, UsageError
 from zgraph.ir import Graph, Input, InputKind, OutputKind, Placement, Plan, print_graph, verify
 from zgraph.ir.aliases import Memory
 from zgraph.passes import Context, Pipeline, make_plan
@@ -104,6 +104,7 @@ class Programs:
         self.ranks = store.ranks
         self._parts: dict[str, torch.Tensor] = {}
         self._sizes: dict[int, int] = {}
+        self._is_there = True
         self._sources = {
             name: weakref.ref(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
@@ -168,7 +169,10 @@ class Programs:
 
         Raises:
             PeerError: a rank that computes with this one failed before, or is gone.
+            UsageError: the memory was given back.
         """
+        if not self._is_there:
+            raise UsageError("this model serves within `with zgraph.serving(...)` alone: its memory was given back")
         self.session.begin_call()
         versions = self._version()
         if all(self._versions[name] == version for name, version in versions.items()):
@@ -197,6 +201,7 @@ class Programs:
 
     def _resize(self, *, is_there: bool) -> None:
         """Take the memory of what depends on parameters, or give it back; never that of constants."""
+        self._is_there = is_there
         sources = {name: tensor for name, ref in self._sources.items() if (tensor := ref()) is not None}
         constant = [t for _, _, constants in self._fixed for t in constants.values()]
         constant += [t for t in sources.values() if not isinstance(t, nn.Parameter)]

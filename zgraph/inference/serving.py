@@ -37,14 +37,22 @@ class _Served:
         if not isinstance(found, Generator):
             found.generate()
         self.generator: Generator = found
+        self.is_open = True
 
-    def fill(self) -> None:
-        """Bring all parameters into the layout of inference, one after the other."""
+    def fill(self, model: nn.Module) -> None:
+        """Bring all parameters into the layout of inference, one after the other, and buffers as they are now."""
+        self.is_open = True
         self.generator.calls.arena.resize(is_there=True)
+        own = dict(self.plain.named_buffers())
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in own:
+                    own[name].copy_(buffer)
         self.generator.programs.load(self._wholes())
 
     def free(self) -> None:
         """Give the memory back."""
+        self.is_open = False
         self.generator.programs.unload()
         self.generator.calls.arena.resize(is_there=False)
 
@@ -81,7 +89,8 @@ def serving(model: nn.Module, **options: Any) -> Iterator[Generator]:
             step is compared with.
 
     Raises:
-        UsageError: the model is not compiled, cannot generate, or the options are not those of the last time.
+        UsageError: the model is not compiled, cannot generate, or serves already; the options are not those of the last
+            time; or what this gave is used outside.
         PeerError: another rank failed.
     """
     compiled = compiled_model(model)
@@ -91,12 +100,15 @@ def serving(model: nn.Module, **options: Any) -> Iterator[Generator]:
             f"this {type(model).__name__} was served with {held.options or 'no options'}, and programs are captured "
             "once; pass the same options each time"
         )
+    if held is not None and held.is_open:
+        raise UsageError(f"this {type(model).__name__} serves already: use what the `with` around this one gave")
+    is_new = held is None
     if held is None:
         assert compiled.plain is not None, "the model is attached"
         held = _SERVED[model] = _Served(compiled.session, compiled.plain(), options)
-    else:
-        held.fill()
     try:
+        if not is_new:
+            held.fill(model)
         yield held.generator
     finally:
         held.free()

@@ -179,7 +179,9 @@ class Server:
         asked = parsed(Completion, body)
         if not 0 < len(asked.prompts) <= MAX_PROMPTS:
             raise UsageError(f"prompt: must be 1 to {MAX_PROMPTS} prompts")
-        prompts = [self.words.tokens(p) if isinstance(p, str) else p for p in asked.prompts]
+        prompts = await asyncio.to_thread(
+            lambda: [self.words.tokens(p) if isinstance(p, str) else p for p in asked.prompts]
+        )
         return await self._answer(request, asked, prompts, asked.max_tokens or USUAL_TOKENS)
 
     async def _chat(self, request: Request) -> Response:
@@ -187,7 +189,7 @@ class Server:
         if isinstance(body, Response):
             return body
         asked = parsed(ChatCompletion, body)
-        tokens = self.words.chat([message.plain for message in asked.messages])
+        tokens = await asyncio.to_thread(self.words.chat, [message.plain for message in asked.messages])
         room = self.worker.generator.max_len - len(tokens)
         return await self._answer(
             request, asked, [tokens], asked.max_completion_tokens or asked.max_tokens or max(room, 1)

@@ -105,8 +105,23 @@ class Worker:
         self._thread.join()
 
     def _run(self) -> None:
-        while self._turn():
-            pass
+        try:
+            while self._turn():
+                pass
+        finally:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Tell whoever still waits when the thread ends that there will be no answer."""
+        with self._wake:
+            self._is_closing = True
+            left = [*self._tickets.values(), *self._new]
+            self._tickets.clear()
+            self._new.clear()
+            self._num_pending = 0
+        for ticket in left:
+            ticket.is_over = True
+            self._hear(ticket, Made(ticket.number or 0, None, "error"))
 
     def _turn(self) -> bool:
         """Hear what is new, and step; whether there is more to come."""
@@ -153,6 +168,9 @@ class Worker:
     def _tell(self, ticket: Ticket, made: Made) -> None:
         if made.ended:
             self._end(ticket)
+        self._hear(ticket, made)
+
+    def _hear(self, ticket: Ticket, made: Made) -> None:
         with suppress(RuntimeError):  # the loop that listens is closed
             ticket.heard(made)
 
