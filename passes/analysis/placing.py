@@ -243,7 +243,7 @@ class Walk:
         return min(usable, key=lambda s: self.cost(node, s))
 
     def cuts(self, node: Node, rule: Rule) -> list[Cut]:
-        """The cuts that a node may have: those of its operands as they are there, and of its results as they are due."""
+        """The cuts that a node may have: of its operands as they are there, and of its results as they are due."""
         found = [c for places in self.held(node) for c in cuts_of(rule, places, self.num_ranks)]
         due = [None if d is None else self.due.get(r.name) for d, r in zip(rule.outs, node.results, strict=True)]
         return [*found, *cuts_of(rule, [*(None for _ in node.operands), *due], self.num_ranks)]

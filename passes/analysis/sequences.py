@@ -189,7 +189,7 @@ def _check_attention(found: Choices, num_ranks: int) -> None:
         first = int("backward" in node.op)
         queries, keys = (v.tensor.shape for v in node.operands[first : first + 2])
         raise PlacementError(
-            f"{node.op} of {node.origin.module or 'the model'} has {queries[1]} heads of queries and {keys[1]} of keys, "
-            f"which do not divide over {num_ranks} ranks of context; take a context_parallel= that divides them, or "
-            "attention without dropout"
+            f"{node.op} of {node.origin.module or 'the model'} has {queries[1]} heads of queries and {keys[1]} of "
+            f"keys, which do not divide over {num_ranks} ranks of context; take a context_parallel= that divides "
+            "them, or attention without dropout"
         )

@@ -198,8 +198,8 @@ class LocalSteps:
             since = None
             self.skipped += 1
             log.warning(
-                "outer step after step %d: not all replicas' parameters are finite from %s on; all go back with these to "
-                "where they began",
+                "outer step after step %d: not all replicas' parameters are finite from %s on; all go back to where "
+                "these began",
                 self.steps,
                 fragment.names[0],
             )
