@@ -61,7 +61,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the search and the plan of one configuration say of its matrices."""
+    """Placements of the matrices of one configuration, by the search and by the plan."""
 
     model: str
     num_matrices: int

@@ -16,7 +16,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,10 +24,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from zgraph.bridge import private_runtime
 from zgraph.environment import environment
 from zgraph.errors import PeerError, StateDictError, UsageError
 from zgraph.ir.codecs import Codec, Raw, parse_codec
+from zgraph.optim.replicas import agree, group_like, take_first
 from zgraph.optim.runs import local
 from zgraph.optim.travel import Travel
 
@@ -365,14 +364,9 @@ def local_steps(
         problem = error
     shapes = ", ".join(f"{n} {tuple(local(p).shape)} {p.dtype}" for n, p in model.named_parameters())
     options = f"every={every}, outer={outer}, codec={chosen}, fragments={fragments}, delay={delay}"
-    _agree(group, problem, options, shapes)
-    own = _group(group)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            held = local(parameter)
-            whole = held.cpu().contiguous().view(-1)
-            dist.broadcast(whole.view(torch.uint8), group_src=0, group=own)
-            held.copy_(whole.view(held.shape))
+    agree(group, problem, options, shapes)
+    own = group_like(group)
+    take_first(model, own)
     found = LocalSteps(named, own, every, outer, chosen, fragments, delay)
     optimizer.register_step_post_hook(found.after_step)
     return found
@@ -392,38 +386,6 @@ def _check(named: Sequence[tuple[str, nn.Parameter]], every: int, fragments: int
         raise UsageError(f"fragments={fragments} take turns within every={every} steps: take at most so many")
     if not isinstance(codec, Codec):
         raise UsageError(f'codec must be a codec such as "q8(block=256)", or None, not {codec!r}')
-
-
-def _group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A new group of the same ranks that nobody else uses, over gloo: means travel in a thread, beside the step's own
-    collectives."""
-    number = _count[group.group_name] = _count.get(group.group_name, 0) + 1
-    name = f"zgraph/local_steps/{group.group_name}/{number}"
-    limit = timedelta(seconds=environment().timeout_s)
-    return private_runtime.joined(dist.get_process_group_ranks(group), name, limit)
-
-
-_count: dict[str, int] = {}
-"""How many groups were made of each, by its name."""
-
-
-def _agree(group: dist.ProcessGroup, problem: UsageError | None, options: str, shapes: str) -> None:
-    """Raise UsageError on all ranks where replicas differ, or one has a problem."""
-    found: list[tuple[str, str, str]] = [("", "", "")] * dist.get_world_size(group)
-    dist.all_gather_object(found, (str(problem or ""), options, shapes), group=group)
-    if problem is not None:
-        raise problem
-    ranks = dist.get_process_group_ranks(group)
-    for rank, (its, chosen, shards) in zip(ranks, found, strict=True):
-        if its:
-            raise UsageError(f"local_steps on rank {rank}: {its}")
-        if chosen != found[0][1]:
-            raise UsageError(f"local_steps got {found[0][1]} on rank {ranks[0]}, {chosen} on rank {rank}; give all one")
-        if shards != found[0][2]:
-            raise UsageError(
-                f"ranks {ranks[0]} and {rank} hold different shards; mesh= are the ranks that hold the same shard of "
-                "each replica, and all replicas are compiled alike"
-            )
 
 
 __all__ = ["LocalSteps", "Nesterov", "local_steps"]
