@@ -50,6 +50,8 @@ ELSEWHERE = {
     "Monitoring._synchronize": "a time",
     "Recorder.means_us": "a time",
     "exchange.run": "a time",
+    "LocalSteps._take": "the thread of means between replicas, in no case",
+    "Travel.mean": "the same thread's own stream",
     "Alike._finish": "tensor parallelism, in no case: the wait is the comparison's own",
 }
 """Functions that wait for no stream, or for one whose memory nobody reads, by what for."""

@@ -43,7 +43,7 @@ def test_a_block_serves_all_plans_that_fit_in_it(asked):
     for size in (1024, 512, 2048, 1024):
         arenas.reserve(plan(512, size), together=True)
     assert asked == [(1024, False), (2048, False)]
-    assert arenas.kept_bytes == 2048
+    assert arenas.kept_bytes == 1024 + 2048  # a recording may hold the first
     assert most_bytes(plan(512, 1024)) == 1024
 
 

@@ -343,9 +343,10 @@ def doctor(
 ) -> None:
     """Check all ranks before training: versions, clocks, speed of each device, disk and link.
 
-    Started by a launcher it checks all of its ranks; alone, this machine. The exit code is 1 if something is wrong.
+    Alone it checks this machine. Started by a launcher (`zgraph launch --hostfile hosts -m zgraph doctor`), all of its
+    ranks. The exit code is 1 if something is wrong.
 
-    Example: `zgraph launch --hostfile hosts -m zgraph doctor`
+    Example: `zgraph doctor --folder .`
     """
     import torch
 
