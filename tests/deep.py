@@ -15,6 +15,16 @@ def deep(*values: Any, id: str | None = None) -> Any:
 
 
 LEFT_OUT = (
+    "distributed/test_inference.py::test_serving_within_training_leaves_losses_memory_and_programs_as_they_are[2]",
+    "distributed/test_context_parallel.py::test_four_ranks_have_the_memory_of_three_and_a_half_sequences",
+    "distributed/test_tensor_models.py::test_sequences_in_parts",
+    "distributed/test_inference.py::test_two_ranks_give_the_tokens_of_one_from_half_of_the_weights_and_of_the_cache[gpt2",
+    "passes/test_placements.py::test_random_placements_are_predicted_too",
+    "single/test_plan.py::test_the_stage_is_chosen_for_speed_among_those_that_fit",
+    "single/test_plan_options.py::test_copies_of_shards",
+    "browser/test_pictures.py::test_a_browser_that_forbids_it_is_told",
+    "cli/test_serving.py::test_what_was_said_is_part_of_the_next_prompt",
+    "cli/test_quantising.py::test_perplexity_is_that_of_the_plain_model",
     "browser/test_opening.py::test_what_only_says_more",
     "browser/test_page.py::test_a_node_that_a_pass_removed_is_found_where_it_was",
     "browser/test_page.py::test_twenty_thousand_nodes",

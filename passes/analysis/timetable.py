@@ -106,21 +106,29 @@ class Timetable:
 
 
 def evaluate(problem: Problem, order: Sequence[int]) -> Timetable | None:
-    """The fastest timetable with this order of the lanes; None if no placement has room."""
+    """The fastest timetable with this order of the lanes; None if no placement has room.
+
+    Where a reduction has no room, transfers that take memory are put off, but no other reduction is: a placement that
+    needs that as well is not found.
+    """
     starts = earliest_starts(problem, order)
     return None if starts is None else run(problem, order, starts)
 
 
 def earliest_starts(problem: Problem, order: Sequence[int]) -> tuple[int, ...] | None:
-    """For each transfer the earliest op before which it may start; None if no placement has room."""
+    """For each transfer the earliest op before which it may start; None if none is found with room for all."""
     headroom = HeadroomTree(problem.headroom)
     starts = [0] * len(order)
     last: dict[str, int] = {}
-    for number in order:
+    for at, number in enumerate(order):
         transfer = problem.transfers[number]
         earliest = max(last.get(transfer.lane, 0), transfer.first)
         if transfer.frees:
             begin, end = transfer.first, earliest
+            for other in reversed(order[:at]):
+                if headroom.last_below(transfer.num_bytes, end) < begin:
+                    break
+                _put_off(problem, order[: at + 1], other, starts, earliest, headroom)
             if headroom.last_below(transfer.num_bytes, end) >= begin:
                 return None
         else:
@@ -131,6 +139,25 @@ def earliest_starts(problem: Problem, order: Sequence[int]) -> tuple[int, ...] |
         headroom.take(transfer.num_bytes, begin, end)
         starts[number] = last[transfer.lane] = earliest
     return tuple(starts)
+
+
+def _put_off(
+    problem: Problem, order: Sequence[int], number: int, starts: list[int], latest: int, headroom: HeadroomTree
+) -> None:
+    """Start a transfer that takes memory as late as what comes after it in its lane allows: `latest`, or that one's
+    start."""
+    transfer = problem.transfers[number]
+    if transfer.frees:
+        return
+    behind = [o for o in order[order.index(number) + 1 : -1] if problem.transfers[o].lane == transfer.lane]
+    if behind:
+        latest = starts[behind[0]]
+    elif problem.transfers[order[-1]].lane != transfer.lane:
+        latest = transfer.due
+    until = min(latest, transfer.due)
+    if until > starts[number]:
+        headroom.take(-transfer.num_bytes, starts[number], min(until, transfer.until))
+        starts[number] = until
 
 
 def run(problem: Problem, order: Sequence[int], starts: Sequence[int]) -> Timetable:

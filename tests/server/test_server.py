@@ -8,6 +8,9 @@ import socket
 import threading
 import time
 import tracemalloc
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import httpx2
 import pytest
@@ -18,6 +21,8 @@ from tests.deep import DEEP
 from tests.server.small import MAX_LEN, NUM_ROWS, listening, model, tokenizer
 from zgraph.server.app import Limits
 from zgraph.server.text import Words
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,12 @@ def client_of(url: str) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(base_url=url, timeout=120, limits=httpx2.Limits(max_connections=100))
 
 
+def in_a_thread(made: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a thread: another test may have left a loop in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, made).result()
+
+
 def test_fifty_streams_at_once_are_the_answers_of_the_model_alone(served, offline):
     asked = bodies(50)
     wanted = [alone(offline, body) for body in asked]
@@ -96,7 +107,7 @@ def test_fifty_streams_at_once_are_the_answers_of_the_model_alone(served, offlin
         async with client_of(served[1]) as client:
             return await asyncio.gather(*(streamed(client, body) for body in asked))
 
-    assert asyncio.run(all_of_them()) == wanted
+    assert in_a_thread(all_of_them()) == wanted
     assert idle(served[0])
 
 
@@ -346,13 +357,13 @@ def test_many_requests_leave_nothing_behind(served):
             for begin in range(0, number, 20):
                 await asyncio.gather(*(streamed(client, body) for body in asked[: min(20, number - begin)]))
 
-    asyncio.run(some(20))
+    in_a_thread(some(20))
     tracemalloc.start()
     try:
-        asyncio.run(some(20))
+        in_a_thread(some(20))
         gc.collect()
         before = tracemalloc.get_traced_memory()[0]
-        asyncio.run(some(count))
+        in_a_thread(some(count))
         gc.collect()
         grown = tracemalloc.get_traced_memory()[0] - before
     finally:
