@@ -89,9 +89,10 @@ def trained(codec: str, stage: int, num_steps: int, seed: int, tokens: Tokens) -
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
+    total = sum(sent)
     last = held_out(model, kept)
     predicted = zgraph.report(model).sent_bytes
-    return Trained(codec, stage, dist.get_world_size(), num_steps, seed, sum(sent), predicted, last, losses[::10])
+    return Trained(codec, stage, dist.get_world_size(), num_steps, seed, total, predicted, last, losses[::10])
 
 
 def trained_apart(codec: str, stage: int, num_steps: int, seed: int, tokens: Tokens) -> Trained:
