@@ -68,6 +68,8 @@ ALSO = {
     "no_sync": ("interp/test_no_sync.py",),
     "blocks": ("passes/test_blocks.py",),
     "order": ("passes/test_order.py",),
+    "sequences": ("interp/test_contexts.py", "interp/test_placed_tokens.py"),
+    "float8_gathers": ("interp/test_float8.py",),
     "schedule": ("passes/test_headroom.py",),
     "partition": ("interp/test_placed.py::test_a_model_axis_without_place_is_refused",),
     "patterns": ("kernels/test_patterns.py",),
