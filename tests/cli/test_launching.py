@@ -38,7 +38,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.mark.parametrize(("more", "code"), [deep([], 0), (["--fail"], 7)])
+@pytest.mark.parametrize(("more", "code"), [deep([], 0), deep(["--fail"], 7)])
 def test_hosts_are_reached_by_ssh(ssh, zgraph_command, tmp_path, monkeypatch, more, code):
     (tmp_path / "hosts").write_text("localhost slots=1\n# the second\n127.0.0.1 slots=1\n")
     arguments = ("--hostfile", str(tmp_path / "hosts"), "--master-port", str(free_port()), "train.py", "it's", *more)
