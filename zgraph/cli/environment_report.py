@@ -12,12 +12,11 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from zgraph.environment import cache_folder
-from zgraph.version import __version__
+from zgraph.version import package_versions
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pydantic", "networkx", "sympy", "rich", "typer")
 
@@ -49,13 +48,7 @@ def _asked(section: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, Any]:
-    found = {"zgraph": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return dict(package_versions(PACKAGES, missing="not installed"))
 
 
 def _machine() -> dict[str, Any]:

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryFile
@@ -26,7 +25,7 @@ from rich.table import Table
 
 from zgraph.errors import UsageError
 from zgraph.runtime.clock import Clock
-from zgraph.version import __version__
+from zgraph.version import package_versions
 
 SLOW, SLOW_LINK, LATE_S = 0.8, 0.5, 1.0
 """Shares of the median below which a rank, and its disk or link, count as slow; and clocks that are off by this."""
@@ -165,13 +164,7 @@ def check_ranks(folder: Path, group: dist.ProcessGroup | None = None) -> Checkup
 
 def versions() -> dict[str, str]:
     """Versions of what all ranks must have alike."""
-    found = {"zgraph": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = ""
-    return found
+    return package_versions(PACKAGES, missing="")
 
 
 def _rates(device: torch.device) -> tuple[float, float]:
