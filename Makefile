@@ -19,13 +19,13 @@ test-deep: export ZGRAPH_DEEP = 1
 test-deep: test
 
 # What runs on several ranks often waits, for the network or for what it kills: the rest fills the time. Kernels,
-# numbers and certificates go with it so that both take about as long.
+# numbers, passes and certificates go with it so that both take about as long.
+WITH_RANKS := $(addprefix tests/,distributed interp kernels passes rules trust)
 test-ranks: $(VENV)/.test
-	$(BIN)/python -m pytest tests/distributed tests/interp tests/kernels tests/rules tests/trust
+	$(BIN)/python -m pytest $(WITH_RANKS)
 
 test-rest: $(VENV)/.test $(VENV)/.chromium $(VENV)/.compiler
-	$(BIN)/python -m pytest tests --ignore tests/distributed --ignore tests/interp \
-		--ignore tests/kernels --ignore tests/rules --ignore tests/trust
+	$(BIN)/python -m pytest tests $(addprefix --ignore ,$(WITH_RANKS))
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
