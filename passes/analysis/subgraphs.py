@@ -145,15 +145,15 @@ def _bind_one(subgraph: Subgraph, wanted: Wanted, arg: Arg, node: Node, bound: B
 def _is_word(word: str, arg: Arg, node: Node) -> bool:
     """Whether an argument is what a word says; sizes are those of the longest rows that the node reads or makes."""
     kinds = [v.type for v in (*node.operands, *node.results) if isinstance(v.type, TensorType)]
-    columns = max((d for k in kinds for d in k.shape[-1:] if isinstance(d, int)), default=0)
+    columns = max((d for k in kinds for d in k.shape[-1:] if isinstance(d, int)), default=None)
     match word:
         case "_":
             return True
         case "last":
             return dims(arg, max(len(k.shape) for k in kinds)) == "last"
         case "half":
-            return isinstance(arg, int) and 2 * arg == columns > 0
+            return isinstance(arg, int) and 2 * arg == columns
         case "end":
-            return isinstance(arg, int) and arg >= columns > 0
+            return isinstance(arg, int) and columns is not None and arg >= columns
         case _:
             return written(arg) == word

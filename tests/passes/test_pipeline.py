@@ -13,6 +13,7 @@ from zgraph.ir import Graph
 from zgraph.passes import ALL, BY_NAME, MIXED, RECIPES, Context, Pass, Pipeline, parse_recipe
 from zgraph.passes.bucket import Bucket
 from zgraph.passes.core.pipeline import parse_size, print_size
+from zgraph.passes.core.recipes import along_model_axes, compressing, fusing, recipe_for
 from zgraph.passes.partition import Partition
 
 OPTIONS = {
@@ -195,3 +196,45 @@ def test_a_pipeline_is_a_value():
     assert hash(parsed) == hash(parse_recipe(MIXED))
     with pytest.raises(dataclasses.FrozenInstanceError):
         parsed.passes = ()
+
+
+STAGE_3 = (
+    "canonicalize,partition(stage=3),fit,keep,bucket,"
+    "broadcast,all-gather,reduce-scatter,all-reduce,host-copies,release,schedule,dce,arena"
+)
+
+
+@pytest.mark.parametrize(
+    ("made", "has"),
+    [
+        (lambda r: recipe_for("aten", r), {}),
+        (lambda r: recipe_for("inductor", r), {}),
+        (lambda r: recipe_for("triton", r), {"canonicalize": "canonicalize,fuse"}),
+        (lambda r: recipe_for("auto", r), {"canonicalize": "canonicalize,fuse(only_measured=true)"}),
+        (
+            lambda r: recipe_for("aten", r, "float8"),
+            {"canonicalize": "canonicalize,float8", "broadcast": "float8-gathers,broadcast"},
+        ),
+        (
+            lambda r: recipe_for("triton", r, "float8-rowwise"),
+            {"canonicalize": "canonicalize,float8(recipe=rowwise),fuse"},
+        ),
+        (lambda r: compressing(r, "q8(block=8)"), {"broadcast": "compress(gradients=q8(block=8)),broadcast"}),
+        (along_model_axes, {"canonicalize": "canonicalize,place", "broadcast": "exchange,broadcast"}),
+        (
+            lambda r: along_model_axes(fusing(r), ("context", "tensor"), sequence=True),
+            {
+                "canonicalize": "canonicalize,place(axis=context),place(sequence=true)",
+                "broadcast": "exchange,broadcast",
+            },
+        ),
+        (
+            lambda r: along_model_axes(fusing(r, only_measured=True), searches="all"),
+            {"canonicalize": "canonicalize,place(search=all)", "broadcast": "exchange,broadcast"},
+        ),
+    ],
+)
+def test_what_is_asked_for_has_its_passes(made, has):
+    assert RECIPES[3] == STAGE_3
+    assert made(STAGE_3) == ",".join(has.get(step, step) for step in STAGE_3.split(","))
+    assert str(parse_recipe(made(STAGE_3)))

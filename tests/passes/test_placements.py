@@ -17,12 +17,13 @@ from zgraph.certify.certificate import certify
 from zgraph.cost import CostTable, Link, hardware
 from zgraph.errors import PlacementError
 from zgraph.interpreter import Interpreter
-from zgraph.ir import OPS, Axis, Graph, Placement, Replicate, Shard, verify
+from zgraph.ir import OPS, Axis, Graph, Placement, Replicate, Shard, parse_graph, verify
 from zgraph.passes import Context, parse_recipe
 from zgraph.passes.exchange import Exchange
 from zgraph.passes.place import Place, cut_inputs
 from zgraph.passes.placements import Search
 from zgraph.passes.placements.prices import Prices
+from zgraph.passes.placements.twins import twins
 
 R = Replicate()
 TOKENS = torch.zeros(2, 12, dtype=torch.int64)
@@ -232,3 +233,19 @@ def test_a_second_axis_is_stated() -> None:
     placed = Place(search="all").run(graph, given)
     with pytest.raises(PlacementError, match="search along the first axis"):
         Place(axis="expert", search="all").run(placed, given)
+
+
+@pytest.mark.parametrize("num_layers", [8, 9])
+def test_of_few_matrices_each_is_searched(num_layers):
+    """Layers stand for each other by fours, from nine matrices on."""
+    layers = range(num_layers)
+    text = [
+        'graph "layers"',
+        "op aten.mm.default",
+        *(f'param %w{i}: f32[4, 4] "layers.{i}"' for i in layers),
+        "input %y0: f32[4, 4]",
+        *(f"fwd %y{i + 1}: f32[4, 4] = aten.mm.default(%y{i}, %w{i})" for i in layers),
+        f"return fwd output %y{num_layers}",
+    ]
+    stands = twins(parse_graph("\n".join(text)))
+    assert stands == ((*range(8),) if num_layers == 8 else tuple(i % 4 for i in layers))
