@@ -73,16 +73,30 @@ class Recorder:
 
     def means_us(self) -> list[tuple[Node, float]]:
         """Each instruction of every recorded program, with its mean time over the runs."""
-        if self.on_gpu:
-            torch.cuda.synchronize(self.device)
         taken: dict[int, list[float]] = defaultdict(list)
         nodes: dict[int, Node] = {}
-        for parts, times in self._runs:
-            for instruction, before, after in zip(parts, times, times[1:], strict=False):
-                assert isinstance(instruction, Instruction)
-                taken[id(instruction)].append(_us(before, after))
+        for spans in self.runs_us():
+            for instruction, begin, end in spans:
+                taken[id(instruction)].append(end - begin)
                 nodes[id(instruction)] = instruction.node
         return [(nodes[key], fmean(found)) for key, found in taken.items()]
+
+    def runs_us(self) -> list[list[tuple[Instruction, float, float]]]:
+        """Of each run the instructions, with their begin and end in microseconds from the run's begin."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+        found = []
+        for parts, times in self._runs:
+            spans = []
+            for instruction, before, after in zip(parts, times, times[1:], strict=False):
+                assert isinstance(instruction, Instruction)
+                spans.append((instruction, _us(times[0], before), _us(times[0], after)))
+            found.append(spans)
+        return found
+
+    def clear(self) -> None:
+        """Forget all runs."""
+        self._runs.clear()
 
 
 def _us(before: int | torch.Event, after: int | torch.Event) -> float:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zgraph.engine.checkpoint.export import export_hf
     from zgraph.engine.initialize import add_config_arguments, init_distributed, initialize_engine
     from zgraph.engine.initialize import initialize_engine as initialize
+    from zgraph.estimate.calibration import calibrate
     from zgraph.estimate.plan import plan, sweep
     from zgraph.inference import infer, serving
     from zgraph.optim.local_steps import local_steps
@@ -33,6 +34,7 @@ __all__ = [
     "KeptLogits",
     "Lengths",
     "add_config_arguments",
+    "calibrate",
     "compile",
     "deepspeed",
     "distill",
@@ -74,6 +76,7 @@ _HOMES = {
     "zgraph.distillation": ("KeptLogits", "distill", "keep_logits", "prune_layers"),
     "zgraph.engine.checkpoint.export": ("export_hf",),
     "zgraph.engine.initialize": ("add_config_arguments", "init_distributed", "initialize", "initialize_engine"),
+    "zgraph.estimate.calibration": ("calibrate",),
     "zgraph.estimate.plan": ("plan", "sweep"),
     "zgraph.inference": ("infer", "serving"),
     "zgraph.optim.local_steps": ("local_steps",),

@@ -126,6 +126,10 @@ class RunFileError(ZgraphError, ValueError):
     """A run file that cannot be read or is damaged, or a graph that is not in it."""
 
 
+class RecordError(ZgraphError, ValueError):
+    """A folder that is no record of a training, or one without what it was asked for."""
+
+
 class GraphNameError(RunFileError, UsageError):
     """A run file has no graph of that name."""
 

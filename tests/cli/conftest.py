@@ -9,6 +9,8 @@ import torch
 import transformers as hf
 
 from zgraph.cli.main import main
+from zgraph.runfile.format import load_run
+from zgraph.runfile.records import RUN, RankRecord, rank_files, save_rank
 
 MODEL = """
 from types import SimpleNamespace
@@ -115,3 +117,18 @@ def zgraph_command(folder, monkeypatch, command):
         code, _, error = command("trace", "model.py:gone", "--world", "2", "--dtype", "f32", "-o", "run.zg")
         assert code == 0, error
     return command
+
+
+def record_costs() -> None:
+    """Make the folder `costs`: a training of `run.zg` on two ranks that took three times as long as was planned."""
+    made = Path("costs")
+    if made.exists():
+        return
+    made.mkdir()
+    (made / RUN).write_bytes(Path("run.zg").read_bytes())
+    timeline = load_run(made / RUN).timeline
+    assert timeline is not None
+    nodes = {s.node: 3 * (s.end_us - s.start_us) for s in timeline.spans if s.lane == "compute"}
+    for rank in range(2):
+        save_rank(RankRecord(rank=rank, num_steps=1, nodes=nodes), made)
+        rank_files(made, rank)[1].write_text(f"{3 * timeline.step_us}\n" * 10)

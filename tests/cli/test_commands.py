@@ -11,6 +11,7 @@ import pytest
 import transformers as hf
 
 import zgraph
+from tests.cli.conftest import record_costs
 from tests.cli.test_quantising import save_language_model
 from zgraph.cli import main as _main  # noqa: F401 - adds the commands
 from zgraph.cli.app import app
@@ -35,6 +36,8 @@ def test_the_example_of_every_command_runs(name, zgraph_command):
         pytest.skip("waits for somebody: test_serving.py runs it")
     if name == "trace":
         args[args.index("run.zg")] = "other.zg"
+    if name == "calibrate":
+        record_costs()
     if name == "plan":
         args += ["--stage", "3"]  # one is enough
     if name in ("quantise", "eval") and not Path("SmolLM2-135M").exists():

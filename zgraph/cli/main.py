@@ -7,6 +7,7 @@ import sys
 from typing import NoReturn
 
 from zgraph.cli import (  # noqa: F401 - add commands
+    calibrating,
     checking,
     commands,
     debugging,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,7 +29,9 @@ SCALES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="FILE.py:FUNCTION, or a folder or name as AutoConfig takes it.")],
+    model: Annotated[
+        str, typer.Argument(help="FILE.py:FUNCTION, or a folder or name as AutoConfig takes it.", show_default=False)
+    ] = "",
     targets: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,16 +84,26 @@ def plan(
     tokens: Annotated[
         str, typer.Option(help="To train on in all, as 15T, 300B or 1e12: how long that takes, in GPU-hours too.")
     ] = "",
+    check: Annotated[
+        str,
+        typer.Option(help="In the place of a model: the folder of a recorded training, beside its prediction."),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Predict training of a model on hardware that is not here: memory, time, what fits, and what to choose.
 
-    Several kinds of hardware or batches are compared in one table. The exit code is 3 where nothing fits.
+    Several kinds of hardware or batches are compared in one table. The exit code is 3 where nothing fits. `--check`
+    says how far a prediction was off, and which ops are to blame, of what `zgraph.compile(model, record=FOLDER)` kept.
 
     Example: `zgraph plan llama-70b/config.json --hardware 8x8-h100`
     """
     from zgraph.bridge.dtypes import as_dtype
 
+    if check:
+        _check(check, model, targets or [], as_json=as_json)
+        return
+    if not model:
+        raise UsageError("zgraph plan takes a model: FILE.py:FUNCTION, or a folder or name as AutoConfig takes it")
     wanted = _count(tokens) if tokens else 0.0
     names = targets or ["h100"]
     tried = _around(names) if sweep and not world else {name: name for name in names}
@@ -117,6 +130,24 @@ def plan(
                 console().print(f"{one.hardware}, batch {one.batch}: {one.training(wanted, found.unit)}")
     if found.fastest is None:
         raise typer.Exit(DOES_NOT_FIT)
+
+
+def _check(folder: str, model: str, targets: Sequence[str], *, as_json: bool) -> None:
+    """A recorded training beside its prediction, by the profile that it was planned with, or another."""
+    from zgraph.estimate.comparison import compare
+    from zgraph.runfile.records import read_record
+
+    if model or len(targets) > 1:
+        raise UsageError("--check takes no model, and one --hardware at most: it compares what was recorded")
+    record = read_record(Path(folder))
+    costs = (
+        record.run.context.costs.model_copy(update={"hardware": hardware(targets[0]), "ops": {}}) if targets else None
+    )
+    found = compare(record, costs)
+    if as_json:
+        print_json({**asdict(found), "off": found.off, "is_within": found.is_within})
+    else:
+        console().print(found)
 
 
 def _count(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from zgraph.compiler.copying import Copier, refuse_sharing
 from zgraph.compiler.first_batch import agreeing
 from zgraph.compiler.narrator import Narrator
 from zgraph.compiler.replanning import FirstRun, replanning
+from zgraph.compiler.step_recorder import StepRecorder
 from zgraph.environment import environment
 from zgraph.ir import Axis, in_use
 from zgraph.options.settings import Settings
@@ -115,6 +117,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         kernels=settings.kernels,
         cuda_graphs=settings.cuda_graphs,
         placements=settings.search,
+        record=StepRecorder(settings.record, session) if settings.record is not None else None,
     )
     if settings.remark:
         narrator.remark(settings.remark)
@@ -174,7 +177,8 @@ def _make_ready(model: nn.Module, structure: Structure) -> bool:
 
 
 def _again(settings: Settings, model: nn.Module) -> Session:
-    """A copy of a model, compiled as the model was."""
+    """A copy of a model, compiled as the model was. Its steps are not recorded."""
+    settings = replace(settings, record=None)
     session = shard(model, settings)
     attach(model, settings, session)
     return session

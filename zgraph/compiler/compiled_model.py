@@ -23,6 +23,7 @@ from zgraph.compiler.float8_layers import Float8Layers
 from zgraph.compiler.narrator import Narrator
 from zgraph.compiler.recordings import Recordings
 from zgraph.compiler.report import Entry, Report, make_entry
+from zgraph.compiler.step_recorder import StepRecorder
 from zgraph.cost import memory_interval
 from zgraph.cost.workspace import NUM_THREADS
 from zgraph.environment import environment
@@ -67,6 +68,7 @@ class CompiledModel:
         kernels: what runs the ops between collectives, for the report.
         cuda_graphs: whether programs are recorded for the GPU to repeat.
         placements: what a search for placements found, in words, for the report.
+        record: keeps what the steps of the first training graph take; None keeps nothing.
 
     `smaller_budget` is the one to plan again with, once a first run was out of memory.
     """
@@ -87,6 +89,7 @@ class CompiledModel:
         kernels: str = "aten",
         cuda_graphs: CudaGraphs = False,
         placements: str = "",
+        record: StepRecorder | None = None,
     ) -> None:
         self.model, self.session, self.context = model, session, context
         self.save, self.replayed, self.regions, self.tunes = save, replayed, regions, tunes
@@ -95,7 +98,7 @@ class CompiledModel:
         self.narrator = narrator or Narrator(type(model).__name__, model.forward, (), "")
         self.trial, self.kernels, self.cuda_graphs = trial, kernels, cuda_graphs
         self.recordings: list[Recordings] = []
-        self.placements = placements
+        self.placements, self.record = placements, record
         self.plain: Callable[[], nn.Module] | None = None
         self.smaller_budget: int | None = None
         self.is_replanned = False
@@ -127,7 +130,10 @@ class CompiledModel:
         context = replace(self.context, hints=hints)
         choice = CodecChoice(context)
         instruments.append(choice)
+        is_recorded = self.record is not None and not self.record.is_taken and has_backward(graph)
         paths = list(self._run_paths(graph.name, settings.dump))
+        if self.record is not None and is_recorded and self.session.store.rank == 0:
+            paths.append(self.record.run_path)
         recording = Recording(graph, sources=sources_of(graph) if paths else {})
         if paths:
             instruments.append(recording)
@@ -178,6 +184,8 @@ class CompiledModel:
         if trial is not None:
             forward = trial.watched(forward, "forward")
             backward = trial.watched(backward, "backward") if backward is not None else None
+        if self.record is not None and is_recorded and backward is not None:
+            forward, backward = self.record.watched(plan, forward, backward)
         self.entries.append(entry)
         self.narrator.compiled(graph, entry.steps, entry.time, memory_interval(peak_bytes, context.costs))
         return Compiled(plan, forward, backward)
@@ -192,6 +200,8 @@ class CompiledModel:
         self._planned.clear()
         self.session.plans.clear()
         self.session.forget_copies()
+        if self.record is not None:
+            self.record.restart()
         self.narrator.replanned(budget)
 
     def _agreed_hints(self, graph: Graph, hints: Mapping[str, int]) -> Mapping[str, int]:

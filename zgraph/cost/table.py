@@ -89,10 +89,13 @@ class CostTable(BaseModel):
         The matmul rate falls for small ones: FLOP / (FLOP + half) of the best rate, and size / (size + half) by the
         smallest size. Attention has the rate of its kernel.
         """
+        computing_us, moving_us = self.bounds_us(graph, node, hints)
+        return self.hardware.device.launch_us + max(computing_us, moving_us) if computing_us or moving_us else 0.0
+
+    def bounds_us(self, graph: Graph, node: Node, hints: Mapping[str, int]) -> tuple[float, float]:
+        """Microseconds that a node computes, and that it moves memory; both 0 where it does neither, as a view."""
         done = work(graph, node)
         flop, num_bytes = evaluate(done.flop, hints), evaluate(done.num_bytes, hints)
-        if not flop and not num_bytes:
-            return 0.0
         device = self.hardware.device
         share = device.fused_share if node.op.startswith("zgraph.") else device.memory_share
         moving = num_bytes / (device.memory_bytes_per_s * share)
@@ -100,7 +103,7 @@ class CostTable(BaseModel):
         if flop:
             share = self._matmul_share(node, evaluate(done.size, hints))
             computing = (flop / share + device.matmul_half_flop) / device.rate(done.dtype)
-        return device.launch_us + 1e6 * max(computing, moving)
+        return 1e6 * computing, 1e6 * moving
 
     def _matmul_share(self, node: Node, size: float) -> float:
         """The share of the best matmul rate that an op reaches."""

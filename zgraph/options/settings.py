@@ -94,6 +94,7 @@ class Options(TypedDict, total=False):
     context_parallel: int
     placements: Placements | None
     cuda_graphs: CudaGraphs
+    record: str | Path | None
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Settings:
         cuts: how parameters are cut along the axes along which ranks compute together, by name.
         cuda_graphs: whether programs are recorded for the GPU to repeat.
         search: what the search for placements found, in words; empty where none was.
+        record: where to keep what steps take.
     """
 
     device: torch.device
@@ -147,6 +149,7 @@ class Settings:
     cuts: Mapping[str, Cuts] = field(default_factory=dict)
     cuda_graphs: CudaGraphs = False
     search: str = ""
+    record: Path | None = None
 
     @property
     def is_gpu(self) -> bool:
@@ -199,6 +202,7 @@ def resolve(
     context_parallel: int = 1,
     placements: Placements | None = None,
     cuda_graphs: CudaGraphs = False,
+    record: str | Path | None = None,
 ) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
 
@@ -252,6 +256,8 @@ def resolve(
         raise UsageError(
             'fullgraph="eager" gathers all parameters at once, so that none can be offloaded; offload=None'
         )
+    if record is not None and fullgraph is not True:
+        raise UsageError("record= keeps what one training graph takes: a forward in pieces has none; fullgraph=True")
     if (mesh is not None and default_stage) or offloads:
         check_optimizers(model)
     return Settings(
@@ -277,6 +283,7 @@ def resolve(
         cuts,
         cuda_graphs if is_gpu else False,
         placements.summary if isinstance(placements, FoundPlacements) else "",
+        Path(record) if record is not None else None,
     )
 
 
