@@ -93,8 +93,6 @@ class Prices:
         options: list[tuple[str, Arg]] = [("axis", self.axis.name)]
         if isinstance(new, Shard):
             options.append(("dim", new.dim))
-        if isinstance(new, Shard) and len(new.blocks) > 1:
-            options.append(("blocks", new.blocks))
         made = self.local(kind, new)
         assert isinstance(made, TensorType)
         is_start = op.endswith("_start")

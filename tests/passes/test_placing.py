@@ -3,6 +3,7 @@
 import pytest
 
 from zgraph.ir import Axis, Graph, Partial, Placement, Replicate, Shard, TensorType, parse_graph, verify
+from zgraph.ir.symbols import parse_dim
 from zgraph.ir.types import DType
 from zgraph.passes import Context, parse_recipe
 from zgraph.passes.analysis.placing import wire_bytes
@@ -54,11 +55,16 @@ def sums(graph: Graph) -> list[str]:
         (R, S(0), 0),
         (R, P, 0),
         (S(0), P, 0),
+        (Partial("max"), S(0), 144.0),  # all-reduced, then cut
     ],
     ids=str,
 )
 def test_bytes_that_a_rank_sends(old: Placement, new: Placement, num_bytes: float) -> None:
     assert wire_bytes(TensorType(DType.f32, (4, 6)), old, new, 4) == num_bytes
+
+
+def test_of_a_size_that_is_not_known_one_number_is_counted() -> None:
+    assert wire_bytes(TensorType(DType.bf16, (parse_dim("s0"), 6)), S(0), R, 4) == 1.5
 
 
 def test_sums_that_are_added_are_reduced_once() -> None:
