@@ -163,9 +163,7 @@ EQUIVALENT = (
         "only gradients have the name of a parameter",
     ),
     Equivalent("passes/bucket.py", "0", "1", "no parameter has less than a byte", "        return 0"),
-    Equivalent(
-        "passes/analysis/rows.py", "0", "1", "no op of a pattern has a dim and no tensor", "rank = next((len("
-    ),
+    Equivalent("passes/analysis/rows.py", "0", "1", "no op of a pattern has a dim and no tensor", "rank = next((len("),
     Equivalent(_BLOCKS, "1000", "1001", _TUNED),
     Equivalent(_BLOCKS, "seen.add(other)", "pass", _TWICE),
     Equivalent(_BLOCKS, "reached.add(other)", "pass", _TWICE),
