@@ -162,6 +162,7 @@ EQUIVALENT = (
         "output.kind is OutputKind.grad or output.target in space.graph.param_names",
         "only gradients have the name of a parameter",
     ),
+    Equivalent("passes/recompute.py", "0", "1", "a byte that is left has room for no value", "exactly=self.keep_bytes"),
     Equivalent("passes/bucket.py", "0", "1", "no parameter has less than a byte", "        return 0"),
     Equivalent("passes/analysis/rows.py", "0", "1", "no op of a pattern has a dim and no tensor", "rank = next((len("),
     Equivalent(_BLOCKS, "1000", "1001", _TUNED),

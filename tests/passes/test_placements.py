@@ -23,6 +23,7 @@ from zgraph.passes.exchange import Exchange
 from zgraph.passes.place import Place, cut_inputs
 from zgraph.passes.placements import Search
 from zgraph.passes.placements.prices import Prices
+from zgraph.passes.placements.search import Found
 from zgraph.passes.placements.twins import twins
 
 R = Replicate()
@@ -249,3 +250,10 @@ def test_of_few_matrices_each_is_searched(num_layers):
     ]
     stands = twins(parse_graph("\n".join(text)))
     assert stands == ((*range(8),) if num_layers == 8 else tuple(i % 4 for i in layers))
+
+
+@pytest.mark.parametrize(
+    ("total_us", "bound_us", "gap"), [(110.0, 100.0, 0.1), (100.0, 100.0, 0.0), (99.999, 100.0, 0.0), (5.0, 0.0, 0.0)]
+)
+def test_a_gap_is_a_share_of_the_bound(total_us, bound_us, gap):
+    assert Found({}, {}, total_us, bound_us, 0).gap == pytest.approx(gap)
