@@ -94,7 +94,7 @@ def predicted(row: Row, costs: CostTable) -> Prediction:
 
 
 def _peak_bytes(row: Row, samples: LayerSamples, costs: CostTable) -> float:
-    """The peak of a step, as `zgraph.plan` counts it where the budget is no limit."""
+    """The peak of a step, as `zgraph.plan` counts it where the budget is no limit: the logits are whole then."""
     planner = Planner(
         samples,
         row.num_ranks,
@@ -103,7 +103,7 @@ def _peak_bytes(row: Row, samples: LayerSamples, costs: CostTable) -> float:
         host_budget=None,
         places=("",),
         moves=False,
-        kernels="triton" if row.is_fused else "aten",
+        kernels="auto" if row.is_fused else "aten",
         compute="float8" if row.compute else None,
         reduce_dtype=DType(row.reduce_dtype) if row.reduce_dtype else None,
         accumulation=row.num_micro,
@@ -149,7 +149,13 @@ def _samples(row: Row, checkpointed: str) -> LayerSamples:
     }
     kind = sizes.is_gated, sizes.num_kv < sizes.num_heads, sizes.has_bias, sizes.is_unfused, checkpointed
     samples = _captured(*kind).changed(lambda graph: with_sizes(graph, values))
+    if not row.has_masters:
+        samples = samples.changed(_without_masters)
     return replace(samples, missing=(sizes.num_layers - FEWEST,))
+
+
+def _without_masters(graph: Graph) -> Graph:
+    return replace(graph, inputs=tuple(replace(entry, master=None) for entry in graph.inputs))
 
 
 FEWEST = 2

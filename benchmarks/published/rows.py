@@ -70,6 +70,7 @@ class Row:
         compute: what matmuls run in: empty, or "float8".
         measured_s: seconds of a step.
         memory: bytes of the peak, and their kind: "allocated", "reserved"; 0 where it was not published.
+        has_masters: whether weights, gradients and moments are in fp32, or in bf16 alone.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Row:
     compute: str
     measured_s: float
     memory: tuple[int, str] = (0, "")
+    has_masters: bool = True
 
     @property
     def family(self) -> str:
@@ -192,6 +194,7 @@ def _expressed(cells: Mapping[str, str], name: str, system: str, recomputed: str
         "float8" if "fp8" in precision or "float8" in precision else "",
         measured_s,
         _memory(cells),
+        not system.startswith(IN_BF16),
     )
     if "pcie" in cells["gpu"].lower():
         within = row.hardware.within.model_copy(update={"bytes_per_s": PCIE_BYTES_PER_S})
@@ -289,6 +292,10 @@ def _sizes(cells: Mapping[str, str], checkpointed: str) -> Sizes:
     if not 0.88 < count / float(cells["params"]) < 1.12:
         raise Inexpressible(f"{float(cells['params']):.3g} parameters are not those of its layers, {count:.3g}")
     return found
+
+
+IN_BF16 = ("KempnerForge",)
+"""Systems that train in bf16 alone: 8 B parameters on one GPU take less than the fp32 states of Adam would."""
 
 
 def _is_fused(said: str) -> bool:

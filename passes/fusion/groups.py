@@ -27,13 +27,19 @@ MAX_DEPTH = 12
 
 
 def early(graph: Graph) -> Graph:
-    """The graph with what can be fused right behind what it reads."""
+    """The graph with what can be fused right behind what it reads.
+
+    What the backward computes of values of the forward alone stays where it is: where these are computed again, they
+    would all be there from the begin of the backward on.
+    """
     priority: dict[int, float] = {}
     made_at: dict[str, float] = {}
+    begin = next((at for at, node in enumerate(graph.nodes) if node.phase is Phase.backward), len(graph.nodes))
     for position, node in enumerate(graph.nodes):
         at = float(position)
         if (node.op in PATTERNS or facts(node.op).keeps_rows) and node.operands:
-            at = max(made_at.get(v.name, -1.0) for v in node.operands)
+            latest = max(made_at.get(v.name, -1.0) for v in node.operands)
+            at = at if node.phase is Phase.backward and latest < begin else latest
         priority[position] = at
         made_at.update((r.name, at) for r in node.results)
     return reorder(graph, lambda position, _: priority[position])

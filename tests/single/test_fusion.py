@@ -19,6 +19,7 @@ from zgraph.cost.work import work
 from zgraph.debugging.known import Reference
 from zgraph.debugging.numbers import Numbers
 from zgraph.errors import UsageError
+from zgraph.estimate.trace import traced
 from zgraph.ir import DType, Graph, Node, Phase, TensorType, Value, parse_graph, print_graph, verify
 from zgraph.ir.external_ops import (
     LOSS,
@@ -532,3 +533,17 @@ def test_sizes_that_change(dynamic):
     assert gradients(model, *calls) == pytest.approx(gradients(eager, *calls), rel=1e-4, abs=1e-6)
     assert all(kernels(entry.plan.graph) for entry in zgraph.report(model).entries)
     assert all(sum(n.op == ROTARY for n in entry.plan.graph.nodes) == 4 for entry in zgraph.report(model).entries)
+
+
+def test_what_is_computed_again_is_computed_where_it_is_read():
+    """With kernels as without: of layers under checkpoint no more than one is there at a time."""
+    ids = torch.zeros(8, 64, dtype=torch.long)
+    inputs = {"input_ids": ids, "labels": ids}
+    peaks = {}
+    for kernels in ("aten", "triton"):
+        model = small.llama(64, 6, 61)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        steps = parse_recipe(RECIPES[3] if kernels == "aten" else fusing(RECIPES[3]))
+        run = traced(model.train(), inputs, steps, hardware="h100", num_ranks=8)
+        peaks[kernels] = run.timeline.memory.peak.total_bytes
+    assert peaks["triton"] <= peaks["aten"]
