@@ -1031,3 +1031,12 @@ def test_what_was_not_measured_altogether_is_estimated():
     assert best({}, rate=0.0, ways=everything) == "kernel"
     assert best({}, matmuls="always", rate=0.0, ways=everything) == "matmul"
     assert best({}, matmuls="always") == "kernel"
+
+
+@pytest.mark.parametrize(("peak", "moves"), [(99, 0), (100, 0), (101, 50)])
+def test_nothing_is_moved_where_the_limit_is_just_met(peak, moves):
+    fitter = object.__new__(_Fitter)
+    fitter.limit, fitter.target = 100, 100
+    most = SimpleNamespace(keep_bytes=None, move_bytes=50, peak_bytes=100)
+    fitter.trial = lambda keep_bytes, move_bytes: SimpleNamespace(keep_bytes=None, move_bytes=0, peak_bytes=peak)
+    assert fitter.moving_least(most).move_bytes == moves

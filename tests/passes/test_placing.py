@@ -1,13 +1,15 @@
 """Costs of a placement, and where partial sums are reduced."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from zgraph.ir import Axis, Graph, Partial, Placement, Replicate, Shard, TensorType, parse_graph, verify
+from zgraph.ir import Axis, Graph, Partial, Placement, Replicate, Shard, TensorType, Value, parse_graph, verify
 from zgraph.ir.symbols import parse_dim
 from zgraph.ir.types import DType
 from zgraph.passes import Context, parse_recipe
-from zgraph.passes.analysis.placing import wire_bytes
-from zgraph.passes.place import Place
+from zgraph.passes.analysis.placing import Walk, wire_bytes
+from zgraph.passes.place import Place, _Placer
 
 R, P, S = Replicate(), Partial("sum"), Shard
 
@@ -131,3 +133,23 @@ def test_an_axis_of_data_is_refused() -> None:
 def test_what_brings_an_output_where_it_is_wanted_comes_from_the_line_that_made_it() -> None:
     made = placed('fwd %y: f32[4, 8] = aten.add.Tensor(%a, %b) @ "model.last"\nreturn fwd output %y\n')
     assert [n.origin.module for n in made.nodes if n.op == "reshard"][-1] == "model.last"
+
+
+def test_a_value_is_moved_from_where_that_sends_the_least() -> None:
+    walk = object.__new__(Walk)
+    walk.num_ranks = 4
+    kind = TensorType(DType.f32, (4, 6))
+    assert walk.moved(kind, {P, S(0), S(1)}, R) == 3 / 4 * 96
+    assert walk.moved(kind, {P, S(0)}, S(0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("strides", "laid"),
+    [((12, 2), None), ((2, 8), (1, 4)), ((0, 1), (0, 1)), ((parse_dim("s0"), 1), (parse_dim("s0"), 1))],
+)
+def test_a_part_that_is_moved_has_no_gaps_unless_its_rows_are_one_in_memory(strides, laid) -> None:
+    """As a part of a fused projection has them; what is expanded, or of unknown strides, stays."""
+    placer = object.__new__(_Placer)
+    placer.source, placer.is_context = SimpleNamespace(nodes=(), users={}), True
+    kind = TensorType(DType.f32, (4, 6), strides=strides)
+    assert placer.laid(Value("x", kind), kind).strides == laid
