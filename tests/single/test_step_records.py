@@ -189,8 +189,13 @@ def test_training_is_recorded_and_stays_what_it_is(tmp_path):
     assert found.quantile_us(0.0) <= found.step_us <= found.quantile_us(1.0)
     calibrated = zgraph.calibrate(folder)
     assert calibrated.runs[0].after_us == pytest.approx(found.step_us, rel=0.7), "a busy machine is no clock"
-    with pytest.raises(UsageError, match="there is a record of rank 0 already; take another folder"):
-        trained(1, folder)
+    model = llama(32, 1, 61)
+    before = {name: id(p) for name, p in model.named_parameters()}
+    with pytest.raises(UsageError, match=r"has a record already .*; take another folder"):
+        zgraph.compile(model, stage=3, record=folder)
+    with pytest.raises(UsageError, match="cannot be a folder: Not a directory; take another"):
+        zgraph.compile(model, stage=3, record=folder / RUN / "below")
+    assert {name: id(p) for name, p in model.named_parameters()} == before, "the model is as it was"
 
 
 def test_pieces_are_not_recorded(tmp_path):

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from zgraph.errors import UsageError
 from zgraph.ir import Instruction, Plan
 from zgraph.runfile.records import RUN, RankRecord, rank_files, save_rank
 from zgraph.runtime import Session
@@ -36,25 +35,15 @@ class StepRecorder:
     timed, ops one by one; their own times are not kept.
 
     Args:
-        folder: where to write.
+        folder: where to write, without a record in it.
         session: what the programs work on.
-
-    Raises:
-        UsageError: the folder has records already, or cannot be made.
     """
 
     def __init__(self, folder: Path, session: Session) -> None:
         self.folder, self.session = folder, session
         self.rank = session.store.rank
         self.is_taken = False
-        record, steps = rank_files(folder, self.rank)
-        if record.exists() or steps.exists():
-            raise UsageError(f'record="{folder}": there is a record of rank {self.rank} already; take another folder')
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._steps = steps.open("w", encoding="ascii", buffering=1)
-        except OSError as error:
-            raise UsageError(f'record="{folder}": it cannot be written: {error.strerror}') from None
+        self._steps = rank_files(folder, self.rank)[1].open("w", encoding="ascii", buffering=1)
         self._watch = _Stopwatch(session.device)
         self._recorder = Recorder(session.device)
         self._nodes: dict[str, list[float]] = defaultdict(list)

@@ -52,6 +52,7 @@ from zgraph.options.validate import (
 from zgraph.passes import MIXED, RECIPES, Pass, Pipeline, along_model_axes, compressing, pipeline_of, recipe_for
 from zgraph.passes.core.base import Choice
 from zgraph.runfile.format import RunFile, load_run
+from zgraph.runfile.records import begin_record
 from zgraph.runtime.agreement import check_joined
 from zgraph.runtime.model_ranks import Cuts, ModelRanks
 
@@ -258,6 +259,8 @@ def resolve(
         )
     if record is not None and fullgraph is not True:
         raise UsageError("record= keeps what one training graph takes: a forward in pieces has none; fullgraph=True")
+    if record is not None:
+        begin_record(Path(record))
     if (mesh is not None and default_stage) or offloads:
         check_optimizers(model)
     return Settings(

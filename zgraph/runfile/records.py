@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zgraph.bridge.private_files import drafted
-from zgraph.errors import RecordError
+from zgraph.errors import RecordError, UsageError
 from zgraph.ir import num_ranks
 from zgraph.runfile.format import RunFile, load_run
 
@@ -101,6 +101,21 @@ class Record:
             for name, us in getattr(rank, of).items():
                 found[name].append(us)
         return found
+
+
+def begin_record(folder: Path) -> None:
+    """Make the folder of a record, or take an empty one.
+
+    Raises:
+        UsageError: there is a record in it already, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = next((p.name for p in sorted(folder.iterdir()) if p.name == RUN or p.name.startswith("rank-")), None)
+    except OSError as error:
+        raise UsageError(f'record="{_shown(folder)}" cannot be a folder: {error.strerror}; take another') from None
+    if found is not None:
+        raise UsageError(f'record="{_shown(folder)}" has a record already ({found[:40]}); take another folder')
 
 
 def rank_files(folder: Path, rank: int) -> tuple[Path, Path]:
@@ -192,4 +207,4 @@ def _shown(path: Path) -> str:
     return text if len(text) <= 200 else f"{text[:100]}...{text[-60:]}"
 
 
-__all__ = ["RUN", "RankRecord", "Record", "rank_files", "read_record", "save_rank"]
+__all__ = ["RUN", "RankRecord", "Record", "begin_record", "rank_files", "read_record", "save_rank"]
