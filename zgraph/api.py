@@ -61,6 +61,7 @@ def compile(
     tensor_parallel: int = 1,
     sequence_parallel: bool = False,
     context_parallel: int = 1,
+    expert_parallel: int = 1,
     placements: Placements | None = None,
     cuda_graphs: CudaGraphs = False,
 ) -> Any:
@@ -127,6 +128,8 @@ def compile(
             memory, for as many bytes sent.
         context_parallel: ranks that share each sequence of one batch: each computes a part of it, and attention some
             heads of all of it. Parameters are sharded over them as over the other ranks.
+        expert_parallel: ranks that share the experts of a mixture, and one batch: each computes some of its rows, and
+            some experts for the tokens of all. Other parameters are sharded over them as over the other ranks.
         placements: how parameters are cut, from patterns of their names to `Shard(dim)` of torch (`"S1/3"` cuts dim 1
             of a fused projection in each of three blocks); what none names stays whole. By default, the plan that
             transformers has for the model. "auto" searches for them, and for where all values between them are, with
@@ -174,6 +177,7 @@ def compile(
         "tensor_parallel": tensor_parallel,
         "sequence_parallel": sequence_parallel,
         "context_parallel": context_parallel,
+        "expert_parallel": expert_parallel,
         "placements": placements,
         "cuda_graphs": cuda_graphs,
     }

@@ -5,7 +5,8 @@ import pytest
 from zgraph.errors import VerifyError
 from zgraph.interpreter import RULES
 from zgraph.ir import OPS, Axis, Graph, Node, TensorType, parse_graph, print_graph, verify
-from zgraph.ir.ops import LANES, is_pure, views
+from zgraph.ir.op_rows import LANES
+from zgraph.ir.ops import is_pure, views
 from zgraph.ir.type_rules import TypeRuleError
 from zgraph.runtime.collectives import EXECUTORS
 
