@@ -12,7 +12,7 @@ dropped. What is sent is what is routed to another rank, and no more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from zgraph.errors import PlacementError

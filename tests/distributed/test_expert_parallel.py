@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import transformers as hf
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 import zgraph
 from tests.deep import DEEP, deep
-from zgraph.errors import PlacementError, UsageError
 
 from . import tensor_zoo as zoo
 from .nets import built

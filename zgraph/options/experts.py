@@ -29,9 +29,9 @@ def experts_of(model: nn.Module, num_ranks: int) -> frozenset[str]:
     found = frozenset(_named(model))
     if not found:
         raise PlacementError(
-            f"{type(model).__name__} has no experts that can be divided over ranks: parameters of three dims, [experts, "
-            "in, out], of a module with an attribute num_experts. Keep experts in such parameters and multiply by "
-            "torch.nn.functional.grouped_mm, not in a list of modules; or leave expert_parallel= out"
+            f"{type(model).__name__} has no experts that can be divided over ranks: parameters of three dims, "
+            "[experts, in, out], of a module with an attribute num_experts. Keep experts in such parameters, and not "
+            "in a list of modules, and multiply by torch.nn.functional.grouped_mm; or leave expert_parallel= out"
         )
     for name, parameter in model.named_parameters():
         if name in found and parameter.shape[0] % num_ranks:
