@@ -232,3 +232,11 @@ def test_a_second_axis_is_stated() -> None:
     placed = Place(search="all").run(graph, given)
     with pytest.raises(PlacementError, match="search along the first axis"):
         Place(axis="expert", search="all").run(placed, given)
+
+
+def test_sizes_that_are_symbols_are_refused() -> None:
+    graph = zgraph.trace(nn.Linear(4, 8), torch.rand(6, 4), dynamic=True)
+    with pytest.raises(
+        PlacementError, match=r"needs sizes that are numbers, and %\w+ is f32\[s\d+, 4\].*dynamic=False"
+    ):
+        Place(search="all").run(graph, Context(mesh=(Axis("tensor", 2),)))

@@ -15,9 +15,9 @@ from zgraph.cost import Hardware, hardware
 from zgraph.errors import UsageError
 
 if TYPE_CHECKING:
-    from zgraph.estimate.plan import TrainingPlan
     from zgraph.estimate.stage_plan import StagePlan
     from zgraph.estimate.sweep import Combination, Sweep
+    from zgraph.estimate.training_plan import TrainingPlan
 
 BATCHES = (1, 2, 4, 8)
 """Batches that `--sweep` tries where none is given."""

@@ -125,7 +125,7 @@ class Settings:
         lengths: what inputs are padded to; None leaves them as they are.
         cuts: how parameters are cut along the axes along which ranks compute together, by name.
         cuda_graphs: whether programs are recorded for the GPU to repeat.
-        search: what the search for placements found, in words; empty where none was.
+        search: what searches for a layout and for placements found, in words; empty where none was.
     """
 
     device: torch.device
@@ -203,6 +203,7 @@ def resolve(
     expert_parallel: int = 1,
     placements: Placements | None = None,
     cuda_graphs: CudaGraphs = False,
+    layout: str = "",
 ) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
 
@@ -281,7 +282,7 @@ def resolve(
         lengths,
         cuts,
         cuda_graphs if is_gpu else False,
-        placements.summary if isinstance(placements, FoundPlacements) else "",
+        "; ".join(filter(None, (layout, placements.summary if isinstance(placements, FoundPlacements) else ""))),
     )
 
 
