@@ -9,7 +9,7 @@ from zgraph.ir.graph import Node
 from zgraph.ir.rules.kept import broken_rule
 from zgraph.ir.rules.ranked import meant
 from zgraph.ir.symbols import Dim
-from zgraph.ir.types import Grouped, Mesh, Partial, Replicate, Shard, TensorType, Type, Varying, model_axes
+from zgraph.ir.types import DType, Grouped, Mesh, Partial, Replicate, Shard, TensorType, Type, Varying, model_axes
 
 __all__ = ["DOCS", "OPAQUE", "ranked"]
 
@@ -18,12 +18,14 @@ Shapes = tuple[tuple[Dim, ...], ...]
 
 def ranked(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     """The types of what an op makes that knows its rank along the axis it names: dense, and placed by its rule."""
-    index, _ = axis_of(node, mesh)
+    index, size = axis_of(node, mesh)
     kinds = [v.type for v in node.operands]
     tensors = [kind for kind in kinds if isinstance(kind, TensorType)]
     if len(tensors) < max(len(kinds), 2) or any(t.future or len(t.placement) != len(mesh) for t in tensors):
         raise TypeRuleError("computes with tensors that are on the device, one placement a mesh axis")
     made = [r.type for r in node.results if isinstance(r.type, TensorType) and len(r.type.placement) == len(mesh)]
+    if node.op in _BY_GROUPS and (wrong := _wrong_groups(node, tensors, size)):
+        raise TypeRuleError(wrong)
     shapes = _SHAPES[node.op](node, tensors)
     if len(made) != len(node.results) or len(made) != len(shapes):
         raise TypeRuleError(f"makes {len(shapes)} tensors, one placement a mesh axis")
@@ -37,7 +39,7 @@ def ranked(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     own = Varying() if Varying() in data else Replicate()
     placements = [(*kind.placement[:num_model], *[own] * (len(mesh) - num_model)) for kind in made]
     dtype = next(t.dtype for t in tensors if t.dtype.value.startswith(("f", "bf")))
-    strides = [kind.strides if node.op in _LAID_BY_OP else None for kind in made]
+    strides = [kind.strides if node.op in _BY_GROUPS else None for kind in made]
     return tuple(TensorType(dtype, *laid) for laid in zip(shapes, strides, placements, strict=True))
 
 
@@ -60,6 +62,16 @@ def _loss(node: Node, kinds: list[TensorType]) -> Shapes:
 
 def _classes(node: Node, kinds: list[TensorType]) -> Shapes:
     return (kinds[1].shape,)
+
+
+def _wrong_groups(node: Node, kinds: list[TensorType], num_ranks: int) -> str:
+    """Mistake in the number of matrices, one for each of the rank's groups; empty if there is none."""
+    made = [r.type for r in node.results if isinstance(r.type, TensorType)]
+    counts = {kind.shape[0] for kind in (*kinds, *made) if len(kind.shape) == 3}
+    ends = next((kind.shape for kind in kinds if kind.dtype in (DType.i32, DType.i64)), ())
+    if len(ends) != 1 or counts != {ends[0] // num_ranks} or ends[0] % num_ranks:
+        return f"has a matrix for each of the groups of a rank, and {list(map(str, counts))} are none of {num_ranks}"
+    return ""
 
 
 def _rows_by_groups(node: Node, kinds: list[TensorType]) -> Shapes:
@@ -87,8 +99,8 @@ _SHAPES: Mapping[str, Callable[[Node, list[TensorType]], Shapes]] = {
     "part_grouped_mm_fallback_backward": _as_given,
 }
 
-_LAID_BY_OP = frozenset(op for op in _SHAPES if op.startswith("part_grouped"))
-"""Ops whose results lie in memory as the op of torch has them."""
+_BY_GROUPS = frozenset(op for op in _SHAPES if op.startswith("part_grouped"))
+"""Products of groups, whose results lie in memory as the op of torch has them."""
 
 OPAQUE = frozenset({"part_grouped_mm_fallback", "part_grouped_mm_fallback_backward"})
 """Those that stand for ops that torch has from elsewhere: neither moved, merged nor removed."""
