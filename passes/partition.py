@@ -216,12 +216,14 @@ class _Partitioner:
         producer = self.source.producers.get(value.name) if self.repeat_views else None
         if producer is None or len(producer.results) != 1 or not views(self.source, producer):
             return False
+        if producer.op == "wait":
+            return False
         return self.written.isdisjoint(self.memory.roots(value.name))
 
     def is_elsewhere(self, entry: Input) -> bool:
         """Whether a parameter must be brought to where it is computed with."""
-        over_contexts = any(axis == "context" for axis, _ in entry.cuts)
-        return self.sharded or over_contexts or entry.value.tensor.is_on_host
+        over_parts = any(axis in ("context", "expert") for axis, _ in entry.cuts)
+        return self.sharded or over_parts or entry.value.tensor.is_on_host
 
     def needed(self, value: Value, user: Node) -> Value:
         """The value that `user` must read in place of the captured `value`."""

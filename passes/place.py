@@ -26,6 +26,7 @@ from typing import ClassVar
 from zgraph.errors import PlacementError
 from zgraph.ir import (
     MODEL_AXES,
+    Arg,
     Axis,
     Builder,
     Graph,
@@ -49,13 +50,17 @@ from zgraph.ir.graph import map_values
 from zgraph.ir.layout import dense_strides, is_contiguous
 from zgraph.ir.ops import views
 from zgraph.ir.parts import part_along
-from zgraph.ir.rules import Call, Strategy, on_parts, rule_of
+from zgraph.ir.rules import ROUTED, Call, Strategy, on_parts, rule_of
+from zgraph.passes.analysis.expert_rows import choose_by_experts
 from zgraph.passes.analysis.placing import choose, wire_bytes
 from zgraph.passes.analysis.sequences import choose_along_sequence
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.placements import Search
 
 R, P = Replicate(), Partial("sum")
+
+PARTS_OF_BATCH = ("context", "expert")
+"""Axes whose ranks each compute a part of the batch, with whole parameters but for experts."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Place(Pass):
 
     Args:
         axis: the name of the axis. Where the mesh has none of this name, nothing is done. Along `context`, the sequence
-            of inputs is cut, and parameters are whole where they are used.
+            of inputs is cut, along `expert` their rows, and parameters are whole where they are used, but for experts.
         sequence: whether activations between blocks lie cut along the sequence: a reduce-scatter behind what makes a
             partial sum, a gather before what needs it whole, and again in the backward.
         search: what is searched for the least time on the hardware of the context, as an integer program: `all`, or
@@ -85,8 +90,9 @@ class Place(Pass):
             raise ValueError(f"axis must be one of {', '.join(MODEL_AXES)}, not {self.axis}")
         if self.search not in ("", "values", "all"):
             raise ValueError(f"search must be values or all, not {self.search}")
-        if self.axis == "context" and (self.search or self.sequence):
-            raise ValueError("along context, what is cut is the sequence: leave search and sequence out")
+        if self.axis in PARTS_OF_BATCH and (self.search or self.sequence):
+            what = "the sequence" if self.axis == "context" else "the batch"
+            raise ValueError(f"along {self.axis}, what is cut is {what}: leave search and sequence out")
         if self.search and self.sequence:
             raise ValueError("what is searched decides where the sequence is cut: leave sequence out")
 
@@ -122,9 +128,10 @@ class _Placer:
         self.source, self.sequence = graph, sequence
         self.graph = replace(graph, mesh=(*before, axis, Axis("shard", 1)))
         self.seeds = {name: self.checked(graph, name, place, axis) for name, place in seeds.items()}
-        self.is_context = axis.name == "context"
-        if self.is_context:
-            self.choices = choose_along_sequence(graph, self.seeds, axis.size)
+        self.has_parts = axis.name in PARTS_OF_BATCH
+        if self.has_parts:
+            choose_parts = choose_by_experts if axis.name == "expert" else choose_along_sequence
+            self.choices = choose_parts(graph, self.seeds, axis.size)
         elif search is None:
             self.choices = choose(graph, self.seeds, axis.size, sequence=sequence)
         else:
@@ -167,13 +174,16 @@ class _Placer:
         self.builder = Builder(replace(self.graph, nodes=self.source.nodes), Place.name)
         inputs = tuple(map(self.input, self.source.inputs))
         returned = [o for o in self.source.outputs if o.phase is Phase.forward]
-        again = self.made_of_parameters() if self.is_context else frozenset()
+        again = self.made_of_parameters() if self.has_parts else frozenset()
         for node, strategy, rule in zip(self.source.nodes, choices.strategies, choices.rules, strict=True):
             if self.is_forward and node.phase is not Phase.forward:
                 self.is_forward = False
                 self.have = {name: {} if name in again else self.kept(held) for name, held in self.have.items()}
             while returned and node.phase is not Phase.forward:
                 self.output(returned.pop())
+            if node.name in choices.routed:
+                self.route(node, strategy, choices.routed[node.name])
+                continue
             if node.results and node.results[0].name in choices.views:
                 self.have[node.results[0].name] = {}
                 continue
@@ -204,19 +214,32 @@ class _Placer:
 
     def kept(self, held: dict[Placement, Value]) -> dict[Placement, Value]:
         """The value of the forward that is kept for the backward: not what is gathered where the sequence is cut."""
-        if not self.sequence and not self.is_context:
+        if not self.sequence and not self.has_parts:
             return held
         first, *others = held.items()
-        return dict([first, *(o for o in others if self.is_context and isinstance(o[0], Shard))])
+        return dict([first, *(o for o in others if self.has_parts and isinstance(o[0], Shard))])
 
     def made_of_parameters(self) -> frozenset[str]:
         """Views and casts of parameters alone, which the backward makes again of what it gathers."""
         found = set(self.source.param_names)
+        where = {n.name: way for n, way in zip(self.source.nodes, self.choices.strategies, strict=True)}
         for node in self.source.phase_nodes(Phase.forward):
             is_made = node.operands and all(v.name in found for v in node.operands) and len(node.results) == 1
+            is_made = is_made and not isinstance(where[node.name].outs[0], Shard)  # matrices of experts
             if is_made and (node.op == CAST or views(self.source, node)):
                 found.add(node.name)
         return frozenset(found - set(self.source.param_names))
+
+    def route(self, node: Node, way: Strategy, counts: Value) -> None:
+        """Rows to the ranks that have their groups, or from these, in the place of a lookup or a sum by index."""
+        tensors = [self.wanted(v, place, node) for v, place in zip(node.operands, way.ins, strict=True)]
+        args = (*tensors, self.wanted(counts, R, node))
+        result = Value(node.name, self.typed(node.results[0].type, way.outs[0]))
+        future = self.builder.value(f"{node.name}_start", result.tensor.promised())
+        options: dict[str, Arg] = {"axis": self.axis}
+        start = self.builder.typed(ROUTED[node.op], args, (future,), node.phase, node.origin, **options)
+        self.nodes += [start, self.builder.typed("wait", (future,), (result,), node.phase, node.origin)]
+        self.have[node.name] = {way.outs[0] or R: result}
 
     def input(self, entry: Input) -> Input:
         place = self.seeds.get(entry.value.name, R)
@@ -239,7 +262,7 @@ class _Placer:
     def wanted(self, value: Value, place: Placement | None, user: Node) -> Value:
         """A captured value at a placement, brought there before its first user if it is not."""
         have = self.have[value.name]
-        if not have and self.is_context:
+        if not have and self.has_parts:
             have[R] = self.made_again(value, user)
         if place is None:
             return next(iter(have.values())) if have else self.wanted(value, self.choices.any_place(value.name), user)
@@ -261,7 +284,7 @@ class _Placer:
         it counts on them.
         """
         users = [self.source.nodes[at] for at in self.source.users.get(value.name, ())]
-        if not self.is_context or kind.strides is None or any(views(self.source, user) for user in users):
+        if not self.has_parts or kind.strides is None or any(views(self.source, user) for user in users):
             return kind
         strides = kind.strides
         if not all(isinstance(stride, int) and stride > 0 for stride in strides):

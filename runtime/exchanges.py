@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from zgraph.bridge import parts
 from zgraph.bridge.ranked_ops import runs
+from zgraph.bridge.routes import arrived, begun, route_of
 from zgraph.ir import Node, Partial, Shard, TensorType
 from zgraph.runtime.agreement import described
 from zgraph.runtime.futures import Future
@@ -97,6 +98,22 @@ def all_to_all(node: Node, session: Session) -> Execute:
         session.enter("all-to-all", moved)
         work = dist.all_to_all_single(found, sent, group=group, async_op=True)
         return Future(name, work, sent, lambda: _laid(parts.joined(found.unbind(), old), made))
+
+    return execute
+
+
+def routed(node: Node, session: Session) -> Execute:
+    """Rows for the ranks that have their groups, or from these: to each rank as many as it has of them."""
+    (group, size, rank), name, moved = _of_axis(node, session), described(node), session.moved(node)
+    at = 2 if node.op == "put_rows_start" else 0
+
+    def execute(*tensors: torch.Tensor) -> Future:
+        route = route_of(node, tensors, size, rank)
+        made, sent = begun(node, tensors), tensors[at][route.sent].contiguous()
+        found = sent.new_empty((sum(route.num_found), *sent.shape[1:]))
+        session.enter("all-to-all", moved)
+        work = dist.all_to_all_single(found, sent, route.num_found, route.num_sent, group=group, async_op=True)
+        return Future(name, work, sent, lambda: arrived(node, made, found, route.found))
 
     return execute
 

@@ -20,6 +20,7 @@ from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.bridge.codecs import decode, encode_into
 from zgraph.bridge.parts import from_chunks, moved, padded_chunks, part_of, together, total
 from zgraph.bridge.ranked_ops import runs
+from zgraph.bridge.routes import on_ranks
 from zgraph.errors import InterpretError
 from zgraph.ir import (
     Axis,
@@ -40,7 +41,7 @@ from zgraph.ir import (
 from zgraph.ir.axis_rules import axis_of, changed_axis
 from zgraph.ir.coded_rules import codec_of
 from zgraph.ir.layout import bucket_layout, chunk_numel
-from zgraph.ir.rules import PARTS
+from zgraph.ir.rules import PARTS, ROUTED
 
 Ranks = list[Any]
 """One value as each rank has it."""
@@ -405,6 +406,7 @@ RULES: Mapping[str, Rule] = {
     "slice": _reshard,
     "first_rank": _reshard,
     **dict.fromkeys(PARTS.values(), _ranked),
+    **dict.fromkeys(ROUTED.values(), on_ranks),
     "offload_start": _reshard,
     "reload_start": _reshard,
     "wait": _same,

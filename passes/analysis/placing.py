@@ -57,6 +57,7 @@ class Choices:
         views: values that are made where they are read: wherever what they view is.
         ways: how a value comes to a placement, where that was chosen: from another placement of it, or of what it
             views.
+        routed: the running counts by which rows find their ranks, by the node that looks rows up or adds them.
     """
 
     graph: Graph
@@ -65,6 +66,7 @@ class Choices:
     reduced: Mapping[str, Placement]
     views: frozenset[str] = frozenset()
     ways: Mapping[tuple[str, Placement], tuple[str, Placement]] = field(default_factory=dict)
+    routed: Mapping[str, Value] = field(default_factory=dict)
 
     def any_place(self, name: str) -> Placement:
         """A placement that a view can have, for ops that read its type alone."""

@@ -20,7 +20,7 @@ from zgraph.ir.rules.factors import Cut
 from zgraph.ir.rules.kept import cuts_of
 from zgraph.passes.analysis.placing import Choices, Rules, Walk, chosen, trained_values, views_once
 
-__all__ = ["choose_along_sequence"]
+__all__ = ["SequenceWalk", "choose_along_sequence", "followed"]
 
 R = Replicate()
 
@@ -46,7 +46,7 @@ def choose_along_sequence(graph: Graph, seeds: Mapping[str, Placement], num_rank
     def walked(
         graph: Graph, rules: Rules, kept: frozenset[str] = frozenset(), sums: frozenset[str] = frozenset()
     ) -> SequenceWalk:
-        return SequenceWalk(graph, seeds, num_ranks, rules, kept, sums, _followed(graph, rules, inputs))
+        return SequenceWalk(graph, seeds, num_ranks, rules, kept, sums, followed(graph, rules, inputs))
 
     found = chosen(views_once(graph), walked, walked)
     _check_attention(found, num_ranks)
@@ -73,14 +73,19 @@ def _cut_inputs(graph: Graph, num_ranks: int) -> dict[str, Placement]:
     return found
 
 
-def _followed(graph: Graph, rules: Rules, inputs: Mapping[str, Placement]) -> dict[str, Placement]:
+def followed(graph: Graph, rules: Rules, inputs: Mapping[str, Placement]) -> dict[str, Placement]:
     """Where the sequence is in each value that has it, through factors that may be cut and through those that may not.
 
     Where operands have it in several factors, as queries and keys do, each result has it in the first of them that it
     has. What is made of nothing, as zeros are, has it where its first reader does.
     """
     found = dict(inputs)
-    made = {r.name for node in graph.nodes if not node.operands for r in node.results}
+    made = {
+        r.name
+        for node, rule in zip(graph.nodes, rules, strict=True)
+        if not node.operands or (rule is not None and not any(rule.ins))
+        for r in node.results
+    }
     for node, rule in zip(graph.nodes, rules, strict=True):
         if rule is None:
             continue
@@ -129,7 +134,7 @@ class SequenceWalk(Walk):
         ours = [v.name in self.trained and v.name not in self.of_parameters for v in node.operands]
         values = (*node.operands, *node.results)
         tokens = [None if v.name in self.of_parameters else self.where.get(v.name) for v in values]
-        if not node.operands:
+        if not any(rule.ins):
             return cuts_of(rule, tokens, self.num_ranks)
         if not any(r.name in self.trained for r in node.results) or not (any(ours) or any(tokens)):
             return []

@@ -6,13 +6,14 @@ straight from where it is made, or as a part of the whole where the whole is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from zgraph.errors import PlacementError
-from zgraph.ir import Axis, Graph, OutputKind, Placement, Replicate, TensorType, num_data_ranks
+from zgraph.ir import Axis, Graph, OutputKind, Placement, Replicate, TensorType, Value, num_data_ranks
 from zgraph.ir.rules import Strategy
+from zgraph.ir.symbols import simplify
 from zgraph.passes.analysis.placing import Choices
 from zgraph.passes.core.base import Context
 from zgraph.passes.placements.prices import Prices
@@ -61,6 +62,13 @@ class Found:
         return max(self.total_us / self.bound_us - 1, 0.0) if self.bound_us else 0.0
 
 
+def _symbolic(graph: Graph) -> Iterator[Value]:
+    """Values with a size that is a symbol."""
+    for value in (*(i.value for i in graph.inputs), *(r for node in graph.nodes for r in node.results)):
+        if isinstance(value.type, TensorType) and not all(isinstance(simplify(d), int) for d in value.type.shape):
+            yield value
+
+
 class Search:
     """A search of one graph along one axis.
 
@@ -72,7 +80,7 @@ class Search:
         free: whether other parameters may be cut; else they are whole.
 
     Raises:
-        PlacementError: the graph is placed along an axis already.
+        PlacementError: the graph is placed along an axis already, or has sizes that are symbols.
     """
 
     def __init__(
@@ -82,6 +90,12 @@ class Search:
             raise PlacementError(
                 f"a search along {axis.name} begins with whole tensors, and the graph is placed along "
                 f"{', '.join(a.name for a in graph.mesh)}: search along the first axis, and state the others"
+            )
+        if (value := next(_symbolic(graph), None)) is not None:
+            raise PlacementError(
+                f"a search compares times, which needs sizes that are numbers, and %{value.name} is {value.type}: "
+                "capture the model with static sizes (dynamic=False, or lengths=, which pads inputs), or state where "
+                "parameters are"
             )
         data = num_data_ranks(context.mesh)
         self.space = Space(graph, axis.size, fixed, free=free, is_sharded=data > 1)

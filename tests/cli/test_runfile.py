@@ -12,7 +12,7 @@ import zgraph
 from zgraph.cost import hardware, simulate
 from zgraph.errors import RunFileError, ZgraphError, ZirError
 from zgraph.ir import Axis, DType, Graph, parse_graph
-from zgraph.ir.ops import LANES
+from zgraph.ir.op_rows import LANES
 from zgraph.passes import RECIPES, Context, make_plan, parse_recipe
 from zgraph.runfile.format import MANIFEST, Provenance, Recording, RunFile, load_run
 

@@ -21,6 +21,9 @@ from .pool import Pool
 NUM_STEPS = 20 if DEEP else 5
 MAX_NORM = 0.5
 
+EXACT = {"tied": torch.float64}
+"""Models of which plain training in fp32 rounds more than the limit is: up to 6e-6 of a norm, ranks together 1.4e-6."""
+
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pool]:
@@ -42,7 +45,7 @@ def train(
     Each data rank has its own batch, and its own seed for dropout.
     """
     plain, ours = (
-        zoo.builder(name)(),
+        zoo.builder(name)().to(EXACT.get(name)),
         zgraph.compile(zoo.builder(name)(), stage=stage, tensor_parallel=2, sequence_parallel=sequence_parallel),
     )
     num_data, mine = mesh.size() // 2, mesh.get_local_rank() // 2

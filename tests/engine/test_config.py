@@ -123,6 +123,8 @@ def test_what_zgraph_decides_is_accepted_with_a_line_that_says_so(caplog):
         ),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size: 1 ranks are no multiple of 2"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size: 1 ranks are no multiple of 2"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "expert_parallel.autoep_size: 1 ranks are no"),
+        ({"moe": {"enabled": True}}, 'moe: say "expert_parallel"'),
         ({"tensor_parallel": {"tp": {"tp_size": 2}}}, "tensor_parallel.tp"),
         ({"zgraph": {"sequence_parallel": True}}, "zgraph.sequence_parallel"),
         ({"gradient_clipping": "auto"}, "gradient_clipping"),
@@ -149,6 +151,17 @@ def test_sequences_are_shared_in_one_way():
     assert read_config(keys, world_size=8).world_size == 2
     with pytest.raises(ConfigError, match="sequence_parallel_size cuts the sequence already"):
         read_config({**keys, "zgraph": {"sequence_parallel": True}}, world_size=8)
+
+
+def test_ranks_that_share_experts_have_a_batch_of_as_many_micro_batches():
+    keys = {**LEAST, "expert_parallel": {"enabled": True, "autoep_size": 2, "preset_model": "mixtral"}}
+    read = read_config(keys, world_size=8)
+    assert (read.world_size, read.together, read.shared_batch) == (8, 2, 2 * read.micro_batch)
+    assert read.train_batch == read.micro_batch * read.accumulation * 8
+    assert [note.partition(" ")[0] for note in read.notes] == ["expert_parallel.preset_model"]
+    assert read_config({**keys, "expert_parallel": {"autoep_size": 2}}, world_size=8).together == 1
+    with pytest.raises(ConfigError, match="leave it, or tensor_parallel"):
+        read_config({**keys, "sequence_parallel_size": 2}, world_size=8)
 
 
 def test_what_a_configuration_may_say_as_it_is_so_anyhow():

@@ -12,7 +12,7 @@ from zgraph.cost import simulate
 from zgraph.errors import VerifyError, ZirError
 from zgraph.interpreter import Interpreter, whole
 from zgraph.ir import OPS, Mesh, Node, Shard, Type, ops, parse_graph, print_graph, verify
-from zgraph.ir.ops import Op, Transfer
+from zgraph.ir.op_rows import Op, Transfer
 from zgraph.ir.type_rules import TypeRuleError, tensor
 from zgraph.passes import Context, make_plan
 from zgraph.passes.plan.make_plan import memory_of

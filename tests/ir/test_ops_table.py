@@ -5,7 +5,8 @@ import pytest
 from zgraph.errors import VerifyError
 from zgraph.interpreter import RULES
 from zgraph.ir import OPS, Axis, Graph, Node, TensorType, parse_graph, print_graph, verify
-from zgraph.ir.ops import LANES, is_pure, views
+from zgraph.ir.op_rows import LANES
+from zgraph.ir.ops import is_pure, views
 from zgraph.ir.type_rules import TypeRuleError
 from zgraph.runtime.collectives import EXECUTORS
 
@@ -47,6 +48,12 @@ input %i: i64[4, 6]<R, V>
 input %n: i64[4]<R, V>
 input %g: f32[]<R, V>
 input %h: f32[4, 6, 6]<R, V>
+input %at: i64[8]<R, V>
+input %ends: i32[4]<R, V>
+input %rows: f32[8, 6]<G0, V>
+input %others: f32[8, 3]<G0, V>
+input %columns: f32[6, 8]<G1, V>
+input %matrices: f32[2, 6, 3]<S0, V>
 """
 """Values along a model axis."""
 
@@ -102,6 +109,44 @@ AXIS_NODES = {
         '%a: f32[4, 6]<R, V> = part_nll_loss_backward(%g, %w, %n, none, 1, -100, %g, axis="tensor")',
         '%a: f32[4, 6]<S1, V> = part_nll_loss_backward(%g, %c, %n, none, 1, -100, %g, axis="tensor")',
     ),
+    "part_grouped_mm": (
+        '%a: f32[8, 3]<G0, V> = part_grouped_mm(%rows, %matrices, %ends, axis="tensor")',
+        '%a: f32[8, 3]<R, V> = part_grouped_mm(%rows, %matrices, %ends, axis="tensor")',
+        '%a: f32[4, 3]<G0, V> = part_grouped_mm(%rows, %matrices, %ends, axis="tensor")',
+        '%a: f32[4, 3]<S0, V> = part_grouped_mm(%w, %matrices, %ends, axis="tensor")',
+        '%a: f32[6, 3]<R, V> = part_grouped_mm(%columns, %others, %ends, axis="tensor")',
+        '%a: f32[8, 3]<G0, V> = part_grouped_mm(%rows, %matrices, %ends, axis="context")',
+    ),
+    "part_grouped_mm_fallback": (
+        '%a: f32[2, 6, 3]<S0, V> = part_grouped_mm_fallback(%columns, %others, %ends, axis="tensor")',
+        '%a: f32[4, 6, 3]<S0, V> = part_grouped_mm_fallback(%columns, %others, %ends, axis="tensor")',
+        '%a: f32[2, 6, 3]<R, V> = part_grouped_mm_fallback(%columns, %others, %ends, axis="tensor")',
+    ),
+    "part_grouped_mm_fallback_backward": (
+        "%a: f32[8, 6]<G0, V>, %b: f32[2, 6, 3]<S0, V> = "
+        'part_grouped_mm_fallback_backward(%rows, %matrices, %ends, %others, axis="tensor")',
+        "%a: f32[8, 6]<G0, V>, %b: f32[2, 6, 3]<R, V> = "
+        'part_grouped_mm_fallback_backward(%rows, %matrices, %ends, %others, axis="tensor")',
+        '%a: f32[8, 6]<G0, V> = part_grouped_mm_fallback_backward(%rows, %matrices, %ends, %others, axis="tensor")',
+    ),
+    "index_rows_start": (
+        '%a: future f32[8, 6]<G0, V> = index_rows_start(%s, %at, %ends, axis="tensor")',
+        '%a: f32[8, 6]<G0, V> = index_rows_start(%s, %at, %ends, axis="tensor")',
+        '%a: future f32[8, 6]<S0, V> = index_rows_start(%s, %at, %ends, axis="tensor")',
+        '%a: future f32[8, 6]<G0, V> = index_rows_start(%w, %at, %ends, axis="tensor")',
+        '%a: future f32[8, 6]<G0, V> = index_rows_start(%s, %at, axis="tensor")',
+        '%a: future f32[8, 6]<G0, V> = index_rows_start(%s, %w, %ends, axis="tensor")',
+        '%a: future f32[8, 6]<G0, V> = index_rows_start(%s, %at, %ends, axis="shard")',
+        '%a: future f32[8, 6]<G0, R> = index_rows_start(%s, %at, %ends, axis="tensor")',
+    ),
+    "put_rows_start": (
+        '%a: future f32[2, 6]<S0, V> = put_rows_start(%s, %at, %rows, %ends, axis="tensor")',
+        '%a: future f32[2, 6]<G0, V> = put_rows_start(%s, %at, %rows, %ends, axis="tensor")',
+        '%a: future f32[4, 6]<R, V> = put_rows_start(%w, %at, %rows, %ends, axis="tensor")',
+        '%a: future f32[2, 6]<S0, V> = put_rows_start(%s, %n, %rows, %ends, axis="tensor")',
+        '%a: future f32[8, 6]<G0, V> = put_rows_start(%rows, %at, %rows, %ends, axis="tensor")',
+        '%a: future f32[2, 6]<S0, V> = put_rows_start(%s, %at, %others, %ends, axis="tensor")',
+    ),
 }
 """The same as `NODES` of ops that are along a model axis alone."""
 
@@ -110,6 +155,9 @@ ALONG_AXIS = (
     ('%a: future f32[4, 6]<R, V> = all_gather_start(%c, axis="tensor")', 48),
     ('%a: future f32[2, 6]<S0, V> = reduce_scatter_start(%p, axis="tensor", dim=0)', 48),
     ('%a: future f32[4, 3]<S1, V> = all_to_all_start(%s, axis="tensor", dim=1)', 24),
+    ('%a: future f32[8, 6]<G0, V> = index_rows_start(%s, %at, %ends, axis="tensor")', 48),
+    ('%a: future f32[4, 6]<S0, V> = index_rows_start(%rows, %at, %ends, axis="tensor")', 48),
+    ('%a: future f32[8, 6]<G0, V> = put_rows_start(%rows, %n, %s, %ends, axis="tensor")', 24),
     ("%a: f32[4, 6]<R, V> = reshard(%p)", 0),
     ("%a: f32[2, 6]<S0/2, V> = reshard(%w)", 0),
 )
@@ -122,6 +170,8 @@ NOT_ALONG_AXIS = (
     "%a: bf16[4, 6]<P(sum), V> = cast(%p, dtype=bf16)",
     "%a: f32[4, 6]<S0, V> = reshard(%w)",
     "%a: f32[4, 6]<P(mean), V> = reshard(%w)",
+    "%a: f32[8, 6]<R, V> = reshard(%rows)",
+    "%a: f32[8, 6]<R, V> = aten.silu.default(%rows)",
 )
 
 # For each op a node that its type rule takes, and nodes that it does not.

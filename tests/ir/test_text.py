@@ -13,6 +13,7 @@ from zgraph.ir import (
     DType,
     ExternalOp,
     Graph,
+    Grouped,
     Input,
     InputKind,
     Node,
@@ -137,6 +138,7 @@ PLACEMENTS = st.one_of(
     st.builds(Replicate),
     st.builds(Varying),
     st.builds(Shard, st.integers(0, 99)),
+    st.builds(Grouped, st.integers(0, 99)),
     st.builds(Partial, st.sampled_from(REDUCTIONS)),
 )
 

@@ -257,3 +257,11 @@ def test_of_few_matrices_each_is_searched(num_layers):
 )
 def test_a_gap_is_a_share_of_the_bound(total_us, bound_us, gap):
     assert Found({}, {}, total_us, bound_us, 0).gap == pytest.approx(gap)
+
+
+def test_sizes_that_are_symbols_are_refused() -> None:
+    graph = zgraph.trace(nn.Linear(4, 8), torch.rand(6, 4), dynamic=True)
+    with pytest.raises(
+        PlacementError, match=r"needs sizes that are numbers, and %\w+ is f32\[s\d+, 4\].*dynamic=False"
+    ):
+        Place(search="all").run(graph, Context(mesh=(Axis("tensor", 2),)))

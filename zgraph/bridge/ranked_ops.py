@@ -79,6 +79,36 @@ def nll_loss_backward(
     return made.scatter_(1, own.unsqueeze(1), torch.where(is_own, each, 0).to(logs.dtype).unsqueeze(1))
 
 
+def grouped(rank: int, num_ranks: int, rows: torch.Tensor, by: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows [T, K] times the rank's matrices [E / N, K, N]; or [K, T] times [T, N], a matrix for each of its groups."""
+    made: torch.Tensor = torch.ops.aten._grouped_mm(rows, by, _own_ends(ends, rank, num_ranks))
+    return made
+
+
+def grouped_fallback(
+    rank: int, num_ranks: int, rows: torch.Tensor, by: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """The same by the op of transformers."""
+    made: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(rows, by, _own_ends(ends, rank, num_ranks))
+    return made
+
+
+def grouped_fallback_backward(
+    rank: int, num_ranks: int, rows: torch.Tensor, by: torch.Tensor, ends: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of rows and of matrices."""
+    backward = torch.ops.transformers.grouped_mm_fallback_backward
+    made: tuple[torch.Tensor, torch.Tensor] = backward(rows, by, _own_ends(ends, rank, num_ranks), gradient)
+    return made
+
+
+def _own_ends(ends: torch.Tensor, rank: int, num_ranks: int) -> torch.Tensor:
+    """Running counts of the rows of the rank's groups, of which the first begins at its first row."""
+    count = len(ends) // num_ranks
+    own = ends[rank * count : (rank + 1) * count]
+    return own - ends[rank * count - 1] if rank else own.clone()
+
+
 def _own(
     index: torch.Tensor, rank: int, num_ranks: int, count: int, ignored: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,6 +141,9 @@ _RUNS: Mapping[str, Run] = {
     "part_embedding_backward": embedding_backward,
     "part_nll_loss": nll_loss,
     "part_nll_loss_backward": nll_loss_backward,
+    "part_grouped_mm": grouped,
+    "part_grouped_mm_fallback": grouped_fallback,
+    "part_grouped_mm_fallback_backward": grouped_fallback_backward,
 }
 
 

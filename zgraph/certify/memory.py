@@ -112,7 +112,7 @@ class _Step:
         graph, moves = self.graph, transfer(node)
         assert moves is not None
         self.scratch[node.name] = [_rounded(OPS[node.op].scratch_bytes(node, graph.mesh)), position, len(self.nodes)]
-        for value, result in zip(node.operands, node.results, strict=True):
+        for value, result in zip(node.operands, node.results, strict=True) if not moves.exchanges else ():
             if is_copied(node, value, graph.mesh):
                 copied = f"{result.name}, sent"
                 self.make(copied, _rounded(padded_bytes(value.tensor, graph.num_shards)), position, position)

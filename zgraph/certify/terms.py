@@ -47,7 +47,7 @@ from zgraph.ir.aliases import Aliases
 from zgraph.ir.axis_rules import changed_axis, collective
 from zgraph.ir.external_ops import FLOAT8, facts
 from zgraph.ir.ops import transfer, views
-from zgraph.ir.rules import PARTS, meant, whole_node
+from zgraph.ir.rules import PARTS, ROUTED, meant, whole_node
 from zgraph.ir.rules.definitions import defined
 
 ZERO = 0
@@ -201,6 +201,8 @@ class Reader:
 
     def node(self, node: Node) -> Sequence[int]:
         operands = [self.read(v.name) for v in node.operands]
+        if node.op in ROUTED.values():
+            return self.routed(node, operands)
         if node.op in _RANKED:
             return self.foreign(meant(node), operands)
         return self.own(node, operands) if node.op in OPS else self.foreign(node, operands)
@@ -235,6 +237,12 @@ class Reader:
         if OPS[op].lane != "compute":
             self.found.sent += [(op, node.phase, term) for term in operands]
         return [table.of(op, i, *operands, str(node.kwargs)) for i in range(len(node.results))]
+
+    def routed(self, node: Node, operands: list[int]) -> Sequence[int]:
+        """Term of rows that are looked up, or added, on other ranks: that of the op on the whole."""
+        made = self.foreign(meant(node), operands[:-1])
+        self.found.sent.append((node.op, node.phase, made[0]))
+        return made
 
     def moved(self, node: Node, value: Value, result: Value, term: int) -> int:
         """Term of a value after a collective, or after a reshard that will become one."""
@@ -310,7 +318,8 @@ class Reader:
         return [self.table.of("unpack", i, bucket, *laid) for i in range(len(node.results))]
 
     def foreign(self, node: Node, operands: list[int]) -> Sequence[int]:
-        row = self.graph.foreign.get(node.op, ExternalOp())
+        unknown = ExternalOp(opaque=not node.op.startswith("aten."))  # of an op that another stands for
+        row = self.graph.foreign.get(node.op, unknown)
         for index, axis in enumerate(model_axes(self.graph.mesh)):
             node = whole_node(node, index, axis.size)
         if ZERO in operands and (zero := self.carried(node, operands)) is not None:

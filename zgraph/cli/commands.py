@@ -30,7 +30,7 @@ from zgraph.cli.completion import any_of, hardware_names, pass_names, several_pa
 from zgraph.errors import UsageError, did_you_mean
 from zgraph.ir import Phase, print_graph, verify
 from zgraph.ir.lines import node_lines, read_line
-from zgraph.ir.ops import LANES
+from zgraph.ir.op_rows import LANES
 from zgraph.passes import RECIPES, Pass, Pipeline, along_model_axes, known_passes, parse_recipe, recipe_for
 from zgraph.passes.core.instruments import PassSummary
 from zgraph.passes.core.pipeline import print_size
@@ -67,6 +67,7 @@ def trace(
     ] = "",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks that compute each op together.")] = 1,
     context_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share each sequence.")] = 1,
+    expert_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share the experts.")] = 1,
     passes: Annotated[
         str, typer.Option(help="A recipe in the place of the stage's own.", autocompletion=several_passes)
     ] = "",
@@ -84,7 +85,7 @@ def trace(
     param_dtype = as_dtype(dtype, "--dtype")
     chosen = one_of("--compute", compute, COMPUTES) if compute else None
     recipe = passes or recipe_for(one_of("--kernels", kernels, KERNELS), RECIPES[stage], chosen)
-    together = {"tensor": tensor_parallel, "context": context_parallel}
+    together = {"tensor": tensor_parallel, "context": context_parallel, "expert": expert_parallel}
     if axes := [axis for axis, size in together.items() if size > 1]:
         if chosen or kernels == "triton":
             raise UsageError("where ranks compute together, leave --compute and --kernels triton out")
@@ -104,6 +105,7 @@ def trace(
             param_dtype=param_dtype,
             tensor_parallel=tensor_parallel,
             context_parallel=context_parallel,
+            expert_parallel=expert_parallel,
         )
         errors().print(f"captured {run.manifest.provenance.captured}", highlight=False)
         shown.update(task, description=f"writing {output}")

@@ -16,9 +16,9 @@ from zgraph.cost import Hardware, hardware
 from zgraph.errors import UsageError
 
 if TYPE_CHECKING:
-    from zgraph.estimate.plan import TrainingPlan
     from zgraph.estimate.stage_plan import StagePlan
     from zgraph.estimate.sweep import Combination, Sweep
+    from zgraph.estimate.training_plan import TrainingPlan
 
 BATCHES = (1, 2, 4, 8)
 """Batches that `--sweep` tries where none is given."""
@@ -74,6 +74,9 @@ def plan(
         typer.Option(min=1, help="Ranks that compute each op together; may be given again.", show_default="1"),
     ] = None,
     context_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share each sequence.")] = 1,
+    expert_parallel: Annotated[
+        int, typer.Option(min=1, help="Ranks that share the experts, and the rows of a batch.")
+    ] = 1,
     sweep: Annotated[
         bool,
         typer.Option(
@@ -117,6 +120,7 @@ def plan(
         "compute": one_of("--compute", compute, COMPUTES) if compute else None,
         "compress": compress or None,
         "context_parallel": context_parallel,
+        "expert_parallel": expert_parallel,
     }
     groups = tensor_parallel or [1]
     found = _combined(model, tried, batch or [], BATCHES if sweep else BATCHES[:1], seq, groups, options)
@@ -258,6 +262,7 @@ def _combination_rows(found: Sweep) -> Iterator[dict[str, Any]]:
             "num_ranks": c.plan.num_ranks,
             "tensor_parallel": c.plan.tensor_parallel,
             "context_parallel": c.plan.context_parallel,
+            "expert_parallel": c.plan.expert_parallel,
             "batch": c.batch,
             "fits": c.fits,
             "items_per_s": c.items_per_s,

@@ -135,7 +135,8 @@ class Report:
         recorded_bytes: bytes that recordings keep between steps, at most.
         arenas: whether NCCL knows the memory that collectives read and write, and why not; empty where there is none.
         arena_bytes: bytes of it that are kept between steps.
-        placements: what the search for placements found: its time, the lower bound and the gap; empty without a search.
+        placements: what searches found: layouts and their speed; of placements the time, the lower bound and the gap.
+            Empty without a search.
     """
 
     model: str

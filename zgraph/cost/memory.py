@@ -180,7 +180,7 @@ class _Walk:
         graph, moves = self.graph, transfer(node)
         assert moves is not None
         self.scratch[node.name] = _rounded(OPS[node.op].scratch_bytes(node, graph.mesh))
-        for value, result in zip(node.operands, node.results, strict=True):
+        for value, result in zip(node.operands, node.results, strict=True) if not moves.exchanges else ():
             name = _in_flight(result.name)
             if is_copied(node, value, graph.mesh):
                 self.hold(name, "buckets", _rounded(padded_bytes(value.tensor, graph.num_shards)))

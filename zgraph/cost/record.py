@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from zgraph.cost.memory import MemoryCurve, Moment
 from zgraph.cost.simulator import Span, Stall, Timeline
-from zgraph.ir.ops import Lane
+from zgraph.ir.op_rows import Lane
 
 Us = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from zgraph.cost.table import CostTable
 from zgraph.ir import OPS, Graph, Node, Plan, Value
-from zgraph.ir.ops import LANES
+from zgraph.ir.op_rows import LANES
 
 
 @dataclass(frozen=True)

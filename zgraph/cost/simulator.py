@@ -16,7 +16,7 @@ from zgraph.errors import SimulationError
 from zgraph.ir import OPS, Graph, Instruction, Node, Plan
 from zgraph.ir.aliases import Aliases
 from zgraph.ir.graph import values_in
-from zgraph.ir.ops import LANES
+from zgraph.ir.op_rows import LANES
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,8 @@ class _Clock:
         end = self.lane_free[lane] = begin + self.costs.transfer_us(self.graph, node, self.hints)
         self.over_at.update((r.name, end) for r in node.results)
         self.spans.append(Span(lane, node.name, node.op, node.phase.value, begin, end))
-        for value, result in zip(node.operands, node.results, strict=True):
+        alone = len(node.results) == 1  # several operands may go into one result
+        for value, result in zip(node.operands, node.results * (len(node.operands) if alone else 1), strict=True):
             self.sending.update(dict.fromkeys(self.aliases.roots(value.name), result.name))
 
     def wait(self, node: Node) -> None:

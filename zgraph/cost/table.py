@@ -31,7 +31,8 @@ from zgraph.ir import (
 )
 from zgraph.ir.axis_rules import axis_of
 from zgraph.ir.external_ops import MATMUL
-from zgraph.ir.ops import Transfer, moved_bytes
+from zgraph.ir.op_rows import Transfer
+from zgraph.ir.ops import moved_bytes
 from zgraph.ir.ops import transfer as transfer_of
 from zgraph.ir.symbols import evaluate
 

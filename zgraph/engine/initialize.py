@@ -80,9 +80,10 @@ def initialize_engine(
         raise UsageError("initialize_engine needs config=: a dict, a path, or JSON in base64")
     init_distributed(dist_init_required=dist_init_required)
     everyone = dist.get_world_size() if dist.is_initialized() else 1
-    if mesh is not None and {"tensor", "context"} & set(mesh.mesh_dim_names or ()):
+    if mesh is not None and {"tensor", "context", "expert"} & set(mesh.mesh_dim_names or ()):
         raise UsageError(
-            "leave mesh= out, and give tensor_parallel.autotp_size or sequence_parallel_size in the configuration"
+            "leave mesh= out, and give tensor_parallel.autotp_size, sequence_parallel_size or "
+            "expert_parallel.autoep_size in the configuration"
         )
     read = read_config(source, world_size=everyone if mesh is None else mesh.size())
     if _rank(mesh) == 0:
@@ -94,11 +95,11 @@ def initialize_engine(
     if training_data is not None:
         loader = EngineLoader(
             training_data,
-            read.micro_batch,
+            read.shared_batch,
             collate_fn,
             read.keys.dataloader_drop_last,
             read.keys.seed or 0,
-            read.world_size,
+            read.world_size // read.expert_parallel,
             _rank(mesh) // read.together,
         )
     groups = _named_groups(model, model_parameters)
@@ -201,6 +202,7 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
         tensor_parallel=config.tensor_parallel,
         sequence_parallel=own.sequence_parallel,
         context_parallel=config.context_parallel,
+        expert_parallel=config.expert_parallel,
         placements=own.placements,
         cuda_graphs=own.cuda_graphs,
     )

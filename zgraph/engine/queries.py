@@ -114,7 +114,7 @@ class Queries:
     @property
     def world_size(self) -> int:
         """All ranks."""
-        return self.config.world_size * self.config.together
+        return self.config.num_ranks
 
     @property
     def dp_world_size(self) -> int:

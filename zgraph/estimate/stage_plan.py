@@ -117,6 +117,8 @@ class Planner:
         tensor: ranks that compute each op together, by placements that are searched.
         codec: of gradients, or "auto"; empty for none.
         context: ranks that share each sequence.
+        expert: ranks that share the experts.
+        experts: names of the parameters that are their matrices.
     """
 
     samples: LayerSamples
@@ -136,14 +138,21 @@ class Planner:
     tensor: int = 1
     codec: str = ""
     context: int = 1
+    expert: int = 1
+    experts: frozenset[str] = frozenset()
+
+    @property
+    def together(self) -> int:
+        """Ranks that have the same batch."""
+        return self.tensor * self.context * self.expert
 
     @property
     def mesh(self) -> Mesh:
         """The mesh: of ranks that compute together, of copies of shards, and of shards; of one rank, none."""
-        sizes = {"tensor": self.tensor, "context": self.context}
+        sizes = {"tensor": self.tensor, "context": self.context, "expert": self.expert}
         together = tuple(Axis(name, size) for name, size in sizes.items() if size > 1)
         copies = (Axis("replica", self.num_copies),) if self.num_copies > 1 else ()
-        shards = Axis("shard", self.num_ranks // self.num_copies // self.tensor // self.context)
+        shards = Axis("shard", self.num_ranks // self.num_copies // self.together)
         return (*together, *copies, shards) if self.num_ranks > 1 else ()
 
     def recipe(self, stage: int) -> str:
@@ -251,13 +260,15 @@ class _Shape:
         return replace(graph, inputs=inputs)
 
     def _cuts(self, entry: Input) -> tuple[tuple[str, Placement], ...]:
-        """How a parameter is sharded over the ranks of a context, along a dim that a search may cut too."""
+        """How a parameter is sharded over ranks with parts of a batch, along a dim that a search may cut too."""
         planner = self.planner
-        if planner.context == 1 or not self.stage or entry.target in self.whole:
+        axis = "expert" if planner.expert > 1 else "context"
+        count, is_expert = planner.context * planner.expert, entry.target in planner.experts
+        if count == 1 or ((not self.stage or entry.target in self.whole) and not is_expert):
             return entry.cuts
-        shape, count = entry.value.tensor.shape, planner.context * planner.tensor
-        dims = [dim for dim in range(len(shape)) if Shard(dim).divides(shape[dim], count)]
-        return ((*entry.cuts, ("context", Shard(dims[0])))) if dims else entry.cuts
+        shape = entry.value.tensor.shape
+        dims = [dim for dim in range(len(shape)) if Shard(dim).divides(shape[dim], count * planner.tensor)]
+        return ((*entry.cuts, (axis, Shard(dims[0])))) if dims else entry.cuts
 
     @cached_property
     def shares(self) -> list[float]:

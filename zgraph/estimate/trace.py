@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,8 +18,8 @@ from zgraph.cost.rest import at_rest
 from zgraph.environment import environment
 from zgraph.errors import UsageError
 from zgraph.ir import Axis, Graph, OutputKind
+from zgraph.options.parallel import AXIS, CONTEXT, EXPERT, check_axes, cuts_of
 from zgraph.options.parallel import at_rest as at_rest_over
-from zgraph.options.parallel import cuts_of
 from zgraph.passes import Context, Pipeline
 from zgraph.passes.partition import Partition
 from zgraph.passes.place import Place
@@ -37,6 +38,7 @@ def traced(
     param_dtype: Dtype | None = None,
     tensor_parallel: int = 1,
     context_parallel: int = 1,
+    expert_parallel: int = 1,
 ) -> RunFile:
     """Capture a model under fake tensors, as the hardware will run it, and run passes on it.
 
@@ -48,8 +50,8 @@ def traced(
         num_ranks: by default all devices of the hardware.
         memory_budget: bytes of one rank; by default the device's memory less a margin.
         param_dtype: dtype to compute in.
-        tensor_parallel, context_parallel: ranks that compute together, as in `zgraph.compile`; the pipeline places
-            along these axes.
+        tensor_parallel, context_parallel, expert_parallel: ranks that compute together, as in `zgraph.compile`; the
+            pipeline places along these axes.
 
     Raises:
         PlacementError, UsageError, HardwareError, CaptureError, GraphBreakError, BudgetError: as `zgraph.plan` and the
@@ -62,8 +64,9 @@ def traced(
     budget = planned_budget(costs.hardware, count) if memory_budget is None else num_bytes(memory_budget)
     dtype = as_dtype_or_none(param_dtype, "param_dtype")
     graph, how = capture_deep(model, inputs, dtype, capability_of(costs.hardware))
-    sizes = {"tensor": tensor_parallel, "context": context_parallel}
-    if count % (together := tensor_parallel * context_parallel):
+    sizes = {AXIS: tensor_parallel, CONTEXT: context_parallel, EXPERT: expert_parallel}
+    check_axes(sizes)
+    if count % (together := math.prod(sizes.values())):
         raise UsageError(f"{together} ranks that compute together do not divide {count} ranks; take a multiple of them")
     model_axes = tuple(Axis(name, size) for name, size in sizes.items() if size > 1)
     mesh = (*model_axes, Axis("shard", count // together)) if count > 1 else ()

@@ -89,8 +89,8 @@ class Sharded(Base):  # type: ignore[misc]
         read = read_config(config, world_size=self.args.world_size)
         if read.together > 1:
             raise ConfigError(
-                "tensor_parallel.autotp_size, sequence_parallel_size: Trainer gives each rank its own rows "
-                "and counts them so; leave these keys out, or train with zgraph.initialize_engine"
+                "tensor_parallel.autotp_size, sequence_parallel_size, expert_parallel.autoep_size: Trainer gives each "
+                "rank its own rows and counts them so; leave these keys out, or train with zgraph.initialize_engine"
             )
         return read
 

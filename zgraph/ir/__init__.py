@@ -16,7 +16,8 @@ from zgraph.ir.graph import (
     Value,
 )
 from zgraph.ir.names import HIGHER_ORDER, allow_namespace
-from zgraph.ir.ops import OPS, Op
+from zgraph.ir.op_rows import Op
+from zgraph.ir.ops import OPS
 from zgraph.ir.parser import parse_graph
 from zgraph.ir.plan import Instruction, Plan, Program
 from zgraph.ir.printer import fingerprint, print_graph, print_node
@@ -26,6 +27,7 @@ from zgraph.ir.types import (
     MODEL_AXES,
     Axis,
     DType,
+    Grouped,
     Mesh,
     NoneType,
     Partial,
@@ -58,6 +60,7 @@ __all__ = [
     "DType",
     "ExternalOp",
     "Graph",
+    "Grouped",
     "Input",
     "InputKind",
     "Instruction",

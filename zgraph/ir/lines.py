@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from zgraph.errors import ZirError
 from zgraph.ir import OPS, Origin
-from zgraph.ir.ops import Lane
+from zgraph.ir.op_rows import Lane
 
 _STRING = r'"(?:[^"\\]|\\.)*"'
 _ORIGIN = re.compile(

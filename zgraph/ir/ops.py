@@ -7,16 +7,16 @@ read off their schemas (`graph.ExternalOp`); what is known of them by name is in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
 
 from zgraph.ir import coded_rules, float8_rules, type_rules
 from zgraph.ir.axis_rules import axis_of, moved_along
 from zgraph.ir.graph import Graph, Node, Value, values_in
 from zgraph.ir.layout import chunk_numel, concrete, is_even
-from zgraph.ir.ranked_types import DOCS, ranked
-from zgraph.ir.type_rules import TypeRule, tensor
+from zgraph.ir.op_rows import Op, Transfer
+from zgraph.ir.ranked_types import DOCS, OPAQUE, ranked
+from zgraph.ir.routed_types import ROUTED_DOCS, routed, routed_bytes
+from zgraph.ir.type_rules import tensor
 from zgraph.ir.types import (
     DEVICE,
     HOST,
@@ -28,80 +28,6 @@ from zgraph.ir.types import (
     num_shards,
 )
 
-Lane = Literal["compute", "comm", "d2h", "h2d"]
-"""Lane that runs an op: computing, the network, or copies from the device to its host and back."""
-
-LANES: tuple[Lane, ...] = get_args(Lane)
-
-Kind = Literal["gather", "reduce", "copy", "wait", "place"]
-"""How a report draws an op: colour and glyph."""
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """Transfer that a start begins: a collective, or a copy between the device and its host.
-
-    Args:
-        name: its name in cost tables and profiles: `all_gather`, `offload`, ...
-        brings: an op needs what it delivers, in memory that is released after its last use. The others take away what
-            no op needs any more.
-        exchanges: it moves what an op has made along a model axis, and an op needs what it delivers.
-        reduces: it sums or averages over the ranks, or takes the first rank's.
-        holds: it reads its operand until it is waited for; the others copy it first.
-        scatters: each rank keeps a part of the result. If the operand is not dense, or needs padding, a copy of it is
-            sent.
-        is_shared: all ranks take part in it as equals, whatever the mesh.
-    """
-
-    name: str
-    brings: bool = False
-    exchanges: bool = False
-    reduces: bool = False
-    holds: bool = False
-    scatters: bool = False
-    is_shared: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Op:
-    """One row.
-
-    Args:
-        name: the op's name in text.
-        doc: one line of what it does.
-        rule: from a node and the mesh to the types its results must have; raises TypeRuleError.
-        lane: which lane runs it.
-        wire_bytes: bytes this rank sends, from a node and the mesh.
-        scratch_bytes: bytes it needs beside operands and results while it runs.
-        views: whether its results share memory with its operands.
-        pure: running it has no effect but its results, the same each time.
-        consumes: it ends the life of its operands.
-        recomputable: it may be run again instead of keeping its result.
-        transfer: what a start moves; None for all other ops.
-        chunks: into how many chunks of one size its whole results are cut, from the mesh; None where into none.
-        lies_in_arena: whether its results may have fixed places in an arena.
-        prepares: whether it only prepares a start, where nothing else reads what it makes.
-        is_work: whether it reads and writes the memory of its operands and results, on the compute lane.
-        kind: how a report draws it.
-    """
-
-    name: str
-    doc: str
-    rule: TypeRule
-    lane: Lane = "compute"
-    wire_bytes: Callable[[Node, Mesh], int] = lambda node, mesh: 0
-    scratch_bytes: Callable[[Node, Mesh], int] = lambda node, mesh: 0
-    views: Callable[[Node], bool] = lambda node: False
-    pure: bool = True
-    consumes: bool = False
-    recomputable: bool = False
-    transfer: Transfer | None = None
-    chunks: Callable[[Mesh], int] | None = None
-    lies_in_arena: bool = False
-    prepares: bool = False
-    is_work: bool = False
-    kind: Kind = "place"
-
 
 def padded_bytes(kind: TensorType, num_parts: int) -> int:
     """Bytes of the whole tensor cut into chunks that are padded to the same size."""
@@ -110,6 +36,8 @@ def padded_bytes(kind: TensorType, num_parts: int) -> int:
 
 def moved_bytes(node: Node, mesh: Mesh) -> int:
     """Bytes of the whole of what a collective moves, padding counted; whole along its axis, where it has one."""
+    if node.op in ROUTED_DOCS:
+        return routed_bytes(node)
     if node.option("axis") is not None:
         index, size = axis_of(node, mesh)
         kind = tensor(node)
@@ -130,7 +58,7 @@ def is_copied(node: Node, value: Value, mesh: Mesh) -> bool:
 def _axis_sends(node: Node, mesh: Mesh) -> int:
     """Bytes that each rank of a model axis sends: those of a ring, or of an all-to-all all but its own."""
     whole, (_, size) = moved_bytes(node, mesh), axis_of(node, mesh)
-    if node.op == "all_to_all_start":
+    if node.op == "all_to_all_start" or node.op in ROUTED_DOCS:
         return _part(whole // size, size)
     return (2 if node.op == "all_reduce_start" else 1) * _part(whole, size)
 
@@ -138,6 +66,14 @@ def _axis_sends(node: Node, mesh: Mesh) -> int:
 def _axis_lands(node: Node, mesh: Mesh) -> int:
     """Room for the parts of all ranks of a model axis before they are put together, or summed."""
     return moved_bytes(node, mesh)
+
+
+def _routed_lands(node: Node, mesh: Mesh) -> int:
+    """Room for the rows that a rank sends, and for those that it is sent: on one side those of a part, on the other at
+    most all.
+    """
+    whole, (_, size) = moved_bytes(node, mesh), axis_of(node, mesh)
+    return whole + whole // size
 
 
 def _part(num_bytes: int, num_parts: int) -> int:
@@ -264,6 +200,10 @@ _ROWS = (
         transfer=Transfer("all_to_all", holds=True),
         kind="gather",
     ),
+    *(
+        Op(name, doc, routed, "comm", _axis_sends, scratch_bytes=_routed_lands, pure=False, kind="gather")
+        for name, doc in ROUTED_DOCS.items()
+    ),
     Op(
         "slice",
         "Keep this rank's part of what is replicated along a model axis, in new memory.",
@@ -278,7 +218,10 @@ _ROWS = (
         recomputable=True,
         is_work=True,
     ),
-    *(Op(name, doc, ranked, recomputable=True, is_work=True) for name, doc in DOCS.items()),
+    *(
+        Op(name, doc, ranked, pure=name not in OPAQUE, recomputable=name not in OPAQUE, is_work=True)
+        for name, doc in DOCS.items()
+    ),
     Op(
         "offload_start",
         "Begin to copy a value from the device to its host.",
@@ -370,7 +313,7 @@ OPS: Mapping[str, Op] = {op.name: op for op in _ROWS}
 ALONG_AXIS: Mapping[str, Transfer] = {
     f"{name}_start": Transfer(name, exchanges=True)
     for name in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
-}
+} | dict.fromkeys(ROUTED_DOCS, Transfer("all_to_all", exchanges=True))
 """Transfers along a model axis, by the op that begins them: each sends a copy."""
 
 

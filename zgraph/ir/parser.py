@@ -35,6 +35,7 @@ from zgraph.ir.types import (
     PLACEMENTS,
     Axis,
     DType,
+    Grouped,
     NoneType,
     Placement,
     ScalarType,
@@ -45,7 +46,7 @@ from zgraph.ir.types import (
 
 _NAME = re.compile(r"[\w.]+")
 _COUNT = re.compile(r"[0-9]{1,18}")
-_DIM = re.compile(r"S([0-9]{1,2})")
+_DIM = re.compile(r"([SG])([0-9]{1,2})")
 _PLACEMENT = re.compile(r"[A-Za-z_][\w.\-]*(?:\(\w*\))?")
 _KEY = re.compile(r" *([A-Za-z_]\w*)=")
 _DTYPES = {d.value: d for d in DType}
@@ -129,8 +130,9 @@ class _LineCursor(Cursor):
         if word in PLACEMENTS:
             return PLACEMENTS[word]
         if found := _DIM.fullmatch(word):
-            return Shard(int(found[1]), self.blocks() if self.accept("/") else (1,))
-        raise self.error(f"{word} is not a placement: {', '.join(PLACEMENTS)}, or S and a dim", start)
+            dim = int(found[2])
+            return Grouped(dim) if found[1] == "G" else Shard(dim, self.blocks() if self.accept("/") else (1,))
+        raise self.error(f"{word} is not a placement: {', '.join(PLACEMENTS)}, or S or G and a dim", start)
 
     def blocks(self) -> tuple[int, ...]:
         """The blocks of a dim: how many of one size, or their sizes to one another."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from zgraph.ir.graph import Graph, InputKind, Node, Value
-from zgraph.ir.ops import OPS, Lane
+from zgraph.ir.op_rows import Lane
+from zgraph.ir.ops import OPS
 from zgraph.ir.printer import fingerprint
 
 

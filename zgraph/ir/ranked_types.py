@@ -9,21 +9,23 @@ from zgraph.ir.graph import Node
 from zgraph.ir.rules.kept import broken_rule
 from zgraph.ir.rules.ranked import meant
 from zgraph.ir.symbols import Dim
-from zgraph.ir.types import Mesh, Partial, Replicate, Shard, TensorType, Type, Varying, model_axes
+from zgraph.ir.types import DType, Grouped, Mesh, Partial, Replicate, Shard, TensorType, Type, Varying, model_axes
 
-__all__ = ["DOCS", "ranked"]
+__all__ = ["DOCS", "OPAQUE", "ranked"]
 
 Shapes = tuple[tuple[Dim, ...], ...]
 
 
 def ranked(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     """The types of what an op makes that knows its rank along the axis it names: dense, and placed by its rule."""
-    index, _ = axis_of(node, mesh)
+    index, size = axis_of(node, mesh)
     kinds = [v.type for v in node.operands]
     tensors = [kind for kind in kinds if isinstance(kind, TensorType)]
     if len(tensors) < max(len(kinds), 2) or any(t.future or len(t.placement) != len(mesh) for t in tensors):
         raise TypeRuleError("computes with tensors that are on the device, one placement a mesh axis")
     made = [r.type for r in node.results if isinstance(r.type, TensorType) and len(r.type.placement) == len(mesh)]
+    if node.op in _BY_GROUPS and (wrong := _wrong_groups(node, tensors, size)):
+        raise TypeRuleError(wrong)
     shapes = _SHAPES[node.op](node, tensors)
     if len(made) != len(node.results) or len(made) != len(shapes):
         raise TypeRuleError(f"makes {len(shapes)} tensors, one placement a mesh axis")
@@ -32,12 +34,13 @@ def ranked(node: Node, mesh: Mesh) -> tuple[Type, ...]:
         if wrong := broken_rule(call, mesh, number, knows_rank=number == index):
             raise TypeRuleError(wrong)
     data = [p for t in tensors for p in t.placement[num_model:]]
-    if any(isinstance(p, Shard | Partial) for p in data):
+    if any(isinstance(p, Shard | Partial | Grouped) for p in data):
         raise TypeRuleError("computes with values that are whole, or a rank's own, along the axes of data")
     own = Varying() if Varying() in data else Replicate()
     placements = [(*kind.placement[:num_model], *[own] * (len(mesh) - num_model)) for kind in made]
     dtype = next(t.dtype for t in tensors if t.dtype.value.startswith(("f", "bf")))
-    return tuple(TensorType(dtype, shape, None, place) for shape, place in zip(shapes, placements, strict=True))
+    strides = [kind.strides if node.op in _BY_GROUPS else None for kind in made]
+    return tuple(TensorType(dtype, *laid) for laid in zip(shapes, strides, placements, strict=True))
 
 
 def _rows(node: Node, kinds: list[TensorType]) -> Shapes:
@@ -61,17 +64,54 @@ def _classes(node: Node, kinds: list[TensorType]) -> Shapes:
     return (kinds[1].shape,)
 
 
+def _wrong_groups(node: Node, kinds: list[TensorType], num_ranks: int) -> str:
+    """Mistake in the number of matrices, one for each of the rank's groups; empty if there is none."""
+    made = [r.type for r in node.results if isinstance(r.type, TensorType)]
+    counts = {kind.shape[0] for kind in (*kinds, *made) if len(kind.shape) == 3}
+    ends = next((kind.shape for kind in kinds if kind.dtype in (DType.i32, DType.i64)), ())
+    if len(ends) != 1 or counts != {ends[0] // num_ranks} or ends[0] % num_ranks:
+        return f"has a matrix for each of the groups of a rank, and {list(map(str, counts))} are none of {num_ranks}"
+    return ""
+
+
+def _rows_by_groups(node: Node, kinds: list[TensorType]) -> Shapes:
+    """Rows times the matrix of their group; or of two matrices, one product for each group that the rank has."""
+    left, right = kinds[0].shape, kinds[1].shape
+    if len(right) == 3:
+        return ((left[0], right[2]),)
+    made = node.results[0].type if node.results else None
+    if not isinstance(made, TensorType) or len(made.shape) != 3:
+        raise TypeRuleError("makes a matrix for each group")
+    return ((made.shape[0], left[0], right[1]),)
+
+
+def _as_given(node: Node, kinds: list[TensorType]) -> Shapes:
+    return kinds[0].shape, kinds[1].shape
+
+
 _SHAPES: Mapping[str, Callable[[Node, list[TensorType]], Shapes]] = {
     "part_embedding": _rows,
     "part_embedding_backward": _table,
     "part_nll_loss": _loss,
     "part_nll_loss_backward": _classes,
+    "part_grouped_mm": _rows_by_groups,
+    "part_grouped_mm_fallback": _rows_by_groups,
+    "part_grouped_mm_fallback_backward": _as_given,
 }
+
+_BY_GROUPS = frozenset(op for op in _SHAPES if op.startswith("part_grouped"))
+"""Products of groups, whose results lie in memory as the op of torch has them."""
+
+OPAQUE = frozenset({"part_grouped_mm_fallback", "part_grouped_mm_fallback_backward"})
+"""Those that stand for ops that torch has from elsewhere: neither moved, merged nor removed."""
 
 DOCS: Mapping[str, str] = {
     "part_embedding": "Look up rows of a table of which the rank has a part: zeros for rows of other ranks.",
     "part_embedding_backward": "The gradient of the rank's rows of a table.",
     "part_nll_loss": "The negative log likelihood of those labels that the rank has the classes of.",
     "part_nll_loss_backward": "Its backward: zeros for labels whose classes other ranks have.",
+    "part_grouped_mm": "Rows times the matrix of their group, of the groups whose matrices the rank has.",
+    "part_grouped_mm_fallback": "The same, as transformers has it for floats that torch has no kernel for.",
+    "part_grouped_mm_fallback_backward": "The gradients of its rows, and of the rank's matrices.",
 }
 """A line of what each op does."""

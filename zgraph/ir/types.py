@@ -19,6 +19,7 @@ __all__ = [
     "REDUCTIONS",
     "Axis",
     "DType",
+    "Grouped",
     "Mesh",
     "NoneType",
     "Partial",
@@ -143,7 +144,24 @@ class Varying:
         return "V"
 
 
-Placement = Replicate | Shard | Partial | Varying
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """Rank r of a model axis holds those slices of dim `dim` that belong to the groups whose matrices it has.
+
+    The slices lie group by group, as running counts say that are a value of the graph. A rank has its own at the front,
+    with room behind them for those of all groups; what is in that room means nothing.
+
+    Args:
+        dim: the tensor dim.
+    """
+
+    dim: int
+
+    def __str__(self) -> str:
+        return f"G{self.dim}"
+
+
+Placement = Replicate | Shard | Partial | Varying | Grouped
 
 _WHOLE: tuple[Placement, ...] = (Replicate(), Varying(), *(Partial(r) for r in REDUCTIONS), Partial("max"))
 PLACEMENTS: Mapping[str, Placement] = {str(p): p for p in _WHOLE}

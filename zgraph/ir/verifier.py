@@ -18,6 +18,7 @@ from zgraph.ir.type_rules import TypeRuleError
 from zgraph.ir.types import (
     DEVICE,
     HOST,
+    Grouped,
     Mesh,
     Partial,
     Replicate,
@@ -165,10 +166,10 @@ def placements(graph: Graph) -> Iterator[Fault]:
             continue
         kinds = [v.type.placement[num_model:] for v in node.operands if isinstance(v.type, TensorType)]
         made = [(r, r.type.placement[num_model:]) for r in node.results if isinstance(r.type, TensorType)]
-        if any(isinstance(p, Shard | Partial) for own in kinds for p in own):
+        if any(isinstance(p, Shard | Partial | Grouped) for own in kinds for p in own):
             yield position, f"{node.op} computes on one rank alone, so a sharded or partial operand must be resharded"
         for result, own in made:
-            if any(isinstance(p, Shard | Partial) for p in own):
+            if any(isinstance(p, Shard | Partial | Grouped) for p in own):
                 yield position, f"%{result.name} is called {result.type}, but {node.op} computes on one rank alone"
         varies = any(isinstance(p, Varying) for own in kinds for p in own)
         for result, own in made:

@@ -12,12 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.errors import PlacementError, UsageError
 from zgraph.ir import Shard
+from zgraph.options.experts import experts_of
 from zgraph.options.model_plans import Placements, given, planned
 from zgraph.runtime.model_ranks import Cuts, model_mesh
 
-AXIS, CONTEXT = "tensor", "context"
+AXIS, CONTEXT, EXPERT = "tensor", "context", "expert"
 
-AXES = (AXIS, CONTEXT)
+AXES = (AXIS, CONTEXT, EXPERT)
 """The axes along which ranks compute together, in the order in which a mesh has them."""
 
 
@@ -26,8 +27,8 @@ def mesh_of(device: torch.device, mesh: DeviceMesh | None, sizes: Mapping[str, i
 
     Args:
         device: where the model is.
-        mesh: what the user gave; one with an axis called `tensor` or `context` says by itself how many ranks lie along
-            it.
+        mesh: what the user gave; one with an axis called `tensor`, `context` or `expert` says by itself how many ranks
+            lie along it.
         sizes: ranks that compute together along each of these axes.
 
     Raises:
@@ -69,6 +70,20 @@ def mesh_of(device: torch.device, mesh: DeviceMesh | None, sizes: Mapping[str, i
     return DeviceMesh(mesh.device_type, ranks.contiguous(), mesh_dim_names=(*own, "shard"))
 
 
+def check_axes(sizes: Mapping[str, int]) -> None:
+    """Refuse axes that do not go together.
+
+    Raises:
+        UsageError: experts are divided over ranks, and something else too.
+    """
+    if sizes[EXPERT] > 1 and (others := [axis for axis in AXES if axis != EXPERT and sizes[axis] > 1]):
+        named = " and ".join(f"{axis}_parallel={sizes[axis]}" for axis in others)
+        raise UsageError(
+            f"expert_parallel={sizes[EXPERT]} divides a batch's rows and the experts over the same ranks; leave it or "
+            f"{named} out"
+        )
+
+
 def _of_all_ranks(device: torch.device, sizes: Mapping[str, int]) -> DeviceMesh:
     count, together = dist.get_world_size() if dist.is_initialized() else 1, math.prod(sizes.values())
     if count % together:
@@ -107,8 +122,8 @@ def check_parallel(
         )
     if compute is not None:
         raise UsageError(
-            f"float8 takes its scales from whole matrices: leave compute={compute!r}, or tensor_parallel= and "
-            "context_parallel=, out"
+            f"float8 takes its scales from whole matrices: leave compute={compute!r}, or tensor_parallel=, "
+            "context_parallel= and expert_parallel=, out"
         )
     if kernels == "triton" and not has_recipe:
         raise UsageError(
@@ -176,25 +191,31 @@ def cuts_of(model: nn.Module, placements: Placements | None, num_ranks: int, num
 def at_rest(
     model: nn.Module, cuts: Mapping[str, Cuts], sizes: Mapping[str, int], stage_of: Callable[[str], int]
 ) -> Mapping[str, Cuts]:
-    """The cuts of parameters along the axes, those that shard them at rest over the ranks of a context included.
+    """The cuts of parameters along the axes, those that shard them at rest over ranks with parts of a batch included.
 
-    These have the whole of a parameter where they use it, so that it is sharded over them as over data ranks: along
-    the first dim that divides and is not cut in blocks already. One of stage 0, or without such a dim, is whole.
+    Ranks that share a sequence, or experts, have the whole of a parameter where they use it, so that it is sharded over
+    them as over data ranks: along the first dim that divides and is not cut in blocks already. One of stage 0, or
+    without such a dim, is whole. The matrices of experts are cut along the first dim at any stage, and are used so.
 
     Args:
         model: the model.
         cuts: along the axis of tensor parallelism, by name.
         sizes: ranks along each axis.
         stage_of: from a parameter's name to its stage.
+
+    Raises:
+        PlacementError: experts are to be divided, and there are none, or they do not divide.
     """
-    if sizes[CONTEXT] == 1:
+    axis = EXPERT if sizes[EXPERT] > 1 else CONTEXT
+    if sizes[axis] == 1:
         return cuts
     found = dict(cuts)
+    experts = experts_of(model, sizes[EXPERT]) if axis == EXPERT else frozenset()
     for name, parameter in model.named_parameters():
         shape = list(parameter.shape)
         for _, place in cuts.get(name, ()):
             shape[place.dim] = shape[place.dim] // sizes[AXIS] if len(place.blocks) == 1 else 0
-        dims = [dim for dim, size in enumerate(shape) if size and size % sizes[CONTEXT] == 0]
-        if dims and stage_of(name):
-            found[name] = (*cuts.get(name, ()), (CONTEXT, Shard(dims[0])))
+        dims = [dim for dim, size in enumerate(shape) if size and size % sizes[axis] == 0]
+        if dims and (stage_of(name) or name in experts):
+            found[name] = (*cuts.get(name, ()), (axis, Shard(dims[0])))
     return found

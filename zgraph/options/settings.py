@@ -27,7 +27,9 @@ from zgraph.options.parallel import (
     AXES,
     AXIS,
     CONTEXT,
+    EXPERT,
     at_rest,
+    check_axes,
     check_parallel,
     check_sequence,
     cuts_of,
@@ -93,6 +95,7 @@ class Options(TypedDict, total=False):
     tensor_parallel: int
     sequence_parallel: bool
     context_parallel: int
+    expert_parallel: int
     placements: Placements | None
     cuda_graphs: CudaGraphs
     record: str | Path | None
@@ -124,7 +127,7 @@ class Settings:
         lengths: what inputs are padded to; None leaves them as they are.
         cuts: how parameters are cut along the axes along which ranks compute together, by name.
         cuda_graphs: whether programs are recorded for the GPU to repeat.
-        search: what the search for placements found, in words; empty where none was.
+        search: what searches for a layout and for placements found, in words; empty where none was.
         record: where to keep what steps take.
     """
 
@@ -201,9 +204,11 @@ def resolve(
     tensor_parallel: int = 1,
     sequence_parallel: bool = False,
     context_parallel: int = 1,
+    expert_parallel: int = 1,
     placements: Placements | None = None,
     cuda_graphs: CudaGraphs = False,
     record: str | Path | None = None,
+    layout: str = "",
 ) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
 
@@ -222,12 +227,13 @@ def resolve(
     check_cuda_graphs(cuda_graphs, fullgraph, device)
     kernels, remark = kernels_for(kernels, device)
     replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
-    parallel = mesh_of(device, mesh, {AXIS: tensor_parallel, CONTEXT: context_parallel})
+    parallel = mesh_of(device, mesh, {AXIS: tensor_parallel, CONTEXT: context_parallel, EXPERT: expert_parallel})
     costs = cost_table(hardware, device)
     if parallel is not None and placements == "auto" and (tensor := sizes_of(parallel)[AXIS]) > 1:
         data = parallel.size() // tensor
         placements = searched(model, (), usual_inputs(model), costs, tensor, data, computed)
     sizes = sizes_of(parallel)
+    check_axes(sizes)
     cuts = cuts_of(model, placements, sizes[AXIS], parallel.size(-1)) if parallel is not None else {}
     if parallel is None and placements is not None:
         raise UsageError("placements= says how parameters are cut; give tensor_parallel= too")
@@ -285,7 +291,7 @@ def resolve(
         lengths,
         cuts,
         cuda_graphs if is_gpu else False,
-        placements.summary if isinstance(placements, FoundPlacements) else "",
+        "; ".join(filter(None, (layout, placements.summary if isinstance(placements, FoundPlacements) else ""))),
         Path(record) if record is not None else None,
     )
 

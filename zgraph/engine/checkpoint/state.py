@@ -72,7 +72,7 @@ def state_of(engine: Trains, client_state: Mapping[str, Any]) -> State:
     config: Any = getattr(engine.module, "config", None)
     tensors = model_tensors(engine.module)
     return State(
-        world_size=engine.config.world_size * engine.config.together,
+        world_size=engine.config.num_ranks,
         global_steps=engine.global_steps,
         micro_steps=engine.micro_steps,
         skipped_steps=engine.skipped_steps,

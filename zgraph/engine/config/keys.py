@@ -301,6 +301,21 @@ class TensorParallel(Section):
     autotp_size: NonNegativeInt = 0
 
 
+class ExpertParallel(Section):
+    """`expert_parallel`: ranks that share the experts of a mixture."""
+
+    ignored: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("preset_model", "moe_layer_pattern", "expert_pattern", "router_pattern"),
+            "experts are found in the model and in its graph",
+        ),
+        **dict.fromkeys(("use_grouped_mm", "grouped_mm_backend"), "the model's own product of groups runs"),
+    }
+
+    enabled: bool = False
+    autoep_size: PositiveInt = 1
+
+
 class Own(Section):
     """`zgraph`: what DeepSpeed has no word for; each as `zgraph.compile` takes it."""
 
@@ -335,7 +350,7 @@ class EngineConfig(Section):
         "disable_python_gc": _ALWAYS,
         "log_level": "the logger `zgraph` of Python's logging",
         "graph_harvesting": "the whole step is one graph",
-        "use_data_before_expert_parallelism": "there are no experts",
+        "use_data_before_expert_parallelism": "ranks that share experts are neighbours",
         "hybrid_engine": "the model generates as it is: call engine.eval()",
         "autotuning": "zgraph.plan finds the stage; run `zgraph plan`",
         "memory_breakdown": "zgraph.report says what is alive at the peak, and zgraph view when",
@@ -356,8 +371,6 @@ class EngineConfig(Section):
                 "compression_training",
                 "sparse_attention",
                 "pipeline",
-                "moe",
-                "expert_parallel",
                 "random_ltd",
                 "weight_quantization",
                 "comet",
@@ -368,6 +381,7 @@ class EngineConfig(Section):
             ),
             "leave it out",
         ),
+        "moe": 'say "expert_parallel": {"enabled": true, "autoep_size": 2}',
     }
 
     train_batch_size: PositiveInt | None = None
@@ -395,5 +409,6 @@ class EngineConfig(Section):
     checkpoint: CheckpointKeys = CheckpointKeys()
     tensor_parallel: TensorParallel = TensorParallel()
     sequence_parallel_size: PositiveInt = 1
+    expert_parallel: ExpertParallel = ExpertParallel()
     seed: NonNegativeInt | None = None
     zgraph: Own = Own()

@@ -61,9 +61,24 @@ class Config:
         return self.keys.sequence_parallel_size
 
     @property
+    def expert_parallel(self) -> int:
+        """Ranks that share the experts, and a batch of which each computes its rows."""
+        return _experts(self.keys)
+
+    @property
     def together(self) -> int:
         """Ranks that have the same batch."""
-        return self.tensor_parallel * self.context_parallel
+        return self.tensor_parallel * self.context_parallel * self.expert_parallel
+
+    @property
+    def num_ranks(self) -> int:
+        """All ranks."""
+        return self.world_size * self.tensor_parallel * self.context_parallel
+
+    @property
+    def shared_batch(self) -> int:
+        """Rows of the batch that these ranks have: those that share experts each compute a micro-batch of it."""
+        return self.micro_batch * self.expert_parallel
 
     @property
     def train_batch(self) -> int:
@@ -234,17 +249,28 @@ def _check_together(reading: Reading, keys: EngineConfig) -> None:
             reading.problems.append(f"{package}.enabled: the package is missing; pip install {package}")
 
 
+def _experts(keys: EngineConfig) -> int:
+    """Ranks that share the experts."""
+    return keys.expert_parallel.autoep_size if keys.expert_parallel.enabled else 1
+
+
 def _data_ranks(reading: Reading, keys: EngineConfig, world_size: int) -> int:
-    """Ranks that each have a batch of their own."""
-    tensor, context = max(keys.tensor_parallel.autotp_size, 1), keys.sequence_parallel_size
-    together = tensor * context
+    """Ranks that each compute rows of their own."""
+    tensor, context, expert = max(keys.tensor_parallel.autotp_size, 1), keys.sequence_parallel_size, _experts(keys)
+    together = tensor * context * expert
+    if expert > 1 and tensor * context > 1:
+        reading.problems.append(
+            "expert_parallel.autoep_size: it divides a batch's rows and the experts over the same ranks; leave it, or "
+            "tensor_parallel and sequence_parallel_size, out"
+        )
     if world_size % together:
         named = ["tensor_parallel.autotp_size"] * (tensor > 1) + ["sequence_parallel_size"] * (context > 1)
+        named += ["expert_parallel.autoep_size"] * (expert > 1)
         reading.problems.append(f"{', '.join(named)}: {world_size} ranks are no multiple of {together}")
     if together > 1 and keys.zero_optimization.zero_hpz_partition_size > 1:
         reading.problems.append(
             "zero_optimization.zero_hpz_partition_size: leave it out where ranks compute together (tensor_parallel, "
-            "sequence_parallel_size)"
+            "sequence_parallel_size, expert_parallel)"
         )
     if context > 1 and keys.zgraph.sequence_parallel:
         reading.problems.append(
@@ -255,7 +281,7 @@ def _data_ranks(reading: Reading, keys: EngineConfig, world_size: int) -> int:
             "zgraph.sequence_parallel, zgraph.placements: they say how tensor parallelism is done; give "
             "tensor_parallel.autotp_size too"
         )
-    return max(world_size // together, 1)
+    return max(world_size // (tensor * context), 1)
 
 
 def _batches(reading: Reading, keys: EngineConfig, world_size: int) -> tuple[int, int]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from zgraph.ir.rules.factors import Call, Cut, Rule, Strategy
 from zgraph.ir.rules.local import localised, whole_node
-from zgraph.ir.rules.ranked import PARTS, meant, on_parts
+from zgraph.ir.rules.ranked import PARTS, ROUTED, meant, on_parts
 from zgraph.ir.rules.table import RULES, rule_of
 
 __all__ = [
     "PARTS",
+    "ROUTED",
     "RULES",
     "Call",
     "Cut",

@@ -131,6 +131,7 @@ class Rule:
         ranked: factors that an op cuts which knows its rank (`zgraph.ir.rules.ranked`): whose index is a value.
         same: results that all ranks have the whole of where such a factor is cut; any factor, if there is none such.
         reduce: what results are pending that lack a factor which is cut.
+        groups: the factor of rows that lie group by group, and that of the groups (`zgraph.ir.rules.grouped`).
     """
 
     ins: tuple[Dims | None, ...]
@@ -143,6 +144,7 @@ class Rule:
     ranked: tuple[str, ...] = ()
     same: tuple[int, ...] = ()
     reduce: Reduction = "sum"
+    groups: tuple[str, str] | None = None
 
     def place(self, dims: Dims | None, cut: Cut) -> Shard | None:
         """Where a cut of a factor is in a tensor of these dims; None if it does not have the factor."""
@@ -287,6 +289,7 @@ def written(
     ranked: tuple[str, ...] = (),
     same: tuple[int, ...] = (),
     reduce: Reduction = "sum",
+    groups: tuple[str, str] | None = None,
 ) -> Rule:
     """A rule from its text, in which operands and results that are no tensors are left out.
 
@@ -317,7 +320,7 @@ def written(
     known.update(dict.fromkeys(joins or {}, 0))
     sums = all(d is None or d in _FLOATS for d in call.dtypes[1])
     linear = linear if sums else ()
-    return Rule(sides[0], sides[1], known, linear, added, local, joins or {}, ranked, same, reduce)
+    return Rule(sides[0], sides[1], known, linear, added, local, joins or {}, ranked, same, reduce, groups)
 
 
 _FLOATS = frozenset({DType.f64, DType.f32, DType.f16, DType.bf16, DType.c64, DType.c128})

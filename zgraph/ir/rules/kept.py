@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from zgraph.ir.graph import Graph, Node, map_values
 from zgraph.ir.rules.factors import Call, Cut, Rule, Strategy
+from zgraph.ir.rules.grouped import placed_by_groups
 from zgraph.ir.rules.local import localised, whole_node
 from zgraph.ir.rules.table import rule_of
-from zgraph.ir.types import Mesh, Placement, Replicate, Shard, TensorType
+from zgraph.ir.types import Grouped, Mesh, Placement, Replicate, Shard, TensorType
 
 __all__ = ["broken_rule", "cuts_of", "gathered_for", "places_of"]
 
@@ -51,6 +52,8 @@ def broken_rule(node: Node, mesh: Mesh, index: int, *, knows_rank: bool = False)
     count = len(node.operands)
     cuts = [c for c in cuts_of(rule, places, num_ranks) if (c[0] in rule.ranked) is knows_rank]
     ways = [rule.with_cut(num_ranks, cut) for cut in cuts] if knows_rank else rule.strategies(num_ranks, cuts)
+    if any(isinstance(p, Grouped) for d, p in zip((*rule.ins, *rule.outs), places, strict=True) if d is not None):
+        ways = [placed_by_groups(rule, places)] if knows_rank is (rule.groups is not None) else []
     if not any(way is not None and _fits(way, places, count) for way in ways):
         return f"{wanted} by its sharding rule"
     own = {v.name: v for v in node.operands}

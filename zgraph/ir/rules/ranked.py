@@ -1,7 +1,10 @@
-"""Ops that know which part of a dim their rank has: lookups by index, and losses of classes.
+"""Ops that know which part of a dim their rank has: lookups by index, losses of classes, layers of experts.
 
     %e = aten.embedding.default(%w, %ids)                        looks rows of `%w` up
     %e = part_embedding(%w, %ids, axis="tensor")                 looks up those that the rank has: a sum over the ranks
+
+    %h = aten._grouped_mm.default(%x, %w, %ends)                 rows times the matrix of their group
+    %h = part_grouped_mm(%x, %w, %ends, axis="expert")           those of the groups whose matrices the rank has
 
 An op of torch takes indices for those of all rows, so that a cut along them needs another op. A placed graph has it
 under a name of zgraph's own, with the arguments of torch's and the axis along which it knows its rank.
@@ -17,23 +20,37 @@ from dataclasses import replace
 from zgraph.ir.graph import Arg, Node
 from zgraph.ir.rules.factors import Rule, Strategy
 from zgraph.ir.rules.local import localised
-from zgraph.ir.types import Placement
+from zgraph.ir.types import Grouped, Placement
 
-__all__ = ["PARTS", "is_ranked", "meant", "on_parts"]
+__all__ = ["PARTS", "ROUTED", "is_ranked", "meant", "on_parts"]
 
 PARTS: Mapping[str, str] = {
     "aten.embedding.default": "part_embedding",
     "aten.embedding_dense_backward.default": "part_embedding_backward",
     "aten.nll_loss_forward.default": "part_nll_loss",
     "aten.nll_loss_backward.default": "part_nll_loss_backward",
+    "aten._grouped_mm.default": "part_grouped_mm",
+    "transformers.grouped_mm_fallback.default": "part_grouped_mm_fallback",
+    "transformers.grouped_mm_fallback_backward.default": "part_grouped_mm_fallback_backward",
 }
 """The op on parts for each op of torch."""
+
+ROUTED: Mapping[str, str] = {
+    "aten.index.Tensor": "index_rows_start",
+    "aten.index_put.default": "put_rows_start",
+}
+"""The start that brings rows to the ranks that have their groups, or from these, for ops of torch that do so whole."""
 
 _MEANT = {part: op for op, part in PARTS.items()}
 
 
 def meant(node: Node) -> Node:
     """The op of torch on parts that an op which knows its rank stands for, or the node itself."""
+    match node.op, node.args:
+        case "index_rows_start", (rows, at, _):
+            return replace(node, op="aten.index.Tensor", args=(rows, (at,)), kwargs=())
+        case "put_rows_start", (base, at, rows, _):
+            return replace(node, op="aten.index_put.default", args=(base, (at,), rows, True), kwargs=())
     if node.op not in _MEANT:
         return node
     return replace(node, op=_MEANT[node.op], kwargs=tuple((k, a) for k, a in node.kwargs if k != "axis"))
@@ -43,6 +60,8 @@ def is_ranked(rule: Rule | None, places: Sequence[Placement | None]) -> bool:
     """Whether operands and results that are placed so need an op that knows its rank."""
     if rule is None:
         return False
+    if rule.groups and any(isinstance(place, Grouped) for place in places):
+        return True
     tensors = zip((*rule.ins, *rule.outs), places, strict=True)
     return any(
         place == rule.place(dims, (factor, (1,))) and place is not None

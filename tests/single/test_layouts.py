@@ -1,0 +1,79 @@
+"""Layouts are chosen by the plans of all that are tried, and the choice is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import small
+import zgraph
+from tests.distributed.tensor_zoo import WORDS, qwen3_moe
+from zgraph.errors import UsageError
+from zgraph.estimate.training_plan import TrainingPlan
+
+IDS = torch.zeros(2, 16, dtype=torch.int64, device="meta")
+
+
+def chosen(model: nn.Module) -> TrainingPlan:
+    return zgraph.plan(
+        model, hardware="h100", num_ranks=2, stage=3, kernels="aten", parallel="auto", input_ids=IDS, labels=IDS
+    )
+
+
+def test_the_layout_is_the_one_that_trains_on_the_most_in_a_second() -> None:
+    with torch.device("meta"):
+        model = small.llama(32, 1, WORDS)
+    found = chosen(model)
+    assert found.layouts.startswith("layout: ")
+    speeds = {}
+    for sizes in ({}, {"tensor_parallel": 2}, {"context_parallel": 2}):
+        plan = zgraph.plan(
+            model, hardware="h100", num_ranks=2, stage=3, kernels="aten", input_ids=IDS, labels=IDS, **sizes
+        )
+        assert plan.best is not None
+        speeds[plan.tensor_parallel, plan.context_parallel] = 1e6 * IDS.numel() * 2 / plan.together / plan.best.total_us
+    assert speeds[found.tensor_parallel, found.context_parallel] == max(speeds.values())
+    for speed in speeds.values():
+        assert f"{speed:,.0f} tokens/s" in found.layouts
+
+
+def test_experts_are_shared_where_a_model_has_them() -> None:
+    with torch.device("meta"):
+        model = qwen3_moe()
+    found = chosen(model)
+    assert "expert_parallel=2 at stage 3" in found.layouts
+    assert "tensor_parallel" not in found.layouts
+    again = zgraph.plan(
+        model,
+        hardware="h100",
+        num_ranks=2,
+        stage=3,
+        kernels="aten",
+        expert_parallel=2,
+        input_ids=IDS.repeat(2, 1),
+        labels=IDS.repeat(2, 1),
+    )
+    assert again.best is not None
+    assert f"expert_parallel=2 at stage 3 {1e6 * 2 * IDS.numel() / again.best.total_us:,.0f} tokens/s" in found.layouts
+
+
+def test_one_rank_has_nothing_to_choose() -> None:
+    model = zgraph.compile(small.llama(32, 1, WORDS), parallel="auto", stage=1, kernels="aten")
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert "layout: none together at stage 1" in str(zgraph.report(model))
+
+
+def test_what_it_chooses_is_not_given() -> None:
+    model = small.llama(32, 1, WORDS)
+    with pytest.raises(UsageError, match=r"leave expert_parallel=, sequence_parallel= out, or parallel="):
+        zgraph.compile(model, parallel="auto", expert_parallel=2, sequence_parallel=True)
+    with pytest.raises(UsageError, match='parallel must be "auto" or a plan'):
+        zgraph.compile(model, parallel="fast")
+    with pytest.raises(UsageError, match="knows no inputs of Linear: plan with your own"):
+        zgraph.compile(nn.Linear(2, 2), parallel="auto")
+    with pytest.raises(UsageError, match="leave their sizes and mesh= out"):
+        zgraph.plan(model, IDS, parallel="auto", tensor_parallel=2)
+    with pytest.raises(UsageError, match="leave compute= and compress= out"):
+        zgraph.plan(model, IDS, parallel="auto", compress="q8")

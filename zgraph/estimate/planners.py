@@ -1,0 +1,52 @@
+"""Planners for one kind of hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from zgraph.bridge.target import MEMORY_MARGIN, num_bytes, planned_budget
+from zgraph.cost import CostTable
+from zgraph.cost.workspace import NUM_THREADS
+from zgraph.errors import UsageError
+from zgraph.estimate.layer_scaling import LayerSamples
+from zgraph.estimate.stage_plan import Planner
+from zgraph.options.offload import Offload, activations, places
+from zgraph.options.validate import Compute, Kernels, default_kernels
+
+__all__ = ["planner_maker"]
+
+
+def planner_maker(
+    costs: CostTable,
+    num_ranks: int | None,
+    memory_budget: int | str | None,
+    offload: Offload,
+    kernels: Kernels | None,
+    compute: Compute | None,
+    more: Mapping[str, Any],
+) -> Callable[[LayerSamples], Planner]:
+    """A planner for one kind of hardware, once the model is captured."""
+    hardware = costs.hardware
+    count = hardware.num_devices if num_ranks is None else num_ranks
+    for axis in ("tensor", "context", "expert"):
+        if count % (more["tensor"] * more["context"] * more["expert"]) and more[axis] > 1:
+            raise UsageError(f"{axis}_parallel={more[axis]} does not divide the {count} ranks; take a multiple of it")
+    budget = planned_budget(hardware, count) if memory_budget is None else num_bytes(memory_budget)
+    host_bytes = hardware.host_memory_bytes * (1 - MEMORY_MARGIN) / hardware.spread(count)[1]
+    return partial(
+        Planner,
+        num_ranks=count,
+        costs=costs,
+        budget=budget,
+        host_budget=int(host_bytes) or None,
+        places=places(offload, is_gpu=hardware.has_host),
+        moves=activations(offload, budget, is_gpu=hardware.has_host) != "never",
+        kernels=kernels or default_kernels(is_gpu=hardware.has_host),
+        compute=compute,
+        hints={} if hardware.has_host else {NUM_THREADS: torch.get_num_threads()},
+        **more,
+    )
