@@ -9,6 +9,7 @@ from typing import Any
 
 from zgraph.cost.functions import called_work, is_higher_order
 from zgraph.ir import OPS, Graph, Node, TensorType, Type
+from zgraph.ir.coded_rules import codec_of
 from zgraph.ir.external_ops import SEED, facts
 from zgraph.ir.external_ops import Work as FlopRule
 from zgraph.ir.ops import views
@@ -36,7 +37,8 @@ def work(graph: Graph, node: Node) -> Work:
     """Work of a node of the compute lane. Views, and transfers on other lanes, have none."""
     if node.op in OPS:
         row = OPS[node.op]
-        return Work(0, _bytes(node)) if row.is_work and not row.views(node) else Work()
+        passes = codec_of(node).passes if node.op in ("encode", "decode") else 1
+        return Work(0, passes * _bytes(node)) if row.is_work and not row.views(node) else Work()
     if node.op == SEED:
         return Work()  # it reads nothing of the tensor whose device it draws on
     if is_higher_order(node):
