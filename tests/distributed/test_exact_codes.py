@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh
 import zgraph
 from tests.deep import deep
 from zgraph.compiler.compiled_model import compiled_model
-from zgraph.ir import DType
 
 from .pool import Pool
 
