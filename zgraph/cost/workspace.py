@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from zgraph.cost.device_workspace import device_workspace_bytes
 from zgraph.cost.functions import called_bytes, is_higher_order
 from zgraph.ir import Node, TensorType, Type
-from zgraph.ir.coded_rules import codec_of
 from zgraph.ir.codecs import CODED_AT_A_TIME, Sized
+from zgraph.ir.coded_rules import codec_of
 from zgraph.ir.external_ops import Scratch, facts
 from zgraph.ir.symbols import evaluate
 

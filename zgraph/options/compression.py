@@ -30,7 +30,8 @@ def codec_for(
     if has_recipe:
         wanted = f"code-gathers(codec={EXACT[codec]})" if is_exact else f"compress(gradients={codec})"
         raise UsageError(
-            f"with passes=, the recipe says what is compressed: put {wanted} behind bucket in it, and leave out compress="
+            f"with passes=, the recipe says what is compressed: put {wanted} behind bucket in it, and leave compress= "
+            "out"
         )
     if fullgraph == "eager":
         raise UsageError(
