@@ -107,6 +107,11 @@ class Session:
         return self.divisor(self.kinds[slot.name]) if slot.name in self.kinds else self.num_ranks
 
     @property
+    def reduces(self) -> bool:
+        """Whether a backward reduces gradients: no_sync puts it off, and an optimizer may do it itself."""
+        return self.syncs and not self.store.keeps_gradients
+
+    @property
     def is_alone(self) -> bool:
         """Whether no other rank shares the model."""
         return self._peers is None
