@@ -11,6 +11,7 @@ from zgraph.passes.arena import Arena
 from zgraph.passes.broadcast import Broadcast
 from zgraph.passes.bucket import Bucket
 from zgraph.passes.canonicalize import Canonicalize
+from zgraph.passes.code_gathers import CodeGathers
 from zgraph.passes.compress import Compress
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.core.pipeline import Pipeline
@@ -48,6 +49,7 @@ ALL: tuple[type[Pass], ...] = (
     Keep,
     Bucket,
     Float8Gathers,
+    CodeGathers,
     Compress,
     Exchange,
     Broadcast,

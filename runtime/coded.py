@@ -11,7 +11,10 @@ import torch.distributed as dist
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.codecs import add_decoded, encode_into
 from zgraph.bridge.codecs import decode as decoded
+from zgraph.bridge.exact_codes import all_same, decode_sized, encode_sized
+from zgraph.errors import UsageError
 from zgraph.ir import Node
+from zgraph.ir.codecs import Sized
 from zgraph.ir.coded_rules import codec_of
 from zgraph.ir.layout import bucket_layout, chunk_numel, is_even
 from zgraph.runtime.agreement import described
@@ -26,6 +29,8 @@ Execute = Callable[..., Any]
 
 def encode(node: Node, session: Session) -> Execute:
     """The code of this rank's numbers, with the rest of the codes before, and a rest for the next one."""
+    if isinstance(codec_of(node), Sized):
+        return _encode_sized(node, session)
     codec, kind, num_shards = codec_of(node), node.operands[0].tensor, session.num_shards
     is_part, chunk = kind.is_sharded, chunk_numel(kind.shape, num_shards)
     rows, numel = (1 if is_part else num_shards), int(kind.numel)
@@ -69,6 +74,8 @@ def exchange(node: Node, session: Session) -> Execute:
 def decode(node: Node, session: Session) -> Execute:
     """Numbers that codes stand for: the sum or mean over the ranks that made them, in fp32; or each part as it is."""
     codec, kind, num_shards = codec_of(node), node.results[0].tensor, session.num_shards
+    if isinstance(codec, Sized):
+        return _decode_sized(node, session)
     (chunk,) = bucket_layout([kind], num_shards).chunks
     dtype, shape, numel = TO_TORCH[kind.dtype], [int(d) for d in kind.shape], int(kind.numel)
     total_dtype = dtype if codec.is_exact else torch.float32
@@ -85,3 +92,63 @@ def decode(node: Node, session: Session) -> Execute:
         return found.view(-1)[:numel].view(shape).to(dtype)
 
     return reduced if reduce else parts
+
+
+def _encode_sized(node: Node, session: Session) -> Execute:
+    """The code of this rank's part, in memory for the longest; of what changed since the copy that all ranks have."""
+    codec, kind = codec_of(node), node.operands[0].tensor
+    assert isinstance(codec, Sized)
+    if session.device.type != "cpu":
+        raise UsageError(
+            f"{codec} codes parameters on processors, and the model is on {session.device}: leave out compress= "
+            "or the pass code-gathers"
+        )
+    names, size = _copied(node), codec.num_bytes(chunk_numel(kind.shape, session.num_shards), kind.dtype)
+    copies, shard = session.copies, session.store.shard
+
+    def execute(tensor: torch.Tensor) -> torch.Tensor:
+        own, code = tensor.detach().reshape(-1), torch.empty(size, dtype=torch.uint8)
+        before = copies.of(names, kind.dtype) if names else None
+        copies.number_bytes += own.nbytes
+        if before is None:
+            copies.code_bytes += encode_sized(codec, own, code)
+        else:
+            copies.code_bytes += encode_sized(codec, own, code, before.rows[shard], before.number)
+        if names:
+            copies.began(names, before, own)
+        return code
+
+    return execute
+
+
+def _decode_sized(node: Node, session: Session) -> Execute:
+    """What the codes of all ranks stand for, the whole; it is kept, where the next codes are of what changes."""
+    kind, names, num_shards = node.results[0].tensor, _copied(node), session.num_shards
+    dtype, shape, numel = TO_TORCH[kind.dtype], [int(d) for d in kind.shape], int(kind.numel)
+    chunk, copies, shard = chunk_numel(kind.shape, num_shards), session.copies, session.store.shard
+
+    def execute(codes: torch.Tensor) -> torch.Tensor:
+        by_rank = codes.view(num_shards, -1).unbind()
+        before, own = copies.ended(names) if names else (None, None)
+        if before is not None and all_same(by_rank, before.number):
+            return before.rows.view(-1)[:numel].view(shape)
+        with torch.inference_mode(False):  # so that writing to it is seen
+            rows = torch.empty(num_shards, chunk, dtype=dtype)
+        for rank, (code, row) in enumerate(zip(by_rank, rows, strict=True)):
+            if rank == shard and own is not None:
+                row.copy_(own)
+            elif before is None:
+                decode_sized(code, row)
+            else:
+                decode_sized(code, row, before.rows[rank], before.number)
+        if names:
+            copies.keep(names, kind.dtype, rows)
+        return rows.view(-1)[:numel].view(shape)
+
+    return execute
+
+
+def _copied(node: Node) -> tuple[str, ...]:
+    """The parameters whose copies a code changes."""
+    names = node.option("copies")
+    return tuple(map(str, names)) if isinstance(names, tuple) else ()

@@ -115,12 +115,12 @@ def _gather(
 ) -> Callable[[Sequence[torch.Tensor], list[torch.Tensor]], Any]:
     """A gather of chunks on the device into memory that is there; a result with a key may be kept."""
     wanted = [(_shape(r.tensor), _numel(r.tensor)) for r in node.results]
-    name, moved = described(node), session.moved(node)
+    name, moved, is_sized = described(node), session.moved(node), node.option("codec") is not None
 
     def gather(chunks: Sequence[torch.Tensor], outs: list[torch.Tensor]) -> Any:
         if session.lane is not None:
             parts = [(out.unbind(), chunk) for out, chunk in zip(outs, chunks, strict=True)]
-            work: Work = session.lane.all_gather(*parts, moved=moved)
+            work: Work = session.lane.all_gather(*parts, moved=moved, sized=is_sized)
         else:
             session.enter("all-gather", moved)
             pairs = [(out.view(-1), chunk) for out, chunk in zip(outs, chunks, strict=True)]

@@ -155,7 +155,7 @@ class _GatheredModel:
         Each rank may have gone another way through the forward: one that has no gradient for a parameter gives zeros.
         """
         session = self.session
-        if not session.syncs or session.is_alone:
+        if not session.reduces or session.is_alone:
             for index, gradient in enumerate(made):
                 if gradient is not None:
                     yield index, Gradient(gradient, is_unreduced=not session.is_alone)

@@ -19,12 +19,15 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from zgraph.bridge.exact_codes import sized_bytes
 from zgraph.bridge.private_runtime import JOIN_S, Store, messenger
+from zgraph.ir.codecs import HEAD_BYTES
 from zgraph.runtime.journal import Journal, Moved
 
 CONNECT_TIMEOUT = timedelta(seconds=JOIN_S)
@@ -36,6 +39,7 @@ _LAST_TAG = 2**31 - 1
 T = TypeVar("T")
 Works = list[dist.Work]
 Chunks = Sequence[torch.Tensor]
+Gathered = tuple[Chunks, torch.Tensor]
 Phases = Generator[Works, None, T]
 """A collective: it posts a phase, yields what to wait for, goes on when that is over, and returns what it made."""
 
@@ -145,18 +149,21 @@ class Lane:
 
     # --- collectives ---------------------------------------------------------------------------------------------
 
-    def all_gather(self, *tensors: tuple[Chunks, torch.Tensor], moved: Moved | None = None) -> Transfer:
+    def all_gather(self, *tensors: Gathered, moved: Moved | None = None, sized: bool = False) -> Transfer:
         """Fill the slots of tensors with what each rank has.
 
         Args:
             tensors: for each tensor one dense slot a shard, and what this rank has, as large. That is copied to its
                 slot, and must not change until the transfer is over.
             moved: what this is; ranks on which it is not the same never receive one another's messages.
+            sized: tensors are codes, of which only as many bytes travel as their heads say.
         """
         number = self.journal.enter("all-gather", [own.nbytes for _, own in tensors], moved)
         for slots, own in tensors:
-            slots[self.shard].copy_(own)
-        return self._queue.add(_together([self._gathered(slots, self.journal.tag()) for slots, _ in tensors]), number)
+            size = sized_bytes(own) if sized else own.numel()
+            slots[self.shard][:size].copy_(own[:size])
+        parts = [self._gathered(s, self.journal.tag(), self.journal.tag() if sized else 0) for s, _ in tensors]
+        return self._queue.add(_together(parts), number)
 
     def reduce_scatter(self, *tensors: Chunks, moved: Moved | None = None, divisor: int = 0) -> Transfer:
         """The divided sums over the ranks of the chunks that are this rank's: in the order of the ranks of each host,
@@ -188,8 +195,13 @@ class Lane:
         """Which part of a sharded tensor is this rank's."""
         return self.place if self.each_has_all else self.rank
 
-    def _gathered(self, slots: Chunks, count: int) -> Phases[torch.Tensor]:
-        return self._share(self.local_ranks, slots, count) if self.each_has_all else self._gather(slots, count)
+    def _gathered(self, slots: Chunks, count: int, of_bodies: int) -> Phases[torch.Tensor]:
+        """A gather; with a number for messages of codes' bodies, of heads first, and then of as much as these say."""
+        gather = partial(self._share, self.local_ranks) if self.each_has_all else self._gather
+        if not of_bodies:
+            return (yield from gather(slots, count))
+        yield from gather([slot[:HEAD_BYTES] for slot in slots], count)
+        return (yield from gather([slot[HEAD_BYTES : sized_bytes(slot)] for slot in slots], of_bodies))
 
     def _reduced(self, chunks: Chunks, divisor: int) -> Phases[torch.Tensor]:
         out = torch.empty_like(chunks[self.shard])

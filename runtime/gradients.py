@@ -349,7 +349,8 @@ def watch_steps(session: Session) -> None:
         session.raise_doom()
         _check_optimizer(optimizer, session)
         check_states(optimizer)
-        found = [slot for slot in session.store.slots.values() if is_unreduced(slot)]
+        reduces_itself = getattr(optimizer, "takes_unreduced", False)
+        found = [s for s in session.store.slots.values() if is_unreduced(s)] if not reduces_itself else []
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]} if found else ()
         for slot in found:
             parameter = slot.parameter

@@ -160,7 +160,7 @@ def _backward(
 
     def backward(args: list[Any]) -> list[Any]:
         session.begin_program()
-        syncs = session.syncs
+        syncs = session.reduces
         loss_only = bool(zeros_at) and all(args[i] is None for i in zeros_at)
         left_out = unused.of_this_backward()
         results = runner(syncs, loss_only)(args)
@@ -168,7 +168,7 @@ def _backward(
             results[index] = None
         if brings[syncs]:
             session.host.to_host.synchronize()  # the optimizer reads gradients from here on
-        if syncs:
+        if session.syncs:
             session.forget_copies()
         for index, slot in enumerate(slots):
             if slot is None or results[index] is None:

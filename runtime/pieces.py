@@ -280,7 +280,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, made: torch.Tensor) -> Any:
         session, slot = ctx.session, ctx.slot
         stage = session.store.default_stage if slot.stage is None else slot.stage
-        is_unreduced = not session.syncs and not session.is_alone and stage < 2
+        is_unreduced = not session.reduces and not session.is_alone and stage < 2
         if not is_unreduced:
             made = session.mean(slot, with_unreduced(session, slot, made)).to(slot.rest.device, slot.rest.dtype)
         ((node, _),) = ctx.next_functions

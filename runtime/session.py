@@ -20,6 +20,7 @@ from zgraph.runtime.feedback import Feedback
 from zgraph.runtime.gloo_transport import Hosts, Lane, host_name
 from zgraph.runtime.host import HostMemory
 from zgraph.runtime.journal import Moved, journal_of
+from zgraph.runtime.last_copies import LastCopies
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.ranges import Ranges
 from zgraph.runtime.recorder import Watcher
@@ -67,6 +68,7 @@ class Session:
         self.reduce_dtype: torch.dtype | None = None
         self.before_reading: Callable[[], None] | None = None
         self.feedback = Feedback(self)
+        self.copies = LastCopies(self)
         sharded = self.shard_group if group is not None else None
         self.arenas = Arenas(self.device, lambda: sharded, environment().arenas)
         self._ranges = Ranges()
@@ -103,6 +105,11 @@ class Session:
     def divisor_of(self, slot: Slot) -> int:
         """The divisor of the sum over all ranks, to reduce the gradient of a parameter."""
         return self.divisor(self.kinds[slot.name]) if slot.name in self.kinds else self.num_ranks
+
+    @property
+    def reduces(self) -> bool:
+        """Whether a backward reduces gradients: no_sync puts it off, and an optimizer may do it itself."""
+        return self.syncs and not self.store.keeps_gradients
 
     @property
     def is_alone(self) -> bool:
@@ -197,6 +204,7 @@ class Session:
             raise
         if self._is_broken:
             self._peers.raise_drift()
+            self.copies.forget()
         if self._is_broken and self._lane is not None:
             self._lane.close()  # what was under way when the last call failed is lost, on all ranks
             self._lane = self._open_lane()

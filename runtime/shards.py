@@ -113,6 +113,7 @@ class ShardStore:
 
     Attributes:
         is_lent: whether parameters at rest are whole for now, so that somebody may change them.
+        keeps_gradients: whether an optimizer reduces gradients itself, which backwards leave to it at stages 0 and 1.
 
     Raises:
         OffloadError: the host has no room for what is offloaded.
@@ -172,7 +173,7 @@ class ShardStore:
         self._whole = [s for s in self.slots.values() if not s.is_sharded]
         copied = [s for s in self.slots.values() if s.working is not s.rest]
         self.copies = WorkingCopies(copied, host, lambda: self.version)
-        self.is_lent = False
+        self.is_lent = self.keeps_gradients = False
         self._by_swap = [s for s in self.slots.values() if s.placeholder is not s.parameter]
         self._parameters: list[torch.Tensor] = [s.parameter for s in self.slots.values()]
         self._places = self._pointers()

@@ -18,6 +18,7 @@ from zgraph.bridge import float8
 from zgraph.bridge import processor_attention as _attention  # noqa: F401 - registers kernels
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.bridge.codecs import decode, encode_into
+from zgraph.bridge.exact_ranks import ExactRanks, is_exact
 from zgraph.bridge.parts import from_chunks, moved, padded_chunks, part_of, together, total
 from zgraph.bridge.ranked_ops import runs
 from zgraph.bridge.routes import on_ranks
@@ -87,8 +88,7 @@ class Interpreter:
         held: the gradients of earlier micro-steps that `accumulate` adds, by the name of the parameter.
         syncs: whether the run ends a step. Where it does not, gathers with `keep` leave what they bring in `kept`.
         kept: what gathers with `keep` take in the place of gathering again.
-        rests: what codes have left out so far, by the parameters whose gradients are coded, and by whether that is of
-            what each rank adds or of a part that its owner codes once more.
+        rests: what codes have left out so far, by the parameters, and by whether it is of an owner's second code.
     """
 
     def __init__(self, num_ranks: int = 0, seed: int = 0, caller: Caller | None = None) -> None:
@@ -96,6 +96,7 @@ class Interpreter:
         self.held: dict[str, Ranks] = {}
         self.kept: dict[str, Ranks] = {}
         self.rests: dict[tuple[tuple[str, ...], bool], Ranks] = {}
+        self.exact = ExactRanks()
         self.syncs = True
 
     def run(
@@ -138,6 +139,8 @@ class Interpreter:
     ) -> Sequence[Ranks]:
         if node.op == "all_gather_start" and node.option("keep"):
             return self._gather(node, operands, mesh)
+        if is_exact(node):
+            return [self.exact.run(node, operands[0], mesh)]
         if rule := RULES.get(node.op):
             return rule(node, operands, mesh)
         if node.op == "encode":
@@ -183,8 +186,7 @@ class Interpreter:
         """Codes of what each rank has, with the rest of its last code added; the new rest is kept."""
         kind, codec, names, count = node.operands[0].tensor, codec_of(node), node.option("feedback"), num_shards(mesh)
         numbers = [x.view(1, -1) if kind.is_sharded else torch.stack(padded_chunks(x, kind, count)) for x in operand]
-        size = codec.num_bytes(numbers[0].shape[1], kind.dtype)
-        codes = [torch.empty(len(x), size, dtype=torch.uint8) for x in numbers]
+        codes = [torch.empty(len(x), codec.num_bytes(x.shape[1], kind.dtype), dtype=torch.uint8) for x in numbers]
         rests: Ranks = [None] * len(numbers)
         if isinstance(names, tuple) and not codec.is_exact:
             key = tuple(map(str, names)), kind.is_sharded
@@ -239,8 +241,7 @@ def _placed(entry: Input, inputs: Mapping[str, Any], mesh: Mesh) -> Ranks:
     name, kind = entry.value.name, entry.value.type
     if name not in inputs:
         raise InterpretError(f"the input %{name} is missing; the graph has {', '.join(sorted(inputs))} given")
-    given = inputs[name]
-    num_data = num_data_ranks(mesh)
+    given, num_data = inputs[name], num_data_ranks(mesh)
     values = given if isinstance(given, list) else [given] * num_ranks(mesh)
     if len(values) == num_data:
         values = values * (num_ranks(mesh) // num_data)

@@ -20,6 +20,10 @@ COMPUTES: Mapping[str, str] = {"float8": "float8", "float8-rowwise": "float8(rec
 """The pass for each word of `compute`."""
 
 
+EXACT: Mapping[str, str] = {"exact": "auto", "delta": "delta", "exponent": "exponent"}
+"""The codec of `code-gathers` for each word of `compress` that stands for exact codes."""
+
+
 def fusing(recipe: str, *, only_measured: bool = False) -> str:
     """The recipe with what is between matmuls in generated kernels; or with those that were measured to be fastest."""
     fuse = "fuse(only_measured=true)" if only_measured else "fuse"
@@ -43,7 +47,14 @@ def recipe_for(kernels: str, recipe: str, compute: str | None = None) -> str:
 
 
 def compressing(recipe: str, codec: str) -> str:
-    """The recipe with codes of gradients in the place of their numbers on the wire."""
+    """The recipe with codes on the wire in the place of numbers: exact ones of parameters, others of gradients.
+
+    Args:
+        recipe: of a stage.
+        codec: its text; "exact" leaves it to the costs which of the exact codecs, "auto" which of the others.
+    """
+    if codec in EXACT:
+        return recipe.replace("broadcast,", f"code-gathers(codec={EXACT[codec]}),broadcast,")
     return recipe.replace("broadcast,", f"compress(gradients={codec}),broadcast,")
 
 

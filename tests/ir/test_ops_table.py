@@ -31,6 +31,9 @@ input %bucket: f32[14]<R>
 input %b: f32[10]<S0>
 input %codes: u8[2, 10]<S1>
 input %rows: u8[2, 10]<S0>
+input %w: bf16[4, 2]<S0>
+input %coded: u8[64]<S0>
+input %all: u8[64]<R>
 input %n: int
 input %largest: f32[2]<R>
 input %one: f32[]<R>
@@ -201,6 +204,9 @@ NODES = {
         "%a: future f32[4, 2]<R>@host = all_gather_start(%sh)",
         "%a: future f32[4, 2]<R> = all_gather_start(%s1)",
         "%a: future f32[4, 2]<R> = all_gather_start(%s, %s)",
+        '%a: future f32[4, 2]<R> = all_gather_start(%s, codec="delta")',
+        '%a: future u8[64]<R> = all_gather_start(%coded, codec="q8(block=256)")',
+        '%a: future u8[64]<R> = all_gather_start(%coded, codec="nothing")',
         "%a: f32[4, 2]<R> = all_gather_start(%s)",
     ),
     "reduce_scatter_start": (
@@ -310,6 +316,12 @@ NODES = {
         '%a: u8[2, 10]<S0> = encode(%m, codec="q8(block=256)", feedback="s")',
         '%a: u8[10]<S0> = encode(%sd, codec="q8(block=256)")',
         '%a: u8[10]<S0> = encode(%sh, codec="q8(block=256)")',
+        '%a: u8[64]<S0> = encode(%w, codec="delta")',
+        '%a: u8[64]<S0> = encode(%w, codec="delta", copies=["w", "w"])',
+        '%a: u8[64]<S0> = encode(%w, codec="exponent", copies=["w"])',
+        '%a: u8[80]<S0> = encode(%s, codec="delta", copies=["s"])',
+        '%a: u8[64]<R> = encode(%w, codec="exponent")',
+        '%a: u8[72]<R> = encode(%r, codec="delta", copies=["r"])',
     ),
     "decode": (
         '%a: f32[4, 2]<S0> = decode(%codes, codec="q8(block=256)", reduce="mean")',
@@ -320,6 +332,11 @@ NODES = {
         '%a: i32[4, 2]<S0> = decode(%codes, codec="q8(block=256)", reduce="mean")',
         '%a: f32[4, 2]<S0> = decode(%codes, reduce="mean")',
         '%a: f32[4, 2]<S0> = decode(%rows, codec="q8(block=256)", reduce="mean")',
+        '%a: bf16[4, 2]<R> = decode(%all, codec="delta")',
+        '%a: bf16[4, 2]<R> = decode(%coded, codec="exponent")',
+        '%a: bf16[4, 2]<R> = decode(%all, codec="exponent", reduce="mean")',
+        '%a: f16[4, 2]<R> = decode(%all, codec="exponent")',
+        '%a: bf16[5, 2]<R> = decode(%all, codec="exponent")',
     ),
     "copy": (
         "%a: f32[4, 2]<V> = copy(%v)",
@@ -590,3 +607,25 @@ def test_a_grouped_call_moves_tensors_of_one_dtype_and_placement(operands):
     graph = parse_graph(f"{ROWS}fwd %a: future f32[4, 2]<R, R> = all_gather_start({operands})\n")
     with pytest.raises(TypeRuleError):
         OPS["all_gather_start"].rule(graph.nodes[0], graph.mesh)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '%a: u8[64]<S0> = encode(%w, codec="delta", copies=["w"])',
+        '%a: u8[64]<S0> = encode(%w, codec="exponent")',
+        '%a: future u8[64]<R> = all_gather_start(%coded, codec="delta")',
+        '%a: bf16[4, 2]<R> = decode(%all, codec="delta", copies=["w"])',
+        '%a: bf16[4, 2]<R> = decode(%all, codec="exponent")',
+    ],
+)
+def test_codes_of_variable_length_have_room_for_the_longest(line):
+    graph = parse_graph(f"{VALUES}fwd {line}\n")
+    made = graph.nodes[-1]
+    assert OPS[made.op].rule(made, graph.mesh) == (made.results[0].type,)
+    assert parse_graph(print_graph(graph)) == graph
+
+
+def test_what_a_gather_of_codes_sends_is_estimated():
+    graph = parse_graph(f'{VALUES}fwd %a: future u8[64]<R> = all_gather_start(%coded, codec="delta")\n')
+    assert OPS["all_gather_start"].wire_bytes(graph.nodes[-1], graph.mesh) == 24 + 1

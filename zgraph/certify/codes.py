@@ -17,9 +17,14 @@ _BEHIND = frozenset({"cast", "copy", "reshard", "wait", "offload_start"})
 
 
 def feedback(graph: Graph) -> Iterator[Fault]:
-    """Encodes whose feedback is not that of the parameters whose gradients they code."""
+    """Encodes whose feedback is not that of the parameters whose gradients they code, or that change a copy twice."""
     seen: dict[tuple[str, bool], str] = {}
+    changed: dict[str, str] = {}
     for position, node in enumerate(graph.nodes):
+        copies = node.option("copies")
+        for name in map(str, copies if node.op == "encode" and isinstance(copies, tuple) else ()):
+            if (before := changed.setdefault(name, node.name)) != node.name:
+                yield position, f"changes the copy of {name}, which %{before} changes, too"
         names = node.option("feedback")
         if node.op != "encode" or not isinstance(names, tuple):
             continue

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from zgraph.ir import OPS, Graph, Node, Output, OutputKind, Phase, TensorType, num_data_ranks
 from zgraph.ir.aliases import Aliases
+from zgraph.ir.codecs import Delta
 from zgraph.ir.graph import Value, values_in
 from zgraph.ir.ops import brings, views
 from zgraph.ir.verifier import Fault
@@ -130,11 +131,12 @@ def gathers(graph: Graph) -> Iterator[Fault]:
             sources.update((r.name, behind) for r in node.results)
         if not is_gather:
             continue
+        keeps = bool(node.option("keep")) or node.option("codec") == Delta.name
         for name in sorted(behind):
             if (before := seen.setdefault((node.phase, name), node.name)) != node.name:
                 yield position, f"gathers %{name} once more: %{before} did so in this phase"
-            if bool(node.option("keep")) != (stages.get(name) in (1, 2)):
-                does = "keeps" if node.option("keep") else "does not keep"
+            if keeps != (stages.get(name) in (1, 2)):
+                does = "keeps" if keeps else "does not keep"
                 yield (
                     position,
                     f"{does} the whole of %{name} for further micro-steps, but it is of stage {stages[name]}",

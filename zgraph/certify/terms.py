@@ -214,6 +214,8 @@ class Reader:
         if op in ("encode", "decode") or (op == "all_to_all_start" and node.option("axis") is None):
             return (self.coded(node, operands[0]),)
         if op == "all_gather_start" and operands[0] in self.codes:
+            if node.option("codec") is not None:
+                self.changed(node, "gather", self.codes[operands[0]][0])
             return operands
         if op == "reshard" or _is_meant(node):
             return [self.moved(node, v, r, t) for v, r, t in zip(node.operands, node.results, operands, strict=True)]
@@ -276,7 +278,7 @@ class Reader:
         Codes of a value are told from the value, so that only what was coded by the same codec is decoded, and only
         what was exchanged is reduced.
         """
-        table, codec = self.table, str(node.option("codec"))
+        table, codec = self.table, f"{node.option('codec')} {node.option('copies')}"
         if node.op == "all_to_all_start":
             code = self.codes.get(term)
             made = table.of("exchanged", term)

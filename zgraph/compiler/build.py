@@ -30,6 +30,7 @@ from zgraph.ir import Axis, in_use
 from zgraph.options.settings import Settings
 from zgraph.options.validate import ATTRIBUTE
 from zgraph.passes import Context
+from zgraph.passes.code_gathers import CodeGathers
 from zgraph.passes.compress import Compress
 from zgraph.passes.fuse import Fuse
 from zgraph.runtime import HostMemory, Session, ShardStore
@@ -210,8 +211,9 @@ def _context(model: nn.Module, settings: Settings, session: Session) -> Context:
     """Context of the passes: mesh, costs, memory and choices."""
     store = session.store
     rest_bytes = store.rest_bytes + store.state_bytes + buffer_bytes(model) + library_bytes(session.device)
-    if any(isinstance(step, Compress) for step in enabled(settings.pipeline).passes):
-        rest_bytes += session.feedback.most_bytes
+    steps = enabled(settings.pipeline).passes
+    rest_bytes += session.feedback.most_bytes if any(isinstance(step, Compress) for step in steps) else 0
+    rest_bytes += session.copies.most_bytes if any(isinstance(step, CodeGathers) for step in steps) else 0
     return Context(
         mesh=_axes(session),
         reduce_dtype=FROM_TORCH[settings.reduce_dtype] if settings.reduce_dtype is not None else None,

@@ -274,6 +274,8 @@ class CompiledModel:
             self.codec_choice,
             self.session.feedback.num_bytes,
             str(self.session.feedback),
+            self.session.copies.num_bytes,
+            str(self.session.copies),
             tuple(str(found) for found in self.recordings),
             sum(found.kept_bytes for found in self.recordings),
             self.session.arenas.state,

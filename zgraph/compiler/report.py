@@ -128,9 +128,11 @@ class Report:
         regions: what Inductor compiled, if it was to.
         kernels: what runs the ops between collectives.
         float8: which linear layers are multiplied in float8, and why the others are not; empty if none is to be.
-        codec: the codec of gradients that was chosen for them, and why; empty if there was no choice.
+        codec: the codecs that were chosen, of gradients and of parameters, and why; empty if there was no choice.
         feedback_bytes: bytes at rest of what codes of gradients have left out.
         code_errors: of each bucket of gradients the relative error of its first code; empty if none is coded.
+        copies_bytes: bytes at rest of copies of parameters, which exact codes change.
+        exact_codes: bytes of exact codes so far, and of the numbers that they stand for; empty if nothing is coded so.
         cuda_graphs: of each captured graph what the GPU repeats from recordings, and what not and why.
         recorded_bytes: bytes that recordings keep between steps, at most.
         arenas: whether NCCL knows the memory that collectives read and write, and why not; empty where there is none.
@@ -155,6 +157,8 @@ class Report:
     codec: str = ""
     feedback_bytes: int = 0
     code_errors: str = ""
+    copies_bytes: int = 0
+    exact_codes: str = ""
     cuda_graphs: tuple[str, ...] = ()
     recorded_bytes: int = 0
     arenas: str = ""
@@ -174,7 +178,7 @@ class Report:
     @property
     def peak_bytes(self) -> int:
         """The most bytes alive at once on this rank in a training step with AdamW, whatever they are for."""
-        at_rest = self.rest_bytes + self.state_bytes + self.buffer_bytes + self.feedback_bytes
+        at_rest = self.rest_bytes + self.state_bytes + self.buffer_bytes + self.feedback_bytes + self.copies_bytes
         if self.recorded_bytes:  # they are there while the optimizer steps
             return at_rest + self.recorded_bytes + self.update_bytes
         return at_rest + max(self.step_peak_bytes, self.arena_bytes + self.update_bytes)
@@ -259,10 +263,13 @@ class Report:
         if self.float8:
             table.add_row("float8", self.float8)
         if self.codec:
-            table.add_row("codec of gradients", self.codec)
+            table.add_row("codec", self.codec)
         if self.code_errors:
             table.add_row("left out by codes, for the next step", mebibytes(self.feedback_bytes))
             table.add_row("relative error of the first codes", self.code_errors)
+        if self.exact_codes:
+            table.add_row("copies of parameters, for exact codes", mebibytes(self.copies_bytes))
+            table.add_row("exact codes of this rank's parameters", self.exact_codes)
         if self.arenas:
             table.add_row("arenas", self.arenas)
         for text in self.cuda_graphs:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 from zgraph.cost.memory import local_bytes
-from zgraph.ir import Graph, InputKind, TensorType
+from zgraph.ir import Graph, InputKind, Phase, TensorType
+from zgraph.ir.codecs import Delta
 from zgraph.ir.layout import chunk_numel
+from zgraph.ir.ops import padded_bytes
 
 UPDATE_PASSES = 7
 """How often AdamW's update goes over memory as large as the masters: it reads four tensors and writes three."""
@@ -32,6 +34,19 @@ def feedback_bytes(placed: Graph) -> int:
     for entry in placed.params if count > 1 else ():
         kind = entry.value.tensor
         found += 4 * int(chunk_numel(kind.shape, count)) * (count + (not kind.is_sharded))
+    return found
+
+
+def copies_bytes(placed: Graph) -> int:
+    """Bytes of the copies of parameters that all ranks keep for exact codes of what changes: at stages 1 and 2."""
+    stages, found = {i.value.name: i.stage for i in placed.params}, 0
+    for node in placed.nodes:
+        for operand in node.operands if node.op == "reshard" and node.phase is Phase.forward else ():
+            maker = placed.producers.get(operand.name)
+            source = maker.operands[0].name if maker is not None and maker.op == "cast" else operand.name
+            kind = operand.tensor
+            if stages.get(source) in (1, 2) and kind.is_sharded and kind.dtype in Delta.dtypes:
+                found += padded_bytes(kind, placed.num_shards)
     return found
 
 

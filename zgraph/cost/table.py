@@ -30,6 +30,8 @@ from zgraph.ir import (
     num_shards,
 )
 from zgraph.ir.axis_rules import axis_of
+from zgraph.ir.codecs import HEAD_BYTES
+from zgraph.ir.coded_rules import expected_bytes
 from zgraph.ir.external_ops import MATMUL
 from zgraph.ir.op_rows import Transfer
 from zgraph.ir.ops import moved_bytes
@@ -153,13 +155,15 @@ class CostTable(BaseModel):
         network = self.along(start, graph.mesh)
         if kind not in COLLECTIVES:
             return network.direct_us(OPS[start.op].wire_bytes(start, graph.mesh))
-        whole = moved_bytes(start, graph.mesh)
+        whole = expected_bytes(start, graph.mesh) or moved_bytes(start, graph.mesh)
         if moved(start).exchanges:
             return network.quote(kind, whole).us
         if moved(start).is_shared:
             everyone = (*model_axes(graph.mesh), Axis("all", num_data_ranks(graph.mesh)))
             return self.network(everyone).quote(kind, whole).us
         us = network.quote(kind, whole).us
+        if expected_bytes(start, graph.mesh):  # heads travel before
+            us += network.quote(kind, graph.num_shards * HEAD_BYTES).us
         if moved(start).reduces and num_data_ranks(graph.mesh) > graph.num_shards:
             us += self._copies(graph.mesh).quote("all_reduce", whole / graph.num_shards).us
         return us

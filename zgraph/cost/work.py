@@ -10,6 +10,7 @@ from typing import Any
 from zgraph.cost.functions import called_work, is_higher_order
 from zgraph.ir import OPS, Graph, Node, TensorType, Type
 from zgraph.ir.axis_rules import axis_of
+from zgraph.ir.coded_rules import codec_of
 from zgraph.ir.external_ops import SEED, facts
 from zgraph.ir.external_ops import Work as FlopRule
 from zgraph.ir.ops import views
@@ -40,7 +41,8 @@ def work(graph: Graph, node: Node) -> Work:
         row, whole = OPS[node.op], meant(node)
         if whole is not node and (flop := _flop(whole)) is not None:  # of rows by groups, a rank has its share
             return Work(flop // axis_of(node, graph.mesh)[1], _bytes(node), _matmul_dtype(whole), _smallest(whole))
-        return Work(0, _bytes(node)) if row.is_work and not row.views(node) else Work()
+        passes = codec_of(node).passes if node.op in ("encode", "decode") else 1
+        return Work(0, passes * _bytes(node)) if row.is_work and not row.views(node) else Work()
     if node.op == SEED:
         return Work()  # it reads nothing of the tensor whose device it draws on
     if is_higher_order(node):

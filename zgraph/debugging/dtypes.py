@@ -52,8 +52,9 @@ def exactly_coded(graph: Graph) -> Graph:
 
 
 def _raw(node: Node) -> tuple[tuple[str, Arg], ...]:
-    """Options of a node with `raw` in the place of its codec."""
-    return tuple((k, "raw" if k == "codec" and node.op in CODING else a) for k, a in node.kwargs)
+    """Options of a node with `raw` in the place of its codec; a gather of codes of variable length names none then."""
+    kept = node.kwargs if node.op in CODING else tuple((k, a) for k, a in node.kwargs if k != "codec")
+    return tuple((k, "raw" if k == "codec" else a) for k, a in kept)
 
 
 class _Rewriter:

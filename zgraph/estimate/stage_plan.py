@@ -14,7 +14,7 @@ from functools import cached_property
 
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the workspace of ops
 from zgraph.cost import CostTable, Interval, memory_interval, time_interval
-from zgraph.cost.rest import UPDATE_PASSES, at_rest, feedback_bytes, update_scratch
+from zgraph.cost.rest import UPDATE_PASSES, at_rest, copies_bytes, feedback_bytes, update_scratch
 from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.estimate.member import Member
 from zgraph.ir import Axis, DType, Graph, Input, InputKind, Mesh, Placement, Shard, model_axes
@@ -23,6 +23,7 @@ from zgraph.passes import RECIPES, Context, along_model_axes, compressing, parse
 from zgraph.passes.analysis.lookahead import step_memory
 from zgraph.passes.canonicalize import Canonicalize
 from zgraph.passes.core.base import Choice
+from zgraph.passes.core.recipes import EXACT
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fuse import Fuse
 from zgraph.passes.fusion.loss import fused_losses, loss_nodes
@@ -235,7 +236,8 @@ class _Shape:
         self.members = [Member(graph, steps, context) for graph in self.samples.members]
         self.rest = self.samples.scale_by_key([at_rest(m.placed) for m in self.members])
         if planner.codec:
-            self.rest["optimizer"] += int(self.samples.scale([feedback_bytes(m.placed) for m in self.members]))
+            kept = copies_bytes if planner.codec in EXACT else feedback_bytes
+            self.rest["optimizer"] += int(self.samples.scale([kept(m.placed) for m in self.members]))
         if planner.kernels == "auto" and self._has_no_room_for_logits(context):
             steps = tuple(_Blockwise() if isinstance(step, Fuse) else step for step in steps)
             self.members = [Member(graph, steps, context) for graph in self.samples.members]

@@ -4,9 +4,13 @@
     q4(block=128)             4 bits a number, one exponent a block              about 1/8
     sign(block=256)           the sign of a number, one exponent a block         about 1/32
     topk(1%, chunk=4096)      the largest numbers of each chunk, in bf16         about 1/100
+    delta                     what changed since the copy before, exactly       about 1/8 of bf16
+    exponent                  exponents by how often they occur, exactly        about 2/3 of bf16
     raw                       the numbers themselves
 
-A codec codes numbers in one dimension, in fp32. What its codes stand for is in `zgraph.bridge.codecs`.
+A codec codes numbers in one dimension, in fp32. What its codes stand for is in `zgraph.bridge.codecs`. Codes of `delta`
+and `exponent` are of 16-bit numbers as they are, and of a length that is known when they are made
+(`zgraph.bridge.exact_codes`): their type has room for the most bytes, and what is predicted of the wire is an estimate.
 """
 
 from __future__ import annotations
@@ -29,6 +33,9 @@ LARGEST_BLOCK = 1 << 16
 CODED_AT_A_TIME = 1 << 18
 """Numbers that are coded at a time, so that what is in between stays in a processor's cache."""
 
+HEAD_BYTES = 24
+"""Bytes in front of a code of variable length, which announce it."""
+
 _PERCENT = re.compile(r"\d{1,3}(?:\.\d{1,4})?%", re.ASCII)
 
 
@@ -38,6 +45,8 @@ class Codec(abc.ABC):
 
     name: ClassVar[str]
     is_exact: ClassVar[bool] = False
+    passes: ClassVar[int] = 1
+    """How many times longer coding takes than to read numbers and write codes once, on processors."""
 
     @abc.abstractmethod
     def num_bytes(self, numel: int, dtype: DType) -> int:
@@ -146,7 +155,54 @@ class Raw(Codec):
         return self.name
 
 
-CODECS: Mapping[str, type[Codec]] = {kind.name: kind for kind in (Q8, Q4, Sign, TopK, Raw)}
+@dataclass(frozen=True)
+class Sized(Codec):
+    """An exact codec of 16-bit numbers whose codes have a length of their own: at most that of the numbers, and a head.
+
+    Attributes:
+        bits: expected of a number.
+        dtypes: those whose numbers it codes.
+    """
+
+    is_exact: ClassVar[bool] = True
+    bits: ClassVar[float]
+    dtypes: ClassVar[tuple[DType, ...]]
+
+    def num_bytes(self, numel: int, dtype: DType) -> int:
+        return HEAD_BYTES + numel * dtype.itemsize
+
+    def expected_bytes(self, most_bytes: int) -> int:
+        """Bytes that a code of at most `most_bytes` is expected to take: an estimate."""
+        return HEAD_BYTES + math.ceil((most_bytes - HEAD_BYTES) * self.bits / 16)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Delta(Sized):
+    """What changed since the copy that all ranks still have: differences of bit patterns.
+
+    The estimate is for a model that is fine-tuned; of one that is trained from scratch more changes in a step.
+    """
+
+    name: ClassVar[str] = "delta"
+    bits: ClassVar[float] = 2.0
+    dtypes: ClassVar[tuple[DType, ...]] = (DType.bf16, DType.f16)
+    passes: ClassVar[int] = 30
+
+
+@dataclass(frozen=True)
+class Exponent(Sized):
+    """Exponents by how often they occur, signs and mantissas as they are: needs no copy."""
+
+    name: ClassVar[str] = "exponent"
+    bits: ClassVar[float] = 10.8
+    dtypes: ClassVar[tuple[DType, ...]] = (DType.bf16,)
+    passes: ClassVar[int] = 60
+
+
+CODECS: Mapping[str, type[Codec]] = {kind.name: kind for kind in (Q8, Q4, Sign, TopK, Delta, Exponent, Raw)}
 """The codecs by name."""
 
 

@@ -9,18 +9,26 @@ codes of its part and reduces what they stand for. A code is bytes, and a row of
                           encode     u8[N * bytes]<S0>         rank r has the code of part r
                           gather     u8[N * bytes]<R>          all have the codes of all parts
                           decode     f32[4, 2]<R>
+
+What is sharded and gathered by exact codes of variable length is coded, gathered and decoded so, too: each code has the
+room of the longest, and only what there is of it travels. `delta` names the parameters whose `copies` it changes, which
+all ranks keep from one step to the next:
+
+    bf16[4, 2]<S0>        encode     u8[N * most]<S0>
+                          gather     u8[N * most]<R>         with the codec, by which its bytes are estimated
+                          decode     bf16[4, 2]<R>
 """
 
 from __future__ import annotations
 
 from zgraph.errors import CodecError
 from zgraph.ir.axis_rules import TypeRuleError
-from zgraph.ir.codecs import Codec, parse_codec
+from zgraph.ir.codecs import Codec, Delta, Raw, Sized, parse_codec
 from zgraph.ir.graph import Node
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.types import DType, Mesh, Partial, Replicate, Shard, TensorType, Type, data_axes, num_shards
 
-__all__ = ["CODED", "code_bytes", "codec_of", "decoded", "encoded", "exchanged"]
+__all__ = ["CODED", "check_sized", "code_bytes", "codec_of", "decoded", "encoded", "exchanged", "expected_bytes"]
 
 CODED = (DType.f32, DType.bf16, DType.f16)
 """Dtypes whose numbers codecs code; `raw` codes f64 as well."""
@@ -48,8 +56,11 @@ def code_bytes(codec: Codec, kind: TensorType, mesh: Mesh) -> int:
 
 def encoded(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     """Codes of what each rank adds to a reduction, or of a rank's part of what is sharded."""
-    kind, codec = _operand(node, mesh), codec_of(node)
-    _check_feedback(node)
+    codec = codec_of(node)
+    if isinstance(codec, Sized) or node.option("copies") is not None:
+        return _encoded_sized(node, mesh, codec)
+    kind = _operand(node, mesh)
+    _check_names(node, "feedback")
     if kind.dtype not in CODED and not (codec.is_exact and kind.dtype is DType.f64):
         raise TypeRuleError(f"codes floating-point numbers of at most 32 bits, not {kind}")
     size = num_shards(mesh) * code_bytes(codec, kind, mesh)
@@ -58,6 +69,49 @@ def encoded(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     if kind.placement not in ((Partial("sum"),), (Partial("mean"),)):
         raise TypeRuleError(f"codes what is placed P(sum), P(mean) or S0, not {kind}")
     return (TensorType(DType.u8, (num_shards(mesh), size), placement=(Shard(0),)),)
+
+
+def _encoded_sized(node: Node, mesh: Mesh, codec: Codec) -> tuple[Type, ...]:
+    """Codes of a rank's part of what is sharded along the last axis, whatever the other axes."""
+    kind = _tensor(node)
+    _check_copies(node, codec)
+    if isinstance(codec, Sized) and kind.dtype not in codec.dtypes:
+        raise TypeRuleError(f"{codec} codes numbers in {', '.join(d.value for d in codec.dtypes)}, not {kind}")
+    if not kind.placement or kind.placement[-1] != Shard(0):
+        raise TypeRuleError(f"{codec} codes what is sharded on dim 0 along the last axis, not {kind}")
+    size = num_shards(mesh) * code_bytes(codec, kind, mesh)
+    return (TensorType(DType.u8, (size,), placement=kind.placement),)
+
+
+def _decoded_sized(node: Node, mesh: Mesh, codec: Codec, made: TensorType) -> tuple[Type, ...]:
+    kind = _tensor(node)
+    _check_copies(node, codec)
+    whole = made.at(*kind.placement)
+    wanted = TensorType(DType.u8, (num_shards(mesh) * code_bytes(codec, whole, mesh),), placement=kind.placement)
+    if isinstance(codec, Sized) and made.dtype not in codec.dtypes:
+        raise TypeRuleError(f"{codec} stands for numbers in {', '.join(d.value for d in codec.dtypes)}, not {made}")
+    if node.option("reduce") is not None or kind != wanted or kind.placement[-1:] != (Replicate(),):
+        raise TypeRuleError(f"makes {whole} of all codes {wanted}, not of {kind}")
+    return (whole.contiguous(),)
+
+
+def check_sized(gather: Node) -> None:
+    """Raise TypeRuleError where a gather that names a codec is not of one value's codes of variable length."""
+    if gather.option("codec") is None:
+        return
+    if not isinstance(codec_of(gather), Sized):
+        raise TypeRuleError("takes codec= for codes of variable length: delta or exponent")
+    if _tensor(gather).dtype is not DType.u8 or len(_tensor(gather).shape) != 1:
+        raise TypeRuleError(f"gathers codes u8[bytes]<S0>, where it names their codec, not {_tensor(gather)}")
+
+
+def expected_bytes(gather: Node, mesh: Mesh) -> int:
+    """Bytes that the codes of all ranks are expected to take, where a gather names their codec; else 0."""
+    if gather.option("codec") is None:
+        return 0
+    codec, count = codec_of(gather), num_shards(mesh)
+    assert isinstance(codec, Sized)
+    return count * codec.expected_bytes(chunk_numel(_tensor(gather).shape, count))
 
 
 def exchanged(node: Node, mesh: Mesh) -> tuple[Type, ...]:
@@ -74,11 +128,13 @@ def exchanged(node: Node, mesh: Mesh) -> tuple[Type, ...]:
 
 def decoded(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     """Type of what codes stand for: reduced over the ranks that made them, or each part as it is."""
-    kind, codec = _operand(node, mesh), codec_of(node)
+    codec = codec_of(node)
     made = node.results[0].type if len(node.results) == 1 else None
     if not isinstance(made, TensorType) or (made.dtype not in CODED and made.dtype is not DType.f64):
         raise TypeRuleError("makes one tensor of floating-point numbers")
-    reduce = node.option("reduce")
+    if isinstance(codec, Sized) or node.option("copies") is not None:
+        return _decoded_sized(node, mesh, codec, made)
+    kind, reduce = _operand(node, mesh), node.option("reduce")
     if reduce not in ("sum", "mean", None):
         raise TypeRuleError(f"reduces to sum or mean, not {reduce!r}")
     parts, size = num_shards(mesh), num_shards(mesh) * code_bytes(codec, made, mesh)
@@ -90,20 +146,34 @@ def decoded(node: Node, mesh: Mesh) -> tuple[Type, ...]:
 
 
 def _operand(node: Node, mesh: Mesh) -> TensorType:
-    if len(node.operands) != 1 or not isinstance(kind := node.operands[0].type, TensorType):
-        raise TypeRuleError("takes one tensor")
+    kind = _tensor(node)
     if len(mesh) != 1 or len(data_axes(mesh)) != 1:
         raise TypeRuleError(f"needs a mesh of one data axis, not of {len(mesh)} axes")
+    return kind
+
+
+def _tensor(node: Node) -> TensorType:
+    if len(node.operands) != 1 or not isinstance(kind := node.operands[0].type, TensorType):
+        raise TypeRuleError("takes one tensor")
     if kind.future or kind.is_on_host:
         raise TypeRuleError(f"takes what is on the device, not {kind}")
     return kind
 
 
-def _check_feedback(node: Node) -> None:
-    names = node.option("feedback")
+def _check_copies(node: Node, codec: Codec) -> None:
+    """Copies are what `delta` changes; `raw` stands for it where numbers are checked."""
+    if node.option("copies") is None and isinstance(codec, Delta):
+        raise TypeRuleError("delta needs copies=, the names of the parameters that it changes")
+    if node.option("copies") is not None and not isinstance(codec, Delta | Raw):
+        raise TypeRuleError(f"{codec} changes no copies: leave copies= out")
+    _check_names(node, "copies")
+
+
+def _check_names(node: Node, option: str) -> None:
+    names = node.option(option)
     if names is None:
         return
     if not isinstance(names, tuple) or not names or not all(isinstance(n, str) for n in names):
-        raise TypeRuleError("needs feedback= to be the names of parameters")
+        raise TypeRuleError(f"needs {option}= to be the names of parameters")
     if len(set(map(str, names))) < len(names):
-        raise TypeRuleError("names a parameter twice in feedback=")
+        raise TypeRuleError(f"names a parameter twice in {option}=")

@@ -84,7 +84,7 @@ def _part(num_bytes: int, num_parts: int) -> int:
 def _gather_sends(node: Node, mesh: Mesh) -> int:
     if node.option("axis") is not None:
         return _axis_sends(node, mesh)
-    return _part(moved_bytes(node, mesh), num_shards(mesh))
+    return _part(coded_rules.expected_bytes(node, mesh) or moved_bytes(node, mesh), num_shards(mesh))
 
 
 def _scatter_sends(node: Node, mesh: Mesh) -> int:

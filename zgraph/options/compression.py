@@ -1,18 +1,23 @@
-"""The option `compress`: the codec of gradients, and what it does not go with."""
+"""The option `compress`: the codec of gradients, or of parameters if it is exact, and what it does not go with."""
 
 from __future__ import annotations
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.errors import UsageError
 from zgraph.ir.codecs import Codec, Raw, parse_codec
+from zgraph.options.parallel import AXES
+from zgraph.passes.core.recipes import EXACT
 
 Compress = str | Codec | None
-"""A codec or its text, or "auto"; None sends numbers as they are."""
+"""A codec or its text, "auto" or "exact"; None sends numbers as they are."""
 
 
-def codec_for(compress: Compress, mesh: DeviceMesh | None, *, has_recipe: bool, fullgraph: object) -> str:
-    """The text of the codec of gradients, or "auto"; empty where there is none, or one rank.
+def codec_for(
+    compress: Compress, mesh: DeviceMesh | None, *, has_recipe: bool, fullgraph: object, device: torch.device
+) -> str:
+    """The text of the codec, "auto" or "exact"; empty where there is none, or one rank.
 
     Raises:
         CodecError: the text does not parse.
@@ -21,17 +26,28 @@ def codec_for(compress: Compress, mesh: DeviceMesh | None, *, has_recipe: bool, 
     codec = _checked(compress)
     if not codec:
         return ""
+    is_exact = codec in EXACT
     if has_recipe:
+        wanted = f"code-gathers(codec={EXACT[codec]})" if is_exact else f"compress(gradients={codec})"
         raise UsageError(
-            f"with passes=, the recipe says what is compressed: put compress(gradients={codec}) behind bucket in it, "
-            "and leave compress= out"
+            f"with passes=, the recipe says what is compressed: put {wanted} behind bucket in it, and leave compress= "
+            "out"
         )
     if fullgraph == "eager":
         raise UsageError(
-            f'compress="{codec}" codes gradients of captured backwards, and fullgraph="eager" captures none; leave one '
-            "of them out"
+            f'compress="{codec}" codes what captured graphs send, and fullgraph="eager" captures none; leave one of '
+            "them out"
         )
-    if mesh is not None and mesh.ndim > 1 and sum(mesh.size(d) > 1 for d in range(mesh.ndim)) > 1:
+    if is_exact and device.type != "cpu":
+        raise UsageError(
+            f'compress="{codec}" codes parameters on processors, and the model is on {device}; leave it out'
+        )
+    if is_exact and mesh is not None and set(AXES) & set(mesh.mesh_dim_names or ()):
+        raise UsageError(
+            f'compress="{codec}" codes whole parameters, and the mesh cuts them along '
+            f"{' and '.join(mesh.mesh_dim_names or ())}; leave compress= out"
+        )
+    if not is_exact and mesh is not None and mesh.ndim > 1 and sum(mesh.size(d) > 1 for d in range(mesh.ndim)) > 1:
         raise UsageError(
             f'compress="{codec}" codes gradients along one axis of ranks, and the mesh has {mesh.ndim}; leave '
             "compress= out, or pass a mesh of one axis"
@@ -40,7 +56,7 @@ def codec_for(compress: Compress, mesh: DeviceMesh | None, *, has_recipe: bool, 
 
 
 def planned_codec(compress: Compress, num_copies: int, tensor_parallel: int) -> str:
-    """The text of the codec of gradients for a plan, or "auto"; empty where there is none.
+    """The text of the codec for a plan, "auto" or "exact"; empty where there is none.
 
     Args:
         compress: the option.
@@ -52,19 +68,18 @@ def planned_codec(compress: Compress, num_copies: int, tensor_parallel: int) -> 
         UsageError: it is no codec, or the mesh has more than one axis.
     """
     codec = _checked(compress)
-    if codec and (num_copies > 1 or tensor_parallel > 1):
+    if codec and (tensor_parallel > 1 or (num_copies > 1 and codec not in EXACT)):
         raise UsageError(
-            f'compress="{codec}" codes gradients along one axis of ranks; leave compress=, or mesh= and '
-            "tensor_parallel=, out"
+            f'compress="{codec}" codes along one axis of ranks; leave compress=, or mesh= and tensor_parallel=, out'
         )
     return codec
 
 
 def _checked(compress: object) -> str:
-    if compress is None or compress == "auto":
-        return compress or ""
+    if compress is None or compress in ("auto", "exact"):
+        return str(compress or "")
     if not isinstance(compress, str | Codec):
-        raise UsageError(f'compress must be a codec such as "q8(block=256)", "auto" or None, not {compress!r}')
+        raise UsageError(f'compress must be a codec such as "q8(block=256)", "exact", "auto" or None, not {compress!r}')
     codec = parse_codec(compress) if isinstance(compress, str) else compress
     if isinstance(codec, Raw):
         raise UsageError('compress="raw" would send the numbers themselves; leave compress= out')

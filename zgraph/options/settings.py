@@ -242,7 +242,7 @@ def resolve(
         check_parallel(kernels, offload, fullgraph, dynamic, compute, has_recipe=passes is not None)
         dynamic = False
     mesh = parallel or _mesh(device, mesh)
-    codec = codec_for(compress, mesh, has_recipe=passes is not None, fullgraph=fullgraph)
+    codec = codec_for(compress, mesh, has_recipe=passes is not None, fullgraph=fullgraph, device=device)
     axes = _axes(parallel, placements, sequence_parallel=sequence_parallel)
     together = [axis for axis, size in sizes.items() if size > 1]
     pipeline = pipeline_of(_passes(stage, kernels, compute, codec, passes, replayed, axes, together))

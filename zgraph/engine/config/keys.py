@@ -121,8 +121,8 @@ class Zero(Section):
         "cpu_offload_use_pin_memory": _HOST,
     }
     unsupported: ClassVar[Mapping[str, str]] = {
-        "zero_quantized_weights": "leave it out: weights are gathered in the dtype to compute in",
-        "zero_quantized_nontrainable_weights": "leave it out",
+        "zero_quantized_weights": _EXACT,
+        "zero_quantized_nontrainable_weights": _EXACT,
         "zenflow": "leave it out",
         **dict.fromkeys(
             ("mics_shard_size", "mics_hierarchical_params_gather"),

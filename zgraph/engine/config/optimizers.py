@@ -137,10 +137,14 @@ OPTIMIZERS: dict[str, type[OptimizerParams]] = {
 }
 
 _CODED = 'take "AdamW" with zgraph.compress: "sign", which codes gradients in one bit and keeps what that leaves out'
+_MOMENTUM = (
+    f"an engine looks at gradients that are averaged already: {_CODED}, or without an engine zgraph.compile(stage=1) with "
+    "zgraph.optim.OneBitAdam"
+)
 
 ABSENT_OPTIMIZERS: Mapping[str, str] = {
-    "OneBitAdam": _CODED,
-    "ZeroOneAdam": _CODED,
+    "OneBitAdam": _MOMENTUM,
+    "ZeroOneAdam": _MOMENTUM,
     "OneBitLamb": f"there is no LAMB; {_CODED}",
 }
 """DeepSpeed's that there are not, with the remedy."""

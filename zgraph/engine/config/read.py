@@ -232,7 +232,7 @@ def _check_together(reading: Reading, keys: EngineConfig) -> None:
             "zero_optimization.zero_quantized_gradients: codes are sent along one axis of ranks; leave it or "
             "zero_hpz_partition_size out"
         )
-    if keys.zgraph.compress not in (None, "auto"):
+    if keys.zgraph.compress not in (None, "auto", "exact"):
         try:
             parse_codec(keys.zgraph.compress)
         except CodecError as error:

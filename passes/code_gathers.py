@@ -1,0 +1,133 @@
+"""Gather parameters as exact codes: what changed since the copy that all ranks still have, or exponents in few bits.
+
+    fwd %w_full: bf16[64, 32]<R> = reshard(%w_cast)                where %w_cast: bf16[64, 32]<S0>
+->
+    fwd %w_full_code: u8[4144]<S0> = encode(%w_cast, codec="delta", copies=["lin.weight"])
+    fwd %w_full_start: future u8[4144]<R> = all_gather_start(%w_full_code, codec="delta")
+    fwd %w_full_codes: u8[4144]<R> = wait(%w_full_start)
+    fwd %w_full: bf16[64, 32]<R> = decode(%w_full_codes, codec="delta", copies=["lin.weight"])
+
+An optimizer's step leaves most numbers in bf16 as they are, and moves the others by a few units of the last place: in
+small steps the change has a tenth of the bits. At stages 1 and 2 all ranks hold the last copy until the backward ends;
+`delta` keeps it until the next gather, and a micro-step that changes nothing sends next to nothing. `exponent` needs no
+copy: it is for gathers of stage 3. What is computed with is the same to the last bit. A code that would be longer than
+the numbers is the numbers.
+
+With `codec=auto` a graph gets each codec that saves `LEAST_SAVED` of the step: so predicted, with the time that coding
+itself takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from zgraph.errors import CodecError, ContractError
+from zgraph.ir import Arg, Builder, Graph, Node, Replicate, Shard, model_axes
+from zgraph.ir.codecs import Delta, Sized, parse_codec
+from zgraph.ir.ops import padded_bytes
+from zgraph.passes.analysis.gathers import gathered, is_gather
+from zgraph.passes.analysis.lookahead import makespan_us
+from zgraph.passes.analysis.lowering import placement_change
+from zgraph.passes.core.base import Context, Pass
+
+EXACT = ("delta", "exponent")
+"""Codecs that `auto` chooses from."""
+
+LEAST_SAVED = 0.02
+"""Share of a step that exact codes must save to be chosen."""
+
+
+@dataclass(frozen=True)
+class CodeGathers(Pass):
+    """Gather parameters as exact codes of variable length.
+
+    Args:
+        codec: `delta`, for gathers that are kept over micro-steps; `exponent`, for the others; or `auto`.
+        at_least_bytes: values of fewer bytes, all members of a bucket together, are sent as they are.
+    """
+
+    codec: str = field(default="auto", metadata={"always_printed": True})
+    at_least_bytes: int = 1024
+
+    name: ClassVar[str] = "code-gathers"
+    requires: ClassVar[frozenset[str]] = frozenset({"placed"})
+    provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
+
+    def __post_init__(self) -> None:
+        if self.codec == "auto":
+            return
+        try:
+            found = parse_codec(self.codec)
+        except CodecError as error:
+            raise ValueError(str(error).splitlines()[0]) from None
+        if not isinstance(found, Sized):
+            raise ValueError(f"codec must be {', '.join(EXACT)} or auto, not {self.codec}")
+
+    def times_us(self, graph: Graph, context: Context) -> dict[str, float]:
+        """Predicted times of a step, with each codec and with none, whose text is empty."""
+        others = tuple(step for step in context.lowering if not isinstance(step, CodeGathers))
+        context = replace(context, lowering=others)
+        found = {"": makespan_us(graph, context)}
+        for text in EXACT:
+            found[text] = makespan_us(replace(self, codec=text).run(graph, context), context)
+        return found
+
+    @staticmethod
+    def chosen(times_us: Mapping[str, float]) -> tuple[str, ...]:
+        """The codecs that `auto` takes, with these times."""
+        return tuple(text for text in EXACT if times_us[text] < times_us[""] * (1 - LEAST_SAVED))
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        if graph.num_shards == 1:
+            return graph
+        if model_axes(graph.mesh):
+            raise ContractError(
+                "code-gathers codes whole parameters, and the mesh cuts them along "
+                f"{', '.join(a.name for a in model_axes(graph.mesh))}; leave it out of the recipe"
+            )
+        if self.codec == "auto":
+            for text in self.chosen(self.times_us(graph, context)):
+                graph = replace(self, codec=text).run(graph, context)
+            return graph
+        builder, nodes = Builder(graph, self.name), list[Node]()
+        targets = {i.value.name: i.target for i in graph.params}
+        for node in graph.nodes:
+            names = self.names(graph, node)
+            nodes += _coded(node, self.codec, [targets[n] for n in names], builder) if names else [node]
+        return graph.with_nodes(nodes)
+
+    def names(self, graph: Graph, node: Node) -> list[str]:
+        """The parameters that a reshard gathers, if it is to gather codes; else none."""
+        codec = parse_codec(self.codec)
+        if placement_change(node) != (Shard(0), Replicate()) or not is_gather(graph, node):
+            return []
+        kinds = [v.tensor for v in node.operands]
+        is_here = not any(k.is_on_host or r.tensor.is_on_host for k, r in zip(kinds, node.results, strict=True))
+        if not is_here or not isinstance(codec, Sized) or kinds[0].dtype not in codec.dtypes:
+            return []
+        if sum(padded_bytes(k, graph.num_shards) for k in kinds) < self.at_least_bytes:
+            return []
+        if isinstance(codec, Delta) != bool(node.option("keep")):
+            return []
+        return [gathered(graph, replace(node, args=(v,))) for v in node.operands]
+
+
+def _coded(node: Node, codec: str, targets: list[str], builder: Builder) -> Iterator[Node]:
+    """The nodes in the place of a reshard that gathers parameters."""
+    stem, phase, origin = node.name, node.phase, node.origin
+    is_bucket, source = len(node.operands) > 1, node.operands[0]
+    options: dict[str, Arg] = {"codec": codec}
+    if is_bucket:
+        yield (packed := builder.node("pack", node.args, f"{stem}_pack", phase, origin))
+        source = packed.results[0]
+    copies: dict[str, Arg] = {"copies": tuple(targets)} if isinstance(parse_codec(codec), Delta) else {}
+    yield (own := builder.node("encode", (source,), f"{stem}_code", phase, origin, **options, **copies))
+    yield (start := builder.node("all_gather_start", own.results, f"{stem}_start", phase, origin, **options))
+    yield (codes := builder.node("wait", start.results, f"{stem}_codes", phase, origin))
+    kind = source.tensor.contiguous()
+    whole = builder.value(f"{stem}_flat", kind.at(*kind.placement[:-1], Replicate())) if is_bucket else node.results[0]
+    yield builder.typed("decode", codes.results, (whole,), phase, origin, **options, **copies)
+    if is_bucket:
+        yield builder.typed("unpack", (whole,), node.results, phase, origin)
