@@ -68,7 +68,7 @@ class Session:
         self.before_reading: Callable[[], None] | None = None
         self.feedback = Feedback(self)
         sharded = self.shard_group if group is not None else None
-        self.arenas = Arenas(self.device, lambda: sharded, environment().arenas)
+        self.arenas = Arenas(self.device, lambda: sharded, environment().arenas, self._peers)
         self._ranges = Ranges()
         self.plans: list[Plan] = []
         self.kinds: dict[str, TensorType] = {}

@@ -25,7 +25,7 @@ from zgraph.options.lengths import Lengths
 from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload
 from zgraph.options.settings import Options, Passes, Recompute, resolve
-from zgraph.options.validate import Compute, CudaGraphs, Fullgraph, Kernels, Stage
+from zgraph.options.validate import Compute, CudaGraphs, Fullgraph, Kernels, RegionCalls, Stage
 from zgraph.passes import RECIPES
 from zgraph.runtime.eager_fallback import whole_parameters
 from zgraph.runtime.feedback import FeedbackState
@@ -63,6 +63,7 @@ def compile(
     context_parallel: int = 1,
     placements: Placements | None = None,
     cuda_graphs: CudaGraphs = False,
+    regions: RegionCalls = "python",
 ) -> Any:
     """Shard a model over the ranks and compile its training step, in place.
 
@@ -135,6 +136,10 @@ def compile(
             GPU repeat it from then on, which saves the host the launches. "auto" does so where launching takes the host
             longer than running takes the device. What cannot be recorded runs op by op; the report says why. It takes
             more memory, since recordings keep theirs.
+        regions: what calls a region that Inductor compiles on processors: the "python" that it writes for it; or "c++",
+            a library that AOTInductor makes of it, which halves the host's time for a call and takes the compiler of
+            C++ some ten seconds, once a machine. "auto" takes the latter where launching a step takes longer than
+            running it. A region that cannot be a library is called as before, and the report says why.
 
     Returns:
         The model, the class, or a decorator.
@@ -176,6 +181,7 @@ def compile(
         "context_parallel": context_parallel,
         "placements": placements,
         "cuda_graphs": cuda_graphs,
+        "regions": regions,
     }
     if model is None:
         return functools.partial(compile, **options)

@@ -114,6 +114,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         trial=functools.partial(FirstRun, may_repeat=settings.fullgraph is True),
         kernels=settings.kernels,
         cuda_graphs=settings.cuda_graphs,
+        region_calls=settings.regions,
         placements=settings.search,
     )
     if settings.remark:

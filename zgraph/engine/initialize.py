@@ -203,6 +203,7 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
         context_parallel=config.context_parallel,
         placements=own.placements,
         cuda_graphs=own.cuda_graphs,
+        regions=own.regions,
     )
 
 

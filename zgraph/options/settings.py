@@ -40,12 +40,14 @@ from zgraph.options.validate import (
     CudaGraphs,
     Fullgraph,
     Kernels,
+    RegionCalls,
     Stage,
     check_can_compute,
     check_cuda_graphs,
     check_kernels,
     check_optimizers,
     check_options,
+    check_region_calls,
     default_kernels,
     stage_of,
 )
@@ -94,6 +96,7 @@ class Options(TypedDict, total=False):
     context_parallel: int
     placements: Placements | None
     cuda_graphs: CudaGraphs
+    regions: RegionCalls
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class Settings:
         lengths: what inputs are padded to; None leaves them as they are.
         cuts: how parameters are cut along the axes along which ranks compute together, by name.
         cuda_graphs: whether programs are recorded for the GPU to repeat.
+        regions: how those that Inductor compiles are called.
         search: what the search for placements found, in words; empty where none was.
     """
 
@@ -146,6 +150,7 @@ class Settings:
     lengths: Lengths | None = None
     cuts: Mapping[str, Cuts] = field(default_factory=dict)
     cuda_graphs: CudaGraphs = False
+    regions: RegionCalls = "python"
     search: str = ""
 
     @property
@@ -199,6 +204,7 @@ def resolve(
     context_parallel: int = 1,
     placements: Placements | None = None,
     cuda_graphs: CudaGraphs = False,
+    regions: RegionCalls = "python",
 ) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
 
@@ -215,6 +221,7 @@ def resolve(
     is_gpu = device.type != "cpu"
     check_can_compute(compute, passes is not None, fullgraph, device)
     check_cuda_graphs(cuda_graphs, fullgraph, device)
+    check_region_calls(regions, kernels or default_kernels(is_gpu=is_gpu), device)
     kernels, remark = kernels_for(kernels, device)
     replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
     parallel = mesh_of(device, mesh, {AXIS: tensor_parallel, CONTEXT: context_parallel})
@@ -276,6 +283,7 @@ def resolve(
         lengths,
         cuts,
         cuda_graphs if is_gpu else False,
+        "python" if is_gpu else regions,
         placements.summary if isinstance(placements, FoundPlacements) else "",
     )
 
