@@ -334,6 +334,12 @@ class Circle:
                 time.sleep(ASK_AFTER_SECONDS / 5)
                 count = self.store.add(key, 0)
 
+    def end_all(self, error: PeerError) -> None:
+        """Have all ranks raise this: none can go on with any model of these ranks."""
+        word = f"{PeerError.__name__}: {error}"
+        with store_errors():
+            raise_alarm(self.store, Alarm("over", self.group_name, self.rank, word))
+
     # --- keys --------------------------------------------------------------------------------------------------------
 
     @property

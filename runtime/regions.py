@@ -22,6 +22,7 @@ from zgraph.errors import KernelError, in_one_line
 from zgraph.ir import Graph, Instruction, Program, TensorType, Value
 from zgraph.ir.layout import chunk_numel, dense_strides
 from zgraph.runtime.collectives import EXECUTORS
+from zgraph.runtime.libraries import Libraries
 from zgraph.runtime.region import Compute, Region, cut
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class Regions:
         context: in which they are compiled. In it are the user's settings of Inductor: on GPUs, backwards run in a
             thread of autograd's, which has a context of its own.
         strides_vary: whether a region has been given other strides than its types state.
+        libraries: regions that are libraries of C++; None where none is to be one.
+        makes_libraries: whether new regions become libraries, where their sizes are known.
+        remark: why they do not, in words; empty where nobody asked for it.
     """
 
     is_shown: ClassVar[bool] = True
@@ -50,6 +54,9 @@ class Regions:
     seconds: float = 0.0
     context: Context = field(default_factory=copy_context)
     strides_vary: bool = False
+    libraries: Libraries | None = None
+    makes_libraries: bool = True
+    remark: str = ""
     _by_text: dict[str, _Sized] = field(default_factory=dict)
 
     @property
@@ -57,7 +64,8 @@ class Regions:
         return len(self._by_text)
 
     def __str__(self) -> str:
-        return f"{self.num_regions} regions, {self.num_different} of them different, {self.seconds:.1f} s"
+        found = f"{self.num_regions} regions, {self.num_different} of them different, {self.seconds:.1f} s"
+        return "; ".join(filter(None, [found, str(self.libraries or ""), self.remark]))
 
     def cut(self, program: Program, graph: Graph) -> Iterator[Instruction | Region]:
         """The program's instructions, with regions in the place of those that they hold."""
@@ -99,9 +107,12 @@ class Regions:
             return None
         own = {n.name: EXECUTORS[n.op](n, session) for n in region.nodes if n.op in EXECUTORS}
         sized = self._by_text[region.text] = _Sized(self, Steps(region, session.device, own))
+        libraries = self.libraries if self.makes_libraries else None
         if (examples := _examples(region, session)) is None:
+            if libraries is not None:
+                libraries.left["sizes that change from call to call"] += 1
             return None
-        ready = sized.begin(examples)
+        ready = sized.begin(examples) if libraries is None else sized.begin_library(examples, libraries)
 
         def finish() -> None:
             sized.are_static(examples, ready())
@@ -168,6 +179,15 @@ class _Sized:
             found = self.compiled[key] = self.begin([_example(a) for a in args])() if is_due else self.steps
             self.regions.seconds += time.perf_counter() - begin
         return found(args)
+
+    def begin_library(self, examples: Sequence[Example], libraries: Libraries) -> Callable[[], Compute]:
+        """Begin to make a library for inputs like these; where that cannot be, to compile as `begin` does.
+
+        Raises:
+            CacheError: there is no folder for what is kept.
+        """
+        context = self.regions.context.copy()
+        return libraries.begin(lambda *given: self.steps([*given]), examples, context, lambda: self.begin(examples))
 
     def begin(self, examples: Sequence[Any]) -> Callable[[], Compute]:
         """Begin to compile for inputs like these. The function that is returned waits, and gives what runs them: the

@@ -3,8 +3,9 @@
 A program runs as it is a few times, is recorded in one run, and replayed from then on. A recording has fixed
 addresses:
 
-    what a stretch reads       a parameter, a place in the arena, what another recording made: where it was recorded,
-                               or else this call runs as it is; anything else is copied to where it was recorded
+    what a stretch reads       a parameter, a cache, a place in the arena, what another recording made: where it was
+                               recorded, or else this call runs as it is; anything else is copied to where it was
+                               recorded
     what a program returns     a copy, but for values that wait for the backward: these stay where the recording has
                                them, and while somebody holds them the next forward runs as it is
 
@@ -113,6 +114,7 @@ class Replays:
         resident: the memory of parameters and constants, by the name of their value.
         turns: of all programs with memory that stays.
         arena: memory in which its programs lay their buffers out; None where they have none.
+        caches: memory that the forward is given in each call and writes to, by the name of its value.
 
     `left` counts the ops that are left to the host, by the reason, and `failures` the stretches that could not be
     recorded. `num_replays` counts the programs that were replayed, `num_held` the forwards that ran as they are, since
@@ -125,6 +127,7 @@ class Replays:
     resident: Mapping[str, Any]
     turns: Turns
     arena: torch.Tensor | None = None
+    caches: Mapping[str, torch.Tensor] = field(default_factory=dict)
     left: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
     num_replays: int = 0
@@ -134,13 +137,24 @@ class Replays:
     num_ops: int = 0
 
     def __post_init__(self) -> None:
+        self._programs: list[ProgramReplays] = []
+        self._counted: set[int] = set()
+        self._begin()
+
+    def _begin(self) -> None:
         self.pool = private_graphs.new_pool()
-        self.of_the_model = {_base(t) for t in self.resident.values() if isinstance(t, torch.Tensor)}
+        given = (*self.resident.values(), *self.caches.values())
+        self.of_the_model = {_base(t) for t in given if isinstance(t, torch.Tensor)}
         self.lasting = self.of_the_model | ({_base(self.arena)} if self.arena is not None else set())
         self.pooled: set[int] = set()
         self.waiting = Waiting()
         self.forward = Mode.steps
-        self._counted: set[int] = set()
+
+    def forget(self) -> None:
+        """Forget all recordings, as memory that they read has moved, and give theirs back: programs begin anew."""
+        for program in self._programs:
+            program.forget()
+        self._begin()
 
     def block(self, num_bytes: int) -> torch.Tensor:
         """A program's arena, always in the same place."""
@@ -149,14 +163,17 @@ class Replays:
 
     def of(self, program: Program) -> ProgramReplays:
         """Recordings of one program, of which there are none yet."""
-        return ProgramReplays(self, program)
+        made = ProgramReplays(self, program)
+        self._programs.append(made)
+        return made
 
     def cut(self, program: Program, parts: Iterable[Part]) -> Iterator[Part | Stretch]:
         """A program's parts, with stretches in the place of those that they hold."""
         plan = self.plan
         is_new = id(program) not in self._counted and program in (plan.forward, *usual_backward(plan))
         self._counted.add(id(program))
-        for part in cut(parts, plan.graph, plan.resident, self.left if is_new else Counter()):
+        left = self.left if is_new else Counter[str]()
+        for part in cut(parts, plan.graph, plan.resident, left, frozenset(self.caches)):
             if isinstance(part, Stretch) and is_new:
                 self.num_stretches += 1
                 self.num_ops += part.num_ops
@@ -186,9 +203,14 @@ class ProgramReplays:
     def __init__(self, shared: Replays, program: Program) -> None:
         self.shared, self.program = shared, program
         self.is_forward = program is shared.plan.forward
-        self.mode = Mode.steps
-        self.has_moved = False
         self._stretches: list[_Stretch] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the recordings, if there are any: the next run is the first."""
+        for stretch in self._stretches:
+            stretch.forget()
+        self.mode, self.has_moved = Mode.steps, False
         self._num_runs = self._num_failures = 0
         self._is_open = False
         self._leaving: _Leaving | None = None

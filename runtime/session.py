@@ -70,7 +70,7 @@ class Session:
         self.feedback = Feedback(self)
         self.copies = LastCopies(self)
         sharded = self.shard_group if group is not None else None
-        self.arenas = Arenas(self.device, lambda: sharded, environment().arenas)
+        self.arenas = Arenas(self.device, lambda: sharded, environment().arenas, self._peers)
         self._ranges = Ranges()
         self.plans: list[Plan] = []
         self.kinds: dict[str, TensorType] = {}

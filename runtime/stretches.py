@@ -4,7 +4,8 @@
     \\-- one stretch ---------/                             \\-- another ------------/
 
 A collective is begun by the host, which watches over it, and so is a copy to the host's memory. A recording has its
-addresses and its sizes for good.
+addresses and its sizes for good. It may write to what is given to a program only where that memory stays, as a cache of
+keys and values does: elsewhere it has a copy of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from zgraph.ir import HIGHER_ORDER, OPS, Graph, Instruction, Node, NoneType, TensorType, Value
+from zgraph.ir.aliases import Memory
 from zgraph.runtime.region import Region
 
 Part = Instruction | Region
@@ -63,7 +65,13 @@ class Stretch:
         return f"{_nodes(self.parts[0])[0].name} to %{_nodes(self.parts[-1])[-1].name}"
 
 
-def cut(parts: Iterable[Part], graph: Graph, resident: frozenset[str], left: Counter[str]) -> Iterator[Part | Stretch]:
+def cut(
+    parts: Iterable[Part],
+    graph: Graph,
+    resident: frozenset[str],
+    left: Counter[str],
+    caches: frozenset[str] = frozenset(),
+) -> Iterator[Part | Stretch]:
     """The parts of a program, with stretches in the place of those that they hold.
 
     Args:
@@ -71,10 +79,12 @@ def cut(parts: Iterable[Part], graph: Graph, resident: frozenset[str], left: Cou
         graph: that it is of.
         resident: names of values whose memory stays: parameters and constants.
         left: counts, by the reason, the ops that are left to the host.
+        caches: names of inputs whose memory stays too, and is written to.
     """
     run: list[Part] = []
+    written = _written_in(graph, caches) if caches else frozenset[str]()
     for part in parts:
-        problem = next(filter(None, (problem_of(node, graph) for node in _nodes(part))), "")
+        problem = next(filter(None, (problem_of(node, graph, written) for node in _nodes(part))), "")
         if not problem:
             run.append(part)
             continue
@@ -84,8 +94,21 @@ def cut(parts: Iterable[Part], graph: Graph, resident: frozenset[str], left: Cou
     yield from _ended(run, graph, resident, left)
 
 
-def problem_of(node: Node, graph: Graph) -> str:
-    """Why a node cannot be part of a recording; empty if it can."""
+def _written_in(graph: Graph, caches: frozenset[str]) -> frozenset[str]:
+    """Names of values that are in these caches, and in nothing else."""
+    memory = Memory(graph)
+    names = (*caches, *(result.name for node in graph.nodes for result in node.results))
+    return frozenset(name for name in names if memory.roots(name) <= caches)
+
+
+def problem_of(node: Node, graph: Graph, written: frozenset[str] = frozenset()) -> str:
+    """Why a node cannot be part of a recording; empty if it can.
+
+    Args:
+        node: of the graph.
+        graph: that it is of.
+        written: names of values that a recording may write to.
+    """
     if node.op == "release":
         return ""
     if node.op in OPS:
@@ -96,7 +119,7 @@ def problem_of(node: Node, graph: Graph) -> str:
         facts = graph.foreign[node.op]
         if facts.opaque:
             return "ops whose effects are unknown"
-        if facts.writes:
+        if not all(isinstance(a := node.args[i], Value) and a.name in written for i in facts.writes):
             return "ops that write to what they are given"
         if node.op.startswith(f"{HIGHER_ORDER}."):
             return "ops that call functions"

@@ -26,7 +26,7 @@ from zgraph.options.lengths import Lengths
 from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload
 from zgraph.options.settings import Options, Passes, Recompute, resolve
-from zgraph.options.validate import Compute, CudaGraphs, Fullgraph, Kernels, Stage
+from zgraph.options.validate import Compute, CudaGraphs, Fullgraph, Kernels, RegionCalls, Stage
 from zgraph.passes import RECIPES
 from zgraph.runtime.eager_fallback import whole_parameters
 from zgraph.runtime.feedback import FeedbackState
@@ -67,6 +67,7 @@ def compile(
     parallel: Parallel | None = None,
     cuda_graphs: CudaGraphs = False,
     record: str | Path | None = None,
+    regions: RegionCalls = "python",
 ) -> Any:
     """Shard a model over the ranks and compile its training step, in place.
 
@@ -149,6 +150,10 @@ def compile(
         record: a folder in which each rank keeps what its steps take, for `zgraph.calibrate` and `zgraph plan --check`:
             a time for each step, and one for each node in the steps 4, 16, 64 and so on, which run op by op. It is of
             the first training graph.
+        regions: what calls a region that Inductor compiles on processors: the "python" that it writes for it; or "c++",
+            a library that AOTInductor makes of it, which halves the host's time for a call and takes the compiler of
+            C++ some ten seconds, once a machine. "auto" takes the latter where launching a step takes longer than
+            running it. A region that cannot be a library is called as before, and the report says why.
 
     Returns:
         The model, the class, or a decorator.
@@ -192,6 +197,7 @@ def compile(
         "placements": placements,
         "cuda_graphs": cuda_graphs,
         "record": record,
+        "regions": regions,
     }
     if model is None:
         return functools.partial(compile, parallel=parallel, **options)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +22,9 @@ from tests.emulated.cases import BUCKETS, GROUPED, recipe
 from tests.emulated.nets import batch, build
 from tests.emulated.races import races
 from tests.emulated.training import waiting, without_each_wait
+from zgraph.bridge import private_runtime
 from zgraph.compiler.compiled_model import compiled_model
+from zgraph.errors import ZgraphError
 from zgraph.ir import Graph, Plan, Program
 from zgraph.runtime.arenas import Arenas
 
@@ -125,6 +130,49 @@ def released() -> list[str]:
         del arenas
         gc.collect()
     return backend.calls
+
+
+def windows(fault: str) -> tuple[str, str, float, bool]:
+    """What a rank raises, or how its arenas are, where the second of two has a fault; seconds; whether it has a block.
+
+    Args:
+        fault: "memory", where the second has none; "both" have none; "registering", where the second's NCCL refuses
+            while the first waits in it; or "old", where torch knows no windows.
+    """
+    rank, torn = dist.get_rank(), threading.Event()
+    waits = fault == "registering" and rank == 0
+    lacks = fault == "both" or (fault == "memory" and rank == 1)
+    backend = Backend(takes_symm=fault != "old", problem="invalid usage" * (fault == "registering" and rank == 1))
+    if waits:
+
+        def register(pool: Any, **options: bool) -> None:
+            assert torn.wait(60), "nobody aborted the communicator"
+            raise RuntimeError("NCCL communicator was aborted")
+
+        backend.register_mem_pool = register  # type: ignore[method-assign]
+
+    @contextmanager
+    def full(pool: Any, device: Any) -> Iterator[None]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    with (
+        _of_the_group(backend),
+        patch.dict(os.environ, ZGRAPH_ARENAS="symmetric"),
+        patch.object(private_runtime, "abort_groups", lambda rank: torn.set()),
+        patch.object(torch.cuda, "use_mem_pool", full) if lacks else nullcontext(),
+    ):
+        model: Any = build("deep").to("cuda")
+        compiled = zgraph.compile(model, **recipe(3, BUCKETS, tail=GROUPED))
+        began = time.monotonic()
+        try:
+            compiled(*(t.to("cuda") for t in batch("deep", model, 0, 16))).backward()
+            said = "", zgraph.report(compiled).arenas
+        except ZgraphError as error:
+            said = type(error).__name__, str(error)
+        seconds = time.monotonic() - began
+        has_block = compiled_model(compiled).session.arenas.kept_bytes > 0
+    return *said, seconds, has_block
 
 
 def another_stream() -> tuple[list[str], dict[str, int], set[str]]:

@@ -26,11 +26,15 @@ def asked(monkeypatch):
     """What is asked of the group, whose blocks are the processor's."""
     found = []
 
-    def block(num_bytes, device, group, *, symmetric):
-        found.append((num_bytes, symmetric))
-        return SimpleNamespace(memory=torch.empty(num_bytes, dtype=torch.uint8), release=lambda: None)
+    def block(num_bytes, device, group):
+        def register(*, symmetric):
+            found.append((num_bytes, symmetric))
+            return ""
 
-    monkeypatch.setattr(arenas_of, "registered_block", block)
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return SimpleNamespace(memory=memory, register=register, release=lambda: None)
+
+    monkeypatch.setattr(arenas_of, "pooled_block", block)
     return found
 
 

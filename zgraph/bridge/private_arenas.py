@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from zgraph.errors import in_one_line
 
-__all__ = ["RegisteredBlock", "registered_block"]
+__all__ = ["PooledBlock", "pooled_block"]
 
 
-class RegisteredBlock:
-    """Memory in a pool that is registered with a group.
+class PooledBlock:
+    """Memory in a pool of its own, which can be registered with a group.
 
     Args:
         memory: bytes.
@@ -29,16 +29,27 @@ class RegisteredBlock:
     def __init__(self, memory: torch.Tensor, pool: Any, backend: Any) -> None:
         self.memory, self._pool, self._backend = memory, pool, backend
 
+    def register(self, *, symmetric: bool) -> str:
+        """Have the group know the memory; why that cannot be, or nothing.
+
+        Args:
+            symmetric: whether it is a window at the same place on all ranks; then all ranks call this together, and
+                each waits for the others.
+        """
+        try:
+            self._backend.register_mem_pool(self._pool, **({"symm": True} if symmetric else {}))
+        except (RuntimeError, TypeError) as error:  # of NCCL without it, of torch without `symm`
+            return in_one_line(error)
+        return ""
+
     def release(self) -> None:
         """Have the group forget the memory, unless the group is gone."""
         with suppress(RuntimeError):
             self._backend.deregister_mem_pool(self._pool)
 
 
-def registered_block(
-    num_bytes: int, device: torch.device, group: dist.ProcessGroup, *, symmetric: bool
-) -> RegisteredBlock | str:
-    """Memory that is registered with a group, or why there can be none.
+def pooled_block(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> PooledBlock | str:
+    """Memory that can be registered with a group, or why there can be none. No rank waits for another here.
 
     The pool has the block before it is registered, and never grows: torch registers later segments in other ways from
     version to version.
@@ -47,7 +58,6 @@ def registered_block(
         num_bytes: how many.
         device: of this rank.
         group: whose collectives read and write it.
-        symmetric: whether it is a window at the same place on all ranks; then all ranks call this together.
     """
     found: Any = group
     try:
@@ -62,7 +72,6 @@ def registered_block(
         pool = torch.cuda.MemPool(backend.mem_allocator)
         with torch.cuda.use_mem_pool(pool, device=device):
             memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        backend.register_mem_pool(pool, **({"symm": True} if symmetric else {}))
-    except (RuntimeError, TypeError) as error:  # of NCCL without it, of torch without `symm`, of memory
+    except (RuntimeError, TypeError) as error:  # of memory, of torch that knows no allocator
         return in_one_line(error)
-    return RegisteredBlock(memory, pool, backend)
+    return PooledBlock(memory, pool, backend)

@@ -42,6 +42,17 @@ def private_folder(root: Path, name: str) -> Path:
     return root / name
 
 
+def is_private(folder: Path) -> bool:
+    """Whether a folder is this user's, so that nobody else can have written what is in it. One that is missing is."""
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
 def read_private(path: Path, max_bytes: int) -> bytes | None:
     """Content of a file; None if it is missing, unreadable, longer, a link, no plain file, or another user's."""
     try:

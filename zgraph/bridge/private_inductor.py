@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +26,7 @@ __all__ = [
     "inductor_problem",
     "lowered",
     "spell",
+    "traced",
     "warm",
     "warmed",
 ]
@@ -114,29 +115,17 @@ def lowered(
         examples: what it will be given.
         checks_inputs: whether the compiled function raises AssertionError for inputs of other shapes and strides.
     """
-    from torch._guards import tracing
     from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.compiler import config
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.utils._python_dispatch import _disable_current_modes
 
     _put_off()
-    mode = FakeTensorMode()
-    kinds = [Example.of(e) if isinstance(e, torch.Tensor) else e for e in examples]
-    outside = tracing(None)  # a capture that may be under way has its own mode
     settings: Any = config
     tag = settings.cache_key_tag if checks_inputs else f"{settings.cache_key_tag} unchecked"  # not torch's own code
     waits: list[_Wait] = []
     tokens = _waits.set(waits), _checks_inputs.set(checks_inputs)
     try:
-        with torch.no_grad(), outside, _disable_current_modes(), mode, settings.patch(cache_key_tag=tag):
-            fakes = [torch.empty_strided(size, stride, dtype=dtype, device=at) for size, stride, dtype, at in kinds]
-            traced = make_fx(function, decomposition_table={**select_decomp_table(), **_spelled})(*fakes)
-            results: Any = traced.graph.output_node()
-            results.meta["user_visible_output_idxs"] = [*range(len(results.args[0]))]  # their strides are kept
-            compiled: Any = compile_fx_inner(traced, fakes)
+        with settings.patch(cache_key_tag=tag), traced(function, examples) as (graph, fakes):
+            compiled: Any = compile_fx_inner(graph, fakes)
     finally:
         _waits.reset(tokens[0])
         _checks_inputs.reset(tokens[1])
@@ -151,6 +140,33 @@ def lowered(
             each()
 
     return Lowered(compiled, wait)
+
+
+@contextmanager
+def traced(
+    function: Callable[..., Sequence[torch.Tensor]], examples: Sequence[Example | torch.Tensor]
+) -> Iterator[tuple[torch.fx.GraphModule, list[torch.Tensor]]]:
+    """A function as a graph for Inductor, and its inputs without memory, in a context in which Inductor may lower it.
+
+    Args:
+        function: of tensors.
+        examples: what it will be given.
+    """
+    from torch._guards import tracing
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    mode = FakeTensorMode()
+    kinds = [Example.of(e) if isinstance(e, torch.Tensor) else e for e in examples]
+    outside = tracing(None)  # a capture that may be under way has its own mode
+    with torch.no_grad(), outside, _disable_current_modes(), mode:
+        fakes = [torch.empty_strided(size, stride, dtype=dtype, device=at) for size, stride, dtype, at in kinds]
+        graph = make_fx(function, decomposition_table={**select_decomp_table(), **_spelled})(*fakes)
+        results: Any = graph.graph.output_node()
+        results.meta["user_visible_output_idxs"] = [*range(len(results.args[0]))]  # their strides are kept
+        yield graph, fakes
 
 
 def spell(op: torch._ops.OpOverload, function: Callable[..., Any]) -> None:

@@ -117,6 +117,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         trial=functools.partial(FirstRun, may_repeat=settings.fullgraph is True),
         kernels=settings.kernels,
         cuda_graphs=settings.cuda_graphs,
+        region_calls=settings.regions,
         placements=settings.search,
         record=StepRecorder(settings.record, session) if settings.record is not None else None,
     )

@@ -21,7 +21,7 @@ from zgraph.compiler.call_guard import eager
 from zgraph.compiler.codec_choice import CodecChoice
 from zgraph.compiler.float8_layers import Float8Layers
 from zgraph.compiler.narrator import Narrator
-from zgraph.compiler.recordings import Recordings
+from zgraph.compiler.recordings import Recordings, choose_calls
 from zgraph.compiler.report import Entry, Report, make_entry
 from zgraph.compiler.step_recorder import StepRecorder
 from zgraph.cost import memory_interval
@@ -30,7 +30,7 @@ from zgraph.environment import environment
 from zgraph.errors import UsageError, VerifyError, did_you_mean
 from zgraph.ir import Graph, print_graph, verify
 from zgraph.ir.rules.kept import gathered_for
-from zgraph.options.validate import ATTRIBUTE, CudaGraphs
+from zgraph.options.validate import ATTRIBUTE, CudaGraphs, RegionCalls
 from zgraph.passes import Context, Pipeline, known_passes, make_plan
 from zgraph.passes.core.instruments import Dump, Log, Verify
 from zgraph.passes.fuse import Fuse
@@ -67,6 +67,7 @@ class CompiledModel:
         trial: watches the first runs of a program, given this and the peak that is planned; None watches nothing.
         kernels: what runs the ops between collectives, for the report.
         cuda_graphs: whether programs are recorded for the GPU to repeat.
+        region_calls: how new regions are called; "auto" has libraries of C++ where launching takes longer than running.
         placements: what a search for placements found, in words, for the report.
         record: keeps what the steps of the first training graph take; None keeps nothing.
 
@@ -88,6 +89,7 @@ class CompiledModel:
         trial: Callable[[CompiledModel, int], Trial] | None = None,
         kernels: str = "aten",
         cuda_graphs: CudaGraphs = False,
+        region_calls: RegionCalls = "python",
         placements: str = "",
         record: StepRecorder | None = None,
     ) -> None:
@@ -96,7 +98,7 @@ class CompiledModel:
         self.pipeline = enabled(pipeline)
         self.eager = eager(model.forward, session.store.param_dtype)
         self.narrator = narrator or Narrator(type(model).__name__, model.forward, (), "")
-        self.trial, self.kernels, self.cuda_graphs = trial, kernels, cuda_graphs
+        self.trial, self.kernels, self.cuda_graphs, self.region_calls = trial, kernels, cuda_graphs, region_calls
         self.recordings: list[Recordings] = []
         self.placements, self.record = placements, record
         self.plain: Callable[[], nn.Module] | None = None
@@ -169,6 +171,8 @@ class CompiledModel:
             self.session.arenas.room_bytes = context.memory_budget - context.rest_bytes - update_bytes
         kept = sum(found.kept_bytes for found in self.recordings)
         found = Recordings(plan, self.session, context, self.cuda_graphs, kept) if self.cuda_graphs else None
+        if self.regions is not None and self.region_calls != "python":
+            choose_calls(self.regions, plan, context, self.region_calls)
         forward, backward = link_plan(
             self.session,
             plan,

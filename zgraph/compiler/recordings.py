@@ -1,17 +1,24 @@
-"""Whether a plan's programs are recorded for the GPU to repeat (CUDA graphs), and what became of that."""
+"""What is done where launching ops takes the host longer than running them takes the device: programs are recorded for
+the GPU to repeat (CUDA graphs), and regions become libraries of C++.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from zgraph.cost import CostTable
 from zgraph.cost.launches import Launches, launches, recorded_bytes
 from zgraph.ir import Plan
-from zgraph.options.validate import CudaGraphs
+from zgraph.options.validate import CudaGraphs, RegionCalls
 from zgraph.passes import Context
 from zgraph.runtime import Session
 from zgraph.runtime.arenas import most_bytes
+from zgraph.runtime.libraries import Libraries
+from zgraph.runtime.regions import Regions
 from zgraph.runtime.replays import Replays
 
 
@@ -24,12 +31,19 @@ class Recordings:
         context: of the passes, with sizes to plan for.
         wanted: whether there shall be recordings; "auto" has them where the device would wait for the host.
         kept_before: bytes that recordings of other plans of the model keep.
+        caches: memory that the forward is given in each call and writes to, by the name of its value.
     """
 
     def __init__(
-        self, plan: Plan, session: Session, context: Context, wanted: CudaGraphs, kept_before: int = 0
+        self,
+        plan: Plan,
+        session: Session,
+        context: Context,
+        wanted: CudaGraphs,
+        kept_before: int = 0,
+        caches: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
-        self.plan, self.session = plan, session
+        self.plan, self.session, self.caches = plan, session, caches
         self.replays: Replays | None = None
         self.num_bytes = recorded_bytes(plan, context.hints)
         self.problem = ""
@@ -56,12 +70,28 @@ class Recordings:
         plan, session = self.plan, self.session
         most = most_bytes(plan)
         arena = session.arenas.keep(most) if most else None
-        self.replays = Replays(session.device, plan, resident, session.arenas.turns, arena)
+        self.replays = Replays(session.device, plan, resident, session.arenas.turns, arena, self.caches)
         return self.replays
+
+    def forget(self) -> None:
+        """Forget what was recorded, as memory that it reads has moved: it is recorded anew."""
+        if self.replays is not None:
+            self.replays.forget()
 
     def __str__(self) -> str:
         found = self.problem or f"{self.replays}; {self.compared}; they keep at most {_mib(self.num_bytes)}"
         return f"{self.plan.graph.name}: {found}"
+
+
+def choose_calls(regions: Regions, plan: Plan, context: Context, wanted: RegionCalls) -> None:
+    """Have regions of a plan that are new become libraries of C++: "auto" where launching takes longer than running."""
+    bound = launches(plan, context.costs, context.hints)
+    if wanted == "c++" or (wanted == "auto" and bound.bind):
+        regions.libraries = regions.libraries or Libraries()
+        regions.makes_libraries = True
+    else:
+        regions.makes_libraries = False
+        regions.remark = f"{plan.graph.name}: no libraries of C++, as {_compared(bound, context.costs)}"
 
 
 def _compared(bound: Launches, costs: CostTable) -> str:

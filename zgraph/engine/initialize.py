@@ -205,6 +205,7 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
         expert_parallel=config.expert_parallel,
         placements=own.placements,
         cuda_graphs=own.cuda_graphs,
+        regions=own.regions,
     )
 
 

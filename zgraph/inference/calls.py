@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -43,10 +43,11 @@ class Calls:
         self.device = arena.device
         self._row_of = [arena.row(row) for row in range(num_rows)]
 
-        def program(rows: int, num_tokens: int, name: str) -> Program:
-            return programs.program(model, step, arguments(rows, num_tokens, step, self.device), name)
+        def program(rows: int, num_tokens: int, name: str, caches: Mapping[str, torch.Tensor] | None = None) -> Program:
+            return programs.program(model, step, arguments(rows, num_tokens, step, self.device), name, caches)
 
-        self._prefill, self._decode = program(1, self.chunk, "prefill"), program(num_rows, 1, "decode")
+        self._prefill = program(1, self.chunk, "prefill")  # to another row in each call: not recorded
+        self._decode = program(num_rows, 1, "decode", arena.named)
 
     @property
     def is_alone(self) -> bool:

@@ -36,6 +36,11 @@ class Inference:
         """Bytes of the weights as the programs read them."""
         return self.programs.weights_bytes
 
+    @property
+    def cuda_graphs(self) -> tuple[str, ...]:
+        """Of each program that was to be recorded, what the GPU repeats, and what not and why."""
+        return tuple(str(found) for found in self.programs.recordings)
+
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
         """The model's forward in eval mode, without gradients, and without a cache.
@@ -89,6 +94,7 @@ class Inference:
                 forward,
                 {name: t.detach().clone() for name, t in tensors.items()},
                 f"forward-{len(self._forwards)}",
+                {},
             )
         finally:
             model.train(was_training)

@@ -18,7 +18,7 @@ from zgraph.inference.slots import Arena
 from zgraph.ir import Shard
 from zgraph.options.model_plans import Placements
 from zgraph.options.parallel import AXIS, cuts_of, mesh_of
-from zgraph.options.validate import ATTRIBUTE
+from zgraph.options.validate import ATTRIBUTE, CudaGraphs, RegionCalls, check_cuda_graphs, check_region_calls
 from zgraph.passes import parse_recipe
 from zgraph.passes.quantise import GROUPS
 
@@ -71,6 +71,8 @@ def infer(
     placements: Placements | None = None,
     max_source: int | None = None,
     kv: str | None = None,
+    cuda_graphs: CudaGraphs = False,
+    regions: RegionCalls = "python",
 ) -> Inference:
     """A model for inference: its prefill and decode captured and linked, to run over a cache with fixed places.
 
@@ -96,6 +98,10 @@ def infer(
             the cache, and some columns of each MLP. They are called with the same prompts, and give the same tokens.
         max_source: tokens that an encoder takes; None takes 512. Sources of features have one size, and take none.
         placements: how parameters are cut over these ranks, as of `zgraph.compile`; None takes the model's own plan.
+        cuda_graphs: True records on a GPU the decode of a token of each row in its third run, and plain forwards, and
+            has the GPU repeat that; "auto" does so where launching takes the host longer than running takes the device,
+            by the hardware's figures; False does not. `Inference.cuda_graphs` says what became of it.
+        regions: what calls a region that Inductor compiles: "python", "c++" or "auto", as of `zgraph.compile`.
 
     Raises:
         UsageError: an option means nothing, or the model is compiled already or has no cache.
@@ -111,6 +117,9 @@ def infer(
     if kernels not in KERNELS:
         raise UsageError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
     check_kv(kv)
+    check_cuda_graphs(cuda_graphs, True, device)
+    check_region_calls(regions, kernels, device)
+    records = cuda_graphs if device.type == "cuda" else False
     pipeline = parse_recipe(recipe_of(weights, activations, group))
     if kernels == "inductor" and (problem := inductor_problem(device)):
         raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
@@ -125,8 +134,9 @@ def infer(
                 'tensor_parallel= is for weights, keys and values as they are, and kernels="aten": leave weights=, kv= '
                 "and kernels= out"
             )
-        return _parallel(model, mesh, placements, max_batch or 1, max_len)
-    programs = Programs(model, pipeline, device, compiles=kernels == "inductor")
+        return _parallel(model, mesh, placements, max_batch or 1, max_len, records)
+    compiles = kernels == "inductor"
+    programs = Programs(model, pipeline, device, compiles=compiles, cuda_graphs=records, region_calls=regions)
     kind, why_not = type(model).__name__, _why_not(model)
     was_training = model.training
     model.eval()
@@ -162,6 +172,7 @@ def _parallel(
     placements: Placements | None,
     max_batch: int,
     max_len: int | None,
+    cuda_graphs: CudaGraphs,
 ) -> Inference:
     """A model that the ranks of a mesh compute together."""
     kind, num_ranks = type(model).__name__, mesh.size(0)
@@ -179,7 +190,9 @@ def _parallel(
         names = [f"cache.{number}.{what}" for number, shape in enumerate(shapes) for what in shape.tensors(0, 0)]
         cuts = {**cuts_of(model, placements, num_ranks, mesh.size(-1)), **dict.fromkeys(names, ((AXIS, Shard(1)),))}
         device = next(model.parameters()).device
-        programs = Programs(model, parse_recipe(PARALLEL), device, compiles=False, mesh=mesh, cuts=cuts)
+        programs = Programs(
+            model, parse_recipe(PARALLEL), device, compiles=False, cuda_graphs=cuda_graphs, mesh=mesh, cuts=cuts
+        )
         arena = Arena(shapes, max_batch, step.max_len + 1, device)
         return Generator(model, Calls(model, step, programs, arena, max_batch))
     finally:

@@ -17,12 +17,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.bridge.private_runtime import whole_group
+from zgraph.bridge.target import cost_table
 from zgraph.capture import capture_call
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
+from zgraph.compiler.recordings import Recordings, choose_calls
 from zgraph.environment import environment
 from zgraph.errors import InferenceError, UsageError
 from zgraph.ir import Graph, Input, InputKind, OutputKind, Placement, Plan, print_graph, verify
 from zgraph.ir.aliases import Memory
+from zgraph.options.validate import CudaGraphs, RegionCalls
 from zgraph.passes import Context, Pipeline, make_plan
 from zgraph.passes.core.instruments import Verify
 from zgraph.passes.place import cut_inputs
@@ -80,11 +83,14 @@ class Programs:
         pipeline: the passes.
         device: that the model is on.
         compiles: whether Inductor compiles what is between ops that write.
+        cuda_graphs: whether programs that ask for it are recorded for the GPU to repeat, as of `zgraph.compile`.
+        region_calls: what calls what Inductor compiles, as `regions` of `zgraph.compile`.
         mesh: the ranks that compute together; None for one rank.
         cuts: of parameters, and of inputs of calls, over these ranks.
 
     Attributes:
         session: what runs the collectives.
+        recordings: of programs that ask for them.
     """
 
     def __init__(
@@ -94,10 +100,14 @@ class Programs:
         device: torch.device,
         *,
         compiles: bool,
+        cuda_graphs: CudaGraphs = False,
+        region_calls: RegionCalls = "python",
         mesh: DeviceMesh | None = None,
         cuts: Mapping[str, Cuts] = MappingProxyType({}),
     ) -> None:
         self.pipeline, self.device = pipeline, device
+        self.cuda_graphs, self.region_calls = cuda_graphs, region_calls
+        self.recordings: list[Recordings] = []
         group = whole_group(mesh) if mesh is not None else None
         store = ShardStore(nn.Module(), mesh, group, {}, 0, None, device, {}, HostMemory(device), nn.Parameter, cuts)
         self.session = Session(store, group, unique_name(group) if group is not None else "inference")
@@ -122,7 +132,12 @@ class Programs:
         return sum(storages.values())
 
     def program(
-        self, model: nn.Module, function: Callable[..., object], arguments: Mapping[str, torch.Tensor], name: str
+        self,
+        model: nn.Module,
+        function: Callable[..., object],
+        arguments: Mapping[str, torch.Tensor],
+        name: str,
+        caches: Mapping[str, torch.Tensor] | None = None,
     ) -> Program:
         """A call as a program.
 
@@ -131,6 +146,7 @@ class Programs:
             function: calls the model with `arguments.values()`, and gives tensors.
             arguments: examples by name, no two in the same memory.
             name: of the program.
+            caches: given, the program may be recorded; the arguments whose memory is always this, and is written to.
 
         Raises:
             GraphBreakError, CaptureError: the call cannot be captured.
@@ -160,7 +176,8 @@ class Programs:
             for i in graph.inputs
             if i.value.name in plan.resident
         }
-        program = Program(plan, self._linked(plan, resident), self.session)
+        recordings = self._recordings(plan, caches) if caches is not None and self.cuda_graphs else None
+        program = Program(plan, self._linked(plan, resident, recordings), self.session)
         self.all.append(program)
         return program
 
@@ -199,6 +216,17 @@ class Programs:
         """Give the memory of all that depends on parameters back, until `load`."""
         self._resize(is_there=False)
 
+    def _recordings(self, plan: Plan, caches: Mapping[str, torch.Tensor]) -> Recordings:
+        names = {i.target: i.value.name for i in plan.graph.inputs}
+        kept = sum(found.kept_bytes for found in self.recordings)
+        lasting = {names[target]: memory for target, memory in caches.items() if target in names}
+        self.recordings.append(Recordings(plan, self.session, self._here(), self.cuda_graphs, kept, lasting))
+        return self.recordings[-1]
+
+    def _here(self) -> Context:
+        """Context of this device, for estimates."""
+        return Context(mesh=self.ranks.axes, costs=cost_table(None, self.device))
+
     def _resize(self, *, is_there: bool) -> None:
         """Take the memory of what depends on parameters, or give it back; never that of constants."""
         self._is_there = is_there
@@ -212,6 +240,8 @@ class Programs:
             if storage._cdata not in kept:
                 size = self._sizes.setdefault(storage._cdata, storage.nbytes())
                 storage.resize_(size if is_there else 0)
+        for recordings in self.recordings:
+            recordings.forget()
 
     def _compute_anew(self) -> None:
         """Compute what depends on the model alone once more, to where it lies."""
@@ -238,11 +268,15 @@ class Programs:
         run = link(plan.forward, plan, self.session, resident)
         return run([None if v.name in resident else found[v.name] for v in plan.forward.arguments])
 
-    def _linked(self, plan: Plan, resident: Mapping[str, torch.Tensor]) -> Runner:
+    def _linked(self, plan: Plan, resident: Mapping[str, torch.Tensor], recordings: Recordings | None) -> Runner:
         if isinstance(self._together, Regions):
+            if self.region_calls != "python":
+                choose_calls(self._together, plan, self._here(), self.region_calls)
             self._together.take_context()
             self._together.compile([plan.forward], plan.graph, self.session)
-        return link(plan.forward, plan, self.session, resident, None, self._together)
+        maker = recordings.maker if recordings is not None else None
+        replays = maker(resident).of(plan.forward) if maker is not None else None
+        return link(plan.forward, plan, self.session, resident, None, self._together, replays)
 
     def _tensor(self, target: str, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if target in self._shared:

@@ -230,7 +230,7 @@ class Seq2Seq(Inference):
             return {"mask": mask, "tokens": one, "places": torch.zeros_like(one), **memory}
 
         self._start = programs.program(model, step.start, {"source": source, **examples(1)}, "start")
-        self._decode = programs.program(model, step, examples(max_batch), "decode")
+        self._decode = programs.program(model, step, examples(max_batch), "decode", self._cache)
 
     @property
     def cache_bytes(self) -> int:

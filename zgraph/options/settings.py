@@ -42,12 +42,14 @@ from zgraph.options.validate import (
     CudaGraphs,
     Fullgraph,
     Kernels,
+    RegionCalls,
     Stage,
     check_can_compute,
     check_cuda_graphs,
     check_kernels,
     check_optimizers,
     check_options,
+    check_region_calls,
     default_kernels,
     stage_of,
 )
@@ -99,6 +101,7 @@ class Options(TypedDict, total=False):
     placements: Placements | None
     cuda_graphs: CudaGraphs
     record: str | Path | None
+    regions: RegionCalls
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class Settings:
         lengths: what inputs are padded to; None leaves them as they are.
         cuts: how parameters are cut along the axes along which ranks compute together, by name.
         cuda_graphs: whether programs are recorded for the GPU to repeat.
+        regions: how those that Inductor compiles are called.
         search: what searches for a layout and for placements found, in words; empty where none was.
         record: where to keep what steps take.
     """
@@ -152,6 +156,7 @@ class Settings:
     lengths: Lengths | None = None
     cuts: Mapping[str, Cuts] = field(default_factory=dict)
     cuda_graphs: CudaGraphs = False
+    regions: RegionCalls = "python"
     search: str = ""
     record: Path | None = None
 
@@ -209,6 +214,7 @@ def resolve(
     cuda_graphs: CudaGraphs = False,
     record: str | Path | None = None,
     layout: str = "",
+    regions: RegionCalls = "python",
 ) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
 
@@ -225,6 +231,7 @@ def resolve(
     is_gpu = device.type != "cpu"
     check_can_compute(compute, passes is not None, fullgraph, device)
     check_cuda_graphs(cuda_graphs, fullgraph, device)
+    check_region_calls(regions, kernels or default_kernels(is_gpu=is_gpu), device)
     kernels, remark = kernels_for(kernels, device)
     replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
     parallel = mesh_of(device, mesh, {AXIS: tensor_parallel, CONTEXT: context_parallel, EXPERT: expert_parallel})
@@ -291,6 +298,7 @@ def resolve(
         lengths,
         cuts,
         cuda_graphs if is_gpu else False,
+        "python" if is_gpu else regions,
         "; ".join(filter(None, (layout, placements.summary if isinstance(placements, FoundPlacements) else ""))),
         Path(record) if record is not None else None,
     )

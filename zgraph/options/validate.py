@@ -24,6 +24,7 @@ Compute = Literal["float8", "float8-rowwise"]
 Fullgraph = bool | Literal["eager"]
 
 CudaGraphs = bool | Literal["auto"]
+RegionCalls = Literal["python", "c++", "auto"]
 
 ATTRIBUTE = "_zgraph"
 """Where a compiled model keeps what `zgraph.compile` attached to it."""
@@ -112,13 +113,31 @@ def check_can_compute(compute: str | None, has_recipe: bool, fullgraph: object, 
         raise UsageError(f'compute="{compute}": {problem}. Leave compute= out; param_dtype="bf16" needs no float8')
 
 
+def check_region_calls(regions: object, kernels: object, device: torch.device) -> None:
+    """Raise UsageError for a way to call regions that is none, or that the other options leave no regions for."""
+    if regions not in ("python", "c++", "auto"):
+        raise UsageError(f'regions must be "python", "c++" or "auto", not {regions!r}')
+    if regions != "c++":
+        return
+    if kernels not in ("inductor", "auto"):
+        raise UsageError(
+            f'regions="c++" is for regions that Inductor compiles, and with kernels="{kernels}" there are none; pass '
+            'kernels="inductor" too, or leave regions= out'
+        )
+    if device.type != "cpu":
+        raise UsageError(
+            f'regions="c++" is for processors, and the model is on the {device.type}; leave it out. With '
+            "cuda_graphs=True a GPU repeats many regions in one launch"
+        )
+
+
 def check_cuda_graphs(cuda_graphs: object, fullgraph: object, device: torch.device) -> None:
     """Raise UsageError for recordings that the other options or the device leave no place for."""
     if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
         raise UsageError(f'cuda_graphs must be True, False or "auto", not {cuda_graphs!r}')
     if cuda_graphs is True and device.type != "cuda":
         raise UsageError(
-            f"cuda_graphs=True is for GPUs, and the model is on the {device.type}; leave it out, or pass device="
+            f"cuda_graphs=True is for GPUs, and the model is on the {device.type}; leave it out, or put it on one"
         )
     if cuda_graphs is True and fullgraph == "eager":
         raise UsageError(

@@ -332,6 +332,7 @@ class Own(Section):
     sequence_parallel: bool = False
     placements: dict[str, str] | None = None
     cuda_graphs: Literal["auto"] | bool = False
+    regions: Literal["python", "c++", "auto"] = "python"
 
 
 class EngineConfig(Section):
