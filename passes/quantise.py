@@ -9,8 +9,10 @@
     fwd %y: f32[4, 32] = zgraph.int8_mm.default(%x_i8, %w_i8, %x_scale, %w_scale, f32)
 
 `int8` has one scale for each output of a layer. Activations are then three rows of int8 each, which keeps 21 bits of
-them, or one (`activations=int8`) but in the layers named in `precise`. `int4` has one scale for each group of columns,
-and bf16 activations; the layers named in `wider` have int8. A table of embeddings is in int8 in both.
+them, or one (`activations=int8`) but in the layers named in `precise`. With `outliers`, so many columns of these keep
+three rows, and are multiplied apart from the rest, where they are zeros; a constant of each layer says which. `int4`
+has one scale for each group of columns, and bf16 activations; the layers named in `wider` have int8. A table of
+embeddings is in int8 in both.
 
 What depends on weights alone is for `zgraph.passes.plan.fixed` to compute once.
 """
@@ -22,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 from zgraph.errors import QuantisationError
-from zgraph.ir import Arg, DType, ExternalOp, Graph, Node, TensorType, Token, Value
+from zgraph.ir import Arg, DType, ExternalOp, Graph, Input, InputKind, Node, TensorType, Token, Value
 from zgraph.ir.builder import Builder
 from zgraph.ir.external_ops import CAST, INT4, INT4_MM, INT8, INT8_MM, facts
 from zgraph.passes.analysis.operands import TRANSPOSE, Operand, operand_of
@@ -42,6 +44,7 @@ WIDE_PARTS = 3
 """Rows of int8 for each row of activations, where these are to be kept."""
 
 _FLOATS = (DType.bf16, DType.f16, DType.f32)
+_CHOSEN, _FILLED = "aten.index_select.default", "aten.index_fill.int_Scalar"
 _ADD, _CLONE, _MUL, _EMBEDDING = "aten.add.Tensor", "aten.clone.default", "aten.mul.Tensor", "aten.embedding.default"
 _ROWS = {
     INT8: ExternalOp(multi=True),
@@ -53,7 +56,14 @@ _ROWS = {
     _CLONE: ExternalOp(),
     _ADD: ExternalOp(),
     _MUL: ExternalOp(),
+    _CHOSEN: ExternalOp(),
+    _FILLED: ExternalOp(),
 }
+
+
+def outliers_of(weight: str) -> str:
+    """The target of the constant that says which columns of what meets a weight are kept, by the weight's target."""
+    return f"outliers:{weight}"
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class Quantise(Pass):
         group: columns that share a scale, in int4.
         wider: last names of the layers that int4 leaves in int8, with + between them.
         precise: last names of the layers whose activations are kept: those behind a product, which has outliers.
+        outliers: columns of all other activations that are kept, where these are rounded; 0 keeps none.
     """
 
     weights: Weights = "int8"
@@ -73,6 +84,7 @@ class Quantise(Pass):
     group: int = 64
     wider: str = "lm_head+output+embed_out"
     precise: str = "down_proj+fc2+w2"
+    outliers: int = 0
 
     name: ClassVar[str] = "quantise"
     numerics: ClassVar[Numerics] = Numerics.approximate
@@ -88,6 +100,8 @@ class Quantise(Pass):
             raise ValueError("activations=int8 needs weights=int8")
         if self.group not in GROUPS:
             raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}")
+        if self.outliers < 0 or (self.outliers and self.activations != "int8"):
+            raise ValueError("outliers must be 0 or more, and needs activations=int8")
 
     def run(self, graph: Graph, context: Context) -> Graph:
         layers = list(_layers(graph, self))
@@ -168,6 +182,9 @@ class _Rewriter:
         self.by_node = {id(layer.node): layer for layer in layers}
         self.nodes: list[Node] = []
         self.made: dict[tuple[object, ...], tuple[Value, Value]] = {}
+        self.parts: dict[tuple[object, ...], tuple[Value, Value, Value]] = {}
+        self.targets = {i.value.name: i.target for i in graph.inputs}
+        self.constants: list[Input] = []
         self.builder = Builder(graph, Quantise.name)
 
     def run(self) -> Graph:
@@ -181,7 +198,8 @@ class _Rewriter:
                 self.multiply(layer)
         used = {node.op for node in self.nodes}
         foreign = {op: row for op, row in _ROWS.items() if op in used}
-        return replace(self.graph, nodes=tuple(self.nodes), foreign={**foreign, **self.graph.foreign})
+        inputs = (*self.graph.inputs, *self.constants)
+        return replace(self.graph, inputs=inputs, nodes=tuple(self.nodes), foreign={**foreign, **self.graph.foreign})
 
     def multiply(self, layer: _Layer) -> None:
         """A product with integers in the place of a product."""
@@ -193,13 +211,52 @@ class _Rewriter:
             packed, scales = self.int4(layer)
             self.add(layer, INT4_MM, (layer.x, packed, scales, self.options.group, dtype), out)
         else:
-            is_rounded = self.options.activations == "int8" and not _is_among(layer.name, self.options.precise)
-            parts = 1 if is_rounded else WIDE_PARTS
-            x, x_scale = self.int8(layer, layer.x, parts)
-            w, w_scale = self.weight(layer)
-            self.add(layer, INT8_MM, (x, w, x_scale, w_scale, dtype), out)
+            self.int8_product(layer, out, dtype)
         if bias is not None:
             self.add(layer, _ADD, (out, bias), result)
+
+    def int8_product(self, layer: _Layer, out: Value, dtype: DType) -> None:
+        """A product with a weight in int8."""
+        options, columns = self.options, layer.x.tensor.shape[1]
+        is_rounded = options.activations == "int8" and not _is_among(layer.name, options.precise)
+        has_rest = not isinstance(columns, int) or columns > options.outliers
+        if not (is_rounded and options.outliers and has_rest):
+            x, x_scale = self.int8(layer, layer.x, 1 if is_rounded and has_rest else WIDE_PARTS)
+            w, w_scale = self.weight(layer)
+            self.add(layer, INT8_MM, (x, w, x_scale, w_scale, dtype), out)
+            return
+        rest, kept, chosen = self.parted(layer)
+        w, w_scale = self.weight(layer)
+        (x, x_scale), (y, y_scale) = self.int8(layer, rest, 1), self.int8(layer, kept, WIDE_PARTS)
+        few = self.builder.value(f"{w.name}_kept", replace(w.tensor, shape=(w.tensor.shape[0], options.outliers)))
+        most, others = (self.builder.value(f"{out.name}_{part}", out.type) for part in ("rest", "kept"))
+        self.add(layer, _CHOSEN, (w, 1, chosen), few)
+        self.add(layer, INT8_MM, (x, w, x_scale, w_scale, dtype), most)
+        self.add(layer, INT8_MM, (y, few, y_scale, w_scale, dtype), others)
+        self.add(layer, _ADD, (most, others), out)
+
+    def parted(self, layer: _Layer) -> tuple[Value, Value, Value]:
+        """A layer's activations with zeros in the place of outliers, these alone, and their columns; made once."""
+        x = layer.x
+        key = (_FILLED, self.source(x))
+        if key not in self.parts:
+            kind = x.tensor.contiguous()
+            columns = self.builder.value(f"{x.name}_outliers", TensorType(DType.i64, (self.options.outliers,)))
+            rest = self.builder.value(f"{x.name}_rest", kind)
+            kept = self.builder.value(f"{x.name}_kept", replace(kind, shape=(kind.shape[0], self.options.outliers)))
+            target = self.targets[layer.weight.value.name]
+            self.constants.append(Input(InputKind.constant, columns, outliers_of(target)))
+            self.add(layer, _FILLED, (x, 1, columns, 0), rest)
+            self.add(layer, _CHOSEN, (x, 1, columns), kept)
+            self.parts[key] = rest, kept, columns
+        return self.parts[key]
+
+    def source(self, value: Value) -> object:
+        """A value, or what it is another shape of."""
+        maker = self.graph.producers.get(value.name)
+        if maker is not None and facts(maker.op).elements == "reshaped":
+            return maker.op, maker.args
+        return value.name
 
     def look_up(self, layer: _Layer) -> None:
         """Rows of integers, and their scales, in the place of rows."""
@@ -237,11 +294,7 @@ class _Rewriter:
 
     def int8(self, layer: _Layer, value: Value, parts: int) -> tuple[Value, Value]:
         """A matrix as rows of int8, and their scales; made once of what is the same in another shape."""
-        maker = self.graph.producers.get(value.name)
-        source: object = value.name
-        if maker is not None and facts(maker.op).elements == "reshaped":
-            source = (maker.op, maker.args)
-        key = (INT8, source, parts)
+        key = (INT8, self.source(value), parts)
         if key not in self.made:
             rows, columns = value.tensor.shape
             data = self.builder.value(f"{value.name}_i8", TensorType(DType.i8, (parts * rows, columns)))

@@ -10,10 +10,13 @@ from transformers.cache_utils import Cache
 
 import zgraph
 from tests.deep import DEEP, deep
+from zgraph.codegen import quantised
 from zgraph.errors import ContextLengthError, InferenceError, QuantisationError, UsageError
+from zgraph.inference.calibration import outlier_columns
 from zgraph.inference.evaluation import _Rounded, as_integers
 from zgraph.inference.prompts import Prompts, pieces
 from zgraph.inference.sampling import Sampling
+from zgraph.inference.slots import LayerShape, SlotLayer
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2}
@@ -176,6 +179,79 @@ def test_a_model_in_integers_is_the_model_of_their_numbers(weights, activations,
     assert torch.equal(found.logits(**given), twice)
 
 
+class Layers(torch.nn.Module):
+    """Two layers that read the same, and one that reads what they give."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = torch.nn.Linear(96, 64), torch.nn.Linear(96, 64)
+        self.last = torch.nn.Linear(64, 48, bias=False)
+
+    def forward(self, x):
+        return self.last(self.gate(x).tanh() + self.up(x).tanh())
+
+
+def test_columns_with_outliers_are_kept():
+    torch.manual_seed(0)
+    model, x = Layers().eval(), torch.randn(2, 10, 96)
+    x[..., [5, 70]] *= 200
+    with torch.no_grad():
+        for layer in (model.gate, model.up):
+            layer.weight[:, [5, 70]] /= 100
+        wanted = model(x=x)
+    found = zgraph.infer(model, weights="int8", activations="int8", calibrate={"x": x})
+    outliers = outlier_columns(model, {"x": x})
+    assert {name: len(columns) for name, columns in outliers.items()} == {
+        f"{name}.weight": 16 for name in ("gate", "up", "last")
+    }
+    assert {5, 70} <= {*outliers["gate.weight"].tolist()}
+    error, without = ((made - wanted).norm() / wanted.norm() for made in (found(x=x), rounded_layers(model, x)))
+    assert 10 * error < without
+    assert error < 0.02
+    with pytest.raises(UsageError, match="takes no tokens"):
+        zgraph.infer(model, weights="int8", activations="int8")
+    with pytest.raises(UsageError, match="cannot be called"):
+        zgraph.infer(model, weights="int8", activations="int8", calibrate={"y": x})
+    with pytest.raises(UsageError, match="tensors by name"):
+        zgraph.infer(model, weights="int8", activations="int8", calibrate={"x": 1})
+
+
+def rounded_layers(model: Layers, x: torch.Tensor) -> torch.Tensor:
+    """The model with weights and activations as one row of int8, outliers among them."""
+
+    def product(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
+        (x8, xs), (w8, ws) = quantised.to_int8(x.view(-1, x.shape[-1]), 1), quantised.to_int8(layer.weight, 1)
+        made = quantised.int8_mm(x8, w8, xs, ws, torch.float32).view(*x.shape[:-1], -1)
+        return made if layer.bias is None else made + layer.bias
+
+    with torch.no_grad():
+        return product(product(x, model.gate).tanh() + product(x, model.up).tanh(), model.last)
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "words"),
+    [(torch.ones(3), "outside of 0 to 95"), (torch.tensor([96]), "outside of 0 to 95"), ([1, 2], "a tensor of tokens")],
+)
+def test_what_no_model_can_be_calibrated_with_is_refused(llama, calibrate, words):
+    with pytest.raises(UsageError, match=words):
+        zgraph.infer(llama, weights="int8", activations="int8", calibrate=calibrate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cache_in_int8_is_served_as_it_is_scored(dtype):
+    states = torch.randn(1, 2, 5, 16).mul(torch.tensor([1e-6, 1e-3, 1.0, 30.0, 0.0])[:, None]).to(dtype)
+    shape = LayerShape(2, 16, 16, dtype, is_rounded=True)
+    memory = {name: torch.zeros(size, dtype=kind) for name, (size, kind) in shape.tensors(1, 5).items()}
+    served = SlotLayer(memory, torch.arange(5)[None]).update(states, states)
+    scored = _Rounded().update(states, states)
+    for one, other in zip(served, scored, strict=True):
+        assert one.dtype is dtype
+        assert torch.equal(one, other)
+    largest = states.float().abs().amax(-1, keepdim=True)
+    step = (largest / 127).clamp_min(torch.finfo(dtype).tiny)
+    assert ((served[0].float() - states.float()).abs() <= step * 0.51 + 2 * torch.finfo(dtype).eps * largest).all()
+
+
 def test_keys_and_values_in_int8_are_the_model_with_rounded_ones():
     model, given = made("one layer"), prompts(1)
     own = own_logits(model, given)
@@ -230,6 +306,7 @@ def test_bad_prompts_are_refused(inference, case):
         ({"kv": "int4"}, "None or int8"),
         ({"max_source": 8}, "no encoder"),
         ({"activations": "int8"}, 'weights="int8"'),
+        ({"calibrate": torch.ones(4, dtype=torch.int64)}, "leave it out"),
         ({"weights": "int4", "group": 48}, "32, 64, 128"),
         ({"kernels": "triton"}, "aten, inductor"),
     ],

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from zgraph.codegen import quantised
 from zgraph.errors import UsageError
-from zgraph.inference.model import check_kv, recipe_of
+from zgraph.inference.calibration import Calibrate
+from zgraph.inference.layers import kept_in, rows_of, watched
+from zgraph.inference.model import check_kv, recipe_of, seen_of
 from zgraph.inference.programs import Programs
-from zgraph.inference.slots import rounded
+from zgraph.inference.slots import restored, rounded
 from zgraph.passes import parse_recipe
-from zgraph.passes.quantise import Quantise
 
 WINDOW = 256
 """Tokens that are scored together: each but the first is predicted from those before it in its window."""
@@ -74,13 +75,14 @@ def evaluate(
     window: int = WINDOW,
     max_windows: int | None = None,
     kv: str | None = None,
+    calibrate: Calibrate = None,
 ) -> Evaluation:
     """Score a text with a model's weights as they are, and in integers.
 
     Args:
         model: a causal language model of transformers. Its mode is put back.
         tokens: int64 [tokens], the text; what does not fill a window is left out.
-        weights, activations, group, kv: as of `zgraph.infer`.
+        weights, activations, group, kv, calibrate: as of `zgraph.infer`.
         window: tokens that are scored together.
         max_windows: how many are at most; None takes all.
 
@@ -97,7 +99,8 @@ def evaluate(
     model.eval()
     try:
         before, before_bytes = _perplexity(model, windows, recipe_of(None, None, group))
-        after, after_bytes = _perplexity(model, windows, recipe, kv)
+        beside = seen_of(model, activations, calibrate)
+        after, after_bytes = _perplexity(model, windows, recipe, kv, beside)
         layers = _layer_errors(model, windows[:1], weights, group) if weights else ()
     finally:
         model.train(was_training)
@@ -118,8 +121,7 @@ class _Rounded(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Both, rounded."""
-        both = (rounded(states) for states in (key_states, value_states))
-        return tuple((data.float() * scale).to(key_states.dtype) for data, scale in both)
+        return tuple(restored(*rounded(states)) for states in (key_states, value_states))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The tokens of this call."""
@@ -151,10 +153,16 @@ class _Score:
 
 
 @torch.no_grad()
-def _perplexity(model: nn.Module, windows: torch.Tensor, recipe: str, kv: str | None = None) -> tuple[float, int]:
+def _perplexity(
+    model: nn.Module,
+    windows: torch.Tensor,
+    recipe: str,
+    kv: str | None = None,
+    beside: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> tuple[float, int]:
     """The perplexity by a program, and the bytes of the weights that it reads."""
     device = next(model.parameters()).device
-    programs = Programs(model, parse_recipe(recipe), device, compiles=False)
+    programs = Programs(model, parse_recipe(recipe), device, compiles=False, beside=beside)
     program = programs.program(model, _Score(model, kv), {"tokens": windows[:1].to(device)}, "score")
     losses = [program({"tokens": row[None].to(device)})[0].item() for row in windows]
     return math.exp(math.fsum(losses) / (windows.numel() - len(windows))), programs.weights_bytes
@@ -166,57 +174,23 @@ class _Seen:
 
     output: float = 0.0
     error: float = 0.0
-    kept_in: str = ""
-    change: torch.Tensor | None = field(default=None, repr=False)
 
 
 @torch.no_grad()
 def _layer_errors(model: nn.Module, windows: torch.Tensor, weights: str, group: int) -> tuple[LayerError, ...]:
     """The error that each linear layer makes of what it is given in the plain model."""
-    wider = Quantise().wider.split("+")
-    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    seen: dict[str, _Seen] = {}
-    with _watched(model, seen) as layers:
-        for name, layer in layers.items():
-            is_wide = name.rpartition(".")[2] in wider or id(layer.weight) in tied
-            seen[name] = _Seen(kept_in="int8" if is_wide else weights)
-            seen[name].change = as_integers(_rows(layer), seen[name].kept_in, group) - _rows(layer)
+    kinds, seen = kept_in(model, weights), dict[str, _Seen]()
+
+    def see(name: str, layer: Any, x: torch.Tensor) -> None:
+        found, weight = seen.setdefault(name, _Seen()), rows_of(layer).float()
+        change = as_integers(weight, kinds[name], group) - weight
+        found.output += (x.float() @ weight.t()).square().sum().item()
+        found.error += (x.float() @ change.t()).square().sum().item()
+
+    with watched(model, see):
         model(input_ids=windows.to(next(model.parameters()).device), use_cache=False)
-    found = (LayerError(n, s.kept_in, math.sqrt(s.error / s.output)) for n, s in seen.items() if s.output)
+    found = (LayerError(n, kinds[n], math.sqrt(s.error / s.output)) for n, s in seen.items() if s.output)
     return tuple(sorted(found, key=lambda layer: -layer.error))
-
-
-@contextmanager
-def _watched(model: nn.Module, seen: dict[str, _Seen]) -> Iterator[dict[str, Any]]:
-    """A model whose linear layers add to what is seen of them."""
-    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or _is_turned(m)}
-
-    def watch(name: str) -> Any:
-        def hook(layer: nn.Module, given: Sequence[torch.Tensor], _output: torch.Tensor) -> None:
-            x, found = given[0].float(), seen[name]
-            assert found.change is not None
-            found.output += (x @ _rows(layer).t()).square().sum().item()
-            found.error += (x @ found.change.t()).square().sum().item()
-
-        return hook
-
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        yield layers
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _is_turned(module: nn.Module) -> bool:
-    """Whether a layer is GPT-2's, whose weight is [columns, outputs]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def _rows(layer: Any) -> torch.Tensor:
-    """A layer's weight in fp32, a row for each output."""
-    weight: torch.Tensor = layer.weight.float()
-    return weight.t() if _is_turned(layer) else weight
 
 
 def as_integers(weight: torch.Tensor, kept_in: str, group: int) -> torch.Tensor:

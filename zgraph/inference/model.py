@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.bridge.private_inductor import inductor_problem
 from zgraph.errors import UsageError
+from zgraph.inference.calibration import OUTLIERS, Calibrate, outlier_columns
 from zgraph.inference.calls import Calls
 from zgraph.inference.decoder import Step, check_max_len, decoder_step, kept_in
 from zgraph.inference.forwards import Inference
@@ -20,7 +21,7 @@ from zgraph.options.model_plans import Placements
 from zgraph.options.parallel import AXIS, cuts_of, mesh_of
 from zgraph.options.validate import ATTRIBUTE, CudaGraphs, RegionCalls, check_cuda_graphs, check_region_calls
 from zgraph.passes import parse_recipe
-from zgraph.passes.quantise import GROUPS
+from zgraph.passes.quantise import GROUPS, outliers_of
 
 RECIPE = "canonicalize,grouped-heads,dce,in-place"
 """The passes for a model whose weights stay as they are."""
@@ -47,9 +48,27 @@ def recipe_of(weights: str | None, activations: str | None, group: int) -> str:
         raise UsageError(f"group must be one of {', '.join(map(str, GROUPS))}, not {group!r}")
     if weights is None:
         return RECIPE
-    options = {"weights": weights, "activations": activations, "group": group if weights == "int4" else None}
+    options = {
+        "weights": weights,
+        "activations": activations,
+        "group": group if weights == "int4" else None,
+        "outliers": OUTLIERS if activations is not None else None,
+    }
     text = ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
     return RECIPE.replace("canonicalize,", f"canonicalize,quantise({text}),")
+
+
+def seen_of(model: nn.Module, activations: str | None, calibrate: Calibrate) -> dict[str, torch.Tensor]:
+    """The constants that the passes need of what a model's layers are given, by their targets in graphs.
+
+    Raises:
+        UsageError: there is something to calibrate with, and nothing to calibrate; or the model cannot be called so.
+    """
+    if activations is None:
+        if calibrate is not None:
+            raise UsageError('calibrate= shows where activations="int8" has outliers; leave it out, or pass that too')
+        return {}
+    return {outliers_of(weight): columns for weight, columns in outlier_columns(model, calibrate).items()}
 
 
 def check_kv(kv: str | None) -> None:
@@ -73,6 +92,7 @@ def infer(
     kv: str | None = None,
     cuda_graphs: CudaGraphs = False,
     regions: RegionCalls = "python",
+    calibrate: Calibrate = None,
 ) -> Inference:
     """A model for inference: its prefill and decode captured and linked, to run over a cache with fixed places.
 
@@ -90,7 +110,10 @@ def infer(
             less.
         weights: what they are kept in: None leaves them; "int8" has a scale for each output of a layer; "int4" one for
             each group of columns, and int8 for embeddings and the projection to the vocabulary. Both are approximate.
-        activations: "int8" rounds each token's before it meets a weight in int8, which is faster, and less exact.
+        activations: "int8" rounds each token's before it meets a weight in int8, which is faster, and less exact. The
+            columns of each layer that have the largest are kept.
+        calibrate: what the model is called with once to see which these are: tokens of a text, int64 [tokens] or [rows,
+            tokens], or all inputs of its forward by name. None takes tokens drawn from the vocabulary.
         kv: "int8" keeps keys and values in int8, with a scale for each head of each token. Approximate.
         group: columns that share a scale in int4: 32, 64 or 128.
         kernels: what runs the ops: "aten", torch's own; or "inductor", those between writes compiled together.
@@ -129,14 +152,16 @@ def infer(
     if mesh is not None:
         if max_source is not None:
             raise UsageError("tensor_parallel= is for decoders; leave it or max_source= out")
-        if weights is not None or kv is not None or kernels != "aten":
+        if weights is not None or kv is not None or kernels != "aten" or calibrate is not None:
             raise UsageError(
-                'tensor_parallel= is for weights, keys and values as they are, and kernels="aten": leave weights=, kv= '
-                "and kernels= out"
+                'tensor_parallel= is for weights, keys and values as they are, and kernels="aten": leave weights=, '
+                "kv=, calibrate= and kernels= out"
             )
         return _parallel(model, mesh, placements, max_batch or 1, max_len, records)
-    compiles = kernels == "inductor"
-    programs = Programs(model, pipeline, device, compiles=compiles, cuda_graphs=records, region_calls=regions)
+    compiles, beside = kernels == "inductor", seen_of(model, activations, calibrate)
+    programs = Programs(
+        model, pipeline, device, compiles=compiles, cuda_graphs=records, region_calls=regions, beside=beside
+    )
     kind, why_not = type(model).__name__, _why_not(model)
     was_training = model.training
     model.eval()

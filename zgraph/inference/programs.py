@@ -22,7 +22,7 @@ from zgraph.capture import capture_call
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.compiler.recordings import Recordings, choose_calls
 from zgraph.environment import environment
-from zgraph.errors import InferenceError, UsageError
+from zgraph.errors import InferenceError, QuantisationError, UsageError
 from zgraph.ir import Graph, Input, InputKind, OutputKind, Placement, Plan, print_graph, verify
 from zgraph.ir.aliases import Memory
 from zgraph.options.validate import CudaGraphs, RegionCalls
@@ -87,6 +87,7 @@ class Programs:
         region_calls: what calls what Inductor compiles, as `regions` of `zgraph.compile`.
         mesh: the ranks that compute together; None for one rank.
         cuts: of parameters, and of inputs of calls, over these ranks.
+        beside: constants that the passes put into graphs, by their targets.
 
     Attributes:
         session: what runs the collectives.
@@ -104,10 +105,12 @@ class Programs:
         region_calls: RegionCalls = "python",
         mesh: DeviceMesh | None = None,
         cuts: Mapping[str, Cuts] = MappingProxyType({}),
+        beside: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         self.pipeline, self.device = pipeline, device
         self.cuda_graphs, self.region_calls = cuda_graphs, region_calls
         self.recordings: list[Recordings] = []
+        self.beside = {name: tensor.to(device) for name, tensor in beside.items()}
         group = whole_group(mesh) if mesh is not None else None
         store = ShardStore(nn.Module(), mesh, group, {}, 0, None, device, {}, HostMemory(device), nn.Parameter, cuts)
         self.session = Session(store, group, unique_name(group) if group is not None else "inference")
@@ -155,6 +158,7 @@ class Programs:
         """
         call = capture_call(function, arguments, model, name)
         captured, constants = _settled(call.graph, call.constants)
+        constants |= self.beside
         checks = environment().verify
         if checks:
             verify(captured)
@@ -287,6 +291,11 @@ class Programs:
             if target not in self._parts:
                 self._parts[target] = self._part(target)
             return self._parts[target]
+        if target not in self._sources:
+            raise QuantisationError(
+                f"nothing was seen of what meets {target.partition(':')[2]}: the call that calibrates does not reach it; "
+                "pass calibrate= with inputs that do"
+            )
         found = self._sources[target]()
         assert found is not None, "the model is there"
         return found.detach()

@@ -17,7 +17,10 @@ from zgraph.errors import PlacementError
 from zgraph.ir.arena import ALIGN_BYTES
 
 EPS = 1e-12
-"""The smallest magnitude that a scale is made for."""
+"""The smallest scale."""
+
+LARGEST = 127
+"""The largest integer."""
 
 TensorShape = tuple[tuple[int, ...], torch.dtype]
 
@@ -46,7 +49,7 @@ class LayerShape:
             size = num_rows, self.num_heads, num_places
             found[what] = (*size, dim), torch.int8 if self.is_rounded else self.dtype
             if self.is_rounded:
-                found[f"{what}_scale"] = (*size, 1), torch.float32
+                found[f"{what}_scale"] = (*size, 1), self.dtype
         return found
 
     def part(self, num_ranks: int) -> LayerShape:
@@ -97,7 +100,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return held
         data, scale = rounded(states)
         held[at], scales[at] = data.transpose(1, 2), scale.transpose(1, 2)
-        return held.to(states.dtype) * scales.to(states.dtype)
+        return restored(held, scales)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All places, the first of them at 0."""
@@ -114,10 +117,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 def rounded(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys or values as int8, and a scale in fp32 for each head of each token, [..., 1]."""
-    wide = states.float()
-    scale = wide.abs().amax(-1, keepdim=True).clamp_min(EPS) / 127
-    return (wide / scale).round().to(torch.int8), scale
+    """Keys or values as int8, and a scale for each head of each token, [..., 1], in the dtype of both."""
+    wide, kind = states.float(), torch.finfo(states.dtype)
+    scale = (wide.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(max(EPS, kind.tiny)).to(states.dtype)
+    return (wide / scale.float()).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale
+
+
+def restored(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Keys or values as they come back from int8, in the dtype of their scales."""
+    return data.to(scale.dtype) * scale
 
 
 def memories(shapes: Sequence[LayerShape], tensors: Sequence[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:

@@ -18,7 +18,8 @@ from torch import nn
 
 from zgraph.codegen import quantised
 from zgraph.errors import QuantisationError, UsageError
-from zgraph.passes.quantise import GROUPS, INT4_ROWS, Quantise
+from zgraph.inference.layers import is_turned, kept_in, linear_layers
+from zgraph.passes.quantise import GROUPS, INT4_ROWS
 
 FILE = "model.zgraph.safetensors"
 KEY = "zgraph.weights"
@@ -122,19 +123,13 @@ def _state(held: dict[str, torch.Tensor], turned: set[str], group: int) -> dict[
 
 def _kept_in(model: nn.Module, weights: str) -> dict[str, tuple[str, bool]]:
     """The integers of each linear layer's and embedding's weight, and whether its rows are columns."""
-    wider = Quantise().wider.split("+")
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    found: dict[str, tuple[str, bool]] = {}
-    for name, module in model.named_modules():
-        is_turned = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-        if isinstance(module, nn.Linear | nn.Embedding) or is_turned:
-            is_wide = id(module.weight) in tables or name.rpartition(".")[2] in wider
-            found[f"{name}.weight"] = "int8" if is_wide else weights, is_turned
-    return found
+    tables = {f"{n}.weight": ("int8", False) for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    layers = linear_layers(model)
+    return tables | {f"{n}.weight": (kind, is_turned(layers[n])) for n, kind in kept_in(model, weights).items()}
 
 
-def _turned(weight: torch.Tensor, is_turned: bool) -> torch.Tensor:
-    return weight.t().contiguous() if is_turned else weight.contiguous()
+def _turned(weight: torch.Tensor, turns: bool) -> torch.Tensor:
+    return weight.t().contiguous() if turns else weight.contiguous()
 
 
 def _check(name: str, rows: torch.Tensor, group: int) -> None:

@@ -1,0 +1,114 @@
+"""Inputs that a model's layers are given by a text: which of their columns have outliers.
+
+Few columns of a transformer's activations are far larger than the rest, and the same ones for whatever tokens (Dettmers
+et al., "LLM.int8()", 2022; Xiao et al., "SmoothQuant", 2023). One scale for a token's activations then leaves few of
+the steps of int8 to all others. These columns are multiplied apart from the rest, with more of their digits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from zgraph.errors import UsageError
+from zgraph.inference.layers import watched
+
+OUTLIERS = 16
+"""Columns of each layer's activations that are kept."""
+
+NUM_TOKENS = 256
+"""Tokens that a model is called with where there is no text: drawn evenly from its vocabulary."""
+
+Calibrate = torch.Tensor | Mapping[str, torch.Tensor] | None
+"""What a model is called with to see its activations: tokens, [tokens] or [rows, tokens]; or all inputs by name."""
+
+
+@torch.no_grad()
+def outlier_columns(
+    model: nn.Module, calibrate: Calibrate = None, num_columns: int = OUTLIERS
+) -> dict[str, torch.Tensor]:
+    """The columns of each linear layer's inputs that have the largest magnitudes, in ascending order.
+
+    Args:
+        model: is called once, in eval mode. Its mode is put back.
+        calibrate: what with; None takes tokens drawn from its vocabulary.
+        num_columns: how many. Layers with no more than that have none.
+
+    Returns:
+        int64 [num_columns] by the name of the layer's weight in the model.
+
+    Raises:
+        UsageError: the inputs mean nothing, or the model takes no tokens and there are none.
+    """
+    largest: dict[str, torch.Tensor] = {}
+    names = {id(p): n for n, p in model.named_parameters()}
+
+    def see(_: str, layer: Any, x: torch.Tensor) -> None:
+        found, name = x.float().abs().amax(0), names[id(layer.weight)]
+        largest[name] = torch.maximum(largest[name], found) if name in largest else found
+
+    call(model, calibrate, see)
+    return {
+        name: found.topk(num_columns).indices.sort().values
+        for name, found in largest.items()
+        if len(found) > num_columns
+    }
+
+
+def call(model: nn.Module, calibrate: Calibrate, hook: Any) -> None:
+    """Call a model in eval mode, and have a hook told of what its linear layers are given. Raises UsageError."""
+    given = _inputs(model, calibrate)
+    was_training = model.training
+    model.eval()
+    try:
+        with watched(model, hook):
+            model(**given)
+    except (TypeError, IndexError, ValueError) as error:
+        raise UsageError(
+            f"{type(model).__name__} cannot be called with what calibrate= gives ({type(error).__name__}: {error}); "
+            "pass tokens of its vocabulary, or the inputs of its forward by name"
+        ) from error
+    finally:
+        model.train(was_training)
+
+
+def _inputs(model: nn.Module, calibrate: Calibrate) -> dict[str, Any]:
+    """The inputs of a forward by name."""
+    if isinstance(calibrate, Mapping):
+        if wrong := [name for name, value in calibrate.items() if not isinstance(value, torch.Tensor)]:
+            raise UsageError(
+                f"calibrate has a {type(calibrate[wrong[0]]).__name__} for {wrong[0]}; pass tensors by name"
+            )
+        return dict(calibrate)
+    takes = inspect.signature(model.forward).parameters.keys()
+    table: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    if "input_ids" not in takes or table is None:
+        raise UsageError(
+            f"{type(model).__name__} takes no tokens: pass calibrate= with the inputs of its forward by name, to see "
+            "its activations"
+        )
+    num_words: int = table.weight.shape[0]
+    tokens = _drawn(model, num_words) if calibrate is None else calibrate
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() not in (1, 2) or not tokens.numel():
+        raise UsageError("calibrate is a tensor of tokens, [tokens] or [rows, tokens], or tensors by name")
+    if tokens.is_floating_point() or int(tokens.min()) < 0 or int(tokens.max()) >= num_words:
+        raise UsageError(f"calibrate has tokens outside of 0 to {num_words - 1}, the model's vocabulary")
+    rows = tokens.long().to(table.weight.device).view(-1, tokens.shape[-1])
+    given: dict[str, Any] = {"input_ids": rows}
+    if "decoder_input_ids" in takes:
+        given["decoder_input_ids"] = rows
+    if "use_cache" in takes:
+        given["use_cache"] = False
+    return given
+
+
+def _drawn(model: nn.Module, num_words: int) -> torch.Tensor:
+    """Tokens drawn evenly, the same each time, in rows that the model has places for."""
+    config: Any = getattr(model, "config", None)
+    length = min(getattr(config, "max_position_embeddings", None) or NUM_TOKENS, NUM_TOKENS)
+    dice = torch.Generator().manual_seed(0)
+    return torch.randint(num_words, (NUM_TOKENS // length, length), generator=dice)
