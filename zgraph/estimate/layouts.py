@@ -176,7 +176,9 @@ def _planned(
         planner.costs.hardware.name,
         planner.budget,
         found,
-        *(sizes.get(axis, 1) for axis in ("tensor", "context", "expert")),
+        tensor_parallel=sizes.get("tensor", 1),
+        context_parallel=sizes.get("context", 1),
+        expert_parallel=sizes.get("expert", 1),
     )
     return _Tried(sizes, num_items, plan)
 
