@@ -20,7 +20,7 @@ from zgraph.compiler.compiled_model import compiled_model, is_gathered
 from zgraph.compiler.joining import Joined
 from zgraph.compiler.report import Report
 from zgraph.errors import UsageError
-from zgraph.estimate.layouts import Parallel, laid_out
+from zgraph.estimate.layouts import CompileOptions, Parallel, laid_out
 from zgraph.options.compression import Compress
 from zgraph.options.lengths import Lengths
 from zgraph.options.model_plans import Placements
@@ -36,9 +36,9 @@ M = TypeVar("M")
 
 
 @overload
-def compile(model: M, **options: Unpack[Options]) -> M: ...
+def compile(model: M, **options: Unpack[CompileOptions]) -> M: ...
 @overload
-def compile(model: None = None, **options: Unpack[Options]) -> Callable[[M], M]: ...
+def compile(model: None = None, **options: Unpack[CompileOptions]) -> Callable[[M], M]: ...
 def compile(
     model: Any = None,
     *,

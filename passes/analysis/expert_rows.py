@@ -66,10 +66,9 @@ def choose_by_experts(graph: Graph, seeds: Mapping[str, Placement], num_ranks: i
     Raises:
         PlacementError: there are no experts, what they make is mixed, or the batch does not divide.
     """
-    graph = views_once(graph)
+    graph, tokens = views_once(graph), dict(_cut_inputs(graph, num_ranks))
     plan = _Tracer(graph, seeds, num_ranks).run()
     graph = _after_counts(graph, plan.routed)
-    tokens: dict[str, Placement] = dict(_cut_inputs(graph, num_ranks))
     for node in graph.nodes:
         if node.name in plan.routed:
             tokens[node.name] = ROWS

@@ -124,7 +124,7 @@ def test_what_zgraph_decides_is_accepted_with_a_line_that_says_so(caplog):
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size: 1 ranks are no multiple of 2"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size: 1 ranks are no multiple of 2"),
         ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "expert_parallel.autoep_size: 1 ranks are no"),
-        ({"moe": {"enabled": True}}, 'moe: say "expert_parallel"'),
+        ({"moe": {"enabled": True}}, 'moe: zgraph does not have this; say "expert_parallel"'),
         ({"tensor_parallel": {"tp": {"tp_size": 2}}}, "tensor_parallel.tp"),
         ({"zgraph": {"sequence_parallel": True}}, "zgraph.sequence_parallel"),
         ({"gradient_clipping": "auto"}, "gradient_clipping"),

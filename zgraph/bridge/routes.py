@@ -139,7 +139,7 @@ def _among(node: Node, ranks: Sequence[Sequence[torch.Tensor]]) -> list[torch.Te
     """What a start makes on the ranks of an axis, each of which has its operands."""
     at = 2 if node.op == "put_rows_start" else 0
     routes = [route_of(node, tensors, len(ranks), rank) for rank, tensors in enumerate(ranks)]
-    sent = [tensors[at][route.sent].split(route.num_sent) for tensors, route in zip(ranks, routes, strict=True)]
+    sent = [torch.split(tensors[at][route.sent], route.num_sent) for tensors, route in zip(ranks, routes, strict=True)]
     return [
         arrived(node, begun(node, tensors), torch.cat([parts[rank] for parts in sent]), route.found)
         for rank, (tensors, route) in enumerate(zip(ranks, routes, strict=True))

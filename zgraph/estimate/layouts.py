@@ -31,9 +31,16 @@ from zgraph.options.settings import RECOMPUTES, Options, Recompute, device_for
 from zgraph.options.validate import Kernels
 from zgraph.passes import RECIPES
 
-__all__ = ["Parallel", "best_layout", "laid_out"]
+__all__ = ["CompileOptions", "Parallel", "best_layout", "laid_out"]
 
 Parallel = Literal["auto"] | TrainingPlan
+
+
+class CompileOptions(Options, total=False):
+    """The options of `zgraph.compile`, for type checkers."""
+
+    parallel: Parallel | None
+
 
 CLOSE = 1.02
 """Layouts within this factor of one another are as fast as can be told; the one with fewer ranks together is taken."""
@@ -162,7 +169,6 @@ def _planned(
         found = tuple(map(planner.plan, stages))
     except (PlacementError, UsageError) as error:
         return _Tried(sizes, num_items, None, str(error).splitlines()[0].split(";")[0])
-    named = {f"{axis}_parallel": size for axis, size in sizes.items()}
     plan = TrainingPlan(
         type(model).__name__,
         sum(p.numel() for p in model.parameters()),
@@ -170,7 +176,9 @@ def _planned(
         planner.costs.hardware.name,
         planner.budget,
         found,
-        **named,
+        tensor_parallel=sizes.get("tensor", 1),
+        context_parallel=sizes.get("context", 1),
+        expert_parallel=sizes.get("expert", 1),
     )
     return _Tried(sizes, num_items, plan)
 

@@ -75,7 +75,7 @@ def check_recompute(recompute: object) -> None:
 
 
 class Options(TypedDict, total=False):
-    """The options of `zgraph.compile`, for type checkers."""
+    """The options of `zgraph.compile` that `resolve` takes."""
 
     stage: Stage
     mesh: DeviceMesh | None
