@@ -122,7 +122,7 @@ def _encode_sized(node: Node, session: Session) -> Execute:
 
 
 def _decode_sized(node: Node, session: Session) -> Execute:
-    """What the codes of all ranks stand for, the whole; it is kept, where the next codes are of what changes."""
+    """Numbers that the codes of all ranks stand for, the whole; kept, where the next codes are of what changes."""
     kind, names, num_shards = node.results[0].tensor, _copied(node), session.num_shards
     dtype, shape, numel = TO_TORCH[kind.dtype], [int(d) for d in kind.shape], int(kind.numel)
     chunk, copies, shard = chunk_numel(kind.shape, num_shards), session.copies, session.store.shard

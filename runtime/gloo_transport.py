@@ -39,7 +39,6 @@ _LAST_TAG = 2**31 - 1
 T = TypeVar("T")
 Works = list[dist.Work]
 Chunks = Sequence[torch.Tensor]
-Gathered = tuple[Chunks, torch.Tensor]
 Phases = Generator[Works, None, T]
 """A collective: it posts a phase, yields what to wait for, goes on when that is over, and returns what it made."""
 
@@ -149,20 +148,22 @@ class Lane:
 
     # --- collectives ---------------------------------------------------------------------------------------------
 
-    def all_gather(self, *tensors: Gathered, moved: Moved | None = None, sized: bool = False) -> Transfer:
+    def all_gather(
+        self, *pairs: tuple[Chunks, torch.Tensor], moved: Moved | None = None, sized: bool = False
+    ) -> Transfer:
         """Fill the slots of tensors with what each rank has.
 
         Args:
-            tensors: for each tensor one dense slot a shard, and what this rank has, as large. That is copied to its
+            pairs: for each tensor one dense slot a shard, and what this rank has, as large. That is copied to its
                 slot, and must not change until the transfer is over.
             moved: what this is; ranks on which it is not the same never receive one another's messages.
             sized: tensors are codes, of which only as many bytes travel as their heads say.
         """
-        number = self.journal.enter("all-gather", [own.nbytes for _, own in tensors], moved)
-        for slots, own in tensors:
+        number = self.journal.enter("all-gather", [own.nbytes for _, own in pairs], moved)
+        for slots, own in pairs:
             size = sized_bytes(own) if sized else own.numel()
             slots[self.shard][:size].copy_(own[:size])
-        parts = [self._gathered(s, self.journal.tag(), self.journal.tag() if sized else 0) for s, _ in tensors]
+        parts = [self._gathered(s, self.journal.tag(), self.journal.tag() if sized else 0) for s, _ in pairs]
         return self._queue.add(_together(parts), number)
 
     def reduce_scatter(self, *tensors: Chunks, moved: Moved | None = None, divisor: int = 0) -> Transfer:

@@ -94,7 +94,7 @@ class LastCopies:
         self._coded[names] = before, own
 
     def ended(self, names: tuple[str, ...]) -> tuple[Copy | None, torch.Tensor]:
-        """What `began` has noted."""
+        """Take what `began` has noted."""
         return self._coded.pop(names)
 
     def forget(self) -> None:
@@ -119,7 +119,7 @@ class LastCopies:
         return found
 
     def __str__(self) -> str:
-        """What was coded so far, for people; empty if nothing was."""
+        """Bytes coded so far, for people; empty if nothing was."""
         if not self.number_bytes:
             return ""
         share = self.code_bytes / self.number_bytes

@@ -115,9 +115,9 @@ def compile(
             What a code leaves out is kept on the rank, in fp32 as large as the model, and sent with the next
             (`zgraph.feedback(model)` is what checkpoints save). "auto" takes the mildest of `q8` and `q4` that hides
             what is sent about as well as any, or none where that saves less than 5 % of the predicted step; the report
-            says why. An approximation: None, the default, sends the numbers. "exact" codes gathers of parameters in bf16,
-            without any change of numbers, where that saves 2 % of the step: "delta" what changed since the last copy,
-            at stages 1 and 2, and "exponent" exponents, at stage 3.
+            says why. An approximation: None, the default, sends the numbers. "exact" codes gathers of parameters in
+            bf16, without any change of numbers, where that saves 2 % of the step: "delta" what changed since the last
+            copy, at stages 1 and 2, and "exponent" exponents, at stage 3.
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that), a `Pipeline`, or a
             sequence of passes, your own among them (`zgraph.register_pass` lets recipes name these); or the path of a
             run file (`run.zg`), whose last graph is run as it is, if the model is captured as it was for that file.

@@ -149,3 +149,54 @@ def resumed(mesh: DeviceMesh, stage: int, codec: str) -> tuple[list[float], list
 def test_a_resumed_run_is_the_uninterrupted_one(pool: Pool, stage: int, codec: str) -> None:
     for went_on, again in pool.run(resumed, 2, stage, codec):
         assert went_on == again
+
+
+class Odd(nn.Module):
+    """Tied and frozen parameters, and some smaller than a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 24, bias=False)
+        self.second.weight = self.first.weight
+        self.scale, self.last = nn.Parameter(torch.ones(3)), nn.Linear(24, 3)
+        self.last.weight.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.second(self.first(x).tanh())) * self.scale
+
+
+def scaled_on_one_rank(mesh: DeviceMesh, stage: int, codec: str) -> list[list[torch.Tensor]]:
+    """Gradients where those of the second rank are multiplied by zero, and so on, each in a step of its own; whole."""
+    model, rank = zgraph.compile(Odd(), mesh=mesh, stage=stage, compress=codec), mesh.get_rank()
+    found = []
+    for scale in SCALES:
+        x, _ = batch(0, 0)
+        (model(x).square().mean() * (scale if rank == 1 else 1)).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for g in gradients])
+        model.zero_grad()
+    return found
+
+
+SCALES = [0.0, 1e-40, float("inf"), float("nan"), 1.0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "codec"),
+    [(2, "q8(block=256)"), *(deep(stage, codec) for stage in (0, 3) for codec in CODECS), deep(2, "sign(block=64)")],
+)
+def test_gradients_that_vanish_or_overflow_on_one_rank(pool: Pool, stage: int, codec: str) -> None:
+    model, (x, _) = Odd(), batch(0, 0)
+    model(x).square().mean().backward()
+    wanted = [p.grad for p in model.parameters() if p.grad is not None]
+    for by_scale in pool.run(scaled_on_one_rank, 2, stage, codec):
+        for scale, gradients in zip(SCALES, by_scale, strict=True):
+            assert len(gradients) == len(wanted)
+            is_finite = all(bool(g.isfinite().all()) for g in gradients)
+            assert is_finite == (scale in (0.0, 1e-40, 1.0)), "and so the step is skipped on all ranks"
+        if codec.startswith("q8"):
+            largest = max(float(due.abs().max()) for due in wanted)  # blocks reach over members of a bucket
+            for step, share in ((0, 0.5), (1, 0.5), (4, 1.0)):
+                for made, due in zip(by_scale[step], wanted, strict=True):
+                    assert (made - share * due).abs().max() < 0.03 * largest

@@ -17,7 +17,7 @@ SIZES = st.sampled_from([1, 2, 7, 8, 9, 127, 128, 129, 255, 257, 5000])
 EDGES = [0.0, -0.0, 1e-45, -1e-45, 1.1754944e-38, 3e-41, 1.0, -1.0, 3.4e38, -3.4e38]
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", [*TEXTS, "delta", "exponent"])
 def test_a_text_reads_back(text: str) -> None:
     assert str(parse_codec(text)) == text
     assert parse_codec(str(parse_codec(text))) == parse_codec(text)

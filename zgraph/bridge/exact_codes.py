@@ -237,7 +237,8 @@ def _exponents(reader: _Reader, numel: int) -> Shorts:
         found = np.zeros(left, np.uint8)
         found[larger] = ranks + np.uint8(1)
         ranks = found
-    return rest & 0x7F | (rest & 0x80) << np.uint16(8) | order[ranks] << np.uint16(7)
+    made: Shorts = rest & np.uint16(0x7F) | (rest & np.uint16(0x80)) << np.uint16(8) | order[ranks] << np.uint16(7)
+    return made
 
 
 # --- whole codes --------------------------------------------------------------------------------------------------

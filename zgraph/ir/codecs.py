@@ -181,7 +181,7 @@ class Sized(Codec):
 
 @dataclass(frozen=True)
 class Delta(Sized):
-    """What changed since the copy that all ranks still have: differences of bit patterns.
+    """Differences of bit patterns from the copy that all ranks still have.
 
     The estimate is for a model that is fine-tuned; of one that is trained from scratch more changes in a step.
     """

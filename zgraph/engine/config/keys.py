@@ -61,6 +61,9 @@ class Offload(Section):
     nvme_path: Path | None = None
 
 
+_EXACT = 'leave it out, and set zgraph.compress: "exact", which gathers weights in fewer bytes and rounds nothing'
+
+
 class Zero(Section):
     """`zero_optimization`."""
 
