@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import gc
 import multiprocessing
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from tests.patience import Deadline, slowness
 
 START_LIMIT_S = 120
 IMPORTED = (
@@ -69,7 +70,7 @@ class Pool:
             job: a function at the top of a module.
             num_ranks: how many ranks run it, from rank 0 on.
             args: what it is called with after the mesh.
-            limit_s: seconds after which the pool is killed.
+            limit_s: seconds after which the pool is killed, on a machine that has nothing else to do.
             spoils: says that communication is out of step after this job, so that no other must follow on these
                 workers.
             may_die: a rank's end is an answer, DIED, not a failure.
@@ -119,10 +120,10 @@ class Pool:
 
     @staticmethod
     def _answers(pipes: list[Connection], limit_s: float) -> list[Any]:
-        deadline = time.monotonic() + limit_s
+        deadline = Deadline(limit_s)
         answers: dict[Connection, Any] = {}
         while len(answers) < len(pipes):
-            ready = wait([p for p in pipes if p not in answers], deadline - time.monotonic())
+            ready = wait([p for p in pipes if p not in answers], deadline.left())
             if not ready:
                 break
             for pipe in ready:
@@ -131,7 +132,7 @@ class Pool:
                 except EOFError:
                     answers[pipe] = DIED
                 if isinstance(answers[pipe], _Failure):
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    deadline.shorten(GRACE_S)
         return [answers.get(p, _Failure(f"no answer within {limit_s:g} s")) for p in pipes]
 
 
@@ -148,7 +149,7 @@ def _work(rank: int, num_workers: int, port: int, pipe: Connection) -> None:
             job, num_ranks, args, limit_s = pipe.recv()
         except EOFError:
             return
-        faulthandler.dump_traceback_later(limit_s * 0.9)
+        faulthandler.dump_traceback_later(limit_s * slowness() * 0.9)
         try:
             answer = job(meshes[num_ranks], *args)
         except BaseException:

@@ -69,7 +69,7 @@ def join(group: Group) -> None:
         dist.Backend.register_backend("echo", _echo, devices=["cuda"])
         store = dist.HashStore()
         Peers.agree = lambda self, what, text: None  # type: ignore[method-assign]
-        Peers.exchange = lambda self, what, word: [word] * len(self.ranks)  # type: ignore[method-assign]
+        Peers.exchange = lambda self, what, word, **_: [word] * len(self.ranks)  # type: ignore[method-assign]
         Peers.smallest = lambda self, what, place, number, seconds: number  # type: ignore[method-assign]
     dist.init_process_group(group.kind, store=store, rank=group.rank, world_size=group.num_ranks)
 

@@ -6,13 +6,14 @@ import importlib
 import multiprocessing
 import os
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from tests.patience import Deadline
 
 START_LIMIT_S = 120
 """To import everything, on a machine that is busy."""
@@ -67,7 +68,7 @@ class Server:
         Args:
             job: a function at the top of a module, which only the processes import.
             args, kwargs: what it is called with.
-            limit_s: seconds after which the processes are killed.
+            limit_s: seconds after which the processes are killed, on a machine that has nothing else to do.
 
         Raises:
             JobError: it raised, or the time was over.
@@ -115,10 +116,10 @@ class Server:
             raise JobError(f"the device did not start: {failures}")
 
     def _answers(self, limit_s: float) -> list[Any]:
-        deadline = time.monotonic() + limit_s
+        deadline = Deadline(limit_s)
         answers: dict[Connection, Any] = {}
         while len(answers) < len(self.pipes):
-            ready = wait([p for p in self.pipes if p not in answers], max(deadline - time.monotonic(), 0))
+            ready = wait([p for p in self.pipes if p not in answers], deadline.left())
             if not ready:
                 break
             for pipe in ready:
@@ -128,7 +129,7 @@ class Server:
                 except EOFError:
                     answers[pipe] = _Failure("the process ended")
                 if isinstance(answers[pipe], _Failure):
-                    deadline = min(deadline, time.monotonic() + 10)
+                    deadline.shorten(10)
         return [answers.get(p, _Failure(f"no answer within {limit_s:g} s")) for p in self.pipes]
 
 

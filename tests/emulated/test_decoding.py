@@ -1,5 +1,7 @@
 """Decode that the device repeats from recordings (CUDA graphs): the tokens of a model that is not recorded."""
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.deep import deep
@@ -39,6 +41,14 @@ def test_weights_that_change_and_memory_that_moves(echoes: Server) -> None:
     assert num_replays == 3 * (decoding.NUM_NEW - 1) - 2 * 3  # it was recorded twice
 
 
+@pytest.mark.parametrize("job", [deep(decoding.answers)])
+def test_an_encoder_with_a_decoder(echoes: Server, job: Callable[[], tuple[bool, str, int]]) -> None:
+    is_same, said, num_replays = echoes.run(job)
+    assert is_same
+    assert is_recorded(said)
+    assert num_replays > decoding.NUM_NEW
+
+
 def test_plain_forwards(echoes: Server) -> None:
     distance, said, num_replays = echoes.run(decoding.forwards)
     assert distance == 0
@@ -46,6 +56,5 @@ def test_plain_forwards(echoes: Server) -> None:
     assert num_replays == 2 * 2  # five calls of each size, of which three are not
 
 
-@pytest.mark.parametrize("name", ["caches are copied", "addresses are not forgotten"])
-def test_a_fault_is_found(echoes: Server, name: str) -> None:
-    assert not echoes.run(decoding.spoiled, name)
+def test_a_recording_that_writes_to_copies_is_found(echoes: Server) -> None:
+    assert not echoes.run(decoding.copied_caches)

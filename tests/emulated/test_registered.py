@@ -8,6 +8,7 @@ from tests.deep import deep
 from tests.emulated import registered
 from tests.emulated.registered import Found
 from tests.emulated.server import Server
+from tests.patience import slowness
 
 
 def trained(echoes: Server, backend: dict | None, **options) -> Found:
@@ -50,7 +51,7 @@ def test_where_it_cannot_be_memory_is_taken_for_each_run(echoes: Server, backend
         ("memory", ("PeerError", "BudgetError"), "rank 1 cannot register .* MiB as a window on all ranks: OutOfMemory"),
         ("both", ("", ""), "not registered: OutOfMemoryError: CUDA out of memory"),
         deep("old", ("", ""), "not registered: TypeError"),
-        ("registering", ("PeerError", "PeerError"), "rank 1 cannot register .*: RuntimeError: invalid usage"),
+        deep("registering", ("PeerError", "PeerError"), "rank 1 cannot register .*: RuntimeError: invalid usage"),
     ],
 )
 def test_no_rank_waits_for_one_that_has_no_window(pair: Server, fault: str, kinds: tuple, words: str) -> None:
@@ -59,7 +60,7 @@ def test_no_rank_waits_for_one_that_has_no_window(pair: Server, fault: str, kind
     assert tuple(kind for kind, *_ in answers) == kinds
     for _, said, seconds, has_block in answers:
         assert re.search(words, said)
-        assert seconds < 30
+        assert seconds < 30 * slowness()
         assert not has_block
         assert "ZGRAPH_ARENAS=registered" in said or not kinds[0]
     if fault == "registering":

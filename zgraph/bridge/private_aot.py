@@ -80,7 +80,7 @@ def num_compilers() -> int:
     """The number of functions to compile at the same time, as the user has set Inductor."""
     from torch._inductor import config
 
-    return int(config.compile_threads)
+    return int(config.compile_threads or 1)
 
 
 def loaded(package: bytes) -> Tensors:
@@ -141,7 +141,7 @@ def _put_off() -> None:
     at_once = AotCodeCompiler.compile
     settings: Any = config
 
-    def compile_(_: Any, graph: Any, wrapper: str, kernels: str, proxied: str | None, **options: Any) -> Any:
+    def compile_(cls: type[Any], /, graph: Any, wrapper: str, kernels: str, proxied: str | None, **options: Any) -> Any:
         if (waiting := _compiles.get()) is None:
             return at_once(graph, wrapper, kernels, proxied, **options)
         if proxied:

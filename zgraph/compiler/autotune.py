@@ -17,6 +17,7 @@ from typing import Annotated
 import torch
 from pydantic import ConfigDict, Field, RootModel, ValidationError
 
+from zgraph.bridge import private_inductor
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.private_files import private_folder, read_private, write_private
 from zgraph.bridge.private_inductor import Example
@@ -172,6 +173,8 @@ def _all_measured(groups: Mapping[str, Nodes], hints: Mapping[str, int], device:
     if not groups:
         return {}
     if has_inductor(device):
+        if device.type != "cpu":
+            private_inductor.warmed()
         compile_together(_for_inductor(groups, hints, device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         clock = _clock(device)
