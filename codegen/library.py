@@ -62,6 +62,7 @@ _LIBRARY.define("float8_mm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, S
 _LIBRARY.define("to_int8(Tensor x, int parts) -> (Tensor, Tensor)")
 _LIBRARY.define("int8_mm(Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, ScalarType dtype) -> Tensor")
 _LIBRARY.define("to_int4(Tensor w, int group) -> (Tensor, Tensor)")
+_LIBRARY.define("pack_int4(Tensor pairs) -> Tensor")
 _LIBRARY.define("int4_mm(Tensor x, Tensor w, Tensor scales, int group, ScalarType dtype) -> Tensor")
 
 _parsed = cache(KernelSpec.parse)
@@ -274,6 +275,10 @@ def _to_int4_scratch(node: Node, hints: Mapping[str, int]) -> int:
     return quantised.to_int4_scratch_bytes(evaluate(node.operands[0].tensor.numel, hints))
 
 
+def _pack_int4_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    return quantised.pack_int4_scratch_bytes(evaluate(node.operands[0].tensor.numel, hints))
+
+
 def _int4_mm_scratch(node: Node, hints: Mapping[str, int]) -> int:
     x, made = node.operands[0].tensor, node.results[0].tensor
     return quantised.int4_mm_scratch_bytes(evaluate(x.numel, hints), evaluate(made.numel, hints))
@@ -283,6 +288,7 @@ REGISTERED["zgraph.rows"] = _rows_scratch
 REGISTERED["zgraph.to_int8"] = ON_DEVICE["zgraph.to_int8"] = _to_int8_scratch
 REGISTERED["zgraph.int8_mm"] = _int8_mm_scratch
 REGISTERED["zgraph.to_int4"] = ON_DEVICE["zgraph.to_int4"] = _to_int4_scratch
+REGISTERED["zgraph.pack_int4"] = ON_DEVICE["zgraph.pack_int4"] = _pack_int4_scratch
 REGISTERED["zgraph.int4_mm"] = _int4_mm_scratch
 REGISTERED["zgraph.to_float8"] = ON_DEVICE["zgraph.to_float8"] = _float8_cast_scratch
 REGISTERED["zgraph.float8_mm"] = _float8_mm_scratch
@@ -322,6 +328,6 @@ private_inductor.spell(torch.ops.zgraph.to_float8.default, float8.to_float8)
 private_inductor.spell(torch.ops.zgraph.float8_mm.default, float8.float8_mm)
 torch.library.register_fake("zgraph::to_float8", float8.fake_to_float8, lib=_LIBRARY)
 torch.library.register_fake("zgraph::float8_mm", float8.fake_float8_mm, lib=_LIBRARY)
-for _name in ("to_int8", "int8_mm", "to_int4", "int4_mm"):
+for _name in ("to_int8", "int8_mm", "to_int4", "pack_int4", "int4_mm"):
     _LIBRARY.impl(_name, getattr(quantised, _name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"zgraph::{_name}", getattr(quantised, f"fake_{_name}"), lib=_LIBRARY)

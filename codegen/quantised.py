@@ -90,9 +90,20 @@ def to_int4(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
         the number that 8 stands for.
     """
     integers, scales = nearest(w, group)
-    if w.device.type != "cpu":
-        return (integers[:, ::2] | integers[:, 1::2] << 4).to(torch.uint8), scales
-    return resolve("aten._convert_weight_to_int4pack_for_cpu.default")(integers, 2), scales
+    return pack_int4(in_pairs(integers)), scales
+
+
+def in_pairs(integers: Tensor) -> Tensor:
+    """Integers from 0 to 15, two in a byte: the even column's in its lower four bits, uint8 [outputs, columns / 2]."""
+    return (integers[:, ::2] | integers[:, 1::2] << 4).to(torch.uint8)
+
+
+def pack_int4(pairs: Tensor) -> Tensor:
+    """Integers two in a byte as the kernel wants them: in another order on processors."""
+    if pairs.device.type != "cpu":
+        return pairs.clone()
+    integers = torch.stack([pairs & 15, pairs >> 4], 2).view(len(pairs), -1).int()
+    return resolve("aten._convert_weight_to_int4pack_for_cpu.default")(integers, 2)  # type: ignore[no-any-return]
 
 
 def nearest(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -162,6 +173,11 @@ def fake_to_int4(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return packed, w.new_empty(columns // group, outputs, 2, dtype=torch.bfloat16)
 
 
+def fake_pack_int4(pairs: Tensor) -> Tensor:
+    """The metadata of what `pack_int4` gives."""
+    return torch.empty_like(pairs)
+
+
 def fake_int4_mm(x: Tensor, w: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """The metadata of what `int4_mm` gives."""
     return x.new_empty(x.shape[0], w.shape[0], dtype=dtype)
@@ -180,6 +196,11 @@ def int8_mm_scratch_bytes(parts: int, results: int) -> int:
 def to_int4_scratch_bytes(numel: int) -> int:
     """Bytes beside operands and results that `to_int4` takes for so many numbers."""
     return 24 * numel
+
+
+def pack_int4_scratch_bytes(numel: int) -> int:
+    """Bytes beside operands and results that `pack_int4` takes for so many bytes: integers in 8 and in 32 bits."""
+    return 12 * numel
 
 
 def int4_mm_scratch_bytes(x: int, results: int) -> int:

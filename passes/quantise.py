@@ -10,8 +10,9 @@
 
 `int8` has one scale for each output of a layer. Activations are then three rows of int8 each, which keeps 21 bits of
 them, or one (`activations=int8`) but in the layers named in `precise`. With `outliers`, so many columns of these keep
-three rows, and are multiplied apart from the rest, where they are zeros; a constant of each layer says which. `int4`
-has one scale for each group of columns, and bf16 activations; the layers named in `wider` have int8. A table of
+three rows, and are multiplied apart from the rest, where they are zeros, with weights that have scales of their own; a
+constant of each layer says which. `int4` has one scale for each group of columns, and bf16 activations; the layers
+named in `wider` have int8. Its integers are rounded here, or were (`calibrated`) and are constants. A table of
 embeddings is in int8 in both.
 
 What depends on weights alone is for `zgraph.passes.plan.fixed` to compute once.
@@ -26,7 +27,7 @@ from typing import ClassVar, Literal, get_args
 from zgraph.errors import QuantisationError
 from zgraph.ir import Arg, DType, ExternalOp, Graph, Input, InputKind, Node, TensorType, Token, Value
 from zgraph.ir.builder import Builder
-from zgraph.ir.external_ops import CAST, INT4, INT4_MM, INT8, INT8_MM, facts
+from zgraph.ir.external_ops import CAST, INT4, INT4_MM, INT4_PACK, INT8, INT8_MM, facts
 from zgraph.passes.analysis.operands import TRANSPOSE, Operand, operand_of
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.dce import DeadCode
@@ -50,6 +51,7 @@ _ROWS = {
     INT8: ExternalOp(multi=True),
     INT4: ExternalOp(multi=True),
     INT8_MM: ExternalOp(),
+    INT4_PACK: ExternalOp(),
     INT4_MM: ExternalOp(),
     TRANSPOSE: ExternalOp(views=(0,)),
     CAST: ExternalOp(),
@@ -66,6 +68,11 @@ def outliers_of(weight: str) -> str:
     return f"outliers:{weight}"
 
 
+def integers_of(weight: str) -> tuple[str, str]:
+    """The targets of the constants that are a weight's int4, two in a byte, and their scales."""
+    return f"int4:{weight}", f"int4_scales:{weight}"
+
+
 @dataclass(frozen=True)
 class Quantise(Pass):
     """Keep the weights of a forward in int8 or int4, and multiply with them as they are.
@@ -76,6 +83,7 @@ class Quantise(Pass):
         group: columns that share a scale, in int4.
         wider: last names of the layers that int4 leaves in int8, with + between them.
         precise: last names of the layers whose activations are kept: those behind a product, which has outliers.
+        calibrated: whether the integers of int4 are there already, as constants, and not to be made of the weights.
         outliers: columns of all other activations that are kept, where these are rounded; 0 keeps none.
     """
 
@@ -85,6 +93,7 @@ class Quantise(Pass):
     wider: str = "lm_head+output+embed_out"
     precise: str = "down_proj+fc2+w2"
     outliers: int = 0
+    calibrated: bool = False
 
     name: ClassVar[str] = "quantise"
     numerics: ClassVar[Numerics] = Numerics.approximate
@@ -100,6 +109,8 @@ class Quantise(Pass):
             raise ValueError("activations=int8 needs weights=int8")
         if self.group not in GROUPS:
             raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}")
+        if self.calibrated and self.weights != "int4":
+            raise ValueError("calibrated is for weights=int4")
         if self.outliers < 0 or (self.outliers and self.activations != "int8"):
             raise ValueError("outliers must be 0 or more, and needs activations=int8")
 
@@ -228,11 +239,14 @@ class _Rewriter:
         rest, kept, chosen = self.parted(layer)
         w, w_scale = self.weight(layer)
         (x, x_scale), (y, y_scale) = self.int8(layer, rest, 1), self.int8(layer, kept, WIDE_PARTS)
-        few = self.builder.value(f"{w.name}_kept", replace(w.tensor, shape=(w.tensor.shape[0], options.outliers)))
+        rows = self.rows(layer)
+        kind = replace(rows.tensor, shape=(rows.tensor.shape[0], options.outliers)).contiguous()
+        few = self.builder.value(f"{rows.name}_kept", kind)
+        self.add(layer, _CHOSEN, (rows, 1, chosen), few)
+        v, v_scale = self.int8(layer, few, 1)
         most, others = (self.builder.value(f"{out.name}_{part}", out.type) for part in ("rest", "kept"))
-        self.add(layer, _CHOSEN, (w, 1, chosen), few)
         self.add(layer, INT8_MM, (x, w, x_scale, w_scale, dtype), most)
-        self.add(layer, INT8_MM, (y, few, y_scale, w_scale, dtype), others)
+        self.add(layer, INT8_MM, (y, v, y_scale, v_scale, dtype), others)
         self.add(layer, _ADD, (most, others), out)
 
     def parted(self, layer: _Layer) -> tuple[Value, Value, Value]:
@@ -288,7 +302,15 @@ class _Rewriter:
             stem = layer.weight.value.name
             packed = self.builder.value(f"{stem}_i4", TensorType(DType.u8, (outputs, columns // 2)))
             scales = self.builder.value(f"{stem}_scales", TensorType(DType.bf16, (columns // group, outputs, 2)))
-            self.add(layer, INT4, (value, group), packed, scales)
+            if self.options.calibrated:
+                pairs = self.builder.value(f"{stem}_pairs", packed.type)
+                targets = integers_of(self.targets[stem])
+                self.constants += [
+                    Input(InputKind.constant, v, t) for v, t in zip((pairs, scales), targets, strict=True)
+                ]
+                self.add(layer, INT4_PACK, (pairs,), packed)
+            else:
+                self.add(layer, INT4, (value, group), packed, scales)
             self.made[key] = packed, scales
         return self.made[key]
 

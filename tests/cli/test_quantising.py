@@ -8,7 +8,9 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from zgraph.codegen import quantised
 from zgraph.errors import QuantisationError, UsageError
+from zgraph.inference.calibration import rounded_integers
 from zgraph.inference.evaluation import as_integers, evaluate
 from zgraph.inference.storage import FILE, load_quantised, save_quantised
 
@@ -60,6 +62,16 @@ def test_a_folder_comes_back_as_the_numbers_of_its_integers(tmp_path, weights, t
         assert torch.equal(back[name], wanted), name
 
 
+def test_a_folder_keeps_the_integers_that_were_calibrated(tmp_path):
+    model, tokens = small(), torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(0))
+    save_quantised(model, tmp_path, weights="int4", group=32, calibrate=tokens)
+    found, *_ = load_quantised(tmp_path)
+    for name, both in rounded_integers(model, tokens, 32).items():
+        assert torch.equal(found.get_parameter(name), quantised.from_int4(*both, 32)), name
+    with pytest.raises(UsageError, match="leave it out"):
+        save_quantised(model, tmp_path, weights="int8", calibrate=tokens)
+
+
 def test_what_gpt2_has_as_columns_comes_back(tmp_path):
     model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32))
     save_quantised(model, tmp_path, weights="int8")
@@ -91,7 +103,8 @@ def test_files_that_are_none_are_refused(tmp_path):
 def test_the_commands(command, saved, tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(WORDS * 2))
     code, out, _ = command(
-        "quantise", str(saved), "-o", str(tmp_path / "made"), "--weights", "int4", "--group", "32", "--json"
+        *("quantise", str(saved), "-o", str(tmp_path / "made"), "--weights", "int4", "--group", "32", "--json"),
+        *("--calibrate", str(tmp_path / "text.txt")),
     )
     assert code == 0
     made = json.loads(out)
@@ -129,6 +142,7 @@ def test_perplexity_is_that_of_the_plain_model():
         (("quantise", ".", "-o", "made"), "no causal language model"),
         (("quantise", ".", "-o", "made", "--weights", "int3"), "int8, int4"),
         (("eval", ".", "--text", "nowhere.txt"), "cannot read"),
+        (("quantise", "made", "-o", "other", "--weights", "int4", "--calibrate", "nowhere.txt"), "no folder made"),
     ],
 )
 def test_mistakes(command, tmp_path, monkeypatch, args, said):

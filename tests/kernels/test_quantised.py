@@ -97,6 +97,7 @@ def test_rows_of_zeros_stay_zeros():
                 torch.bfloat16,
             ),
         ),
+        ("pack_int4", (torch.randint(256, (16, 32), dtype=torch.uint8),)),
         ("int4_mm", (torch.randn(3, 64), *quantised.to_int4(torch.randn(16, 64), 32), 32, torch.float32)),
     ],
 )

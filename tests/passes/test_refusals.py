@@ -37,6 +37,7 @@ OPTIONS: dict[str, Callable[[], object]] = {
     "activations=int8 needs weights=int8": lambda: Quantise("int4", "int8"),
     "group must be one of 32, 64, 128": lambda: Quantise("int4", group=96),
     "outliers must be 0 or more, and needs activations=int8": lambda: Quantise(outliers=16),
+    "calibrated is for weights=int4": lambda: Quantise(calibrated=True),
     "recipe must be tensorwise or rowwise": lambda: Float8("columnwise"),  # type: ignore[arg-type]
     "axis must be one of tensor, context, expert, not shard": lambda: Place("shard"),
     "search must be values or all, not some": lambda: Place(search="some"),

@@ -22,6 +22,14 @@ NUM_WORST = 10
 Model = Annotated[str, typer.Argument(help="A folder with a model and its tokenizer, as transformers saves them.")]
 Weights = Annotated[str, typer.Option(help="int8 or int4.", autocompletion=any_of(*WEIGHTS))]
 Group = Annotated[int, typer.Option(help="Columns that share a scale in int4: 32, 64 or 128.")]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate", help="A text in UTF-8 that int4 is rounded to suit (GPTQ), or that int8 activations are seen on."
+    ),
+]
+NUM_CALIBRATED = 2048
+"""Tokens of a text that models are calibrated with."""
 
 
 @app.command()
@@ -30,6 +38,7 @@ def quantise(
     output: Annotated[str, typer.Option("--output", "-o", help="The folder to write.")],
     weights: Weights = "int8",
     group: Group = 64,
+    calibrate: Calibrate = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a model with its weights in int8 or int4, as safetensors.
@@ -45,7 +54,8 @@ def quantise(
         before = sum(p.nbytes for p in found.parameters())
         shown.add_task("rounding its weights")
         with writing(output):
-            kept = save_quantised(found, Path(output), weights=weights, group=group)
+            seen = calibration(tokenizer, calibrate)
+            kept = save_quantised(found, Path(output), weights=weights, group=group, calibrate=seen)
             tokenizer.save_pretrained(output)
     after = (Path(output) / FILE).stat().st_size
     counts = Counter(kept.values())
@@ -70,6 +80,7 @@ def evaluation(
         str, typer.Option("--kv", help="int8 rounds keys and values too.", autocompletion=any_of("int8"))
     ] = "",
     group: Group = 64,
+    calibrate: Calibrate = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens that are scored together.")] = 256,
     max_windows: Annotated[int, typer.Option(min=1, help="Windows of the text that are scored at most.")] = 64,
     as_json: AsJson = False,
@@ -95,6 +106,7 @@ def evaluation(
             activations=activations or None,
             kv=kv or None,
             group=group,
+            calibrate=calibration(tokenizer, calibrate),
             window=window,
             max_windows=max_windows,
         )
@@ -112,6 +124,20 @@ def evaluation(
     for layer in result.layers[:NUM_WORST]:
         table.add_row(escape(layer.name), layer.kept_in, f"{layer.error:.4f}")
     out.print(table)
+
+
+def calibration(tokenizer: Any, path: Path | None) -> Any:
+    """The tokens of a text that a model is calibrated with, in windows of 256; None without one."""
+    if path is None:
+        return None
+    import torch
+
+    from zgraph.inference.evaluation import WINDOW
+
+    tokens = torch.tensor(tokenizer(_text(path), verbose=False)["input_ids"])[:NUM_CALIBRATED]
+    if not len(tokens):
+        raise UsageError(f"{path} has no tokens; take a longer text")
+    return tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW) if len(tokens) >= WINDOW else tokens
 
 
 def loaded(name: str) -> tuple[Any, Any, tuple[str, int] | None]:

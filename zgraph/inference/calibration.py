@@ -1,4 +1,4 @@
-"""Inputs that a model's layers are given by a text: which of their columns have outliers.
+"""Inputs that a model's layers are given by a text: which of their columns have outliers, and weights rounded to suit.
 
 Few columns of a transformer's activations are far larger than the rest, and the same ones for whatever tokens (Dettmers
 et al., "LLM.int8()", 2022; Xiao et al., "SmoothQuant", 2023). One scale for a token's activations then leaves few of
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from zgraph.codegen import quantised
+from zgraph.codegen.gptq import gptq
 from zgraph.errors import UsageError
-from zgraph.inference.layers import watched
+from zgraph.inference.layers import check_group, kept_in, linear_layers, rows_of, watched
 
 OUTLIERS = 16
 """Columns of each layer's activations that are kept."""
@@ -57,6 +59,49 @@ def outlier_columns(
         for name, found in largest.items()
         if len(found) > num_columns
     }
+
+
+@torch.no_grad()
+def rounded_integers(
+    model: nn.Module, calibrate: torch.Tensor | Mapping[str, torch.Tensor], group: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The int4 of each linear layer by GPTQ, when the text reaches it: each makes up for the errors of those before it.
+
+    Args:
+        model: is called once, in eval mode, and not changed.
+        calibrate: what with.
+        group: columns that share a scale.
+
+    Returns:
+        Integers, two in a byte, uint8 [outputs, columns / 2], and scales, bf16 [columns / group, outputs, 2], by the
+        name of the layer's weight in the model. Layers that int4 leaves in int8 have none.
+
+    Raises:
+        QuantisationError: a layer's columns or outputs do not fit the integers.
+        UsageError: the inputs mean nothing.
+    """
+    kinds, names = kept_in(model, "int4"), {id(p): n for n, p in model.named_parameters()}
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, layer in linear_layers(model).items():
+        if kinds[name] == "int4":
+            check_group(name, *rows_of(layer).shape, group)
+    last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def see(name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+        nonlocal last
+        weight = names[id(layer.weight)]
+        if kinds[name] != "int4":
+            return None
+        wide = x.float()
+        if weight not in found:
+            if last is None or not torch.equal(last[0], wide):  # layers of one input follow each other
+                last = wide, wide.t() @ wide
+            integers, scales = gptq(rows_of(layer), last[1], group)
+            found[weight] = quantised.in_pairs(integers), scales
+        return wide @ quantised.from_int4(*found[weight], group).t()
+
+    call(model, calibrate, see)
+    return found
 
 
 def call(model: nn.Module, calibrate: Calibrate, hook: Any) -> None:

@@ -93,13 +93,13 @@ def evaluate(
     windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]
     if not len(windows) or window < 2:
         raise UsageError(f"the text has {len(tokens)} tokens, and a window {window}; take a longer text")
-    recipe = recipe_of(weights, activations, group)
+    recipe = recipe_of(weights, activations, group, is_calibrated=calibrate is not None)
     check_kv(kv)
     was_training = model.training
     model.eval()
     try:
         before, before_bytes = _perplexity(model, windows, recipe_of(None, None, group))
-        beside = seen_of(model, activations, calibrate)
+        beside = seen_of(model, weights, activations, group, calibrate)
         after, after_bytes = _perplexity(model, windows, recipe, kv, beside)
         layers = _layer_errors(model, windows[:1], weights, group) if weights else ()
     finally:
@@ -199,4 +199,4 @@ def as_integers(weight: torch.Tensor, kept_in: str, group: int) -> torch.Tensor:
         data, scale = quantised.to_int8(weight.contiguous(), 1)
         return data.float() * scale
     integers, scales = quantised.nearest(weight.contiguous(), group)
-    return quantised.from_int4((integers[:, ::2] | integers[:, 1::2] << 4).to(torch.uint8), scales, group)
+    return quantised.from_int4(quantised.in_pairs(integers), scales, group)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zgraph.passes.quantise import Quantise
+from zgraph.errors import QuantisationError
+from zgraph.passes.quantise import GROUPS, INT4_ROWS, Quantise
 
 Hook = Callable[[str, Any, torch.Tensor], torch.Tensor | None]
 """From a layer's name, the layer, and its inputs [rows, columns] to its output without bias, [rows, outputs]; or None,
@@ -40,6 +41,17 @@ def kept_in(model: nn.Module, weights: str) -> dict[str, str]:
         name: "int8" if name.rpartition(".")[2] in wider or id(layer.weight) in tables else weights
         for name, layer in linear_layers(model).items()
     }
+
+
+def check_group(name: str, outputs: int, columns: int, group: int) -> None:
+    """Refuse a layer that groups of int4 do not divide. Raises QuantisationError."""
+    if columns % group or outputs % INT4_ROWS:
+        fits = [g for g in GROUPS if columns % g == 0 and outputs % INT4_ROWS == 0]
+        remedy = f"take groups of {max(fits)}" if fits else "take int8"
+        raise QuantisationError(
+            f"{name} has {outputs} outputs, of which {INT4_ROWS} go together, and {columns} columns, which groups of "
+            f"{group} do not divide; {remedy}"
+        )
 
 
 @contextmanager

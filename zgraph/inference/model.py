@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.bridge.private_inductor import inductor_problem
 from zgraph.errors import UsageError
-from zgraph.inference.calibration import OUTLIERS, Calibrate, outlier_columns
+from zgraph.inference.calibration import OUTLIERS, Calibrate, outlier_columns, rounded_integers
 from zgraph.inference.calls import Calls
 from zgraph.inference.decoder import Step, check_max_len, decoder_step, kept_in
 from zgraph.inference.forwards import Inference
@@ -21,7 +21,7 @@ from zgraph.options.model_plans import Placements
 from zgraph.options.parallel import AXIS, cuts_of, mesh_of
 from zgraph.options.validate import ATTRIBUTE, CudaGraphs, RegionCalls, check_cuda_graphs, check_region_calls
 from zgraph.passes import parse_recipe
-from zgraph.passes.quantise import GROUPS, outliers_of
+from zgraph.passes.quantise import GROUPS, integers_of, outliers_of
 
 RECIPE = "canonicalize,grouped-heads,dce,in-place"
 """The passes for a model whose weights stay as they are."""
@@ -33,8 +33,12 @@ WEIGHTS, ACTIVATIONS, KERNELS = ("int8", "int4"), ("int8",), ("aten", "inductor"
 """Values of options beside None."""
 
 
-def recipe_of(weights: str | None, activations: str | None, group: int) -> str:
+def recipe_of(weights: str | None, activations: str | None, group: int, *, is_calibrated: bool = False) -> str:
     """The passes for a model whose weights are kept so.
+
+    Args:
+        weights, activations, group: as of `infer`.
+        is_calibrated: whether there is something to calibrate with.
 
     Raises:
         UsageError: the options mean nothing, alone or together.
@@ -53,22 +57,32 @@ def recipe_of(weights: str | None, activations: str | None, group: int) -> str:
         "activations": activations,
         "group": group if weights == "int4" else None,
         "outliers": OUTLIERS if activations is not None else None,
+        "calibrated": "true" if weights == "int4" and is_calibrated else None,
     }
     text = ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
     return RECIPE.replace("canonicalize,", f"canonicalize,quantise({text}),")
 
 
-def seen_of(model: nn.Module, activations: str | None, calibrate: Calibrate) -> dict[str, torch.Tensor]:
+def seen_of(
+    model: nn.Module, weights: str | None, activations: str | None, group: int, calibrate: Calibrate
+) -> dict[str, torch.Tensor]:
     """The constants that the passes need of what a model's layers are given, by their targets in graphs.
 
     Raises:
         UsageError: there is something to calibrate with, and nothing to calibrate; or the model cannot be called so.
+        QuantisationError: a layer's columns or outputs do not fit the integers.
     """
-    if activations is None:
-        if calibrate is not None:
-            raise UsageError('calibrate= shows where activations="int8" has outliers; leave it out, or pass that too')
+    if activations is not None:
+        return {outliers_of(weight): columns for weight, columns in outlier_columns(model, calibrate).items()}
+    if calibrate is None:
         return {}
-    return {outliers_of(weight): columns for weight, columns in outlier_columns(model, calibrate).items()}
+    if weights != "int4":
+        raise UsageError(
+            'calibrate= rounds weights="int4", and shows where activations="int8" has outliers; leave it out, or pass '
+            "one of these too"
+        )
+    integers = rounded_integers(model, calibrate, group)
+    return {t: v for weight, both in integers.items() for t, v in zip(integers_of(weight), both, strict=True)}
 
 
 def check_kv(kv: str | None) -> None:
@@ -112,8 +126,9 @@ def infer(
             each group of columns, and int8 for embeddings and the projection to the vocabulary. Both are approximate.
         activations: "int8" rounds each token's before it meets a weight in int8, which is faster, and less exact. The
             columns of each layer that have the largest are kept.
-        calibrate: what the model is called with once to see which these are: tokens of a text, int64 [tokens] or [rows,
-            tokens], or all inputs of its forward by name. None takes tokens drawn from the vocabulary.
+        calibrate: what the model is called with once: tokens of a text, int64 [tokens] or [rows, tokens], or all inputs
+            of its forward by name. Weights in int4 are rounded by GPTQ then; None rounds to the nearest. Activations in
+            int8 keep the columns that are largest in it; None takes tokens drawn from the vocabulary.
         kv: "int8" keeps keys and values in int8, with a scale for each head of each token. Approximate.
         group: columns that share a scale in int4: 32, 64 or 128.
         kernels: what runs the ops: "aten", torch's own; or "inductor", those between writes compiled together.
@@ -143,7 +158,7 @@ def infer(
     check_cuda_graphs(cuda_graphs, True, device)
     check_region_calls(regions, kernels, device)
     records = cuda_graphs if device.type == "cuda" else False
-    pipeline = parse_recipe(recipe_of(weights, activations, group))
+    pipeline = parse_recipe(recipe_of(weights, activations, group, is_calibrated=calibrate is not None))
     if kernels == "inductor" and (problem := inductor_problem(device)):
         raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
     mesh = mesh_of(device, None, {AXIS: tensor_parallel})
@@ -158,7 +173,7 @@ def infer(
                 "kv=, calibrate= and kernels= out"
             )
         return _parallel(model, mesh, placements, max_batch or 1, max_len, records)
-    compiles, beside = kernels == "inductor", seen_of(model, activations, calibrate)
+    compiles, beside = kernels == "inductor", seen_of(model, weights, activations, group, calibrate)
     programs = Programs(
         model, pipeline, device, compiles=compiles, cuda_graphs=records, region_calls=regions, beside=beside
     )

@@ -30,6 +30,7 @@ from zgraph.passes import Context, Pipeline, make_plan
 from zgraph.passes.core.instruments import Verify
 from zgraph.passes.place import cut_inputs
 from zgraph.passes.plan.fixed import only, split_fixed
+from zgraph.passes.quantise import integers_of
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.agreement import plan_text, wire_of
 from zgraph.runtime.executor import Runner, link
@@ -90,6 +91,7 @@ class Programs:
         beside: constants that the passes put into graphs, by their targets.
 
     Attributes:
+        settled: parameters whose integers are among these: they are not made anew.
         session: what runs the collectives.
         recordings: of programs that ask for them.
     """
@@ -111,6 +113,7 @@ class Programs:
         self.cuda_graphs, self.region_calls = cuda_graphs, region_calls
         self.recordings: list[Recordings] = []
         self.beside = {name: tensor.to(device) for name, tensor in beside.items()}
+        self.settled = {name for name, _ in model.named_parameters() if integers_of(name)[0] in beside}
         group = whole_group(mesh) if mesh is not None else None
         store = ShardStore(nn.Module(), mesh, group, {}, 0, None, device, {}, HostMemory(device), nn.Parameter, cuts)
         self.session = Session(store, group, unique_name(group) if group is not None else "inference")
@@ -190,7 +193,7 @@ class Programs:
 
         Raises:
             PeerError: a rank that computes with this one failed before, or is gone.
-            UsageError: the memory was given back.
+            UsageError: the memory was given back, or a weight was written to whose int4 was calibrated.
         """
         if not self._is_there:
             raise UsageError("this model serves within `with zgraph.serving(...)` alone: its memory was given back")
@@ -199,6 +202,11 @@ class Programs:
         if all(self._versions[name] == version for name, version in versions.items()):
             return
         changed = {name for name, version in versions.items() if self._versions[name] != version}
+        if settled := sorted(changed & self.settled):
+            raise UsageError(
+                f"{settled[0]} was written to, but its int4 was calibrated with what it was before; pass the model to "
+                "zgraph.infer again"
+            )
         self._versions |= versions
         for name in changed & self._parts.keys():
             self._parts[name].copy_(self._part(name))
@@ -293,8 +301,8 @@ class Programs:
             return self._parts[target]
         if target not in self._sources:
             raise QuantisationError(
-                f"nothing was seen of what meets {target.partition(':')[2]}: the call that calibrates does not reach it; "
-                "pass calibrate= with inputs that do"
+                f"nothing was seen of what meets {target.partition(':')[2]}: the call that calibrates does not reach "
+                "it; pass calibrate= with inputs that do"
             )
         found = self._sources[target]()
         assert found is not None, "the model is there"

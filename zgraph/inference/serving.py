@@ -94,6 +94,8 @@ def serving(model: nn.Module, **options: Any) -> Iterator[Generator]:
         PeerError: another rank failed.
     """
     compiled = compiled_model(model)
+    if options.get("calibrate") is not None and options.get("weights") == "int4":
+        raise UsageError('weights="int4" is rounded anew each time; leave calibrate= out within training')
     held = _SERVED.get(model)
     if held is not None and held.options != options:
         raise UsageError(

@@ -17,28 +17,35 @@ from safetensors.torch import save_file
 from torch import nn
 
 from zgraph.codegen import quantised
-from zgraph.errors import QuantisationError, UsageError
-from zgraph.inference.layers import is_turned, kept_in, linear_layers
-from zgraph.passes.quantise import GROUPS, INT4_ROWS
+from zgraph.errors import UsageError
+from zgraph.inference.calibration import Calibrate, rounded_integers
+from zgraph.inference.layers import check_group, is_turned, kept_in, linear_layers
 
 FILE = "model.zgraph.safetensors"
 KEY = "zgraph.weights"
 
 
-def save_quantised(model: nn.Module, folder: Path, *, weights: str, group: int = 64) -> dict[str, str]:
+def save_quantised(
+    model: nn.Module, folder: Path, *, weights: str, group: int = 64, calibrate: Calibrate = None
+) -> dict[str, str]:
     """Write a model's linear layers and embeddings as integers, and the rest as it is.
 
     Args:
         model: a causal language model of transformers.
         folder: where to; made if it is not there.
         weights, group: as of `zgraph.infer`.
+        calibrate: what int4 is calibrated with, as there; None rounds to the nearest.
 
     Returns:
         What each weight is kept in, by its name.
 
     Raises:
         QuantisationError: a layer's columns or outputs do not fit the integers.
+        UsageError: there is something to calibrate with, and nothing to calibrate.
     """
+    if calibrate is not None and weights != "int4":
+        raise UsageError('calibrate= is for weights="int4"; leave it out')
+    settled = rounded_integers(model, calibrate, group) if calibrate is not None else {}
     kept, held = _kept_in(model, weights), dict[str, torch.Tensor]()
     done: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -52,9 +59,8 @@ def save_quantised(model: nn.Module, folder: Path, *, weights: str, group: int =
             held[f"{name}.int8"], held[f"{name}.scale"] = quantised.to_int8(_turned(whole, kept[name][1]), 1)
         else:
             rows = _turned(whole, kept[name][1])
-            _check(name, rows, group)
-            integers, held[f"{name}.scales"] = quantised.nearest(rows, group)
-            held[f"{name}.int4"] = (integers[:, ::2] | integers[:, 1::2] << 4).to(torch.uint8)
+            check_group(name, *rows.shape, group)
+            held[f"{name}.int4"], held[f"{name}.scales"] = settled[name] if name in settled else _nearest(rows, group)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"weights": weights, "group": group, "turned": sorted(n for n in kept if kept[n][1])}
     save_file(held, folder / FILE, {KEY: json.dumps(about), "format": "pt"})
@@ -128,16 +134,10 @@ def _kept_in(model: nn.Module, weights: str) -> dict[str, tuple[str, bool]]:
     return tables | {f"{n}.weight": (kind, is_turned(layers[n])) for n, kind in kept_in(model, weights).items()}
 
 
+def _nearest(rows: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    integers, scales = quantised.nearest(rows, group)
+    return quantised.in_pairs(integers), scales
+
+
 def _turned(weight: torch.Tensor, turns: bool) -> torch.Tensor:
     return weight.t().contiguous() if turns else weight.contiguous()
-
-
-def _check(name: str, rows: torch.Tensor, group: int) -> None:
-    outputs, columns = rows.shape
-    if columns % group or outputs % INT4_ROWS:
-        fits = [g for g in GROUPS if columns % g == 0 and outputs % INT4_ROWS == 0]
-        remedy = f"take groups of {max(fits)}" if fits else "take int8"
-        raise QuantisationError(
-            f"{name} has {outputs} outputs, of which {INT4_ROWS} go together, and {columns} columns, which groups of "
-            f"{group} do not divide; {remedy}"
-        )

@@ -47,6 +47,9 @@ INT8_MM = "zgraph.int8_mm.default"
 INT4 = "zgraph.to_int4.default"
 """The op that makes a weight of int4: of what, and how many columns share a scale."""
 
+INT4_PACK = "zgraph.pack_int4.default"
+"""The op that brings rows of int4, two in a byte, into the order that the kernel wants."""
+
 INT4_MM = "zgraph.int4_mm.default"
 """The op that multiplies rows with a weight of int4: rows, the weight, its scales, its group, the result's dtype."""
 
