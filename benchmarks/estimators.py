@@ -123,7 +123,7 @@ def _llm_analysis(row: Row, share: float) -> tuple[float, float]:
 
 
 def _peak(told: dict[str, Any]) -> float:
-    """What it has on a GPU at once: states, and activations of the batch."""
+    """Bytes on a GPU at once: states, and activations of the batch."""
     names = ("weight_memory_per_gpu", "gradient_memory_per_gpu", "optimizer_state_memory_per_gpu")
     states = sum(told[name] for name in names)
     return states + told["activation_memory_batch_size_1"] * told["batch_size_per_gpu"]
