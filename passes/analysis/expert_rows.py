@@ -39,7 +39,7 @@ __all__ = ["choose_by_experts"]
 R, ROWS, GROUPS = Replicate(), Shard(0), Grouped(0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """What is decided of nodes before the others follow.
 
