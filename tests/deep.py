@@ -215,6 +215,8 @@ LEFT_OUT = (
     "single/test_interrupts.py::test_a_hook_of_the_users_own_stays",
     "single/test_interrupts.py::test_all_of_it_where_that_is_asked",
     "single/test_interrupts.py::test_one_line",
+    "single/test_layouts.py::test_experts_are_shared_where_a_model_has_them",
+    "single/test_layouts.py::test_the_layout_is_the_one_that_trains_on_the_most_in_a_second",
     "single/test_narrator.py::test_a_level_of_the_users_decides",
     "single/test_narrator.py::test_nothing_is_said_where_none_is_asked",
     "single/test_narrator.py::test_the_users_logging_decides_and_nothing_is_said_twice[after]",

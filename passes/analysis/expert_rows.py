@@ -39,9 +39,9 @@ __all__ = ["choose_by_experts"]
 R, ROWS, GROUPS = Replicate(), Shard(0), Grouped(0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """What is decided of nodes before the others follow.
+    """Decisions on nodes before the others follow.
 
     Args:
         ways: strategies, by the node's name.
@@ -178,7 +178,7 @@ class _Tracer:
         return found
 
     def follow_matrix(self, node: Node, rule: Rule) -> None:
-        """What is made of the matrices alone: views of them, and casts."""
+        """Place views and casts of the matrices alone."""
         places = (self.matrices[v.name] for v in node.operands)
         cuts = {rule.cut(dims, place, self.num_ranks) for dims, place in zip(rule.ins, places, strict=True) if dims}
         if len(cuts) != 1 or (cut := cuts.pop()) is None or (way := rule.with_cut(self.num_ranks, cut)) is None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers as hf
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,12 +16,13 @@ from torch.distributed.tensor import DTensor
 
 import zgraph
 from tests.deep import DEEP, deep
+from zgraph.errors import BatchMismatchError, PeerError, PlacementError, UsageError
 
 from . import tensor_zoo as zoo
 from .nets import built
 from .pool import Pool
 
-NUM_STEPS = 20 if DEEP else 3
+NUM_STEPS = 20 if DEEP else 2
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +109,107 @@ def test_two_ranks(pair: Pool, name: str, stage: int, num_micro: int) -> None:
 )
 def test_two_by_two_ranks(pool: Pool, name: str, stage: int, num_micro: int) -> None:
     assert_close(pool.run(train, 4, name, stage, num_micro, limit_s=600 if DEEP else 90))
+
+
+def reshard(mesh: DeviceMesh, path: str) -> list[float]:
+    """How far parameters are off that were saved at one layout and loaded at another, and back."""
+    layouts: list[dict[str, Any]] = [
+        {"expert_parallel": 2},
+        {},
+        {"tensor_parallel": 2},
+        {"expert_parallel": 4, "stage": 1},
+    ]
+    ours = zgraph.compile(built(mixtral)(), **layouts[0])
+    dcp.save(ours.state_dict(), checkpoint_id=f"{path}/0")
+    found = []
+    for number, layout in enumerate([*layouts[1:], layouts[0]]):
+        other = zgraph.compile(built(mixtral)(), **layout)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        held = other.state_dict()
+        dcp.load(held, checkpoint_id=f"{path}/{number}")
+        other.load_state_dict(held)
+        dcp.save(other.state_dict(), checkpoint_id=f"{path}/{number + 1}")
+        pairs = zip(ours.parameters(), other.parameters(), strict=True)
+        found.append(max(float((full(a) - full(b)).detach().abs().max()) for a, b in pairs))
+    return found
+
+
+@pytest.mark.parametrize("num_ranks", [deep(4)])
+def test_a_checkpoint_is_loaded_at_another_layout_and_back(pool: Pool, num_ranks: int, tmp_path: Any) -> None:
+    assert pool.run(reshard, num_ranks, str(tmp_path), limit_s=300) == [[0.0] * 4] * num_ranks
+
+
+def engine(mesh: DeviceMesh) -> tuple[float, list[int]]:
+    """How far an engine's losses are from plain training on the batches that its loader gives, and their rows."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.01}},
+        "gradient_clipping": 0.5,
+        "expert_parallel": {"enabled": True, "autoep_size": 2},
+    }
+    rows = (zoo.batch("mixtral", 0)["input_ids"].repeat(4, 1) + torch.arange(8).unsqueeze(1)) % zoo.WORDS
+    ours, _, loader, _ = zgraph.initialize_engine(
+        model=built(mixtral)(), config=config, training_data=list(rows), collate_fn=torch.stack
+    )
+    plain = built(mixtral)()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
+    worst = 0.0
+    for batch in loader:
+        wanted = plain(input_ids=batch, labels=batch).loss
+        wanted.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = ours(input_ids=batch, labels=batch).loss
+        ours.backward(loss)
+        ours.step()
+        worst = max(worst, abs(loss.item() / wanted.item() - 1))
+    return worst, [len(loader), len(batch), ours.world_size, ours.train_batch_size()]
+
+
+@pytest.mark.parametrize("num_ranks", [deep(2)])
+def test_an_engine(pair: Pool, num_ranks: int) -> None:
+    for off, numbers in pair.run(engine, num_ranks, limit_s=300):
+        assert off < 2e-6
+        assert numbers == [4, 2, 2, 2]
+
+
+def refused(mesh: DeviceMesh) -> dict[str, str]:
+    """What is said of options and models that cannot be."""
+    found = {}
+    wrong: dict[str, tuple[str, dict[str, Any]]] = {
+        "experts": ("three", {"expert_parallel": 2}),
+        "none": ("llama", {"expert_parallel": 2}),
+        "ranks": ("mixtral", {"expert_parallel": 3}),
+        "context": ("mixtral", {"expert_parallel": 2, "context_parallel": 2}),
+        "pieces": ("mixtral", {"expert_parallel": 2, "fullgraph": False}),
+    }
+    models = {**MODELS, "three": zoo.MODELS["mixtral"], "llama": zoo.MODELS["llama"]}
+    for name, (model, options) in wrong.items():
+        try:
+            zgraph.compile(built(models[model])(), **options)
+        except (UsageError, PlacementError) as error:
+            found[name] = str(error)
+    model = zgraph.compile(built(mixtral)(), expert_parallel=2)
+    try:
+        model(**zoo.batch("mixtral", dist.get_rank()))
+    except (BatchMismatchError, PeerError) as error:
+        found["batch"] = str(error)
+    return found
+
+
+def test_what_is_wrong_is_said(pair: Pool) -> None:
+    words = {
+        "experts": "has 3 experts, which do not divide over 2 ranks; take an expert_parallel= that divides 3",
+        "none": "LlamaForCausalLM has no experts that can be divided over ranks",
+        "ranks": "expert_parallel=3, but there are 2 ranks; start a multiple of 3",
+        "context": "start a multiple of 4",
+        "pieces": "fullgraph must be True",
+        "batch": "compute together along expert, but were given other inputs",
+    }
+    for found in pair.run(refused, 2):
+        assert found.keys() == words.keys()
+        assert all(words[name] in found[name] for name in words), found

@@ -121,7 +121,7 @@ routes_begun = routes.begun
 
 @pytest.mark.parametrize(
     ("name", "num_ranks", "lopsided"),
-    [("qwen3", 2, False), ("mixtral", 4, True), *(deep("mixtral", n, w) for n in (2, 4) for w in (False, True))],
+    [("qwen3", 2, False), ("qwen3", 4, True), *(deep("mixtral", n, w) for n in (2, 4) for w in (False, True))],
 )
 def test_tokens_are_sent_to_their_experts(
     name: str, num_ranks: int, lopsided: bool, monkeypatch: pytest.MonkeyPatch
@@ -249,7 +249,7 @@ def test_an_op_on_rows_by_groups_is_the_op_on_all_rows() -> None:
         "_softmax.default",
     )
     assert {f"aten.{op}" for op in passing} <= taken
-    assert "aten.cumsum.default" not in taken or DEEP
+    assert not taken & {"aten.sum.default", "aten.mean.default"}
 
 
 class Mixture(nn.Module):

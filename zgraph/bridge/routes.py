@@ -19,7 +19,7 @@ __all__ = ["Route", "arrived", "begun", "on_ranks", "route_of"]
 
 @dataclass(frozen=True)
 class Route:
-    """What one rank of an axis sends and is sent.
+    """Rows that one rank of an axis sends and is sent.
 
     Args:
         sent: positions of the rows that it sends among those that it has, for one rank after the other.
@@ -97,14 +97,14 @@ def _ordered(rows: torch.Tensor, ranks: torch.Tensor, size: int) -> tuple[torch.
 
 
 def begun(node: Node, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What a start makes on a rank, without the rows that are on their way: zeros, or what they are added to."""
+    """Result of a start on a rank, without the rows that are on their way: zeros, or what they are added to."""
     if node.op == "put_rows_start":
         return tensors[0].clone(memory_format=torch.contiguous_format)
     return tensors[0].new_zeros([int(size) for size in node.results[0].tensor.shape])
 
 
 def arrived(node: Node, made: torch.Tensor, rows: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """What a start makes on a rank, with the rows that it was sent.
+    """Result of a start on a rank, with the rows that it was sent.
 
     Args:
         node: the start.
@@ -119,7 +119,7 @@ def arrived(node: Node, made: torch.Tensor, rows: torch.Tensor, found: torch.Ten
 
 
 def on_ranks(node: Node, operands: Sequence[Sequence[torch.Tensor]], mesh: Mesh) -> list[list[torch.Tensor]]:
-    """What a start makes on all ranks of a mesh, each of which has to do with those along its axis alone.
+    """Results of a start on all ranks of a mesh, each of which has to do with those along its axis alone.
 
     Args:
         node: the start.
@@ -136,7 +136,7 @@ def on_ranks(node: Node, operands: Sequence[Sequence[torch.Tensor]], mesh: Mesh)
 
 
 def _among(node: Node, ranks: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    """What a start makes on the ranks of an axis, each of which has its operands."""
+    """Results of a start on the ranks of an axis, each of which has its operands."""
     at = 2 if node.op == "put_rows_start" else 0
     routes = [route_of(node, tensors, len(ranks), rank) for rank, tensors in enumerate(ranks)]
     sent = [torch.split(tensors[at][route.sent], route.num_sent) for tensors, route in zip(ranks, routes, strict=True)]

@@ -129,7 +129,7 @@ def best_layout(
 
 
 def _items(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, int]:
-    """What is counted of a batch, and how many there are."""
+    """The unit that a batch is counted in, and how many of them it has."""
     if isinstance(ids := kwargs.get("input_ids"), torch.Tensor):
         return "tokens", ids.numel()
     tensors = [given for given in (*args, *kwargs.values()) if isinstance(given, torch.Tensor) and given.dim()]

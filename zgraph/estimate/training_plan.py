@@ -1,4 +1,4 @@
-"""What `zgraph.plan` gives: a plan of training, stage by stage."""
+"""The result of `zgraph.plan`: a plan of training, stage by stage."""
 
 from __future__ import annotations
 

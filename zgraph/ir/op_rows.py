@@ -1,4 +1,4 @@
-"""What a row of the table of zgraph's own ops says (`zgraph.ir.ops`)."""
+"""Rows of the table of zgraph's own ops (`zgraph.ir.ops`): everything that the compiler asks about one."""
 
 from __future__ import annotations
 

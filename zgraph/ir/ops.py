@@ -137,6 +137,8 @@ def _is_sharded(node: Node) -> bool:
     return tensor(node).is_sharded
 
 
+ROUTED_TRANSFER = Transfer("all_to_all", exchanges=True)
+
 _ROWS = (
     Op(
         "reshard",
@@ -201,7 +203,7 @@ _ROWS = (
         kind="gather",
     ),
     *(
-        Op(name, doc, routed, "comm", _axis_sends, scratch_bytes=_routed_lands, pure=False, kind="gather")
+        Op(name, doc, routed, "comm", _axis_sends, _routed_lands, pure=False, transfer=ROUTED_TRANSFER, kind="gather")
         for name, doc in ROUTED_DOCS.items()
     ),
     Op(
@@ -313,7 +315,7 @@ OPS: Mapping[str, Op] = {op.name: op for op in _ROWS}
 ALONG_AXIS: Mapping[str, Transfer] = {
     f"{name}_start": Transfer(name, exchanges=True)
     for name in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
-} | dict.fromkeys(ROUTED_DOCS, Transfer("all_to_all", exchanges=True))
+} | dict.fromkeys(ROUTED_DOCS, ROUTED_TRANSFER)
 """Transfers along a model axis, by the op that begins them: each sends a copy."""
 
 
