@@ -14,7 +14,7 @@ from zgraph.compiler.codec_choice import CodecChoice
 from zgraph.cost import CostTable, Link, hardware
 from zgraph.errors import UsageError
 from zgraph.ir import Axis, parse_graph
-from zgraph.options.compression import codec_for, planned_codec
+from zgraph.options.compression import check_exact, codec_for, planned_codec
 from zgraph.passes import RECIPES, Context, compressing
 from zgraph.passes.code_gathers import CodeGathers
 
@@ -49,6 +49,32 @@ def test_what_exact_codes_do_not_go_with(options: dict[str, Any], says: str) -> 
         codec_for("exact", **given)
     with pytest.raises(UsageError, match="leave compress="):
         planned_codec("exact", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("codec", "stage", "dtype", "is_taken"),
+    [
+        ("delta", 2, torch.bfloat16, True),
+        ("delta", 1, torch.float16, True),
+        ("delta", 2, None, False),
+        ("delta", 3, torch.bfloat16, False),
+        ("exponent", 3, torch.bfloat16, True),
+        ("exponent", 3, torch.float16, False),
+        ("exponent", 2, torch.bfloat16, False),
+        ("exact", 0, None, True),
+        ("q8(block=256)", 0, None, True),
+    ],
+)
+def test_a_codec_that_codes_nothing_is_refused(
+    codec: str, stage: int, dtype: torch.dtype | None, is_taken: bool
+) -> None:
+    model = nn.Linear(4, 4)
+    stages = {"weight": stage, "bias": 0}
+    if is_taken:
+        check_exact(codec, model.named_parameters(), stages, dtype)
+        return
+    with pytest.raises(UsageError, match="and there is none"):
+        check_exact(codec, model.named_parameters(), stages, dtype)
 
 
 def test_a_plan_counts_copies_at_stages_that_keep_them() -> None:
