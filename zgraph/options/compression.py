@@ -59,7 +59,10 @@ def codec_for(
 
 
 def check_exact(
-    codec: str, parameters: Iterable[tuple[str, torch.Tensor]], stages: Mapping[str, int], dtype: Any
+    codec: str,
+    parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    stages: Mapping[str, int],
+    dtype: torch.dtype | None,
 ) -> None:
     """Refuse an exact codec that codes none of these parameters.
 
