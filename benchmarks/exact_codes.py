@@ -38,8 +38,8 @@ RATES = [1e-3]
 class Step:
     """One step.
 
-    rate: learning rate.
-    step: since it began, from 0.
+    rate: learning rate of the update that made what this step sends; 0 before the first.
+    step: from 0.
     loss: on the first rank.
     number_bytes: of this rank's parameters in bf16.
     code_bytes: sent in their place.
@@ -82,11 +82,11 @@ def trained(model: Any, rates: list[float], num_steps: int, length: int, tokens:
     """Train at one rate after the other."""
     model = zgraph.compile(model, stage=2, param_dtype=torch.bfloat16, compress="delta")
     optimizer = zgraph.optim.AdamW(model.parameters(), lr=rates[0])
-    found, sent, before = list[Step](), list[int](), None
+    found, sent, before, rate_before = list[Step](), list[int](), None, 0.0
     count_codes(compiled_model(model).session.lane, sent)
     for rate in rates:
         optimizer.param_groups[0]["lr"] = rate
-        for step in range(num_steps):
+        for _ in range(num_steps):
             began = time.perf_counter()
             ids = sample_batch(tokens, 1, length, step=len(found), rank=dist.get_rank())
             now, number_bytes = patterns(model), sum(p.to_local().numel() for p in model.parameters()) * 2
@@ -97,8 +97,9 @@ def trained(model: Any, rates: list[float], num_steps: int, length: int, tokens:
             optimizer.step()
             optimizer.zero_grad()
             bound, unchanged = entropy_bytes(before, now) if before is not None else (float(number_bytes), 0.0)
-            before, took = now, time.perf_counter() - began
-            found.append(Step(rate, step, float(loss.detach()), number_bytes, code_bytes, bound, unchanged, took))
+            took, loss = time.perf_counter() - began, float(loss.detach())
+            found.append(Step(rate_before, len(found), loss, number_bytes, code_bytes, bound, unchanged, took))
+            before, rate_before = now, rate
             if dist.get_rank() == 0:
                 print(found[-1], flush=True)
     return found

@@ -148,22 +148,20 @@ class Lane:
 
     # --- collectives ---------------------------------------------------------------------------------------------
 
-    def all_gather(
-        self, *pairs: tuple[Chunks, torch.Tensor], moved: Moved | None = None, sized: bool = False
-    ) -> Transfer:
+    def all_gather(self, *of: tuple[Chunks, torch.Tensor], moved: Moved | None = None, sized: bool = False) -> Transfer:
         """Fill the slots of tensors with what each rank has.
 
         Args:
-            pairs: for each tensor one dense slot a shard, and what this rank has, as large. That is copied to its
+            of: for each tensor one dense slot a shard, and what this rank has, as large. That is copied to its
                 slot, and must not change until the transfer is over.
             moved: what this is; ranks on which it is not the same never receive one another's messages.
             sized: tensors are codes, of which only as many bytes travel as their heads say.
         """
-        number = self.journal.enter("all-gather", [own.nbytes for _, own in pairs], moved)
-        for slots, own in pairs:
+        number = self.journal.enter("all-gather", [own.nbytes for _, own in of], moved)
+        for slots, own in of:
             size = sized_bytes(own) if sized else own.numel()
             slots[self.shard][:size].copy_(own[:size])
-        parts = [self._gathered(s, self.journal.tag(), self.journal.tag() if sized else 0) for s, _ in pairs]
+        parts = [self._gathered(s, self.journal.tag(), self.journal.tag() if sized else 0) for s, _ in of]
         return self._queue.add(_together(parts), number)
 
     def reduce_scatter(self, *tensors: Chunks, moved: Moved | None = None, divisor: int = 0) -> Transfer:

@@ -5,7 +5,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from tests.deep import deep
 from zgraph.bridge import private_runtime
+from zgraph.bridge.exact_codes import encode_sized, sized_bytes
+from zgraph.ir.codecs import HEAD_BYTES, Exponent
 from zgraph.runtime.gloo_transport import Hosts, Lane
 
 from .pool import Pool
@@ -74,6 +77,38 @@ def run_rows(mesh: DeviceMesh, numel: int) -> list[bool]:
 @pytest.mark.parametrize("numel", [1, 3, 50_001])
 def test_rows_that_each_have_all_shards(pool: Pool, numel: int) -> None:
     assert pool.run(run_rows, 4, numel) == [[True] * 3] * 4
+
+
+def gather_codes(mesh: DeviceMesh, layout: str) -> bool:
+    """Whether codes of several lengths arrive, three gathers at once, and no more of them than there is."""
+    rank, (num_ranks, hosts) = mesh.get_local_rank(), LAYOUTS.get(layout, (4, ["rows"]))
+    is_rows = layout == "rows"
+    made = Hosts.rows_of(4, 2) if is_rows else Hosts.of(hosts)
+    lane = Lane(private_runtime.store(), f"test/codes/{layout}", rank, made, each_has_all=is_rows)
+    num_shards, numel, jobs = 2 if is_rows else num_ranks, 3000, []
+    for number in range(3):
+        codes = []
+        for shard in range(num_shards):
+            drawn = torch.randn(numel, generator=torch.Generator().manual_seed(10 * number + shard))
+            codes.append(torch.full((HEAD_BYTES + 2 * numel,), 255, dtype=torch.uint8))
+            drawn = drawn if shard else drawn.sign()  # whose code is far shorter
+            encode_sized(Exponent(), drawn.bfloat16(), codes[-1])
+        slots = torch.full((num_shards, len(codes[0])), 7, dtype=torch.uint8)
+        jobs.append((lane.all_gather((slots.unbind(), codes[lane.shard]), sized=True), slots, codes))
+    found = []
+    for transfer, slots, codes in jobs:
+        transfer.wait()
+        for slot, code in zip(slots, codes, strict=True):
+            size = sized_bytes(code)
+            found.append(torch.equal(slot[:size], code[:size]) and bool((slot[size:] == 7).all()))
+    lane.close()
+    return all(found)
+
+
+@pytest.mark.parametrize("layout", ["two by two", "rows", deep("flat"), deep("in turns"), deep("apart")])
+def test_of_codes_as_much_arrives_as_there_is(pool: Pool, layout: str) -> None:
+    num_ranks = LAYOUTS[layout][0] if layout in LAYOUTS else 4
+    assert pool.run(gather_codes, num_ranks, layout) == [True] * num_ranks
 
 
 def sums(mesh: DeviceMesh) -> list[float]:

@@ -68,7 +68,7 @@ def plan(
     compute: Annotated[
         str, typer.Option(help="What matrices are multiplied in.", autocompletion=any_of(*COMPUTES))
     ] = "",
-    compress: Annotated[str, typer.Option(help="The codec of gradients, as q8; or auto.", show_default="none")] = "",
+    compress: Annotated[str, typer.Option(help="A codec, as q8; auto, or exact.", show_default="none")] = "",
     tensor_parallel: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Ranks that compute each op together; may be given again.", show_default="1"),

@@ -72,8 +72,8 @@ def plan(
         kernels: what runs the ops between collectives, as in `zgraph.compile`; by default what that takes on the
             hardware. "inductor" and "auto" are planned op by op, as if Inductor saved nothing.
         compute: what matrices are multiplied in, as in `zgraph.compile`.
-        compress: the codec of gradients, as in `zgraph.compile`, or "auto"; what
-            codes leave out counts as optimizer state.
+        compress: a codec, "auto" or "exact", as in `zgraph.compile`; what codes leave out, and copies that exact codes
+            change, count as optimizer state.
         recompute: what is computed again, as in `zgraph.compile`.
         reduce_dtype: dtype in which gradients are averaged over ranks, as in `zgraph.compile`.
         accumulation: micro-steps of a step; all but the last are under `zgraph.no_sync`.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from zgraph.bridge.aten import FROM_TORCH, compute_dtype
 from zgraph.errors import UsageError
-from zgraph.ir.codecs import Codec, Raw, parse_codec
+from zgraph.ir.codecs import CODECS, Codec, Delta, Raw, Sized, parse_codec
 from zgraph.options.parallel import AXES
 from zgraph.passes.core.recipes import EXACT
 
@@ -53,6 +56,36 @@ def codec_for(
             "compress= out, or pass a mesh of one axis"
         )
     return codec if mesh is not None and mesh.size() > 1 else ""
+
+
+def check_exact(
+    codec: str,
+    parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    stages: Mapping[str, int],
+    dtype: torch.dtype | None,
+) -> None:
+    """Refuse an exact codec that codes none of these parameters.
+
+    Args:
+        codec: its text.
+        parameters: by name.
+        stages: of each.
+        dtype: to compute in; None takes each parameter's own.
+
+    Raises:
+        UsageError: no parameter is of its stages and dtypes.
+    """
+    kind = CODECS.get(codec)
+    if kind is None or not issubclass(kind, Sized):
+        return
+    wanted = (1, 2) if issubclass(kind, Delta) else (3,)
+    if any(stages[n] in wanted and FROM_TORCH.get(compute_dtype(p, dtype)) in kind.dtypes for n, p in parameters):
+        return
+    raise UsageError(
+        f'compress="{codec}" codes parameters of stage {" and ".join(map(str, wanted))} that are computed with in '
+        f'{" or ".join(d.value for d in kind.dtypes)}, and there is none: pass param_dtype="bf16", or take '
+        'compress="exact", which chooses a codec'
+    )
 
 
 def planned_codec(compress: Compress, num_copies: int, tensor_parallel: int) -> str:

@@ -19,7 +19,7 @@ from zgraph.bridge.target import Target, cost_table, device_budget, fingerprint_
 from zgraph.cost import CostTable
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir.layout import chunk_numel
-from zgraph.options.compression import Compress, codec_for
+from zgraph.options.compression import Compress, check_exact, codec_for
 from zgraph.options.lengths import Lengths, check_lengths
 from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
@@ -256,6 +256,7 @@ def resolve(
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     wanted = {name: default_stage if own is None else own for name, own in stages.items()}
+    check_exact(codec, model.named_parameters(), wanted, computed)
     cuts = at_rest(model, cuts, sizes, wanted.__getitem__)
     num_ranks = mesh.size() if mesh is not None else 1
     budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device, num_ranks)

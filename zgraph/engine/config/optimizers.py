@@ -138,8 +138,8 @@ OPTIMIZERS: dict[str, type[OptimizerParams]] = {
 
 _CODED = 'take "AdamW" with zgraph.compress: "sign", which codes gradients in one bit and keeps what that leaves out'
 _MOMENTUM = (
-    f"an engine looks at gradients that are averaged already: {_CODED}, or without an engine "
-    "zgraph.compile(stage=1) with zgraph.optim.OneBitAdam"
+    f"{_CODED}; or without an engine, which looks at gradients that are averaged already, zgraph.compile(stage=1) with "
+    "zgraph.optim.OneBitAdam"
 )
 
 ABSENT_OPTIMIZERS: Mapping[str, str] = {
