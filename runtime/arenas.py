@@ -14,6 +14,7 @@ from zgraph.bridge.private_arenas import PooledBlock, pooled_block
 from zgraph.errors import BudgetError, PeerError
 from zgraph.ir import Plan
 from zgraph.runtime.circle import rank_names
+from zgraph.runtime.heartbeat import BEAT_SECONDS
 from zgraph.runtime.peers import Peers
 from zgraph.runtime.store_errors import store_errors
 
@@ -150,6 +151,7 @@ class Arenas:
         with store_errors():
             all_failed = bool(self.peers.smallest(place, place, 1, ALIKE_SECONDS))
         if not all_failed:
+            self.peers.await_doom(2 * BEAT_SECONDS)  # NCCL may have given up here as another rank failed
             error = PeerError(_no_window({self.peers.rank: problem}, num_bytes))
             self.peers.end_all(error)
             raise error

@@ -302,6 +302,13 @@ class Circle:
         if self.doom is not None:
             raise type(self.doom)(str(self.doom))
 
+    def await_doom(self, seconds: float) -> None:
+        """Raise what the heartbeat finds within so many seconds, if it finds that the ranks cannot go on."""
+        until = time.monotonic() + seconds
+        while self.doom is None and time.monotonic() < until:
+            time.sleep(ASK_AFTER_SECONDS / 10)
+        self.raise_doom()
+
     def say_drift(self, found: str) -> str:
         """Tell all ranks that they have drifted apart, as no other has before; what the first to tell has said.
 

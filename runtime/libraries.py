@@ -132,7 +132,7 @@ def path_of(text: str) -> Path:
 
 
 def kept(text: str) -> Compute | None:
-    """What an earlier run has made of the same text; None if there is nothing, or a file that is not that."""
+    """The library that an earlier run has made of the same text; None if there is none, or a file that is not that."""
     held = read_private(path_of(text), MAX_BYTES)
     if held is None or hashlib.sha256(held[DIGEST_BYTES:]).digest() != held[:DIGEST_BYTES]:
         return None

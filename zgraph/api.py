@@ -152,7 +152,7 @@ def compile(
             the first training graph.
         regions: what calls a region that Inductor compiles on processors: the "python" that it writes for it; or "c++",
             a library that AOTInductor makes of it, which halves the host's time for a call and takes the compiler of
-            C++ some ten seconds, once a machine. "auto" takes the latter where launching a step takes longer than
+            C++ some ten seconds, once for a cache. "auto" takes the latter where launching a step takes longer than
             running it. A region that cannot be a library is called as before, and the report says why.
 
     Returns:

@@ -84,7 +84,7 @@ def num_compilers() -> int:
 
 
 def loaded(package: bytes) -> Tensors:
-    """What a package computes, as one call; the list that it is given is empty afterwards.
+    """The function that a package computes, as one call; the list that it is given is empty afterwards.
 
     The library is loaded from a folder of this process alone, which is gone at once.
     """
@@ -113,7 +113,7 @@ _compiles: ContextVar[list[Callable[[str], Any]] | None] = ContextVar("zgraph_co
 
 
 def _machine() -> Iterator[str]:
-    """What a library depends on beside the graph, in lines."""
+    """Lines of all that a library depends on beside the graph."""
     from torch._inductor import config
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 

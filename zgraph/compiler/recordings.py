@@ -1,5 +1,5 @@
-"""What is done where launching ops takes the host longer than running them takes the device: programs are recorded for
-the GPU to repeat (CUDA graphs), and regions become libraries of C++.
+"""Remedies where launching ops takes the host longer than running them takes the device: programs are recorded for the
+GPU to repeat (CUDA graphs), and regions become libraries of C++.
 """
 
 from __future__ import annotations
