@@ -59,8 +59,9 @@ def watched(model: nn.Module, hook: Hook) -> Iterator[None]:
     """A model that tells what its linear layers are given."""
 
     def told(name: str) -> Any:
-        def forward(layer: Any, given: Any, output: torch.Tensor) -> torch.Tensor | None:
-            made = hook(name, layer, given[0].detach().reshape(-1, given[0].shape[-1]))
+        def forward(layer: Any, given: Any, named: Any, output: torch.Tensor) -> torch.Tensor | None:
+            (x,) = (*given, *named.values())
+            made = hook(name, layer, x.detach().reshape(-1, x.shape[-1]))
             if made is None:
                 return None
             if layer.bias is not None:
@@ -69,7 +70,9 @@ def watched(model: nn.Module, hook: Hook) -> Iterator[None]:
 
         return forward
 
-    handles = [layer.register_forward_hook(told(name)) for name, layer in linear_layers(model).items()]
+    handles = [
+        layer.register_forward_hook(told(name), with_kwargs=True) for name, layer in linear_layers(model).items()
+    ]
     try:
         yield
     finally:
