@@ -84,7 +84,7 @@ def rounded_integers(
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, layer in linear_layers(model).items():
         if kinds[name] == "int4":
-            check_group(name, *rows_of(layer).shape, group)
+            check_group(name, rows_of(layer), group)
     last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def see(name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:

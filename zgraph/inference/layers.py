@@ -43,8 +43,9 @@ def kept_in(model: nn.Module, weights: str) -> dict[str, str]:
     }
 
 
-def check_group(name: str, outputs: int, columns: int, group: int) -> None:
+def check_group(name: str, rows: torch.Tensor, group: int) -> None:
     """Refuse a layer that groups of int4 do not divide. Raises QuantisationError."""
+    outputs, columns = rows.shape
     if columns % group or outputs % INT4_ROWS:
         fits = [g for g in GROUPS if columns % g == 0 and outputs % INT4_ROWS == 0]
         remedy = f"take groups of {max(fits)}" if fits else "take int8"
@@ -60,7 +61,7 @@ def watched(model: nn.Module, hook: Hook) -> Iterator[None]:
 
     def told(name: str) -> Any:
         def forward(layer: Any, given: Any, named: Any, output: torch.Tensor) -> torch.Tensor | None:
-            (x,) = (*given, *named.values())
+            x: torch.Tensor = given[0] if given else next(iter(named.values()))
             made = hook(name, layer, x.detach().reshape(-1, x.shape[-1]))
             if made is None:
                 return None
