@@ -26,7 +26,7 @@ NUM_TOKENS = 256
 """Tokens that a model is called with where there is no text: drawn evenly from its vocabulary."""
 
 Calibrate = torch.Tensor | Mapping[str, torch.Tensor] | None
-"""What a model is called with to see its activations: tokens, [tokens] or [rows, tokens]; or all inputs by name."""
+"""Inputs that a model is called with to see its activations: tokens, [tokens] or [rows, tokens]; or all, by name."""
 
 
 @torch.no_grad()
