@@ -54,4 +54,5 @@ def _factor(moments: Tensor) -> Tensor:
     diagonal[diagonal == 0] = 1
     diagonal += DAMPING * diagonal.mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(wide))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()

@@ -326,6 +326,8 @@ _LIBRARY.impl("to_float8", float8.to_float8_in_pieces, "CompositeExplicitAutogra
 _LIBRARY.impl("float8_mm", float8.float8_mm, "CompositeExplicitAutograd")
 private_inductor.spell(torch.ops.zgraph.to_float8.default, float8.to_float8)
 private_inductor.spell(torch.ops.zgraph.float8_mm.default, float8.float8_mm)
+private_inductor.spell(torch.ops.zgraph.to_int8.default, quantised.to_int8)
+private_inductor.spell(torch.ops.zgraph.int8_mm.default, quantised.int8_mm)
 torch.library.register_fake("zgraph::to_float8", float8.fake_to_float8, lib=_LIBRARY)
 torch.library.register_fake("zgraph::float8_mm", float8.fake_float8_mm, lib=_LIBRARY)
 for _name in ("to_int8", "int8_mm", "to_int4", "pack_int4", "int4_mm"):

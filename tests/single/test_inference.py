@@ -216,6 +216,17 @@ def test_columns_with_outliers_are_kept():
         zgraph.infer(model, weights="int8", activations="int8", calibrate={"x": 1})
 
 
+@pytest.mark.skipif(not DEEP, reason="make test-deep")
+def test_inductor_fuses_what_rounds_with_what_is_around_it():
+    torch.manual_seed(0)
+    model, x = Layers().eval(), torch.randn(2, 3, 96)
+    options = {"weights": "int8", "activations": "int8", "calibrate": {"x": x}}
+    plain, fused = (zgraph.infer(model, **options, kernels=kernels) for kernels in ("aten", "inductor"))
+    assert torch.allclose(fused(x=x), plain(x=x), rtol=1e-4, atol=1e-4)
+    inside = [n for r in fused.programs._together._by_text.values() for n, _ in r.steps.calls]
+    assert {"zgraph.to_int8.default", "zgraph.int8_mm.default"} <= {node.op for node in inside}
+
+
 def rounded_layers(model: Layers, x: torch.Tensor) -> torch.Tensor:
     """The model with weights and activations as one row of int8, outliers among them."""
 

@@ -26,7 +26,7 @@ NUM_TOKENS = 256
 """Tokens that a model is called with where there is no text: drawn evenly from its vocabulary."""
 
 Calibrate = torch.Tensor | Mapping[str, torch.Tensor] | None
-"""What a model is called with to see its activations: tokens, [tokens] or [rows, tokens]; or all inputs by name."""
+"""Inputs that a model is called with to see its activations: tokens, [tokens] or [rows, tokens]; or all, by name."""
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def rounded_integers(
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, layer in linear_layers(model).items():
         if kinds[name] == "int4":
-            check_group(name, *rows_of(layer).shape, group)
+            check_group(name, rows_of(layer), group)
     last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def see(name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:

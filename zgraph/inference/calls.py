@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from zgraph.cost.wire import traffic
-from zgraph.errors import BatchMismatchError
+from zgraph.errors import BatchMismatchError, UsageError
 from zgraph.inference.decoder import Step, arguments
 from zgraph.inference.programs import Program, Programs
 from zgraph.inference.prompts import pieces
@@ -41,6 +41,7 @@ class Calls:
         self.num_rows, self.max_len = num_rows, step.max_len
         self.chunk = min(CHUNK, step.max_len)
         self.device = arena.device
+        self._shapes, self._several = step.shapes, dict[int, Program]()
         self._row_of = [arena.row(row) for row in range(num_rows)]
 
         def program(rows: int, num_tokens: int, name: str, caches: Mapping[str, torch.Tensor] | None = None) -> Program:
@@ -112,6 +113,32 @@ class Calls:
             places: int64 [rows], where they go; `max_len` for a row that has none.
         """
         (logits,) = self._decode({"tokens": tokens[:, None], "places": places[:, None], **self.arena.named})
+        return logits
+
+    def verify(self, model: nn.Module | None, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Logits behind several tokens of each row, fp32 [rows, tokens, vocabulary].
+
+        Args:
+            model: whose calls these are: needed for the first call with so many tokens, which is captured.
+            tokens, places: int64 [rows, tokens], as of `decode`.
+
+        Raises:
+            UsageError: the model is gone.
+            GraphBreakError, CaptureError: the call cannot be captured.
+        """
+        num = tokens.shape[1]
+        if num not in self._several:
+            if model is None:
+                raise UsageError("the model is gone, and so many tokens at once were not captured yet; keep the model")
+            was_training = model.training
+            model.eval()
+            try:
+                step = Step(model, self._shapes, self.max_len, num)
+                given = arguments(self.num_rows, num, step, self.device)
+                self._several[num] = self.programs.program(model, step, given, f"verify-{num}")
+            finally:
+                model.train(was_training)
+        (logits,) = self._several[num]({"tokens": tokens, "places": places, **self.arena.named})
         return logits
 
     def clear(self, row: int | None = None) -> None:

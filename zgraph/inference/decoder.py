@@ -24,22 +24,25 @@ class Step:
         model: a causal language model of transformers.
         shapes: what its layers keep of a token.
         max_len: places for tokens of a row; the cache has one more.
+        num_kept: tokens of each row, the last, that logits are wanted of; None is one, without a dimension of its own.
     """
 
-    def __init__(self, model: nn.Module, shapes: Sequence[LayerShape], max_len: int) -> None:
-        self.model, self.shapes, self.max_len = model, shapes, max_len
+    def __init__(
+        self, model: nn.Module, shapes: Sequence[LayerShape], max_len: int, num_kept: int | None = None
+    ) -> None:
+        self.model, self.shapes, self.max_len, self.num_kept = model, shapes, max_len, num_kept
         self.config: Any = getattr(model.config, "get_text_config", lambda **_: model.config)(decoder=True)
         self.takes = inspect.signature(model.forward).parameters.keys()
 
     def __call__(self, tokens: torch.Tensor, places: torch.Tensor, *cache: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, vocabulary], in fp32, of each row's last token.
+        """Logits [rows, vocabulary], in fp32, of each row's last token; [rows, tokens, vocabulary] of the last few.
 
         Args:
             tokens: [rows, tokens].
             places: [rows, tokens], where in its row each token is; `max_len` for what is none.
             cache: the tensors of each layer in turn, which are written to.
         """
-        options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self.takes else {}
+        options: dict[str, Any] = {"logits_to_keep": self.num_kept or 1} if "logits_to_keep" in self.takes else {}
         if "position_ids" in self.takes:
             options["position_ids"] = torch.where(places < self.max_len, places, 0)
         out = self.model(
@@ -50,8 +53,8 @@ class Step:
             return_dict=True,
             **options,
         )
-        logits: torch.Tensor = out.logits[:, -1].float()
-        return logits
+        logits: torch.Tensor = out.logits
+        return (logits[:, -1] if self.num_kept is None else logits[:, -self.num_kept :]).float()
 
     def mask(self, places: torch.Tensor) -> Any:
         """The numbers added to scores: 0 for places that a token sees, the smallest number for those behind it.

@@ -14,6 +14,7 @@ from zgraph.inference.calls import Calls
 from zgraph.inference.forwards import Inference
 from zgraph.inference.prompts import Prompts
 from zgraph.inference.sampling import Sampling
+from zgraph.inference.speculation import Drafted, speculated
 
 
 class Streamer(Protocol):
@@ -32,6 +33,7 @@ class Generator(Inference):
         max_len: tokens of a row, the prompt's among them.
         num_words: tokens of the vocabulary.
         stops: tokens that end a row, by the model's generation_config.
+        drafted: proposals of a draft in the last call that had one, and how many were taken.
     """
 
     def __init__(self, model: nn.Module, calls: Calls) -> None:
@@ -40,6 +42,7 @@ class Generator(Inference):
         self.stops = stop_tokens(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
         self.num_words: int = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
         self._pad = _pad_token(model)
+        self.drafted = Drafted()
 
     @property
     def wire_bytes(self) -> int:
@@ -98,6 +101,8 @@ class Generator(Inference):
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         generator: torch.Generator | None = None,
+        draft: Generator | None = None,
+        num_drafted: int = 4,
     ) -> Iterator[torch.Tensor]:
         """The tokens that follow prompts, one step after the other, each int64 [rows].
 
@@ -107,6 +112,9 @@ class Generator(Inference):
             eos_token_id: tokens that end a row; None takes those of the model's generation_config.
             pad_token_id: what follows in a row that has ended; None takes the model's, or else a token that ends rows.
             generator: draws, where something is drawn; None is torch's own.
+            draft: a smaller model of the same tokens, by `zgraph.infer`, that proposes tokens: the likeliest are the
+                same as without, in fewer calls of this model. `drafted` has the counts of the last call.
+            num_drafted: tokens that it proposes at a time.
 
         Raises:
             UsageError: an argument means nothing, or there are more rows than `max_batch`.
@@ -118,6 +126,10 @@ class Generator(Inference):
         pad = next((p for p in (pad_token_id, self._pad, *stops) if p is not None), 0)
         prompts = Prompts(input_ids, attention_mask, self.num_words)
         self._check(prompts, max_new_tokens)
+        if draft is not None:
+            self._check_draft(draft, num_drafted, sampling)
+            draft._check(prompts, max_new_tokens)
+            return self._speculated(draft, num_drafted, prompts, max_new_tokens, stops, pad)
         return self._steps(prompts, max_new_tokens, sampling, stops, pad, generator)
 
     @torch.no_grad()
@@ -176,6 +188,40 @@ class Generator(Inference):
             at[:num_rows].masked_fill_(has_ended, self.max_len)
             logits = self._checked(self.calls.decode(tokens, at)[:num_rows])
             at[:num_rows] += ~has_ended
+
+    def _check_draft(self, draft: Generator, num_drafted: int, sampling: Sampling) -> None:
+        if not isinstance(draft, Generator) or draft.calls is self.calls:
+            raise UsageError("draft is another model that generates, by zgraph.infer, with a cache of its own")
+        if draft.num_words != self.num_words:
+            raise UsageError(
+                f"draft has {draft.num_words} tokens, and this model {self.num_words}; take one of the same vocabulary"
+            )
+        if isinstance(num_drafted, bool) or not isinstance(num_drafted, int) or num_drafted < 1:
+            raise UsageError(f"num_drafted is a number of tokens above 0, not {num_drafted!r}")
+        if sampling.do_sample:
+            raise UsageError("draft= is for the likeliest tokens; leave it or do_sample=True out")
+        if not (self.calls.is_alone and draft.calls.is_alone):
+            raise UsageError("draft= is for one rank; leave it or tensor_parallel= out")
+
+    @torch.no_grad()
+    def _speculated(
+        self, draft: Generator, num: int, prompts: Prompts, num_steps: int, stops: tuple[int, ...], pad: int
+    ) -> Iterator[torch.Tensor]:
+        self.programs.refresh()
+        draft.programs.refresh()
+        self.drafted = Drafted()
+        draft._prefilled(prompts)
+        first = self._prefilled(prompts).argmax(-1).tolist()
+
+        def verify(tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+            logits = self.calls.verify(self._model(), tokens, places)
+            self._checked(logits[: prompts.num_rows])
+            return logits
+
+        for made in speculated(
+            self.calls, verify, draft.calls, first, prompts.lengths, num_steps, stops, self.drafted, num
+        ):
+            yield torch.tensor([pad if token is None else token for token in made], device=prompts.device)
 
     def _prefilled(self, prompts: Prompts) -> torch.Tensor:
         """Logits of the prompts' last tokens, with their keys and values in the cache."""

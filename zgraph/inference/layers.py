@@ -43,8 +43,9 @@ def kept_in(model: nn.Module, weights: str) -> dict[str, str]:
     }
 
 
-def check_group(name: str, outputs: int, columns: int, group: int) -> None:
+def check_group(name: str, rows: torch.Tensor, group: int) -> None:
     """Refuse a layer that groups of int4 do not divide. Raises QuantisationError."""
+    outputs, columns = rows.shape
     if columns % group or outputs % INT4_ROWS:
         fits = [g for g in GROUPS if columns % g == 0 and outputs % INT4_ROWS == 0]
         remedy = f"take groups of {max(fits)}" if fits else "take int8"
@@ -59,8 +60,9 @@ def watched(model: nn.Module, hook: Hook) -> Iterator[None]:
     """A model that tells what its linear layers are given."""
 
     def told(name: str) -> Any:
-        def forward(layer: Any, given: Any, output: torch.Tensor) -> torch.Tensor | None:
-            made = hook(name, layer, given[0].detach().reshape(-1, given[0].shape[-1]))
+        def forward(layer: Any, given: Any, named: Any, output: torch.Tensor) -> torch.Tensor | None:
+            x: torch.Tensor = given[0] if given else next(iter(named.values()))
+            made = hook(name, layer, x.detach().reshape(-1, x.shape[-1]))
             if made is None:
                 return None
             if layer.bias is not None:
@@ -69,7 +71,9 @@ def watched(model: nn.Module, hook: Hook) -> Iterator[None]:
 
         return forward
 
-    handles = [layer.register_forward_hook(told(name)) for name, layer in linear_layers(model).items()]
+    handles = [
+        layer.register_forward_hook(told(name), with_kwargs=True) for name, layer in linear_layers(model).items()
+    ]
     try:
         yield
     finally:

@@ -59,7 +59,7 @@ def save_quantised(
             held[f"{name}.int8"], held[f"{name}.scale"] = quantised.to_int8(_turned(whole, kept[name][1]), 1)
         else:
             rows = _turned(whole, kept[name][1])
-            check_group(name, *rows.shape, group)
+            check_group(name, rows, group)
             held[f"{name}.int4"], held[f"{name}.scales"] = settled[name] if name in settled else _nearest(rows, group)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"weights": weights, "group": group, "turned": sorted(n for n in kept if kept[n][1])}
