@@ -44,6 +44,8 @@ OPTIONS = {
     "wider": st.sampled_from(["", "lm_head", "head+router"]),
     "precise": st.sampled_from(["", "down_proj", "fc2+w2"]),
     "slack": st.sampled_from([0.0, 0.5, 1.25, 8.0]),
+    "outliers": st.integers(0, 64),
+    "calibrated": st.booleans(),
 }
 
 
@@ -54,6 +56,8 @@ def passes(draw, kind: type[Pass]) -> Pass:
     given = {name: draw(OPTIONS[name]) for name in fields if draw(st.booleans())}
     assume(not (given.get("sequence") and given.get("search")))
     assume(given.get("axis") != "context" or not (given.get("sequence") or given.get("search")))
+    assume(not given.get("calibrated") or given.get("weights") == "int4")
+    assume(not given.get("outliers") or given.get("activations") == "int8")
     return kind(**given)
 
 
