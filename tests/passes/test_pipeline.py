@@ -46,6 +46,7 @@ OPTIONS = {
     "slack": st.sampled_from([0.0, 0.5, 1.25, 8.0]),
     "outliers": st.integers(0, 64),
     "calibrated": st.booleans(),
+    "codec": st.sampled_from(["auto", "delta", "exponent"]),
 }
 
 
@@ -55,7 +56,7 @@ def passes(draw, kind: type[Pass]) -> Pass:
     fields = [f.name for f in dataclasses.fields(kind)]
     given = {name: draw(OPTIONS[name]) for name in fields if draw(st.booleans())}
     assume(not (given.get("sequence") and given.get("search")))
-    assume(given.get("axis") != "context" or not (given.get("sequence") or given.get("search")))
+    assume(given.get("axis") not in ("context", "expert") or not (given.get("sequence") or given.get("search")))
     assume(not given.get("calibrated") or given.get("weights") == "int4")
     assume(not given.get("outliers") or given.get("activations") == "int8")
     return kind(**given)
