@@ -228,12 +228,10 @@ def test_the_next_best_takes_longer() -> None:
         assert others[0].more_us == pytest.approx(again, rel=1e-3, abs=1e-3 * search.found.total_us)
 
 
-def test_a_second_axis_is_stated() -> None:
-    graph = captured(Block((8, 32, 8)), torch.rand(16, 8))
-    given = Context(mesh=(Axis("tensor", 2), Axis("expert", 2), Axis("shard", 1)), costs=costs())
-    placed = Place(search="all").run(graph, given)
-    with pytest.raises(PlacementError, match="search along the first axis"):
-        Place(axis="expert", search="all").run(placed, given)
+def test_no_axis_but_that_of_tensor_parallelism_is_searched() -> None:
+    for axis, cut in (("context", "the sequence"), ("expert", "the batch")):
+        with pytest.raises(ValueError, match=f"along {axis}, what is cut is {cut}"):
+            Place(axis=axis, search="all")
 
 
 @pytest.mark.parametrize("num_layers", [8, 9])

@@ -150,6 +150,6 @@ def test_a_value_is_moved_from_where_that_sends_the_least() -> None:
 def test_a_part_that_is_moved_has_no_gaps_unless_its_rows_are_one_in_memory(strides, laid) -> None:
     """As a part of a fused projection has them; what is expanded, or of unknown strides, stays."""
     placer = object.__new__(_Placer)
-    placer.source, placer.is_context = SimpleNamespace(nodes=(), users={}), True
+    placer.source, placer.has_parts = SimpleNamespace(nodes=(), users={}), True
     kind = TensorType(DType.f32, (4, 6), strides=strides)
     assert placer.laid(Value("x", kind), kind).strides == laid

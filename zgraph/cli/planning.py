@@ -138,15 +138,13 @@ def plan(
 
 def _check(folder: str, model: str, targets: Sequence[str], *, as_json: bool) -> None:
     """A recorded training beside its prediction, by the profile that it was planned with, or another."""
-    from zgraph.estimate.comparison import compare
+    from zgraph.estimate.comparison import compare, costs_on
     from zgraph.runfile.records import read_record
 
     if model or len(targets) > 1:
         raise UsageError("--check takes no model, and one --hardware at most: it compares what was recorded")
     record = read_record(Path(folder))
-    costs = (
-        record.run.context.costs.model_copy(update={"hardware": hardware(targets[0]), "ops": {}}) if targets else None
-    )
+    costs = costs_on(record, hardware(targets[0])) if targets else None
     found = compare(record, costs)
     if as_json:
         print_json({**asdict(found), "off": found.off, "is_within": found.is_within})

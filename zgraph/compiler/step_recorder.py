@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -44,6 +46,7 @@ class StepRecorder:
         self.rank = session.store.rank
         self.is_taken = False
         self._steps = rank_files(folder, self.rank)[1].open("w", encoding="ascii", buffering=1)
+        self._is_over = False
         self._watch = _Stopwatch(session.device)
         self._recorder = Recorder(session.device)
         self._nodes: dict[str, list[float]] = defaultdict(list)
@@ -73,26 +76,37 @@ class StepRecorder:
         return first, last
 
     def restart(self) -> None:
-        """Record the next training graph: this one is planned again."""
+        """Record the next training graph, and nothing of this one, which is planned again."""
         self.is_taken = False
         self._nodes.clear()
         self._transfers.clear()
-        self._num_apart = 0
+        self._num_steps = self._num_apart = 0
+        self._next = FIRST
+        self._steps.seek(0)
+        self._steps.truncate()
+        rank_files(self.folder, self.rank)[0].unlink(missing_ok=True)
 
     def _begin(self) -> None:
         self._leave()  # what a forward without a backward has begun
         self._num_steps += 1
-        if self._num_steps >= self._next and self.session.recorder is None:
-            self._next = EVERY * self._num_steps
+        if self._num_steps >= self._next and self.session.recorder is None and not self._is_over:
             self.session.recorder = self._recorder
         self._watch.begin()
 
     def _end(self, known: set[str]) -> None:
-        self._watch.end(is_kept=self.session.recorder is None and self._num_steps > NUM_WARMUPS)
-        for us in self._watch.taken():
-            self._steps.write(f"{us:.1f}\n")
+        reduces = self.session.reduces  # a micro-step that leaves that to a later one is no step of the plan
+        self._watch.end(is_kept=reduces and self.session.recorder is None and self._num_steps > NUM_WARMUPS)
+        if self._is_over:
+            return
+        try:
+            for us in self._watch.taken():
+                self._steps.write(f"{us:.1f}\n")
+            if self.session.recorder is self._recorder and reduces:
+                self._apart(known)
+        except OSError as error:
+            self._is_over = True
+            warnings.warn(f"steps are not recorded any more: {self.folder}: {error.strerror}", stacklevel=2)
         if self.session.recorder is self._recorder:
-            self._apart(known)
             self._leave()
 
     def _leave(self) -> None:
@@ -110,6 +124,7 @@ class StepRecorder:
                 if name in known:
                     self._transfers[name].append(us)
         self._num_apart += 1
+        self._next = EVERY * self._num_steps
         nodes, transfers = ({n: fmean(us) for n, us in of.items()} for of in (self._nodes, self._transfers))
         save_rank(RankRecord(rank=self.rank, num_steps=self._num_apart, nodes=nodes, transfers=transfers), self.folder)
 
@@ -166,7 +181,7 @@ class _Stopwatch:
 
     def taken(self) -> list[float]:
         """Microseconds of what is over, each once."""
-        over = [pair for pair in self._pending if not self._on_gpu or pair[1].query()]
+        over = list(takewhile(lambda pair: not self._on_gpu or pair[1].query(), self._pending))
         self._pending = self._pending[len(over) :]
         return [1e3 * a.elapsed_time(b) if self._on_gpu else (b - a) / 1e3 for a, b in over]
 

@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 from scipy.optimize import least_squares
 
-from zgraph.cost import Accuracy, CostTable, Device, Hardware, Link
+from zgraph.cost import Accuracy, Device, Hardware, Link
 from zgraph.cost.hardware import AttentionRate, known, save
 from zgraph.cost.work import attention_kernel, work
 from zgraph.errors import RecordError, UsageError
-from zgraph.estimate.comparison import predicted
+from zgraph.estimate.comparison import costs_on, predicted
 from zgraph.ir import OPS, Node, num_ranks
 from zgraph.ir.symbols import evaluate
 from zgraph.runfile.records import Record, read_record
@@ -128,7 +128,7 @@ def calibrate(
     ratios = [_ratios(r, _fitted([o for o in records if o is not r] or records, first)[0]) for r in records]
     fitted = fitted.model_copy(update={"name": name, **_described(records, ratios, first)})
     runs = tuple(
-        Run(r.path, r.step_us, predicted(r, _costs(r, first)).step_us, predicted(r, _costs(r, fitted)).step_us)
+        Run(r.path, r.step_us, predicted(r, costs_on(r, first)).step_us, predicted(r, costs_on(r, fitted)).step_us)
         for r in records
     )
     if target is not None:
@@ -136,15 +136,9 @@ def calibrate(
     return Calibration(fitted, changes, runs, residual)
 
 
-def _costs(record: Record, hardware: Hardware) -> CostTable:
-    """Costs of a run on hardware, without what was measured of it before."""
-    costs = record.run.context.costs
-    return costs.model_copy(update={"hardware": hardware, "ops": {}, "transfers": {}})
-
-
 def _ratios(record: Record, hardware: Hardware) -> tuple[float, float]:
     """Measured over predicted: the bounds between which four of five steps are."""
-    us = predicted(record, _costs(record, hardware)).step_us
+    us = predicted(record, costs_on(record, hardware)).step_us
     return record.quantile_us(0.1) / us, record.quantile_us(0.9) / us
 
 
@@ -246,7 +240,7 @@ def _attention(records: Sequence[Record], device: Device, share: float) -> dict[
 
 
 def _points(record: Record, base: Hardware) -> list[_Point]:
-    costs, graph, hints = _costs(record, base), record.run.graph(), record.run.context.hints
+    costs, graph, hints = costs_on(record, base), record.run.graph(), record.run.context.hints
     measured = record.nodes_us
     found = []
     for node in graph.nodes:
@@ -285,7 +279,7 @@ def _linked(records: Sequence[Record], hardware: Hardware) -> tuple[Hardware, tu
         return hardware.model_copy(update={f: _scaled(getattr(hardware, f), rate, latency) for f in fields})
 
     def off(x: np.ndarray) -> np.ndarray:
-        tables = {id(record): _costs(record, scaled(x)) for record in records}
+        tables = {id(record): costs_on(record, scaled(x)) for record in records}
         quoted = [
             tables[id(record)].transfer_us(record.run.graph(), node, record.run.context.hints)
             for record, node, _ in points

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from zgraph.cost import CostTable, Interval, Timeline, simulate, time_interval, time_text
+from zgraph.cost import CostTable, Hardware, Interval, Timeline, simulate, time_interval, time_text
 from zgraph.errors import RecordError
 from zgraph.passes.plan.make_plan import make_plan
 from zgraph.runfile.records import Record
@@ -137,6 +137,12 @@ def compare(record: Record, costs: CostTable | None = None) -> Comparison:
     )
 
 
+def costs_on(record: Record, hardware: Hardware) -> CostTable:
+    """Costs of a recorded run on hardware, without what was measured of it before."""
+    update = {"hardware": hardware, "ops": {}, "transfers": {}}
+    return record.run.context.costs.model_copy(update=update)
+
+
 def predicted(record: Record, costs: CostTable | None = None) -> Timeline:
     """The predicted step of a recorded training, with other costs where they are given. Raises RecordError."""
     run = record.run
@@ -149,4 +155,4 @@ def predicted(record: Record, costs: CostTable | None = None) -> Timeline:
     return found
 
 
-__all__ = ["WAITS", "Comparison", "OpTime", "compare", "predicted"]
+__all__ = ["WAITS", "Comparison", "OpTime", "compare", "costs_on", "predicted"]

@@ -111,6 +111,9 @@ def begin_record(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with drafted(folder / "rank") as stream:  # a folder that nobody can write to is told before anything is changed
+            stream.write(b"")
+        (folder / "rank").unlink(missing_ok=True)
         found = next((p.name for p in sorted(folder.iterdir()) if p.name == RUN or p.name.startswith("rank-")), None)
     except OSError as error:
         raise UsageError(f'record="{_shown(folder)}" cannot be a folder: {error.strerror}; take another') from None
