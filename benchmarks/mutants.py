@@ -70,6 +70,8 @@ ALSO = {
     "order": ("passes/test_order.py",),
     "sequences": ("interp/test_contexts.py", "interp/test_placed_tokens.py"),
     "float8_gathers": ("interp/test_float8.py",),
+    "expert_rows": ("interp/test_experts.py",),
+    "code_gathers": ("interp/test_exact_codes.py",),
     "schedule": ("passes/test_headroom.py",),
     "partition": ("interp/test_placed.py::test_a_model_axis_without_place_is_refused",),
     "patterns": ("kernels/test_patterns.py",),
