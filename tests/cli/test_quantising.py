@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import zgraph
 from zgraph.codegen import quantised
 from zgraph.errors import QuantisationError, UsageError
 from zgraph.inference.calibration import rounded_integers
 from zgraph.inference.evaluation import as_integers, evaluate
 from zgraph.inference.storage import FILE, load_quantised, save_quantised
+from zgraph.passes.quantise import integers_of
 
 WORDS = [f"w{n}" for n in range(64)]
 
@@ -70,6 +73,36 @@ def test_a_folder_keeps_the_integers_that_were_calibrated(tmp_path):
         assert torch.equal(found.get_parameter(name), quantised.from_int4(*both, 32)), name
     with pytest.raises(UsageError, match="leave it out"):
         save_quantised(model, tmp_path, weights="int8", calibrate=tokens)
+
+
+def test_a_folder_is_served_with_its_own_integers(tmp_path):
+    tokens = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(0))
+    save_quantised(small(), tmp_path, weights="int4", group=32, calibrate=tokens)
+    found, *_ = load_quantised(tmp_path)
+    held = load_file(tmp_path / FILE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    programs = zgraph.infer(found, max_len=32, weights="int4", group=32).programs
+    own = dict(zip(integers_of(name), (held[f"{name}.int4"], held[f"{name}.scales"]), strict=True))
+    assert all(torch.equal(programs.beside[target], tensor) for target, tensor in own.items())
+    assert len(programs.beside) == 2 * 7
+    with torch.no_grad():
+        found.get_parameter(name).mul_(2)
+    again = zgraph.infer(found, max_len=32, weights="int4", group=32).programs.beside
+    assert [t for t, tensor in again.items() if not torch.equal(tensor, programs.beside[t])] == [*own]
+
+
+def test_errors_of_layers_are_those_of_the_integers_in_use():
+    model, tokens = small(), torch.randint(64, (32,), generator=torch.Generator().manual_seed(0))
+    errors = [
+        {
+            layer.name: layer.error
+            for layer in evaluate(model, tokens, weights="int4", group=32, window=32, **more).layers
+        }
+        for more in ({}, {"calibrate": tokens})
+    ]
+    name = "model.layers.0.mlp.down_proj"
+    assert errors[1][name] < errors[0][name]
+    assert errors[1]["lm_head"] == errors[0]["lm_head"]
 
 
 def test_what_gpt2_has_as_columns_comes_back(tmp_path):
