@@ -14,6 +14,7 @@ from zgraph.codegen import quantised
 from zgraph.errors import QuantisationError, UsageError
 from zgraph.inference.calibration import rounded_integers
 from zgraph.inference.evaluation import as_integers, evaluate
+from zgraph.inference.serving import _same
 from zgraph.inference.storage import FILE, load_quantised, save_quantised
 from zgraph.passes.quantise import integers_of
 
@@ -89,6 +90,34 @@ def test_a_folder_is_served_with_its_own_integers(tmp_path):
         found.get_parameter(name).mul_(2)
     again = zgraph.infer(found, max_len=32, weights="int4", group=32).programs.beside
     assert [t for t, tensor in again.items() if not torch.equal(tensor, programs.beside[t])] == [*own]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"input_ids": torch.zeros(1, 4)},
+        {"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 1, 3, 3)},
+    ],
+)
+def test_inputs_that_a_model_cannot_take_are_refused(given):
+    with pytest.raises(UsageError, match="cannot be called with what calibrate= gives"):
+        rounded_integers(small(), given, 32)
+
+
+def test_inputs_that_are_no_numbers_name_the_layer():
+    layer = torch.nn.Sequential(torch.nn.Linear(32, 16))
+    for wrong in (torch.inf, torch.nan, 1e30):
+        with pytest.raises(QuantisationError, match="0 is given numbers"):
+            rounded_integers(layer, {"input": torch.full((4, 32), wrong)}, 32)
+    assert rounded_integers(layer, {"input": torch.ones(0, 32)}, 32) == {}
+
+
+def test_options_with_tensors_are_compared_by_value():
+    one = {"calibrate": {"input_ids": torch.ones(2, 3)}, "max_batch": 2}
+    assert _same(one, {"calibrate": {"input_ids": torch.ones(2, 3)}, "max_batch": 2})
+    for other in ({**one, "calibrate": {"input_ids": torch.zeros(2, 3)}}, {**one, "calibrate": None}, {"max_batch": 2}):
+        assert not _same(one, other)
+        assert not _same(other, one)
 
 
 def test_errors_of_layers_are_those_of_the_integers_in_use():

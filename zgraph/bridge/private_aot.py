@@ -161,12 +161,13 @@ def _machine() -> Iterator[str]:
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     settings: Any = config
+    deterministic: Any = torch.utils.deterministic
     instructions: Any = pick_vec_isa()
     yield f"torch {torch.__version__} {torch.version.git_version}"
     yield f"{type(instructions).__name__} {instructions.build_arch_flags()}, {torch.get_num_threads()} threads"
     yield f"processor {_processor()}"
     yield f"{torch.get_default_dtype()}, deterministic {torch.get_deterministic_debug_mode()}"
-    yield f"fills memory {torch.utils.deterministic.fill_uninitialized_memory}"
+    yield f"fills memory {deterministic.fill_uninitialized_memory}"
     yield from (f"{name} = {value!r}" for name, value in sorted(settings.save_config_portable().items()))
 
 
