@@ -82,7 +82,11 @@ def test_a_folder_is_served_with_its_own_integers(tmp_path):
     found, *_ = load_quantised(tmp_path)
     held = load_file(tmp_path / FILE)
     name = "model.layers.0.mlp.up_proj.weight"
-    programs = zgraph.infer(found, max_len=32, weights="int4", group=32).programs
+    inference = zgraph.infer(found, max_len=32, weights="int4", group=32)
+    inference.generate(tokens[:1, :4], max_new_tokens=1, pad_token_id=0)
+    programs, packed = inference.programs, quantised.pack_int4(held[f"{name}.int4"])
+    in_use = [t for t in programs._resident.values() if t.dtype == packed.dtype]
+    assert any(torch.equal(t, packed) for t in in_use)
     own = dict(zip(integers_of(name), (held[f"{name}.int4"], held[f"{name}.scales"]), strict=True))
     assert all(torch.equal(programs.beside[target], tensor) for target, tensor in own.items())
     assert len(programs.beside) == 2 * 7
