@@ -14,6 +14,7 @@ from zgraph.codegen import quantised
 from zgraph.errors import QuantisationError, UsageError
 from zgraph.inference.calibration import rounded_integers
 from zgraph.inference.evaluation import as_integers, evaluate
+from zgraph.inference.model import seen_of
 from zgraph.inference.serving import _same
 from zgraph.inference.storage import FILE, load_quantised, save_quantised
 from zgraph.passes.quantise import integers_of
@@ -92,7 +93,7 @@ def test_a_folder_is_served_with_its_own_integers(tmp_path):
     assert len(programs.beside) == 2 * 7
     with torch.no_grad():
         found.get_parameter(name).mul_(2)
-    again = zgraph.infer(found, max_len=32, weights="int4", group=32).programs.beside
+    again = seen_of(found, "int4", None, 32, None)
     assert [t for t, tensor in again.items() if not torch.equal(tensor, programs.beside[t])] == [*own]
 
 
