@@ -24,7 +24,7 @@ from zgraph.bridge import private_aot
 from zgraph.bridge.private_files import private_folder, read_private, write_private
 from zgraph.bridge.private_inductor import Example
 from zgraph.environment import cache_folder, ranks_here
-from zgraph.errors import in_one_line
+from zgraph.errors import CacheError, in_one_line
 from zgraph.runtime.region import Compute
 
 MAX_BYTES = 64 << 20
@@ -89,7 +89,7 @@ class Libraries:
         folder()
         try:
             region = context.run(private_aot.Region, function, examples)
-            if (run := kept(region.text)) is not None:
+            if region.may_keep and (run := kept(region.text)) is not None:
                 self.num_kept += 1
                 return lambda: run
             compiling = self._pool.submit(context.run(region.build))
@@ -104,7 +104,8 @@ class Libraries:
             except Exception as error:
                 self._leave(error)
                 return otherwise()()
-            keep(region.text, package)
+            if region.may_keep:
+                _keep_or_warn(region.text, package)
             self.num_built += 1
             return run
 
@@ -141,6 +142,14 @@ def kept(text: str) -> Compute | None:
     if held[begin : begin + length] != text.encode():
         return None
     return private_aot.loaded(held[begin + length :])
+
+
+def _keep_or_warn(text: str, package: bytes) -> None:
+    """Keep a library that is loaded; where it cannot be, as on a full disk, the next run compiles it again."""
+    try:
+        keep(text, package)
+    except CacheError as error:
+        warnings.warn(f"a library of a region is not kept: {in_one_line(error)}", stacklevel=2)
 
 
 def keep(text: str, package: bytes) -> None:

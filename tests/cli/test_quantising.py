@@ -6,13 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import zgraph
 from zgraph.codegen import quantised
 from zgraph.errors import QuantisationError, UsageError
 from zgraph.inference.calibration import rounded_integers
 from zgraph.inference.evaluation import as_integers, evaluate
+from zgraph.inference.model import seen_of
+from zgraph.inference.serving import _same
 from zgraph.inference.storage import FILE, load_quantised, save_quantised
+from zgraph.passes.quantise import integers_of
 
 WORDS = [f"w{n}" for n in range(64)]
 
@@ -70,6 +75,68 @@ def test_a_folder_keeps_the_integers_that_were_calibrated(tmp_path):
         assert torch.equal(found.get_parameter(name), quantised.from_int4(*both, 32)), name
     with pytest.raises(UsageError, match="leave it out"):
         save_quantised(model, tmp_path, weights="int8", calibrate=tokens)
+
+
+def test_a_folder_is_served_with_its_own_integers(tmp_path):
+    tokens = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(0))
+    save_quantised(small(), tmp_path, weights="int4", group=32, calibrate=tokens)
+    found, *_ = load_quantised(tmp_path)
+    held = load_file(tmp_path / FILE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    inference = zgraph.infer(found, max_len=32, weights="int4", group=32)
+    inference.generate(tokens[:1, :4], max_new_tokens=1, pad_token_id=0)
+    programs, packed = inference.programs, quantised.pack_int4(held[f"{name}.int4"])
+    in_use = [t for t in programs._resident.values() if t.dtype == packed.dtype]
+    assert any(torch.equal(t, packed) for t in in_use)
+    own = dict(zip(integers_of(name), (held[f"{name}.int4"], held[f"{name}.scales"]), strict=True))
+    assert all(torch.equal(programs.beside[target], tensor) for target, tensor in own.items())
+    assert len(programs.beside) == 2 * 7
+    with torch.no_grad():
+        found.get_parameter(name).mul_(2)
+    again = seen_of(found, "int4", None, 32, None)
+    assert [t for t, tensor in again.items() if not torch.equal(tensor, programs.beside[t])] == [*own]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"input_ids": torch.zeros(1, 4)},
+        {"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 1, 3, 3)},
+    ],
+)
+def test_inputs_that_a_model_cannot_take_are_refused(given):
+    with pytest.raises(UsageError, match="cannot be called with what calibrate= gives"):
+        rounded_integers(small(), given, 32)
+
+
+def test_inputs_that_are_no_numbers_name_the_layer():
+    layer = torch.nn.Sequential(torch.nn.Linear(32, 16))
+    for wrong in (torch.inf, torch.nan, 1e30):
+        with pytest.raises(QuantisationError, match="0 is given numbers"):
+            rounded_integers(layer, {"input": torch.full((4, 32), wrong)}, 32)
+    assert rounded_integers(layer, {"input": torch.ones(0, 32)}, 32) == {}
+
+
+def test_options_with_tensors_are_compared_by_value():
+    one = {"calibrate": {"input_ids": torch.ones(2, 3)}, "max_batch": 2}
+    assert _same(one, {"calibrate": {"input_ids": torch.ones(2, 3)}, "max_batch": 2})
+    for other in ({**one, "calibrate": {"input_ids": torch.zeros(2, 3)}}, {**one, "calibrate": None}, {"max_batch": 2}):
+        assert not _same(one, other)
+        assert not _same(other, one)
+
+
+def test_errors_of_layers_are_those_of_the_integers_in_use():
+    model, tokens = small(), torch.randint(64, (32,), generator=torch.Generator().manual_seed(0))
+    errors = [
+        {
+            layer.name: layer.error
+            for layer in evaluate(model, tokens, weights="int4", group=32, window=32, **more).layers
+        }
+        for more in ({}, {"calibrate": tokens})
+    ]
+    name = "model.layers.0.mlp.down_proj"
+    assert errors[1][name] < errors[0][name]
+    assert errors[1]["lm_head"] == errors[0]["lm_head"]
 
 
 def test_what_gpt2_has_as_columns_comes_back(tmp_path):

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ import zgraph
 from tests.deep import deep
 from zgraph.bridge import private_aot, private_inductor
 from zgraph.bridge.private_inductor import Example, Lowered
+from zgraph.compiler import recordings
 from zgraph.errors import CacheError, UsageError
+from zgraph.options import validate
+from zgraph.passes import Context
 from zgraph.runtime import libraries, regions
 from zgraph.runtime.libraries import Libraries
 
@@ -79,6 +83,7 @@ class Fake:
     """In the place of a region that can be built: the package is its text."""
 
     built: list[str]
+    may_keep = True
 
     def __init__(self, function: Any, examples: Any) -> None:
         self.function, self.text = function, f"text of {function.__name__}"
@@ -171,6 +176,47 @@ def used_again(packages: list[bytes]) -> bool:
     assert packages[-1] == b"text of one"
     assert of.num_built + of.num_kept == 1
     return bool(of.num_kept)
+
+
+def test_what_cannot_be_kept_runs_all_the_same(packages, monkeypatch):
+    def full(*_: Any) -> None:
+        raise CacheError("no space left; make room")
+
+    monkeypatch.setattr(libraries, "write_private", full)
+    with pytest.warns(UserWarning, match=r"not kept: .*no space left; make room"):
+        assert made(one, [torch.ones(2)], Libraries())([]) == [b"text of one"]
+
+
+def test_nothing_is_kept_with_passes_of_the_users(packages, monkeypatch):
+    monkeypatch.setattr(Fake, "may_keep", False)
+    made(one, [torch.ones(2)], Libraries())
+    assert not [*libraries.folder().iterdir()]
+
+
+def test_the_key_of_a_library_has_all_that_it_depends_on(monkeypatch):
+    inductor: Any = torch._inductor.config
+    found = []
+
+    def region() -> private_aot.Region:
+        found.append(private_aot.Region(one, [Example.of(torch.ones(2))]))
+        return found[-1]
+
+    assert region().may_keep
+    with inductor.patch(post_grad_custom_post_pass=lambda graph: None):
+        assert not region().may_keep
+    assert found[0].text == found[1].text
+    for setting, value, default in (
+        (torch.use_deterministic_algorithms, True, False),
+        (torch.set_default_dtype, torch.float64, torch.float32),
+    ):
+        setting(value)
+        try:
+            region()
+        finally:
+            setting(default)
+    monkeypatch.setattr(private_aot, "_processor", lambda: "another")
+    region()
+    assert len({region.text for region in found}) == 4
 
 
 def test_what_is_kept_is_used(packages):
@@ -273,6 +319,7 @@ def losses(**options: Any) -> tuple[list[float], str]:
 
 
 @needs_compiler
+@pytest.mark.skipif(bool(private_aot.libraries_problem()), reason="torch 2.13 makes libraries")
 @pytest.mark.parametrize("regions", [deep("c++"), deep("auto")])
 def test_training_by_libraries_is_that_without(regions):
     own, without = losses()
@@ -305,6 +352,8 @@ def in_steps(monkeypatch):
 
     functions: dict[bytes, Any] = {}
     Fake.built = []
+    for room in (recordings, validate):
+        monkeypatch.setattr(room, "libraries_problem", lambda: "")
     monkeypatch.setattr(private_aot, "Region", Stepped)
     monkeypatch.setattr(private_aot, "loaded", lambda package: lambda args: functions[package](*args))
     monkeypatch.setattr(libraries, "kept", lambda text: None)
@@ -327,13 +376,27 @@ def test_regions_of_a_model_are_libraries(in_steps, calls):
 
 
 def test_auto_leaves_long_steps_alone(in_steps, monkeypatch):
-    from zgraph.compiler import recordings
     from zgraph.cost.launches import Launches
 
     monkeypatch.setattr(recordings, "launches", lambda *_: Launches(1e3, 1e6))
     found, said = losses(regions="auto")
     assert found == plain()
     assert "no libraries of C++, as by the figures of" in said
+
+
+def test_an_older_torch_makes_no_libraries(in_steps, monkeypatch):
+    for room in (recordings, validate):
+        monkeypatch.setattr(room, "libraries_problem", lambda: "this torch is old")
+    with pytest.raises(UsageError, match="this torch is old; install torch 2"):
+        zgraph.compile(Net(), kernels="inductor", regions="c++")
+    assert "no libraries of C++, as this torch is old" in losses(regions="auto")[1]
+
+
+def test_auto_makes_no_libraries_on_a_gpu():
+    of = regions.Regions()
+    plan: Any = SimpleNamespace(graph=SimpleNamespace(name="step"))
+    recordings.choose_calls(of, plan, Context(), "auto", torch.device("cuda:0"))
+    assert (of.makes_libraries, of.libraries) == (False, None)
 
 
 def test_sizes_that_change_are_left_to_inductor(in_steps, monkeypatch):

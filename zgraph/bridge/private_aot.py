@@ -7,6 +7,7 @@ functions of the same text are the same library. Tried on torch 2.13.0, on proce
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, copy_context
@@ -20,7 +21,7 @@ import torch
 from zgraph.bridge.private_files import is_private
 from zgraph.bridge.private_inductor import Example, Tensors, traced
 
-__all__ = ["Region", "Unsupported", "loaded", "num_compilers"]
+__all__ = ["Region", "Unsupported", "libraries_problem", "loaded", "num_compilers"]
 
 
 class Unsupported(RuntimeError):
@@ -34,11 +35,13 @@ class Region:
         function: is traced.
         examples: what it will be given.
 
-    `text` is all that the library depends on. Raises Unsupported, or what tracing raises.
+    `text` is all that the library depends on, but for passes of the user's in Inductor: with one, `may_keep` is false.
+    Raises Unsupported, or what tracing raises.
     """
 
     def __init__(self, function: Callable[..., Sequence[torch.Tensor]], examples: Sequence[Example]) -> None:
         self._function, self._examples = function, examples
+        self.may_keep = not _has_own_passes()
         with traced(function, examples) as (graph, _):
             if graph.graph.find_nodes(op="get_attr"):
                 raise Unsupported("it holds values of tensors")
@@ -74,6 +77,13 @@ class Region:
             _compiles.reset(token)
         (compile_,) = put_off
         return lambda: context.run(_packaged, compile_)
+
+
+def libraries_problem() -> str:
+    """Why this torch makes no libraries of regions; empty where it does."""
+    if torch.__version__ >= "2.13":
+        return ""
+    return f"torch {torch.__version__} has one configuration of Inductor for all threads, and 2.13 one for each"
 
 
 def num_compilers() -> int:
@@ -112,15 +122,52 @@ _compiles: ContextVar[list[Callable[[str], Any]] | None] = ContextVar("zgraph_co
 """Compilations that were put off, in a context that lowers."""
 
 
+_OWN_PASSES = (
+    "pre_grad_custom_pass",
+    "joint_custom_pre_pass",
+    "joint_custom_post_pass",
+    "post_grad_custom_pre_pass",
+    "post_grad_custom_post_pass",
+    "_pre_fusion_custom_pass",
+    "_post_fusion_custom_pass",
+    "custom_partitioner_fn",
+)
+"""Settings of Inductor that are functions of the user's, of which there is no text."""
+
+
+def _has_own_passes() -> bool:
+    from torch._inductor import config
+
+    return any(getattr(config, name, None) for name in _OWN_PASSES)
+
+
+@cache
+def _processor() -> str:
+    """The processor's model and what it can do, which the compiler of C++ makes use of."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = (line.partition(":") for line in first)
+    fields = {name.strip(): value.strip() for name, _, value in told}
+    kinds = "vendor_id", "cpu family", "model", "model name", "stepping", "flags"
+    arm = "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features"
+    return f"{platform.machine()} {[fields[kind] for kind in (*kinds, *arm) if kind in fields]}"
+
+
 def _machine() -> Iterator[str]:
     """Lines of all that a library depends on beside the graph."""
     from torch._inductor import config
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     settings: Any = config
+    deterministic: Any = torch.utils.deterministic
     instructions: Any = pick_vec_isa()
     yield f"torch {torch.__version__} {torch.version.git_version}"
     yield f"{type(instructions).__name__} {instructions.build_arch_flags()}, {torch.get_num_threads()} threads"
+    yield f"processor {_processor()}"
+    yield f"{torch.get_default_dtype()}, deterministic {torch.get_deterministic_debug_mode()}"
+    yield f"fills memory {deterministic.fill_uninitialized_memory}"
     yield from (f"{name} = {value!r}" for name, value in sorted(settings.save_config_portable().items()))
 
 

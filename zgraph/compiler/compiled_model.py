@@ -172,7 +172,7 @@ class CompiledModel:
         kept = sum(found.kept_bytes for found in self.recordings)
         found = Recordings(plan, self.session, context, self.cuda_graphs, kept) if self.cuda_graphs else None
         if self.regions is not None and self.region_calls != "python":
-            choose_calls(self.regions, plan, context, self.region_calls)
+            choose_calls(self.regions, plan, context, self.region_calls, self.session.device)
         forward, backward = link_plan(
             self.session,
             plan,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from zgraph.bridge.private_aot import libraries_problem
 from zgraph.cost import CostTable
 from zgraph.cost.launches import Launches, launches, recorded_bytes
 from zgraph.ir import Plan
@@ -83,8 +84,15 @@ class Recordings:
         return f"{self.plan.graph.name}: {found}"
 
 
-def choose_calls(regions: Regions, plan: Plan, context: Context, wanted: RegionCalls) -> None:
-    """Have regions of a plan that are new become libraries of C++: "auto" where launching takes longer than running."""
+def choose_calls(regions: Regions, plan: Plan, context: Context, wanted: RegionCalls, device: torch.device) -> None:
+    """Have regions of a plan that are new become libraries of C++: "auto" where launching takes longer than running, on
+    processors, with a torch that makes them.
+    """
+    problem = libraries_problem() if device.type == "cpu" else f"they are for processors, and this is {device}"
+    if wanted == "auto" and problem:
+        regions.makes_libraries = False
+        regions.remark = f"{plan.graph.name}: no libraries of C++, as {problem}"
+        return
     bound = launches(plan, context.costs, context.hints)
     if wanted == "c++" or (wanted == "auto" and bound.bind):
         regions.libraries = regions.libraries or Libraries()

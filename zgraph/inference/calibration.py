@@ -16,7 +16,7 @@ from torch import nn
 
 from zgraph.codegen import quantised
 from zgraph.codegen.gptq import gptq
-from zgraph.errors import UsageError
+from zgraph.errors import QuantisationError, UsageError, ZgraphError
 from zgraph.inference.layers import check_group, kept_in, linear_layers, rows_of, watched
 
 OUTLIERS = 16
@@ -50,6 +50,8 @@ def outlier_columns(
     names = {id(p): n for n, p in model.named_parameters()}
 
     def see(_: str, layer: Any, x: torch.Tensor) -> None:
+        if not len(x):
+            return
         found, name = x.float().abs().amax(0), names[id(layer.weight)]
         largest[name] = torch.maximum(largest[name], found) if name in largest else found
 
@@ -77,7 +79,7 @@ def rounded_integers(
         name of the layer's weight in the model. Layers that int4 leaves in int8 have none.
 
     Raises:
-        QuantisationError: a layer's columns or outputs do not fit the integers.
+        QuantisationError: a layer's columns or outputs do not fit the integers, or its inputs are not finite.
         UsageError: the inputs mean nothing.
     """
     kinds, names = kept_in(model, "int4"), {id(p): n for n, p in model.named_parameters()}
@@ -90,12 +92,17 @@ def rounded_integers(
     def see(name: str, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         nonlocal last
         weight = names[id(layer.weight)]
-        if kinds[name] != "int4":
+        if kinds[name] != "int4" or not len(x):
             return None
         wide = x.float()
         if weight not in found:
             if last is None or not torch.equal(last[0], wide):  # layers of one input follow each other
                 last = wide, wide.t() @ wide
+            if not last[1].isfinite().all():
+                raise QuantisationError(
+                    f"{name} is given numbers that are infinite or none by calibrate=, or too large for its second "
+                    "moments in fp32; pass another text"
+                )
             integers, scales = gptq(rows_of(layer), last[1], group)
             found[weight] = quantised.in_pairs(integers), scales
         return wide @ quantised.from_int4(*found[weight], group).t()
@@ -112,7 +119,9 @@ def call(model: nn.Module, calibrate: Calibrate, hook: Any) -> None:
     try:
         with watched(model, hook):
             model(**given)
-    except (TypeError, IndexError, ValueError) as error:
+    except (torch.OutOfMemoryError, ZgraphError):
+        raise
+    except (TypeError, IndexError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"{type(model).__name__} cannot be called with what calibrate= gives ({type(error).__name__}: {error}); "
             "pass tokens of its vocabulary, or the inputs of its forward by name"

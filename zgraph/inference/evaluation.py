@@ -17,10 +17,11 @@ from zgraph.codegen import quantised
 from zgraph.errors import UsageError
 from zgraph.inference.calibration import Calibrate
 from zgraph.inference.layers import kept_in, rows_of, watched
-from zgraph.inference.model import check_kv, recipe_of, seen_of
+from zgraph.inference.model import check_kv, is_calibrated, recipe_of, seen_of
 from zgraph.inference.programs import Programs
 from zgraph.inference.slots import restored, rounded
 from zgraph.passes import parse_recipe
+from zgraph.passes.quantise import integers_of
 
 WINDOW = 256
 """Tokens that are scored together: each but the first is predicted from those before it in its window."""
@@ -93,7 +94,7 @@ def evaluate(
     windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]
     if not len(windows) or window < 2:
         raise UsageError(f"the text has {len(tokens)} tokens, and a window {window}; take a longer text")
-    recipe = recipe_of(weights, activations, group, is_calibrated=calibrate is not None)
+    recipe = recipe_of(weights, activations, group, is_calibrated=is_calibrated(model, calibrate, group))
     check_kv(kv)
     was_training = model.training
     model.eval()
@@ -101,7 +102,7 @@ def evaluate(
         before, before_bytes = _perplexity(model, windows, recipe_of(None, None, group))
         beside = seen_of(model, weights, activations, group, calibrate)
         after, after_bytes = _perplexity(model, windows, recipe, kv, beside)
-        layers = _layer_errors(model, windows[:1], weights, group) if weights else ()
+        layers = _layer_errors(model, windows[:1], weights, group, beside) if weights else ()
     finally:
         model.train(was_training)
     return Evaluation(windows.numel() - len(windows), before, after, before_bytes, after_bytes, layers)
@@ -177,13 +178,20 @@ class _Seen:
 
 
 @torch.no_grad()
-def _layer_errors(model: nn.Module, windows: torch.Tensor, weights: str, group: int) -> tuple[LayerError, ...]:
+def _layer_errors(
+    model: nn.Module, windows: torch.Tensor, weights: str, group: int, beside: Mapping[str, torch.Tensor]
+) -> tuple[LayerError, ...]:
     """The error that each linear layer makes of what it is given in the plain model."""
     kinds, seen = kept_in(model, weights), dict[str, _Seen]()
+    names = {id(p): n for n, p in model.named_parameters()}
 
     def see(name: str, layer: Any, x: torch.Tensor) -> None:
         found, weight = seen.setdefault(name, _Seen()), rows_of(layer).float()
-        change = as_integers(weight, kinds[name], group) - weight
+        integers, scales = integers_of(names[id(layer.weight)])
+        if integers in beside:
+            change = quantised.from_int4(beside[integers], beside[scales], group) - weight
+        else:
+            change = as_integers(weight, kinds[name], group) - weight
         found.output += (x.float() @ weight.t()).square().sum().item()
         found.error += (x.float() @ change.t()).square().sum().item()
 

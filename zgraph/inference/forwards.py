@@ -12,6 +12,9 @@ from torch.utils import _pytree as pytree
 from zgraph.errors import InferenceError, UsageError
 from zgraph.inference.programs import Program, Programs
 
+MAX_RECORDED = 8
+"""Shapes of inputs whose forwards are recorded for a GPU to repeat: each recording keeps its memory."""
+
 Rebuild = Callable[[list[torch.Tensor]], Any]
 """From the tensors of an output to the output, as the model gives it."""
 
@@ -94,7 +97,7 @@ class Inference:
                 forward,
                 {name: t.detach().clone() for name, t in tensors.items()},
                 f"forward-{len(self._forwards)}",
-                {},
+                {} if len(self._forwards) < MAX_RECORDED else None,
             )
         finally:
             model.train(was_training)

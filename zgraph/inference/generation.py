@@ -113,7 +113,8 @@ class Generator(Inference):
             pad_token_id: what follows in a row that has ended; None takes the model's, or else a token that ends rows.
             generator: draws, where something is drawn; None is torch's own.
             draft: a smaller model of the same tokens, by `zgraph.infer`, that proposes tokens: the likeliest are the
-                same as without, in fewer calls of this model. `drafted` has the counts of the last call.
+                same as without, up to rounding, as this model looks at several tokens at once, in fewer calls of it.
+                `drafted` has the counts of the last call.
             num_drafted: tokens that it proposes at a time.
 
         Raises:

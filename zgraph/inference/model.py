@@ -16,6 +16,7 @@ from zgraph.inference.generation import Generator
 from zgraph.inference.programs import Programs
 from zgraph.inference.seq2seq import Seq2Seq, Seq2SeqStep, seq2seq_step
 from zgraph.inference.slots import Arena
+from zgraph.inference.storage import is_stored, stored_integers
 from zgraph.ir import Shard
 from zgraph.options.model_plans import Placements
 from zgraph.options.parallel import AXIS, cuts_of, mesh_of
@@ -38,7 +39,7 @@ def recipe_of(weights: str | None, activations: str | None, group: int, *, is_ca
 
     Args:
         weights, activations, group: as of `infer`.
-        is_calibrated: whether there is something to calibrate with.
+        is_calibrated: whether integers of int4 are there already, as `is_calibrated` says.
 
     Raises:
         UsageError: the options mean nothing, alone or together.
@@ -63,6 +64,11 @@ def recipe_of(weights: str | None, activations: str | None, group: int, *, is_ca
     return RECIPE.replace("canonicalize,", f"canonicalize,quantise({text}),")
 
 
+def is_calibrated(model: nn.Module, calibrate: Calibrate, group: int) -> bool:
+    """Whether integers of int4 are constants: there is something to calibrate with, or a folder had them."""
+    return calibrate is not None or is_stored(model, group)
+
+
 def seen_of(
     model: nn.Module, weights: str | None, activations: str | None, group: int, calibrate: Calibrate
 ) -> dict[str, torch.Tensor]:
@@ -75,13 +81,14 @@ def seen_of(
     if activations is not None:
         return {outliers_of(weight): columns for weight, columns in outlier_columns(model, calibrate).items()}
     if calibrate is None:
-        return {}
-    if weights != "int4":
+        integers = stored_integers(model, group) if weights == "int4" and is_stored(model, group) else {}
+    elif weights == "int4":
+        integers = rounded_integers(model, calibrate, group)
+    else:
         raise UsageError(
             'calibrate= rounds weights="int4", and shows where activations="int8" has outliers; leave it out, or pass '
             "one of these too"
         )
-    integers = rounded_integers(model, calibrate, group)
     return {t: v for weight, both in integers.items() for t, v in zip(integers_of(weight), both, strict=True)}
 
 
@@ -158,7 +165,9 @@ def infer(
     check_cuda_graphs(cuda_graphs, True, device)
     check_region_calls(regions, kernels, device)
     records = cuda_graphs if device.type == "cuda" else False
-    pipeline = parse_recipe(recipe_of(weights, activations, group, is_calibrated=calibrate is not None))
+    pipeline = parse_recipe(
+        recipe_of(weights, activations, group, is_calibrated=is_calibrated(model, calibrate, group))
+    )
     if kernels == "inductor" and (problem := inductor_problem(device)):
         raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
     mesh = mesh_of(device, None, {AXIS: tensor_parallel})

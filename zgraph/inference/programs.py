@@ -283,7 +283,7 @@ class Programs:
     def _linked(self, plan: Plan, resident: Mapping[str, torch.Tensor], recordings: Recordings | None) -> Runner:
         if isinstance(self._together, Regions):
             if self.region_calls != "python":
-                choose_calls(self._together, plan, self._here(), self.region_calls)
+                choose_calls(self._together, plan, self._here(), self.region_calls, self.device)
             self._together.take_context()
             self._together.compile([plan.forward], plan.graph, self.session)
         maker = recordings.maker if recordings is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,6 +67,15 @@ class _Served:
             raise
 
 
+def _same(one: object, other: object) -> bool:
+    """Whether options are the same, with tensors among them."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    return not isinstance(one, torch.Tensor) and not isinstance(other, torch.Tensor) and bool(one == other)
+
+
 _SERVED: weakref.WeakKeyDictionary[nn.Module, _Served] = weakref.WeakKeyDictionary()
 """The copy that each compiled model generates with: its programs are captured once."""
 
@@ -97,7 +106,7 @@ def serving(model: nn.Module, **options: Any) -> Iterator[Generator]:
     if options.get("calibrate") is not None and options.get("weights") == "int4":
         raise UsageError('weights="int4" is rounded anew each time; leave calibrate= out within training')
     held = _SERVED.get(model)
-    if held is not None and held.options != options:
+    if held is not None and not _same(held.options, options):
         raise UsageError(
             f"this {type(model).__name__} was served with {held.options or 'no options'}, and programs are captured "
             "once; pass the same options each time"

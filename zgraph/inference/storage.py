@@ -8,6 +8,7 @@ Everything else is as it was. Reading runs nothing of the folder's.
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ from torch import nn
 from zgraph.codegen import quantised
 from zgraph.errors import UsageError
 from zgraph.inference.calibration import Calibrate, rounded_integers
-from zgraph.inference.layers import check_group, is_turned, kept_in, linear_layers
+from zgraph.inference.layers import check_group, is_turned, kept_in, linear_layers, rows_of
 
 FILE = "model.zgraph.safetensors"
 KEY = "zgraph.weights"
+
+Int4 = tuple[torch.Tensor, torch.Tensor]
+"""Integers, two in a byte, uint8 [outputs, columns / 2], and scales, bf16 [columns / group, outputs, 2]."""
+
+_STORED: weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[str, Int4]]] = weakref.WeakKeyDictionary()
+"""The group and the int4 by the weight's name of each model that was read from a folder."""
 
 
 def save_quantised(
@@ -71,7 +78,8 @@ def save_quantised(
 def load_quantised(folder: Path) -> tuple[nn.Module, str, int]:
     """A plain model with the numbers that the integers of a folder stand for, in fp32, what they were, and the group.
 
-    `zgraph.infer` with the same `weights` gives the same integers.
+    `zgraph.infer` with the same `weights` and `group` takes the very integers of the folder, as long as the weights are
+    what was read.
 
     Raises:
         UsageError: the folder has no such file, it does not fit its own configuration, or it is damaged.
@@ -100,7 +108,37 @@ def load_quantised(folder: Path) -> tuple[nn.Module, str, int]:
     if unexpected or set(missing) - tied:
         wrong = sorted({*unexpected, *(set(missing) - tied)})
         raise UsageError(f"{path} does not fit the configuration beside it: {', '.join(wrong[:5])}")
+    if weights == "int4":
+        names = [key.removesuffix(".int4") for key in held if key.endswith(".int4")]
+        _STORED[model] = group, {name: (held[f"{name}.int4"], held[f"{name}.scales"]) for name in names}
     return model.eval(), weights, group
+
+
+def is_stored(model: nn.Module, group: int) -> bool:
+    """Whether a model was read from a folder of int4 with such groups."""
+    return model in _STORED and _STORED[model][0] == group
+
+
+@torch.no_grad()
+def stored_integers(model: nn.Module, group: int) -> dict[str, Int4]:
+    """The int4 of each linear layer of a model that `is_stored`, by the weight's name in the model.
+
+    They are the folder's where the weight is what they stand for; one that was written to is rounded to the nearest.
+
+    Raises:
+        QuantisationError: a layer's columns or outputs do not fit the integers.
+    """
+    stored, found = _STORED[model][1], dict[str, Int4]()
+    kinds, names = kept_in(model, "int4"), {id(p): n for n, p in model.named_parameters()}
+    for layer_name, layer in linear_layers(model).items():
+        name, rows = names[id(layer.weight)], rows_of(layer).contiguous()
+        if kinds[layer_name] != "int4" or name in found:
+            continue
+        check_group(layer_name, rows, group)
+        both = stored.get(name)
+        is_own = both is not None and torch.equal(quantised.from_int4(*both, group).to(rows), rows)
+        found[name] = both if both is not None and is_own else _nearest(rows, group)
+    return found
 
 
 def _named(model: nn.Module, name: str, state: dict[str, torch.Tensor]) -> list[tuple[Any, Any]]:

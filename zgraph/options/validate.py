@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.bridge.aten import FROM_TORCH
+from zgraph.bridge.private_aot import libraries_problem
 from zgraph.codegen.float8 import float8_problem
 from zgraph.errors import AlreadyCompiledError, UsageError
 from zgraph.passes import COMPUTES, RECIPES
@@ -129,6 +130,8 @@ def check_region_calls(regions: object, kernels: object, device: torch.device) -
             f'regions="c++" is for processors, and the model is on the {device.type}; leave it out. With '
             "cuda_graphs=True a GPU repeats many regions in one launch"
         )
+    if problem := libraries_problem():
+        raise UsageError(f'regions="c++" cannot be: {problem}; install torch 2.13 or later, or leave regions= out')
 
 
 def check_cuda_graphs(cuda_graphs: object, fullgraph: object, device: torch.device) -> None:
