@@ -154,6 +154,7 @@ def engine(mesh: DeviceMesh) -> tuple[float, list[int]]:
     ours, _, loader, _ = zgraph.initialize_engine(
         model=built(mixtral)(), config=config, training_data=list(rows), collate_fn=torch.stack
     )
+    assert (ours.dp_world_size, ours.get_data_parallel_rank()) == (mesh.size() // 2, mesh.get_rank() // 2)
     plain = built(mixtral)()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
     worst = 0.0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
@@ -157,3 +158,53 @@ def test_the_variance_is_updated_ever_more_seldom() -> None:
     assert [step for step in range(1, 20) if optimizer.updates_variance(step)] == [1, 2, 3, 4, 5]
     with pytest.raises(UsageError, match="all groups at once"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+def rows_without_gradient(mesh: DeviceMesh, stage: int) -> tuple[bool, bool, bool]:
+    """Whether rows of no batch stay, whether one first seen once the variance is frozen stays, whether others move."""
+    torch.manual_seed(0)
+    model = zgraph.compile(nn.Sequential(nn.Embedding(12, 8, padding_idx=0), nn.Linear(8, 3)), mesh=mesh, stage=stage)
+    optimizer = zgraph.optim.OneBitAdam(model.parameters(), LR, BETAS, codec=CODEC, freeze_step=2, doubling=0)
+    before = whole(model)[: 12 * 8].view(12, 8).clone()
+    for step in range(6):
+        ids = torch.tensor([0, 1, 2, 3] if step < 2 else [0, 2, 3, 7]) + mesh.get_rank() % 2 * torch.tensor(
+            [0, 1, 1, 0]
+        )
+        model(ids).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = (whole(model)[: 12 * 8].view(12, 8) - before).abs().amax(1)
+    return bool((moved[[0, 8, 9, 10, 11]] == 0).all()), float(moved[7]) == 0, bool((moved[1:4] > 0).all())
+
+
+def test_what_has_no_variance_keeps_its_value(pool: Pool) -> None:
+    for stage in (0, 1):
+        assert pool.run(rows_without_gradient, 2, stage) == [(True, True, True)] * 2
+
+
+def test_states_keep_their_dtypes_and_to_ask_for_them_changes_nothing() -> None:
+    def fresh() -> tuple[Any, zgraph.optim.OneBitAdam]:
+        model = zgraph.compile(net().bfloat16(), stage=1)
+        return model, zgraph.optim.OneBitAdam(model.parameters(), LR, BETAS, codec=CODEC, doubling=0)
+
+    def kept(optimizer: zgraph.optim.OneBitAdam) -> list[torch.Tensor]:
+        steps = torch.tensor([optimizer.num_steps, optimizer.num_updates, optimizer.skipped])
+        return [
+            steps,
+            optimizer._momentum.clone(),
+            optimizer._has_variance.clone(),
+            *map(torch.clone, optimizer._variances),
+        ]
+
+    model, optimizer = fresh()
+    for step in range(2):
+        before = [whole(model).clone(), *kept(optimizer)]
+        get_optimizer_state_dict(model, optimizer)
+        assert all(map(torch.equal, before, [whole(model), *kept(optimizer)]))
+        model(batch(step, 0)[0].bfloat16()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.num_steps = optimizer.num_updates = 301  # no number of bfloat16
+    _, other = fresh()
+    other.load_state_dict(optimizer.state_dict())
+    assert all(map(torch.equal, kept(optimizer), kept(other)))

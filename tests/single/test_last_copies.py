@@ -43,6 +43,17 @@ def test_other_buckets_have_the_same_numbers() -> None:
     assert kept.num_bytes == 2 * NUM_RANKS * (11 + 11), "a is in its old bucket still, and c in its new one alone"
 
 
+def test_they_move_to_other_buckets_in_inference_mode() -> None:
+    kept = copies()
+    kept.keep(("a", "b"), DType.bf16, rows(8 + 3, 0.0))
+    with torch.inference_mode():
+        found = kept.of(("b",), DType.bf16)
+        assert found is not None
+        assert kept.of(("b",), DType.bf16) is found
+    assert not found.rows.is_inference()
+    assert found.is_intact
+
+
 def test_one_that_was_written_to_is_given_up() -> None:
     kept = copies()
     kept.keep(("a",), DType.bf16, made := rows(6, 0.0))

@@ -8,9 +8,11 @@ from torch import nn
 
 import small
 import zgraph
-from tests.distributed.tensor_zoo import WORDS, qwen3_moe
+from tests.distributed.tensor_zoo import WORDS, mixtral, qwen3_moe
 from zgraph.errors import UsageError
+from zgraph.estimate.layouts import _refuses_axes
 from zgraph.estimate.training_plan import TrainingPlan
+from zgraph.options.settings import Options
 
 IDS = torch.zeros(2, 16, dtype=torch.int64, device="meta")
 
@@ -56,6 +58,29 @@ def test_experts_are_shared_where_a_model_has_them() -> None:
     )
     assert again.best is not None
     assert f"expert_parallel=2 at stage 3 {1e6 * 2 * IDS.numel() / again.best.total_us:,.0f} tokens/s" in found.layouts
+
+
+def test_a_number_of_experts_that_does_not_divide_is_told_of() -> None:
+    with torch.device("meta"):
+        model = mixtral()
+    found = chosen(model)
+    assert "has 3 experts, which do not divide over 2 ranks" in found.layouts
+    assert found.expert_parallel == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "refused"),
+    [
+        ({}, False),
+        ({"fullgraph": False}, True),
+        ({"dynamic": True}, True),
+        ({"kernels": "triton"}, True),
+        ({"offload": "optimizer"}, True),
+        ({"compress": "q8"}, True),
+    ],
+)
+def test_options_that_an_axis_refuses_leave_none_to_try(option: Options, refused: bool) -> None:
+    assert _refuses_axes(option) is refused
 
 
 def test_one_rank_has_nothing_to_choose() -> None:

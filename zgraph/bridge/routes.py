@@ -81,7 +81,7 @@ class _Side:
         """The rank that has each row, and the row's number there; of no rank what no group has."""
         whole = num_local if by_group else num_local * self.size
         rows = torch.where(rows < 0, rows + whole, rows).long()
-        if rows.device.type == "cpu" and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < whole:
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < whole:
             raise IndexError(f"an index is out of range: it must be from 0 to {whole - 1}")
         if not by_group:
             return rows // num_local, rows % num_local

@@ -119,7 +119,7 @@ class Queries:
     @property
     def dp_world_size(self) -> int:
         """Ranks that each have a batch of their own."""
-        return self.config.world_size
+        return self.config.world_size // self.config.expert_parallel
 
     def get_data_parallel_rank(self) -> int:
         """This rank's number among those that each have a batch of their own."""

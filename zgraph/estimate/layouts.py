@@ -25,7 +25,7 @@ from zgraph.estimate.stage_plan import Planner
 from zgraph.estimate.training_plan import TrainingPlan, resting
 from zgraph.options.experts import experts_of
 from zgraph.options.offload import Offload
-from zgraph.options.parallel import AXES
+from zgraph.options.parallel import AXES, check_parallel
 from zgraph.options.searched import usual_inputs
 from zgraph.options.settings import RECOMPUTES, Options, Recompute, device_for
 from zgraph.options.validate import Kernels
@@ -52,7 +52,7 @@ class _Tried:
 
     Args:
         sizes: ranks along each axis of more than one.
-        num_items: tokens, or rows, of the batch of ranks that compute together.
+        num_items: tokens, or rows, of a step of ranks that compute together, with all its micro-batches.
         plan: what training takes; None where it cannot be.
         why: why it cannot be.
     """
@@ -96,12 +96,14 @@ def best_layout(
     kernels: Kernels | None = None,
     recompute: Recompute = "auto",
     accumulation: int = 1,
+    alone: bool = False,
 ) -> TrainingPlan:
     """The plan of the layout that trains on the most items in a second among those that fit.
 
     Args:
         model, args, kwargs: as for `zgraph.plan`: what the forward is called with on one rank of data.
         hardware, num_ranks, memory_budget, stage, offload, param_dtype, kernels, recompute, accumulation: as there.
+        alone: try no layout whose ranks compute together.
 
     Returns:
         Its plan, which says in `layouts` what was tried. Where nothing fits, the one that needs the least.
@@ -115,16 +117,19 @@ def best_layout(
     planner = planner_maker(costs, num_ranks, memory_budget, offload, kernels, None, more)(samples)
     unit, items = _items(args, kwargs)
     tried = []
-    for sizes in _candidates(model, planner):
+    for sizes in ({},) if alone else _candidates(model, planner):
         one, times = planner, sizes.get("expert", 1)
+        num_items = items * times * accumulation
         if times > 1:
-            wide_args, wide_kwargs = (_wider(given, times) for given in (tuple(args), dict(kwargs)))
-            one = replace(
-                planner,
-                samples=capture_samples(model, wide_args, wide_kwargs, dtype, capability),
-                experts=experts_of(model, times),
-            )
-        tried.append(_planned(model, replace(one, **cast(dict[str, Any], sizes)), sizes, items * times, stages))
+            try:
+                experts = experts_of(model, times)
+                wide_args, wide_kwargs = (_wider(given, times) for given in (tuple(args), dict(kwargs)))
+                samples = capture_samples(model, wide_args, wide_kwargs, dtype, capability)
+            except (PlacementError, UsageError) as error:
+                tried.append(_Tried(sizes, num_items, None, _reason(error)))
+                continue
+            one = replace(planner, samples=samples, experts=experts)
+        tried.append(_planned(model, replace(one, **cast(dict[str, Any], sizes)), sizes, num_items, stages))
     return _chosen(tried, unit)
 
 
@@ -168,7 +173,7 @@ def _planned(
     try:
         found = tuple(map(planner.plan, stages))
     except (PlacementError, UsageError) as error:
-        return _Tried(sizes, num_items, None, str(error).splitlines()[0].split(";")[0])
+        return _Tried(sizes, num_items, None, _reason(error))
     plan = TrainingPlan(
         type(model).__name__,
         sum(p.numel() for p in model.parameters()),
@@ -181,6 +186,11 @@ def _planned(
         expert_parallel=sizes.get("expert", 1),
     )
     return _Tried(sizes, num_items, plan)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without the remedy, which is for who chose the layout."""
+    return str(error).splitlines()[0].split(";")[0]
 
 
 def _chosen(tried: Sequence[_Tried], unit: str) -> TrainingPlan:
@@ -226,7 +236,7 @@ def laid_out(model: nn.Module, parallel: object, options: Options) -> tuple[Opti
     if isinstance(parallel, TrainingPlan):
         found = parallel
     elif parallel == "auto":
-        found = _searched(model, options, count)
+        found = _of_first_rank(_searched(model, options, count))
     else:
         raise UsageError(f'parallel must be "auto" or a plan of zgraph.plan(parallel="auto"), not {parallel!r}')
     if found.num_ranks != count:
@@ -269,4 +279,30 @@ def _searched(model: nn.Module, options: Options, num_ranks: int) -> TrainingPla
         param_dtype=options.get("param_dtype"),
         kernels=options.get("kernels"),
         recompute=options.get("recompute", "auto"),
+        alone=_refuses_axes(options),
     )
+
+
+def _refuses_axes(options: Options) -> bool:
+    """Whether options that were given leave ranks nothing to compute together."""
+    try:
+        check_parallel(
+            options.get("kernels") or "auto",
+            options.get("offload", "auto"),
+            options.get("fullgraph", True),
+            options.get("dynamic"),
+            None,
+            has_recipe=False,
+        )
+    except UsageError:
+        return True
+    return options.get("compress") is not None
+
+
+def _of_first_rank(plan: TrainingPlan) -> TrainingPlan:
+    """The first rank's plan: what hosts measure of themselves differs, and all ranks must make the same mesh."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return plan
+    plans = [plan]
+    dist.broadcast_object_list(plans, src=0)
+    return plans[0]

@@ -15,7 +15,7 @@ from zgraph.optim.blocks import BLOCK_NUMEL
 from zgraph.optim.flat import Group
 from zgraph.optim.quantised import decode, encode, num_blocks
 from zgraph.optim.rounding import stochastic
-from zgraph.optim.runs import Run, first_row, gradient_of, local
+from zgraph.optim.runs import Run, first_row, gradient_of, local, saved_states
 
 Rounding = Literal["stochastic", "nearest"]
 Bits = Literal[8, 32]
@@ -103,10 +103,8 @@ class CompactAdamW(AdamW):
     def load_state_dict(self, state_dict: Any) -> None:
         """As torch's, which casts states to the parameter's dtype: here they keep theirs."""
         super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        ours = chain.from_iterable(group["params"] for group in self.param_groups)
-        for number, parameter in zip(saved, ours, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
+        for parameter, state in saved_states(self, state_dict):
+            for key, value in state.items():
                 local(self.state[parameter][key]).copy_(local(torch.as_tensor(value)))
 
     # --- the update ------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from zgraph.ir.codecs import Codec, Raw, parse_codec
 from zgraph.ir.layout import chunk_rows
 from zgraph.optim.flat import check_numbers
 from zgraph.optim.replicas import group_like
-from zgraph.optim.runs import local
+from zgraph.optim.runs import local, saved_states
 from zgraph.optim.travel import Travel
 from zgraph.runtime.gradients import is_unreduced
 from zgraph.runtime.shards import ShardStore, Slot, slots_at_rest
@@ -37,7 +37,9 @@ class OneBitAdam(Optimizer):
     """Adam with decoupled weight decay, whose momentum travels as codes once the variance is frozen.
 
     Until then it is AdamW: gradients are averaged in fp32 in `step`. A parameter without a gradient counts as one whose
-    gradient is zero. A step whose momentum is not finite on some rank changes nothing on any, and counts in `skipped`.
+    gradient is zero. An element whose variance is still zero has no momentum: codes of a block move all its elements,
+    and nothing would divide the move. A step whose momentum is not finite on some rank changes nothing on any, and
+    counts in `skipped`.
 
     Args:
         params: parameters, or groups of them, of one model that `zgraph.compile` has at stage 0 or 1. From here on its
@@ -51,8 +53,8 @@ class OneBitAdam(Optimizer):
         doubling: updates of the variance after which the steps between two are twice as many, as in 0/1 Adam; 0 updates
             it in every step until it is frozen, as 1-bit Adam does.
 
-    Each rank holds the whole momentum in fp32, and what codes have left out: 8 bytes a parameter. The variance lies as
-    the parameter does.
+    Each rank holds the whole momentum in fp32, what codes have left out, and whether there is a variance: 9 bytes a
+    parameter. The variance lies as the parameter does.
 
     Raises:
         UsageError: an argument means nothing, or a parameter is of another stage, of another model or of none.
@@ -90,11 +92,13 @@ class OneBitAdam(Optimizer):
         self._store, self._slots = _slots([p for group in self.param_groups for p in group["params"]])
         numel = sum(slot.placeholder.shape.numel() for slot in self._slots)
         self._momentum = torch.zeros(numel, device=self._store.device)
+        self._has_variance = torch.zeros(numel, dtype=torch.bool, device=self._store.device)
         self._variances = [torch.zeros_like(local(s.parameter), dtype=torch.float32) for s in self._slots]
         self._travel: Travel | None = None
         if self._store.num_ranks > 1:
             self._travel = Travel(self.codec, numel, group_like(self._store.ranks.data_group), self._store.device)
         self._store.keeps_gradients = True
+        self._note_steps()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, before the first step alone. Raises UsageError later."""
@@ -123,18 +127,22 @@ class OneBitAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         own = torch.cat([self._own(slot).reshape(-1) for slot in self._slots])
-        beta1, _ = self.param_groups[0]["betas"]
+        beta1, beta2 = self.param_groups[0]["betas"]
         gradient: torch.Tensor | None = None
+        has_variance = self._has_variance
         if self.updates_variance(self.num_steps + 1):
             gradient = self._averaged(own)
+            has_variance = has_variance | (gradient.square() * (1 - beta2) > 0)
             made = self._momentum * beta1 + gradient * (1 - beta1)
         else:
-            made = self._momentum * beta1 + own * (1 - beta1)
+            made = (self._momentum * beta1 + own * (1 - beta1)) * has_variance
             made = self._travel.mean(made) if self._travel is not None else made
+        made = made * has_variance  # a product, so that what is not finite is found
         if not bool(made.isfinite().all()):
             self.skipped += 1
             return loss
         self._momentum.copy_(made)
+        self._has_variance = has_variance
         self.num_steps += 1
         self.num_updates += gradient is not None
         self._update(gradient)
@@ -210,16 +218,24 @@ class OneBitAdam(Optimizer):
     def load_state_dict(self, state_dict: Any) -> None:
         """Go on from what `state_dict` gave. All ranks call it together."""
         super().load_state_dict(state_dict)
-        states = [self.state[slot.parameter] for slot in self._slots]
+        saved = {id(parameter): state for parameter, state in saved_states(self, state_dict)}
+        states = [saved.get(id(slot.parameter)) or {} for slot in self._slots]
+        self._note_steps()
         if not all(states):
             return
         self.num_steps, self.num_updates = (int(states[0][key]) for key in ("step", "num_updates"))
         for variance, state in zip(self._variances, states, strict=True):
             variance.copy_(local(state["exp_avg_sq"]))
         self._momentum.copy_(torch.cat([_whole(state["exp_avg"]) for state in states]))
+        self._has_variance.copy_(torch.cat([_whole(state["exp_avg_sq"]) for state in states]) > 0)
         rest = torch.cat([_whole(state["rest"]) for state in states])
         if self._travel is not None:
             self._travel.put(rest)
+
+    def _note_steps(self) -> None:
+        """Have states before the first step, too: torch's `get_state_dict` makes those of an optimizer by a step."""
+        for slot in self._slots:
+            self.state[slot.parameter].setdefault("step", torch.tensor(float(self.num_steps)))
 
 
 def _slots(parameters: list[torch.Tensor]) -> tuple[ShardStore, list[Slot]]:

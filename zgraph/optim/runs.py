@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from zgraph.bridge import private_runtime
 from zgraph.errors import UsageError
@@ -219,6 +220,14 @@ def like(parameter: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         return private_runtime.dtensor_like(own, parameter)
     shape = torch.Size((parameter.shape[0], *own.shape[1:]))
     return private_runtime.dtensor(own, parameter.device_mesh, parameter.placements, shape, dense_strides(shape))
+
+
+def saved_states(optimizer: Optimizer, state_dict: Any) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """Each parameter with the state that was saved of it, in the dtypes in which it was saved; empty if none was."""
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    ours = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for number, parameter in zip(saved, ours, strict=True):
+        yield parameter, state_dict["state"].get(number, {})
 
 
 def first_row(parameter: torch.Tensor) -> int:
