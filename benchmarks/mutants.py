@@ -84,7 +84,6 @@ ALSO = {
     "timetable": ("passes/test_timetable.py",),
     "budgeted": ("passes/test_within.py",),
     "compress": ("interp/test_codes.py",),
-    "code_gathers": ("interp/test_exact_codes.py",),
     **dict.fromkeys(("prices", "program", "search", "space", "twins"), ("passes/test_placements.py",)),
 }
 """Tests of one module's own, which run with more examples of hypothesis."""

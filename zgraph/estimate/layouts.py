@@ -189,7 +189,7 @@ def _planned(
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, without the remedy, which is for who chose the layout."""
+    """Words of an error, without its remedy, which is for who chose the layout."""
     return str(error).splitlines()[0].split(";")[0]
 
 
