@@ -28,7 +28,7 @@ from zgraph.ir import Arg, Builder, Graph, Node, Replicate, Shard, model_axes
 from zgraph.ir.codecs import Delta, Sized, parse_codec
 from zgraph.ir.ops import padded_bytes
 from zgraph.passes.analysis.gathers import gathered, is_gather
-from zgraph.passes.analysis.lookahead import makespan_us
+from zgraph.passes.analysis.lookahead import times_with
 from zgraph.passes.analysis.lowering import placement_change
 from zgraph.passes.core.base import Context, Pass
 
@@ -67,12 +67,7 @@ class CodeGathers(Pass):
 
     def times_us(self, graph: Graph, context: Context) -> dict[str, float]:
         """Predicted times of a step, with each codec and with none, whose text is empty."""
-        others = tuple(step for step in context.lowering if not isinstance(step, CodeGathers))
-        context = replace(context, lowering=others)
-        found = {"": makespan_us(graph, context)}
-        for text in EXACT:
-            found[text] = makespan_us(replace(self, codec=text).run(graph, context), context)
-        return found
+        return times_with(self, "codec", EXACT, graph, context)
 
     @staticmethod
     def chosen(times_us: Mapping[str, float]) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from zgraph.ir.codecs import Codec, parse_codec
 from zgraph.ir.coded_rules import CODED, code_bytes
 from zgraph.ir.layout import bucket_layout
 from zgraph.ir.ops import padded_bytes
-from zgraph.passes.analysis.lookahead import makespan_us
+from zgraph.passes.analysis.lookahead import times_with
 from zgraph.passes.analysis.lowering import reduces
 from zgraph.passes.core.base import Context, Numerics, Pass
 
@@ -77,12 +77,7 @@ class Compress(Pass):
 
     def times_us(self, graph: Graph, context: Context) -> dict[str, float]:
         """Predicted times of a step, with each codec of `auto` and with none, whose text is empty."""
-        others = tuple(step for step in context.lowering if not isinstance(step, Compress))
-        context = replace(context, lowering=others)
-        found = {"": makespan_us(graph, context)}
-        for text in AUTO:
-            found[text] = makespan_us(replace(self, gradients=text).run(graph, context), context)
-        return found
+        return times_with(self, "gradients", AUTO, graph, context)
 
     @staticmethod
     def chosen(times_us: Mapping[str, float]) -> str:

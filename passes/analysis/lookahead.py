@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 from zgraph.cost import MemoryCurve
 from zgraph.ir import Graph
 from zgraph.passes.all_gather import AllGather
 from zgraph.passes.all_reduce import AllReduce
 from zgraph.passes.analysis.timetable import evaluate, first_use_order, latest_first_order
 from zgraph.passes.broadcast import Broadcast
-from zgraph.passes.core.base import Context
+from zgraph.passes.core.base import Context, Pass
 from zgraph.passes.exchange import Exchange
 from zgraph.passes.host_copies import HostCopies
 from zgraph.passes.plan.make_plan import memory_of
@@ -56,3 +60,22 @@ def makespan_us(graph: Graph, context: Context, memory: MemoryCurve | None = Non
     problem = step.problem(step.headroom_beside(memory or step_memory(graph, context), num_ahead))
     orders = (first_use_order(problem), latest_first_order(problem))
     return min(t.makespan_us for t in (evaluate(problem, order) for order in orders) if t is not None)
+
+
+def times_with(step: Pass, option: str, texts: Sequence[str], graph: Graph, context: Context) -> dict[str, float]:
+    """Predicted microseconds of a step, with a lowering pass at each of these values of an option, and without it.
+
+    Args:
+        step: the pass.
+        option: which of its options has the values.
+        texts: the values; the empty text stands for none of it.
+        graph: before the pass.
+        context: of the pass, whose lowering is taken without passes of its kind.
+    """
+    others = tuple(other for other in context.lowering if not isinstance(other, type(step)))
+    context = replace(context, lowering=others)
+    found = {"": makespan_us(graph, context)}
+    for text in texts:
+        given: dict[str, Any] = {option: text}
+        found[text] = makespan_us(replace(step, **given).run(graph, context), context)
+    return found

@@ -13,3 +13,11 @@ def pool() -> Iterator[Pool]:
     pool = Pool()
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pool]:
+    """Two ranks alone."""
+    found = Pool(2)
+    yield found
+    found.stop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,14 +23,6 @@ from .nets import built
 from .pool import Pool
 
 NUM_STEPS = 20 if DEEP else 2
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pool]:
-    """Two ranks alone."""
-    found = Pool(2)
-    yield found
-    found.stop()
 
 
 def mixtral() -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,14 +23,6 @@ from .nets import built
 from .pool import Pool
 
 NUM_STEPS = 20 if DEEP else 6
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pool]:
-    """Two ranks alone."""
-    found = Pool(2)
-    yield found
-    found.stop()
 
 
 def compiled(name: str, **options: Any) -> nn.Module:

@@ -111,7 +111,7 @@ def placed(graph: Graph, num_ranks: int) -> Graph:
 
 
 def unowned(node: Node, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """What a start has begun, with NaN in the place of rows that no rank sends."""
+    """Memory that a start has begun with, NaN in the place of rows that no rank sends."""
     found = routes_begun(node, tensors)
     return found if node.op == "put_rows_start" else found.fill_(torch.nan)
 

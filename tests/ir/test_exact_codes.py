@@ -32,7 +32,7 @@ def drawn(kind: str, numel: int, seed: int, dtype: torch.dtype) -> tuple[torch.T
 
 
 def again(codec: Sized, new: torch.Tensor, old: torch.Tensor | None) -> tuple[torch.Tensor, int]:
-    """What the code of numbers stands for, and its bytes."""
+    """Numbers that a code stands for, and its bytes."""
     code = torch.full((codec.num_bytes(new.numel(), DType.bf16) + 5,), 255, dtype=torch.uint8)
     size = encode_sized(codec, new, code, old, 7)
     assert size == sized_bytes(code) <= HEAD_BYTES + new.nbytes

@@ -1,4 +1,4 @@
-"""What training records, what is fitted to it, and how far a prediction was off."""
+"""Records of training, profiles fitted to them, and how far a prediction was off."""
 
 from __future__ import annotations
 

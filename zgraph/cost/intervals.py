@@ -20,15 +20,20 @@ def time_interval(us: float, graph: Graph, costs: CostTable, hints: Mapping[str,
         costs: that it was predicted with.
         hints: a number for each symbolic size.
     """
-    kernels = {n.op: (costs.attention or kernel, n) for n in graph.nodes if (kernel := attention_kernel(n))}
-    longest = max((evaluate(work(graph, n).size, hints) for _, n in kernels.values()), default=0)
+    kernels = {costs.attention or kernel for n in graph.nodes if (kernel := attention_kernel(n))}
     known = costs.hardware.device.attention
     return costs.hardware.error.time(
         us,
         num_ranks=num_ranks(graph.mesh),
-        sequence=int(longest),
-        is_known=all(kernel in known for kernel, _ in kernels.values()),
+        sequence=longest_sequence(graph, hints),
+        is_known=all(kernel in known for kernel in kernels),
     )
+
+
+def longest_sequence(graph: Graph, hints: Mapping[str, int]) -> int:
+    """Keys of the longest attention of a graph, by the last node of each op; 0 where it has none."""
+    last = {node.op: node for node in graph.nodes if attention_kernel(node)}
+    return max((int(evaluate(work(graph, node).size, hints)) for node in last.values()), default=0)
 
 
 def memory_interval(num_bytes: int, costs: CostTable) -> Interval:

@@ -16,11 +16,11 @@ from scipy.optimize import least_squares
 
 from zgraph.cost import Accuracy, Device, Hardware, Link
 from zgraph.cost.hardware import AttentionRate, known, save
-from zgraph.cost.work import attention_kernel, work
+from zgraph.cost.intervals import longest_sequence
+from zgraph.cost.work import attention_kernel
 from zgraph.errors import RecordError, UsageError
 from zgraph.estimate.comparison import costs_on, predicted
 from zgraph.ir import OPS, Node, num_ranks
-from zgraph.ir.symbols import evaluate
 from zgraph.runfile.records import Record, read_record
 from zgraph.viz import as_text
 
@@ -148,17 +148,13 @@ def _described(
     """Source and accuracy of a profile."""
     steps, one = sum(r.num_steps for r in records), len(records) == 1
     least = 1 / ONE_RUN if one else 1.0
-    longest = max(
-        (evaluate(work(g, n).size, r.run.context.hints) for r in records for g in (r.run.graph(),) for n in g.nodes
-         if attention_kernel(n)),
-        default=1,
-    )  # fmt: skip
+    longest = max(longest_sequence(r.run.graph(), r.run.context.hints) for r in records)
     accuracy = base.error.model_copy(
         update={
             "time_low": min(least, *(low for low, _ in ratios)),
             "time_high": max(1 / least, *(high for _, high in ratios)),
             "max_ranks": max(num_ranks(r.run.graph().mesh) for r in records),
-            "max_sequence": max(int(longest), 1),
+            "max_sequence": max(longest, 1),
             "source": f"{steps:,} steps of one run that it was fitted to; of other models at least {ONE_RUN} is assumed"
             if one
             else f"{steps:,} steps of {len(records)} runs, each by constants that were fitted without it",
