@@ -19,17 +19,15 @@ itself takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from zgraph.errors import CodecError, ContractError
-from zgraph.ir import Arg, Builder, Graph, Node, Replicate, Shard, model_axes
-from zgraph.ir.codecs import Delta, Sized, parse_codec
-from zgraph.ir.ops import padded_bytes
-from zgraph.passes.analysis.gathers import gathered, is_gather
+from zgraph.ir import Builder, DType, Graph, Node, model_axes
+from zgraph.ir.codecs import Delta, Exact, Exponent, parse_codec
+from zgraph.passes.analysis.coded_gathers import coded, targets
 from zgraph.passes.analysis.lookahead import times_with
-from zgraph.passes.analysis.lowering import placement_change
 from zgraph.passes.core.base import Context, Pass
 
 EXACT = ("delta", "exponent")
@@ -62,8 +60,13 @@ class CodeGathers(Pass):
             found = parse_codec(self.codec)
         except CodecError as error:
             raise ValueError(str(error).splitlines()[0]) from None
-        if not isinstance(found, Sized):
+        if not isinstance(found, Exact):
             raise ValueError(f"codec must be {', '.join(EXACT)} or auto, not {self.codec}")
+
+    @property
+    def copied(self) -> tuple[DType, ...]:
+        """Dtypes of the parameters of which all ranks keep copies."""
+        return () if self.codec == Exponent.name else Delta.dtypes
 
     def times_us(self, graph: Graph, context: Context) -> dict[str, float]:
         """Predicted times of a step, with each codec and with none, whose text is empty."""
@@ -86,43 +89,8 @@ class CodeGathers(Pass):
             for text in self.chosen(self.times_us(graph, context)):
                 graph = replace(self, codec=text).run(graph, context)
             return graph
-        builder, nodes = Builder(graph, self.name), list[Node]()
-        targets = {i.value.name: i.target for i in graph.params}
+        builder, nodes, codec = Builder(graph, self.name), list[Node](), parse_codec(self.codec)
         for node in graph.nodes:
-            names = self.names(graph, node)
-            nodes += _coded(node, self.codec, [targets[n] for n in names], builder) if names else [node]
+            names = targets(graph, node, codec, self.at_least_bytes)
+            nodes += coded(node, codec, names, builder) if names else [node]
         return graph.with_nodes(nodes)
-
-    def names(self, graph: Graph, node: Node) -> list[str]:
-        """The parameters that a reshard gathers, if it is to gather codes; else none."""
-        codec = parse_codec(self.codec)
-        if placement_change(node) != (Shard(0), Replicate()) or not is_gather(graph, node):
-            return []
-        kinds = [v.tensor for v in node.operands]
-        is_here = not any(k.is_on_host or r.tensor.is_on_host for k, r in zip(kinds, node.results, strict=True))
-        if not is_here or not isinstance(codec, Sized) or kinds[0].dtype not in codec.dtypes:
-            return []
-        if sum(padded_bytes(k, graph.num_shards) for k in kinds) < self.at_least_bytes:
-            return []
-        if isinstance(codec, Delta) != bool(node.option("keep")):
-            return []
-        return [gathered(graph, replace(node, args=(v,))) for v in node.operands]
-
-
-def _coded(node: Node, codec: str, targets: list[str], builder: Builder) -> Iterator[Node]:
-    """The nodes in the place of a reshard that gathers parameters."""
-    stem, phase, origin = node.name, node.phase, node.origin
-    is_bucket, source = len(node.operands) > 1, node.operands[0]
-    options: dict[str, Arg] = {"codec": codec}
-    if is_bucket:
-        yield (packed := builder.node("pack", node.args, f"{stem}_pack", phase, origin))
-        source = packed.results[0]
-    copies: dict[str, Arg] = {"copies": tuple(targets)} if isinstance(parse_codec(codec), Delta) else {}
-    yield (own := builder.node("encode", (source,), f"{stem}_code", phase, origin, **options, **copies))
-    yield (start := builder.node("all_gather_start", own.results, f"{stem}_start", phase, origin, **options))
-    yield (codes := builder.node("wait", start.results, f"{stem}_codes", phase, origin))
-    kind = source.tensor.contiguous()
-    whole = builder.value(f"{stem}_flat", kind.at(*kind.placement[:-1], Replicate())) if is_bucket else node.results[0]
-    yield builder.typed("decode", codes.results, (whole,), phase, origin, **options, **copies)
-    if is_bucket:
-        yield builder.typed("unpack", (whole,), node.results, phase, origin)

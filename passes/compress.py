@@ -1,4 +1,4 @@
-"""Send codes of gradients in the place of their numbers, and keep what codes leave out for the next step.
+"""Send codes of gradients, and of parameters, in the place of their numbers; what codes leave out, the next step sends.
 
     bwd %g_mean: f32[64, 32]<S0> = reshard(%g)                     where %g: f32[64, 32]<P(mean)>
 ->
@@ -17,6 +17,20 @@ with the owner of a part as the server: 1-bit Adam (Tang et al., ICML 2021, sect
 With `gradients=auto` a graph gets the mildest of `AUTO` that hides what is sent about as well as any, and none where
 what it saves is less than `LEAST_SAVED` of the step: so predicted, with the time that codes themselves take.
 
+With `parameters`, gathers send codes, too. At stages 1 and 2 all ranks keep the copy of the gather before, and codes
+are of the difference from it: what one leaves out is part of the next (EF21: Richtarik et al., 2021).
+
+    fwd %w_full: f32[64, 32]<R> = reshard(%w)                      where %w: f32[64, 32]<S0>
+->
+    fwd %w_full_code: u8[8240]<S0> = encode(%w, codec="difference(q8(block=256))", copies=["lin.weight"])
+    fwd %w_full_start: future u8[8240]<R> =
+        all_gather_start(%w_full_code, codec="difference(q8(block=256))", dtype=f32)
+    fwd %w_full_codes: u8[8240]<R> = wait(%w_full_start)
+    fwd %w_full: f32[64, 32]<R> = decode(%w_full_codes, codec="difference(q8(block=256))", copies=["lin.weight"])
+
+At stage 3 nothing is kept, and codes are of the numbers, in 8 or 4 bits, as the weights of ZeRO++ (Wang et al., 2023):
+masters stay as they are, and what a gather rounds is not there in the next.
+
 Values that are no parameter's gradient stay as they are, and so do those whose code would be no smaller, and those of
 fewer bytes than `at_least_bytes`, of which the latency counts.
 """
@@ -28,11 +42,25 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from zgraph.errors import CodecError, ContractError
-from zgraph.ir import Arg, Builder, Graph, Node, OutputKind, Phase, Replicate, Shard, TensorType, Value, data_axes
-from zgraph.ir.codecs import Codec, parse_codec
+from zgraph.ir import (
+    Arg,
+    Builder,
+    DType,
+    Graph,
+    Node,
+    OutputKind,
+    Phase,
+    Replicate,
+    Shard,
+    TensorType,
+    Value,
+    data_axes,
+)
+from zgraph.ir.codecs import LOSSY, Codec, Difference, Raw, Sign, TopK, parse_codec
 from zgraph.ir.coded_rules import CODED, code_bytes
 from zgraph.ir.layout import bucket_layout
 from zgraph.ir.ops import padded_bytes
+from zgraph.passes.analysis import coded_gathers
 from zgraph.passes.analysis.lookahead import times_with
 from zgraph.passes.analysis.lowering import reduces
 from zgraph.passes.core.base import Context, Numerics, Pass
@@ -52,15 +80,18 @@ _CARRIES = frozenset({"cast", "copy", "reshard", "wait", "offload_start"})
 
 @dataclass(frozen=True)
 class Compress(Pass):
-    """Send codes of gradients in the place of their numbers, and keep what codes leave out for the next step.
+    """Send codes of gradients, and of parameters, in the place of their numbers; what codes leave out, the next step
+    sends.
 
     Args:
-        gradients: the codec, or `auto`.
+        gradients: the codec, `auto` or `none`.
+        parameters: the codec, or `none`. What is gathered again for the backward is coded by `q8` or `q4` alone.
         at_least_bytes: values of fewer bytes, all members of a bucket together, are sent as they are.
     """
 
     gradients: str = field(default="q8(block=256)", metadata={"always_printed": True})
     at_least_bytes: int = 1024
+    parameters: str = "none"
 
     name: ClassVar[str] = "compress"
     numerics: ClassVar[Numerics] = Numerics.approximate
@@ -68,16 +99,26 @@ class Compress(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
 
     def __post_init__(self) -> None:
-        if self.gradients == "auto":
-            return
-        try:
-            object.__setattr__(self, "gradients", str(parse_codec(self.gradients)))
-        except CodecError as error:
-            raise ValueError(str(error).splitlines()[0]) from None
+        for option in ("gradients", "parameters"):
+            text = getattr(self, option)
+            if text == "none" or (text == "auto" and option == "gradients"):
+                continue
+            try:
+                codec = parse_codec(text)
+            except CodecError as error:
+                raise ValueError(str(error).splitlines()[0]) from None
+            if codec.name not in LOSSY and codec.name != Raw.name:
+                raise ValueError(f"{option} must be coded by {', '.join(LOSSY)}, not by {codec.name}")
+            object.__setattr__(self, option, str(codec))
+
+    @property
+    def copied(self) -> tuple[DType, ...]:
+        """Dtypes of the parameters of which all ranks keep copies."""
+        return () if self.parameters == "none" else Difference.dtypes
 
     def times_us(self, graph: Graph, context: Context) -> dict[str, float]:
         """Predicted times of a step, with each codec of `auto` and with none, whose text is empty."""
-        return times_with(self, "gradients", AUTO, graph, context)
+        return times_with(replace(self, parameters="none"), "gradients", AUTO, graph, context)
 
     @staticmethod
     def chosen(times_us: Mapping[str, float]) -> str:
@@ -102,17 +143,42 @@ class Compress(Pass):
             )
         if self.gradients == "auto":
             found = self.chosen(self.times_us(graph, context))
-            return replace(self, gradients=found).run(graph, context) if found else graph
+            return replace(self, gradients=found or "none").run(graph, context)
         builder = Builder(graph, self.name)
         nodes: list[Node] = []
         for node in graph.nodes:
-            targets = self.targets(graph, node)
-            nodes += list(_coded(node, targets, self.gradients, builder)) if targets else [node]
+            if names := self.targets(graph, node):
+                nodes += _coded(node, names, self.gradients, builder)
+            elif gather := self.gathered(graph, node):
+                nodes += coded_gathers.coded(node, *gather, builder)
+            else:
+                nodes.append(node)
         return graph.with_nodes(nodes)
+
+    def gathered(self, graph: Graph, node: Node) -> tuple[Codec, list[str]] | None:
+        """The codec of what a reshard gathers, and the parameters, if it is to send codes.
+
+        Raises:
+            ContractError: what is gathered again for the backward would be coded by what needs the copy before.
+        """
+        if self.parameters == "none":
+            return None
+        codec = parse_codec(self.parameters)
+        for coding in (Difference(codec), codec):
+            if names := coded_gathers.targets(graph, node, coding, self.at_least_bytes):
+                if isinstance(coding, Sign | TopK):
+                    raise ContractError(
+                        f"{codec} codes what changed in a parameter that all ranks still have (stages 1 and 2), and "
+                        f"{names[0]} is gathered again for the backward; take q8 or q4, or stage 2"
+                    )
+                return coding, names
+        return None
 
     def targets(self, graph: Graph, node: Node) -> tuple[str, ...]:
         """The parameters whose gradients a reshard reduces, if it is to send codes; else none."""
-        if not (reduces(node, Shard(0), "sum", "mean") or reduces(node, Replicate(), "sum", "mean")):
+        if self.gradients == "none" or not (
+            reduces(node, Shard(0), "sum", "mean") or reduces(node, Replicate(), "sum", "mean")
+        ):
             return ()
         kinds = [v.tensor for v in node.operands]
         found = tuple(_target(graph, r) for r in node.results)

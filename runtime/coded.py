@@ -11,10 +11,10 @@ import torch.distributed as dist
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.codecs import add_decoded, encode_into
 from zgraph.bridge.codecs import decode as decoded
-from zgraph.bridge.exact_codes import all_same, decode_sized, encode_sized
+from zgraph.bridge.sized_codes import all_same, decode_sized, encode_sized
 from zgraph.errors import UsageError
 from zgraph.ir import Node
-from zgraph.ir.codecs import Sized
+from zgraph.ir.codecs import Difference, Sized
 from zgraph.ir.coded_rules import codec_of
 from zgraph.ir.layout import bucket_layout, chunk_numel, is_even
 from zgraph.runtime.agreement import described
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from zgraph.runtime.session import Session
 
 Execute = Callable[..., Any]
+
+
+def is_sized(gather: Node) -> bool:
+    """Whether a gather is of codes of variable length."""
+    return gather.option("codec") is not None and isinstance(codec_of(gather), Sized)
 
 
 def encode(node: Node, session: Session) -> Execute:
@@ -113,7 +118,7 @@ def _encode_sized(node: Node, session: Session) -> Execute:
         if before is None:
             copies.code_bytes += encode_sized(codec, own, code)
         else:
-            copies.code_bytes += encode_sized(codec, own, code, before.rows[shard], before.number)
+            copies.code_bytes += encode_sized(codec, own, code, before.rows[shard], before.number, before.own)
         if names:
             copies.began(names, before, own)
         return code
@@ -123,7 +128,9 @@ def _encode_sized(node: Node, session: Session) -> Execute:
 
 def _decode_sized(node: Node, session: Session) -> Execute:
     """Numbers that the codes of all ranks stand for, the whole; kept, where the next codes are of what changes."""
-    kind, names, num_shards = node.results[0].tensor, _copied(node), session.num_shards
+    codec, kind, names, num_shards = codec_of(node), node.results[0].tensor, _copied(node), session.num_shards
+    assert isinstance(codec, Sized)
+    is_about = isinstance(codec, Difference)
     dtype, shape, numel = TO_TORCH[kind.dtype], [int(d) for d in kind.shape], int(kind.numel)
     chunk, copies, shard = chunk_numel(kind.shape, num_shards), session.copies, session.store.shard
 
@@ -135,14 +142,14 @@ def _decode_sized(node: Node, session: Session) -> Execute:
         with torch.inference_mode(False):  # so that writing to it is seen
             rows = torch.empty(num_shards, chunk, dtype=dtype)
         for rank, (code, row) in enumerate(zip(by_rank, rows, strict=True)):
-            if rank == shard and own is not None:
+            if rank == shard and own is not None and not is_about:
                 row.copy_(own)
             elif before is None:
-                decode_sized(code, row)
+                decode_sized(codec, code, row)
             else:
-                decode_sized(code, row, before.rows[rank], before.number)
+                decode_sized(codec, code, row, before.rows[rank], before.number)
         if names:
-            copies.keep(names, kind.dtype, rows)
+            copies.keep(names, kind.dtype, rows, own.clone() if is_about and own is not None else None)
         return rows.view(-1)[:numel].view(shape)
 
     return execute

@@ -115,7 +115,7 @@ def _gather(
 ) -> Callable[[Sequence[torch.Tensor], list[torch.Tensor]], Any]:
     """A gather of chunks on the device into memory that is there; a result with a key may be kept."""
     wanted = [(_shape(r.tensor), _numel(r.tensor)) for r in node.results]
-    name, moved, is_sized = described(node), session.moved(node), node.option("codec") is not None
+    name, moved, is_sized = described(node), session.moved(node), coded.is_sized(node)
 
     def gather(chunks: Sequence[torch.Tensor], outs: list[torch.Tensor]) -> Any:
         if session.lane is not None:

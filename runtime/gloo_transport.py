@@ -25,8 +25,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from zgraph.bridge.exact_codes import sized_bytes
 from zgraph.bridge.private_runtime import JOIN_S, Store, messenger
+from zgraph.bridge.sized_codes import sized_bytes
 from zgraph.ir.codecs import HEAD_BYTES
 from zgraph.runtime.journal import Journal, Moved
 

@@ -7,6 +7,7 @@ rank that has another copy finds out. One that somebody has written to is forgot
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,6 @@ import torch
 
 from zgraph.bridge.aten import FROM_TORCH
 from zgraph.ir import DType, TensorType
-from zgraph.ir.codecs import Delta
 from zgraph.ir.layout import bucket_layout, chunk_numel
 
 
@@ -28,6 +28,7 @@ class Copy:
         rows: [ranks, numbers of a part].
         number: the same on all ranks; grows with each copy.
         version: of the memory, when it was written.
+        own: this rank's part, as it was coded; None where the copy has it exactly.
     """
 
     names: tuple[str, ...]
@@ -35,6 +36,7 @@ class Copy:
     rows: torch.Tensor
     number: int
     version: int
+    own: torch.Tensor | None = None
 
     @property
     def is_intact(self) -> bool:
@@ -56,7 +58,7 @@ class LastCopies:
         session: of the model.
 
     Attributes:
-        number_bytes: of this rank's parts that were coded exactly so far, of parameters without copies, too.
+        number_bytes: of this rank's parts that were coded so far, of parameters without copies, too.
         code_bytes: of their codes.
     """
 
@@ -83,10 +85,17 @@ class LastCopies:
             rows[:, offset : offset + chunk].copy_(self._member(copy, name))
         return self.keep(names, dtype, rows)
 
-    def keep(self, names: tuple[str, ...], dtype: DType, rows: torch.Tensor) -> Copy:
-        """Keep what was gathered, in the place of what was kept of these parameters."""
+    def keep(self, names: tuple[str, ...], dtype: DType, rows: torch.Tensor, own: torch.Tensor | None = None) -> Copy:
+        """Keep what was gathered, in the place of what was kept of these parameters.
+
+        Args:
+            names: of the parameters.
+            dtype: of the numbers.
+            rows: [ranks, numbers of a part].
+            own: this rank's part, where the copy has it but about.
+        """
         self._count += 1
-        made = Copy(names, dtype, rows, self._count, rows._version)
+        made = Copy(names, dtype, rows, self._count, rows._version, own)
         self._homes.update(((name, dtype), made) for name in names)
         return made
 
@@ -108,14 +117,17 @@ class LastCopies:
         """Bytes of all copies."""
         return sum(copy.rows.nbytes for copy in set(self._homes.values()))
 
-    @property
-    def most_bytes(self) -> int:
-        """Bytes of the copies of all parameters that can have one: sharded, and not again for the backward."""
+    def most_bytes(self, dtypes: Collection[DType]) -> int:
+        """Bytes of the copies of all parameters that can have one: sharded, and not again for the backward.
+
+        Args:
+            dtypes: those whose numbers the codec codes.
+        """
         found, count = 0, self.session.num_shards
         for slot in self.session.store.slots.values():
             stage = self.session.store.default_stage if slot.stage is None else slot.stage
             dtype = FROM_TORCH[slot.placeholder.dtype]
-            if slot.is_sharded and stage in (1, 2) and dtype in Delta.dtypes:
+            if slot.is_sharded and stage in (1, 2) and dtype in dtypes:
                 found += count * chunk_numel(tuple(slot.placeholder.shape), count) * dtype.itemsize
         return found
 

@@ -117,7 +117,9 @@ def compile(
             what is sent about as well as any, or none where that saves less than 5 % of the predicted step; the report
             says why. An approximation: None, the default, sends the numbers. "exact" codes gathers of parameters in
             bf16, without any change of numbers, where that saves 2 % of the step: "delta" what changed since the last
-            copy, at stages 1 and 2, and "exponent" exponents, at stage 3.
+            copy, at stages 1 and 2, and "exponent" exponents, at stage 3. {"gradients": "q4", "parameters": "q8"} has a
+            codec for each, and either may be left out: parameters are "exact", or gathered in that codec, at stages 1
+            and 2 as the difference from the last copy, at stage 3 as they are (`q8` and `q4`).
         passes: a recipe in the place of the stage's own (`zgraph.recipe(stage)` gives that), a `Pipeline`, or a
             sequence of passes, your own among them (`zgraph.register_pass` lets recipes name these); or the path of a
             run file (`run.zg`), whose last graph is run as it is, if the model is captured as it was for that file.

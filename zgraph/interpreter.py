@@ -18,10 +18,10 @@ from zgraph.bridge import float8
 from zgraph.bridge import processor_attention as _attention  # noqa: F401 - registers kernels
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.bridge.codecs import decode, encode_into
-from zgraph.bridge.exact_ranks import ExactRanks, is_exact
 from zgraph.bridge.parts import from_chunks, moved, padded_chunks, part_of, together, total
 from zgraph.bridge.ranked_ops import runs
 from zgraph.bridge.routes import on_ranks
+from zgraph.bridge.sized_ranks import SizedRanks, is_sized
 from zgraph.errors import InterpretError
 from zgraph.ir import (
     Axis,
@@ -96,7 +96,7 @@ class Interpreter:
         self.held: dict[str, Ranks] = {}
         self.kept: dict[str, Ranks] = {}
         self.rests: dict[tuple[tuple[str, ...], bool], Ranks] = {}
-        self.exact = ExactRanks()
+        self.sized = SizedRanks()
         self.syncs = True
 
     def run(
@@ -139,8 +139,8 @@ class Interpreter:
     ) -> Sequence[Ranks]:
         if node.op == "all_gather_start" and node.option("keep"):
             return self._gather(node, operands, mesh)
-        if is_exact(node):
-            return [self.exact.run(node, operands[0], mesh)]
+        if is_sized(node):
+            return [self.sized.run(node, operands[0], mesh)]
         if rule := RULES.get(node.op):
             return rule(node, operands, mesh)
         if node.op == "encode":

@@ -46,16 +46,20 @@ def recipe_for(kernels: str, recipe: str, compute: str | None = None) -> str:
     return recipe.replace("canonicalize,", f"canonicalize,{COMPUTES[compute]},")
 
 
-def compressing(recipe: str, codec: str) -> str:
-    """The recipe with codes on the wire in the place of numbers: exact ones of parameters, others of gradients.
+def compressing(recipe: str, gradients: str, parameters: str = "") -> str:
+    """The recipe with codes on the wire in the place of numbers.
 
     Args:
         recipe: of a stage.
-        codec: its text; "exact" leaves it to the costs which of the exact codecs, "auto" which of the others.
+        gradients: the text of their codec; "auto" leaves it to the costs which. Empty for none.
+        parameters: likewise; "exact" leaves it to the costs which of the exact codecs.
     """
-    if codec in EXACT:
-        return recipe.replace("broadcast,", f"code-gathers(codec={EXACT[codec]}),broadcast,")
-    return recipe.replace("broadcast,", f"compress(gradients={codec}),broadcast,")
+    made = [f"code-gathers(codec={EXACT[parameters]}),"] if parameters in EXACT else []
+    lossy = "" if parameters in EXACT else parameters
+    if gradients or lossy:
+        more = f",parameters={lossy}" if lossy else ""
+        made.append(f"compress(gradients={gradients or 'none'}{more}),")
+    return recipe.replace("broadcast,", f"{''.join(made)}broadcast,")
 
 
 def along_model_axes(

@@ -81,7 +81,7 @@ def test_training_is_the_same_to_the_last_bit(pool: Pool, stage: int, codec: str
         assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
         assert other[2] < (0.8 if codec == "delta" else 0.9) * one[2]
         assert other[3] < one[3]
-        assert "exact codes of this rank's parameters" in other[4]
+        assert "codes of this rank's parameters" in other[4]
 
 
 def trained_in_rows(mesh: DeviceMesh, compress: str | None) -> list[float]:

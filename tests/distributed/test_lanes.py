@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tests.deep import deep
 from zgraph.bridge import private_runtime
-from zgraph.bridge.exact_codes import encode_sized, sized_bytes
+from zgraph.bridge.sized_codes import encode_sized, sized_bytes
 from zgraph.ir.codecs import HEAD_BYTES, Exponent
 from zgraph.runtime.gloo_transport import Hosts, Lane
 

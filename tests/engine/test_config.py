@@ -16,6 +16,7 @@ from zgraph.engine.config.lr_schedules import SCHEDULES, Scheduler
 from zgraph.engine.config.optimizers import OPTIMIZERS, AdamWParams
 from zgraph.engine.config.read import read_config
 from zgraph.engine.config.sections import Section
+from zgraph.engine.initialize import quantised
 from zgraph.errors import ConfigError, UsageError
 
 LEAST = {"train_batch_size": 8}
@@ -64,7 +65,7 @@ def test_all_problems_are_told_at_once_with_the_nearest_keys():
         {
             "train_batch_sze": 8,
             "train_batch_size": 8,
-            "zero_optimization": {"stage": 4, "overlap_com": True, "zero_quantized_weights": True},
+            "zero_optimization": {"stage": 4, "overlap_com": True, "zero_quantized_nontrainable_weights": True},
             "optimizer": {"type": "AdamX"},
             "scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 1, "warmup_num_steps": -1}},
             "fp16": {"enabled": "maybe"},
@@ -73,7 +74,7 @@ def test_all_problems_are_told_at_once_with_the_nearest_keys():
     assert [problem.partition(":")[0] for problem in found] == [
         "train_batch_sze",
         "zero_optimization.overlap_com",
-        "zero_optimization.zero_quantized_weights",
+        "zero_optimization.zero_quantized_nontrainable_weights",
         "fp16.enabled",
         "zero_optimization.stage",
         "optimizer.type",
@@ -134,10 +135,11 @@ def test_what_zgraph_decides_is_accepted_with_a_line_that_says_so(caplog):
         ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size"),
         ({"checkpoint": {"tag_validation": "foo"}}, "checkpoint.tag_validation"),
         ({"zgraph": {"compress": "q9"}}, "zgraph.compress: there is no codec called q9"),
-        (
-            {"zero_optimization": {"zero_quantized_gradients": True, "zero_hpz_partition_size": 2}},
-            "zero_optimization.zero_quantized_gradients",
+        *(
+            ({"zero_optimization": {"stage": 3, key: True, "zero_hpz_partition_size": 2}}, f"zero_optimization.{key}")
+            for key in ("zero_quantized_gradients", "zero_quantized_weights")
         ),
+        ({"zgraph": {"compress": {"weights": "q4"}}}, "zgraph.compress: compress must be a codec"),
         ({"optimizer": {"type": "OneBitAdam"}}, 'optimizer.type: there is no OneBitAdam; take "AdamW" with zgraph.com'),
     ],
 )
@@ -282,3 +284,17 @@ def test_any_configuration_works_or_is_refused_with_its_problems():
         except UsageError:
             refused += 1
     assert min(works, refused) > 300
+
+
+@pytest.mark.parametrize(
+    ("section", "codecs"),
+    [
+        ({"stage": 2, "zero_quantized_gradients": True}, {"gradients": "q4(block=128)"}),
+        ({"stage": 3, "zero_quantized_weights": True}, {"parameters": "q8(block=256)"}),
+        ({"stage": 0, "zero_quantized_weights": True}, {}),
+    ],
+)
+def test_what_is_quantised_on_the_wire(section, codecs):
+    config = read_config({**LEAST, "zero_optimization": section}, world_size=1)
+    assert quantised(config.keys.zero_optimization) == codecs
+    assert any("zero_quantized_weights" in note for note in config.notes) == (not codecs)

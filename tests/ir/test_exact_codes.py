@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.deep import DEEP
-from zgraph.bridge import exact_codes
-from zgraph.bridge.exact_codes import all_same, decode_sized, encode_sized, sized_bytes
+from zgraph.bridge import exact_codes, sized_codes
+from zgraph.bridge.sized_codes import all_same, decode_sized, encode_sized, sized_bytes
 from zgraph.errors import PlanMismatchError
 from zgraph.ir import DType
 from zgraph.ir.codecs import HEAD_BYTES, Delta, Exponent, Sized
@@ -38,7 +38,7 @@ def again(codec: Sized, new: torch.Tensor, old: torch.Tensor | None) -> tuple[to
     assert size == sized_bytes(code) <= HEAD_BYTES + new.nbytes
     code[size:] = 170  # what is behind a code is not read
     made = torch.full_like(new, 3.0)
-    decode_sized(code, made, old, 7)
+    decode_sized(codec, code, made, old, 7)
     return made, size
 
 
@@ -76,7 +76,7 @@ def test_a_step_takes_few_more_bits_than_its_entropy(step: float) -> None:
     new = (old - step * torch.randn(200_000, generator=rng).clamp(-2, 2)).bfloat16()
     made, size = again(Delta(), new, old := old.bfloat16())
     assert torch.equal(made, new)
-    difference = exact_codes._in_order(exact_codes._patterns(new)) - exact_codes._in_order(exact_codes._patterns(old))
+    difference = exact_codes._in_order(sized_codes._patterns(new)) - exact_codes._in_order(sized_codes._patterns(old))
     bound = entropy(difference)
     assert bound <= 8 * size / 200_000 < 1.08 * bound
 
@@ -85,7 +85,7 @@ def test_exponents_take_few_more_bits_than_their_entropy() -> None:
     new = (0.04 * torch.randn(200_000, generator=torch.Generator().manual_seed(0))).bfloat16()
     made, size = again(Exponent(), new, None)
     assert torch.equal(made, new)
-    bound = 8 + entropy(exact_codes._patterns(new) >> 7 & 255)
+    bound = 8 + entropy(sized_codes._patterns(new) >> 7 & 255)
     assert bound < 8 * size / 200_000 < 1.02 * bound
 
 
@@ -102,7 +102,7 @@ def test_a_change_of_another_copy_is_told() -> None:
     encode_sized(Delta(), new, code, old, 7)
     for copy, number in ((old, 8), (None, 7)):
         with pytest.raises(PlanMismatchError, match="changed since copy 7"):
-            decode_sized(code, torch.empty_like(new), copy, number)
+            decode_sized(Delta(), code, torch.empty_like(new), copy, number)
     assert not all_same([code], 7)
     encode_sized(Delta(), old, code, old, 7)
     assert all_same([code, code], 7)

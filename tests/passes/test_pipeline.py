@@ -31,6 +31,7 @@ OPTIONS = {
     "only_measured": st.booleans(),
     "repeat_views": st.booleans(),
     "gradients": st.sampled_from(["q8(block=256)", "sign(block=64)"]),
+    "parameters": st.sampled_from(["none", "q4(block=64)"]),
     "at_least_bytes": st.integers(0, 2**50),
     "sequence": st.booleans(),
     "search": st.sampled_from(["", "values", "all"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import nn
 import zgraph
 from zgraph.compiler.codec_choice import CodecChoice
 from zgraph.cost import CostTable, Link, hardware
-from zgraph.errors import UsageError
+from zgraph.errors import CodecError, UsageError
 from zgraph.ir import Axis, parse_graph
-from zgraph.options.compression import check_exact, codec_for, planned_codec
-from zgraph.passes import RECIPES, Context, compressing
+from zgraph.ir.codecs import Q8
+from zgraph.options.compression import Codes, check_parameters, codes_for, codes_of, planned_codes
+from zgraph.passes import RECIPES, Context, compressing, pipeline_of
 from zgraph.passes.code_gathers import CodeGathers
 
 CPU = torch.device("cpu")
@@ -27,11 +29,48 @@ def mesh(*names: str) -> Any:
 
 def test_the_words_become_the_pass() -> None:
     for word, codec in (("exact", "auto"), ("delta", "delta"), ("exponent", "exponent")):
-        assert codec_for(word, mesh("shard"), has_recipe=False, fullgraph=True, device=CPU) == word
-        assert codec_for(word, mesh("replicate", "shard"), has_recipe=False, fullgraph=True, device=CPU) == word
-        assert f",code-gathers(codec={codec}),broadcast," in compressing(RECIPES[2], word)
-        assert planned_codec(word, 2, 1) == word
-    assert codec_for("exact", None, has_recipe=False, fullgraph=True, device=CPU) == ""
+        codes = Codes(parameters=word)
+        for axes in (("shard",), ("replicate", "shard")):
+            assert codes_for(word, mesh(*axes), has_recipe=False, fullgraph=True, device=CPU) == codes
+        assert f",code-gathers(codec={codec}),broadcast," in compressing(RECIPES[2], "", word)
+        assert planned_codes(word, 2, 1) == codes
+    assert not codes_for("exact", None, has_recipe=False, fullgraph=True, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("compress", "recipe"),
+    [
+        ("q4", "compress(gradients=q4(block=128))"),
+        ({"gradients": "q4", "parameters": "q8"}, "compress(gradients=q4(block=128),parameters=q8(block=256))"),
+        ({"parameters": Q8()}, "compress(gradients=none,parameters=q8(block=256))"),
+        ({"gradients": "auto", "parameters": "exact"}, "code-gathers(codec=auto),compress(gradients=auto)"),
+    ],
+)
+def test_codecs_of_gradients_and_parameters_become_passes(compress: Any, recipe: str) -> None:
+    codes = codes_for(compress, mesh("shard"), has_recipe=False, fullgraph=True, device=CPU)
+    made = compressing(RECIPES[2], codes.gradients, codes.parameters)
+    assert f",{recipe},broadcast," in made
+    assert recipe.replace(",p", ", p") in str(pipeline_of(made))
+    with pytest.raises(UsageError, match=re.escape(f"put {recipe} behind bucket")):
+        codes_for(compress, mesh("shard"), has_recipe=True, fullgraph=True, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("compress", "says"),
+    [
+        ("raw", "takes q8, q4, sign, topk, auto, exact"),
+        ("difference(q8)", "not difference"),
+        (8, "must be a codec"),
+        ({"weights": "q8"}, "must be a codec"),
+        ({"gradients": "exact"}, "there is no codec called exact"),
+        ({"gradients": "delta"}, "takes q8, q4, sign, topk, auto, not delta"),
+        ({"parameters": "auto"}, "there is no codec called auto"),
+        ({"parameters": 4}, "must be a codec"),
+    ],
+)
+def test_what_is_no_codec_is_refused(compress: Any, says: str) -> None:
+    with pytest.raises((UsageError, CodecError), match=says):
+        codes_of(compress)
 
 
 @pytest.mark.parametrize(
@@ -46,9 +85,9 @@ def test_the_words_become_the_pass() -> None:
 def test_what_exact_codes_do_not_go_with(options: dict[str, Any], says: str) -> None:
     given: dict[str, Any] = {"mesh": mesh("shard"), "has_recipe": False, "fullgraph": True, "device": CPU} | options
     with pytest.raises(UsageError, match=says):
-        codec_for("exact", **given)
+        codes_for("exact", **given)
     with pytest.raises(UsageError, match="leave compress="):
-        planned_codec("exact", 1, 2)
+        planned_codes("exact", 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -62,27 +101,31 @@ def test_what_exact_codes_do_not_go_with(options: dict[str, Any], says: str) -> 
         ("exponent", 3, torch.float16, False),
         ("exponent", 2, torch.bfloat16, False),
         ("exact", 0, None, True),
-        ("q8(block=256)", 0, None, True),
+        ("q8(block=256)", 3, None, True),
+        ("sign(block=256)", 2, None, True),
+        ("q8(block=256)", 0, None, False),
+        ("topk(1%, chunk=4096)", 3, None, False),
     ],
 )
 def test_a_codec_that_codes_nothing_is_refused(
     codec: str, stage: int, dtype: torch.dtype | None, is_taken: bool
 ) -> None:
+    codes = Codes(parameters=codec)
     model = nn.Linear(4, 4)
     stages = {"weight": stage, "bias": 0}
     if is_taken:
-        check_exact(codec, model.named_parameters(), stages, dtype)
+        check_parameters(codes, model.named_parameters(), stages, dtype)
         return
-    with pytest.raises(UsageError, match="and there is none"):
-        check_exact(codec, model.named_parameters(), stages, dtype)
+    with pytest.raises(UsageError, match=r"there is none|at stage 0 none is|is of stage 3"):
+        check_parameters(codes, model.named_parameters(), stages, dtype)
 
 
 def test_a_plan_counts_copies_at_stages_that_keep_them() -> None:
     model, x = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 64)), torch.randn(4, 512)
     kept = 2 * sum(p.numel() for p in model.parameters())
-    for stage, more in ((2, kept), (3, 0)):
+    for stage, codec, more in ((2, "exact", kept), (3, "exact", 0), (2, {"parameters": "sign"}, kept)):
         rest = []
-        for compress in (None, "exact"):
+        for compress in (None, codec):
             (found,) = zgraph.plan(
                 model, x, num_ranks=2, stage=stage, hardware="cpu", param_dtype=torch.bfloat16, compress=compress
             ).stages

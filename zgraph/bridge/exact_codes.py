@@ -5,32 +5,18 @@ little is a small integer away. Both codes write integers in unary, a plane at a
 above 1, and so on. A plane has two symbols, of which the rarer stands a geometric number of places behind the last, so
 that Golomb's code of these distances with a power of two is near the entropy (Golomb, 1966; Rice and Plaunt, 1971).
 Each plane of each block has a parameter of its own. All works on whole planes at a time.
-
-A code of one row of numbers is a head of `HEAD_BYTES`, in little-endian integers of 64 bits, and what it announces:
-
-    bytes of the code, with the head
-    form: RAW, SAME (as the copy before), DELTA (differences from the copy before), EXPONENT
-    number of the copy before that it changes; 0 where it needs none
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-import torch
-
-from zgraph.errors import PlanMismatchError
-from zgraph.ir.codecs import HEAD_BYTES, Delta, Sized
-
-RAW, SAME, DELTA, EXPONENT = range(4)
 
 BLOCK = 1 << 17
 """Numbers that share parameters, and are worked on at a time."""
 
-Tensor = torch.Tensor
 Bits = npt.NDArray[np.bool_]
 Bytes = npt.NDArray[np.uint8]
 Shorts = npt.NDArray[np.uint16]
@@ -239,99 +225,3 @@ def _exponents(reader: _Reader, numel: int) -> Shorts:
         ranks = found
     made: Shorts = rest & np.uint16(0x7F) | (rest & np.uint16(0x80)) << np.uint16(8) | order[ranks] << np.uint16(7)
     return made
-
-
-# --- whole codes --------------------------------------------------------------------------------------------------
-
-
-def encode_sized(codec: Sized, numbers: Tensor, code: Tensor, before: Tensor | None = None, number: int = 0) -> int:
-    """Write the code of numbers: raw where that is no longer. The bytes that it takes.
-
-    Args:
-        codec: how.
-        numbers: [numel] of 16 bits each, on a processor.
-        code: [at least HEAD_BYTES + 2 * numel] bytes, written in front.
-        before: the copy before, likewise; None where there is none.
-        number: of that copy.
-    """
-    new, parts, form = _patterns(numbers), list[Bytes](), RAW
-    old = _patterns(before) if before is not None else None
-    if old is not None and np.array_equal(new, old):
-        form = SAME
-    elif old is not None and isinstance(codec, Delta):
-        form, parts = DELTA, encode_delta(new, old)
-    elif not isinstance(codec, Delta):
-        form, parts = EXPONENT, encode_exponents(new)
-    if form == RAW or sum(map(len, parts)) >= new.nbytes > 0:
-        form, parts = RAW, [new.view(np.uint8)]
-    size = HEAD_BYTES + sum(map(len, parts))
-    out = code.numpy()
-    out[:HEAD_BYTES] = np.array([size, form, number if form in (SAME, DELTA) else 0], "<i8").view(np.uint8)
-    if parts:
-        np.concatenate(parts, out=out[HEAD_BYTES:size])
-    return size
-
-
-def sized_bytes(code: Tensor) -> int:
-    """Bytes of a code, which its head says."""
-    return _head(code)[0]
-
-
-def all_same(codes: Iterable[Tensor], number: int) -> bool:
-    """Whether all codes stand for the copy before, as they are.
-
-    Raises:
-        PlanMismatchError: one of them stands for another copy than this rank has.
-    """
-    heads = [_head(code) for code in codes]
-    if not all(form == SAME for _, form, _ in heads):
-        return False
-    for _, _, changes in heads:
-        _check_copy(changes, number)
-    return True
-
-
-def _check_copy(changes: int, number: int) -> None:
-    if changes != number:
-        raise PlanMismatchError(
-            f"a rank sends what changed since copy {changes} of a parameter, and this rank has copy {number}: after an "
-            "error all ranks must go on alike. Start the job again from its last checkpoint"
-        )
-
-
-def decode_sized(code: Tensor, out: Tensor, before: Tensor | None = None, number: int = 0) -> None:
-    """Write the numbers that a code stands for.
-
-    Args:
-        code: bytes, perhaps with more behind.
-        out: [numel] of 16 bits each, written.
-        before: the copy before; None where there is none.
-        number: of that copy.
-
-    Raises:
-        PlanMismatchError: the code changes another copy than this rank has.
-    """
-    size, form, changes = _head(code)
-    if form in (SAME, DELTA):
-        _check_copy(changes, number if before is not None else 0)
-    payload, made = code.numpy()[HEAD_BYTES:size], _patterns(out)
-    if form == RAW:
-        made[:] = np.frombuffer(payload.tobytes(), np.uint16)
-    elif form == EXPONENT:
-        decode_exponents(payload, made)
-    elif before is not None and form == SAME:
-        out.copy_(before)
-    elif before is not None:
-        decode_delta(payload, _patterns(before), made)
-
-
-def _patterns(numbers: Tensor) -> Shorts:
-    """Bit patterns of dense numbers, in the same memory."""
-    found: npt.NDArray[np.int16] = numbers.detach().view(torch.int16).numpy()
-    return found.view(np.uint16)
-
-
-def _head(code: Tensor) -> list[int]:
-    """Bytes, form, and number of the copy before."""
-    found: list[int] = np.frombuffer(code[:HEAD_BYTES].numpy().tobytes(), "<i8").tolist()
-    return found

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from zgraph.ir import OPS, Graph, Node, Output, OutputKind, Phase, TensorType, num_data_ranks
 from zgraph.ir.aliases import Aliases
-from zgraph.ir.codecs import Delta
+from zgraph.ir.codecs import Sized
+from zgraph.ir.coded_rules import codec_of
 from zgraph.ir.graph import Value, values_in
 from zgraph.ir.ops import brings, views
 from zgraph.ir.verifier import Fault
@@ -131,7 +132,7 @@ def gathers(graph: Graph) -> Iterator[Fault]:
             sources.update((r.name, behind) for r in node.results)
         if not is_gather:
             continue
-        keeps = bool(node.option("keep")) or node.option("codec") == Delta.name
+        keeps = bool(node.option("keep")) or _changes_copies(node)
         for name in sorted(behind):
             if (before := seen.setdefault((node.phase, name), node.name)) != node.name:
                 yield position, f"gathers %{name} once more: %{before} did so in this phase"
@@ -144,6 +145,11 @@ def gathers(graph: Graph) -> Iterator[Fault]:
         for result in node.results:
             if not graph.users.get(result.name) and result.name not in returned:
                 yield position, f"gathers %{result.name}, which nothing reads"
+
+
+def _changes_copies(gather: Node) -> bool:
+    codec = codec_of(gather) if gather.option("codec") is not None else None
+    return isinstance(codec, Sized) and codec.changes
 
 
 def gradients(graph: Graph) -> Iterator[Fault]:

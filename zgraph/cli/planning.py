@@ -69,6 +69,7 @@ def plan(
         str, typer.Option(help="What matrices are multiplied in.", autocompletion=any_of(*COMPUTES))
     ] = "",
     compress: Annotated[str, typer.Option(help="A codec, as q8; auto, or exact.", show_default="none")] = "",
+    compress_parameters: Annotated[str, typer.Option(help="A codec, as q8, or exact.", show_default="none")] = "",
     tensor_parallel: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Ranks that compute each op together; may be given again.", show_default="1"),
@@ -118,7 +119,7 @@ def plan(
         "param_dtype": as_dtype(dtype, "--dtype"),
         "kernels": one_of("--kernels", kernels, KERNELS) if kernels else None,
         "compute": one_of("--compute", compute, COMPUTES) if compute else None,
-        "compress": compress or None,
+        "compress": _codecs(compress, compress_parameters),
         "context_parallel": context_parallel,
         "expert_parallel": expert_parallel,
     }
@@ -173,6 +174,12 @@ def _around(names: Sequence[str]) -> dict[str, str | Hardware]:
     counts = sorted({max(given.num_hosts // 2, 1), given.num_hosts, 2 * given.num_hosts})
     each = given.devices_per_host
     return {f"{n}x{each}-{given.name}": given.shaped(n, each) for n in counts}
+
+
+def _codecs(gradients: str, parameters: str) -> str | dict[str, str] | None:
+    """Codecs of `--compress` and `--compress-parameters`, as `zgraph.plan` takes it."""
+    given = {"gradients": gradients, "parameters": parameters}
+    return {name: codec for name, codec in given.items() if codec} if parameters else gradients or None
 
 
 def _offload(text: str) -> str | tuple[str, ...] | None:

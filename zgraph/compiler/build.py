@@ -213,8 +213,10 @@ def _context(model: nn.Module, settings: Settings, session: Session) -> Context:
     store = session.store
     rest_bytes = store.rest_bytes + store.state_bytes + buffer_bytes(model) + library_bytes(session.device)
     steps = enabled(settings.pipeline).passes
-    rest_bytes += session.feedback.most_bytes if any(isinstance(step, Compress) for step in steps) else 0
-    rest_bytes += session.copies.most_bytes if any(isinstance(step, CodeGathers) for step in steps) else 0
+    if any(isinstance(step, Compress) and step.gradients != "none" for step in steps):
+        rest_bytes += session.feedback.most_bytes
+    copied = {dtype for step in steps if isinstance(step, Compress | CodeGathers) for dtype in step.copied}
+    rest_bytes += session.copies.most_bytes(copied)
     return Context(
         mesh=_axes(session),
         reduce_dtype=FROM_TORCH[settings.reduce_dtype] if settings.reduce_dtype is not None else None,

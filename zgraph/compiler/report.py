@@ -131,8 +131,8 @@ class Report:
         codec: the codecs that were chosen, of gradients and of parameters, and why; empty if there was no choice.
         feedback_bytes: bytes at rest of what codes of gradients have left out.
         code_errors: of each bucket of gradients the relative error of its first code; empty if none is coded.
-        copies_bytes: bytes at rest of copies of parameters, which exact codes change.
-        exact_codes: bytes of exact codes so far, and of the numbers that they stand for; empty if nothing is coded so.
+        copies_bytes: bytes at rest of copies of parameters, which codes change.
+        codes: bytes of codes of parameters so far, and of the numbers that they stand for; empty if none is coded.
         cuda_graphs: of each captured graph what the GPU repeats from recordings, and what not and why.
         recorded_bytes: bytes that recordings keep between steps, at most.
         arenas: whether NCCL knows the memory that collectives read and write, and why not; empty where there is none.
@@ -158,7 +158,7 @@ class Report:
     feedback_bytes: int = 0
     code_errors: str = ""
     copies_bytes: int = 0
-    exact_codes: str = ""
+    codes: str = ""
     cuda_graphs: tuple[str, ...] = ()
     recorded_bytes: int = 0
     arenas: str = ""
@@ -267,9 +267,9 @@ class Report:
         if self.code_errors:
             table.add_row("left out by codes, for the next step", mebibytes(self.feedback_bytes))
             table.add_row("relative error of the first codes", self.code_errors)
-        if self.exact_codes:
-            table.add_row("copies of parameters, for exact codes", mebibytes(self.copies_bytes))
-            table.add_row("exact codes of this rank's parameters", self.exact_codes)
+        if self.codes:
+            table.add_row("copies of parameters, for codes", mebibytes(self.copies_bytes))
+            table.add_row("codes of this rank's parameters", self.codes)
         if self.arenas:
             table.add_row("arenas", self.arenas)
         for text in self.cuda_graphs:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
 
 from zgraph.cost.memory import local_bytes
-from zgraph.ir import Graph, InputKind, Phase, TensorType
-from zgraph.ir.codecs import Delta
+from zgraph.ir import DType, Graph, InputKind, Phase, TensorType
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import padded_bytes
 
@@ -37,15 +37,20 @@ def feedback_bytes(placed: Graph) -> int:
     return found
 
 
-def copies_bytes(placed: Graph) -> int:
-    """Bytes of the copies of parameters that all ranks keep for exact codes of what changes: at stages 1 and 2."""
+def copies_bytes(placed: Graph, dtypes: Collection[DType]) -> int:
+    """Bytes of the copies of parameters that all ranks keep for codes of what changes: at stages 1 and 2.
+
+    Args:
+        placed: the graph.
+        dtypes: those whose numbers the codec codes.
+    """
     stages, found = {i.value.name: i.stage for i in placed.params}, 0
     for node in placed.nodes:
         for operand in node.operands if node.op == "reshard" and node.phase is Phase.forward else ():
             maker = placed.producers.get(operand.name)
             source = maker.operands[0].name if maker is not None and maker.op == "cast" else operand.name
             kind = operand.tensor
-            if stages.get(source) in (1, 2) and kind.is_sharded and kind.dtype in Delta.dtypes:
+            if stages.get(source) in (1, 2) and kind.is_sharded and kind.dtype in dtypes:
                 found += padded_bytes(kind, placed.num_shards)
     return found
 

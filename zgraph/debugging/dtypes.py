@@ -52,9 +52,12 @@ def exactly_coded(graph: Graph) -> Graph:
 
 
 def _raw(node: Node) -> tuple[tuple[str, Arg], ...]:
-    """Options of a node with `raw` in the place of its codec; a gather of codes of variable length names none then."""
-    kept = node.kwargs if node.op in CODING else tuple((k, a) for k, a in node.kwargs if k != "codec")
-    return tuple((k, "raw" if k == "codec" else a) for k, a in kept)
+    """Options of a node with `raw` in the place of its codec; a gather of codes names none then."""
+    if node.option("codec") is None:
+        return node.kwargs
+    if node.op not in CODING:
+        return tuple((k, a) for k, a in node.kwargs if k not in ("codec", "dtype"))
+    return tuple((k, "raw" if k == "codec" else a) for k, a in node.kwargs)
 
 
 class _Rewriter:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from zgraph import api
+from zgraph.engine.config.keys import Zero
 from zgraph.engine.config.lr_schedules import Scheduler
 from zgraph.engine.config.optimizers import handed_over, names_in
 from zgraph.engine.config.read import Config, read_config
@@ -168,8 +169,15 @@ def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-QUANTISED = "q4(block=128)"
-"""The codec of `zero_quantized_gradients`, whose codes have 4 bits a number in ZeRO++ too (Wang et al., 2023)."""
+QUANTISED = {"gradients": "q4(block=128)", "parameters": "q8(block=256)"}
+"""The codecs of `zero_quantized_gradients` and `zero_quantized_weights`, whose codes have 4 and 8 bits a number in
+ZeRO++ too (Wang et al., 2023)."""
+
+
+def quantised(zero: Zero) -> dict[str, str]:
+    """Codecs of what the section has quantised; of weights where some are gathered."""
+    wanted = {"gradients": zero.zero_quantized_gradients, "parameters": zero.zero_quantized_weights and zero.stage > 0}
+    return {name: QUANTISED[name] for name, is_wanted in wanted.items() if is_wanted}
 
 
 def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None) -> nn.Module:
@@ -194,7 +202,7 @@ def compile_for(model: nn.Module, config: Config, mesh: DeviceMesh | None = None
         offload=_offload(config),
         kernels=own.kernels,
         compute=own.compute,
-        compress=own.compress or (QUANTISED if keys.zero_optimization.zero_quantized_gradients else None),
+        compress=own.compress or quantised(keys.zero_optimization),
         save=own.save,
         fullgraph=own.fullgraph,
         dynamic=own.dynamic,

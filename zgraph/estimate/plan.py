@@ -20,7 +20,7 @@ from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.layouts import best_layout
 from zgraph.estimate.planners import planner_maker
 from zgraph.estimate.training_plan import TrainingPlan
-from zgraph.options.compression import Compress, planned_codec
+from zgraph.options.compression import Compress, planned_codes
 from zgraph.options.experts import experts_of
 from zgraph.options.offload import Offload
 from zgraph.options.parallel import AXES, check_axes
@@ -72,7 +72,7 @@ def plan(
         kernels: what runs the ops between collectives, as in `zgraph.compile`; by default what that takes on the
             hardware. "inductor" and "auto" are planned op by op, as if Inductor saved nothing.
         compute: what matrices are multiplied in, as in `zgraph.compile`.
-        compress: a codec, "auto" or "exact", as in `zgraph.compile`; what codes leave out, and copies that exact codes
+        compress: codecs, "auto" or "exact", as in `zgraph.compile`; what codes leave out, and copies that codes
             change, count as optimizer state.
         recompute: what is computed again, as in `zgraph.compile`.
         reduce_dtype: dtype in which gradients are averaged over ranks, as in `zgraph.compile`.
@@ -197,7 +197,7 @@ def sweep(
         "accumulation": accumulation,
         "num_copies": copies,
         "tensor": tensor_parallel,
-        "codec": planned_codec(compress, copies, math.prod(together.values())),
+        "codes": planned_codes(compress, copies, math.prod(together.values())),
         "context": context_parallel,
         "expert": expert_parallel,
         "experts": experts_of(model, expert_parallel) if expert_parallel > 1 else frozenset(),

@@ -18,12 +18,14 @@ from zgraph.cost.rest import UPDATE_PASSES, at_rest, copies_bytes, feedback_byte
 from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.estimate.member import Member
 from zgraph.ir import Axis, DType, Graph, Input, InputKind, Mesh, Placement, Shard, model_axes
+from zgraph.options.compression import Codes
 from zgraph.options.validate import Compute, Kernels
 from zgraph.passes import RECIPES, Context, along_model_axes, compressing, parse_recipe, recipe_for
 from zgraph.passes.analysis.lookahead import step_memory
 from zgraph.passes.canonicalize import Canonicalize
+from zgraph.passes.code_gathers import CodeGathers
+from zgraph.passes.compress import Compress
 from zgraph.passes.core.base import Choice
-from zgraph.passes.core.recipes import EXACT
 from zgraph.passes.dce import DeadCode
 from zgraph.passes.fuse import Fuse
 from zgraph.passes.fusion.loss import fused_losses, loss_nodes
@@ -116,7 +118,7 @@ class Planner:
         num_copies: ranks that hold the same shard.
         hints: how many threads processors have, where it is them that compute.
         tensor: ranks that compute each op together, by placements that are searched.
-        codec: of gradients, or "auto"; empty for none.
+        codes: what is sent in the place of numbers.
         context: ranks that share each sequence.
         expert: ranks that share the experts.
         experts: names of the parameters that are their matrices.
@@ -137,7 +139,7 @@ class Planner:
     num_copies: int = 1
     hints: Mapping[str, int] = field(default_factory=dict)
     tensor: int = 1
-    codec: str = ""
+    codes: Codes = field(default_factory=Codes)
     context: int = 1
     expert: int = 1
     experts: frozenset[str] = frozenset()
@@ -159,7 +161,7 @@ class Planner:
     def recipe(self, stage: int) -> str:
         """The passes of a stage."""
         found = recipe_for(self.kernels, RECIPES[stage], self.compute)
-        found = compressing(found, self.codec) if self.codec else found
+        found = compressing(found, self.codes.gradients, self.codes.parameters) if self.codes else found
         axes = [axis.name for axis in model_axes(self.mesh)]
         return along_model_axes(found, axes, searches="all" if self.tensor > 1 else "") if axes else found
 
@@ -235,9 +237,13 @@ class _Shape:
         steps = parse_recipe(planner.recipe(stage)).passes
         self.members = [Member(graph, steps, context) for graph in self.samples.members]
         self.rest = self.samples.scale_by_key([at_rest(m.placed) for m in self.members])
-        if planner.codec:
-            kept = copies_bytes if planner.codec in EXACT else feedback_bytes
-            self.rest["optimizer"] += int(self.samples.scale([kept(m.placed) for m in self.members]))
+        if planner.codes:
+            copied = {dtype for step in steps if isinstance(step, Compress | CodeGathers) for dtype in step.copied}
+            kept = [
+                copies_bytes(m.placed, copied) + (feedback_bytes(m.placed) if planner.codes.gradients else 0)
+                for m in self.members
+            ]
+            self.rest["optimizer"] += int(self.samples.scale(kept))
         if planner.kernels == "auto" and self._has_no_room_for_logits(context):
             steps = tuple(_Blockwise() if isinstance(step, Fuse) else step for step in steps)
             self.members = [Member(graph, steps, context) for graph in self.samples.members]

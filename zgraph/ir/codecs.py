@@ -6,11 +6,13 @@
     topk(1%, chunk=4096)      the largest numbers of each chunk, in bf16         about 1/100
     delta                     what changed since the copy before, exactly       about 1/8 of bf16
     exponent                  exponents by how often they occur, exactly        about 2/3 of bf16
+    difference(q4(block=128)) what changed since the copy before, in a codec     that codec's share
     raw                       the numbers themselves
 
 A codec codes numbers in one dimension, in fp32. What its codes stand for is in `zgraph.bridge.codecs`. Codes of `delta`
-and `exponent` are of 16-bit numbers as they are, and of a length that is known when they are made
-(`zgraph.bridge.exact_codes`): their type has room for the most bytes, and what is predicted of the wire is an estimate.
+and `exponent` are of 16-bit numbers as they are; these and those of `difference` are of a length that is known when
+they are made (`zgraph.bridge.sized_codes`): their type has room for the most bytes, and what is predicted of the wire
+is an estimate.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from zgraph.errors import CodecError, did_you_mean
 from zgraph.ir.cursor import Cursor
@@ -157,43 +159,58 @@ class Raw(Codec):
 
 @dataclass(frozen=True)
 class Sized(Codec):
-    """An exact codec of 16-bit numbers whose codes have a length of their own: at most that of the numbers, and a head.
+    """A codec whose codes have a length of their own: at most that of the numbers, and a head.
 
     Attributes:
-        bits: expected of a number.
+        changes: whether codes are of what changed since the copy that all ranks still have.
         dtypes: those whose numbers it codes.
     """
 
-    is_exact: ClassVar[bool] = True
-    bits: ClassVar[float]
+    changes: ClassVar[bool] = False
     dtypes: ClassVar[tuple[DType, ...]]
 
     def num_bytes(self, numel: int, dtype: DType) -> int:
         return HEAD_BYTES + numel * dtype.itemsize
 
-    def expected_bytes(self, most_bytes: int) -> int:
-        """Bytes that a code of at most `most_bytes` is expected to take: an estimate."""
-        return HEAD_BYTES + math.ceil((most_bytes - HEAD_BYTES) * self.bits / 16)
+    @abc.abstractmethod
+    def expected_bytes(self, numel: int) -> int:
+        """Bytes that a code of `numel` numbers is expected to take: an estimate."""
+
+
+@dataclass(frozen=True)
+class Exact(Sized):
+    """A codec of 16-bit numbers that loses nothing.
+
+    Attributes:
+        bits: expected of a number.
+    """
+
+    is_exact: ClassVar[bool] = True
+    bits: ClassVar[float]
+
+    def expected_bytes(self, numel: int) -> int:
+        return HEAD_BYTES + math.ceil(numel * self.bits / 8)
 
     def __str__(self) -> str:
         return self.name
 
 
 @dataclass(frozen=True)
-class Delta(Sized):
+class Delta(Exact):
     """Differences of bit patterns from the copy that all ranks still have.
 
     The estimate is for a model that is fine-tuned; of one that is trained from scratch more changes in a step.
     """
 
     name: ClassVar[str] = "delta"
+    changes: ClassVar[bool] = True
     bits: ClassVar[float] = 2.0
     dtypes: ClassVar[tuple[DType, ...]] = (DType.bf16, DType.f16)
     passes: ClassVar[int] = 30
 
 
 @dataclass(frozen=True)
-class Exponent(Sized):
+class Exponent(Exact):
     """Exponents by how often they occur, signs and mantissas as they are: needs no copy."""
 
     name: ClassVar[str] = "exponent"
@@ -202,7 +219,39 @@ class Exponent(Sized):
     passes: ClassVar[int] = 60
 
 
-CODECS: Mapping[str, type[Codec]] = {kind.name: kind for kind in (Q8, Q4, Sign, TopK, Delta, Exponent, Raw)}
+@dataclass(frozen=True)
+class Difference(Sized):
+    """Differences from the copy that all ranks still have, as another codec has them: what it leaves out is in the
+    next difference (EF21: Richtarik et al., 2021).
+
+    Args:
+        codec: of the differences.
+
+    Raises:
+        ValueError: the codec's codes have a length of their own, or it is `raw`.
+    """
+
+    codec: Codec = field(default_factory=Q8)
+
+    name: ClassVar[str] = "difference"
+    changes: ClassVar[bool] = True
+    dtypes: ClassVar[tuple[DType, ...]] = (DType.f32, DType.bf16, DType.f16)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.codec, Sized | Raw):
+            raise ValueError(f"a difference is coded by {', '.join(LOSSY)}, not by {self.codec.name}")
+
+    def expected_bytes(self, numel: int) -> int:
+        return HEAD_BYTES + self.codec.num_bytes(numel, DType.f32)
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.codec})"
+
+
+LOSSY: Mapping[str, type[Codec]] = {kind.name: kind for kind in (Q8, Q4, Sign, TopK)}
+"""The codecs by name whose codes have a fixed length, and leave something out."""
+
+CODECS: Mapping[str, type[Codec]] = {kind.name: kind for kind in (Q8, Q4, Sign, TopK, Delta, Exponent, Difference, Raw)}
 """The codecs by name."""
 
 
@@ -216,30 +265,41 @@ class _Text(Cursor):
 def parse_codec(text: str) -> Codec:
     """The codec that a text writes; options that it leaves out are at their default.
 
-    >>> str(parse_codec("q8")), str(parse_codec("topk(0.5%)"))
-    ('q8(block=256)', 'topk(0.5%, chunk=4096)')
+    >>> str(parse_codec("q8")), str(parse_codec("topk(0.5%)")), str(parse_codec("difference(q4)"))
+    ('q8(block=256)', 'topk(0.5%, chunk=4096)', 'difference(q4(block=128))')
 
     Raises:
         CodecError: with a caret under what does not parse.
     """
     cursor = _Text(text)
-    name = cursor.match(re.compile(r"\w+"), "the name of a codec")
-    if name not in CODECS:
-        hint = did_you_mean(name, CODECS, f"the codecs are {', '.join(CODECS)}")
-        raise cursor.error(f"there is no codec called {name[:40]}; {hint}", 0)
-    kind = CODECS[name]
-    options: dict[str, int | float] = {}
-    if cursor.accept("("):
-        for key, value in cursor.listed(")", lambda: _option(cursor, kind, options)):
-            options[key] = value
+    found = _codec(cursor, CODECS)
     cursor.end()
+    return found
+
+
+def _codec(cursor: _Text, known: Mapping[str, type[Codec]]) -> Codec:
+    begin = cursor.at
+    name = cursor.match(re.compile(r"\w+"), "the name of a codec")
+    if name not in known:
+        hint = did_you_mean(name, known, f"the codecs are {', '.join(known)}")
+        where = "here" if name in CODECS else f"called {name[:40]}"
+        raise cursor.error(f"there is no codec {where}; {hint}", begin)
+    kind = known[name]
+    options: dict[str, Any] = {}
+    if cursor.accept("("):
+        if kind is Difference:
+            options["codec"] = _codec(cursor, LOSSY)
+            cursor.expect(")")
+        else:
+            for key, value in cursor.listed(")", lambda: _option(cursor, kind, options)):
+                options[key] = value
     try:
         return kind(**options)
     except ValueError as error:
-        raise cursor.error(str(error), 0) from None
+        raise cursor.error(str(error), begin) from None
 
 
-def _option(cursor: _Text, kind: type[Codec], given: dict[str, int | float]) -> tuple[str, int | float]:
+def _option(cursor: _Text, kind: type[Codec], given: dict[str, Any]) -> tuple[str, int | float]:
     known = [f.name for f in dataclasses.fields(kind)]
     if kind is TopK and not given and _PERCENT.match(cursor.text, cursor.at):
         found = "percent", float(cursor.match(_PERCENT, "a share").rstrip("%"))

@@ -10,12 +10,13 @@ codes of its part and reduces what they stand for. A code is bytes, and a row of
                           gather     u8[N * bytes]<R>          all have the codes of all parts
                           decode     f32[4, 2]<R>
 
-What is sharded and gathered by exact codes of variable length is coded, gathered and decoded so, too: each code has the
-room of the longest, and only what there is of it travels. `delta` names the parameters whose `copies` it changes, which
-all ranks keep from one step to the next:
+What is sharded and gathered is coded, gathered and decoded so, too, and the gather names the codec. Codes of variable
+length have the room of the longest, and only what there is of them travels. `delta` and `difference` name the
+parameters whose `copies` they change, which all ranks keep from one step to the next. A gather of `difference` names
+the dtype of the numbers, by which its bytes are estimated:
 
     bf16[4, 2]<S0>        encode     u8[N * most]<S0>
-                          gather     u8[N * most]<R>         with the codec, by which its bytes are estimated
+                          gather     u8[N * most]<R>
                           decode     bf16[4, 2]<R>
 """
 
@@ -23,12 +24,12 @@ from __future__ import annotations
 
 from zgraph.errors import CodecError
 from zgraph.ir.axis_rules import TypeRuleError
-from zgraph.ir.codecs import Codec, Delta, Raw, Sized, parse_codec
+from zgraph.ir.codecs import HEAD_BYTES, Codec, Difference, Raw, Sized, parse_codec
 from zgraph.ir.graph import Node
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.types import DType, Mesh, Partial, Replicate, Shard, TensorType, Type, data_axes, num_shards
 
-__all__ = ["CODED", "check_sized", "code_bytes", "codec_of", "decoded", "encoded", "exchanged", "expected_bytes"]
+__all__ = ["CODED", "check_coded", "code_bytes", "codec_of", "decoded", "encoded", "exchanged", "expected_bytes"]
 
 CODED = (DType.f32, DType.bf16, DType.f16)
 """Dtypes whose numbers codecs code; `raw` codes f64 as well."""
@@ -64,8 +65,8 @@ def encoded(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     if kind.dtype not in CODED and not (codec.is_exact and kind.dtype is DType.f64):
         raise TypeRuleError(f"codes floating-point numbers of at most 32 bits, not {kind}")
     size = num_shards(mesh) * code_bytes(codec, kind, mesh)
-    if kind.placement == (Shard(0),):
-        return (TensorType(DType.u8, (size,), placement=(Shard(0),)),)
+    if kind.is_sharded:
+        return (TensorType(DType.u8, (size,), placement=kind.placement),)
     if kind.placement not in ((Partial("sum"),), (Partial("mean"),)):
         raise TypeRuleError(f"codes what is placed P(sum), P(mean) or S0, not {kind}")
     return (TensorType(DType.u8, (num_shards(mesh), size), placement=(Shard(0),)),)
@@ -95,23 +96,23 @@ def _decoded_sized(node: Node, mesh: Mesh, codec: Codec, made: TensorType) -> tu
     return (whole.contiguous(),)
 
 
-def check_sized(gather: Node) -> None:
-    """Raise TypeRuleError where a gather that names a codec is not of one value's codes of variable length."""
+def check_coded(gather: Node) -> None:
+    """Raise TypeRuleError where a gather that names a codec is not of one value's codes."""
     if gather.option("codec") is None:
         return
-    if not isinstance(codec_of(gather), Sized):
-        raise TypeRuleError("takes codec= for codes of variable length: delta or exponent")
+    if isinstance(codec_of(gather), Difference) != isinstance(gather.option("dtype"), DType):
+        raise TypeRuleError("takes dtype=, that of the numbers, for codes of difference, and for no others")
     if _tensor(gather).dtype is not DType.u8 or len(_tensor(gather).shape) != 1:
         raise TypeRuleError(f"gathers codes u8[bytes]<S0>, where it names their codec, not {_tensor(gather)}")
 
 
 def expected_bytes(gather: Node, mesh: Mesh) -> int:
-    """Bytes that the codes of all ranks are expected to take, where a gather names their codec; else 0."""
-    if gather.option("codec") is None:
+    """Bytes that the codes of all ranks are expected to take, where their length is their own; else 0."""
+    if gather.option("codec") is None or not isinstance(codec := codec_of(gather), Sized):
         return 0
-    codec, count = codec_of(gather), num_shards(mesh)
-    assert isinstance(codec, Sized)
-    return count * codec.expected_bytes(chunk_numel(_tensor(gather).shape, count))
+    count, dtype = num_shards(mesh), gather.option("dtype")
+    most = chunk_numel(_tensor(gather).shape, count) - HEAD_BYTES
+    return count * codec.expected_bytes(most // (dtype.itemsize if isinstance(dtype, DType) else 2))
 
 
 def exchanged(node: Node, mesh: Mesh) -> tuple[Type, ...]:
@@ -161,10 +162,11 @@ def _tensor(node: Node) -> TensorType:
 
 
 def _check_copies(node: Node, codec: Codec) -> None:
-    """Copies are what `delta` changes; `raw` stands for it where numbers are checked."""
-    if node.option("copies") is None and isinstance(codec, Delta):
-        raise TypeRuleError("delta needs copies=, the names of the parameters that it changes")
-    if node.option("copies") is not None and not isinstance(codec, Delta | Raw):
+    """Copies are what `delta` and `difference` change; `raw` stands for them where numbers are checked."""
+    changes = isinstance(codec, Sized) and codec.changes
+    if node.option("copies") is None and changes:
+        raise TypeRuleError(f"{codec.name} needs copies=, the names of the parameters that it changes")
+    if node.option("copies") is not None and not changes and not isinstance(codec, Raw):
         raise TypeRuleError(f"{codec} changes no copies: leave copies= out")
     _check_names(node, "copies")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from zgraph.ir.axis_rules import TypeRuleError, changed_axis, laid_as_stated, moved, moved_along
-from zgraph.ir.coded_rules import check_sized
+from zgraph.ir.coded_rules import check_coded
 from zgraph.ir.graph import Node
 from zgraph.ir.layout import bucket_layout
 from zgraph.ir.types import (
@@ -83,7 +83,7 @@ def gathered(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     """Onto the device, from wherever the shards lie."""
     if node.option("axis") is not None:
         return moved_along(node, mesh)
-    check_sized(node)
+    check_coded(node)
     return _moved(node, lambda kind: _whole(_sharded(kind)).on(DEVICE))
 
 

@@ -1,95 +1,135 @@
-"""The option `compress`: the codec of gradients, or of parameters if it is exact, and what it does not go with."""
+"""The option `compress`: the codecs of gradients and of parameters, and what they do not go with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.bridge.aten import FROM_TORCH, compute_dtype
 from zgraph.errors import UsageError
-from zgraph.ir.codecs import CODECS, Codec, Delta, Raw, Sized, parse_codec
+from zgraph.ir.codecs import CODECS, LOSSY, Codec, Exact, Sign, TopK, parse_codec
 from zgraph.options.parallel import AXES
-from zgraph.passes.core.recipes import EXACT
+from zgraph.passes.core.recipes import EXACT, compressing
 
-Compress = str | Codec | None
-"""A codec or its text, "auto" or "exact"; None sends numbers as they are."""
+Compress = str | Codec | Mapping[str, str | Codec] | None
+"""A codec of gradients or its text, or "auto"; "exact", "delta" or "exponent" for parameters; or {"gradients": ...,
+"parameters": ...}. None sends numbers as they are."""
 
 
-def codec_for(
+@dataclass(frozen=True)
+class Codes:
+    """Codes that are sent in the place of numbers.
+
+    Args:
+        gradients: the text of their codec, or "auto"; empty for none.
+        parameters: likewise, or "exact".
+    """
+
+    gradients: str = ""
+    parameters: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.gradients or self.parameters)
+
+    def __str__(self) -> str:
+        """As whoever compiles writes it."""
+        if not self.parameters:
+            return f'compress="{self.gradients}"'
+        if not self.gradients and self.is_exact:
+            return f'compress="{self.parameters}"'
+        given = {"gradients": self.gradients, "parameters": self.parameters}
+        return f"compress={ {key: text for key, text in given.items() if text} }"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether parameters are coded exactly."""
+        return self.parameters in EXACT
+
+
+def codes_for(
     compress: Compress, mesh: DeviceMesh | None, *, has_recipe: bool, fullgraph: object, device: torch.device
-) -> str:
-    """The text of the codec, "auto" or "exact"; empty where there is none, or one rank.
+) -> Codes:
+    """Codes that the option asks for; none on one rank.
 
     Raises:
-        CodecError: the text does not parse.
+        CodecError: a text does not parse.
         UsageError: it is no codec, or one that the other options leave no place for.
     """
-    codec = _checked(compress)
-    if not codec:
-        return ""
-    is_exact = codec in EXACT
+    codes = codes_of(compress)
+    if not codes:
+        return codes
     if has_recipe:
-        wanted = f"code-gathers(codec={EXACT[codec]})" if is_exact else f"compress(gradients={codec})"
+        wanted = compressing("broadcast,", codes.gradients, codes.parameters).removesuffix(",broadcast,")
         raise UsageError(
             f"with passes=, the recipe says what is compressed: put {wanted} behind bucket in it, and leave compress= "
             "out"
         )
     if fullgraph == "eager":
         raise UsageError(
-            f'compress="{codec}" codes what captured graphs send, and fullgraph="eager" captures none; leave one of '
-            "them out"
+            f'{codes} codes what captured graphs send, and fullgraph="eager" captures none; leave one of them out'
         )
-    if is_exact and device.type != "cpu":
+    if codes.parameters and device.type != "cpu":
+        raise UsageError(f"{codes} codes parameters on processors, and the model is on {device}; leave it out")
+    names = () if mesh is None else mesh.mesh_dim_names or ()
+    if codes.parameters and set(AXES) & set(names):
         raise UsageError(
-            f'compress="{codec}" codes parameters on processors, and the model is on {device}; leave it out'
+            f"{codes} codes whole parameters, and the mesh cuts them along {' and '.join(names)}; leave compress= out"
         )
-    if is_exact and mesh is not None and set(AXES) & set(mesh.mesh_dim_names or ()):
+    is_one_axis = mesh is None or mesh.ndim == 1 or sum(mesh.size(d) > 1 for d in range(mesh.ndim)) <= 1
+    if not (is_one_axis or (codes.is_exact and not codes.gradients)):
+        assert mesh is not None
         raise UsageError(
-            f'compress="{codec}" codes whole parameters, and the mesh cuts them along '
-            f"{' and '.join(mesh.mesh_dim_names or ())}; leave compress= out"
+            f"{codes} codes along one axis of ranks, and the mesh has {mesh.ndim}; leave compress= out, or pass a "
+            "mesh of one axis"
         )
-    if not is_exact and mesh is not None and mesh.ndim > 1 and sum(mesh.size(d) > 1 for d in range(mesh.ndim)) > 1:
-        raise UsageError(
-            f'compress="{codec}" codes gradients along one axis of ranks, and the mesh has {mesh.ndim}; leave '
-            "compress= out, or pass a mesh of one axis"
-        )
-    return codec if mesh is not None and mesh.size() > 1 else ""
+    return codes if mesh is not None and mesh.size() > 1 else Codes()
 
 
-def check_exact(
-    codec: str,
+def check_parameters(
+    codes: Codes,
     parameters: Iterable[tuple[str, torch.nn.Parameter]],
     stages: Mapping[str, int],
     dtype: torch.dtype | None,
 ) -> None:
-    """Refuse an exact codec that codes none of these parameters.
+    """Refuse a codec of parameters that codes none of these, or that some of them cannot have.
 
     Args:
-        codec: its text.
+        codes: what is coded, and how.
         parameters: by name.
         stages: of each.
         dtype: to compute in; None takes each parameter's own.
 
     Raises:
-        UsageError: no parameter is of its stages and dtypes.
+        UsageError: no parameter is of its stages and dtypes, or its codes need a copy that stage 3 does not keep.
     """
-    kind = CODECS.get(codec)
-    if kind is None or not issubclass(kind, Sized):
+    kinds = {name: FROM_TORCH.get(compute_dtype(p, dtype)) for name, p in parameters}
+    kind = CODECS.get(codes.parameters) if codes.is_exact else None
+    if kind is not None and issubclass(kind, Exact):
+        wanted = (1, 2) if kind.changes else (3,)
+        if any(stages[name] in wanted and found in kind.dtypes for name, found in kinds.items()):
+            return
+        raise UsageError(
+            f"{codes} codes parameters of stage {' and '.join(map(str, wanted))} that are computed with in "
+            f'{" or ".join(d.value for d in kind.dtypes)}, and there is none: pass param_dtype="bf16", or take '
+            'compress="exact", which chooses a codec'
+        )
+    if not codes.parameters or codes.is_exact:
         return
-    wanted = (1, 2) if issubclass(kind, Delta) else (3,)
-    if any(stages[n] in wanted and FROM_TORCH.get(compute_dtype(p, dtype)) in kind.dtypes for n, p in parameters):
-        return
-    raise UsageError(
-        f'compress="{codec}" codes parameters of stage {" and ".join(map(str, wanted))} that are computed with in '
-        f'{" or ".join(d.value for d in kind.dtypes)}, and there is none: pass param_dtype="bf16", or take '
-        'compress="exact", which chooses a codec'
-    )
+    if not any(stages[name] for name in kinds):
+        raise UsageError(f"{codes} codes parameters that are gathered, and at stage 0 none is; leave parameters out")
+    again = next((name for name in kinds if stages[name] == 3), None)
+    if again is not None and isinstance(parse_codec(codes.parameters), Sign | TopK):
+        raise UsageError(
+            f"{codes} codes what changed in a parameter that all ranks still have (stages 1 and 2), and {again} is of "
+            "stage 3; take q8 or q4, or stage 2"
+        )
 
 
-def planned_codec(compress: Compress, num_copies: int, tensor_parallel: int) -> str:
-    """The text of the codec for a plan, "auto" or "exact"; empty where there is none.
+def planned_codes(compress: Compress, num_copies: int, tensor_parallel: int) -> Codes:
+    """Codes of a plan.
 
     Args:
         compress: the option.
@@ -97,23 +137,49 @@ def planned_codec(compress: Compress, num_copies: int, tensor_parallel: int) -> 
         tensor_parallel: ranks that compute each op together.
 
     Raises:
-        CodecError: the text does not parse.
+        CodecError: a text does not parse.
         UsageError: it is no codec, or the mesh has more than one axis.
     """
-    codec = _checked(compress)
-    if codec and (tensor_parallel > 1 or (num_copies > 1 and codec not in EXACT)):
+    codes = codes_of(compress)
+    is_alone = codes.is_exact and not codes.gradients
+    if codes and (tensor_parallel > 1 or (num_copies > 1 and not is_alone)):
+        raise UsageError(f"{codes} codes along one axis of ranks; leave compress=, or mesh= and tensor_parallel=, out")
+    return codes
+
+
+def codes_of(compress: object) -> Codes:
+    """Codes that an option `compress` asks for.
+
+    Raises:
+        CodecError: a text does not parse.
+        UsageError: it is no codec.
+    """
+    if compress is None or isinstance(compress, str | Codec):
+        text = _text(compress, "compress", ("auto", *EXACT))
+        return Codes(parameters=text) if text in EXACT else Codes(text)
+    if not isinstance(compress, Mapping) or not set(compress) <= {"gradients", "parameters"}:
         raise UsageError(
-            f'compress="{codec}" codes along one axis of ranks; leave compress=, or mesh= and tensor_parallel=, out'
+            'compress must be a codec such as "q8(block=256)", "exact", "auto", None, or {"gradients": "q4", '
+            f'"parameters": "q8"}}, not {compress!r}'
         )
-    return codec
+    gradients = _text(compress.get("gradients"), 'compress["gradients"]', ("auto",))
+    return Codes(gradients, _text(compress.get("parameters"), 'compress["parameters"]', EXACT))
 
 
-def _checked(compress: object) -> str:
-    if compress is None or compress in ("auto", "exact"):
-        return str(compress or "")
-    if not isinstance(compress, str | Codec):
-        raise UsageError(f'compress must be a codec such as "q8(block=256)", "exact", "auto" or None, not {compress!r}')
-    codec = parse_codec(compress) if isinstance(compress, str) else compress
-    if isinstance(codec, Raw):
-        raise UsageError('compress="raw" would send the numbers themselves; leave compress= out')
-    return str(codec)
+def _text(codec: object, name: str, words: Collection[str]) -> str:
+    """The text of a codec that leaves something out, or one of the words; empty for None.
+
+    Raises:
+        CodecError: the text does not parse.
+        UsageError: it is something else.
+    """
+    if codec is None or codec in words:
+        return str(codec or "")
+    if not isinstance(codec, str | Codec):
+        raise UsageError(f'{name} must be a codec such as "q8(block=256)", {", ".join(words)}, or None, not {codec!r}')
+    found = parse_codec(codec) if isinstance(codec, str) else codec
+    if found.name in words:
+        return found.name
+    if found.name not in LOSSY:
+        raise UsageError(f"{name} takes {', '.join((*LOSSY, *words))}, not {found}; leave it out to send numbers")
+    return str(found)

@@ -19,7 +19,7 @@ from zgraph.bridge.target import Target, cost_table, device_budget, fingerprint_
 from zgraph.cost import CostTable
 from zgraph.errors import ContractError, UsageError
 from zgraph.ir.layout import chunk_numel
-from zgraph.options.compression import Compress, check_exact, codec_for
+from zgraph.options.compression import Codes, Compress, check_parameters, codes_for
 from zgraph.options.lengths import Lengths, check_lengths
 from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload, Resting, activations, of_parameters
@@ -249,14 +249,14 @@ def resolve(
         check_parallel(kernels, offload, fullgraph, dynamic, compute, has_recipe=passes is not None)
         dynamic = False
     mesh = parallel or _mesh(device, mesh)
-    codec = codec_for(compress, mesh, has_recipe=passes is not None, fullgraph=fullgraph, device=device)
+    codes = codes_for(compress, mesh, has_recipe=passes is not None, fullgraph=fullgraph, device=device)
     axes = _axes(parallel, placements, sequence_parallel=sequence_parallel)
     together = [axis for axis, size in sizes.items() if size > 1]
-    pipeline = pipeline_of(_passes(stage, kernels, compute, codec, passes, replayed, axes, together))
+    pipeline = pipeline_of(_passes(stage, kernels, compute, codes, passes, replayed, axes, together))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     wanted = {name: default_stage if own is None else own for name, own in stages.items()}
-    check_exact(codec, model.named_parameters(), wanted, computed)
+    check_parameters(codes, model.named_parameters(), wanted, computed)
     cuts = at_rest(model, cuts, sizes, wanted.__getitem__)
     num_ranks = mesh.size() if mesh is not None else 1
     budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device, num_ranks)
@@ -350,7 +350,7 @@ def _passes(
     stage: Stage,
     kernels: Kernels,
     compute: Compute | None,
-    codec: str,
+    codes: Codes,
     passes: Passes | None,
     replayed: RunFile | None,
     axes: Literal["", "stated", "along the sequence", "searched"],
@@ -361,7 +361,7 @@ def _passes(
     if passes is not None:
         return str(passes) if isinstance(passes, Path) else passes
     recipe = recipe_for(kernels, RECIPES[stage] if isinstance(stage, int) else MIXED, compute)
-    recipe = compressing(recipe, codec) if codec else recipe
+    recipe = compressing(recipe, codes.gradients, codes.parameters) if codes else recipe
     if not axes:
         return recipe
     searches = "values" if axes == "searched" else ""

@@ -124,7 +124,6 @@ class Zero(Section):
         "cpu_offload_use_pin_memory": _HOST,
     }
     unsupported: ClassVar[Mapping[str, str]] = {
-        "zero_quantized_weights": _EXACT,
         "zero_quantized_nontrainable_weights": _EXACT,
         "zenflow": "leave it out",
         **dict.fromkeys(
@@ -140,6 +139,7 @@ class Zero(Section):
     stage3_param_persistence_threshold: NonNegativeInt | None = None
     stage3_gather_16bit_weights_on_model_save: bool = False
     zero_hpz_partition_size: PositiveInt = 1
+    zero_quantized_weights: bool = False
     zero_quantized_gradients: bool = False
 
 
@@ -327,7 +327,7 @@ class Own(Section):
     hardware: str | None = None
     kernels: Literal["aten", "triton", "inductor", "auto"] | None = None
     compute: Literal["float8", "float8-rowwise"] | None = None
-    compress: str | None = None
+    compress: str | dict[str, str] | None = None
     recompute: Literal["auto"] | bool = "auto"
     fullgraph: bool | Literal["eager"] = True
     dynamic: bool | None = None

@@ -18,8 +18,8 @@ from zgraph.engine.config.lr_schedules import SCHEDULES, Schedule
 from zgraph.engine.config.optimizers import ABSENT_OPTIMIZERS, OPTIMIZERS, OptimizerParams
 from zgraph.engine.config.sections import NO_EFFECT, Reading, flatten
 from zgraph.engine.monitor.writers import PACKAGES, is_installed
-from zgraph.errors import CodecError, ConfigError
-from zgraph.ir.codecs import parse_codec
+from zgraph.errors import CodecError, ConfigError, UsageError
+from zgraph.options.compression import codes_of
 
 
 @dataclass(frozen=True)
@@ -227,16 +227,18 @@ def _check_together(reading: Reading, keys: EngineConfig) -> None:
             "managed_gradient_accumulation: call engine.step() after every micro-batch and leave the key out, or say "
             "which ends a step by engine.set_gradient_accumulation_boundary"
         )
-    if zero.zero_quantized_gradients and zero.zero_hpz_partition_size > 1:
-        reading.problems.append(
-            "zero_optimization.zero_quantized_gradients: codes are sent along one axis of ranks; leave it or "
-            "zero_hpz_partition_size out"
-        )
-    if keys.zgraph.compress not in (None, "auto", "exact"):
-        try:
-            parse_codec(keys.zgraph.compress)
-        except CodecError as error:
-            reading.problems.append(f"zgraph.compress: {str(error).splitlines()[0]}")
+    for name in ("zero_quantized_gradients", "zero_quantized_weights"):
+        if getattr(zero, name) and zero.zero_hpz_partition_size > 1:
+            reading.problems.append(
+                f"zero_optimization.{name}: codes are sent along one axis of ranks; leave it or "
+                "zero_hpz_partition_size out"
+            )
+    if zero.zero_quantized_weights and zero.stage < 1:
+        reading.notes.append(f"zero_optimization.zero_quantized_weights{NO_EFFECT}it takes stage 1 or more")
+    try:
+        codes_of(keys.zgraph.compress)
+    except (CodecError, UsageError) as error:
+        reading.problems.append(f"zgraph.compress: {str(error).splitlines()[0]}")
     for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
         if getattr(zero, name).device != "none" and zero.stage < least:
             reading.notes.append(f"zero_optimization.{name}{NO_EFFECT}it takes stage {least} or more")
