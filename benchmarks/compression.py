@@ -3,7 +3,8 @@
 A small Llama on the text of the demo, on two ranks or more over gloo, with each codec. Bytes are those
 that a rank sends in a step, as counted where they are sent, beside those that the report predicts. Losses in the end
 are of text that nobody was trained on; numbers themselves are sent with several seeds, whose losses show the spread.
-"local q4 50" trains each rank apart, and averages in q4 after 50 steps.
+"sign and q4" is a codec of gradients and one of parameters. "local q4 50" trains each rank apart, and averages in q4
+after 50 steps.
 """
 
 from __future__ import annotations
@@ -35,14 +36,18 @@ Tokens = tuple[torch.Tensor, torch.Tensor]
 """Text to train on, and text that is held out."""
 
 LOCAL = "local"
-CODECS = ["q8", "q4", "sign", "topk(1%)", "local q8 20", "local q4 50"]
+BOTH = " and "
+"""Between the codec of gradients and that of parameters."""
+
+CODECS = ["q8", "q4", "q4 and q4", "sign and q4", "topk(1%) and q4", "sign and sign", "local q8 20", "local q4 50"]
 
 
 @dataclass(frozen=True)
 class Trained:
     """One run.
 
-    codec: of gradients; "none" sends their numbers. Behind "local", that of outer gradients, and the steps between.
+    codec: of gradients, and of parameters; "none" sends their numbers. Behind "local", that of outer gradients, and the
+        steps between.
     sent_bytes, predicted_bytes: of one rank in one step; of local steps the mean of all.
     seed: of weights.
     loss: of batches held out, in the end, mean over ranks.
@@ -78,7 +83,9 @@ def trained(codec: str, stage: int, num_steps: int, seed: int, tokens: Tokens) -
     """Train from one seed, and count what the last step sends."""
     train, kept = tokens
     torch.manual_seed(seed)
-    model = zgraph.compile(llama(), stage=stage, compress=None if codec == NONE else codec)
+    gradients, _, parameters = codec.partition(BOTH)
+    codecs = {"gradients": gradients} | ({"parameters": parameters} if parameters else {})
+    model = zgraph.compile(llama(), stage=stage, compress=None if codec == NONE else codecs)
     optimizer = zgraph.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses, sent = list[float](), list[int]()
     for step in range(num_steps):

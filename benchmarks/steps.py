@@ -41,6 +41,7 @@ def main(
     rate: Annotated[list[str] | None, typer.Option(help="Link rate of emulated hosts; may repeat.")] = None,
     model: Annotated[str, typer.Option(help=", ".join(models.NAMES))] = "llama-30m",
     systems: Annotated[str, typer.Option(help="Parts of names: 'zgraph,DDP'. All if empty.")] = "",
+    codes: Annotated[bool, typer.Option("--codes", help="Also systems that send codes, which approximate.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps in each round.")] = 5,
     warmup: Annotated[int, typer.Option(min=1, help="Steps before them, in each round.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Fresh launches of every system.")] = 3,
@@ -67,7 +68,7 @@ def main(
     results = []
     try:
         models.preset(model)
-        chosen = select([word.strip() for word in systems.split(",") if word.strip()])
+        chosen = select([word.strip() for word in systems.split(",") if word.strip()], with_codes=codes)
         job = Job("", model, Measure.TIME, world, num_warmup=warmup, num_steps=steps, device=device)
         campaign = Campaign(job, chosen, rounds, order, timeout, logs, say)
         memory = campaign.measure_memory() if with_memory else []
