@@ -11,6 +11,9 @@ Each rank codes its own gradient, with the rest of the step before added, and se
 that one's; the owner of a part adds in fp32 what the codes stand for. What every rank keeps whole (stage 0) is coded
 once more by its owner, and gathered.
 
+On a mesh of two data axes numbers are summed along the inner one, as within a host, and codes are sent along the outer
+one: each rank codes its shard for those that hold the same one.
+
 With feedback, what one step leaves out the next ones send: 1-bit SGD (Seide et al., Interspeech 2014); its two stages,
 with the owner of a part as the server: 1-bit Adam (Tang et al., ICML 2021, section 3).
 
@@ -54,10 +57,13 @@ from zgraph.ir import (
     Shard,
     TensorType,
     Value,
-    data_axes,
+    Varying,
+    model_axes,
+    num_data_ranks,
+    num_shards,
 )
 from zgraph.ir.codecs import LOSSY, Codec, Difference, Raw, Sign, TopK, parse_codec
-from zgraph.ir.coded_rules import CODED, code_bytes
+from zgraph.ir.coded_rules import CODED, outer_numel
 from zgraph.ir.layout import bucket_layout
 from zgraph.ir.ops import padded_bytes
 from zgraph.passes.analysis import coded_gathers
@@ -134,12 +140,12 @@ class Compress(Pass):
         return parse_codec(self.gradients)
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        if graph.num_shards == 1:
+        if num_data_ranks(graph.mesh) == 1:
             return graph
-        if len(graph.mesh) > 1 or len(data_axes(graph.mesh)) > 1:
+        if model_axes(graph.mesh) or len(graph.mesh) > 2:
             raise ContractError(
-                "compress codes gradients along one axis of ranks, and the mesh has "
-                f"{', '.join(a.name for a in graph.mesh)}; leave compress out of the recipe, or take a mesh of one axis"
+                "compress codes gradients along one or two data axes of ranks, and the mesh has "
+                f"{', '.join(a.name for a in graph.mesh)}; leave compress out of the recipe, or take such a mesh"
             )
         if self.gradients == "auto":
             found = self.chosen(self.times_us(graph, context))
@@ -183,10 +189,12 @@ class Compress(Pass):
         kinds = [v.tensor for v in node.operands]
         found = tuple(_target(graph, r) for r in node.results)
         is_coded = all(found) and len(set(found)) == len(found) and kinds[0].dtype in CODED
+        is_coded = is_coded and len({*kinds[0].placement}) == 1  # along each data axis in the same way
         if not is_coded or sum(padded_bytes(k, graph.num_shards) for k in kinds) < self.at_least_bytes:
             return ()
         part = TensorType(kinds[0].dtype, (graph.num_shards * bucket_layout(kinds, graph.num_shards).part_numel,))
-        if code_bytes(self.codec, part, graph.mesh) >= padded_bytes(part, graph.num_shards) // graph.num_shards:
+        numel = outer_numel(part, graph.mesh)
+        if self.codec.num_bytes(numel, part.dtype) >= numel * part.dtype.itemsize:
             return ()
         return found
 
@@ -220,6 +228,9 @@ def _coded(node: Node, targets: tuple[str, ...], codec: str, builder: Builder) -
         yield (packed := builder.node("pack", node.args, f"{stem}_pack", phase, origin))
         source = packed.results[0]
     feedback: dict[str, Arg] = {"codec": codec, "feedback": targets}
+    if len(builder.mesh) > 1:
+        yield from _coded_outside(node, source, feedback, builder)
+        return
     yield (own := builder.node("encode", (source,), f"{stem}_code", phase, origin, **feedback))
     yield (start := builder.node("all_to_all_start", own.results, f"{stem}_start", phase, origin))
     yield (codes := builder.node("wait", start.results, f"{stem}_codes", phase, origin))
@@ -235,3 +246,33 @@ def _coded(node: Node, targets: tuple[str, ...], codec: str, builder: Builder) -
         yield builder.typed("decode", codes.results, (part,), phase, origin, codec=codec)
     if is_bucket:
         yield builder.typed("unpack", (part,), node.results, phase, origin)
+
+
+def _coded_outside(node: Node, source: Value, feedback: dict[str, Arg], builder: Builder) -> Iterator[Node]:
+    """The nodes in the place of a reshard that reduces gradients over two axes: sums along the inner one, and codes
+    along the outer one."""
+    stem, phase, origin, mesh = node.name, node.phase, node.origin, builder.mesh
+    result, reduction = node.results[0], source.tensor.reduction
+    coding = {"codec": feedback["codec"]}
+    yield (start := builder.node("inner_reduce_scatter_start", (source,), f"{stem}_inner_start", phase, origin))
+    yield (inner := builder.node("wait", start.results, f"{stem}_inner", phase, origin))
+    yield (own := builder.node("encode", inner.results, f"{stem}_code", phase, origin, **feedback))
+    yield (start := builder.node("outer_all_to_all_start", own.results, f"{stem}_start", phase, origin))
+    yield (codes := builder.node("wait", start.results, f"{stem}_codes", phase, origin))
+    shard = inner.results[0].tensor
+    numel = num_shards(mesh) * outer_numel(shard, mesh)
+    part = builder.value(f"{stem}_part", TensorType(shard.dtype, (numel,), placement=(Varying(), Shard(0))))
+    yield builder.typed("decode", codes.results, (part,), phase, origin, **coding, reduce=reduction)
+    yield (own := builder.node("encode", (part,), f"{stem}_part_code", phase, origin, **feedback))
+    yield (start := builder.node("outer_all_gather_start", own.results, f"{stem}_part_start", phase, origin))
+    yield (codes := builder.node("wait", start.results, f"{stem}_part_codes", phase, origin))
+    is_bucket, is_whole = len(node.operands) > 1, not result.tensor.is_sharded
+    reduced = result if not is_bucket and not is_whole else builder.value(f"{stem}_shard", shard.reduced())
+    yield builder.typed("decode", codes.results, (reduced,), phase, origin, **coding)
+    if is_whole:
+        yield (start := builder.node("all_gather_start", (reduced,), f"{stem}_whole_start", phase, origin))
+        whole = result if not is_bucket else builder.value(f"{stem}_whole", start.results[0].tensor.delivered())
+        yield builder.typed("wait", start.results, (whole,), phase, origin)
+        reduced = whole
+    if is_bucket:
+        yield builder.typed("unpack", (reduced,), node.results, phase, origin)

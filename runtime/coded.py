@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from zgraph.bridge.sized_codes import all_same, decode_sized, encode_sized
 from zgraph.errors import UsageError
 from zgraph.ir import Node
 from zgraph.ir.codecs import Difference, Sized
-from zgraph.ir.coded_rules import codec_of
+from zgraph.ir.coded_rules import codec_of, outer_numel
 from zgraph.ir.layout import bucket_layout, chunk_numel, is_even
 from zgraph.runtime.agreement import described
 from zgraph.runtime.feedback import Bucket
@@ -37,9 +37,12 @@ def encode(node: Node, session: Session) -> Execute:
     if isinstance(codec_of(node), Sized):
         return _encode_sized(node, session)
     codec, kind, num_shards = codec_of(node), node.operands[0].tensor, session.num_shards
-    is_part, chunk = kind.is_sharded, chunk_numel(kind.shape, num_shards)
+    is_part, chunk = kind.reduction is None, chunk_numel(kind.shape, num_shards)
     rows, numel = (1 if is_part else num_shards), int(kind.numel)
     is_padded = not is_part and not is_even(kind.shape, num_shards)
+    if kind.is_sharded and not is_part:  # of parts of a shard
+        rows, numel, chunk = session.num_copies, chunk, outer_numel(kind, session.store.ranks.axes)
+        is_padded = rows * chunk != numel
     names, size = node.option("feedback"), codec.num_bytes(chunk, kind.dtype)
     bucket = Bucket(tuple(map(str, names)), kind.dtype, is_part) if isinstance(names, tuple) else None
 
@@ -76,6 +79,57 @@ def exchange(node: Node, session: Session) -> Execute:
     return execute
 
 
+def scatter_inside(node: Node, session: Session) -> Execute:
+    """This rank's shard of the sum or mean over the ranks of its shard axis."""
+    kind, count = node.operands[0].tensor, session.num_shards
+    name, moved, is_gloo = described(node), session.moved(node), session.device.type == "cpu"
+    numel, chunk = int(kind.numel), chunk_numel(kind.shape, count)
+    divisor = count if kind.reduction == "mean" else 1
+
+    def execute(whole: torch.Tensor) -> Future:
+        sent = whole.new_zeros(count * chunk) if numel != count * chunk else None
+        if sent is not None:
+            sent[:numel].copy_(whole.reshape(-1))
+        else:
+            sent = whole.reshape(-1)
+        session.enter("reduce-scatter", moved)
+        if is_gloo:
+            found = torch.empty_like(sent)
+            work = dist.all_to_all_single(found, sent, group=session.shard_group, async_op=True)
+            return Future(name, work, sent, lambda: found.view(count, chunk).sum(0).div_(divisor))
+        total = sent.new_empty(chunk)
+        work = dist.reduce_scatter_tensor(total, sent, group=session.shard_group, async_op=True)
+        return Future(name, work, sent, lambda: total.div_(divisor))
+
+    return execute
+
+
+def exchange_outside(node: Node, session: Session) -> Execute:
+    """From every rank that holds the same shard the code of this one's part of it."""
+    name, moved = described(node), session.moved(node)
+
+    def execute(code: torch.Tensor) -> Future:
+        found = torch.empty_like(code)
+        session.enter("all-to-all", moved)
+        work = dist.all_to_all_single(found, code, group=session.copy_group, async_op=True)
+        return Future(name, work, code, lambda: found)
+
+    return execute
+
+
+def gather_outside(node: Node, session: Session) -> Execute:
+    """From every rank that holds the same shard the code of its part of it."""
+    name, moved, count = described(node), session.moved(node), session.num_copies
+
+    def execute(code: torch.Tensor) -> Future:
+        found = code.new_empty(count * code.numel())
+        session.enter("all-gather", moved)
+        work = dist.all_gather_into_tensor(found, code.contiguous(), group=session.copy_group, async_op=True)
+        return Future(name, work, code, lambda: found)
+
+    return execute
+
+
 def decode(node: Node, session: Session) -> Execute:
     """Numbers that codes stand for: the sum or mean over the ranks that made them, in fp32; or each part as it is."""
     codec, kind, num_shards = codec_of(node), node.results[0].tensor, session.num_shards
@@ -84,11 +138,12 @@ def decode(node: Node, session: Session) -> Execute:
     (chunk,) = bucket_layout([kind], num_shards).chunks
     dtype, shape, numel = TO_TORCH[kind.dtype], [int(d) for d in kind.shape], int(kind.numel)
     total_dtype = dtype if codec.is_exact else torch.float32
-    reduce, divisor = node.option("reduce"), num_shards if node.option("reduce") == "mean" else 1
+    reduce, makers = node.option("reduce"), session.num_copies if kind.is_sharded and kind.varies else num_shards
+    divisor = makers if reduce == "mean" else 1
 
     def reduced(codes: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(1, chunk, dtype=total_dtype, device=codes.device)
-        for row in codes.view(num_shards, 1, -1):
+        for row in codes.view(makers, 1, -1):
             add_decoded(codec, row, total)
         return total.div_(divisor).view(-1).to(dtype)
 
@@ -96,6 +151,13 @@ def decode(node: Node, session: Session) -> Execute:
         found = decoded(codec, codes.view(num_shards, -1), chunk, total_dtype)
         return found.view(-1)[:numel].view(shape).to(dtype)
 
+    def shard(codes: torch.Tensor) -> torch.Tensor:
+        found = decoded(codec, codes.view(session.num_copies, -1), outer, total_dtype)
+        return found.view(-1)[:chunk].to(dtype)
+
+    if not reduce and kind.is_sharded:
+        outer = outer_numel(kind, session.store.ranks.axes)
+        return shard
     return reduced if reduce else parts
 
 
@@ -159,3 +221,12 @@ def _copied(node: Node) -> tuple[str, ...]:
     """The parameters whose copies a code changes."""
     names = node.option("copies")
     return tuple(map(str, names)) if isinstance(names, tuple) else ()
+
+
+EXECUTORS: Mapping[str, Callable[[Node, Session], Execute]] = {
+    "inner_reduce_scatter_start": scatter_inside,
+    "outer_all_to_all_start": exchange_outside,
+    "outer_all_gather_start": gather_outside,
+    "encode": encode,
+    "decode": decode,
+}

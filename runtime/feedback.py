@@ -3,6 +3,9 @@
 A rest lies as the numbers that are coded do, bucket by bucket, in fp32: of what a rank adds to a reduction all parts,
 [ranks, numbers of a part]; of a part that its owner codes once more that part, [1, numbers]. Another graph of the same
 model may have other buckets: rests move there with their parameters.
+
+Where several ranks hold the same shard, parts are those of the shard, [ranks that hold it, numbers of a part], whatever
+parameters they begin and end in. The rest of a part then moves to what its owner adds itself, which comes to the same.
 """
 
 from __future__ import annotations
@@ -48,6 +51,14 @@ class Owner(Protocol):
     num_shards: int
 
     @property
+    def num_copies(self) -> int:
+        """The ranks that hold the same shard."""
+
+    @property
+    def copy(self) -> int:
+        """This rank's number among them."""
+
+    @property
     def group(self) -> dist.ProcessGroup:
         """The ranks that reduce gradients together."""
 
@@ -75,15 +86,20 @@ class Feedback:
     def of(self, bucket: Bucket) -> torch.Tensor:
         """The rest of a bucket, [ranks, numbers of a part] in fp32, to be changed in place."""
         found = self._flats.get(bucket)
-        if found is not None and all(self._homes[name, bucket.is_part] is bucket for name in bucket.names):
+        if found is not None and all(self._homes.get((name, bucket.is_part)) is bucket for name in bucket.names):
             return found
-        layout = self._layout(bucket)
-        rows = 1 if bucket.is_part else self.session.num_shards
-        made = torch.zeros(rows, layout.part_numel, dtype=torch.float32, device=self.session.device)
-        for name, view in zip(bucket.names, _members(made, layout), strict=True):
+        layout, copies = self._layout(bucket), self.session.num_copies
+        rows, numel = 1 if bucket.is_part else self.session.num_shards, layout.part_numel
+        if copies > 1:
+            rows, numel = 1 if bucket.is_part else copies, -(-numel // copies)
+        made = torch.zeros(rows, numel, dtype=torch.float32, device=self.session.device)
+        for name in bucket.names if copies == 1 or not bucket.is_part else ():
             held = self._member(name, bucket.is_part)
             if held is not None:
-                view.copy_(held)
+                self._view(bucket, made, name).copy_(held)
+            if copies > 1 and (part := self._part_of_shard(name)) is not None:
+                self._view(bucket, made, name).add_(part / self._weight(name))
+                del self._homes[name, True]
         self._flats[bucket] = made
         self._homes.update(((name, bucket.is_part), bucket) for name in bucket.names)
         in_use = set(self._homes.values())
@@ -99,9 +115,10 @@ class Feedback:
     def most_bytes(self) -> int:
         """Bytes of all rests, if the gradients of all parameters are coded."""
         count, found = self.session.num_shards, 0
-        for slot in self.session.store.slots.values() if count > 1 else ():
+        copies = self.session.num_copies
+        for slot in self.session.store.slots.values() if self.session.num_ranks > 1 else ():
             chunk = chunk_numel(tuple(slot.placeholder.shape), count)
-            found += 4 * chunk * (count + (not slot.is_sharded))
+            found += 4 * (chunk + -(-chunk // copies) if copies > 1 else chunk * (count + (not slot.is_sharded)))
         return found
 
     def __str__(self) -> str:
@@ -121,9 +138,36 @@ class Feedback:
     def _member(self, name: str, is_part: bool) -> torch.Tensor | None:
         """The rest of one parameter, [ranks, numbers of its part]; None where nothing was coded yet."""
         bucket = self._homes.get((name, is_part))
+        return None if bucket is None else self._view(bucket, self._flats[bucket], name)
+
+    def _view(self, bucket: Bucket, flat: torch.Tensor, name: str) -> torch.Tensor:
+        """The numbers of one parameter in the rest of a bucket; of a shard [1, numbers] of it, whatever its parts."""
+        layout, at = self._layout(bucket), bucket.names.index(name)
+        rows = flat if self.session.num_copies == 1 else flat.view(1, -1)
+        return rows[:, layout.offsets[at] : layout.offsets[at] + layout.chunks[at]]
+
+    def _slices(self, name: str) -> tuple[torch.Tensor, slice] | None:
+        """The part of a shard that this rank codes once more, as far as it is of one parameter, and where in that."""
+        bucket = self._homes.get((name, True))
         if bucket is None:
             return None
-        return _members(self._flats[bucket], self._layout(bucket))[bucket.names.index(name)]
+        layout, at, flat = self._layout(bucket), bucket.names.index(name), self._flats[bucket]
+        begin, own = layout.offsets[at], self.session.copy * flat.shape[1]
+        first = max(begin, own)
+        last = max(min(begin + layout.chunks[at], own + flat.shape[1]), first)
+        return flat[:, first - own : last - own], slice(first - begin, last - begin)
+
+    def _part_of_shard(self, name: str) -> torch.Tensor | None:
+        """The rest of the part of a shard that this rank codes once more, among zeros: [1, numbers of the shard]."""
+        found = self._slices(name)
+        if found is None:
+            return None
+        whole = torch.zeros(1, self._chunk(name), dtype=torch.float32, device=self.session.device)
+        whole[:, found[1]] = found[0]
+        return whole
+
+    def _chunk(self, name: str) -> int:
+        return chunk_numel(tuple(self.session.store.slots[name].placeholder.shape), self.session.num_shards)
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -134,12 +178,18 @@ class Feedback:
         whatever the number of ranks.
         """
         session, found = self.session, dict[str, torch.Tensor]()
+        shard = session.store.shard
         for name in sorted({name for name, _ in self._homes}):
-            own, part = self._member(name, False), self._member(name, True)
+            own = self._member(name, False)
             assert own is not None
-            due = own / self._divisor(name)
+            if session.num_copies > 1:
+                due = torch.zeros(session.num_shards, own.shape[1], dtype=own.dtype, device=own.device)
+                due[shard] = own[0] * self._weight(name)
+                part = self._part_of_shard(name)
+            else:
+                due, part = own * self._weight(name), self._member(name, True)
             if part is not None:
-                due[session.store.shard] += part[0]
+                due[shard] += part[0]
             dist.all_reduce(due, group=session.group)
             found[name] = self._whole(name, due)
         self.clear()  # of padding, too
@@ -152,29 +202,37 @@ class Feedback:
         session = self.session
         if (name, False) not in self._homes:
             self.of(Bucket((name,), DType.f32))
-        own, part = self._member(name, False), self._member(name, True)
+        own = self._member(name, False)
         assert own is not None
-        due = torch.zeros(own.shape, dtype=own.dtype, device=own.device)
+        due = torch.zeros(session.num_shards, self._chunk(name), dtype=own.dtype, device=own.device)
         due.view(-1)[: whole.numel()].copy_(whole.reshape(-1))
-        own.copy_(due * (self._divisor(name) / session.num_ranks))
+        if session.num_copies > 1:
+            own.copy_(due[session.store.shard] / (self._weight(name) * session.num_copies))
+            part = self._slices(name)
+        else:
+            own.copy_(due / (self._weight(name) * session.num_ranks))
+            held = self._member(name, True)
+            part = None if held is None else (held, slice(None))
         if part is not None:
-            part.zero_()
+            part[0].zero_()
 
     def clear(self) -> None:
         """Forget all rests."""
         for flat in self._flats.values():
             flat.zero_()
 
-    def _divisor(self, name: str) -> int:
-        return self.session.divisor_of(self.session.store.slots[name])
+    def _weight(self, name: str) -> float:
+        """How much of the reduced gradient a rest of this rank's own addend is: of a shard that others hold, too, it is
+        reduced along the shard axis already.
+        """
+        session = self.session
+        divisor = session.divisor_of(session.store.slots[name])
+        inside = session.num_shards if session.num_copies > 1 and divisor > 1 else 1
+        return inside / divisor
 
     def _whole(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         shape = self.session.store.slots[name].placeholder.shape
         return rows.reshape(-1)[: shape.numel()].view(shape)
-
-
-def _members(flat: torch.Tensor, layout: BucketLayout) -> list[torch.Tensor]:
-    return [flat[:, o : o + c] for o, c in zip(layout.offsets, layout.chunks, strict=True)]
 
 
 class FeedbackState:

@@ -97,9 +97,19 @@ class Session:
         assert self.store.mesh is not None
         return self.store.mesh.get_group(self.store.mesh.ndim - 2) if self._has_copies else None
 
+    @property
+    def num_copies(self) -> int:
+        """Ranks that hold the same shard, this one among them."""
+        return self.num_ranks // self.num_shards
+
+    @property
+    def copy(self) -> int:
+        """This rank's number among those that hold the same shard."""
+        return self.store.ranks.data_rank // self.num_shards
+
     def divisor(self, kind: TensorType) -> int:
         """The divisor of the sum over all ranks, to reduce a value of this type."""
-        copies = self.num_ranks // self.num_shards
+        copies = self.num_copies
         return kind.divisor((copies, self.num_shards) if copies > 1 else (self.num_shards,))
 
     def divisor_of(self, slot: Slot) -> int:

@@ -14,10 +14,9 @@ from typing import Any, Protocol
 
 import torch
 
-from zgraph.bridge import float8
+from zgraph.bridge import coded_ranks, float8
 from zgraph.bridge import processor_attention as _attention  # noqa: F401 - registers kernels
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
-from zgraph.bridge.codecs import decode, encode_into
 from zgraph.bridge.parts import from_chunks, moved, padded_chunks, part_of, together, total
 from zgraph.bridge.ranked_ops import runs
 from zgraph.bridge.routes import on_ranks
@@ -40,8 +39,7 @@ from zgraph.ir import (
     num_shards,
 )
 from zgraph.ir.axis_rules import axis_of, changed_axis
-from zgraph.ir.coded_rules import codec_of
-from zgraph.ir.layout import bucket_layout, chunk_numel
+from zgraph.ir.layout import bucket_layout
 from zgraph.ir.rules import PARTS, ROUTED
 
 Ranks = list[Any]
@@ -144,7 +142,7 @@ class Interpreter:
         if rule := RULES.get(node.op):
             return rule(node, operands, mesh)
         if node.op == "encode":
-            return [self._encode(node, operands[0], mesh)]
+            return [coded_ranks.encode(node, operands[0], mesh, self.rests)]
         if node.op == "release":
             return self._release(operands[0])
         if node.op == "accumulate":
@@ -181,19 +179,6 @@ class Interpreter:
             if tensor.untyped_storage().data_ptr() not in kept:
                 tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
         return []
-
-    def _encode(self, node: Node, operand: Ranks, mesh: Mesh) -> Ranks:
-        """Codes of what each rank has, with the rest of its last code added; the new rest is kept."""
-        kind, codec, names, count = node.operands[0].tensor, codec_of(node), node.option("feedback"), num_shards(mesh)
-        numbers = [x.view(1, -1) if kind.is_sharded else torch.stack(padded_chunks(x, kind, count)) for x in operand]
-        codes = [torch.empty(len(x), codec.num_bytes(x.shape[1], kind.dtype), dtype=torch.uint8) for x in numbers]
-        rests: Ranks = [None] * len(numbers)
-        if isinstance(names, tuple) and not codec.is_exact:
-            key = tuple(map(str, names)), kind.is_sharded
-            rests = self.rests.setdefault(key, [torch.zeros_like(x, dtype=torch.float32) for x in numbers])
-        for x, code, rest in zip(numbers, codes, rests, strict=True):
-            encode_into(codec, x, code, rest)
-        return [code.view(-1) for code in codes]
 
     def _accumulate(self, node: Node, gradients: Ranks) -> Ranks:
         held = self.held.pop(str(node.option("target")), None)
@@ -368,17 +353,7 @@ def _cast(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
 def _exchange(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
     if node.option("axis") is not None:
         return _reshard(node, operands, mesh)
-    rows = [codes.view(num_shards(mesh), -1) for codes in operands[0]]
-    return [[torch.cat([row[rank] for row in rows]) for rank in range(len(rows))]]
-
-
-def _decode(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
-    kind, codec, count = node.results[0].tensor, codec_of(node), num_shards(mesh)
-    chunk, dtype = chunk_numel(kind.shape, count), TO_TORCH[kind.dtype]
-    found = [decode(codec, codes.view(count, -1), chunk, dtype) for codes in operands[0]]
-    if (reduce := node.option("reduce")) is None:
-        return [[rows.view(-1)[: int(kind.numel)].view([int(d) for d in kind.shape]).to(dtype) for rows in found]]
-    return [[((mean if reduce == "mean" else total)(rows.unbind())).to(dtype) for rows in found]]
+    return coded_ranks.exchange(node, operands, mesh)
 
 
 def _copy(node: Node, operands: list[Ranks], mesh: Mesh) -> Sequence[Ranks]:
@@ -403,7 +378,7 @@ RULES: Mapping[str, Rule] = {
     "all_reduce_start": _reshard,
     "broadcast_start": _reshard,
     "all_to_all_start": _exchange,
-    "decode": _decode,
+    **coded_ranks.RULES,
     **dict.fromkeys(("slice", "first_rank", "offload_start", "reload_start"), _reshard),
     **dict.fromkeys(PARTS.values(), _ranked),
     **dict.fromkeys(ROUTED.values(), on_ranks),

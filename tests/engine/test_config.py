@@ -135,10 +135,6 @@ def test_what_zgraph_decides_is_accepted_with_a_line_that_says_so(caplog):
         ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size"),
         ({"checkpoint": {"tag_validation": "foo"}}, "checkpoint.tag_validation"),
         ({"zgraph": {"compress": "q9"}}, "zgraph.compress: there is no codec called q9"),
-        *(
-            ({"zero_optimization": {"stage": 3, key: True, "zero_hpz_partition_size": 2}}, f"zero_optimization.{key}")
-            for key in ("zero_quantized_gradients", "zero_quantized_weights")
-        ),
         ({"zgraph": {"compress": {"weights": "q4"}}}, "zgraph.compress: compress must be a codec"),
         ({"optimizer": {"type": "OneBitAdam"}}, 'optimizer.type: there is no OneBitAdam; take "AdamW" with zgraph.com'),
     ],

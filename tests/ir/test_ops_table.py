@@ -372,6 +372,53 @@ NODES = {
     ),
 }
 
+OUTSIDE = """graph "g" mesh(replicate=2, shard=2)
+input %m: f32[4, 2]<P(mean), P(mean)>
+input %half: f32[4, 2]<R, P(mean)>
+input %inner: f32[4, 2]<P(mean), S0>
+input %own: u8[12]<V, S0>
+input %part: f32[4]<V, S0>
+input %code: u8[6]<V, S0>
+input %all: u8[12]<R, S0>
+input %odd: u8[9]<V, S0>
+"""
+"""Values on rows of ranks that have all shards, and their codes."""
+
+OUTSIDE_NODES = {
+    "inner_reduce_scatter_start": (
+        "%a: future f32[4, 2]<P(mean), S0> = inner_reduce_scatter_start(%m)",
+        "%a: future f32[4, 2]<R, S0> = inner_reduce_scatter_start(%half)",
+        "%a: future f32[4, 2]<P(mean), S0> = inner_reduce_scatter_start(%inner)",
+        "%a: f32[4, 2]<P(mean), S0> = inner_reduce_scatter_start(%m)",
+    ),
+    "outer_all_to_all_start": (
+        "%a: future u8[12]<V, S0> = outer_all_to_all_start(%own)",
+        "%a: future u8[12]<R, S0> = outer_all_to_all_start(%all)",
+        "%a: future f32[4]<V, S0> = outer_all_to_all_start(%part)",
+        "%a: future u8[9]<V, S0> = outer_all_to_all_start(%odd)",
+        "%a: future u8[12]<V, S0> = outer_all_to_all_start(%own, dim=0)",
+    ),
+    "outer_all_gather_start": (
+        "%a: future u8[12]<R, S0> = outer_all_gather_start(%code)",
+        "%a: future u8[6]<R, S0> = outer_all_gather_start(%code)",
+        "%a: future u8[24]<R, S0> = outer_all_gather_start(%all)",
+    ),
+}
+CODED_OUTSIDE = (
+    '%a: u8[12]<V, S0> = encode(%inner, codec="q8(block=256)", feedback=["a"])',
+    '%a: f32[4]<V, S0> = decode(%own, codec="q8(block=256)", reduce="mean")',
+    '%a: u8[6]<V, S0> = encode(%part, codec="q8(block=256)", feedback=["a"])',
+    '%a: f32[4, 2]<R, S0> = decode(%all, codec="q8(block=256)")',
+)
+NOT_CODED_OUTSIDE = (
+    '%a: u8[12]<V, S0> = encode(%m, codec="q8(block=256)")',
+    '%a: f32[4]<V, S0> = decode(%all, codec="q8(block=256)", reduce="mean")',
+    '%a: f32[4, 2]<R, S0> = decode(%own, codec="q8(block=256)")',
+    '%a: f32[2, 2]<V, S0> = decode(%own, codec="q8(block=256)", reduce="mean")',
+    '%a: f32[6]<V, S0> = decode(%own, codec="q8(block=256)", reduce="mean")',
+    '%a: f32[5, 2]<R, S0> = decode(%all, codec="q8(block=256)")',
+)
+
 EXCHANGED = (
     "%a: future u8[2, 10]<S1> = all_to_all_start(%rows)",
     "%a: future u8[2, 10]<S1> = all_to_all_start(%codes)",
@@ -390,11 +437,14 @@ def node(line: str, values: str = VALUES) -> tuple[Graph, Node]:
 
 
 def good(name: str) -> tuple[Graph, Node]:
-    return node(AXIS_NODES[name][0], ALONG) if name in AXIS_NODES else node(NODES[name][0])
+    for lines, values in ((AXIS_NODES, ALONG), (OUTSIDE_NODES, OUTSIDE), (NODES, VALUES)):
+        if name in lines:
+            return node(lines[name][0], values)
+    raise AssertionError(f"{name} has no line")
 
 
 def test_the_cases_are_those_of_the_table():
-    assert {*NODES, *AXIS_NODES} == set(OPS)
+    assert {*NODES, *AXIS_NODES, *OUTSIDE_NODES} == set(OPS)
 
 
 @pytest.mark.parametrize(("line", "sent_bytes"), ALONG_AXIS)
@@ -414,6 +464,22 @@ def test_codes_are_exchanged_along_the_data_axis():
             OPS[made.op].rule(made, graph.mesh)
     graph, made = node(EXCHANGED[-1])
     assert OPS[made.op].rule(made, graph.mesh) != tuple(r.type for r in made.results)
+
+
+@pytest.mark.parametrize("line", CODED_OUTSIDE)
+def test_codes_along_the_outer_axis(line):
+    graph, made = node(line, OUTSIDE)
+    assert OPS[made.op].rule(made, graph.mesh) == tuple(r.type for r in made.results)
+
+
+@pytest.mark.parametrize("line", [*NOT_CODED_OUTSIDE, *(line for _, *bad in OUTSIDE_NODES.values() for line in bad)])
+def test_no_codes_along_the_outer_axis(line):
+    graph, made = node(line, OUTSIDE)
+    try:
+        wanted = OPS[made.op].rule(made, graph.mesh)
+    except TypeRuleError:
+        return
+    assert wanted != tuple(r.type for r in made.results)
 
 
 @pytest.mark.parametrize("line", [*NOT_ALONG_AXIS, *(line for _, *bad in AXIS_NODES.values() for line in bad)])

@@ -204,12 +204,12 @@ def test_a_search_of_what_is_placed() -> None:
         Search(graph, Axis("tensor", 2), TENSOR, {})
 
 
-def test_codes_go_along_one_axis() -> None:
-    context = Context((Axis("replicate", 2), Axis("shard", 2)))
-    graph = parse_recipe("partition(stage=2)").run(graph_of("tied"), context)
+def test_codes_go_along_data_axes() -> None:
+    context = Context((Axis("tensor", 2), Axis("shard", 2)))
+    graph = parse_graph('graph "g" mesh(tensor=2, shard=2)\nparam %a: f32[4, 2]<S1, S0> "a" stage=3\n')
     says = (
-        "compress codes gradients along one axis of ranks, and the mesh has replicate, shard; leave compress out of "
-        "the recipe, or take a mesh of one axis"
+        "compress codes gradients along one or two data axes of ranks, and the mesh has tensor, shard; leave compress "
+        "out of the recipe, or take such a mesh"
     )
     with pytest.raises(ContractError, match=f"^{re.escape(says)}$"):
         Compress().run(graph, context)

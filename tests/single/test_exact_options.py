@@ -33,7 +33,7 @@ def test_the_words_become_the_pass() -> None:
         for axes in (("shard",), ("replicate", "shard")):
             assert codes_for(word, mesh(*axes), has_recipe=False, fullgraph=True, device=CPU) == codes
         assert f",code-gathers(codec={codec}),broadcast," in compressing(RECIPES[2], "", word)
-        assert planned_codes(word, 2, 1) == codes
+        assert planned_codes(word, 1) == codes
     assert not codes_for("exact", None, has_recipe=False, fullgraph=True, device=CPU)
 
 
@@ -87,7 +87,7 @@ def test_what_exact_codes_do_not_go_with(options: dict[str, Any], says: str) -> 
     with pytest.raises(UsageError, match=says):
         codes_for("exact", **given)
     with pytest.raises(UsageError, match="leave compress="):
-        planned_codes("exact", 1, 2)
+        planned_codes("exact", 2)
 
 
 @pytest.mark.parametrize(

@@ -95,5 +95,19 @@ def test_codes_of_gradients_are_planned(monkeypatch):
     assert chosen.total_us == coded.total_us
     whole = 4 * sum(p.numel() for p in model.parameters())
     assert coded.rest_bytes["optimizer"] - plain.rest_bytes["optimizer"] == whole
-    with pytest.raises(UsageError, match="one axis"):
-        zgraph.plan(model, x, hardware=slow, num_ranks=4, mesh=(2, 2), compress="q4")
+    with pytest.raises(UsageError, match="what ranks compute alone"):
+        zgraph.plan(model, x, hardware=slow, num_ranks=4, tensor_parallel=2, compress="q4")
+
+
+def test_codes_along_the_outer_axis_are_planned():
+    slow = hardware("8x8-h100")
+    slow = slow.model_copy(update={"between": slow.between.model_copy(update={"bytes_per_s": 1e5})})
+    model, x = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)), torch.randn(8, 64)
+    plain, coded = (
+        zgraph.plan(model, x, hardware=slow, num_ranks=16, mesh=(2, 8), stage=2, compress=codec).stages[0]
+        for codec in (None, "q4")
+    )
+    assert coded.total_us < 0.6 * plain.total_us
+    shard = sum(4 * -(-p.shape[0] // 8) * (p.numel() // p.shape[0]) for p in model.parameters())
+    more = coded.rest_bytes["optimizer"] - plain.rest_bytes["optimizer"]
+    assert 1.5 * shard <= more <= 1.55 * shard, "a rest of the shard, and one of half of it"

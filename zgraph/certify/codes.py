@@ -12,7 +12,17 @@ from zgraph.ir import Graph, Node, OutputKind
 from zgraph.ir.graph import Value
 from zgraph.ir.verifier import Fault
 
-_ON_THE_WAY = frozenset({"all_to_all_start", "all_gather_start", "wait", "decode", "encode"})
+_ON_THE_WAY = frozenset(
+    {
+        "all_to_all_start",
+        "all_gather_start",
+        "outer_all_to_all_start",
+        "outer_all_gather_start",
+        "wait",
+        "decode",
+        "encode",
+    }
+)
 _BEHIND = frozenset({"cast", "copy", "reshard", "wait", "offload_start"})
 
 
@@ -29,7 +39,7 @@ def feedback(graph: Graph) -> Iterator[Fault]:
         if node.op != "encode" or not isinstance(names, tuple):
             continue
         for name in map(str, names):
-            before = seen.setdefault((name, node.operands[0].tensor.is_sharded), node.name)
+            before = seen.setdefault((name, node.operands[0].tensor.reduction is None), node.name)
             if before != node.name:
                 yield position, f"adds what the codes of {name} left out, which %{before} adds, too"
         found = [_parameters(graph, value) for value in _numbers(graph, node)]

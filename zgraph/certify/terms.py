@@ -141,6 +141,7 @@ class Reader:
         self.dtypes: dict[int, DType] = {}
         self.buckets: dict[int, tuple[tuple[int, Hashable], ...]] = {}
         self.codes: dict[int, tuple[int, Hashable, str]] = {}
+        self.within: dict[int, int] = {}
         self.largest: dict[int, int] = {}
         self.aliases = Aliases(graph)
         self.written: dict[str, int] = {}
@@ -211,11 +212,18 @@ class Reader:
         op, table = node.op, self.table
         if op == "release":
             return ()
-        if op in ("encode", "decode") or (op == "all_to_all_start" and node.option("axis") is None):
+        is_exchange = op == "outer_all_to_all_start" or (op == "all_to_all_start" and node.option("axis") is None)
+        if op in ("encode", "decode") or is_exchange:
             return (self.coded(node, operands[0]),)
-        if op == "all_gather_start" and operands[0] in self.codes:
+        if op == "inner_reduce_scatter_start":
+            made = table.of("within", str(node.operands[0].tensor.reduction), operands[0])
+            self.within[made] = operands[0]
+            return (made,)
+        if op in ("all_gather_start", "outer_all_gather_start") and operands[0] in self.codes:
             if node.option("codec") is not None:
                 self.changed(node, "gather", self.codes[operands[0]][0])
+            return operands
+        if op == "all_gather_start" and self.is_reduced_by_codes(node):
             return operands
         if op == "reshard" or _is_meant(node):
             return [self.moved(node, v, r, t) for v, r, t in zip(node.operands, node.results, operands, strict=True)]
@@ -239,6 +247,11 @@ class Reader:
         if OPS[op].lane != "compute":
             self.found.sent += [(op, node.phase, term) for term in operands]
         return [table.of(op, i, *operands, str(node.kwargs)) for i in range(len(node.results))]
+
+    def is_reduced_by_codes(self, gather: Node) -> bool:
+        """Whether a gather only makes shards whole that codes have reduced: that is the end of one reduction."""
+        maker = self.graph.producers.get(gather.operands[0].name)
+        return maker is not None and maker.op == "decode" and gather.operands[0].tensor.is_sharded
 
     def routed(self, node: Node, operands: list[int]) -> Sequence[int]:
         """Term of rows that are looked up, or added, on other ranks: that of the op on the whole."""
@@ -279,7 +292,7 @@ class Reader:
         what was exchanged is reduced.
         """
         table, codec = self.table, f"{node.option('codec')} {node.option('copies')}"
-        if node.op == "all_to_all_start":
+        if node.op.endswith("all_to_all_start"):
             code = self.codes.get(term)
             made = table.of("exchanged", term)
             if code is not None and code[2] == "own":
@@ -295,6 +308,7 @@ class Reader:
         if not is_whole:
             return table.of("decoded", codec, str(reduce), term)
         source = self.codes[term][0]
+        source = self.within.get(source, source) if reduce else source
         return self.changed(node, str(reduce), source) if reduce else source
 
     def in_float8(self, node: Node, operands: list[int]) -> int:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from zgraph.cost.memory import local_bytes
 from zgraph.ir import DType, Graph, InputKind, Phase, TensorType
+from zgraph.ir.coded_rules import num_copies
 from zgraph.ir.layout import chunk_numel
 from zgraph.ir.ops import padded_bytes
 
@@ -30,10 +31,11 @@ def update_scratch(placed: Graph) -> int:
 def feedback_bytes(placed: Graph) -> int:
     """Bytes of this rank that hold what codes of gradients leave out, if the gradients of all parameters are coded: in
     fp32, of its own addend to each, and of its part of those that it keeps whole."""
-    count, found = placed.num_shards, 0
-    for entry in placed.params if count > 1 else ():
+    count, copies, found = placed.num_shards, num_copies(placed.mesh), 0
+    for entry in placed.params if count * copies > 1 else ():
         kind = entry.value.tensor
-        found += 4 * int(chunk_numel(kind.shape, count)) * (count + (not kind.is_sharded))
+        chunk = int(chunk_numel(kind.shape, count))
+        found += 4 * (chunk + -(-chunk // copies) if copies > 1 else chunk * (count + (not kind.is_sharded)))
     return found
 
 

@@ -34,11 +34,14 @@ from zgraph.ir.codecs import HEAD_BYTES
 from zgraph.ir.coded_rules import expected_bytes
 from zgraph.ir.external_ops import MATMUL
 from zgraph.ir.op_rows import Transfer
-from zgraph.ir.ops import moved_bytes
+from zgraph.ir.ops import moved_bytes, outer_bytes
 from zgraph.ir.ops import transfer as transfer_of
 from zgraph.ir.symbols import evaluate
 
 Us = Annotated[float, Field(ge=0)]
+
+OUTER = frozenset({"outer_all_to_all_start", "outer_all_gather_start"})
+"""Collectives of the ranks that hold the same shard."""
 
 MAX_BYTES = 64 << 20
 """Of a table's file."""
@@ -150,6 +153,11 @@ class CostTable(BaseModel):
 
     def _wire_us(self, graph: Graph, start: Node) -> float:
         kind = moved(start).name
+        if start.op in OUTER:
+            outer = self._copies(graph.mesh)
+            if kind not in COLLECTIVES:
+                return outer.direct_us(OPS[start.op].wire_bytes(start, graph.mesh))
+            return outer.quote(kind, outer_bytes(start, graph.mesh)).us
         if line := self.transfers.get(kind):
             return line.latency_us + 1e6 * OPS[start.op].wire_bytes(start, graph.mesh) / line.bytes_per_s
         network = self.along(start, graph.mesh)
@@ -164,7 +172,7 @@ class CostTable(BaseModel):
         us = network.quote(kind, whole).us
         if expected_bytes(start, graph.mesh):  # heads travel before
             us += network.quote(kind, graph.num_shards * HEAD_BYTES).us
-        if moved(start).reduces and num_data_ranks(graph.mesh) > graph.num_shards:
+        if start.op == "reduce_scatter_start" and num_data_ranks(graph.mesh) > graph.num_shards:
             us += self._copies(graph.mesh).quote("all_reduce", whole / graph.num_shards).us
         return us
 

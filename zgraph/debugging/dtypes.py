@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from zgraph.debugging.draws import FLOATS, SAME_DRAWS
 from zgraph.ir import OPS, Arg, DType, ExternalOp, Graph, Node, TensorType
+from zgraph.ir.coded_rules import outer_numel
 from zgraph.ir.external_ops import CAST, FLOAT8, FLOAT8_MM
 from zgraph.ir.graph import Value
 from zgraph.ir.symbols import Dim
@@ -125,10 +126,15 @@ class _Rewriter:
         if self.makes_default_floats(node):
             node = replace(node, kwargs=(*node.kwargs, ("dtype", self.dtype)))
         if node.op == "encode":
-            self.coded[node.name] = node.operands[0].tensor.shape
+            operand = node.operands[0]
+            self.coded[node.name] = self.coded.get(operand.name, operand.tensor.shape)
         elif node.op in OPS and node.operands and (shape := self.coded.get(node.operands[0].name)) is not None:
             if node.op == "decode":  # a bucket has another layout now
-                self.made[node.name] = replace(node.results[0].tensor, shape=shape)
+                kind = replace(node.results[0].tensor, shape=shape)
+                if kind.is_sharded and kind.varies:  # a rank's part of its shard
+                    self.coded[node.name] = shape
+                    kind = replace(kind, shape=(self.graph.num_shards * outer_numel(kind, self.graph.mesh),))
+                self.made[node.name] = kind
                 node = replace(node, results=self.values(node))
             else:
                 self.coded.update((r.name, shape) for r in node.results)

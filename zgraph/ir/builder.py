@@ -19,7 +19,7 @@ class Builder:
 
     def __init__(self, graph: Graph, made_by: str = "") -> None:
         self._names = {i.value.name for i in graph.inputs} | set(graph.producers)
-        self._mesh = graph.mesh
+        self.mesh = graph.mesh
         self._made_by = made_by
 
     def fresh(self, stem: str) -> str:
@@ -42,7 +42,7 @@ class Builder:
         return Node(
             op,
             node.args,
-            tuple(self.value(stem, t) for t in OPS[op].rule(node, self._mesh)),
+            tuple(self.value(stem, t) for t in OPS[op].rule(node, self.mesh)),
             node.kwargs,
             phase,
             node.origin,

@@ -1,4 +1,4 @@
-"""Type rules of codes: of what goes over the wire in the place of numbers, along the only data axis of a mesh.
+"""Type rules of codes: of what goes over the wire in the place of numbers, along the data axes of a mesh.
 
 N ranks reduce numbers by their codes: each codes its own addend, in N parts; they exchange parts; and each takes the
 codes of its part and reduces what they stand for. A code is bytes, and a row of codes is what one rank has made:
@@ -9,6 +9,17 @@ codes of its part and reduces what they stand for. A code is bytes, and a row of
                           encode     u8[N * bytes]<S0>         rank r has the code of part r
                           gather     u8[N * bytes]<R>          all have the codes of all parts
                           decode     f32[4, 2]<R>
+
+On a mesh of two data axes numbers are summed along the inner one, over which parameters are sharded, and codes are sent
+along the outer one, by the R ranks that hold the same shard; their parts are parts of the shard:
+
+    f32[4, 2]<P(mean), P(mean)>   inner_reduce_scatter   f32[4, 2]<P(mean), S0>
+                                  encode                 u8[N * R * bytes]<V, S0>
+                                  outer_all_to_all       u8[N * R * bytes]<V, S0>
+                                  decode                 f32[N * numbers]<V, S0>      rank r of R has part r
+                                  encode                 u8[N * bytes]<V, S0>
+                                  outer_all_gather       u8[N * R * bytes]<R, S0>
+                                  decode                 f32[4, 2]<R, S0>
 
 What is sharded and gathered is coded, gathered and decoded so, too, and the gather names the codec. Codes of variable
 length have the room of the longest, and only what there is of them travels. `delta` and `difference` name the
@@ -27,9 +38,36 @@ from zgraph.ir.axis_rules import TypeRuleError
 from zgraph.ir.codecs import HEAD_BYTES, Codec, Difference, Raw, Sized, parse_codec
 from zgraph.ir.graph import Node
 from zgraph.ir.layout import chunk_numel
-from zgraph.ir.types import DType, Mesh, Partial, Replicate, Shard, TensorType, Type, data_axes, num_shards
+from zgraph.ir.types import (
+    DType,
+    Mesh,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    TensorType,
+    Type,
+    Varying,
+    data_axes,
+    num_data_ranks,
+    num_shards,
+)
 
-__all__ = ["CODED", "check_coded", "code_bytes", "codec_of", "decoded", "encoded", "exchanged", "expected_bytes"]
+__all__ = [
+    "CODED",
+    "check_coded",
+    "code_bytes",
+    "codec_of",
+    "decoded",
+    "encoded",
+    "exchanged",
+    "exchanged_outside",
+    "expected_bytes",
+    "gathered_outside",
+    "num_copies",
+    "outer_numel",
+    "scattered_inside",
+]
 
 CODED = (DType.f32, DType.bf16, DType.f16)
 """Dtypes whose numbers codecs code; `raw` codes f64 as well."""
@@ -55,6 +93,21 @@ def code_bytes(codec: Codec, kind: TensorType, mesh: Mesh) -> int:
     return codec.num_bytes(chunk_numel(kind.shape, num_shards(mesh)), kind.dtype)
 
 
+def num_copies(mesh: Mesh) -> int:
+    """Ranks that hold the same shard: those of the outer data axis."""
+    return num_data_ranks(mesh) // num_shards(mesh)
+
+
+def outer_numel(kind: TensorType, mesh: Mesh) -> int:
+    """Numbers of a rank's part of its shard, of as many parts as ranks hold it."""
+    return -(-chunk_numel(kind.shape, num_shards(mesh)) // num_copies(mesh))
+
+
+def _outer_bytes(codec: Codec, kind: TensorType, mesh: Mesh) -> int:
+    """Bytes of the codes of all parts of a rank's shard."""
+    return num_copies(mesh) * codec.num_bytes(outer_numel(kind, mesh), kind.dtype)
+
+
 def encoded(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     """Codes of what each rank adds to a reduction, or of a rank's part of what is sharded."""
     codec = codec_of(node)
@@ -65,6 +118,9 @@ def encoded(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     if kind.dtype not in CODED and not (codec.is_exact and kind.dtype is DType.f64):
         raise TypeRuleError(f"codes floating-point numbers of at most 32 bits, not {kind}")
     size = num_shards(mesh) * code_bytes(codec, kind, mesh)
+    if kind.is_sharded and kind.reduction in ("sum", "mean"):
+        size = num_shards(mesh) * _outer_bytes(codec, kind, mesh)
+        return (TensorType(DType.u8, (size,), placement=(Varying(), Shard(0))),)
     if kind.is_sharded:
         return (TensorType(DType.u8, (size,), placement=kind.placement),)
     if kind.placement not in ((Partial("sum"),), (Partial("mean"),)):
@@ -127,6 +183,35 @@ def exchanged(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     return (kind.at(Shard(1)).promised(),)
 
 
+def scattered_inside(node: Node, mesh: Mesh) -> tuple[Type, ...]:
+    """Sums along the inner data axis, each rank keeping its shard; along the outer one they are still to be added."""
+    kind = _operand(node, mesh)
+    if node.kwargs or kind.placement not in ((Partial("sum"),) * 2, (Partial("mean"),) * 2):
+        raise TypeRuleError(f"reduces what is placed P(sum) or P(mean) along two data axes, not {kind}")
+    return (kind.contiguous().at(kind.placement[0], Shard(0)).promised(),)
+
+
+def exchanged_outside(node: Node, mesh: Mesh) -> tuple[Type, ...]:
+    """Codes by makers: of this rank's part, what each rank that holds the same shard has made."""
+    return (_own_codes(node, mesh).promised(),)
+
+
+def gathered_outside(node: Node, mesh: Mesh) -> tuple[Type, ...]:
+    """Codes of all parts of a shard, of which each rank that holds it has one."""
+    kind = _own_codes(node, mesh)
+    made = TensorType(DType.u8, (num_copies(mesh) * int(kind.numel),), placement=(Replicate(), Shard(0)))
+    return (made.promised(),)
+
+
+def _own_codes(node: Node, mesh: Mesh) -> TensorType:
+    kind = _operand(node, mesh)
+    if node.kwargs or kind.dtype is not DType.u8 or kind.placement != (Varying(), Shard(0)) or len(kind.shape) != 1:
+        raise TypeRuleError(f"takes codes u8[bytes]<V, S0> along the outer data axis, not {kind}")
+    if not Shard(0).divides(kind.shape[0], num_shards(mesh)):
+        raise TypeRuleError(f"takes as many bytes of each of {num_shards(mesh)} shards, not {kind}")
+    return kind
+
+
 def decoded(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     """Type of what codes stand for: reduced over the ranks that made them, or each part as it is."""
     codec = codec_of(node)
@@ -138,18 +223,34 @@ def decoded(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     kind, reduce = _operand(node, mesh), node.option("reduce")
     if reduce not in ("sum", "mean", None):
         raise TypeRuleError(f"reduces to sum or mean, not {reduce!r}")
+    if num_copies(mesh) > 1 and kind.is_sharded:
+        return _decoded_outside(codec, kind, made, mesh, reduces=reduce is not None)
     parts, size = num_shards(mesh), num_shards(mesh) * code_bytes(codec, made, mesh)
     shape, before, after = ((parts, size), Shard(1), Shard(0)) if reduce else ((size,), Replicate(), Replicate())
-    if (kind.dtype, kind.shape, kind.placement) != (DType.u8, shape, (before,)):
-        wanted = TensorType(DType.u8, shape, placement=(before,))
-        raise TypeRuleError(f"makes {made.at(after)} of {wanted}, not of {kind}")
-    return (made.contiguous().at(after),)
+    others = () if reduce else (Replicate(),) * (len(mesh) - 1)
+    if (kind.dtype, kind.shape, kind.placement) != (DType.u8, shape, (*others, before)):
+        wanted = TensorType(DType.u8, shape, placement=(*others, before))
+        raise TypeRuleError(f"makes {made.at(*others, after)} of {wanted}, not of {kind}")
+    return (made.contiguous().at(*others, after),)
+
+
+def _decoded_outside(
+    codec: Codec, kind: TensorType, made: TensorType, mesh: Mesh, *, reduces: bool
+) -> tuple[Type, ...]:
+    """A rank's part of its shard, of the codes of all makers; or its shard, of the codes of all parts."""
+    outer: Placement = Varying() if reduces else Replicate()
+    size = num_copies(mesh) * code_bytes(codec, made, mesh) if reduces else _outer_bytes(codec, made, mesh)
+    is_part = not reduces or (len(made.shape) == 1 and Shard(0).divides(made.shape[0], num_shards(mesh)))
+    wanted = TensorType(DType.u8, (num_shards(mesh) * size,), placement=(outer, Shard(0)))
+    if not is_part or (kind.dtype, kind.shape, kind.placement) != (DType.u8, wanted.shape, wanted.placement):
+        raise TypeRuleError(f"makes {made.at(outer, Shard(0))} of {wanted}, not of {kind}")
+    return (made.contiguous().at(outer, Shard(0)),)
 
 
 def _operand(node: Node, mesh: Mesh) -> TensorType:
     kind = _tensor(node)
-    if len(mesh) != 1 or len(data_axes(mesh)) != 1:
-        raise TypeRuleError(f"needs a mesh of one data axis, not of {len(mesh)} axes")
+    if not 1 <= len(data_axes(mesh)) == len(mesh) <= 2:
+        raise TypeRuleError(f"needs a mesh of one or two data axes, not of {', '.join(a.name for a in mesh)}")
     return kind
 
 

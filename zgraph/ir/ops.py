@@ -101,6 +101,31 @@ def _exchange_sends(node: Node, mesh: Mesh) -> int:
     return _axis_sends(node, mesh) if is_along else _part(concrete(tensor(node).shape[1]), num_shards(mesh))
 
 
+def _inner_sends(node: Node, mesh: Mesh) -> int:
+    """To each other rank of the shard axis its chunk."""
+    return _part(moved_bytes(node, mesh), num_shards(mesh))
+
+
+def _inner_lands(node: Node, mesh: Mesh) -> int:
+    """Room for what the ranks of the shard axis send of one chunk, until it is summed."""
+    return moved_bytes(node, mesh)
+
+
+def outer_bytes(node: Node, mesh: Mesh) -> int:
+    """Bytes of the codes that all ranks with the same shard have together, before they are exchanged or gathered."""
+    return moved_bytes(node, mesh) // num_shards(mesh) * (num_data_ranks(mesh) // num_shards(mesh))
+
+
+def _outer_exchange_sends(node: Node, mesh: Mesh) -> int:
+    """To each other rank that holds the same shard the code of its part."""
+    return _part(moved_bytes(node, mesh) // num_shards(mesh), num_data_ranks(mesh) // num_shards(mesh))
+
+
+def _outer_gather_sends(node: Node, mesh: Mesh) -> int:
+    """To each other rank that holds the same shard the code of this one's part."""
+    return _part(outer_bytes(node, mesh), num_data_ranks(mesh) // num_shards(mesh))
+
+
 def _exchanged(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     return moved_along(node, mesh) if node.option("axis") is not None else coded_rules.exchanged(node, mesh)
 
@@ -200,6 +225,37 @@ _ROWS = (
         scratch_bytes=lambda node, mesh: _axis_lands(node, mesh) if node.option("axis") is not None else 0,
         pure=False,
         transfer=Transfer("all_to_all", holds=True),
+        kind="gather",
+    ),
+    Op(
+        "inner_reduce_scatter_start",
+        "Begin to sum or average over the ranks of the shard axis alone, each rank keeping its shard.",
+        coded_rules.scattered_inside,
+        "comm",
+        _inner_sends,
+        scratch_bytes=_inner_lands,
+        pure=False,
+        transfer=Transfer("reduce_scatter", reduces=True, holds=True, scatters=True),
+        kind="reduce",
+    ),
+    Op(
+        "outer_all_to_all_start",
+        "Begin to send every rank that holds the same shard the code of its part.",
+        coded_rules.exchanged_outside,
+        "comm",
+        _outer_exchange_sends,
+        pure=False,
+        transfer=Transfer("all_to_all", holds=True),
+        kind="gather",
+    ),
+    Op(
+        "outer_all_gather_start",
+        "Begin to collect the codes of all parts of a shard from the ranks that hold it.",
+        coded_rules.gathered_outside,
+        "comm",
+        _outer_gather_sends,
+        pure=False,
+        transfer=Transfer("all_gather", holds=True),
         kind="gather",
     ),
     *(

@@ -74,16 +74,10 @@ def codes_for(
     if codes.parameters and device.type != "cpu":
         raise UsageError(f"{codes} codes parameters on processors, and the model is on {device}; leave it out")
     names = () if mesh is None else mesh.mesh_dim_names or ()
-    if codes.parameters and set(AXES) & set(names):
+    if set(AXES) & set(names):
         raise UsageError(
-            f"{codes} codes whole parameters, and the mesh cuts them along {' and '.join(names)}; leave compress= out"
-        )
-    is_one_axis = mesh is None or mesh.ndim == 1 or sum(mesh.size(d) > 1 for d in range(mesh.ndim)) <= 1
-    if not (is_one_axis or (codes.is_exact and not codes.gradients)):
-        assert mesh is not None
-        raise UsageError(
-            f"{codes} codes along one axis of ranks, and the mesh has {mesh.ndim}; leave compress= out, or pass a "
-            "mesh of one axis"
+            f"{codes} codes whole parameters and gradients, and the mesh cuts them along {' and '.join(names)}; leave "
+            "compress= out"
         )
     return codes if mesh is not None and mesh.size() > 1 else Codes()
 
@@ -128,22 +122,20 @@ def check_parameters(
         )
 
 
-def planned_codes(compress: Compress, num_copies: int, tensor_parallel: int) -> Codes:
+def planned_codes(compress: Compress, tensor_parallel: int) -> Codes:
     """Codes of a plan.
 
     Args:
         compress: the option.
-        num_copies: ranks that hold the same shard.
         tensor_parallel: ranks that compute each op together.
 
     Raises:
         CodecError: a text does not parse.
-        UsageError: it is no codec, or the mesh has more than one axis.
+        UsageError: it is no codec, or ranks compute ops together.
     """
     codes = codes_of(compress)
-    is_alone = codes.is_exact and not codes.gradients
-    if codes and (tensor_parallel > 1 or (num_copies > 1 and not is_alone)):
-        raise UsageError(f"{codes} codes along one axis of ranks; leave compress=, or mesh= and tensor_parallel=, out")
+    if codes and tensor_parallel > 1:
+        raise UsageError(f"{codes} codes what ranks compute alone; leave compress= or the parallelism out")
     return codes
 
 

@@ -227,12 +227,6 @@ def _check_together(reading: Reading, keys: EngineConfig) -> None:
             "managed_gradient_accumulation: call engine.step() after every micro-batch and leave the key out, or say "
             "which ends a step by engine.set_gradient_accumulation_boundary"
         )
-    for name in ("zero_quantized_gradients", "zero_quantized_weights"):
-        if getattr(zero, name) and zero.zero_hpz_partition_size > 1:
-            reading.problems.append(
-                f"zero_optimization.{name}: codes are sent along one axis of ranks; leave it or "
-                "zero_hpz_partition_size out"
-            )
     if zero.zero_quantized_weights and zero.stage < 1:
         reading.notes.append(f"zero_optimization.zero_quantized_weights{NO_EFFECT}it takes stage 1 or more")
     try:

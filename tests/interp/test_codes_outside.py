@@ -1,0 +1,105 @@
+"""Codes along the outer of two data axes on simulated ranks: sums inside, codes outside, and nothing is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.deep import deep
+from zgraph.certify.certificate import certify
+from zgraph.debugging.runs import Options, check_graphs
+from zgraph.errors import VerifyError
+from zgraph.interpreter import Interpreter
+from zgraph.ir import Axis, Graph, parse_graph
+from zgraph.passes import Context, parse_recipe
+from zgraph.passes.compress import Compress
+
+from .test_codes import CODECS, captured, changed, recipe
+
+TEXT = """graph "step" mesh(replicate={copies}, shard={shards})
+op aten.tanh.default
+param %a: f32[5, 8]<R, {at}> "a" stage={stage}
+param %b: f32[7]<R, {at}> "b" stage={stage}
+tangent %t: f32[5, 8]<V, V>
+tangent %u: f32[7]<V, V>
+bwd %g: f32[5, 8]<P({how}), P({how})> = pending(%t, reduce="{how}")
+bwd %h: f32[7]<P({how}), P({how})> = pending(%u, reduce="{how}")
+bwd %gm: f32[5, 8]<R, {at}>, %hm: f32[7]<R, {at}> = reshard(%g, %h)
+return bwd grad "a" %gm
+return bwd grad "b" %hm
+"""
+
+
+def step(stage: int, copies: int, shards: int, how: str) -> Graph:
+    at = "S0" if stage else "R"
+    return parse_graph(TEXT.format(stage=stage, copies=copies, shards=shards, how=how, at=at))
+
+
+@pytest.mark.parametrize(
+    ("stage", "copies", "shards", "how", "codec"),
+    [
+        (2, 2, 2, "mean", CODECS[0]),
+        (0, 2, 2, "mean", CODECS[1]),
+        (3, 3, 2, "sum", CODECS[3]),
+        *(deep(s, c, n, "mean", codec) for s in (0, 1) for c, n in ((2, 3), (4, 2)) for codec in CODECS),
+    ],
+)
+def test_what_is_sent_and_what_is_left_out_add_up(stage: int, copies: int, shards: int, how: str, codec: str) -> None:
+    graph = step(stage, copies, shards, how)
+    coded = Compress(codec, at_least_bytes=1).run(graph, Context(mesh=graph.mesh))
+    assert [n.op for n in coded.nodes].count("encode") == 2
+    interpreter, rng, num_ranks = Interpreter(), torch.Generator().manual_seed(0), copies * shards
+    chunk = -(-5 // shards) * 8
+    wanted, sent = torch.zeros(shards, chunk).double(), torch.zeros(shards, chunk).double()
+    for _ in range(5):
+        tangents = [[torch.randn(s, generator=rng) for _ in range(num_ranks)] for s in ((5, 8), (7,))]
+        made = interpreter.run(coded, {"a": torch.zeros(5, 8), "b": torch.zeros(7), "t": tangents[0], "u": tangents[1]})
+        ranks = made[0]
+        assert ranks is not None
+        for shard in range(shards):
+            same = [ranks[shard + shards * copy] for copy in range(copies)]
+            assert all(torch.equal(same[0], other) for other in same), "those that hold a shard have the same"
+        total = torch.stack(tangents[0]).double().sum(0) / (num_ranks if how == "mean" else 1)
+        wanted.view(-1)[:40] += total.view(-1)
+        if stage:
+            sent += torch.stack([part.view(-1) for part in ranks[:shards]]).double()
+        else:
+            sent.view(-1)[:40] += ranks[0].view(-1).double()
+    left = torch.zeros(shards, chunk).double()
+    own, parts = (interpreter.rests[("a", "b"), is_part] for is_part in (False, True))
+    for shard in range(shards):
+        for copy in range(copies):
+            rank = shard + shards * copy
+            left[shard] += own[rank].view(-1)[:chunk].double() / (copies if how == "mean" else 1)
+            part = torch.zeros_like(own[rank]).double()
+            part[copy] = parts[rank].double()
+            left[shard] += part.view(-1)[:chunk]
+    torch.testing.assert_close((sent + left).view(-1)[:40], wanted.view(-1)[:40], rtol=1e-5, atol=1e-5)
+    assert (sent - wanted).view(-1)[:40].abs().max() > 1e-4, "the code leaves something out"
+
+
+def checked(stage: int, wrong: dict[str, str] | None = None) -> tuple[list[tuple[str, Graph]], Context]:
+    context, steps = Context(mesh=(Axis("replicate", 2), Axis("shard", 2))), [("captured", captured())]
+    for ran in parse_recipe(recipe(stage, "q8(block=16)")).steps(captured(), context):
+        steps.append((ran.step.name, ran.after))
+    if wrong:
+        name, graph = steps[-1]
+        steps[-1] = (name, graph.with_nodes([changed(n, wrong) for n in graph.nodes]))
+    return steps, context
+
+
+@pytest.mark.parametrize("stage", [2, deep(0), deep(1), deep(3)])
+def test_it_is_certified_and_checked_by_numbers(stage: int) -> None:
+    steps, context = checked(stage)
+    assert "codes" in [c.rule for c in certify(steps, context).checked]
+    assert check_graphs([name for name, _ in steps], steps, context, Options(micro_steps=1, dtypes=True)).wrong is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"reduce": "sum"}, "is not what the graph before it computes"), ({"feedback": ""}, "codes gradients of")],
+)
+def test_a_code_of_something_else_is_refused(wrong: dict[str, str], says: str) -> None:
+    steps, context = checked(2, wrong)
+    with pytest.raises(VerifyError, match=says):
+        certify(steps, context)
