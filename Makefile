@@ -20,6 +20,8 @@ test-deep: test
 
 # What runs on several ranks often waits, for the network or for what it kills: the rest fills the time. Kernels,
 # numbers, passes and certificates go with it so that both take about as long.
+# Each op runs on one thread, for the halves share the cores.
+test-ranks test-rest: export OMP_NUM_THREADS = 1
 WITH_RANKS := $(addprefix tests/,distributed interp kernels passes rules trust)
 test-ranks: $(VENV)/.test
 	$(BIN)/python -m pytest $(WITH_RANKS)

@@ -72,6 +72,7 @@ ALSO = {
     "float8_gathers": ("interp/test_float8.py",),
     "expert_rows": ("interp/test_experts.py",),
     "code_gathers": ("interp/test_exact_codes.py",),
+    "coded_gathers": ("interp/test_exact_codes.py", "interp/test_coded_parameters.py"),
     "schedule": ("passes/test_headroom.py",),
     "partition": ("interp/test_placed.py::test_a_model_axis_without_place_is_refused",),
     "patterns": ("kernels/test_patterns.py",),
@@ -83,7 +84,7 @@ ALSO = {
     "subgraphs": ("passes/test_subgraphs.py",),
     "timetable": ("passes/test_timetable.py",),
     "budgeted": ("passes/test_within.py",),
-    "compress": ("interp/test_codes.py",),
+    "compress": ("interp/test_codes.py", "interp/test_codes_outside.py", "interp/test_coded_parameters.py"),
     **dict.fromkeys(("prices", "program", "search", "space", "twins"), ("passes/test_placements.py",)),
 }
 """Tests of one module's own, which run with more examples of hypothesis."""
