@@ -28,6 +28,7 @@ from zgraph.options.offload import Offload
 from zgraph.options.settings import Options, Passes, Recompute, resolve
 from zgraph.options.validate import Compute, CudaGraphs, Fullgraph, Kernels, RegionCalls, Stage
 from zgraph.passes import RECIPES
+from zgraph.runtime.decisions import deciding
 from zgraph.runtime.eager_fallback import whole_parameters
 from zgraph.runtime.feedback import FeedbackState
 from zgraph.runtime.gradients import without_sync
@@ -168,6 +169,7 @@ def compile(
         HardwareError: there is no such hardware.
         OffloadError: the host has no room for what is offloaded; nothing was changed.
         PlanMismatchError: the ranks have different models or options.
+        PeerError: another rank raised one of these.
         PlacementError: a parameter does not divide; or in the first call, a sequence or heads of attention.
 
     The first call raises BudgetError if even with all computed again the step does not fit the budget.
@@ -206,9 +208,10 @@ def compile(
     if not isinstance(model, nn.Module):
         raise UsageError(f"zgraph.compile takes a module or a module class, not {type(model).__name__}")
     layout = ""
-    if parallel is not None:
-        options, layout = laid_out(model, parallel, options)
-    settings = resolve(model, **options, layout=layout)
+    with deciding(mesh) as meet:
+        if parallel is not None:
+            options, layout = laid_out(model, parallel, options, meet)
+        settings = resolve(model, **options, layout=layout, meet=meet)
     session = shard(model, settings)
     attach(model, settings, session)
     return model

@@ -30,6 +30,7 @@ from zgraph.options.searched import usual_inputs
 from zgraph.options.settings import RECOMPUTES, Options, Recompute, device_for
 from zgraph.options.validate import Kernels
 from zgraph.passes import RECIPES
+from zgraph.runtime.decisions import Meet, alone
 
 __all__ = ["CompileOptions", "Parallel", "best_layout", "laid_out"]
 
@@ -213,15 +214,17 @@ def _chosen(tried: Sequence[_Tried], unit: str) -> TrainingPlan:
     return replace(best.plan, layouts=words)
 
 
-def laid_out(model: nn.Module, parallel: object, options: Options) -> tuple[Options, str]:
+def laid_out(model: nn.Module, parallel: object, options: Options, meet: Meet = alone) -> tuple[Options, str]:
     """The options of `zgraph.compile` with a layout, and what is to be said of it.
 
     Args:
         model: the model.
         parallel: "auto", or a plan of `zgraph.plan(parallel="auto")`.
         options: those that were given.
+        meet: waits for the other ranks.
 
     Raises:
+        PeerError: another rank found no layout.
         UsageError: they say themselves what the layout is to choose, it is for another number of ranks, nothing fits,
             or there are no inputs to plan with.
     """
@@ -236,7 +239,9 @@ def laid_out(model: nn.Module, parallel: object, options: Options) -> tuple[Opti
     if isinstance(parallel, TrainingPlan):
         found = parallel
     elif parallel == "auto":
-        found = _of_first_rank(_searched(model, options, count))
+        found = _searched(model, options, count)
+        meet("search for a layout", "")  # a broadcast would wait for a rank that found none
+        found = _of_first_rank(found)
     else:
         raise UsageError(f'parallel must be "auto" or a plan of zgraph.plan(parallel="auto"), not {parallel!r}')
     if found.num_ranks != count:
