@@ -135,8 +135,9 @@ def compile(
             memory, for as many bytes sent.
         context_parallel: ranks that share each sequence of one batch: each computes a part of it, and attention some
             heads of all of it. Parameters are sharded over them as over the other ranks.
-        expert_parallel: ranks that share the experts of a mixture, and one batch: each computes some of its rows, and
-            some experts for the tokens of all. Other parameters are sharded over them as over the other ranks.
+        expert_parallel: ranks that share the experts of a mixture, each with a batch of its own, of one shape: each
+            computes its rows, and some experts for the tokens of all. What the model returns is of these rows, but a
+            loss is that of all of them. Other parameters are sharded over them as over the other ranks.
         placements: how parameters are cut, from patterns of their names to `Shard(dim)` of torch (`"S1/3"` cuts dim 1
             of a fused projection in each of three blocks); what none names stays whole. By default, the plan that
             transformers has for the model. "auto" searches for them, and for where all values between them are, with

@@ -98,12 +98,12 @@ def initialize_engine(
         if training_data is not None:
             loader = EngineLoader(
                 training_data,
-                read.shared_batch,
+                read.micro_batch,
                 collate_fn,
                 read.keys.dataloader_drop_last,
                 read.keys.seed or 0,
-                read.world_size // read.expert_parallel,
-                _rank(mesh) // read.together,
+                read.world_size,
+                _rank(mesh) // read.alike,
             )
         groups = _named_groups(model, model_parameters)
     with handed_over(optimizer, model) if isinstance(optimizer, Optimizer) else contextlib.nullcontext():

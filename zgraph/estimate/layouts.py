@@ -23,10 +23,10 @@ from zgraph.estimate.layer_scaling import capture_samples
 from zgraph.estimate.planners import planner_maker
 from zgraph.estimate.stage_plan import Planner
 from zgraph.estimate.training_plan import TrainingPlan, resting
-from zgraph.options.experts import experts_of
+from zgraph.options.experts import experts_of, of_all_ranks
 from zgraph.options.offload import Offload
 from zgraph.options.parallel import AXES, check_parallel
-from zgraph.options.searched import usual_inputs
+from zgraph.options.searched import FoundPlacements, searched, usual_inputs
 from zgraph.options.settings import RECOMPUTES, Options, Recompute, device_for
 from zgraph.options.validate import Kernels
 from zgraph.passes import RECIPES
@@ -124,14 +124,36 @@ def best_layout(
         if times > 1:
             try:
                 experts = experts_of(model, times)
-                wide_args, wide_kwargs = (_wider(given, times) for given in (tuple(args), dict(kwargs)))
-                samples = capture_samples(model, wide_args, wide_kwargs, dtype, capability)
+                samples = capture_samples(model, *of_all_ranks(args, kwargs, times), dtype, capability)
             except (PlacementError, UsageError) as error:
                 tried.append(_Tried(sizes, num_items, None, _reason(error)))
                 continue
             one = replace(planner, samples=samples, experts=experts)
         tried.append(_planned(model, replace(one, **cast(dict[str, Any], sizes)), sizes, num_items, stages))
-    return _chosen(tried, unit)
+    found = _chosen(tried, unit)
+    if found.tensor_parallel == 1:
+        return found
+    return replace(found, placements=placed_for(model, args, kwargs, costs, found, param_dtype))
+
+
+def placed_for(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    costs: CostTable,
+    plan: TrainingPlan,
+    param_dtype: Dtype | None,
+) -> FoundPlacements:
+    """The placements of all parameters for a plan's ranks of tensor parallelism, searched with its batch.
+
+    Args:
+        model, args, kwargs: as for `zgraph.plan`.
+        costs: of the hardware.
+        plan: says how many ranks compute each op together.
+        param_dtype: dtype to compute in.
+    """
+    tensor = plan.tensor_parallel
+    return searched(model, tuple(args), kwargs, costs, tensor, plan.num_ranks // tensor, param_dtype)
 
 
 def _items(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, int]:
@@ -157,15 +179,6 @@ def _candidates(model: nn.Module, planner: Planner) -> Iterator[dict[str, int]]:
         axes = ("tensor", "context")
     for axis in axes:
         yield from ({axis: count} for count in counts)
-
-
-def _wider(given: Any, times: int) -> Any:
-    """Inputs with so many times the rows."""
-    if isinstance(given, torch.Tensor):
-        return given.repeat(times, *[1] * (given.dim() - 1)) if given.dim() else given
-    if isinstance(given, dict):
-        return {key: _wider(value, times) for key, value in given.items()}
-    return tuple(_wider(value, times) for value in given) if isinstance(given, tuple) else given
 
 
 def _planned(
@@ -254,7 +267,7 @@ def laid_out(model: nn.Module, parallel: object, options: Options, meet: Meet = 
         "tensor_parallel": found.tensor_parallel,
         "context_parallel": found.context_parallel,
         "expert_parallel": found.expert_parallel,
-        "placements": "auto" if found.tensor_parallel > 1 else None,
+        "placements": (found.placements or "auto") if found.tensor_parallel > 1 else None,
         "stage": found.best.stage_of if found.best.whole else cast(Any, found.best.stage),
     }
     return {**options, **sizes}, found.layouts

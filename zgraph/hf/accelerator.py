@@ -40,7 +40,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     Args:
         args, kwargs: as accelerate's takes them; no plugins of FSDP, DeepSpeed or Megatron.
         mixed_precision: "no" or "bf16"; by default what the file says.
-        parallelism_config: accelerate's `ParallelismConfig`: ranks that compute together; by default what the file says.
+        parallelism_config: accelerate's `ParallelismConfig`: ranks that compute together; by default the file's.
         zgraph: options of `zgraph.compile`, which go before those of the file.
 
     Raises:

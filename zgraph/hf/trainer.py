@@ -83,7 +83,7 @@ class Sharded(Base):  # type: ignore[misc]
             log.warning(told)
         with unseen():
             super().create_accelerator_and_postprocess()
-        self._count_data_ranks(self.zgraph_config.together)
+        self._count_data_ranks(self.zgraph_config.alike)
         if self.zgraph_config.keys.fp16.enabled:
             self.accelerator.scaler = Scaler(self.zgraph_config.keys.fp16)
 
@@ -98,30 +98,30 @@ class Sharded(Base):  # type: ignore[misc]
 
     # --- ranks that share a batch ------------------------------------------------------------------------------------
 
-    def _count_data_ranks(self, together: int) -> None:
+    def _count_data_ranks(self, alike: int) -> None:
         """Have loaders, gathers and counts be of the ranks that each have a batch of their own."""
-        if together > 1 and getattr(self.args, "train_sampling_strategy", "") == "batch_rebalance":
+        if alike > 1 and getattr(self.args, "train_sampling_strategy", "") == "batch_rebalance":
             raise ConfigError(
                 [
-                    'train_sampling_strategy: "batch_rebalance" gives each rank rows of its own; take another where ranks '
-                    "compute together"
+                    'train_sampling_strategy: "batch_rebalance" gives each rank rows of its own; take another where '
+                    "ranks compute together"
                 ]
             )
-        by_data_ranks(self.accelerator, together)
+        by_data_ranks(self.accelerator, alike)
         self.gather_function = functools.partial(
             self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
         )
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, **kwargs)
-        return seeded_by_data_rank(loader, self.accelerator) if self.zgraph_config.together > 1 else loader
+        return seeded_by_data_rank(loader, self.accelerator) if self.zgraph_config.alike > 1 else loader
 
     def get_total_train_batch_size(self, args: Any) -> int:
         rows: int = self._train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         return rows
 
     def floating_point_ops(self, inputs: Any) -> float:
-        return float(super().floating_point_ops(inputs)) / self.zgraph_config.together
+        return float(super().floating_point_ops(inputs)) / self.zgraph_config.alike
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(self._with_speed(logs), *args, **kwargs)
@@ -134,7 +134,7 @@ class Sharded(Base):  # type: ignore[misc]
     def _with_speed(self, metrics: dict[str, float]) -> dict[str, float]:
         """Metrics of an evaluation, with its steps in a second those of the ranks that have batches of their own."""
         prefix, num_samples = self.evaluated
-        if self.zgraph_config.together > 1 and metrics.get(f"{prefix}_steps_per_second"):
+        if self.zgraph_config.alike > 1 and metrics.get(f"{prefix}_steps_per_second"):
             num_steps = math.ceil(num_samples / (self.args.eval_batch_size * self.accelerator.num_processes))
             metrics[f"{prefix}_steps_per_second"] = round(num_steps / metrics[f"{prefix}_runtime"], 3)
         return metrics
