@@ -86,7 +86,7 @@ def test_a_plan_of_ones_own_model_hands_its_placements_on() -> None:
     stated = zgraph.plan(model, x, tensor_parallel=2, placements=given, **options)
     worse = zgraph.plan(model, x, tensor_parallel=2, placements={"0.weight": "S1"}, **options)
     assert stated.placements == given
-    assert stated.stages[0].rest_bytes["masters"] < worse.stages[0].rest_bytes["masters"]
+    assert stated.stages[0].rest_bytes["parameters"] < worse.stages[0].rest_bytes["parameters"]
     with (
         patch("torch.distributed.is_initialized", return_value=True),
         patch("torch.distributed.get_world_size", return_value=2),

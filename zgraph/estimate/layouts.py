@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.bridge.target import Target, alike_capability, cost_table
@@ -52,7 +53,7 @@ class _Tried:
     """One layout with its plan.
 
     Args:
-        sizes: ranks along each axis of more than one.
+        sizes: ranks along each axis of more than one, as a planner has them.
         num_items: tokens, or rows, of a step of ranks that compute together, with all its micro-batches.
         plan: what training takes; None where it cannot be.
         why: why it cannot be.
@@ -65,6 +66,8 @@ class _Tried:
 
     @property
     def name(self) -> str:
+        if copies := self.sizes.get("num_copies"):
+            return f"shards within a host, {copies} copies of them"
         return ", ".join(f"{axis}_parallel={size}" for axis, size in self.sizes.items()) or "none together"
 
     @property
@@ -165,11 +168,14 @@ def _items(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _candidates(model: nn.Module, planner: Planner) -> Iterator[dict[str, int]]:
-    """Sizes of axes: none, and powers of two within a host that divide the ranks.
+    """Sizes of axes: none, hosts with copies of the same shards, and powers of two within a host that divide the ranks.
 
     The experts of a mixture are shared as wholes; to cut each of them too is not tried.
     """
     yield {}
+    num_hosts, num_within = planner.costs.hardware.spread(planner.num_ranks)
+    if num_hosts > 1 and num_within > 1:
+        yield {"num_copies": num_hosts}
     within = min(planner.costs.hardware.devices_per_host, planner.num_ranks)
     counts = [2**n for n in range(1, 8) if 2**n <= within and planner.num_ranks % 2**n == 0]
     try:
@@ -198,6 +204,7 @@ def _planned(
         tensor_parallel=sizes.get("tensor", 1),
         context_parallel=sizes.get("context", 1),
         expert_parallel=sizes.get("expert", 1),
+        num_copies=sizes.get("num_copies", 1),
     )
     return _Tried(sizes, num_items, plan)
 
@@ -263,7 +270,9 @@ def laid_out(model: nn.Module, parallel: object, options: Options, meet: Meet = 
         raise UsageError(
             f"no layout fits the memory budget of {found.budget_bytes:,} bytes: {found.reason}. {found.layouts}"
         )
+    meet("layout", f"{found.num_copies} copies")
     sizes: Options = {
+        "mesh": _copies(model, options, found),
         "tensor_parallel": found.tensor_parallel,
         "context_parallel": found.context_parallel,
         "expert_parallel": found.expert_parallel,
@@ -271,6 +280,16 @@ def laid_out(model: nn.Module, parallel: object, options: Options, meet: Meet = 
         "stage": found.best.stage_of if found.best.whole else cast(Any, found.best.stage),
     }
     return {**options, **sizes}, found.layouts
+
+
+def _copies(model: nn.Module, options: Options, plan: TrainingPlan) -> DeviceMesh | None:
+    """The mesh of a plan whose hosts have copies of the same shards; None for another."""
+    if plan.num_copies == 1:
+        return None
+    kind = device_for(model, None, options.get("device")).type
+    return init_device_mesh(
+        kind, (plan.num_copies, plan.num_ranks // plan.num_copies), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def _searched(model: nn.Module, options: Options, num_ranks: int) -> TrainingPlan:

@@ -240,6 +240,7 @@ def sweep(
             tensor_parallel,
             context_parallel,
             expert_parallel,
+            copies,
         )
         if stage is None and whole.best is not None:
             refined = planner.refined(whole.best, sizes)

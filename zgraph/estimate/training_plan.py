@@ -29,6 +29,7 @@ class TrainingPlan:
         tensor_parallel: ranks that compute each op together.
         context_parallel: ranks that share each sequence.
         expert_parallel: ranks that share the experts.
+        num_copies: ranks that hold the same shard: hosts, each of which shards over its own ranks.
         layouts: where the sizes of these were chosen, what was tried and why it is these, in words.
         placements: how the ranks of tensor parallelism cut parameters, by name, where that was searched with the batch
             of the plan; `zgraph.compile(model, parallel=plan)` takes them.
@@ -43,6 +44,7 @@ class TrainingPlan:
     tensor_parallel: int = 1
     context_parallel: int = 1
     expert_parallel: int = 1
+    num_copies: int = 1
     layouts: str = ""
     placements: Mapping[str, str] = field(default_factory=dict)
 
