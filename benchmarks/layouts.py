@@ -8,14 +8,17 @@ python -m benchmarks.layouts --rate 1gbit --json layouts.json
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -27,10 +30,11 @@ from benchmarks.hosts import Host, emulated, link_bytes_per_s
 from benchmarks.job import Job, Measure
 from benchmarks.results import Record, write
 from benchmarks.systems import BY_NAME
-from benchmarks.systems.layouts import BATCH, LINK, RANKS_PER_HOST
+from benchmarks.systems.layouts import LINK, PLAN, RANKS_PER_HOST, planned
 
+AUTO = "layout: auto"
 TASKS = {
-    "auto": ("llama-8m", ("layout: stage 3", "layout: tensor parallel", "layout: hsdp", "layout: auto")),
+    "auto": ("llama-8m", ("layout: stage 3", "layout: tensor parallel", "layout: hsdp", AUTO)),
     "experts": ("moe-small", ("layout: stage 3", "layout: experts")),
 }
 """What is compared, and on which model."""
@@ -117,11 +121,14 @@ def main(
     options = {"rate": rate, "hosts": hosts, "ranks_per_host": RANKS_PER_HOST, "steps": steps, "rounds": rounds}
     try:
         os.environ[LINK] = str(link_bytes_per_s(rate))
-        with shared(hosts, rate) as places:
+        with TemporaryDirectory() as folder, shared(hosts, rate) as places:
             for task in tasks.split(","):
                 model, names = TASKS[task.strip()]
-                preset = models.preset(model)
-                os.environ[BATCH] = f"{preset.batch_size}x{preset.sequence_length}"
+                if AUTO in names:
+                    began, path = time.perf_counter(), Path(folder) / "plan"
+                    path.write_bytes(pickle.dumps(planned(model, link_bytes_per_s(rate), len(places))))
+                    os.environ[PLAN] = str(path)
+                    say(f"planned in {time.perf_counter() - began:.0f} s")
                 job = Job("", model, Measure.TIME, len(places), num_warmup=warmup, num_steps=steps)
                 chosen = [BY_NAME[name] for name in names]
                 campaign = Campaign(job, chosen, rounds, Order.INTERLEAVED, timeout, logs, say)

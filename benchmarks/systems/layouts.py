@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,14 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks import models
 from benchmarks.systems.base import Role, Step, System, adamw_step
 
 if TYPE_CHECKING:
     from zgraph.cost import Hardware
 
 RANKS_PER_HOST = 2
-LINK, BATCH = "ZGRAPH_BENCHMARK_LINK", "ZGRAPH_BENCHMARK_BATCH"
-"""Environment variables with the bytes a second of the link between hosts, and with the rows and tokens of a batch."""
+LINK, PLAN = "ZGRAPH_BENCHMARK_LINK", "ZGRAPH_BENCHMARK_PLAN"
+"""Environment variables with the bytes a second of the link between hosts, and the file of the plan of "auto"."""
 
 
 class LaidOut:
@@ -52,6 +55,16 @@ def hardware(link_bytes_per_s: float, num_ranks: int) -> Hardware:
     return found.model_copy(update={"between": between})
 
 
+def planned(name: str, link_bytes_per_s: float, num_ranks: int) -> Any:
+    """The plan of the layout that "auto" picks for a preset and its batch: made once, before any rank is started."""
+    import zgraph
+
+    preset = models.preset(name)
+    ids = torch.zeros(preset.batch_size, preset.sequence_length, dtype=torch.int64)
+    model, hosts = models.build(name, torch.device("cpu")), hardware(link_bytes_per_s, num_ranks)
+    return zgraph.plan(model, hardware=hosts, num_ranks=num_ranks, parallel="auto", input_ids=ids, labels=ids)
+
+
 def prepare(model: nn.Module, device: torch.device, *, layout: str, **options: Any) -> Step:
     import zgraph
 
@@ -65,10 +78,8 @@ def prepare(model: nn.Module, device: torch.device, *, layout: str, **options: A
     if layout == "experts":
         options["expert_parallel"] = count
     if layout == "auto":
-        rows, tokens = map(int, os.environ[BATCH].split("x"))
-        ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        plan = zgraph.plan(model, hardware=hosts, num_ranks=count, parallel="auto", input_ids=ids, labels=ids)
-        options["parallel"], words = plan, plan.layouts
+        options["parallel"] = plan = pickle.loads(Path(os.environ[PLAN]).read_bytes())  # of the benchmark itself
+        words = plan.layouts
     return LaidOut(zgraph.compile(model, hardware=hosts, **options), words)
 
 
