@@ -44,6 +44,8 @@ class RankReport:
     losses: of the same steps, on this rank's own batches.
     sent_bytes: during all measured steps together.
     outlook: what the system had predicted, if it predicts.
+    num_batches: of all ranks in a step, where some share one.
+    words: what the system tells of itself.
     """
 
     num_parameters: int
@@ -53,6 +55,8 @@ class RankReport:
     rest_bytes: int | None = None
     peak_bytes: int | None = None
     outlook: dict[str, float] | None = None
+    num_batches: int | None = None
+    words: str = ""
 
     def write(self, folder: Path, rank: int) -> None:
         _report_file(folder, rank).write_text(json.dumps(asdict(self)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from benchmarks.errors import UnknownName
 
@@ -53,6 +53,24 @@ def llama_10l() -> PretrainedConfig:
     return llama(512, 1408, 10, 8, 4096)
 
 
+def moe_small() -> PretrainedConfig:
+    """A mixture of 16 experts in each of 4 layers, 13,673,984 parameters of which 12.6 M are experts'."""
+    return Qwen3MoeConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        moe_intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        num_experts=16,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        vocab_size=2048,
+        use_cache=False,
+    )
+
+
 def break_between_layers(model: nn.Module) -> None:
     """Have each layer begin with a graph break."""
     for layer in decoder_layers(model):
@@ -90,6 +108,7 @@ PRESETS = (
     Preset("llama-30m", llama_30m),
     Preset("gpt2-4l", gpt2_4l),
     Preset("llama-8m", llama_8m),
+    Preset("moe-small", moe_small, batch_size=2),
     Preset("llama-8m-2k", llama_8m, batch_size=8, sequence_length=256),
     Preset("llama-10-breaks", llama_10l, break_between_layers),
     Preset("llama-breaks-inside", llama_10l, break_in_layers),

@@ -2,8 +2,8 @@
 
 Two layers of each configuration, at the sizes that are its class's defaults, are captured on the meta device with one
 row of tokens and searched. Each matrix that the model's `base_model_tp_plan` cuts is compared with where the search
-cuts it. Where they differ, the matrix is put where the plan has it and all else is searched again: what a step takes
-more then is the reason.
+cuts it; of a configuration without a plan, with Llama's, whose modules it has. Where they differ, the matrix is put
+where the plan has it and all else is searched again: what a step takes more then is the reason.
 """
 
 from __future__ import annotations
@@ -68,16 +68,18 @@ class Agreement:
     differences: tuple[Difference, ...]
     gap: float
     seconds: float
+    has_plan: bool = True
 
     @property
     def line(self) -> str:
         same = self.num_matrices - len(self.differences)
-        return f"{self.model:18} {same:3} of {self.num_matrices:3}   gap {self.gap:.3%}   {self.seconds:6.1f} s"
+        whose = "" if self.has_plan else "   by Llama's plan: there is none of its own"
+        return f"{self.model:18} {same:3} of {self.num_matrices:3}   gap {self.gap:.3%}   {self.seconds:6.1f} s{whose}"
 
 
 def compared(kind: str, num_ranks: int, tokens: int, hardware: str) -> Agreement:
     """The search of one configuration beside its plan."""
-    model = _model(kind)
+    model, has_plan = _model(kind)
     row = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     costs = cost_table(hardware, torch.device("cpu"))
     began = time.perf_counter()
@@ -86,14 +88,19 @@ def compared(kind: str, num_ranks: int, tokens: int, hardware: str) -> Agreement
     seconds = time.perf_counter() - began
     plan = {name: place for name, place in planned(model, num_ranks) if ".layers." in name and name.endswith("weight")}
     differences = tuple(_differences(search, plan))
-    return Agreement(kind, len(plan), differences, gap, seconds)
+    return Agreement(kind, len(plan), differences, gap, seconds, has_plan)
 
 
-def _model(kind: str) -> nn.Module:
+def _model(kind: str) -> tuple[nn.Module, bool]:
+    """The model of a configuration, and whether transformers has a plan for it."""
     config: Any = transformers.AutoConfig.for_model(kind, num_hidden_layers=NUM_LAYERS, use_cache=False)
+    if getattr(config, "head_dim", 0) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    if not (has_plan := bool(config.base_model_tp_plan)):
+        config.base_model_tp_plan = transformers.LlamaConfig.base_model_tp_plan
     with torch.device("meta"):
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
-    return model
+    return model, has_plan
 
 
 def _differences(search: Search, plan: dict[str, Any]) -> Iterator[Difference]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,17 +55,19 @@ def _device(job: Job) -> torch.device:
 
 
 def _measure(job: Job, system: System, rank: int, device: torch.device, interface: str | None) -> RankReport:
-    num_parameters = 0
+    num_parameters, told = 0, dict[str, Any]()
     predicts: list[CalibratedStep] = []
 
     def prepare() -> NumberedStep:
-        nonlocal num_parameters
+        nonlocal num_parameters, told
         model = models.build(job.model, device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         step = system.prepare(model, device)
         if isinstance(step, CalibratedStep):
             predicts.append(step)
-        return lambda index: step(models.batch(job.model, step=index, rank=rank, device=device))
+        told = {"num_batches": getattr(step, "num_batches", None), "words": getattr(step, "words", "")}
+        number = getattr(step, "batch_rank", rank)  # ranks that compute together have one batch
+        return lambda index: step(models.batch(job.model, step=index, rank=number, device=device))
 
     if job.measure is Measure.MEMORY:
         live = memory.measure(prepare, warmup=job.num_warmup, device=device)
@@ -80,7 +83,7 @@ def _measure(job: Job, system: System, rank: int, device: torch.device, interfac
     sent_after = _sent_bytes(interface)
     sent = None if sent_before is None or sent_after is None else sent_after - sent_before
     outlook = asdict(predicts[0].outlook()) if predicts else None
-    return RankReport(num_parameters, step_s, losses, sent, outlook=outlook)
+    return RankReport(num_parameters, step_s, losses, sent, outlook=outlook, **told)
 
 
 def _time(step: NumberedStep, indices: range, device: torch.device) -> tuple[Floats, Floats]:

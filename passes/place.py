@@ -11,8 +11,8 @@ Two ranks of an axis `tensor`, `%w` cut by columns and `%v` by rows, as the mode
 
 Where values live follows from where the parameters do, by the table of sharding rules (`zgraph/ir/rules`); a reshard
 stands where a value must be elsewhere. Types and sizes among arguments are those of a rank's part from here on. What
-comes out of the model is whole, and a gradient lies as its parameter does. `partition` goes on with what is left of
-each parameter, along the data axes.
+comes out of the model is whole, but for rows along an axis of experts, and a gradient lies as its parameter does.
+`partition` goes on with what is left of each parameter, along the data axes.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ class _Placer:
             found = search(graph, axis, fixed=self.seeds).found
             self.seeds = {name: place for name, place in found.places.items() if place != R}
             self.choices = found.choices
+        self.seeds |= self.choices.given
         self.nodes: list[Node] = []
         self.is_forward = True
         self.have: dict[str, dict[Placement, Value]] = {}
@@ -254,10 +255,13 @@ class _Placer:
         if output.value is None or not isinstance(output.value.type, TensorType):
             return output
         belongs = output.kind in (OutputKind.grad, OutputKind.mutation) and output.target in self.seeds
+        due = self.seeds[output.target] if belongs else R
+        if output.kind is OutputKind.output:
+            due = self.choices.returned.get(output.value.name, R)
         node = Node("", (), (), phase=output.phase)
         if (maker := self.source.producers.get(output.value.name)) is not None:
             node = replace(node, origin=maker.origin)
-        return replace(output, value=self.wanted(output.value, self.seeds[output.target] if belongs else R, node))
+        return replace(output, value=self.wanted(output.value, due, node))
 
     def wanted(self, value: Value, place: Placement | None, user: Node) -> Value:
         """A captured value at a placement, brought there before its first user if it is not."""

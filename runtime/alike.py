@@ -1,7 +1,8 @@
 """Whether ranks that compute one op together were given the same: their inputs, and what they draw from.
 
 Each call, every rank makes a number of all of it, and the ranks of a model axis compare theirs. On a GPU, where the
-host must not wait, a call says what the one before it has found.
+host must not wait, a call says what the one before it has found. Ranks that share experts have batches of their own,
+which are alike in their shapes, and become one batch in front of the model.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils import _pytree as pytree
 
-from zgraph.errors import BatchMismatchError
+from zgraph.errors import BatchMismatchError, UsageError
 from zgraph.ir import MODEL_AXES
 from zgraph.runtime.session import Session
+
+BATCHES = "expert"
+"""The axis whose ranks have batches of their own."""
 
 
 class Alike:
@@ -39,10 +44,15 @@ class Alike:
         """
         self._finish()
         device = self.session.device
-        word = torch.cat([_together([_word(leaf, device) for leaf in _leaves(args)], device), _generator(device)])
-        both = torch.cat([word, -word])
+        leaves, draws = list(_leaves(args)), _generator(device)
+        words = [_word(leaf, device) for leaf in leaves]
+        num_rows = rows_of(args)
+        shapes = [
+            w * w.new_tensor([1, 0]) if is_of_rows(x, num_rows) else w for x, w in zip(leaves, words, strict=True)
+        ]
         for axis in self.axes:
-            found = both.clone()
+            word = torch.cat([_together(shapes if axis == BATCHES else words, device), draws])
+            found = torch.cat([word, -word])
             group = self.session.store.ranks.axis_group(axis)
             work = dist.all_reduce(found, dist.ReduceOp.MAX, group=group, async_op=True)
             self.pending.append((axis, work, found))
@@ -55,29 +65,76 @@ class Alike:
             self.session.peers.wait(work, f"the comparison of batches along {axis}")
             differs = (found[:3] + found[3:]).tolist()  # the largest of the ranks', and their smallest
             ranks = dist.get_process_group_ranks(self.session.store.ranks.axis_group(axis))
+            own = self.session.store.ranks
+            if any(differs[:2]) and axis == BATCHES:
+                raise BatchMismatchError(
+                    f"the ranks {ranks} share experts, but were given batches of other shapes, or other inputs without "
+                    "rows, in one call. Pad them alike, to one length (a collator's pad_to_multiple_of=, or one entry "
+                    "in lengths=), with as many rows on each"
+                )
             if any(differs[:2]):
                 raise BatchMismatchError(
                     f"the ranks {ranks} compute together along {axis}, but were given other inputs in one call. Give "
-                    f"them the same batch: a sampler has num_replicas={self.session.num_ranks} and, on this rank, "
-                    f"rank={self.session.store.data_rank}"
+                    f"them the same batch: a sampler has num_replicas={own.num_batches} and, on this rank, "
+                    f"rank={own.batch_rank}"
                 )
             if differs[2]:
                 raise BatchMismatchError(
                     f"the ranks {ranks} compute together along {axis}, but draw other random numbers. Seed them alike, "
-                    f"with torch.manual_seed(seed + {self.session.store.data_rank}) on this rank"
+                    f"with torch.manual_seed(seed + {own.data_rank}) on this rank"
                 )
 
 
 def same_batches(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    """The model's forward, which compares its arguments along the model axes first."""
+    """The model's forward, which compares its arguments along the model axes first.
+
+    Where ranks share experts, it has the batches of all of them, one behind the other. What it returns is of the rows
+    of each rank (`zgraph.passes.place`).
+    """
     alike = Alike(session)
+    has_batches = BATCHES in alike.axes
 
     def zgraph_forward(*args: Any, **kwargs: Any) -> Any:
         alike.check((args, kwargs))
+        if has_batches:
+            args, kwargs = _joined((args, kwargs), session)
         return forward(*args, **kwargs)
 
     zgraph_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return zgraph_forward
+
+
+def rows_of(args: Any) -> int:
+    """Rows of a rank's batch: those of the first input that has dims; 0 where none has."""
+    return next((x.shape[0] for x in _leaves(args) if isinstance(x, torch.Tensor) and x.dim()), 0)
+
+
+def is_of_rows(leaf: Any, num_rows: int) -> bool:
+    """Whether an input has a row for each of the batch."""
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == num_rows
+
+
+def _joined(args: Any, session: Session) -> Any:
+    """The arguments of a call with the rows of all ranks that share experts, in the order of these."""
+    group, num_rows = session.store.ranks.axis_group(BATCHES), rows_of(args)
+    size = dist.get_world_size(group)
+
+    def joined(tensor: torch.Tensor) -> torch.Tensor:
+        if not is_of_rows(tensor, num_rows):
+            return tensor
+        if tensor.requires_grad:
+            raise UsageError(
+                "an input that requires a gradient cannot be shared by the ranks of expert_parallel=; detach it, or "
+                "make it in the model"
+            )
+        sent = tensor.contiguous().flatten().view(torch.uint8)
+        found = [torch.empty_like(sent) for _ in range(size)]
+        work = dist.all_gather(found, sent, group=group, async_op=True)
+        assert work is not None, "this rank is of the group"
+        session.peers.wait(work, "the batches of ranks that share experts")
+        return torch.cat(found).view(tensor.dtype).view(size * num_rows, *tensor.shape[1:])
+
+    return pytree.tree_map_only(torch.Tensor, joined, args)
 
 
 def _leaves(args: Any) -> Iterator[Any]:

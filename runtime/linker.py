@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import MappingProxyType
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zgraph.ir import InputKind, OutputKind, Phase, Plan, Program
+from zgraph.ir import InputKind, OutputKind, Phase, Plan, Program, Shard
 from zgraph.runtime.agreement import plan_text, wire_of
 from zgraph.runtime.executor import Runner, link
 from zgraph.runtime.gradients import Gradient, needs_token, token
@@ -96,6 +97,22 @@ def link_plan(
     return guarded, _guarded(session, _backward(session, plan, plan.backward, backward, behind), survives)
 
 
+def _scales(plan: Plan, program: Program) -> dict[int, float]:
+    """What gradients of outputs are multiplied by, by their position among a backward's arguments.
+
+    A loss that is made of a rank's own rows, outside of the model, is one of as many as there are ranks along the axis
+    of these rows, of which the mean is meant, as it is along axes of data.
+    """
+    mesh, found = plan.graph.mesh, {}
+    kinds = {i.value.name: i.value.tensor for i in plan.graph.inputs if i.kind is InputKind.tangent}
+    for index, value in enumerate(program.arguments):
+        places = kinds[value.name].placement if value.name in kinds else ()
+        sizes = [a.size for a, p in zip(mesh, places, strict=False) if a.name == "expert" and isinstance(p, Shard)]
+        if sizes:
+            found[index] = 1 / math.prod(sizes)
+    return found
+
+
 def _agree(session: Session, plan: Plan, captured: str, known: str) -> bool:
     """Compare the plan with the peers', unless its collectives are those of a plan that they have agreed on.
 
@@ -154,6 +171,7 @@ def _backward(
     held = {str(n.option("target")): n.operands[0].tensor for n in plan.graph.nodes if n.op == "accumulate"}
     session.kinds |= held
     zeros_at = [i for i, v in enumerate(program.arguments) if v.name in plan.zero_tangents]
+    scales = _scales(plan, program)
     unused = Unused(session, plan, outputs, behind)
     on_host = [slot.name for slot in slots if slot is not None and slot.offload]
     brings = {True: bool(on_host), False: not held.keys() >= {*on_host}}
@@ -163,6 +181,8 @@ def _backward(
         syncs = session.reduces
         loss_only = bool(zeros_at) and all(args[i] is None for i in zeros_at)
         left_out = unused.of_this_backward()
+        for index, scale in scales.items():
+            args[index] = args[index] if args[index] is None else args[index] * scale
         results = runner(syncs, loss_only)(args)
         for index in left_out:
             results[index] = None

@@ -91,6 +91,21 @@ class ModelRanks:
         """This rank's number among those that differ along model axes alone."""
         return self._number(range(self.num_model))
 
+    @property
+    def num_batches(self) -> int:
+        """Ranks that each have a batch of their own: those that share experts, too."""
+        return self.num_data * self._along("expert")
+
+    @property
+    def batch_rank(self) -> int:
+        """This rank's number among them; neighbours share experts."""
+        return self.data_rank * self._along("expert") + self.rank_along("expert")
+
+    def _along(self, axis: str) -> int:
+        """Ranks along a model axis; 1 where the mesh has none of this name."""
+        names = (self.mesh.mesh_dim_names or ()) if self.mesh is not None else ()
+        return self._size(axis) if axis in names else 1
+
     def rank_along(self, axis: str) -> int:
         """This rank's number along a model axis; 0 where the mesh has none of this name."""
         names = (self.mesh.mesh_dim_names or ()) if self.mesh is not None else ()

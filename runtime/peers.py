@@ -17,7 +17,7 @@ from zgraph.runtime.heartbeat import GONE_AFTER_SECONDS, heartbeat
 from zgraph.runtime.journal import ranks_word
 from zgraph.runtime.meetings import Meetings
 
-__all__ = ["AGAIN", "ASK_AFTER_SECONDS", "GONE_AFTER_SECONDS", "Peers", "rank_names", "unique_name"]
+__all__ = ["AGAIN", "ASK_AFTER_SECONDS", "GONE_AFTER_SECONDS", "Peers", "rank_names", "unique_name", "unique_name_of"]
 
 _FIRST_NAP, _LONGEST_NAP = 2e-5, 1e-3
 
@@ -26,7 +26,11 @@ _serials: Counter[tuple[int, ...]] = Counter()
 
 def unique_name(group: dist.ProcessGroup | None) -> str:
     """A name that all ranks of the group give what they make next: its members make the same things in one order."""
-    ranks = tuple(dist.get_process_group_ranks(group)) if group is not None else ()
+    return unique_name_of(tuple(dist.get_process_group_ranks(group)) if group is not None else ())
+
+
+def unique_name_of(ranks: tuple[int, ...]) -> str:
+    """A name that all of these ranks give what they make next."""
     _serials[ranks] += 1
     return f"zgraph/{ranks_word(ranks)}/{_serials[ranks]}"
 

@@ -28,6 +28,7 @@ from zgraph.options.offload import Offload
 from zgraph.options.settings import Options, Passes, Recompute, resolve
 from zgraph.options.validate import Compute, CudaGraphs, Fullgraph, Kernels, RegionCalls, Stage
 from zgraph.passes import RECIPES
+from zgraph.runtime.decisions import deciding
 from zgraph.runtime.eager_fallback import whole_parameters
 from zgraph.runtime.feedback import FeedbackState
 from zgraph.runtime.gradients import without_sync
@@ -136,8 +137,9 @@ def compile(
             memory, for as many bytes sent.
         context_parallel: ranks that share each sequence of one batch: each computes a part of it, and attention some
             heads of all of it. Parameters are sharded over them as over the other ranks.
-        expert_parallel: ranks that share the experts of a mixture, and one batch: each computes some of its rows, and
-            some experts for the tokens of all. Other parameters are sharded over them as over the other ranks.
+        expert_parallel: ranks that share the experts of a mixture, each with a batch of its own, of one shape: each
+            computes its rows, and some experts for the tokens of all. What the model returns is of these rows, but a
+            loss is that of all of them. Other parameters are sharded over them as over the other ranks.
         placements: how parameters are cut, from patterns of their names to `Shard(dim)` of torch (`"S1/3"` cuts dim 1
             of a fused projection in each of three blocks); what none names stays whole. By default, the plan that
             transformers has for the model. "auto" searches for them, and for where all values between them are, with
@@ -170,6 +172,7 @@ def compile(
         HardwareError: there is no such hardware.
         OffloadError: the host has no room for what is offloaded; nothing was changed.
         PlanMismatchError: the ranks have different models or options.
+        PeerError: another rank raised one of these.
         PlacementError: a parameter does not divide; or in the first call, a sequence or heads of attention.
 
     The first call raises BudgetError if even with all computed again the step does not fit the budget.
@@ -208,9 +211,10 @@ def compile(
     if not isinstance(model, nn.Module):
         raise UsageError(f"zgraph.compile takes a module or a module class, not {type(model).__name__}")
     layout = ""
-    if parallel is not None:
-        options, layout = laid_out(model, parallel, options)
-    settings = resolve(model, **options, layout=layout)
+    with deciding(mesh) as meet:
+        if parallel is not None:
+            options, layout = laid_out(model, parallel, options, meet)
+        settings = resolve(model, **options, layout=layout, meet=meet)
     session = shard(model, settings)
     attach(model, settings, session)
     return model

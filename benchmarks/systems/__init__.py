@@ -8,13 +8,14 @@ from benchmarks.systems.coded import CODED
 from benchmarks.systems.ddp import DDP
 from benchmarks.systems.deepspeed_zero import DEEPSPEED
 from benchmarks.systems.fsdp2 import FSDP2
+from benchmarks.systems.layouts import LAYOUTS
 from benchmarks.systems.optimizers import OPTIMIZERS
 from benchmarks.systems.plain import PLAIN
 from benchmarks.systems.zgraph_stages import ZGRAPH
 
 SYSTEMS: tuple[System, ...] = (*PLAIN, *DDP, *FSDP2, *DEEPSPEED, *ZGRAPH)
 
-BY_NAME = {system.name: system for system in (*SYSTEMS, *CODED, *OPTIMIZERS)}
+BY_NAME = {system.name: system for system in (*SYSTEMS, *CODED, *OPTIMIZERS, *LAYOUTS)}
 
 __all__ = ["BY_NAME", "SYSTEMS", "Role", "Step", "System", "select"]
 

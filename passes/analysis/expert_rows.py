@@ -1,10 +1,11 @@
 """Where values live along an axis of experts: the batch in parts, and each token at the experts that it is routed to.
 
-All inputs are cut along their rows, and parameters are whole where they are used, as along an axis of data. The
-matrices of experts are not: each rank has those of some experts, and multiplies the tokens of all ranks that are routed
-to these. From the products of groups of rows (`_grouped_mm`), what belongs to a group is followed forward and backward
-through ops that pass rows, to where rows are looked up by index, or added: there tokens are sent to the ranks of their
-experts, or back (GShard, Lepikhin et al., 2020). An expert without tokens has a group of no rows.
+All inputs are cut along their rows, and parameters are whole where they are used, as along an axis of data. Outputs of
+the model that have rows stay cut too: each rank is returned those of its own. The matrices of experts are not whole:
+each rank has those of some experts, and multiplies the tokens of all ranks that are routed to these. From the products
+of groups of rows (`_grouped_mm`), what belongs to a group is followed forward and backward through ops that pass rows,
+to where rows are looked up by index, or added: there tokens are sent to the ranks of their experts, or back (GShard,
+Lepikhin et al., 2020). An expert without tokens has a group of no rows.
 
 Room is made on each rank for the rows of all experts, as all tokens may be routed to those of one rank: nothing is
 dropped. What is sent is what is routed to another rank, and no more.
@@ -21,6 +22,7 @@ from zgraph.ir import (
     Grouped,
     InputKind,
     Node,
+    OutputKind,
     Placement,
     Replicate,
     Shard,
@@ -73,6 +75,9 @@ def choose_by_experts(graph: Graph, seeds: Mapping[str, Placement], num_ranks: i
         if node.name in plan.routed:
             tokens[node.name] = ROWS
 
+    returned, given = _outside(graph, followed(graph, [rule_for(node) for node in graph.nodes], tokens), num_ranks)
+    seeds = {**seeds, **given}
+
     def walked(
         graph: Graph, rules: Rules, kept: frozenset[str] = frozenset(), sums: frozenset[str] = frozenset()
     ) -> ExpertWalk:
@@ -80,7 +85,35 @@ def choose_by_experts(graph: Graph, seeds: Mapping[str, Placement], num_ranks: i
 
     found = chosen(graph, walked, walked)
     _check_whole(found, plan)
-    return replace(found, routed=plan.routed)
+    return replace(found, routed=plan.routed, returned=returned, given=given)
+
+
+def _outside(
+    graph: Graph, rows: Mapping[str, Placement], num_ranks: int
+) -> tuple[dict[str, Placement], dict[str, Placement]]:
+    """What a rank is returned, and gives to the backward, of the rows that it has computed: outputs and tangents.
+
+    A tangent is known by its type: what is like an output that is cut, is cut as that is.
+
+    Args:
+        graph: the graph.
+        rows: where rows of the batch are in each value.
+        num_ranks: ranks along the axis.
+    """
+    like: dict[TensorType | None, Shard] = {}
+    outputs = [o.value for o in graph.outputs if o.kind is OutputKind.output and o.value is not None]
+    for value in outputs:
+        place = rows.get(value.name)
+        if isinstance(place, Shard) and place.divides(value.tensor.shape[place.dim], num_ranks):
+            like.setdefault(_plain(value), place)
+    tangents = [i.value for i in graph.inputs if i.kind is InputKind.tangent]
+    returned, given = ({v.name: like[_plain(v)] for v in found if _plain(v) in like} for found in (outputs, tangents))
+    return dict(returned), dict(given)
+
+
+def _plain(value: Value) -> TensorType | None:
+    """A value's dtype and shape."""
+    return TensorType(value.type.dtype, value.type.shape) if isinstance(value.type, TensorType) else None
 
 
 def _cut_inputs(graph: Graph, num_ranks: int) -> Iterator[tuple[str, Placement]]:

@@ -58,6 +58,8 @@ class Choices:
         ways: how a value comes to a placement, where that was chosen: from another placement of it, or of what it
             views.
         routed: the running counts by which rows find their ranks, by the node that looks rows up or adds them.
+        returned: where the model's outputs lie that are not whole, by their name.
+        given: where inputs of the backward lie that are not whole, by their name.
     """
 
     graph: Graph
@@ -67,6 +69,8 @@ class Choices:
     views: frozenset[str] = frozenset()
     ways: Mapping[tuple[str, Placement], tuple[str, Placement]] = field(default_factory=dict)
     routed: Mapping[str, Value] = field(default_factory=dict)
+    returned: Mapping[str, Placement] = field(default_factory=dict)
+    given: Mapping[str, Placement] = field(default_factory=dict)
 
     def any_place(self, name: str) -> Placement:
         """A placement that a view can have, for ops that read its type alone."""

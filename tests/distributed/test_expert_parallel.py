@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor
 
 import zgraph
 from tests.deep import DEEP, deep
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import BatchMismatchError, PeerError, PlacementError, UsageError
+from zgraph.options.parallel import check_axes
 
 from . import tensor_zoo as zoo
 from .nets import built
@@ -50,11 +52,18 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(mesh: DeviceMesh, name: str, stage: int, num_micro: int) -> tuple[float, float, float]:
+def own_rows(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """This rank's part of the batch of two ranks that share experts."""
+    number = compiled_model(model).session.store.ranks.rank_along("expert")
+    return {key: tensor.chunk(2)[number] for key, tensor in zoo.batch("mixtral", seed).items()}
+
+
+def train(mesh: DeviceMesh, name: str, stage: int, num_micro: int, tensor: int = 1) -> tuple[float, float, float]:
     """The largest relative errors of a loss and of a gradient's norm, and the largest of a parameter in the end."""
     plain, ours = (built(MODELS[name])() for _ in range(2))
-    ours = zgraph.compile(ours, stage=stage, expert_parallel=2)
-    num_data, mine = mesh.size() // 2, mesh.get_local_rank() // 2
+    ours = zgraph.compile(ours, stage=stage, expert_parallel=2, tensor_parallel=tensor)
+    together = 2 * tensor
+    num_data, mine = mesh.size() // together, mesh.get_local_rank() // together
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (plain, ours)]
     worst_loss = worst_norm = 0.0
     for step in range(NUM_STEPS):
@@ -65,10 +74,10 @@ def train(mesh: DeviceMesh, name: str, stage: int, num_micro: int) -> tuple[floa
             torch.manual_seed(seeds[mine])
             if micro < num_micro - 1:
                 with zgraph.no_sync(ours):
-                    loss = ours(**zoo.batch("mixtral", seeds[mine])).loss
+                    loss = ours(**own_rows(ours, seeds[mine])).loss
                     loss.backward()
             else:
-                loss = ours(**zoo.batch("mixtral", seeds[mine])).loss
+                loss = ours(**own_rows(ours, seeds[mine])).loss
                 loss.backward()
             worst_loss = max(worst_loss, abs(loss.item() / losses[mine].item() - 1))
         norms = [full(nn.utils.clip_grad_norm_(model.parameters(), 0.5)).item() for model in (plain, ours)]
@@ -96,11 +105,41 @@ def test_two_ranks(pair: Pool, name: str, stage: int, num_micro: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "num_micro"),
-    [deep("mixtral", 3, 1), deep("qwen3_moe", 1, 2), deep("mixtral", 0, 2), deep("lopsided", 2, 1)],
+    ("name", "stage", "num_micro", "tensor"),
+    [
+        ("mixtral", 3, 1, 2),
+        deep("mixtral", 3, 1, 1),
+        deep("qwen3_moe", 1, 2, 1),
+        deep("mixtral", 0, 2, 1),
+        deep("lopsided", 2, 1, 1),
+        deep("qwen3_moe", 2, 2, 2),
+        deep("lopsided", 3, 1, 2),
+    ],
 )
-def test_two_by_two_ranks(pool: Pool, name: str, stage: int, num_micro: int) -> None:
-    assert_close(pool.run(train, 4, name, stage, num_micro, limit_s=600 if DEEP else 90))
+def test_two_by_two_ranks(pool: Pool, name: str, stage: int, num_micro: int, tensor: int) -> None:
+    assert_close(pool.run(train, 4, name, stage, num_micro, tensor, limit_s=600 if DEEP else 90))
+
+
+def own_losses(mesh: DeviceMesh) -> tuple[list[int], float, float]:
+    """Where the loss is made of what a rank is returned: the shape of that, and errors of losses and of gradients."""
+    plain, ours = built(mixtral)(), zgraph.compile(built(mixtral)(), expert_parallel=2)
+    rank, number = mesh.get_local_rank(), mesh.size()
+    ids = [zoo.batch("mixtral", seed)["input_ids"] for seed in range(number)]
+    losses = [nn.functional.cross_entropy(plain(one).logits.flatten(0, 1), one.flatten()) for one in ids]
+    (sum(losses) / number).backward()
+    logits = ours(ids[rank]).logits
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[rank].flatten())
+    loss.backward()
+    pairs = zip(plain.parameters(), ours.parameters(), strict=True)
+    off = max(float((full(b.grad) - a.grad).abs().max() / a.grad.abs().max().clamp_min(1e-3)) for a, b in pairs)
+    return list(logits.shape), abs(loss.item() / losses[rank].item() - 1), off
+
+
+def test_a_rank_is_returned_its_own_rows_and_may_make_its_own_loss(pair: Pool) -> None:
+    for shape, loss, gradient in pair.run(own_losses, 2):
+        assert shape == [2, 12, zoo.WORDS]
+        assert loss < 2e-6
+        assert gradient < 1e-5
 
 
 def reshard(mesh: DeviceMesh, path: str) -> list[float]:
@@ -146,12 +185,14 @@ def engine(mesh: DeviceMesh) -> tuple[float, list[int]]:
     ours, _, loader, _ = zgraph.initialize_engine(
         model=built(mixtral)(), config=config, training_data=list(rows), collate_fn=torch.stack
     )
-    assert (ours.dp_world_size, ours.get_data_parallel_rank()) == (mesh.size() // 2, mesh.get_rank() // 2)
+    assert (ours.dp_world_size, ours.get_data_parallel_rank()) == (mesh.size(), mesh.get_rank())
     plain = built(mixtral)()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
     worst = 0.0
     for batch in loader:
-        wanted = plain(input_ids=batch, labels=batch).loss
+        both = [torch.empty_like(batch) for _ in range(mesh.size())]
+        dist.all_gather(both, batch)
+        wanted = plain(input_ids=torch.cat(both), labels=torch.cat(both)).loss
         wanted.backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         optimizer.step()
@@ -167,7 +208,7 @@ def engine(mesh: DeviceMesh) -> tuple[float, list[int]]:
 def test_an_engine(pair: Pool, num_ranks: int) -> None:
     for off, numbers in pair.run(engine, num_ranks, limit_s=300):
         assert off < 2e-6
-        assert numbers == [4, 2, 2, 2]
+        assert numbers == [4, 1, 2, 2]
 
 
 def refused(mesh: DeviceMesh) -> dict[str, str]:
@@ -177,7 +218,6 @@ def refused(mesh: DeviceMesh) -> dict[str, str]:
         "experts": ("three", {"expert_parallel": 2}),
         "none": ("llama", {"expert_parallel": 2}),
         "ranks": ("mixtral", {"expert_parallel": 3}),
-        "context": ("mixtral", {"expert_parallel": 2, "context_parallel": 2}),
         "pieces": ("mixtral", {"expert_parallel": 2, "fullgraph": False}),
     }
     models = {**MODELS, "three": zoo.MODELS["mixtral"], "llama": zoo.MODELS["llama"]}
@@ -187,10 +227,20 @@ def refused(mesh: DeviceMesh) -> dict[str, str]:
         except (UsageError, PlacementError) as error:
             found[name] = str(error)
     model = zgraph.compile(built(mixtral)(), expert_parallel=2)
+    ids = zoo.batch("mixtral", 0)["input_ids"]
     try:
-        model(**zoo.batch("mixtral", dist.get_rank()))
+        model(input_ids=ids[:, : 12 - dist.get_rank()])
     except (BatchMismatchError, PeerError) as error:
         found["batch"] = str(error)
+    try:
+        check_axes({"tensor": 1, "expert": 2, "context": 2})
+    except UsageError as error:
+        found["context"] = str(error)
+    try:
+        with zgraph.join(model):
+            pass
+    except UsageError as error:
+        found["join"] = str(error)
     return found
 
 
@@ -199,9 +249,10 @@ def test_what_is_wrong_is_said(pair: Pool) -> None:
         "experts": "has 3 experts, which do not divide over 2 ranks; take an expert_parallel= that divides 3",
         "none": "LlamaForCausalLM has no experts that can be divided over ranks",
         "ranks": "expert_parallel=3, but there are 2 ranks; start a multiple of 3",
-        "context": "start a multiple of 4",
+        "context": "context_parallel=2 its sequences, which does not go together",
         "pieces": "fullgraph must be True",
-        "batch": "compute together along expert, but were given other inputs",
+        "batch": "share experts, but were given batches of other shapes",
+        "join": "give them loaders of one length",
     }
     for found in pair.run(refused, 2):
         assert found.keys() == words.keys()

@@ -151,14 +151,16 @@ def test_sequences_are_shared_in_one_way():
         read_config({**keys, "zgraph": {"sequence_parallel": True}}, world_size=8)
 
 
-def test_ranks_that_share_experts_have_a_batch_of_as_many_micro_batches():
+def test_ranks_that_share_experts_have_batches_of_their_own():
     keys = {**LEAST, "expert_parallel": {"enabled": True, "autoep_size": 2, "preset_model": "mixtral"}}
     read = read_config(keys, world_size=8)
-    assert (read.world_size, read.together, read.shared_batch) == (8, 2, 2 * read.micro_batch)
+    assert (read.world_size, read.together, read.alike) == (8, 2, 1)
     assert read.train_batch == read.micro_batch * read.accumulation * 8
     assert [note.partition(" ")[0] for note in read.notes] == ["expert_parallel.preset_model"]
     assert read_config({**keys, "expert_parallel": {"autoep_size": 2}}, world_size=8).together == 1
-    with pytest.raises(ConfigError, match="leave it, or tensor_parallel"):
+    beside = read_config({**keys, "tensor_parallel": {"autotp_size": 2}}, world_size=8)
+    assert (beside.world_size, beside.together, beside.alike) == (4, 4, 2)
+    with pytest.raises(ConfigError, match="which does not go together; leave one of them out"):
         read_config({**keys, "sequence_parallel_size": 2}, world_size=8)
 
 
@@ -272,7 +274,7 @@ def test_any_configuration_works_or_is_refused_with_its_problems():
         world_size = draw.choice((1, 2, 8))
         try:
             found = read_config(config(draw), world_size=world_size)
-            assert found.train_batch * found.together == found.micro_batch * found.accumulation * world_size
+            assert found.train_batch * found.alike == found.micro_batch * found.accumulation * world_size
             made = (found.optimizer or AdamWParams()).make([nn.Parameter(torch.ones(2, 2))])
             if found.schedule is not None:
                 Scheduler(made, found.schedule).step()

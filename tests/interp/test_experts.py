@@ -32,14 +32,17 @@ from zgraph.ir import (
     InputKind,
     Mesh,
     Node,
+    OutputKind,
     Phase,
     Placement,
+    Replicate,
     Shard,
     Value,
     verify,
 )
 from zgraph.ir.rules import PARTS, RULES, Rule, Strategy, on_parts
 from zgraph.ir.rules.grouped import by_groups, row_factor
+from zgraph.options.model_plans import planned
 from zgraph.passes import RECIPES, Context, along_model_axes, parse_recipe
 
 CPU = torch.device("cpu")
@@ -99,11 +102,11 @@ def divided(graph: Graph, num_ranks: int, *, all_sharded: bool = True) -> Graph:
     return replace(graph, inputs=tuple(inputs))
 
 
-def placed(graph: Graph, num_ranks: int) -> Graph:
+def placed(graph: Graph, num_ranks: int, num_tensor: int = 1) -> Graph:
     """The graph on the ranks of experts, every pass of which computes what the graph before it did."""
-    context = Context(mesh=(Axis("expert", num_ranks),))
+    context = Context(mesh=(*[Axis("tensor", num_tensor)] * (num_tensor > 1), Axis("expert", num_ranks)))
     steps = [("captured", graph)]
-    for step in parse_recipe("canonicalize,place(axis=expert)").passes:
+    for step in parse_recipe("canonicalize,place,place(axis=expert)").passes:
         steps.append((step.name, step.run(steps[-1][1], context)))
     verify(steps[-1][1])
     certify(steps, context)
@@ -135,6 +138,37 @@ def test_tokens_are_sent_to_their_experts(
     assert found == {"fwd index_rows_start": 3 * num_layers, "bwd put_rows_start": 3 * num_layers}
     gathered = {n.operands[0].name for n in made.nodes if n.op == "reshard"} & set(made.param_names)
     assert not any(".experts." in entry.target for entry in made.params if entry.value.name in gathered)
+
+
+@pytest.mark.parametrize(
+    ("name", "each_is_cut", "lopsided"),
+    [("mixtral", True, False), deep("qwen3", True, True), deep("qwen3", False, False), deep("mixtral", False, True)],
+)
+def test_experts_go_beside_tensor_parallelism(name: str, each_is_cut: bool, lopsided: bool) -> None:
+    graph = divided(captured(name), 2, all_sharded=False)
+    cuts = dict(planned(MODELS[name](), 2))
+    whole = () if each_is_cut else (".experts.",)
+    dense = [i for i in graph.inputs if i.target in cuts and not any(word in i.target for word in whole)]
+    inputs = tuple(replace(i, cuts=(("tensor", cuts[i.target]), *i.cuts)) if i in dense else i for i in graph.inputs)
+    made = placed(replace(graph, inputs=inputs), 2, 2)
+    known, given_to = captured(name), given(graph, lopsided=lopsided)
+    assert error(made, Interpreter().run(made, given_to), known, Interpreter().run(known, given_to)) < 1e-12
+    routed = [n for n in made.nodes if n.op.endswith("rows_start")]
+    assert routed
+    assert all(n.option("axis") == "expert" for n in routed)
+    kinds = {str(i.value.tensor.placement[:2]) for i in made.params if ".experts." in i.target}
+    assert len(kinds) == 1 + each_is_cut  # projections up and down
+
+
+def test_rows_that_a_model_returns_stay_where_they_were_made() -> None:
+    made = placed(divided(captured("qwen3"), 2), 2)
+    loss, logits = [o.value for o in made.outputs if o.kind is OutputKind.output and o.value is not None]
+    assert (loss.tensor.shape, loss.tensor.placement[0]) == ((), Replicate())
+    assert (logits.tensor.shape, logits.tensor.placement[0]) == ((ROWS // 2, TOKENS, WORDS), Shard(0))
+    tangents = [i.value.tensor for i in made.inputs if i.kind is InputKind.tangent]
+    assert [kind.placement[0] for kind in tangents] == [Replicate(), Shard(0)]
+    gathered = [n.operands[0].tensor for n in made.nodes if n.op == "reshard" and n.phase is Phase.forward]
+    assert not any(len(kind.shape) == 3 and kind.shape[-1] == WORDS for kind in gathered)
 
 
 def test_the_bytes_that_are_sent_are_those_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
@@ -9,9 +12,10 @@ from torch import nn
 import small
 import zgraph
 from tests.distributed.tensor_zoo import WORDS, mixtral, qwen3_moe
-from zgraph.errors import UsageError
-from zgraph.estimate.layouts import _refuses_axes
+from zgraph.errors import PlacementError, UsageError
+from zgraph.estimate.layouts import _refuses_axes, laid_out
 from zgraph.estimate.training_plan import TrainingPlan
+from zgraph.options.experts import experts_of
 from zgraph.options.settings import Options
 
 IDS = torch.zeros(2, 16, dtype=torch.int64, device="meta")
@@ -53,10 +57,11 @@ def test_experts_are_shared_where_a_model_has_them() -> None:
         stage=3,
         kernels="aten",
         expert_parallel=2,
-        input_ids=IDS.repeat(2, 1),
-        labels=IDS.repeat(2, 1),
+        input_ids=IDS,
+        labels=IDS,
     )
     assert again.best is not None
+    assert again.num_batches == 2
     assert f"expert_parallel=2 at stage 3 {1e6 * 2 * IDS.numel() / again.best.total_us:,.0f} tokens/s" in found.layouts
 
 
@@ -66,6 +71,41 @@ def test_a_number_of_experts_that_does_not_divide_is_told_of() -> None:
     found = chosen(model)
     assert "has 3 experts, which do not divide over 2 ranks" in found.layouts
     assert found.expert_parallel == 1
+
+
+def test_a_plan_of_ones_own_model_hands_its_placements_on() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 256, bias=False), nn.SiLU(), nn.Linear(256, 64, bias=False))
+    x = torch.empty(512, 64, device="meta")
+    options: dict[str, Any] = {"hardware": "h100", "num_ranks": 2, "stage": 1, "kernels": "aten"}
+    searched = zgraph.plan(model, x, tensor_parallel=2, **options)
+    assert dict(searched.placements) == dict(
+        zgraph.search_placements(model, x, tensor_parallel=2, hardware="h100", num_ranks=2)
+    )
+    given: dict[str, Any] = {"0.weight": "S0", "2.weight": "S1"}
+    stated = zgraph.plan(model, x, tensor_parallel=2, placements=given, **options)
+    worse = zgraph.plan(model, x, tensor_parallel=2, placements={"0.weight": "S1"}, **options)
+    assert stated.placements == given
+    assert stated.stages[0].rest_bytes["parameters"] < worse.stages[0].rest_bytes["parameters"]
+    with (
+        patch("torch.distributed.is_initialized", return_value=True),
+        patch("torch.distributed.get_world_size", return_value=2),
+    ):
+        found, _ = laid_out(model, stated, {})
+    assert found["placements"] == given
+    assert found["tensor_parallel"] == 2
+
+
+def test_placements_of_a_plan_that_cannot_be() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6, bias=False)), torch.empty(2, 4)
+    with pytest.raises(UsageError, match="give tensor_parallel= too"):
+        zgraph.plan(model, x, placements={"0.weight": "S0"})
+    with pytest.raises(UsageError, match="no parameter of Sequential is called up"):
+        zgraph.plan(model, x, placements={"up": "S0"}, tensor_parallel=2)
+    with pytest.raises(UsageError, match=r"leave placements= out, or give the sizes"):
+        zgraph.plan(model, x, placements={"0.weight": "S0"}, parallel="auto")
+    with pytest.raises(PlacementError, match=r"0\.experts is a list of modules"):
+        experts_of(nn.Sequential(nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2) for _ in range(2)])})), 2)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from torch._dynamo.exc import (
     Unsupported,
     UserError,
 )
+from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd import descriptors
 from torch._guards import TracingContext
 from torch.utils import _pytree as pytree
@@ -65,6 +66,7 @@ __all__ = [
     "raised_without_data",
     "reset_code",
     "seeing_subclasses",
+    "tangents_of_any_size",
     "without_checkpoints",
     "without_modes",
 ]
@@ -283,6 +285,13 @@ def without_checkpoints(why: str) -> Iterator[None]:
 
 DECOMPOSED = get_decompositions([torch.ops.aten.softplus_backward])
 """Ops that are captured as simpler ones: the strides that torch says this one's result has are not the real ones."""
+
+
+@contextmanager
+def tangents_of_any_size(is_so: bool) -> Iterator[None]:
+    """Have AOTAutograd take gradients of outputs in a format of memory, and not in the sizes and strides of these."""
+    with functorch_config.patch(guess_tangent_strides_as_outputs=False) if is_so else nullcontext():
+        yield
 
 
 @contextmanager

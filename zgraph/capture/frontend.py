@@ -76,6 +76,7 @@ class Frontend:
         ready: called when a capture fails; True if it has changed what the function does so that another may not.
         rewrite: given each function that torch.compile has traced, before its graph is taken.
         inputs: the name of each tensor, by `id`, that the function is called with and is known by.
+        returns_parts: whether what is run returns a part of what is captured, and is given gradients of that part.
     """
 
     def __init__(
@@ -89,8 +90,9 @@ class Frontend:
         ready: Callable[[], bool] = lambda: False,
         rewrite: Callable[[fx.GraphModule], None] | None = None,
         inputs: Mapping[int, str] = MappingProxyType({}),
+        returns_parts: bool = False,
     ) -> None:
-        self.inputs = inputs
+        self.inputs, self.returns_parts = inputs, returns_parts
         self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
         self.left_eager, self.ready, self.rewrite = left_eager, ready, rewrite
         self._codes: list[types.CodeType] = []
@@ -151,7 +153,7 @@ class Frontend:
         )
         if self.rewrite is not None:
             self.rewrite(gm)
-        with private_compile.plain_recurrence():
+        with private_compile.plain_recurrence(), private_compile.tangents_of_any_size(self.returns_parts):
             run = captured(gm, examples)
         return self.attach(run, {i: leaf.target for i, leaf in leaves.items() if leaf.kind is InputKind.param})
 

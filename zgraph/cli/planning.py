@@ -16,6 +16,7 @@ from zgraph.cost import Hardware, hardware
 from zgraph.errors import UsageError
 
 if TYPE_CHECKING:
+    from zgraph.cost import CostTable
     from zgraph.estimate.stage_plan import StagePlan
     from zgraph.estimate.sweep import Combination, Sweep
     from zgraph.estimate.training_plan import TrainingPlan
@@ -76,8 +77,15 @@ def plan(
     ] = None,
     context_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share each sequence.")] = 1,
     expert_parallel: Annotated[
-        int, typer.Option(min=1, help="Ranks that share the experts, and the rows of a batch.")
+        int, typer.Option(min=1, help="Ranks that share the experts, each with a batch of its own.")
     ] = 1,
+    parallel: Annotated[
+        str,
+        typer.Option(
+            help="auto tries ranks that compute together along each axis, and takes the fastest.",
+            autocompletion=any_of("auto"),
+        ),
+    ] = "",
     sweep: Annotated[
         bool,
         typer.Option(
@@ -122,6 +130,7 @@ def plan(
         "compress": _codecs(compress, compress_parameters),
         "context_parallel": context_parallel,
         "expert_parallel": expert_parallel,
+        "parallel": one_of("--parallel", parallel, ("auto",)) if parallel else None,
     }
     groups = tensor_parallel or [1]
     found = _combined(model, tried, batch or [], BATCHES if sweep else BATCHES[:1], seq, groups, options)
@@ -130,6 +139,8 @@ def plan(
         print_json(_plan_row(found.combinations[0].plan) if is_one else _sweep_rows(found))
     else:
         console().print(found.combinations[0].plan if is_one else found)
+        for one in found.combinations if parallel and not is_one else ():
+            console().print(f"{one.hardware}, batch {one.batch}: {one.plan.layouts}")
         for one in found.combinations if wanted else ():
             if one.fits:
                 console().print(f"{one.hardware}, batch {one.batch}: {one.training(wanted, found.unit)}")
@@ -203,7 +214,6 @@ def _combined(
     from zgraph.bridge.aten import FROM_TORCH
     from zgraph.bridge.target import cost_table
     from zgraph.cli.models import subject, training_inputs
-    from zgraph.estimate.plan import sweep
     from zgraph.estimate.sweep import Combination, Sweep
 
     tables = {name: cost_table(target, torch.device("cpu")) for name, target in targets.items()}
@@ -220,8 +230,7 @@ def _combined(
             inputs = given.inputs if given.has_own_inputs else training_inputs(given.model, batch, seq)
             rows, items = _counted(inputs)
             for group in groups:
-                targeted = tuple(tables.values())
-                plans = sweep(given.model, hardware=targeted, tensor_parallel=group, **options, **inputs)
+                plans = _plans(given.model, tuple(tables.values()), {**options, "tensor_parallel": group}, inputs)
                 found += [
                     Combination(name, rows, items, peaks[name].get(dtype) or peaks[name]["f32"], plan)
                     for name, plan in zip(targets, plans, strict=True)
@@ -229,6 +238,18 @@ def _combined(
             shown.advance(task)
     found.sort(key=lambda c: list(targets).index(c.hardware))
     return Sweep(tuple(found), "tokens" if "input_ids" in inputs else "rows")
+
+
+def _plans(
+    model: Any, targets: Sequence[CostTable], options: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> tuple[TrainingPlan, ...]:
+    """A plan for each kind of hardware: with the layout that is asked for, or the best of all."""
+    from zgraph.estimate.plan import plan, sweep
+
+    options = {**options}
+    if options.pop("parallel") is None:
+        return sweep(model, hardware=tuple(targets), **options, **inputs)
+    return tuple(plan(model, hardware=target, parallel="auto", **options, **inputs) for target in targets)
 
 
 def _counted(inputs: Mapping[str, Any]) -> tuple[int, int]:
@@ -244,7 +265,8 @@ def _stage_row(stage: StagePlan) -> dict[str, Any]:
 
 def _plan_row(plan: TrainingPlan) -> dict[str, Any]:
     best = plan.stages.index(plan.best) if plan.best is not None else None
-    return {**asdict(plan), "stages": [*map(_stage_row, plan.stages)], "best": best, "reason": plan.reason}
+    rest = {"placements": dict(plan.placements), "best": best, "reason": plan.reason}
+    return {**asdict(plan), "stages": [*map(_stage_row, plan.stages)], **rest}
 
 
 def _sweep_rows(found: Sweep) -> dict[str, Any]:

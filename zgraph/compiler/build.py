@@ -144,6 +144,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
             lambda run, parameters: attached(run, parameters, session),
             narrator.left_eager,
             lambda: _make_ready(model, structure),
+            returns_parts=session.store.ranks.num_batches > session.num_ranks,
         )
         forward, forget = frontend.wrap(forward, settings.dynamic, fullgraph=settings.fullgraph), frontend.forget
         if not settings.fullgraph:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from zgraph.errors import UsageError
 from zgraph.runtime import Session
 
 T = TypeVar("T")
@@ -31,6 +32,11 @@ class Joined:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        if session.store.ranks.num_batches > session.num_ranks:
+            raise UsageError(
+                "ranks that share experts make one batch of theirs in each call, so that none of them can count for "
+                "nothing: give them loaders of one length (drop_last=True), or leave expert_parallel= out"
+            )
 
     @property
     def is_over(self) -> bool:

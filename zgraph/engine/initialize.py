@@ -26,6 +26,7 @@ from zgraph.engine.config.read import Config, read_config
 from zgraph.engine.data import EngineLoader
 from zgraph.engine.engine import Engine
 from zgraph.errors import UsageError
+from zgraph.runtime.decisions import deciding
 from zgraph.runtime.rendezvous import join_ranks
 
 log = logging.getLogger("zgraph")
@@ -72,6 +73,7 @@ def initialize_engine(
     Raises:
         ConfigError: the configuration is wrong; the error has all problems.
         UsageError: the model, or what else was given, does not fit.
+        PeerError: another rank raised one of these.
     """
     if model is None:
         raise UsageError("initialize_engine needs model=")
@@ -86,24 +88,25 @@ def initialize_engine(
             "leave mesh= out, and give tensor_parallel.autotp_size, sequence_parallel_size or "
             "expert_parallel.autoep_size in the configuration"
         )
-    read = read_config(source, world_size=everyone if mesh is None else mesh.size())
-    if _rank(mesh) == 0:
-        for note in read.notes:
-            log.warning(note)
-    if optimizer is None and read.optimizer is None and (lr_scheduler is not None or read.schedule is not None):
-        raise UsageError("a scheduler needs an optimizer: name one in the configuration, or give optimizer=")
-    loader = None
-    if training_data is not None:
-        loader = EngineLoader(
-            training_data,
-            read.shared_batch,
-            collate_fn,
-            read.keys.dataloader_drop_last,
-            read.keys.seed or 0,
-            read.world_size // read.expert_parallel,
-            _rank(mesh) // read.together,
-        )
-    groups = _named_groups(model, model_parameters)
+    with deciding(mesh):
+        read = read_config(source, world_size=everyone if mesh is None else mesh.size())
+        if _rank(mesh) == 0:
+            for note in read.notes:
+                log.warning(note)
+        if optimizer is None and read.optimizer is None and (lr_scheduler is not None or read.schedule is not None):
+            raise UsageError("a scheduler needs an optimizer: name one in the configuration, or give optimizer=")
+        loader = None
+        if training_data is not None:
+            loader = EngineLoader(
+                training_data,
+                read.micro_batch,
+                collate_fn,
+                read.keys.dataloader_drop_last,
+                read.keys.seed or 0,
+                read.world_size,
+                _rank(mesh) // read.alike,
+            )
+        groups = _named_groups(model, model_parameters)
     with handed_over(optimizer, model) if isinstance(optimizer, Optimizer) else contextlib.nullcontext():
         compiled = compile_for(model, read, mesh)
     made = _optimizer(compiled, read, optimizer, groups)

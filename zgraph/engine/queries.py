@@ -119,11 +119,11 @@ class Queries:
     @property
     def dp_world_size(self) -> int:
         """Ranks that each have a batch of their own."""
-        return self.config.world_size // self.config.expert_parallel
+        return self.config.world_size
 
     def get_data_parallel_rank(self) -> int:
         """This rank's number among those that each have a batch of their own."""
-        return compiled_model(self.module).session.store.data_rank
+        return compiled_model(self.module).session.store.ranks.batch_rank
 
     def get_tensor_parallel_rank(self) -> int:
         """This rank's number among those that compute every op together."""

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.bridge.target import Target, alike_capability, cost_table
@@ -23,13 +24,14 @@ from zgraph.estimate.layer_scaling import capture_samples
 from zgraph.estimate.planners import planner_maker
 from zgraph.estimate.stage_plan import Planner
 from zgraph.estimate.training_plan import TrainingPlan, resting
-from zgraph.options.experts import experts_of
+from zgraph.options.experts import experts_of, of_all_ranks
 from zgraph.options.offload import Offload
 from zgraph.options.parallel import AXES, check_parallel
-from zgraph.options.searched import usual_inputs
+from zgraph.options.searched import FoundPlacements, searched, usual_inputs
 from zgraph.options.settings import RECOMPUTES, Options, Recompute, device_for
 from zgraph.options.validate import Kernels
 from zgraph.passes import RECIPES
+from zgraph.runtime.decisions import Meet, alone
 
 __all__ = ["CompileOptions", "Parallel", "best_layout", "laid_out"]
 
@@ -51,7 +53,7 @@ class _Tried:
     """One layout with its plan.
 
     Args:
-        sizes: ranks along each axis of more than one.
+        sizes: ranks along each axis of more than one, as a planner has them.
         num_items: tokens, or rows, of a step of ranks that compute together, with all its micro-batches.
         plan: what training takes; None where it cannot be.
         why: why it cannot be.
@@ -64,6 +66,8 @@ class _Tried:
 
     @property
     def name(self) -> str:
+        if copies := self.sizes.get("num_copies"):
+            return f"shards within a host, {copies} copies of them"
         return ", ".join(f"{axis}_parallel={size}" for axis, size in self.sizes.items()) or "none together"
 
     @property
@@ -123,14 +127,36 @@ def best_layout(
         if times > 1:
             try:
                 experts = experts_of(model, times)
-                wide_args, wide_kwargs = (_wider(given, times) for given in (tuple(args), dict(kwargs)))
-                samples = capture_samples(model, wide_args, wide_kwargs, dtype, capability)
+                samples = capture_samples(model, *of_all_ranks(args, kwargs, times), dtype, capability)
             except (PlacementError, UsageError) as error:
                 tried.append(_Tried(sizes, num_items, None, _reason(error)))
                 continue
             one = replace(planner, samples=samples, experts=experts)
         tried.append(_planned(model, replace(one, **cast(dict[str, Any], sizes)), sizes, num_items, stages))
-    return _chosen(tried, unit)
+    found = _chosen(tried, unit)
+    if found.tensor_parallel == 1:
+        return found
+    return replace(found, placements=placed_for(model, args, kwargs, costs, found, param_dtype))
+
+
+def placed_for(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    costs: CostTable,
+    plan: TrainingPlan,
+    param_dtype: Dtype | None,
+) -> FoundPlacements:
+    """The placements of all parameters for a plan's ranks of tensor parallelism, searched with its batch.
+
+    Args:
+        model, args, kwargs: as for `zgraph.plan`.
+        costs: of the hardware.
+        plan: says how many ranks compute each op together.
+        param_dtype: dtype to compute in.
+    """
+    tensor = plan.tensor_parallel
+    return searched(model, tuple(args), kwargs, costs, tensor, plan.num_ranks // tensor, param_dtype)
 
 
 def _items(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, int]:
@@ -142,11 +168,14 @@ def _items(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _candidates(model: nn.Module, planner: Planner) -> Iterator[dict[str, int]]:
-    """Sizes of axes: none, and powers of two within a host that divide the ranks.
+    """Sizes of axes: none, hosts with copies of the same shards, and powers of two within a host that divide the ranks.
 
     The experts of a mixture are shared as wholes; to cut each of them too is not tried.
     """
     yield {}
+    num_hosts, num_within = planner.costs.hardware.spread(planner.num_ranks)
+    if num_hosts > 1 and num_within > 1:
+        yield {"num_copies": num_hosts}
     within = min(planner.costs.hardware.devices_per_host, planner.num_ranks)
     counts = [2**n for n in range(1, 8) if 2**n <= within and planner.num_ranks % 2**n == 0]
     try:
@@ -156,15 +185,6 @@ def _candidates(model: nn.Module, planner: Planner) -> Iterator[dict[str, int]]:
         axes = ("tensor", "context")
     for axis in axes:
         yield from ({axis: count} for count in counts)
-
-
-def _wider(given: Any, times: int) -> Any:
-    """Inputs with so many times the rows."""
-    if isinstance(given, torch.Tensor):
-        return given.repeat(times, *[1] * (given.dim() - 1)) if given.dim() else given
-    if isinstance(given, dict):
-        return {key: _wider(value, times) for key, value in given.items()}
-    return tuple(_wider(value, times) for value in given) if isinstance(given, tuple) else given
 
 
 def _planned(
@@ -184,6 +204,7 @@ def _planned(
         tensor_parallel=sizes.get("tensor", 1),
         context_parallel=sizes.get("context", 1),
         expert_parallel=sizes.get("expert", 1),
+        num_copies=sizes.get("num_copies", 1),
     )
     return _Tried(sizes, num_items, plan)
 
@@ -213,15 +234,17 @@ def _chosen(tried: Sequence[_Tried], unit: str) -> TrainingPlan:
     return replace(best.plan, layouts=words)
 
 
-def laid_out(model: nn.Module, parallel: object, options: Options) -> tuple[Options, str]:
+def laid_out(model: nn.Module, parallel: object, options: Options, meet: Meet = alone) -> tuple[Options, str]:
     """The options of `zgraph.compile` with a layout, and what is to be said of it.
 
     Args:
         model: the model.
         parallel: "auto", or a plan of `zgraph.plan(parallel="auto")`.
         options: those that were given.
+        meet: waits for the other ranks.
 
     Raises:
+        PeerError: another rank found no layout.
         UsageError: they say themselves what the layout is to choose, it is for another number of ranks, nothing fits,
             or there are no inputs to plan with.
     """
@@ -236,7 +259,9 @@ def laid_out(model: nn.Module, parallel: object, options: Options) -> tuple[Opti
     if isinstance(parallel, TrainingPlan):
         found = parallel
     elif parallel == "auto":
-        found = _of_first_rank(_searched(model, options, count))
+        found = _searched(model, options, count)
+        meet("search for a layout", "")  # a broadcast would wait for a rank that found none
+        found = _of_first_rank(found)
     else:
         raise UsageError(f'parallel must be "auto" or a plan of zgraph.plan(parallel="auto"), not {parallel!r}')
     if found.num_ranks != count:
@@ -245,14 +270,26 @@ def laid_out(model: nn.Module, parallel: object, options: Options) -> tuple[Opti
         raise UsageError(
             f"no layout fits the memory budget of {found.budget_bytes:,} bytes: {found.reason}. {found.layouts}"
         )
+    meet("layout", f"{found.num_copies} copies")
     sizes: Options = {
+        "mesh": _copies(model, options, found),
         "tensor_parallel": found.tensor_parallel,
         "context_parallel": found.context_parallel,
         "expert_parallel": found.expert_parallel,
-        "placements": "auto" if found.tensor_parallel > 1 else None,
+        "placements": (found.placements or "auto") if found.tensor_parallel > 1 else None,
         "stage": found.best.stage_of if found.best.whole else cast(Any, found.best.stage),
     }
     return {**options, **sizes}, found.layouts
+
+
+def _copies(model: nn.Module, options: Options, plan: TrainingPlan) -> DeviceMesh | None:
+    """The mesh of a plan whose hosts have copies of the same shards; None for another."""
+    if plan.num_copies == 1:
+        return None
+    kind = device_for(model, None, options.get("device")).type
+    return init_device_mesh(
+        kind, (plan.num_copies, plan.num_ranks // plan.num_copies), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def _searched(model: nn.Module, options: Options, num_ranks: int) -> TrainingPlan:

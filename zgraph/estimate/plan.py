@@ -17,13 +17,15 @@ from zgraph.bridge.target import Target, alike_capability, cost_table
 from zgraph.cost import CostTable
 from zgraph.errors import UsageError
 from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
-from zgraph.estimate.layouts import best_layout
+from zgraph.estimate.layouts import best_layout, placed_for
 from zgraph.estimate.planners import planner_maker
 from zgraph.estimate.training_plan import TrainingPlan
 from zgraph.options.compression import Compress, planned_codes
-from zgraph.options.experts import experts_of
+from zgraph.options.experts import experts_of, of_all_ranks
+from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload
-from zgraph.options.parallel import AXES, check_axes
+from zgraph.options.parallel import AXES, check_axes, cuts_of
+from zgraph.options.searched import FoundPlacements
 from zgraph.options.settings import RECOMPUTES, Recompute, check_recompute
 from zgraph.options.validate import Compute, Kernels, check_compute, check_kernels
 from zgraph.passes import RECIPES
@@ -49,6 +51,7 @@ def plan(
     tensor_parallel: int = 1,
     context_parallel: int = 1,
     expert_parallel: int = 1,
+    placements: Placements | None = None,
     parallel: Literal["auto"] | None = None,
     **kwargs: Any,
 ) -> TrainingPlan:
@@ -81,10 +84,11 @@ def plan(
         attention: the kernel that attention runs as: "math", "efficient", "flash" or "cudnn", which torch can be told
             to take, and where the profile has its rate another, such as "flash3" or "triton". By default what torch
             takes on the hardware.
-        tensor_parallel: ranks that compute each op together, with the same batch, by placements that are searched as
-            `zgraph.search_placements` does.
+        tensor_parallel: ranks that compute each op together, with the same batch.
+        placements: how they cut parameters, as in `zgraph.compile`; by default searched for, as
+            `zgraph.search_placements` does. `zgraph.compile(model, parallel=found)` takes them from the plan.
         context_parallel: ranks that share each sequence, as in `zgraph.compile`.
-        expert_parallel: ranks that share the experts, as in `zgraph.compile`; the batch is that of all of them.
+        expert_parallel: ranks that share the experts, each with a batch of its own, as in `zgraph.compile`.
         parallel: "auto" tries ranks that compute together along each axis, and gives the plan with which all ranks
             train on the most in a second; `zgraph.compile(model, parallel=found)` takes it.
 
@@ -95,6 +99,10 @@ def plan(
         CaptureError, GraphBreakError: as `zgraph.compile` does at the first call.
     """
     if parallel is not None:
+        if placements is not None:
+            raise UsageError(
+                'parallel="auto" searches for placements: leave placements= out, or give the sizes of axes'
+            )
         _check_chooses(parallel, mesh, compute, compress, tensor_parallel, context_parallel, expert_parallel)
         with chosen_attention(attention):
             return best_layout(
@@ -131,9 +139,15 @@ def plan(
         tensor_parallel=tensor_parallel,
         context_parallel=context_parallel,
         expert_parallel=expert_parallel,
+        placements=placements,
         **kwargs,
     )
-    return found
+    if tensor_parallel == 1:
+        return found
+    if placements is None or isinstance(placements, str):
+        table = cost_table(hardware, torch.device("cpu"))
+        return replace(found, placements=placed_for(model, args, kwargs, table, found, param_dtype))
+    return replace(found, placements=placements)
 
 
 def sweep(
@@ -156,6 +170,7 @@ def sweep(
     tensor_parallel: int = 1,
     context_parallel: int = 1,
     expert_parallel: int = 1,
+    placements: Placements | None = None,
     **kwargs: Any,
 ) -> tuple[TrainingPlan, ...]:
     """`plan` for several kinds of hardware, with the model captured once.
@@ -164,7 +179,7 @@ def sweep(
         hardware: what to plan for, one plan each.
         model, args, kwargs, num_ranks, memory_budget, stage, offload, param_dtype, kernels, compute, compress,
             recompute, reduce_dtype, accumulation, mesh, attention, tensor_parallel,
-            context_parallel, expert_parallel: as for `plan`.
+            context_parallel, expert_parallel, placements: as for `plan`.
 
     Raises:
         UsageError, HardwareError, CaptureError, GraphBreakError: as `plan` does.
@@ -201,6 +216,7 @@ def sweep(
         "context": context_parallel,
         "expert": expert_parallel,
         "experts": experts_of(model, expert_parallel) if expert_parallel > 1 else frozenset(),
+        **_stated(model, placements, tensor_parallel),
     }
     makers = [planner_maker(table, num_ranks, memory_budget, offload, kernels, compute, more) for table in tables]
     captured: dict[Capability | None, LayerSamples] = {}
@@ -211,7 +227,7 @@ def sweep(
         kind = alike_capability(table.hardware)
         if kind not in captured:
             with chosen_attention(attention):
-                captured[kind] = capture_samples(model, args, kwargs, dtype, kind)
+                captured[kind] = capture_samples(model, *of_all_ranks(args, kwargs, expert_parallel), dtype, kind)
         planner = make(captured[kind])
         found = tuple(map(planner.plan, stages))
         whole = TrainingPlan(
@@ -224,12 +240,24 @@ def sweep(
             tensor_parallel,
             context_parallel,
             expert_parallel,
+            copies,
         )
         if stage is None and whole.best is not None:
             refined = planner.refined(whole.best, sizes)
             whole = whole if refined is whole.best else replace(whole, stages=(*found, refined))
         plans.append(whole)
     return tuple(plans)
+
+
+def _stated(model: nn.Module, placements: Placements | None, num_ranks: int) -> dict[str, Any]:
+    """What a planner is told of placements that are not searched for."""
+    if placements is None or placements == "auto":
+        if placements is not None and num_ranks == 1:
+            raise UsageError("placements= says how parameters are cut; give tensor_parallel= too")
+        return {}
+    cuts = cuts_of(model, placements, num_ranks, 1)
+    searches = "values" if isinstance(placements, FoundPlacements) else ""
+    return {"searches": searches, "placed": {name: place for name, ((_, place),) in cuts.items()}}
 
 
 def _checked_copies(mesh: tuple[int, int] | None, num_ranks: int | None) -> int:

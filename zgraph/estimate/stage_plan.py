@@ -117,7 +117,9 @@ class Planner:
         accumulation: micro-steps of a step.
         num_copies: ranks that hold the same shard.
         hints: how many threads processors have, where it is them that compute.
-        tensor: ranks that compute each op together, by placements that are searched.
+        tensor: ranks that compute each op together.
+        searches: what is searched of the placements along them: "all", "values", or nothing.
+        placed: how parameters are cut over them where that is not searched, by name.
         codes: what is sent in the place of numbers.
         context: ranks that share each sequence.
         expert: ranks that share the experts.
@@ -143,10 +145,12 @@ class Planner:
     context: int = 1
     expert: int = 1
     experts: frozenset[str] = frozenset()
+    searches: str = "all"
+    placed: Mapping[str, Shard] = field(default_factory=dict)
 
     @property
     def together(self) -> int:
-        """Ranks that have the same batch."""
+        """Ranks that compute together."""
         return self.tensor * self.context * self.expert
 
     @property
@@ -163,7 +167,7 @@ class Planner:
         found = recipe_for(self.kernels, RECIPES[stage], self.compute)
         found = compressing(found, self.codes.gradients, self.codes.parameters) if self.codes else found
         axes = [axis.name for axis in model_axes(self.mesh)]
-        return along_model_axes(found, axes, searches="all" if self.tensor > 1 else "") if axes else found
+        return along_model_axes(found, axes, searches=self.searches if self.tensor > 1 else "") if axes else found
 
     def plan(self, stage: int) -> StagePlan:
         """The fastest plan that fits, with as little on the host as that takes; else the one that needs the least."""
@@ -268,14 +272,19 @@ class _Shape:
         return replace(graph, inputs=inputs)
 
     def _cuts(self, entry: Input) -> tuple[tuple[str, Placement], ...]:
-        """How a parameter is sharded over ranks with parts of a batch, along a dim that a search may cut too."""
-        planner = self.planner
+        """How a parameter is cut over ranks of tensor parallelism, where that is stated, and sharded over ranks with
+        parts of a batch, along a dim that a search may cut too.
+        """
+        planner, cut = self.planner, self.planner.placed.get(entry.target)
+        if cut is not None:
+            entry = replace(entry, cuts=(*entry.cuts, ("tensor", cut)))
         axis = "expert" if planner.expert > 1 else "context"
         count, is_expert = planner.context * planner.expert, entry.target in planner.experts
         if count == 1 or ((not self.stage or entry.target in self.whole) and not is_expert):
             return entry.cuts
         shape = entry.value.tensor.shape
-        dims = [dim for dim in range(len(shape)) if Shard(dim).divides(shape[dim], count * planner.tensor)]
+        in_blocks = cut.dim if cut is not None and len(cut.blocks) > 1 else None
+        dims = [d for d in range(len(shape)) if d != in_blocks and Shard(d).divides(shape[d], count * planner.tensor)]
         return ((*entry.cuts, (axis, Shard(dims[0])))) if dims else entry.cuts
 
     @cached_property

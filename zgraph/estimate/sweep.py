@@ -42,8 +42,8 @@ class Combination:
 
     @property
     def items_per_s(self) -> float:
-        """Items that all ranks together train on in a second; those that compute together have the same."""
-        return 1e6 * self.num_items * self.plan.num_ranks / self.plan.together / self.stage.total_us
+        """Items that all ranks together train on in a second; each batch counts once."""
+        return 1e6 * self.num_items * self.plan.num_batches / self.stage.total_us
 
     def training(self, num_items: float, unit: str) -> str:
         """Text that says how long training on so many items takes, in days and in device-hours."""

@@ -18,6 +18,7 @@ from zgraph.cost.rest import at_rest
 from zgraph.environment import environment
 from zgraph.errors import UsageError
 from zgraph.ir import Axis, Graph, OutputKind
+from zgraph.options.experts import of_all_ranks
 from zgraph.options.parallel import AXIS, CONTEXT, EXPERT, check_axes, cuts_of
 from zgraph.options.parallel import at_rest as at_rest_over
 from zgraph.passes import Context, Pipeline
@@ -63,6 +64,7 @@ def traced(
         raise UsageError(f"num_ranks must be 1 or more, not {count}")
     budget = planned_budget(costs.hardware, count) if memory_budget is None else num_bytes(memory_budget)
     dtype = as_dtype_or_none(param_dtype, "param_dtype")
+    _, inputs = of_all_ranks((), inputs, expert_parallel)
     graph, how = capture_deep(model, inputs, dtype, capability_of(costs.hardware))
     sizes = {AXIS: tensor_parallel, CONTEXT: context_parallel, EXPERT: expert_parallel}
     check_axes(sizes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -28,7 +29,10 @@ class TrainingPlan:
         tensor_parallel: ranks that compute each op together.
         context_parallel: ranks that share each sequence.
         expert_parallel: ranks that share the experts.
+        num_copies: ranks that hold the same shard: hosts, each of which shards over its own ranks.
         layouts: where the sizes of these were chosen, what was tried and why it is these, in words.
+        placements: how the ranks of tensor parallelism cut parameters, by name, where that was searched with the batch
+            of the plan; `zgraph.compile(model, parallel=plan)` takes them.
     """
 
     model: str
@@ -40,12 +44,19 @@ class TrainingPlan:
     tensor_parallel: int = 1
     context_parallel: int = 1
     expert_parallel: int = 1
+    num_copies: int = 1
     layouts: str = ""
+    placements: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def together(self) -> int:
-        """Ranks that have the same batch."""
+        """Ranks that compute together."""
         return self.tensor_parallel * self.context_parallel * self.expert_parallel
+
+    @property
+    def num_batches(self) -> int:
+        """Ranks that each have a batch of their own."""
+        return self.num_ranks // (self.tensor_parallel * self.context_parallel)
 
     @property
     def best(self) -> StagePlan | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,7 +21,9 @@ from zgraph.engine.config.optimizers import handed_over
 from zgraph.errors import UsageError
 from zgraph.hf.accelerators import own, refuse_saving
 from zgraph.hf.config import folded
+from zgraph.hf.data_ranks import by_data_ranks
 from zgraph.hf.fsdp_keys import FromFile, from_file
+from zgraph.hf.parallelism import by_parallelism_config, unseen
 from zgraph.options.validate import ATTRIBUTE
 
 log = logging.getLogger("zgraph")
@@ -31,11 +34,13 @@ DTYPES = {"no": None, "bf16": torch.bfloat16}
 class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     """`accelerate.Accelerator` whose `prepare` compiles. `accelerate launch` hands it the keys of `fsdp_config`.
 
-    Optimizers that were made before take the sharded parameters. Without a file it is stage 3.
+    Optimizers that were made before take the sharded parameters. Without a file it is stage 3. Where ranks compute
+    together, its loaders give them the same rows, and `gather` has these once.
 
     Args:
         args, kwargs: as accelerate's takes them; no plugins of FSDP, DeepSpeed or Megatron.
         mixed_precision: "no" or "bf16"; by default what the file says.
+        parallelism_config: accelerate's `ParallelismConfig`: ranks that compute together; by default the file's.
         zgraph: options of `zgraph.compile`, which go before those of the file.
 
     Raises:
@@ -44,7 +49,12 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *args: Any, mixed_precision: str | None = None, zgraph: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        mixed_precision: str | None = None,
+        parallelism_config: Any = None,
+        zgraph: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         if plugins := [name for name, value in kwargs.items() if value is not None and _replaces(name)]:
             raise UsageError(
@@ -56,7 +66,12 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
             raise UsageError(f'mixed_precision={asked!r}: a compiled model takes "bf16" or "no"')
         self.param_dtype, self.zgraph_options = DTYPES[asked], dict(zgraph or {})
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # else accelerate and transformers do what zgraph does
-        super().__init__(*args, mixed_precision="no", **kwargs)
+        with unseen():
+            super().__init__(*args, mixed_precision="no", **kwargs)
+        asked_together = by_parallelism_config(parallelism_config, self.num_processes)
+        self.from_file = self.from_file.along(asked_together)
+        options = {**self.from_file.options, **self.zgraph_options}
+        by_data_ranks(self, math.prod(options.get(f"{axis}_parallel", 1) for axis in ("tensor", "context")))
         self.register_save_state_pre_hook(refuse_saving)
         if self.from_file.notes and self.is_main_process:
             log.warning("without effect under zgraph: %s", folded(self.from_file.notes))
@@ -85,7 +100,9 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     def _mesh(self) -> DeviceMesh | None:
         """Hosts that have copies, of ranks that shard, if that is asked for and there are several hosts."""
         here = int(os.environ.get("LOCAL_WORLD_SIZE") or self.num_processes)
-        if not self.from_file.is_hybrid or here == self.num_processes:
+        if self.from_file.num_copies > 1:
+            here = self.num_processes // self.from_file.num_copies
+        elif not self.from_file.is_hybrid or here == self.num_processes:
             return None
         names = ("replicate", "shard")
         return init_device_mesh(self.device.type, (self.num_processes // here, here), mesh_dim_names=names)
@@ -99,7 +116,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
 
 def _replaces(argument: str) -> bool:
     """Whether an argument of accelerate's asks for what zgraph does."""
-    kinds = ("fsdp_", "deepspeed_", "megatron_", "torch_tp_", "dynamo_", "parallelism_")
+    kinds = ("fsdp_", "deepspeed_", "megatron_", "torch_tp_", "dynamo_")
     return argument.startswith(kinds)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from zgraph.engine.config.read import loaded, undecided
 from zgraph.engine.config.sections import NO_EFFECT
 from zgraph.errors import ConfigError
+from zgraph.hf.parallelism import asked_together
 
 DECIDED_ELSEWHERE = {
     **dict.fromkeys(("tensorboard", "csv_monitor", "wandb"), "report_to decides"),
@@ -94,12 +95,23 @@ def folded(notes: Sequence[str]) -> str:
     return "; ".join(f"{', '.join(names)} ({why})" for why, names in places.items())
 
 
+_TOGETHER = {
+    "tensor": "tensor_parallel.autotp_size",
+    "context": "sequence_parallel_size",
+    "expert": "expert_parallel.autoep_size",
+}
+"""Keys of the ranks that compute together, by their axis."""
+
+
 def _known(config: Mapping[str, Any], args: Any, num_steps: int | None) -> Iterator[_Known]:
+    yield from _parallel(config, args)
     micro, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     yield _Known("train_micro_batch_size_per_gpu", micro, "per_device_train_batch_size")
     yield _Known("gradient_accumulation_steps", steps, "gradient_accumulation_steps")
-    rows = "per_device_train_batch_size x gradient_accumulation_steps x ranks"
-    yield _Known("train_batch_size", micro * steps * args.world_size, rows)
+    rows, ranks = "per_device_train_batch_size x gradient_accumulation_steps x ranks", args.world_size
+    for axis in ("tensor", "context"):  # by now what the arguments say is filled in
+        ranks //= size if isinstance(size := _given(config, _TOGETHER[axis]), int) and size > 0 else 1
+    yield _Known("train_batch_size", micro * steps * ranks, rows)
     yield _Known("gradient_clipping", args.max_grad_norm, "max_grad_norm")
     for name in ("fp16", "bf16"):
         yield _Known(f"{name}.enabled", args.mixed_precision == name, name)
@@ -115,6 +127,31 @@ def _known(config: Mapping[str, Any], args: Any, num_steps: int | None) -> Itera
         yield _Known("scheduler.params.total_num_steps", num_steps, "max_steps or num_train_epochs", False)
         if _find(config, "scheduler.params.warmup_min_lr")[0].get("warmup_min_lr") == "auto":
             yield _Known("scheduler.params.warmup_min_lr", 0.0, "nothing")
+
+
+def _parallel(config: Mapping[str, Any], args: Any) -> Iterator[_Known]:
+    """The ranks that compute together, where the arguments say that there are any, or a key is "auto"."""
+    asked = asked_together(args, args.world_size)
+    for axis, place in _TOGETHER.items():
+        size, argument = getattr(asked, axis), asked.said_by.get(axis, f"{axis}_parallel")
+        if size > 1 or _given(config, place) == "auto":
+            yield _Known(place, size, argument)
+    if asked.expert > 1:
+        yield _Known("expert_parallel.enabled", True, asked.said_by["expert"])
+    if asked.copies > 1:
+        yield _Known(
+            "zero_optimization.zero_hpz_partition_size",
+            args.world_size // asked.copies,
+            "parallelism_config.dp_replicate_size",
+        )
+
+
+def _given(config: Mapping[str, Any], place: str) -> Any:
+    """What a configuration has at a place; None where it has nothing. Makes no section."""
+    found: Any = config
+    for name in place.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
 
 
 def _find(config: Mapping[str, Any], place: str) -> tuple[MutableMapping[str, Any], str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zgraph.engine.config.sections import NO_EFFECT, asks
 from zgraph.errors import ConfigError, did_you_mean
+from zgraph.hf.parallelism import Together
 
 STAGES = {
     "FULL_SHARD": 3,
@@ -44,11 +45,27 @@ class FromFile:
         options: of `zgraph.compile`.
         is_hybrid: whether to shard within a host, and to replicate over hosts.
         notes: for each key that has no effect, what decides instead.
+        num_copies: ranks that hold the same shard; 1 leaves it to `is_hybrid`.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     is_hybrid: bool = False
     notes: tuple[str, ...] = ()
+    num_copies: int = 1
+
+    def along(self, together: Together) -> FromFile:
+        """The same, with ranks that compute together.
+
+        Raises:
+            ConfigError: hosts are to have copies, too.
+        """
+        sizes = {f"{axis}_parallel": getattr(together, axis) for axis in ("tensor", "context")}
+        sizes = {name: size for name, size in sizes.items() if size > 1}
+        if sizes and self.is_hybrid:
+            raise ConfigError(
+                ["fsdp_sharding_strategy: where ranks compute together, all others shard; choose FULL_SHARD"]
+            )
+        return replace(self, options={**self.options, **sizes}, num_copies=together.copies)
 
 
 def from_file(variables: Mapping[str, str]) -> FromFile:
@@ -87,11 +104,8 @@ def _refused(variables: Mapping[str, str]) -> list[str]:
         "distributed_type: DEEPSPEED: take zgraph.initialize, which reads its file, or FSDP": (
             _is_on(variables, "ACCELERATE_USE_DEEPSPEED")
         ),
-        "distributed_type: MEGATRON_LM: there is no tensor or pipeline parallelism; take FSDP": (
+        "distributed_type: MEGATRON_LM: there is no pipeline parallelism; take FSDP, with parallelism_config": (
             _is_on(variables, "ACCELERATE_USE_MEGATRON_LM")
-        ),
-        "parallelism_config: zgraph shards over all ranks; leave it out": (
-            _is_on(variables, "ACCELERATE_USE_PARALLELISM_CONFIG")
         ),
         "dynamo_backend: zgraph compiles; leave it out": (
             variables.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -31,7 +32,9 @@ from zgraph.errors import ConfigError, UsageError
 from zgraph.hf.accelerators import own
 from zgraph.hf.arguments import Arguments, enabled
 from zgraph.hf.config import filled, without_effect
+from zgraph.hf.data_ranks import by_data_ranks, draws_as_first, seeded_by_data_rank
 from zgraph.hf.grad_scaler import Scaler
+from zgraph.hf.parallelism import unseen
 from zgraph.hf.state import is_complete, load_state, save_state
 from zgraph.options.validate import ATTRIBUTE
 
@@ -66,6 +69,7 @@ class Sharded(Base):  # type: ignore[misc]
 
     def __init__(self, *args: Any, zgraph: Mapping[str, Any] | str | Path | None = None, **kwargs: Any) -> None:
         self.zgraph_source: Any = zgraph
+        self.evaluated = "", 0
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -77,22 +81,67 @@ class Sharded(Base):  # type: ignore[misc]
         told = without_effect(filled(self.zgraph_source, self.args), self.zgraph_config.notes)
         if told and self.args.process_index == 0:
             log.warning(told)
-        super().create_accelerator_and_postprocess()
+        with unseen():
+            super().create_accelerator_and_postprocess()
+        self._count_data_ranks(self.zgraph_config.alike)
         if self.zgraph_config.keys.fp16.enabled:
             self.accelerator.scaler = Scaler(self.zgraph_config.keys.fp16)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        return {**super()._build_accelerator_args(**kwargs), "mixed_precision": "no"}  # the graph has its own
+        found = {**super()._build_accelerator_args(**kwargs), "mixed_precision": "no"}  # the graph has its own
+        found.pop("parallelism_config", None)  # `filled` has read it
+        return found
 
     def _read(self, num_steps: int | None = None) -> Config:
         config = filled(self.zgraph_source, self.args, num_steps=num_steps)
-        read = read_config(config, world_size=self.args.world_size)
-        if read.together > 1:
+        return read_config(config, world_size=self.args.world_size)
+
+    # --- ranks that share a batch ------------------------------------------------------------------------------------
+
+    def _count_data_ranks(self, alike: int) -> None:
+        """Have loaders, gathers and counts be of the ranks that each have a batch of their own."""
+        if alike > 1 and getattr(self.args, "train_sampling_strategy", "") == "batch_rebalance":
             raise ConfigError(
-                "tensor_parallel.autotp_size, sequence_parallel_size, expert_parallel.autoep_size: Trainer gives each "
-                "rank its own rows and counts them so; leave these keys out, or train with zgraph.initialize_engine"
+                [
+                    'train_sampling_strategy: "batch_rebalance" gives each rank rows of its own; take another where '
+                    "ranks compute together"
+                ]
             )
-        return read
+        by_data_ranks(self.accelerator, alike)
+        self.gather_function = functools.partial(
+            self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
+        )
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        return seeded_by_data_rank(loader, self.accelerator) if self.zgraph_config.alike > 1 else loader
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        rows: int = self._train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return rows
+
+    def floating_point_ops(self, inputs: Any) -> float:
+        return float(super().floating_point_ops(inputs)) / self.zgraph_config.alike
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(self._with_speed(logs), *args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().predict(*args, **kwargs)
+        self._with_speed(output.metrics)
+        return output
+
+    def _with_speed(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Metrics of an evaluation, with its steps in a second those of the ranks that have batches of their own."""
+        prefix, num_samples = self.evaluated
+        if self.zgraph_config.alike > 1 and metrics.get(f"{prefix}_steps_per_second"):
+            num_steps = math.ceil(num_samples / (self.args.eval_batch_size * self.accelerator.num_processes))
+            metrics[f"{prefix}_steps_per_second"] = round(num_steps / metrics[f"{prefix}_runtime"], 3)
+        return metrics
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        draws_as_first(self.zgraph_config.together)
 
     # --- the model ---------------------------------------------------------------------------------------------------
 
@@ -112,7 +161,9 @@ class Sharded(Base):  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._compile()
-        return super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
+        self.evaluated = kwargs.get("metric_key_prefix", "eval"), int(output.num_samples or 0)
+        return output
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
         count = super()._get_num_items_in_batch(*args, **kwargs)
@@ -241,11 +292,12 @@ def _source(given: Any, args: Any) -> Any:
     Raises:
         ConfigError: there are two.
     """
+    if isinstance(args, Arguments):
+        args.is_read = True
     if not isinstance(args, Arguments) or args.deepspeed is None:
         return given if given is not None else environment().config or DEFAULT
     if given is not None:
         raise ConfigError(["zgraph= of the Trainer and deepspeed= of its arguments: give one of them"])
-    args.is_read = True
     return args.deepspeed
 
 
@@ -256,7 +308,6 @@ def _check(args: Any) -> None:
     asked = {
         f"deepspeed: zgraph does what it would; {file}": by_package or _launched("DEEPSPEED"),
         "fsdp: zgraph shards; leave it out": args.fsdp or _launched("FSDP"),
-        "parallelism_config: zgraph shards over all ranks; leave it out": args.parallelism_config,
         'torch_compile: zgraph compiles; leave it out, "zgraph": {"kernels": "inductor"} in the configuration has '
         "Inductor's kernels": args.torch_compile,
         "fp16_full_eval, bf16_full_eval: evaluation computes as training does; give fp16 or bf16 instead": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,6 +25,7 @@ from zgraph.options.parallel import AXIS, cuts_of, mesh_of
 from zgraph.options.validate import ATTRIBUTE, CudaGraphs, RegionCalls, check_cuda_graphs, check_region_calls
 from zgraph.passes import parse_recipe
 from zgraph.passes.quantise import GROUPS, integers_of, outliers_of
+from zgraph.runtime.decisions import alone, deciding
 
 RECIPE = "canonicalize,grouped-heads,dce,in-place"
 """The passes for a model whose weights stay as they are."""
@@ -152,35 +155,39 @@ def infer(
         UsageError: an option means nothing, or the model is compiled already or has no cache.
         PlacementError: a parameter does not divide over the ranks.
         PlanMismatchError: the ranks have different models or options.
+        PeerError: another rank raised one of these.
         QuantisationError: a layer's columns or outputs do not fit the integers.
         InferenceError: the model does not compute with such a cache what it computes without.
         GraphBreakError, CaptureError: a call cannot be captured as one graph.
     """
-    device = _check_model(model)
-    if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
-        raise UsageError(f"max_batch is a number of rows above 0, not {max_batch!r}")
-    if kernels not in KERNELS:
-        raise UsageError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
-    check_kv(kv)
-    check_cuda_graphs(cuda_graphs, True, device)
-    check_region_calls(regions, kernels, device)
-    records = cuda_graphs if device.type == "cuda" else False
-    pipeline = parse_recipe(
-        recipe_of(weights, activations, group, is_calibrated=is_calibrated(model, calibrate, group))
-    )
-    if kernels == "inductor" and (problem := inductor_problem(device)):
-        raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
-    mesh = mesh_of(device, None, {AXIS: tensor_parallel})
-    if mesh is None and placements is not None:
-        raise UsageError("placements= says how ranks share parameters; pass tensor_parallel= too")
+    with deciding(None) if tensor_parallel != 1 else nullcontext(alone) as meet:
+        device = _check_model(model)
+        if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
+            raise UsageError(f"max_batch is a number of rows above 0, not {max_batch!r}")
+        if kernels not in KERNELS:
+            raise UsageError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
+        check_kv(kv)
+        check_cuda_graphs(cuda_graphs, True, device)
+        check_region_calls(regions, kernels, device)
+        records = cuda_graphs if device.type == "cuda" else False
+        pipeline = parse_recipe(
+            recipe_of(weights, activations, group, is_calibrated=is_calibrated(model, calibrate, group))
+        )
+        if kernels == "inductor" and (problem := inductor_problem(device)):
+            raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
+        meet("mesh", f"tensor_parallel={tensor_parallel}")
+        mesh = mesh_of(device, None, {AXIS: tensor_parallel})
+        if mesh is None and placements is not None:
+            raise UsageError("placements= says how ranks share parameters; pass tensor_parallel= too")
+        if mesh is not None:
+            if max_source is not None:
+                raise UsageError("tensor_parallel= is for decoders; leave it or max_source= out")
+            if weights is not None or kv is not None or kernels != "aten" or calibrate is not None:
+                raise UsageError(
+                    'tensor_parallel= is for weights, keys and values as they are, and kernels="aten": leave weights=, '
+                    "kv=, calibrate= and kernels= out"
+                )
     if mesh is not None:
-        if max_source is not None:
-            raise UsageError("tensor_parallel= is for decoders; leave it or max_source= out")
-        if weights is not None or kv is not None or kernels != "aten" or calibrate is not None:
-            raise UsageError(
-                'tensor_parallel= is for weights, keys and values as they are, and kernels="aten": leave weights=, '
-                "kv=, calibrate= and kernels= out"
-            )
         return _parallel(model, mesh, placements, max_batch or 1, max_len, records)
     compiles, beside = kernels == "inductor", seen_of(model, weights, activations, group, calibrate)
     programs = Programs(
@@ -232,12 +239,13 @@ def _parallel(
     was_training = model.training
     model.eval()
     try:
-        step = _why_not(model) or decoder_step(model, check_max_len(model, max_len))
-        if isinstance(step, str):
-            raise UsageError(f"{kind} cannot generate over several ranks: {step}")
-        shapes = [shape.part(num_ranks) for shape in step.shapes]
-        names = [f"cache.{number}.{what}" for number, shape in enumerate(shapes) for what in shape.tensors(0, 0)]
-        cuts = {**cuts_of(model, placements, num_ranks, mesh.size(-1)), **dict.fromkeys(names, ((AXIS, Shard(1)),))}
+        with deciding(None):
+            step = _why_not(model) or decoder_step(model, check_max_len(model, max_len))
+            if isinstance(step, str):
+                raise UsageError(f"{kind} cannot generate over several ranks: {step}")
+            shapes = [shape.part(num_ranks) for shape in step.shapes]
+            names = [f"cache.{number}.{what}" for number, shape in enumerate(shapes) for what in shape.tensors(0, 0)]
+            cuts = {**cuts_of(model, placements, num_ranks, 1), **dict.fromkeys(names, ((AXIS, Shard(1)),))}
         device = next(model.parameters()).device
         programs = Programs(
             model, parse_recipe(PARALLEL), device, compiles=False, cuda_graphs=cuda_graphs, mesh=mesh, cuts=cuts

@@ -1,14 +1,17 @@
-"""Which parameters of a model are the matrices of its experts, one behind the other."""
+"""Which parameters of a model are the matrices of its experts, one behind the other, and what batch these are given."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from zgraph.errors import PlacementError
 
-__all__ = ["experts_of"]
+__all__ = ["experts_of", "of_all_ranks"]
 
 _COUNTS = ("num_experts", "num_local_experts")
 """Attributes by which a module says how many experts its parameters have."""
@@ -28,10 +31,13 @@ def experts_of(model: nn.Module, num_ranks: int) -> frozenset[str]:
     """
     found = frozenset(_named(model))
     if not found:
+        listed = next(_listed(model), "")
+        instead = f"; {listed} is a list of modules" if listed else ""
         raise PlacementError(
             f"{type(model).__name__} has no experts that can be divided over ranks: parameters of three dims, "
-            "[experts, in, out], of a module with an attribute num_experts. Keep experts in such parameters, and not "
-            "in a list of modules, and multiply by torch.nn.functional.grouped_mm; or leave expert_parallel= out"
+            f"[experts, in, out], of a module with an attribute num_experts{instead}. Keep experts in such parameters, "
+            "and not in a list of modules, as transformers 5 does, and multiply by torch.nn.functional.grouped_mm; or "
+            "leave expert_parallel= out"
         )
     for name, parameter in model.named_parameters():
         if name in found and parameter.shape[0] % num_ranks:
@@ -42,9 +48,39 @@ def experts_of(model: nn.Module, num_ranks: int) -> frozenset[str]:
     return found
 
 
+def _listed(model: nn.Module) -> Iterator[str]:
+    """Paths of lists of modules that are experts, by their name."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and "expert" in path.rpartition(".")[2].lower():
+            yield path
+
+
 def _named(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         counts = {count for key in _COUNTS if isinstance(count := getattr(module, key, None), int)}
         for name, parameter in module.named_parameters(path, recurse=False):
             if parameter.dim() == 3 and parameter.shape[0] in counts:
                 yield name
+
+
+def of_all_ranks(
+    args: Sequence[Any], kwargs: Mapping[str, Any], num_ranks: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a forward is called with where ranks that share experts put their batches together.
+
+    Args:
+        args, kwargs: what it is called with on one of them. Tensors with as many rows as the first have a batch's.
+        num_ranks: ranks that share experts, each with as many rows.
+    """
+    given = tuple(args), dict(kwargs)
+    if num_ranks == 1:
+        return given
+    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    num_rows = tensors[0].shape[0] if tensors else 0
+
+    def joined(tensor: torch.Tensor) -> torch.Tensor:
+        is_of_rows = tensor.dim() and tensor.shape[0] == num_rows
+        return tensor.repeat(num_ranks, *[1] * (tensor.dim() - 1)) if is_of_rows else tensor
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, joined, given)
+    return found

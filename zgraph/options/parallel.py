@@ -74,13 +74,12 @@ def check_axes(sizes: Mapping[str, int]) -> None:
     """Refuse axes that do not go together.
 
     Raises:
-        UsageError: experts are divided over ranks, and something else too.
+        UsageError: rows of a batch are divided over ranks, and sequences too.
     """
-    if sizes[EXPERT] > 1 and (others := [axis for axis in AXES if axis != EXPERT and sizes[axis] > 1]):
-        named = " and ".join(f"{axis}_parallel={sizes[axis]}" for axis in others)
+    if sizes[EXPERT] > 1 and sizes[CONTEXT] > 1:
         raise UsageError(
-            f"expert_parallel={sizes[EXPERT]} divides a batch's rows and the experts over the same ranks; leave it or "
-            f"{named} out"
+            f"expert_parallel={sizes[EXPERT]} divides the rows of a batch, and context_parallel={sizes[CONTEXT]} its "
+            "sequences, which does not go together; leave one of them out. tensor_parallel= goes beside either"
         )
 
 

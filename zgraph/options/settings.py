@@ -58,6 +58,7 @@ from zgraph.passes.core.base import Choice
 from zgraph.runfile.format import RunFile, load_run
 from zgraph.runfile.records import begin_record
 from zgraph.runtime.agreement import check_joined
+from zgraph.runtime.decisions import Meet, alone
 from zgraph.runtime.model_ranks import Cuts, ModelRanks
 
 Recompute = Literal["auto"] | bool
@@ -215,8 +216,11 @@ def resolve(
     record: str | Path | None = None,
     layout: str = "",
     regions: RegionCalls = "python",
+    meet: Meet = alone,
 ) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
+
+    All ranks `meet` before the first of them communicates.
 
     Raises:
         UsageError, AlreadyCompiledError, RecipeError, ContractError, RunFileError, HardwareError: as `zgraph.compile`.
@@ -234,8 +238,10 @@ def resolve(
     check_region_calls(regions, kernels or default_kernels(is_gpu=is_gpu), device)
     kernels, remark = kernels_for(kernels, device)
     replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
-    parallel = mesh_of(device, mesh, {AXIS: tensor_parallel, CONTEXT: context_parallel, EXPERT: expert_parallel})
     costs = cost_table(hardware, device)
+    asked = {AXIS: tensor_parallel, CONTEXT: context_parallel, EXPERT: expert_parallel}
+    meet("mesh", f"ranks together {asked}, of {mesh.mesh_dim_names if mesh is not None else 'all'}")
+    parallel = mesh_of(device, mesh, asked)
     if parallel is not None and placements == "auto" and (tensor := sizes_of(parallel)[AXIS]) > 1:
         data = parallel.size() // tensor
         placements = searched(model, (), usual_inputs(model), costs, tensor, data, computed)

@@ -62,23 +62,23 @@ class Config:
 
     @property
     def expert_parallel(self) -> int:
-        """Ranks that share the experts, and a batch of which each computes its rows."""
+        """Ranks that share the experts, each with a batch of its own."""
         return _experts(self.keys)
 
     @property
     def together(self) -> int:
+        """Ranks that compute together, and so draw the same random numbers."""
+        return self.alike * self.expert_parallel
+
+    @property
+    def alike(self) -> int:
         """Ranks that have the same batch."""
-        return self.tensor_parallel * self.context_parallel * self.expert_parallel
+        return self.tensor_parallel * self.context_parallel
 
     @property
     def num_ranks(self) -> int:
         """All ranks."""
         return self.world_size * self.tensor_parallel * self.context_parallel
-
-    @property
-    def shared_batch(self) -> int:
-        """Rows of the batch that these ranks have: those that share experts each compute a micro-batch of it."""
-        return self.micro_batch * self.expert_parallel
 
     @property
     def train_batch(self) -> int:
@@ -254,10 +254,10 @@ def _data_ranks(reading: Reading, keys: EngineConfig, world_size: int) -> int:
     """Ranks that each compute rows of their own."""
     tensor, context, expert = max(keys.tensor_parallel.autotp_size, 1), keys.sequence_parallel_size, _experts(keys)
     together = tensor * context * expert
-    if expert > 1 and tensor * context > 1:
+    if expert > 1 and context > 1:
         reading.problems.append(
-            "expert_parallel.autoep_size: it divides a batch's rows and the experts over the same ranks; leave it, or "
-            "tensor_parallel and sequence_parallel_size, out"
+            "expert_parallel.autoep_size: it divides the rows of a batch, and sequence_parallel_size its sequences, "
+            "which does not go together; leave one of them out"
         )
     if world_size % together:
         named = ["tensor_parallel.autotp_size"] * (tensor > 1) + ["sequence_parallel_size"] * (context > 1)
