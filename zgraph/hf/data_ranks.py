@@ -47,8 +47,8 @@ class DataRanks(Base):  # type: ignore[misc]
         return super().gather_for_metrics(input_data, use_gather_object)
 
     def _once(self, tensor: torch.Tensor) -> torch.Tensor:
-        parts = tensor.unflatten(0, (self.num_processes, self.together, -1))
-        return parts[:, 0].flatten(0, 1)
+        each = tensor.shape[0] // self.num_processes // self.together
+        return tensor.unflatten(0, (self.num_processes, self.together, each))[:, 0].flatten(0, 1)
 
 
 def by_data_ranks(accelerator: Any, together: int) -> None:
