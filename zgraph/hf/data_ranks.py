@@ -48,7 +48,8 @@ class DataRanks(Base):  # type: ignore[misc]
 
     def _once(self, tensor: torch.Tensor) -> torch.Tensor:
         each = tensor.shape[0] // self.num_processes // self.together
-        return tensor.unflatten(0, (self.num_processes, self.together, each))[:, 0].flatten(0, 1)
+        parts = tensor.reshape(self.num_processes, self.together, each, *tensor.shape[1:])
+        return parts[:, 0].flatten(0, 1)
 
 
 def by_data_ranks(accelerator: Any, together: int) -> None:
@@ -71,7 +72,8 @@ def by_data_ranks(accelerator: Any, together: int) -> None:
             ]
         )
     accelerator.dataloader_config.dispatch_batches = False
-    accelerator.__class__ = _counting(type(accelerator))
+    kind: Any = type(accelerator)
+    accelerator.__class__ = _counting(kind)
     accelerator.together = together
 
 
