@@ -47,7 +47,8 @@ class DataRanks(Base):  # type: ignore[misc]
         return super().gather_for_metrics(input_data, use_gather_object)
 
     def _once(self, tensor: torch.Tensor) -> torch.Tensor:
-        parts = tensor.unflatten(0, (self.num_processes, self.together, -1))
+        each = tensor.shape[0] // self.num_processes // self.together
+        parts = tensor.reshape(self.num_processes, self.together, each, *tensor.shape[1:])
         return parts[:, 0].flatten(0, 1)
 
 
@@ -71,7 +72,8 @@ def by_data_ranks(accelerator: Any, together: int) -> None:
             ]
         )
     accelerator.dataloader_config.dispatch_batches = False
-    accelerator.__class__ = _counting(type(accelerator))
+    kind: Any = type(accelerator)
+    accelerator.__class__ = _counting(kind)
     accelerator.together = together
 
 

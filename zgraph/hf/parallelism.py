@@ -47,7 +47,7 @@ def asked_together(args: Any, world_size: int) -> Together:
     if problems:
         raise ConfigError(problems)
     said_by = {axis: f"{axis}_parallel" for axis, size in own.items() if size > 1}
-    theirs = by_parallelism_config(getattr(args, "parallelism_config", None), world_size // own["expert"])
+    theirs = by_parallelism_config(getattr(args, "parallelism_config", None), world_size)
     for axis, size in zip(("tensor", "context"), (theirs.tensor, theirs.context), strict=True):
         if axis in said_by and size not in (1, own[axis]):
             problems.append(f"{axis}_parallel: it is {own[axis]}, and {size} by parallelism_config; give one of them")
