@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -46,6 +47,12 @@ LONE_S = 2.0
 """How long all others have waited when a rank dies."""
 LIMIT_S = 300.0
 WIDTH = 8
+DIALLING = get_context("fork").BoundedSemaphore(4)
+"""Held by who connects: for each connection torch's client asks the resolver for the name of the store's host."""
+RESOLVER = "timeout:1 attempts:1"
+"""How the resolver asks: one that is asked by thousands on one machine drops questions."""
+SWITCH_S = 0.25
+"""How long a thread that waits for the interpreter sleeps until it asks for it: those of hundreds of ranks do."""
 
 
 class Counting:
@@ -62,7 +69,8 @@ class Counting:
 
     def clone(self) -> Counting:
         """Another connection."""
-        return Counting(self.inner.clone(), self.asked)
+        with DIALLING:
+            return Counting(self.inner.clone(), self.asked)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.inner, name)
@@ -147,14 +155,17 @@ def keep_store(pipe: Connection) -> None:
 def simulate(ranks: range, num_ranks: int, port: int, late_s: float, pipe: Connection) -> None:
     """Some of the ranks, two threads each: the main thread, and the heart."""
     threading.stack_size(256 * 1024)
+    sys.setswitchinterval(SWITCH_S)
     everyone, late, victim = tuple(range(num_ranks)), num_ranks // 2, num_ranks // 3
+    name = f"zgraph/{ranks_word(everyone)}/1"
     made: list[Meetings] = []
     stores = []
     for rank in ranks:
-        tcp = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LIMIT_S))
+        with DIALLING:
+            tcp = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LIMIT_S))
         stores.append(Counting(dist.PrefixStore("job", tcp)))
         heart: Any = Heartbeat(stores[-1], rank)  # type: ignore[arg-type]
-        made.append(Meetings(heart, everyone, f"zgraph/{ranks_word(everyone)}/1", LIMIT_S))
+        made.append(Meetings(heart, everyone, name, LIMIT_S))
 
     def each(job: Callable[[Meetings], Any], of: Sequence[Meetings]) -> list[Any]:
         found: list[Any] = [None] * len(of)
@@ -192,6 +203,7 @@ def simulate(ranks: range, num_ranks: int, port: int, late_s: float, pipe: Conne
 def simulated(num_ranks: int, late_s: float) -> dict[str, Any]:
     """Figures of simulated ranks."""
     context = get_context("fork")
+    os.environ.setdefault("RES_OPTIONS", RESOLVER)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if most < 2 * num_ranks + 100:

@@ -33,6 +33,7 @@ class Beat:
         waits: whether it waits there for other ranks.
         outside: the function of torch.distributed that its main thread has waited in for long; mostly nothing.
         wait: of a rank that has waited for a while, what `Wait.word` says; else empty.
+        pace: how long its calls take, as `Pace.word` says.
     """
 
     count: int
@@ -40,6 +41,7 @@ class Beat:
     waits: bool = False
     outside: str = ""
     wait: dict[str, Any] = field(default_factory=dict)
+    pace: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return json.dumps(asdict(self))

@@ -20,6 +20,7 @@ from zgraph.runtime.drift import Wait
 from zgraph.runtime.elsewhere import Seen, elsewhere
 from zgraph.runtime.heartbeat import BEAT_SECONDS, GONE_AFTER_SECONDS, Heartbeat, Watcher
 from zgraph.runtime.journal import Journal, begun, keep
+from zgraph.runtime.pace import parse_pace, slowest
 from zgraph.runtime.questions import peek, read_all
 from zgraph.runtime.store_errors import store_errors
 
@@ -96,6 +97,7 @@ class Circle:
         if self.failed_call != self.call:
             self._raise_failed(self._read(self._key("failed")).decode())
         self.call += 1
+        self.heart.pace.begin_call()
         self.compared = 0
         if self.journal is not None:
             self.journal.call = self.call
@@ -161,6 +163,12 @@ class Circle:
         with store_errors():
             words = read_all(self.store, [beat_key(rank) for rank in self.ranks])
         return {rank: Beat.parse(word) for rank, word in zip(self.ranks, words, strict=True)}
+
+    def slowest(self) -> str:
+        """Which rank is slow and where, if one is: one question, with a long answer. For one rank, now and then."""
+        beats = self._beats()
+        paces = {r: pace for r, beat in beats.items() if beat is not None and (pace := parse_pace(beat.pace))}
+        return slowest(paces) if len(paces) == len(beats) else ""
 
     def _left(self, wait: Wait) -> str:
         """Which rank has ended and cannot come any more, and how; nothing if none has."""

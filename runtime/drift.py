@@ -13,7 +13,7 @@ from typing import Any
 from zgraph.bridge.private_runtime import Store
 from zgraph.runtime.beats import Beat
 from zgraph.runtime.journal import Journal, begun, first_difference, parse_lines, print_lines
-from zgraph.runtime.questions import peek
+from zgraph.runtime.questions import is_there, peek
 
 REMEDY = (
     "All ranks must run the same forwards and backwards in the same order: none may skip one (because its loss is not "
@@ -115,7 +115,7 @@ class Wait:
             return ""
         if bool(word["comparison"]) != bool(self.comparison) and word["scope"] == self.scope:
             return ""  # the one that compares says what it has compiled
-        if any(key and peek(self.store, key) for key in (self.comparison, word["comparison"])):
+        if any(key and is_there(self.store, key) for key in (self.comparison, word["comparison"])):
             return ""  # it is over, and a rank has yet to hear of it
         return self._message(self.place, rank, word["place"])
 

@@ -25,6 +25,7 @@ from zgraph.runtime.beats import Beat, Place, beat_key
 from zgraph.runtime.departures import watch
 from zgraph.runtime.drift import Wait
 from zgraph.runtime.elsewhere import Lookout
+from zgraph.runtime.pace import Pace
 from zgraph.runtime.questions import Ears, read_all
 
 BEAT_SECONDS = 1.25
@@ -80,7 +81,8 @@ class Heartbeat(threading.Thread):
         store: of the job.
         rank: this one.
 
-    `alarms` are all that have come so far; `wait` is the wait of the main thread, once it is long; `slowness` says how
+    `alarms` are all that have come so far; `wait` is the wait of the main thread, once it is long; `pace` is told of
+    calls and waits; `slowness` says how
     many times longer the last beats took than they should: on a busy machine, others are late too.
     """
 
@@ -91,6 +93,7 @@ class Heartbeat(threading.Thread):
         self.over = threading.Event()
         self.place = Place(0, "", False, time.monotonic())
         self.wait: Wait | None = None
+        self.pace = Pace()
         self.alarms: list[Alarm] = []
         self.heard: dict[int, Heard] = {}
         self._log = Alarms(store)
@@ -141,7 +144,8 @@ class Heartbeat(threading.Thread):
         """Where this rank is, and what it waits for: its device, if it does, else the main thread."""
         place = next((p for watcher in watchers if (p := watcher.stuck_at) is not None), self.place)
         wait = next((w for watcher in watchers if (w := watcher.wait) is not None), self.wait)
-        return Beat(count, str(place), place.waits, self._lookout.look(), wait.word() if wait is not None else {})
+        said = wait.word() if wait is not None else {}
+        return Beat(count, str(place), place.waits, self._lookout.look(), said, self.pace.word())
 
     # --- listening ---------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,9 @@ class Peers(Meetings):
         except RuntimeError as error:
             self.blame(what, error)
         self._at(what, waits=False)
-        self.waited_s += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.waited_s += seconds
+        self.heart.pace.waited(what, seconds)
 
     def _poll(self, work: dist.Work | Transfer, what: str) -> None:
         nap, asked = _FIRST_NAP, time.monotonic()

@@ -20,10 +20,16 @@ _PATIENCE = timedelta(days=20)
 _GOODBYE_S = 5.0
 
 
-def peek(store: Store, key: str) -> bytes:
-    """The bytes under a key; empty if there are none. One message there and one back.
+def is_there(store: Store, key: str) -> bool:
+    """Whether a key is there, for one that others may wait for."""
+    return bool(store.check([key]))
 
-    It is a comparison that fails: the store then answers with what is there, or with what was expected.
+
+def peek(store: Store, key: str) -> bytes:
+    """The bytes under a key that nobody waits for; empty if there are none. One message there and one back.
+
+    It is a comparison that fails: the store then answers with what is there, or with what was expected. torch's
+    TCPStore also wakes all who wait for the key, as if it were there.
     """
     found = bytes(store.compare_set(key, _ABSENT, _ABSENT))
     return b"" if found == _ABSENT.encode() else found
@@ -95,6 +101,8 @@ class Ear(threading.Thread):
     def run(self) -> None:
         try:
             self._word = bytes(self._connection.get(self._key))
+            while not self._word and not is_there(self._connection, self._key):  # woken by a comparison that failed
+                self._word = bytes(self._connection.get(self._key))
             self._idle.append(self._connection)
         except RuntimeError as error:
             self._error = str(error)

@@ -19,7 +19,7 @@ from zgraph.runtime import circle, heartbeat, meetings
 from zgraph.runtime.beats import Place
 from zgraph.runtime.heartbeat import Heartbeat
 from zgraph.runtime.meetings import Meetings
-from zgraph.runtime.questions import Ears, peek, read_all
+from zgraph.runtime.questions import Ears, is_there, peek, read_all
 
 BEAT_S = 0.1
 FEW, MANY = 8, 48
@@ -238,3 +238,16 @@ def test_a_wait_that_is_left_ends_for_all() -> None:
         assert third.over.wait(5)
     assert third.word() == "other"
     assert not any(ear.is_alive() for ear in (first, second, third))
+
+
+def test_who_waits_for_a_key_is_not_woken_by_a_question_for_it() -> None:
+    """torch's TCPStore wakes all who wait for a key when a comparison with it fails, though it is not there."""
+    tcp = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with Ears(tcp).listen("ruling", "left") as ear:
+        time.sleep(0.1)
+        peek(tcp, "ruling")
+        assert not is_there(tcp, "ruling")
+        assert not ear.over.wait(0.2)
+        tcp.set("ruling", "same")
+        assert ear.over.wait(5)
+    assert ear.word() == "same"

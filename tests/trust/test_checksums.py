@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ import zgraph
 from zgraph.engine.checkpoint import checksums
 from zgraph.engine.checkpoint.checksums import Box, is_tiled
 from zgraph.engine.checkpoint.export import export_hf
-from zgraph.engine.checkpoint.storage import INDEX, Index, Reader
+from zgraph.engine.checkpoint.files import opened
+from zgraph.engine.checkpoint.index import Index, RankFiles
+from zgraph.engine.checkpoint.older import Chunk, OldIndex, Stored
+from zgraph.engine.checkpoint.storage import INDEX, Reader
 from zgraph.engine.engine import Engine
 from zgraph.errors import CheckpointError
 
@@ -74,29 +78,65 @@ def test_ranks_check_all_files_together(saved: Path) -> None:
     assert failed == 1
 
 
-def of_version_1(folder: Path) -> None:
-    index = json.loads((folder / INDEX).read_text())
-    del index["checksums"], index["checksum"]
-    (folder / INDEX).write_text(json.dumps({**index, "version": 1}))
+def as_older(folder: Path, version: Literal[1, 2]) -> None:
+    """Make a checkpoint of one rank one of an older version, whose index lists the parts of each tensor."""
+    index = Index.model_validate_json((folder / INDEX).read_text())
+    told = folder / "rank_0_files.json"
+    files = RankFiles.model_validate_json(told.read_text()).files
+    told.unlink()
+    homes = {name: file for file, held in files.items() for name in held.names}
+    tensors = {
+        name: Stored(
+            dtype=entry.dtype,
+            shape=entry.shape,
+            chunks=(Chunk(offsets=(0,) * len(entry.shape), sizes=entry.shape, file=homes[name]),),
+        )
+        for name, entry in index.tensors.items()
+    }
+    sizes = {file: held.num_bytes for file, held in files.items() if held.names}
+    checksums = {file: held.checksum for file, held in files.items()} if version > 1 else {}
+    made = OldIndex(version=version, tensors=tensors, files=sizes, checksums=checksums)
+    made = made.model_copy(update={"checksum": made.computed() if version > 1 else None})
+    (folder / INDEX).write_text(made.model_dump_json(exclude={"checksums", "checksum"} if version == 1 else None))
 
 
-def test_an_older_checkpoint_loads_and_is_said_not_to_be_checked(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
-    of_version_1(saved)
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_checkpoint_loads(saved: Path, caplog: pytest.LogCaptureFixture, version: Literal[1, 2]) -> None:
+    expected = {name: Reader(saved).whole(name) for name in Reader(saved).described}
+    as_older(saved, version)
+    engine = engine_of(seed=1)
     with caplog.at_level(logging.WARNING, "zgraph"):
-        assert engine_of(seed=1).load_checkpoint(saved.parent)[0] == str(saved)
-    assert "cannot be checked" in caplog.text
+        assert engine.load_checkpoint(saved.parent)[0] == str(saved)
+    assert ("cannot be checked" in caplog.text) == (version == 1)
+    assert torch.equal(engine.module.get_parameter("weight"), expected["model.weight"])
+    assert {name for name in expected if torch.equal(Reader(saved).whole(name), expected[name])} == {*expected}
 
 
-def test_a_newer_one_without_checksums_is_damaged(saved: Path) -> None:
-    index = Index.model_validate_json((saved / INDEX).read_text()).model_copy(update={"checksums": {}})
+def test_a_flipped_bit_in_an_older_one_is_found(saved: Path) -> None:
+    as_older(saved, 2)
+    path = saved / "rank_0_0.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=r"rank_0_0.safetensors is damaged"):
+        engine_of().load_checkpoint(saved.parent)
+
+
+def test_an_older_one_without_its_checksums_is_damaged(saved: Path) -> None:
+    as_older(saved, 2)
+    index = OldIndex.model_validate_json((saved / INDEX).read_text()).model_copy(update={"checksums": {}})
     index = index.model_copy(update={"checksum": index.computed()})
     (saved / INDEX).write_text(index.model_dump_json())
     with pytest.raises(CheckpointError, match=r"no checksum of rank_0_0.safetensors"):
         engine_of().load_checkpoint(saved.parent)
 
 
+def test_files_are_as_safetensors_reads_them(saved: Path) -> None:
+    with opened(saved / "rank_0_0.safetensors") as found:
+        assert found.metadata() == {"format": "pt"}
+        assert {name: found.get_tensor(name).shape for name in found.keys()}["model.weight"] == (5, 6)  # noqa: SIM118
+
+
 def test_parts_at_one_place_are_damage(saved: Path) -> None:
-    of_version_1(saved)
+    as_older(saved, 1)
     index = json.loads((saved / INDEX).read_text())
     stored = next(t for name, t in index["tensors"].items() if name.endswith("weight"))
     (chunk,) = stored["chunks"]

@@ -6,7 +6,7 @@ what is saved at one layout and loaded at another would be other numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from itertools import product
 from typing import Any, cast
@@ -17,10 +17,9 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
-__all__ = ["install", "local_spans"]
+from zgraph.ir.layout import Span, cut_spans
 
-Span = tuple[int, int]
-"""Where a run of indices of a dim begins, and how long it is."""
+__all__ = ["install", "local_spans"]
 
 
 def local_spans(tensor: DTensor) -> list[list[Span]]:
@@ -31,25 +30,9 @@ def local_spans(tensor: DTensor) -> list[list[Span]]:
     for axis, placement in enumerate(tensor.placements):
         if not isinstance(placement, Shard | _StridedShard):
             continue
-        size, count, rank = sum(length for _, length in spans[placement.dim]), mesh.size(axis), coordinate[axis]
         blocks = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
-        rows = -(-size // blocks // count)
-        wanted = [
-            (block * (size // blocks) + rank * rows, min(rows, max(size // blocks - rank * rows, 0)))
-            for block in range(blocks)
-        ]
-        spans[placement.dim] = [piece for span in wanted for piece in _within(spans[placement.dim], span)]
+        spans[placement.dim] = cut_spans(spans[placement.dim], mesh.size(axis), coordinate[axis], blocks)
     return spans
-
-
-def _within(spans: list[Span], wanted: Span) -> Iterator[Span]:
-    """The parts of runs, end to end, that a run of their indices covers."""
-    at, (first, length) = 0, wanted
-    for start, size in spans:
-        low, high = max(first, at), min(first + length, at + size)
-        if low < high:
-            yield start + low - at, high - low
-        at += size
 
 
 def _chunks(tensor: DTensor) -> list[tuple[ChunkStorageMetadata, torch.Tensor]]:

@@ -21,6 +21,7 @@ from zgraph.cli import (  # noqa: F401 - add commands
     quantising,
     serving,
     simulating,
+    watching,
 )
 from zgraph.cli.app import DOES_NOT_FIT, FAILED, USED_WRONGLY, app
 from zgraph.cli.terminal import printable

@@ -11,10 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from zgraph.compiler.compiled_model import compiled_model
-from zgraph.engine.checkpoint.dcp import read_shards, write_shards
+from zgraph.engine.checkpoint.files import read_json
 from zgraph.engine.checkpoint.optimizer_state import OptimizerLoad, OptimizerState, optimizer_rest, optimizer_tensors
 from zgraph.engine.checkpoint.ranks import ranks_of
-from zgraph.engine.checkpoint.storage import INDEX, Reader, Writer, read_json
+from zgraph.engine.checkpoint.shards import read_shards, write_shards
+from zgraph.engine.checkpoint.storage import INDEX, Reader, Writer
 from zgraph.errors import CheckpointError
 
 REST = "optimizer.json"

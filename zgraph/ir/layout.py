@@ -88,3 +88,29 @@ def bucket_layout(members: Iterable[TensorType], num_ranks: int) -> BucketLayout
         chunks.append(chunk_numel(member.shape, num_ranks))
         end = offsets[-1] + chunks[-1]
     return BucketLayout(tuple(offsets), tuple(chunks), end)
+
+
+Span = tuple[int, int]
+"""Where a run of indices of a dim begins, and how long it is."""
+
+
+def cut_spans(spans: Sequence[Span], count: int, rank: int, blocks: int = 1) -> list[Span]:
+    """The runs of indices that a rank of `count` has of these runs, end to end, of a cut in so many blocks."""
+    extent = sum(length for _, length in spans) // blocks
+    rows = chunk_rows(extent, count)
+    found: list[Span] = []
+    for block in range(blocks):
+        found += span_within(spans, (block * extent + rank * rows, min(rows, max(extent - rank * rows, 0))))
+    return found
+
+
+def span_within(spans: Sequence[Span], wanted: Span) -> list[Span]:
+    """The parts of runs, end to end, that a run of their indices covers."""
+    found: list[Span] = []
+    at, (first, length) = 0, wanted
+    for start, size in spans:
+        low, high = max(first, at), min(first + length, at + size)
+        if low < high:
+            found.append((start + low - at, high - low))
+        at += size
+    return found

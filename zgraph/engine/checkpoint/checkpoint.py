@@ -1,4 +1,4 @@
-"""Checkpoints of an engine: written by torch.distributed.checkpoint, whole or not at all, in the background if asked.
+"""Checkpoints of an engine: each rank writes its own files, whole or not at all, in the background if asked.
 
 Tensors lie under the names of parameters, so that a checkpoint is resumed at any number of ranks, stage or offload.
 No pickle is written or read.
@@ -19,15 +19,16 @@ from torch import nn
 from zgraph.bridge import private_runtime
 from zgraph.compiler.compiled_model import compiled_model, is_gathered
 from zgraph.engine.checkpoint.accumulation import check_between, gradient_targets, gradients_of, take_gradients
-from zgraph.engine.checkpoint.dcp import read_shards, write_shards
 from zgraph.engine.checkpoint.deepspeed import is_deepspeed, load_deepspeed
 from zgraph.engine.checkpoint.directory import Folders, checked_tag
+from zgraph.engine.checkpoint.files import read_json
 from zgraph.engine.checkpoint.json_codec import decode, encode
 from zgraph.engine.checkpoint.optimizer_state import OptimizerLoad
 from zgraph.engine.checkpoint.rests import rest_targets, rests_of, take_rests
 from zgraph.engine.checkpoint.rng_state import Randomness, start_anew
+from zgraph.engine.checkpoint.shards import read_shards, write_shards
 from zgraph.engine.checkpoint.state import State, model_targets, restore, state_of, tensors_of, without_frozen
-from zgraph.engine.checkpoint.storage import INDEX, Reader, Writer, read_json
+from zgraph.engine.checkpoint.storage import INDEX, Reader, Writer
 from zgraph.engine.checkpoint.tensors import Tensors, copied, model_tensors
 from zgraph.errors import CheckpointError, UsageError, ZgraphError
 

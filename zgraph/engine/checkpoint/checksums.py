@@ -31,6 +31,29 @@ def checksum(path: Path) -> int:
     return found
 
 
+def check_file(path: Path, num_bytes: int | None, expected: int) -> None:
+    """Check a file.
+
+    Args:
+        path: of the file.
+        num_bytes: how long it is; None where nobody has written that down.
+        expected: its checksum.
+
+    Raises:
+        CheckpointError: it is missing or is not what was written; the message names it.
+    """
+    try:
+        if num_bytes is not None and path.stat().st_size != num_bytes:
+            raise CheckpointError(f"{path} is damaged: it has another size than it was written with")
+        found = checksum(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if found != expected:
+        raise CheckpointError(
+            f"{path} is damaged: its checksum is {found:08x}, and {expected:08x} was written; load another checkpoint"
+        )
+
+
 def check_files(folder: Path, checksums: Mapping[str, int], rank: int = 0, num_ranks: int = 1) -> None:
     """Check a rank's share of the files; the ranks together check all.
 
@@ -38,19 +61,8 @@ def check_files(folder: Path, checksums: Mapping[str, int], rank: int = 0, num_r
         CheckpointError: a file is missing or is not what was written; the message names it.
     """
 
-    def check(name: str) -> None:
-        try:
-            found = checksum(folder / name)
-        except OSError as error:
-            raise CheckpointError(f"{folder / name} cannot be read: {error}") from None
-        if found != checksums[name]:
-            raise CheckpointError(
-                f"{folder / name} is damaged: its checksum is {found:08x}, and {checksums[name]:08x} was written; "
-                "load another checkpoint"
-            )
-
     with ThreadPoolExecutor(NUM_THREADS) as threads:
-        for _ in threads.map(check, sorted(checksums)[rank::num_ranks]):
+        for _ in threads.map(lambda n: check_file(folder / n, None, checksums[n]), sorted(checksums)[rank::num_ranks]):
             pass
 
 

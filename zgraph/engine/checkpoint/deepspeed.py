@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zgraph.engine.checkpoint.index import Entry
 from zgraph.engine.checkpoint.optimizer_state import Group, OptimizerLoad, OptimizerState
 from zgraph.engine.checkpoint.state import State, model_targets, restore
-from zgraph.engine.checkpoint.storage import Stored
 from zgraph.engine.checkpoint.tensors import fill, model_tensors
 from zgraph.errors import CheckpointError
 
@@ -334,5 +334,5 @@ def _load(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read, or is damaged: {error}") from None
 
 
-def _stored(shape: tuple[int, ...]) -> Stored:
-    return Stored(dtype="float32", shape=shape, chunks=())
+def _stored(shape: tuple[int, ...]) -> Entry:
+    return Entry(dtype="float32", shape=shape, layout=0)

@@ -14,8 +14,9 @@ from torch import nn
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.engine.checkpoint.directory import sync, write_text
+from zgraph.engine.checkpoint.files import in_files, read_json, write_tensors
 from zgraph.engine.checkpoint.state import State
-from zgraph.engine.checkpoint.storage import Reader, in_files, read_json, write_tensors
+from zgraph.engine.checkpoint.storage import Reader
 from zgraph.engine.checkpoint.tensors import model_tensors, whole
 from zgraph.errors import CheckpointError, UsageError
 

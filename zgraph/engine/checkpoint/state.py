@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
 
 from zgraph.engine.checkpoint.json_codec import decode, encode
 from zgraph.engine.checkpoint.optimizer_state import OptimizerState, optimizer_rest, optimizer_tensors
-from zgraph.engine.checkpoint.storage import Stored
 from zgraph.engine.checkpoint.tensors import Tensors, model_tensors
 from zgraph.errors import CheckpointError
 
 if TYPE_CHECKING:
     from zgraph.engine.protocol import Trains
+
+
+class Shaped(Protocol):
+    """A tensor of a checkpoint, as far as it must fit."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class State(OptimizerState):
@@ -94,7 +100,7 @@ def state_of(engine: Trains, client_state: Mapping[str, Any]) -> State:
 # --- what is loaded --------------------------------------------------------------------------------------------------
 
 
-def model_targets(module: nn.Module, stored: Mapping[str, Stored], *, strict: bool) -> Tensors:
+def model_targets(module: nn.Module, stored: Mapping[str, Shaped], *, strict: bool) -> Tensors:
     """Where a checkpoint's values of the model go.
 
     Raises:

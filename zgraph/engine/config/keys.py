@@ -242,7 +242,7 @@ class CheckpointKeys(Section):
     ignored: ClassVar[Mapping[str, str]] = {
         "load_universal": _RESUMES,
         "parallel_write": "every rank writes its own shards",
-        "writer": "torch.distributed.checkpoint writes",
+        "writer": "zgraph writes safetensors",
     }
     unsupported: ClassVar[Mapping[str, str]] = {
         "use_node_local_storage": "give a folder that all hosts see",
@@ -350,7 +350,7 @@ class EngineConfig(Section):
         "sparse_gradients": "the gradient of an embedding is sharded as any other",
         "compile": "zgraph always compiles",
         "aio": _HOST,
-        "nebula": "checkpoints are written by torch.distributed.checkpoint",
+        "nebula": "every rank writes its own files",
         "disable_python_gc": _ALWAYS,
         "log_level": "the logger `zgraph` of Python's logging",
         "graph_harvesting": "the whole step is one graph",

@@ -162,6 +162,8 @@ class Monitoring:
                 yield f"MFU {self.counts['calls'] * useful_flop(entry) / seconds / rate:.1%}"
             if self.session.num_ranks > 1:
                 yield f"communication exposed {entry.timeline.exposed_us / 1e3:.2f} ms a micro-batch (predicted)"
+                if found := self.session.peers.slowest():
+                    yield found
         for what, taken in self.seconds.items():
             yield f"{what} {1e3 * taken / steps:.2f} ms"
 

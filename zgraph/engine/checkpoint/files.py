@@ -1,0 +1,149 @@
+"""Files of a checkpoint: tensors in safetensors files, written with their checksums, and JSON that is checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, NamedTuple, TypeVar
+
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from zgraph.engine.checkpoint.checksums import CHUNK_BYTES, checksum
+from zgraph.engine.checkpoint.directory import read_text, write_text
+from zgraph.errors import CheckpointError
+
+M = TypeVar("M", bound=BaseModel)
+
+MAX_FILE_BYTES = 1 << 30
+"""Of the tensors that are on the host at once, and in one file, unless one alone is larger."""
+
+FileName = Annotated[str, Field(pattern=r"^rank_\d+_\d+\.safetensors$")]
+AnyName = Annotated[str, Field(pattern=r"^[a-z0-9_]+\.(safetensors|json)$")]
+Checksum = Annotated[int, Field(ge=0, lt=1 << 32)]
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Written(NamedTuple):
+    """A file that a rank has written, with its size and checksum."""
+
+    file: str
+    num_bytes: int
+    checksum: int
+
+
+def in_files(num_bytes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
+    """Names of tensors, as many at once as go into a file of so many bytes, and at least one."""
+    names: list[str] = []
+    filled = 0
+    for name, size in num_bytes.items():
+        if names and filled + size > max_bytes:
+            yield names
+            names, filled = [], 0
+        names.append(name)
+        filled += size
+    if names:
+        yield names
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> Written:
+    """Write a safetensors file, and wait until it is on disk. Its checksum is made meanwhile, of what is written.
+
+    Args:
+        path: where to.
+        tensors: on the host. They lie in the file by falling size of their numbers, so that each is aligned.
+
+    Raises:
+        OSError: it cannot be written.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in ordered:
+        end = at + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "checksum") as thread:
+        found, num_bytes = 0, 0
+        for part in _parts(len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered]):
+            summed = thread.submit(zlib.crc32, part, found)
+            num_bytes += _write_all(file, part)
+            found = summed.result()
+        os.fsync(file.fileno())
+    return Written(path.name, num_bytes, found)
+
+
+def _parts(head: bytes, tensors: list[torch.Tensor]) -> Iterator[memoryview]:
+    yield memoryview(head)
+    for tensor in tensors:
+        if tensor.numel():
+            numbers: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            whole = memoryview(numbers)
+            for start in range(0, len(whole), CHUNK_BYTES):
+                yield whole[start : start + CHUNK_BYTES]
+
+
+def _write_all(file: BinaryIO, part: memoryview) -> int:
+    done = 0
+    while done < len(part):
+        done += file.write(part[done:])
+    return done
+
+
+def write_beside(path: Path, text: str) -> Written:
+    """Write a file that is no tensors, and wait until it is on disk."""
+    write_text(path, text)
+    return Written(path.name, path.stat().st_size, checksum(path))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; whatever is wrong with it while it is open is a CheckpointError."""
+    try:
+        file: Any = safe_open(path, framework="pt")
+        with file as found:
+            yield found
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read, or is damaged: {error}") from None
+
+
+def read_json(path: Path, kind: type[M]) -> M:
+    """A JSON file, checked.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        return kind.model_validate_json(read_text(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path} is damaged: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """The dtype of this name that a checkpoint can hold; None of any other."""
+    return next((dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{name}"), None)
