@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.codecs import add_decoded, encode_into
 from zgraph.bridge.codecs import decode as decoded
@@ -82,36 +84,41 @@ def exchange(node: Node, session: Session) -> Execute:
 def scatter_inside(node: Node, session: Session) -> Execute:
     """This rank's shard of the sum or mean over the ranks of its shard axis."""
     kind, count = node.operands[0].tensor, session.num_shards
-    name, moved, is_gloo = described(node), session.moved(node), session.device.type == "cpu"
+    name, moved = described(node), session.moved(node)
     numel, chunk = int(kind.numel), chunk_numel(kind.shape, count)
-    divisor = count if kind.reduction == "mean" else 1
+    divisor, op = (count, dist.ReduceOp.AVG) if kind.reduction == "mean" else (1, dist.ReduceOp.SUM)
 
     def execute(whole: torch.Tensor) -> Future:
-        sent = whole.new_zeros(count * chunk) if numel != count * chunk else None
-        if sent is not None:
+        sent = whole.reshape(-1)
+        if numel != count * chunk:
+            sent = whole.new_zeros(count * chunk)
             sent[:numel].copy_(whole.reshape(-1))
-        else:
-            sent = whole.reshape(-1)
+        if session.lane is not None:
+            transfer = session.lane.reduce_inside(sent.view(count, chunk).unbind(), divisor, moved)
+            return Future(name, transfer, sent, partial(_first, transfer.result))
         session.enter("reduce-scatter", moved)
-        if is_gloo:
-            found = torch.empty_like(sent)
-            work = dist.all_to_all_single(found, sent, group=session.shard_group, async_op=True)
-            return Future(name, work, sent, lambda: found.view(count, chunk).sum(0).div_(divisor))
-        total = sent.new_empty(chunk)
-        work = dist.reduce_scatter_tensor(total, sent, group=session.shard_group, async_op=True)
-        return Future(name, work, sent, lambda: total.div_(divisor))
+        out = sent.new_empty(chunk)
+        work = private_runtime.reduce_scatters([(out, sent)], session.shard_group, None, (op, op))
+        return Future(name, work, sent, lambda: out)
 
     return execute
 
 
+def _first(result: list[torch.Tensor]) -> torch.Tensor:
+    return result[0]
+
+
 def exchange_outside(node: Node, session: Session) -> Execute:
     """From every rank that holds the same shard the code of this one's part of it."""
-    name, moved = described(node), session.moved(node)
+    name, moved, count = described(node), session.moved(node), session.num_copies
 
     def execute(code: torch.Tensor) -> Future:
         found = torch.empty_like(code)
-        session.enter("all-to-all", moved)
-        work = dist.all_to_all_single(found, code, group=session.copy_group, async_op=True)
+        if session.lane is not None:
+            work: Work = session.lane.swap_outside(found.view(count, -1).unbind(), code.view(count, -1).unbind(), moved)
+        else:
+            session.enter("all-to-all", moved)
+            work = dist.all_to_all_single(found, code, group=session.copy_group, async_op=True)
         return Future(name, work, code, lambda: found)
 
     return execute
@@ -123,8 +130,12 @@ def gather_outside(node: Node, session: Session) -> Execute:
 
     def execute(code: torch.Tensor) -> Future:
         found = code.new_empty(count * code.numel())
-        session.enter("all-gather", moved)
-        work = dist.all_gather_into_tensor(found, code.contiguous(), group=session.copy_group, async_op=True)
+        if session.lane is not None:
+            work: Work = session.lane.share_outside(found.view(count, -1).unbind(), code, moved)
+        else:
+            session.enter("all-gather", moved)
+            assert session.copy_group is not None, "several ranks hold the shard"
+            work = private_runtime.all_gathers([(found, code)], session.copy_group)
         return Future(name, work, code, lambda: found)
 
     return execute

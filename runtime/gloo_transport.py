@@ -11,13 +11,10 @@ reduce), so that every byte crosses the slow link once. Where each host has all 
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
@@ -28,6 +25,7 @@ import torch.distributed as dist
 from zgraph.bridge.private_runtime import JOIN_S, Store, messenger
 from zgraph.bridge.sized_codes import sized_bytes
 from zgraph.ir.codecs import HEAD_BYTES
+from zgraph.runtime.hosts import Hosts
 from zgraph.runtime.journal import Journal, Moved
 
 CONNECT_TIMEOUT = timedelta(seconds=JOIN_S)
@@ -62,46 +60,6 @@ class Transfer:
         self.over.wait()
         if self.error is not None:
             raise self.error
-
-
-@dataclass(frozen=True)
-class Hosts:
-    """Which ranks share a host: row h holds the ranks of host h, each row as many."""
-
-    rows: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, names: Sequence[str]) -> Hosts:
-        """The hosts of ranks that run on the hosts of these names; each rank its own where hosts are of unequal size.
-
-        >>> Hosts.of(["a", "a", "b", "b"]).rows
-        ((0, 1), (2, 3))
-        >>> Hosts.of(["a", "a", "b"]).rows
-        ((0,), (1,), (2,))
-        """
-        rows = [tuple(r for r, n in enumerate(names) if n == name) for name in dict.fromkeys(names)]
-        if len({len(row) for row in rows}) > 1:
-            rows = [(rank,) for rank in range(len(names))]
-        return cls(tuple(rows))
-
-    @classmethod
-    def rows_of(cls, num_ranks: int, each: int) -> Hosts:
-        """Ranks in rows of `each`, one after the other.
-
-        >>> Hosts.rows_of(4, 2).rows
-        ((0, 1), (2, 3))
-        """
-        return cls(tuple(tuple(range(first, first + each)) for first in range(0, num_ranks, each)))
-
-    def place(self, rank: int) -> tuple[int, int]:
-        """The number of a rank's host, and its place there."""
-        return next((h, row.index(rank)) for h, row in enumerate(self.rows) if rank in row)
-
-
-def host_name() -> str:
-    """A name that processes share if they run on one host, with one network."""
-    network = os.readlink("/proc/self/ns/net") if os.path.exists("/proc/self/ns/net") else ""
-    return f"{socket.gethostname()} {network}"
 
 
 class Lane:
@@ -187,7 +145,25 @@ class Lane:
         """Fill the slots `outs`, one a rank, with what each rank has for this one among its `chunks`."""
         number = self.journal.enter("all-to-all", [chunks[0].nbytes], moved)
         outs[self.rank].copy_(chunks[self.rank])
-        return self._queue.add(_together([self._swap(outs, chunks, self.journal.tag())]), number)
+        return self._queue.add(_together([self._swap_among(range(self.num_ranks), outs, chunks)]), number)
+
+    def reduce_inside(self, chunks: Chunks, divisor: int, moved: Moved | None = None) -> Transfer:
+        """The divided sum over this rank's row of the chunk that is this one's, as the transfer's result."""
+        number = self.journal.enter("reduce-scatter", [chunks[0].nbytes], moved)
+        return self._queue.add(_together([self._reduced_inside(chunks, divisor, self.journal.tag())]), number)
+
+    def swap_outside(self, outs: Chunks, chunks: Chunks, moved: Moved | None = None) -> Transfer:
+        """Fill the slots `outs`, one a row, with what each rank of this one's place has for this one."""
+        number = self.journal.enter("all-to-all", [chunks[0].nbytes], moved)
+        outs[self.host].copy_(chunks[self.host])
+        return self._queue.add(_together([self._swap_among(self.cross_host_ranks, outs, chunks)]), number)
+
+    def share_outside(self, slots: Chunks, own: torch.Tensor, moved: Moved | None = None) -> Transfer:
+        """Fill the slots, one a row, with what each rank of this one's place has."""
+        number = self.journal.enter("all-gather", [own.nbytes], moved)
+        slots[self.host].copy_(own)
+        share = self._share(self.cross_host_ranks, slots, self.journal.tag())
+        return self._queue.add(_together([share]), number)
 
     @property
     def shard(self) -> int:
@@ -215,10 +191,18 @@ class Lane:
         yield self._exchange(count, [(slots[i], r, 0) for i, r in others], [(own, r, 0) for _, r in others])
         return own
 
-    def _swap(self, outs: Chunks, chunks: Chunks, count: int) -> Phases[torch.Tensor]:
-        others = [r for r in range(self.num_ranks) if r != self.rank]
-        yield self._exchange(count, [(outs[r], r, 0) for r in others], [(chunks[r], r, 0) for r in others])
-        return outs[self.rank]
+    def _swap_among(self, ranks: Sequence[int], outs: Chunks, chunks: Chunks) -> Phases[torch.Tensor]:
+        """An all-to-all among `ranks`, a slot and a chunk each."""
+        count, at = self.journal.tag(), ranks.index(self.rank)
+        others = [(i, r) for i, r in enumerate(ranks) if r != self.rank]
+        yield self._exchange(count, [(outs[i], r, 0) for i, r in others], [(chunks[i], r, 0) for i, r in others])
+        return outs[at]
+
+    def _reduced_inside(self, chunks: Chunks, divisor: int, count: int) -> Phases[torch.Tensor]:
+        """A sum within the row, which others of the same place do not add to."""
+        out = torch.empty_like(chunks[self.place])
+        total = yield from self._sum_of(self.local_ranks, _addends(chunks, divisor), out, count)
+        return _divided(total, divisor)
 
     def _reduce_copies(self, chunks: Chunks, divisor: int, out: torch.Tensor, tags: list[int]) -> Phases[torch.Tensor]:
         """A sum within the host, then one over the hosts, each rank of one place summing a piece of it."""

@@ -114,21 +114,23 @@ class LastCopies:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all copies."""
-        return sum(copy.rows.nbytes for copy in set(self._homes.values()))
+        """Bytes of all copies, and of this rank's parts as they were coded."""
+        held = {id(copy): copy for copy in self._homes.values()}.values()
+        return sum(copy.rows.nbytes + (0 if copy.own is None else copy.own.nbytes) for copy in held)
 
-    def most_bytes(self, dtypes: Collection[DType]) -> int:
+    def most_bytes(self, dtypes: Collection[DType], *, with_own: bool) -> int:
         """Bytes of the copies of all parameters that can have one: sharded, and not again for the backward.
 
         Args:
             dtypes: those whose numbers the codec codes.
+            with_own: whether this rank's part is kept as it was coded, too.
         """
         found, count = 0, self.session.num_shards
         for slot in self.session.store.slots.values():
             stage = self.session.store.default_stage if slot.stage is None else slot.stage
             dtype = FROM_TORCH[slot.placeholder.dtype]
             if slot.is_sharded and stage in (1, 2) and dtype in dtypes:
-                found += count * chunk_numel(tuple(slot.placeholder.shape), count) * dtype.itemsize
+                found += (count + with_own) * chunk_numel(tuple(slot.placeholder.shape), count) * dtype.itemsize
         return found
 
     def __str__(self) -> str:

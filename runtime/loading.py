@@ -15,13 +15,20 @@ from zgraph.runtime.foreign_shards import REMEDY, foreign
 from zgraph.runtime.shards import ShardStore
 
 
-def checked_loading(model: nn.Module, store: ShardStore) -> Callable[..., Any]:
-    """The model's `load_state_dict`, which refuses what does not fit before anything is loaded."""
+def checked_loading(model: nn.Module, store: ShardStore, forget: Callable[[], None]) -> Callable[..., Any]:
+    """The model's `load_state_dict`, which refuses what does not fit before anything is loaded.
+
+    Args:
+        model: of the shards.
+        store: the shards.
+        forget: what was gathered of them is no more of use.
+    """
     load = model.load_state_dict
 
     def load_state_dict(state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         check_state_dict(model, state_dict, strict=strict, assign=assign)
         store.copies.settle()
+        forget()
         return load(state_dict, strict=strict)
 
     return load_state_dict

@@ -17,8 +17,9 @@ from zgraph.ir.layout import chunk_numel
 from zgraph.runtime.agreement import described
 from zgraph.runtime.arenas import Arenas
 from zgraph.runtime.feedback import Feedback
-from zgraph.runtime.gloo_transport import Hosts, Lane, host_name
+from zgraph.runtime.gloo_transport import Lane
 from zgraph.runtime.host import HostMemory
+from zgraph.runtime.hosts import Hosts, host_name
 from zgraph.runtime.journal import Moved, journal_of
 from zgraph.runtime.last_copies import LastCopies
 from zgraph.runtime.peers import Peers

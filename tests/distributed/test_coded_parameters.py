@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -83,7 +84,8 @@ def counted(mesh: DeviceMesh) -> tuple[list[int], bool, int, int]:
     others = [torch.empty_like(out) for _ in range(mesh.size())]
     torch.distributed.all_gather(others, out, group=mesh.get_group())
     report = zgraph.report(model)
-    return taken, all(torch.equal(out, other) for other in others), report.copies_bytes, copies.num_bytes
+    held = sum(c.rows.nbytes + c.own.nbytes for c in set(copies._homes.values()))
+    return taken, all(torch.equal(out, other) for other in others), report.copies_bytes, held
 
 
 def test_a_micro_step_sends_heads_and_all_ranks_compute_with_the_same(pool: Pool) -> None:
@@ -103,3 +105,32 @@ def refused(mesh: DeviceMesh, stage: int, codec: str) -> str:
 def test_what_cannot_be_is_refused_on_all_ranks(pool: Pool) -> None:
     assert all("at stage 0 none is" in said for said in pool.run(refused, 2, 0, "q8"))
     assert all("take q8 or q4, or stage 2" in said for said in pool.run(refused, 2, 3, "sign"))
+
+
+def loaded(mesh: DeviceMesh, codec: str) -> tuple[float, float]:
+    """How far an evaluation is off after other parameters were loaded, and after all were halved in place."""
+    model = zgraph.compile(net(), mesh=mesh, stage=2, compress={"parameters": codec})
+    x = torch.randn(16, 24)
+    model(x).square().mean().backward()
+    torch.manual_seed(7)
+    other = torch.nn.Sequential(*[copy.deepcopy(layer) for layer in net()])
+    for p in other.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    off = []
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            if scale == 1.0:
+                model.load_state_dict(other.state_dict())
+            else:
+                for mine, whole in zip(model.parameters(), other.parameters(), strict=True):
+                    mine.mul_(scale)
+                    whole.mul_(scale)
+            off.append(float((model(x) - other(x)).norm() / other(x).norm()))
+    return off[0], off[1]
+
+
+@pytest.mark.parametrize("codec", ["sign", deep("q4"), deep("topk(1%)")])
+def test_what_is_loaded_is_computed_with(pool: Pool, codec: str) -> None:
+    for after_loading, after_writing in pool.run(loaded, 2, codec):
+        assert after_loading < 1e-6
+        assert after_writing < 1e-6

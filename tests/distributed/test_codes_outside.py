@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import zgraph
 from tests.deep import deep
 from zgraph.compiler.compiled_model import compiled_model
-from zgraph.runtime import coded
 
 from .pool import Pool
 from .test_compress import net, step_of
@@ -28,29 +26,6 @@ def model_on(rows: DeviceMesh, stage: int, compress: Any) -> tuple[Any, torch.op
     return model, torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 
-def counting(sent: list[int]) -> None:
-    """Count what collectives of torch's own send, in bytes of this rank."""
-    coded.dist = Counting(sent)  # type: ignore[attr-defined]
-
-
-class Counting:
-    """torch.distributed, which notes the bytes that this rank sends."""
-
-    def __init__(self, sent: list[int]) -> None:
-        self.sent = sent
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(dist, name)
-
-    def all_to_all_single(self, out: torch.Tensor, own: torch.Tensor, *, group: Any, async_op: bool) -> Any:
-        self.sent.append(own.nbytes // 2)
-        return dist.all_to_all_single(out, own, group=group, async_op=async_op)
-
-    def all_gather_into_tensor(self, out: torch.Tensor, own: torch.Tensor, *, group: Any, async_op: bool) -> Any:
-        self.sent.append(own.nbytes)
-        return dist.all_gather_into_tensor(out, own, group=group, async_op=async_op)
-
-
 def trained(mesh: DeviceMesh, stage: int, compress: Any) -> tuple[list[float], int, int, list[torch.Tensor]]:
     """Losses, the bytes that the last step sends and that its plan predicts, and the parameters in the end."""
     rows = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -59,9 +34,7 @@ def trained(mesh: DeviceMesh, stage: int, compress: Any) -> tuple[list[float], i
     for step in range(NUM_STEPS):
         if step == NUM_STEPS - 1:
             count(compiled_model(model).session.lane, sent)
-            counting(sent)
         losses.append(step_of(model, optimizer, step, mesh.get_rank()))
-    coded.dist = dist  # type: ignore[attr-defined]
     weights = [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for p in model.parameters()]
     return losses, sum(sent), zgraph.report(model).sent_bytes, weights
 
@@ -83,7 +56,7 @@ def test_training_is_near_what_it_is_without(pool: Pool, stage: int, compress: A
         assert losses != wanted
         assert abs(last - sum(wanted[-5:])) < (0.05 if "q8" in str(compress) else 0.25) * first
         assert all(torch.equal(a, b) for a, b in zip(weights, others[0][3], strict=True)), "rows stay alike"
-        assert sent < whole
+        assert sent < (0.8 if isinstance(compress, str) else 0.55) * whole
         assert abs(sent - predicted) <= 0.02 * predicted
 
 
@@ -109,3 +82,62 @@ def test_a_resumed_run_goes_on_with_what_is_due(pool: Pool, stage: int, codec: s
     for on, again, due in pool.run(resumed, 4, stage, codec):
         assert on == again
         assert due > 0
+
+
+def after_an_error(mesh: DeviceMesh) -> tuple[bool, list[bool]]:
+    """Whether all ranks raise where one does in a backward; and whether the next steps are those of plain training."""
+    rows = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model, _ = model_on(rows, 2, "q8")
+    session, rank = compiled_model(model).session, mesh.get_rank()
+    x = torch.randn(16, 24, generator=torch.Generator().manual_seed(rank))
+    model(x).square().mean().backward()
+    model.zero_grad()
+    lane = session.lane
+    assert lane is not None
+    if rank == 0:
+        lane.reduce_inside = failing  # type: ignore[method-assign]
+    try:
+        model(x).square().mean().backward()
+        has_failed = False
+    except Exception:
+        has_failed = True
+    model.zero_grad()
+    wanted = net()
+    loss = sum(
+        wanted(torch.randn(16, 24, generator=torch.Generator().manual_seed(r))).square().mean() for r in range(4)
+    )
+    (loss / 4).backward()
+    right, largest = [], max(float(p.grad.abs().max()) for p in wanted.parameters() if p.grad is not None)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        for made, due in zip(model.parameters(), wanted.parameters(), strict=True):
+            assert made.grad is not None
+            assert due.grad is not None
+            right.append(bool((made.grad.full_tensor() - due.grad).abs().max() < 0.03 * largest))
+        model.zero_grad()
+    return has_failed, right
+
+
+def failing(*_: Any) -> Any:
+    raise RuntimeError("no memory")
+
+
+def test_ranks_go_on_after_an_error(pool: Pool) -> None:
+    for has_failed, right in pool.run(after_an_error, 4):
+        assert has_failed
+        assert all(right)
+
+
+def largest(mesh: DeviceMesh) -> float:
+    """The gradient of a sum that fp16 cannot hold, of which it holds the mean."""
+    rows = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = zgraph.compile(
+        torch.nn.Linear(64, 64, bias=False), mesh=rows, stage=2, compress="q8", param_dtype=torch.float16
+    )
+    (model(torch.full((1, 64), 40000.0, dtype=torch.float16)).sum()).backward()
+    grad = model.weight.grad
+    return float(grad.full_tensor().max())
+
+
+def test_means_in_fp16_do_not_overflow(pool: Pool) -> None:
+    assert all(abs(found - 40000) < 400 for found in pool.run(largest, 4))

@@ -9,7 +9,8 @@ from tests.deep import deep
 from zgraph.bridge import private_runtime
 from zgraph.bridge.sized_codes import encode_sized, sized_bytes
 from zgraph.ir.codecs import HEAD_BYTES, Exponent
-from zgraph.runtime.gloo_transport import Hosts, Lane
+from zgraph.runtime.gloo_transport import Lane
+from zgraph.runtime.hosts import Hosts
 
 from .pool import Pool
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,11 +12,12 @@ from zgraph.certify.certificate import certify
 from zgraph.debugging.runs import Options, check_graphs
 from zgraph.errors import VerifyError
 from zgraph.interpreter import Interpreter
-from zgraph.ir import Axis, Graph, parse_graph
+from zgraph.ir import Axis, Graph, Value, parse_graph
 from zgraph.passes import Context, parse_recipe
 from zgraph.passes.compress import Compress
 
 from .test_codes import CODECS, captured, changed, recipe
+from .test_codes import step as plain_step
 
 TEXT = """graph "step" mesh(replicate={copies}, shard={shards})
 op aten.tanh.default
@@ -103,3 +106,30 @@ def test_a_code_of_something_else_is_refused(wrong: dict[str, str], says: str) -
     steps, context = checked(2, wrong)
     with pytest.raises(VerifyError, match=says):
         certify(steps, context)
+
+
+@pytest.mark.parametrize(("stage", "mesh"), [(2, "rows"), deep(0, "rows"), (0, "one")])
+def test_a_part_of_another_size_is_refused(stage: int, mesh: str) -> None:
+    """Eight signs are a byte: bytes alone do not tell how many numbers there are."""
+    graph = parse_graph(plain_step(stage, 2, "")) if mesh == "one" else step(stage, 2, 2, "mean")
+    context = Context(mesh=graph.mesh)
+    coded = Compress("sign(block=8)", at_least_bytes=1).run(graph, context)
+    certify([("placed", graph), ("compress", coded)], context)
+    (part,) = [n for n in coded.nodes if n.op == "decode" and n.option("reduce") is not None]
+    kind = part.results[0].tensor
+    smaller = replace(kind, shape=(int(kind.shape[0]) - 2, *kind.shape[1:]))
+    name = part.results[0].name
+
+    def changed_part(value: Value) -> Value:
+        return replace(value, type=smaller) if value.name == name else value
+
+    nodes = [
+        replace(
+            n,
+            args=tuple(changed_part(a) if isinstance(a, Value) else a for a in n.args),
+            results=tuple(map(changed_part, n.results)),
+        )
+        for n in coded.nodes
+    ]
+    with pytest.raises(VerifyError):
+        certify([("placed", graph), ("compress", coded.with_nodes(nodes))], context)

@@ -31,10 +31,10 @@ def test_the_words_become_the_pass() -> None:
     for word, codec in (("exact", "auto"), ("delta", "delta"), ("exponent", "exponent")):
         codes = Codes(parameters=word)
         for axes in (("shard",), ("replicate", "shard")):
-            assert codes_for(word, mesh(*axes), has_recipe=False, fullgraph=True, device=CPU) == codes
+            assert codes_for(word, mesh(*axes), has_recipe=False, fullgraph=True) == codes
         assert f",code-gathers(codec={codec}),broadcast," in compressing(RECIPES[2], "", word)
-        assert planned_codes(word, 1) == codes
-    assert not codes_for("exact", None, has_recipe=False, fullgraph=True, device=CPU)
+        assert planned_codes(word, (1, 2), 1) == codes
+    assert not codes_for("exact", None, has_recipe=False, fullgraph=True)
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,12 @@ def test_the_words_become_the_pass() -> None:
     ],
 )
 def test_codecs_of_gradients_and_parameters_become_passes(compress: Any, recipe: str) -> None:
-    codes = codes_for(compress, mesh("shard"), has_recipe=False, fullgraph=True, device=CPU)
+    codes = codes_for(compress, mesh("shard"), has_recipe=False, fullgraph=True)
     made = compressing(RECIPES[2], codes.gradients, codes.parameters)
     assert f",{recipe},broadcast," in made
     assert recipe.replace(",p", ", p") in str(pipeline_of(made))
     with pytest.raises(UsageError, match=re.escape(f"put {recipe} behind bucket")):
-        codes_for(compress, mesh("shard"), has_recipe=True, fullgraph=True, device=CPU)
+        codes_for(compress, mesh("shard"), has_recipe=True, fullgraph=True)
 
 
 @pytest.mark.parametrize(
@@ -76,18 +76,17 @@ def test_what_is_no_codec_is_refused(compress: Any, says: str) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"device": torch.device("cuda")}, "codes parameters on processors"),
         ({"mesh": mesh("tensor", "shard")}, "cuts them along tensor"),
         ({"fullgraph": "eager"}, "captures none"),
         ({"has_recipe": True}, "put code-gathers\\(codec=auto\\) behind bucket"),
     ],
 )
 def test_what_exact_codes_do_not_go_with(options: dict[str, Any], says: str) -> None:
-    given: dict[str, Any] = {"mesh": mesh("shard"), "has_recipe": False, "fullgraph": True, "device": CPU} | options
+    given: dict[str, Any] = {"mesh": mesh("shard"), "has_recipe": False, "fullgraph": True} | options
     with pytest.raises(UsageError, match=says):
         codes_for("exact", **given)
     with pytest.raises(UsageError, match="leave compress="):
-        planned_codes("exact", 2)
+        planned_codes("exact", (1, 2), 2)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +104,7 @@ def test_what_exact_codes_do_not_go_with(options: dict[str, Any], says: str) -> 
         ("sign(block=256)", 2, None, True),
         ("q8(block=256)", 0, None, False),
         ("topk(1%, chunk=4096)", 3, None, False),
+        ("q8(block=256)", 3, torch.float64, False),
     ],
 )
 def test_a_codec_that_codes_nothing_is_refused(
@@ -114,16 +114,39 @@ def test_a_codec_that_codes_nothing_is_refused(
     model = nn.Linear(4, 4)
     stages = {"weight": stage, "bias": 0}
     if is_taken:
-        check_parameters(codes, model.named_parameters(), stages, dtype)
+        check_parameters(codes, model.named_parameters(), stages, dtype, CPU)
         return
-    with pytest.raises(UsageError, match=r"there is none|at stage 0 none is|is of stage 3"):
-        check_parameters(codes, model.named_parameters(), stages, dtype)
+    with pytest.raises(
+        UsageError, match=r"there is none|at stage 0 none is|is of stage 3|no parameter is computed with"
+    ):
+        check_parameters(codes, model.named_parameters(), stages, dtype, CPU)
+
+
+@pytest.mark.parametrize(
+    ("codec", "stage", "is_taken"), [("exponent", 3, False), ("q8(block=256)", 2, False), ("q8(block=256)", 3, True)]
+)
+def test_on_a_gpu_codes_of_parameters_have_a_fixed_length(codec: str, stage: int, is_taken: bool) -> None:
+    model, stages = nn.Linear(4, 4), {"weight": stage, "bias": stage}
+    given = Codes(parameters=codec), model.named_parameters(), stages, torch.bfloat16, torch.device("cuda")
+    if is_taken:
+        check_parameters(*given)
+        return
+    with pytest.raises(UsageError, match=r"on processors alone.*take q8 or q4 at stage 3"):
+        check_parameters(*given)
+
+
+def test_stages_of_a_plan_that_gather_no_codes_are_named() -> None:
+    with pytest.raises(UsageError, match="without 0"):
+        planned_codes({"parameters": "q8"}, (0, 1, 2, 3), 1)
+    with pytest.raises(UsageError, match="of 1 and 2, or take q8"):
+        planned_codes({"parameters": "sign"}, (1, 2, 3), 1)
+    assert planned_codes({"parameters": "sign"}, (1, 2), 1) == Codes(parameters="sign(block=256)")
 
 
 def test_a_plan_counts_copies_at_stages_that_keep_them() -> None:
     model, x = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 64)), torch.randn(4, 512)
     kept = 2 * sum(p.numel() for p in model.parameters())
-    for stage, codec, more in ((2, "exact", kept), (3, "exact", 0), (2, {"parameters": "sign"}, kept)):
+    for stage, codec, more in ((2, "exact", kept), (3, "exact", 0), (2, {"parameters": "sign"}, kept + kept // 2)):
         rest = []
         for compress in (None, codec):
             (found,) = zgraph.plan(

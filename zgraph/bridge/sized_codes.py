@@ -33,6 +33,9 @@ from zgraph.ir.codecs import HEAD_BYTES, Difference, Sized
 RAW, SAME, DELTA, EXPONENT, DIFFERENCE = range(5)
 _CHANGES = (SAME, DELTA, DIFFERENCE)
 
+FAR = 0.25
+"""Norm of a difference, over that of the numbers, from which on the numbers themselves are sent."""
+
 Tensor = torch.Tensor
 
 
@@ -75,8 +78,8 @@ def _coded(codec: Sized, numbers: Tensor, before: Tensor | None, last: Tensor | 
         return RAW, []
     if isinstance(codec, Difference):
         difference = numbers.float() - before.float()
-        if not difference.isfinite().all():
-            return RAW, []  # so that copies are finite again once the numbers are
+        if not difference.norm() < FAR * numbers.float().norm():
+            return RAW, []  # numbers that were loaded; or not finite, so that copies are so again once the numbers are
         return DIFFERENCE, [encode(codec.codec, difference[None]).view(-1).numpy()]
     return DELTA, encode_delta(_patterns(numbers), _patterns(before))
 
@@ -132,7 +135,7 @@ def decode_sized(codec: Sized, code: Tensor, out: Tensor, before: Tensor | None 
     elif before is not None and form == SAME:
         out.copy_(before)
     elif before is not None and isinstance(codec, Difference):
-        total = before.float().clone()
+        total = before.to(torch.float32, copy=True)
         add_decoded(codec.codec, payload[None], total[None])
         out.copy_(total)
     elif before is not None:

@@ -45,6 +45,7 @@ from zgraph.ir import (
 )
 from zgraph.ir.aliases import Aliases
 from zgraph.ir.axis_rules import changed_axis, collective
+from zgraph.ir.coded_rules import coded_rows
 from zgraph.ir.external_ops import FLOAT8, facts
 from zgraph.ir.ops import transfer, views
 from zgraph.ir.rules import PARTS, ROUTED, meant, whole_node
@@ -299,12 +300,14 @@ class Reader:
                 self.codes[made] = (code[0], code[1], "exchanged")
             return made
         if node.op == "encode":
-            pending = node.operands[0].tensor.reduction
-            made = table.of("coded", codec, pending, term)
-            self.codes[made] = (term, (codec, pending), "own" if pending else "part")
+            kind = node.operands[0].tensor
+            pending, laid = kind.reduction, coded_rows(kind, self.graph.mesh, of_shard=kind.reduction is not None)
+            made = table.of("coded", codec, pending, term, laid)
+            self.codes[made] = (term, (codec, pending, laid), "own" if pending else "part")
             return made
         reduce = node.option("reduce")
-        is_whole = self.codes.get(term, ())[1:] == ((codec, reduce), "exchanged" if reduce else "part")
+        laid = coded_rows(node.results[0].tensor, self.graph.mesh, of_shard=reduce is None)
+        is_whole = self.codes.get(term, ())[1:] == ((codec, reduce, laid), "exchanged" if reduce else "part")
         if not is_whole:
             return table.of("decoded", codec, str(reduce), term)
         source = self.codes[term][0]

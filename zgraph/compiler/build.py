@@ -162,7 +162,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     if settings.lengths is not None:
         forward = bucketed(model, forward, session, settings.lengths)
     model.__dict__["forward"] = forward
-    model.__dict__["load_state_dict"] = checked_loading(model, session.store)
+    model.__dict__["load_state_dict"] = checked_loading(model, session.store, session.copies.forget)
     copier.handles.append(model.register_load_state_dict_pre_hook(place_state_dict))  # type: ignore[no-untyped-call]
     copier.handles.append(model.register_state_dict_pre_hook(lambda *_: session.raise_doom()))  # type: ignore[no-untyped-call]
     model.__dict__["share_memory"] = refuse_sharing
@@ -216,8 +216,9 @@ def _context(model: nn.Module, settings: Settings, session: Session) -> Context:
     steps = enabled(settings.pipeline).passes
     if any(isinstance(step, Compress) and step.gradients != "none" for step in steps):
         rest_bytes += session.feedback.most_bytes
-    copied = {dtype for step in steps if isinstance(step, Compress | CodeGathers) for dtype in step.copied}
-    rest_bytes += session.copies.most_bytes(copied)
+    for step in steps:
+        if isinstance(step, Compress | CodeGathers):
+            rest_bytes += session.copies.most_bytes(step.copied, with_own=isinstance(step, Compress))
     return Context(
         mesh=_axes(session),
         reduce_dtype=FROM_TORCH[settings.reduce_dtype] if settings.reduce_dtype is not None else None,

@@ -39,12 +39,13 @@ def feedback_bytes(placed: Graph) -> int:
     return found
 
 
-def copies_bytes(placed: Graph, dtypes: Collection[DType]) -> int:
+def copies_bytes(placed: Graph, dtypes: Collection[DType], *, with_own: bool) -> int:
     """Bytes of the copies of parameters that all ranks keep for codes of what changes: at stages 1 and 2.
 
     Args:
         placed: the graph.
         dtypes: those whose numbers the codec codes.
+        with_own: whether a rank's part is kept as it was coded, too.
     """
     stages, found = {i.value.name: i.stage for i in placed.params}, 0
     for node in placed.nodes:
@@ -53,7 +54,7 @@ def copies_bytes(placed: Graph, dtypes: Collection[DType]) -> int:
             source = maker.operands[0].name if maker is not None and maker.op == "cast" else operand.name
             kind = operand.tensor
             if stages.get(source) in (1, 2) and kind.is_sharded and kind.dtype in dtypes:
-                found += padded_bytes(kind, placed.num_shards)
+                found += padded_bytes(kind, placed.num_shards) // placed.num_shards * (placed.num_shards + with_own)
     return found
 
 

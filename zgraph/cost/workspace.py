@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from zgraph.cost.device_workspace import device_workspace_bytes
 from zgraph.cost.functions import called_bytes, is_higher_order
 from zgraph.ir import Node, TensorType, Type
-from zgraph.ir.codecs import CODED_AT_A_TIME, Sized
+from zgraph.ir.codecs import CODED_AT_A_TIME, Difference, Sized
 from zgraph.ir.coded_rules import codec_of
 from zgraph.ir.external_ops import Scratch, facts
 from zgraph.ir.symbols import evaluate
@@ -42,7 +42,10 @@ def workspace_bytes(node: Node, hints: Hints) -> int:
         return called_bytes(node, lambda kind: _type_bytes(kind, hints), lambda inner: workspace_bytes(inner, hints))
     if node.op in ("encode", "decode"):
         numbers = node.operands[0] if node.op == "encode" else node.results[0]
-        listed = _type_bytes(node.operands[0].type, hints) if isinstance(codec_of(node), Sized) else 0
+        codec = codec_of(node)
+        listed = _type_bytes(node.operands[0].type, hints) if isinstance(codec, Sized) else 0
+        if isinstance(codec, Difference):  # of a part, of which there are two or more: three times in fp32
+            listed += 3 * _FLOAT_BYTES * evaluate(numbers.tensor.numel, hints) // 2
         return listed + _CODING_BYTES * min(evaluate(numbers.tensor.numel, hints), CODED_AT_A_TIME)
     if NUM_THREADS not in hints:
         return device_workspace_bytes(node, hints)

@@ -212,7 +212,7 @@ def sweep(
         "accumulation": accumulation,
         "num_copies": copies,
         "tensor": tensor_parallel,
-        "codes": planned_codes(compress, math.prod(together.values())),
+        "codes": planned_codes(compress, stages, math.prod(together.values())),
         "context": context_parallel,
         "expert": expert_parallel,
         "experts": experts_of(model, expert_parallel) if expert_parallel > 1 else frozenset(),

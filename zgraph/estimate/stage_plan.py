@@ -242,11 +242,13 @@ class _Shape:
         self.members = [Member(graph, steps, context) for graph in self.samples.members]
         self.rest = self.samples.scale_by_key([at_rest(m.placed) for m in self.members])
         if planner.codes:
-            copied = {dtype for step in steps if isinstance(step, Compress | CodeGathers) for dtype in step.copied}
-            kept = [
-                copies_bytes(m.placed, copied) + (feedback_bytes(m.placed) if planner.codes.gradients else 0)
-                for m in self.members
-            ]
+            kept = [feedback_bytes(m.placed) if planner.codes.gradients else 0 for m in self.members]
+            for step in steps:
+                if isinstance(step, Compress | CodeGathers):
+                    copies = [
+                        copies_bytes(m.placed, step.copied, with_own=isinstance(step, Compress)) for m in self.members
+                    ]
+                    kept = [one + more for one, more in zip(kept, copies, strict=True)]
             self.rest["optimizer"] += int(self.samples.scale(kept))
         if planner.kernels == "auto" and self._has_no_room_for_logits(context):
             steps = tuple(_Blockwise() if isinstance(step, Fuse) else step for step in steps)

@@ -58,6 +58,7 @@ __all__ = [
     "check_coded",
     "code_bytes",
     "codec_of",
+    "coded_rows",
     "decoded",
     "encoded",
     "exchanged",
@@ -106,6 +107,18 @@ def outer_numel(kind: TensorType, mesh: Mesh) -> int:
 def _outer_bytes(codec: Codec, kind: TensorType, mesh: Mesh) -> int:
     """Bytes of the codes of all parts of a rank's shard."""
     return num_copies(mesh) * codec.num_bytes(outer_numel(kind, mesh), kind.dtype)
+
+
+def coded_rows(kind: TensorType, mesh: Mesh, *, of_shard: bool) -> tuple[DType, int]:
+    """Dtype and numbers of one row of a value's codes.
+
+    Args:
+        kind: of the numbers.
+        mesh: the ranks.
+        of_shard: whether a sharded value is coded in the parts of those that hold the same shard.
+    """
+    is_outside = of_shard and kind.is_sharded and num_copies(mesh) > 1
+    return kind.dtype, outer_numel(kind, mesh) if is_outside else chunk_numel(kind.shape, num_shards(mesh))
 
 
 def encoded(node: Node, mesh: Mesh) -> tuple[Type, ...]:

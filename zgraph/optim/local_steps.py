@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from zgraph.environment import environment
 from zgraph.errors import PeerError, StateDictError, UsageError
-from zgraph.ir.codecs import Codec, Raw, parse_codec
+from zgraph.ir.codecs import Codec, Raw, Sized, parse_codec
 from zgraph.optim.replicas import agree, group_like, take_first
 from zgraph.optim.runs import local
 from zgraph.optim.travel import Travel
@@ -373,6 +373,8 @@ def local_steps(
 
 
 def _check(named: Sequence[tuple[str, nn.Parameter]], every: int, fragments: int, delay: int, codec: object) -> None:
+    if isinstance(codec, Sized):
+        raise UsageError(f"{codec} is a codec of parameters; take q8 or q4")
     if not named:
         raise UsageError("no parameter of the model is trained: there is nothing to average")
     if wide := [(name, p.dtype) for name, p in named if not p.is_floating_point() or p.dtype == torch.float64]:

@@ -20,7 +20,7 @@ from torch.optim.optimizer import ParamsT
 
 from zgraph.bridge import private_runtime
 from zgraph.errors import UsageError
-from zgraph.ir.codecs import Codec, Raw, parse_codec
+from zgraph.ir.codecs import Codec, Sized, parse_codec
 from zgraph.ir.layout import chunk_rows
 from zgraph.optim.flat import check_numbers
 from zgraph.optim.replicas import group_like
@@ -82,7 +82,7 @@ class OneBitAdam(Optimizer):
                 "step needs a variance"
             )
         self.codec = parse_codec(codec) if isinstance(codec, str) else codec
-        if self.codec.is_exact and not isinstance(self.codec, Raw):
+        if isinstance(self.codec, Sized):
             raise UsageError(f'{self.codec} is a codec of parameters; take "sign(block=256)"')
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if len({tuple(group["betas"]) for group in self.param_groups}) > 1:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from zgraph.bridge.aten import FROM_TORCH, compute_dtype
 from zgraph.errors import UsageError
 from zgraph.ir.codecs import CODECS, LOSSY, Codec, Exact, Sign, TopK, parse_codec
+from zgraph.ir.coded_rules import CODED
 from zgraph.options.parallel import AXES
 from zgraph.passes.core.recipes import EXACT, compressing
 
@@ -49,9 +50,7 @@ class Codes:
         return self.parameters in EXACT
 
 
-def codes_for(
-    compress: Compress, mesh: DeviceMesh | None, *, has_recipe: bool, fullgraph: object, device: torch.device
-) -> Codes:
+def codes_for(compress: Compress, mesh: DeviceMesh | None, *, has_recipe: bool, fullgraph: object) -> Codes:
     """Codes that the option asks for; none on one rank.
 
     Raises:
@@ -71,15 +70,15 @@ def codes_for(
         raise UsageError(
             f'{codes} codes what captured graphs send, and fullgraph="eager" captures none; leave one of them out'
         )
-    if codes.parameters and device.type != "cpu":
-        raise UsageError(f"{codes} codes parameters on processors, and the model is on {device}; leave it out")
-    names = () if mesh is None else mesh.mesh_dim_names or ()
+    if mesh is None or mesh.size() == 1:
+        return Codes()
+    names = mesh.mesh_dim_names or ()
     if set(AXES) & set(names):
         raise UsageError(
             f"{codes} codes whole parameters and gradients, and the mesh cuts them along {' and '.join(names)}; leave "
             "compress= out"
         )
-    return codes if mesh is not None and mesh.size() > 1 else Codes()
+    return codes
 
 
 def check_parameters(
@@ -87,6 +86,7 @@ def check_parameters(
     parameters: Iterable[tuple[str, torch.nn.Parameter]],
     stages: Mapping[str, int],
     dtype: torch.dtype | None,
+    device: torch.device,
 ) -> None:
     """Refuse a codec of parameters that codes none of these, or that some of them cannot have.
 
@@ -95,12 +95,20 @@ def check_parameters(
         parameters: by name.
         stages: of each.
         dtype: to compute in; None takes each parameter's own.
+        device: of the model.
 
     Raises:
-        UsageError: no parameter is of its stages and dtypes, or its codes need a copy that stage 3 does not keep.
+        UsageError: no parameter is of its stages and dtypes, or its codes need a copy that stage 3 does not keep; or
+            they are of a length of their own, on a GPU.
     """
     kinds = {name: FROM_TORCH.get(compute_dtype(p, dtype)) for name, p in parameters}
     kind = CODECS.get(codes.parameters) if codes.is_exact else None
+    is_sized = codes.is_exact or any(stages[name] in (1, 2) for name in kinds)
+    if codes.parameters and is_sized and device.type != "cpu":
+        raise UsageError(
+            f"{codes} sends codes of parameters whose length is their own, on processors alone, and the model is on "
+            f"{device}; leave parameters out (in a configuration zero_quantized_weights), or take q8 or q4 at stage 3"
+        )
     if kind is not None and issubclass(kind, Exact):
         wanted = (1, 2) if kind.changes else (3,)
         if any(stages[name] in wanted and found in kind.dtypes for name, found in kinds.items()):
@@ -114,6 +122,11 @@ def check_parameters(
         return
     if not any(stages[name] for name in kinds):
         raise UsageError(f"{codes} codes parameters that are gathered, and at stage 0 none is; leave parameters out")
+    if not any(stages[name] and found in CODED for name, found in kinds.items()):
+        raise UsageError(
+            f"{codes} codes numbers in {', '.join(d.value for d in CODED)}, and no parameter is computed with in one "
+            "of them; leave parameters out"
+        )
     again = next((name for name in kinds if stages[name] == 3), None)
     if again is not None and isinstance(parse_codec(codes.parameters), Sign | TopK):
         raise UsageError(
@@ -122,11 +135,12 @@ def check_parameters(
         )
 
 
-def planned_codes(compress: Compress, tensor_parallel: int) -> Codes:
+def planned_codes(compress: Compress, stages: Collection[int], tensor_parallel: int) -> Codes:
     """Codes of a plan.
 
     Args:
         compress: the option.
+        stages: that are planned.
         tensor_parallel: ranks that compute each op together.
 
     Raises:
@@ -136,6 +150,15 @@ def planned_codes(compress: Compress, tensor_parallel: int) -> Codes:
     codes = codes_of(compress)
     if codes and tensor_parallel > 1:
         raise UsageError(f"{codes} codes what ranks compute alone; leave compress= or the parallelism out")
+    if codes.parameters in ("", *EXACT):
+        return codes
+    if 0 in stages:
+        raise UsageError(f"{codes} codes parameters that are gathered, and at stage 0 none is: give stage=, without 0")
+    if 3 in stages and isinstance(parse_codec(codes.parameters), Sign | TopK):
+        raise UsageError(
+            f"{codes} codes what changed in parameters that all ranks still have: give stage=, of 1 and 2, or take q8 "
+            "or q4"
+        )
     return codes
 
 

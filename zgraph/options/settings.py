@@ -255,14 +255,14 @@ def resolve(
         check_parallel(kernels, offload, fullgraph, dynamic, compute, has_recipe=passes is not None)
         dynamic = False
     mesh = parallel or _mesh(device, mesh)
-    codes = codes_for(compress, mesh, has_recipe=passes is not None, fullgraph=fullgraph, device=device)
+    codes = codes_for(compress, mesh, has_recipe=passes is not None, fullgraph=fullgraph)
     axes = _axes(parallel, placements, sequence_parallel=sequence_parallel)
     together = [axis for axis, size in sizes.items() if size > 1]
     pipeline = pipeline_of(_passes(stage, kernels, compute, codes, passes, replayed, axes, together))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     wanted = {name: default_stage if own is None else own for name, own in stages.items()}
-    check_parameters(codes, model.named_parameters(), wanted, computed)
+    check_parameters(codes, model.named_parameters(), wanted, computed, device)
     cuts = at_rest(model, cuts, sizes, wanted.__getitem__)
     num_ranks = mesh.size() if mesh is not None else 1
     budget = num_bytes(memory_budget) if memory_budget is not None else device_budget(device, num_ranks)

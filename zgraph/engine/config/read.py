@@ -229,6 +229,11 @@ def _check_together(reading: Reading, keys: EngineConfig) -> None:
         )
     if zero.zero_quantized_weights and zero.stage < 1:
         reading.notes.append(f"zero_optimization.zero_quantized_weights{NO_EFFECT}it takes stage 1 or more")
+    if keys.zgraph.compress is not None and (zero.zero_quantized_gradients or zero.zero_quantized_weights):
+        reading.problems.append(
+            "zgraph.compress: takes the place of zero_quantized_gradients and zero_quantized_weights; write "
+            '{"gradients": "q4", "parameters": "q8"} there, and leave them out'
+        )
     try:
         codes_of(keys.zgraph.compress)
     except (CodecError, UsageError) as error:
