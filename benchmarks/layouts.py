@@ -37,7 +37,7 @@ TASKS = {
     "auto": ("llama-8m", ("layout: stage 3", "layout: tensor parallel", "layout: hsdp", AUTO)),
     "experts": ("moe-small", ("layout: stage 3", "layout: experts")),
 }
-"""What is compared, and on which model."""
+"""Layouts that are compared, and on which model."""
 
 TOLERANCE = 1.05
 """How much slower than the best layout the one that "auto" picks may be."""
@@ -81,7 +81,7 @@ def shared(num_hosts: int, rate: str) -> Iterator[list[Host]]:
 
 
 def row(task: str, record: Record) -> Row:
-    """What a record says of its layout."""
+    """Summary of the record of a layout."""
     model, layout = TASKS[task][0], record.system.name.removeprefix("layout: ")
     if not record.rounds:
         return Row(task, model, layout, record.errors.get(Measure.TIME, "not measured"))

@@ -54,11 +54,11 @@ def llama_10l() -> PretrainedConfig:
 
 
 def moe_small() -> PretrainedConfig:
-    """A mixture of 16 experts in each of 4 layers, 13,673,984 parameters of which 12.6 M are experts'."""
+    """A mixture of 16 experts in each of 4 layers, 25,961,856 parameters of which 25,165,824 are experts'."""
     return Qwen3MoeConfig(
         hidden_size=128,
         intermediate_size=512,
-        moe_intermediate_size=512,
+        moe_intermediate_size=1024,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,

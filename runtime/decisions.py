@@ -1,4 +1,4 @@
-"""What each rank chooses before the ranks first communicate: made by all of them, or an error on all of them.
+"""Choices of each rank before the ranks first communicate: made by all of them, or an error on all of them.
 
 A search, a check of options or a file may fail on one rank alone. The others would wait for it where groups of ranks
 are made, or where plans are handed round, which no heartbeat watches over. So they meet before that.

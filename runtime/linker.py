@@ -98,7 +98,7 @@ def link_plan(
 
 
 def _scales(plan: Plan, program: Program) -> dict[int, float]:
-    """What gradients of outputs are multiplied by, by their position among a backward's arguments.
+    """Factors of the gradients of outputs, by their position among a backward's arguments.
 
     A loss that is made of a rank's own rows, outside of the model, is one of as many as there are ranks along the axis
     of these rows, of which the mean is meant, as it is along axes of data.

@@ -91,7 +91,7 @@ def choose_by_experts(graph: Graph, seeds: Mapping[str, Placement], num_ranks: i
 def _outside(
     graph: Graph, rows: Mapping[str, Placement], num_ranks: int
 ) -> tuple[dict[str, Placement], dict[str, Placement]]:
-    """What a rank is returned, and gives to the backward, of the rows that it has computed: outputs and tangents.
+    """Outputs and tangents that have rows of the batch: a rank is returned its own, and gives these to the backward.
 
     A tangent is known by its type: what is like an output that is cut, is cut as that is.
 

@@ -107,7 +107,7 @@ def test_two_ranks(pair: Pool, name: str, stage: int, num_micro: int) -> None:
 @pytest.mark.parametrize(
     ("name", "stage", "num_micro", "tensor"),
     [
-        ("mixtral", 3, 1, 2),
+        deep("mixtral", 3, 1, 2),
         deep("mixtral", 3, 1, 1),
         deep("qwen3_moe", 1, 2, 1),
         deep("mixtral", 0, 2, 1),

@@ -250,7 +250,7 @@ def sweep(
 
 
 def _stated(model: nn.Module, placements: Placements | None, num_ranks: int) -> dict[str, Any]:
-    """What a planner is told of placements that are not searched for."""
+    """Arguments of a planner for placements that are not searched for."""
     if placements is None or placements == "auto":
         if placements is not None and num_ranks == 1:
             raise UsageError("placements= says how parameters are cut; give tensor_parallel= too")

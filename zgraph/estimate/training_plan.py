@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from torch.distributed.tensor import Placement
 
 from zgraph.cost import Interval
 from zgraph.estimate.stage_plan import StagePlan
@@ -46,7 +47,7 @@ class TrainingPlan:
     expert_parallel: int = 1
     num_copies: int = 1
     layouts: str = ""
-    placements: Mapping[str, str] = field(default_factory=dict)
+    placements: Mapping[str, Placement | str] = field(default_factory=dict)
 
     @property
     def together(self) -> int:

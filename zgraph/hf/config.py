@@ -147,7 +147,7 @@ def _parallel(config: Mapping[str, Any], args: Any) -> Iterator[_Known]:
 
 
 def _given(config: Mapping[str, Any], place: str) -> Any:
-    """What a configuration has at a place; None where it has nothing. Makes no section."""
+    """Value that a configuration has at a place; None where it has nothing. Makes no section."""
     found: Any = config
     for name in place.split("."):
         found = found.get(name) if isinstance(found, Mapping) else None

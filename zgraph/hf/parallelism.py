@@ -98,7 +98,7 @@ def by_parallelism_config(given: Any, num_ranks: int) -> Together:
 
 @contextmanager
 def unseen() -> Iterator[None]:
-    """What `accelerate launch` says of ranks that compute together, out of sight of accelerate, which would do it."""
+    """Hide from accelerate what `accelerate launch` says of ranks that compute together: it would do the same."""
     given = os.environ.pop(VARIABLE, None)
     try:
         yield

@@ -66,7 +66,7 @@ def _named(model: nn.Module) -> Iterator[str]:
 def of_all_ranks(
     args: Sequence[Any], kwargs: Mapping[str, Any], num_ranks: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a forward is called with where ranks that share experts put their batches together.
+    """Arguments of a forward where ranks that share experts put their batches together.
 
     Args:
         args, kwargs: what it is called with on one of them. Tensors with as many rows as the first have a batch's.
