@@ -217,3 +217,22 @@ def test_mistakes(command, tmp_path, monkeypatch, args, said):
     code, _, err = command(*args)
     assert code == 2
     assert said in err
+
+
+def test_a_folder_is_exported(command, saved, tmp_path):
+    plain, smaller = tmp_path / "plain.pt2", tmp_path / "smaller.pt2"
+    assert command("export-model", str(saved), "-o", str(plain), "--json")[0] == 0
+    code, out, _ = command("export-model", str(saved), "-o", str(smaller), "--weights", "int8")
+    assert code == 0
+    assert out == f"{smaller}: {smaller.stat().st_size:,} bytes, weights in int8\n"
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        wanted = small()(**given).logits
+    found = [torch.export.load(path).module()(**given)["logits"] for path in (plain, smaller)]
+    assert torch.allclose(found[0], wanted, atol=1e-5)
+    assert 1e-4 < (found[1] - wanted).norm() / wanted.norm() < 0.05
+    save_quantised(small(), tmp_path, weights="int8")
+    code, _, error = command("export-model", str(tmp_path), "-o", str(plain))
+    assert code == 2
+    assert "no tokenizer" in error

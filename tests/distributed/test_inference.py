@@ -209,3 +209,22 @@ def test_serving_within_training_leaves_losses_memory_and_programs_as_they_are(p
         assert len(set(found["losses"][0])) > 2
         assert len(set(found["sizes"][1:])) == 1, found["sizes"]
         assert len(set(found["captured"][1:])) == 1
+
+
+def exported(_: DeviceMesh, path: str) -> dict[str, Any]:
+    """What a rank finds of a file that both made of a sharded model, and of a call by itself."""
+    model = zgraph.compile(made("tied").train(), stage=3)
+    given, before = prompts(), held()
+    zgraph.export_model(model, {"input_ids": given["input_ids"][1:]}, path, dynamic={"input_ids": (1,)})
+    grown = held() - before
+    dist.barrier()
+    found = torch.export.load(path).module()(input_ids=given["input_ids"][1:, :50])["logits"]
+    wanted = made("tied")(input_ids=given["input_ids"][1:, :50]).logits
+    return {"error": (found - wanted).abs().max().item(), "grown": grown, "training": model.training}
+
+
+def test_a_sharded_model_is_gathered_once_and_exported(pair, tmp_path):
+    for found in pair.run(exported, 2, str(tmp_path / "model.pt2"), limit_s=180):
+        assert found["error"] <= 1e-5
+        assert found["grown"] == 0
+        assert found["training"]
