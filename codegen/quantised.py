@@ -78,6 +78,31 @@ def int8_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch
     return total.mul_(x_scale).mul_(w_scale.t()).to(dtype)
 
 
+def int8_linear(x: Tensor, w: Tensor, scale: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+    """The product of rows with the rows of a weight in int8, [rows, outputs]: `to_int8` and `int8_mm` in one.
+
+    Args:
+        x: [rows, columns], floating-point.
+        w: int8 [outputs, columns].
+        scale: fp32 [outputs, 1].
+        parts: rows of int8 for each row of `x`.
+        dtype: of the result.
+    """
+    data, x_scale = to_int8(x, parts)
+    return int8_mm(data, w, x_scale, scale, dtype)
+
+
+def int8_embedding(w: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+    """Rows of a table in int8 by index, fp32 [..., columns].
+
+    Args:
+        w: int8 [rows, columns].
+        index: [...].
+        scale: fp32 [rows, 1].
+    """
+    return torch.embedding(w, index).float() * torch.embedding(scale, index)
+
+
 def to_int4(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """A weight as int4: rounded to the nearest, in the range of each group that errs least of a few.
 
@@ -164,6 +189,16 @@ def fake_to_int8(x: Tensor, parts: int) -> tuple[Tensor, Tensor]:
 def fake_int8_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The metadata of what `int8_mm` gives."""
     return x.new_empty(x_scale.shape[0], w.shape[0], dtype=dtype)
+
+
+def fake_int8_linear(x: Tensor, w: Tensor, scale: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+    """The metadata of what `int8_linear` gives."""
+    return x.new_empty(x.shape[0], w.shape[0], dtype=dtype)
+
+
+def fake_int8_embedding(w: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+    """The metadata of what `int8_embedding` gives."""
+    return scale.new_empty(*index.shape, w.shape[1])
 
 
 def fake_to_int4(w: Tensor, group: int) -> tuple[Tensor, Tensor]:

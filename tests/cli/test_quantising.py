@@ -17,7 +17,7 @@ from zgraph.inference.evaluation import as_integers, evaluate
 from zgraph.inference.model import seen_of
 from zgraph.inference.serving import _same
 from zgraph.inference.storage import FILE, load_quantised, save_quantised
-from zgraph.passes.quantise import integers_of
+from zgraph.passes.analysis.integers import integers_of
 
 WORDS = [f"w{n}" for n in range(64)]
 

@@ -31,7 +31,7 @@ Calibrate = Annotated[
 EXAMPLE = 8
 """Tokens of the rows that a model is exported with."""
 
-NUM_CALIBRATED = 2048
+NUM_CALIBRATED = 8192
 """Tokens of a text that models are calibrated with."""
 
 

@@ -107,13 +107,25 @@ def rounded_integers(
             found[weight] = quantised.in_pairs(integers), scales
         return wide @ quantised.from_int4(*found[weight], group).t()
 
-    call(model, calibrate, see)
+    call(model, calibrate, see, makes_logits=False)
     return found
 
 
-def call(model: nn.Module, calibrate: Calibrate, hook: Any) -> None:
-    """Call a model in eval mode, and have a hook told of what its linear layers are given. Raises UsageError."""
+def call(model: nn.Module, calibrate: Calibrate, hook: Any, *, makes_logits: bool = True) -> None:
+    """Call a model in eval mode, and have a hook told of what its linear layers are given.
+
+    Args:
+        model: whose layers they are.
+        calibrate: what it is called with.
+        hook: told, as of `zgraph.inference.layers.watched`.
+        makes_logits: whether those of all tokens are wanted, which take the most memory.
+
+    Raises:
+        UsageError: the model cannot be called so.
+    """
     given = _inputs(model, calibrate)
+    if not makes_logits and not isinstance(calibrate, Mapping):
+        given |= {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     was_training = model.training
     model.eval()
     try:

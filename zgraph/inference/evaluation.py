@@ -21,7 +21,7 @@ from zgraph.inference.model import check_kv, is_calibrated, recipe_of, seen_of
 from zgraph.inference.programs import Programs
 from zgraph.inference.slots import restored, rounded
 from zgraph.passes import parse_recipe
-from zgraph.passes.quantise import integers_of
+from zgraph.passes.analysis.integers import integers_of
 
 WINDOW = 256
 """Tokens that are scored together: each but the first is predicted from those before it in its window."""

@@ -38,7 +38,7 @@ MAX_INLINE_BYTES = 1 << 30
 """Weights beside which a file of ONNX, which has 2 GiB at most, keeps them in a second one."""
 
 ACCURACY = "session.qdq_matmulnbits_accuracy_level"
-"""An option of onnxruntime's sessions: by default activations are rounded to int8 where weights are in it; by "1" not."""
+"""An option of onnxruntime's sessions: by default activations are rounded to int8 where weights are; by "1" not."""
 
 Dynamic = Mapping[str, Sequence[int]]
 """The dims of inputs that may have other sizes than in the examples, by name."""

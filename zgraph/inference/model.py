@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.bridge.private_inductor import inductor_problem
 from zgraph.errors import UsageError
+from zgraph.inference.apart import integers_apart
 from zgraph.inference.calibration import OUTLIERS, Calibrate, outlier_columns, rounded_integers
 from zgraph.inference.calls import Calls
 from zgraph.inference.decoder import Step, check_max_len, decoder_step, kept_in
@@ -22,7 +25,8 @@ from zgraph.options.model_plans import Placements
 from zgraph.options.parallel import AXIS, cuts_of, mesh_of
 from zgraph.options.validate import ATTRIBUTE, CudaGraphs, RegionCalls, check_cuda_graphs, check_region_calls
 from zgraph.passes import parse_recipe
-from zgraph.passes.quantise import GROUPS, integers_of, outliers_of
+from zgraph.passes.analysis.integers import integers_of, outliers_of
+from zgraph.passes.quantise import GROUPS
 
 RECIPE = "canonicalize,grouped-heads,dce,in-place"
 """The passes for a model whose weights stay as they are."""
@@ -176,12 +180,15 @@ def infer(
     if mesh is not None:
         if max_source is not None:
             raise UsageError("tensor_parallel= is for decoders; leave it or max_source= out")
-        if weights is not None or kv is not None or kernels != "aten" or calibrate is not None:
+        if activations is not None or kernels != "aten":
             raise UsageError(
-                'tensor_parallel= is for weights, keys and values as they are, and kernels="aten": leave weights=, '
-                "kv=, calibrate= and kernels= out"
+                'tensor_parallel= is for activations as they are, and kernels="aten": leave activations= and kernels= '
+                "out"
             )
-        return _parallel(model, mesh, placements, max_batch or 1, max_len, records)
+        if calibrate is not None and weights != "int4":
+            raise UsageError('calibrate= rounds weights="int4"; leave it out, or pass that too')
+        kept = Kept(weights, group, kv, calibrate)
+        return _parallel(model, mesh, placements, max_batch or 1, max_len, records, kept)
     compiles, beside = kernels == "inductor", seen_of(model, weights, activations, group, calibrate)
     programs = Programs(
         model, pipeline, device, compiles=compiles, cuda_graphs=records, region_calls=regions, beside=beside
@@ -215,6 +222,22 @@ def infer(
         model.train(was_training)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What weights, keys and values are kept in, as of `infer`."""
+
+    weights: str | None
+    group: int
+    kv: str | None
+    calibrate: Calibrate
+
+
+def _apart(kept: Kept) -> str:
+    """The pass for weights in integers of which ranks have parts."""
+    group = f", group={kept.group}" if kept.weights == "int4" else ""
+    return f"quantise(weights={kept.weights}{group}, apart=true)"
+
+
 def _parallel(
     model: nn.Module,
     mesh: DeviceMesh,
@@ -222,6 +245,7 @@ def _parallel(
     max_batch: int,
     max_len: int | None,
     cuda_graphs: CudaGraphs,
+    kept: Kept,
 ) -> Inference:
     """A model that the ranks of a mesh compute together."""
     kind, num_ranks = type(model).__name__, mesh.size(0)
@@ -235,12 +259,24 @@ def _parallel(
         step = _why_not(model) or decoder_step(model, check_max_len(model, max_len))
         if isinstance(step, str):
             raise UsageError(f"{kind} cannot generate over several ranks: {step}")
+        step = kept_in(step, kept.kv)
         shapes = [shape.part(num_ranks) for shape in step.shapes]
         names = [f"cache.{number}.{what}" for number, shape in enumerate(shapes) for what in shape.tensors(0, 0)]
         cuts = {**cuts_of(model, placements, num_ranks, mesh.size(-1)), **dict.fromkeys(names, ((AXIS, Shard(1)),))}
-        device = next(model.parameters()).device
+        device, recipe, beside = next(model.parameters()).device, PARALLEL, dict[str, torch.Tensor]()
+        if kept.weights is not None:
+            recipe = recipe.replace("canonicalize,", f"canonicalize,{_apart(kept)},")
+            beside, where = integers_apart(model, kept.weights, kept.group, kept.calibrate, cuts, num_ranks)
+            cuts |= where
         programs = Programs(
-            model, parse_recipe(PARALLEL), device, compiles=False, cuda_graphs=cuda_graphs, mesh=mesh, cuts=cuts
+            model,
+            parse_recipe(recipe),
+            device,
+            compiles=False,
+            cuda_graphs=cuda_graphs,
+            mesh=mesh,
+            cuts=cuts,
+            beside=beside,
         )
         arena = Arena(shapes, max_batch, step.max_len + 1, device)
         return Generator(model, Calls(model, step, programs, arena, max_batch))

@@ -105,6 +105,10 @@ def serving(model: nn.Module, **options: Any) -> Iterator[Generator]:
     compiled = compiled_model(model)
     if options.get("calibrate") is not None and options.get("weights") == "int4":
         raise UsageError('weights="int4" is rounded anew each time; leave calibrate= out within training')
+    if options.get("tensor_parallel", 1) != 1 and options.get("weights") is not None:
+        raise UsageError(
+            "integers of which ranks have parts are made once; within training leave weights= or tensor_parallel= out"
+        )
     held = _SERVED.get(model)
     if held is not None and not _same(held.options, options):
         raise UsageError(
