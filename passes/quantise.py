@@ -30,6 +30,7 @@ from zgraph.ir.builder import Builder
 from zgraph.ir.external_ops import (
     CAST,
     INT4,
+    INT4_LINEAR,
     INT4_MM,
     INT4_PACK,
     INT8,
@@ -38,7 +39,6 @@ from zgraph.ir.external_ops import (
     INT8_MM,
     facts,
 )
-from zgraph.ir.rules.integers import INT4_ROWS
 from zgraph.passes.analysis.integers import int8_of, integers_cut, integers_of, outliers_of
 from zgraph.passes.analysis.operands import TRANSPOSE, Operand, operand_of
 from zgraph.passes.core.base import Context, Numerics, Pass
@@ -49,6 +49,9 @@ Activations = Literal["wide", "int8"]
 
 GROUPS = (32, 64, 128)
 """Columns that may share a scale, of int4: those that torch's kernel has."""
+
+INT4_ROWS = 16
+"""Outputs of a layer in int4 are a multiple of this."""
 
 WIDE_PARTS = 3
 """Rows of int8 for each row of activations, where these are to be kept."""
@@ -61,6 +64,7 @@ _ROWS = {
     INT4: ExternalOp(multi=True),
     INT8_MM: ExternalOp(),
     INT8_LINEAR: ExternalOp(),
+    INT4_LINEAR: ExternalOp(),
     INT8_EMBEDDING: ExternalOp(),
     INT4_PACK: ExternalOp(),
     INT4_MM: ExternalOp(),
@@ -223,7 +227,9 @@ class _Rewriter:
         bias = node.operands[0] if node.op == "aten.addmm.default" else None
         out = result if bias is None else self.builder.value(f"{result.name}_product", result.type)
         dtype = result.tensor.dtype
-        if layer.kept_in == "int4":
+        if layer.kept_in == "int4" and self.options.apart:
+            self.add(layer, INT4_LINEAR, (layer.x, *self.given(layer, "int4"), self.options.group, dtype), out)
+        elif layer.kept_in == "int4":
             packed, scales = self.int4(layer)
             self.add(layer, INT4_MM, (layer.x, packed, scales, self.options.group, dtype), out)
         else:
@@ -344,7 +350,7 @@ class _Rewriter:
         key = (INT4, stem)
         if key in self.made:
             return self.made[key]
-        if self.options.calibrated or self.options.apart:
+        if self.options.calibrated:
             pairs, scales = self.given(layer, "int4")
             packed = self.builder.value(f"{stem}_i4", pairs.type)
             self.add(layer, INT4_PACK, (pairs,), packed)

@@ -14,7 +14,6 @@ from zgraph.inference.calibration import Calibrate, rounded_integers
 from zgraph.inference.layers import check_group, is_turned, kept_in, linear_layers, rows_of
 from zgraph.inference.storage import is_stored, stored_integers
 from zgraph.passes.analysis.integers import int8_of, integers_cut, integers_of
-from zgraph.passes.quantise import INT4_ROWS
 from zgraph.runtime.model_ranks import Cuts
 
 Apart = tuple[dict[str, torch.Tensor], dict[str, Cuts]]
@@ -36,7 +35,7 @@ def integers_apart(
         num_ranks: ranks along each axis.
 
     Raises:
-        QuantisationError: groups of int4, or the outputs that go together, do not divide a layer or ranks.
+        QuantisationError: groups of int4 do not divide a layer, or not over the ranks.
         UsageError: the inputs to calibrate with mean nothing.
     """
     names, kinds = {id(p): n for n, p in model.named_parameters()}, kept_in(model, weights)
@@ -72,12 +71,11 @@ def _nearest(rows: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _check_parts(name: str, rows: torch.Tensor, group: int, cuts: Cuts, num_ranks: int) -> None:
-    """Refuse a layer whose groups, or outputs that go together, do not divide over ranks. Raises QuantisationError."""
-    counts = rows.shape[0] // INT4_ROWS, rows.shape[1] // group
+    """Refuse a layer whose groups do not divide over ranks. Raises QuantisationError."""
+    num_groups = rows.shape[1] // group
     for axis, place in cuts:
-        if not place.divides(counts[place.dim], num_ranks):
-            what = f"{counts[0]} times {INT4_ROWS} outputs", f"{counts[1]} groups of {group} columns"
+        if place.dim == 1 and not place.divides(num_groups, num_ranks):
             raise QuantisationError(
-                f"{name} has {what[place.dim]}, which do not divide over {num_ranks} ranks of {axis}; take smaller "
-                'groups, fewer ranks, or weights="int8"'
+                f"{name} has {num_groups} groups of {group} columns, which do not divide over {num_ranks} ranks of "
+                f'{axis}; take smaller groups, fewer ranks, or weights="int8"'
             )

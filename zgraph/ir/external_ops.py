@@ -50,6 +50,9 @@ INT8_LINEAR = "zgraph.int8_linear.default"
 INT8_EMBEDDING = "zgraph.int8_embedding.default"
 """The op that looks rows of a table in int8 up, in fp32: the table, indices, its scales."""
 
+INT4_LINEAR = "zgraph.int4_linear.default"
+"""The op that multiplies rows with a weight of int4 that is not packed: two columns in a byte."""
+
 INT4 = "zgraph.to_int4.default"
 """The op that makes a weight of int4: of what, and how many columns share a scale."""
 
@@ -304,6 +307,7 @@ _ROWS = (
     Facts(FLOAT8_MM, work="scaled product"),
     Facts(INT8_MM, work="packed product"),
     Facts(INT8_LINEAR, work="packed product"),
+    Facts(INT4_LINEAR, work="packed product"),
     Facts(INT4_MM, work="packed product"),
     Facts("aten.addmm", work="sum and product"),
     Facts("aten.addbmm", work="sum and product"),

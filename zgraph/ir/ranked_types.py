@@ -38,7 +38,9 @@ def ranked(node: Node, mesh: Mesh) -> tuple[Type, ...]:
         raise TypeRuleError("computes with values that are whole, or a rank's own, along the axes of data")
     own = Varying() if Varying() in data else Replicate()
     placements = [(*kind.placement[:num_model], *[own] * (len(mesh) - num_model)) for kind in made]
-    dtype = next(t.dtype for t in tensors if t.dtype.value.startswith(("f", "bf")))
+    dtype = next((t.dtype for t in tensors if t.dtype.value.startswith(("f", "bf"))), None)
+    if dtype is None:
+        raise TypeRuleError("computes with floating-point numbers, and none of its tensors has any")
     strides = [kind.strides if node.op in _BY_GROUPS else None for kind in made]
     return tuple(TensorType(dtype, *laid) for laid in zip(shapes, strides, placements, strict=True))
 
