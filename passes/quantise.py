@@ -86,7 +86,8 @@ class Quantise(Pass):
         weights: "int8" or "int4".
         activations: "wide" keeps them; "int8" rounds each token's to int8, for weights in int8.
         group: columns that share a scale, in int4.
-        wider: last names of the layers that int4 leaves in int8, with + between them.
+        wider: last names of the layers that int4 leaves in int8, or names of their weights without `.weight`, with +
+            between them.
         precise: last names of the layers whose activations are kept: those behind a product, which has outliers.
         calibrated: whether the integers of int4 are there already, as constants, and not to be made of the weights.
         apart: whether all integers are, for ranks to have parts of them.
@@ -163,6 +164,8 @@ class _Layer:
 def _layers(graph: Graph, options: Quantise) -> Iterator[_Layer]:
     parameters = {i.value.name for i in graph.params if len(i.value.tensor.shape) == 2}
     tables = {n.operands[0].name for n in graph.nodes if n.op == _EMBEDDING}
+    wanted = options.wider.split("+")
+    wide = {i.value.name for i in graph.params if i.target.removesuffix(".weight") in wanted}
     for node in graph.nodes:
         name = node.origin.module
         if node.op == _EMBEDDING and node.operands[0].name in parameters:
@@ -173,7 +176,7 @@ def _layers(graph: Graph, options: Quantise) -> Iterator[_Layer]:
             weight = operand_of(graph, value)
             if weight.value.name not in parameters or weight.value.tensor.dtype not in _FLOATS:
                 continue
-            is_wide = _is_among(name, options.wider) or weight.value.name in tables
+            is_wide = _is_among(name, options.wider) or weight.value.name in tables or weight.value.name in wide
             kept_in: Weights = "int8" if is_wide else options.weights
             why_not = _why_not(weight, options.group) if kept_in == "int4" else ""
             yield _Layer(node, name, x, weight, kept_in, why_not)

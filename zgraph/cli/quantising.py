@@ -28,6 +28,9 @@ Calibrate = Annotated[
         "--calibrate", help="A text in UTF-8 that int4 is rounded to suit (GPTQ), or that int8 activations are seen on."
     ),
 ]
+Wider = Annotated[
+    float, typer.Option(min=0, max=0.99, help="The share of weights in int4 that stay in int8: those that cost most.")
+]
 EXAMPLE = 8
 """Tokens of the rows that a model is exported with."""
 
@@ -42,6 +45,7 @@ def quantise(
     weights: Weights = "int8",
     group: Group = 64,
     calibrate: Calibrate = None,
+    wider: Wider = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Write a model with its weights in int8 or int4, as safetensors.
@@ -58,7 +62,7 @@ def quantise(
         shown.add_task("rounding its weights")
         with writing(output):
             seen = calibration(tokenizer, calibrate)
-            kept = save_quantised(found, Path(output), weights=weights, group=group, calibrate=seen)
+            kept = save_quantised(found, Path(output), weights=weights, group=group, calibrate=seen, wider=wider)
             tokenizer.save_pretrained(output)
     after = (Path(output) / FILE).stat().st_size
     counts = Counter(kept.values())
@@ -84,6 +88,7 @@ def evaluation(
     ] = "",
     group: Group = 64,
     calibrate: Calibrate = None,
+    wider: Wider = 0.0,
     window: Annotated[int, typer.Option(min=2, help="Tokens that are scored together.")] = 256,
     max_windows: Annotated[int, typer.Option(min=1, help="Windows of the text that are scored at most.")] = 64,
     as_json: AsJson = False,
@@ -110,6 +115,7 @@ def evaluation(
             kv=kv or None,
             group=group,
             calibrate=calibration(tokenizer, calibrate),
+            wider=wider,
             window=window,
             max_windows=max_windows,
         )

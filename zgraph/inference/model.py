@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from zgraph.bridge.private_inductor import inductor_problem
 from zgraph.errors import UsageError
 from zgraph.inference.apart import integers_apart
-from zgraph.inference.calibration import OUTLIERS, Calibrate, outlier_columns, rounded_integers
+from zgraph.inference.calibration import OUTLIERS, Calibrate, left_wide, outlier_columns, rounded_integers
 from zgraph.inference.calls import Calls
 from zgraph.inference.decoder import Step, check_max_len, decoder_step, kept_in
 from zgraph.inference.forwards import Inference
@@ -26,7 +27,7 @@ from zgraph.options.parallel import AXIS, cuts_of, mesh_of
 from zgraph.options.validate import ATTRIBUTE, CudaGraphs, RegionCalls, check_cuda_graphs, check_region_calls
 from zgraph.passes import parse_recipe
 from zgraph.passes.analysis.integers import integers_of, outliers_of
-from zgraph.passes.quantise import GROUPS
+from zgraph.passes.quantise import GROUPS, Quantise
 
 RECIPE = "canonicalize,grouped-heads,dce,in-place"
 """The passes for a model whose weights stay as they are."""
@@ -38,12 +39,20 @@ WEIGHTS, ACTIVATIONS, KERNELS = ("int8", "int4"), ("int8",), ("aten", "inductor"
 """Values of options beside None."""
 
 
-def recipe_of(weights: str | None, activations: str | None, group: int, *, is_calibrated: bool = False) -> str:
+def recipe_of(
+    weights: str | None,
+    activations: str | None,
+    group: int,
+    *,
+    is_calibrated: bool = False,
+    left_wide: Sequence[str] = (),
+) -> str:
     """The passes for a model whose weights are kept so.
 
     Args:
         weights, activations, group: as of `infer`.
         is_calibrated: whether integers of int4 are there already, as `is_calibrated` says.
+        left_wide: layers that int4 leaves in int8, beside those that it always does.
 
     Raises:
         UsageError: the options mean nothing, alone or together.
@@ -62,6 +71,7 @@ def recipe_of(weights: str | None, activations: str | None, group: int, *, is_ca
         "activations": activations,
         "group": group if weights == "int4" else None,
         "outliers": OUTLIERS if activations is not None else None,
+        "wider": "+".join((Quantise.wider, *left_wide)) if left_wide else None,
         "calibrated": "true" if weights == "int4" and is_calibrated else None,
     }
     text = ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
@@ -74,7 +84,12 @@ def is_calibrated(model: nn.Module, calibrate: Calibrate, group: int) -> bool:
 
 
 def seen_of(
-    model: nn.Module, weights: str | None, activations: str | None, group: int, calibrate: Calibrate
+    model: nn.Module,
+    weights: str | None,
+    activations: str | None,
+    group: int,
+    calibrate: Calibrate,
+    wider: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """The constants that the passes need of what a model's layers are given, by their targets in graphs.
 
@@ -87,13 +102,28 @@ def seen_of(
     if calibrate is None:
         integers = stored_integers(model, group) if weights == "int4" and is_stored(model, group) else {}
     elif weights == "int4":
-        integers = rounded_integers(model, calibrate, group)
+        integers = rounded_integers(model, calibrate, group, wider)
     else:
         raise UsageError(
             'calibrate= rounds weights="int4", and shows where activations="int8" has outliers; leave it out, or pass '
             "one of these too"
         )
     return {t: v for weight, both in integers.items() for t, v in zip(integers_of(weight), both, strict=True)}
+
+
+def layers_left_wide(model: nn.Module, calibrates: bool, beside: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """The layers that int4 leaves in int8 as their integers are not among those that are there."""
+    if not calibrates:
+        return ()
+    return left_wide(model, {name for name, _ in model.named_parameters() if integers_of(name)[0] in beside})
+
+
+def check_wider(wider: float, weights: str | None, calibrate: Calibrate) -> None:
+    """Refuse a share that means nothing. Raises UsageError."""
+    if isinstance(wider, bool) or not isinstance(wider, int | float) or not 0 <= wider < 1:
+        raise UsageError(f"wider is a share of the weights, from 0 to less than 1, not {wider!r}")
+    if wider and (weights != "int4" or calibrate is None):
+        raise UsageError('wider= keeps what costs most of weights="int4", as calibrate= shows: pass both')
 
 
 def check_kv(kv: str | None) -> None:
@@ -118,6 +148,7 @@ def infer(
     cuda_graphs: CudaGraphs = False,
     regions: RegionCalls = "python",
     calibrate: Calibrate = None,
+    wider: float = 0.0,
 ) -> Inference:
     """A model for inference: its prefill and decode captured and linked, to run over a cache with fixed places.
 
@@ -140,6 +171,8 @@ def infer(
         calibrate: what the model is called with once: tokens of a text, int64 [tokens] or [rows, tokens], or all inputs
             of its forward by name. Weights in int4 are rounded by GPTQ then; None rounds to the nearest. Activations in
             int8 keep the columns that are largest in it; None takes tokens drawn from the vocabulary.
+        wider: share of the weights in int4 that stay in int8: those whose rounding moves the model's distribution most
+            for their size, as `calibrate` shows.
         kv: "int8" keeps keys and values in int8, with a scale for each head of each token. Approximate.
         group: columns that share a scale in int4: 32, 64 or 128.
         kernels: what runs the ops: "aten", torch's own; or "inductor", those between writes compiled together.
@@ -166,12 +199,12 @@ def infer(
     if kernels not in KERNELS:
         raise UsageError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
     check_kv(kv)
+    check_wider(wider, weights, calibrate)
     check_cuda_graphs(cuda_graphs, True, device)
     check_region_calls(regions, kernels, device)
     records = cuda_graphs if device.type == "cuda" else False
-    pipeline = parse_recipe(
-        recipe_of(weights, activations, group, is_calibrated=is_calibrated(model, calibrate, group))
-    )
+    calibrates = is_calibrated(model, calibrate, group) and weights == "int4"
+    recipe_of(weights, activations, group)  # which checks them
     if kernels == "inductor" and (problem := inductor_problem(device)):
         raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
     mesh = mesh_of(device, None, {AXIS: tensor_parallel})
@@ -187,9 +220,13 @@ def infer(
             )
         if calibrate is not None and weights != "int4":
             raise UsageError('calibrate= rounds weights="int4"; leave it out, or pass that too')
+        if wider:
+            raise UsageError("wider= is for one rank; leave it or tensor_parallel= out")
         kept = Kept(weights, group, kv, calibrate)
         return _parallel(model, mesh, placements, max_batch or 1, max_len, records, kept)
-    compiles, beside = kernels == "inductor", seen_of(model, weights, activations, group, calibrate)
+    compiles, beside = kernels == "inductor", seen_of(model, weights, activations, group, calibrate, wider)
+    wide = layers_left_wide(model, calibrates, beside)
+    pipeline = parse_recipe(recipe_of(weights, activations, group, is_calibrated=calibrates, left_wide=wide))
     programs = Programs(
         model, pipeline, device, compiles=compiles, cuda_graphs=records, region_calls=regions, beside=beside
     )
