@@ -200,7 +200,7 @@ def _write_onnx(program: Any, path: Path, outputs: list[str]) -> None:
 
 
 def _by_onnxruntime(path: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What onnxruntime computes of a file, on processors."""
+    """Outputs of a file by onnxruntime, on processors."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -261,7 +261,7 @@ def infer(
 
 @dataclass(frozen=True)
 class Kept:
-    """What weights, keys and values are kept in, as of `infer`."""
+    """Dtypes of weights, keys and values in memory, as of `infer`."""
 
     weights: str | None
     group: int

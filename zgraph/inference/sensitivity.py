@@ -45,7 +45,7 @@ def divergences(model: nn.Module, changes: Mapping[str, torch.Tensor], tokens: t
             def backward(gradient: torch.Tensor) -> None:
                 found[name] += (gradient.float() * moved).sum(-1).square().sum().item() / 2
 
-            made.register_hook(backward)
+            made.register_hook(backward)  # type: ignore[no-untyped-call]
 
         return forward
 
