@@ -61,6 +61,9 @@ _LIBRARY.define("float8_mm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, S
 
 _LIBRARY.define("to_int8(Tensor x, int parts) -> (Tensor, Tensor)")
 _LIBRARY.define("int8_mm(Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, ScalarType dtype) -> Tensor")
+_LIBRARY.define("int8_linear(Tensor x, Tensor w, Tensor scale, int parts, ScalarType dtype) -> Tensor")
+_LIBRARY.define("int8_embedding(Tensor w, Tensor index, Tensor scale) -> Tensor")
+_LIBRARY.define("int4_linear(Tensor x, Tensor pairs, Tensor scales, int group, ScalarType dtype) -> Tensor")
 _LIBRARY.define("to_int4(Tensor w, int group) -> (Tensor, Tensor)")
 _LIBRARY.define("pack_int4(Tensor pairs) -> Tensor")
 _LIBRARY.define("int4_mm(Tensor x, Tensor w, Tensor scales, int group, ScalarType dtype) -> Tensor")
@@ -271,6 +274,22 @@ def _int8_mm_scratch(node: Node, hints: Mapping[str, int]) -> int:
     return quantised.int8_mm_scratch_bytes(parts, evaluate(node.results[0].tensor.numel, hints))
 
 
+def _int8_linear_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    numel, results = (evaluate(v.tensor.numel, hints) for v in (node.operands[0], node.results[0]))
+    parts = node.args[3]
+    assert isinstance(parts, int)
+    return quantised.to_int8_scratch_bytes(numel, parts) + quantised.int8_mm_scratch_bytes(parts, results)
+
+
+def _int8_embedding_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    return 6 * evaluate(node.results[0].tensor.numel, hints)  # integers, and the same in fp32
+
+
+def _int4_linear_scratch(node: Node, hints: Mapping[str, int]) -> int:
+    pairs = evaluate(node.operands[1].tensor.numel, hints)
+    return 20 * pairs  # two integers in a byte, in 8 bits and in fp32, and the numbers
+
+
 def _to_int4_scratch(node: Node, hints: Mapping[str, int]) -> int:
     return quantised.to_int4_scratch_bytes(evaluate(node.operands[0].tensor.numel, hints))
 
@@ -287,6 +306,9 @@ def _int4_mm_scratch(node: Node, hints: Mapping[str, int]) -> int:
 REGISTERED["zgraph.rows"] = _rows_scratch
 REGISTERED["zgraph.to_int8"] = ON_DEVICE["zgraph.to_int8"] = _to_int8_scratch
 REGISTERED["zgraph.int8_mm"] = _int8_mm_scratch
+REGISTERED["zgraph.int8_linear"] = _int8_linear_scratch
+REGISTERED["zgraph.int8_embedding"] = _int8_embedding_scratch
+REGISTERED["zgraph.int4_linear"] = _int4_linear_scratch
 REGISTERED["zgraph.to_int4"] = ON_DEVICE["zgraph.to_int4"] = _to_int4_scratch
 REGISTERED["zgraph.pack_int4"] = ON_DEVICE["zgraph.pack_int4"] = _pack_int4_scratch
 REGISTERED["zgraph.int4_mm"] = _int4_mm_scratch
@@ -330,6 +352,7 @@ private_inductor.spell(torch.ops.zgraph.to_int8.default, quantised.to_int8)
 private_inductor.spell(torch.ops.zgraph.int8_mm.default, quantised.int8_mm)
 torch.library.register_fake("zgraph::to_float8", float8.fake_to_float8, lib=_LIBRARY)
 torch.library.register_fake("zgraph::float8_mm", float8.fake_float8_mm, lib=_LIBRARY)
-for _name in ("to_int8", "int8_mm", "to_int4", "pack_int4", "int4_mm"):
+_INTEGERS = "to_int8", "int8_mm", "int8_linear", "int8_embedding", "to_int4", "pack_int4", "int4_mm", "int4_linear"
+for _name in _INTEGERS:
     _LIBRARY.impl(_name, getattr(quantised, _name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"zgraph::{_name}", getattr(quantised, f"fake_{_name}"), lib=_LIBRARY)

@@ -70,12 +70,38 @@ def int8_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch
         w_scale: fp32 [outputs, 1].
         dtype: of the result.
     """
-    exact = resolve("aten._int_mm.default")(x, w.t()) if x.device.type == "cpu" else x.float() @ w.float().t()
+    has_kernel = x.device.type == "cpu" and x.shape[1] > 1  # torch's gives anything for one column (2.13)
+    exact = resolve("aten._int_mm.default")(x, w.t()) if has_kernel else x.float() @ w.float().t()
     rows = x_scale.shape[0]
     total = exact[:rows].float()
     for part in range(1, exact.shape[0] // max(rows, 1)):
         total.add_(exact[part * rows : (part + 1) * rows], alpha=FINER**-part)
     return total.mul_(x_scale).mul_(w_scale.t()).to(dtype)
+
+
+def int8_linear(x: Tensor, w: Tensor, scale: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+    """The product of rows with the rows of a weight in int8, [rows, outputs]: `to_int8` and `int8_mm` in one.
+
+    Args:
+        x: [rows, columns], floating-point.
+        w: int8 [outputs, columns].
+        scale: fp32 [outputs, 1].
+        parts: rows of int8 for each row of `x`.
+        dtype: of the result.
+    """
+    data, x_scale = to_int8(x, parts)
+    return int8_mm(data, w, x_scale, scale, dtype)
+
+
+def int8_embedding(w: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+    """Rows of a table in int8 by index, fp32 [..., columns].
+
+    Args:
+        w: int8 [rows, columns].
+        index: [...].
+        scale: fp32 [rows, 1].
+    """
+    return torch.embedding(w, index).float() * torch.embedding(scale, index)
 
 
 def to_int4(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -154,6 +180,22 @@ def int4_mm(x: Tensor, w: Tensor, scales: Tensor, group: int, dtype: torch.dtype
     return (x.float() @ from_int4(w, scales, group).t()).to(dtype)
 
 
+def int4_linear(x: Tensor, pairs: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """The product of rows with a weight in int4 that is not packed, [rows, outputs]: in fp32 at least.
+
+    Args:
+        x: [rows, columns].
+        pairs: uint8 [outputs, columns / 2], as `in_pairs` gives.
+        scales: bf16 [columns / group, outputs, 2].
+        group: columns that share a scale.
+        dtype: of the result.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pieces = zip(torch.split(pairs, ROWS), torch.split(scales, ROWS, 1), strict=True)
+    made = [wide @ from_int4(piece, own, group).to(wide.dtype).t() for piece, own in pieces]
+    return (made[0] if len(made) == 1 else torch.cat(made, 1)).to(dtype)
+
+
 def fake_to_int8(x: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     """The metadata of what `to_int8` gives."""
     return x.new_empty(parts * x.shape[0], x.shape[1], dtype=torch.int8), x.new_empty(
@@ -164,6 +206,21 @@ def fake_to_int8(x: Tensor, parts: int) -> tuple[Tensor, Tensor]:
 def fake_int8_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The metadata of what `int8_mm` gives."""
     return x.new_empty(x_scale.shape[0], w.shape[0], dtype=dtype)
+
+
+def fake_int8_linear(x: Tensor, w: Tensor, scale: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+    """The metadata of what `int8_linear` gives."""
+    return x.new_empty(x.shape[0], w.shape[0], dtype=dtype)
+
+
+def fake_int8_embedding(w: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+    """The metadata of what `int8_embedding` gives."""
+    return scale.new_empty(*index.shape, w.shape[1])
+
+
+def fake_int4_linear(x: Tensor, pairs: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """The metadata of what `int4_linear` gives."""
+    return x.new_empty(x.shape[0], pairs.shape[0], dtype=dtype)
 
 
 def fake_to_int4(w: Tensor, group: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,19 @@ from typing import ClassVar, Literal, get_args
 from zgraph.errors import QuantisationError
 from zgraph.ir import Arg, DType, ExternalOp, Graph, Input, InputKind, Node, TensorType, Token, Value
 from zgraph.ir.builder import Builder
-from zgraph.ir.external_ops import CAST, INT4, INT4_MM, INT4_PACK, INT8, INT8_MM, facts
+from zgraph.ir.external_ops import (
+    CAST,
+    INT4,
+    INT4_LINEAR,
+    INT4_MM,
+    INT4_PACK,
+    INT8,
+    INT8_EMBEDDING,
+    INT8_LINEAR,
+    INT8_MM,
+    facts,
+)
+from zgraph.passes.analysis.integers import int8_of, integers_cut, integers_of, outliers_of
 from zgraph.passes.analysis.operands import TRANSPOSE, Operand, operand_of
 from zgraph.passes.core.base import Context, Numerics, Pass
 from zgraph.passes.dce import DeadCode
@@ -51,6 +63,9 @@ _ROWS = {
     INT8: ExternalOp(multi=True),
     INT4: ExternalOp(multi=True),
     INT8_MM: ExternalOp(),
+    INT8_LINEAR: ExternalOp(),
+    INT4_LINEAR: ExternalOp(),
+    INT8_EMBEDDING: ExternalOp(),
     INT4_PACK: ExternalOp(),
     INT4_MM: ExternalOp(),
     TRANSPOSE: ExternalOp(views=(0,)),
@@ -63,16 +78,6 @@ _ROWS = {
 }
 
 
-def outliers_of(weight: str) -> str:
-    """The target of the constant that says which columns of what meets a weight are kept, by the weight's target."""
-    return f"outliers:{weight}"
-
-
-def integers_of(weight: str) -> tuple[str, str]:
-    """The targets of the constants that are a weight's int4, two in a byte, and their scales."""
-    return f"int4:{weight}", f"int4_scales:{weight}"
-
-
 @dataclass(frozen=True)
 class Quantise(Pass):
     """Keep the weights of a forward in int8 or int4, and multiply with them as they are.
@@ -81,9 +86,11 @@ class Quantise(Pass):
         weights: "int8" or "int4".
         activations: "wide" keeps them; "int8" rounds each token's to int8, for weights in int8.
         group: columns that share a scale, in int4.
-        wider: last names of the layers that int4 leaves in int8, with + between them.
+        wider: last names of the layers that int4 leaves in int8, or names of their weights without `.weight`, with +
+            between them.
         precise: last names of the layers whose activations are kept: those behind a product, which has outliers.
         calibrated: whether the integers of int4 are there already, as constants, and not to be made of the weights.
+        apart: whether all integers are, for ranks to have parts of them.
         outliers: columns of all other activations that are kept, where these are rounded; 0 keeps none.
     """
 
@@ -94,6 +101,7 @@ class Quantise(Pass):
     precise: str = "down_proj+fc2+w2"
     outliers: int = 0
     calibrated: bool = False
+    apart: bool = False
 
     name: ClassVar[str] = "quantise"
     numerics: ClassVar[Numerics] = Numerics.approximate
@@ -111,6 +119,8 @@ class Quantise(Pass):
             raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}")
         if self.calibrated and self.weights != "int4":
             raise ValueError("calibrated is for weights=int4")
+        if self.apart and self.activations == "int8":
+            raise ValueError("apart is for activations=wide")
         if self.outliers < 0 or (self.outliers and self.activations != "int8"):
             raise ValueError("outliers must be 0 or more, and needs activations=int8")
 
@@ -154,6 +164,8 @@ class _Layer:
 def _layers(graph: Graph, options: Quantise) -> Iterator[_Layer]:
     parameters = {i.value.name for i in graph.params if len(i.value.tensor.shape) == 2}
     tables = {n.operands[0].name for n in graph.nodes if n.op == _EMBEDDING}
+    wanted = options.wider.split("+")
+    wide = {i.value.name for i in graph.params if i.target.removesuffix(".weight") in wanted}
     for node in graph.nodes:
         name = node.origin.module
         if node.op == _EMBEDDING and node.operands[0].name in parameters:
@@ -164,7 +176,7 @@ def _layers(graph: Graph, options: Quantise) -> Iterator[_Layer]:
             weight = operand_of(graph, value)
             if weight.value.name not in parameters or weight.value.tensor.dtype not in _FLOATS:
                 continue
-            is_wide = _is_among(name, options.wider) or weight.value.name in tables
+            is_wide = _is_among(name, options.wider) or weight.value.name in tables or weight.value.name in wide
             kept_in: Weights = "int8" if is_wide else options.weights
             why_not = _why_not(weight, options.group) if kept_in == "int4" else ""
             yield _Layer(node, name, x, weight, kept_in, why_not)
@@ -194,7 +206,7 @@ class _Rewriter:
         self.nodes: list[Node] = []
         self.made: dict[tuple[object, ...], tuple[Value, Value]] = {}
         self.parts: dict[tuple[object, ...], tuple[Value, Value, Value]] = {}
-        self.targets = {i.value.name: i.target for i in graph.inputs}
+        self.entries = {i.value.name: i for i in graph.inputs}
         self.constants: list[Input] = []
         self.builder = Builder(graph, Quantise.name)
 
@@ -218,7 +230,9 @@ class _Rewriter:
         bias = node.operands[0] if node.op == "aten.addmm.default" else None
         out = result if bias is None else self.builder.value(f"{result.name}_product", result.type)
         dtype = result.tensor.dtype
-        if layer.kept_in == "int4":
+        if layer.kept_in == "int4" and self.options.apart:
+            self.add(layer, INT4_LINEAR, (layer.x, *self.given(layer, "int4"), self.options.group, dtype), out)
+        elif layer.kept_in == "int4":
             packed, scales = self.int4(layer)
             self.add(layer, INT4_MM, (layer.x, packed, scales, self.options.group, dtype), out)
         else:
@@ -229,6 +243,9 @@ class _Rewriter:
     def int8_product(self, layer: _Layer, out: Value, dtype: DType) -> None:
         """A product with a weight in int8."""
         options, columns = self.options, layer.x.tensor.shape[1]
+        if options.apart:
+            self.add(layer, INT8_LINEAR, (layer.x, *self.given(layer, "int8"), WIDE_PARTS, dtype), out)
+            return
         is_rounded = options.activations == "int8" and not _is_among(layer.name, options.precise)
         has_rest = not isinstance(columns, int) or columns > options.outliers
         if not (is_rounded and options.outliers and has_rest):
@@ -258,7 +275,7 @@ class _Rewriter:
             columns = self.builder.value(f"{x.name}_outliers", TensorType(DType.i64, (self.options.outliers,)))
             rest = self.builder.value(f"{x.name}_rest", kind)
             kept = self.builder.value(f"{x.name}_kept", replace(kind, shape=(kind.shape[0], self.options.outliers)))
-            target = self.targets[layer.weight.value.name]
+            target = self.entries[layer.weight.value.name].target
             self.constants.append(Input(InputKind.constant, columns, outliers_of(target)))
             self.add(layer, _FILLED, (x, 1, columns, 0), rest)
             self.add(layer, _CHOSEN, (x, 1, columns), kept)
@@ -275,6 +292,9 @@ class _Rewriter:
     def look_up(self, layer: _Layer) -> None:
         """Rows of integers, and their scales, in the place of rows."""
         node, (result,) = layer.node, layer.node.results
+        if self.options.apart:
+            self.look_up_apart(layer)
+            return
         data, scale = self.weight(layer)
         rest, kind = node.args[2:], result.tensor
         rows = self.builder.value(f"{result.name}_i8", replace(kind, dtype=DType.i8))
@@ -289,30 +309,62 @@ class _Rewriter:
         if not is_wide:
             self.add(layer, CAST, (out,), result, dtype=kind.dtype)
 
+    def look_up_apart(self, layer: _Layer) -> None:
+        """Rows of numbers, by an op of integers and scales that ranks may have parts of."""
+        (result,) = layer.node.results
+        data, scale = self.given(layer, "int8")
+        is_wide = result.tensor.dtype is DType.f32
+        wide = replace(result.tensor, dtype=DType.f32)
+        out = result if is_wide else self.builder.value(f"{result.name}_wide", wide)
+        self.add(layer, INT8_EMBEDDING, (data, layer.x, scale), out)
+        if not is_wide:
+            self.add(layer, CAST, (out,), result, dtype=result.tensor.dtype)
+
+    def given(self, layer: _Layer, kept_in: Weights) -> tuple[Value, Value]:
+        """The integers and the scales of a weight as constants, cut as it is."""
+        value, stem = layer.weight.value, layer.weight.value.name
+        key = ("given", stem)
+        if key not in self.made:
+            is_turned = not (layer.weight.is_turned or layer.node.op == _EMBEDDING)
+            outputs, columns = value.tensor.shape[::-1] if is_turned else value.tensor.shape
+            if kept_in == "int8":
+                kinds = TensorType(DType.i8, (outputs, columns)), TensorType(DType.f32, (outputs, 1))
+                names, targets = ("i8", "scale"), int8_of(self.entries[stem].target)
+            else:
+                assert isinstance(columns, int), "groups divide it"
+                groups = columns // self.options.group
+                kinds = TensorType(DType.u8, (outputs, columns // 2)), TensorType(DType.bf16, (groups, outputs, 2))
+                names, targets = ("pairs", "scales"), integers_of(self.entries[stem].target)
+            found = tuple(self.builder.value(f"{stem}_{n}", k) for n, k in zip(names, kinds, strict=True))
+            cuts = integers_cut(self.entries[stem].cuts, is_turned=is_turned, in_int4=kept_in == "int4")
+            self.constants += [
+                Input(InputKind.constant, v, t, cuts=c) for v, t, c in zip(found, targets, cuts, strict=True)
+            ]
+            self.made[key] = found[0], found[1]
+        return self.made[key]
+
     def weight(self, layer: _Layer) -> tuple[Value, Value]:
         """A weight as rows of int8, one for each output."""
         return self.int8(layer, self.rows(layer), 1)
 
     def int4(self, layer: _Layer) -> tuple[Value, Value]:
         """A weight as int4, packed, and its scales; made once."""
-        value, group = self.rows(layer), self.options.group
-        key = (INT4, value.name)
-        if key not in self.made:
+        stem, group = layer.weight.value.name, self.options.group
+        key = (INT4, stem)
+        if key in self.made:
+            return self.made[key]
+        if self.options.calibrated:
+            pairs, scales = self.given(layer, "int4")
+            packed = self.builder.value(f"{stem}_i4", pairs.type)
+            self.add(layer, INT4_PACK, (pairs,), packed)
+        else:
+            value = self.rows(layer)
             outputs, columns = (int(d) for d in value.tensor.shape)
-            stem = layer.weight.value.name
             packed = self.builder.value(f"{stem}_i4", TensorType(DType.u8, (outputs, columns // 2)))
             scales = self.builder.value(f"{stem}_scales", TensorType(DType.bf16, (columns // group, outputs, 2)))
-            if self.options.calibrated:
-                pairs = self.builder.value(f"{stem}_pairs", packed.type)
-                targets = integers_of(self.targets[stem])
-                self.constants += [
-                    Input(InputKind.constant, v, t) for v, t in zip((pairs, scales), targets, strict=True)
-                ]
-                self.add(layer, INT4_PACK, (pairs,), packed)
-            else:
-                self.add(layer, INT4, (value, group), packed, scales)
-            self.made[key] = packed, scales
-        return self.made[key]
+            self.add(layer, INT4, (value, group), packed, scales)
+        self.made[key] = packed, scales
+        return packed, scales
 
     def int8(self, layer: _Layer, value: Value, parts: int) -> tuple[Value, Value]:
         """A matrix as rows of int8, and their scales; made once of what is the same in another shape."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from zgraph.engine.initialize import initialize_engine as initialize
     from zgraph.estimate.calibration import calibrate
     from zgraph.estimate.plan import plan, sweep
-    from zgraph.inference import infer, serving
+    from zgraph.inference import export_model, infer, serving
     from zgraph.optim.local_steps import local_steps
     from zgraph.options.lengths import Lengths
     from zgraph.options.searched import search_placements
@@ -40,6 +40,7 @@ __all__ = [
     "distill",
     "errors",
     "export_hf",
+    "export_model",
     "feedback",
     "gathered",
     "hf",
@@ -78,7 +79,7 @@ _HOMES = {
     "zgraph.engine.initialize": ("add_config_arguments", "init_distributed", "initialize", "initialize_engine"),
     "zgraph.estimate.calibration": ("calibrate",),
     "zgraph.estimate.plan": ("plan", "sweep"),
-    "zgraph.inference": ("infer", "serving"),
+    "zgraph.inference": ("export_model", "infer", "serving"),
     "zgraph.optim.local_steps": ("local_steps",),
     "zgraph.options.lengths": ("Lengths",),
     "zgraph.options.searched": ("search_placements",),

@@ -15,9 +15,10 @@ from zgraph.errors import QuantisationError, UsageError
 from zgraph.inference.calibration import rounded_integers
 from zgraph.inference.evaluation import as_integers, evaluate
 from zgraph.inference.model import seen_of
+from zgraph.inference.sensitivity import costliest, divergences
 from zgraph.inference.serving import _same
 from zgraph.inference.storage import FILE, load_quantised, save_quantised
-from zgraph.passes.quantise import integers_of
+from zgraph.passes.analysis.integers import integers_of
 
 WORDS = [f"w{n}" for n in range(64)]
 
@@ -217,3 +218,57 @@ def test_mistakes(command, tmp_path, monkeypatch, args, said):
     code, _, err = command(*args)
     assert code == 2
     assert said in err
+
+
+def test_a_folder_is_exported(command, saved, tmp_path):
+    plain, smaller = tmp_path / "plain.pt2", tmp_path / "smaller.pt2"
+    assert command("export-model", str(saved), "-o", str(plain), "--json")[0] == 0
+    code, out, _ = command("export-model", str(saved), "-o", str(smaller), "--weights", "int8")
+    assert code == 0
+    assert out == f"{smaller}: {smaller.stat().st_size:,} bytes, weights in int8\n"
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        wanted = small()(**given).logits
+    found = [torch.export.load(path).module()(**given)["logits"] for path in (plain, smaller)]
+    assert torch.allclose(found[0], wanted, atol=1e-5)
+    assert 1e-4 < (found[1] - wanted).norm() / wanted.norm() < 0.05
+    save_quantised(small(), tmp_path, weights="int8")
+    code, _, error = command("export-model", str(tmp_path), "-o", str(plain))
+    assert code == 2
+    assert "no tokenizer" in error
+
+
+def test_what_costs_most_stays_in_int8(tmp_path):
+    model, tokens = small(), torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(0))
+    kept = save_quantised(model, tmp_path, weights="int4", group=32, calibrate=tokens, wider=0.3)
+    wide = sorted(n for n, kind in kept.items() if kind == "int8" and "layers" in n)
+    every = rounded_integers(model, tokens, 32)
+    changes = {n: quantised.from_int4(*both, 32) - model.get_parameter(n) for n, both in every.items()}
+    costs = divergences(model, changes, tokens)
+    assert wide == sorted(costliest(costs, {n: c.numel() for n, c in changes.items()}, 0.3))
+    assert 0 < sum(changes[n].numel() for n in wide) <= 0.3 * sum(c.numel() for c in changes.values())
+    found, *_ = load_quantised(tmp_path)
+    inference = zgraph.infer(found, max_len=32, weights="int4", group=32)
+    own = zgraph.infer(model, max_len=32, weights="int4", group=32, calibrate=tokens, wider=0.3)
+    assert torch.allclose(inference.logits(tokens[:1, :8]), own.logits(tokens[:1, :8]), atol=1e-3)
+    assert inference.weights_bytes == own.weights_bytes
+    layers = evaluate(model, tokens.flatten(), weights="int4", group=32, window=32, calibrate=tokens, wider=0.3).layers
+    assert sorted(f"{x.name}.weight" for x in layers if x.kept_in == "int8" and "layers" in x.name) == wide
+    for wrong in ({"wider": 1.0}, {"wider": 0.1, "calibrate": None}, {"wider": 0.1, "weights": "int8"}):
+        with pytest.raises(UsageError, match="wider"):
+            zgraph.infer(model, **{"weights": "int4", "group": 32, "calibrate": tokens} | wrong)
+
+
+def test_a_divergence_is_that_of_the_changed_model():
+    model, tokens = small(), torch.randint(64, (4, 64), generator=torch.Generator().manual_seed(0))
+    name = "model.layers.0.mlp.down_proj.weight"
+    change = 1e-2 * torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(tokens).logits.log_softmax(-1)
+        found = divergences(model, {name: change}, tokens)[name]
+        model.get_parameter(name).add_(change)
+        after = model(tokens).logits.log_softmax(-1)
+    wanted = (before.exp() * (before - after)).sum(-1).mean().item()
+    assert wanted / 2 < found < 2 * wanted
+    assert all(p.grad is None for p in model.parameters())

@@ -50,6 +50,22 @@ def test_a_conversation(command, saved, monkeypatch):
     assert out.strip()
 
 
+def test_a_conversation_with_weights_that_a_text_calibrated(command, saved, monkeypatch, tmp_path):
+    from zgraph.inference import model
+
+    seen, real = [], model.rounded_integers
+    monkeypatch.setattr(model, "rounded_integers", lambda *given: seen.append(given[1]) or real(*given))
+    monkeypatch.setattr("rich.prompt.Prompt.ask", lambda *_, **__: "")
+    text = tmp_path / "text.txt"
+    text.write_text("abc " * 100)
+    options = "--max-len", "64", "--group", "32", "--calibrate", str(text)
+    assert command("chat", str(saved), "--weights", "int4", *options)[0] == 0
+    assert seen[0].shape == (1, 256)
+    code, _, error = command("chat", str(saved), *options)
+    assert code == 2
+    assert "calibrate=" in error
+
+
 def test_what_was_said_is_part_of_the_next_prompt():
     import torch
 

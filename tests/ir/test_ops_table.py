@@ -57,6 +57,9 @@ input %rows: f32[8, 6]<G0, V>
 input %others: f32[8, 3]<G0, V>
 input %columns: f32[6, 8]<G1, V>
 input %matrices: f32[2, 6, 3]<S0, V>
+input %table: i8[2, 6]<S0, V>
+input %scale: f32[2, 1]<S0, V>
+input %one: f32[4, 1]<R, V>
 """
 """Values along a model axis."""
 
@@ -92,6 +95,13 @@ AXIS_NODES = {
         '%a: f32[4, 6, 6]<P(sum), R> = part_embedding(%s, %i, axis="tensor")',
         '%a: f32[4, 6, 6]<P(sum), V> = part_embedding(%s, %i, axis="context")',
         '%a: f32[4, 6, 6]<P(sum), V> = part_embedding(%s, axis="tensor")',
+    ),
+    "part_int8_embedding": (
+        '%a: f32[4, 6, 6]<P(sum), V> = part_int8_embedding(%table, %i, %scale, axis="tensor")',
+        '%a: f32[4, 6, 6]<R, V> = part_int8_embedding(%table, %i, %scale, axis="tensor")',
+        '%a: f32[4, 6, 6]<P(sum), V> = part_int8_embedding(%table, %i, %one, axis="tensor")',
+        '%a: f32[4, 6, 6]<P(sum), V> = part_int8_embedding(%table, %i, axis="tensor")',
+        '%a: i8[4, 6, 6]<P(sum), V> = part_int8_embedding(%table, %i, %scale, axis="tensor")',
     ),
     "part_embedding_backward": (
         '%a: f32[5, 6]<S0, V> = part_embedding_backward(%h, %i, 5, -1, false, axis="tensor")',

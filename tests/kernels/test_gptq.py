@@ -5,7 +5,7 @@ import torch
 
 from tests.deep import DEEP
 from zgraph.codegen import quantised
-from zgraph.codegen.gptq import gptq
+from zgraph.codegen.gptq import _damped, _Fitting, gptq
 
 SEEDS = range(20 if DEEP else 4)
 
@@ -39,12 +39,33 @@ def test_the_error_on_its_text_is_less_than_that_of_the_nearest(seed, group):
 
 @pytest.mark.parametrize("group", quantised.GROUPS)
 def test_columns_that_do_not_go_together_are_rounded_to_the_nearest(group):
-    w = torch.randn(16, 2 * group)
-    moments = torch.diag(torch.rand(2 * group) + 0.1)
-    moments[3, 3] = 0
-    integers, scales = gptq(w, moments, group)
-    assert torch.equal(scales, quantised.nearest(w, group)[1])
-    assert torch.equal(whole(integers, scales, group), whole(*quantised.nearest(w, group), group))
+    w, weight = torch.randn(16, 2 * group), torch.rand(2 * group) + 0.1
+    weight[3] = 0
+    integers, scales = gptq(w, torch.diag(weight), group)
+    scale, middle = (part.t().float().repeat_interleave(group, 1) for part in scales.unbind(2))
+    assert torch.equal(integers, ((w - middle) / scale + 8).round().clamp(0, 15).int())
+    own, plain = (
+        ((whole(*q, group) - w).square() * weight).sum() for q in ((integers, scales), quantised.nearest(w, group))
+    )
+    assert own < plain
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_fitting_scales_and_integers_lessens_the_error(seed):
+    x, w = inputs(seed, 256, 128), torch.randn(16, 128, generator=torch.Generator().manual_seed(seed))
+    fitting = _Fitting(w, _damped(x.t() @ x), 32)
+    fitting.round_in_order()
+
+    def error() -> torch.Tensor:
+        change = (fitting.numbers() - w).double()
+        return ((change @ fitting.moments.double()) * change).sum(1)
+
+    before = first = error()
+    for step in (fitting.fit_scales, fitting.fit_integers, fitting.fit_scales, fitting.fit_integers):
+        step()
+        assert (error() <= before * (1 + 1e-4)).all()
+        before = error()
+    assert before.sum() < 0.98 * first.sum()
 
 
 def test_two_columns_are_as_good_as_any_pair_of_their_integers():

@@ -84,6 +84,25 @@ def test_rows_of_zeros_stay_zeros():
     assert quantised.int4_mm(torch.ones(1, 32), packed, scales, 32, torch.float32).abs().max() <= 1e-9
 
 
+def _pairs(w: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    integers, scales = quantised.nearest(w, group)
+    return quantised.in_pairs(integers), scales
+
+
+@pytest.mark.parametrize("num_rows", [1, 6, 8])
+def test_a_weight_of_one_column(num_rows):
+    x, w = torch.randn(num_rows, 1), torch.randn(16, 1)
+    made = torch.ops.zgraph.int8_linear(x, *quantised.to_int8(w, 1), 3, torch.float32)
+    assert torch.allclose(made, x @ w.t(), atol=1e-5)
+
+
+def test_a_product_with_what_is_not_packed_is_that_with_the_numbers():
+    x, w = torch.randn(3, 64), torch.randn(2 * quantised.ROWS, 64)
+    pairs, scales = _pairs(w, 32)
+    made = torch.ops.zgraph.int4_linear(x, pairs, scales, 32, torch.float32)
+    assert torch.allclose(made, x @ quantised.from_int4(pairs, scales, 32).t(), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("op", "args"),
     [
@@ -98,6 +117,18 @@ def test_rows_of_zeros_stay_zeros():
             ),
         ),
         ("pack_int4", (torch.randint(256, (16, 32), dtype=torch.uint8),)),
+        (
+            "int8_linear",
+            (torch.randn(3, 32), *quantised.to_int8(torch.randn(8, 32), 1), 3, torch.bfloat16),
+        ),
+        (
+            "int8_embedding",
+            (quantised.to_int8(torch.randn(8, 32), 1)[0], torch.tensor([[1, 7]]), torch.ones(8, 1)),
+        ),
+        (
+            "int4_linear",
+            (torch.randn(3, 64), *_pairs(torch.randn(16, 64), 32), 32, torch.bfloat16),
+        ),
         ("int4_mm", (torch.randn(3, 64), *quantised.to_int4(torch.randn(16, 64), 32), 32, torch.float32)),
     ],
 )

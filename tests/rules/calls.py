@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers.integrations.moe  # noqa: F401 - registers its ops
 
+from zgraph.codegen import library as _kernels  # noqa: F401 - registers the ops
 from zgraph.ir import allow_namespace
 
 allow_namespace("transformers")
@@ -256,6 +257,21 @@ def _rows(r: random.Random, s: list[int], bt: list[int], m: int, k: int) -> dict
 
     return {
         "aten.embedding.default": lambda: (x(8, k), ints(8, *bt)),
+        "zgraph.int8_embedding.default": lambda: (
+            *(torch.randint(-127, 128, (8, k), dtype=torch.int8), ints(8, *bt), torch.rand(8, 1)),
+        ),
+        "zgraph.int8_linear.default": lambda: (
+            *(x(m, k), torch.randint(-127, 128, (12, k), dtype=torch.int8), torch.rand(12, 1), 3, F),
+        ),
+        "zgraph.int4_linear.default": lambda: (
+            *(
+                x(m, 32 * k),
+                torch.randint(256, (12, 16 * k), dtype=torch.uint8),
+                torch.rand(k, 12, 2).bfloat16(),
+                32,
+                F,
+            ),
+        ),
         "aten.embedding_dense_backward.default": lambda: (
             *(x(*bt, k), ints(8, *bt), 8, r.choice((-1, 3)), r.random() < 0.3),
         ),

@@ -23,6 +23,7 @@ from transformers import (
 
 import small
 import zgraph
+from tests.deep import DEEP
 from zgraph.distillation.model import divergence
 from zgraph.errors import UsageError
 
@@ -73,6 +74,40 @@ def test_losses_are_those_of_a_plain_loop(kind: str, logits: str) -> None:
     assert all(torch.equal(kept[name], value) for name, value in teacher.state_dict().items())
     assert not model.teacher.training
     assert all(p.grad is None for p in model.teacher.parameters())
+
+
+def test_a_student_learns_from_what_it_generates() -> None:
+    """Rounds of (the student generates, the teacher scores, the student learns) are those of a plain loop."""
+    student, teacher = models()
+    plain = copy.deepcopy(student)
+    model = zgraph.distill(student, teacher, loss="reverse_kl", temperature=2.0, alpha=0.3)
+    ours = torch.optim.AdamW(model.student.parameters(), lr=1e-2)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    seen, captured = [], []
+    for step in range(20 if DEEP else 3):
+        prompts = batch(step, student.config.vocab_size)["input_ids"][:, :6]
+        with zgraph.serving(model, part="student", max_batch=2, max_len=12) as inference:
+            answers = inference.generate(prompts, max_new_tokens=6, eos_token_id=[], pad_token_id=0)
+        mask = torch.ones_like(prompts)
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        assert torch.equal(answers, plain.generate(prompts, attention_mask=mask, **options))
+        labels = answers.clone()
+        labels[:, : prompts.shape[1]] = -100
+        given = {"input_ids": answers, "labels": labels}
+        loss, wanted = model(**given).loss, plain_loss(plain, teacher_of(model), given, "reverse_kl")
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+        for made, optimizer in ((loss, ours), (wanted, theirs)):
+            made.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append(loss.item())
+        captured.append((len(inference.programs.all), len(zgraph.report(model).entries)))
+    assert len(set(captured)) == 1
+    assert len(set(seen)) == len(seen)
+    with pytest.raises(UsageError, match="no module 'pupil'"), zgraph.serving(model, part="pupil"):
+        pass
+    with pytest.raises(UsageError, match="part='student'"), zgraph.serving(model, part="student"):
+        pass
 
 
 def teacher_of(model: Any) -> nn.Module:

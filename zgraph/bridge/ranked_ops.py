@@ -26,6 +26,15 @@ def embedding(rank: int, num_ranks: int, table: torch.Tensor, index: torch.Tenso
     return torch.embedding(table, own).masked_fill_(~is_own.unsqueeze(-1), 0)
 
 
+def int8_embedding(
+    rank: int, num_ranks: int, table: torch.Tensor, index: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """The same of a table in int8 [V / N, D] with scales [V / N, 1], in fp32."""
+    own, is_own = _own(index, rank, num_ranks, len(table), None)
+    made = torch.embedding(table, own).float() * torch.embedding(scale, own)
+    return made.masked_fill_(~is_own.unsqueeze(-1), 0)
+
+
 def embedding_backward(
     rank: int,
     num_ranks: int,
@@ -138,6 +147,7 @@ def _own(
 
 _RUNS: Mapping[str, Run] = {
     "part_embedding": embedding,
+    "part_int8_embedding": int8_embedding,
     "part_embedding_backward": embedding_backward,
     "part_nll_loss": nll_loss,
     "part_nll_loss_backward": nll_loss_backward,

@@ -28,7 +28,13 @@ Calibrate = Annotated[
         "--calibrate", help="A text in UTF-8 that int4 is rounded to suit (GPTQ), or that int8 activations are seen on."
     ),
 ]
-NUM_CALIBRATED = 2048
+Wider = Annotated[
+    float, typer.Option(min=0, max=0.99, help="The share of weights in int4 that stay in int8: those that cost most.")
+]
+EXAMPLE = 8
+"""Tokens of the rows that a model is exported with."""
+
+NUM_CALIBRATED = 8192
 """Tokens of a text that models are calibrated with."""
 
 
@@ -39,6 +45,7 @@ def quantise(
     weights: Weights = "int8",
     group: Group = 64,
     calibrate: Calibrate = None,
+    wider: Wider = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Write a model with its weights in int8 or int4, as safetensors.
@@ -55,7 +62,7 @@ def quantise(
         shown.add_task("rounding its weights")
         with writing(output):
             seen = calibration(tokenizer, calibrate)
-            kept = save_quantised(found, Path(output), weights=weights, group=group, calibrate=seen)
+            kept = save_quantised(found, Path(output), weights=weights, group=group, calibrate=seen, wider=wider)
             tokenizer.save_pretrained(output)
     after = (Path(output) / FILE).stat().st_size
     counts = Counter(kept.values())
@@ -81,6 +88,7 @@ def evaluation(
     ] = "",
     group: Group = 64,
     calibrate: Calibrate = None,
+    wider: Wider = 0.0,
     window: Annotated[int, typer.Option(min=2, help="Tokens that are scored together.")] = 256,
     max_windows: Annotated[int, typer.Option(min=1, help="Windows of the text that are scored at most.")] = 64,
     as_json: AsJson = False,
@@ -107,6 +115,7 @@ def evaluation(
             kv=kv or None,
             group=group,
             calibrate=calibration(tokenizer, calibrate),
+            wider=wider,
             window=window,
             max_windows=max_windows,
         )
@@ -124,6 +133,43 @@ def evaluation(
     for layer in result.layers[:NUM_WORST]:
         table.add_row(escape(layer.name), layer.kept_in, f"{layer.error:.4f}")
     out.print(table)
+
+
+@app.command("export-model")
+def export_model(
+    model: Model,
+    output: Annotated[str, typer.Option("--output", "-o", help="The file to write, .onnx or .pt2.")],
+    weights: Annotated[str, typer.Option(help="int8; as they are without.", autocompletion=any_of("int8"))] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Write a model's forward for other runtimes: ONNX, or a program of torch.export. It takes rows of any length.
+
+    Example: `zgraph export-model SmolLM2-135M -o smollm2.onnx`
+    """
+    import torch
+
+    from zgraph.inference.exporting import export_model as written
+
+    if weights:
+        one_of("--weights", weights, ("int8",))
+    with progress() as shown:
+        shown.add_task(f"reading {model}")
+        found, _, kept_in = loaded(model)
+        if kept_in is not None and weights and weights != kept_in[0]:
+            raise UsageError(f"{model} has weights in {kept_in[0]}; leave --weights out")
+        is_int8 = "int8" in (weights, kept_in[0] if kept_in is not None else "")
+        ids = torch.arange(2 * EXAMPLE).view(2, EXAMPLE) % found.config.vocab_size
+        shown.add_task(f"writing {output}")
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        dynamic = dict.fromkeys(inputs, (0, 1))
+        with writing(output):
+            written(found, inputs, output, dynamic=dynamic, weights="int8" if is_int8 else None)
+    files = [file for file in (Path(output), Path(f"{output}.data")) if file.is_file()]
+    num_bytes, kind = sum(file.stat().st_size for file in files), "int8" if is_int8 else "fp32"
+    if as_json:
+        print_json({"file": output, "bytes": num_bytes, "weights": kind})
+        return
+    console().print(f"{output}: {num_bytes:,} bytes, weights in {kind}", highlight=False)
 
 
 def calibration(tokenizer: Any, path: Path | None) -> Any:

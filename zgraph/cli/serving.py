@@ -13,7 +13,7 @@ from rich.text import Text
 
 from zgraph.cli.app import app, console, errors, one_of, progress
 from zgraph.cli.completion import any_of
-from zgraph.cli.quantising import ACTIVATIONS, WEIGHTS, loaded
+from zgraph.cli.quantising import ACTIVATIONS, WEIGHTS, Calibrate, calibration, loaded
 from zgraph.cli.terminal import printable
 from zgraph.errors import UsageError
 
@@ -42,6 +42,7 @@ def serve(
     activations: Activations = "",
     kv: KV = "",
     group: Group = 64,
+    calibrate: Calibrate = None,
 ) -> None:
     """Answer by OpenAI's protocol over HTTP, many requests in each step.
 
@@ -59,7 +60,7 @@ def serve(
     listening = bound(host, port)
     with progress() as shown:
         shown.add_task(f"reading and capturing {model}")
-        generator, tokenizer = _generator(model, max_batch, max_len, weights, activations, kv, group)
+        generator, tokenizer = _generator(model, max_batch, max_len, weights, activations, kv, group, calibrate)
     called = name or Path(model).resolve().name
     server = Server(
         Worker(generator, max_waiting), Words(tokenizer), called, Limits(max_body, grace_seconds=grace), hosts_of(host)
@@ -83,6 +84,7 @@ def chat(
     activations: Activations = "",
     kv: KV = "",
     group: Group = 64,
+    calibrate: Calibrate = None,
 ) -> None:
     """Talk with a model in the terminal; an empty line or the end of the input ends it.
 
@@ -95,7 +97,7 @@ def chat(
 
     with progress() as shown:
         shown.add_task(f"reading and capturing {model}")
-        generator, tokenizer = _generator(model, 1, max_len, weights, activations, kv, group)
+        generator, tokenizer = _generator(model, 1, max_len, weights, activations, kv, group, calibrate)
     sampling = Sampling(True, temperature, top_p=top_p) if temperature else Sampling()
     talk, out = Talk(generator, Words(tokenizer), sampling, seed, system), console()
     while True:
@@ -126,7 +128,14 @@ def _check(weights: str, activations: str, kv: str) -> None:
 
 
 def _generator(
-    folder: str, max_batch: int, max_len: int | None, weights: str, activations: str, kv: str, group: int
+    folder: str,
+    max_batch: int,
+    max_len: int | None,
+    weights: str,
+    activations: str,
+    kv: str,
+    group: int,
+    calibrate: Path | None,
 ) -> tuple[Any, Any]:
     """The model of a folder for inference, and its tokenizer."""
     from zgraph.inference import Generator, infer
@@ -135,6 +144,8 @@ def _generator(
     if kept_in is not None:
         if weights and weights != kept_in[0]:
             raise UsageError(f"{folder} has weights in {kept_in[0]}; leave --weights out")
+        if calibrate is not None and kept_in[0] == "int4":
+            raise UsageError(f"{folder} has weights in int4 already; leave --calibrate out")
         weights, group = kept_in
     found = infer(
         model,
@@ -144,6 +155,7 @@ def _generator(
         activations=activations or None,
         kv=kv or None,
         group=group,
+        calibrate=calibration(tokenizer, calibrate),
     )
     if not isinstance(found, Generator):
         found.generate()

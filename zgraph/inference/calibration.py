@@ -8,7 +8,7 @@ the steps of int8 to all others. These columns are multiplied apart from the res
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from zgraph.codegen import quantised
 from zgraph.codegen.gptq import gptq
 from zgraph.errors import QuantisationError, UsageError, ZgraphError
 from zgraph.inference.layers import check_group, kept_in, linear_layers, rows_of, watched
+from zgraph.inference.sensitivity import costliest, divergences
 
 OUTLIERS = 16
 """Columns of each layer's activations that are kept."""
@@ -65,7 +66,7 @@ def outlier_columns(
 
 @torch.no_grad()
 def rounded_integers(
-    model: nn.Module, calibrate: torch.Tensor | Mapping[str, torch.Tensor], group: int
+    model: nn.Module, calibrate: torch.Tensor | Mapping[str, torch.Tensor], group: int, wider: float = 0.0
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The int4 of each linear layer by GPTQ, when the text reaches it: each makes up for the errors of those before it.
 
@@ -73,6 +74,7 @@ def rounded_integers(
         model: is called once, in eval mode, and not changed.
         calibrate: what with.
         group: columns that share a scale.
+        wider: share of these weights that stay in int8: those that cost most, as `zgraph.inference.sensitivity` has it.
 
     Returns:
         Integers, two in a byte, uint8 [outputs, columns / 2], and scales, bf16 [columns / group, outputs, 2], by the
@@ -107,13 +109,63 @@ def rounded_integers(
             found[weight] = quantised.in_pairs(integers), scales
         return wide @ quantised.from_int4(*found[weight], group).t()
 
-    call(model, calibrate, see)
+    call(model, calibrate, see, makes_logits=False)
+    if wider:
+        for name in _costliest(model, calibrate, found, group, wider):
+            del found[name]
     return found
 
 
-def call(model: nn.Module, calibrate: Calibrate, hook: Any) -> None:
-    """Call a model in eval mode, and have a hook told of what its linear layers are given. Raises UsageError."""
+def _costliest(
+    model: nn.Module,
+    calibrate: Calibrate,
+    integers: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    group: int,
+    share: float,
+) -> list[str]:
+    """The weights that int4 costs most."""
+    if isinstance(calibrate, Mapping):
+        raise UsageError("wider= looks at the loss of tokens: pass these as calibrate=")
+    layers = {
+        n: layer for layer in linear_layers(model).values() for n, p in model.named_parameters() if p is layer.weight
+    }
+    changes = {n: quantised.from_int4(*both, group) - rows_of(layers[n]).float() for n, both in integers.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        costs = divergences(model, changes, _inputs(model, calibrate)["input_ids"])
+    finally:
+        model.train(was_training)
+    return costliest(costs, {n: change.numel() for n, change in changes.items()}, share)
+
+
+def left_wide(model: nn.Module, integers: Collection[str]) -> tuple[str, ...]:
+    """The layers that stay in int8 beside those that always do, where only these weights are in int4.
+
+    Args:
+        model: whose layers they are.
+        integers: names of weights.
+    """
+    kinds, names = kept_in(model, "int4"), {id(p): n for n, p in model.named_parameters()}
+    layers = linear_layers(model)
+    return tuple(n for n, kind in kinds.items() if kind == "int4" and names[id(layers[n].weight)] not in integers)
+
+
+def call(model: nn.Module, calibrate: Calibrate, hook: Any, *, makes_logits: bool = True) -> None:
+    """Call a model in eval mode, and have a hook told of what its linear layers are given.
+
+    Args:
+        model: whose layers they are.
+        calibrate: what it is called with.
+        hook: told, as of `zgraph.inference.layers.watched`.
+        makes_logits: whether those of all tokens are wanted, which take the most memory.
+
+    Raises:
+        UsageError: the model cannot be called so.
+    """
     given = _inputs(model, calibrate)
+    if not makes_logits and not isinstance(calibrate, Mapping):
+        given |= {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     was_training = model.training
     model.eval()
     try:

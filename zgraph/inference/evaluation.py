@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -17,11 +17,11 @@ from zgraph.codegen import quantised
 from zgraph.errors import UsageError
 from zgraph.inference.calibration import Calibrate
 from zgraph.inference.layers import kept_in, rows_of, watched
-from zgraph.inference.model import check_kv, is_calibrated, recipe_of, seen_of
+from zgraph.inference.model import check_kv, check_wider, is_calibrated, layers_left_wide, recipe_of, seen_of
 from zgraph.inference.programs import Programs
 from zgraph.inference.slots import restored, rounded
 from zgraph.passes import parse_recipe
-from zgraph.passes.quantise import integers_of
+from zgraph.passes.analysis.integers import integers_of
 
 WINDOW = 256
 """Tokens that are scored together: each but the first is predicted from those before it in its window."""
@@ -77,13 +77,14 @@ def evaluate(
     max_windows: int | None = None,
     kv: str | None = None,
     calibrate: Calibrate = None,
+    wider: float = 0.0,
 ) -> Evaluation:
     """Score a text with a model's weights as they are, and in integers.
 
     Args:
         model: a causal language model of transformers. Its mode is put back.
         tokens: int64 [tokens], the text; what does not fill a window is left out.
-        weights, activations, group, kv, calibrate: as of `zgraph.infer`.
+        weights, activations, group, kv, calibrate, wider: as of `zgraph.infer`.
         window: tokens that are scored together.
         max_windows: how many are at most; None takes all.
 
@@ -94,15 +95,19 @@ def evaluate(
     windows = tokens[: len(tokens) // window * window].view(-1, window)[:max_windows]
     if not len(windows) or window < 2:
         raise UsageError(f"the text has {len(tokens)} tokens, and a window {window}; take a longer text")
-    recipe = recipe_of(weights, activations, group, is_calibrated=is_calibrated(model, calibrate, group))
+    recipe_of(weights, activations, group)  # which checks them
+    calibrates = is_calibrated(model, calibrate, group) and weights == "int4"
     check_kv(kv)
+    check_wider(wider, weights, calibrate)
     was_training = model.training
     model.eval()
     try:
         before, before_bytes = _perplexity(model, windows, recipe_of(None, None, group))
-        beside = seen_of(model, weights, activations, group, calibrate)
+        beside = seen_of(model, weights, activations, group, calibrate, wider)
+        wide = layers_left_wide(model, calibrates, beside)
+        recipe = recipe_of(weights, activations, group, is_calibrated=calibrates, left_wide=wide)
         after, after_bytes = _perplexity(model, windows, recipe, kv, beside)
-        layers = _layer_errors(model, windows[:1], weights, group, beside) if weights else ()
+        layers = _layer_errors(model, windows[:1], weights, group, beside, wide) if weights else ()
     finally:
         model.train(was_training)
     return Evaluation(windows.numel() - len(windows), before, after, before_bytes, after_bytes, layers)
@@ -179,10 +184,15 @@ class _Seen:
 
 @torch.no_grad()
 def _layer_errors(
-    model: nn.Module, windows: torch.Tensor, weights: str, group: int, beside: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    windows: torch.Tensor,
+    weights: str,
+    group: int,
+    beside: Mapping[str, torch.Tensor],
+    wide: Collection[str],
 ) -> tuple[LayerError, ...]:
     """The error that each linear layer makes of what it is given in the plain model."""
-    kinds, seen = kept_in(model, weights), dict[str, _Seen]()
+    kinds, seen = kept_in(model, weights) | dict.fromkeys(wide, "int8"), dict[str, _Seen]()
     names = {id(p): n for n, p in model.named_parameters()}
 
     def see(name: str, layer: Any, x: torch.Tensor) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.bridge.private_inductor import inductor_problem
 from zgraph.errors import UsageError
-from zgraph.inference.calibration import OUTLIERS, Calibrate, outlier_columns, rounded_integers
+from zgraph.inference.apart import integers_apart
+from zgraph.inference.calibration import OUTLIERS, Calibrate, left_wide, outlier_columns, rounded_integers
 from zgraph.inference.calls import Calls
 from zgraph.inference.decoder import Step, check_max_len, decoder_step, kept_in
 from zgraph.inference.forwards import Inference
@@ -24,7 +27,8 @@ from zgraph.options.model_plans import Placements
 from zgraph.options.parallel import AXIS, cuts_of, mesh_of
 from zgraph.options.validate import ATTRIBUTE, CudaGraphs, RegionCalls, check_cuda_graphs, check_region_calls
 from zgraph.passes import parse_recipe
-from zgraph.passes.quantise import GROUPS, integers_of, outliers_of
+from zgraph.passes.analysis.integers import integers_of, outliers_of
+from zgraph.passes.quantise import GROUPS, Quantise
 from zgraph.runtime.decisions import alone, deciding
 
 RECIPE = "canonicalize,grouped-heads,dce,in-place"
@@ -37,12 +41,20 @@ WEIGHTS, ACTIVATIONS, KERNELS = ("int8", "int4"), ("int8",), ("aten", "inductor"
 """Values of options beside None."""
 
 
-def recipe_of(weights: str | None, activations: str | None, group: int, *, is_calibrated: bool = False) -> str:
+def recipe_of(
+    weights: str | None,
+    activations: str | None,
+    group: int,
+    *,
+    is_calibrated: bool = False,
+    left_wide: Sequence[str] = (),
+) -> str:
     """The passes for a model whose weights are kept so.
 
     Args:
         weights, activations, group: as of `infer`.
         is_calibrated: whether integers of int4 are there already, as `is_calibrated` says.
+        left_wide: layers that int4 leaves in int8, beside those that it always does.
 
     Raises:
         UsageError: the options mean nothing, alone or together.
@@ -61,6 +73,7 @@ def recipe_of(weights: str | None, activations: str | None, group: int, *, is_ca
         "activations": activations,
         "group": group if weights == "int4" else None,
         "outliers": OUTLIERS if activations is not None else None,
+        "wider": "+".join((Quantise.wider, *left_wide)) if left_wide else None,
         "calibrated": "true" if weights == "int4" and is_calibrated else None,
     }
     text = ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
@@ -73,7 +86,12 @@ def is_calibrated(model: nn.Module, calibrate: Calibrate, group: int) -> bool:
 
 
 def seen_of(
-    model: nn.Module, weights: str | None, activations: str | None, group: int, calibrate: Calibrate
+    model: nn.Module,
+    weights: str | None,
+    activations: str | None,
+    group: int,
+    calibrate: Calibrate,
+    wider: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """The constants that the passes need of what a model's layers are given, by their targets in graphs.
 
@@ -86,13 +104,28 @@ def seen_of(
     if calibrate is None:
         integers = stored_integers(model, group) if weights == "int4" and is_stored(model, group) else {}
     elif weights == "int4":
-        integers = rounded_integers(model, calibrate, group)
+        integers = rounded_integers(model, calibrate, group, wider)
     else:
         raise UsageError(
             'calibrate= rounds weights="int4", and shows where activations="int8" has outliers; leave it out, or pass '
             "one of these too"
         )
     return {t: v for weight, both in integers.items() for t, v in zip(integers_of(weight), both, strict=True)}
+
+
+def layers_left_wide(model: nn.Module, calibrates: bool, beside: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """The layers that int4 leaves in int8 as their integers are not among those that are there."""
+    if not calibrates:
+        return ()
+    return left_wide(model, {name for name, _ in model.named_parameters() if integers_of(name)[0] in beside})
+
+
+def check_wider(wider: float, weights: str | None, calibrate: Calibrate) -> None:
+    """Refuse a share that means nothing. Raises UsageError."""
+    if isinstance(wider, bool) or not isinstance(wider, int | float) or not 0 <= wider < 1:
+        raise UsageError(f"wider is a share of the weights, from 0 to less than 1, not {wider!r}")
+    if wider and (weights != "int4" or calibrate is None):
+        raise UsageError('wider= keeps what costs most of weights="int4", as calibrate= shows: pass both')
 
 
 def check_kv(kv: str | None) -> None:
@@ -117,6 +150,7 @@ def infer(
     cuda_graphs: CudaGraphs = False,
     regions: RegionCalls = "python",
     calibrate: Calibrate = None,
+    wider: float = 0.0,
 ) -> Inference:
     """A model for inference: its prefill and decode captured and linked, to run over a cache with fixed places.
 
@@ -139,6 +173,8 @@ def infer(
         calibrate: what the model is called with once: tokens of a text, int64 [tokens] or [rows, tokens], or all inputs
             of its forward by name. Weights in int4 are rounded by GPTQ then; None rounds to the nearest. Activations in
             int8 keep the columns that are largest in it; None takes tokens drawn from the vocabulary.
+        wider: share of the weights in int4 that stay in int8: those whose rounding moves the model's distribution most
+            for their size, as `calibrate` shows.
         kv: "int8" keeps keys and values in int8, with a scale for each head of each token. Approximate.
         group: columns that share a scale in int4: 32, 64 or 128.
         kernels: what runs the ops: "aten", torch's own; or "inductor", those between writes compiled together.
@@ -167,12 +203,12 @@ def infer(
         if kernels not in KERNELS:
             raise UsageError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
         check_kv(kv)
+        check_wider(wider, weights, calibrate)
         check_cuda_graphs(cuda_graphs, True, device)
         check_region_calls(regions, kernels, device)
         records = cuda_graphs if device.type == "cuda" else False
-        pipeline = parse_recipe(
-            recipe_of(weights, activations, group, is_calibrated=is_calibrated(model, calibrate, group))
-        )
+        calibrates = is_calibrated(model, calibrate, group) and weights == "int4"
+        recipe_of(weights, activations, group)  # which checks them
         if kernels == "inductor" and (problem := inductor_problem(device)):
             raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
         meet("mesh", f"tensor_parallel={tensor_parallel}")
@@ -182,14 +218,21 @@ def infer(
         if mesh is not None:
             if max_source is not None:
                 raise UsageError("tensor_parallel= is for decoders; leave it or max_source= out")
-            if weights is not None or kv is not None or kernels != "aten" or calibrate is not None:
+            if activations is not None or kernels != "aten":
                 raise UsageError(
-                    'tensor_parallel= is for weights, keys and values as they are, and kernels="aten": leave weights=, '
-                    "kv=, calibrate= and kernels= out"
+                    'tensor_parallel= is for activations as they are, and kernels="aten": leave activations= and '
+                    "kernels= out"
                 )
+            if calibrate is not None and weights != "int4":
+                raise UsageError('calibrate= rounds weights="int4"; leave it out, or pass that too')
+            if wider:
+                raise UsageError("wider= is for one rank; leave it or tensor_parallel= out")
     if mesh is not None:
-        return _parallel(model, mesh, placements, max_batch or 1, max_len, records)
-    compiles, beside = kernels == "inductor", seen_of(model, weights, activations, group, calibrate)
+        kept = Kept(weights, group, kv, calibrate)
+        return _parallel(model, mesh, placements, max_batch or 1, max_len, records, kept)
+    compiles, beside = kernels == "inductor", seen_of(model, weights, activations, group, calibrate, wider)
+    wide = layers_left_wide(model, calibrates, beside)
+    pipeline = parse_recipe(recipe_of(weights, activations, group, is_calibrated=calibrates, left_wide=wide))
     programs = Programs(
         model, pipeline, device, compiles=compiles, cuda_graphs=records, region_calls=regions, beside=beside
     )
@@ -222,6 +265,22 @@ def infer(
         model.train(was_training)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Dtypes of weights, keys and values in memory, as of `infer`."""
+
+    weights: str | None
+    group: int
+    kv: str | None
+    calibrate: Calibrate
+
+
+def _apart(kept: Kept) -> str:
+    """The pass for weights in integers of which ranks have parts."""
+    group = f", group={kept.group}" if kept.weights == "int4" else ""
+    return f"quantise(weights={kept.weights}{group}, apart=true)"
+
+
 def _parallel(
     model: nn.Module,
     mesh: DeviceMesh,
@@ -229,6 +288,7 @@ def _parallel(
     max_batch: int,
     max_len: int | None,
     cuda_graphs: CudaGraphs,
+    kept: Kept,
 ) -> Inference:
     """A model that the ranks of a mesh compute together."""
     kind, num_ranks = type(model).__name__, mesh.size(0)
@@ -243,12 +303,24 @@ def _parallel(
             step = _why_not(model) or decoder_step(model, check_max_len(model, max_len))
             if isinstance(step, str):
                 raise UsageError(f"{kind} cannot generate over several ranks: {step}")
+            step = kept_in(step, kept.kv)
             shapes = [shape.part(num_ranks) for shape in step.shapes]
             names = [f"cache.{number}.{what}" for number, shape in enumerate(shapes) for what in shape.tensors(0, 0)]
-            cuts = {**cuts_of(model, placements, num_ranks, 1), **dict.fromkeys(names, ((AXIS, Shard(1)),))}
-        device = next(model.parameters()).device
+            cuts = {**cuts_of(model, placements, num_ranks, mesh.size(-1)), **dict.fromkeys(names, ((AXIS, Shard(1)),))}
+        device, recipe, beside = next(model.parameters()).device, PARALLEL, dict[str, torch.Tensor]()
+        if kept.weights is not None:
+            recipe = recipe.replace("canonicalize,", f"canonicalize,{_apart(kept)},")
+            beside, where = integers_apart(model, kept.weights, kept.group, kept.calibrate, cuts, num_ranks)
+            cuts |= where
         programs = Programs(
-            model, parse_recipe(PARALLEL), device, compiles=False, cuda_graphs=cuda_graphs, mesh=mesh, cuts=cuts
+            model,
+            parse_recipe(recipe),
+            device,
+            compiles=False,
+            cuda_graphs=cuda_graphs,
+            mesh=mesh,
+            cuts=cuts,
+            beside=beside,
         )
         arena = Arena(shapes, max_batch, step.max_len + 1, device)
         return Generator(model, Calls(model, step, programs, arena, max_batch))

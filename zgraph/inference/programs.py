@@ -27,10 +27,10 @@ from zgraph.ir import Graph, Input, InputKind, OutputKind, Placement, Plan, prin
 from zgraph.ir.aliases import Memory
 from zgraph.options.validate import CudaGraphs, RegionCalls
 from zgraph.passes import Context, Pipeline, make_plan
+from zgraph.passes.analysis.integers import int8_of, integers_of
 from zgraph.passes.core.instruments import Verify
 from zgraph.passes.place import cut_inputs
 from zgraph.passes.plan.fixed import only, split_fixed
-from zgraph.passes.quantise import integers_of
 from zgraph.runtime import HostMemory, Session, ShardStore
 from zgraph.runtime.agreement import plan_text, wire_of
 from zgraph.runtime.executor import Runner, link
@@ -88,7 +88,7 @@ class Programs:
         region_calls: what calls what Inductor compiles, as `regions` of `zgraph.compile`.
         mesh: the ranks that compute together; None for one rank.
         cuts: of parameters, and of inputs of calls, over these ranks.
-        beside: constants that the passes put into graphs, by their targets.
+        beside: constants that the passes put into graphs, whole, by their targets.
 
     Attributes:
         settled: parameters whose integers are among these: they are not made anew.
@@ -112,12 +112,12 @@ class Programs:
         self.pipeline, self.device = pipeline, device
         self.cuda_graphs, self.region_calls = cuda_graphs, region_calls
         self.recordings: list[Recordings] = []
-        self.beside = {name: tensor.to(device) for name, tensor in beside.items()}
-        self.settled = {name for name, _ in model.named_parameters() if integers_of(name)[0] in beside}
+        self.settled = {n for n, _ in model.named_parameters() if {integers_of(n)[0], int8_of(n)[0]} & beside.keys()}
         group = whole_group(mesh) if mesh is not None else None
         store = ShardStore(nn.Module(), mesh, group, {}, 0, None, device, {}, HostMemory(device), nn.Parameter, cuts)
         self.session = Session(store, group, unique_name(group) if group is not None else "inference")
         self.ranks = store.ranks
+        self.beside = {name: self.ranks.part(name, tensor).to(device) for name, tensor in beside.items()}
         self._parts: dict[str, torch.Tensor] = {}
         self._sizes: dict[int, int] = {}
         self._is_there = True
@@ -193,7 +193,7 @@ class Programs:
 
         Raises:
             PeerError: a rank that computes with this one failed before, or is gone.
-            UsageError: the memory was given back, or a weight was written to whose int4 was calibrated.
+            UsageError: the memory was given back, or a weight was written to whose integers were made before.
         """
         if not self._is_there:
             raise UsageError("this model serves within `with zgraph.serving(...)` alone: its memory was given back")
@@ -204,7 +204,7 @@ class Programs:
         changed = {name for name, version in versions.items() if self._versions[name] != version}
         if settled := sorted(changed & self.settled):
             raise UsageError(
-                f"{settled[0]} was written to, but its int4 was calibrated with what it was before; pass the model to "
+                f"{settled[0]} was written to, but its integers were made of what it was before; pass the model to "
                 "zgraph.infer again"
             )
         self._versions |= versions

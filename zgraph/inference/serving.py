@@ -24,11 +24,13 @@ class _Served:
     Args:
         session: of the compiled model.
         plain: the copy, with whole parameters that hold no values.
+        part: the name of the module in it that generates; empty for all of it.
         options: of `zgraph.infer`.
     """
 
-    def __init__(self, session: Session, plain: nn.Module, options: dict[str, Any]) -> None:
-        self.session, self.plain, self.options = session, plain, options
+    def __init__(self, session: Session, plain: nn.Module, part: str, options: dict[str, Any]) -> None:
+        self.session, self.part, self.options = session, part, options
+        plain = self.plain = plain.get_submodule(part)
         parameters = dict(plain.named_parameters())
         with torch.no_grad():
             for name, whole in self._wholes():
@@ -45,7 +47,7 @@ class _Served:
         self.generator.calls.arena.resize(is_there=True)
         own = dict(self.plain.named_buffers())
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
+            for name, buffer in model.get_submodule(self.part).named_buffers():
                 if name in own:
                     own[name].copy_(buffer)
         self.generator.programs.load(self._wholes())
@@ -57,11 +59,13 @@ class _Served:
         self.generator.calls.arena.resize(is_there=False)
 
     def _wholes(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each parameter, gathered from its shards. All ranks meet in it."""
+        """Each parameter of the part, gathered from its shards. All ranks meet in it."""
         self.session.begin_call()
+        prefix = f"{self.part}." if self.part else ""
         try:
             for slot in self.session.store.slots.values():
-                yield slot.name, full(self.session, slot)
+                if slot.name.startswith(prefix):
+                    yield slot.name.removeprefix(prefix), full(self.session, slot)
         except BaseException as error:
             self.session.fail(error)
             raise
@@ -81,7 +85,7 @@ _SERVED: weakref.WeakKeyDictionary[nn.Module, _Served] = weakref.WeakKeyDictiona
 
 
 @contextmanager
-def serving(model: nn.Module, **options: Any) -> Iterator[Generator]:
+def serving(model: nn.Module, *, part: str = "", **options: Any) -> Iterator[Generator]:
     """Generate with a model that is compiled for training, within a training loop.
 
         with zgraph.serving(model, max_batch=8, max_len=256) as inference:
@@ -93,30 +97,38 @@ def serving(model: nn.Module, **options: Any) -> Iterator[Generator]:
 
     Args:
         model: a causal language model of transformers, compiled by `zgraph.compile` at any stage.
+        part: the name of the module in it that generates, "student" of what `zgraph.distill` gives; empty for the model
+            itself.
         options: those of `zgraph.infer`: `max_batch`, `max_len`, `weights`, `tensor_parallel` and so on, the same each
             time. With `tensor_parallel` each rank keeps its part alone; the first time it holds the whole, which the
             step is compared with.
 
     Raises:
-        UsageError: the model is not compiled, cannot generate, or serves already; the options are not those of the last
-            time; or what this gave is used outside.
+        UsageError: the model is not compiled, has no such part, cannot generate, or serves already; the options
+            are not those of the last time; or what this gave is used outside.
         PeerError: another rank failed.
     """
     compiled = compiled_model(model)
+    if part not in dict(model.named_modules()):
+        raise UsageError(f"this {type(model).__name__} has no module {part!r}; name one of model.named_modules()")
     if options.get("calibrate") is not None and options.get("weights") == "int4":
         raise UsageError('weights="int4" is rounded anew each time; leave calibrate= out within training')
-    held = _SERVED.get(model)
-    if held is not None and not _same(held.options, options):
+    if options.get("tensor_parallel", 1) != 1 and options.get("weights") is not None:
         raise UsageError(
-            f"this {type(model).__name__} was served with {held.options or 'no options'}, and programs are captured "
-            "once; pass the same options each time"
+            "integers of which ranks have parts are made once; within training leave weights= or tensor_parallel= out"
+        )
+    held = _SERVED.get(model)
+    if held is not None and not (held.part == part and _same(held.options, options)):
+        raise UsageError(
+            f"this {type(model).__name__} was served with {held.options or 'no options'}, part={held.part!r}, and "
+            "programs are captured once; pass the same options each time"
         )
     if held is not None and held.is_open:
         raise UsageError(f"this {type(model).__name__} serves already: use what the `with` around this one gave")
     is_new = held is None
     if held is None:
         assert compiled.plain is not None, "the model is attached"
-        held = _SERVED[model] = _Served(compiled.session, compiled.plain(), options)
+        held = _SERVED[model] = _Served(compiled.session, compiled.plain(), part, options)
     try:
         if not is_new:
             held.fill(model)

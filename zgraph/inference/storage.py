@@ -19,7 +19,7 @@ from torch import nn
 
 from zgraph.codegen import quantised
 from zgraph.errors import UsageError
-from zgraph.inference.calibration import Calibrate, rounded_integers
+from zgraph.inference.calibration import Calibrate, left_wide, rounded_integers
 from zgraph.inference.layers import check_group, is_turned, kept_in, linear_layers, rows_of
 
 FILE = "model.zgraph.safetensors"
@@ -33,7 +33,13 @@ _STORED: weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[str, Int4]]] = wea
 
 
 def save_quantised(
-    model: nn.Module, folder: Path, *, weights: str, group: int = 64, calibrate: Calibrate = None
+    model: nn.Module,
+    folder: Path,
+    *,
+    weights: str,
+    group: int = 64,
+    calibrate: Calibrate = None,
+    wider: float = 0.0,
 ) -> dict[str, str]:
     """Write a model's linear layers and embeddings as integers, and the rest as it is.
 
@@ -42,6 +48,7 @@ def save_quantised(
         folder: where to; made if it is not there.
         weights, group: as of `zgraph.infer`.
         calibrate: what int4 is calibrated with, as there; None rounds to the nearest.
+        wider: share of the weights in int4 that stay in int8, as there.
 
     Returns:
         What each weight is kept in, by its name.
@@ -52,8 +59,12 @@ def save_quantised(
     """
     if calibrate is not None and weights != "int4":
         raise UsageError('calibrate= is for weights="int4"; leave it out')
-    settled = rounded_integers(model, calibrate, group) if calibrate is not None else {}
+    if wider and calibrate is None:
+        raise UsageError("wider= keeps what costs most, as calibrate= shows: pass that too")
+    settled = rounded_integers(model, calibrate, group, wider) if calibrate is not None else {}
     kept, held = _kept_in(model, weights), dict[str, torch.Tensor]()
+    if calibrate is not None:
+        kept |= {f"{n}.weight": ("int8", kept[f"{n}.weight"][1]) for n in left_wide(model, settled)}
     done: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in done:
@@ -135,9 +146,11 @@ def stored_integers(model: nn.Module, group: int) -> dict[str, Int4]:
         if kinds[layer_name] != "int4" or name in found:
             continue
         check_group(layer_name, rows, group)
-        both = stored.get(name)
-        is_own = both is not None and torch.equal(quantised.from_int4(*both, group).to(rows), rows)
-        found[name] = both if both is not None and is_own else _nearest(rows, group)
+        if name not in stored:
+            continue  # in int8 there
+        both = stored[name]
+        is_own = torch.equal(quantised.from_int4(*both, group).to(rows), rows)
+        found[name] = both if is_own else _nearest(rows, group)
     return found
 
 

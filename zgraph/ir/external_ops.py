@@ -44,6 +44,15 @@ INT8 = "zgraph.to_int8.default"
 INT8_MM = "zgraph.int8_mm.default"
 """The op that multiplies rows of int8: activations, a weight, the scales of both, the result's dtype."""
 
+INT8_LINEAR = "zgraph.int8_linear.default"
+"""The op that does both: activations, a weight in int8, its scales, rows of int8 for each of the first, the dtype."""
+
+INT8_EMBEDDING = "zgraph.int8_embedding.default"
+"""The op that looks rows of a table in int8 up, in fp32: the table, indices, its scales."""
+
+INT4_LINEAR = "zgraph.int4_linear.default"
+"""The op that multiplies rows with a weight of int4 that is not packed: two columns in a byte."""
+
 INT4 = "zgraph.to_int4.default"
 """The op that makes a weight of int4: of what, and how many columns share a scale."""
 
@@ -227,6 +236,7 @@ _ROWS = (
     Facts("aten.masked_fill.Tensor", elements="filled"),
     # Indices.
     Facts("aten.embedding.default", indexing="rows"),
+    Facts(INT8_EMBEDDING, indexing="rows"),
     Facts("aten.index_select.default", elements="chosen", indexing="dim"),
     Facts("aten.gather.default", elements="chosen", indexing="dim"),
     Facts("aten.scatter.src", indexing="dim"),
@@ -296,6 +306,8 @@ _ROWS = (
     Facts(MATMUL, work="product"),
     Facts(FLOAT8_MM, work="scaled product"),
     Facts(INT8_MM, work="packed product"),
+    Facts(INT8_LINEAR, work="packed product"),
+    Facts(INT4_LINEAR, work="packed product"),
     Facts(INT4_MM, work="packed product"),
     Facts("aten.addmm", work="sum and product"),
     Facts("aten.addbmm", work="sum and product"),

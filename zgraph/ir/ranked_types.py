@@ -38,7 +38,9 @@ def ranked(node: Node, mesh: Mesh) -> tuple[Type, ...]:
         raise TypeRuleError("computes with values that are whole, or a rank's own, along the axes of data")
     own = Varying() if Varying() in data else Replicate()
     placements = [(*kind.placement[:num_model], *[own] * (len(mesh) - num_model)) for kind in made]
-    dtype = next(t.dtype for t in tensors if t.dtype.value.startswith(("f", "bf")))
+    dtype = next((t.dtype for t in tensors if t.dtype.value.startswith(("f", "bf"))), None)
+    if dtype is None:
+        raise TypeRuleError("computes with floating-point numbers, and none of its tensors has any")
     strides = [kind.strides if node.op in _BY_GROUPS else None for kind in made]
     return tuple(TensorType(dtype, *laid) for laid in zip(shapes, strides, placements, strict=True))
 
@@ -91,6 +93,7 @@ def _as_given(node: Node, kinds: list[TensorType]) -> Shapes:
 
 _SHAPES: Mapping[str, Callable[[Node, list[TensorType]], Shapes]] = {
     "part_embedding": _rows,
+    "part_int8_embedding": _rows,
     "part_embedding_backward": _table,
     "part_nll_loss": _loss,
     "part_nll_loss_backward": _classes,
@@ -107,6 +110,7 @@ OPAQUE = frozenset({"part_grouped_mm_fallback", "part_grouped_mm_fallback_backwa
 
 DOCS: Mapping[str, str] = {
     "part_embedding": "Look up rows of a table of which the rank has a part: zeros for rows of other ranks.",
+    "part_int8_embedding": "The same of a table in int8, with a scale for each row.",
     "part_embedding_backward": "The gradient of the rank's rows of a table.",
     "part_nll_loss": "The negative log likelihood of those labels that the rank has the classes of.",
     "part_nll_loss_backward": "Its backward: zeros for labels whose classes other ranks have.",

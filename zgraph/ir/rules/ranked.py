@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from zgraph.ir.external_ops import INT8_EMBEDDING
 from zgraph.ir.graph import Arg, Node
 from zgraph.ir.rules.factors import Rule, Strategy
 from zgraph.ir.rules.local import localised
@@ -26,6 +27,7 @@ __all__ = ["PARTS", "ROUTED", "is_ranked", "meant", "on_parts"]
 
 PARTS: Mapping[str, str] = {
     "aten.embedding.default": "part_embedding",
+    INT8_EMBEDDING: "part_int8_embedding",
     "aten.embedding_dense_backward.default": "part_embedding_backward",
     "aten.nll_loss_forward.default": "part_nll_loss",
     "aten.nll_loss_backward.default": "part_nll_loss_backward",

@@ -9,6 +9,7 @@ from zgraph.ir.rules import (
     creation,
     device_attention,
     experts,
+    integers,
     lookups,
     losses,
     norms,
@@ -35,6 +36,7 @@ RULES: Mapping[str, Callable[[Call], Rule | None]] = {
     **losses.RULES,
     **creation.RULES,
     **experts.RULES,
+    **integers.RULES,
 }
 """A function for each op, from a call to its factors; None where the call has none."""
 
