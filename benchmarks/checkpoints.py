@@ -27,6 +27,8 @@ from rich.table import Table
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+import zgraph
+from benchmarks.control_plane import keep_store
 from benchmarks.results import write
 from zgraph.engine.checkpoint.index import Entry, Index
 from zgraph.engine.checkpoint.layout import Layout
@@ -36,7 +38,6 @@ from zgraph.engine.checkpoint.storage import Reader, Writer
 
 COLUMNS = 1024
 KEYS = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
-ROUNDS = 3
 
 
 def many_ranks(num_ranks: int, num_tensors: int = 1000) -> Index:
@@ -73,11 +74,12 @@ def state(num_bytes: int, num_tensors: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def measure(rank: int, num_ranks: int, num_bytes: int, folder: Path, answers: Any) -> None:
+def measure(rank: int, num_ranks: int, num_bytes: int, num_rounds: int, port: int, folder: Path, answers: Any) -> None:
     """One rank: seconds of each way in each round, of the slowest rank."""
     torch.set_num_threads(1)
-    os.environ |= {"ZGRAPH_LOGS": "none"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_ranks)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "ZGRAPH_LOGS": "none"}
+    zgraph.init_distributed("gloo")
     tensors, ranks = state(num_bytes, num_tensors=8), Ranks(dist.group.WORLD)
     own = sum(t.to_local().nbytes if isinstance(t, DTensor) else t.nbytes for t in tensors.values())
     expected = {name: t.to_local().clone() for name, t in tensors.items() if isinstance(t, DTensor)}
@@ -109,8 +111,10 @@ def measure(rank: int, num_ranks: int, num_bytes: int, folder: Path, answers: An
         ),
     }
     seconds: dict[str, list[float]] = {}
-    for _ in range(ROUNDS):
+    for _ in range(num_rounds):
         for name, (write_it, read_it) in ways.items():
+            if rank == 0:
+                shutil.rmtree(folder / name, ignore_errors=True)
             seconds.setdefault(f"{name} save", []).append(timed(write_it))
             drop_caches(folder)
             for tensor in tensors.values() if name != "dd" else ():
@@ -147,16 +151,21 @@ def drop_caches(folder: Path) -> None:
 def main(
     gb: Annotated[float, typer.Option(min=0.01, help="Size of the state, in GB.")] = 0.2,
     num_ranks: Annotated[int, typer.Option("--ranks", min=1, help="Processes that share it.")] = 4,
+    num_rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns of each.")] = 3,
     simulated: Annotated[int, typer.Option(min=64, help="Simulated ranks of the index.")] = 4096,
     folder: Annotated[Path, typer.Option(help="Where the files go, in a folder that is removed.")] = Path("/tmp"),
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
 ) -> None:
     """Time all ways in turns, and print the medians."""
     home = Path(tempfile.mkdtemp(prefix="zgraph-checkpoints-", dir=folder))
-    context = get_context("spawn")
+    context = get_context("fork")  # what is imported is imported once
+    told, keeps = context.Pipe()
+    keeper = context.Process(target=keep_store, args=(keeps,), daemon=True)
+    keeper.start()
+    port = told.recv()
     ours, theirs = context.Pipe()
     workers = [
-        context.Process(target=measure, args=(rank, num_ranks, int(gb * 1e9), home, theirs))
+        context.Process(target=measure, args=(rank, num_ranks, int(gb * 1e9), num_rounds, port, home, theirs))
         for rank in range(num_ranks)
     ]
     try:
@@ -171,6 +180,7 @@ def main(
     finally:
         for worker in workers:
             worker.kill()
+        keeper.kill()
         shutil.rmtree(home, ignore_errors=True)
     rates = {name: round(found["num_bytes"] / median(times) / 1e6, 1) for name, times in found["seconds"].items()}
     table = Table("", "save (MB/s)", "load (MB/s)")

@@ -58,13 +58,14 @@ def _store(job: str) -> Any:
     """The job's store. Raises UsageError if there is none."""
     from datetime import timedelta
 
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
+    torchs: Any = dist  # its stubs leave the store out
     host, _, port = job.rpartition(":")
     if not host or not port.isdigit():
         raise UsageError(f"a job is HOST:PORT, where its ranks meet, as gpu-1:29500, and not {job[:80]!r}")
     try:
-        return TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=CONNECT_S))
+        return torchs.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=CONNECT_S))
     except RuntimeError as error:
         first = str(error).splitlines()[0]
         raise UsageError(f"no store answers at {job} ({first}): give MASTER_ADDR and MASTER_PORT of the job") from None

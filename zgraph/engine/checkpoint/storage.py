@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from zgraph.bridge.private_blocks import local_spans
 from zgraph.engine.checkpoint.checksums import NUM_THREADS
@@ -154,4 +155,4 @@ class Reader:
 
 def spans_of(tensor: torch.Tensor) -> Spans:
     """For each dim the runs of indices that this rank has."""
-    return local_spans(tensor) if hasattr(tensor, "device_mesh") else [[(0, size)] for size in tensor.shape]
+    return local_spans(tensor) if isinstance(tensor, DTensor) else [[(0, size)] for size in tensor.shape]
