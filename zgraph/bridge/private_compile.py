@@ -61,7 +61,6 @@ __all__ = [
     "never_captured",
     "on_break",
     "on_capture",
-    "plain_recurrence",
     "raised_without_data",
     "reset_code",
     "seeing_subclasses",
@@ -283,17 +282,6 @@ def without_checkpoints(why: str) -> Iterator[None]:
 
 DECOMPOSED = get_decompositions([torch.ops.aten.softplus_backward])
 """Ops that are captured as simpler ones: the strides that torch says this one's result has are not the real ones."""
-
-
-@contextmanager
-def plain_recurrence() -> Iterator[None]:
-    """Trace LSTM on processors as products and activations: the workspace of oneDNN's kernel is no tensor at times."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
 
 
 def raised_without_data(run: Callable[[], Any]) -> Exception | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from heapq import nlargest
 from typing import NamedTuple
 
-from zgraph.cost.workspace import workspace_bytes
+from zgraph.cost.workspace import kept_bytes, workspace_bytes
 from zgraph.ir import (
     HOST,
     OPS,
@@ -84,8 +84,9 @@ class MemoryCurve:
 def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
     """Walk the forward and the backward of a plan with its births and deaths.
 
-    Outputs of the forward are taken to be dropped by the caller before the backward, unless the backward needs them;
-    the inputs of the call are the caller's and not counted. Tangents are, unless they are likely to be zero.
+    Outputs of the forward are taken to be dropped by the caller before the backward, unless the backward needs them, or
+    they are losses that keep more than a number; the inputs of the call are the caller's and not counted. Tangents are,
+    unless they are likely to be zero.
 
     Args:
         plan: the plan.
@@ -125,7 +126,7 @@ def alive_at_peak(plan: Plan, hints: Mapping[str, int], curve: MemoryCurve) -> l
 def _walked(plan: Plan, hints: Mapping[str, int]) -> _Walk:
     walk = _Walk(plan, hints)
     walk.run_in_arena(plan.forward)
-    saved = {v.name for v in plan.saved}
+    saved = {v.name for v in plan.saved} | (walk.keeping if plan.backward is not None else set())
     walk.drop(v.name for v in plan.forward.results if v is not None and v.name not in saved)
     if plan.backward is not None:
         tangents = [i.value for i in plan.graph.inputs if i.kind is InputKind.tangent]
@@ -145,6 +146,7 @@ class _Walk:
         self.categories = _categories(plan)
         self.aliases = Aliases(plan.graph)
         self.held: dict[str, frozenset[str]] = {}
+        self.keeping: set[str] = set()
         self.references: Counter[str] = Counter()
         self.alive: dict[str, tuple[str, int, int]] = {}
         self.lives: list[Life] = []
@@ -167,6 +169,8 @@ class _Walk:
                 if is_new:
                     self.allocate(result.name, result.type, num_chunks(node, self.graph.mesh))
                 self.refer(result.name, self.aliases.roots(result.name))
+            if (kept := kept_bytes(node, self.hints)) and is_new:
+                self.keep(node, kept)
             if node.op in OPS and OPS[node.op].lane != "compute":
                 self.start(node)
             if node.op == "wait":
@@ -174,6 +178,14 @@ class _Walk:
                 self.scratch.pop(node.operands[0].name, None)
             self.moments.append(self.moment(node))
             self.drop(instruction.frees)
+
+    def keep(self, node: Node, num_bytes: int) -> None:
+        """The first result of a node keeps as many bytes more, as long as it lives."""
+        name = f"{node.name}+"
+        self.hold(name, self.categories.get(node.name, "temporaries"), num_bytes)
+        self.references[name] += 1
+        self.held[node.name] |= {name}
+        self.keeping.add(node.name)
 
     def start(self, node: Node) -> None:
         """Until its wait, a collective holds what it sends, in place or as a copy, and its scratch memory."""
