@@ -16,6 +16,7 @@ from zgraph.bridge.private_gpu import Capability
 from zgraph.cost import CostTable, Hardware, hardware, load_table
 from zgraph.cost.defaults import default_costs
 from zgraph.cost.hardware import recognised
+from zgraph.cost.reserved import beside_bytes
 from zgraph.environment import ranks_here
 from zgraph.errors import UsageError
 
@@ -115,12 +116,6 @@ MEMORY_MARGIN = 0.06
 """The share of a device's memory that stays free where no budget is given: for the driver, for communication, and for
 what does not fit together in the allocator."""
 
-CONTEXT_BYTES = 600 << 20
-"""Memory of the driver's context and of the kernels that are loaded, in a process with torch and its libraries."""
-
-NCCL_BYTES = 512 << 20
-"""Buffers of NCCL: 4 MiB (NCCL_BUFFSIZE) and less for its other protocols, for each of up to 32 channels and peer."""
-
 FRAGMENTED = 0.03
 """The share of the rest that an allocator with expandable segments leaves between what is alive."""
 
@@ -138,7 +133,7 @@ def usable_bytes(memory_bytes: int, num_ranks: int) -> int:
         memory_bytes: of the GPU.
         num_ranks: in the job; one has nobody to communicate with.
     """
-    taken = min(CONTEXT_BYTES + (NCCL_BYTES if num_ranks > 1 else 0), LARGEST_TAKEN * memory_bytes)
+    taken = min(beside_bytes(num_ranks), LARGEST_TAKEN * memory_bytes)
     return int(memory_bytes - max(MEMORY_MARGIN * memory_bytes, taken + FRAGMENTED * (memory_bytes - taken)))
 
 
@@ -171,8 +166,19 @@ def library_bytes(device: torch.device) -> int:
     return 32 << 20 if torch.cuda.get_device_capability(device) >= (9, 0) else 8320 << 10
 
 
+def planned_library_bytes(planned: Hardware) -> int:
+    """The same of NVIDIA's GPUs that need not be here, without settings of the environment; 0 of a processor."""
+    capability = capability_of(planned)
+    return 0 if capability is None else 32 << 20 if capability >= (9, 0) else 8320 << 10
+
+
 EXPANDABLE = "expandable_segments:True"
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def has_expandable_segments() -> bool:
+    """Whether the environment asks torch's allocator for expandable segments."""
+    return any(EXPANDABLE in os.environ.get(name, "") for name in _ALLOCATOR)
 
 
 def allocator_advice(device: torch.device) -> str:

@@ -16,7 +16,7 @@ from zgraph.cost import Hardware, hardware
 from zgraph.errors import UsageError
 
 if TYPE_CHECKING:
-    from zgraph.estimate.stage_plan import StagePlan
+    from zgraph.estimate.stage_figures import StagePlan
     from zgraph.estimate.sweep import Combination, Sweep
     from zgraph.estimate.training_plan import TrainingPlan
 

@@ -1,13 +1,13 @@
 """The caching allocator of GPUs without their memory: what torch reserves for what a program has allocated.
 
 Facts of torch 2.13's `CUDACachingAllocator`. A request is rounded up to 512 bytes. Up to 1 MiB it comes from segments
-of 2 MiB, the small pool; larger ones, up to 10 MiB, from segments of 20 MiB, and beyond that from a segment of their own
-in whole 2 MiB, the large pool. The smallest free block that is large enough is taken; what is left of it becomes a
+of 2 MiB, the small pool; larger ones, up to 10 MiB, from segments of 20 MiB, and beyond that from one of their own in
+whole 2 MiB, the large pool. The smallest free block that is large enough is taken; what is left of it becomes a
 block if it has 512 bytes in the small pool, or more than 1 MiB in the large one. Free neighbours in a segment merge.
 Where a device is full, segments that are wholly free are given back, and the request is tried again.
 
 Expandable segments: one a pool, which grows at its end by whole pages of 2 MiB or 20 MiB. All that is left of a block
-is used, and where a device is full, the free pages at the end are given back.
+is used. Where a device is full, the whole pages of free blocks are given back, and later the holes are filled first.
 """
 
 from __future__ import annotations
@@ -42,37 +42,46 @@ class NoRoom(Exception):
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """A stretch of a segment: in use, or free. Neighbours are those of the same segment."""
+    """A stretch of a segment: in use, free, or a hole without memory. Neighbours are those of the same segment."""
 
     at: int
     size: int
-    segment: int
+    is_small: bool
     is_used: bool = False
+    is_hole: bool = False
     before: Block | None = None
     behind: Block | None = None
+
+    @property
+    def is_free(self) -> bool:
+        return not self.is_used and not self.is_hole
 
 
 @dataclass
 class _Pool:
-    """Blocks of one pool that are free, smallest first, and where they lie for those of one size."""
+    """Free blocks of one pool by size and place, and the first block of its expandable segment."""
 
     is_small: bool
-    free: list[tuple[int, int, int]] = field(default_factory=list)
+    free: list[tuple[int, int]] = field(default_factory=list)
     blocks: dict[int, Block] = field(default_factory=dict)
-    last: Block | None = None
-    """The last mapped block of the expandable segment."""
+    first: Block | None = None
+
+    @property
+    def page(self) -> int:
+        """Bytes by which the expandable segment grows."""
+        return SMALL_SEGMENT if self.is_small else LARGE_SEGMENT
 
     def add(self, block: Block) -> None:
-        insort(self.free, (block.size, block.at, block.segment))
+        insort(self.free, (block.size, block.at))
         self.blocks[block.at] = block
 
     def remove(self, block: Block) -> None:
-        del self.free[bisect_left(self.free, (block.size, block.at, block.segment))]
+        del self.free[bisect_left(self.free, (block.size, block.at))]
         del self.blocks[block.at]
 
     def smallest(self, size: int) -> Block | None:
-        """The smallest free block of this size or more."""
-        at = bisect_left(self.free, (size, -1, -1))
+        """The smallest free block of this size or more, the first in memory of those."""
+        at = bisect_left(self.free, (size, -1))
         return self.blocks[self.free[at][1]] if at < len(self.free) else None
 
 
@@ -86,29 +95,26 @@ class CachingAllocator:
 
     def __init__(self, *, expandable: bool = False, capacity: int | None = None) -> None:
         self.expandable, self.capacity = expandable, capacity
-        self.pools = {True: _Pool(True), False: _Pool(False)}
+        self.pools = {is_small: _Pool(is_small) for is_small in (True, False)}
         self.allocated_bytes = self.reserved_bytes = 0
         self.peak_allocated = self.peak_reserved = 0
-        self._end = self._num_segments = 0
+        self._end = 0
 
     def allocate(self, num_bytes: int) -> Block:
         """A block of as many bytes or more.
 
         Raises:
-            NoRoom: the capacity is reached, and what is cached does not help.
+            NoRoom: the capacity is reached, and giving back what is cached does not help.
         """
         size = rounded(num_bytes)
         pool = self.pools[size <= SMALL]
-        block = pool.smallest(size) or self._new(pool, size)
+        block = pool.smallest(size)
+        if block is None:
+            block = self._grown(pool, size) if self.expandable else self._segment(pool, size)
         pool.remove(block)
         left = block.size - size
         if left >= BLOCK if pool.is_small or self.expandable else left > SMALL:
-            rest = Block(block.at + size, left, block.segment, False, block, block.behind)
-            if rest.behind is not None:
-                rest.behind.before = rest
-            block.size, block.behind = size, rest
-            pool.add(rest)
-            pool.last = rest if pool.last is block else pool.last
+            pool.add(_split(block, size))
         block.is_used = True
         self.allocated_bytes += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated_bytes)
@@ -116,24 +122,12 @@ class CachingAllocator:
 
     def free(self, block: Block) -> None:
         """Give a block back to the cache, joined with its free neighbours."""
-        pool = self.pools[self._is_small(block)]
-        self.allocated_bytes -= block.size
         block.is_used = False
-        if (before := block.before) is not None and not before.is_used:
-            pool.remove(before)
-            block.at, block.size, block.before = before.at, before.size + block.size, before.before
-            if block.before is not None:
-                block.before.behind = block
-        if (behind := block.behind) is not None and not behind.is_used:
-            pool.remove(behind)
-            block.size, block.behind = block.size + behind.size, behind.behind
-            if block.behind is not None:
-                block.behind.before = block
-            pool.last = block if pool.last is behind else pool.last
-        pool.add(block)
+        self.allocated_bytes -= block.size
+        self._cache(self.pools[block.is_small], block)
 
     def release(self) -> int:
-        """Give what is cached back to the device, as `torch.cuda.empty_cache` does; how many bytes.
+        """Give what is cached back to the device, as `torch.cuda.empty_cache` does, and say how many bytes.
 
         Without expandable segments, those that are wholly free; with them, the whole pages of free blocks.
         """
@@ -147,68 +141,105 @@ class CachingAllocator:
                     self.reserved_bytes -= block.size
         return before - self.reserved_bytes
 
-    def _is_small(self, block: Block) -> bool:
-        return bool(block.segment & 1)
+    def _cache(self, pool: _Pool, block: Block) -> Block:
+        """The block, free, with its free neighbours in one."""
+        if (before := block.before) is not None and before.is_free:
+            pool.remove(before)
+            _join(before, block)
+            block = before
+        if (behind := block.behind) is not None and behind.is_free:
+            pool.remove(behind)
+            _join(block, behind)
+        pool.add(block)
+        return block
 
-    def _new(self, pool: _Pool, size: int) -> Block:
-        """A free block of this size or more, of memory that is reserved now."""
-        if self.expandable:
-            return self._grown(pool, size)
+    def _segment(self, pool: _Pool, size: int) -> Block:
+        """A new segment for a block of this size."""
         wanted = segment_bytes(size)
         self._reserve(wanted)
-        self._num_segments += 1
-        block = Block(self._end, wanted, 2 * self._num_segments + pool.is_small)
+        block = Block(self._end, wanted, pool.is_small)
         self._end += wanted
         pool.add(block)
         return block
 
     def _grown(self, pool: _Pool, size: int) -> Block:
-        """The end of the expandable segment, with so many pages more."""
-        page = SMALL_SEGMENT if pool.is_small else LARGE_SEGMENT
-        last = pool.last
-        has = last.size if last is not None and not last.is_used else 0
-        more = -(-(size - has) // page) * page
-        if self.capacity is not None and self.reserved_bytes + more > self.capacity:
-            self.release()
-            last = pool.last
-            has = last.size if last is not None and not last.is_used else 0
-            more = -(-(size - has) // page) * page
-        self._reserve(more)
-        if last is not None and not last.is_used:
-            pool.remove(last)
-            last.size += more
-            pool.add(last)
-            return last
-        at = last.at + last.size if last is not None else (1 << 60 if pool.is_small else 0)
-        block = Block(at, more, int(pool.is_small), False, last)
-        if last is not None:
-            last.behind = block
-        pool.last = block
-        pool.add(block)
-        return block
+        """A free block of this size in the expandable segment, where the first hole, or its end, has room for one."""
+        if pool.first is None:
+            pool.first = Block(0, 1 << 60, pool.is_small, is_hole=True)
+        while True:
+            found = _with_holes(pool.first, size)
+            hole = found if found.is_hole else found.behind
+            assert hole is not None, "a free block with a hole behind it"
+            lacking = size - (0 if found.is_hole else found.size)
+            num_bytes = min(-(-lacking // pool.page) * pool.page, hole.size)
+            if self._reserve(num_bytes):
+                continue  # what was given back has changed the segment
+            if num_bytes < hole.size:
+                _split(hole, num_bytes)
+            hole.is_hole = False
+            if (block := self._cache(pool, hole)).size >= size:
+                return block
 
     def _unmap(self, pool: _Pool, block: Block) -> None:
-        """Give back the whole pages at the end of the segment."""
-        if block is not pool.last:
-            return
-        page = SMALL_SEGMENT if pool.is_small else LARGE_SEGMENT
-        pages = block.size // page * page
-        if not pages:
+        """Make a hole of the whole pages in a free block."""
+        begin = -(-block.at // pool.page) * pool.page
+        end = (block.at + block.size) // pool.page * pool.page
+        if begin >= end:
             return
         pool.remove(block)
-        self.reserved_bytes -= pages
-        block.size -= pages
-        if block.size:
+        if begin > block.at:
+            hole = _split(block, begin - block.at)
             pool.add(block)
-            return
-        pool.last = block.before
-        if block.before is not None:
-            block.before.behind = None
+        else:
+            hole = block
+        if end < hole.at + hole.size:
+            pool.add(_split(hole, end - hole.at))
+        self.reserved_bytes -= hole.size
+        hole.is_hole = True
+        if hole.behind is not None and hole.behind.is_hole:
+            _join(hole, hole.behind)
+        if hole.before is not None and hole.before.is_hole:
+            _join(hole.before, hole)
 
-    def _reserve(self, num_bytes: int) -> None:
+    def _reserve(self, num_bytes: int) -> bool:
+        """Reserve bytes, unless what is cached had to be given back for them: whether it was, and gave something."""
         if self.capacity is not None and self.reserved_bytes + num_bytes > self.capacity:
-            self.release()
+            given = self.release()
+            if self.expandable and given:
+                return True
             if self.reserved_bytes + num_bytes > self.capacity:
                 raise NoRoom(f"{num_bytes} bytes more than the {self.reserved_bytes} that are reserved")
         self.reserved_bytes += num_bytes
         self.peak_reserved = max(self.peak_reserved, self.reserved_bytes)
+        return False
+
+
+def _split(block: Block, size: int) -> Block:
+    """Shorten a block; the rest of it, of the same kind."""
+    rest = Block(block.at + size, block.size - size, block.is_small, False, block.is_hole, block, block.behind)
+    if rest.behind is not None:
+        rest.behind.before = rest
+    block.size, block.behind = size, rest
+    return rest
+
+
+def _join(first: Block, second: Block) -> None:
+    """Lengthen a block by the one behind it."""
+    first.size += second.size
+    first.behind = second.behind
+    if first.behind is not None:
+        first.behind.before = first
+
+
+def _with_holes(first: Block, size: int) -> Block:
+    """The first free block or hole with room for so many bytes in itself and in what is free or a hole behind it, some
+    of which is a hole."""
+    block: Block | None = first
+    while block is not None:
+        begin, room, has_hole = block, 0, False
+        while block is not None and not block.is_used and room < size:
+            room, has_hole, block = room + block.size, has_hole or block.is_hole, block.behind
+        if room >= size and has_hole:
+            return begin
+        block = begin.behind
+    raise AssertionError("the end of a segment has room for all")

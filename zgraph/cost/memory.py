@@ -95,6 +95,13 @@ def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
     return MemoryCurve(tuple(_walked(plan, hints).moments))
 
 
+def requests(plan: Plan, hints: Mapping[str, int]) -> tuple[list[tuple[str, int]], list[str]]:
+    """What a step asks of a device's allocator, in order: a name and bytes, or the name again and 0 as it gives them
+    back; and names of what it leaves there, its gradients."""
+    walk = _walked(plan, hints)
+    return walk.requests, [name for name, (category, size, _) in walk.alive.items() if size and category != HOST]
+
+
 class Life(NamedTuple):
     """A storage, alive from the moment `born` until before the moment `freed`; named after the value that it began as.
 
@@ -153,6 +160,7 @@ class _Walk:
         self.by_category: Counter[str] = Counter()
         self.scratch: dict[str, int] = {}
         self.moments: list[Moment] = []
+        self.requests: list[tuple[str, int]] = []
 
     def run_in_arena(self, program: Program) -> None:
         """A program, with its arena from the beginning to the end."""
@@ -175,7 +183,8 @@ class _Walk:
                 self.start(node)
             if node.op == "wait":
                 self.finish(_in_flight(node.operands[0].name))
-                self.scratch.pop(node.operands[0].name, None)
+                if self.scratch.pop(node.operands[0].name, 0):
+                    self.requests.append((f"{node.operands[0].name}: scratch", 0))
             self.moments.append(self.moment(node))
             self.drop(instruction.frees)
 
@@ -191,7 +200,9 @@ class _Walk:
         """Until its wait, a collective holds what it sends, in place or as a copy, and its scratch memory."""
         graph, moves = self.graph, transfer(node)
         assert moves is not None
-        self.scratch[node.name] = _rounded(OPS[node.op].scratch_bytes(node, graph.mesh))
+        if taken := _rounded(OPS[node.op].scratch_bytes(node, graph.mesh)):
+            self.scratch[node.name] = taken
+            self.requests.append((f"{node.name}: scratch", taken))
         for value, result in zip(node.operands, node.results, strict=True) if not moves.exchanges else ():
             name = _in_flight(result.name)
             if is_copied(node, value, graph.mesh):
@@ -211,6 +222,7 @@ class _Walk:
             by_category["buckets"] = by_category.get("buckets", 0) + sum(nlargest(NUM_SERVED, self.scratch.values()))
         if taken := workspace_bytes(node, self.hints):
             by_category["temporaries"] = by_category.get("temporaries", 0) + taken
+            self.requests += [(node.op, taken), (node.op, 0)]
         host_bytes = by_category.pop(HOST, 0)
         return Moment(node.name, node.phase.value, by_category, host_bytes)
 
@@ -233,6 +245,8 @@ class _Walk:
     def hold(self, name: str, category: str, size: int) -> None:
         self.alive[name] = category, size, len(self.moments)
         self.by_category[category] += size
+        if size and category != HOST:
+            self.requests.append((name, size))
 
     def refer(self, name: str, roots: frozenset[str]) -> None:
         """A live name holds these storages until it is dropped."""
@@ -251,6 +265,8 @@ class _Walk:
             category, size, born = self.alive.pop(root)
             self.by_category[category] -= size
             self.lives.append(Life(root, category, size, born, len(self.moments)))
+            if size and category != HOST:
+                self.requests.append((root, 0))
 
 
 def local_bytes(kind: Type, mesh: Mesh, hints: Mapping[str, int]) -> int:

@@ -8,8 +8,15 @@ from typing import Any
 import torch
 
 from zgraph.bridge.scratch import measured_scratch
-from zgraph.bridge.target import MEMORY_MARGIN, num_bytes, planned_budget
+from zgraph.bridge.target import (
+    MEMORY_MARGIN,
+    has_expandable_segments,
+    num_bytes,
+    planned_budget,
+    planned_library_bytes,
+)
 from zgraph.cost import CostTable
+from zgraph.cost.reserved import beside_bytes
 from zgraph.cost.workspace import NUM_THREADS
 from zgraph.errors import UsageError
 from zgraph.estimate.layer_scaling import LayerSamples
@@ -36,6 +43,8 @@ def planner_maker(
         if count % (more["tensor"] * more["context"] * more["expert"]) and more[axis] > 1:
             raise UsageError(f"{axis}_parallel={more[axis]} does not divide the {count} ranks; take a multiple of it")
     budget = planned_budget(hardware, count) if memory_budget is None else num_bytes(memory_budget)
+    is_whole = hardware.has_host and memory_budget is None
+    room_bytes = hardware.device.memory_bytes - beside_bytes(count) if is_whole else None
     host_bytes = hardware.host_memory_bytes * (1 - MEMORY_MARGIN) / hardware.spread(count)[1]
 
     def planner(samples: LayerSamples) -> Planner:
@@ -54,6 +63,9 @@ def planner_maker(
             kernels=kernels or default_kernels(is_gpu=hardware.has_host),
             compute=compute,
             hints=hints,
+            expandable=has_expandable_segments(),
+            room_bytes=room_bytes,
+            library_bytes=planned_library_bytes(hardware),
             **more,
         )
 
