@@ -7,6 +7,7 @@ the report said.
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 import warnings
@@ -46,6 +47,7 @@ class Peak:
 
     above_rest: predicted over measured, less 1, of the step above what lies at rest.
     error: the same of the whole peak.
+    steps: that were measured.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Peak:
     error: float
     above_rest: float
     failure: str = ""
+    steps: int = STEPS
 
 
 def main(
@@ -65,16 +68,24 @@ def main(
     timeout: Annotated[float, typer.Option(help="Seconds that one case may take.")] = 300.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
 ) -> None:
-    """Predict and measure the peak of a training step, and print a table."""
+    """Predict and measure the peak of a training step, and print a table.
+
+    Cases that are in the file already are not run again.
+    """
     torch.set_num_threads(1)
     found: list[Peak] = []
+    if json_file is not None and json_file.exists():
+        found = [Peak(**kept) for kept in json.loads(json_file.read_text())["results"]]
+    done = {(peak.model, peak.stage) for peak in found if not peak.failure}
     for name in model or MODELS:
         for number in stage or range(4):
+            if (name, number) in done:
+                continue
             began = time.perf_counter()
             found.append(case(name, number, timeout))
             said = found[-1].failure or f"{found[-1].error:+.2%}, above rest {found[-1].above_rest:+.2%}"
             typer.echo(f"{name}, stage {number}: {said} ({time.perf_counter() - began:.0f} s)", err=True)
-            write(json_file, options={"num_ranks": NUM_RANKS, "warmup": WARMUP, "steps": STEPS}, results=[asdict(p) for p in found])
+            write(json_file, options={"num_ranks": NUM_RANKS, "warmup": WARMUP}, results=[asdict(p) for p in found])
     Console().print(table(found))
     within = sum(abs(p.error) <= BOUND and not p.failure for p in found)
     typer.echo(f"{within} of {len(found)} cases within {BOUND:.0%}")

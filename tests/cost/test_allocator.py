@@ -124,7 +124,7 @@ STEPS = st.lists(st.one_of(SIZES, st.integers(0, 1 << 30).map(lambda n: -n - 1))
 
 
 @pytest.mark.parametrize("expandable", [False, True])
-@settings(max_examples=2000 if DEEP else 60, deadline=None)
+@settings(max_examples=2000 if DEEP else 25, deadline=None)
 @given(steps=STEPS, capacity=st.sampled_from([None, 64 * MIB, 130 * MIB]))
 def test_reserved_is_that_of_the_model(expandable, steps, capacity):
     ours, model = CachingAllocator(expandable=expandable, capacity=capacity), Model(expandable, capacity)
