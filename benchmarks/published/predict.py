@@ -94,8 +94,10 @@ def predicted(row: Row, costs: CostTable) -> Prediction:
 
 
 def _peak_bytes(row: Row, samples: LayerSamples, costs: CostTable) -> float:
-    """The peak of a step, as `zgraph.plan` counts it where the budget is no limit: the logits are whole then. Where that
-    of reserved memory was published, it is that, in segments that do not grow."""
+    """The peak of a step, as `zgraph.plan` counts it where the budget is no limit: the logits are whole then.
+
+    Where that of reserved memory was published it is that, in segments that do not grow.
+    """
     planner = Planner(
         samples,
         row.num_ranks,

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.autograd import (
+from torch.autograd import (  # type: ignore[attr-defined]
     ProfilerConfig,
     ProfilerState,
     _disable_profiler_legacy,
@@ -34,7 +34,7 @@ def requested_bytes(call: Callable[[], Any]) -> tuple[int, int]:
     try:
         made = call()
     finally:
-        events = [event for thread in _disable_profiler_legacy() for event in thread]
+        events: list[Any] = [event for thread in _disable_profiler_legacy() for event in thread]
         if collects:
             gc.enable()
     del made

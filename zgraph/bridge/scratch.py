@@ -37,8 +37,8 @@ NUM_RUNS = 2
 Hints = Mapping[str, int]
 
 _CPU = torch.device("cpu")
-_known: dict[tuple[int, str], int | None] = {}
-"""By threads and key: bytes, or None of an op that does not take what was made up. With or without oneDNN."""
+_known: dict[tuple[int, bool, str], tuple[int, int] | None] = {}
+"""By threads, whether oneDNN is taken, and key: what `_taken` found."""
 
 
 def measured_scratch(graph: Graph, hints: Hints) -> dict[str, int]:

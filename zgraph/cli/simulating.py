@@ -101,9 +101,9 @@ def simulate_run(
         console().print(f"  exposed by {cause}: {us:,.1f} us")
     console().print(f"at rest {mebibytes(run.context.rest_bytes)}")
     if (space := entry.footprint) is not None:
-        reserved = bytes_text(memory_interval(space.reserved_bytes, run.context.costs))
+        text = bytes_text(memory_interval(space.reserved_bytes, run.context.costs))
         beside = mebibytes(space.beside_bytes)
-        console().print(f"reserved by torch's allocator {reserved}; beside it {beside} of the driver's and NCCL's")
+        console().print(f"reserved by torch's allocator {text}; beside it {beside} of the driver's and NCCL's")
     if kept is not None:
         console().print(
             f"goodput {kept.useful:.1%} with a checkpoint after {kept.interval_s / 60:,.1f} minutes of training: "

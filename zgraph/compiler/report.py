@@ -84,8 +84,9 @@ class Entry:
         """What a GPU's allocator has allocated and reserves at the peak; None on processors."""
         if not (planned := self.costs.hardware).has_host:
             return None
-        policy = {"expandable": has_expandable_segments(), "library_bytes": planned_library_bytes(planned)}
-        return footprint(self.plan, self.hints, num_ranks(self.plan.graph.mesh), **policy)
+        ranks, library = num_ranks(self.plan.graph.mesh), planned_library_bytes(planned)
+        policy = has_expandable_segments()
+        return footprint(self.plan, self.hints, ranks, expandable=policy, library_bytes=library)
 
     @property
     def kind(self) -> str:
