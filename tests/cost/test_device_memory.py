@@ -63,11 +63,11 @@ def test_what_it_keeps_on_gpus_of_amd(monkeypatch, arch, mib):
 
 
 def test_expandable_segments_are_advised_where_nothing_is_said_of_them(monkeypatch):
-    for name in target._ALLOCATOR:
+    for name in target.ALLOCATOR:
         monkeypatch.delenv(name, raising=False)
     assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in target.allocator_advice(GPU)
     assert target.allocator_advice(torch.device("cpu")) == ""
-    for name in target._ALLOCATOR:
+    for name in target.ALLOCATOR:
         with monkeypatch.context() as patched:
             patched.setenv(name, "max_split_size_mb:512,expandable_segments:False")
             assert target.allocator_advice(GPU) == "", "the user has chosen"

@@ -6,18 +6,16 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from zgraph.bridge.private_gpu import Capability
 from zgraph.cost import CostTable, Hardware, hardware, load_table
 from zgraph.cost.defaults import default_costs
 from zgraph.cost.hardware import recognised
 from zgraph.cost.reserved import beside_bytes
-from zgraph.environment import ranks_here
+from zgraph.environment import ALLOCATOR, ranks_here
 from zgraph.errors import UsageError
 
 Target = str | Path | Hardware | CostTable
@@ -45,39 +43,6 @@ def cost_table(target: Target | None, device: torch.device) -> CostTable:
     if device.type == "cpu":
         return default_costs()
     return CostTable(hardware=_recognised(device), per_host=ranks_here())
-
-
-CAPABILITIES: Mapping[str, Capability] = {
-    "v100": (7, 0),
-    "a100": (8, 0),
-    "a10": (8, 6),
-    "l4": (8, 9),
-    "rtx-4090": (8, 9),
-    "h": (9, 0),
-    "b200": (10, 0),
-    "gb200": (10, 0),
-    "gb300": (10, 3),
-    "rtx-5090": (12, 0),
-}
-"""Compute capabilities of GPUs by how their profiles' names begin."""
-
-_USUAL: Capability = (8, 0)
-"""Taken for a GPU that is not among them: AMD's take the same attention."""
-
-
-def capability_of(hardware: Hardware) -> Capability | None:
-    """The compute capability of a GPU; None for a processor."""
-    if not hardware.has_host:
-        return None
-    return next((found for name, found in CAPABILITIES.items() if hardware.name.startswith(name)), _USUAL)
-
-
-def alike_capability(hardware: Hardware) -> Capability | None:
-    """A compute capability that stands for all with the same ops, so that models are captured once for them."""
-    found = capability_of(hardware)
-    if found is None or found < _USUAL:
-        return found
-    return (9, 0) if found[0] in (9, 10) and found[1] == 0 else _USUAL
 
 
 UNKNOWN = "a100-40"
@@ -166,27 +131,15 @@ def library_bytes(device: torch.device) -> int:
     return 32 << 20 if torch.cuda.get_device_capability(device) >= (9, 0) else 8320 << 10
 
 
-def planned_library_bytes(planned: Hardware) -> int:
-    """The same of NVIDIA's GPUs that need not be here, without settings of the environment; 0 of a processor."""
-    capability = capability_of(planned)
-    return 0 if capability is None else 32 << 20 if capability >= (9, 0) else 8320 << 10
-
-
 EXPANDABLE = "expandable_segments:True"
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-
-
-def has_expandable_segments() -> bool:
-    """Whether the environment asks torch's allocator for expandable segments."""
-    return any(EXPANDABLE in os.environ.get(name, "") for name in _ALLOCATOR)
 
 
 def allocator_advice(device: torch.device) -> str:
     """The line that tells how to lose less memory between blocks; empty where nothing is to be said."""
-    if device.type == "cpu" or any("expandable_segments" in os.environ.get(name, "") for name in _ALLOCATOR):
+    if device.type == "cpu" or any("expandable_segments" in os.environ.get(name, "") for name in ALLOCATOR):
         return ""
     return (
-        f"set {_ALLOCATOR[0]}={EXPANDABLE} before torch is imported: without it blocks of one size cannot be used for "
+        f"set {ALLOCATOR[0]}={EXPANDABLE} before torch is imported: without it blocks of one size cannot be used for "
         "another, and more memory is reserved than a budget counts"
     )
 

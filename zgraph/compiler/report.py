@@ -14,7 +14,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from zgraph.bridge.target import has_expandable_segments, planned_library_bytes
 from zgraph.certify.record import Certificate
 from zgraph.cost import (
     CostTable,
@@ -29,9 +28,11 @@ from zgraph.cost import (
     time_text,
     traffic,
 )
+from zgraph.cost.capability import planned_library_bytes
 from zgraph.cost.memory import Life, alive_at_peak
 from zgraph.cost.reserved import Footprint, footprint
 from zgraph.cost.work import work
+from zgraph.environment import has_expandable_segments
 from zgraph.errors import UsageError
 from zgraph.ir import InputKind, Plan, TensorType, num_ranks
 from zgraph.ir.symbols import evaluate

@@ -8,16 +8,12 @@ from typing import Any
 import torch
 
 from zgraph.bridge.scratch import measured_scratch
-from zgraph.bridge.target import (
-    MEMORY_MARGIN,
-    has_expandable_segments,
-    num_bytes,
-    planned_budget,
-    planned_library_bytes,
-)
+from zgraph.bridge.target import MEMORY_MARGIN, num_bytes, planned_budget
 from zgraph.cost import CostTable
+from zgraph.cost.capability import planned_library_bytes
 from zgraph.cost.reserved import beside_bytes
 from zgraph.cost.workspace import NUM_THREADS
+from zgraph.environment import has_expandable_segments
 from zgraph.errors import UsageError
 from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.estimate.stage_plan import Planner
