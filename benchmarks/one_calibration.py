@@ -109,7 +109,7 @@ def _software_s_per_byte(fitted: Hardware, rate: str) -> float:
 
 
 def outcome(folder: Path, stage: int, rate: str, told: Hardware, is_calibrated: bool) -> Outcome:
-    """What was recorded at a rate beside what is predicted for it."""
+    """Steps that were recorded at a rate, beside those predicted for it."""
     record = read_record(folder)
     us = predicted(record, costs_on(record, told)).step_us
     return Outcome(

@@ -1,4 +1,4 @@
-"""What a GPU's allocator reserves for a step, beside what is allocated."""
+"""Memory that a GPU's allocator reserves for a step, beside what is allocated."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What ops take and keep on processors is measured, once for each op that differs."""
+"""Memory that ops take and keep on processors is measured, once for each op that differs."""
 
 import pytest
 import torch

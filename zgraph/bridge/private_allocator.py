@@ -1,4 +1,4 @@
-"""What torch's allocator on processors is asked for, a private corner of torch. Tried on torch 2.13.0.
+"""Requests to torch's allocator on processors, a private corner of torch. Tried on torch 2.13.0.
 
 The older of torch's profilers is the one here: it starts in microseconds, sees one thread alone, and prints nothing.
 """

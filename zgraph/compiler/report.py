@@ -82,7 +82,7 @@ class Entry:
 
     @cached_property
     def footprint(self) -> Footprint | None:
-        """What a GPU's allocator has allocated and reserves at the peak; None on processors."""
+        """Bytes that a GPU's allocator has allocated and reserves at the peak; None on processors."""
         if not (planned := self.costs.hardware).has_host:
             return None
         ranks, library = num_ranks(self.plan.graph.mesh), planned_library_bytes(planned)
@@ -197,7 +197,7 @@ class Report:
 
     @property
     def footprint(self) -> Footprint | None:
-        """What a GPU's allocator reserves in a training step; None on processors, and before one is captured."""
+        """Bytes that a GPU's allocator reserves in training; None on processors, and before one is captured."""
         return next((e.footprint for e in self.entries if e.plan.backward is not None), None)
 
     @property

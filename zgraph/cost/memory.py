@@ -96,7 +96,7 @@ def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
 
 
 def requests(plan: Plan, hints: Mapping[str, int]) -> tuple[list[tuple[str, int]], list[str]]:
-    """What a step asks of a device's allocator, in order: a name and bytes, or the name again and 0 as it gives them
+    """Requests of a step to a device's allocator, in order: a name and bytes, or the name again and 0 as it gives them
     back; and names of what it leaves there, its gradients."""
     walk = _walked(plan, hints)
     return walk.requests, [name for name, (category, size, _) in walk.alive.items() if size and category != HOST]

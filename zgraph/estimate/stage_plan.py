@@ -122,7 +122,7 @@ class Planner:
         return _Shape(self, stage, frozenset(), "").option(None, 0.0).total_bytes
 
     def reserved_bytes(self, stage: int) -> int:
-        """What a GPU's allocator reserves for that step."""
+        """Bytes that a GPU's allocator reserves for that step."""
         shape = _Shape(self, stage, frozenset(), "")
         return shape.footprint(shape.option(None, 0.0), expandable=self.expandable).reserved_bytes
 
@@ -316,7 +316,7 @@ class _Shape:
         )
 
     def footprint(self, option: _Option, *, expandable: bool) -> Footprint:
-        """What a GPU's allocator reserves for one way to fit."""
+        """Memory that a GPU's allocator reserves for one way to fit."""
         planner = self.planner
         return scaled_footprint(
             self.samples,

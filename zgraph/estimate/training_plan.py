@@ -73,7 +73,7 @@ class TrainingPlan:
 
     @property
     def reserved(self) -> str:
-        """What a GPU's allocator reserves at each stage, in words; empty on processors."""
+        """Memory that a GPU's allocator reserves at each stage, in words; empty on processors."""
         found = [f"stage {s.title} {bytes_text(s.reserved)}" for s in self.stages if s.reserved is not None]
         if not found:
             return ""
