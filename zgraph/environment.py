@@ -108,3 +108,12 @@ def cache_folder() -> Path:
 def ranks_here() -> int:
     """Ranks on this host, as launchers tell it; 0 if they do not."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables that set torch's allocator of GPUs."""
+
+
+def has_expandable_segments() -> bool:
+    """Whether the environment asks torch's allocator of GPUs for expandable segments."""
+    return any("expandable_segments:True" in os.environ.get(name, "") for name in ALLOCATOR)

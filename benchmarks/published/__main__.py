@@ -98,9 +98,12 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
     if errors:
         covered = fmean(time.low <= measured <= time.high for measured, time in timed)
         found |= {"mean_error": fmean(errors), "median_error": median(errors), "covered": covered}
-    sizes = [(o.row.memory[0], o.memory.value) for o in outcomes if isinstance(o.row, Row) and o.memory is not None]
-    if sizes:
-        found |= {"num_memory": len(sizes), "mean_memory_error": fmean(abs(p / m - 1) for m, p in sizes)}
+    for kind in ("allocated", "reserved"):
+        said = [o for o in outcomes if isinstance(o.row, Row) and o.memory is not None and o.row.memory[1] == kind]
+        sizes = [(o.row.memory[0], o.memory.value) for o in said if isinstance(o.row, Row) and o.memory is not None]
+        if sizes:
+            error = fmean(abs(predicted / measured - 1) for measured, predicted in sizes)
+            found |= {f"num_{kind}": len(sizes), f"mean_{kind}_error": error}
     return found
 
 

@@ -94,7 +94,10 @@ def predicted(row: Row, costs: CostTable) -> Prediction:
 
 
 def _peak_bytes(row: Row, samples: LayerSamples, costs: CostTable) -> float:
-    """The peak of a step, as `zgraph.plan` counts it where the budget is no limit: the logits are whole then."""
+    """The peak of a step, as `zgraph.plan` counts it where the budget is no limit: the logits are whole then.
+
+    Where that of reserved memory was published it is that, in segments that do not grow.
+    """
     planner = Planner(
         samples,
         row.num_ranks,
@@ -109,7 +112,7 @@ def _peak_bytes(row: Row, samples: LayerSamples, costs: CostTable) -> float:
         accumulation=row.num_micro,
         num_copies=row.num_copies,
     )
-    return planner.peak_bytes(row.stage)
+    return planner.reserved_bytes(row.stage) if row.memory[1] == "reserved" else planner.peak_bytes(row.stage)
 
 
 def _replays(row: Row, samples: LayerSamples, costs: CostTable, num_ranks: int) -> tuple[Replay, Replay]:

@@ -193,7 +193,7 @@ def _expressed(cells: Mapping[str, str], name: str, system: str, recomputed: str
         "f32" if _reduces_whole(cells, system, strategy) else "",
         "float8" if "fp8" in precision or "float8" in precision else "",
         measured_s,
-        _memory(cells),
+        _memory(cells, system),
         not system.startswith(IN_BF16),
     )
     if "pcie" in cells["gpu"].lower():
@@ -319,13 +319,15 @@ def _reduces_whole(cells: Mapping[str, str], system: str, strategy: str) -> bool
     return strategy == "DDP" and "mixed" in cells["precision"]
 
 
-def _memory(cells: Mapping[str, str]) -> tuple[int, str]:
+def _memory(cells: Mapping[str, str], system: str) -> tuple[int, str]:
+    """Bytes and their kind: what torchtitan logs as its memory is what is reserved (`max_reserved_gib`)."""
     found = re.match(r"[\d.]+", cells.get("mem") or "")
     if not found:
         return 0, ""
     said = f"{cells['mem']} {cells['mem_kind']}"
     unit = 1 << 30 if "GiB" in said else 10**9
-    return int(float(found[0]) * unit), "reserved" if "reserved" in said else "allocated"
+    is_reserved = "reserved" in said or system.startswith("torchtitan")
+    return int(float(found[0]) * unit), "reserved" if is_reserved else "allocated"
 
 
 def at(row: Row, checkpointed: str) -> Sizes:

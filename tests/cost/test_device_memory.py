@@ -7,6 +7,7 @@ import torch
 
 from zgraph.bridge import target
 from zgraph.cost import hardware
+from zgraph.cost.reserved import beside_bytes
 
 GIB, MIB = 1 << 30, 1 << 20
 GPU = torch.device("cuda", 0)
@@ -20,7 +21,7 @@ def test_small_gpus_keep_what_libraries_need(monkeypatch, memory_gib, num_ranks,
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     found = target.device_budget(GPU, num_ranks)
     assert found == pytest.approx(share * memory_gib * GIB, rel=0.006)
-    assert memory_gib * GIB - found >= target.CONTEXT_BYTES + (target.NCCL_BYTES if num_ranks > 1 else 0) - 100 * MIB
+    assert memory_gib * GIB - found >= beside_bytes(num_ranks) - 100 * MIB
 
 
 def test_a_plan_for_a_gpu_has_the_budget_of_the_gpu(monkeypatch):
@@ -62,11 +63,11 @@ def test_what_it_keeps_on_gpus_of_amd(monkeypatch, arch, mib):
 
 
 def test_expandable_segments_are_advised_where_nothing_is_said_of_them(monkeypatch):
-    for name in target._ALLOCATOR:
+    for name in target.ALLOCATOR:
         monkeypatch.delenv(name, raising=False)
     assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in target.allocator_advice(GPU)
     assert target.allocator_advice(torch.device("cpu")) == ""
-    for name in target._ALLOCATOR:
+    for name in target.ALLOCATOR:
         with monkeypatch.context() as patched:
             patched.setenv(name, "max_split_size_mb:512,expandable_segments:False")
             assert target.allocator_advice(GPU) == "", "the user has chosen"

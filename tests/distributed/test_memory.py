@@ -119,3 +119,22 @@ def test_the_predicted_peak_of_stage_0(pool: Pool) -> None:
     received = 2 * 4 * 4001 * 192 // 2
     for predicted, measured in pool.run(peak_bytes, 2, 0):
         assert 0.95 * (predicted - received) <= measured <= 1.05 * predicted
+
+
+def planned_and_reported(mesh: DeviceMesh, stage: int) -> tuple[tuple[int, float], tuple[int, float]]:
+    """Bytes at the peak and microseconds of a step, as `zgraph.plan` says and as the compiled model reports."""
+    ids = torch.randint(4001, (2, 64))
+    with torch.device("meta"):
+        abstract = llama()
+    plan = zgraph.plan(abstract, input_ids=ids, labels=ids, hardware="cpu", num_ranks=mesh.size(), stage=stage)
+    (planned,) = plan.stages
+    model = zgraph.compile(llama(), stage=stage, mesh=mesh, hardware="cpu")
+    model(input_ids=ids, labels=ids).loss.backward()
+    report = zgraph.report(model)
+    return (planned.total_bytes, planned.step_us), (report.peak_bytes, report.entries[0].timeline.step_us)
+
+
+@pytest.mark.parametrize("stage", [deep(0), deep(1), deep(2), 3])
+def test_a_plan_of_two_ranks_is_what_compile_reports(pool: Pool, stage: int) -> None:
+    for planned, reported in pool.run(planned_and_reported, 2, stage):
+        assert planned == pytest.approx(reported, rel=0.01)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import small
 import zgraph
 from zgraph.bridge.private_gpu import Capability, as_on_gpu, attention_on_gpu
-from zgraph.bridge.target import capability_of
+from zgraph.cost.capability import capability_of
 from zgraph.cost.hardware import hardware, known
 from zgraph.errors import UnknownOpError
 from zgraph.estimate.trace import traced

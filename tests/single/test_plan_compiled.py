@@ -5,6 +5,7 @@ import torch
 
 import small
 import zgraph
+from benchmarks.peak_models import MODELS
 from tests.deep import deep
 
 IDS = torch.zeros(2, 64, dtype=torch.int64)
@@ -40,6 +41,24 @@ def test_plan_is_what_compile_reports(build):
     assert planned.exposed_us == pytest.approx(timeline.exposed_us, abs=1)
     assert (planned.again_share > 0.1) == (build is checkpointed)
     assert planned.time.low < planned.total_us < planned.time.high
+
+
+ZOO = [name for name in MODELS if name != "ConvNeXt"]
+
+
+@pytest.mark.parametrize("name", ["ConvNeXt", *(deep(name) for name in ZOO)])
+def test_plan_is_what_compile_reports_for_the_zoo(name):
+    """Bytes with what ops take for themselves, which both measure; and time."""
+    build, batch = MODELS[name]
+    given = batch()
+    with torch.device("meta"):
+        abstract = build().train()
+    (planned,) = zgraph.plan(abstract, **given, hardware="cpu", num_ranks=1, stage=0).stages
+    model = zgraph.compile(build().train(), stage=0, hardware="cpu")
+    model(**given)["loss"].backward()
+    report = zgraph.report(model)
+    assert planned.total_bytes == pytest.approx(report.peak_bytes, rel=0.002)
+    assert planned.step_us == pytest.approx(report.entries[0].timeline.step_us, rel=0.01)
 
 
 def test_regions_under_checkpoint_are_planned_again():

@@ -62,7 +62,6 @@ __all__ = [
     "never_captured",
     "on_break",
     "on_capture",
-    "plain_recurrence",
     "raised_without_data",
     "reset_code",
     "seeing_subclasses",
@@ -292,17 +291,6 @@ def tangents_of_any_size(is_so: bool) -> Iterator[None]:
     """Have AOTAutograd take gradients of outputs in a format of memory, and not in the sizes and strides of these."""
     with functorch_config.patch(guess_tangent_strides_as_outputs=False) if is_so else nullcontext():
         yield
-
-
-@contextmanager
-def plain_recurrence() -> Iterator[None]:
-    """Trace LSTM on processors as products and activations: the workspace of oneDNN's kernel is no tensor at times."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
 
 
 def raised_without_data(run: Callable[[], Any]) -> Exception | None:

@@ -6,17 +6,16 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from zgraph.bridge.private_gpu import Capability
 from zgraph.cost import CostTable, Hardware, hardware, load_table
 from zgraph.cost.defaults import default_costs
 from zgraph.cost.hardware import recognised
-from zgraph.environment import ranks_here
+from zgraph.cost.reserved import beside_bytes
+from zgraph.environment import ALLOCATOR, ranks_here
 from zgraph.errors import UsageError
 
 Target = str | Path | Hardware | CostTable
@@ -44,39 +43,6 @@ def cost_table(target: Target | None, device: torch.device) -> CostTable:
     if device.type == "cpu":
         return default_costs()
     return CostTable(hardware=_recognised(device), per_host=ranks_here())
-
-
-CAPABILITIES: Mapping[str, Capability] = {
-    "v100": (7, 0),
-    "a100": (8, 0),
-    "a10": (8, 6),
-    "l4": (8, 9),
-    "rtx-4090": (8, 9),
-    "h": (9, 0),
-    "b200": (10, 0),
-    "gb200": (10, 0),
-    "gb300": (10, 3),
-    "rtx-5090": (12, 0),
-}
-"""Compute capabilities of GPUs by how their profiles' names begin."""
-
-_USUAL: Capability = (8, 0)
-"""Taken for a GPU that is not among them: AMD's take the same attention."""
-
-
-def capability_of(hardware: Hardware) -> Capability | None:
-    """The compute capability of a GPU; None for a processor."""
-    if not hardware.has_host:
-        return None
-    return next((found for name, found in CAPABILITIES.items() if hardware.name.startswith(name)), _USUAL)
-
-
-def alike_capability(hardware: Hardware) -> Capability | None:
-    """A compute capability that stands for all with the same ops, so that models are captured once for them."""
-    found = capability_of(hardware)
-    if found is None or found < _USUAL:
-        return found
-    return (9, 0) if found[0] in (9, 10) and found[1] == 0 else _USUAL
 
 
 UNKNOWN = "a100-40"
@@ -115,12 +81,6 @@ MEMORY_MARGIN = 0.06
 """The share of a device's memory that stays free where no budget is given: for the driver, for communication, and for
 what does not fit together in the allocator."""
 
-CONTEXT_BYTES = 600 << 20
-"""Memory of the driver's context and of the kernels that are loaded, in a process with torch and its libraries."""
-
-NCCL_BYTES = 512 << 20
-"""Buffers of NCCL: 4 MiB (NCCL_BUFFSIZE) and less for its other protocols, for each of up to 32 channels and peer."""
-
 FRAGMENTED = 0.03
 """The share of the rest that an allocator with expandable segments leaves between what is alive."""
 
@@ -138,7 +98,7 @@ def usable_bytes(memory_bytes: int, num_ranks: int) -> int:
         memory_bytes: of the GPU.
         num_ranks: in the job; one has nobody to communicate with.
     """
-    taken = min(CONTEXT_BYTES + (NCCL_BYTES if num_ranks > 1 else 0), LARGEST_TAKEN * memory_bytes)
+    taken = min(beside_bytes(num_ranks), LARGEST_TAKEN * memory_bytes)
     return int(memory_bytes - max(MEMORY_MARGIN * memory_bytes, taken + FRAGMENTED * (memory_bytes - taken)))
 
 
@@ -172,15 +132,14 @@ def library_bytes(device: torch.device) -> int:
 
 
 EXPANDABLE = "expandable_segments:True"
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def allocator_advice(device: torch.device) -> str:
     """The line that tells how to lose less memory between blocks; empty where nothing is to be said."""
-    if device.type == "cpu" or any("expandable_segments" in os.environ.get(name, "") for name in _ALLOCATOR):
+    if device.type == "cpu" or any("expandable_segments" in os.environ.get(name, "") for name in ALLOCATOR):
         return ""
     return (
-        f"set {_ALLOCATOR[0]}={EXPANDABLE} before torch is imported: without it blocks of one size cannot be used for "
+        f"set {ALLOCATOR[0]}={EXPANDABLE} before torch is imported: without it blocks of one size cannot be used for "
         "another, and more memory is reserved than a budget counts"
     )
 

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from zgraph.bridge import private_compile
 from zgraph.bridge.aten import TO_TORCH
+from zgraph.bridge.private_onednn import plain_recurrence
 from zgraph.bridge.private_ops import write_out_mutations
 from zgraph.capture.failures import failure
 from zgraph.capture.importer import Importer, Leaf
@@ -153,7 +154,7 @@ class Frontend:
         )
         if self.rewrite is not None:
             self.rewrite(gm)
-        with private_compile.plain_recurrence(), private_compile.tangents_of_any_size(self.returns_parts):
+        with plain_recurrence(), private_compile.tangents_of_any_size(self.returns_parts):
             run = captured(gm, examples)
         return self.attach(run, {i: leaf.target for i, leaf in leaves.items() if leaf.kind is InputKind.param})
 

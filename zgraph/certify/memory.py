@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from heapq import nlargest
 from itertools import accumulate
 
-from zgraph.cost.workspace import workspace_bytes
+from zgraph.cost.workspace import kept_bytes, workspace_bytes
 from zgraph.ir import OPS, Graph, InputKind, Node, Phase, TensorType, Type
 from zgraph.ir.aliases import Aliases
 from zgraph.ir.arena import offsets
@@ -67,6 +67,7 @@ class _Step:
         self.aliases = Aliases(graph)
         self.held: dict[str, frozenset[str]] = {}
         self.scratch: dict[str, list[int]] = {}
+        self.keeping: list[str] = []
         for position, node in enumerate(forward):
             self.run(position, node)
         waiting = [v.name for n in graph.nodes if n.phase is not Phase.forward for v in n.operands]
@@ -77,6 +78,7 @@ class _Step:
         for position, node in enumerate(backward, begin):
             self.run(position, node)
         last = len(self.nodes) - 1
+        self.touch(graph.output_names.intersection(self.keeping) if backward else (), last)
         self.touch([o.value.name for o in loss_only.outputs if o.value and o.phase is not Phase.forward], last)
         if released:
             self.touch(self.unreleased(), last)
@@ -99,6 +101,9 @@ class _Step:
         for result in node.results if not views(self.graph, node) else ():
             num_bytes = 0 if offsets(node) else self.room(node, result.type)
             self.make(result.name, num_bytes, position, position)
+        if (kept := kept_bytes(node, self.hints)) and node.name in self.lives:
+            self.lives[node.name][0] += kept
+            self.keeping.append(node.name)
         if node.op == "wait":
             start = node.operands[0].name
             self.touch(self.held.get(start, ()), position - 1)

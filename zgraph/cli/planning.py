@@ -17,7 +17,7 @@ from zgraph.errors import UsageError
 
 if TYPE_CHECKING:
     from zgraph.cost import CostTable
-    from zgraph.estimate.stage_plan import StagePlan
+    from zgraph.estimate.stage_figures import StagePlan
     from zgraph.estimate.sweep import Combination, Sweep
     from zgraph.estimate.training_plan import TrainingPlan
 

@@ -51,7 +51,7 @@ def simulate_run(
     Example: `zgraph simulate run.zg --straggler 1.2 --fail-every 3h`
     """
     from zgraph.compiler.report import make_entry, mebibytes, step_summary
-    from zgraph.cost import memory_interval, simulate
+    from zgraph.cost import bytes_text, memory_interval, simulate
 
     run, name = read_run(file)
     plan, timeline = run.step(name)
@@ -83,6 +83,10 @@ def simulate_run(
             "peak_high_bytes": peak.high,
             "rest_bytes": run.context.rest_bytes,
         }
+        if (space := entry.footprint) is not None:
+            reserved = memory_interval(space.reserved_bytes, run.context.costs)
+            found |= {"reserved_bytes": reserved.value, "beside_bytes": space.beside_bytes}
+            found |= {"reserved_low_bytes": reserved.low, "reserved_high_bytes": reserved.high}
         if straggler > 1:
             found["even_step_us"] = even_us
         if kept is not None:
@@ -96,6 +100,10 @@ def simulate_run(
     for cause, us in sorted(causes.items(), key=lambda item: -item[1]):
         console().print(f"  exposed by {cause}: {us:,.1f} us")
     console().print(f"at rest {mebibytes(run.context.rest_bytes)}")
+    if (space := entry.footprint) is not None:
+        text = bytes_text(memory_interval(space.reserved_bytes, run.context.costs))
+        beside = mebibytes(space.beside_bytes)
+        console().print(f"reserved by torch's allocator {text}; beside it {beside} of the driver's and NCCL's")
     if kept is not None:
         console().print(
             f"goodput {kept.useful:.1%} with a checkpoint after {kept.interval_s / 60:,.1f} minutes of training: "

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from zgraph.bridge.scratch import measured_scratch
 from zgraph.capture import Compiled
 from zgraph.certify.certificate import Certifier
 from zgraph.compiler.autotune import tuned
@@ -25,7 +26,7 @@ from zgraph.compiler.recordings import Recordings, choose_calls
 from zgraph.compiler.report import Entry, Report, make_entry
 from zgraph.compiler.step_recorder import StepRecorder
 from zgraph.cost import memory_interval
-from zgraph.cost.workspace import NUM_THREADS
+from zgraph.cost.workspace import NUM_THREADS, is_measured
 from zgraph.environment import environment
 from zgraph.errors import UsageError, VerifyError, did_you_mean
 from zgraph.ir import Graph, print_graph, verify
@@ -115,7 +116,7 @@ class CompiledModel:
         settings = environment()
         log = Log()
         instruments: list[Any] = [log, self.narrator, self.float8]
-        is_general = any(not name.startswith(NUM_THREADS) for name in hints)
+        is_general = bool(hints)
         self.narrator.captured(graph, len(self.pipeline.passes), is_general=is_general)
         if settings.verify:
             verify(graph)
@@ -163,7 +164,8 @@ class CompiledModel:
         entry = make_entry(plan, log.steps, context, again, certificate=certificate)
         if waiting := entry.memory.host_peak_bytes:
             self.session.host.require(waiting, "the values that wait for the backward on the host")
-        known = f"planned for {', '.join(f'{name}={hints[name]}' for name in sorted(hints))}"
+        sizes = sorted(name for name in hints if not is_measured(name))
+        known = f"planned for {', '.join(f'{name}={hints[name]}' for name in sizes)}"
         update_bytes = context.update_bytes if plan.backward is not None else 0
         peak_bytes = context.rest_bytes + max(entry.memory.peak.total_bytes, update_bytes)
         trial = self.trial(self, peak_bytes) if self.trial is not None else None
@@ -209,15 +211,18 @@ class CompiledModel:
         self.narrator.replanned(budget)
 
     def _agreed_hints(self, graph: Graph, hints: Mapping[str, int]) -> Mapping[str, int]:
-        """Sizes and thread count to plan for.
+        """Sizes and thread count to plan for, and on processors what ops take beside their operands.
 
-        All ranks come here with their first graph of each kind, and plan with the first rank's sizes and threads. Its
-        thread count holds later too. Sizes that a rank meets alone later are its own.
+        All ranks come here with their first graph of each kind, and plan with the first rank's sizes, threads and
+        measurements. Its thread count holds later too. What a rank meets alone later is its own.
         """
-        if self.session.device.type == "cpu":
+        kind, has_threads = has_backward(graph), self.session.device.type == "cpu"
+        if has_threads:
             hints = {**hints, NUM_THREADS: self.hints.get(NUM_THREADS, torch.get_num_threads())}
-        kind = has_backward(graph)
-        if self.session.is_alone or kind in self._planned:
+        is_alone = self.session.is_alone or kind in self._planned
+        if has_threads and (is_alone or self.session.store.rank == 0):
+            hints = {**hints, **measured_scratch(graph, hints)}
+        if is_alone:
             return hints
         found = json.loads(self.session.peers.exchange(f"sizes/{kind}", json.dumps(dict(hints)))[0])
         self._planned.add(kind)
@@ -227,7 +232,9 @@ class CompiledModel:
                 f"{found[NUM_THREADS]}. Set OMP_NUM_THREADS to the same number on all ranks.",
                 stacklevel=2,
             )
-        return {name: int(found.get(name, size)) for name, size in hints.items()}
+        measured = {name: int(size) for name, size in found.items() if is_measured(name)}
+        own = {name: size for name, size in hints.items() if not is_measured(name)}
+        return {name: int(found.get(name, size)) for name, size in own.items()} | measured
 
     def _run_paths(self, graph: str, dump: Path | None) -> Iterator[Path]:
         """Where to write what becomes of a graph."""

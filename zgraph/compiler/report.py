@@ -28,10 +28,13 @@ from zgraph.cost import (
     time_text,
     traffic,
 )
+from zgraph.cost.capability import planned_library_bytes
 from zgraph.cost.memory import Life, alive_at_peak
+from zgraph.cost.reserved import Footprint, footprint
 from zgraph.cost.work import work
+from zgraph.environment import has_expandable_segments
 from zgraph.errors import UsageError
-from zgraph.ir import InputKind, Plan, TensorType
+from zgraph.ir import InputKind, Plan, TensorType, num_ranks
 from zgraph.ir.symbols import evaluate
 from zgraph.passes.arena import sizes
 from zgraph.passes.core.base import Context
@@ -76,6 +79,15 @@ class Entry:
     def time(self) -> Interval:
         """The step's time in microseconds, with its interval."""
         return time_interval(self.timeline.step_us, self.plan.graph, self.costs, self.hints)
+
+    @cached_property
+    def footprint(self) -> Footprint | None:
+        """Bytes that a GPU's allocator has allocated and reserves at the peak; None on processors."""
+        if not (planned := self.costs.hardware).has_host:
+            return None
+        ranks, library = num_ranks(self.plan.graph.mesh), planned_library_bytes(planned)
+        policy = has_expandable_segments()
+        return footprint(self.plan, self.hints, ranks, expandable=policy, library_bytes=library)
 
     @property
     def kind(self) -> str:
@@ -184,6 +196,11 @@ class Report:
         return at_rest + max(self.step_peak_bytes, self.arena_bytes + self.update_bytes)
 
     @property
+    def footprint(self) -> Footprint | None:
+        """Bytes that a GPU's allocator reserves in training; None on processors, and before one is captured."""
+        return next((e.footprint for e in self.entries if e.plan.backward is not None), None)
+
+    @property
     def flop(self) -> int:
         """FLOP of this rank's matmuls in a training step (of the first training graph captured)."""
         return next((e.flop for e in self.entries if e.plan.backward is not None), 0)
@@ -255,6 +272,10 @@ class Report:
         table.add_row("buffers", mebibytes(self.buffer_bytes))
         table.add_row("above that, in AdamW's step", mebibytes(self.update_bytes))
         table.add_row("peak of a training step", self._peak_text())
+        if (found := self.footprint) is not None:
+            reserved = memory_interval(max(found.reserved_bytes, self.peak_bytes), self.entries[0].costs)
+            table.add_row("reserved for it by torch's allocator", bytes_text(reserved))
+            table.add_row("beside it: the driver, NCCL's buffers", mebibytes(found.beside_bytes))
         if self.host_bytes or self.host_peak_bytes:
             table.add_row("on the host: masters and moments", mebibytes(self.host_bytes))
             table.add_row("on the host: at the peak of a step", mebibytes(self.host_bytes + self.host_peak_bytes))

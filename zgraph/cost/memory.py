@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from heapq import nlargest
 from typing import NamedTuple
 
-from zgraph.cost.workspace import workspace_bytes
+from zgraph.cost.workspace import kept_bytes, workspace_bytes
 from zgraph.ir import (
     HOST,
     OPS,
@@ -84,14 +84,22 @@ class MemoryCurve:
 def simulate_memory(plan: Plan, hints: Mapping[str, int]) -> MemoryCurve:
     """Walk the forward and the backward of a plan with its births and deaths.
 
-    Outputs of the forward are taken to be dropped by the caller before the backward, unless the backward needs them;
-    the inputs of the call are the caller's and not counted. Tangents are, unless they are likely to be zero.
+    Outputs of the forward are taken to be dropped by the caller before the backward, unless the backward needs them, or
+    they are losses that keep more than a number; the inputs of the call are the caller's and not counted. Tangents are,
+    unless they are likely to be zero.
 
     Args:
         plan: the plan.
         hints: a number for each symbolic size.
     """
     return MemoryCurve(tuple(_walked(plan, hints).moments))
+
+
+def requests(plan: Plan, hints: Mapping[str, int]) -> tuple[list[tuple[str, int]], list[str]]:
+    """Requests of a step to a device's allocator, in order: a name and bytes, or the name again and 0 as it gives them
+    back; and names of what it leaves there, its gradients."""
+    walk = _walked(plan, hints)
+    return walk.requests, [name for name, (category, size, _) in walk.alive.items() if size and category != HOST]
 
 
 class Life(NamedTuple):
@@ -125,7 +133,7 @@ def alive_at_peak(plan: Plan, hints: Mapping[str, int], curve: MemoryCurve) -> l
 def _walked(plan: Plan, hints: Mapping[str, int]) -> _Walk:
     walk = _Walk(plan, hints)
     walk.run_in_arena(plan.forward)
-    saved = {v.name for v in plan.saved}
+    saved = {v.name for v in plan.saved} | (walk.keeping if plan.backward is not None else set())
     walk.drop(v.name for v in plan.forward.results if v is not None and v.name not in saved)
     if plan.backward is not None:
         tangents = [i.value for i in plan.graph.inputs if i.kind is InputKind.tangent]
@@ -145,12 +153,14 @@ class _Walk:
         self.categories = _categories(plan)
         self.aliases = Aliases(plan.graph)
         self.held: dict[str, frozenset[str]] = {}
+        self.keeping: set[str] = set()
         self.references: Counter[str] = Counter()
         self.alive: dict[str, tuple[str, int, int]] = {}
         self.lives: list[Life] = []
         self.by_category: Counter[str] = Counter()
         self.scratch: dict[str, int] = {}
         self.moments: list[Moment] = []
+        self.requests: list[tuple[str, int]] = []
 
     def run_in_arena(self, program: Program) -> None:
         """A program, with its arena from the beginning to the end."""
@@ -167,19 +177,32 @@ class _Walk:
                 if is_new:
                     self.allocate(result.name, result.type, num_chunks(node, self.graph.mesh))
                 self.refer(result.name, self.aliases.roots(result.name))
+            if (kept := kept_bytes(node, self.hints)) and is_new:
+                self.keep(node, kept)
             if node.op in OPS and OPS[node.op].lane != "compute":
                 self.start(node)
             if node.op == "wait":
                 self.finish(_in_flight(node.operands[0].name))
-                self.scratch.pop(node.operands[0].name, None)
+                if self.scratch.pop(node.operands[0].name, 0):
+                    self.requests.append((f"{node.operands[0].name}: scratch", 0))
             self.moments.append(self.moment(node))
             self.drop(instruction.frees)
+
+    def keep(self, node: Node, num_bytes: int) -> None:
+        """The first result of a node keeps as many bytes more, as long as it lives."""
+        name = f"{node.name}+"
+        self.hold(name, self.categories.get(node.name, "temporaries"), num_bytes)
+        self.references[name] += 1
+        self.held[node.name] |= {name}
+        self.keeping.add(node.name)
 
     def start(self, node: Node) -> None:
         """Until its wait, a collective holds what it sends, in place or as a copy, and its scratch memory."""
         graph, moves = self.graph, transfer(node)
         assert moves is not None
-        self.scratch[node.name] = _rounded(OPS[node.op].scratch_bytes(node, graph.mesh))
+        if taken := _rounded(OPS[node.op].scratch_bytes(node, graph.mesh)):
+            self.scratch[node.name] = taken
+            self.requests.append((f"{node.name}: scratch", taken))
         for value, result in zip(node.operands, node.results, strict=True) if not moves.exchanges else ():
             name = _in_flight(result.name)
             if is_copied(node, value, graph.mesh):
@@ -199,6 +222,7 @@ class _Walk:
             by_category["buckets"] = by_category.get("buckets", 0) + sum(nlargest(NUM_SERVED, self.scratch.values()))
         if taken := workspace_bytes(node, self.hints):
             by_category["temporaries"] = by_category.get("temporaries", 0) + taken
+            self.requests += [(node.op, taken), (node.op, 0)]
         host_bytes = by_category.pop(HOST, 0)
         return Moment(node.name, node.phase.value, by_category, host_bytes)
 
@@ -221,6 +245,8 @@ class _Walk:
     def hold(self, name: str, category: str, size: int) -> None:
         self.alive[name] = category, size, len(self.moments)
         self.by_category[category] += size
+        if size and category != HOST:
+            self.requests.append((name, size))
 
     def refer(self, name: str, roots: frozenset[str]) -> None:
         """A live name holds these storages until it is dropped."""
@@ -239,6 +265,8 @@ class _Walk:
             category, size, born = self.alive.pop(root)
             self.by_category[category] -= size
             self.lives.append(Life(root, category, size, born, len(self.moments)))
+            if size and category != HOST:
+                self.requests.append((root, 0))
 
 
 def local_bytes(kind: Type, mesh: Mesh, hints: Mapping[str, int]) -> int:

@@ -1,8 +1,9 @@
 """Memory that ops take and give back while they run on processors, where it is not negligible.
 
-Read off what torch 2.13's allocator is asked for. Attention works on 32, 64 or 256 queries by 512 keys at a time, with
-one buffer a thread (`cpu_flash_attention` and its backward); dropout and softmax are made of several steps there;
-convolutions bring what they read into their own layout.
+Where it was measured (`zgraph.bridge.scratch`), hints tell it. The rules here are for ops that were not, read off what
+torch 2.13's allocator is asked for. Attention works on 32, 64 or 256 queries by 512 keys at a time, with one buffer a
+thread (`cpu_flash_attention` and its backward); dropout and softmax are made of several steps there; convolutions bring
+what they read into their own layout.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from zgraph.cost.device_workspace import device_workspace_bytes
 from zgraph.cost.functions import called_bytes, is_higher_order
-from zgraph.ir import Node, TensorType, Type
+from zgraph.ir import Arg, Graph, Node, ScalarType, TensorType, Type, Value, print_graph
 from zgraph.ir.codecs import CODED_AT_A_TIME, Difference, Sized
 from zgraph.ir.coded_rules import codec_of
 from zgraph.ir.external_ops import Scratch, facts
@@ -19,6 +20,9 @@ from zgraph.ir.symbols import evaluate
 
 NUM_THREADS = "num_threads"
 """A hint of this name is there where kernels run on processors, and says how many threads they use."""
+
+_MEASURED, _KEPT = "scratch of ", "scratch kept by "
+"""How hints begin that tell what was measured: of an op that it was, and of a `scratch_key` the bytes."""
 
 _CODING_BYTES = 32
 """For each number of a piece that is coded or decoded: in fp32, in steps, in blocks, and what it stands for."""
@@ -49,11 +53,71 @@ def workspace_bytes(node: Node, hints: Hints) -> int:
         return listed + _CODING_BYTES * min(evaluate(numbers.tensor.numel, hints), CODED_AT_A_TIME)
     if NUM_THREADS not in hints:
         return device_workspace_bytes(node, hints)
+    if measured_hint(node.op) in hints:
+        measured = hints.get(measured_hint(scratch_key(node, hints)))
+        return by_rule(node, hints) if measured is None else measured
+    return by_rule(node, hints)
+
+
+def by_rule(node: Node, hints: Hints) -> int:
+    """The same of an op on processors that was not measured."""
     packet = ".".join(node.op.split(".")[:2])
     if packet in REGISTERED:
         return REGISTERED[packet](node, hints)
     rule = facts(node.op).scratch
     return _RULES[rule]([v.type for v in node.operands if isinstance(v.type, TensorType)], hints) if rule else 0
+
+
+def measured_hint(of: str) -> str:
+    """Name of the hint that tells what an op, or one with a `scratch_key`, took when it was measured."""
+    return f"{_MEASURED}{of}"
+
+
+def kept_hint(of: str) -> str:
+    """Name of the hint that tells what the results of an op, or of one with a `scratch_key`, keep for themselves."""
+    return f"{_KEPT}{of}"
+
+
+def is_measured(hint: str) -> bool:
+    """Whether a hint tells what was measured, and not the size of something."""
+    return hint.startswith((_MEASURED, _KEPT))
+
+
+def kept_bytes(node: Node, hints: Hints) -> int:
+    """Bytes that the results of a node keep beyond what their types say, as long as they live: a loss is a number in
+    the memory of all that it is the mean of."""
+    return hints.get(kept_hint(scratch_key(node, hints)), 0) if kept_hint(node.op) in hints else 0
+
+
+def scratch_key(node: Node, hints: Hints) -> str:
+    """Text that is the same for two nodes only if they take the same memory: the op, and its arguments with sizes as
+    numbers and values as their types, numbered as they first come."""
+    numbers: dict[str, int] = {}
+    args = [_argument(arg, hints, numbers) for arg in node.args]
+    args += [f"{key}={_argument(arg, hints, numbers)}" for key, arg in node.kwargs]
+    return f"{node.op}({', '.join(args)})"
+
+
+def _argument(arg: Arg, hints: Hints, numbers: dict[str, int]) -> str:
+    match arg:
+        case Value():
+            number = numbers.setdefault(arg.name, len(numbers))
+            return f"%{number}: {_kind(arg.type, hints)}"
+        case Graph():
+            return print_graph(arg, origins=False)
+        case tuple():
+            return f"[{', '.join(_argument(a, hints, numbers) for a in arg)}]"
+    return repr(arg)
+
+
+def _kind(kind: Type, hints: Hints) -> str:
+    if isinstance(kind, ScalarType):
+        return f"{kind.kind} {'?' if kind.expr is None else evaluate(kind.expr, hints)}"
+    if not isinstance(kind, TensorType):
+        return str(kind)
+    shape = "x".join(str(evaluate(d, hints)) for d in kind.shape)
+    strides = "" if kind.strides is None else "|" + "x".join(str(evaluate(d, hints)) for d in kind.strides)
+    return f"{kind.dtype.value}[{shape}{strides}]"
 
 
 def _type_bytes(kind: Type, hints: Hints) -> int:

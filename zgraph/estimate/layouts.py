@@ -17,8 +17,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
-from zgraph.bridge.target import Target, alike_capability, cost_table
+from zgraph.bridge.target import Target, cost_table
 from zgraph.cost import CostTable
+from zgraph.cost.capability import alike_capability
 from zgraph.errors import PlacementError, UsageError
 from zgraph.estimate.layer_scaling import capture_samples
 from zgraph.estimate.planners import planner_maker

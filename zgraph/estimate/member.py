@@ -28,6 +28,7 @@ class Member:
         self.tail = Pipeline(passes[at + 1 :])
         self.placed = Pipeline(passes[:at]).run(graph, context)
         self.forward = Forward(self.placed, context)
+        self.plans: dict[tuple[float | None, float, int], Plan] = {}
 
     @cached_property
     def flop(self) -> float:
@@ -70,13 +71,20 @@ class Member:
         before, after = moments[:first] or moments, moments[first:] or moments
         return (_highest(before), _highest(after)), curve.host_peak_bytes
 
+    def plan(self, us_per_byte: float | None, moved_share: float, num_micro: int) -> Plan:
+        """The scheduled step, with the programs of micro-steps that do not sync where there are several."""
+        key = us_per_byte, moved_share, num_micro
+        if key not in self.plans:
+            scheduled = self.tail.run(self.graph(us_per_byte, moved_share), self.context)
+            self.plans[key] = make_plan(scheduled, only_step=num_micro == 1)
+        return self.plans[key]
+
     def figures(
         self, us_per_byte: float | None, moved_share: float, num_micro: int
     ) -> tuple[float, float, float, float]:
         """Microseconds of a step's micro-steps and of what is exposed, bytes sent, and FLOP of one micro-step."""
-        scheduled = self.tail.run(self.graph(us_per_byte, moved_share), self.context)
-        whole = make_plan(scheduled, only_step=num_micro == 1)
-        flop = sum(work(scheduled, n).flop for n in scheduled.nodes)
+        whole = self.plan(us_per_byte, moved_share, num_micro)
+        flop = sum(work(whole.graph, n).flop for n in whole.graph.nodes)
         last = _simulated(whole, self.context, self.context.costs)
         if num_micro == 1:
             return *last, flop

@@ -13,8 +13,9 @@ from torch import nn
 from zgraph.bridge.aten import FROM_TORCH, compute_dtype
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.bridge.private_gpu import TORCH_KERNELS, Capability, chosen_attention
-from zgraph.bridge.target import Target, alike_capability, cost_table
+from zgraph.bridge.target import Target, cost_table
 from zgraph.cost import CostTable
+from zgraph.cost.capability import alike_capability
 from zgraph.errors import UsageError
 from zgraph.estimate.layer_scaling import LayerSamples, capture_samples
 from zgraph.estimate.layouts import best_layout, placed_for

@@ -13,10 +13,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from zgraph.codegen import library as _kernels  # noqa: F401 - registers the workspace of ops
-from zgraph.cost import CostTable, Interval, memory_interval, time_interval
+from zgraph.cost import CostTable, memory_interval, time_interval
+from zgraph.cost.reserved import Footprint
 from zgraph.cost.rest import UPDATE_PASSES, at_rest, copies_bytes, feedback_bytes, update_scratch
 from zgraph.estimate.layer_scaling import LayerSamples
 from zgraph.estimate.member import Member
+from zgraph.estimate.reservation import scaled_footprint
+from zgraph.estimate.stage_figures import StagePlan
 from zgraph.ir import Axis, DType, Graph, Input, InputKind, Mesh, Placement, Shard, model_axes
 from zgraph.options.compression import Codes
 from zgraph.options.validate import Compute, Kernels
@@ -33,69 +36,6 @@ from zgraph.passes.offload import Saved
 
 RESTING = ("parameters", "optimizer", "buffers")
 CATEGORIES = (*RESTING, "gradients", "activations", "gathered", "temporaries", "buckets")
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """Memory, time and traffic of one stage on each rank.
-
-    Args:
-        stage: the ZeRO stage.
-        whole: names of parameters that are at stage 0 all the same.
-        offload: what is at rest on the host: nothing, "optimizer" or "parameters".
-        moved_share: the part of what waits for the backward that does so on the host.
-        rest_bytes: bytes at rest on the device by category: parameters, optimizer state, buffers.
-        peak_bytes: bytes on the device by category at the peak of the step, those at rest included.
-        host_bytes: bytes on the host at the peak of the step.
-        needed_bytes: the peak if all that can be is moved or computed again, layer by layer: what the stage cannot do
-            without.
-        step_us: the predicted time of a forward and backward.
-        update_us: the predicted time of AdamW's update.
-        exposed_us: the part of the step in which computing waits for communication or copies.
-        sent_bytes: bytes that a rank sends in a step.
-        flop: of one rank's matmuls in a step, what is computed again not counted.
-        again_share: FLOP of what is computed again, over those of the step without.
-        fits: whether the peak is within the budget, and the host has room.
-        time: microseconds of a step with its update, and between which bounds four of five measurements lie.
-        memory: the same of the peak, in bytes.
-    """
-
-    stage: int
-    whole: frozenset[str]
-    offload: str
-    moved_share: float
-    rest_bytes: dict[str, int]
-    peak_bytes: dict[str, int]
-    host_bytes: int
-    needed_bytes: int
-    step_us: float
-    update_us: float
-    exposed_us: float
-    sent_bytes: int
-    flop: float
-    again_share: float
-    fits: bool
-    time: Interval
-    memory: Interval
-
-    @property
-    def title(self) -> str:
-        """The stage, and that of parameters that are whole."""
-        return f"{self.stage} and 0" if self.whole else str(self.stage)
-
-    @property
-    def total_bytes(self) -> int:
-        """All bytes on the device at the peak."""
-        return sum(self.peak_bytes.values())
-
-    @property
-    def total_us(self) -> float:
-        """The predicted time of a step with its update."""
-        return self.step_us + self.update_us
-
-    def stage_of(self, name: str) -> int:
-        """The stage of a parameter: this is what `zgraph.compile(model, stage=...)` takes."""
-        return 0 if name in self.whole else self.stage
 
 
 @dataclass(frozen=True)
@@ -123,6 +63,9 @@ class Planner:
         codes: what is sent in the place of numbers.
         context: ranks that share each sequence.
         expert: ranks that share the experts.
+        expandable: whether the allocator of GPUs has expandable segments.
+        room_bytes: bytes of a GPU that may be reserved, beside what is not torch's; None sets no limit.
+        library_bytes: of the matmul library's workspace.
         experts: names of the parameters that are their matrices.
     """
 
@@ -144,6 +87,9 @@ class Planner:
     codes: Codes = field(default_factory=Codes)
     context: int = 1
     expert: int = 1
+    expandable: bool = False
+    room_bytes: int | None = None
+    library_bytes: int = 0
     experts: frozenset[str] = frozenset()
     searches: str = "all"
     placed: Mapping[str, Shard] = field(default_factory=dict)
@@ -175,17 +121,24 @@ class Planner:
             shape = _Shape(self, stage, frozenset(), place)
             if (found := self._fastest(shape)) is not None:
                 return found
-        return shape.finished(shape.smallest)
+        return shape.reserving(shape.finished(shape.smallest), shape.smallest)
 
     def peak_bytes(self, stage: int) -> int:
         """The peak of a step that keeps all but what the user marked, whatever the budget."""
         return _Shape(self, stage, frozenset(), "").option(None, 0.0).total_bytes
 
+    def reserved_bytes(self, stage: int) -> int:
+        """Bytes that a GPU's allocator reserves for that step."""
+        shape = _Shape(self, stage, frozenset(), "")
+        return shape.footprint(shape.option(None, 0.0), expandable=self.expandable).reserved_bytes
+
     def _fastest(self, shape: _Shape) -> StagePlan | None:
         """The fastest way to make it fit; None if there is none."""
         if shape.rest_bytes > self.budget or not (options := shape.fitting):
             return None
-        return min(map(shape.finished, options), key=lambda found: found.total_us)
+        found = min(((shape.finished(option), option) for option in options), key=lambda pair: pair[0].total_us)
+        reserved = shape.reserving(*found)
+        return reserved if reserved.fits else None
 
     def refined(self, plan: StagePlan, parameters: Sequence[tuple[str, int]]) -> StagePlan:
         """The plan with parameters up to some size kept whole on all ranks, where that is faster and fits.
@@ -205,7 +158,8 @@ class Planner:
             shape = _Shape(self, plan.stage, whole, plan.offload)
             if shape.rest_bytes > self.budget or not (option := shape.fitted(plan.moved_share)).fits:
                 break
-            best = min(best, shape.finished(option), key=lambda p: p.total_us)
+            if (found := shape.finished(option)).total_us < best.total_us:
+                best = min(best, shape.reserving(found, option), key=lambda p: (not p.fits, p.total_us))
         return best
 
 
@@ -376,6 +330,35 @@ class _Shape:
             fits=option.fits,
             time=time_interval(step_us + self.update_us, self.members[0].placed, planner.costs, {}),
             memory=memory_interval(option.total_bytes, planner.costs),
+        )
+
+    def footprint(self, option: _Option, *, expandable: bool) -> Footprint:
+        """Memory that a GPU's allocator reserves for one way to fit."""
+        planner = self.planner
+        return scaled_footprint(
+            self.samples,
+            [m.plan(option.price, option.moved_share, planner.accumulation) for m in self.members],
+            planner.hints,
+            option.total_bytes,
+            planner.num_ranks,
+            expandable=expandable,
+            library_bytes=planner.library_bytes,
+        )
+
+    def reserving(self, plan: StagePlan, option: _Option) -> StagePlan:
+        """The plan of one way to fit with what is reserved for it. It fits if the device has room for what expandable
+        segments would reserve: where the others reserve more, they give it back, which takes time."""
+        planner = self.planner
+        if not planner.costs.hardware.has_host:
+            return plan
+        found = self.footprint(option, expandable=planner.expandable)
+        least = found if planner.expandable else self.footprint(option, expandable=True)
+        has_room = planner.room_bytes is None or min(least.reserved_bytes, found.reserved_bytes) <= planner.room_bytes
+        return replace(
+            plan,
+            fits=plan.fits and has_room,
+            reserved=memory_interval(found.reserved_bytes, planner.costs),
+            beside_bytes=found.beside_bytes,
         )
 
     def peak(self, price: float | None, moved_share: float) -> tuple[dict[str, int], int]:

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from zgraph.estimate.stage_plan import StagePlan
+from zgraph.estimate.stage_figures import StagePlan
 from zgraph.estimate.training_plan import TrainingPlan, bounds, parameters, resting, seconds
 from zgraph.viz import gibibytes
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
-from zgraph.bridge.target import Target, capability_of, cost_table, num_bytes, planned_budget
+from zgraph.bridge.target import Target, cost_table, num_bytes, planned_budget
 from zgraph.capture.deep import capture_deep
 from zgraph.certify.certificate import Certifier
+from zgraph.cost.capability import capability_of
 from zgraph.cost.rest import at_rest
 from zgraph.environment import environment
 from zgraph.errors import UsageError

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 from torch.distributed.tensor import Placement
 
-from zgraph.cost import Interval
-from zgraph.estimate.stage_plan import StagePlan
+from zgraph.cost import Interval, bytes_text
+from zgraph.estimate.stage_figures import StagePlan
 from zgraph.viz import as_text, gibibytes
 
 
@@ -83,6 +83,15 @@ class TrainingPlan:
         ties = f"; stage {', '.join(tied)} no slower than is certain" if tied else ""
         return f"stage {self.best.stage}{small}: the fastest that fits{resting(self.best)}{ties}{full}"
 
+    @property
+    def reserved(self) -> str:
+        """Memory that a GPU's allocator reserves at each stage, in words; empty on processors."""
+        found = [f"stage {s.title} {bytes_text(s.reserved)}" for s in self.stages if s.reserved is not None]
+        if not found:
+            return ""
+        beside = gibibytes(self.stages[0].beside_bytes)
+        return f"reserved by torch's allocator: {', '.join(found)}; beside it {beside} of the driver's and NCCL's"
+
     def __rich__(self) -> RenderableType:
         title = (
             f"{self.model}, {parameters(self.num_parameters)} on {self.num_ranks} ranks of "
@@ -135,7 +144,7 @@ class TrainingPlan:
                 "yes" if plan.fits else "no",
                 style="bold" if plan is self.best else "",
             )
-        return Group(table, Text(self.reason + (f"\n{self.layouts}" if self.layouts else "")))
+        return Group(table, Text("\n".join(filter(None, (self.reason, self.reserved, self.layouts)))))
 
     def __str__(self) -> str:
         return as_text(self, width=150)
