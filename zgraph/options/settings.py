@@ -256,8 +256,8 @@ def resolve(
         dynamic = False
     mesh = parallel or _mesh(device, mesh)
     codes = codes_for(compress, mesh, has_recipe=passes is not None, fullgraph=fullgraph)
-    axes, together = _axes(parallel, placements, sequence_parallel=sequence_parallel), [a for a in sizes if sizes[a] > 1]
-    pipeline = pipeline_of(_passes(stage, kernels, compute, codes, passes, replayed, axes, together))
+    axes = _axes(parallel, placements, sequence_parallel=sequence_parallel)
+    pipeline = pipeline_of(_passes(stage, kernels, compute, codes, passes, replayed, axes, sizes))
     default_stage = stage if isinstance(stage, int) else 3
     stages = {n: None if isinstance(stage, int) else stage_of(stage, n) for n, _ in model.named_parameters()}
     wanted = {name: default_stage if own is None else own for name, own in stages.items()}
@@ -360,7 +360,7 @@ def _passes(
     passes: Passes | None,
     replayed: RunFile | None,
     axes: Literal["", "stated", "along the sequence", "searched"],
-    together: Sequence[str],
+    sizes: Mapping[str, int],
 ) -> str | Pipeline | Sequence[Pass]:
     if replayed is not None:
         return replayed.recipe
@@ -371,6 +371,7 @@ def _passes(
     if not axes:
         return recipe
     searches = "values" if axes == "searched" else ""
+    together = [axis for axis, size in sizes.items() if size > 1]
     return along_model_axes(recipe, together, sequence=axes == "along the sequence", searches=searches)
 
 
