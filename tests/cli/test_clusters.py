@@ -33,7 +33,7 @@ JOBS = [
 
 
 def problems(kind: Any, found: Any, place: str = "") -> Iterator[str]:
-    """What of a document its kind does not have."""
+    """Parts of a document that its kind does not have."""
     if isinstance(kind, str):
         wanted = tuple(TYPES[name] for name in kind.split(" or "))
         if not isinstance(found, wanted) or (isinstance(found, bool) and "boolean" not in kind):

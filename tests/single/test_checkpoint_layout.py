@@ -38,7 +38,7 @@ def drawn(draw: random.Random) -> tuple[tuple[int, ...], Layout]:
 
 
 def taken(whole: torch.Tensor, spans: Spans) -> torch.Tensor:
-    """What a rank has of a tensor."""
+    """Part of a tensor that a rank has."""
     for dim, runs in enumerate(spans):
         whole = torch.cat([whole.narrow(dim, *run) for run in runs] or [whole.narrow(dim, 0, 0)], dim)
     return whole

@@ -95,7 +95,7 @@ def _beats(store: Any, names: Mapping[int, str]) -> dict[int, Beat | None]:
 
 
 def as_rows(beats: Mapping[int, Beat | None]) -> dict[str, Any]:
-    """What is known of each rank, and what to say of all."""
+    """Rows of the table, and the line below it."""
     from zgraph.runtime.pace import parse_pace, slowest
 
     paces = {rank: pace for rank, beat in beats.items() if beat is not None and (pace := parse_pace(beat.pace))}

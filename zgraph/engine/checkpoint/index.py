@@ -80,7 +80,7 @@ class Index(BaseModel):
         return zlib.crc32(self.model_dump_json(exclude={"checksum"}).encode())
 
     def problem(self) -> str:
-        """What is wrong with it, in words; empty if nothing is."""
+        """Problem of the index, in words; empty if it has none."""
         if self.checksum != self.computed():
             return "its checksum is another"
         for name, entry in self.tensors.items():
@@ -92,7 +92,7 @@ class Index(BaseModel):
         return ""
 
     def written_by(self, rank: int) -> dict[str, Spans]:
-        """What a rank writes, by name."""
+        """Parts that a rank writes, by name."""
         found: dict[str, Spans] = {}
         for name, entry in self.tensors.items():
             layout = self.layouts[entry.layout]
@@ -172,7 +172,7 @@ def files_name(rank: int) -> str:
 
 
 def files_of(folder: Path, rank: int) -> RankFiles:
-    """What a rank has written. Raises CheckpointError if that cannot be read, or is damaged."""
+    """Description of the files of a rank. Raises CheckpointError if that cannot be read, or is damaged."""
     path = folder / files_name(rank)
     found = read_json(path, RankFiles)
     if found.checksum != found.computed():

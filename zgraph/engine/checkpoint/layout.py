@@ -28,7 +28,7 @@ Place = tuple[slice, ...]
 
 
 class Piece(NamedTuple):
-    """What a part that is stored and a part that is wanted have in common: where it is in each."""
+    """A box that a part that is stored and a part that is wanted have in common: its place in each."""
 
     stored: Place
     wanted: Place
@@ -72,7 +72,7 @@ class Layout(BaseModel):
         return fit and self.num_ranks == num_ranks
 
     def spans(self, shape: Sequence[int], rank: int) -> Spans:
-        """What a rank has of a tensor."""
+        """Runs of indices that a rank has of a tensor."""
         found: Spans = [[(0, size)] for size in shape]
         for size, cut, coordinate in zip(self.mesh, self.cuts, self._coordinate(rank), strict=True):
             if cut is not None:

@@ -71,7 +71,7 @@ class OldIndex(BaseModel):
         return zlib.crc32(self.model_dump_json(exclude={"checksum"}).encode())
 
     def problem(self) -> str:
-        """What is wrong with it, in words; empty if nothing is."""
+        """Problem of the index, in words; empty if it has none."""
         if self.version > 1 and self.checksum != self.computed():
             return "its checksum is another"
         for name, tensor in self.tensors.items():

@@ -148,7 +148,7 @@ class Reader:
         return made
 
     def _pieces(self, name: str, spans: Spans) -> list[tuple[str, Piece]]:
-        """What is read of which file for a part of a tensor."""
+        """Files and places in them to read for a part of a tensor."""
         found = self.index.parts(self._homes, name, spans)
         return [(file, piece) for file, stored in found for piece in pieces(stored, spans)]
 
