@@ -370,8 +370,7 @@ def _passes(
     recipe = compressing(recipe, codes.gradients, codes.parameters) if codes else recipe
     if not axes:
         return recipe
-    searches = "values" if axes == "searched" else ""
-    together = [axis for axis, size in sizes.items() if size > 1]
+    searches, together = "values" if axes == "searched" else "", [axis for axis, size in sizes.items() if size > 1]
     return along_model_axes(recipe, together, sequence=axes == "along the sequence", searches=searches)
 
 
