@@ -90,7 +90,7 @@ def completed(zgraph_command, monkeypatch, line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("zgraph exp", ["explain", "export"]),
+        ("zgraph exp", ["explain", "export", "export-model"]),
         ("zgraph opt run.zg --disable-pass buc", ["bucket"]),
         ("zgraph opt run.zg --stop-after sch", ["schedule"]),
         ("zgraph opt run.zg --print-ir-after dce,bucket,sch", ["dce,bucket,schedule"]),

@@ -205,7 +205,7 @@ def test_what_a_process_group_is_given_to_sum(monkeypatch, placement, divisor):
     monkeypatch.setattr(dist, "all_reduce", lambda out, *_, **__: given.append(out) or Mock())
     monkeypatch.setattr(private_runtime, "has_averages", lambda group: False)
     gradient = torch.arange(4.0)
-    session = Mock(num_ranks=4, num_shards=2, lane=None)
+    session = Mock(num_ranks=4, num_shards=2, num_copies=2, lane=None)
     session.divisor = partial(Session.divisor, session)
     EXECUTORS["all_reduce_start"](node, session)(gradient)
     (summed,) = given
@@ -228,7 +228,7 @@ def test_what_a_process_group_is_asked_for(monkeypatch, placement, ops, count):
     members = ", ".join(["%g"] * count)
     made = ", ".join(f"%m{i}: future f32[4]<R, S0>" for i in range(count))
     text = f'graph "g" mesh({ROWS})\ninput %g: f32[4]<{placement}>\nbwd {made} = reduce_scatter_start({members})\n'
-    session, asked = Mock(num_ranks=4, num_shards=2, lane=None), []
+    session, asked = Mock(num_ranks=4, num_shards=2, num_copies=2, lane=None), []
     group = session.shard_group
     for name in ("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"):
         setattr(group, name, lambda outs, wholes, options: asked.append(options.reduceOp) or Mock())
