@@ -86,8 +86,7 @@ _CARRIES = frozenset({"cast", "copy", "reshard", "wait", "offload_start"})
 
 @dataclass(frozen=True)
 class Compress(Pass):
-    """Send codes of gradients, and of parameters, in the place of their numbers; what codes leave out, the next step
-    sends.
+    """Send codes of gradients and parameters for their numbers, and what codes leave out with the next step.
 
     Args:
         gradients: the codec, `auto` or `none`.

@@ -25,8 +25,8 @@ from zgraph.options.compression import Compress
 from zgraph.options.lengths import Lengths
 from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload
-from zgraph.options.settings import Options, Passes, resolve
-from zgraph.options.validate import Compute, CudaGraphs, Fullgraph, Kernels, PlanFolder, Recompute, RegionCalls, Stage
+from zgraph.options.settings import Options, Passes, Recompute, resolve
+from zgraph.options.validate import Compute, CudaGraphs, Fullgraph, Kernels, RegionCalls, Stage
 from zgraph.passes import RECIPES
 from zgraph.runtime.decisions import deciding
 from zgraph.runtime.eager_fallback import whole_parameters
@@ -69,7 +69,6 @@ def compile(
     cuda_graphs: CudaGraphs = False,
     record: str | Path | None = None,
     regions: RegionCalls = "python",
-    plan_cache: PlanFolder = None,
 ) -> Any:
     """Shard a model over the ranks and compile its training step, in place.
 
@@ -159,10 +158,6 @@ def compile(
             a library that AOTInductor makes of it, which halves the host's time for a call and takes the compiler of
             C++ some ten seconds, once for a cache. "auto" takes the latter where launching a step takes longer than
             running it. A region that cannot be a library is called as before, and the report says why.
-        plan_cache: a folder in which plans are kept for the next run, or True for this user's own
-            (`~/.cache/zgraph/plans`). A first call whose plan is there captures nothing, and of several ranks the first
-            captures for all. A plan is that of one model, call, set of options and versions; where it cannot be told
-            that a call is the same, it is captured, and a line says why. False keeps none; None asks ZGRAPH_PLAN_CACHE.
 
     Returns:
         The model, the class, or a decorator.
@@ -176,7 +171,6 @@ def compile(
         DtypeError: a dtype is none, or no floating-point one.
         HardwareError: there is no such hardware.
         OffloadError: the host has no room for what is offloaded; nothing was changed.
-        CacheError: the folder for kept plans cannot be one of this user alone.
         PlanMismatchError: the ranks have different models or options.
         PeerError: another rank raised one of these.
         PlacementError: a parameter does not divide; or in the first call, a sequence or heads of attention.
@@ -209,7 +203,6 @@ def compile(
         "cuda_graphs": cuda_graphs,
         "record": record,
         "regions": regions,
-        "plan_cache": plan_cache,
     }
     if model is None:
         return functools.partial(compile, parallel=parallel, **options)

@@ -35,8 +35,6 @@ class Environment:
             commas, "all" or "none".
         arenas: ZGRAPH_ARENAS, the memory that collectives read and write on GPUs: "registered" with NCCL where that can
             be, "symmetric" as a window on all ranks too, or "plain".
-        plan_cache: ZGRAPH_PLAN_CACHE, a folder for plans that are kept from one run to the next; True for "1", that of
-            this user. None keeps none.
         config: ZGRAPH_CONFIG, the configuration file of `zgraph.hf.Trainer` where it is given none.
     """
 
@@ -48,7 +46,6 @@ class Environment:
     traceback: str = "short"
     logs: frozenset[str] = USUAL_LOGS
     arenas: str = "registered"
-    plan_cache: Path | bool | None = None
 
 
 def environment() -> Environment:
@@ -78,14 +75,7 @@ def environment() -> Environment:
         traceback,
         _logs(),
         arenas,
-        _plan_cache(os.environ.get("ZGRAPH_PLAN_CACHE", "")),
     )
-
-
-def _plan_cache(text: str) -> Path | bool | None:
-    if text in ("", "0"):
-        return None
-    return True if text == "1" else Path(text)
 
 
 def _logs() -> frozenset[str]:

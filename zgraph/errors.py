@@ -217,10 +217,6 @@ class CacheError(ZgraphError):
     """A folder of the cache is not this user's own, or cannot be written. The message says what to do."""
 
 
-class PlanCacheWarning(UserWarning):
-    """A kept plan was damaged, or could not be kept: the model is captured, as without a cache of plans."""
-
-
 class KernelError(ZgraphError, ValueError):
     """A kernel's specification does not parse or does not hold together."""
 

@@ -47,6 +47,7 @@ OPTIONS = {
     "slack": st.sampled_from([0.0, 0.5, 1.25, 8.0]),
     "outliers": st.integers(0, 64),
     "calibrated": st.booleans(),
+    "apart": st.booleans(),
     "codec": st.sampled_from(["auto", "delta", "exponent"]),
 }
 

@@ -24,31 +24,22 @@ def private_folder(root: Path, name: str) -> Path:
     Raises:
         CacheError: one is a link, is another user's, may be written by everyone, or cannot be made.
     """
-    own_folder(root)
-    return own_folder(root / name)
-
-
-def own_folder(folder: Path, remedy: str = _REMEDY) -> Path:
-    """A folder, made if it is missing, that belongs to this user, and that nobody else may look in. Raises CacheError
-    as `private_folder` does.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if stat.S_ISLNK(found.st_mode):
-            raise CacheError(f"{folder} is a link, which may lead anywhere: remove it, or {remedy}")
-        if not stat.S_ISDIR(found.st_mode):
-            raise CacheError(f"{folder} is no folder: remove it, or {remedy}")
-        if found.st_uid != os.geteuid():
-            raise CacheError(f"{folder} belongs to another user (number {found.st_uid}): {remedy}")
-        if found.st_mode & stat.S_IWOTH:
-            raise CacheError(f"{folder} may be written by everyone: remove it (it is a cache), or {remedy}")
-        if stat.S_IMODE(found.st_mode) != 0o700:
-            folder.chmod(0o700)
-    except OSError as error:
-        raise CacheError(f"{folder} cannot be a folder of the cache: {error}; {remedy}") from None
-    return folder
+    for folder in (root, root / name):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            found = folder.lstat()
+            if stat.S_ISLNK(found.st_mode):
+                raise CacheError(f"{folder} is a link, which may lead anywhere: remove it, or {_REMEDY}")
+            if found.st_uid != os.geteuid():
+                raise CacheError(f"{folder} belongs to another user (number {found.st_uid}): {_REMEDY}")
+            if found.st_mode & stat.S_IWOTH:
+                raise CacheError(f"{folder} may be written by everyone: remove it (it is a cache), or {_REMEDY}")
+            if stat.S_IMODE(found.st_mode) != 0o700:
+                folder.chmod(0o700)
+        except OSError as error:
+            raise CacheError(f"{folder} cannot be a folder of the cache: {error}; {_REMEDY}") from None
+    return root / name
 
 
 def is_private(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any, Protocol, cast
@@ -47,7 +47,6 @@ __all__ = [
     "store",
     "whole_group",
     "will_accumulate",
-    "without_autocast",
 ]
 
 _gather: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -350,10 +349,6 @@ def direct(op: Callable[..., Any]) -> Callable[..., Any]:
 def keeps_graph() -> bool:
     """Whether the backward that runs now was called with retain_graph=True."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-
-
-without_autocast: Callable[[], AbstractContextManager[None]] = torch._C._DisableAutocast
-"""Ops run in the dtypes of their operands for the length of a `with`, within `torch.autocast` too."""
 
 
 def is_profiling() -> bool:

@@ -78,8 +78,6 @@ class Frontend:
         rewrite: given each function that torch.compile has traced, before its graph is taken.
         inputs: the name of each tensor, by `id`, that the function is called with and is known by.
         returns_parts: whether what is run returns a part of what is captured, and is given gradients of that part.
-
-    `observe`, if set, is given each function that torch.compile has traced, its arguments, and what is known of them.
     """
 
     def __init__(
@@ -98,7 +96,6 @@ class Frontend:
         self.inputs, self.returns_parts = inputs, returns_parts
         self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
         self.left_eager, self.ready, self.rewrite = left_eager, ready, rewrite
-        self.observe: Callable[[fx.GraphModule, Sequence[Any], Mapping[int, Leaf]], None] | None = None
         self._codes: list[types.CodeType] = []
 
     def wrap(self, function: Callable[..., Any], dynamic: bool | None, *, fullgraph: bool = True) -> Callable[..., Any]:
@@ -157,8 +154,6 @@ class Frontend:
         )
         if self.rewrite is not None:
             self.rewrite(gm)
-        if self.observe is not None:
-            self.observe(gm, examples, leaves)
         with plain_recurrence(), private_compile.tangents_of_any_size(self.returns_parts):
             run = captured(gm, examples)
         return self.attach(run, {i: leaf.target for i, leaf in leaves.items() if leaf.kind is InputKind.param})

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -24,10 +23,7 @@ from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
 from zgraph.compiler.copying import Copier, refuse_sharing
 from zgraph.compiler.first_batch import agreeing
 from zgraph.compiler.narrator import Narrator
-from zgraph.compiler.plan_cache import PlanCache, plan_cache
 from zgraph.compiler.replanning import FirstRun, replanning
-from zgraph.compiler.reuse import KeyOf, Reuse, both
-from zgraph.compiler.reuse_key import lines_of
 from zgraph.compiler.step_recorder import StepRecorder
 from zgraph.environment import environment
 from zgraph.ir import Axis, in_use
@@ -154,11 +150,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         if not settings.fullgraph:
             forward = in_pieces(forward, session)
         forward = narrator.watched(forward)
-        restart = frontend.forget
-        if (cache := _plan_cache(settings, narrator)) is not None:
-            reuse = Reuse(model, compiled, frontend, forward, own_forward, cache, _keys(model, settings, compiled))
-            forward, forget, restart = reuse.call, both(frontend.forget, reuse.forget), both(restart, reuse.restart)
-        forward = replanning(forward, compiled, restart, may_repeat=settings.fullgraph is True)
+        forward = replanning(forward, compiled, frontend.forget, may_repeat=settings.fullgraph is True)
     else:
         forward = eager_fallback(forward, session)
     if session.store.ranks.num_model:
@@ -178,31 +170,6 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         import_module(name).adapt(model)
     copier.attach(session)
     compiled.plain = functools.partial(copier.plain, session)
-
-
-def _plan_cache(settings: Settings, narrator: Narrator) -> PlanCache | None:
-    """The cache of plans, where the options have one and nothing else wants the passes to run."""
-    if settings.fullgraph is not True or (cache := plan_cache(settings.plan_cache)) is None:
-        return None
-    wants = {"save=": settings.save, "passes= of a run file": settings.replayed, "record=": settings.record}
-    wants["ZGRAPH_DUMP"] = environment().dump
-    if asked := [name for name, found in wants.items() if found is not None]:
-        narrator.remark(
-            f"no plan is kept or reused: {asked[0]} wants what is captured, and what every pass makes of it"
-        )
-        return None
-    return cache
-
-
-def _keys(model: nn.Module, settings: Settings, compiled: CompiledModel) -> KeyOf:
-    """From a call to the key of its plan."""
-    described = _described(model, settings)
-
-    def key_of(signature: tuple[Any, ...], rehearsed: str) -> str:
-        session, pipeline, context = compiled.session, compiled.pipeline, compiled.context
-        return lines_of(model, described, settings, session.store, pipeline, context, signature, rehearsed)
-
-    return key_of
 
 
 def _make_ready(model: nn.Module, structure: Structure) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.scratch import measured_scratch
 from zgraph.capture import Compiled
 from zgraph.certify.certificate import Certifier
-from zgraph.compiler.again import Again, kept_run, made_by
 from zgraph.compiler.autotune import tuned
 from zgraph.compiler.call_guard import eager
 from zgraph.compiler.codec_choice import CodecChoice
@@ -27,7 +25,7 @@ from zgraph.compiler.narrator import Narrator
 from zgraph.compiler.recordings import Recordings, choose_calls
 from zgraph.compiler.report import Entry, Report, make_entry
 from zgraph.compiler.step_recorder import StepRecorder
-from zgraph.cost import Interval, memory_interval
+from zgraph.cost import memory_interval
 from zgraph.cost.workspace import NUM_THREADS, is_measured
 from zgraph.environment import environment
 from zgraph.errors import UsageError, VerifyError, did_you_mean
@@ -35,16 +33,14 @@ from zgraph.ir import Graph, print_graph, verify
 from zgraph.ir.rules.kept import gathered_for
 from zgraph.options.validate import ATTRIBUTE, CudaGraphs, RegionCalls
 from zgraph.passes import Context, Pipeline, known_passes, make_plan
-from zgraph.passes.core.instruments import Dump, Log, PassSummary, Verify
+from zgraph.passes.core.instruments import Dump, Log, Verify
 from zgraph.passes.fuse import Fuse
-from zgraph.runfile.format import Recording, RunFile, has_backward, last_graph
-from zgraph.runfile.kept import Kept
+from zgraph.runfile.format import Provenance, Recording, RunFile, has_backward, last_graph
 from zgraph.runfile.sources import sources_of
 from zgraph.runtime import Session
 from zgraph.runtime.executor import Runner
 from zgraph.runtime.linker import link_plan
 from zgraph.runtime.regions import Regions
-from zgraph.runtime.reused import constant_of
 from zgraph.runtime.unused import tangents_behind
 
 
@@ -54,16 +50,6 @@ class Trial(Protocol):
     def watched(self, run: Runner, phase: str) -> Runner: ...
 
     def survives(self, error: BaseException) -> bool: ...
-
-
-class Keeper(Protocol):
-    """Who keeps the plan of a graph that is captured: see `zgraph.compiler.reuse`."""
-
-    def takes(self, graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> bool: ...
-
-    def keep(self, run: RunFile, steps: Sequence[PassSummary], said: tuple[str, str]) -> None: ...
-
-    def runs(self) -> None: ...
 
 
 class CompiledModel:
@@ -121,10 +107,7 @@ class CompiledModel:
         self.is_replanned = False
         self.entries: list[Entry] = []
         self.hints: dict[str, int] = {}
-        self.float8, self.codec_choice, self.kept_float8 = Float8Layers(), "", ""
-        self.keeper: Keeper | None = None
-        self.num_captured = self.num_reused = 0
-        self.reuse = ""
+        self.float8, self.codec_choice = Float8Layers(), ""
         self._planned: set[bool] = set()
         self._tuned: set[bool] = set()
 
@@ -141,15 +124,12 @@ class CompiledModel:
             instruments.append(Verify())
         if settings.dump:
             instruments.append(Dump(settings.dump / f"rank{self.session.store.rank}"))
-        self.num_captured += 1
-        text = print_graph(graph, origins=False)
+        text, behind = print_graph(graph, origins=False), tangents_behind(graph)
         graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
-        keeps = self.keeper is not None and self.keeper.takes(graph, constants, hints)
-        is_alone = self.session.is_alone or keeps
-        hints = self._agreed_hints(graph, hints, is_alone=is_alone)
+        hints = self._agreed_hints(graph, hints)
         self.hints.update(hints)
         if self.tunes:
-            self._tune(graph, hints, is_alone=is_alone)
+            self._tune(graph, hints)
         context = replace(self.context, hints=hints)
         choice = CodecChoice(context)
         instruments.append(choice)
@@ -174,48 +154,21 @@ class CompiledModel:
         with _named_remedy():
             certificate = certifier.finish() if settings.verify else None
         for path in paths:
-            recording.run_file(made_by(type(self.model).__name__), context, certificate).save(path)
+            recording.run_file(_made(type(self.model).__name__), context, certificate).save(path)
         if whole := gathered_for(final):
             ops = ", ".join(f"{op} ({count})" for op, count in whole.items())
             self.narrator.remark(f"values are put together in each step for ops without a sharding rule: {ops}")
         plan = make_plan(final)
         replayed = self.replayed if has_backward(graph) else None
-        again = Again(graph, context, self.pipeline, type(self.model).__name__, replayed)
+        again = _Again(graph, context, self.pipeline, type(self.model).__name__, replayed)
         entry = make_entry(plan, log.steps, context, again, certificate=certificate)
-        if keeps and self.keeper is not None:
-            said = (str(self.float8), self.codec_choice)
-            self.keeper.keep(kept_run(graph, plan, entry, context, type(self.model).__name__), entry.steps, said)
-        compiled = self.link(graph, text, entry, constants, context, is_recorded=is_recorded)
-        self.narrator.compiled(graph, entry.steps, entry.time, self._peak(entry, context))
-        return compiled
-
-    def link(
-        self,
-        graph: Graph,
-        text: str,
-        entry: Entry,
-        constants: Mapping[str, torch.Tensor],
-        context: Context,
-        *,
-        is_recorded: bool = False,
-    ) -> Compiled:
-        """Link a plan, once all ranks have agreed on it.
-
-        Args:
-            graph: the captured graph.
-            text: of it, as all ranks have it.
-            entry: the plan, and what is known of it.
-            constants: tensors that it reads beside parameters and buffers.
-            context: what the passes knew.
-            is_recorded: whether its steps are.
-        """
-        plan, hints = entry.plan, context.hints
         if waiting := entry.memory.host_peak_bytes:
             self.session.host.require(waiting, "the values that wait for the backward on the host")
         sizes = sorted(name for name in hints if not is_measured(name))
         known = f"planned for {', '.join(f'{name}={hints[name]}' for name in sizes)}"
         update_bytes = context.update_bytes if plan.backward is not None else 0
-        trial = self.trial(self, self._peak_bytes(entry, context)) if self.trial is not None else None
+        peak_bytes = context.rest_bytes + max(entry.memory.peak.total_bytes, update_bytes)
+        trial = self.trial(self, peak_bytes) if self.trial is not None else None
         if context.memory_budget is not None:
             self.session.arenas.room_bytes = context.memory_budget - context.rest_bytes - update_bytes
         kept = sum(found.kept_bytes for found in self.recordings)
@@ -229,7 +182,7 @@ class CompiledModel:
             text,
             known,
             self.regions,
-            tangents_behind(graph),
+            behind,
             trial.survives if trial is not None else lambda error: False,
             found.maker if found is not None else None,
         )
@@ -240,42 +193,8 @@ class CompiledModel:
         if self.record is not None and is_recorded and backward is not None:
             forward, backward = self.record.watched(plan, forward, backward)
         self.entries.append(entry)
-        return Compiled(plan, self._told(forward), backward)
-
-    def _told(self, forward: Runner) -> Runner:
-        """A forward that tells whoever keeps plans that it begins."""
-
-        def told(args: list[Any]) -> list[Any]:
-            if self.keeper is not None:
-                self.keeper.runs()
-            return forward(args)
-
-        return told
-
-    def link_kept(self, kept: Kept, final: Graph) -> Compiled:
-        """Link a kept plan, whose last graph was checked, to run as when it was captured."""
-        graph = replace(kept.captured, name=f"{type(self.model).__name__}-{len(self.entries)}")
-        context, plan = kept.run.context, make_plan(final)
-        again = Again(graph, context, self.pipeline, type(self.model).__name__, None)
-        steps = [step.summary for step in kept.reuse.steps]
-        entry = make_entry(plan, steps, context, again, kept.run.stated, kept.run.certificate)
-        self.hints.update(context.hints)
-        self._planned.add(has_backward(graph))
-        self._tuned.add(has_backward(graph))
-        if self.tunes:
-            self.context = replace(self.context, costs=context.costs)
-        self.kept_float8, self.codec_choice = kept.reuse.said
-        constants = {c.name: constant_of(c.data, TO_TORCH[c.dtype], c.shape) for c in kept.reuse.constants}
-        compiled = self.link(graph, print_graph(graph, origins=False), entry, constants, context)
-        self.num_reused += 1
-        return compiled
-
-    def _peak_bytes(self, entry: Entry, context: Context) -> int:
-        update_bytes = context.update_bytes if entry.plan.backward is not None else 0
-        return context.rest_bytes + max(entry.memory.peak.total_bytes, update_bytes)
-
-    def _peak(self, entry: Entry, context: Context) -> Interval:
-        return memory_interval(self._peak_bytes(entry, context), context.costs)
+        self.narrator.compiled(graph, entry.steps, entry.time, memory_interval(peak_bytes, context.costs))
+        return Compiled(plan, forward, backward)
 
     def plan_smaller(self) -> None:
         """Plan with the smaller budget from now on. What was planned before is forgotten."""
@@ -291,7 +210,7 @@ class CompiledModel:
             self.record.restart()
         self.narrator.replanned(budget)
 
-    def _agreed_hints(self, graph: Graph, hints: Mapping[str, int], *, is_alone: bool) -> Mapping[str, int]:
+    def _agreed_hints(self, graph: Graph, hints: Mapping[str, int]) -> Mapping[str, int]:
         """Sizes and thread count to plan for, and on processors what ops take beside their operands.
 
         All ranks come here with their first graph of each kind, and plan with the first rank's sizes, threads and
@@ -300,13 +219,13 @@ class CompiledModel:
         kind, has_threads = has_backward(graph), self.session.device.type == "cpu"
         if has_threads:
             hints = {**hints, NUM_THREADS: self.hints.get(NUM_THREADS, torch.get_num_threads())}
-        is_alone = is_alone or kind in self._planned
+        is_alone = self.session.is_alone or kind in self._planned
         if has_threads and (is_alone or self.session.store.rank == 0):
             hints = {**hints, **measured_scratch(graph, hints)}
-        self._planned.add(kind)
         if is_alone:
             return hints
         found = json.loads(self.session.peers.exchange(f"sizes/{kind}", json.dumps(dict(hints)))[0])
+        self._planned.add(kind)
         if found.get(NUM_THREADS) != hints.get(NUM_THREADS):
             warnings.warn(
                 f"this rank has {hints[NUM_THREADS]} threads; all ranks plan with the first rank's "
@@ -325,7 +244,7 @@ class CompiledModel:
         if dump is not None:
             yield dump / f"rank{self.session.store.rank}" / f"{graph}.zg"
 
-    def _tune(self, graph: Graph, hints: Mapping[str, int], *, is_alone: bool) -> None:
+    def _tune(self, graph: Graph, hints: Mapping[str, int]) -> None:
         """Measure the candidates for running what can be fused: for each training graph, and the first of inference.
 
         All ranks come here together with their first graph of each kind, and share the work. A rank that meets other
@@ -340,7 +259,7 @@ class CompiledModel:
         fuse = next((step for step in self.pipeline.passes if isinstance(step, Fuse)), None)
         context = replace(self.context, hints=hints)
         seen = Pipeline(tuple(before)).run(graph, context)
-        peers = None if is_alone else self.session.peers
+        peers = None if self.session.is_alone else self.session.peers
         costs = tuned(seen, context, self.session.device, peers, self.narrator.remark, str(kind), fuse)
         self.context = replace(self.context, costs=costs)
 
@@ -362,7 +281,7 @@ class CompiledModel:
             tuple(self.entries),
             self.regions,
             self.kernels,
-            str(self.float8) or self.kept_float8,
+            str(self.float8),
             self.codec_choice,
             self.session.feedback.num_bytes,
             str(self.session.feedback),
@@ -373,8 +292,25 @@ class CompiledModel:
             self.session.arenas.state,
             self.session.arenas.kept_bytes,
             self.placements,
-            self.reuse,
         )
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Runs the passes on a captured graph again. The result is the same whenever and wherever they run."""
+
+    captured: Graph
+    context: Context
+    pipeline: Pipeline
+    model: str
+    replayed: RunFile | None
+
+    def __call__(self) -> RunFile:
+        if self.replayed is not None:
+            return self.replayed
+        recording = Recording(self.captured, sources=sources_of(self.captured))
+        self.pipeline.run(self.captured, self.context, [recording])
+        return recording.run_file(_made(self.model), self.context)
 
 
 @contextmanager
@@ -388,6 +324,10 @@ def _named_remedy() -> Iterator[None]:
             '(ZGRAPH_DISABLE), or find the rewrite (save="run.zg", then zgraph bisect run.zg). ZGRAPH_VERIFY=0 runs '
             "the graph as it is, which may train on wrong numbers."
         ) from None
+
+
+def _made(model: str) -> Provenance:
+    return Provenance(model=model, torch=torch.__version__)
 
 
 def buffer_bytes(model: nn.Module) -> int:

@@ -171,14 +171,6 @@ class Narrator:
                 f"peak {bytes_text(peak)}"
             )
 
-    def reused(self, num_nodes: int, seconds: float, folder: str) -> None:
-        """A kept plan runs in the place of one that would be captured."""
-        if "capture" in self.kinds:
-            tell(
-                f"reused the plan of {self.model}, {num_nodes:,} nodes, from {folder} in {seconds:.1f} s; nothing was "
-                f"captured; {self.where}"
-            )
-
 
 def _begun() -> None:
     """Tell whoever is called that torch captures."""

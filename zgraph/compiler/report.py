@@ -150,8 +150,6 @@ class Report:
         arenas: whether NCCL knows the memory that collectives read and write, and why not; empty where there is none.
         arena_bytes: bytes of it that are kept between steps.
         placements: what searches found: layouts and their speed; of placements the time, the lower bound and the gap.
-        reuse: how many graphs were captured and how many are kept plans, and why others are not kept; empty without a
-            cache of plans.
             Empty without a search.
     """
 
@@ -178,7 +176,6 @@ class Report:
     arenas: str = ""
     arena_bytes: int = 0
     placements: str = ""
-    reuse: str = ""
 
     @property
     def step_peak_bytes(self) -> int:
@@ -218,8 +215,6 @@ class Report:
         parts: list[RenderableType] = [self._rest()]
         if self.placements:
             parts.append(Text(f"placements: {self.placements}"))
-        if self.reuse:
-            parts.append(Text(f"plans: {self.reuse}"))
         for entry, *others in alike(self.entries):
             parts += [Text(), _passes(entry), _peak(entry), _certified(entry)]
             if entry.traffic:

@@ -29,8 +29,8 @@ from zgraph.options.experts import experts_of, of_all_ranks
 from zgraph.options.offload import Offload
 from zgraph.options.parallel import AXES, check_parallel
 from zgraph.options.searched import FoundPlacements, searched, usual_inputs
-from zgraph.options.settings import Options, device_for
-from zgraph.options.validate import RECOMPUTES, Kernels, Recompute
+from zgraph.options.settings import RECOMPUTES, Options, Recompute, device_for
+from zgraph.options.validate import Kernels
 from zgraph.passes import RECIPES
 from zgraph.runtime.decisions import Meet, alone
 

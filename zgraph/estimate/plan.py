@@ -27,15 +27,8 @@ from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload
 from zgraph.options.parallel import AXES, check_axes, cuts_of
 from zgraph.options.searched import FoundPlacements
-from zgraph.options.validate import (
-    RECOMPUTES,
-    Compute,
-    Kernels,
-    Recompute,
-    check_compute,
-    check_kernels,
-    check_recompute,
-)
+from zgraph.options.settings import RECOMPUTES, Recompute, check_recompute
+from zgraph.options.validate import Compute, Kernels, check_compute, check_kernels
 from zgraph.passes import RECIPES
 
 

@@ -38,13 +38,10 @@ from zgraph.options.parallel import (
 )
 from zgraph.options.searched import FoundPlacements, searched, usual_inputs
 from zgraph.options.validate import (
-    RECOMPUTES,
     Compute,
     CudaGraphs,
     Fullgraph,
     Kernels,
-    PlanFolder,
-    Recompute,
     RegionCalls,
     Stage,
     check_can_compute,
@@ -52,8 +49,6 @@ from zgraph.options.validate import (
     check_kernels,
     check_optimizers,
     check_options,
-    check_plan_cache,
-    check_recompute,
     check_region_calls,
     default_kernels,
     stage_of,
@@ -66,8 +61,18 @@ from zgraph.runtime.agreement import check_joined
 from zgraph.runtime.decisions import Meet, alone
 from zgraph.runtime.model_ranks import Cuts, ModelRanks
 
+Recompute = Literal["auto"] | bool
+
 Passes = str | Path | Pipeline | Sequence[Pass]
 """A recipe's text, the path of a run file, a pipeline, or passes in order."""
+
+RECOMPUTES: Mapping[Recompute, Choice] = {"auto": "auto", True: "always", False: "never"}
+
+
+def check_recompute(recompute: object) -> None:
+    """Raise UsageError for a word that does not say what is computed again."""
+    if recompute not in RECOMPUTES:
+        raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
 
 
 class Options(TypedDict, total=False):
@@ -98,7 +103,6 @@ class Options(TypedDict, total=False):
     cuda_graphs: CudaGraphs
     record: str | Path | None
     regions: RegionCalls
-    plan_cache: PlanFolder
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,6 @@ class Settings:
         regions: how those that Inductor compiles are called.
         search: what searches for a layout and for placements found, in words; empty where none was.
         record: where to keep what steps take.
-        plan_cache: the folder of kept plans, or whether there is one; None leaves it to the environment.
     """
 
     device: torch.device
@@ -157,7 +160,6 @@ class Settings:
     regions: RegionCalls = "python"
     search: str = ""
     record: Path | None = None
-    plan_cache: PlanFolder = None
 
     @property
     def is_gpu(self) -> bool:
@@ -215,7 +217,6 @@ def resolve(
     layout: str = "",
     regions: RegionCalls = "python",
     meet: Meet = alone,
-    plan_cache: PlanFolder = None,
 ) -> Settings:
     """Check the options of `zgraph.compile`, which documents them, and complete them for a model. Changes nothing.
 
@@ -234,7 +235,6 @@ def resolve(
     is_gpu = device.type != "cpu"
     check_can_compute(compute, passes is not None, fullgraph, device)
     check_cuda_graphs(cuda_graphs, fullgraph, device)
-    check_plan_cache(plan_cache, fullgraph)
     check_region_calls(regions, kernels or default_kernels(is_gpu=is_gpu), device)
     kernels, remark = kernels_for(kernels, device)
     replayed = load_run(Path(passes)) if isinstance(passes, str | Path) and str(passes).endswith(".zg") else None
@@ -307,7 +307,6 @@ def resolve(
         "python" if is_gpu else regions,
         "; ".join(filter(None, (layout, placements.summary if isinstance(placements, FoundPlacements) else ""))),
         Path(record) if record is not None else None,
-        plan_cache,
     )
 
 

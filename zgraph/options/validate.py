@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -16,7 +15,6 @@ from zgraph.bridge.private_aot import libraries_problem
 from zgraph.codegen.float8 import float8_problem
 from zgraph.errors import AlreadyCompiledError, UsageError
 from zgraph.passes import COMPUTES, RECIPES
-from zgraph.passes.core.base import Choice
 
 Stage = int | Callable[[str], int]
 
@@ -134,29 +132,6 @@ def check_region_calls(regions: object, kernels: object, device: torch.device) -
         )
     if problem := libraries_problem():
         raise UsageError(f'regions="c++" cannot be: {problem}; install torch 2.13 or later, or leave regions= out')
-
-
-Recompute = Literal["auto"] | bool
-
-RECOMPUTES: Mapping[Recompute, Choice] = {"auto": "auto", True: "always", False: "never"}
-
-
-def check_recompute(recompute: object) -> None:
-    """Raise UsageError for a word that does not say what is computed again."""
-    if recompute not in RECOMPUTES:
-        raise UsageError(f'recompute must be "auto", True or False, not {recompute!r}')
-
-
-PlanFolder = str | Path | bool | None
-"""A folder for kept plans; True for this user's, False for none, None for what ZGRAPH_PLAN_CACHE says."""
-
-
-def check_plan_cache(given: object, fullgraph: object) -> None:
-    """Raise UsageError for a cache of plans that is no folder, or of a forward that has no single plan."""
-    if given is not None and (not isinstance(given, str | Path | bool) or not str(given)):
-        raise UsageError(f"plan_cache must be a folder, True, False or None, not {given!r}")
-    if given and fullgraph is not True:
-        raise UsageError("plan_cache= keeps the plan of a forward that is one graph; leave fullgraph= or it out")
 
 
 def check_cuda_graphs(cuda_graphs: object, fullgraph: object, device: torch.device) -> None:

@@ -213,12 +213,11 @@ class RunFile:
         known = self.timeline if self.member(name) == self.member("final") else None
         return plan, known or simulate(plan, self.context.costs, self.context.hints)
 
-    def with_timeline(self, known: Timeline | None = None) -> RunFile:
-        """The same run, whose file says what the step is predicted to be: as `known`, or simulated."""
-        timeline = known or self.timeline
-        if timeline is None:
+    def with_timeline(self) -> RunFile:
+        """The same run, whose file says what the step is predicted to be."""
+        if self.timeline is None:
             return self
-        predicted = _Predicted(digest=self._digest(), timeline=TimelineRecord.of(timeline))
+        predicted = _Predicted(digest=self._digest(), timeline=TimelineRecord.of(self.timeline))
         return replace(self, predicted=predicted.model_dump_json().encode())
 
     def _digest(self) -> str:
