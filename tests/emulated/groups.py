@@ -17,6 +17,7 @@ from benchmarks import staged_group
 from benchmarks.staged_group import StreamGroup, Work
 from tests.emulated import cuda, threads
 from tests.emulated.server import Group
+from zgraph.runtime.meetings import Meetings
 from zgraph.runtime.peers import Peers
 
 
@@ -68,7 +69,7 @@ def join(group: Group) -> None:
     else:
         dist.Backend.register_backend("echo", _echo, devices=["cuda"])
         store = dist.HashStore()
-        Peers.agree = lambda self, what, text: None  # type: ignore[method-assign]
+        Meetings.agree = lambda self, what, text: None  # type: ignore[method-assign]
         Peers.exchange = lambda self, what, word, **_: [word] * len(self.ranks)  # type: ignore[method-assign]
         Peers.smallest = lambda self, what, place, number, seconds: number  # type: ignore[method-assign]
     dist.init_process_group(group.kind, store=store, rank=group.rank, world_size=group.num_ranks)
