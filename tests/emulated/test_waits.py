@@ -53,6 +53,8 @@ ELSEWHERE = {
     "exchange.run": "a time",
     "LocalSteps._take": "the thread of means between replicas, in no case",
     "Travel.mean": "the same thread's own stream",
+    "_joined.joined": "expert parallelism, in no case: the wait is the batches' own",
+    "write_tensors": "the files' own threads",
     "Alike._finish": "tensor parallelism, in no case: the wait is the comparison's own",
 }
 """Functions that wait for no stream, or for one whose memory nobody reads, by what for."""
