@@ -1,8 +1,8 @@
 """Whether ranks that compute one op together were given the same: their inputs, and what they draw from.
 
 Each call, every rank makes a number of all of it, and the ranks of a model axis compare theirs. On a GPU, where the
-host must not wait, a call says what the one before it has found. Ranks that share experts have batches of their own,
-which are alike in their shapes, and become one batch in front of the model.
+host must not wait, a call says what the one before it has found, unless ranks share experts. Those have batches of
+their own, which are alike in their shapes, and become one batch in front of the model.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Alike:
             group = self.session.store.ranks.axis_group(axis)
             work = dist.all_reduce(found, dist.ReduceOp.MAX, group=group, async_op=True)
             self.pending.append((axis, work, found))
-        if device.type == "cpu":
+        if device.type == "cpu" or BATCHES in self.axes:  # before other shapes would be joined
             self._finish()
 
     def _finish(self) -> None:
@@ -105,7 +105,14 @@ def same_batches(forward: Callable[..., Any], session: Session) -> Callable[...,
 
 
 def rows_of(args: Any) -> int:
-    """Rows of a rank's batch: those of the first input that has dims; 0 where none has."""
+    """Rows of a rank's batch: those of `input_ids`, else of the first input that has dims; 0 where none has.
+
+    Args:
+        args: positional arguments, and those by name.
+    """
+    ids = args[1].get("input_ids")
+    if isinstance(ids, torch.Tensor) and ids.dim():
+        return ids.shape[0]
     return next((x.shape[0] for x in _leaves(args) if isinstance(x, torch.Tensor) and x.dim()), 0)
 
 

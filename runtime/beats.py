@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 
@@ -48,8 +48,28 @@ class Beat:
 
     @staticmethod
     def parse(word: bytes) -> Beat | None:
-        """The heartbeat that was printed; None of a rank that has never been seen."""
-        return Beat(**json.loads(word)) if word else None
+        """The heartbeat that was printed; None of a rank that has never been seen.
+
+        What another version of zgraph says beside is left out.
+
+        Raises:
+            ValueError: it is no heartbeat.
+        """
+        if not word:
+            return None
+        try:
+            found = json.loads(word)
+        except RecursionError:
+            raise ValueError("a heartbeat is nested too deep") from None
+        if not isinstance(found, dict) or "count" not in found:
+            raise ValueError("a heartbeat is a mapping with a count")
+        known = {entry.name: found[entry.name] for entry in fields(Beat) if entry.name in found}
+        if wrong := [name for name, value in known.items() if type(value) is not _KINDS[name]]:
+            raise ValueError(f"a heartbeat with another {wrong[0]} than {_KINDS[wrong[0]].__name__}")
+        return Beat(**known)
+
+
+_KINDS: dict[str, type] = {"count": int, "place": str, "waits": bool, "outside": str, "wait": dict, "pace": dict}
 
 
 def beat_key(rank: int) -> str:

@@ -165,8 +165,14 @@ class Circle:
         return {rank: Beat.parse(word) for rank, word in zip(self.ranks, words, strict=True)}
 
     def slowest(self) -> str:
-        """Which rank is slow and where, if one is: one question, with a long answer. For one rank, now and then."""
-        beats = self._beats()
+        """Which rank is slow and where, if one is: one question, with a long answer. For one rank, now and then.
+
+        It only tells: training goes on where a word cannot be read.
+        """
+        try:
+            beats = self._beats()
+        except ValueError:
+            return "a rank's heartbeat is unreadable: is it of another version of zgraph?"
         paces = {r: pace for r, beat in beats.items() if beat is not None and (pace := parse_pace(beat.pace))}
         return slowest(paces) if len(paces) == len(beats) else ""
 

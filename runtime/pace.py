@@ -14,6 +14,8 @@ from typing import Any
 
 WINDOW_S = 1.0
 """Of calls that a mean is of, at least."""
+MOST = 1e15
+"""Of calls and seconds in a heartbeat. A word that says more, or no number, is not believed."""
 SLOW = 1.1
 """How many times longer than the median rank one computes that is called slow."""
 WAITS = 0.2
@@ -79,8 +81,17 @@ class Pace:
 
 
 def parse_pace(word: Mapping[str, Any]) -> Paced | None:
-    """The means that a heartbeat has; None of one that has none."""
-    return Paced(**word) if word else None
+    """The means that a heartbeat has; None of one that has none, or others than these."""
+    if not {"calls", "call_s", "waits_s", "at"} <= word.keys():
+        return None
+    calls, call_s, waits_s, at = (word[name] for name in ("calls", "call_s", "waits_s", "at"))
+    if not isinstance(at, str) or type(calls) is not int or not all(map(_is_time, (calls, call_s, waits_s))):
+        return None
+    return Paced(calls, float(call_s), float(waits_s), at)
+
+
+def _is_time(number: object) -> bool:
+    return type(number) in (int, float) and 0 <= number <= MOST  # type: ignore[operator]
 
 
 def slowest(paces: Mapping[int, Paced]) -> str:

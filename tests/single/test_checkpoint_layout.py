@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,29 +13,27 @@ import torch
 
 from benchmarks.checkpoints import many_ranks
 from tests.deep import DEEP
-from zgraph.engine.checkpoint.index import Entry, Index
+from zgraph.engine.checkpoint.index import Entry, Index, index_of
 from zgraph.engine.checkpoint.layout import Layout, Spans, copies_to_write, pieces, sizes_of
 from zgraph.engine.checkpoint.storage import INDEX, Reader, Writer
 from zgraph.errors import CheckpointError
+from zgraph.ir.layout import local_rows
 
 
 def drawn(draw: random.Random) -> tuple[tuple[int, ...], Layout]:
     """A shape, and how it is cut over at most twelve ranks in any order."""
     num_dims = draw.randrange(3)
     mesh = draw.choice([(1,), (4,), (5,), (2, 3), (3, 2), (2, 2, 3)])
-    shape, cuts = [draw.randrange(1, 9) for _ in range(num_dims)], []
+    shape, cuts = [draw.randrange(9) for _ in range(num_dims)], []
     for _ in mesh:
         cut = (draw.randrange(num_dims), draw.choice([1, 1, 2])) if num_dims and draw.random() < 0.7 else None
-        if cut is not None and cut[1] > 1 and any(other is not None and other[0] == cut[0] for other in cuts):
-            cut = (cut[0], 1)
         if cut is not None:
             shape[cut[0]] = -(-shape[cut[0]] // cut[1]) * cut[1]
         cuts.append(cut)
-    if any(c is not None and shape[c[0]] % c[1] for c in cuts):
-        return drawn(draw)
     ranks = [*range(math.prod(mesh))]
     draw.shuffle(ranks)
-    return tuple(shape), Layout(mesh=mesh, cuts=tuple(cuts), ranks=tuple(ranks) if draw.random() < 0.5 else ())
+    found = Layout(mesh=mesh, cuts=tuple(cuts), ranks=tuple(ranks) if draw.random() < 0.5 else ())
+    return (tuple(shape), found) if found.fits(shape, len(ranks)) else drawn(draw)
 
 
 def taken(whole: torch.Tensor, spans: Spans) -> torch.Tensor:
@@ -66,6 +65,46 @@ def test_any_layout_is_read_at_any_other() -> None:
                 for piece in pieces(held, spans):
                     found[piece.wanted] = files[home][piece.stored]
             assert torch.equal(found, taken(whole, spans)), (shape, stored, wanted, rank)
+
+
+def test_what_fits_is_what_no_rank_drops() -> None:
+    """Blocks of a second cut must divide what every rank has left, and `fits` knows the sizes of all of them."""
+    refused = 0
+    for size, first, second, blocks in product(range(13), (1, 2, 3, 5), (1, 2, 3), (1, 2, 3)):
+        layout = Layout(mesh=(first, second), cuts=((0, 1), (0, blocks)))
+        held = [
+            index
+            for r in range(layout.num_ranks)
+            for at, n in layout.spans((size,), r)[0]
+            for index in range(at, at + n)
+        ]
+        fits = layout.fits((size,), layout.num_ranks)
+        left = [local_rows(size, first, rank) for rank in range(first)]
+        assert fits == all(rows % blocks == 0 for rows in left)
+        assert not fits or sorted(held) == [*range(size)]
+        refused += not fits
+    assert refused
+    assert not Layout(mesh=(2, 2), cuts=((0, 1), (0, 2))).fits((6,), 4)
+
+
+def test_places_of_a_mesh_in_another_order_are_found_at_once() -> None:
+    layout = Layout(mesh=(4096,), cuts=((0, 1),), ranks=tuple(reversed(range(4096))))
+    began = time.process_time()
+    assert [layout.spans((8192,), rank)[0] for rank in (0, 4095)] == [[(8190, 2)], [(0, 2)]]
+    for _ in range(20000):
+        layout.writes((8192,), 0, 17)
+    assert time.process_time() - began < 1.0
+    assert layout == Layout(**layout.model_dump()), "what is kept is no part of it"
+
+
+def test_a_tensor_without_elements_is_read(tmp_path: Path) -> None:
+    whole = {"none": torch.empty(0), "rows": torch.empty(3, 0), "w": torch.ones(4)}
+    index = index_of(whole, [0])
+    Writer(tmp_path, 0, {}, lambda: None, lambda: None).write(index, whole)
+    Writer(tmp_path, 0, {}, lambda: None, lambda: None).finish(index)
+    reader = Reader(tmp_path)
+    reader.check()
+    assert {name: reader.whole(name).shape for name in whole} == {n: t.shape for n, t in whole.items()}
 
 
 def test_copies_are_shared_out() -> None:

@@ -367,3 +367,23 @@ def test_a_compiled_model_is_not_pruned() -> None:
 def test_layers_that_are_not_there_cannot_be_kept(keep: list[int]) -> None:
     with pytest.raises(UsageError, match="keep must name some of the layers 0 to 3"):
         zgraph.prune_layers(small.llama(num_layers=4), keep)
+
+
+class Shares(torch.nn.Module):
+    """A model whose table has its first name outside of the part that generates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        model = small.llama(32, 1, 100, max_position_embeddings=32)
+        self.table, self.student = model.get_input_embeddings(), model
+
+    def forward(self, **given):
+        return self.student(**given)
+
+
+def test_a_part_generates_with_what_it_shares_with_the_rest():
+    torch.manual_seed(0)
+    model, ids = Shares(), torch.arange(8)[None]
+    wanted = model.student.generate(ids, max_new_tokens=4, do_sample=False)
+    with zgraph.serving(zgraph.compile(model, stage=0), part="student", max_batch=1, max_len=24) as inference:
+        assert torch.equal(inference.generate(ids, max_new_tokens=4), wanted)

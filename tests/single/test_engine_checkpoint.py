@@ -58,6 +58,19 @@ def test_everything_goes_on_where_it_was(tmp_path: Path, asynchronous: bool, opt
     assert [step(resumed, x) for x in resumed.training_dataloader] == expected
 
 
+def test_a_buffer_without_elements_comes_back(tmp_path: Path) -> None:
+    def made() -> Engine:
+        net = nn.Linear(3, 2)
+        net.register_buffer("cache", torch.empty(0))
+        return zgraph.initialize_engine(model=net, config={"train_batch_size": 1})[0]  # type: ignore[arg-type]
+
+    engine, resumed = made(), made()
+    engine.save_checkpoint(tmp_path)
+    resumed.load_checkpoint(tmp_path)
+    assert torch.equal(resumed.module.weight, engine.module.weight)
+    assert resumed.module.cache.shape == (0,)
+
+
 def test_an_error_of_writing_meanwhile_is_raised_by_the_next_call(tmp_path: Path) -> None:
     engine = engine_of(checkpoint={"asynchronous": True})
     engine.save_checkpoint(tmp_path / "run")

@@ -12,7 +12,7 @@ import zgraph
 from tests.deep import deep
 from zgraph.codegen import quantised
 from zgraph.errors import CaptureError, InferenceError, UsageError
-from zgraph.inference import exporting
+from zgraph.inference import exported_layers, exporting
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 MODELS = {
@@ -94,7 +94,7 @@ def test_models_of_transformers(tmp_path, kind, ending, weights):
     model, path = MODELS[kind]().eval(), tmp_path / f"model{ending}"
     exporting.export_model(model, tokens(2, 7), path, dynamic=ANY, weights=weights)
     given = tokens(3, 20)
-    own = exporting.in_int8(model, exporting._scaled) if weights else model
+    own = exported_layers.in_int8(model, exported_layers.scaled) if weights else model
     with torch.no_grad():
         wanted = own(**given)
     found = by_onnxruntime(path, given) if ending == ".onnx" else torch.export.load(path).module()(**given)
@@ -108,7 +108,7 @@ def test_int8_of_a_copy_leaves_the_model_and_shares_what_stays():
     torch.manual_seed(0)
     model = MODELS["gpt2"]().eval()
     before = copy.deepcopy(model.state_dict())
-    found = exporting.in_int8(model, exporting._scaled)
+    found = exported_layers.in_int8(model, exported_layers.scaled)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert found.transformer.ln_f.weight is model.transformer.ln_f.weight
     assert found.lm_head.data is found.transformer.wte.data
@@ -138,6 +138,33 @@ class Halves(torch.nn.Module):
         return x.view(2, 3) * 2
 
 
+class Jumps(torch.nn.Module):
+    def forward(self, x):
+        return x * 2 if x.shape[1] > 16 else x + 1
+
+
+class Returns(torch.nn.Module):
+    def forward(self, x):
+        y = x + 1
+        return {"given": x, "one": y, "two": y}
+
+
+class SameName(torch.nn.Module):
+    def forward(self, x):
+        return {"x": x * 2}
+
+
+class Twice(torch.nn.Module):
+    """A layer with two names, whose weight is read, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = torch.nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(self.second(self.first(x)), self.first.weight)
+
+
 X = {"x": torch.ones(2, 3)}
 REFUSED = {
     "an ending": (Tagger, X, {"path": "model.bin"}, UsageError, "path must end in"),
@@ -152,6 +179,9 @@ REFUSED = {
     "a size that is fixed": (Halves, X, {"dynamic": {"x": (0,)}}, CaptureError, "x of other sizes"),
     "what depends on numbers": (Branches, X, {}, CaptureError, "cannot be exported"),
     "what is drawn": (Draws, X, {}, InferenceError, "away from the model's own"),
+    "a branch on a size": (Jumps, X, {"dynamic": {"x": (1,)}}, CaptureError, "computes otherwise by size"),
+    "one name": (SameName, X, {"path": "model.onnx"}, UsageError, "name of an input and of an output"),
+    "bfloat16": (Jumps, {"x": X["x"].bfloat16()}, {"path": "model.onnx"}, UsageError, "in bfloat16"),
     "words": (Says, X, {}, InferenceError, "has a str"),
 }
 
@@ -163,6 +193,23 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(tmp_path, case):
     with pytest.raises(kind, match=words):
         zgraph.export_model(make(), inputs, path, **{k: v for k, v in options.items() if k != "path"})
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_layer_with_two_names_is_in_int8_under_both(tmp_path):
+    found = exported_layers.in_int8(Twice(), exported_layers.scaled)
+    assert found.first is found.second
+    assert found.first.data.dtype == torch.int8
+    exporting.export_model(Twice(), X, tmp_path / "model.pt2", weights="int8")
+
+
+@pytest.mark.parametrize("ending", [".pt2", deep(".onnx")])
+def test_what_is_given_back_or_twice_is_an_output_of_its_own(tmp_path, ending):
+    path = tmp_path / f"model{ending}"
+    exporting.export_model(Returns(), X, path, dynamic={"x": (0,)})
+    given = {"x": torch.rand(5, 3)}
+    found = by_onnxruntime(path, given) if ending == ".onnx" else torch.export.load(path).module()(**given)
+    assert torch.equal(found["given"], given["x"])
+    assert torch.equal(found["one"], found["two"])
 
 
 def test_what_infer_gives_is_refused(tmp_path):

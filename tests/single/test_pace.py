@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from zgraph.cli.app import app
-from zgraph.cli.watching import as_rows, beat_names, top
+from zgraph.cli.watching import _read, as_rows, beat_names, top
 from zgraph.errors import UsageError
 from zgraph.runtime.beats import Beat, beat_key
+from zgraph.runtime.circle import Circle
 from zgraph.runtime.pace import Pace, Paced, slowest
 
 NODE = "%w_full_start (all_gather_start, forward)"
@@ -67,6 +69,8 @@ def test_heartbeats_are_found_under_any_prefix() -> None:
     assert beat_names(keys) == {0: "default_pg/0//zgraph/beat/0", 1: "default_pg/0//zgraph/beat/1"}
     assert beat_names(["a/zgraph/beat/0", "b/zgraph/beat/0"]) == {0: "b/zgraph/beat/0"}
     assert beat_names([]) == {}
+    assert beat_names([f"w/attempt_{i}/zgraph/beat/0" for i in (9, 10, 8)]) == {0: "w/attempt_10/zgraph/beat/0"}
+    assert beat_names(["zgraph/beat/" + "9" * 5000]) == {}
 
 
 def test_a_job_is_watched(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,10 +91,41 @@ def test_a_job_is_watched(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rank 2 is slowest" in out
 
 
-@pytest.mark.parametrize("job", ["host", ":1", "host:x"])
+@pytest.mark.parametrize("job", ["host", ":1", "host:x", "host:0", "host:65536", "host:²", "host:" + "9" * 5000])
 def test_a_place_that_cannot_be(job: str) -> None:
     with pytest.raises(UsageError, match="HOST:PORT"):
         top(job, once=True)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ('{"count": 1, "place": "here", "new_field": 2}', "here"),
+        ('{"count": 1, "pace": {"x": 1}}', "unreadable"),
+        ('{"count": 1, "pace": {"calls": 1, "call_s": "a", "waits_s": 0, "at": ""}}', "unreadable"),
+        ('{"count": 1, "pace": {"calls": 1, "call_s": NaN, "waits_s": 0, "at": ""}}', "unreadable"),
+        ('{"count": 1, "pace": 3}', "unreadable"),
+        ('{"count": 1, "place": ["x"]}', "unreadable"),
+        ('{"place": "x"}', "unreadable"),
+        ("[1", "unreadable"),
+        ("[" * 100_000, "unreadable"),
+        ("\x80", "unreadable"),
+    ],
+)
+def test_a_word_of_another_kind_is_shown_as_such(word: str, said: str) -> None:
+    found = as_rows({0: _read(word.encode("latin-1")), 1: Beat(1)})
+    assert said in found["ranks"][0]["place"]
+    assert found["slowest"] == ""
+
+
+def test_training_goes_on_where_a_word_cannot_be_read() -> None:
+    store = dist.HashStore()
+    circle = SimpleNamespace(store=store, ranks=(0, 1))
+    circle._beats = lambda: Circle._beats(circle)  # type: ignore[arg-type]
+    for word in ("[1", '{"count": 1, "pace": {"x": 1}}'):
+        for rank in (0, 1):
+            store.set(beat_key(rank), word)
+        assert Circle.slowest(circle) in ("", "a rank's heartbeat is unreadable: is it of another version of zgraph?")  # type: ignore[arg-type]
 
 
 def test_ranks_that_say_nothing_are_rows() -> None:

@@ -1,5 +1,7 @@
 """Plans for hardware that is not here."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from zgraph.cost.hardware import Link, hardware
 from zgraph.errors import HardwareError, UsageError
 from zgraph.estimate import layer_scaling
 from zgraph.estimate import plan as planning
+from zgraph.estimate.stage_plan import Planner
 
 IDS = torch.zeros(2, 64, dtype=torch.int64)
 _CAPTURES = {}
@@ -229,3 +232,17 @@ def test_float8_is_planned_at_its_rate():
     assert tensors.step_us < rows.step_us < wide.step_us
     with pytest.raises(UsageError, match="compute must be"):
         zgraph.plan(model, x, compute="float4")
+
+
+def test_the_fastest_way_that_also_fits_when_reserved_is_taken():
+    """Of ways that fit in what is allocated, one may reserve too much; a slower one may not."""
+    ways = {"fast": 1.0, "slow": 3.0, "slower": 4.0}
+    for room, expected in (({"fast", "slow", "slower"}, "fast"), ({"slow", "slower"}, "slow"), (set(), None)):
+        shape = SimpleNamespace(
+            rest_bytes=0,
+            fitting=list(reversed(ways)),
+            finished=lambda way: SimpleNamespace(total_us=ways[way]),
+            reserving=lambda _, way, room=room: SimpleNamespace(name=way, fits=way in room),
+        )
+        found = Planner._fastest(SimpleNamespace(budget=1), shape)
+        assert getattr(found, "name", None) == expected

@@ -9,6 +9,7 @@ import zgraph
 from benchmarks.memory import measure
 from zgraph.bridge import scratch
 from zgraph.capture import trace
+from zgraph.compiler.compiled_model import compiled_model
 from zgraph.cost.workspace import NUM_THREADS, by_rule, is_measured, kept_bytes, scratch_key, workspace_bytes
 
 THREADS = {NUM_THREADS: 1}
@@ -152,3 +153,64 @@ def test_a_capture_measures_with_the_kernels_of_later_steps(monkeypatch):
     model = zgraph.compile(Depthwise())
     model(images()).backward()
     assert {has_onednn for _, has_onednn, _ in scratch._known} == {torch.backends.mkldnn.enabled}
+
+
+def test_other_threads_than_planned_for_are_not_measured():
+    graph = trace(Depthwise(), images())
+    assert scratch.measured_scratch(graph, THREADS)
+    assert scratch.measured_scratch(graph, {NUM_THREADS: 2}) == {}
+
+
+def test_runs_for_a_graph_have_limits(monkeypatch):
+    graph = trace(Depthwise(), images())
+    whole = scratch.measured_scratch(graph, THREADS)
+    convolutions = {key for key in scratch._within_limit(graph, THREADS) if key.startswith("aten.convolution")}
+    assert convolutions
+    with monkeypatch.context() as patched:
+        patched.setattr(scratch, "MAX_GRAPH_FLOP", 1e3)
+        assert not convolutions & scratch._within_limit(graph, THREADS).keys()
+        fewer = scratch.measured_scratch(graph, THREADS)
+    assert fewer.items() < whole.items(), "what is known already is not told either: it does not depend on that"
+    monkeypatch.setattr(scratch, "_known", {})
+    monkeypatch.setattr(scratch, "MAX_GRAPH_S", 0.0)
+    assert scratch.measured_scratch(graph, THREADS) == {}
+
+
+def test_a_lack_of_memory_is_told(monkeypatch):
+    def op(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    graph = trace(Depthwise(), images())
+    monkeypatch.setattr(scratch, "_known", {})
+    with monkeypatch.context() as patched:
+        patched.setattr(scratch, "resolve", lambda name: op)
+        with pytest.warns(UserWarning, match=r"no memory to run aten\.convolution"):
+            assert scratch.measured_scratch(graph, THREADS) == {}
+    assert scratch.measured_scratch(graph, THREADS), "it is tried again, where there is room"
+
+
+def test_a_result_in_an_operands_memory_is_not_taken_off(monkeypatch):
+    """An op that gives its operand back, and takes as many bytes on the way."""
+
+    def op(x, *args, **kwargs):
+        (x + 1).sum()
+        return x
+
+    graph = trace(nn.Softmax(-1), torch.zeros(64, 64))
+    node = node_of(graph, "aten._softmax")
+    monkeypatch.setattr(scratch, "resolve", lambda name: op)
+    taken, kept = scratch._taken(node, THREADS)
+    assert taken >= 64 * 64 * 4
+    assert kept == 0
+
+
+def test_what_one_of_several_ranks_meets_alone_is_not_measured(monkeypatch):
+    model = zgraph.compile(Depthwise())
+    model(images()).backward()
+    compiled = compiled_model(model)
+    known = {name: size for name, size in compiled.hints.items() if is_measured(name)}
+    assert known
+    monkeypatch.setattr(type(compiled.session), "is_alone", False)
+    later = trace(Depthwise(), torch.randn(3, 16, 16, 96).permute(0, 3, 1, 2))
+    hints = compiled._agreed_hints(later, {}, is_alone=False)
+    assert {name: size for name, size in hints.items() if is_measured(name)} == known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 from pathlib import Path
 from typing import Literal
@@ -13,8 +14,8 @@ import torch
 from torch import nn
 
 import zgraph
-from zgraph.engine.checkpoint import checksums
-from zgraph.engine.checkpoint.checksums import Box, is_tiled
+from zgraph.engine.checkpoint import checksums, directory
+from zgraph.engine.checkpoint.checksums import Box, check_file, is_tiled
 from zgraph.engine.checkpoint.export import export_hf
 from zgraph.engine.checkpoint.files import opened
 from zgraph.engine.checkpoint.index import Index, RankFiles
@@ -51,6 +52,40 @@ def test_a_flipped_bit_anywhere_is_found_before_anything_is_loaded(saved: Path) 
     assert all(torch.equal(value, before[name]) for name, value in engine.module.state_dict().items())
     engine.load_checkpoint(saved.parent)
     assert not torch.equal(engine.module.state_dict()["weight"], before["weight"])
+
+
+@pytest.mark.parametrize("name", ["rank_0_0.safetensors", INDEX, "state.json", "rank_0_files.json"])
+def test_only_regular_files_are_read(saved: Path, name: str) -> None:
+    """A link to a device would be read for ever, and a pipe would wait for a writer."""
+    for make in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo, Path.mkdir):
+        (saved / name).rename(saved / "kept")
+        make(saved / name)  # type: ignore[operator]
+        with pytest.raises(CheckpointError, match=r"holds no checkpoint|no regular file"):
+            engine_of().load_checkpoint(saved.parent)
+        (saved / name).rmdir() if make is Path.mkdir else (saved / name).unlink()
+        (saved / "kept").rename(saved / name)
+    with pytest.raises(CheckpointError, match="no regular file"):
+        check_file(Path("/dev/zero"), 0, 0)
+
+
+def test_json_has_a_limit_of_size(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "MAX_TEXT_BYTES", 200)
+    with pytest.raises(CheckpointError, match="at most 200"):
+        Reader(saved)
+    with pytest.raises(CheckpointError, match="keep less in client_state"):
+        engine_of().save_checkpoint(tmp_path, tag="large")
+    assert not (tmp_path / "large").exists()
+
+
+def test_a_later_version_says_to_update(saved: Path) -> None:
+    index = json.loads((saved / INDEX).read_text())
+    (saved / INDEX).write_text(json.dumps(index | {"version": 4, "more": 1}))
+    with pytest.raises(CheckpointError, match=r"version 4 .* up to 3: update zgraph"):
+        Reader(saved)
+    for version in ("4", 0, None):
+        (saved / INDEX).write_text(json.dumps(index | {"version": version}))
+        with pytest.raises(CheckpointError, match="damaged"):
+            Reader(saved)
 
 
 def test_a_damaged_checkpoint_is_not_exported(saved: Path, tmp_path: Path) -> None:

@@ -7,17 +7,20 @@ do not take made-up operands.
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.bridge.private_allocator import in_own_thread, requested_bytes
 from zgraph.bridge.private_onednn import as_outside
 from zgraph.cost.memory import ALLOCATION_BYTES, local_bytes
 from zgraph.cost.work import work
-from zgraph.cost.workspace import NUM_THREADS, by_rule, kept_hint, measured_hint, scratch_key
+from zgraph.cost.workspace import NUM_THREADS, by_rule, is_measured, kept_hint, measured_hint, scratch_key
 from zgraph.errors import ZgraphError
 from zgraph.ir import Graph, Node, ScalarType, TensorType, Value
 from zgraph.ir.graph import graphs_in
@@ -31,33 +34,42 @@ MAX_BYTES = 1 << 30
 MAX_FLOP = 1e11
 """Of an op that is run: a second or two of a core."""
 
+MAX_GRAPH_FLOP = 2e11
+MAX_GRAPH_S = 2.0
+"""Of all runs for one graph: rules tell what the other ops take, those that go above it and those that come later."""
+
 NUM_RUNS = 2
 """Of an op, as the first may set up what later ones find."""
 
 Hints = Mapping[str, int]
 
 _CPU = torch.device("cpu")
-_known: dict[tuple[int, bool, str], tuple[int, int] | None] = {}
+_Place = tuple[int, bool, str]
+_known: dict[_Place, tuple[int, int] | None] = {}
 """By threads, whether oneDNN is taken, and key: what `_taken` found."""
 
 
 def measured_scratch(graph: Graph, hints: Hints) -> dict[str, int]:
     """Hints that tell what the ops of a graph take for themselves while they run on this processor, in bytes.
 
-    An op is run once in a process for each kind of operands. Torch's random numbers are as they were.
+    An op is run once in a process for each kind of operands. Torch's random numbers are as they were. How far the time
+    goes differs from rank to rank: ranks that plan together take what one of them has found. Rules hold where there is
+    no hint, so for all ops where torch has another number of threads than the hints.
 
     Args:
         graph: local types, as one rank has them, or those before it is sharded.
         hints: a number for each symbolic size, and of threads.
     """
-    wanted = {scratch_key(node, hints): node for node in _runnable(graph, hints)}
+    if torch.get_num_threads() != hints[NUM_THREADS]:
+        return {}
+    wanted = _within_limit(graph, hints)
     with as_outside() as has_onednn:
         places = {key: (hints[NUM_THREADS], has_onednn, key) for key in wanted}
         if missing := {place: wanted[key] for key, place in places.items() if place not in _known}:
-            _known.update(in_own_thread(lambda: {place: _taken(node, hints) for place, node in missing.items()}))
+            in_own_thread(lambda: _measure(missing, hints))
     told: dict[str, int] = {}
     for key, node in wanted.items():
-        if (found := _known[places[key]]) is not None:
+        if (found := _known.get(places[key])) is not None:
             taken, kept = found
             if abs(taken - by_rule(node, hints)) >= ALLOCATION_BYTES:
                 told |= {measured_hint(node.op): 1, measured_hint(key): taken}
@@ -66,16 +78,50 @@ def measured_scratch(graph: Graph, hints: Hints) -> dict[str, int]:
     return told
 
 
-def _runnable(graph: Graph, hints: Hints) -> Iterator[Node]:
-    """Nodes of a graph, and of the functions that it calls, whose ops can be run and may take memory."""
+def known_scratch(hints: Hints) -> dict[str, int]:
+    """Those of the hints that tell what was measured."""
+    return {name: int(size) for name, size in hints.items() if is_measured(name)}
+
+
+def _within_limit(graph: Graph, hints: Hints) -> dict[str, Node]:
+    """Nodes that are run for a graph, by key. Which ones does not depend on what has been measured before."""
+    found: dict[str, Node] = {}
+    left = MAX_GRAPH_FLOP
+    for node, flop in _runnable(graph, hints):
+        key = scratch_key(node, hints)
+        if key not in found and NUM_RUNS * flop <= left:
+            left -= NUM_RUNS * flop
+            found[key] = node
+    return found
+
+
+def _measure(missing: Mapping[_Place, Node], hints: Hints) -> None:
+    """Run ops one by one until the time is over."""
+    began = time.perf_counter()
+    for place, node in missing.items():
+        if time.perf_counter() - began >= MAX_GRAPH_S:
+            break
+        try:
+            _known[place] = _taken(node, hints)
+        except MemoryError:
+            warnings.warn(
+                f"there was no memory to run {node.op} once and measure what it takes: a rule says it instead, on all "
+                "ranks that plan with this one",
+                stacklevel=2,
+            )
+
+
+def _runnable(graph: Graph, hints: Hints) -> Iterator[tuple[Node, float]]:
+    """Nodes of a graph, and of the functions that it calls, whose ops can be run and may take memory; their FLOP."""
     for node in graph.nodes:
         for called in graphs_in(node.args):
             yield from _runnable(called, hints)
         if node.op.startswith("aten.") and not views(graph, node) and _is_known(node, hints) and _takes(node):
             kinds = [v.type for v in (*node.operands, *node.results)]
             size = sum(local_bytes(kind, (), hints) for kind in kinds)
-            if size <= MAX_BYTES and evaluate(work(graph, node).flop, hints) <= MAX_FLOP:
-                yield node
+            flop = evaluate(work(graph, node).flop, hints)
+            if size <= MAX_BYTES and flop <= MAX_FLOP:
+                yield node, flop
 
 
 def _is_known(node: Node, hints: Hints) -> bool:
@@ -101,7 +147,7 @@ def _takes(node: Node) -> bool:
 
 def _taken(node: Node, hints: Hints) -> tuple[int, int] | None:
     """Bytes that an op takes beside its operands and results, and that its results keep beyond what their types say;
-    None if it does not run on what is made up."""
+    None if it does not run on what is made up. MemoryError if there was no room for it."""
     made: dict[str, Any] = {}
 
     def of(value: Value) -> Any:
@@ -109,20 +155,43 @@ def _taken(node: Node, hints: Hints) -> tuple[int, int] | None:
             made[value.name] = _made(value, hints)
         return made[value.name]
 
+    def run() -> Any:
+        found = op(*args, **kwargs)
+        own.append(_own_bytes(node, found, made, hints))
+        return found
+
+    own: list[int] = []
     with torch.random.fork_rng([]):
         try:
             op: Any = resolve(node.op)
             args = [to_torch(a, _CPU, of) for a in node.args]
             kwargs = {key: to_torch(a, _CPU, of) for key, a in node.kwargs}
-            runs = [requested_bytes(lambda: op(*args, **kwargs)) for _ in range(NUM_RUNS)]
+            runs = [requested_bytes(run) for _ in range(NUM_RUNS)]
         except ZgraphError:
             raise
-        except Exception:  # whatever an op says of numbers that mean nothing to it
+        except Exception as error:  # whatever an op says of numbers that mean nothing to it
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+                raise MemoryError(str(error)) from None
             return None
     most, held = (max(column) for column in zip(*runs, strict=True))
-    stated = sum(local_bytes(v.type, (), hints) for v in node.results)
+    stated = min(own)
     kept = max(held - stated, 0)
     return max(most - stated - kept, 0), kept
+
+
+def _own_bytes(node: Node, found: Any, made: Mapping[str, Any], hints: Hints) -> int:
+    """What the types say of the results with storage of their own: one may be an operand, or share with another."""
+    results = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+    stated = [v for v in node.results if isinstance(v.type, TensorType)]
+    if len(results) != len(stated):
+        return sum(local_bytes(v.type, (), hints) for v in stated)
+    seen = {t.untyped_storage().data_ptr() for t in made.values() if isinstance(t, torch.Tensor)}
+    num_bytes = 0
+    for value, tensor in zip(stated, results, strict=True):
+        at = tensor.untyped_storage().data_ptr()
+        num_bytes += 0 if at in seen else local_bytes(value.type, (), hints)
+        seen.add(at)
+    return num_bytes
 
 
 def _made(value: Value, hints: Hints) -> Any:

@@ -84,7 +84,7 @@ def simulate_run(
             "rest_bytes": run.context.rest_bytes,
         }
         if (space := entry.footprint) is not None:
-            reserved = memory_interval(space.reserved_bytes, run.context.costs)
+            reserved = memory_interval(max(space.reserved_bytes, peak_bytes), run.context.costs)
             found |= {"reserved_bytes": reserved.value, "beside_bytes": space.beside_bytes}
             found |= {"reserved_low_bytes": reserved.low, "reserved_high_bytes": reserved.high}
         if straggler > 1:
@@ -101,7 +101,7 @@ def simulate_run(
         console().print(f"  exposed by {cause}: {us:,.1f} us")
     console().print(f"at rest {mebibytes(run.context.rest_bytes)}")
     if (space := entry.footprint) is not None:
-        text = bytes_text(memory_interval(space.reserved_bytes, run.context.costs))
+        text = bytes_text(memory_interval(max(space.reserved_bytes, peak_bytes), run.context.costs))
         beside = mebibytes(space.beside_bytes)
         console().print(f"reserved by torch's allocator {text}; beside it {beside} of the driver's and NCCL's")
     if kept is not None:

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 SHOWN = 20
 """Rows of a table: of many ranks, those that compute longest and those that say nothing."""
+UNREADABLE = "its heartbeat is unreadable: is it of another version of zgraph?"
 CONNECT_S = 10.0
 
-_BEAT = re.compile(r"(?P<job>.*?)zgraph/beat/(?P<rank>\d+)", re.ASCII)
+_BEAT = re.compile(r"(?P<job>.*?)zgraph/beat/(?P<rank>\d{1,7})", re.ASCII)
 
 
 @app.command()
@@ -40,18 +41,19 @@ def top(
     Example: `zgraph top gpu-1:29500`
     """
     store = _store(job)
-    names = beat_names(store.list_keys())
-    if not names:
+    beats = _beats(store)
+    if not beats:
         raise UsageError(f"the store at {job} has no heartbeats: is it a job of zgraph, and has it joined its ranks?")
     if as_json:
-        print_json(as_rows(_beats(store, names)))
+        print_json(as_rows(beats))
     elif once:
-        console().print(view(job, _beats(store, names)))
+        console().print(view(job, beats))
     else:
         with Live(console=console(), auto_refresh=False, screen=False) as live:
             while True:
-                live.update(view(job, _beats(store, names)), refresh=True)
+                live.update(view(job, beats), refresh=True)
                 time.sleep(every)
+                beats = _beats(store)
 
 
 def _store(job: str) -> Any:
@@ -62,7 +64,7 @@ def _store(job: str) -> Any:
 
     torchs: Any = dist  # its stubs leave the store out
     host, _, port = job.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) < 1 << 16:
         raise UsageError(f"a job is HOST:PORT, where its ranks meet, as gpu-1:29500, and not {job[:80]!r}")
     try:
         return torchs.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=CONNECT_S))
@@ -75,23 +77,40 @@ def beat_names(keys: Sequence[str]) -> dict[int, str]:
     """The key of each rank's heartbeat, of the keys in a store.
 
     Ranks have other heartbeats while they join, which are left out. A store may serve jobs that were started again
-    under other prefixes: those of the last count, which have the prefix that sorts last.
+    under other prefixes: those of the last count, whose prefix is last where numbers in it count as numbers.
     """
     found: dict[str, dict[int, str]] = {}
     for key in keys:
         match = _BEAT.fullmatch(key.removeprefix("/"))
         if match is not None and "zgraph/join" not in match["job"]:
             found.setdefault(match["job"], {})[int(match["rank"])] = key.removeprefix("/")
-    return dict(sorted(found[max(found)].items())) if found else {}
+    return dict(sorted(found[max(found, key=_natural)].items())) if found else {}
 
 
-def _beats(store: Any, names: Mapping[int, str]) -> dict[int, Beat | None]:
-    from zgraph.runtime.beats import Beat
+def _natural(text: str) -> list[tuple[int, str]]:
+    """A key to sort texts by, in which numbers count as numbers: attempt_9 before attempt_10."""
+    parts = [part.lstrip("0") if part[:1].isdigit() else part for part in re.split("([0-9]+)", text)]
+    return [(len(part) if at % 2 else 0, part) for at, part in enumerate(parts)]
+
+
+def _beats(store: Any) -> dict[int, Beat | None]:
+    """What the ranks say that are there now."""
     from zgraph.runtime.store_errors import store_errors
 
     with store_errors():
-        words = store.multi_get([*names.values()])
-    return {rank: Beat.parse(bytes(word)) for rank, word in zip(names, words, strict=True)}
+        names = beat_names(store.list_keys())
+        words = store.multi_get([*names.values()]) if names else []
+    return {rank: _read(bytes(word)) for rank, word in zip(names, words, strict=True)}
+
+
+def _read(word: bytes) -> Beat | None:
+    """A rank's heartbeat, or one that says that it cannot be read."""
+    from zgraph.runtime.beats import Beat
+
+    try:
+        return Beat.parse(word)
+    except ValueError:
+        return Beat(0, UNREADABLE)
 
 
 def as_rows(beats: Mapping[int, Beat | None]) -> dict[str, Any]:
@@ -107,11 +126,17 @@ def as_rows(beats: Mapping[int, Beat | None]) -> dict[str, Any]:
             "computes_s": paces[rank].computes_s if rank in paces else None,
             "waits_s": paces[rank].waits_s if rank in paces else None,
             "waits_at": paces[rank].at if rank in paces else "",
-            "place": beat.place if beat is not None else "has never been seen",
+            "place": _place(beat, has_pace=rank in paces),
         }
         for rank, beat in beats.items()
     ]
     return {"ranks": rows, "slowest": slowest(paces)}
+
+
+def _place(beat: Beat | None, *, has_pace: bool) -> str:
+    if beat is None:
+        return "has never been seen"
+    return UNREADABLE if beat.pace and not has_pace else beat.place
 
 
 def view(job: str, beats: Mapping[int, Beat | None]) -> Group:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from zgraph.bridge.scratch import measured_scratch
+from zgraph.bridge.scratch import known_scratch, measured_scratch
 from zgraph.capture import Compiled
 from zgraph.certify.certificate import Certifier
 from zgraph.compiler.autotune import tuned
@@ -214,14 +214,14 @@ class CompiledModel:
         """Sizes and thread count to plan for, and on processors what ops take beside their operands.
 
         All ranks come here with their first graph of each kind, and plan with the first rank's sizes, threads and
-        measurements. Its thread count holds later too. What a rank meets alone later is its own.
+        measurements. The last two hold later too: what a rank meets alone is not measured.
         """
         kind, has_threads = has_backward(graph), self.session.device.type == "cpu"
         if has_threads:
             hints = {**hints, NUM_THREADS: self.hints.get(NUM_THREADS, torch.get_num_threads())}
+            measures = self.session.is_alone or (kind not in self._planned and self.session.store.rank == 0)
+            hints = {**hints, **(measured_scratch(graph, hints) if measures else known_scratch(self.hints))}
         is_alone = self.session.is_alone or kind in self._planned
-        if has_threads and (is_alone or self.session.store.rank == 0):
-            hints = {**hints, **measured_scratch(graph, hints)}
         if is_alone:
             return hints
         found = json.loads(self.session.peers.exchange(f"sizes/{kind}", json.dumps(dict(hints)))[0])
@@ -232,9 +232,8 @@ class CompiledModel:
                 f"{found[NUM_THREADS]}. Set OMP_NUM_THREADS to the same number on all ranks.",
                 stacklevel=2,
             )
-        measured = {name: int(size) for name, size in found.items() if is_measured(name)}
         own = {name: size for name, size in hints.items() if not is_measured(name)}
-        return {name: int(found.get(name, size)) for name, size in own.items()} | measured
+        return {name: int(found.get(name, size)) for name, size in own.items()} | known_scratch(found)
 
     def _run_paths(self, graph: str, dump: Path | None) -> Iterator[Path]:
         """Where to write what becomes of a graph."""

@@ -136,9 +136,8 @@ class Planner:
         """The fastest way to make it fit; None if there is none."""
         if shape.rest_bytes > self.budget or not (options := shape.fitting):
             return None
-        found = min(((shape.finished(option), option) for option in options), key=lambda pair: pair[0].total_us)
-        reserved = shape.reserving(*found)
-        return reserved if reserved.fits else None
+        ways = sorted(((shape.finished(option), option) for option in options), key=lambda way: way[0].total_us)
+        return next((plan for way in ways if (plan := shape.reserving(*way)).fits), None)
 
     def refined(self, plan: StagePlan, parameters: Sequence[tuple[str, int]]) -> StagePlan:
         """The plan with parameters up to some size kept whole on all ranks, where that is faster and fits.

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from zgraph import api
 from zgraph.engine.checkpoint.tensors import whole_state_dict
 from zgraph.engine.config.optimizers import handed_over
-from zgraph.errors import UsageError
+from zgraph.errors import ConfigError, UsageError
 from zgraph.hf.accelerators import own, refuse_saving
 from zgraph.hf.config import folded
 from zgraph.hf.data_ranks import by_data_ranks
@@ -71,7 +71,12 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         asked_together = by_parallelism_config(parallelism_config, self.num_processes)
         self.from_file = self.from_file.along(asked_together)
         options = {**self.from_file.options, **self.zgraph_options}
-        by_data_ranks(self, math.prod(options.get(f"{axis}_parallel", 1) for axis in ("tensor", "context")))
+        alike = math.prod(options.get(f"{axis}_parallel", 1) for axis in ("tensor", "context"))
+        if alike > 1 and self.from_file.is_hybrid:
+            raise ConfigError(
+                ["fsdp_sharding_strategy: where ranks compute together, all others shard; choose FULL_SHARD"]
+            )
+        by_data_ranks(self, alike)
         self.register_save_state_pre_hook(refuse_saving)
         if self.from_file.notes and self.is_main_process:
             log.warning("without effect under zgraph: %s", folded(self.from_file.notes))

@@ -46,6 +46,12 @@ class DataRanks(Base):  # type: ignore[misc]
             input_data = []  # the first rank of those that share a batch gives what it has
         return super().gather_for_metrics(input_data, use_gather_object)
 
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """As accelerate's, with what ranks that share a batch have given in it once."""
+        if reduction == "sum" and int(super().process_index) % self.together:
+            tensor = recursively_apply(torch.zeros_like, tensor)
+        return super().reduce(tensor, reduction, scale)
+
     def _once(self, tensor: torch.Tensor) -> torch.Tensor:
         each = tensor.shape[0] // self.num_processes // self.together
         parts = tensor.reshape(self.num_processes, self.together, each, *tensor.shape[1:])

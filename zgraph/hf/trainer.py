@@ -69,7 +69,7 @@ class Sharded(Base):  # type: ignore[misc]
 
     def __init__(self, *args: Any, zgraph: Mapping[str, Any] | str | Path | None = None, **kwargs: Any) -> None:
         self.zgraph_source: Any = zgraph
-        self.evaluated = "", 0
+        self.evaluated, self.sharing = ("", 0), 1
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -78,6 +78,13 @@ class Sharded(Base):  # type: ignore[misc]
             self.args._n_gpu = 1  # else torch's DataParallel
         self.zgraph_source = _source(self.zgraph_source, self.args)
         self.zgraph_config = self._read()
+        if self.zgraph_config.expert_parallel > 1 and not self.args.average_tokens_across_devices:
+            raise ConfigError(
+                [
+                    "average_tokens_across_devices=False: ranks that share experts have one loss of all their tokens, "
+                    "which is not to be divided by a rank's own number; leave it True"
+                ]
+            )
         told = without_effect(filled(self.zgraph_source, self.args), self.zgraph_config.notes)
         if told and self.args.process_index == 0:
             log.warning(told)
@@ -122,6 +129,19 @@ class Sharded(Base):  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: Any) -> float:
         return float(super().floating_point_ops(inputs)) / self.zgraph_config.alike
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        has_labels = self.label_smoother is not None and "labels" in inputs
+        if self.compute_loss_func is None and not has_labels:  # the model's own, of all that share its experts
+            self.sharing = self.zgraph_config.expert_parallel
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.sharing = 1
+
+    def get_tp_size(self) -> int:
+        """Ranks that have one loss: it is multiplied by those that have one of their own."""
+        return int(super().get_tp_size()) * self.sharing
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(self._with_speed(logs), *args, **kwargs)

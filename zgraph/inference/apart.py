@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from zgraph.codegen import quantised
-from zgraph.errors import QuantisationError
+from zgraph.errors import QuantisationError, UsageError
 from zgraph.inference.calibration import Calibrate, rounded_integers
 from zgraph.inference.layers import check_group, is_turned, kept_in, linear_layers, rows_of
-from zgraph.inference.storage import is_stored, stored_integers
+from zgraph.inference.storage import is_stored, stored_integers, stored_wider
 from zgraph.passes.analysis.integers import int8_of, integers_cut, integers_of
 from zgraph.runtime.model_ranks import Cuts
 
@@ -36,13 +36,18 @@ def integers_apart(
 
     Raises:
         QuantisationError: groups of int4 do not divide a layer, or not over the ranks.
-        UsageError: the inputs to calibrate with mean nothing.
+        UsageError: the inputs to calibrate with mean nothing, or the model's folder has layers in int8 as `wider` said.
     """
     names, kinds = {id(p): n for n, p in model.named_parameters()}, kept_in(model, weights)
     settled: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     if weights == "int4" and calibrate is not None:
         settled = rounded_integers(model, calibrate, group)
     elif weights == "int4" and is_stored(model, group):
+        if wide := stored_wider(model):
+            raise UsageError(
+                f"{wide[0]} and {len(wide) - 1} more weights are in int8 in this folder, as wider= said, and "
+                "tensor_parallel= would round them again: leave tensor_parallel= out, or write a folder without wider="
+            )
         settled = stored_integers(model, group)
     found, where = dict[str, torch.Tensor](), dict[str, Cuts]()
     layers: dict[str, Any] = linear_layers(model)

@@ -218,3 +218,11 @@ def _drawn(model: nn.Module, num_words: int) -> torch.Tensor:
     length = min(getattr(config, "max_position_embeddings", None) or NUM_TOKENS, NUM_TOKENS)
     dice = torch.Generator().manual_seed(0)
     return torch.randint(num_words, (NUM_TOKENS // length, length), generator=dice)
+
+
+def check_wider(wider: float, weights: str | None, calibrate: Calibrate) -> None:
+    """Refuse a share that means nothing. Raises UsageError."""
+    if isinstance(wider, bool) or not isinstance(wider, int | float) or not 0 <= wider < 1:
+        raise UsageError(f"wider is a share of the weights, from 0 to less than 1, not {wider!r}")
+    if wider and (weights != "int4" or calibrate is None):
+        raise UsageError('wider= keeps what costs most of weights="int4", as calibrate= shows: pass both')

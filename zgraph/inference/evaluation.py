@@ -15,9 +15,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from zgraph.codegen import quantised
 from zgraph.errors import UsageError
-from zgraph.inference.calibration import Calibrate
+from zgraph.inference.calibration import Calibrate, check_wider
 from zgraph.inference.layers import kept_in, rows_of, watched
-from zgraph.inference.model import check_kv, check_wider, is_calibrated, layers_left_wide, recipe_of, seen_of
+from zgraph.inference.model import check_kv, is_calibrated, layers_left_wide, recipe_of, seen_of
 from zgraph.inference.programs import Programs
 from zgraph.inference.slots import restored, rounded
 from zgraph.passes import parse_recipe

@@ -5,28 +5,29 @@ Before anything is written, what the file will compute is compared with what the
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from zgraph.bridge.private_onnx import dequantised
-from zgraph.codegen import quantised
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import CaptureError, InferenceError, UsageError
-from zgraph.inference.layers import linear_layers, rows_of
+from zgraph.inference.exported_layers import in_int8, scaled
 from zgraph.options.validate import ATTRIBUTE
+from zgraph.runtime.decisions import deciding
 from zgraph.runtime.eager_fallback import full
+
+UNBOUNDED = 1 << 31
+"""A size that none is above: torch.export's own bound of one that it did not limit is larger."""
 
 FORMATS = (".pt2", ".onnx")
 """Ends of files' names: a program of torch.export, and ONNX."""
@@ -80,6 +81,23 @@ def export_model(
         PeerError: another rank failed, or does not call this.
     """
     target = Path(path)
+    with deciding(None) if isinstance(model, nn.Module) and ATTRIBUTE in model.__dict__ else nullcontext():
+        _check_options(model, inputs, target, dynamic or {}, weights)
+    plain = _whole(model) if ATTRIBUTE in model.__dict__ else model
+    if plain is None:
+        return  # the first rank writes
+    was_training = plain.training
+    plain.eval()
+    try:
+        _write(plain, dict(inputs), target, dynamic or {}, weights)
+    finally:
+        plain.train(was_training)
+
+
+def _check_options(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], target: Path, dynamic: Dynamic, weights: str | None
+) -> None:
+    """Refuse what means nothing, before ranks wait for each other. Raises UsageError."""
     if target.suffix not in FORMATS:
         raise UsageError(f"path must end in {' or '.join(FORMATS)}, not {target.name!r}")
     if weights == "int4":
@@ -93,18 +111,9 @@ def export_model(
         raise UsageError(
             f"export_model takes a module, not a {type(model).__name__}; pass the model that zgraph.infer was given"
         )
-    _check_inputs(inputs, dynamic or {})
+    _check_inputs(inputs, dynamic)
     if target.suffix == ".onnx":
         _check_packages()
-    plain = _whole(model) if ATTRIBUTE in model.__dict__ else model
-    if plain is None:
-        return  # the first rank writes
-    was_training = plain.training
-    plain.eval()
-    try:
-        _write(plain, dict(inputs), target, dynamic or {}, weights)
-    finally:
-        plain.train(was_training)
 
 
 @torch.no_grad()
@@ -112,7 +121,9 @@ def _write(
     model: nn.Module, inputs: dict[str, torch.Tensor], target: Path, dynamic: Dynamic, weights: str | None
 ) -> None:
     is_onnx = target.suffix == ".onnx"
-    forward = _Forward(model if weights is None else in_int8(model, dequantised if is_onnx else _scaled), inputs)
+    forward = _Forward(model if weights is None else in_int8(model, dequantised if is_onnx else scaled), inputs)
+    if is_onnx and (narrow := _bfloat16(model, inputs)):
+        raise UsageError(f"{narrow} is in bfloat16, which onnxruntime has few ops for: export model.float(), or a .pt2")
     try:
         wanted = forward(**inputs)
     except (TypeError, IndexError, ValueError, RuntimeError) as error:
@@ -120,6 +131,11 @@ def _write(
             f"{type(model).__name__} cannot be called with these inputs ({type(error).__name__}: {error}); pass "
             "examples of its forward's arguments by name"
         ) from error
+    if is_onnx and (both := sorted(inputs.keys() & wanted.keys())):
+        raise UsageError(
+            f"{', '.join(both)} is the name of an input and of an output, which ONNX has one of: rename the output, or "
+            "write a .pt2"
+        )
     free = {name: dict.fromkeys(dynamic.get(name, ()), torch.export.Dim.DYNAMIC) for name in inputs}
     try:
         program = torch.export.export(forward, (), inputs, dynamic_shapes=free)
@@ -129,20 +145,30 @@ def _write(
             f"the forward of {type(model).__name__} cannot be exported{what}: {error}\nRewrite what it names, or leave "
             "that out of dynamic="
         ) from error
-    _check("the program", program.module()(**inputs), wanted)
+    _check_ranges(model, program)
+    others = list(_other_sizes(forward, program, inputs, dynamic))
+    for given, made in ((inputs, wanted), *others):
+        _check("the program", program.module()(**given), made)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             made = Path(folder) / target.name
             if is_onnx:
                 _write_onnx(program, made, [*wanted])
-                _check("the file, in onnxruntime,", _by_onnxruntime(made, inputs), wanted)
+                for given, own in ((inputs, wanted), *others):
+                    _check("the file, in onnxruntime,", _by_onnxruntime(made, given), own)
             else:
                 torch.export.save(program, made)
             for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights' first
                 file.replace(target.parent / file.name)
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {error}; take another path") from None
+
+
+def _bfloat16(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> str:
+    """The name of a tensor in bfloat16; empty where none is."""
+    tensors = (*inputs.items(), *model.named_parameters(), *model.named_buffers())
+    return next((name for name, tensor in tensors if tensor.dtype == torch.bfloat16), "")
 
 
 class _Forward(nn.Module):
@@ -161,7 +187,13 @@ class _Forward(nn.Module):
         names = [*inputs]
 
         def forward(*args: torch.Tensor, **named: torch.Tensor) -> dict[str, torch.Tensor]:
-            return _by_name(model(**dict(zip(names, args, strict=False)), **named, **fixed))
+            given = dict(zip(names, args, strict=False)) | named
+            made = _by_name(model(**given, **fixed))
+            mine, once = {id(tensor) for tensor in given.values()}, dict[int, str]()
+            for name, tensor in made.items():  # what is given back, or given twice, is another tensor there
+                if id(tensor) in mine or once.setdefault(id(tensor), name) != name:
+                    made[name] = tensor.clone()
+            return made
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
@@ -180,6 +212,55 @@ def _by_name(made: Any) -> dict[str, torch.Tensor]:
                 raise InferenceError(f"the output {name} has a {type(leaf).__name__}, and other runtimes give tensors")
             found[name if len(leaves) == 1 else f"{name}.{number}"] = leaf
     return found
+
+
+def _check_ranges(model: nn.Module, program: Any) -> None:
+    """Refuse a program of some sizes alone. Raises CaptureError."""
+    for symbol, found in program.range_constraints.items():
+        low, high = found.lower, found.upper
+        if low > 2 or high < UNBOUNDED:
+            most = f" and to {high}" if high < UNBOUNDED else ""
+            raise CaptureError(
+                f"the forward of {type(model).__name__} computes otherwise by size: as with these examples it is right "
+                f"from {low}{most} of {symbol} alone. Write it without a branch on the size of an input, or leave "
+                "that dim out of dynamic="
+            )
+
+
+def _other_sizes(
+    forward: nn.Module, program: Any, inputs: Mapping[str, torch.Tensor], dynamic: Dynamic
+) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """Inputs in which the sizes of one dynamic dim, and all that equal it, are larger, and what the model makes.
+
+    Args:
+        forward: the model's.
+        program: of torch.export, whose inputs say which sizes are one.
+        inputs: the examples.
+        dynamic: dims that may have other sizes.
+
+    Raises:
+        CaptureError: the model cannot be called with a size.
+    """
+    shapes = {
+        node.name: node.meta["val"].shape
+        for node in program.graph.nodes
+        if node.op == "placeholder" and "val" in node.meta
+    }
+    names = dict(zip(inputs, program.graph_signature.user_inputs, strict=True))
+    free = {(n, d): str(shapes[names[n]][d]) for n, dims in dynamic.items() for d in dims}
+    for symbol in dict.fromkeys(free.values()):
+        given = dict(inputs)
+        for (name, dim), size in free.items():
+            if size == symbol:
+                one = given[name]
+                given[name] = torch.cat((one, one.narrow(dim, 0, 1)), dim)
+        try:
+            yield given, forward(**given)
+        except (TypeError, IndexError, ValueError, RuntimeError) as error:
+            raise CaptureError(
+                f"the model cannot be called where a dim of dynamic= has another size ({error}); leave out of "
+                f"dynamic= {', '.join(f'dim {dim} of {name}' for (name, dim), size in free.items() if size == symbol)}"
+            ) from error
 
 
 def _write_onnx(program: Any, path: Path, outputs: list[str]) -> None:
@@ -205,11 +286,17 @@ def _by_onnxruntime(path: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str,
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry(ACCURACY, "1")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    takes = {found.name for found in session.get_inputs()}
-    given = {name: tensor.cpu().numpy() for name, tensor in inputs.items() if name in takes}
-    names = [found.name for found in session.get_outputs()]
-    return {n: torch.from_numpy(made) for n, made in zip(names, session.run(names, given), strict=True)}
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        takes = {found.name for found in session.get_inputs()}
+        given = {name: tensor.cpu().numpy() for name, tensor in inputs.items() if name in takes}
+        names = [found.name for found in session.get_outputs()]
+        made = session.run(names, given)
+    except Exception as error:  # its own kinds have no public base
+        raise CaptureError(
+            f"onnxruntime cannot run the file: {error}; write a .pt2, or rewrite what it names"
+        ) from error
+    return {n: torch.from_numpy(array) for n, array in zip(names, made, strict=True)}
 
 
 def _check(what: str, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
@@ -268,64 +355,6 @@ def _whole(model: nn.Module) -> nn.Module | None:
         session.fail(error)
         raise
     return plain
-
-
-Dequantise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From int8 [outputs, columns] and scales, fp32 [outputs, 1], to fp32 [outputs, columns]."""
-
-
-def _scaled(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return data.float() * scale
-
-
-class _Int8Linear(nn.Module):
-    """A linear layer whose weight is int8, as `zgraph.codegen.quantised.to_int8` gives it."""
-
-    data: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, data: torch.Tensor, scale: torch.Tensor, layer: Any, dequantise: Dequantise) -> None:
-        super().__init__()
-        self.register_buffer("data", data)
-        self.register_buffer("scale", scale)
-        self.bias, self.dtype, self.dequantise = layer.bias, layer.weight.dtype, dequantise
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.dequantise(self.data, self.scale).to(self.dtype), self.bias)
-
-
-class _Int8Embedding(nn.Module):
-    """A table of embeddings in int8."""
-
-    data: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, data: torch.Tensor, scale: torch.Tensor, layer: Any) -> None:
-        super().__init__()
-        self.register_buffer("data", data)
-        self.register_buffer("scale", scale)
-        self.dtype = layer.weight.dtype
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return (F.embedding(ids, self.data).float() * F.embedding(ids, self.scale)).to(self.dtype)
-
-
-def in_int8(model: nn.Module, dequantise: Dequantise) -> nn.Module:
-    """A copy of a model whose linear layers and embeddings are in int8; the rest of its memory is shared with it."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    found = copy.deepcopy(model, shared)
-    integers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    layers = linear_layers(found)
-    tables = {n: m for n, m in found.named_modules() if type(m) is nn.Embedding}
-    for name, layer in (layers | tables).items():
-        rows = rows_of(layer) if name in layers else layer.weight.detach()
-        if id(layer.weight) not in integers:
-            integers[id(layer.weight)] = quantised.to_int8(rows.contiguous(), 1)
-        data, scale = integers[id(layer.weight)]
-        home, _, last = name.rpartition(".")
-        made = _Int8Linear(data, scale, layer, dequantise) if name in layers else _Int8Embedding(data, scale, layer)
-        setattr(found.get_submodule(home), last, made)
-    return found
 
 
 @contextmanager

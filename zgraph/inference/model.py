@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from zgraph.bridge.private_inductor import inductor_problem
 from zgraph.errors import UsageError
 from zgraph.inference.apart import integers_apart
-from zgraph.inference.calibration import OUTLIERS, Calibrate, left_wide, outlier_columns, rounded_integers
+from zgraph.inference.calibration import OUTLIERS, Calibrate, check_wider, left_wide, outlier_columns, rounded_integers
 from zgraph.inference.calls import Calls
 from zgraph.inference.decoder import Step, check_max_len, decoder_step, kept_in
 from zgraph.inference.forwards import Inference
@@ -118,14 +118,6 @@ def layers_left_wide(model: nn.Module, calibrates: bool, beside: Mapping[str, to
     if not calibrates:
         return ()
     return left_wide(model, {name for name, _ in model.named_parameters() if integers_of(name)[0] in beside})
-
-
-def check_wider(wider: float, weights: str | None, calibrate: Calibrate) -> None:
-    """Refuse a share that means nothing. Raises UsageError."""
-    if isinstance(wider, bool) or not isinstance(wider, int | float) or not 0 <= wider < 1:
-        raise UsageError(f"wider is a share of the weights, from 0 to less than 1, not {wider!r}")
-    if wider and (weights != "int4" or calibrate is None):
-        raise UsageError('wider= keeps what costs most of weights="int4", as calibrate= shows: pass both')
 
 
 def check_kv(kv: str | None) -> None:
@@ -307,11 +299,11 @@ def _parallel(
             shapes = [shape.part(num_ranks) for shape in step.shapes]
             names = [f"cache.{number}.{what}" for number, shape in enumerate(shapes) for what in shape.tensors(0, 0)]
             cuts = {**cuts_of(model, placements, num_ranks, mesh.size(-1)), **dict.fromkeys(names, ((AXIS, Shard(1)),))}
-        device, recipe, beside = next(model.parameters()).device, PARALLEL, dict[str, torch.Tensor]()
-        if kept.weights is not None:
-            recipe = recipe.replace("canonicalize,", f"canonicalize,{_apart(kept)},")
-            beside, where = integers_apart(model, kept.weights, kept.group, kept.calibrate, cuts, num_ranks)
-            cuts |= where
+            device, recipe, beside = next(model.parameters()).device, PARALLEL, dict[str, torch.Tensor]()
+            if kept.weights is not None:
+                recipe = recipe.replace("canonicalize,", f"canonicalize,{_apart(kept)},")
+                beside, where = integers_apart(model, kept.weights, kept.group, kept.calibrate, cuts, num_ranks)
+                cuts |= where
         programs = Programs(
             model,
             parse_recipe(recipe),

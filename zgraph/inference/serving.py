@@ -26,12 +26,27 @@ class _Served:
         plain: the copy, with whole parameters that hold no values.
         part: the name of the module in it that generates; empty for all of it.
         options: of `zgraph.infer`.
+
+    Raises:
+        UsageError: the part has a parameter that the session has not.
     """
 
     def __init__(self, session: Session, plain: nn.Module, part: str, options: dict[str, Any]) -> None:
         self.session, self.part, self.options = session, part, options
+        everywhere = dict(plain.named_parameters(remove_duplicate=False))
         plain = self.plain = plain.get_submodule(part)
         parameters = dict(plain.named_parameters())
+        by_id = {id(parameter): name for name, parameter in parameters.items()}
+        self.names = {
+            slot: by_id[id(parameter)]
+            for slot in session.store.slots
+            if (parameter := everywhere.get(slot)) is not None and id(parameter) in by_id
+        }
+        if lost := parameters.keys() - self.names.values():
+            raise UsageError(
+                f"{', '.join(sorted(lost)[:5])} of part={part!r} is no parameter that was compiled: leave part= out, "
+                "or compile the model after it has all of its parameters"
+            )
         with torch.no_grad():
             for name, whole in self._wholes():
                 parameters[name].copy_(whole)
@@ -61,11 +76,10 @@ class _Served:
     def _wholes(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter of the part, gathered from its shards. All ranks meet in it."""
         self.session.begin_call()
-        prefix = f"{self.part}." if self.part else ""
         try:
-            for slot in self.session.store.slots.values():
-                if slot.name.startswith(prefix):
-                    yield slot.name.removeprefix(prefix), full(self.session, slot)
+            for name, slot in self.session.store.slots.items():
+                if name in self.names:
+                    yield self.names[name], full(self.session, slot)
         except BaseException as error:
             self.session.fail(error)
             raise

@@ -19,7 +19,7 @@ from torch import nn
 
 from zgraph.codegen import quantised
 from zgraph.errors import UsageError
-from zgraph.inference.calibration import Calibrate, left_wide, rounded_integers
+from zgraph.inference.calibration import Calibrate, check_wider, left_wide, rounded_integers
 from zgraph.inference.layers import check_group, is_turned, kept_in, linear_layers, rows_of
 
 FILE = "model.zgraph.safetensors"
@@ -55,12 +55,11 @@ def save_quantised(
 
     Raises:
         QuantisationError: a layer's columns or outputs do not fit the integers.
-        UsageError: there is something to calibrate with, and nothing to calibrate.
+        UsageError: there is something to calibrate with, and nothing to calibrate; or `wider` means nothing.
     """
     if calibrate is not None and weights != "int4":
         raise UsageError('calibrate= is for weights="int4"; leave it out')
-    if wider and calibrate is None:
-        raise UsageError("wider= keeps what costs most, as calibrate= shows: pass that too")
+    check_wider(wider, weights, calibrate)
     settled = rounded_integers(model, calibrate, group, wider) if calibrate is not None else {}
     kept, held = _kept_in(model, weights), dict[str, torch.Tensor]()
     if calibrate is not None:
@@ -152,6 +151,17 @@ def stored_integers(model: nn.Module, group: int) -> dict[str, Int4]:
         is_own = torch.equal(quantised.from_int4(*both, group).to(rows), rows)
         found[name] = both if is_own else _nearest(rows, group)
     return found
+
+
+def stored_wider(model: nn.Module) -> list[str]:
+    """Weights that a folder of int4 has in int8 as `wider=` said, of a model that was read from one."""
+    if model not in _STORED:
+        return []
+    names, stored = {id(p): n for n, p in model.named_parameters()}, _STORED[model][1]
+    layers, kinds = linear_layers(model), kept_in(model, "int4")
+    return sorted(
+        {name for n, kind in kinds.items() if kind == "int4" and (name := names[id(layers[n].weight)]) not in stored}
+    )
 
 
 def _named(model: nn.Module, name: str, state: dict[str, torch.Tensor]) -> list[tuple[Any, Any]]:

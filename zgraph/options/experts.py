@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from zgraph.errors import PlacementError
+from zgraph.runtime.alike import is_of_rows, rows_of
 
 __all__ = ["experts_of", "of_all_ranks"]
 
@@ -69,18 +70,17 @@ def of_all_ranks(
     """Arguments of a forward where ranks that share experts put their batches together.
 
     Args:
-        args, kwargs: what it is called with on one of them. Tensors with as many rows as the first have a batch's.
+        args, kwargs: what it is called with on one of them. Tensors with as many rows as `input_ids`, else as the
+            first, have a batch's.
         num_ranks: ranks that share experts, each with as many rows.
     """
     given = tuple(args), dict(kwargs)
     if num_ranks == 1:
         return given
-    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    num_rows = tensors[0].shape[0] if tensors else 0
+    num_rows = rows_of(given)
 
     def joined(tensor: torch.Tensor) -> torch.Tensor:
-        is_of_rows = tensor.dim() and tensor.shape[0] == num_rows
-        return tensor.repeat(num_ranks, *[1] * (tensor.dim() - 1)) if is_of_rows else tensor
+        return tensor.repeat(num_ranks, *[1] * (tensor.dim() - 1)) if is_of_rows(tensor, num_rows) else tensor
 
     found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(torch.Tensor, joined, given)
     return found

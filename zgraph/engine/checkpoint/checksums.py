@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from zgraph.engine.checkpoint.directory import check_plain, open_plain
 from zgraph.errors import CheckpointError
 
 CHUNK_BYTES = 4 << 20
@@ -19,15 +21,18 @@ Box = tuple[Sequence[int], Sequence[int]]
 
 
 def checksum(path: Path) -> int:
-    """The checksum of a file.
+    """The checksum of a file, of as many bytes as it has when it is opened.
 
     Raises:
         OSError: it cannot be read.
+        CheckpointError: it is no regular file.
     """
     found, buffer = 0, memoryview(bytearray(CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while num_bytes := file.readinto(buffer):
+    with open_plain(path) as file:
+        left = os.fstat(file.fileno()).st_size
+        while num_bytes := file.readinto(buffer[: min(left, CHUNK_BYTES)]):  # type: ignore[attr-defined]
             found = zlib.crc32(buffer[:num_bytes], found)
+            left -= num_bytes
     return found
 
 
@@ -40,10 +45,11 @@ def check_file(path: Path, num_bytes: int | None, expected: int) -> None:
         expected: its checksum.
 
     Raises:
-        CheckpointError: it is missing or is not what was written; the message names it.
+        CheckpointError: it is missing, no regular file, or not what was written; the message names it.
     """
     try:
-        if num_bytes is not None and path.stat().st_size != num_bytes:
+        check_plain(path)
+        if num_bytes is not None and path.lstat().st_size != num_bytes:
             raise CheckpointError(f"{path} is damaged: it has another size than it was written with")
         found = checksum(path)
     except OSError as error:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from zgraph.bridge.private_files import drafted
 from zgraph.errors import CheckpointError
 
 LATEST = "latest"
+MAX_TEXT_BYTES = 1 << 28
+"""Of a file of JSON in a checkpoint. A larger one is neither written nor read."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,15 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, and wait until it is on disk."""
-    path.write_text(text, encoding="utf-8")
+    """Write a file, and wait until it is on disk.
+
+    Raises:
+        CheckpointError: it would be larger than what is read.
+    """
+    told = text.encode()
+    if len(told) > MAX_TEXT_BYTES:
+        raise CheckpointError(f"{path} is not saved: {_too_large(len(told))}; keep less in client_state")
+    path.write_bytes(told)
     sync(path)
 
 
@@ -116,9 +127,33 @@ def read_text(path: Path) -> str:
     """The text in a file.
 
     Raises:
-        CheckpointError: it cannot be read, or is no text.
+        CheckpointError: it cannot be read, is no regular file, is too large, or is no text.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        with open_plain(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_TEXT_BYTES:
+                raise CheckpointError(f"{path} is not read: {_too_large(size)}; load another checkpoint")
+            return file.read(size).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def check_plain(path: Path) -> None:
+    """Check that there is a regular file, and no link, pipe or device.
+
+    Raises:
+        OSError: there is none.
+        CheckpointError: it is something else.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise CheckpointError(f"{path} is no regular file: a checkpoint has no links, pipes or devices; copy it whole")
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """A regular file, opened to read its bytes without a buffer. Raises as `check_plain` does."""
+    check_plain(path)
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
+
+
+def _too_large(num_bytes: int) -> str:
+    return f"it has {num_bytes} bytes, and a file of JSON in a checkpoint has at most {MAX_TEXT_BYTES}"

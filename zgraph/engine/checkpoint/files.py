@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from zgraph.engine.checkpoint.checksums import CHUNK_BYTES, checksum
-from zgraph.engine.checkpoint.directory import read_text, write_text
+from zgraph.engine.checkpoint.directory import check_plain, read_text, write_text
 from zgraph.errors import CheckpointError
 
 M = TypeVar("M", bound=BaseModel)
@@ -123,6 +123,7 @@ def write_beside(path: Path, text: str) -> Written:
 def opened(path: Path) -> Iterator[Any]:
     """A safetensors file; whatever is wrong with it while it is open is a CheckpointError."""
     try:
+        check_plain(path)
         file: Any = safe_open(path, framework="pt")
         with file as found:
             yield found
@@ -136,8 +137,13 @@ def read_json(path: Path, kind: type[M]) -> M:
     Raises:
         CheckpointError: it cannot be read, or holds something else.
     """
+    return checked_json(path, read_text(path), kind)
+
+
+def checked_json(path: Path, text: str, kind: type[M]) -> M:
+    """What the text of a JSON file says. Raises CheckpointError if that is something else."""
     try:
-        return kind.model_validate_json(read_text(path))
+        return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, RootModel
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, RootModel, ValidationError
 from torch.distributed.tensor import DTensor, Replicate
 
 from zgraph.bridge.private_dtensor import blocks_of
 from zgraph.engine.checkpoint.checksums import NUM_THREADS, check_file
+from zgraph.engine.checkpoint.directory import read_text
 from zgraph.engine.checkpoint.files import (
     DTYPES,
     AnyName,
     Checksum,
     Written,
+    checked_json,
     opened,
     read_json,
     torch_dtype,
@@ -31,6 +33,8 @@ from zgraph.engine.checkpoint.layout import Layout, Spans, checked_ranks, copies
 from zgraph.engine.checkpoint.older import OldIndex
 from zgraph.errors import CheckpointError
 
+VERSION = 3
+"""Of the format, the last that is read."""
 MOST_RANKS = 1 << 20
 """Of one checkpoint. A file that says more is not believed."""
 
@@ -130,8 +134,33 @@ class Index(BaseModel):
             raise CheckpointError(f"{folder / files_name(rank)} is damaged: it has no {min(expected)}")
 
 
+class _Versioned(BaseModel):
+    """What an index of any version has, also of a later one."""
+
+    format: Literal["zgraph checkpoint"]
+    version: Annotated[int, Field(strict=True)]
+
+
 class AnyIndex(RootModel[Annotated[Index | OldIndex, Field(discriminator="version")]]):
     """Index of any version."""
+
+    @classmethod
+    def read(cls, path: Path) -> Index | OldIndex:
+        """The index in a file.
+
+        Raises:
+            CheckpointError: it cannot be read, holds something else, or is of a later version than this zgraph reads.
+        """
+        text = read_text(path)
+        try:
+            version = _Versioned.model_validate_json(text).version
+        except ValidationError:
+            version = VERSION  # whatever it is, the error says more
+        if version > VERSION:
+            raise CheckpointError(
+                f"{path} is of version {version} of the format, and this zgraph reads up to {VERSION}: update zgraph"
+            )
+        return checked_json(path, text, cls).root
 
 
 class OneFile(BaseModel):
@@ -223,6 +252,11 @@ def index_of(tensors: Mapping[str, torch.Tensor], members: Sequence[int]) -> Ind
             key = tensor.device_mesh, tensor.placements
             layout = known[key] if key in known else layout_of(tensor, members)
             known[key] = layout
+        if not layout.fits(tensor.shape, len(members)):
+            raise CheckpointError(
+                f"{name} of shape {tuple(tensor.shape)} is not saved: what a rank has of a dim is no multiple of the "
+                "blocks in which the next axis cuts it; shard it plainly, or by sizes that divide"
+            )
         entries[name] = layout, tensor
         layouts.setdefault(layout, len(layouts))
     copies = copies_to_write({n: (at, t.numel() * t.itemsize // _num_parts(at)) for n, (at, t) in entries.items()})

@@ -10,13 +10,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import product
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from zgraph.errors import CheckpointError
-from zgraph.ir.layout import Span, chunk_rows, cut_spans
+from zgraph.ir.layout import Span, chunk_rows, cut_spans, local_rows
 
 MOST_BLOCKS = 1 << 12
 """Of one cut. A file that says more is not believed."""
@@ -67,9 +68,18 @@ class Layout(BaseModel):
         return math.prod(size for size, cut in zip(self.mesh, self.cuts, strict=True) if cut is None)
 
     def fits(self, shape: Sequence[int], num_ranks: int) -> bool:
-        """Whether a tensor of this shape can be cut so."""
-        fit = all(cut is None or (cut[0] < len(shape) and shape[cut[0]] % cut[1] == 0) for cut in self.cuts)
-        return fit and self.num_ranks == num_ranks
+        """Whether a tensor of this shape can be cut so: blocks divide what each rank has left of a dim at that axis."""
+        if self.num_ranks != num_ranks:
+            return False
+        extents = [{size} for size in shape]
+        for size, cut in zip(self.mesh, self.cuts, strict=True):
+            if cut is None:
+                continue
+            dim, blocks = cut
+            if dim >= len(shape) or any(extent % blocks for extent in extents[dim]):
+                return False
+            extents[dim] = {blocks * rows for extent in extents[dim] for rows in _chunks(extent // blocks, size)}
+        return True
 
     def spans(self, shape: Sequence[int], rank: int) -> Spans:
         """Runs of indices that a rank has of a tensor."""
@@ -87,7 +97,9 @@ class Layout(BaseModel):
         return number == copy and all(num_indices(runs) for runs in self.spans(shape, rank))
 
     def parts(self, shape: Sequence[int], copy: int, wanted: Spans) -> Iterator[tuple[int, Spans]]:
-        """The ranks that write something of what is wanted, and what each has."""
+        """The ranks that write something of what is wanted, and what each has; none where nothing is wanted."""
+        if not all(map(num_indices, wanted)):
+            return
         copies: list[int] = []
         for size, cut in zip(reversed(self.mesh), reversed(self.cuts), strict=True):
             copies.append(copy % size if cut is None else 0)
@@ -116,13 +128,25 @@ class Layout(BaseModel):
                 below = [*spans[:dim], own, *spans[dim + 1 :]]
                 yield from self._descend(shape, wanted, copies, [*above, coordinate], below)
 
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        """The place in the mesh of each rank, where they are not in order."""
+        return {rank: place for place, rank in enumerate(self.ranks)}
+
     def _coordinate(self, rank: int) -> list[int]:
-        number = self.ranks.index(rank) if self.ranks else rank
+        number = self._places[rank] if self.ranks else rank
         found: list[int] = []
         for size in reversed(self.mesh):
             number, at = divmod(number, size)
             found.append(at)
         return found[::-1]
+
+
+def _chunks(rows: int, count: int) -> set[int]:
+    """How many rows ranks have of a plain cut of so many: a full chunk, what is left of one, or nothing."""
+    full = chunk_rows(rows, count)
+    last = rows // full if full else 0
+    return {local_rows(rows, count, rank) for rank in (0, min(last, count - 1), count - 1)}
 
 
 def _candidates(spans: Sequence[Span], wanted: Sequence[Span], count: int, blocks: int) -> range:

@@ -23,7 +23,6 @@ from zgraph.engine.checkpoint.files import (
     Written,
     in_files,
     opened,
-    read_json,
     write_beside,
     write_tensors,
 )
@@ -93,7 +92,7 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.index = read_json(folder / INDEX, AnyIndex).root
+        self.index = AnyIndex.read(folder / INDEX)
         if problem := self.index.problem():
             raise CheckpointError(f"{folder / INDEX} is damaged: {problem}; load another checkpoint")
         self._homes = Homes(folder)
