@@ -99,16 +99,32 @@ def _outside(
         graph: the graph.
         rows: where rows of the batch are in each value.
         num_ranks: ranks along the axis.
+
+    Raises:
+        PlacementError: of two outputs of one type one has rows of the batch and the other does not, so that nothing
+            tells their tangents apart.
     """
-    like: dict[TensorType | None, Shard] = {}
     outputs = [o.value for o in graph.outputs if o.kind is OutputKind.output and o.value is not None]
+    returned = dict[str, Placement]()
+    like: dict[TensorType | None, set[Placement]] = {}
     for value in outputs:
         place = rows.get(value.name)
         if isinstance(place, Shard) and place.divides(value.tensor.shape[place.dim], num_ranks):
-            like.setdefault(_plain(value), place)
-    tangents = [i.value for i in graph.inputs if i.kind is InputKind.tangent]
-    returned, given = ({v.name: like[_plain(v)] for v in found if _plain(v) in like} for found in (outputs, tangents))
-    return dict(returned), dict(given)
+            returned[value.name] = place
+        like.setdefault(_plain(value), set()).add(returned.get(value.name, R))
+    given = dict[str, Placement]()
+    for tangent in (i.value for i in graph.inputs if i.kind is InputKind.tangent):
+        places = like.get(_plain(tangent), {R})
+        if len(places) > 1:
+            raise PlacementError(
+                f"two outputs are {_plain(tangent)}, of which one has the rows of the batch and the other has not, and "
+                "both are given gradients: return one of them detached, or in another shape; or leave expert_parallel= "
+                "out"
+            )
+        (place,) = places
+        if isinstance(place, Shard):
+            given[tangent.name] = place
+    return returned, given
 
 
 def _plain(value: Value) -> TensorType | None:
