@@ -212,5 +212,5 @@ def test_what_one_of_several_ranks_meets_alone_is_not_measured(monkeypatch):
     assert known
     monkeypatch.setattr(type(compiled.session), "is_alone", False)
     later = trace(Depthwise(), torch.randn(3, 16, 16, 96).permute(0, 3, 1, 2))
-    hints = compiled._agreed_hints(later, {}, is_alone=False)
+    hints = compiled._agreed_hints(later, {})
     assert {name: size for name, size in hints.items() if is_measured(name)} == known

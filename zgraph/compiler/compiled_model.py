@@ -222,10 +222,10 @@ class CompiledModel:
             measures = self.session.is_alone or (kind not in self._planned and self.session.store.rank == 0)
             hints = {**hints, **(measured_scratch(graph, hints) if measures else known_scratch(self.hints))}
         is_alone = self.session.is_alone or kind in self._planned
+        self._planned.add(kind)
         if is_alone:
             return hints
         found = json.loads(self.session.peers.exchange(f"sizes/{kind}", json.dumps(dict(hints)))[0])
-        self._planned.add(kind)
         if found.get(NUM_THREADS) != hints.get(NUM_THREADS):
             warnings.warn(
                 f"this rank has {hints[NUM_THREADS]} threads; all ranks plan with the first rank's "

@@ -248,10 +248,11 @@ def _other_sizes(
     }
     names = dict(zip(inputs, program.graph_signature.user_inputs, strict=True))
     free = {(n, d): str(shapes[names[n]][d]) for n, dims in dynamic.items() for d in dims}
+    alike = {(n, d): (d, inputs[n].shape[d]) for n, d in free}  # rows, or lengths: no guard may say that they are one
     for symbol in dict.fromkeys(free.values()):
-        given = dict(inputs)
+        given, kinds = dict(inputs), {alike[key] for key, size in free.items() if size == symbol}
         for (name, dim), size in free.items():
-            if size == symbol:
+            if size == symbol or alike[name, dim] in kinds:
                 one = given[name]
                 given[name] = torch.cat((one, one.narrow(dim, 0, 1)), dim)
         try:
