@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zgraph.ir import DType
+from zgraph.ir.codecs import Delta, Difference
 from zgraph.runtime.last_copies import LastCopies
 
 NUM_RANKS = 2
@@ -66,4 +67,6 @@ def test_one_that_was_written_to_is_given_up() -> None:
 
 
 def test_the_most_are_of_the_stages_that_keep_them() -> None:
-    assert copies().most_bytes == 2 * NUM_RANKS * (6 + 3)
+    assert copies().most_bytes(Delta.dtypes, with_own=False) == 2 * NUM_RANKS * (6 + 3)
+    assert copies().most_bytes(Delta.dtypes, with_own=True) == 2 * (NUM_RANKS + 1) * (6 + 3)
+    assert copies().most_bytes(Difference.dtypes, with_own=False) >= 2 * NUM_RANKS * (6 + 3)
