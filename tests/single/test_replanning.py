@@ -20,7 +20,7 @@ def trained(model: torch.nn.Module, num_steps: int = 2) -> list[float]:
     torch.manual_seed(1)
     found = []
     for step in range(num_steps):
-        loss = model(torch.ones(16, 32) + step)
+        loss = model(torch.ones(24, 32) + step)
         loss.backward()
         found += [loss.item(), *(float(p.grad.norm()) for p in model.parameters())]
         model.zero_grad()
@@ -52,9 +52,11 @@ def test_a_forward_without_memory_is_planned_again_and_run_again(slack, caplog, 
         assert trained(model) == pytest.approx(wanted)
     compiled = compiled_model(model)
     assert compiled.is_replanned
-    assert compiled.context.memory_budget == peak - (4 << 10)
+    budget = compiled.context.memory_budget
+    assert budget is not None
+    assert budget <= peak - (4 << 10)  # a plan within a budget may take less than one without
     (entry,) = zgraph.report(model).entries
-    assert entry.memory.peak.total_bytes <= peak - (4 << 10) - compiled.context.rest_bytes
+    assert entry.memory.peak.total_bytes <= budget - compiled.context.rest_bytes
     assert any("recompute" in n.origin.made_by for n in entry.plan.graph.nodes)
     assert "it is planned again with a budget of" in caplog.text
     assert "captured again" not in caplog.text
@@ -82,9 +84,9 @@ def test_what_the_allocator_can_have_is_alive_or_free(monkeypatch):
 def test_it_is_planned_again_once():
     model = built()
     with failing("forward", "forward"), pytest.raises(torch.OutOfMemoryError) as caught:
-        model(torch.ones(16, 32))
+        model(torch.ones(24, 32))
     assert "pass memory_budget=" in caught.value.__notes__[-1]
-    assert torch.isfinite(model(torch.ones(16, 32)))
+    assert torch.isfinite(model(torch.ones(24, 32)))
 
 
 def test_a_backward_without_memory_is_told_and_the_next_call_is_planned_again():
@@ -92,7 +94,7 @@ def test_a_backward_without_memory_is_told_and_the_next_call_is_planned_again():
     model = built()
     with failing("backward"):
         torch.manual_seed(1)
-        loss = model(torch.ones(16, 32))
+        loss = model(torch.ones(24, 32))
         with pytest.raises(torch.OutOfMemoryError) as caught:
             loss.backward()
     assert "the next call of the model is planned with a budget of" in caught.value.__notes__[-1]
@@ -117,10 +119,10 @@ def test_where_no_smaller_plan_is_the_error_is_that_of_memory():
     """With the words of what was tried."""
     smallest = built(memory_budget=60_000)
     with pytest.raises(zgraph.errors.BudgetError) as refused:
-        smallest(torch.ones(16, 32))
+        smallest(torch.ones(24, 32))
     model = built(memory_budget=refused.value.needed_bytes)
     with failing("forward"), pytest.raises(torch.OutOfMemoryError) as caught:
-        model(torch.ones(16, 32))
+        model(torch.ones(24, 32))
     assert "is the smallest that can" in caught.value.__notes__[-1]
 
 
@@ -128,9 +130,9 @@ def test_pieces_are_not_run_twice():
     """Eager code between them would be, too; the next call is planned again."""
     model = built(fullgraph=False)
     with failing("forward"), pytest.raises(torch.OutOfMemoryError) as caught:
-        model(torch.ones(16, 32))
+        model(torch.ones(24, 32))
     assert "the next call of the model is planned" in caught.value.__notes__[-1]
-    assert torch.isfinite(model(torch.ones(16, 32)))
+    assert torch.isfinite(model(torch.ones(24, 32)))
     assert compiled_model(model).is_replanned
 
 

@@ -21,7 +21,7 @@ Ranks = list[Any]
 """One value as each rank has it."""
 
 Rests = dict[tuple[tuple[str, ...], bool], Ranks]
-"""What codes have left out, by the parameters and by whether it is of a part that its owner codes once more."""
+"""Rests that codes have left out, by the parameters and by whether it is of a part that its owner codes once more."""
 
 
 def encode(node: Node, operand: Ranks, mesh: Mesh, rests: Rests) -> Ranks:

@@ -180,7 +180,7 @@ def _taken(node: Node, hints: Hints) -> tuple[int, int] | None:
 
 
 def _own_bytes(node: Node, found: Any, made: Mapping[str, Any], hints: Hints) -> int:
-    """What the types say of the results with storage of their own: one may be an operand, or share with another."""
+    """Bytes, by their types, of the results with storage of their own: one may be an operand, or share with another."""
     results = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
     stated = [v for v in node.results if isinstance(v.type, TensorType)]
     if len(results) != len(stated):

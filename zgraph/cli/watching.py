@@ -94,7 +94,7 @@ def _natural(text: str) -> list[tuple[int, str]]:
 
 
 def _beats(store: Any) -> dict[int, Beat | None]:
-    """What the ranks say that are there now."""
+    """Words of the ranks that are there now."""
     from zgraph.runtime.store_errors import store_errors
 
     with store_errors():

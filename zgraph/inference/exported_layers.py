@@ -37,7 +37,7 @@ class _Int8Linear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What the integers stand for, as the layer had it: some modules read it of their children."""
+        """Numbers that the integers stand for, as the layer had them: some modules read those of their children."""
         rows = self.dequantise(self.data, self.scale).to(self.dtype)
         return rows.t() if self.turns else rows
 
@@ -59,7 +59,7 @@ class _Int8Embedding(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What the integers stand for."""
+        """Numbers that the integers stand for."""
         return (self.data.float() * self.scale).to(self.dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

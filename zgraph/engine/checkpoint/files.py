@@ -141,7 +141,7 @@ def read_json(path: Path, kind: type[M]) -> M:
 
 
 def checked_json(path: Path, text: str, kind: type[M]) -> M:
-    """What the text of a JSON file says. Raises CheckpointError if that is something else."""
+    """Object that the text of a JSON file has. Raises CheckpointError if that is something else."""
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:

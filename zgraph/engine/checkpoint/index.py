@@ -135,7 +135,7 @@ class Index(BaseModel):
 
 
 class _Versioned(BaseModel):
-    """What an index of any version has, also of a later one."""
+    """Fields that an index of any version has, also of a later one."""
 
     format: Literal["zgraph checkpoint"]
     version: Annotated[int, Field(strict=True)]
