@@ -1,4 +1,4 @@
-"""What each rank chooses before the ranks first communicate: if one fails at it, all have an error at once."""
+"""Choices of each rank before the ranks first communicate: if one fails at it, all have an error at once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def failing(what: str) -> Any:
 
 
 def choose_apart(mesh: DeviceMesh, folder: str) -> dict[str, Said]:
-    """What is said where rank 1 alone fails to choose, or chooses something else; and that all goes on after it."""
+    """Errors where rank 1 alone fails to choose, or chooses something else; and that all goes on after it."""
     is_other, found = mesh.get_rank() == 1, {}
     own = Path(folder) / f"of rank {mesh.get_rank()}.toml"
     if not is_other:

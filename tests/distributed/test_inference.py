@@ -220,7 +220,7 @@ def test_serving_within_training_leaves_losses_memory_and_programs_as_they_are(p
 
 
 def exported(_: DeviceMesh, path: str) -> dict[str, Any]:
-    """What a rank finds of a file that both made of a sharded model, and of a call by itself."""
+    """Findings of a rank about a file that both made of a sharded model, and of a call by itself."""
     model = zgraph.compile(made("tied").train(), stage=3)
     given, before = prompts(), held()
     zgraph.export_model(model, {"input_ids": given["input_ids"][1:]}, path, dynamic={"input_ids": (1,)})
@@ -247,7 +247,7 @@ KEPT = {
 
 
 def rounded_together(_: DeviceMesh, kept: str, family: str) -> dict[str, Any]:
-    """What a rank finds of weights in integers: tokens and logits of one rank, and whose integers it has."""
+    """Findings of a rank about weights in integers: tokens and logits of one rank, and whose integers it has."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(**WIDER, tie_word_embeddings=family == "tied")
     model = (hf.LlamaForCausalLM(config).eval() if family != "gpt2" else made("gpt2")).eval()

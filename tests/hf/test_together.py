@@ -36,7 +36,7 @@ def words(prediction):
 
 
 def trained(mesh, kind, folder, axes, resume=None, rows=2, num_predicted=7):
-    """What a Trainer logs, its counts, and what it predicts."""
+    """Logs of a Trainer, its counts, and its predictions."""
     if mesh is not None:
         launched(mesh)
     saves = {"save_strategy": "steps", "save_steps": 3} if kind is Trainer else {}

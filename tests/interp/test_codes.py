@@ -13,7 +13,7 @@ from zgraph.certify.certificate import certify
 from zgraph.debugging.runs import Options, check_graphs
 from zgraph.errors import VerifyError
 from zgraph.interpreter import Interpreter, whole
-from zgraph.ir import Axis, Graph, Node, parse_graph
+from zgraph.ir import Axis, Graph, Mesh, Node, parse_graph
 from zgraph.passes import RECIPES, Context, compressing, parse_recipe
 from zgraph.passes.compress import Compress
 
@@ -87,9 +87,15 @@ def test_what_is_sent_and_what_is_left_out_add_up(codec: str, stage: int, num_ra
     assert (sent[0] - wanted[0]).abs().max() > 1e-4, "the code leaves something out"
 
 
-def checked(stage: int, wrong: dict[str, str] | None = None) -> tuple[list[tuple[str, Graph]], Context]:
+ONE_AXIS = (Axis("shard", 2),)
+ROWS = (Axis("replicate", 2), Axis("shard", 2))
+
+
+def checked(
+    stage: int, wrong: dict[str, str] | None = None, mesh: Mesh = ONE_AXIS
+) -> tuple[list[tuple[str, Graph]], Context]:
     """The graphs of a recipe, the last with options of its encodes changed."""
-    context, steps = Context(mesh=(Axis("shard", 2),)), [("captured", captured())]
+    context, steps = Context(mesh=mesh), [("captured", captured())]
     for ran in parse_recipe(recipe(stage, "q8(block=16)")).steps(captured(), context):
         steps.append((ran.step.name, ran.after))
     if wrong:
@@ -108,9 +114,19 @@ def changed(node: Node, wrong: dict[str, str]) -> Node:
     return node
 
 
-@pytest.mark.parametrize("stage", [0, 3, deep(1), deep(2)])
-def test_it_is_certified_and_checked_by_numbers(stage: int) -> None:
-    steps, context = checked(stage)
+@pytest.mark.parametrize(
+    ("stage", "mesh"),
+    [
+        (0, ONE_AXIS),
+        (3, ONE_AXIS),
+        deep(1, ONE_AXIS),
+        deep(2, ONE_AXIS),
+        (2, ROWS),
+        *(deep(stage, ROWS) for stage in (0, 1, 3)),
+    ],
+)
+def test_it_is_certified_and_checked_by_numbers(stage: int, mesh: Mesh) -> None:
+    steps, context = checked(stage, mesh=mesh)
     rules = [c.rule for c in certify(steps, context).checked]
     assert "codes" in rules
     assert check_graphs([name for name, _ in steps], steps, context, Options(micro_steps=1, dtypes=True)).wrong is None
@@ -125,7 +141,8 @@ def test_another_reduction_is_found_by_numbers() -> None:
     ("wrong", "says"),
     [({"reduce": "sum"}, "is not what the graph before it computes"), ({"feedback": ""}, "codes gradients of")],
 )
-def test_a_code_of_something_else_is_refused(wrong: dict[str, str], says: str) -> None:
-    steps, context = checked(2, wrong)
+@pytest.mark.parametrize("mesh", [ONE_AXIS, ROWS], ids=["one axis", "rows"])
+def test_a_code_of_something_else_is_refused(mesh: Mesh, wrong: dict[str, str], says: str) -> None:
+    steps, context = checked(2, wrong, mesh)
     with pytest.raises(VerifyError, match=says):
         certify(steps, context)

@@ -9,14 +9,13 @@ import torch
 
 from tests.deep import deep
 from zgraph.certify.certificate import certify
-from zgraph.debugging.runs import Options, check_graphs
 from zgraph.errors import VerifyError
 from zgraph.interpreter import Interpreter
-from zgraph.ir import Axis, Graph, Value, parse_graph
-from zgraph.passes import Context, parse_recipe
+from zgraph.ir import Graph, Value, parse_graph
+from zgraph.passes import Context
 from zgraph.passes.compress import Compress
 
-from .test_codes import CODECS, captured, changed, recipe
+from .test_codes import CODECS
 from .test_codes import step as plain_step
 
 TEXT = """graph "step" mesh(replicate={copies}, shard={shards})
@@ -79,33 +78,6 @@ def test_what_is_sent_and_what_is_left_out_add_up(stage: int, copies: int, shard
             left[shard] += part.view(-1)[:chunk]
     torch.testing.assert_close((sent + left).view(-1)[:40], wanted.view(-1)[:40], rtol=1e-5, atol=1e-5)
     assert (sent - wanted).view(-1)[:40].abs().max() > 1e-4, "the code leaves something out"
-
-
-def checked(stage: int, wrong: dict[str, str] | None = None) -> tuple[list[tuple[str, Graph]], Context]:
-    context, steps = Context(mesh=(Axis("replicate", 2), Axis("shard", 2))), [("captured", captured())]
-    for ran in parse_recipe(recipe(stage, "q8(block=16)")).steps(captured(), context):
-        steps.append((ran.step.name, ran.after))
-    if wrong:
-        name, graph = steps[-1]
-        steps[-1] = (name, graph.with_nodes([changed(n, wrong) for n in graph.nodes]))
-    return steps, context
-
-
-@pytest.mark.parametrize("stage", [2, deep(0), deep(1), deep(3)])
-def test_it_is_certified_and_checked_by_numbers(stage: int) -> None:
-    steps, context = checked(stage)
-    assert "codes" in [c.rule for c in certify(steps, context).checked]
-    assert check_graphs([name for name, _ in steps], steps, context, Options(micro_steps=1, dtypes=True)).wrong is None
-
-
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [({"reduce": "sum"}, "is not what the graph before it computes"), ({"feedback": ""}, "codes gradients of")],
-)
-def test_a_code_of_something_else_is_refused(wrong: dict[str, str], says: str) -> None:
-    steps, context = checked(2, wrong)
-    with pytest.raises(VerifyError, match=says):
-        certify(steps, context)
 
 
 @pytest.mark.parametrize(("stage", "mesh"), [(2, "rows"), deep(0, "rows"), (0, "one")])

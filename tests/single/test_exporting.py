@@ -1,4 +1,4 @@
-"""What a forward is exported to gives the model's numbers in other runtimes, and what cannot be exported is said."""
+"""Exported forwards give the model's numbers in other runtimes, and what cannot be exported is said."""
 
 import copy
 

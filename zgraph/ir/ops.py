@@ -92,7 +92,7 @@ def _scatter_sends(node: Node, mesh: Mesh) -> int:
     if node.option("axis") is not None:
         return _axis_sends(node, mesh)
     whole, count = moved_bytes(node, mesh), num_shards(mesh)
-    return _part(whole, count) + 2 * _part(whole // count, num_data_ranks(mesh) // count)
+    return _part(whole, count) + 2 * _part(whole // count, coded_rules.num_copies(mesh))
 
 
 def _exchange_sends(node: Node, mesh: Mesh) -> int:
@@ -113,17 +113,17 @@ def _inner_lands(node: Node, mesh: Mesh) -> int:
 
 def outer_bytes(node: Node, mesh: Mesh) -> int:
     """Bytes of the codes that all ranks with the same shard have together, before they are exchanged or gathered."""
-    return moved_bytes(node, mesh) // num_shards(mesh) * (num_data_ranks(mesh) // num_shards(mesh))
+    return moved_bytes(node, mesh) // num_shards(mesh) * coded_rules.num_copies(mesh)
 
 
 def _outer_exchange_sends(node: Node, mesh: Mesh) -> int:
     """To each other rank that holds the same shard the code of its part."""
-    return _part(moved_bytes(node, mesh) // num_shards(mesh), num_data_ranks(mesh) // num_shards(mesh))
+    return _part(moved_bytes(node, mesh) // num_shards(mesh), coded_rules.num_copies(mesh))
 
 
 def _outer_gather_sends(node: Node, mesh: Mesh) -> int:
     """To each other rank that holds the same shard the code of this one's part."""
-    return _part(outer_bytes(node, mesh), num_data_ranks(mesh) // num_shards(mesh))
+    return _part(outer_bytes(node, mesh), coded_rules.num_copies(mesh))
 
 
 def _exchanged(node: Node, mesh: Mesh) -> tuple[Type, ...]:
