@@ -14,6 +14,9 @@ from benchmarks.systems.base import Role, Step, System, adamw_step
 from benchmarks.systems.zgraph_stages import prepare
 
 
+ONE_BUCKET_MB = 1 << 20
+
+
 def in_half(model: nn.Module, device: torch.device) -> Step:
     """Gradients are averaged in fp16."""
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -22,8 +25,11 @@ def in_half(model: nn.Module, device: torch.device) -> Step:
 
 
 def by_low_rank(model: nn.Module, device: torch.device, rank: int) -> Step:
-    """Gradients are products of thin matrices, with error feedback, from the second step on (PowerSGD)."""
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    """Gradients are products of thin matrices, with error feedback, from the second step on (PowerSGD).
+
+    All are in one bucket: the hook's collectives of several run in any order, which gloo takes for another's.
+    """
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=ONE_BUCKET_MB)
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
     wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     return adamw_step(wrapped)

@@ -214,7 +214,7 @@ def test_the_key_of_a_library_has_all_that_it_depends_on(monkeypatch):
             region()
         finally:
             setting(default)
-    monkeypatch.setattr(private_aot, "_processor", lambda: "another")
+    monkeypatch.setattr(private_aot, "processor", lambda: "another")
     region()
     assert len({region.text for region in found}) == 4
 

@@ -1,5 +1,8 @@
 """Numbers of codecs: their codes as bytes, and what the codes stand for, in torch operations of whole blocks.
 
+On processors C++ computes the same in one pass (`zgraph.bridge.compiled_codecs`), where there is a compiler. Which of
+equal magnitudes `topk` keeps is left open; all else is the same to the last bit.
+
 What a code stands for is a multiple of a power of two that is no finer than the last bit of the largest number of its
 block, or a number cut to its first bits. So the rest, which error feedback keeps, is exact in fp32 for `q8`, `q4` and
 `topk`: code and rest add up to the number, to the last bit. `sign` gives small numbers a large code; there the rest is
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from zgraph.bridge import compiled_codecs
 from zgraph.ir import DType
 from zgraph.ir.codecs import CODED_AT_A_TIME, Q4, Q8, Blockwise, Codec, Raw, Sign, TopK
 
@@ -54,6 +58,8 @@ def encode_into(codec: Codec, x: Tensor, code: Tensor, rest: Tensor | None) -> T
         return code.copy_(x.contiguous().view(torch.uint8))
     encoder = _ENCODERS[type(codec)]
     for row, (numbers, made) in enumerate(zip(x, code, strict=True)):
+        if compiled_codecs.encode_row(codec, numbers, made, None if rest is None else rest[row]):
+            continue
         for begin, end, places in _pieces(codec, x.shape[1]):
             y = numbers[begin:end].float()
             kept = None if rest is None else rest[row, begin:end]
@@ -80,6 +86,8 @@ def add_decoded(codec: Codec, code: Tensor, out: Tensor) -> Tensor:
         return out.add_(decode(codec, code, out.shape[1], out.dtype))
     decoder = _DECODERS[type(codec)]
     for made, total in zip(code, out, strict=True):
+        if compiled_codecs.add_row(codec, made, total):
+            continue
         for begin, end, places in _pieces(codec, out.shape[1]):
             decoder(codec, [made[place] for place in places], total[begin:end])
     return out
@@ -172,7 +180,7 @@ def _encode_signs(codec: Blockwise, y: Tensor, out: list[Tensor]) -> tuple[Tenso
     counts = torch.full((len(blocks),), codec.block, dtype=torch.float32, device=y.device)
     counts[-1] -= -y.numel() % codec.block
     magnitudes = blocks.abs()
-    mean = (magnitudes / counts[:, None]).sum(1)
+    mean = _by_halves(magnitudes / counts[:, None])
     mean = torch.where(magnitudes.amax(1).isfinite(), mean, torch.nan)
     exponent = _exponent(mean / 1.5, 1.0)  # to the nearest power of two, above 1.5 the next
     exponent = torch.where(mean > 0, exponent.clamp(min=1), exponent)
@@ -185,6 +193,15 @@ def _encode_signs(codec: Blockwise, y: Tensor, out: list[Tensor]) -> tuple[Tenso
     scale = _power(exponent)[:, None]
     finite = (exponent != _NOT_FINITE)[:, None].expand_as(blocks)
     return _flat(torch.where(is_positive, scale, -scale), y.numel()), _flat(finite, y.numel())
+
+
+def _by_halves(rows: Tensor) -> Tensor:
+    """The sum of each row, in an order that is the same everywhere: [rows, numbers] to [rows]."""
+    width = 1 << (rows.shape[1] - 1).bit_length()
+    found = pad(rows, (0, width - rows.shape[1]))
+    while (width := width // 2) > 0:
+        found = found[:, :width] + found[:, width:]
+    return found[:, 0]
 
 
 def _decode_signs(codec: Blockwise, code: list[Tensor], total: Tensor) -> None:

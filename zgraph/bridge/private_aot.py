@@ -7,7 +7,6 @@ functions of the same text are the same library. Tried on torch 2.13.0, on proce
 from __future__ import annotations
 
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, copy_context
@@ -20,6 +19,7 @@ import torch
 
 from zgraph.bridge.private_files import is_private
 from zgraph.bridge.private_inductor import Example, Tensors, traced
+from zgraph.bridge.processor import processor
 
 __all__ = ["Region", "Unsupported", "libraries_problem", "loaded", "num_compilers"]
 
@@ -141,20 +141,6 @@ def _has_own_passes() -> bool:
     return any(getattr(config, name, None) for name in _OWN_PASSES)
 
 
-@cache
-def _processor() -> str:
-    """The processor's model and what it can do, which the compiler of C++ makes use of."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    told = (line.partition(":") for line in first)
-    fields = {name.strip(): value.strip() for name, _, value in told}
-    kinds = "vendor_id", "cpu family", "model", "model name", "stepping", "flags"
-    arm = "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features"
-    return f"{platform.machine()} {[fields[kind] for kind in (*kinds, *arm) if kind in fields]}"
-
-
 def _machine() -> Iterator[str]:
     """Lines of all that a library depends on beside the graph."""
     from torch._inductor import config
@@ -165,7 +151,7 @@ def _machine() -> Iterator[str]:
     instructions: Any = pick_vec_isa()
     yield f"torch {torch.__version__} {torch.version.git_version}"
     yield f"{type(instructions).__name__} {instructions.build_arch_flags()}, {torch.get_num_threads()} threads"
-    yield f"processor {_processor()}"
+    yield f"processor {processor()}"
     yield f"{torch.get_default_dtype()}, deterministic {torch.get_deterministic_debug_mode()}"
     yield f"fills memory {deterministic.fill_uninitialized_memory}"
     yield from (f"{name} = {value!r}" for name, value in sorted(settings.save_config_portable().items()))

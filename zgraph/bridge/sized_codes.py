@@ -135,8 +135,8 @@ def decode_sized(codec: Sized, code: Tensor, out: Tensor, before: Tensor | None 
     elif before is not None and form == SAME:
         out.copy_(before)
     elif before is not None and isinstance(codec, Difference):
-        total = before.to(torch.float32, copy=True)
-        add_decoded(codec.codec, payload[None], total[None])
+        total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        add_decoded(codec.codec, payload[None], total.copy_(before)[None])
         out.copy_(total)
     elif before is not None:
         decode_delta(payload.numpy(), _patterns(before), _patterns(out))

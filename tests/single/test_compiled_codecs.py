@@ -1,0 +1,143 @@
+"""Codecs in C++ beside torch's operations: the same codes, numbers and rests, to the last bit."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.deep import DEEP
+from zgraph.bridge import codecs, compiled_codecs
+from zgraph.bridge.codecs import add_decoded, encode_into
+from zgraph.ir import DType
+from zgraph.ir.codecs import Codec, TopK, parse_codec
+
+TEXTS = [
+    "q8(block=256)",
+    "q8(block=8)",
+    "q4(block=128)",
+    "q4(block=24)",
+    "sign(block=256)",
+    "sign(block=40)",
+    "topk(1%, chunk=4096)",
+    "topk(30%, chunk=9)",
+]
+SPECIAL = [0.0, -0.0, 1e-45, -3e-41, 1.1754944e-38, 3.4e38, -3.4e38, float("inf"), float("-inf"), float("nan")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def library() -> None:
+    compiled_codecs.loaded.cache_clear()
+    if compiled_codecs.loaded() is None:
+        pytest.skip("there is no compiler of C++")
+
+
+def coded(codec: Codec, x: torch.Tensor, rest: torch.Tensor | None) -> list[torch.Tensor]:
+    """Codes, rests, and what the codes add to numbers."""
+    code = torch.full((len(x), codec.num_bytes(x.shape[1], DType.f32)), 7, dtype=torch.uint8)
+    left = None if rest is None else rest.clone()
+    encode_into(codec, x, code, left)
+    total = add_decoded(codec, code, torch.ones(x.shape))
+    return [code, total] if left is None else [code, total, left]
+
+
+def by_torch(codec: Codec, x: torch.Tensor, rest: torch.Tensor | None) -> list[torch.Tensor]:
+    """The same by torch's operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codecs.compiled_codecs, "encode_row", lambda *_: False)
+        patch.setattr(codecs.compiled_codecs, "add_row", lambda *_: False)
+        return coded(codec, x, rest)
+
+
+def are_alike(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    pairs = zip(found, expected, strict=True)
+    return all(torch.equal(a, b) or torch.equal(a.nan_to_num(3.0), b.nan_to_num(3.0)) for a, b in pairs)
+
+
+@given(
+    st.sampled_from(TEXTS),
+    st.sampled_from([1, 7, 8, 9, 127, 129, 255, 257, 4095, 4097, 9000]),
+    st.integers(0, 2**20),
+    st.lists(st.sampled_from(SPECIAL), max_size=4),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=2000 if DEEP else 150, deadline=None)
+def test_codes_are_those_of_torch(
+    text: str, numel: int, seed: int, special: list[float], has_rest: bool, dtype: torch.dtype
+) -> None:
+    codec, generator = parse_codec(text), torch.Generator().manual_seed(seed)
+    x = torch.randn(2, numel, generator=generator) * torch.rand(2, numel, generator=generator).mul(60).sub(40).exp2()
+    if isinstance(codec, TopK):  # which of equal magnitudes are kept is left open
+        special, dtype = special[:1], torch.float32
+    x[seed % 2, torch.randint(numel, (len(special),), generator=generator)] = torch.tensor(special)
+    rest = torch.randn(2, numel, generator=generator) if has_rest else None
+    assert are_alike(coded(codec, x.to(dtype), rest), by_torch(codec, x.to(dtype), rest))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_threads_share_a_long_row(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, x, rest = parse_codec(text), torch.randn(1, 50_003), torch.randn(1, 50_003)
+    alone = coded(codec, x, rest)
+    monkeypatch.setattr(compiled_codecs, "SHARED_NUMEL", 1 << 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    shared = coded(codec, x, rest)
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+def test_equal_magnitudes_are_kept_from_the_first_on() -> None:
+    codec, x = parse_codec("topk(25%, chunk=8)"), torch.tensor([[1.0, -1, 1, 2, 1, 0, 0, 0]])
+    _, total = coded(codec, x, None)
+    assert (total - 1).tolist() == [[1, 0, 0, 2, 0, 0, 0, 0]]
+
+
+def test_what_cplusplus_does_not_know_is_coded_by_torch() -> None:
+    codec, x = parse_codec("q8(block=8)"), torch.randn(2, 20, dtype=torch.float64)
+    assert are_alike(coded(codec, x, None), by_torch(codec, x, None))
+    across = torch.randn(20, 2).t()
+    assert are_alike(coded(codec, across, None), by_torch(codec, across, None))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of one's own, and no library loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled_codecs.loaded.cache_clear()
+    yield tmp_path
+    compiled_codecs.loaded.cache_clear()
+
+
+def test_a_library_is_compiled_once_and_a_damaged_one_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiled_codecs.loaded() is not None
+    (kept,) = (cache / "zgraph" / "codecs").glob("*.so")
+    whole = kept.read_bytes()
+    runs, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: runs.append(command) or run(command, **options))
+
+    def again() -> int:
+        runs.clear()
+        compiled_codecs.loaded.cache_clear()
+        assert compiled_codecs.loaded() is not None
+        return sum("-shared" in command for command in runs)
+
+    assert again() == 0
+    kept.write_bytes(whole[:-1])
+    assert again() == 1
+    assert again() == 0
+
+
+@pytest.mark.parametrize("compiler", ["there-is-none", "false"])
+def test_without_a_compiler_torch_codes(cache: Path, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    codec, x = parse_codec("q4(block=8)"), torch.randn(1, 20)
+    if compiler == "false":
+        with pytest.warns(UserWarning, match="codecs run by torch's operations"):
+            assert compiled_codecs.loaded() is None
+    else:
+        assert compiled_codecs.loaded() is None
+    assert are_alike(coded(codec, x, None), by_torch(codec, x, None))
