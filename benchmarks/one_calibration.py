@@ -2,8 +2,8 @@
 
 Training is recorded (`zgraph.compile(model, record=)`) at the first rate, and a profile is fitted to it as by `zgraph
 calibrate`. For each other rate the profile is told what the link between hosts carries, and nothing else; steps are
-recorded there too, and compared. What a transfer takes per byte is the wire's time, known from the rate, and the
-software's, which is what the calibration found beyond the wire's.
+recorded there too, and compared. The wire is busy while the software is with the next message: a transfer takes what
+the calibration found, or what its bytes take on the wire, whichever is longer.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table
+from scipy.optimize import nnls
 
 import zgraph
 from benchmarks import models
@@ -34,6 +36,7 @@ from benchmarks.results import write
 from zgraph.cost import Hardware
 from zgraph.estimate.calibration import calibrate
 from zgraph.estimate.comparison import costs_on, predicted
+from zgraph.ir import OPS
 from zgraph.runfile.records import read_record
 
 RATES = ("10gbit", "3gbit", "1gbit", "300mbit")
@@ -80,10 +83,9 @@ def main(
                     record(model, number, one, steps, timeout, folder / f"{one}-{number}")
                     typer.echo(f"{one}, stage {number}: recorded", err=True)
             fitted = calibrate(*(folder / f"{rates[0]}-{number}" for number in stages)).hardware
-            software = _software_s_per_byte(fitted, rates[0])
             for one in rates:
                 for number in stages:
-                    told = at_rate(fitted, one, software)
+                    told = at_rate(fitted, one, folder / f"{one}-{number}")
                     found.append(outcome(folder / f"{one}-{number}", number, one, told, one == rates[0]))
     except BenchmarkError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
@@ -95,17 +97,15 @@ def main(
     typer.echo(f"{within} of {len(found)} within {BOUND:.0%}")
 
 
-def at_rate(fitted: Hardware, rate: str, software_s_per_byte: float) -> Hardware:
-    """The profile with another link between hosts."""
-    link = fitted.between.model_copy(
-        update={"bytes_per_s": 1 / (1 / link_bytes_per_s(rate) + software_s_per_byte), "share": 1.0}
-    )
-    return fitted.model_copy(update={"between": link})
-
-
-def _software_s_per_byte(fitted: Hardware, rate: str) -> float:
-    """Seconds a byte that a transfer takes beyond the wire's, as was found at that rate."""
-    return max(1 / fitted.between.rate - 1 / link_bytes_per_s(rate), 0.0)
+def at_rate(fitted: Hardware, rate: str, folder: Path) -> Hardware:
+    """The profile with another link between hosts: the line next to what the messages of a step take there."""
+    graph, link = read_record(folder).run.graph(), fitted.between
+    comm = [node for node in graph.nodes if node.op in OPS and OPS[node.op].lane == "comm"]
+    sizes = np.array([OPS[node.op].wire_bytes(node, graph.mesh) for node in comm], float)
+    took_s = np.maximum(link.latency_us / 1e6 + sizes / link.rate, sizes / link_bytes_per_s(rate))
+    (latency_s, s_per_byte), _ = nnls(np.stack([np.ones_like(sizes), sizes], 1), took_s)
+    told = link.model_copy(update={"latency_us": 1e6 * latency_s, "bytes_per_s": 1 / s_per_byte, "share": 1.0})
+    return fitted.model_copy(update={"between": told})
 
 
 def outcome(folder: Path, stage: int, rate: str, told: Hardware, is_calibrated: bool) -> Outcome:

@@ -12,6 +12,7 @@ reduce), so that every byte crosses the slow link once. Where each host has all 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import suppress
@@ -46,6 +47,9 @@ class Transfer:
 
     number = 0
     """Of the collective, in the lane's journal."""
+
+    handed_ns = over_ns = 0
+    """When it was handed to the lane, and when it was over, by `time.perf_counter_ns`."""
 
     def __init__(self) -> None:
         self.over = threading.Event()
@@ -90,6 +94,15 @@ class Lane:
         self._queue = _Queue()
         self._thread = threading.Thread(target=self._queue.serve, name=f"zgraph-{name}", daemon=True)
         self._thread.start()
+
+    def watch(self) -> list[Transfer]:
+        """Transfers that are handed over from now on, in their order, until `unwatch`."""
+        found = self._queue.watched = list[Transfer]()
+        return found
+
+    def unwatch(self) -> None:
+        """Keep no transfers any more."""
+        self._queue.watched = None
 
     def close(self) -> None:
         """End the thread, also if it waits for a peer that will not answer. The lane is of no use afterwards."""
@@ -300,6 +313,7 @@ class _Queue:
     """
 
     def __init__(self) -> None:
+        self.watched: list[Transfer] | None = None
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -307,7 +321,9 @@ class _Queue:
     def add(self, phases: Phases[list[torch.Tensor]], number: int) -> Transfer:
         """Add a transfer to the queue."""
         job = _Job(phases)
-        job.transfer.number = number
+        job.transfer.number, job.transfer.handed_ns = number, time.perf_counter_ns()
+        if self.watched is not None:
+            self.watched.append(job.transfer)
         with self._changed:
             self._jobs.append(job)
             if len(self._jobs) <= NUM_POSTED:
@@ -368,6 +384,7 @@ class _Job:
         self.works.clear()
         self.transfer.result[:] = result
         self.transfer.error = error
+        self.transfer.over_ns = time.perf_counter_ns()
         self.transfer.over.set()
 
 

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.systems.base import Role, Step, System, adamw_step
 from benchmarks.systems.zgraph_stages import prepare
 
-
 ONE_BUCKET_MB = 1 << 20
 
 

@@ -46,13 +46,16 @@ def step_of(run: RunFile, truth: Hardware) -> Timeline:
     return simulate(make_plan(run.graph(), only_step=True), costs_of(run, truth), run.context.hints)
 
 
-def recorded(folder: Path, run: RunFile, truth: Hardware, *, scale: float = 1.0) -> Path:
-    """The folder of a training on hardware of which everything is known: all that is recorded is as it says."""
+def recorded(folder: Path, run: RunFile, truth: Hardware, *, scale: float = 1.0, apart: float = 1.0) -> Path:
+    """The folder of a training on hardware of which everything is known: all that is recorded is as it says.
+
+    scale: times as long as it says everything takes. apart: times as long nodes take in steps that are taken apart.
+    """
     folder.mkdir(parents=True)
     run.save(folder / RUN)
     timeline = step_of(run, truth)
     costs = costs_of(run, truth)
-    nodes = {s.node: scale * (s.end_us - s.start_us) for s in timeline.spans if s.lane == "compute"}
+    nodes = {s.node: apart * scale * (s.end_us - s.start_us) for s in timeline.spans if s.lane == "compute"}
     transfers = {
         n.name: scale * costs.transfer_us(run.graph(), n, {})
         for n in run.graph().nodes
@@ -95,6 +98,24 @@ def test_constants_are_found_again(tmp_path):
     assert abs(found.runs[0].measured_us / found.runs[0].before_us - 1) > 0.3
     assert "one run" in mine.error.source
     assert mine.error.time_low == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("apart", [0.6, 2.0])
+def test_whole_steps_come_out_where_nodes_took_longer_one_by_one(tmp_path, apart):
+    """Computing is leveled by whole steps; the links, which are timed as they are, stay."""
+    truth = another()
+    mine = zgraph.calibrate(recorded(tmp_path / "costs", a_run(), truth, apart=apart)).hardware
+    assert step_of(a_run(), mine).step_us == pytest.approx(step_of(a_run(), truth).step_us, rel=0.01)
+    assert mine.device.launch_us == pytest.approx(truth.device.launch_us, rel=0.05)
+    assert mine.within.bytes_per_s == pytest.approx(truth.within.bytes_per_s, rel=0.02)
+
+
+def test_steps_that_wait_for_their_links_say_nothing_of_computing(tmp_path):
+    slow = another()
+    link = slow.within.model_copy(update={"bytes_per_s": slow.within.bytes_per_s / 1000})
+    truth = slow.model_copy(update={"within": link})
+    mine = zgraph.calibrate(recorded(tmp_path / "costs", a_run(), truth)).hardware
+    assert mine.device.launch_us == pytest.approx(truth.device.launch_us, rel=0.05)
 
 
 def test_another_model_is_predicted(tmp_path):

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +18,7 @@ from zgraph.ir import Instruction, Plan
 from zgraph.runfile.records import RUN, RankRecord, rank_files, save_rank
 from zgraph.runtime import Session
 from zgraph.runtime.executor import Runner
+from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.recorder import Recorder
 
 NUM_WARMUPS = 2
@@ -53,6 +54,7 @@ class StepRecorder:
         self._transfers: dict[str, list[float]] = defaultdict(list)
         self._num_steps = self._num_apart = 0
         self._next = FIRST
+        self._on_lane: list[Transfer] = []
 
     @property
     def run_path(self) -> Path:
@@ -91,6 +93,8 @@ class StepRecorder:
         self._num_steps += 1
         if self._num_steps >= self._next and self.session.recorder is None and not self._is_over:
             self.session.recorder = self._recorder
+            if self.session.lane is not None:
+                self._on_lane = self.session.lane.watch()
         self._watch.begin()
 
     def _end(self, known: set[str]) -> None:
@@ -112,21 +116,38 @@ class StepRecorder:
     def _leave(self) -> None:
         if self.session.recorder is self._recorder:
             self.session.recorder = None
+            if self.session.lane is not None:
+                self.session.lane.unwatch()
         self._recorder.clear()
 
     def _apart(self, known: set[str]) -> None:
         """Keep a step that was taken apart."""
-        for spans in self._recorder.runs_us():
+        runs = self._recorder.runs_us()
+        took = [pair for spans in runs for pair in transfers_us(spans)]
+        began = [i.node.name for spans in runs for i, *_ in spans if i.lane == "comm"]
+        if began and len(began) == len(self._on_lane):  # the lane knows when each of its transfers was over
+            took = [pair for pair in took if pair[0] not in began] + list(
+                zip(began, lane_us(self._on_lane), strict=True)
+            )
+        for spans in runs:
             for instruction, begin, end in spans:
                 if instruction.node.name in known:
                     self._nodes[instruction.node.name].append(end - begin)
-            for name, us in transfers_us(spans):
-                if name in known:
-                    self._transfers[name].append(us)
+        for name, us in took:
+            if name in known:
+                self._transfers[name].append(us)
         self._num_apart += 1
         self._next = EVERY * self._num_steps
         nodes, transfers = ({n: fmean(us) for n, us in of.items()} for of in (self._nodes, self._transfers))
         save_rank(RankRecord(rank=self.rank, num_steps=self._num_apart, nodes=nodes, transfers=transfers), self.folder)
+
+
+def lane_us(transfers: Sequence[Transfer]) -> Iterator[float]:
+    """Microseconds of each transfer of a lane: since it was handed over, or the one before it was over."""
+    free = 0
+    for transfer in transfers:
+        yield (transfer.over_ns - max(transfer.handed_ns, free)) / 1e3
+        free = transfer.over_ns
 
 
 def transfers_us(spans: list[tuple[Instruction, float, float]]) -> Iterator[tuple[str, float]]:

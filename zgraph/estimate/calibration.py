@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from scipy.optimize import least_squares
+from scipy.optimize import least_squares, minimize_scalar
 
 from zgraph.cost import Accuracy, Device, Hardware, Link
 from zgraph.cost.hardware import AttentionRate, known, save
@@ -30,6 +30,12 @@ recorded: its own steps, which the constants were fitted to, tell little of othe
 
 LEAST_RANGE = 4
 """Collectives of sizes that differ less tell nothing of latency and rate apart: both are scaled alike then."""
+
+MOST_LEVEL = 3.0
+"""Times as long or as short, at most, as the sum of the nodes says, that computing is taken to be by whole steps."""
+
+STAY = 1e-3
+"""Weight of leaving computing as it is, beside that of steps that come out."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,99}")
 
@@ -101,7 +107,8 @@ def calibrate(
 
     Rates of matmuls, of attention and of memory, the time of a launch, and the links that the ranks used are fitted to
     the nodes' times, by least squares of logarithms with a soft absolute loss (Huber, "Robust Estimation of a Location
-    Parameter", 1964), each node weighed by the time it takes. Error bars are the quantiles of measured over predicted
+    Parameter", 1964), each node weighed by the time it takes. Then all of computing becomes as much slower or faster as
+    makes whole steps come out on average. Error bars are the quantiles of measured over predicted
     steps: of several runs, each by constants that were fitted without it.
 
     Args:
@@ -218,7 +225,38 @@ def _fitted(records: Sequence[Record], base: Hardware) -> tuple[Hardware, tuple[
     changes.append(Change("launch, us", device.launch_us, launch_us * launch, num["launch"]))
     hardware = base.model_copy(update={"device": device.model_copy(update=update), "overlap_slowdown": 1.0})
     hardware, of_links = _linked(records, hardware)
-    return hardware, (*changes, *of_links), residual
+    hardware, of_steps = _leveled(records, hardware)
+    return hardware, (*changes, *of_links, *of_steps), residual
+
+
+def _leveled(records: Sequence[Record], hardware: Hardware) -> tuple[Hardware, tuple[Change, ...]]:
+    """The profile with all of computing as much slower or faster as makes the steps come out, on average.
+
+    Nodes are timed in steps of their own, one by one, and the fit to them heeds what most take, not the sum. Steps that
+    wait for their links say nothing of computing: it stays as it is then.
+    """
+
+    def off(level: float) -> float:
+        told = _computing(hardware, math.exp(level))
+        steps = [predicted(r, costs_on(r, told)).step_us / r.step_us for r in records]
+        return float(np.mean(np.log(steps))) ** 2 + STAY * level**2
+
+    most = math.log(MOST_LEVEL)
+    found = minimize_scalar(off, bounds=(-most, most), method="bounded", options={"xatol": 1e-4})
+    factor = math.exp(float(found.x))
+    change = Change("all of computing, times", 1.0, factor, len(records))
+    return _computing(hardware, factor), (change,)
+
+
+def _computing(hardware: Hardware, factor: float) -> Hardware:
+    """The hardware, whose computing takes this many times as long."""
+    device = hardware.device
+    update = {
+        "matmul_flops": {dtype: rate / factor for dtype, rate in device.matmul_flops.items()},
+        "memory_bytes_per_s": device.memory_bytes_per_s / factor,
+        "launch_us": device.launch_us * factor,
+    }
+    return hardware.model_copy(update={"device": device.model_copy(update=update)})
 
 
 def _attention(records: Sequence[Record], device: Device, share: float) -> dict[str, AttentionRate]:
@@ -274,15 +312,20 @@ def _linked(records: Sequence[Record], hardware: Hardware) -> tuple[Hardware, tu
         fields = ("between", "within") if crosses else ("within",)
         return hardware.model_copy(update={f: _scaled(getattr(hardware, f), rate, latency) for f in fields})
 
-    def off(x: np.ndarray) -> np.ndarray:
-        tables = {id(record): costs_on(record, scaled(x)) for record in records}
+    def quoted_us(told: Hardware) -> np.ndarray:
+        tables = {id(record): costs_on(record, told) for record in records}
         quoted = [
             tables[id(record)].transfer_us(record.run.graph(), node, record.run.context.hints)
             for record, node, _ in points
         ]
-        return np.asarray(weight * (np.log(took) - np.log(np.maximum(quoted, 1e-6))))
+        return np.maximum(quoted, 1e-6)
 
-    found = scaled(_least(off, 1 if is_alike else 2))
+    def off(x: np.ndarray) -> np.ndarray:
+        return np.asarray(weight * (np.log(took) - np.log(quoted_us(scaled(x)))))
+
+    x = _least(off, 1 if is_alike else 2)
+    level = np.log(took.sum() / quoted_us(scaled(x)).sum())  # the fit heeds what most take: their sum is to come out
+    found = scaled(x - level if is_alike else x + np.array([-level, level]))
     changes = []
     for field in ("within", "between"):
         before, after = getattr(hardware, field), getattr(found, field)

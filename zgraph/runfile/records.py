@@ -43,7 +43,8 @@ class RankRecord(BaseModel):
         rank: whose it is.
         num_steps: that were taken apart.
         nodes: microseconds of each node of the compute lane, by name; of a `wait` what computing waited.
-        transfers: microseconds of each collective or copy whose begin and end are known, by the name of its start.
+        transfers: microseconds of each collective or copy whose begin and end are known, by the name of its start: of
+            all collectives on processors, elsewhere of those that computing waited for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
