@@ -158,7 +158,9 @@ class Lane:
         """Fill the slots `outs`, one a rank, with what each rank has for this one among its `chunks`."""
         number = self.journal.enter("all-to-all", [chunks[0].nbytes], moved)
         outs[self.rank].copy_(chunks[self.rank])
-        return self._queue.add(_together([self._swap_among(range(self.num_ranks), outs, chunks)]), number)
+        return self._queue.add(
+            _together([self._swap_among(range(self.num_ranks), outs, chunks, self.journal.tag())]), number
+        )
 
     def reduce_inside(self, chunks: Chunks, divisor: int, moved: Moved | None = None) -> Transfer:
         """The divided sum over this rank's row of the chunk that is this one's, as the transfer's result."""
@@ -169,7 +171,9 @@ class Lane:
         """Fill the slots `outs`, one a row, with what each rank of this one's place has for this one."""
         number = self.journal.enter("all-to-all", [chunks[0].nbytes], moved)
         outs[self.host].copy_(chunks[self.host])
-        return self._queue.add(_together([self._swap_among(self.cross_host_ranks, outs, chunks)]), number)
+        return self._queue.add(
+            _together([self._swap_among(self.cross_host_ranks, outs, chunks, self.journal.tag())]), number
+        )
 
     def share_outside(self, slots: Chunks, own: torch.Tensor, moved: Moved | None = None) -> Transfer:
         """Fill the slots, one a row, with what each rank of this one's place has."""
@@ -204,9 +208,9 @@ class Lane:
         yield self._exchange(count, [(slots[i], r, 0) for i, r in others], [(own, r, 0) for _, r in others])
         return own
 
-    def _swap_among(self, ranks: Sequence[int], outs: Chunks, chunks: Chunks) -> Phases[torch.Tensor]:
+    def _swap_among(self, ranks: Sequence[int], outs: Chunks, chunks: Chunks, count: int) -> Phases[torch.Tensor]:
         """An all-to-all among `ranks`, a slot and a chunk each."""
-        count, at = self.journal.tag(), ranks.index(self.rank)
+        at = ranks.index(self.rank)
         others = [(i, r) for i, r in enumerate(ranks) if r != self.rank]
         yield self._exchange(count, [(outs[i], r, 0) for i, r in others], [(chunks[i], r, 0) for i, r in others])
         return outs[at]

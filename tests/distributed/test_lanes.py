@@ -112,6 +112,37 @@ def test_of_codes_as_much_arrives_as_there_is(pool: Pool, layout: str) -> None:
     assert pool.run(gather_codes, num_ranks, layout) == [True] * num_ranks
 
 
+def at_its_own_pace(mesh: DeviceMesh, layout: str) -> list[bool]:
+    """Whether transfers of unlike sizes arrive, of which each rank hands over some at once, and the others later."""
+    is_rows = layout == "rows"
+    num_ranks, hosts = (4, []) if is_rows else LAYOUTS[layout]
+    made, rank = Hosts.rows_of(4, 2) if is_rows else Hosts.of(hosts), mesh.get_local_rank()
+    lane = Lane(private_runtime.store(), f"test/pace/{layout}", rank, made, each_has_all=is_rows)
+    makers = [0, 2] if is_rows and rank % 2 == 0 else [1, 3] if is_rows else list(range(num_ranks))
+    jobs, at = [], makers.index(rank)
+    for number in range(24):
+        numel = [4000, 1, 300][number % 3] + number
+        mine = [torch.full((numel,), 100.0 * rank + number) for _ in makers]
+        expected = [torch.full((numel,), 100.0 * r + number) for r in makers]
+        got = [torch.zeros(numel) for _ in makers]
+        swap, share = (lane.swap_outside, lane.share_outside) if is_rows else (lane.all_to_all, None)
+        jobs.append((swap(got, mine), got, expected))
+        gathered = [torch.zeros(numel) for _ in makers]
+        shared = share(gathered, mine[at]) if share else lane.all_gather((gathered, mine[at]))
+        jobs.append((shared, gathered, expected))
+        if number % (rank + 2) == 0:
+            jobs[-1][0].wait()
+    for transfer, *_ in jobs:
+        transfer.wait()
+    lane.close()
+    return [all(map(torch.equal, got, expected)) for _, got, expected in jobs]
+
+
+@pytest.mark.parametrize("layout", ["flat", "two by two", "rows"])
+def test_ranks_hand_over_at_their_own_pace(pool: Pool, layout: str) -> None:
+    assert pool.run(at_its_own_pace, 4, layout) == [[True] * 48] * 4
+
+
 def sums(mesh: DeviceMesh) -> list[float]:
     """Large and small numbers, whose sum depends on the order."""
     lane = open_lane(mesh, "order", ["a"] * 3)
