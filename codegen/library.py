@@ -19,6 +19,7 @@ import torch
 from zgraph.bridge import private_inductor
 from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.private_inductor import Example, Lowered
+from zgraph.codegen import codes as _codes  # noqa: F401 - registers the kernels
 from zgraph.codegen import distillation as _distillation  # noqa: F401 - registers the ops
 from zgraph.codegen import float8, kernels, loss, matmul, quantised, reference, rotary
 from zgraph.codegen import topk_distillation as _topk_distillation  # noqa: F401 - registers the ops

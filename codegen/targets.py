@@ -2,6 +2,7 @@
 
 echo "neg 64: x f32[M,N] -> y f32[M,N]; y = neg(x)" | python -m zgraph.codegen.targets sm_90 gfx942
 echo "rotary 128 of 128" | python -m zgraph.codegen.targets
+echo "encode q8(block=256)" | python -m zgraph.codegen.targets
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from zgraph.codegen import matmul, rotary
+from zgraph.codegen import codes, matmul, rotary
+from zgraph.codegen.codes import CodeKernel
 from zgraph.codegen.kernels import Tiles, load, tiles
 from zgraph.codegen.matmul import MatmulTiles
 from zgraph.codegen.rotary import Rotary
@@ -59,16 +61,21 @@ class Resources:
     spill_bytes: int
 
 
-def parse(text: str) -> KernelSpec | Rotary:
-    """The kernel over rows, the epilogue of a matmul, or the rotary kernel that a text writes."""
-    return KernelSpec.parse(text) if ":" in text else Rotary.parse(text)
+Kernel = KernelSpec | Rotary | CodeKernel
 
 
-def resources(spec: KernelSpec | Rotary, target: str) -> Resources:
+def parse(text: str) -> Kernel:
+    """The kernel over rows, the epilogue of a matmul, the rotary kernel or that of a codec, which a text writes."""
+    if ":" in text:
+        return KernelSpec.parse(text)
+    return Rotary.parse(text) if text.startswith("rotary") else CodeKernel.parse(text)
+
+
+def resources(spec: Kernel, target: str) -> Resources:
     """Compile a kernel for a GPU.
 
     Args:
-        spec: the kernel; a rotary one, and what a matmul multiplies, in bf16.
+        spec: the kernel; a rotary one, and what a matmul multiplies, in bf16; numbers that are coded in fp32.
         target: `sm_80`, `sm_90` or `gfx942`.
 
     Raises:
@@ -80,7 +87,10 @@ def resources(spec: KernelSpec | Rotary, target: str) -> Resources:
 
     if target not in TARGETS:
         raise KernelError(f"no target is called {target!r}; they are {', '.join(TARGETS)}")
-    found = _rotary(spec) if isinstance(spec, Rotary) else _matmul(spec, target) if spec.is_epilogue else _rows(spec)
+    if isinstance(spec, KernelSpec):
+        found = _matmul(spec, target) if spec.is_epilogue else _rows(spec)
+    else:
+        found = _rotary(spec) if isinstance(spec, Rotary) else _codes(spec)
     signature = found.arguments | dict.fromkeys(found.sizes, "constexpr")
     made = triton.compile(
         ASTSource(found.function, signature, found.sizes, found.aligned),
@@ -135,6 +145,18 @@ def _rotary(spec: Rotary) -> _Compiled:
     pointers = {name: _POINTERS[DType.bf16] for name in function.arg_names if name.endswith(("_in", "_out"))}
     arguments = {**dict.fromkeys(function.arg_names, "i32"), **pointers}
     return _Compiled(function, arguments, _blocks(cut), {"num_warps": cut.num_warps})
+
+
+def _codes(spec: CodeKernel) -> _Compiled:
+    """With feedback, where it codes."""
+    function, types = codes.load(spec), {"code": _POINTERS[DType.u8]}
+    sizes = {name: spec.codec.block if name == "BLOCK" else 1 for name in function.arg_names if name.isupper()}
+    arguments = dict.fromkeys(function.arg_names, "i32")
+    for name in function.arg_names:
+        what, _, way = name.rpartition("_")
+        if way in ("in", "out", "io"):
+            arguments[name] = types.get(what, _POINTERS[DType.f32])
+    return _Compiled(function, arguments, sizes, {"num_warps": spec.tiles.num_warps})
 
 
 def _matmul(spec: KernelSpec, target: str) -> _Compiled:

@@ -46,6 +46,11 @@ def test_rotary_kernels_compile_without_spills(compiler):
     )
 
 
+def test_kernels_of_codecs_compile_without_spills(compiler):
+    codecs = "q8(block=256)", "q4(block=128)", "sign(block=256)", "q8(block=8)", "q4(block=8192)", "sign(block=8192)"
+    check(compiler, [f"{way} {codec}" for codec in codecs for way in ("encode", "decode")])
+
+
 EPILOGUES = (
     "mm_bias_gelu 4096: acc f32[M,N], x0 bf16[N] -> v0 bf16[M,N], v6 bf16[M,N]; v0 = add(acc, x0); "
     "v1 = mul(v0, 0.7071); v2 = erf(v1); v3 = add(v2, 1.0); v4 = mul(v0, 0.5); v6 = mul(v4, v3)",

@@ -1,7 +1,8 @@
 """Numbers of codecs: their codes as bytes, and what the codes stand for, in torch operations of whole blocks.
 
-On processors C++ computes the same in one pass (`zgraph.bridge.compiled_codecs`), where there is a compiler. Which of
-equal magnitudes `topk` keeps is left open; all else is the same to the last bit.
+On processors C++ computes the same in one pass (`zgraph.bridge.compiled_codecs`), where there is a compiler, and
+generated kernels do on GPUs (`zgraph.codegen.codes`). Which of equal magnitudes `topk` keeps is left open; all else is
+the same to the last bit.
 
 What a code stands for is a multiple of a power of two that is no finer than the last bit of the largest number of its
 block, or a number cut to its first bits. So the rest, which error feedback keeps, is exact in fp32 for `q8`, `q4` and
@@ -26,6 +27,9 @@ from zgraph.ir import DType
 from zgraph.ir.codecs import CODED_AT_A_TIME, Q4, Q8, Blockwise, Codec, Raw, Sign, TopK
 
 Tensor = torch.Tensor
+
+KERNELS: dict[str, tuple[Callable[..., bool], Callable[..., bool]]] = {}
+"""Kernels of a type of device, which take what `encode_into` and `add_decoded` take, and say whether they ran."""
 
 _BIAS, _NOT_FINITE = 127, 255
 _LARGEST = {8: 127, 4: 7}
@@ -56,6 +60,8 @@ def encode_into(codec: Codec, x: Tensor, code: Tensor, rest: Tensor | None) -> T
     """
     if isinstance(codec, Raw):
         return code.copy_(x.contiguous().view(torch.uint8))
+    if x.device.type in KERNELS and KERNELS[x.device.type][0](codec, x, code, rest):
+        return code
     encoder = _ENCODERS[type(codec)]
     for row, (numbers, made) in enumerate(zip(x, code, strict=True)):
         if compiled_codecs.encode_row(codec, numbers, made, None if rest is None else rest[row]):
@@ -84,6 +90,8 @@ def add_decoded(codec: Codec, code: Tensor, out: Tensor) -> Tensor:
     """Add what the codes of rows, [rows, num_bytes], stand for to `out`: [rows, numel] in fp32, of `raw` in its own."""
     if isinstance(codec, Raw):
         return out.add_(decode(codec, code, out.shape[1], out.dtype))
+    if code.device.type in KERNELS and KERNELS[code.device.type][1](codec, code, out):
+        return out
     decoder = _DECODERS[type(codec)]
     for made, total in zip(code, out, strict=True):
         if compiled_codecs.add_row(codec, made, total):
