@@ -44,4 +44,4 @@ class Case:
     @property
     def is_exact(self) -> bool:
         """Whether losses are those of fp32."""
-        return not self.options.get("param_dtype")
+        return not self.options.get("param_dtype") and not self.options.get("compress")

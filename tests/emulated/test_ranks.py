@@ -23,9 +23,11 @@ CASES = {
     "recorded": Case(
         net="deep", options={**recipe(3, BUCKETS, tail=GROUPED), "cuda_graphs": True}, num_micro_steps=2, num_steps=5
     ),
+    "codes": Case(net="odd", options={"stage": 2, "compress": "q8(block=8)"}),
+    "codes of parameters": Case(options={"stage": 3, "compress": {"gradients": "q4", "parameters": "q8"}}),
     "states on the host": Case(optimizer={"state": "host", "chunk_bytes": 8192}),
 }
-OFTEN = ("stage 1, 2 micro-steps", "grouped", "offload parameters", "recorded")
+OFTEN = ("stage 1, 2 micro-steps", "codes", "grouped", "offload parameters", "recorded")
 
 
 @pytest.mark.parametrize("name", [*OFTEN, *(deep(name) for name in CASES if name not in OFTEN)])
