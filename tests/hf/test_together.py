@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from tests.deep import deep
+from tests.distributed.tensor_zoo import EXPERTS
 from tests.hf.test_ranks import launched
 from tests.hf.training import Rows, arguments, history, llama, same, trainer
 from zgraph.errors import ConfigError, UsageError
@@ -96,6 +97,27 @@ def test_four_ranks_of_which_two_compute_together_are_two(pool, pair, tmp_path, 
     found, counts_found, _ = pool.run(trained, 4, Trainer, tmp_path / "ours", axes)[0]
     same(found, expected)
     assert counts_found[:3] == counts[:3]
+
+
+def over_experts(mesh, folder, axes):
+    """Losses and norms of a small Mixtral at stage 3."""
+    launched(mesh)
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**{**EXPERTS, "vocab_size": 100}, num_local_experts=4)
+    model = transformers.MixtralForCausalLM(config)
+    given = {"zgraph": {"zero_optimization": {"stage": 3}, **axes}, "model": model}
+    made = trainer(Trainer, folder, given, eval_strategy="steps", eval_steps=2, max_steps=2)
+    made.train()
+    return history(made, "loss", "grad_norm", "eval_loss")
+
+
+@pytest.mark.parametrize("num_ranks", [deep(2)])
+def test_ranks_that_share_experts_train_as_those_that_do_not(pair, tmp_path, num_ranks):
+    """Each has a batch of its own, which counts once."""
+    apart = pair.run(over_experts, num_ranks, tmp_path / "apart", {})
+    together = pair.run(over_experts, num_ranks, tmp_path / "together", {"expert_parallel": {"autoep_size": 2}})
+    for found, expected in zip(together, apart, strict=True):
+        same(found, expected)
 
 
 def streamed(mesh, folder):
