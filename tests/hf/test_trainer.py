@@ -165,14 +165,16 @@ def test_checkpoints_that_cannot_be_resumed_say_so(tmp_path):
         shutil.rmtree(folder)
         (folder.parent / "optimizer.pt").write_bytes(b"")
 
-    for harm, error, said in (
-        (lambda folder: (folder / "index.json").unlink(), UsageError, "not written to its end"),
-        (cut, CheckpointError, "is damaged"),
-        (rename, CheckpointError, "no state of lm_head.weight"),
-        (replace, UsageError, "another Trainer"),
+    for number, (harm, error, said) in enumerate(
+        (
+            (lambda folder: (folder / "index.json").unlink(), UsageError, "not written to its end"),
+            (cut, CheckpointError, "is damaged"),
+            (rename, CheckpointError, r"optimizer\.json is damaged"),
+            (replace, UsageError, "another Trainer"),
+        )
     ):
         with pytest.raises(error, match=said):
-            made._load_optimizer_and_scheduler(harmed(said, harm))
+            made._load_optimizer_and_scheduler(harmed(f"case-{number}", harm))
     made._load_optimizer_and_scheduler(harmed("none", lambda folder: None))
 
 
