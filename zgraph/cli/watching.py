@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,8 +68,9 @@ def _store(job: str) -> Any:
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) < 1 << 16:
         raise UsageError(f"a job is HOST:PORT, where its ranks meet, as gpu-1:29500, and not {job[:80]!r}")
     try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()  # where nobody listens, torch prints pages
         return torchs.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=CONNECT_S))
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise UsageError(f"no store answers at {job} ({first}): give MASTER_ADDR and MASTER_PORT of the job") from None
 
