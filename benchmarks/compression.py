@@ -149,7 +149,9 @@ def run(codec: str, stage: int, num_ranks: int, num_steps: int, tokens: Tokens, 
     with tempfile.TemporaryDirectory() as folder:
         arguments = (codec, stage, num_ranks, num_steps, seed, tokens, folder)
         torch.multiprocessing.spawn(rank_main, arguments, num_ranks)
-        return Trained(**json.loads(Path(folder, "run.json").read_text()))
+        found = Trained(**json.loads(Path(folder, "run.json").read_text()))
+    typer.echo(f"{codec}, seed {seed}: {found.sent_bytes:,} bytes a step, loss {found.loss:.3f}", err=True)
+    return found
 
 
 def main(
