@@ -55,6 +55,7 @@ class Circle:
     def __init__(self, heart: Heartbeat, ranks: tuple[int, ...], name: str, limit_s: float) -> None:
         self.heart, self.ranks, self.name, self.limit_s = heart, ranks, name, limit_s
         self.store: Store = heart.store
+        self.ears = heart.ears
         self.rank, self.at = heart.rank, ranks.index(heart.rank)
         self.call = 0
         self.compared = 0
@@ -72,6 +73,9 @@ class Circle:
 
     def _at(self, what: str, *, waits: bool) -> None:
         self.heart.place = Place(self.call, what, waits, time.monotonic())
+
+    def _tell(self, wait: Wait | None) -> None:
+        self.heart.wait = wait
 
     def let_watch(self, watcher: Watcher) -> None:
         """Have someone look at each beat of the heart whether these ranks can go on."""
@@ -125,8 +129,7 @@ class Circle:
         wait.looks += 1
         with store_errors():
             wait.tell()
-        if left := self._left(wait):
-            self._end(PeerError(f"{left}. {AGAIN}"))
+        self.raise_departed(wait)
         with store_errors():
             if found := self.drifted(wait, seen):
                 self.raise_drift(self.say_drift(found))
@@ -175,6 +178,11 @@ class Circle:
             return "a rank's heartbeat is unreadable: is it of another version of zgraph?"
         paces = {r: pace for r, beat in beats.items() if beat is not None and (pace := parse_pace(beat.pace))}
         return slowest(paces) if len(paces) == len(beats) else ""
+
+    def raise_departed(self, wait: Wait) -> None:
+        """Raise PeerError if a rank has ended, and cannot come any more to where this one waits."""
+        if left := self._left(wait):
+            self._end(PeerError(f"{left}. {AGAIN}"))
 
     def _left(self, wait: Wait) -> str:
         """Which rank has ended and cannot come any more, and how; nothing if none has."""

@@ -85,7 +85,7 @@ class Meetings(Circle):
             is_one = self.store.add(f"{alike}/{digest}", 0) == len(self.ranks)
             numbers = [int(word) for word in read_all(self.store, [f"{stem}/{r}" for r in self.ranks])]
             return int(self.store.compare_set(key, "", str(min(numbers) if is_one else 0)))
-        with self.heart.ears.listen(key, "0") as ear:  # the first to say it rules
+        with self.ears.listen(key, "0") as ear:  # the first to say it rules
             ear.over.wait(seconds)
         return int(ear.word())
 
@@ -112,15 +112,15 @@ class Meetings(Circle):
         wait, seen = self.new_wait(f"{comparison} in call {self.call}", comparison=key), Seen()
         until = time.monotonic() + limit_s
         try:  # where this rank leaves, the others cannot agree any more
-            with self.heart.ears.listen(key, f"{_OVER}rank {self.rank} has left {comparison}") as ear:
+            with self.ears.listen(key, f"{_OVER}rank {self.rank} has left {comparison}") as ear:
                 while not ear.over.wait(ASK_AFTER_SECONDS):
-                    self.heart.wait = wait
+                    self._tell(wait)
                     self._raise_stuck(wait, what)
                     self.look(wait, comparison, seen)
                     if time.monotonic() > until:
                         self.give_up(limit_s)
         finally:
-            self.heart.wait = None
+            self._tell(None)
         self._at(comparison, waits=False)
         return ear.word()
 

@@ -54,7 +54,9 @@ ELSEWHERE = {
     "LocalSteps._take": "the thread of means between replicas, in no case",
     "Travel.mean": "the same thread's own stream",
     "_joined.joined": "expert parallelism, in no case: the wait is the batches' own",
-    "write_tensors": "the files' own threads",
+    "write_parts": "the files' own threads",
+    "Background.wait": "the thread that writes files",
+    "Staging.take": "the thread that writes files",
     "Alike._finish": "tensor parallelism, in no case: the wait is the comparison's own",
 }
 """Functions that wait for no stream, or for one whose memory nobody reads, by what for."""

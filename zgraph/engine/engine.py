@@ -273,7 +273,9 @@ class Engine(Queries):
     ) -> bool:
         """Save everything that training needs to go on, at any number of ranks and any stage. All ranks must call it.
 
-        Within a step, after one of its micro-batches, the gradients so far are saved too.
+        Within a step, after one of its micro-batches, the gradients so far are saved too. Files are written while
+        training goes on, from a snapshot in `checkpoint.memory_limit` bytes of the host's memory at most; what is more
+        is written before this returns. With `checkpoint.asynchronous` false, all of it is.
 
         Args:
             save_dir: the folder of this run's checkpoints, which all ranks see.
@@ -287,8 +289,8 @@ class Engine(Queries):
             True.
 
         Raises:
-            CheckpointError: it cannot be written; those saved before are still there. With `checkpoint.asynchronous`,
-                what goes wrong later is raised by the next call that saves, loads or waits.
+            CheckpointError: it cannot be written; those saved before are still there. What goes wrong later, while
+                files are written, is raised on all ranks by the next call that saves, loads or waits.
             UsageError: it is between `backward` and `step`; or there is no save_dir.
             PeerError: the ranks cannot go on; nothing is saved.
         """

@@ -1,4 +1,4 @@
-"""Checkpoints of an engine: each rank writes its own files, whole or not at all, in the background if asked.
+"""Checkpoints of an engine: each rank writes its own files, whole or not at all, while training goes on.
 
 Tensors lie under the names of parameters, so that a checkpoint is resumed at any number of ranks, stage or offload.
 No pickle is written or read.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from torch import nn
 from zgraph.bridge import private_runtime
 from zgraph.compiler.compiled_model import compiled_model, is_gathered
 from zgraph.engine.checkpoint.accumulation import check_between, gradient_targets, gradients_of, take_gradients
+from zgraph.engine.checkpoint.background import Background, settle_files
 from zgraph.engine.checkpoint.deepspeed import is_deepspeed, load_deepspeed
 from zgraph.engine.checkpoint.directory import Folders, checked_tag
 from zgraph.engine.checkpoint.files import read_json
@@ -27,9 +27,10 @@ from zgraph.engine.checkpoint.optimizer_state import OptimizerLoad
 from zgraph.engine.checkpoint.rests import rest_targets, rests_of, take_rests
 from zgraph.engine.checkpoint.rng_state import Randomness, start_anew
 from zgraph.engine.checkpoint.shards import read_shards, write_shards
+from zgraph.engine.checkpoint.staging import usual_limit
 from zgraph.engine.checkpoint.state import State, model_targets, restore, state_of, tensors_of, without_frozen
 from zgraph.engine.checkpoint.storage import INDEX, Reader, Writer
-from zgraph.engine.checkpoint.tensors import Tensors, copied, model_tensors
+from zgraph.engine.checkpoint.tensors import Tensors, model_tensors
 from zgraph.errors import CheckpointError, UsageError, ZgraphError
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ class Checkpoints:
 
     def __init__(self, engine: Trains) -> None:
         self.engine, self.ranks = engine, engine.ranks
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[None] | None = None
+        self._background = Background(engine.ranks)
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -83,6 +83,7 @@ class Checkpoints:
         self._check_at_rest()
         check_between(self.engine)
         self.wait()
+        settle_files()
         name, tensors, beside = self.ranks.together(lambda: self._contents(tag, client_state))
         if not frozen:
             tensors = without_frozen(self.engine.module, tensors)
@@ -91,29 +92,22 @@ class Checkpoints:
         folders = Folders(root)
         folder = self.ranks.first(lambda: folders.begin(name))
         session = compiled_model(self.engine.module).session
-        is_later = self.engine.config.keys.checkpoint.asynchronous
-        if is_later:
-            tensors = copied(tensors)
-        found = session.doom
-
-        def doom() -> ZgraphError | None:
-            return found if is_later else session.doom
 
         def complete() -> None:
             folders.commit(folder, name, is_latest=is_latest)
 
-        writer = Writer(folder, self.ranks.rank, beside, complete, doom)
-        if is_later:
-            self._writing = self._thread.submit(self._write, tensors, writer)
+        writer = Writer(folder, self.ranks.rank, beside, complete, lambda: session.doom)
+        keys = self.engine.config.keys.checkpoint
+        if keys.is_asynchronous:
+            limit = keys.memory_limit
+            self._background.begin(tensors, writer, usual_limit() if limit is None else int(limit))
         else:
             self._write(tensors, writer)
         return True
 
     def wait(self) -> None:
         """As `Engine.wait_for_checkpoint`."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        self._background.wait()
 
     def _contents(self, tag: object, client_state: Mapping[str, Any]) -> tuple[str, Tensors, dict[str, str]]:
         """The tag, the tensors, and the files beside them that this rank writes."""
@@ -156,6 +150,7 @@ class Checkpoints:
         """As `Engine.load_checkpoint`."""
         self._check_at_rest()
         self.wait()
+        settle_files()
         folders = Folders(root)
         folder = self.ranks.first(lambda: folders.find(None if tag is None else checked_tag(tag)))
         if folder is None:

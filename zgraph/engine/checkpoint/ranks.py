@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,14 +15,14 @@ import torch.distributed as dist
 from zgraph.bridge import private_runtime
 from zgraph.errors import CheckpointError, ZgraphError
 from zgraph.runtime import Session
+from zgraph.runtime.asides import Aside
 from zgraph.runtime.peers import Peers, unique_name
 
 T = TypeVar("T")
 
 
 class Ranks:
-    """The ranks of a model, joined by a separate group when they first need one: a thread may use it while training
-    goes on.
+    """The ranks of a model, joined by a separate group when they first need one.
 
     Args:
         group: the process group that the model trains on; None for one process.
@@ -67,6 +68,26 @@ class Ranks:
         with self.watched("a word from each rank"):
             dist.all_gather_object(found, value, self.group)
         return found
+
+    @cached_property
+    def _aside(self) -> Aside | None:
+        if self._world is None or self.size == 1:
+            return None
+        return Aside(dist.get_rank(), tuple(self.members), unique_name(self._world))
+
+    def aside(self) -> Callable[[Any], list[Any]]:
+        """A function that a thread gathers with, beside training: values that JSON has, through the store.
+
+        All ranks ask for it first in their main threads, in one order.
+        """
+        aside = self._aside
+
+        def gather(value: Any) -> list[Any]:
+            if aside is None:
+                return [value]
+            return [json.loads(word) for word in aside.gather(json.dumps(value))]
+
+        return gather
 
     @contextmanager
     def watched(self, what: str) -> Iterator[None]:
