@@ -10,6 +10,8 @@ from contextlib import suppress
 
 from zgraph.bridge.private_runtime import store
 from zgraph.environment import environment
+from zgraph.errors import PeerError
+from zgraph.runtime.circle import AGAIN
 from zgraph.runtime.drift import Wait
 from zgraph.runtime.elsewhere import Seen
 from zgraph.runtime.heartbeat import heartbeat
@@ -67,9 +69,22 @@ class Aside(Meetings):
         Raises:
             PeerError: a rank failed, ended, or is gone.
         """
-        self.raise_failure()
         wait.looks += 1
-        self.raise_departed(wait)
+        self.check(what)
+
+    def check(self, what: str) -> None:
+        """Look whether all ranks are there.
+
+        Args:
+            what: is waited for.
+
+        Raises:
+            PeerError: a rank failed, ended, or is gone.
+        """
+        self.raise_failure()
+        if left := self.departed():
+            ends = "; ".join(f"rank {rank} {alarm.text}" for rank, alarm in left.items())
+            self._end(PeerError(f"{ends}, while rank {self.rank} waits for {what}. {AGAIN}"))
         if gone := self.silent():
             self.blame(what, TimeoutError("no answer"), gone)
 

@@ -129,7 +129,8 @@ class Circle:
         wait.looks += 1
         with store_errors():
             wait.tell()
-        self.raise_departed(wait)
+        if left := self._left(wait):
+            self._end(PeerError(f"{left}. {AGAIN}"))
         with store_errors():
             if found := self.drifted(wait, seen):
                 self.raise_drift(self.say_drift(found))
@@ -178,11 +179,6 @@ class Circle:
             return "a rank's heartbeat is unreadable: is it of another version of zgraph?"
         paces = {r: pace for r, beat in beats.items() if beat is not None and (pace := parse_pace(beat.pace))}
         return slowest(paces) if len(paces) == len(beats) else ""
-
-    def raise_departed(self, wait: Wait) -> None:
-        """Raise PeerError if a rank has ended, and cannot come any more to where this one waits."""
-        if left := self._left(wait):
-            self._end(PeerError(f"{left}. {AGAIN}"))
 
     def _left(self, wait: Wait) -> str:
         """Which rank has ended and cannot come any more, and how; nothing if none has."""

@@ -177,7 +177,7 @@ class Engine(Queries):
         self._was_applied = False
         self.pending += self.awaits_step
         self.awaits_step = False
-        if self.is_gradient_accumulation_boundary():
+        if is_last := self.is_gradient_accumulation_boundary():
             with self.monitor.timed("step"):
                 overflow = not self._scaled_back(optimizer)
                 self._was_applied = not overflow
@@ -193,6 +193,8 @@ class Engine(Queries):
             self.global_steps += 1
             self.monitor.after_step(self)
         self.micro_steps += 1
+        if is_last:
+            self._checkpoints.after_step()
 
     def _scaled_back(self, optimizer: Optimizer) -> bool:
         """Take the loss scale off the gradients and clip them; False if they have overflowed."""
@@ -408,7 +410,7 @@ class Engine(Queries):
         Raises:
             CheckpointError: it could not be written.
         """
-        self.wait_for_checkpoint()
+        self._checkpoints.close()
         if self._session.doom is None:
             self._settle()
         self.monitor.write_rest()

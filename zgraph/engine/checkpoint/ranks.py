@@ -69,25 +69,11 @@ class Ranks:
             dist.all_gather_object(found, value, self.group)
         return found
 
-    @cached_property
-    def _aside(self) -> Aside | None:
+    def beside(self) -> Beside:
+        """These ranks, for a thread beside training. All ranks ask for it in their main threads, in one order."""
         if self._world is None or self.size == 1:
-            return None
-        return Aside(dist.get_rank(), tuple(self.members), unique_name(self._world))
-
-    def aside(self) -> Callable[[Any], list[Any]]:
-        """A function that a thread gathers with, beside training: values that JSON has, through the store.
-
-        All ranks ask for it first in their main threads, in one order.
-        """
-        aside = self._aside
-
-        def gather(value: Any) -> list[Any]:
-            if aside is None:
-                return [value]
-            return [json.loads(word) for word in aside.gather(json.dumps(value))]
-
-        return gather
+            return Beside(None)
+        return Beside(Aside(dist.get_rank(), tuple(self.members), unique_name(self._world)))
 
     @contextmanager
     def watched(self, what: str) -> Iterator[None]:
@@ -123,6 +109,32 @@ class Ranks:
     def first(self, action: Callable[[], T]) -> T:
         """The first rank's result of the action, on all ranks."""
         return self.gather(self.together(lambda: action() if self.rank == 0 else None))[0]  # type: ignore[return-value]
+
+
+class Beside:
+    """Ranks as a thread meets them beside training: through the store, without a collective.
+
+    Args:
+        aside: None for one process.
+    """
+
+    def __init__(self, aside: Aside | None) -> None:
+        self._aside = aside
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each rank, of values that JSON has.
+
+        Raises:
+            PeerError: a rank is gone.
+        """
+        if self._aside is None:
+            return [value]
+        return [json.loads(word) for word in self._aside.gather(json.dumps(value))]
+
+    def check(self, what: str) -> None:
+        """Raise PeerError if a rank is gone, for which this one waits for `what`."""
+        if self._aside is not None:
+            self._aside.check(what)
 
 
 _RANKS: WeakKeyDictionary[Session, Ranks] = WeakKeyDictionary()

@@ -125,6 +125,13 @@ class Reader:
         """
         self.index.check(self.folder, rank, num_ranks)
 
+    def close(self) -> None:
+        """Let go of what was opened, or made to read."""
+
+    def beside(self, file: str, rank: int) -> Path:
+        """The path of a file that a rank has written beside its tensors."""
+        return self.folder / file
+
     @property
     def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from zgraph.bridge.target import num_bytes
 from zgraph.engine.config.sections import Section
@@ -45,6 +46,24 @@ class WriterKeys(Section):
     decoupled: bool | None = None
 
 
+class MemoryKeys(Section):
+    """`checkpoint.memory`: copies of each rank's shards in the memory of its host, and of the next.
+
+    Keys:
+        every: steps from one copy to the next; 0 makes none.
+        folder: where hosts keep them.
+        job: a name that the job keeps when its processes start again; by default what the launcher says.
+        host: the name of this host, where several are to be told apart on one machine.
+        limit: of the memory that a rank's copies, and those that it keeps for another, may take.
+    """
+
+    every: Annotated[int, Field(ge=0)] = 0
+    folder: Path = Path("/dev/shm")
+    job: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")] | None = None
+    host: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    limit: Size | None = None
+
+
 class CheckpointKeys(Section):
     """`checkpoint`."""
 
@@ -60,9 +79,15 @@ class CheckpointKeys(Section):
     asynchronous: bool | None = None
     memory_limit: Size | None = None
     writer: WriterKeys = WriterKeys()
+    memory: MemoryKeys = MemoryKeys()
 
     @property
     def is_asynchronous(self) -> bool:
         """Whether files are written while training goes on: unless the configuration says otherwise."""
         said = self.asynchronous if self.asynchronous is not None else self.writer.decoupled
         return said is None or said
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The limit of memory, if there is one."""
+        return None if self.memory_limit is None else int(self.memory_limit)
