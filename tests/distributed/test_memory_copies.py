@@ -18,7 +18,6 @@ import zgraph
 from tests.deep import deep
 from zgraph.engine.checkpoint.memory import copies
 from zgraph.engine.engine import Engine
-from zgraph.errors import CheckpointError, UsageError
 
 from .nets import Odd, rows
 from .pool import Pool
@@ -58,6 +57,9 @@ def losses(engine: Engine, until: int) -> list[float]:
 
 def train(_: DeviceMesh, folder: Path, num_hosts: int, stage: int) -> list[float]:
     """The losses of all steps; copies are made of the second, the fourth and the sixth."""
+    plain = engine_of(folder, num_hosts, stage, every=0)
+    torch.manual_seed(dist.get_rank())
+    expected = losses(plain, LAST)
     engine = engine_of(folder, num_hosts, stage)
     torch.manual_seed(dist.get_rank())
     found = losses(engine, 1)
@@ -68,7 +70,9 @@ def train(_: DeviceMesh, folder: Path, num_hosts: int, stage: int) -> list[float
     assert kept is not None
     kept.wait()
     with patch.object(copies.Copies, "make"):
-        return found + losses(engine, LAST)
+        found += losses(engine, LAST)
+    assert found == expected
+    return found
 
 
 def resume(_: DeviceMesh, folder: Path, num_hosts: int, stage: int) -> tuple[int, Any, list[float], str]:

@@ -90,6 +90,7 @@ class Copies:
                 'when it starts again; give "job" there, or torchrun --rdzv-id'
             )
         self.last: Mark | None = None
+        self._making = Mark(0, 0, "")
         self._background = Background(self.ranks, "copies", self._finish)
         self._keepers: Keepers | None = None
         self._is_made = False
@@ -111,7 +112,7 @@ class Copies:
         """
         self.wait()
         keepers = self._joined()
-        mark = keepers.mark._replace(step=self.engine.global_steps)
+        mark = self._making = keepers.mark._replace(step=self.engine.global_steps)
         session = compiled_model(self.engine.module).session
 
         _ = self.engine.skipped_steps  # what the device has left out is taken back first
@@ -139,10 +140,9 @@ class Copies:
     def _finish(self, snapshot: Snapshot, writer: Writer, beside: Beside) -> None:
         """Write this rank's copy, fetch that of the rank before, and agree with all that it is done."""
         keepers = self._joined()
-        mark, problem = Mark.parse(writer.folder.name[1:].rpartition(".")[0]), ""
-        assert mark is not None
+        mark, problem = self._making, ""
         try:
-            keepers.shelf.remove_but(self.last)
+            keepers.shelf.remove_but(self.last, mark)
             keepers.shelf.begin(writer.folder)
             index = snapshot.write(writer)
             self._check_limit(index, keepers)

@@ -31,7 +31,7 @@ LULL_S = 0.05
 ANSWER_S = 60.0
 LINE_BYTES = 4096
 LOW_PRIORITY = 0x20
-"""Class CS1 of DiffServ (RFC 8622), for traffic that may wait."""
+"""Class CS1 of DiffServ, for traffic that may wait (RFC 3662)."""
 _ABSENT, _NEVER = (1 << 64) - 1, (1 << 64) - 2
 _FILE = re.compile(r"[a-z0-9_]+\.(safetensors|json)")
 
@@ -86,7 +86,7 @@ class Server:
             threading.Thread(target=self._answer, args=(connection,), name="zgraph-copy", daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError, ValueError, CheckpointError):
+        with connection, suppress(OSError, ValueError, RecursionError, CheckpointError):
             connection.settimeout(ANSWER_S)
             connection.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, LOW_PRIORITY)
             with connection.makefile("rb") as lines:
@@ -96,7 +96,8 @@ class Server:
     def _asked(self, line: bytes) -> Path:
         """The file that a question names. Raises ValueError if it is no question, or has not the secret."""
         asked: Any = json.loads(line)
-        if not isinstance(asked, dict) or not hmac.compare_digest(str(asked.get("secret")), self.address.secret):
+        secret = str(asked.get("secret")) if isinstance(asked, dict) else ""
+        if not hmac.compare_digest(secret.encode(), self.address.secret.encode()):
             raise ValueError("a question without the secret")
         mark, rank, file = Mark.parse(str(asked.get("mark"))), asked.get("rank"), str(asked.get("file"))
         if mark is None or type(rank) is not int or rank < 0 or _FILE.fullmatch(file) is None:

@@ -103,11 +103,10 @@ class Shelf:
 
     def copies(self) -> Iterator[tuple[Mark, int]]:
         """The copies that are here, whole by their names: which of which rank."""
-        for folder in self.folder.iterdir() if self.folder.is_dir() else ():
-            if (of := _RANK.fullmatch(folder.name)) is not None and folder.is_dir() and not folder.is_symlink():
-                for path in folder.iterdir():
-                    if (mark := Mark.parse(path.name)) is not None and path.is_dir() and not path.is_symlink():
-                        yield mark, int(of[1])
+        for path in self.folder.glob("rank_*/*"):
+            of, mark = _RANK.fullmatch(path.parent.name), Mark.parse(path.name)
+            if of is not None and mark is not None and path.is_dir() and not path.is_symlink():
+                yield mark, int(of[1])
 
     def check_in(self, folder: Path, rank: int) -> Index:
         """The index of a copy all of whose bytes are what was written.
@@ -125,10 +124,10 @@ class Shelf:
         index.check_rank(folder, rank)
         return index
 
-    def remove_but(self, mark: Mark | None) -> None:
-        """Remove all copies but those of a mark."""
+    def remove_but(self, *marks: Mark | None) -> None:
+        """Remove all copies but those of some marks."""
         for found, rank in list(self.copies()):
-            if found != mark:
+            if found not in marks:
                 shutil.rmtree(self.place(rank, found), ignore_errors=True)
 
     def remove(self, ranks: Sequence[int]) -> None:
