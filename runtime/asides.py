@@ -7,6 +7,7 @@ own to the store, and uses no collective.
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 from zgraph.bridge.private_runtime import store
 from zgraph.environment import environment
@@ -36,15 +37,15 @@ class Aside(Meetings):
         self.ears = Ears(self.store)
         self._number = 0
 
-    def gather(self, word: str) -> list[str]:
-        """The word of every rank, in their order.
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in their order, of values that JSON has.
 
         Raises:
             PeerError: a rank failed, ended or is gone, or does not come in time.
         """
         self._number += 1
         what = f"words/{self._number}"
-        found = self.exchange(what, word, num_limits=PATIENCE)
+        found = self.exchange_values(what, value, num_limits=PATIENCE)
         self._have_read(what)  # before the process ends that keeps the store
         if self.rank == self.ranks[0] and self._number > 1:
             self._forget(f"words/{self._number - 1}")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from zgraph.errors import PeerError, PlanMismatchError
 from zgraph.runtime.circle import ASK_AFTER_SECONDS, Circle
@@ -20,7 +20,7 @@ from zgraph.runtime.elsewhere import Seen
 from zgraph.runtime.heartbeat import BEAT_SECONDS
 from zgraph.runtime.journal import begun
 from zgraph.runtime.questions import read_all
-from zgraph.runtime.store_errors import store_errors
+from zgraph.runtime.store_errors import damaged_words, store_errors
 
 _OVER = "over "
 """How the ruling on a comparison begins that a rank has left before its end."""
@@ -42,7 +42,7 @@ class Meetings(Circle):
         ruling = ""
         with store_errors():
             count = self.store.add(f"{stem}/{digest}", 1)
-            if count == 1 and self.store.compare_set(f"{stem}/first", "", digest).decode() != digest:
+            if count == 1 and self.store.compare_set(f"{stem}/first", "", digest) != digest.encode():
                 ruling = "apart"  # there is another: no need to wait for the others
             elif count == len(self.ranks):
                 ruling = "same"
@@ -63,8 +63,15 @@ class Meetings(Circle):
             self.store.set(f"{stem}/{self.rank}", word)
             if self.store.add(f"{stem}/came", 1) == len(self.ranks):
                 ruling = _joined([f.decode() for f in read_all(self.store, [f"{stem}/{r}" for r in self.ranks])])
-        different, numbers = json.loads(self._ruling(stem, what, ruling, num_limits * self.limit_s))
-        return [different[number] for number in numbers]
+        ruling = self._ruling(stem, what, ruling, num_limits * self.limit_s)
+        with store_errors():
+            return _parted(ruling, len(self.ranks))
+
+    def exchange_values(self, what: str, value: Any, *, num_limits: int = 1) -> list[Any]:
+        """The value of every rank, in their order, of values that JSON has; as `exchange`."""
+        words = self.exchange(what, json.dumps(value), num_limits=num_limits)
+        with store_errors():
+            return [json.loads(word) for word in words]
 
     def smallest(self, what: str, place: str, number: int, seconds: float) -> int:
         """The smallest number that any rank gives; 0 if some rank is at another place, or has not come in time.
@@ -75,8 +82,12 @@ class Meetings(Circle):
             number: this rank's.
             seconds: how long to wait for the others.
 
-        Raises RuntimeError if the store is gone.
+        Raises RuntimeError if the store is gone; PeerError if a number in it is none.
         """
+        with damaged_words():
+            return self._smallest(what, place, number, seconds)
+
+    def _smallest(self, what: str, place: str, number: int, seconds: float) -> int:
         stem = self._key(what)
         key, alike, digest = f"{stem}/ruling", f"{stem}/alike", hashlib.sha256(place.encode()).hexdigest()
         self.store.set(f"{stem}/{self.rank}", str(number))
@@ -143,7 +154,7 @@ class Meetings(Circle):
 
     def _raise_what_ended(self, how: str) -> NoReturn:
         """Raise why another rank has left a comparison; it tells so before it leaves, or as it ends."""
-        self._raise_failed(self._read(self._key("failed")).decode())
+        self._raise_failed(self._read(self._key("failed")))
         self.raise_drift()
         until = time.monotonic() + 2 * BEAT_SECONDS
         while time.monotonic() < until:
@@ -167,6 +178,18 @@ class Meetings(Circle):
             "  Remedy: build the same model from the same configuration on every rank, and give every rank inputs of "
             "the same kind and shape (or pass dynamic=True for sizes that differ)."
         )
+
+
+def _parted(ruling: str, num_ranks: int) -> list[str]:
+    """The words that were joined. Raises ValueError if it is none of a so many ranks."""
+    found = json.loads(ruling)
+    different, numbers = found if isinstance(found, list) and len(found) == 2 else (None, None)
+    is_one = isinstance(different, list) and all(isinstance(word, str) for word in different)
+    if not is_one or not isinstance(numbers, list) or len(numbers) != num_ranks:
+        raise ValueError("words of ranks that are not joined as they are")
+    if any(type(number) is not int or not 0 <= number < len(different) for number in numbers):
+        raise ValueError("a word of a rank that is not there")
+    return [different[number] for number in numbers]
 
 
 def _joined(words: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -129,7 +128,7 @@ class Beside:
         """
         if self._aside is None:
             return [value]
-        return [json.loads(word) for word in self._aside.gather(json.dumps(value))]
+        return self._aside.gather(value)
 
     def check(self, what: str) -> None:
         """Raise PeerError if a rank is gone, for which this one waits for `what`."""
