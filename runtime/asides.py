@@ -30,12 +30,13 @@ class Aside(Meetings):
         rank: this one.
         ranks: all of them, in an order that is the same on each.
         name: the same on all of them, and used for nothing else.
+        what: they meet about, for messages.
     """
 
-    def __init__(self, rank: int, ranks: tuple[int, ...], name: str) -> None:
+    def __init__(self, rank: int, ranks: tuple[int, ...], name: str, what: str) -> None:
         super().__init__(heartbeat(store(), rank), ranks, name, environment().timeout_s)
         self.ears = Ears(self.store)
-        self._number = 0
+        self._what, self._number = what, 0
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, in their order, of values that JSON has.
@@ -44,11 +45,11 @@ class Aside(Meetings):
             PeerError: a rank failed, ended or is gone, or does not come in time.
         """
         self._number += 1
-        what = f"words/{self._number}"
+        what = f"{self._what}/{self._number}"
         found = self.exchange_values(what, value, num_limits=PATIENCE)
         self._have_read(what)  # before the process ends that keeps the store
         if self.rank == self.ranks[0] and self._number > 1:
-            self._forget(f"words/{self._number - 1}")
+            self._forget(f"{self._what}/{self._number - 1}")
         return found
 
     def _forget(self, what: str) -> None:
@@ -90,7 +91,7 @@ class Aside(Meetings):
             self.blame(what, TimeoutError("no answer"), gone)
 
     def _at(self, what: str, *, waits: bool) -> None:
-        """The place of this rank is that of its main thread."""
+        """Nothing: the place of this rank is that of its main thread."""
 
     def _tell(self, wait: Wait | None) -> None:
-        """What this rank waits for is what its main thread waits for."""
+        """Nothing: waits of this rank are those of its main thread."""

@@ -181,12 +181,13 @@ class Meetings(Circle):
 
 
 def _parted(ruling: str, num_ranks: int) -> list[str]:
-    """The words that were joined. Raises ValueError if it is none of a so many ranks."""
+    """The words that were joined. Raises ValueError if these are not the words of so many ranks."""
     found = json.loads(ruling)
-    different, numbers = found if isinstance(found, list) and len(found) == 2 else (None, None)
-    is_one = isinstance(different, list) and all(isinstance(word, str) for word in different)
-    if not is_one or not isinstance(numbers, list) or len(numbers) != num_ranks:
+    if not isinstance(found, list) or len(found) != 2 or not all(isinstance(part, list) for part in found):
         raise ValueError("words of ranks that are not joined as they are")
+    different, numbers = found
+    if not all(isinstance(word, str) for word in different) or len(numbers) != num_ranks:
+        raise ValueError("words of other ranks than these")
     if any(type(number) is not int or not 0 <= number < len(different) for number in numbers):
         raise ValueError("a word of a rank that is not there")
     return [different[number] for number in numbers]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
-from tests.deep import deep
+from tests.deep import DEEP, deep
 from zgraph.engine.checkpoint.memory import copies
 from zgraph.engine.engine import Engine
 
@@ -135,14 +135,16 @@ def one_was_being_written(folder: Path) -> None:
     shutil.rmtree(folder / "host0")
 
 
-CASES = {
+CASES: dict[Damage, tuple[int, str]] = {
     second_host_is_lost: (6, "by copies in memory"),
-    first_host_is_lost: (6, "by copies in memory"),
-    nothing: (6, "by copies in memory"),
-    one_copy_is_torn: (6, "is not used: "),
     the_newest_are_torn: (4, "of step 6 there is no copy of rank 0"),
-    one_was_being_written: (4, "of step 6 there is no copy of rank 0"),
     the_first_ranks_are_lost: (1, "the checkpoint on disk of step 1: of step 6 there is no copy of rank 0"),
+}
+MORE: dict[Damage, tuple[int, str]] = {
+    nothing: (6, "by copies in memory"),
+    first_host_is_lost: (6, "by copies in memory"),
+    one_copy_is_torn: (6, "is not used: "),
+    one_was_being_written: (4, "of step 6 there is no copy of rank 0"),
 }
 
 
@@ -151,8 +153,8 @@ def test_a_lost_host_is_restored_to_the_last_bit(tmp_path: Path, num_ranks: int,
     pool, again = Pool(num_ranks), Pool(num_ranks)
     try:
         expected = pool.run(train, num_ranks, tmp_path / "run", 2, stage)
-        pool.stop()
-        for damage, (step, words) in CASES.items():
+        pool.stop()  # killed, as by a launcher
+        for damage, (step, words) in (CASES | MORE if DEEP else CASES).items():
             folder = tmp_path / damage.__name__
             shutil.copytree(tmp_path / "run", folder)
             damage(folder)
@@ -165,3 +167,16 @@ def test_a_lost_host_is_restored_to_the_last_bit(tmp_path: Path, num_ranks: int,
     finally:
         pool.stop()
         again.stop()
+
+
+@pytest.mark.parametrize("stage", [deep(3)])
+def test_the_host_that_is_left_goes_on_with_fewer_ranks(pool: Pool, tmp_path: Path, stage: int) -> None:
+    pool.run(train, 4, tmp_path, 2, stage, spoils=True)
+    second_host_is_lost(tmp_path)
+    fewer = Pool(2)
+    try:
+        for begun, _, found, _ in fewer.run(resume, 2, tmp_path, 1, 2):
+            assert begun == 6
+            assert len(found) == LAST - 6
+    finally:
+        fewer.stop()

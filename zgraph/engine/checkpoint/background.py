@@ -77,19 +77,19 @@ class Background:
 
     Args:
         ranks: those of the engine.
-        name: of the thread.
+        name: of what it writes, for messages.
         finish: called in the thread.
     """
 
     def __init__(self, ranks: Ranks, name: str, finish: Finish) -> None:
         self.ranks, self.staging = ranks, Staging()
-        self._finish = finish
+        self._name, self._finish = name, finish
         self._thread = ThreadPoolExecutor(1, name)
         self._writing: Future[None] | None = None
 
     @cached_property
     def _beside(self) -> Beside:
-        return self.ranks.beside()
+        return self.ranks.beside(f"files of the {self._name}")
 
     def begin(self, tensors: Tensors, writer: Writer, limit_bytes: int | None) -> None:
         """Take a snapshot of the tensors, and begin to write it. All ranks call it, when nothing else is written.
@@ -156,5 +156,5 @@ def complete(snapshot: Snapshot, writer: Writer, beside: Beside) -> None:
 
 
 def said(error: BaseException) -> str:
-    """What an error says, and its kind if that is nothing."""
+    """Message of an error; its kind if it has none."""
     return str(error) or type(error).__name__

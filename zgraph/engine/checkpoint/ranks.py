@@ -68,11 +68,15 @@ class Ranks:
             dist.all_gather_object(found, value, self.group)
         return found
 
-    def beside(self) -> Beside:
-        """These ranks, for a thread beside training. All ranks ask for it in their main threads, in one order."""
+    def beside(self, what: str) -> Beside:
+        """These ranks, for a thread beside training. All ranks ask for it in their main threads, in one order.
+
+        Args:
+            what: the threads agree about, for messages.
+        """
         if self._world is None or self.size == 1:
             return Beside(None)
-        return Beside(Aside(dist.get_rank(), tuple(self.members), unique_name(self._world)))
+        return Beside(Aside(dist.get_rank(), tuple(self.members), unique_name(self._world), what))
 
     @contextmanager
     def watched(self, what: str) -> Iterator[None]:

@@ -91,7 +91,7 @@ class Copies:
             )
         self.last: Mark | None = None
         self._making = Mark(0, 0, "")
-        self._background = Background(self.ranks, "copies", self._finish)
+        self._background = Background(self.ranks, "copies in memory", self._finish)
         self._keepers: Keepers | None = None
         self._is_made = False
         atexit.register(_at_exit, weakref.ref(self))
