@@ -2,6 +2,9 @@
 
 Every restart must go on from a complete checkpoint, and from none older than the last whose saving had returned; every
 step must have the loss that it has without kills; and the ranks that live on must end by themselves.
+
+With copies in memory, each rank is on a host of its own, which is a folder; with half of the ranks that are killed
+their hosts are lost. Training then goes on from the newest copies that are complete, if these are newer.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -60,6 +64,8 @@ class Outcome:
         moments: what the killed rank had told last.
         num_steps: different steps whose losses were compared with those of the run without kills.
         num_repeated: steps that were made more than once.
+        num_hosts_lost: kills after which the copies of the rank's host were lost, too.
+        from_memory: rounds that went on between two checkpoints on disk.
     """
 
     num_kills: int = 0
@@ -68,6 +74,8 @@ class Outcome:
     moments: dict[str, int] = field(default_factory=dict)
     num_steps: int = 0
     num_repeated: int = 0
+    num_hosts_lost: int = 0
+    from_memory: int = 0
 
 
 class Net(nn.Module):
@@ -83,17 +91,26 @@ class Net(nn.Module):
         return F.mse_loss(self.last(self.drop(F.gelu(self.first(x)))), y)
 
 
-def train(rank: int, num_ranks: int, port: int, folder: Path, asynchronous: bool, steps: int, pipe: Connection) -> None:
+def host_of(folder: Path, rank: int) -> Path:
+    """The folder that is the memory of a rank's host."""
+    return folder / f"host{rank}"
+
+
+def train(
+    rank: int, num_ranks: int, port: int, folder: Path, asynchronous: bool, memory: bool, steps: int, pipe: Connection
+) -> None:
     """A rank: goes on from the last checkpoint, and tells what it does.
 
     Args:
         rank, num_ranks, port: of the process group.
         folder: of the checkpoints.
         asynchronous: whether they are written while training goes on.
+        memory: whether each step is also copied to the memory of hosts.
         steps: after how many to end.
         pipe: takes pairs of a word and a number.
     """
     torch.set_num_threads(1)
+    copies = {"every": int(memory), "job": "kills", "folder": str(host_of(folder, rank)), "host": f"host {rank}"}
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
@@ -111,12 +128,12 @@ def train(rank: int, num_ranks: int, port: int, folder: Path, asynchronous: bool
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
                 "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
                 "zero_optimization": {"stage": 3},
-                "checkpoint": {"asynchronous": asynchronous},
+                "checkpoint": {"asynchronous": asynchronous, "memory": copies},
             },
         )
         torch.manual_seed(rank)
         pipe.send(("sharded", None))
-        engine.load_checkpoint(folder)
+        engine.load_checkpoint(folder / "disk")
         pipe.send(("resumed", engine.global_steps))
         pending = None
         while engine.global_steps < steps:
@@ -129,7 +146,7 @@ def train(rank: int, num_ranks: int, port: int, folder: Path, asynchronous: bool
             pipe.send(("step", (step, loss.item())))
             if engine.global_steps % SAVE_EVERY == 0:
                 pipe.send(("saving", engine.global_steps))
-                engine.save_checkpoint(folder)
+                engine.save_checkpoint(folder / "disk")
                 if pending is not None or not asynchronous:
                     pipe.send(("saved", pending if asynchronous else engine.global_steps))
                 pending = engine.global_steps
@@ -142,7 +159,7 @@ def train(rank: int, num_ranks: int, port: int, folder: Path, asynchronous: bool
 class Round:
     """The processes of one start, and what they have told."""
 
-    def __init__(self, num_ranks: int, folder: Path, asynchronous: bool, steps: int) -> None:
+    def __init__(self, num_ranks: int, folder: Path, asynchronous: bool, memory: bool, steps: int) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(IMPORTED))
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -151,7 +168,7 @@ class Round:
         self.last = ["starting"] * num_ranks
         for rank in range(num_ranks):
             ours, theirs = context.Pipe()
-            args = (rank, num_ranks, self.store.port, folder, asynchronous, steps, theirs)
+            args = (rank, num_ranks, self.store.port, folder, asynchronous, memory, steps, theirs)
             process = context.Process(target=train, args=args, daemon=True)
             process.start()
             theirs.close()
@@ -188,10 +205,12 @@ class Campaign:
         folder: of the checkpoints.
         num_ranks: of every round.
         seed: of ranks, moments, and ways of saving.
+        memory: whether each step is also copied to the memory of hosts.
     """
 
-    def __init__(self, folder: Path, num_ranks: int, seed: int) -> None:
+    def __init__(self, folder: Path, num_ranks: int, seed: int, memory: bool) -> None:
         self.folder, self.num_ranks, self.random = folder, num_ranks, random.Random(seed)
+        self.memory = memory
         self.outcome = Outcome()
         self.saved = 0
         self.losses: dict[tuple[int, int], float] = {}
@@ -204,7 +223,7 @@ class Campaign:
         """
         victim, is_starting = self.random.randrange(self.num_ranks), self.random.random() < STARTING_SHARE
         first, longest_s = ("joined", STARTING_S) if is_starting else ("step", TRAINING_S)
-        started = Round(self.num_ranks, self.folder, self.random.random() < 0.5, steps=1 << 30)
+        started = Round(self.num_ranks, self.folder, self.random.random() < 0.5, self.memory, steps=1 << 30)
         try:
             for rank, word, value in started.told(time.monotonic() + START_S):
                 self._note(rank, word, value)
@@ -226,6 +245,9 @@ class Campaign:
             self.outcome.num_kills += 1
         finally:
             started.end()
+        if self.memory and self.random.random() < 0.5:
+            shutil.rmtree(host_of(self.folder, victim), ignore_errors=True)
+            self.outcome.num_hosts_lost += 1
 
     def compare(self) -> None:
         """Compare every loss with that of a run without kills.
@@ -235,7 +257,7 @@ class Campaign:
         """
         steps = 1 + max((step for _, step in self.losses), default=0)
         with tempfile.TemporaryDirectory() as folder:
-            plain = Round(self.num_ranks, Path(folder), False, steps)
+            plain = Round(self.num_ranks, Path(folder), False, False, steps)
             try:
                 expected = {
                     (rank, value[0]): value[1]
@@ -255,10 +277,11 @@ class Campaign:
 
     def _note(self, rank: int, word: str, value: Any) -> None:
         if word == "resumed":
-            if value < self.saved or value % SAVE_EVERY:
+            if value < self.saved or (value % SAVE_EVERY and not self.memory):
                 raise Killed(f"rank {rank} went on from step {value}, and step {self.saved} had been saved")
             if rank == 0:
                 self.outcome.resumed.append(value)
+                self.outcome.from_memory += bool(value % SAVE_EVERY)
         elif word == "saved":
             self.saved = max(self.saved, value)
         elif word == "step":
@@ -268,14 +291,14 @@ class Campaign:
             self.outcome.num_repeated += held is not loss
 
 
-def run(num_kills: int, num_ranks: int = 3, seed: int = 0) -> Outcome:
+def run(num_kills: int, num_ranks: int = 3, seed: int = 0, *, memory: bool = False) -> Outcome:
     """Kill so many times, and compare.
 
     Raises:
         Killed: training did not go on as it must.
     """
     with tempfile.TemporaryDirectory() as folder:
-        campaign = Campaign(Path(folder), num_ranks, seed)
+        campaign = Campaign(Path(folder), num_ranks, seed, memory)
         for number in range(1, num_kills + 1):
             campaign.kill_once()
             if number % 10 == 0:
@@ -284,7 +307,7 @@ def run(num_kills: int, num_ranks: int = 3, seed: int = 0) -> Outcome:
     return campaign.outcome
 
 
-def run_all(num_kills: int, num_ranks: int, seed: int, num_campaigns: int) -> Outcome:
+def run_all(num_kills: int, num_ranks: int, seed: int, num_campaigns: int, *, memory: bool) -> Outcome:
     """Divide the kills among campaigns beside each other, which wait much of their time.
 
     Raises:
@@ -292,7 +315,7 @@ def run_all(num_kills: int, num_ranks: int, seed: int, num_campaigns: int) -> Ou
     """
     shares = [num_kills // num_campaigns + (at < num_kills % num_campaigns) for at in range(num_campaigns)]
     with ThreadPoolExecutor(num_campaigns) as pool:
-        found = list(pool.map(lambda at: run(shares[at], num_ranks, seed + at), range(num_campaigns)))
+        found = list(pool.map(lambda at: run(shares[at], num_ranks, seed + at, memory=memory), range(num_campaigns)))
     return Outcome(
         sum(o.num_kills for o in found),
         [at for o in found for at in o.resumed],
@@ -300,6 +323,8 @@ def run_all(num_kills: int, num_ranks: int, seed: int, num_campaigns: int) -> Ou
         dict(sum((Counter(o.moments) for o in found), Counter())),
         sum(o.num_steps for o in found),
         sum(o.num_repeated for o in found),
+        sum(o.num_hosts_lost for o in found),
+        sum(o.from_memory for o in found),
     )
 
 
@@ -309,11 +334,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--campaigns", type=int, default=1, help="trainings beside each other, each with its share")
+    parser.add_argument("--memory", action="store_true", help="copy each step to the memory of hosts, and lose hosts")
     parser.add_argument("--json", type=Path, help="where to write what was found")
     options = parser.parse_args(arguments)
     began = time.monotonic()
-    outcome = run_all(options.kills, options.ranks, options.seed, options.campaigns)
+    outcome = run_all(options.kills, options.ranks, options.seed, options.campaigns, memory=options.memory)
     print(f"{outcome.num_kills} kills, {outcome.num_steps} steps as without kills, {time.monotonic() - began:.0f} s")
+    if options.memory:
+        print(
+            f"{outcome.num_hosts_lost} hosts lost; {outcome.from_memory} rounds went on between two checkpoints on disk"
+        )
     print(f"the others ended within {max(outcome.ended_s):.1f} s; when killed, ranks were at {outcome.moments}")
     results.write(
         options.json,

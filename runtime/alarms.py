@@ -36,6 +36,41 @@ class Alarm:
     text: str
     begun: Mapping[str, int] = field(default_factory=dict)
 
+    @staticmethod
+    def parse(word: bytes) -> Alarm | None:
+        """The alarm that a rank has raised; None of a word that is no alarm, which nobody can act upon.
+
+        What another version of zgraph says beside is left out.
+        """
+        try:
+            found = json.loads(word)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(found, dict) or any(type(found.get(name)) is not kind for name, kind in _KINDS.items()):
+            return None
+        if any(type(number) is not int for number in found["begun"].values()):
+            return None
+        return Alarm(**{name: found[name] for name in _KINDS})
+
+    @property
+    def lasts(self) -> dict[int, int]:
+        """The last beat of each rank that an alarm says to be silent; of those that it can be read of."""
+        try:
+            found = json.loads(self.text)
+        except (ValueError, RecursionError):
+            return {}
+        pairs = found.items() if isinstance(found, dict) else ()
+        return {int(rank): count for rank, count in pairs if rank.isdecimal() and type(count) is int}
+
+    @property
+    def failed_call(self) -> tuple[str, int]:
+        """The name of the model and the number of the call that failed; -1 where the alarm says none."""
+        name, _, call = self.scope.rpartition("/")
+        return name, int(call) if call.isdecimal() else -1
+
+
+_KINDS: dict[str, type] = {"kind": str, "scope": str, "rank": int, "text": str, "begun": dict}
+
 
 def raise_alarm(store: Store, alarm: Alarm) -> None:
     """Put an alarm behind those that are there. Raises RuntimeError if the store is gone."""
@@ -63,7 +98,7 @@ class Alarms:
                 break
             self.num_read, self._num_empty = number, 0
             if word:
-                found.append(Alarm(**json.loads(word)))
+                found += [alarm] if (alarm := Alarm.parse(word)) is not None else []
         return found
 
     def _is_hole(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -21,6 +22,10 @@ class Place(NamedTuple):
             return f"waits for {self.what} in call {self.call}"
         after = f", after {self.what}" if self.what else ""
         return f"has not answered for {time.monotonic() - self.since:.0f} s, last seen in call {self.call}{after}"
+
+
+UNREADABLE = "its heartbeat is unreadable: is it of another version of zgraph?"
+"""Place of a rank whose heartbeat is none."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,44 @@ class Beat:
         known = {entry.name: found[entry.name] for entry in fields(Beat) if entry.name in found}
         if wrong := [name for name, value in known.items() if type(value) is not _KINDS[name]]:
             raise ValueError(f"a heartbeat with another {wrong[0]} than {_KINDS[wrong[0]].__name__}")
+        if known.get("wait") and not _is_wait(known["wait"]):
+            raise ValueError("a heartbeat with another wait than a rank tells of")
         return Beat(**known)
+
+    @staticmethod
+    def read(word: bytes) -> Beat | None:
+        """The heartbeat that was printed; None of a rank that has never been seen.
+
+        Of one that is none, it says so: whoever listens hears that something new came, and nothing else.
+        """
+        try:
+            return Beat.parse(word)
+        except ValueError:
+            return Beat(zlib.crc32(word), UNREADABLE)
 
 
 _KINDS: dict[str, type] = {"count": int, "place": str, "waits": bool, "outside": str, "wait": dict, "pace": dict}
+
+
+_WAIT_KINDS: dict[str, type] = {
+    "serial": int,
+    "looks": int,
+    "place": str,
+    "number": int,
+    "comparison": str,
+    "scope": str,
+    "journal": str,
+    "last": list,
+    "begun": dict,
+}
+
+
+def _is_wait(word: dict[str, Any]) -> bool:
+    """Whether this is what a rank says of its wait (`Wait.word`)."""
+    if any(type(word.get(name)) is not kind for name, kind in _WAIT_KINDS.items()):
+        return False
+    numbers = [*word["last"], *word["begun"].values()]
+    return len(word["last"]) in (0, 2) and all(type(number) is int for number in numbers)
 
 
 def beat_key(rank: int) -> str:

@@ -6,7 +6,6 @@ question to the store, and what it costs does not depend on how many ranks there
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Iterable
 from typing import NoReturn
@@ -14,7 +13,7 @@ from typing import NoReturn
 from zgraph.bridge.private_runtime import Store
 from zgraph.errors import PeerError, PlanMismatchError, ZgraphError
 from zgraph.runtime.alarms import Alarm, raise_alarm
-from zgraph.runtime.beats import Beat, Place, beat_key
+from zgraph.runtime.beats import UNREADABLE, Beat, Place, beat_key
 from zgraph.runtime.departures import LINGER_SECONDS
 from zgraph.runtime.drift import Wait
 from zgraph.runtime.elsewhere import Seen, elsewhere
@@ -55,6 +54,7 @@ class Circle:
     def __init__(self, heart: Heartbeat, ranks: tuple[int, ...], name: str, limit_s: float) -> None:
         self.heart, self.ranks, self.name, self.limit_s = heart, ranks, name, limit_s
         self.store: Store = heart.store
+        self.ears = heart.ears
         self.rank, self.at = heart.rank, ranks.index(heart.rank)
         self.call = 0
         self.compared = 0
@@ -72,6 +72,9 @@ class Circle:
 
     def _at(self, what: str, *, waits: bool) -> None:
         self.heart.place = Place(self.call, what, waits, time.monotonic())
+
+    def _tell(self, wait: Wait | None) -> None:
+        self.heart.wait = wait
 
     def let_watch(self, watcher: Watcher) -> None:
         """Have someone look at each beat of the heart whether these ranks can go on."""
@@ -95,7 +98,7 @@ class Circle:
         """
         self.raise_doom()
         if self.failed_call != self.call:
-            self._raise_failed(self._read(self._key("failed")).decode())
+            self._raise_failed(self._read(self._key("failed")))
         self.call += 1
         self.heart.pace.begin_call()
         self.compared = 0
@@ -162,17 +165,16 @@ class Circle:
         """The last heartbeat of every rank: one question, but a long answer. For ranks that are about to end."""
         with store_errors():
             words = read_all(self.store, [beat_key(rank) for rank in self.ranks])
-        return {rank: Beat.parse(word) for rank, word in zip(self.ranks, words, strict=True)}
+        return {rank: Beat.read(word) for rank, word in zip(self.ranks, words, strict=True)}
 
     def slowest(self) -> str:
         """Which rank is slow and where, if one is: one question, with a long answer. For one rank, now and then.
 
         It only tells: training goes on where a word cannot be read.
         """
-        try:
-            beats = self._beats()
-        except ValueError:
-            return "a rank's heartbeat is unreadable: is it of another version of zgraph?"
+        beats = self._beats()
+        if any(beat is not None and beat.place == UNREADABLE for beat in beats.values()):
+            return f"of a rank, {UNREADABLE}"
         paces = {r: pace for r, beat in beats.items() if beat is not None and (pace := parse_pace(beat.pace))}
         return slowest(paces) if len(paces) == len(beats) else ""
 
@@ -198,8 +200,7 @@ class Circle:
             alarm = alarms[self._num_heard]
             self._num_heard += 1
             if alarm.kind == "silent":
-                lasts = {int(rank): count for rank, count in json.loads(alarm.text).items()}
-                new = {r: count for r, count in lasts.items() if r in self.ranks and r != self.rank}
+                new = {r: count for r, count in alarm.lasts.items() if r in self.ranks and r != self.rank}
                 if new and not self._suspects:
                     self._suspected = time.monotonic()
                 self._suspects |= new
@@ -207,7 +208,7 @@ class Circle:
         if self._suspects and time.monotonic() - self._suspected >= patience_s * self.heart.slowness:
             with store_errors():
                 words = read_all(self.store, [beat_key(rank) for rank in self._suspects])
-            beats = zip(self._suspects.items(), map(Beat.parse, words), strict=True)
+            beats = zip(self._suspects.items(), map(Beat.read, words), strict=True)
             self._gone = sorted(r for (r, last), beat in beats if beat is not None and beat.count == last)
             self._suspects = {}
         return self._gone
@@ -291,7 +292,7 @@ class Circle:
         said = "\n".join([str(error), *getattr(error, "__notes__", ())])
         text = f"{type(error).__name__} on rank {self.rank}: {said}"[:4000]
         try:
-            if self.store.compare_set(self._key("failed"), "", text).decode() == text:
+            if self.store.compare_set(self._key("failed"), "", text).decode(errors="replace") == text:
                 raise_alarm(self.store, Alarm("failed", f"{self.name}/{self.call}", self.rank, text, begun()))
         except RuntimeError:
             return  # the store is gone: the peers are told by the broken connections
@@ -300,8 +301,8 @@ class Circle:
         """Raise PeerError if the heartbeat has heard that a peer cannot go on with the present call."""
         self.raise_doom()
         for alarm in list(self.heart.alarms):
-            name, _, call = alarm.scope.rpartition("/")
-            if alarm.kind == "failed" and name == self.name and self.failed_call < int(call) <= self.call:
+            name, call = alarm.failed_call
+            if alarm.kind == "failed" and name == self.name and self.failed_call < call <= self.call:
                 self._raise_failed(alarm.text)
             if alarm.kind == "over" and alarm.scope == self.group_name:
                 self.raise_drift(alarm.text.partition(": ")[2])
@@ -328,7 +329,7 @@ class Circle:
 
         Raises RuntimeError if the store is gone.
         """
-        first = self.store.compare_set(self._drift_key, "", found).decode()
+        first = self.store.compare_set(self._drift_key, "", found).decode(errors="replace")
         if first == found:
             word = f"{PlanMismatchError.__name__}: {found}"
             raise_alarm(self.store, Alarm("over", self.group_name, self.rank, word))
@@ -340,7 +341,7 @@ class Circle:
         Args:
             text: how, if it is known; by default the store is asked.
         """
-        text = self._read(self._drift_key).decode() if text is None else text
+        text = self._read(self._drift_key) if text is None else text
         if text:
             self._have_read("drift")
             raise PlanMismatchError(text)
@@ -375,10 +376,10 @@ class Circle:
     def _key(self, word: str) -> str:
         return f"{self.name}/{self.call}/{word}"
 
-    def _read(self, key: str) -> bytes:
-        """The bytes under a key; empty if it is not there."""
+    def _read(self, key: str) -> str:
+        """The text under a key; empty if it is not there."""
         with store_errors():
-            return peek(self.store, key)
+            return peek(self.store, key).decode(errors="replace")
 
 
 def _listed(ranks: tuple[int, ...]) -> str:

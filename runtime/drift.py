@@ -94,7 +94,7 @@ class Wait:
         ours = journal.last_lines()
         if all(line.number != number or line.hash == hash_there for line in ours):
             return ""
-        pair = first_difference(ours, parse_lines(peek(self.store, _key(rank)).decode()))
+        pair = first_difference(ours, parse_lines(peek(self.store, _key(rank)).decode(errors="replace")))
         return self._message(pair[0].place, rank, pair[1].place) if pair is not None else ""
 
     def still_waits(self, rank: int, beat: Beat) -> bool:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ WAIT_TIMEOUT = timedelta(days=1)  # whoever waits for the transfer gives up befo
 NUM_POSTED = 2
 _AT_ONCE = timedelta(milliseconds=1)
 _LAST_TAG = 2**31 - 1
+
+_QUEUES: WeakValueDictionary[int, _Queue] = WeakValueDictionary()
 
 T = TypeVar("T")
 Works = list[dist.Work]
@@ -322,6 +325,13 @@ class _Queue:
         self._changed = threading.Condition()
         self._is_closed = False
 
+        _QUEUES[id(self)] = self
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way."""
+        return not self._jobs
+
     def add(self, phases: Phases[list[torch.Tensor]], number: int) -> Transfer:
         """Add a transfer to the queue."""
         job = _Job(phases)
@@ -355,6 +365,11 @@ class _Queue:
                 self._jobs.popleft()
                 if len(self._jobs) >= NUM_POSTED:
                     self._jobs[NUM_POSTED - 1].post()
+
+
+def is_idle() -> bool:
+    """Whether no lane of this process has a transfer on its way."""
+    return all(queue.is_idle for ref in _QUEUES.valuerefs() if (queue := ref()) is not None)
 
 
 class _Job:

@@ -172,7 +172,7 @@ class Heartbeat(threading.Thread):
         self.heard = {rank: heard for rank, heard in self.heard.items() if rank in far or rank in near}
         if any(self._silence_s(rank, now) > GONE_AFTER_SECONDS * self.slowness for rank in late):
             self._say_silent([rank for rank in self.heard if self._silence_s(rank, now) > 0.9 * BEAT_SECONDS])
-        self.read_alarms(int(count))
+        self.read_alarms(int(count) if bytes(count).isdigit() else len(self.alarms))
 
     def _far_words(self, ranks: Sequence[int]) -> list[bytes]:
         """Heartbeats of many ranks: one question, once it is known that all of them have come."""
@@ -198,7 +198,7 @@ class Heartbeat(threading.Thread):
         words = {rank: self.heard[rank].word for rank in sorted(ranks) if rank not in gone}
         if words.items() - self._told.items():
             self._told = words
-            lasts = {rank: beat.count for rank, word in words.items() if (beat := Beat.parse(word)) is not None}
+            lasts = {rank: beat.count for rank, word in words.items() if (beat := Beat.read(word)) is not None}
             raise_alarm(self.store, Alarm("silent", "", min(words), json.dumps(lasts)))
 
     def read_alarms(self, count: int | None = None) -> None:
@@ -219,7 +219,7 @@ class Heartbeat(threading.Thread):
     def beat_of(self, rank: int) -> Beat | None:
         """The last heartbeat of a neighbour; None if it was never heard."""
         heard = self.heard.get(rank)
-        return Beat.parse(heard.word) if heard is not None else None
+        return Beat.read(heard.word) if heard is not None else None
 
     # --- watchers ----------------------------------------------------------------------------------------------------
 

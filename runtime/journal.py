@@ -113,9 +113,10 @@ def print_lines(lines: Sequence[Entry]) -> str:
 
 
 def parse_lines(text: str) -> list[Entry]:
-    """The lines that `print_lines` wrote."""
+    """The lines that `print_lines` wrote; those that are none are left out."""
     split = (line.split(" ", 2) for line in text.splitlines())
-    return [Entry(int(number), int(found), place) for number, found, place in split]
+    entries = (parts for parts in split if len(parts) == 3 and all(part.isdecimal() for part in parts[:2]))
+    return [Entry(int(number), int(found), place) for number, found, place in entries]
 
 
 def first_difference(ours: Sequence[Entry], theirs: Sequence[Entry]) -> tuple[Entry, Entry] | None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from zgraph.errors import PeerError, PlanMismatchError
 from zgraph.runtime.circle import ASK_AFTER_SECONDS, Circle
@@ -20,7 +20,7 @@ from zgraph.runtime.elsewhere import Seen
 from zgraph.runtime.heartbeat import BEAT_SECONDS
 from zgraph.runtime.journal import begun
 from zgraph.runtime.questions import read_all
-from zgraph.runtime.store_errors import store_errors
+from zgraph.runtime.store_errors import damaged_words, store_errors
 
 _OVER = "over "
 """How the ruling on a comparison begins that a rank has left before its end."""
@@ -42,7 +42,7 @@ class Meetings(Circle):
         ruling = ""
         with store_errors():
             count = self.store.add(f"{stem}/{digest}", 1)
-            if count == 1 and self.store.compare_set(f"{stem}/first", "", digest).decode() != digest:
+            if count == 1 and self.store.compare_set(f"{stem}/first", "", digest) != digest.encode():
                 ruling = "apart"  # there is another: no need to wait for the others
             elif count == len(self.ranks):
                 ruling = "same"
@@ -63,8 +63,15 @@ class Meetings(Circle):
             self.store.set(f"{stem}/{self.rank}", word)
             if self.store.add(f"{stem}/came", 1) == len(self.ranks):
                 ruling = _joined([f.decode() for f in read_all(self.store, [f"{stem}/{r}" for r in self.ranks])])
-        different, numbers = json.loads(self._ruling(stem, what, ruling, num_limits * self.limit_s))
-        return [different[number] for number in numbers]
+        ruling = self._ruling(stem, what, ruling, num_limits * self.limit_s)
+        with store_errors():
+            return _parted(ruling, len(self.ranks))
+
+    def exchange_values(self, what: str, value: Any, *, num_limits: int = 1) -> list[Any]:
+        """The value of every rank, in their order, of values that JSON has; as `exchange`."""
+        words = self.exchange(what, json.dumps(value), num_limits=num_limits)
+        with store_errors():
+            return [json.loads(word) for word in words]
 
     def smallest(self, what: str, place: str, number: int, seconds: float) -> int:
         """The smallest number that any rank gives; 0 if some rank is at another place, or has not come in time.
@@ -75,8 +82,12 @@ class Meetings(Circle):
             number: this rank's.
             seconds: how long to wait for the others.
 
-        Raises RuntimeError if the store is gone.
+        Raises RuntimeError if the store is gone; PeerError if a number in it is none.
         """
+        with damaged_words():
+            return self._smallest(what, place, number, seconds)
+
+    def _smallest(self, what: str, place: str, number: int, seconds: float) -> int:
         stem = self._key(what)
         key, alike, digest = f"{stem}/ruling", f"{stem}/alike", hashlib.sha256(place.encode()).hexdigest()
         self.store.set(f"{stem}/{self.rank}", str(number))
@@ -85,7 +96,7 @@ class Meetings(Circle):
             is_one = self.store.add(f"{alike}/{digest}", 0) == len(self.ranks)
             numbers = [int(word) for word in read_all(self.store, [f"{stem}/{r}" for r in self.ranks])]
             return int(self.store.compare_set(key, "", str(min(numbers) if is_one else 0)))
-        with self.heart.ears.listen(key, "0") as ear:  # the first to say it rules
+        with self.ears.listen(key, "0") as ear:  # the first to say it rules
             ear.over.wait(seconds)
         return int(ear.word())
 
@@ -112,15 +123,15 @@ class Meetings(Circle):
         wait, seen = self.new_wait(f"{comparison} in call {self.call}", comparison=key), Seen()
         until = time.monotonic() + limit_s
         try:  # where this rank leaves, the others cannot agree any more
-            with self.heart.ears.listen(key, f"{_OVER}rank {self.rank} has left {comparison}") as ear:
+            with self.ears.listen(key, f"{_OVER}rank {self.rank} has left {comparison}") as ear:
                 while not ear.over.wait(ASK_AFTER_SECONDS):
-                    self.heart.wait = wait
+                    self._tell(wait)
                     self._raise_stuck(wait, what)
                     self.look(wait, comparison, seen)
                     if time.monotonic() > until:
                         self.give_up(limit_s)
         finally:
-            self.heart.wait = None
+            self._tell(None)
         self._at(comparison, waits=False)
         return ear.word()
 
@@ -143,7 +154,7 @@ class Meetings(Circle):
 
     def _raise_what_ended(self, how: str) -> NoReturn:
         """Raise why another rank has left a comparison; it tells so before it leaves, or as it ends."""
-        self._raise_failed(self._read(self._key("failed")).decode())
+        self._raise_failed(self._read(self._key("failed")))
         self.raise_drift()
         until = time.monotonic() + 2 * BEAT_SECONDS
         while time.monotonic() < until:
@@ -167,6 +178,19 @@ class Meetings(Circle):
             "  Remedy: build the same model from the same configuration on every rank, and give every rank inputs of "
             "the same kind and shape (or pass dynamic=True for sizes that differ)."
         )
+
+
+def _parted(ruling: str, num_ranks: int) -> list[str]:
+    """The words that were joined. Raises ValueError if these are not the words of so many ranks."""
+    found = json.loads(ruling)
+    if not isinstance(found, list) or len(found) != 2 or not all(isinstance(part, list) for part in found):
+        raise ValueError("words of ranks that are not joined as they are")
+    different, numbers = found
+    if not all(isinstance(word, str) for word in different) or len(numbers) != num_ranks:
+        raise ValueError("words of other ranks than these")
+    if any(type(number) is not int or not 0 <= number < len(different) for number in numbers):
+        raise ValueError("a word of a rank that is not there")
+    return [different[number] for number in numbers]
 
 
 def _joined(words: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import zgraph
 from zgraph.compiler.compiled_model import compiled_model
-from zgraph.engine.checkpoint import checkpoint, storage
+from zgraph.engine.checkpoint import staging, storage
 from zgraph.engine.engine import Engine
 from zgraph.errors import CheckpointError, PeerError
 
@@ -82,7 +82,7 @@ def while_it_is_saved(mesh: DeviceMesh, path: Path, is_async: bool) -> None:
 
         return call
 
-    where = (checkpoint, "copied") if is_async else (storage, "write_tensors")
+    where = (staging.Pipe, "fill") if is_async else (storage, "write_tensors")
 
     def save() -> None:
         engine.save_checkpoint(path, tag="torn")

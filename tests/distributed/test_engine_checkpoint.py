@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import zgraph
 from benchmarks import kills
-from zgraph.engine.checkpoint import storage
+from zgraph.engine.checkpoint import background, checkpoint, storage
 from zgraph.engine.engine import Engine
 from zgraph.errors import CheckpointError
 
@@ -71,7 +72,9 @@ def save(_: DeviceMesh, path: Path) -> list[float]:
     engine = engine_of(3)
     losses(engine, 4)
     engine.save_checkpoint(path, client_state={"best": 0.5, 7: [1]})
-    return losses(engine, 9)
+    found = losses(engine, 9)
+    engine.wait_for_checkpoint()
+    return found
 
 
 def with_codes(_: DeviceMesh, path: Path, keys: dict[str, Any]) -> tuple[list[float], list[float], bool]:
@@ -182,7 +185,9 @@ def save_within(mesh: DeviceMesh, path: Path, stage: int) -> list[float]:
     engine = engine_of(stage, train_batch_size=4 * GLOBAL_ROWS, gradient_accumulation_steps=4)
     half_a_step(engine, mesh, range(6))
     engine.save_checkpoint(path, client_state={"rank": mesh.get_local_rank()})
-    return half_a_step(engine, mesh, range(6, 20))
+    found = half_a_step(engine, mesh, range(6, 20))
+    engine.wait_for_checkpoint()
+    return found
 
 
 def resume_within(mesh: DeviceMesh, path: Path, stage: int) -> tuple[list[float], dict[str, Any] | None]:
@@ -202,32 +207,81 @@ def test_a_step_under_way_goes_on_and_client_state_comes_back_to_its_rank(
             assert client_state == {"rank": rank if stage == 3 and rank < 2 else 0}
 
 
-def fail(_: DeviceMesh, path: Path) -> tuple[list[str], int, list[str]]:
+def fail(_: DeviceMesh, path: Path, is_async: bool) -> tuple[list[str], int, list[str]]:
     """What the ranks say if one cannot write, if tags differ, and where they then go on."""
-    engine = engine_of(2, checkpoint={"tag_validation": "Fail"})
+    engine = engine_of(2, checkpoint={"tag_validation": "Fail", "asynchronous": is_async})
     losses(engine, 2)
     engine.save_checkpoint(path)
     said = []
     for tag in ("full", f"of-{dist.get_rank()}"):
         losses(engine, engine.global_steps + 1)
+        engine.wait_for_checkpoint()
         no_room = OSError(28, "No space left on device") if dist.get_rank() == 2 else None
-        with patch.object(storage, "write_tensors", side_effect=no_room, wraps=storage.write_tensors):
+        where: tuple[Any, str] = (background, "write_parts") if is_async else (storage, "write_tensors")
+        with patch.object(*where, side_effect=no_room, wraps=getattr(*where)):
             try:
                 engine.save_checkpoint(path, tag)
+                losses(engine, engine.global_steps + 1)
+                engine.wait_for_checkpoint()
             except CheckpointError as error:
                 said.append(str(error))
     engine.load_checkpoint(path)
     return said, engine.global_steps, sorted(p.name for p in path.iterdir())
 
 
-def test_what_fails_on_one_rank_is_the_same_error_on_all_and_loses_nothing(pool: Pool, tmp_path: Path) -> None:
-    answers = pool.run(fail, 4, tmp_path)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_fails_on_one_rank_is_the_same_error_on_all_and_loses_nothing(
+    pool: Pool, tmp_path: Path, is_async: bool
+) -> None:
+    answers = pool.run(fail, 4, tmp_path, is_async)
     assert all(answer == answers[0] for answer in answers)
     said, step, left = answers[0]
     assert "No space left on device" in said[0]
     assert "of-0, of-1, of-2, of-3" in said[1]
     assert step == 2
     assert left == ["global_step2", "latest"]
+
+
+def meanwhile(_: DeviceMesh, path: Path, limit: int) -> tuple[list[float], list[float], list[float], bool, int]:
+    """Losses without a checkpoint, while one is written, and after it; whether it was there at once, and the memory
+    that it took.
+    """
+    plain = losses(engine_of(3), 8)
+    engine = engine_of(3, checkpoint={"memory_limit": limit})
+    first = losses(engine, 4)
+    held, begun = threading.Event(), background.write_parts
+
+    def late(*args: Any) -> Any:
+        held.wait(60)
+        return begun(*args)
+
+    many = {f"more.{at}": torch.full((5000 + at,), float(at)) for at in range(20)}
+    taken = checkpoint.tensors_of
+    with patch.object(checkpoint, "tensors_of", lambda engine: taken(engine) | many):
+        if limit > 1 << 20:
+            with patch.object(background, "write_parts", late):
+                engine.save_checkpoint(path)
+                rest = losses(engine, 8)
+                is_there = (path / "latest").exists()
+                held.set()
+                engine.wait_for_checkpoint()
+        else:
+            engine.save_checkpoint(path)
+            rest, is_there = losses(engine, 8), False
+    again = engine_of(3, seed=1)
+    again.load_checkpoint(path)
+    most = engine._checkpoints._background.staging.most_bytes
+    reader = storage.Reader(path / "global_step4")
+    assert all(torch.equal(reader.whole(name), tensor) for name, tensor in many.items())
+    return plain, first + rest, first + losses(again, 8), is_there, most
+
+
+@pytest.mark.parametrize("limit", [64 << 20, 1 << 16])
+def test_training_goes_on_while_a_checkpoint_is_written(two: Pool, tmp_path: Path, limit: int) -> None:
+    for plain, with_one, resumed, is_there, most in two.run(meanwhile, 2, tmp_path, limit):
+        assert plain == with_one == resumed
+        assert not is_there
+        assert 0 < most <= limit
 
 
 @pytest.mark.parametrize("num_kills", [2])

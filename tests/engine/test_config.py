@@ -134,6 +134,7 @@ def test_what_zgraph_decides_is_accepted_with_a_line_that_says_so(caplog):
         ({"data_types": {"buffer_dtype": "bf16"}}, "data_types.buffer_dtype"),
         ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size"),
         ({"checkpoint": {"tag_validation": "foo"}}, "checkpoint.tag_validation"),
+        ({"checkpoint": {"memory_limit": "4 KiB"}}, "checkpoint.memory_limit: give at least 65536 bytes"),
         ({"zgraph": {"compress": "q9"}}, "zgraph.compress: there is no codec called q9"),
         ({"zgraph": {"compress": {"weights": "q4"}}}, "zgraph.compress: compress must be a codec"),
         ({"optimizer": {"type": "OneBitAdam"}}, 'optimizer.type: there is no OneBitAdam; take "AdamW" with zgraph.com'),
@@ -168,6 +169,20 @@ def test_what_a_configuration_may_say_as_it_is_so_anyhow():
     keys = {"gradient_allreduce_op": "mean", "data_types": {"buffer_dtype": None}}
     read = read_config({**LEAST, **keys, "checkpoint": {"tag_validation": "FAIL"}}, world_size=1)
     assert (read.keys.checkpoint.tag_validation, read.notes) == ("fail", ())
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_asynchronous"),
+    [
+        ({}, True),
+        ({"asynchronous": False}, False),
+        ({"writer": {"type": "FAST", "decoupled": False}}, False),
+        ({"asynchronous": True, "writer": {"decoupled": False}}, True),
+    ],
+)
+def test_checkpoints_are_written_meanwhile_unless_it_is_said(keys, is_asynchronous):
+    read = read_config({**LEAST, "checkpoint": {**keys, "memory_limit": "1MiB"}}, world_size=1).keys.checkpoint
+    assert (read.is_asynchronous, read.memory_limit) == (is_asynchronous, 1 << 20)
 
 
 def test_keys_of_old():

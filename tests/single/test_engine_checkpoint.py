@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +74,7 @@ def test_a_buffer_without_elements_comes_back(tmp_path: Path) -> None:
 
 
 def test_an_error_of_writing_meanwhile_is_raised_by_the_next_call(tmp_path: Path) -> None:
-    engine = engine_of(checkpoint={"asynchronous": True})
+    engine = engine_of()
     engine.save_checkpoint(tmp_path / "run")
     engine.wait_for_checkpoint()
     (tmp_path / "run" / "latest").unlink()
@@ -83,16 +85,37 @@ def test_an_error_of_writing_meanwhile_is_raised_by_the_next_call(tmp_path: Path
     engine.wait_for_checkpoint()
 
 
+def test_a_script_ends_when_its_files_are_written(tmp_path: Path) -> None:
+    script = """
+import sys, zgraph
+from torch import nn
+from zgraph.engine.checkpoint import background
+begun = background.write_parts
+def late(*args):
+    import time
+    time.sleep(1)
+    return begun(*args)
+background.write_parts = late
+engine, *_ = zgraph.initialize_engine(model=nn.Linear(6, 5), config={"train_batch_size": 1})
+engine.save_checkpoint(sys.argv[1])
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=100)
+    resumed, *_ = zgraph.initialize_engine(model=nn.Linear(6, 5), config={"train_batch_size": 1})  # type: ignore[arg-type]
+    assert resumed.load_checkpoint(tmp_path)[0] == str(tmp_path / "global_step0")
+
+
 def test_what_killed_writes_have_left_is_not_loaded_and_goes_away(tmp_path: Path) -> None:
     engine = engine_of()
     assert engine.load_checkpoint(tmp_path) == (None, None)
     engine.save_checkpoint(tmp_path)
+    engine.wait_for_checkpoint()
     (tmp_path / ".global_step8.writing-abcd").mkdir()
     (tmp_path / "global_step0").rename(tmp_path / ".global_step0.replaced")  # killed between two renames
     assert engine.load_checkpoint(tmp_path)[1] == {}
     assert engine.load_checkpoint(tmp_path, tag="no such") == (None, None)
     engine.save_checkpoint(tmp_path, "next")
     engine.save_checkpoint(tmp_path, "next")
+    engine.wait_for_checkpoint()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step0", "latest", "next"]
 
 
@@ -198,6 +221,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Path]:
     folder, engine = tmp_path_factory.mktemp("saved"), engine_of()
     step(engine, torch.randn(4, 6))
     engine.save_checkpoint(folder)
+    engine.wait_for_checkpoint()
     return engine, folder
 
 
@@ -262,6 +286,7 @@ def test_what_is_damaged_is_a_checkpoint_error(
 def test_no_code_of_a_hostile_checkpoint_runs(tmp_path: Path) -> None:
     engine = engine_of()
     engine.save_checkpoint(tmp_path / "run")
+    engine.wait_for_checkpoint()
     folder, made = tmp_path / "run" / "global_step0", tmp_path / "made"
     (folder / ".metadata").write_bytes(pickle.dumps(Evil(made)))  # torch's own reader would unpickle it
     engine.load_checkpoint(tmp_path / "run")

@@ -18,8 +18,12 @@ from zgraph.errors import CacheError
 _REMEDY = "set XDG_CACHE_HOME to your own folder"
 
 
-def private_folder(root: Path, name: str) -> Path:
+def private_folder(root: Path, name: str, remedy: str = _REMEDY) -> Path:
     """The folder `root/name`, made if it is missing; the two belong to this user, and nobody else may look in.
+
+    Args:
+        root, name: the two folders.
+        remedy: words at the end of errors.
 
     Raises:
         CacheError: one is a link, is another user's, may be written by everyone, or cannot be made.
@@ -30,15 +34,15 @@ def private_folder(root: Path, name: str) -> Path:
             folder.mkdir(mode=0o700, exist_ok=True)
             found = folder.lstat()
             if stat.S_ISLNK(found.st_mode):
-                raise CacheError(f"{folder} is a link, which may lead anywhere: remove it, or {_REMEDY}")
+                raise CacheError(f"{folder} is a link, which may lead anywhere: remove it, or {remedy}")
             if found.st_uid != os.geteuid():
-                raise CacheError(f"{folder} belongs to another user (number {found.st_uid}): {_REMEDY}")
+                raise CacheError(f"{folder} belongs to another user (number {found.st_uid}): {remedy}")
             if found.st_mode & stat.S_IWOTH:
-                raise CacheError(f"{folder} may be written by everyone: remove it (it is a cache), or {_REMEDY}")
+                raise CacheError(f"{folder} may be written by everyone: remove it (it is a cache), or {remedy}")
             if stat.S_IMODE(found.st_mode) != 0o700:
                 folder.chmod(0o700)
         except OSError as error:
-            raise CacheError(f"{folder} cannot be a folder of the cache: {error}; {_REMEDY}") from None
+            raise CacheError(f"{folder} cannot be a folder of the cache: {error}; {remedy}") from None
     return root / name
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 SHOWN = 20
 """Rows of a table: of many ranks, those that compute longest and those that say nothing."""
-UNREADABLE = "its heartbeat is unreadable: is it of another version of zgraph?"
 CONNECT_S = 10.0
 
 _BEAT = re.compile(r"(?P<job>.*?)zgraph/beat/(?P<rank>\d{1,7})", re.ASCII)
@@ -109,10 +108,7 @@ def _read(word: bytes) -> Beat | None:
     """A rank's heartbeat, or one that says that it cannot be read."""
     from zgraph.runtime.beats import Beat
 
-    try:
-        return Beat.parse(word)
-    except ValueError:
-        return Beat(0, UNREADABLE)
+    return Beat.read(word)
 
 
 def as_rows(beats: Mapping[int, Beat | None]) -> dict[str, Any]:
@@ -136,6 +132,8 @@ def as_rows(beats: Mapping[int, Beat | None]) -> dict[str, Any]:
 
 
 def _place(beat: Beat | None, *, has_pace: bool) -> str:
+    from zgraph.runtime.beats import UNREADABLE
+
     if beat is None:
         return "has never been seen"
     return UNREADABLE if beat.pace and not has_pace else beat.place

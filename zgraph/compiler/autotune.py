@@ -102,15 +102,14 @@ def tuned(
     is_first = peers is None or peers.rank == peers.ranks[0]
     kept = _kept(device, wanted) if is_first else {}
     if peers is not None:
-        kept = json.loads(peers.exchange(f"kept times/{kind}", json.dumps(kept))[0])
+        kept = peers.exchange_values(f"kept times/{kind}", kept)[0]
     missing = [key for key, nodes in wanted.items() if not nodes.keys() <= kept.get(key, {}).keys()]
     at, count = (peers.ranks.index(peers.rank), len(peers.ranks)) if peers is not None else (0, 1)
     own = _all_measured({key: wanted[key] for key in missing[at::count]}, context.hints, device)
     answers = [{key: (found.us, found.failed) for key, found in own.items()}]
     if peers is not None:
         most = -(-len(missing) // count)  # groups that one rank measures: each may take as long as a wait
-        words = peers.exchange(f"times/{kind}", json.dumps(answers[0]), num_limits=most + 1)
-        answers = [json.loads(word) for word in words]
+        answers = peers.exchange_values(f"times/{kind}", answers[0], num_limits=most + 1)
     new = {key: Measured(us, failed) for answer in answers for key, (us, failed) in answer.items()}
     for key, found in new.items():
         for candidate, reason in found.failed.items():

@@ -40,10 +40,8 @@ def bucketed(model: nn.Module, forward: Callable[..., Any], session: Session, le
             length = _length(given, lengths)
             size = lengths.size_for(length)
             if mode not in met and not session.is_alone:
-                words = session.peers.exchange(
-                    f"length, {'training' if mode[0] else 'evaluation'}, {mode[1]}", str(size)
-                )
-                size = max(map(int, words))
+                what = f"length, {'training' if mode[0] else 'evaluation'}, {mode[1]}"
+                size = max(session.peers.exchange_values(what, size))
         except BaseException as error:
             session.fail(error)
             raise

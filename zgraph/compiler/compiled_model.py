@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -225,7 +224,7 @@ class CompiledModel:
         self._planned.add(kind)
         if is_alone:
             return hints
-        found = json.loads(self.session.peers.exchange(f"sizes/{kind}", json.dumps(dict(hints)))[0])
+        found = self.session.peers.exchange_values(f"sizes/{kind}", dict(hints))[0]
         if found.get(NUM_THREADS) != hints.get(NUM_THREADS):
             warnings.warn(
                 f"this rank has {hints[NUM_THREADS]} threads; all ranks plan with the first rank's "

@@ -7,7 +7,6 @@ differ. Later, each rank may meet other sizes alone.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -60,9 +59,9 @@ def _agree(
     mode: tuple[bool, bool], inputs: Any, model: nn.Module, forward: Callable[..., Any], session: Session
 ) -> None:
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-    own = json.dumps([tuple(t.shape) for t in tensors])
-    words = session.peers.exchange(f"batch, {'training' if mode[0] else 'evaluation'}, {mode[1]}", own)
-    shapes: list[Shapes] = [[tuple(shape) for shape in json.loads(word)] for word in words]
+    own = [tuple(t.shape) for t in tensors]
+    given = session.peers.exchange_values(f"batch, {'training' if mode[0] else 'evaluation'}, {mode[1]}", own)
+    shapes: list[Shapes] = [[tuple(shape) for shape in found] for found in given]
     found = differing(shapes)
     if not found:
         return

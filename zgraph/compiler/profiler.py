@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -153,7 +152,7 @@ def _agreed(
     measured, the least, as a rank that begins earlier also measures its wait for the last one.
     """
     session.begin_call()
-    answers = [json.loads(a) for a in session.peers.exchange("profile", json.dumps([ops, transfers]))]
+    answers = session.peers.exchange_values("profile", [ops, transfers])
     all_ops = {
         key: mean(a[0][key] for a in answers if key in a[0]) for key in sorted({k for a in answers for k in a[0]})
     }

@@ -177,7 +177,7 @@ class Engine(Queries):
         self._was_applied = False
         self.pending += self.awaits_step
         self.awaits_step = False
-        if self.is_gradient_accumulation_boundary():
+        if is_last := self.is_gradient_accumulation_boundary():
             with self.monitor.timed("step"):
                 overflow = not self._scaled_back(optimizer)
                 self._was_applied = not overflow
@@ -193,6 +193,8 @@ class Engine(Queries):
             self.global_steps += 1
             self.monitor.after_step(self)
         self.micro_steps += 1
+        if is_last:
+            self._checkpoints.after_step()
 
     def _scaled_back(self, optimizer: Optimizer) -> bool:
         """Take the loss scale off the gradients and clip them; False if they have overflowed."""
@@ -273,7 +275,9 @@ class Engine(Queries):
     ) -> bool:
         """Save everything that training needs to go on, at any number of ranks and any stage. All ranks must call it.
 
-        Within a step, after one of its micro-batches, the gradients so far are saved too.
+        Within a step, after one of its micro-batches, the gradients so far are saved too. Files are written while
+        training goes on, from a snapshot in `checkpoint.memory_limit` bytes of the host's memory at most; what is more
+        is written before this returns. With `checkpoint.asynchronous` false, all of it is.
 
         Args:
             save_dir: the folder of this run's checkpoints, which all ranks see.
@@ -287,8 +291,8 @@ class Engine(Queries):
             True.
 
         Raises:
-            CheckpointError: it cannot be written; those saved before are still there. With `checkpoint.asynchronous`,
-                what goes wrong later is raised by the next call that saves, loads or waits.
+            CheckpointError: it cannot be written; those saved before are still there. What goes wrong later, while
+                files are written, is raised on all ranks by the next call that saves, loads or waits.
             UsageError: it is between `backward` and `step`; or there is no save_dir.
             PeerError: the ranks cannot go on; nothing is saved.
         """
@@ -406,7 +410,7 @@ class Engine(Queries):
         Raises:
             CheckpointError: it could not be written.
         """
-        self.wait_for_checkpoint()
+        self._checkpoints.close()
         if self._session.doom is None:
             self._settle()
         self.monitor.write_rest()

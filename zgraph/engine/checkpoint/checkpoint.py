@@ -1,4 +1,4 @@
-"""Checkpoints of an engine: each rank writes its own files, whole or not at all, in the background if asked.
+"""Checkpoints of an engine: each rank writes its own files, whole or not at all, while training goes on.
 
 Tensors lie under the names of parameters, so that a checkpoint is resumed at any number of ranks, stage or offload.
 No pickle is written or read.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +19,29 @@ from torch import nn
 from zgraph.bridge import private_runtime
 from zgraph.compiler.compiled_model import compiled_model, is_gathered
 from zgraph.engine.checkpoint.accumulation import check_between, gradient_targets, gradients_of, take_gradients
+from zgraph.engine.checkpoint.background import Background, complete, settle_files
 from zgraph.engine.checkpoint.deepspeed import is_deepspeed, load_deepspeed
 from zgraph.engine.checkpoint.directory import Folders, checked_tag
 from zgraph.engine.checkpoint.files import read_json
-from zgraph.engine.checkpoint.json_codec import decode, encode
+from zgraph.engine.checkpoint.json_codec import decode
+from zgraph.engine.checkpoint.memory.copies import Copies
 from zgraph.engine.checkpoint.optimizer_state import OptimizerLoad
 from zgraph.engine.checkpoint.rests import rest_targets, rests_of, take_rests
-from zgraph.engine.checkpoint.rng_state import Randomness, start_anew
+from zgraph.engine.checkpoint.rng_state import start_anew
 from zgraph.engine.checkpoint.shards import read_shards, write_shards
-from zgraph.engine.checkpoint.state import State, model_targets, restore, state_of, tensors_of, without_frozen
+from zgraph.engine.checkpoint.state import (
+    STATE,
+    OfRank,
+    State,
+    model_targets,
+    of_rank,
+    restore,
+    tensors_of,
+    texts_of,
+    without_frozen,
+)
 from zgraph.engine.checkpoint.storage import INDEX, Reader, Writer
-from zgraph.engine.checkpoint.tensors import Tensors, copied, model_tensors
+from zgraph.engine.checkpoint.tensors import Tensors, model_tensors
 from zgraph.errors import CheckpointError, UsageError, ZgraphError
 
 if TYPE_CHECKING:
@@ -37,19 +49,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("zgraph")
 
-STATE = "state.json"
-
 Loaded = tuple[str | None, dict[str, Any] | None]
-
-
-class OfRank(Randomness):
-    """State that each rank saves for itself.
-
-    Args:
-        client_state: its own, at stage 3; None where that of the first rank is everyone's.
-    """
-
-    client_state: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Checkpoints:
 
     def __init__(self, engine: Trains) -> None:
         self.engine, self.ranks = engine, engine.ranks
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[None] | None = None
+        self._background = Background(engine.ranks, "checkpoint", complete)
+        self.copies = Copies(engine) if engine.config.keys.checkpoint.memory.every else None
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -83,6 +83,7 @@ class Checkpoints:
         self._check_at_rest()
         check_between(self.engine)
         self.wait()
+        settle_files()
         name, tensors, beside = self.ranks.together(lambda: self._contents(tag, client_state))
         if not frozen:
             tensors = without_frozen(self.engine.module, tensors)
@@ -91,39 +92,37 @@ class Checkpoints:
         folders = Folders(root)
         folder = self.ranks.first(lambda: folders.begin(name))
         session = compiled_model(self.engine.module).session
-        is_later = self.engine.config.keys.checkpoint.asynchronous
-        if is_later:
-            tensors = copied(tensors)
-        found = session.doom
 
-        def doom() -> ZgraphError | None:
-            return found if is_later else session.doom
-
-        def complete() -> None:
+        def commit() -> None:
             folders.commit(folder, name, is_latest=is_latest)
 
-        writer = Writer(folder, self.ranks.rank, beside, complete, doom)
-        if is_later:
-            self._writing = self._thread.submit(self._write, tensors, writer)
+        writer = Writer(folder, self.ranks.rank, beside, commit, lambda: session.doom)
+        keys = self.engine.config.keys.checkpoint
+        if keys.is_asynchronous:
+            self._background.begin(tensors, writer, keys.memory_bytes)
         else:
             self._write(tensors, writer)
         return True
 
     def wait(self) -> None:
         """As `Engine.wait_for_checkpoint`."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        self._background.wait()
+
+    def after_step(self) -> None:
+        """Copy to the memory of hosts what has just been updated, if it is time."""
+        if self.copies is not None and self.copies.is_due:
+            self.copies.make()
+
+    def close(self) -> None:
+        """As `Engine.destroy`, for what concerns checkpoints."""
+        self.wait()
+        if self.copies is not None:
+            self.copies.close()
 
     def _contents(self, tag: object, client_state: Mapping[str, Any]) -> tuple[str, Tensors, dict[str, str]]:
         """The tag, the tensors, and the files beside them that this rank writes."""
         name = checked_tag(f"global_step{self.engine.global_steps}" if tag is None else tag)
-        state = state_of(self.engine, client_state)
-        mine = encode(dict(client_state), "client_state") if self.engine.zero_optimization_stage() == 3 else None
-        own = OfRank(**dict(Randomness.here()), client_state=mine)
-        beside = {_of_rank(self.ranks.rank): own.model_dump_json()}
-        if self.ranks.rank == 0:
-            beside[STATE] = state.model_dump_json()
+        beside = texts_of(self.engine, client_state, of_all=self.ranks.rank == 0)
         return name, tensors_of(self.engine), beside
 
     def _same_tag(self, tag: str) -> str:
@@ -156,28 +155,38 @@ class Checkpoints:
         """As `Engine.load_checkpoint`."""
         self._check_at_rest()
         self.wait()
+        settle_files()
         folders = Folders(root)
         folder = self.ranks.first(lambda: folders.find(None if tag is None else checked_tag(tag)))
+        if tag is None and parts == Parts(strict=parts.strict) and self.copies is not None:
+            step = self.ranks.first(lambda: _step_of(folder))
+            if (found := self.copies.find(newer_than=step)) is not None:
+                return found.place, self._load(partial(self.copies.reader, found), parts)
         if folder is None:
             if self.ranks.rank == 0:
                 what, there = "to go on from" if tag is None else tag, ", ".join(folders.tags()) or "nothing"
                 log.warning("there is no checkpoint %s in %s, which has %s", what, root, there)
             return None, None
         is_theirs = self.ranks.first(lambda: is_deepspeed(folder))
-        client_state = self._load_deepspeed(folder, parts) if is_theirs else self._load(folder, parts)
-        return str(folder), client_state
+        if is_theirs:
+            return str(folder), self._load_deepspeed(folder, parts)
 
-    def _load(self, folder: Path, parts: Parts) -> dict[str, Any]:
+        def reader() -> Reader:
+            if not (folder / INDEX).is_file():
+                raise CheckpointError(f"{folder} holds no checkpoint: it has neither {INDEX} nor DeepSpeed's files")
+            return Reader(folder)
+
+        return str(folder), self._load(reader, parts)
+
+    def _load(self, open_reader: Callable[[], Reader], parts: Parts) -> dict[str, Any]:
         engine, ranks = self.engine, self.ranks
         first = ranks.rank - ranks.rank % engine.config.together  # ranks that compute together draw the same
 
         def opened() -> tuple[Reader, State, OfRank | None, Tensors, OptimizerLoad | None, Tensors, Tensors]:
-            if not (folder / INDEX).is_file():
-                raise CheckpointError(f"{folder} holds no checkpoint: it has neither {INDEX} nor DeepSpeed's files")
-            reader = Reader(folder)
+            reader = open_reader()
             reader.check(ranks.rank, ranks.size)
-            state = read_json(folder / STATE, State)
-            own = read_json(folder / _of_rank(first), OfRank) if first < state.world_size else None
+            state = read_json(reader.beside(STATE, 0), State)
+            own = read_json(reader.beside(of_rank(first), first), OfRank) if first < state.world_size else None
             targets = model_targets(engine.module, reader.index.tensors, strict=parts.strict)
             gradients = gradient_targets(engine, state, reader.described) if parts.optimizer else {}
             rests = rest_targets(engine, reader.described) if parts.optimizer else {}
@@ -185,7 +194,10 @@ class Checkpoints:
 
         reader, state, own, targets, optimizer, gradients, rests = ranks.together(opened)
         tensors = targets | gradients | rests | (optimizer.targets if optimizer is not None else {})
-        read_shards(tensors, reader, ranks)
+        try:
+            read_shards(tensors, reader, ranks)
+        finally:
+            reader.close()
         _written(engine.module)
 
         def finish() -> None:
@@ -228,8 +240,12 @@ class Checkpoints:
         return found
 
 
-def _of_rank(rank: int) -> str:
-    return f"rank_{rank}.json"
+def _step_of(folder: Path | None) -> int:
+    """The step of a checkpoint on disk; -1 where there is none that can be read."""
+    try:
+        return read_json(folder / STATE, State).global_steps if folder is not None else -1
+    except CheckpointError:
+        return -1
 
 
 def _written(module: nn.Module) -> None:

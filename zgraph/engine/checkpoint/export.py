@@ -13,6 +13,7 @@ from torch import nn
 
 from zgraph.bridge.dtypes import Dtype, as_dtype_or_none
 from zgraph.compiler.compiled_model import compiled_model
+from zgraph.engine.checkpoint.background import settle_files
 from zgraph.engine.checkpoint.directory import sync, write_text
 from zgraph.engine.checkpoint.files import in_files, read_json, write_tensors
 from zgraph.engine.checkpoint.state import State
@@ -79,6 +80,7 @@ def export_hf(
     Raises:
         CheckpointError: the checkpoint is damaged, or the folder cannot be written.
     """
+    settle_files()
     reader, home = Reader(Path(checkpoint_folder)), Path(folder)
     reader.check()
     state = read_json(Path(checkpoint_folder) / "state.json", State)

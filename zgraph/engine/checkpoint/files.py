@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,33 +74,71 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> Written:
 
     Raises:
         OSError: it cannot be written.
+    """
+    return write_parts(path, _parts(in_order(tensors)))
+
+
+def write_parts(path: Path, parts: Iterable[memoryview]) -> Written:
+    """Write a file of these parts, one after the other, and wait until it is on disk.
+
+    Args:
+        path: where to.
+        parts: each is read until the next is asked for.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "checksum") as thread:
+        found, num_bytes = 0, 0
+        for part in parts:
+            summed = _summed(thread, part, found)
+            try:
+                num_bytes += _write_all(file, part)
+            finally:
+                found = summed()
+        os.fsync(file.fileno())
+    return Written(path.name, num_bytes, found)
+
+
+def _summed(thread: ThreadPoolExecutor, part: memoryview, found: int) -> Callable[[], int]:
+    """A function that gives the checksum when it is made."""
+    try:
+        return thread.submit(zlib.crc32, part, found).result
+    except RuntimeError:  # the interpreter ends: files that are written to their end then are summed by who writes
+        return lambda: zlib.crc32(part, found)
+
+
+def in_order(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as they lie in a file: by falling size of their numbers."""
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+
+
+def header_of(ordered: Mapping[str, torch.Tensor]) -> bytes:
+    """The beginning of a safetensors file of these tensors.
 
     Source: https://github.com/huggingface/safetensors#format
     """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, tensor in ordered:
+    for name, tensor in ordered.items():
         end = at + tensor.nbytes
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "checksum") as thread:
-        found, num_bytes = 0, 0
-        for part in _parts(len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered]):
-            summed = thread.submit(zlib.crc32, part, found)
-            num_bytes += _write_all(file, part)
-            found = summed.result()
-        os.fsync(file.fileno())
-    return Written(path.name, num_bytes, found)
+    return len(text).to_bytes(8, "little") + text
 
 
-def _parts(head: bytes, tensors: list[torch.Tensor]) -> Iterator[memoryview]:
-    yield memoryview(head)
-    for tensor in tensors:
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, where it is: its own memory, if that is dense."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _parts(ordered: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
+    yield memoryview(header_of(ordered))
+    for tensor in ordered.values():
         if tensor.numel():
-            numbers: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            numbers: Any = bytes_of(tensor).numpy()
             whole = memoryview(numbers)
             for start in range(0, len(whole), CHUNK_BYTES):
                 yield whole[start : start + CHUNK_BYTES]

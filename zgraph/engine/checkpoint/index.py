@@ -6,6 +6,7 @@ has written, with sizes and checksums, is in a file of its own, `rank_R_files.js
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,14 @@ class Index(BaseModel):
                 found[name] = layout.spans(entry.shape, rank)
         return found
 
+    def bytes_of(self, rank: int) -> int:
+        """Bytes of the tensors that a rank writes."""
+        found = 0
+        for name, spans in self.written_by(rank).items():
+            dtype = self.tensors[name].torch_dtype
+            found += math.prod(sizes_of(spans)) * (dtype.itemsize if dtype is not None else 0)
+        return found
+
     def parts(self, homes: Homes, name: str, wanted: Spans) -> Iterator[tuple[str, Spans]]:
         """The files that have something of what is wanted of a tensor, and what each has. Raises CheckpointError."""
         entry = self.tensors[name]
@@ -113,11 +122,13 @@ class Index(BaseModel):
     def check(self, folder: Path, rank: int, num_ranks: int) -> None:
         """Check the bytes of a rank's share of the files. Raises CheckpointError."""
         with ThreadPoolExecutor(NUM_THREADS) as threads:
-            for _ in threads.map(lambda of: self._check_rank(folder, of), range(rank, self.num_ranks, num_ranks)):
+            for _ in threads.map(lambda of: self.check_rank(folder, of), range(rank, self.num_ranks, num_ranks)):
                 pass
 
-    def _check_rank(self, folder: Path, rank: int) -> None:
-        """Check all that a rank has written: the bytes, and that these are the parts that the index says."""
+    def check_rank(self, folder: Path, rank: int) -> None:
+        """Check all that a rank has written: the bytes, and that these are the parts that the index says. Raises
+        CheckpointError.
+        """
         files, expected = files_of(folder, rank), self.written_by(rank)
         for file, held in files.files.items():
             path = folder / file

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from zgraph.bridge import private_runtime
 from zgraph.errors import CheckpointError, ZgraphError
 from zgraph.runtime import Session
+from zgraph.runtime.asides import Aside
 from zgraph.runtime.peers import Peers, unique_name
 
 T = TypeVar("T")
 
 
 class Ranks:
-    """The ranks of a model, joined by a separate group when they first need one: a thread may use it while training
-    goes on.
+    """The ranks of a model, joined by a separate group when they first need one.
 
     Args:
         group: the process group that the model trains on; None for one process.
@@ -68,6 +68,16 @@ class Ranks:
             dist.all_gather_object(found, value, self.group)
         return found
 
+    def beside(self, what: str) -> Beside:
+        """These ranks, for a thread beside training. All ranks ask for it in their main threads, in one order.
+
+        Args:
+            what: the threads agree about, for messages.
+        """
+        if self._world is None or self.size == 1:
+            return Beside(None)
+        return Beside(Aside(dist.get_rank(), tuple(self.members), unique_name(self._world), what))
+
     @contextmanager
     def watched(self, what: str) -> Iterator[None]:
         """Find out which rank is gone where communication in here fails.
@@ -102,6 +112,32 @@ class Ranks:
     def first(self, action: Callable[[], T]) -> T:
         """The first rank's result of the action, on all ranks."""
         return self.gather(self.together(lambda: action() if self.rank == 0 else None))[0]  # type: ignore[return-value]
+
+
+class Beside:
+    """Ranks as a thread meets them beside training: through the store, without a collective.
+
+    Args:
+        aside: None for one process.
+    """
+
+    def __init__(self, aside: Aside | None) -> None:
+        self._aside = aside
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each rank, of values that JSON has.
+
+        Raises:
+            PeerError: a rank is gone.
+        """
+        if self._aside is None:
+            return [value]
+        return self._aside.gather(value)
+
+    def check(self, what: str) -> None:
+        """Raise PeerError if a rank is gone, for which this one waits for `what`."""
+        if self._aside is not None:
+            self._aside.check(what)
 
 
 _RANKS: WeakKeyDictionary[Session, Ranks] = WeakKeyDictionary()

@@ -10,6 +10,7 @@ from torch import nn
 
 from zgraph.engine.checkpoint.json_codec import decode, encode
 from zgraph.engine.checkpoint.optimizer_state import OptimizerState, optimizer_rest, optimizer_tensors
+from zgraph.engine.checkpoint.rng_state import Randomness
 from zgraph.engine.checkpoint.tensors import Tensors, model_tensors
 from zgraph.errors import CheckpointError
 
@@ -50,6 +51,24 @@ class State(OptimizerState):
     dtype: Literal["float16", "bfloat16"] | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     model_info: dict[str, Any] | None = None
+
+
+class OfRank(Randomness):
+    """State that each rank saves for itself.
+
+    Args:
+        client_state: its own, at stage 3; None where that of the first rank is everyone's.
+    """
+
+    client_state: dict[str, Any] | None = None
+
+
+STATE = "state.json"
+
+
+def of_rank(rank: int) -> str:
+    """The name of the file that has the state of a rank."""
+    return f"rank_{rank}.json"
 
 
 # --- what is saved ---------------------------------------------------------------------------------------------------
@@ -95,6 +114,22 @@ def state_of(engine: Trains, client_state: Mapping[str, Any]) -> State:
         config=engine.config.keys.model_dump(mode="json"),
         model_info=config.to_diff_dict() if hasattr(config, "to_diff_dict") else None,
     )
+
+
+def texts_of(engine: Trains, client_state: Mapping[str, Any], *, of_all: bool) -> dict[str, str]:
+    """The JSON files that this rank writes beside its tensors.
+
+    Args:
+        of_all: whether the state that is the same on all ranks is among them.
+
+    Raises:
+        CheckpointError: JSON cannot hold something; the error names the key.
+    """
+    state, rank = state_of(engine, client_state), engine.ranks.rank
+    mine = encode(dict(client_state), "client_state") if engine.zero_optimization_stage() == 3 else None
+    own = OfRank(**dict(Randomness.here()), client_state=mine)
+    found = {of_rank(rank): own.model_dump_json()}
+    return found | ({STATE: state.model_dump_json()} if of_all else {})
 
 
 # --- what is loaded --------------------------------------------------------------------------------------------------

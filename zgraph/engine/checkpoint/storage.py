@@ -60,12 +60,32 @@ class Writer:
             CheckpointError: the folder cannot be written to.
             ZgraphError: the tensors may be torn.
         """
-        mine = {name: local(tensors[name]) for name in index.written_by(self.rank)}
-        written: list[tuple[Written, list[str]]] = []
+        mine = self.mine(index, tensors)
+        files = self.files(mine)
+        self.write_all(files, lambda path: write_tensors(path, {n: mine[n].cpu() for n in files[path]}))
+
+    def mine(self, index: Index, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Memory of what this rank writes."""
+        return {name: local(tensors[name]) for name in index.written_by(self.rank)}
+
+    def files(self, mine: Mapping[str, torch.Tensor]) -> dict[Path, list[str]]:
+        """Files of this rank, and which of its tensors each has."""
+        groups = in_files({name: tensor.nbytes for name, tensor in mine.items()}, MAX_FILE_BYTES)
+        return {self.folder / f"rank_{self.rank}_{number}.safetensors": names for number, names in enumerate(groups)}
+
+    def write_all(self, files: Mapping[Path, list[str]], write: Callable[[Path], Written]) -> None:
+        """Write this rank's files, what lies beside them, and what they are.
+
+        Args:
+            files: and the names of the tensors in each.
+            write: writes one of them.
+
+        Raises:
+            CheckpointError: the folder cannot be written to.
+            ZgraphError: the tensors may be torn.
+        """
         try:
-            for number, names in enumerate(in_files({n: t.nbytes for n, t in mine.items()}, MAX_FILE_BYTES)):
-                file = self.folder / f"rank_{self.rank}_{number}.safetensors"
-                written.append((write_tensors(file, {name: mine[name].cpu() for name in names}), names))
+            written: list[tuple[Written, list[str]]] = [(write(path), names) for path, names in files.items()]
             if (doom := self.doom()) is not None:
                 raise doom
             written += [(write_beside(self.folder / name, text), []) for name, text in self.beside.items()]
@@ -104,6 +124,13 @@ class Reader:
             CheckpointError: one is not what was written.
         """
         self.index.check(self.folder, rank, num_ranks)
+
+    def close(self) -> None:
+        """Let go of what was opened, or made to read."""
+
+    def beside(self, file: str, rank: int) -> Path:
+        """The path of a file that a rank has written beside its tensors."""
+        return self.folder / file
 
     @property
     def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -32,11 +32,6 @@ def model_tensors(module: nn.Module) -> Tensors:
 def parameter_names(module: nn.Module) -> dict[int, str]:
     """The name of each parameter, by its id."""
     return {id(tensor): name for name, tensor in model_tensors(module).items() if isinstance(tensor, nn.Parameter)}
-
-
-def copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """The tensors as they are now, on the host."""
-    return {name: _with_local(tensor, lambda own: own.to("cpu", copy=True)) for name, tensor in tensors.items()}
 
 
 COUNTS = frozenset({"step", "mu_product", "eta", "mu"})

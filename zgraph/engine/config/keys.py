@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from zgraph.bridge.dtypes import as_dtype
+from zgraph.engine.config.checkpoint_keys import RESUMES, CheckpointKeys
 from zgraph.engine.config.sections import Section
 
 _SCHEDULE = "the pass `schedule` moves communication behind computing for the costs of the hardware"
@@ -19,16 +20,11 @@ _BUCKET = "the pass `bucket` chooses the sizes for which the predicted step is s
 _BUDGET = "`zgraph.memory_budget` decides what is kept, gathered again, or computed again"
 _ALWAYS = "it is always so"
 _HOST = "the runtime sizes, pins and streams its host memory itself"
-_RESUMES = "every checkpoint can be resumed at another world size and stage"
 
 
 def _known(name: Any) -> Any:
     as_dtype(name, "a dtype")
     return name
-
-
-def _lower(name: Any) -> Any:
-    return name.lower() if isinstance(name, str) else name
 
 
 Precision = Annotated[str, BeforeValidator(_known)]
@@ -117,7 +113,7 @@ class Zero(Section):
             ("load_from_fp32_weights", "compute_grad_norm", "ignore_unused_parameters", "override_module_apply"),
             _ALWAYS,
         ),
-        **dict.fromkeys(("elastic_checkpoint", "pipeline_loading_checkpoint"), _RESUMES),
+        **dict.fromkeys(("elastic_checkpoint", "pipeline_loading_checkpoint"), RESUMES),
         **dict.fromkeys(("log_trace_cache_warnings", "enable_sanity_checks"), "ZGRAPH_VERIFY checks every pass"),
         "legacy_stage1": "there is one stage 1",
         "leaf_module": "modules are not gathered as such: the graph has no hooks",
@@ -234,22 +230,6 @@ class FlopsProfiler(Section):
     top_modules: PositiveInt = 1
     detailed: bool = True
     output_file: Path | None = None
-
-
-class CheckpointKeys(Section):
-    """`checkpoint`."""
-
-    ignored: ClassVar[Mapping[str, str]] = {
-        "load_universal": _RESUMES,
-        "parallel_write": "every rank writes its own shards",
-        "writer": "zgraph writes safetensors",
-    }
-    unsupported: ClassVar[Mapping[str, str]] = {
-        "use_node_local_storage": "give a folder that all hosts see",
-    }
-
-    tag_validation: Annotated[Literal["ignore", "warn", "fail"], BeforeValidator(_lower)] = "warn"
-    asynchronous: bool = False
 
 
 class DataTypes(Section):

@@ -1,0 +1,138 @@
+"""Where a host keeps copies of shards: in shared memory, which outlives the processes of a job.
+
+Below a private folder of the user there is one for each job, with one for each rank, with one for each copy: the files
+that a checkpoint has of that rank, with the index. A copy is written beside and renamed when it is whole; two of them
+are kept, so that one that is damaged is not the only one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from zgraph.bridge.private_files import private_folder
+from zgraph.engine.checkpoint.index import AnyIndex, Index
+from zgraph.engine.checkpoint.storage import INDEX
+from zgraph.errors import CacheError, CheckpointError
+
+_MARK = re.compile(r"([0-9]{1,9})\.([0-9]{1,15})\.([0-9a-f]{16})")
+_RANK = re.compile(r"rank_([0-9]{1,7})")
+_REMEDY = "give another checkpoint.memory.folder"
+
+
+class Mark(NamedTuple):
+    """Name of the copies that all ranks made in one step. Later ones are greater.
+
+    Args:
+        attempt: how often the job had been started.
+        step: after which they were made.
+        token: drawn anew in each attempt, so that copies of two are never mixed.
+    """
+
+    attempt: int
+    step: int
+    token: str
+
+    def __str__(self) -> str:
+        return f"{self.attempt}.{self.step}.{self.token}"
+
+    @classmethod
+    def parse(cls, text: str) -> Mark | None:
+        """The mark that was printed; None if it is none.
+
+        >>> str(Mark.parse("2.40.0123456789abcdef"))
+        '2.40.0123456789abcdef'
+        """
+        found = _MARK.fullmatch(text)
+        return cls(int(found[1]), int(found[2]), found[3]) if found is not None else None
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Copies of a job on this host.
+
+    Args:
+        folder: of the job; private to the user.
+    """
+
+    folder: Path
+
+    @classmethod
+    def of(cls, root: Path, job: str) -> Shelf:
+        """The shelf of a job, made if it is missing.
+
+        Raises:
+            CheckpointError: it cannot be a private folder.
+        """
+        try:
+            return cls(private_folder(root / f"zgraph-{os.geteuid()}", job, _REMEDY))
+        except CacheError as error:
+            raise CheckpointError(str(error)) from None
+
+    def place(self, rank: int, mark: Mark) -> Path:
+        """The folder of a copy of a rank's shards."""
+        return self.folder / f"rank_{rank}" / str(mark)
+
+    def draft(self, rank: int, mark: Mark) -> Path:
+        """The folder in which a copy is written."""
+        return self.folder / f"rank_{rank}" / f".{mark}.{secrets.token_hex(4)}"
+
+    def begin(self, draft: Path) -> None:
+        """Make a folder to write a copy in. Removes what was begun before. Raises OSError."""
+        home = draft.parent
+        home.mkdir(mode=0o700, exist_ok=True)
+        for left in home.glob(".*"):
+            shutil.rmtree(left, ignore_errors=True)
+        draft.mkdir(mode=0o700)
+
+    def complete(self, written: Path, rank: int, mark: Mark) -> None:
+        """Make a folder whose files are all there a copy. Raises OSError."""
+        for file in written.iterdir():
+            file.chmod(0o600)
+        home = self.place(rank, mark)
+        if home.exists():
+            shutil.rmtree(home)
+        written.rename(home)
+
+    def copies(self) -> Iterator[tuple[Mark, int]]:
+        """The copies that are here, whole by their names: which of which rank."""
+        for path in self.folder.glob("rank_*/*"):
+            of, mark = _RANK.fullmatch(path.parent.name), Mark.parse(path.name)
+            if of is not None and mark is not None and path.is_dir() and not path.is_symlink():
+                yield mark, int(of[1])
+
+    def check_in(self, folder: Path, rank: int) -> Index:
+        """The index of a copy all of whose bytes are what was written.
+
+        Args:
+            folder: of the copy.
+            rank: whose shards it has.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        index = AnyIndex.read(folder / INDEX)
+        if not isinstance(index, Index) or index.problem() or rank >= index.num_ranks:
+            raise CheckpointError(f"{folder / INDEX} is damaged, or has no rank {rank}")
+        index.check_rank(folder, rank)
+        return index
+
+    def remove_but(self, *marks: Mark | None) -> None:
+        """Remove all copies but those of some marks."""
+        for found, rank in list(self.copies()):
+            if found not in marks:
+                shutil.rmtree(self.place(rank, found), ignore_errors=True)
+
+    def remove(self, ranks: Sequence[int]) -> None:
+        """Remove everything of some ranks, and the job's folder if it is empty then."""
+        for rank in ranks:
+            shutil.rmtree(self.folder / f"rank_{rank}", ignore_errors=True)
+        with suppress(OSError):  # others have copies there
+            self.folder.rmdir()
