@@ -106,12 +106,16 @@ class Generations:
     def register(self, own: Member) -> None:
         """Ask to join, once all ranks of this replica have; this is another life of it."""
         self.own, self.now = own, None
-        mate = (self.shard + 1) % self.num_shards
-        self.pulse.follow(beat_key(own, self.shard), beat_key(own, mate) if mate != self.shard else "")
+        self.pulse.follow(beat_key(own, self.shard), self._mate())
         if self.line.ask(lambda store: store.add(f"ready/{own}", 1)) == self.num_shards:
             place = self.line.ask(lambda store: store.add("joiners/count", 1))
             self.line.ask(lambda store: store.set(f"joiners/{place}", json.dumps(list(own))))
             self.line.ask(lambda store: store.set(f"place/{own}", str(place)))
+
+    def _mate(self) -> str:
+        """Where the next rank of this replica beats; empty if there is no other."""
+        mate = (self.shard + 1) % self.num_shards
+        return beat_key(self.own, mate) if mate != self.shard else ""
 
     def latest(self) -> Generation | None:
         """The last generation that was made; None if none was. Raises PeerError if its text is none."""
@@ -144,11 +148,12 @@ class Generations:
     # --- making one --------------------------------------------------------------------------------------------------
 
     def follow(self, generation: Generation) -> None:
-        """Be in this generation: listen to the twin in the next replica."""
+        """Be in this generation: listen to the twin in the next replica, or to a mate where there is no other."""
         self.now = generation
         members = generation.members
         twin = members[(members.index(self.own) + 1) % len(members)]
-        self.pulse.follow(beat_key(self.own, self.shard), beat_key(twin, self.shard) if twin != self.own else "")
+        other = beat_key(twin, self.shard) if twin != self.own else self._mate()
+        self.pulse.follow(beat_key(self.own, self.shard), other)
 
     def propose(self, made: Generation) -> None:
         """Propose a generation; another's proposal may be there already."""
@@ -172,18 +177,19 @@ class Generations:
         return _parsed(self.line.ask(lambda store: bytes(store.get(key))))
 
     def judge(self, members: Sequence[Member], late_step: int = -1) -> dict[Member, str]:
-        """Members that have ended, and why. Waits for a beat of each of their ranks, for `gone_s` at most.
+        """Members that have ended, and why. Waits for a beat of each of their ranks, three beats at most.
 
         Args:
-            members: to be judged; this one lives.
+            members: to be judged, this rank's own among them: others of its ranks may have ended.
             late_step: the step that all should wait in by now: who lives and does not is late. -1 judges nobody so.
         """
-        others = [member for member in members if member != self.own]
-        until = time.monotonic() + self.pulse.gone_s
+        until = time.monotonic() + 3 * self.pulse.beat_s
         first: dict[str, bytes] = {}
+        own = beat_key(self.own, self.shard)
         while True:
-            found = {member: self.pulse.gone[member] for member in others if member in self.pulse.gone}
-            keys = [beat_key(m, shard) for m in others if m not in found for shard in range(self.num_shards)]
+            found = {member: self.pulse.gone[member] for member in members if member in self.pulse.gone}
+            keys = [beat_key(m, shard) for m in members if m not in found for shard in range(self.num_shards)]
+            keys = [key for key in keys if key != own]
             words = dict(zip(keys, self.line.ask(lambda store, keys=keys: read_all(store, keys)), strict=True))  # type: ignore[misc]
             first = {**words, **first}
             silent = [key for key, word in words.items() if word == first[key]]
@@ -191,12 +197,12 @@ class Generations:
                 break
             time.sleep(min(self.pulse.beat_s / 2, ASK_S))
         for key in silent:
-            member, shard = _of_key(key, others)
-            found.setdefault(member, f"rank {shard} of it was not heard for {self.pulse.gone_s:g} s")
+            member, shard = _of_key(key, members)
+            found.setdefault(member, f"rank {shard} of it is not heard any more")
         for key, word in words.items() if late_step >= 0 else ():
             place = Place.parse(word)
             if place is None or place.step < late_step or not place.waits:
-                member, shard = _of_key(key, others)
+                member, shard = _of_key(key, members)
                 where = f"is at step {place.step}" if place is not None else "says nothing"
                 found.setdefault(member, f"rank {shard} of it {where}, and did not come within {self.limit_s:g} s")
         return found

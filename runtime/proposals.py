@@ -38,7 +38,7 @@ class Proposals:
             return
         gone = generations.judge([*here.values()])
         members = tuple(sorted(member for member in here.values() if member not in gone))
-        if len(members) >= self.least:
+        if len(members) >= self.least and generations.own in members:
             generations.propose(Generation(1, members, members[1:], members[0], 0, heard, "the job begins"))
 
     def next(self, step: int, why: str, joins: bool, carried: tuple[Member, ...]) -> None:
@@ -51,11 +51,13 @@ class Proposals:
             carried: members that have not got their state yet.
 
         Raises:
-            PeerError: nobody is left who has the state.
+            PeerError: another rank of this replica is gone, or nobody is left who has the state.
         """
         generations, now = self.generations, self.generations.now
         assert now is not None
         gone = generations.judge(now.members, step if why.startswith(LATE) else -1)
+        if generations.own in gone:
+            raise PeerError(f"replica {generations.own.replica} is gone: {gone[generations.own]}")
         members = [member for member in now.members if member not in gone]
         heard, new = now.heard, list[Member]()
         if joins:

@@ -18,9 +18,7 @@ from concurrent.futures import TimeoutError as LateError
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
-from torch.distributed import TCPStore
-
-from zgraph.bridge.private_runtime import PrefixStore, Store
+from zgraph.bridge.private_runtime import PrefixStore, Store, tcp_store
 from zgraph.errors import PeerError
 from zgraph.runtime.questions import is_there, peek
 
@@ -118,8 +116,8 @@ class Line:
     def connect(self) -> Store:
         """Another connection. Raises RuntimeError if the store is gone."""
         host, port = self._address
-        limit = timedelta(seconds=self.limit_s)
-        return PrefixStore(PREFIX, TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False))
+        store, _ = tcp_store(host, port, timedelta(seconds=self.limit_s))
+        return PrefixStore(PREFIX, store)
 
 
 def say_gone(store: Store, member: Member, why: str) -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "messenger",
     "reduce_scatters",
     "store",
+    "tcp_store",
     "whole_group",
     "will_accumulate",
 ]
@@ -280,6 +281,16 @@ def store() -> Store:
     return _get_default_store()
 
 
+def tcp_store(host: str, port: int, timeout: timedelta, serves: bool = False) -> tuple[Store, int]:
+    """A connection to a key-value store, or a store that this process serves; and the port, a free one for 0.
+
+    Raises RuntimeError if nobody answers there, or the port is taken.
+    """
+    inner: Any = dist
+    made = inner.TCPStore(host, port, is_master=serves, timeout=timeout, wait_for_workers=False)
+    return made, int(made.port)
+
+
 class Messenger(Protocol):
     """Methods of a gloo group beside its collectives; torch's stubs leave them out."""
 
@@ -304,7 +315,8 @@ def all_to_all(group: Messenger, came: torch.Tensor, given: torch.Tensor) -> dis
 def gather_parts(group: Messenger, whole: torch.Tensor, own: torch.Tensor) -> dist.Work:
     """Begin to gather equal parts over a messenger's ranks."""
     inner: Any = group
-    made: dist.Work = inner._allgather_base(whole, own, dist.distributed_c10d.AllgatherOptions())
+    c10d: Any = dist.distributed_c10d
+    made: dist.Work = inner._allgather_base(whole, own, c10d.AllgatherOptions())
     return made
 
 

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, TCPStore
-
+from zgraph.bridge.private_runtime import PrefixStore, tcp_store
 from zgraph.environment import environment
 from zgraph.errors import UsageError
 from zgraph.runtime.generations import Generation
@@ -114,13 +113,12 @@ class Launcher:
         self._max_restarts = max_restarts
         self._patience_s = patience_s or environment().timeout_s
         try:
-            server = TCPStore("localhost", port, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
+            server, self.port = tcp_store("localhost", port, timedelta(seconds=60), serves=True)
         except RuntimeError as error:
             raise UsageError(
                 f"the elastic job's store cannot listen at port {port}: {error}; give a free one"
             ) from None
-        self.port = int(server.port)
-        self.address = f"{host}:{server.port}"
+        self.address = f"{host}:{self.port}"
         self._store = PrefixStore(PREFIX, server)
         self.gangs = [Gang(replica) for replica in range(most)]
         self.num_restarts = 0
