@@ -20,11 +20,11 @@ from zgraph.runtime.pulse import Line
 
 PIECE_NUMEL = 1 << 22
 """Numbers that are sent at a time: 16 MB in fp32."""
-_FIRST_NAP, _LONGEST_NAP, _ASK_S = 2e-5, 1e-3, 0.2
+_FIRST_NAP, _LONGEST_NAP, _ASK_S = 2e-5, 1e-3, 0.75
 
 
 class BrokenError(Exception):
-    """What goes on between replicas cannot be finished in this generation. Nobody but `Elastic` sees it."""
+    """Communication between replicas that cannot be finished in this generation. Nobody but `Elastic` sees it."""
 
 
 class Between:

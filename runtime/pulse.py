@@ -63,6 +63,7 @@ class Line:
         self.place, self.limit_s = f"{host}:{port}", limit_s
         self._questions: queue.SimpleQueue[tuple[Callable[[Store], Any], Future[Any]]] = queue.SimpleQueue()
         self._address = host, port
+        self._idle: list[Store] = []
         threading.Thread(target=self._work, name="zgraph-elastic-store", daemon=True).start()
         self.ask(lambda store: store.add("callers", 1))
 
@@ -96,16 +97,17 @@ class Line:
         )
 
     def when_set(self, key: str) -> Future[bytes]:
-        """The bytes under a key, once it is there, on a connection of its own."""
+        """The bytes under a key, once it is there, on a connection that nobody uses meanwhile."""
         found: Future[bytes] = Future()
 
         def wait() -> None:
             try:
-                store = self.connect()
+                store = self._idle.pop() if self._idle else self.connect()
                 store.set_timeout(_DAYS)
                 word = bytes(store.get(key))
                 while not word and not is_there(store, key):  # woken by another's comparison
                     word = bytes(store.get(key))
+                self._idle.append(store)
                 found.set_result(word)
             except RuntimeError as error:
                 found.set_exception(error)
@@ -171,13 +173,15 @@ class Pulse(threading.Thread):
         self.silent, self.lost = "", ""
         self._num_gone, self._heard, self._beats, self._since = 0, b"", 0, time.monotonic()
         self._is_counted = False
+        self._lock = threading.Lock()
         self.over = threading.Event()
         self.start()
 
     def follow(self, key: str, twin: str) -> None:
         """Beat under a key from now on, and listen to another; empty listens to none."""
-        self.key, self.twin = key, twin
-        self._heard, self._beats, self._since, self.silent = b"", 0, time.monotonic(), ""
+        with self._lock:
+            self.key, self.twin = key, twin
+            self._heard, self._beats, self._since, self.silent = b"", 0, time.monotonic(), ""
         self.beat(0)
 
     def run(self) -> None:
@@ -197,13 +201,18 @@ class Pulse(threading.Thread):
         if key:
             self._line.ask(lambda store: store.set(key, word))
         heard = self._line.ask(self._listen(twin))
+        with self._lock:
+            if twin == self.twin:
+                self._hear(heard)
+
+    def _hear(self, heard: bytes) -> None:
         now = time.monotonic()
-        if heard != self._heard or twin != self.twin or not heard:  # one that was never heard is on its way
+        if heard != self._heard or not heard:  # one that was never heard is on its way
             self._heard, self._beats, self._since, self.silent = heard, 0, now, ""
             return
         self._beats += 1  # where this machine is slow, others are too: counted in beats as well
-        if twin and self._beats > self.gone_s / self.beat_s * 0.7 and now - self._since > self.gone_s:
-            self.silent = twin
+        if self.twin and self._beats > self.gone_s / self.beat_s * 0.7 and now - self._since > self.gone_s:
+            self.silent = self.twin
 
     def _listen(self, twin: str) -> Callable[[Store], bytes]:
         """A question: reads who has ended, and returns the twin's beat."""
@@ -211,13 +220,15 @@ class Pulse(threading.Thread):
         def question(store: Store) -> bytes:
             if not self._is_counted:
                 self._is_counted = store.add(f"{GONE}/count", 0) >= 0
-            count = int(bytes(store.multi_get([f"{GONE}/count"])[0]))
+            is_known = bool(twin and self._heard and twin == self.twin)
+            words = store.multi_get([f"{GONE}/count", *([twin] if is_known else [])])
+            count = int(bytes(words[0]))
             for number in range(self._num_gone + 1, count + 1):
                 if not (word := peek(store, f"{GONE}/{number}")):
                     break  # on its way
                 self._note(word)
                 self._num_gone = number
-            return peek(store, twin) if twin else b""
+            return bytes(words[1]) if is_known else peek(store, twin) if twin else b""
 
         return question
 

@@ -118,7 +118,7 @@ class Job:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(IMPORTED))
         self.store, port = tcp_store("localhost", 0, timedelta(seconds=30), serves=True)
-        self._shared = {
+        self.shared = {
             "ZGRAPH_ELASTIC_STORE": f"127.0.0.1:{port}",
             "ZGRAPH_ELASTIC": f"{least}:{most}",
             "ZGRAPH_ELASTIC_GONE": str(gone_s),
@@ -138,7 +138,7 @@ class Job:
         self._stores.append(inner)
         for rank in range(plan.num_ranks):
             own = {"RANK": str(rank), "WORLD_SIZE": str(plan.num_ranks), "MASTER_PORT": str(port)}
-            own |= {"ZGRAPH_ELASTIC_REPLICA": str(replica), "TORCHELASTIC_USE_AGENT_STORE": "True", **self._shared}
+            own |= {"ZGRAPH_ELASTIC_REPLICA": str(replica), "TORCHELASTIC_USE_AGENT_STORE": "True", **self.shared}
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=train, args=(plan, own, theirs), daemon=True)
             process.start()

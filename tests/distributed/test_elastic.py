@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +88,44 @@ def test_another_model_is_refused_and_the_others_go_on(job: Job) -> None:
     assert "(7, 6)" in said
     assert job.told[0, 1, 0][-1] == job.told[1, 1, 0][-1] == ("done", (25, 0))
     assert job.steps(0, 1)[-1].shards == job.steps(1, 1)[-1].shards
+
+
+SCRIPT = """
+import torch, zgraph
+from tests.distributed.elastic_job import Plan, batch, net, parts
+zgraph.init_distributed()
+model, optimizer, schedule = parts(net(9), Plan())
+run = zgraph.elastic(model, optimizer, state={"schedule": schedule})
+for step in run.steps(STEPS):
+    x, y = batch(step, run.replica, 0)
+    (model(x) - y).square().mean().backward()
+    run.reduce()
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+print("ended with", float(sum(p.double().sum() for p in model.parameters())), run.replicas)
+"""
+
+
+@pytest.mark.parametrize("steps", [deep(400)])
+def test_torchrun_starts_a_replica_that_joins(job: Job, tmp_path: Path, steps: int) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT.replace("STEPS", str(steps)))
+    job.start(0, Plan(steps=steps, nap_s=0.05))
+    job.start(1, Plan(steps=steps, faults=((0, 2, signal.SIGKILL),)))
+    job.listen((0, 1, 0), "step", 4)
+    root = str(Path(__file__).parents[2])
+    variables = {**os.environ, **job.shared, "ZGRAPH_ELASTIC_REPLICA": "1", "PYTHONPATH": root}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    ended = subprocess.Popen([*torchrun, str(tmp_path / "train.py")], env=variables, stdout=subprocess.PIPE, text=True)
+    try:
+        job.listen()
+        out, _ = ended.communicate(timeout=30)
+    finally:
+        ended.kill()
+    assert ended.returncode == 0
+    assert "ended with" in out
+    assert "(0, 1)" in out
+    assert job.steps(0, 1)[-1].replicas == (0, 1)
 
 
 def test_a_job_that_loses_too_much_says_how_to_go_on(capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shlex
 import signal
 import socket
@@ -20,14 +22,18 @@ from zgraph.bridge.private_runtime import PrefixStore, tcp_store
 from zgraph.environment import environment
 from zgraph.errors import UsageError
 from zgraph.runtime.generations import Generation
-from zgraph.runtime.pulse import PREFIX, Member, say_gone
-from zgraph.runtime.questions import is_there
+from zgraph.runtime.pulse import PREFIX, Member, beat_key, say_gone
+from zgraph.runtime.questions import is_there, peek
 
 LOOK_S = 0.1
+WARNING = re.compile(r"\[W\d{4} ")
+"""How warnings of torch's C++ begin: they are no last words."""
 GRACE_S = 10.0
 """How long ranks have to end by themselves, when all are ended."""
 BACKOFF_S, MOST_BACKOFF_S = 0.5, 30.0
 """How long a replica that died waits before it is started again: twice as long each time, up to the most."""
+SILENT_S = 20.0
+"""After so long without a beat of one of its ranks a replica is killed, and started again: it may hang for good."""
 HEALTHY_S = 60.0
 """How long a replica lives before earlier deaths are forgotten."""
 MOST_RESTARTS = 10
@@ -49,6 +55,10 @@ class Gang:
         began, due: when it was started, and when it is to be.
         num_deaths: one after another.
         said: the last line of each of its processes.
+        has_ended: whether it is not to be started any more.
+        life: number of its last life before it was started.
+        looked: when its beats were read last.
+        threads: which read what it says.
     """
 
     replica: int
@@ -58,6 +68,8 @@ class Gang:
     num_deaths: int = 0
     said: dict[int, str] = field(default_factory=dict)
     has_ended: bool = False
+    life: int = 0
+    looked: float = 0.0
     threads: list[threading.Thread] = field(default_factory=list)
 
     def failure(self) -> tuple[str, int] | None:
@@ -124,6 +136,7 @@ class Launcher:
         self.num_restarts = 0
         self._dead: set[Member] = set()
         self._write = threading.Lock()
+        self._heard: dict[str, tuple[bytes, float]] = {}
 
     def run(self) -> int:
         """Run to the end; the exit code: 0 if a replica has come to the end of the training."""
@@ -168,7 +181,7 @@ class Launcher:
         if gang.is_over():
             gang.has_ended = True
             return 0
-        failure = gang.failure()
+        failure = gang.failure() or self._silence(gang, now)
         if failure is None:
             return 0
         why, code = failure
@@ -190,13 +203,35 @@ class Launcher:
             self.num_restarts += 1
         return code if code > 0 else 128 - code
 
+    def _silence(self, gang: Gang, now: float) -> tuple[str, int] | None:
+        """Which rank of a replica has not been heard for long, since it has asked to join."""
+        member = self._member(gang)
+        if member.life <= gang.life or now - gang.looked < 1.0:
+            return None
+        gang.looked = now
+        for shard in itertools.count():
+            key = beat_key(member, shard)
+            if not is_there(self._store, key):
+                return None
+            word = peek(self._store, key)
+            if self._heard.get(key, (b"", 0.0))[0] != word:
+                self._heard[key] = word, now
+            elif now - self._heard[key][1] > SILENT_S:
+                return f"rank {shard} of it was silent for {SILENT_S:g} s, and it was killed", 1
+        return None
+
+    def _member(self, gang: Gang) -> Member:
+        """The last life of a replica; life 0 if it has never asked to join."""
+        key = f"lives/{gang.replica}"
+        return Member(gang.replica, int(self._store.get(key)) if is_there(self._store, key) else 0)
+
     def _begin(self, gang: Gang, now: float) -> None:
         variables = {
             "ZGRAPH_ELASTIC_STORE": self.address,
             "ZGRAPH_ELASTIC": f"{self.least}:{self.most}",
             "ZGRAPH_ELASTIC_REPLICA": str(gang.replica),
         }
-        gang.began, gang.said = now, {}
+        gang.began, gang.said, gang.life = now, {}, self._member(gang).life
         gang.processes = self._start(gang.replica, variables)
         gang.threads = [
             threading.Thread(target=self._follow, args=(gang, rank, process), daemon=True)
@@ -212,7 +247,7 @@ class Launcher:
         said = gang.said
         for line in process.stdout:
             text = line.decode(errors="replace").rstrip()
-            if text.strip():
+            if text.strip() and not WARNING.match(text):
                 said[rank] = text.strip()[:300]
             with self._write:
                 sys.stdout.write(f"replica {gang.replica}: {text}\n")
@@ -220,9 +255,7 @@ class Launcher:
 
     def _say_gone(self, gang: Gang, why: str) -> None:
         """Tell the other replicas at once, which would else have to miss it."""
-        key = f"lives/{gang.replica}"
-        if is_there(self._store, key):
-            member = Member(gang.replica, int(self._store.get(key)))
+        if (member := self._member(gang)).life > gang.life:
             self._dead.add(member)
             say_gone(self._store, member, why)
 

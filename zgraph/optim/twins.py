@@ -24,7 +24,7 @@ _KINDS = ("tensor", "like", "list", "tuple", "dict")
 
 
 class Stateful(Protocol):
-    """What has a state to hand on: a learning rate's schedule, a scaler."""
+    """Anything with a state to hand on: a learning rate's schedule, a scaler."""
 
     def state_dict(self) -> Any: ...
 
