@@ -20,6 +20,7 @@ from zgraph.runtime.pulse import Line
 
 PIECE_NUMEL = 1 << 22
 """Numbers that are sent at a time: 16 MB in fp32."""
+DAY_S = 86_400.0
 _FIRST_NAP, _LONGEST_NAP, _ASK_S = 2e-5, 1e-3, 0.75
 
 
@@ -52,7 +53,10 @@ class Between:
 
             def make() -> None:
                 try:
-                    found.append(messenger(line.connect(), name, index, size, timedelta(seconds=limit_s)))
+                    later = timedelta(
+                        seconds=min(2 * limit_s + 10, DAY_S)
+                    )  # who waits here gives up first, and says so
+                    found.append(messenger(line.connect(), name, index, size, later))
                 except RuntimeError as error:
                     found.append(error)
 

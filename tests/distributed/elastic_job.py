@@ -37,6 +37,7 @@ class Plan(NamedTuple):
         stage: that these are compiled at.
         width: of the net.
         nap_s: how long a step takes at least.
+        late: a step, and for how many seconds the first rank then does nothing but live.
         faults: signals that a rank sends itself between backward and step, by rank and step.
     """
 
@@ -45,11 +46,12 @@ class Plan(NamedTuple):
     stage: int = 3
     width: int = 9
     nap_s: float = 0.02
+    late: tuple[int, float] = (-1, 0.0)
     faults: tuple[tuple[int, int, signal.Signals], ...] = ()
 
 
 class Step(NamedTuple):
-    """A step that was taken: by which replicas, this rank's loss, and digests of its shards and states."""
+    """A step that was taken: by which replicas, this rank's loss, digests of its shards, and of states and draws."""
 
     number: int
     replicas: tuple[int, ...]
@@ -89,12 +91,13 @@ def train(plan: Plan, variables: Mapping[str, str], pipe: Connection) -> None:
             zgraph.init_distributed()
             model = zgraph.compile(model, stage=plan.stage)
         model, optimizer, schedule = parts(model, plan)
-        run = zgraph.elastic(model, optimizer, state={"schedule": schedule})
+        run = zgraph.elastic(model, optimizer, state={"schedule": schedule}, rng=True)
         for step in run.steps(plan.steps):
             x, y = batch(step, run.replica, rank)
             loss = (model(x) - y).square().mean()
             loss.backward()
-            time.sleep(plan.nap_s)
+            drawn = torch.rand(3)
+            time.sleep(plan.late[1] if (rank, step) == (0, plan.late[0]) else plan.nap_s)
             for victim, at, fault in () if run.is_rehearsing else plan.faults:
                 if (rank, step) == (victim, at):
                     os.kill(os.getpid(), fault)
@@ -104,7 +107,7 @@ def train(plan: Plan, variables: Mapping[str, str], pipe: Connection) -> None:
             optimizer.zero_grad()
             if not rehearsed and run.step == step + 1:
                 states = [value for p in model.parameters() for _, value in sorted(optimizer.state[p].items())]
-                found = Step(step, run.replicas, loss.item(), digest(model.parameters()), digest(states))
+                found = Step(step, run.replicas, loss.item(), digest(model.parameters()), digest([*states, drawn]))
                 pipe.send(("step", found))
         pipe.send(("done", (run.step, run.num_lost)))
     except ZgraphError as error:
@@ -186,6 +189,7 @@ def reference(members: list[tuple[int, ...]], plan: Plan) -> list[Step]:
     for step, replicas in enumerate(members):
         gradients = []
         losses = {}
+        drawn = torch.rand(3)
         for replica in replicas:
             x, y = batch(step, replica, 0)
             loss = (model(x) - y).square().mean()
@@ -199,5 +203,5 @@ def reference(members: list[tuple[int, ...]], plan: Plan) -> list[Step]:
         optimizer.step()
         schedule.step()
         states = [value for p in model.parameters() for _, value in sorted(optimizer.state[p].items())]
-        found.append(Step(step, replicas, losses[replicas[0]], digest(model.parameters()), digest(states)))
+        found.append(Step(step, replicas, losses[replicas[0]], digest(model.parameters()), digest([*states, drawn])))
     return found

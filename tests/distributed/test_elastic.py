@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+import zgraph
+from benchmarks import elastic
+from benchmarks.errors import HostsUnavailable
 from tests.deep import deep
 from zgraph.cli.elastic_launching import Launcher, ranks_here
 from zgraph.environment import elastic_place, read_range
@@ -76,6 +79,23 @@ def test_too_few_end_with_the_reason(job: Job) -> None:
     assert "last checkpoint" in said
 
 
+@pytest.mark.parametrize("job", [(1, 2, 1.0, 2.0)], indirect=True)
+def test_a_replica_that_does_not_come_is_left_out_and_joins_again(job: Job) -> None:
+    plan = Plan(steps=80, nap_s=0.08)
+    job.start(0, plan)
+    job.start(1, plan._replace(late=(4, 4.0)))
+    job.listen()
+    ours, theirs = job.steps(0, 1), job.steps(1, 1)
+    assert [step.number for step in ours] == [*range(80)]
+    numbers = [step.number for step in theirs]
+    left_out = [step.number for step in ours if step.replicas == (0,)]
+    assert left_out[0] == 4
+    assert left_out == [*range(4, left_out[-1] + 1)]
+    assert numbers == [number for number in range(80) if number not in left_out]
+    assert [ours[n].shards + ours[n].states for n in numbers] == [step.shards + step.states for step in theirs]
+    assert ours == reference([step.replicas for step in ours], plan)
+
+
 def test_another_model_is_refused_and_the_others_go_on(job: Job) -> None:
     job.start(0, Plan(steps=25))
     job.start(1, Plan(steps=25))
@@ -126,6 +146,22 @@ def test_torchrun_starts_a_replica_that_joins(job: Job, tmp_path: Path, steps: i
     assert "ended with" in out
     assert "(0, 1)" in out
     assert job.steps(0, 1)[-1].replicas == (0, 1)
+
+
+@pytest.mark.parametrize("num_faults", [deep(6)])
+def test_faults_on_emulated_hosts(num_faults: int) -> None:
+    try:
+        outcome = elastic.run(num_faults, seed=5)
+    except HostsUnavailable as error:
+        pytest.skip(str(error))
+    assert sum(outcome.faults.values()) == num_faults
+    assert (outcome.num_lost_steps, outcome.num_recaptured) == (0, 0)
+
+
+def test_what_is_no_module_is_refused() -> None:
+    engine: Any = object()
+    with pytest.raises(UsageError, match="An engine of zgraph"):
+        zgraph.elastic(engine, engine)
 
 
 def test_a_job_that_loses_too_much_says_how_to_go_on(capfd: pytest.CaptureFixture[str]) -> None:

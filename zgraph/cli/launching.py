@@ -346,8 +346,9 @@ def _elastic(options: Namespace) -> int:
         if len(hosts) < most:
             raise UsageError(f"--elastic {options.elastic} takes {most} hosts, one for each replica, not {len(hosts)}")
         host = options.master_addr or socket.gethostname()
+        inner = Namespace(**{**vars(options), "master_addr": "", "master_port": None})  # those are the store's
         start = elastic.over_ssh(
-            SSH, [one.name for one in hosts], lambda at, more: command_on(hosts[at], 0, [hosts[at]], options, more)
+            SSH, [one.name for one in hosts], lambda at, more: command_on(hosts[at], 0, [hosts[at]], inner, more)
         )
     else:
         num_ranks = _num_ranks(options)
