@@ -131,6 +131,8 @@ class Campaign:
         """One fault, and wait for both replicas to train together again."""
         at, rank = self.random.randrange(len(self.hosts)), self.random.randrange(NUM_RANKS)
         time.sleep(self.random.uniform(0.5, 1.5))
+        for gang in self.launcher.gangs:
+            gang.num_deaths = 0  # faults come faster here than a launcher would put up with
         pids = [process.pid for process in self.launcher.gangs[at].processes]
         began = time.monotonic()
         if kind == "kill":

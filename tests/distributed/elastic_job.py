@@ -36,6 +36,7 @@ class Plan(NamedTuple):
         num_ranks: of a replica; those of several are compiled.
         stage: that these are compiled at.
         width: of the net.
+        engine: whether an engine trains it, with clipping and a scale of the loss.
         nap_s: how long a step takes at least.
         late: a step, and for how many seconds the first rank then does nothing but live.
         faults: signals that a rank sends itself between backward and step, by rank and step.
@@ -46,6 +47,7 @@ class Plan(NamedTuple):
     stage: int = 3
     width: int = 9
     nap_s: float = 0.02
+    engine: bool = False
     late: tuple[int, float] = (-1, 0.0)
     faults: tuple[tuple[int, int, signal.Signals], ...] = ()
 
@@ -80,6 +82,22 @@ def parts(model: nn.Module, plan: Plan) -> tuple[nn.Module, torch.optim.Optimize
     return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 5))
 
 
+def engine_of(model: nn.Module, plan: Plan) -> Any:
+    if plan.num_ranks == 1:
+        zgraph.init_distributed()
+    made, *_ = zgraph.initialize_engine(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": 8,
+            "gradient_clipping": 0.1,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
+            "zero_optimization": {"stage": 2},
+        },
+    )
+    return made
+
+
 def train(plan: Plan, variables: Mapping[str, str], pipe: Connection) -> None:
     """A rank of a replica: tells each step, and how it ended."""
     torch.set_num_threads(1)
@@ -90,21 +108,31 @@ def train(plan: Plan, variables: Mapping[str, str], pipe: Connection) -> None:
         if plan.num_ranks > 1:
             zgraph.init_distributed()
             model = zgraph.compile(model, stage=plan.stage)
-        model, optimizer, schedule = parts(model, plan)
-        run = zgraph.elastic(model, optimizer, state={"schedule": schedule}, rng=True)
+        engine = engine_of(model, plan) if plan.engine else None
+        if engine is not None:
+            model, optimizer, schedule = engine.module, engine.optimizer, engine.lr_scheduler
+            state = {"schedule": schedule, "scale": engine.loss_scaler}
+        else:
+            model, optimizer, schedule = parts(model, plan)
+            state = {"schedule": schedule}
+        run = zgraph.elastic(model, optimizer, state=state, rng=True)
         for step in run.steps(plan.steps):
             x, y = batch(step, run.replica, rank)
             loss = (model(x) - y).square().mean()
-            loss.backward()
+            (loss if engine is None else engine.scale(loss)).backward()
             drawn = torch.rand(3)
             time.sleep(plan.late[1] if (rank, step) == (0, plan.late[0]) else plan.nap_s)
             for victim, at, fault in () if run.is_rehearsing else plan.faults:
                 if (rank, step) == (victim, at):
                     os.kill(os.getpid(), fault)
             rehearsed = run.is_rehearsing
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            if engine is None:
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            else:
+                run.reduce()
+                engine.step()
             if not rehearsed and run.step == step + 1:
                 states = [value for p in model.parameters() for _, value in sorted(optimizer.state[p].items())]
                 found = Step(step, run.replicas, loss.item(), digest(model.parameters()), digest([*states, drawn]))

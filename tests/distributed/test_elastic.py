@@ -67,6 +67,20 @@ def test_a_replica_that_is_lost_comes_back(job: Job, fault: signal.Signals, num_
         assert survivor == expected, "losses, shards and states are those of a run without these micro-batches"
 
 
+@pytest.mark.parametrize("stage", [deep(2)])
+def test_an_engine_whose_gradients_are_reduced_before_its_step(job: Job, stage: int) -> None:
+    plan = Plan(steps=200, engine=True, stage=stage, nap_s=0.1)
+    job.start(0, plan)
+    job.start(1, plan._replace(faults=((0, 4, signal.SIGKILL),)))
+    job.listen((0, 1, 0), "step", 8)
+    job.start(1, plan)
+    job.listen()
+    ours, theirs = job.steps(0, 1), job.steps(1, 2)
+    assert [step.number for step in ours] == [*range(plan.steps)]
+    assert theirs[-1].number == plan.steps - 1
+    assert [(s.shards, s.states) for s in theirs] == [(s.shards, s.states) for s in ours[theirs[0].number :]]
+
+
 @pytest.mark.parametrize("job", [(2, 2, 1.0, 3.0)], indirect=True)
 def test_too_few_end_with_the_reason(job: Job) -> None:
     job.start(0, Plan(steps=50))
@@ -160,7 +174,7 @@ def test_faults_on_emulated_hosts(num_faults: int) -> None:
 
 def test_what_is_no_module_is_refused() -> None:
     engine: Any = object()
-    with pytest.raises(UsageError, match="An engine of zgraph"):
+    with pytest.raises(UsageError, match=r"give engine\.module"):
         zgraph.elastic(engine, engine)
 
 

@@ -376,8 +376,8 @@ def elastic(
     """
     if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(
-            "elastic takes a module and a torch optimizer. An engine of zgraph.initialize clips and scales on its own: "
-            "train with zgraph.compile and a plain loop"
+            "elastic takes a module and a torch optimizer. Of an engine of zgraph.initialize give engine.module and "
+            "engine.optimizer, and call run.reduce() before each engine.step(), which clips"
         )
     return Elastic(model, optimizer, elastic_place(), state or {}, rng)
 
