@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from zgraph.estimate.calibration import calibrate
     from zgraph.estimate.plan import plan, sweep
     from zgraph.inference import export_model, infer, serving
+    from zgraph.optim.elastic import elastic
     from zgraph.optim.local_steps import local_steps
     from zgraph.options.lengths import Lengths
     from zgraph.options.searched import search_placements
@@ -38,6 +39,7 @@ __all__ = [
     "compile",
     "deepspeed",
     "distill",
+    "elastic",
     "errors",
     "export_hf",
     "export_model",
@@ -80,6 +82,7 @@ _HOMES = {
     "zgraph.estimate.calibration": ("calibrate",),
     "zgraph.estimate.plan": ("plan", "sweep"),
     "zgraph.inference": ("export_model", "infer", "serving"),
+    "zgraph.optim.elastic": ("elastic",),
     "zgraph.optim.local_steps": ("local_steps",),
     "zgraph.options.lengths": ("Lengths",),
     "zgraph.options.searched": ("search_placements",),

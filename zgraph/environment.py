@@ -20,6 +20,25 @@ ARENAS = ("registered", "symmetric", "plain")
 
 
 @dataclass(frozen=True)
+class ElasticPlace:
+    """Place of a replica in an elastic job, as `zgraph launch --elastic` tells it.
+
+    Args:
+        host, port: of the job's key-value store: ZGRAPH_ELASTIC_STORE, `host:port`.
+        replica: number of this replica from 0 on: ZGRAPH_ELASTIC_REPLICA.
+        least, most: replicas that the job takes: ZGRAPH_ELASTIC, `MIN:MAX`.
+        gone_s: seconds of silence after which a rank is gone: ZGRAPH_ELASTIC_GONE, 5 by default.
+    """
+
+    host: str
+    port: int
+    replica: int
+    least: int
+    most: int
+    gone_s: float = 5.0
+
+
+@dataclass(frozen=True)
 class Environment:
     """The environment variables that zgraph reads.
 
@@ -98,6 +117,43 @@ def _seconds(name: str, default: float) -> float:
     if not found > 0:
         raise UsageError(f"{name} must be a number of seconds above 0 (inf for no limit), not {text!r}")
     return found
+
+
+def elastic_place() -> ElasticPlace:
+    """The place of this replica in an elastic job.
+
+    Raises:
+        UsageError: a variable is missing, or has a value that means nothing.
+    """
+    host, _, port = os.environ.get("ZGRAPH_ELASTIC_STORE", "").rpartition(":")
+    if not host or not is_port(port):
+        raise UsageError(
+            "an elastic job has its key-value store in ZGRAPH_ELASTIC_STORE=host:port, which "
+            f"{f'is {host}:{port}' if port else 'is not set'}; start the script by `zgraph launch --elastic MIN:MAX`"
+        )
+    least, most = read_range(os.environ.get("ZGRAPH_ELASTIC", ""), "ZGRAPH_ELASTIC")
+    replica = os.environ.get("ZGRAPH_ELASTIC_REPLICA", "")
+    if not _is_whole(replica) or int(replica) >= most:
+        raise UsageError(f"ZGRAPH_ELASTIC_REPLICA must be a number from 0 to {most - 1}, not {replica!r}")
+    gone_s = _seconds("ZGRAPH_ELASTIC_GONE", 5.0)
+    return ElasticPlace(host, int(port), int(replica), least, most, gone_s)
+
+
+def read_range(text: str, name: str) -> tuple[int, int]:
+    """The least and the most replicas that `MIN:MAX` says. Raises UsageError for what is no such range."""
+    least, _, most = text.partition(":")
+    if not (_is_whole(least) and _is_whole(most) and 1 <= int(least) <= int(most)):
+        raise UsageError(f"{name} must be the least and the most replicas, as in 1:4, not {text!r}")
+    return int(least), int(most)
+
+
+def is_port(text: str) -> bool:
+    """Whether a text is the number of a port."""
+    return _is_whole(text) and 0 < int(text) < 1 << 16
+
+
+def _is_whole(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 6
 
 
 def cache_folder() -> Path:

@@ -50,6 +50,24 @@ def test_hosts_are_reached_by_ssh(ssh, zgraph_command, tmp_path, monkeypatch, mo
     assert ("the others were ended" in error) == bool(code)
 
 
+@pytest.mark.parametrize("ends", [deep(True)])
+def test_each_host_has_a_replica(ssh, zgraph_command, tmp_path, ends):
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    arguments = (
+        "--hostfile",
+        str(tmp_path / "hosts"),
+        "--elastic",
+        "1:1",
+        "--master-addr",
+        "127.0.0.1",
+        "train.py",
+        "x",
+    )
+    ended, out, error = zgraph_command("launch", *arguments)
+    assert (ended == 0) == ends, error
+    assert f"replica 0: rank 0 of 1, {cores()} threads, ['x']" in out
+
+
 def test_the_first_host_is_where_they_meet(monkeypatch):
     monkeypatch.setattr("os.environ", {"PATH": "/bin", "HF_TOKEN": "hunter2", "NCCL_DEBUG": "INFO", "SHELL": "sh"})
     hosts = [Host("user@gpu-1", 8), Host("gpu-2")]

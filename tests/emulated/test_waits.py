@@ -61,6 +61,11 @@ ELSEWHERE = {
     "write_parts": "the files' own threads",
     "Background.wait": "the thread that writes files",
     "Staging.take": "the thread that writes files",
+    "Between._wait": "gloo between replicas, in no case",
+    "_Aside.run": "gloo between replicas, in no case",
+    "_let_go.end": "gloo between replicas, in no case",
+    "Line.ask": "the store of an elastic job, in no case",
+    "Pulse.run": "the store of an elastic job, in no case",
     "Alike._finish": "tensor parallelism, in no case: the wait is the comparison's own",
 }
 """Functions that wait for no stream, or for one whose memory nobody reads, by what for."""

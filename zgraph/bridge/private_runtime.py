@@ -25,6 +25,7 @@ __all__ = [
     "abort_groups",
     "accumulator",
     "all_gathers",
+    "all_to_all",
     "bump_version",
     "default_pg_timeout",
     "direct",
@@ -34,6 +35,7 @@ __all__ = [
     "exact_items",
     "fused_adamw",
     "fused_sgd",
+    "gather_parts",
     "grad_hooks",
     "has_averages",
     "has_fused_sgd",
@@ -45,6 +47,7 @@ __all__ = [
     "messenger",
     "reduce_scatters",
     "store",
+    "tcp_store",
     "whole_group",
     "will_accumulate",
 ]
@@ -278,6 +281,16 @@ def store() -> Store:
     return _get_default_store()
 
 
+def tcp_store(host: str, port: int, timeout: timedelta, serves: bool = False) -> tuple[Store, int]:
+    """A connection to a key-value store, or a store that this process serves; and the port, a free one for 0.
+
+    Raises RuntimeError if nobody answers there, or the port is taken.
+    """
+    inner: Any = dist
+    made = inner.TCPStore(host, port, is_master=serves, timeout=timeout, wait_for_workers=False)
+    return made, int(made.port)
+
+
 class Messenger(Protocol):
     """Methods of a gloo group beside its collectives; torch's stubs leave them out."""
 
@@ -290,6 +303,21 @@ def messenger(store: Store, name: str, rank: int, num_ranks: int, timeout: timed
     """A separate gloo group, with connections between all its ranks."""
     group = dist.ProcessGroupGloo(PrefixStore(name, store), rank, num_ranks, timeout)
     return cast(Messenger, group)
+
+
+def all_to_all(group: Messenger, came: torch.Tensor, given: torch.Tensor) -> dist.Work:
+    """Begin to give each rank of a messenger an equal part of a tensor, and to take its part from each."""
+    inner: Any = group
+    made: dist.Work = inner.alltoall_base(came, given, [], [], dist.AllToAllOptions())
+    return made
+
+
+def gather_parts(group: Messenger, whole: torch.Tensor, own: torch.Tensor) -> dist.Work:
+    """Begin to gather equal parts over a messenger's ranks."""
+    inner: Any = group
+    c10d: Any = dist.distributed_c10d
+    made: dist.Work = inner._allgather_base(whole, own, c10d.AllgatherOptions())
+    return made
 
 
 Tensors = Sequence[torch.Tensor]

@@ -7,12 +7,13 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -57,13 +58,17 @@ def launch(
     core, at most 4. OMP_NUM_THREADS, where it is not set, shares the cores among them. The exit code is the script's.
 
     `--hostfile FILE` starts it on every host of the file, a line each (`gpu-3 slots=8`), over ssh; the first is where
-    they meet. `--print slurm`, `jobset` or `pytorchjob` prints what a cluster takes, for `--nnodes` hosts; `--submit`
-    hands SLURM's to sbatch. Both know `--job-name`, `--time`, `--partition`, `--account`, `--image`, `--cpus-only`.
+    they meet. `--elastic MIN:MAX` starts replicas of `--ranks` ranks each, or one on each host, for a script that calls
+    `zgraph.elastic`; one that dies is started again. `--print slurm`, `jobset` or `pytorchjob` prints what a cluster
+    takes, for `--nnodes` hosts; `--submit` hands SLURM's to sbatch. These know `--job-name`, `--time`, `--partition`,
+    `--account`, `--image`, `--cpus-only`.
 
     Example: `zgraph launch --nproc-per-node 2 train.py --steps 3`
     """
     options = _options(arguments)
     _check_together(options)
+    if options.elastic:
+        sys.exit(_elastic(options))
     if options.print or options.submit:
         _to_a_cluster(options)
     elif options.hostfile:
@@ -85,6 +90,8 @@ def _options(arguments: list[str]) -> Namespace:
     for name in ("--time", "--partition", "--account", "--image"):
         parser.add_argument(name, default="")
     parser.add_argument("--job-name", default="zgraph")
+    parser.add_argument("--elastic", default="")
+    parser.add_argument("--ranks", dest="nproc_per_node")
     parser.set_defaults(master_addr="")
     if "PET_NPROC_PER_NODE" not in os.environ:
         parser.set_defaults(nproc_per_node="")
@@ -106,22 +113,26 @@ def _check_together(options: Namespace) -> None:
         UsageError: so one would.
     """
     to_cluster, over_ssh = bool(options.print or options.submit), bool(options.hostfile)
+    if options.elastic and to_cluster:
+        raise UsageError(
+            "--elastic starts replicas now: leave --print and --submit out, or call it in the job's script"
+        )
     if to_cluster and over_ssh:
         raise UsageError("--hostfile starts the script now, and --print and --submit make a job: give one of them")
     if not to_cluster and (given := [name for name in OF_CLUSTERS if getattr(options, name)]):
         raise UsageError(f"--{given[0].replace('_', '-')} is for a job of a cluster: give --print or --submit too")
-    if not to_cluster and not over_ssh:
+    if not to_cluster and not over_ssh and not options.elastic:
         return
     usual = vars(_options(["script.py"]))
-    known = ELSEWHERE | {"hostfile", "print", "job_name", *OF_CLUSTERS}
+    known = ELSEWHERE | {"hostfile", "print", "job_name", "elastic", *OF_CLUSTERS}
     for name, value in vars(options).items():
         if name not in known and value != usual[name]:
             raise UsageError(
                 f"--{name.replace('_', '-')} is for ranks that torchrun starts here; leave it out, or run torchrun on "
                 "each host"
             )
-    if over_ssh and options.nnodes != usual["nnodes"]:
-        raise UsageError("--nnodes is the number of hosts in --hostfile: leave it out")
+    if (over_ssh or options.elastic) and options.nnodes != usual["nnodes"]:
+        raise UsageError("--nnodes is the number of hosts in --hostfile, and of replicas in --elastic: leave it out")
     if to_cluster and (options.master_addr or options.master_port != usual["master_port"]):
         raise UsageError("the job's first host is where ranks meet: leave --master-addr and --master-port out")
 
@@ -259,8 +270,10 @@ def hosts_of(path: Path) -> list[Host]:
     return found
 
 
-def command_on(host: Host, number: int, hosts: Sequence[Host], options: Namespace) -> str:
-    """The command of one host, for its shell."""
+def command_on(
+    host: Host, number: int, hosts: Sequence[Host], options: Namespace, more: Mapping[str, str] | None = None
+) -> str:
+    """The command of one host, for its shell; `more` are variables that are set there."""
     names = (n for n in os.environ if n.startswith(FORWARDED) or n in ("PYTHONPATH", "PATH"))
     kept = {n: os.environ[n] for n in names if not any(part in n.upper() for part in SECRET)}
     place = hosts[0].name.rpartition("@")[2]
@@ -272,7 +285,7 @@ def command_on(host: Host, number: int, hosts: Sequence[Host], options: Namespac
         *_rest(options),
         *(options.training_script, *options.training_script_args),
     ]
-    variables = [f"{name}={value}" for name, value in sorted(kept.items())]
+    variables = [f"{name}={value}" for name, value in sorted({**kept, **(more or {})}.items())]
     command = shlex.join(["env", *variables, sys.executable, "-m", "zgraph", "launch", *arguments])
     return f"cd {shlex.quote(os.getcwd())} && exec {command}"
 
@@ -317,6 +330,41 @@ def _over_ssh(options: Namespace, hosts: Sequence[Host]) -> int:
     if code == UNREACHED:
         sys.stderr.write(f"zgraph: ssh may not reach it without a password: try `ssh -o BatchMode=yes {name} true`\n")
     return code if code > 0 else 128 - code
+
+
+def _elastic(options: Namespace) -> int:
+    """Run replicas of an elastic job; the exit code."""
+    import torch
+
+    from zgraph.cli import elastic_launching as elastic
+    from zgraph.environment import read_range
+
+    least, most = read_range(options.elastic, "--elastic")
+    host = options.master_addr or "127.0.0.1"
+    if options.hostfile:
+        hosts = hosts_of(Path(options.hostfile))
+        if len(hosts) < most:
+            raise UsageError(f"--elastic {options.elastic} takes {most} hosts, one for each replica, not {len(hosts)}")
+        host = options.master_addr or socket.gethostname()
+        inner = Namespace(**{**vars(options), "master_addr": "", "master_port": None})  # those are the store's
+        start = elastic.over_ssh(
+            SSH, [one.name for one in hosts], lambda at, more: command_on(hosts[at], 0, [hosts[at]], inner, more)
+        )
+    else:
+        num_ranks = _num_ranks(options)
+        gpus = torch.cuda.device_count() if torch.accelerator.is_available() else 0
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",") if gpus else []
+        if devices and len(devices) < most * num_ranks:
+            raise UsageError(f"{most} replicas of {num_ranks} ranks take more than the {len(devices)} GPUs here")
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(cores() // (most * num_ranks), 1)))
+        python = [] if options.no_python else [sys.executable, *(["-m"] if options.module else [])]
+        command = [*python, options.training_script, *options.training_script_args]
+        start = elastic.ranks_here(command, num_ranks, devices)
+    signal.signal(signal.SIGTERM, _ended_by)
+    signal.signal(signal.SIGHUP, _ended_by)
+    again = shlex.join(["zgraph", *sys.argv[1:]])
+    restarts = options.max_restarts or elastic.MOST_RESTARTS
+    return elastic.Launcher(start, host, least, most, restarts, again, options.master_port or 0).run()
 
 
 def _ended_by(number: int, _: object) -> NoReturn:
