@@ -43,6 +43,7 @@ __all__ = [
     "joined",
     "keeps_graph",
     "messenger",
+    "new_store",
     "reduce_scatters",
     "store",
     "whole_group",
@@ -276,6 +277,12 @@ def whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:
 def store() -> Store:
     """The key-value store that the processes of this job met in."""
     return _get_default_store()
+
+
+def new_store(host: str) -> tuple[Store, int]:
+    """A store that this process keeps for the ranks of a job, and its port."""
+    found = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    return found, found.port
 
 
 class Messenger(Protocol):
