@@ -100,6 +100,41 @@ class Meetings(Circle):
             ear.over.wait(seconds)
         return int(ear.word())
 
+    def check(self, what: str) -> None:
+        """Look whether the others are there, between two things that all do together.
+
+        Args:
+            what: this rank waits for.
+
+        Raises:
+            PeerError: one failed, ended, or is gone.
+        """
+        self.raise_failure()
+        gone = self.silent()
+        if gone or self.departed():
+            self.blame(what, TimeoutError("no answer"), gone)
+
+    def told(self, key: str, what: str) -> str:
+        """The word that another of these ranks puts under a key of the store, however long it takes.
+
+        Args:
+            key: of the store, used for no other word.
+            what: this rank waits for.
+
+        Raises:
+            PeerError: one failed, ended, or is gone, and the store with it, maybe.
+        """
+        self._at(what, waits=True)
+        with store_errors():
+            with self.heart.ears.listen(key, f"{_OVER}rank {self.rank} has left, which waited for {what}") as ear:
+                while not ear.over.wait(ASK_AFTER_SECONDS):
+                    self.check(what)
+            word = ear.word()
+        if word.startswith(_OVER):
+            self._raise_what_ended(word.removeprefix(_OVER))
+        self._at(what, waits=False)
+        return word
+
     def _ruling(self, stem: str, what: str, own: str, limit_s: float) -> str:
         """The ruling on a comparison.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.live import Live
@@ -15,7 +17,11 @@ from zgraph.cli.app import app, console, errors, one_of, progress
 from zgraph.cli.completion import any_of
 from zgraph.cli.quantising import ACTIVATIONS, WEIGHTS, Calibrate, calibration, loaded
 from zgraph.cli.terminal import printable
+from zgraph.cli.together import is_first, together
 from zgraph.errors import UsageError
+
+if TYPE_CHECKING:
+    from zgraph.server.talk import Talk
 
 Model = Annotated[
     str, typer.Argument(help="A folder with a model and its tokenizer, of transformers or of zgraph quantise.")
@@ -24,6 +30,9 @@ Weights = Annotated[str, typer.Option(help="int8 or int4; as they are without.",
 Activations = Annotated[str, typer.Option(help="int8 rounds activations too.", autocompletion=any_of(*ACTIVATIONS))]
 KV = Annotated[str, typer.Option("--kv", help="int8 keeps keys and values in it.", autocompletion=any_of("int8"))]
 Group = Annotated[int, typer.Option(help="Columns that share a scale in int4: 32, 64 or 128.")]
+Parallel = Annotated[
+    int, typer.Option("--tensor-parallel", min=1, help="Ranks that share the model: this many processes.")
+]
 MaxLen = Annotated[int, typer.Option(min=2, help="Tokens of a request, the prompt's among them; 1,024 without.")]
 
 
@@ -43,8 +52,12 @@ def serve(
     kv: KV = "",
     group: Group = 64,
     calibrate: Calibrate = None,
+    tensor_parallel: Parallel = 1,
 ) -> None:
     """Answer by OpenAI's protocol over HTTP, many requests in each step.
+
+    With `--tensor-parallel 2` another process is started, which has half of the model. Under a launcher its ranks are
+    taken; the first of them listens.
 
     Example: `zgraph serve SmolLM2-135M --weights int8`
     """
@@ -56,19 +69,30 @@ def serve(
     except ImportError as error:
         raise UsageError(f"this needs {error.name}: pip install zgraph-compiler[serve]") from None
 
-    _check(weights, activations, kv)
-    listening = bound(host, port)
-    with progress() as shown:
-        shown.add_task(f"reading and capturing {model}")
-        generator, tokenizer = _generator(model, max_batch, max_len, weights, activations, kv, group, calibrate)
-    called = name or Path(model).resolve().name
-    server = Server(
-        Worker(generator, max_waiting), Words(tokenizer), called, Limits(max_body, grace_seconds=grace), hosts_of(host)
-    )
-    address, taken = listening.getsockname()[:2]
-    shown_host = f"[{address}]" if ":" in address else address
-    console().print(f"{escape(called)} answers at http://{shown_host}:{taken}/v1", highlight=False)
-    listener(server).run([listening])
+    _check(model, weights, activations, kv, tensor_parallel)
+    listening = bound(host, port) if is_first() else None
+    with together(tensor_parallel):
+        given = model, max_batch, max_len, weights, activations, kv, group, calibrate, tensor_parallel
+        found = _led(given)
+        if found is None or listening is None:
+            return
+        generator, tokenizer = found
+        called = name or Path(model).resolve().name
+        limits = Limits(max_body, grace_seconds=grace)
+        worker = Worker(generator, max_waiting)
+        server = Server(worker, Words(tokenizer), called, limits, hosts_of(host))
+        address, taken = listening.getsockname()[:2]
+        shown_host = f"[{address}]" if ":" in address else address
+        console().print(f"{escape(called)} answers at http://{shown_host}:{taken}/v1", highlight=False)
+        ended: BaseException | None = None
+        try:
+            listener(server).run([listening])
+        except (SystemExit, KeyboardInterrupt) as signalled:  # once all was over
+            ended = signalled
+        if worker.error is not None:
+            raise worker.error
+    if ended is not None:
+        raise ended
 
 
 @app.command()
@@ -85,21 +109,30 @@ def chat(
     kv: KV = "",
     group: Group = 64,
     calibrate: Calibrate = None,
+    tensor_parallel: Parallel = 1,
 ) -> None:
     """Talk with a model in the terminal; an empty line or the end of the input ends it.
 
     Example: `zgraph chat SmolLM2-135M --weights int8`
     """
-    _check(weights, activations, kv)
+    _check(model, weights, activations, kv, tensor_parallel)
     from zgraph.inference.sampling import Sampling
     from zgraph.server.talk import Talk
     from zgraph.server.text import Words
 
-    with progress() as shown:
-        shown.add_task(f"reading and capturing {model}")
-        generator, tokenizer = _generator(model, 1, max_len, weights, activations, kv, group, calibrate)
-    sampling = Sampling(True, temperature, top_p=top_p) if temperature else Sampling()
-    talk, out = Talk(generator, Words(tokenizer), sampling, seed, system), console()
+    with together(tensor_parallel):
+        found = _led((model, 1, max_len, weights, activations, kv, group, calibrate, tensor_parallel))
+        if found is None:
+            return
+        sampling = Sampling(True, temperature, top_p=top_p) if temperature else Sampling()
+        talk = Talk(found[0], Words(found[1]), sampling, seed, system)
+        _converse(talk, max_tokens)
+        talk.batch.close()
+
+
+def _converse(talk: Talk, max_tokens: int) -> None:
+    """Answer what is said in the terminal; Ctrl-C ends an answer, between two tokens: other ranks may wait for both."""
+    out, stopped = console(), threading.Event()
     while True:
         try:
             said = Prompt.ask("[bold]you[/]", console=out)
@@ -108,17 +141,40 @@ def chat(
         if not said.strip():
             break
         text = Text()
+        stopped.clear()
+        before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
         try:
             with Live(text, console=out, refresh_per_second=12, vertical_overflow="visible") as live:
                 for piece in talk.answer(said, max_tokens):
                     text.append(printable(piece))
                     live.update(text)
-        except KeyboardInterrupt:
+                    if stopped.is_set():
+                        break
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if stopped.is_set():
             errors().print("stopped")
 
 
-def _check(weights: str, activations: str, kv: str) -> None:
-    """Refuse words that mean nothing, before anything is read."""
+def _led(given: tuple[str, int, int | None, str, str, str, int, Path | None, int]) -> tuple[Any, Any] | None:
+    """What `_generator` gives, on the first rank; on another follow it to its end, and give nothing."""
+    from zgraph.inference.orders import follow
+
+    with progress() as shown:
+        shown.add_task(f"reading and capturing {given[0]}")
+        generator, tokenizer = _generator(*given)
+    if generator.calls.is_first:
+        return generator, tokenizer
+    follow(generator)
+    return None
+
+
+def _check(model: str, weights: str, activations: str, kv: str, tensor_parallel: int) -> None:
+    """Refuse words that mean nothing, before anything is read or started."""
+    if not Path(model).is_dir():
+        raise UsageError(f"there is no folder {model}; save a model and its tokenizer to one with save_pretrained")
+    if tensor_parallel > 1 and activations:
+        raise UsageError("--tensor-parallel is for activations as they are; leave it or --activations out")
     if weights:
         one_of("--weights", weights, WEIGHTS)
     if activations:
@@ -136,8 +192,9 @@ def _generator(
     kv: str,
     group: int,
     calibrate: Path | None,
+    tensor_parallel: int,
 ) -> tuple[Any, Any]:
-    """The model of a folder for inference, and its tokenizer."""
+    """The model of a folder for inference, and its tokenizer. All ranks that compute together call it."""
     from zgraph.inference import Generator, infer
 
     model, tokenizer, kept_in = loaded(folder)
@@ -156,6 +213,7 @@ def _generator(
         kv=kv or None,
         group=group,
         calibrate=calibration(tokenizer, calibrate),
+        tensor_parallel=tensor_parallel if tensor_parallel > 1 else None,
     )
     if not isinstance(found, Generator):
         found.generate()

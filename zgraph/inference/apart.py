@@ -42,13 +42,13 @@ def integers_apart(
     settled: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     if weights == "int4" and calibrate is not None:
         settled = rounded_integers(model, calibrate, group)
-    elif weights == "int4" and is_stored(model, group):
+    elif weights == "int4":
         if wide := stored_wider(model):
             raise UsageError(
                 f"{wide[0]} and {len(wide) - 1} more weights are in int8 in this folder, as wider= said, and "
                 "tensor_parallel= would round them again: leave tensor_parallel= out, or write a folder without wider="
             )
-        settled = stored_integers(model, group)
+        settled = stored_integers(model, group) if is_stored(model, group) else {}
     found, where = dict[str, torch.Tensor](), dict[str, Cuts]()
     layers: dict[str, Any] = linear_layers(model)
     tables = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}

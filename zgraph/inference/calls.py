@@ -56,6 +56,16 @@ class Calls:
         return self.programs.session.is_alone
 
     @property
+    def is_first(self) -> bool:
+        """Whether this is the first of the ranks that compute together."""
+        return self.is_alone or dist.get_rank(self.programs.ranks.axis_group(AXIS)) == 0
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that compute together."""
+        return 1 if self.is_alone else dist.get_world_size(self.programs.ranks.axis_group(AXIS))
+
+    @property
     def wire_bytes(self) -> int:
         """Bytes that a rank sends in a call of decode."""
         return sum(kind.sent_bytes for kind in traffic(self._decode.plan))
@@ -101,9 +111,17 @@ class Calls:
         Yields:
             Logits of each piece's last token, fp32 [vocabulary].
         """
-        for piece, places in pieces(tokens, self.chunk, self.max_len):
-            given = {"tokens": piece.to(self.device), "places": places.to(self.device), **self._row_of[row]}
-            yield self._prefill(given)[0][0]
+        for piece, places in self.pieces(tokens):
+            yield self.fill(row, piece, places)
+
+    def pieces(self, tokens: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The pieces of a prompt that `fill` takes: tokens and their places, int64 [1, chunk]."""
+        return pieces(tokens, self.chunk, self.max_len)
+
+    def fill(self, row: int, piece: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Take a piece of a prompt into a row of the cache; logits of its last token, fp32 [vocabulary]."""
+        given = {"tokens": piece.to(self.device), "places": places.to(self.device), **self._row_of[row]}
+        return self._prefill(given)[0][0]
 
     def decode(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Logits behind one token of each row, fp32 [rows, vocabulary].

@@ -15,6 +15,7 @@ import torch
 
 from zgraph.errors import ContextLengthError, UsageError
 from zgraph.inference.generation import Generator
+from zgraph.inference.orders import NO_ROW, Leader, Piece
 from zgraph.inference.sampling import Sampling
 
 
@@ -63,7 +64,7 @@ class _Running:
         if request.seed is not None:
             self.draws = torch.Generator(device).manual_seed(request.seed)
         self.num_taken = self.num_made = 0
-        self.pieces: Iterator[torch.Tensor] = iter(())
+        self.pieces: Iterator[Piece] = iter(())
 
 
 class ContinuousBatch:
@@ -77,8 +78,17 @@ class ContinuousBatch:
 
     A request's tokens are those of `Generator.generate` for it alone: draws with a seed, too. One thread at a time.
 
+    Over ranks that compute together, the first has the batch, the others call `zgraph.inference.orders.follow`. They
+    run what it runs, and wait while it has no requests, until it is closed.
+
     Args:
         generator: a model of `zgraph.infer`. Nothing else may generate with it meanwhile.
+
+    Attributes:
+        leader: tells the other ranks; None on one rank.
+
+    Raises:
+        UsageError: it cannot generate, or this is not the first of the ranks that compute together.
     """
 
     def __init__(self, generator: Generator) -> None:
@@ -86,9 +96,13 @@ class ContinuousBatch:
             raise UsageError(
                 f"a {type(generator).__name__} cannot generate; pass what zgraph.infer gives for a decoder"
             )
-        if not generator.calls.is_alone:
-            raise UsageError("requests that come and go are for one rank; leave tensor_parallel= out of zgraph.infer")
         self.generator, self.calls = generator, generator.calls
+        if not self.calls.is_first:
+            raise UsageError(
+                "the first of the ranks that compute together has the requests; call zgraph.inference.orders.follow on "
+                "the others"
+            )
+        self.leader = None if self.calls.is_alone else Leader(self.calls)
         num_rows = self.calls.num_rows
         self._rows: list[_Running | None] = [None] * num_rows
         self._filling: deque[int] = deque()
@@ -142,7 +156,12 @@ class ContinuousBatch:
         return self._next - 1
 
     def cancel(self, number: int) -> bool:
-        """Forget a request and free its row; whether there was one."""
+        """Forget a request and free its row; whether there was one. Raises PeerError as `step` does."""
+        found = self._forget(number)
+        self._rest()
+        return found
+
+    def _forget(self, number: int) -> bool:
         for waiting in self._waiting:
             if waiting.number == number:
                 self._waiting.remove(waiting)
@@ -155,28 +174,51 @@ class ContinuousBatch:
 
     @torch.no_grad()
     def step(self) -> list[Made]:
-        """Take one piece of a prompt, and one token of each row that generates; what was made."""
+        """Take one piece of a prompt, and one token of each row that generates; what was made.
+
+        Raises:
+            PeerError: another of the ranks that compute together failed, or is gone.
+        """
         self.generator.programs.refresh()
         self._admit()
         decoding = [row for row in range(len(self._rows)) if self._rows[row] is not None and row not in self._filling]
-        return [*self._decode(decoding), *self._fill()]
+        row = self._filling[0] if self._filling else NO_ROW
+        piece = next(self._of(row).pieces) if row != NO_ROW else None
+        if not decoding and piece is None:
+            return []
+        if self.leader is not None:
+            self.leader.begin(self._tokens, self._places, bool(decoding), row, piece)
+        made = [*self._decode(decoding), *(self._fill(row, piece) if piece is not None else ())]
+        self._rest()
+        return made
+
+    def clear(self, row: int | None = None) -> None:
+        """Fill a row of the cache with zeros, or all."""
+        (self.leader or self.calls).clear(row)
+
+    def close(self) -> None:
+        """Let the other ranks go, once all requests are over. Raises PeerError as `step` does."""
+        if self.leader is not None:
+            self.leader.end()
+
+    def _rest(self) -> None:
+        """Let the other ranks wait where there is nothing to do."""
+        if self.leader is not None and not self.is_busy:
+            self.leader.rest()
 
     def _admit(self) -> None:
         """Give free rows to those that waited longest."""
         for row, running in enumerate(self._rows):
             if running is None and self._waiting:
                 found = self._waiting.popleft()
-                found.pieces = self.calls.prefill(row, found.prompt)
+                found.pieces = self.calls.pieces(found.prompt)
                 self._rows[row] = found
                 self._filling.append(row)
 
-    def _fill(self) -> list[Made]:
+    def _fill(self, row: int, piece: Piece) -> list[Made]:
         """Take a piece of the prompt that was admitted first; behind its last piece is a token."""
-        if not self._filling:
-            return []
-        row = self._filling[0]
         running = self._of(row)
-        logits = next(running.pieces)
+        logits = self.calls.fill(row, *piece)
         running.num_taken += self.calls.chunk
         if running.num_taken < len(running.prompt):
             return []
@@ -200,7 +242,7 @@ class ContinuousBatch:
         for at, row in enumerate(rows):
             running = self._of(row)
             if not is_sound[at]:
-                self.calls.clear(row)
+                self.clear(row)
                 self._leave(row)
                 made.append(Made(running.number, None, "error"))
                 continue

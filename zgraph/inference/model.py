@@ -135,7 +135,7 @@ def infer(
     activations: str | None = None,
     group: int = 64,
     kernels: str = "aten",
-    tensor_parallel: int = 1,
+    tensor_parallel: int | None = None,
     placements: Placements | None = None,
     max_source: int | None = None,
     kv: str | None = None,
@@ -172,6 +172,7 @@ def infer(
         kernels: what runs the ops: "aten", torch's own; or "inductor", those between writes compiled together.
         tensor_parallel: ranks that compute each op together, all of the job's: each has some heads, with their part of
             the cache, and some columns of each MLP. They are called with the same prompts, and give the same tokens.
+            A number, 1 too, is given by all ranks of the job alike; None is for this rank alone, whatever others do.
         max_source: tokens that an encoder takes; None takes 512. Sources of features have one size, and take none.
         placements: how parameters are cut over these ranks, as of `zgraph.compile`; None takes the model's own plan.
         cuda_graphs: True records on a GPU the decode of a token of each row in its third run, and plain forwards, and
@@ -188,7 +189,7 @@ def infer(
         InferenceError: the model does not compute with such a cache what it computes without.
         GraphBreakError, CaptureError: a call cannot be captured as one graph.
     """
-    with deciding(None) if tensor_parallel != 1 else nullcontext(alone) as meet:
+    with deciding(None) if tensor_parallel is not None else nullcontext(alone) as meet:
         device = _check_model(model)
         if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
             raise UsageError(f"max_batch is a number of rows above 0, not {max_batch!r}")
@@ -204,7 +205,7 @@ def infer(
         if kernels == "inductor" and (problem := inductor_problem(device)):
             raise UsageError(f'kernels="inductor" cannot compile here: {problem}; kernels="aten" needs nothing')
         meet("mesh", f"tensor_parallel={tensor_parallel}")
-        mesh = mesh_of(device, None, {AXIS: tensor_parallel})
+        mesh = mesh_of(device, None, {AXIS: 1 if tensor_parallel is None else tensor_parallel})
         if mesh is None and placements is not None:
             raise UsageError("placements= says how ranks share parameters; pass tensor_parallel= too")
         if mesh is not None:

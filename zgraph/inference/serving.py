@@ -127,7 +127,7 @@ def serving(model: nn.Module, *, part: str = "", **options: Any) -> Iterator[Gen
         raise UsageError(f"this {type(model).__name__} has no module {part!r}; name one of model.named_modules()")
     if options.get("calibrate") is not None and options.get("weights") == "int4":
         raise UsageError('weights="int4" is rounded anew each time; leave calibrate= out within training')
-    if options.get("tensor_parallel", 1) != 1 and options.get("weights") is not None:
+    if options.get("tensor_parallel") not in (None, 1) and options.get("weights") is not None:
         raise UsageError(
             "integers of which ranks have parts are made once; within training leave weights= or tensor_parallel= out"
         )

@@ -275,7 +275,8 @@ class Server:
 
     async def _health(self, _: Request) -> Response:
         is_well = self.worker.is_alive
-        return JSONResponse({"status": "ok" if is_well else "stopping"}, 200 if is_well else 503)
+        said = {"status": "ok" if is_well else "stopping", "ranks": self.worker.generator.calls.num_ranks}
+        return JSONResponse(said, 200 if is_well else 503)
 
     async def _metrics(self, _: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")

@@ -29,6 +29,7 @@ class Metrics:
         self._gauge("zgraph_running", "Requests with a row of the cache.", lambda: worker.num_running)
         self._gauge("zgraph_waiting", "Requests that wait for a row.", lambda: worker.num_waiting)
         self._gauge("zgraph_rows", "Rows of the cache.", lambda: worker.generator.max_batch)
+        self._gauge("zgraph_ranks", "Ranks that compute together.", lambda: worker.generator.calls.num_ranks)
         worker.step_seconds = self.step.observe
 
     def _gauge(self, name: str, about: str, value: object) -> None:

@@ -34,10 +34,11 @@ def bound(host: str, port: int) -> socket.socket:
 def listener(server: Server) -> uvicorn.Server:
     """The server itself: `run([socket])` answers requests until SIGINT, SIGTERM or `should_exit`.
 
-    At the end it takes no new requests, and those under way have `grace_seconds`.
+    At the end it takes no new requests, and those under way have `grace_seconds`. If another rank fails, it ends at
+    once, and `server.worker.error` says why.
     """
     worker = server.worker
-    return uvicorn.Server(
+    found = uvicorn.Server(
         uvicorn.Config(
             server.app,
             log_level="warning",
@@ -52,3 +53,9 @@ def listener(server: Server) -> uvicorn.Server:
             loop="asyncio",
         )
     )
+
+    def stop() -> None:
+        found.should_exit = True
+
+    worker.when_failed(stop)
+    return found

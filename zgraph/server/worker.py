@@ -9,11 +9,14 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-from zgraph.errors import OverloadError
+from zgraph.errors import InferenceError, OverloadError, ZgraphError
 from zgraph.inference.continuous import ContinuousBatch, Made, Request
 from zgraph.inference.generation import Generator
 
 logger = logging.getLogger("zgraph.server")
+
+LOOK_SECONDS = 1.0
+"""How often a worker without requests looks whether the other ranks are there."""
 
 Heard = Callable[[Made], None]
 """Told of each token of a request, in the worker's thread."""
@@ -43,12 +46,15 @@ class Worker:
     Attributes:
         num_running, num_waiting: requests with a row, and without one.
         step_seconds: told how long each step took.
+        error: what ended the worker, where ranks compute together: they have no next step in common. None if nothing.
     """
 
     def __init__(self, generator: Generator, max_waiting: int = 256) -> None:
         self.generator, self.max_waiting = generator, max_waiting
         self.num_running = 0
         self.step_seconds: Callable[[float], None] = lambda _: None
+        self.error: ZgraphError | None = None
+        self._failed: Callable[[], None] = lambda: None
         self._batch = ContinuousBatch(generator)
         self._tickets: dict[int, Ticket] = {}
         self._new: deque[Ticket] = deque()
@@ -104,12 +110,29 @@ class Worker:
         self._is_cut = True
         self._thread.join()
 
+    def when_failed(self, call: Callable[[], None]) -> None:
+        """Call this once the worker has ended with an error: in its thread, or here if it has already."""
+        with self._wake:
+            self._failed = call
+        if self.error is not None:
+            call()
+
     def _run(self) -> None:
         try:
             while self._turn():
                 pass
+            self._batch.close()
+        except Exception as error:
+            if self._batch.leader is None:
+                raise
+            self._batch.leader.fail(error)
+            self.error = _typed(error, self.generator.calls.num_ranks)
+            if self.error is not error:
+                logger.exception("a step failed, and with it all requests under way")
         finally:
             self._abandon()
+            if self.error is not None:
+                self._failed()
 
     def _abandon(self) -> None:
         """Tell whoever still waits when the thread ends that there will be no answer."""
@@ -125,11 +148,17 @@ class Worker:
 
     def _turn(self) -> bool:
         """Hear what is new, and step; whether there is more to come."""
+        leader = self._batch.leader
         with self._wake:
-            self._wake.wait_for(lambda: self._new or self._dropped or self._batch.is_busy or self._is_closing)
+            is_due = self._wake.wait_for(
+                lambda: self._new or self._dropped or self._batch.is_busy or self._is_closing,
+                LOOK_SECONDS if leader is not None else None,
+            )
             new, dropped = [*self._new], [*self._dropped]
             self._new.clear()
             self._dropped.clear()
+        if leader is not None and not is_due:
+            leader.check()
         for ticket in new:
             ticket.number = self._batch.submit(ticket.request)
             self._tickets[ticket.number] = ticket
@@ -150,6 +179,8 @@ class Worker:
         try:
             found = self._batch.step()
         except Exception:
+            if self._batch.leader is not None:
+                raise
             logger.exception("a step failed, and with it all requests under way")
             self._fail("a step failed")
             return
@@ -162,7 +193,7 @@ class Worker:
         for number, ticket in [*self._tickets.items()]:
             self._batch.cancel(number)
             self._tell(ticket, Made(number, None, "error"))
-        self.generator.calls.clear()
+        self._batch.clear()
         logger.warning("%s: requests under way have ended without an answer", why)
 
     def _tell(self, ticket: Ticket, made: Made) -> None:
@@ -180,3 +211,15 @@ class Worker:
         del self._tickets[ticket.number]
         with self._wake:
             self._num_pending -= 1
+
+
+def _typed(error: Exception, num_ranks: int) -> ZgraphError:
+    """The error that ends a server of several ranks."""
+    if isinstance(error, ZgraphError):
+        return error
+    found = InferenceError(
+        f"a step failed, after which {num_ranks} ranks have no next one in common ({type(error).__name__}: {error}); "
+        "look into the log, and start the server again"
+    )
+    found.__cause__ = error
+    return found
