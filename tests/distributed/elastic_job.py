@@ -26,6 +26,8 @@ from .pool import IMPORTED
 
 LIMIT_S = 90.0
 WIDTH = 6
+ALONE_AFTER, ALONE_NAP_S = 12, 0.5
+"""From which step on a replica that is alone takes its time, so that the other finds it still training."""
 
 
 class Plan(NamedTuple):
@@ -121,7 +123,8 @@ def train(plan: Plan, variables: Mapping[str, str], pipe: Connection) -> None:
             loss = (model(x) - y).square().mean()
             (loss if engine is None else engine.scale(loss)).backward()
             drawn = torch.rand(3)
-            time.sleep(plan.late[1] if (rank, step) == (0, plan.late[0]) else plan.nap_s)
+            nap_s = plan.nap_s if run.num_replicas != 1 or step < ALONE_AFTER else ALONE_NAP_S
+            time.sleep(plan.late[1] if (rank, step) == (0, plan.late[0]) else nap_s)
             for victim, at, fault in () if run.is_rehearsing else plan.faults:
                 if (rank, step) == (victim, at):
                     os.kill(os.getpid(), fault)

@@ -46,7 +46,7 @@ def job(request: pytest.FixtureRequest) -> Iterator[Job]:
     ],
 )
 def test_a_replica_that_is_lost_comes_back(job: Job, fault: signal.Signals, num_ranks: int, stage: int) -> None:
-    plan = Plan(steps=60 * num_ranks, num_ranks=num_ranks, stage=stage, nap_s=0.05)
+    plan = Plan(steps=80 * num_ranks, num_ranks=num_ranks, stage=stage, nap_s=0.05)
     job.start(0, plan)
     job.start(1, plan._replace(faults=((num_ranks - 1, 4, fault),)))
     job.listen((0, 1, 0), "step", 8)
