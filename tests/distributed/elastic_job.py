@@ -134,7 +134,6 @@ def train(plan: Plan, variables: Mapping[str, str], pipe: Connection) -> None:
                 schedule.step()
                 optimizer.zero_grad()
             else:
-                run.reduce()
                 engine.step()
             if not rehearsed and run.step == step + 1:
                 states = [value for p in model.parameters() for _, value in sorted(optimizer.state[p].items())]

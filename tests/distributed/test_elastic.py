@@ -68,7 +68,7 @@ def test_a_replica_that_is_lost_comes_back(job: Job, fault: signal.Signals, num_
 
 
 @pytest.mark.parametrize("stage", [deep(2)])
-def test_an_engine_whose_gradients_are_reduced_before_its_step(job: Job, stage: int) -> None:
+def test_an_engine_reduces_before_it_clips(job: Job, stage: int) -> None:
     plan = Plan(steps=200, engine=True, stage=stage, nap_s=0.1)
     job.start(0, plan)
     job.start(1, plan._replace(faults=((0, 4, signal.SIGKILL),)))

@@ -10,6 +10,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 import zgraph
 from zgraph.errors import UsageError
+from zgraph.optim import elastic
 
 CONFIG = {"train_batch_size": 8, "zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}
 
@@ -87,6 +88,22 @@ def test_accumulation_is_one_step_of_the_whole_batch(data):
 
     for whole, parts in zip(losses(), losses(gradient_accumulation_steps=4), strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-6)
+
+
+def test_the_mean_over_replicas_is_taken_before_gradients_are_clipped(data, monkeypatch):
+    config = {**CONFIG, "train_batch_size": 16, "train_micro_batch_size_per_gpu": 8, "gradient_clipping": 1e-3}
+    engine, optimizer, loader, _ = zgraph.initialize(model=net(), training_data=data, config=config)
+    norms = []
+
+    class Run:
+        def reduce(self):
+            norms.append(max(p.grad.norm().item() for p in engine.module.parameters()))
+
+    run = Run()
+    monkeypatch.setitem(elastic._RUNS, optimizer, lambda: run)
+    steps(engine, loader)
+    assert len(norms) == engine.global_steps > 0
+    assert min(norms) > 2e-3
 
 
 def test_every_way_to_make_the_gradients_of_a_step(data):

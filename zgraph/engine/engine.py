@@ -29,6 +29,7 @@ from zgraph.engine.registry import register
 from zgraph.engine.undecided import Later, Undecided, can_take_back, leaves_out
 from zgraph.errors import AbsentError, UsageError
 from zgraph.optim.adamw import AdamW
+from zgraph.optim.elastic import reduce_among_replicas
 
 log = logging.getLogger("zgraph")
 
@@ -179,6 +180,7 @@ class Engine(Queries):
         self.awaits_step = False
         if is_last := self.is_gradient_accumulation_boundary():
             with self.monitor.timed("step"):
+                reduce_among_replicas(optimizer)
                 overflow = not self._scaled_back(optimizer)
                 self._was_applied = not overflow
                 if not overflow:

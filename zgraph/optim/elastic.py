@@ -14,7 +14,9 @@ import atexit
 import itertools
 import logging
 import time
+import weakref
 from collections.abc import Iterator, Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -74,6 +76,7 @@ class Elastic:
         self._generations.own = Member(place.replica, 0)
         self._generations.same(f"shard/{shard}", _digest(model, optimizer, num_shards))
         optimizer.register_step_pre_hook(lambda *_: self.reduce())
+        _RUNS[optimizer] = weakref.ref(self)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -322,6 +325,19 @@ class Elastic:
             log.warning("the state of step %d did not reach all that join: %s", self.step, error)
 
 
+_RUNS: WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Elastic]] = WeakKeyDictionary()
+"""Those whose steps are taken with other replicas."""
+
+
+def reduce_among_replicas(optimizer: torch.optim.Optimizer) -> None:
+    """Bring the mean over the replicas into `.grad`, where an optimizer's steps are taken with others: see
+    `Elastic.reduce`.
+    """
+    run = found() if (found := _RUNS.get(optimizer)) is not None else None
+    if run is not None:
+        run.reduce()
+
+
 def _meetings(num_shards: int) -> Meetings:
     heart = heartbeat(private_runtime.store(), dist.get_rank())
     return Meetings(heart, tuple(range(num_shards)), "zgraph/elastic", environment().timeout_s)
@@ -376,8 +392,8 @@ def elastic(
     """
     if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(
-            "elastic takes a module and a torch optimizer. Of an engine of zgraph.initialize give engine.module and "
-            "engine.optimizer, and call run.reduce() before each engine.step(), which clips"
+            "elastic takes a module and a torch optimizer: of an engine of zgraph.initialize give engine.module and "
+            "engine.optimizer"
         )
     return Elastic(model, optimizer, elastic_place(), state or {}, rng)
 
