@@ -50,6 +50,7 @@ def choose_apart(mesh: DeviceMesh, folder: str) -> dict[str, Said]:
             found[name] = caught(lambda options=options: zgraph.compile(zoo.builder("llama")(), **options))
     together = 2 if is_other else 1
     found["axes"] = caught(lambda: zgraph.compile(zoo.builder("llama")(), tensor_parallel=together))
+    found["inference"] = caught(lambda: zgraph.infer(zoo.builder("llama")(), tensor_parallel=together))
     config = {"train_micro_batch_size_per_gpu": "one" if is_other else 1}
     found["a configuration"] = caught(
         lambda: zgraph.initialize_engine(model=zoo.builder("llama")(), config=config, mesh=mesh)
@@ -78,6 +79,9 @@ def test_what_one_rank_fails_to_choose_is_an_error_on_all(pair: Pool, tmp_path: 
         assert found["axes"][0] == "PlanMismatchError"
         assert "'tensor': 1" in found["axes"][1]
         assert "'tensor': 2" in found["axes"][1]
+        assert found["inference"][0] == "PlanMismatchError"
+        assert "tensor_parallel=1" in found["inference"][1]
+        assert "tensor_parallel=2" in found["inference"][1]
     assert max(seconds for found in (first, other) for _, _, seconds in found.values()) < 20 * slowness()
 
 

@@ -17,6 +17,7 @@ from tests.deep import DEEP, deep
 from zgraph.codegen import quantised
 from zgraph.errors import BatchMismatchError, PlacementError, UsageError
 from zgraph.inference.continuous import ContinuousBatch
+from zgraph.inference.orders import follow
 from zgraph.passes.analysis.integers import int8_of, integers_of
 
 from .pool import Pool
@@ -136,7 +137,7 @@ def refused(_: DeviceMesh) -> list[str]:
         (BatchMismatchError, lambda: found.generate(ids, max_new_tokens=2)),
         (BatchMismatchError, lambda: found.logits(ids)),
         (BatchMismatchError, lambda: found.generate(ids[:, :2], max_new_tokens=2 + rank)),
-        (UsageError, lambda: ContinuousBatch(found)),
+        (UsageError, lambda: (ContinuousBatch if rank else follow)(found)),
         (UsageError, lambda: zgraph.infer(model, tensor_parallel=2, weights="int8", activations="int8")),
         (UsageError, lambda: zgraph.infer(model, tensor_parallel=4)),
         (UsageError, lambda: zgraph.infer(torch.nn.Linear(2, 2), tensor_parallel=2)),
@@ -161,7 +162,7 @@ def test_mistakes_are_told_on_both_ranks_and_they_go_on(pair):
     first, second = pair.run(refused, 2, limit_s=180)
     assert first == second
     words = ["same prompts"] * 3 + [
-        "one rank",
+        "first has the requests",
         "activations=",
         "multiple of 4",
         "over several ranks",

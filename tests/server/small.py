@@ -34,12 +34,12 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
     return found
 
 
-def model() -> torch.nn.Module:
+def model(width: int = 32) -> torch.nn.Module:
     """A model of 257 tokens whose likeliest ones vary."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(
         vocab_size=257,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=4,

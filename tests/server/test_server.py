@@ -260,7 +260,7 @@ def test_models_health_and_metrics(served):
     with httpx2.Client(base_url=served[1], timeout=60) as client:
         assert client.get("/v1/models").json()["data"][0]["id"] == "small"
         assert client.get("/v1/models/small").json()["object"] == "model"
-        assert client.get("/health").json() == {"status": "ok"}
+        assert client.get("/health").json() == {"status": "ok", "ranks": 1}
         before = metrics(client)
         client.post(SAY, json=GOOD | {"temperature": 0})
         client.post(SAY, json=GOOD | {"n": 2})
@@ -270,6 +270,7 @@ def test_models_health_and_metrics(served):
     assert after['zgraph_answers_total{path="/v1/completions",status="400"}'] >= 1
     assert after["zgraph_first_token_seconds_count"] > before["zgraph_first_token_seconds_count"]
     assert after["zgraph_rows"] == NUM_ROWS
+    assert after["zgraph_ranks"] == 1
 
 
 def metrics(client) -> dict[str, float]:

@@ -33,7 +33,13 @@ LAST_BYTES = 4096
 
 def is_first() -> bool:
     """Whether this is the first rank, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return _launched() == 1 or os.environ["RANK"] == "0"
+
+
+def _launched() -> int:
+    """The ranks that a launcher has started, this one among them; 1 without a launcher."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdigit() and "RANK" in os.environ else 1
 
 
 @contextmanager
@@ -51,7 +57,7 @@ def together(num_ranks: int) -> Iterator[int]:
         UsageError: a launcher has started another number of ranks.
         PeerError: a rank has ended before this one was through.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    launched = _launched()
     if launched not in (1, num_ranks):
         raise UsageError(
             f"a launcher started this as rank {os.environ['RANK']} of {launched}; pass --tensor-parallel {launched}, "

@@ -15,7 +15,7 @@ import torch
 
 from zgraph.errors import ContextLengthError, UsageError
 from zgraph.inference.generation import Generator
-from zgraph.inference.orders import NO_ROW, Leader, Piece
+from zgraph.inference.orders import FIRST_HAS_REQUESTS, NO_ROW, Leader, Piece
 from zgraph.inference.sampling import Sampling
 
 
@@ -98,10 +98,7 @@ class ContinuousBatch:
             )
         self.generator, self.calls = generator, generator.calls
         if not self.calls.is_first:
-            raise UsageError(
-                "the first of the ranks that compute together has the requests; call zgraph.inference.orders.follow on "
-                "the others"
-            )
+            raise UsageError(FIRST_HAS_REQUESTS)
         self.leader = None if self.calls.is_alone else Leader(self.calls)
         num_rows = self.calls.num_rows
         self._rows: list[_Running | None] = [None] * num_rows

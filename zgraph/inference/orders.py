@@ -20,6 +20,11 @@ from zgraph.runtime.store_errors import store_errors
 NO_ROW = -1
 """The row of a step without a piece of a prompt."""
 
+FIRST_HAS_REQUESTS = (
+    "of ranks that compute together the first has the requests, in a ContinuousBatch; call "
+    "zgraph.inference.orders.follow on the others"
+)
+
 _WAKE, _END = "wake", "end"
 
 Piece = tuple[torch.Tensor, torch.Tensor]
@@ -138,7 +143,7 @@ def follow(generator: Generator) -> None:
     """
     calls = generator.calls
     if calls.is_first:
-        raise UsageError("the first of the ranks that compute together has the requests; call follow on the others")
+        raise UsageError(FIRST_HAS_REQUESTS)
     orders = Orders(calls)
     try:
         while _is_woken(orders):
