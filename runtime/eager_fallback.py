@@ -16,11 +16,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from zgraph.bridge import private_compile, private_runtime
-from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.gradients import Gradient, delivered, is_unreduced, needs_token, with_unreduced
 from zgraph.runtime.journal import Moved
 from zgraph.runtime.session import Session
 from zgraph.runtime.shards import Slot
+from zgraph.runtime.transfers import Transfer
 
 Work = dist.Work | Transfer
 CHECKPOINTED = (

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.host import Copy
+from zgraph.runtime.transfers import Transfer
 
 Work = dist.Work | Transfer
 

@@ -12,10 +12,10 @@ from zgraph.bridge import private_runtime
 from zgraph.environment import environment
 from zgraph.runtime.circle import AGAIN, ASK_AFTER_SECONDS, rank_names
 from zgraph.runtime.elsewhere import Seen
-from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.heartbeat import GONE_AFTER_SECONDS, heartbeat
 from zgraph.runtime.journal import ranks_word
 from zgraph.runtime.meetings import Meetings
+from zgraph.runtime.transfers import Transfer
 
 __all__ = ["AGAIN", "ASK_AFTER_SECONDS", "GONE_AFTER_SECONDS", "Peers", "rank_names", "unique_name", "unique_name_of"]
 

@@ -30,7 +30,7 @@ NEEDLESS = {
 ELSEWHERE = {
     "Transfer.wait": "gloo on processors",
     "Lane.close": "gloo on processors",
-    "_Job.finish": "gloo on processors",
+    "Job.finish": "gloo on processors",
     "Peers._poll": "gloo on processors",
     "Meetings._await": "a key of the store: no case compares",
     "Meetings.smallest": "a key of the store: no case is out of memory",

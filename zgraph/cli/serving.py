@@ -157,7 +157,7 @@ def _converse(talk: Talk, max_tokens: int) -> None:
 
 
 def _led(given: tuple[str, int, int | None, str, str, str, int, Path | None, int]) -> tuple[Any, Any] | None:
-    """What `_generator` gives, on the first rank; on another follow it to its end, and give nothing."""
+    """The model and its tokenizer, on the first rank; another follows that to its end, and has nothing then."""
     from zgraph.inference.orders import follow
 
     with progress() as shown:

@@ -18,8 +18,8 @@ from zgraph.ir import Instruction, Plan
 from zgraph.runfile.records import RUN, RankRecord, rank_files, save_rank
 from zgraph.runtime import Session
 from zgraph.runtime.executor import Runner
-from zgraph.runtime.gloo_transport import Transfer
 from zgraph.runtime.recorder import Recorder
+from zgraph.runtime.transfers import Transfer
 
 NUM_WARMUPS = 2
 """Steps that are not kept: in the first, memory is taken that the others find."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from zgraph.engine.checkpoint.directory import open_plain
 from zgraph.engine.checkpoint.memory.shelf import Mark, Shelf
 from zgraph.errors import CheckpointError
-from zgraph.runtime.gloo_transport import is_idle
+from zgraph.runtime.transfers import is_idle
 
 PIECE_BYTES = 1 << 20
 LULL_S = 0.05
