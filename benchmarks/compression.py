@@ -155,6 +155,27 @@ def run(codec: str, stage: int, num_ranks: int, num_steps: int, tokens: Tokens, 
     return found
 
 
+def draw(found: list[Trained], path: Path) -> None:
+    """One picture of the losses of training, each the mean of 50 steps. It takes matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    most = found[0].sent_bytes
+    for one in found:
+        means = [sum(one.losses[at : at + 5]) / 5 for at in range(0, len(one.losses) - 4, 5)]
+        name = (
+            f"numbers, seed {one.seed}"
+            if one.codec == NONE
+            else f"{one.codec}, {most / one.sent_bytes:.0f} times fewer"
+        )
+        style = {"color": "black", "linewidth": 1.0} if one.codec == NONE else {}
+        axes.plot(range(50, 50 * len(means) + 1, 50), means, label=name, **style)
+    axes.set(xlabel="step", ylabel="loss of training")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=140, metadata={"Software": None})
+
+
 def main(
     codecs: Annotated[list[str], typer.Option("--codec", help="May be given several times.")] = CODECS,
     stage: Annotated[int, typer.Option(help="ZeRO stage.")] = 2,
@@ -162,6 +183,7 @@ def main(
     steps: Annotated[int, typer.Option(min=2, help="Of each run.")] = 300,
     seeds: Annotated[int, typer.Option(min=1, help="Runs that send the numbers themselves.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the results.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Where to draw the losses.")] = None,
 ) -> None:
     """Train with each codec."""
     tokens = split()
@@ -173,6 +195,8 @@ def main(
         table.add_row(one.codec, f"{one.sent_bytes:,}", f"{one.predicted_bytes:,}", times, f"{one.loss:.3f}")
     Console(width=100).print(table)
     write(json_file, rows=[asdict(one) for one in found])
+    if png is not None:
+        draw(found, png)
 
 
 if __name__ == "__main__":
