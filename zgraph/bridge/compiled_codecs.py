@@ -136,6 +136,9 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "zgraph-codecs")
 
 
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
+
+
 # --- the library ----------------------------------------------------------------------------------------------------
 
 
