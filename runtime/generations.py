@@ -93,7 +93,7 @@ class Generations:
         self.shard, self.num_shards, self.limit_s = shard, num_shards, limit_s
         self.own = Member(0, 0)
         self.now: Generation | None = None
-        self._place = 0
+        self._last_ballot = ""
 
     @property
     def index(self) -> int:
@@ -212,6 +212,9 @@ class Generations:
     def vote(self, ballot: str, problem: str = "") -> str:
         """Vote, and return the ruling: `YES`, `JOIN`, or the reason why not behind `NO`.
 
+        The last to vote removes the ballot before, which all that vote now have read. Who was left out meanwhile, and
+        votes on it again, is alone there, and finds that it was left out.
+
         Args:
             ballot: named the same on all ranks of this generation, once.
             problem: why this rank cannot go on; empty if it can.
@@ -219,12 +222,19 @@ class Generations:
         Raises:
             PeerError: the store is gone.
         """
+        try:
+            return self._voted(ballot, problem)
+        finally:
+            self._last_ballot = ballot
+
+    def _voted(self, ballot: str, problem: str) -> str:
         assert self.now is not None
         now, key = self.now, f"ruling/{ballot}"
         if problem:
             return self._rule(key, f"{NO}{problem[:2000]}")
         if self.line.ask(lambda store: store.add(f"votes/{ballot}", 1)) == len(now.members) * self.num_shards:
             asked = self.line.ask(lambda store: store.add("joiners/count", 0))
+            self._forget(self._last_ballot)
             return self._rule(key, JOIN if asked > now.heard else YES)
         until = time.monotonic() + self.limit_s
         ruling = self.line.when_set(key)
@@ -233,6 +243,10 @@ class Generations:
             if problem:
                 self._rule(key, f"{NO}{problem}")
         return _text(self.line.ask(lambda store: bytes(store.get(key))))
+
+    def _forget(self, ballot: str) -> None:
+        for key in (f"votes/{ballot}", f"ruling/{ballot}") if ballot else ():
+            self.line.ask(lambda store, key=key: store.delete_key(key))  # type: ignore[misc]
 
     def ruling(self, ballot: str) -> str:
         """The ruling, if there is one; does not wait for it."""

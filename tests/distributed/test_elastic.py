@@ -59,6 +59,7 @@ def test_a_replica_that_is_lost_comes_back(job: Job, fault: signal.Signals, num_
     assert survivor[4].replicas == (0,), "the step in which it was lost is taken without it"
     begin = joined[0].number
     assert 4 < begin < plan.steps
+    assert job.store.num_keys() < plan.steps / num_ranks, "what a step leaves in the store is removed"
     for rank in range(num_ranks):
         ours, theirs = job.steps(0, 1, rank), job.steps(1, 2, rank)
         assert [(s.shards, s.states) for s in theirs] == [(s.shards, s.states) for s in ours[begin:]]
