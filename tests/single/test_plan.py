@@ -105,6 +105,19 @@ def test_the_stage_is_chosen_for_speed_among_those_that_fit():
     assert f"stage {tight.best.stage}: the fastest that fits" in str(tight)
 
 
+@pytest.mark.parametrize("share", [deep(2.0), 1.0, deep(0.1)])
+def test_of_several_plans_stages_that_do_not_fit_may_be_left_out(share):
+    """The best stage is the same; where none fits, all are there."""
+    options = {"hardware": ("8x8-h100",), "offload": None, **BATCH}
+    (roomy,) = planning.sweep(llama(), **options)
+    budget = int(share * min(p.total_bytes for p in roomy.stages))
+    (whole,) = planning.sweep(llama(), **options, memory_budget=budget)
+    (few,) = planning.sweep(llama(), **options, memory_budget=budget, fitting_only=True)
+    assert few.best == whole.best
+    assert few.stages == (tuple(p for p in whole.stages if p.fits) or whole.stages)
+    assert len(few.stages) < len(whole.stages) or share != 1.0
+
+
 @pytest.mark.parametrize("size", ["3MB", "2MB"])
 def test_what_does_not_fit_on_the_device_lies_on_the_host(size):
     """First masters and optimizer states, 12 bytes a parameter; if that is not enough, what is computed with too."""

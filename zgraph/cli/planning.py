@@ -225,12 +225,14 @@ def _combined(
         given = subject(model, asked[0] if asked else None, seq)
         batches = usual[:1] if given.has_own_inputs else asked or usual
         shown.update(task, total=len(batches))
+        is_table = len(batches) * len(groups) * len(tables) > 1  # which shows the best stage of each alone
         for batch in batches:
             shown.update(task, description=f"capturing batch {batch}, planning {len(targets)} x {model}")
             inputs = given.inputs if given.has_own_inputs else training_inputs(given.model, batch, seq)
             rows, items = _counted(inputs)
             for group in groups:
-                plans = _plans(given.model, tuple(tables.values()), {**options, "tensor_parallel": group}, inputs)
+                options = {**options, "tensor_parallel": group}
+                plans = _plans(given.model, tuple(tables.values()), options, inputs, fitting_only=is_table)
                 found += [
                     Combination(name, rows, items, peaks[name].get(dtype) or peaks[name]["f32"], plan)
                     for name, plan in zip(targets, plans, strict=True)
@@ -241,14 +243,19 @@ def _combined(
 
 
 def _plans(
-    model: Any, targets: Sequence[CostTable], options: Mapping[str, Any], inputs: Mapping[str, Any]
+    model: Any,
+    targets: Sequence[CostTable],
+    options: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    *,
+    fitting_only: bool,
 ) -> tuple[TrainingPlan, ...]:
     """A plan for each kind of hardware: with the layout that is asked for, or the best of all."""
     from zgraph.estimate.plan import plan, sweep
 
     options = {**options}
     if options.pop("parallel") is None:
-        return sweep(model, hardware=tuple(targets), **options, **inputs)
+        return sweep(model, hardware=tuple(targets), fitting_only=fitting_only, **options, **inputs)
     return tuple(plan(model, hardware=target, parallel="auto", **options, **inputs) for target in targets)
 
 

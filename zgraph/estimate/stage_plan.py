@@ -117,11 +117,23 @@ class Planner:
 
     def plan(self, stage: int) -> StagePlan:
         """The fastest plan that fits, with as little on the host as that takes; else the one that needs the least."""
+        (found,) = self.plans((stage,))
+        return found
+
+    def plans(self, stages: Sequence[int], *, fitting_only: bool = False) -> tuple[StagePlan, ...]:
+        """The plan of each stage; or those that fit, where one does and the others are not asked for."""
+        tried = [self._tried(stage) for stage in stages]
+        if fitting_only and (fitting := [found for found, _ in tried if found is not None]):
+            return tuple(fitting)
+        return tuple(found or shape.reserving(shape.finished(shape.smallest), shape.smallest) for found, shape in tried)
+
+    def _tried(self, stage: int) -> tuple[StagePlan | None, _Shape]:
+        """The fastest plan that fits, if there is one, and the last shape that was tried."""
         for place in self.places:
             shape = _Shape(self, stage, frozenset(), place)
             if (found := self._fastest(shape)) is not None:
-                return found
-        return shape.reserving(shape.finished(shape.smallest), shape.smallest)
+                return found, shape
+        return None, shape
 
     def peak_bytes(self, stage: int) -> int:
         """The peak of a step that keeps all but what the user marked, whatever the budget."""
