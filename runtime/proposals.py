@@ -55,6 +55,7 @@ class Proposals:
         """
         generations, now = self.generations, self.generations.now
         assert now is not None
+        step = max(step, now.step)  # who joins knows of none yet
         gone = generations.judge(now.members, step if why.startswith(LATE) else -1)
         if generations.own in gone:
             raise PeerError(f"replica {generations.own.replica} is gone: {gone[generations.own]}")

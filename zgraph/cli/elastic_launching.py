@@ -213,6 +213,8 @@ class Launcher:
             key = beat_key(member, shard)
             if not is_there(self._store, key):
                 return None
+            if len(gang.processes) > 1 and shard < len(gang.processes) and gang.processes[shard].poll() == 0:
+                continue  # it came to its end, while another still writes, maybe
             word = peek(self._store, key)
             if self._heard.get(key, (b"", 0.0))[0] != word:
                 self._heard[key] = word, now

@@ -25,8 +25,8 @@ from torch import nn
 from zgraph.bridge import private_runtime
 from zgraph.environment import ElasticPlace, elastic_place, environment
 from zgraph.errors import PeerError, UsageError
+from zgraph.optim.elastic_checks import check_gradients, check_parameters, digest
 from zgraph.optim.gradients import FlatGradients
-from zgraph.optim.runs import local
 from zgraph.optim.twins import Stateful, Twins
 from zgraph.runtime.between import Between, BrokenError
 from zgraph.runtime.generations import ASK_S, JOIN, NO, Generation, Generations
@@ -74,8 +74,11 @@ class Elastic:
         self._lives = itertools.count()
         self._is_reduced, self._lets_in, self._sent = False, False, 0
         self._generations.own = Member(place.replica, 0)
-        self._generations.same(f"shard/{shard}", _digest(model, optimizer, num_shards))
-        optimizer.register_step_pre_hook(lambda *_: self.reduce())
+        self._generations.same(f"shard/{shard}", digest(model, optimizer, num_shards))
+        self._optimizer, self._num_updates = optimizer, 0
+        self._known = {id(p) for p in self._gradients.parameters}
+        check_parameters(model, optimizer)
+        optimizer.register_step_pre_hook(self._before_update)
         _RUNS[optimizer] = weakref.ref(self)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
@@ -94,9 +97,9 @@ class Elastic:
             PeerError: too few replicas are left, or the store is gone.
             UsageError: the body of the loop has not called `optimizer.step()`.
         """
-        if self._generations.now is None and (under_way := self._generations.latest()) is not None:
+        if self._generations.now is None and (under_way := self._under_way()) is not None:
             self.is_rehearsing = True
-            yield from self._body(min(under_way.step, until - 1))
+            yield from self._body(min(under_way, until - 1))
             self.is_rehearsing = False
         while self.step < until:
             self._boundary()
@@ -105,8 +108,31 @@ class Elastic:
         end = str(self.step)
         self._line.ask(lambda store: store.set("finished", end))
 
+    def _under_way(self) -> int | None:
+        """The step that the job is at, as the first rank of this replica sees it; None where none has begun."""
+        word = ""
+        if self._generations.shard == 0 and (made := self._generations.latest()) is not None:
+            word = str(made.step)
+        if self._meetings is not None:
+            word = self._meetings.exchange("under way", word)[0]
+        return int(word) if word else None
+
+    def _before_update(self, _: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if any(map(callable, (*args, *kwargs.values()))):  # torch gives the optimizer, too, which is not
+            raise UsageError(
+                "optimizer.step(closure) would make gradients of this replica alone: call loss.backward() before, and "
+                "optimizer.step() without a closure"
+            )
+        self.reduce()
+        self._num_updates += 1
+        if self._num_updates > 1:
+            raise UsageError(
+                "optimizer.step() again in one step of run.steps(...): its gradients are this replica's alone; "
+                "take one step in the body of the loop"
+            )
+
     def _body(self, step: int) -> Iterator[int]:
-        self._is_reduced = False
+        self._is_reduced, self._num_updates = False, 0
         self._pulse.step, self._pulse.waits = step, False
         yield step
         if not self._is_reduced:
@@ -146,6 +172,7 @@ class Elastic:
         self._is_reduced = True
         if self.is_rehearsing:
             return
+        check_gradients(self._optimizer, self._known)
         settle_host_memory()
         self._pulse.waits = True
         while True:
@@ -341,17 +368,6 @@ def reduce_among_replicas(optimizer: torch.optim.Optimizer) -> None:
 def _meetings(num_shards: int) -> Meetings:
     heart = heartbeat(private_runtime.store(), dist.get_rank())
     return Meetings(heart, tuple(range(num_shards)), "zgraph/elastic", environment().timeout_s)
-
-
-def _digest(model: nn.Module, optimizer: torch.optim.Optimizer, num_shards: int) -> str:
-    """Text of what replicas must have alike."""
-    parameters = [
-        f"{name} {tuple(p.shape)}, of which {tuple(local(p).shape)} in {p.dtype}{'' if p.requires_grad else ', frozen'}"
-        for name, p in model.named_parameters()
-    ]
-    buffers = [f"{name} {tuple(b.shape)} in {b.dtype}" for name, b in model.named_buffers()]
-    groups = [f"{len(group['params'])} parameters of a group" for group in optimizer.param_groups]
-    return "\n".join([f"{num_shards} ranks", *parameters, *buffers, type(optimizer).__name__, *groups])
 
 
 def elastic(
