@@ -15,7 +15,7 @@ import torch
 
 from zgraph.bridge import codecs
 from zgraph.codegen.fallback import launched
-from zgraph.codegen.kernels import MAX_GRID, Tiles, can_launch, load_source, start
+from zgraph.codegen.kernels import MAX_GRID, can_launch, load_source, start
 from zgraph.errors import KernelError
 from zgraph.ir.codecs import Blockwise, Codec, Sign, parse_codec
 
@@ -162,8 +162,8 @@ class CodeKernel:
         return _ENCODE.format(**named, body=body)
 
     @property
-    def tiles(self) -> Tiles:
-        return Tiles(1, self.codec.block, max(self.codec.block // WARP_NUMEL, 1))
+    def num_warps(self) -> int:
+        return max(self.codec.block // WARP_NUMEL, 1)
 
 
 @cache
@@ -185,8 +185,7 @@ def encode_rows(codec: Codec, x: Tensor, code: Tensor, rest: Tensor | None) -> b
     if not _has_kernel(codec, *given) or x.dtype == torch.float64:
         return False
     numel, kept = x.shape[1], code if rest is None else rest
-    shapes = numel, -(-numel // codec.block), x.stride(0), kept.stride(0), code.stride(0)
-    return _ran(CodeKernel(codec), x, kept, code, *shapes, HAS_REST=rest is not None)
+    return _ran(CodeKernel(codec), numel, (x, kept, code), HAS_REST=rest is not None)
 
 
 def add_rows(codec: Codec, code: Tensor, total: Tensor) -> bool:
@@ -199,9 +198,7 @@ def add_rows(codec: Codec, code: Tensor, total: Tensor) -> bool:
     """
     if not _has_kernel(codec, code, total) or total.dtype != torch.float32:
         return False
-    numel = total.shape[1]
-    shapes = numel, -(-numel // codec.block), code.stride(0), total.stride(0)
-    return _ran(CodeKernel(codec, back=True), code, total, *shapes)
+    return _ran(CodeKernel(codec, back=True), total.shape[1], (code, total))
 
 
 def _is_coded(codec: Codec | None) -> TypeGuard[Blockwise]:
@@ -217,13 +214,21 @@ def _has_kernel(codec: Codec, *tensors: Tensor) -> TypeGuard[Blockwise]:
     return is_small and first.numel() > 0 and can_launch(first.device) and all(t.stride(1) == 1 for t in tensors)
 
 
-def _ran(kernel: CodeKernel, *arguments: Any, **constants: Any) -> bool:
-    """Whether a kernel ran; where it does not run on this device, that is told once, and torch's operations do."""
-    rows, numel = arguments[0].shape[0], next(a for a in arguments if isinstance(a, int))
-    grid = -(-numel // kernel.codec.block), rows
+def _ran(kernel: CodeKernel, numel: int, rows: tuple[Tensor, ...], **constants: Any) -> bool:
+    """Whether a kernel ran; where it does not run on this device, that is told once, and torch's operations do.
+
+    Args:
+        kernel: which.
+        numel: of a row.
+        rows: what it reads and writes, a row for each row of numbers.
+        constants: of the kernel, beside its block.
+    """
+    block = kernel.codec.block
+    num_blocks, strides = -(-numel // block), [tensor.stride(0) for tensor in rows]
+    constants |= {"BLOCK": block, "num_warps": kernel.num_warps}
 
     def launch() -> bool:
-        start(load(kernel), grid, *arguments, BLOCK=kernel.codec.block, num_warps=kernel.tiles.num_warps, **constants)
+        start(load(kernel), (num_blocks, len(rows[0])), *rows, numel, num_blocks, *strides, **constants)
         return True
 
     return launched(kernel, launch, lambda: False)

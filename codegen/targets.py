@@ -156,7 +156,7 @@ def _codes(spec: CodeKernel) -> _Compiled:
         what, _, way = name.rpartition("_")
         if way in ("in", "out", "io"):
             arguments[name] = types.get(what, _POINTERS[DType.f32])
-    return _Compiled(function, arguments, sizes, {"num_warps": spec.tiles.num_warps})
+    return _Compiled(function, arguments, sizes, {"num_warps": spec.num_warps})
 
 
 def _matmul(spec: KernelSpec, target: str) -> _Compiled:

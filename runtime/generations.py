@@ -222,19 +222,14 @@ class Generations:
         Raises:
             PeerError: the store is gone.
         """
-        try:
-            return self._voted(ballot, problem)
-        finally:
-            self._last_ballot = ballot
-
-    def _voted(self, ballot: str, problem: str) -> str:
         assert self.now is not None
         now, key = self.now, f"ruling/{ballot}"
+        before, self._last_ballot = self._last_ballot, ballot
         if problem:
             return self._rule(key, f"{NO}{problem[:2000]}")
         if self.line.ask(lambda store: store.add(f"votes/{ballot}", 1)) == len(now.members) * self.num_shards:
             asked = self.line.ask(lambda store: store.add("joiners/count", 0))
-            self._forget(self._last_ballot)
+            self._forget(before)
             return self._rule(key, JOIN if asked > now.heard else YES)
         until = time.monotonic() + self.limit_s
         ruling = self.line.when_set(key)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from zgraph.bridge import private_aot
-from zgraph.bridge.private_files import private_folder, read_private, write_private
+from zgraph.bridge.private_files import private_folder, read_sealed, write_sealed
 from zgraph.bridge.private_inductor import Example
 from zgraph.environment import cache_folder, ranks_here
 from zgraph.errors import CacheError, in_one_line
@@ -30,7 +30,7 @@ from zgraph.runtime.region import Compute
 MAX_BYTES = 64 << 20
 """A library that is longer is not kept; one of a region takes some 200 KB."""
 
-DIGEST_BYTES, LENGTH_BYTES = 32, 8
+LENGTH_BYTES = 8
 
 Ready = Callable[[], Compute]
 """Function that waits until something is compiled, and gives what runs it."""
@@ -134,14 +134,8 @@ def path_of(text: str) -> Path:
 
 def kept(text: str) -> Compute | None:
     """The library that an earlier run has made of the same text; None if there is none, or a file that is not that."""
-    held = read_private(path_of(text), MAX_BYTES)
-    if held is None or hashlib.sha256(held[DIGEST_BYTES:]).digest() != held[:DIGEST_BYTES]:
-        return None
-    length = int.from_bytes(held[DIGEST_BYTES : DIGEST_BYTES + LENGTH_BYTES], "little")
-    begin = DIGEST_BYTES + LENGTH_BYTES
-    if held[begin : begin + length] != text.encode():
-        return None
-    return private_aot.loaded(held[begin + length :])
+    held, made_of = read_sealed(path_of(text), MAX_BYTES), _named(text)
+    return private_aot.loaded(held[len(made_of) :]) if held is not None and held.startswith(made_of) else None
 
 
 def _keep_or_warn(text: str, package: bytes) -> None:
@@ -154,7 +148,10 @@ def _keep_or_warn(text: str, package: bytes) -> None:
 
 def keep(text: str, package: bytes) -> None:
     """Keep a library with the text that it was made of. Raises CacheError if it cannot be written."""
+    write_sealed(path_of(text), _named(text) + package, MAX_BYTES)
+
+
+def _named(text: str) -> bytes:
+    """The text that a library is made of, as it lies before it."""
     made_of = text.encode()
-    held = len(made_of).to_bytes(LENGTH_BYTES, "little") + made_of + package
-    if len(held) + DIGEST_BYTES <= MAX_BYTES:
-        write_private(path_of(text), hashlib.sha256(held).digest() + held)
+    return len(made_of).to_bytes(LENGTH_BYTES, "little") + made_of

@@ -31,7 +31,7 @@ ALONE_AFTER, ALONE_NAP_S = 12, 0.5
 
 
 class Plan(NamedTuple):
-    """What a life of a replica does.
+    """The doings of one life of a replica.
 
     Args:
         steps: after how many to end.

@@ -97,7 +97,7 @@ def test_answers_of_a_server_over_two_ranks_are_those_of_one(pair: Pool, kept: s
 
 
 def fails(_: DeviceMesh) -> dict[str, Any]:
-    """What is told where the other rank's step fails under open streams."""
+    """The words that are told where the other rank's step fails under open streams."""
     both = zgraph.infer(model(), max_batch=NUM_ROWS, max_len=MAX_LEN, tensor_parallel=2)
     if dist.get_rank():
         whole, left = both.calls.decode, iter(range(3))

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.codes import SPECIAL, are_alike, by_torch, numbers
 from tests.deep import DEEP
 from zgraph.bridge import codecs, compiled_codecs
 from zgraph.bridge.codecs import add_decoded, encode_into
@@ -14,18 +15,6 @@ from zgraph.ir import DType
 from zgraph.ir.codecs import Codec, parse_codec
 
 TEXTS = ["q8(block=256)", "q8(block=8)", "q4(block=128)", "q4(block=16)", "sign(block=256)", "sign(block=8)"]
-SPECIAL = [0.0, -0.0, 1e-45, 3e-41, 1.1754944e-38, 3.4e38, -3.4e38, float("inf"), float("-inf"), float("nan")]
-
-
-def by_torch(codec: Codec, x: torch.Tensor, rest: torch.Tensor | None) -> list[torch.Tensor]:
-    code = torch.zeros(len(x), codec.num_bytes(x.shape[1], DType.f32), dtype=torch.uint8)
-    left = None if rest is None else rest.clone()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled_codecs, "encode_row", lambda *_: False)
-        patch.setattr(compiled_codecs, "add_row", lambda *_: False)
-        encode_into(codec, x, code, left)
-        total = add_decoded(codec, code, torch.ones(x.shape))
-    return [code, total] if left is None else [code, total, left]
 
 
 def by_kernels(codec: Codec, x: torch.Tensor, rest: torch.Tensor | None) -> list[torch.Tensor]:
@@ -50,13 +39,8 @@ def by_kernels(codec: Codec, x: torch.Tensor, rest: torch.Tensor | None) -> list
 def test_kernels_make_the_codes_of_torch(
     text: str, numel: int, seed: int, special: list[float], has_rest: bool, dtype: torch.dtype
 ) -> None:
-    codec, generator = parse_codec(text), torch.Generator().manual_seed(seed)
-    x = torch.randn(2, numel, generator=generator) * torch.rand(2, numel, generator=generator).mul(60).sub(40).exp2()
-    x[seed % 2, torch.randint(numel, (len(special),), generator=generator)] = torch.tensor(special)
-    rest = torch.randn(2, numel, generator=generator) if has_rest else None
-    found, expected = by_kernels(codec, x.to(dtype), rest), by_torch(codec, x.to(dtype), rest)
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other) or torch.equal(one.nan_to_num(3.0), other.nan_to_num(3.0))
+    codec, (x, rest) = parse_codec(text), numbers(numel, seed, special, has_rest=has_rest)
+    assert are_alike(by_kernels(codec, x.to(dtype), rest), by_torch(codec, x.to(dtype), rest))
 
 
 @pytest.mark.parametrize("text", ["topk(1%, chunk=4096)", "q8(block=24)", "q8(block=16384)", "raw"])

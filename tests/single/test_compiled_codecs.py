@@ -11,11 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.codes import SPECIAL, are_alike, by_torch, coded, numbers
 from tests.deep import DEEP
-from zgraph.bridge import codecs, compiled_codecs
-from zgraph.bridge.codecs import add_decoded, encode_into
-from zgraph.ir import DType
-from zgraph.ir.codecs import Codec, TopK, parse_codec
+from zgraph.bridge import compiled_codecs
+from zgraph.ir.codecs import TopK, parse_codec
 
 TEXTS = [
     "q8(block=256)",
@@ -27,7 +26,6 @@ TEXTS = [
     "topk(1%, chunk=4096)",
     "topk(30%, chunk=9)",
 ]
-SPECIAL = [0.0, -0.0, 1e-45, -3e-41, 1.1754944e-38, 3.4e38, -3.4e38, float("inf"), float("-inf"), float("nan")]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,28 +33,6 @@ def library() -> None:
     compiled_codecs.loaded.cache_clear()
     if compiled_codecs.loaded() is None:
         pytest.skip("there is no compiler of C++")
-
-
-def coded(codec: Codec, x: torch.Tensor, rest: torch.Tensor | None) -> list[torch.Tensor]:
-    """Codes, rests, and what the codes add to numbers."""
-    code = torch.full((len(x), codec.num_bytes(x.shape[1], DType.f32)), 7, dtype=torch.uint8)
-    left = None if rest is None else rest.clone()
-    encode_into(codec, x, code, left)
-    total = add_decoded(codec, code, torch.ones(x.shape))
-    return [code, total] if left is None else [code, total, left]
-
-
-def by_torch(codec: Codec, x: torch.Tensor, rest: torch.Tensor | None) -> list[torch.Tensor]:
-    """The same by torch's operations."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codecs.compiled_codecs, "encode_row", lambda *_: False)
-        patch.setattr(codecs.compiled_codecs, "add_row", lambda *_: False)
-        return coded(codec, x, rest)
-
-
-def are_alike(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    pairs = zip(found, expected, strict=True)
-    return all(torch.equal(a, b) or torch.equal(a.nan_to_num(3.0), b.nan_to_num(3.0)) for a, b in pairs)
 
 
 @given(
@@ -71,12 +47,10 @@ def are_alike(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 def test_codes_are_those_of_torch(
     text: str, numel: int, seed: int, special: list[float], has_rest: bool, dtype: torch.dtype
 ) -> None:
-    codec, generator = parse_codec(text), torch.Generator().manual_seed(seed)
-    x = torch.randn(2, numel, generator=generator) * torch.rand(2, numel, generator=generator).mul(60).sub(40).exp2()
+    codec = parse_codec(text)
     if isinstance(codec, TopK):  # which of equal magnitudes are kept is left open
         special, dtype = special[:1], torch.float32
-    x[seed % 2, torch.randint(numel, (len(special),), generator=generator)] = torch.tensor(special)
-    rest = torch.randn(2, numel, generator=generator) if has_rest else None
+    x, rest = numbers(numel, seed, special, has_rest=has_rest)
     assert are_alike(coded(codec, x.to(dtype), rest), by_torch(codec, x.to(dtype), rest))
 
 

@@ -182,7 +182,7 @@ def test_what_cannot_be_kept_runs_all_the_same(packages, monkeypatch):
     def full(*_: Any) -> None:
         raise CacheError("no space left; make room")
 
-    monkeypatch.setattr(libraries, "write_private", full)
+    monkeypatch.setattr(libraries, "write_sealed", full)
     with pytest.warns(UserWarning, match=r"not kept: .*no space left; make room"):
         assert made(one, [torch.ones(2)], Libraries())([]) == [b"text of one"]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from zgraph.bridge.private_files import private_folder, read_private, write_private
+from zgraph.bridge.private_files import private_folder, read_sealed, write_sealed
 from zgraph.bridge.processor import processor
 from zgraph.environment import cache_folder
 from zgraph.errors import CacheError, in_one_line
@@ -35,7 +35,6 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-ffp-contrac
 MAX_BYTES = 16 << 20
 """A library that is longer is not kept; it takes some 50 KB."""
 
-DIGEST_BYTES = 32
 COMPILE_S = 120
 """Seconds that the compiler may take."""
 
@@ -60,15 +59,11 @@ def encode_row(codec: Codec, numbers: torch.Tensor, code: torch.Tensor, rest: to
     source, size = numbers.data_ptr(), numbers.element_size()
     of_rest, is_short = (0 if rest is None else rest.data_ptr()), _DTYPES[numbers.dtype]
 
+    function = getattr(library, f"encode_{_kind(codec)}")
+
     def part(begin: int, end: int, first: int, second: int) -> None:
         left = of_rest + 4 * begin if of_rest else None
-        head = source + size * begin, is_short, left, first, second, 0, end - begin
-        if isinstance(codec, TopK):
-            library.encode_topk(*head, codec.chunk, *_kept(codec, end - begin))
-        elif isinstance(codec, Sign):
-            library.encode_sign(*head, codec.block)
-        elif isinstance(codec, Blockwise):
-            library.encode_q(*head, codec.block, codec.bits)
+        function(source + size * begin, is_short, left, first, second, 0, end - begin, *_sizes(codec, end - begin))
 
     return _in_parts(codec, numbers.numel(), code, part)
 
@@ -83,16 +78,10 @@ def add_row(codec: Codec, code: torch.Tensor, total: torch.Tensor) -> bool:
     """
     if total.dtype != torch.float32 or not _is_dense(code, total) or (library := loaded()) is None:
         return False
-    into = total.data_ptr()
+    into, function = total.data_ptr(), getattr(library, f"decode_{_kind(codec)}")
 
     def part(begin: int, end: int, first: int, second: int) -> None:
-        head = first, second, into + 4 * begin, 0, end - begin
-        if isinstance(codec, TopK):
-            library.decode_topk(*head, codec.chunk, *_kept(codec, end - begin))
-        elif isinstance(codec, Sign):
-            library.decode_sign(*head, codec.block)
-        elif isinstance(codec, Blockwise):
-            library.decode_q(*head, codec.block, codec.bits)
+        function(first, second, into + 4 * begin, 0, end - begin, *_sizes(codec, end - begin))
 
     return _in_parts(codec, total.numel(), code, part)
 
@@ -101,9 +90,17 @@ def _is_dense(*tensors: torch.Tensor) -> bool:
     return all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
 
 
-def _kept(codec: TopK, numel: int) -> tuple[int, int]:
-    """Numbers that are kept of a whole chunk, and of the last one where it is shorter."""
-    return codec.kept(codec.chunk), codec.kept(numel % codec.chunk)
+def _kind(codec: Codec) -> str:
+    """The end of the names of a codec's functions."""
+    return "topk" if isinstance(codec, TopK) else "sign" if isinstance(codec, Sign) else "q"
+
+
+def _sizes(codec: Codec, numel: int) -> tuple[int, ...]:
+    """The last arguments of a codec's functions; of chunks also how many are kept, and of a last, shorter one."""
+    if isinstance(codec, TopK):
+        return codec.chunk, codec.kept(codec.chunk), codec.kept(numel % codec.chunk)
+    assert isinstance(codec, Blockwise)
+    return (codec.block,) if isinstance(codec, Sign) else (codec.block, codec.bits)
 
 
 def _in_parts(codec: Codec, numel: int, code: torch.Tensor, part: Callable[[int, int, int, int], None]) -> bool:
@@ -161,15 +158,14 @@ def _built(compiler: str) -> bytes:
     version = subprocess.run((compiler, "--version"), capture_output=True, timeout=COMPILE_S, check=True).stdout
     made_of = hashlib.sha256(b"\0".join((text, " ".join(FLAGS).encode(), version, processor().encode())))
     path = private_folder(cache_folder(), "codecs") / f"{made_of.hexdigest()}.so"
-    held = read_private(path, MAX_BYTES)
-    if held is not None and hashlib.sha256(held[DIGEST_BYTES:]).digest() == held[:DIGEST_BYTES]:
-        return held[DIGEST_BYTES:]
+    if (held := read_sealed(path, MAX_BYTES)) is not None:
+        return held
     with tempfile.TemporaryDirectory(prefix="zgraph-") as folder:
         made = Path(folder, "codecs.so")
         command = (compiler, *FLAGS, "-o", str(made), str(SOURCE))
         subprocess.run(command, capture_output=True, timeout=COMPILE_S, check=True)
         library = made.read_bytes()
-    write_private(path, hashlib.sha256(library).digest() + library)
+    write_sealed(path, library, MAX_BYTES)
     return library
 
 

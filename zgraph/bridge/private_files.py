@@ -5,6 +5,7 @@ A file in a cache is only a file: whoever reads it checks what it holds.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import stat
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from zgraph.errors import CacheError
+
+_SEAL_BYTES = 32
 
 _REMEDY = "set XDG_CACHE_HOME to your own folder"
 
@@ -85,6 +88,24 @@ def write_private(path: Path, held: bytes) -> None:
             stream.write(held)
     except OSError as error:
         raise CacheError(f"{path} cannot be written: {error}; make room, or {_REMEDY}") from None
+
+
+def read_sealed(path: Path, max_bytes: int) -> bytes | None:
+    """The bytes that `write_sealed` has written; None as of `read_private`, and of a file that is not whole."""
+    held = read_private(path, max_bytes)
+    if held is None or hashlib.sha256(held[_SEAL_BYTES:]).digest() != held[:_SEAL_BYTES]:
+        return None
+    return held[_SEAL_BYTES:]
+
+
+def write_sealed(path: Path, held: bytes, max_bytes: int) -> None:
+    """Write a file of a private folder behind its SHA-256; nothing where that would be longer than `max_bytes`.
+
+    Raises:
+        CacheError: it cannot be written.
+    """
+    if len(held) + _SEAL_BYTES <= max_bytes:
+        write_private(path, hashlib.sha256(held).digest() + held)
 
 
 @contextmanager

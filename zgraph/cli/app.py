@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, NoReturn
 
 import typer
 from rich.console import Console
@@ -124,6 +124,11 @@ def progress(*more: ProgressColumn) -> Progress:
     """Progress on the terminal: the task and its time; nothing where no one watches."""
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), *more, TimeElapsedColumn()
     return Progress(*columns, console=errors(), transient=True, disable=not sys.stderr.isatty())
+
+
+def ended_by(number: int, _: object) -> NoReturn:
+    """End with the exit code of a signal, whose handler this is."""
+    sys.exit(128 + number)
 
 
 def print_json(found: Mapping[str, Any] | Sequence[Any]) -> None:

@@ -16,11 +16,11 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from zgraph.cli.app import FAILED, AsJson, app, console, print_json
+from zgraph.cli.app import FAILED, AsJson, app, console, ended_by, print_json
 from zgraph.cli.clusters import PORT, WRITERS, Job
 from zgraph.cli.environment_report import cores
 from zgraph.errors import UsageError
@@ -294,8 +294,8 @@ def _over_ssh(options: Namespace, hosts: Sequence[Host]) -> int:
     """Run on all hosts; the exit code of the first that fails, when the others are ended."""
     running: list[subprocess.Popen[bytes]] = []
     ended, first = threading.Event(), list[tuple[str, int]]()
-    signal.signal(signal.SIGTERM, _ended_by)
-    signal.signal(signal.SIGHUP, _ended_by)
+    signal.signal(signal.SIGTERM, ended_by)
+    signal.signal(signal.SIGHUP, ended_by)
 
     def follow(host: Host, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -360,15 +360,11 @@ def _elastic(options: Namespace) -> int:
         python = [] if options.no_python else [sys.executable, *(["-m"] if options.module else [])]
         command = [*python, options.training_script, *options.training_script_args]
         start = elastic.ranks_here(command, num_ranks, devices)
-    signal.signal(signal.SIGTERM, _ended_by)
-    signal.signal(signal.SIGHUP, _ended_by)
+    signal.signal(signal.SIGTERM, ended_by)
+    signal.signal(signal.SIGHUP, ended_by)
     again = shlex.join(["zgraph", *sys.argv[1:]])
     restarts = options.max_restarts or elastic.MOST_RESTARTS
     return elastic.Launcher(start, host, least, most, restarts, again, options.master_port or 0).run()
-
-
-def _ended_by(number: int, _: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _end(running: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import NoReturn
 
+from zgraph.cli.app import ended_by
 from zgraph.cli.environment_report import cores
 from zgraph.errors import PeerError, UsageError
 
@@ -66,7 +66,7 @@ def together(num_ranks: int) -> Iterator[int]:
     if num_ranks == 1:
         yield 0
         return
-    before = signal.signal(signal.SIGTERM, _ended_by)
+    before = signal.signal(signal.SIGTERM, ended_by)
     _share_cores(num_ranks if launched == 1 else int(os.environ.get("LOCAL_WORLD_SIZE", launched)))
     others = Others(num_ranks) if launched == 1 else None
     try:
@@ -123,10 +123,6 @@ def _share_cores(num_ranks: int) -> None:
 
         os.environ["OMP_NUM_THREADS"] = str(max(cores() // num_ranks, 1))
         torch.set_num_threads(max(cores() // num_ranks, 1))
-
-
-def _ended_by(number: int, _: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _file() -> int:

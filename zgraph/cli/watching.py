@@ -60,15 +60,14 @@ def _store(job: str) -> Any:
     """The job's store. Raises UsageError if there is none."""
     from datetime import timedelta
 
-    import torch.distributed as dist
+    from zgraph.bridge.private_runtime import tcp_store
 
-    torchs: Any = dist  # its stubs leave the store out
     host, _, port = job.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) < 1 << 16:
         raise UsageError(f"a job is HOST:PORT, where its ranks meet, as gpu-1:29500, and not {job[:80]!r}")
     try:
         socket.create_connection((host, int(port)), CONNECT_S).close()  # where nobody listens, torch prints pages
-        return torchs.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=CONNECT_S))
+        return tcp_store(host, int(port), timedelta(seconds=CONNECT_S))[0]
     except (OSError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise UsageError(f"no store answers at {job} ({first}): give MASTER_ADDR and MASTER_PORT of the job") from None

@@ -123,17 +123,15 @@ class StepRecorder:
     def _apart(self, known: set[str]) -> None:
         """Keep a step that was taken apart."""
         runs = self._recorder.runs_us()
-        took = [pair for spans in runs for pair in transfers_us(spans)]
+        took = {name: us for spans in runs for name, us in transfers_us(spans)}
         began = [i.node.name for spans in runs for i, *_ in spans if i.lane == "comm"]
-        if began and len(began) == len(self._on_lane):  # the lane knows when each of its transfers was over
-            took = [pair for pair in took if pair[0] not in began] + list(
-                zip(began, lane_us(self._on_lane), strict=True)
-            )
+        if len(began) == len(self._on_lane):  # the lane knows when each of its transfers was over
+            took |= zip(began, lane_us(self._on_lane), strict=True)
         for spans in runs:
             for instruction, begin, end in spans:
                 if instruction.node.name in known:
                     self._nodes[instruction.node.name].append(end - begin)
-        for name, us in took:
+        for name, us in took.items():
             if name in known:
                 self._transfers[name].append(us)
         self._num_apart += 1

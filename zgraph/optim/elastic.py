@@ -15,7 +15,7 @@ import itertools
 import logging
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -71,11 +71,11 @@ class Elastic:
         self._twins = Twins(model, optimizer, state, rng)
         self._gradients = FlatGradients([p for p in model.parameters() if p.requires_grad])
         self._between: Between | None = None
-        self._lives = itertools.count()
+        self._told = itertools.count()
         self._is_reduced, self._lets_in, self._sent = False, False, 0
         self._generations.own = Member(place.replica, 0)
         self._generations.same(f"shard/{shard}", digest(model, optimizer, num_shards))
-        self._optimizer, self._num_updates = optimizer, 0
+        self._optimizer, self._has_stepped = optimizer, False
         self._known = {id(p) for p in self._gradients.parameters}
         check_parameters(model, optimizer)
         optimizer.register_step_pre_hook(self._before_update)
@@ -110,12 +110,15 @@ class Elastic:
 
     def _under_way(self) -> int | None:
         """The step that the job is at, as the first rank of this replica sees it; None where none has begun."""
-        word = ""
-        if self._generations.shard == 0 and (made := self._generations.latest()) is not None:
-            word = str(made.step)
-        if self._meetings is not None:
-            word = self._meetings.exchange("under way", word)[0]
+        word = self._of_first("under way", lambda: str(made.step) if (made := self._generations.latest()) else "")
         return int(word) if word else None
+
+    def _of_first(self, what: str, word: Callable[[], str]) -> str:
+        """A word of this replica's first rank, on all of its ranks, which call this together."""
+        found = word() if self._generations.shard == 0 else ""
+        if self._meetings is not None:
+            found = self._meetings.exchange(f"{what}/{next(self._told)}", found)[0]
+        return found
 
     def _before_update(self, _: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if any(map(callable, (*args, *kwargs.values()))):  # torch gives the optimizer, too, which is not
@@ -123,16 +126,16 @@ class Elastic:
                 "optimizer.step(closure) would make gradients of this replica alone: call loss.backward() before, and "
                 "optimizer.step() without a closure"
             )
-        self.reduce()
-        self._num_updates += 1
-        if self._num_updates > 1:
+        if self._has_stepped:
             raise UsageError(
                 "optimizer.step() again in one step of run.steps(...): its gradients are this replica's alone; "
                 "take one step in the body of the loop"
             )
+        self.reduce()
+        self._has_stepped = True
 
     def _body(self, step: int) -> Iterator[int]:
-        self._is_reduced, self._num_updates = False, 0
+        self._is_reduced = self._has_stepped = False
         self._pulse.step, self._pulse.waits = step, False
         yield step
         if not self._is_reduced:
@@ -304,11 +307,7 @@ class Elastic:
     def _new_life(self) -> Member:
         """Another life of this replica, the same on all its ranks."""
         key = f"lives/{self.replica}"
-        life = ""
-        if self._generations.shard == 0:
-            life = str(self._line.ask(lambda store: store.add(key, 1)))
-        if self._meetings is not None:
-            life = self._meetings.exchange(f"life/{next(self._lives)}", life)[0]
+        life = self._of_first("life", lambda: str(self._line.ask(lambda store: store.add(key, 1))))
         return Member(self.replica, int(life))
 
     def _admitted(self) -> Generation | None:

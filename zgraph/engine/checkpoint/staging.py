@@ -17,6 +17,7 @@ import torch
 from zgraph.engine.checkpoint.files import bytes_of, header_of, in_order
 from zgraph.environment import ranks_here
 from zgraph.errors import CheckpointError
+from zgraph.runtime.host import available_bytes
 from zgraph.runtime.shards import settle_host_memory
 
 PIECE_BYTES = 16 << 20
@@ -163,10 +164,4 @@ class Pipe:
 
 def usual_limit() -> int:
     """Bytes that a rank may take where nobody has set a limit: its part of half of what the host has free."""
-    free = 1 << 33
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        pass
-    return max(int(free * SHARE) // max(ranks_here(), 1), 2 * PIECE_BYTES)
+    return max(int(available_bytes() * SHARE) // max(ranks_here(), 1), 2 * PIECE_BYTES)
