@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from zgraph.errors import PlacementError
 from zgraph.ir import (
@@ -152,6 +153,8 @@ def _cut_inputs(graph: Graph, num_ranks: int) -> Iterator[tuple[str, Placement]]
 
 class ExpertWalk(SequenceWalk):
     """A walk that keeps the batch cut, and follows a plan for rows of experts."""
+
+    keeps_orders: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -14,15 +14,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from zgraph.errors import PlacementError
-from zgraph.ir import Graph, InputKind, Node, Placement, Replicate, Shard, TensorType
+from zgraph.ir import Graph, InputKind, Node, Partial, Placement, Replicate, Shard, TensorType
 from zgraph.ir.rules import Rule, Strategy, attention, device_attention
 from zgraph.ir.rules.factors import Cut
 from zgraph.ir.rules.kept import cuts_of
+from zgraph.passes.analysis.own_rows import OwnRows, own_rows
 from zgraph.passes.analysis.placing import Choices, Rules, Walk, chosen, trained_values, views_once
 
 __all__ = ["SequenceWalk", "choose_along_sequence", "followed"]
 
-R = Replicate()
+R, P = Replicate(), Partial("sum")
 
 ATTENTION = frozenset({*attention.RULES, *device_attention.RULES})
 
@@ -110,6 +111,8 @@ class SequenceWalk(Walk):
     """
 
     parameters_count: ClassVar[int] = 0
+    keeps_orders: ClassVar[bool] = True
+    """Whether rows that are sorted stay on their ranks."""
 
     def __init__(
         self,
@@ -123,7 +126,19 @@ class SequenceWalk(Walk):
     ) -> None:
         self.trained, self.where = trained_values(graph), tokens
         self.shared = {name for name, users in graph.users.items() if len(users) > 1}
+        self.own = own_rows(graph, rules, tokens, num_ranks) if self.keeps_orders else OwnRows()
         super().__init__(graph, seeds, num_ranks, rules, kept, tokens, sums)
+
+    def best(self, node: Node, rule: Rule | None) -> Strategy:
+        """The way in an order of the rank's own, where a node has a part in one."""
+        return self.own.ways.get(node.name) or super().best(node, rule)
+
+    def take(self, node: Node, strategy: Strategy) -> None:
+        """Note what is there; counts of a rank's own rows stay its own."""
+        super().take(node, strategy)
+        for name in self.own.counts.intersection(r.name for r in node.results):
+            self.sums.discard(name)
+            self.rest[name], self.have[name] = P, {P}
 
     def cuts(self, node: Node, rule: Rule) -> list[Cut]:
         """The cuts where the sequence is, and those of operands as they are there if no byte is sent for them.

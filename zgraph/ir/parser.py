@@ -37,6 +37,7 @@ from zgraph.ir.types import (
     DType,
     Grouped,
     NoneType,
+    Own,
     Placement,
     ScalarType,
     Shard,
@@ -46,7 +47,7 @@ from zgraph.ir.types import (
 
 _NAME = re.compile(r"[\w.]+")
 _COUNT = re.compile(r"[0-9]{1,18}")
-_DIM = re.compile(r"([SG])([0-9]{1,2})")
+_DIM = re.compile(r"([SGO])([0-9]{1,2})")
 _PLACEMENT = re.compile(r"[A-Za-z_][\w.\-]*(?:\(\w*\))?")
 _KEY = re.compile(r" *([A-Za-z_]\w*)=")
 _DTYPES = {d.value: d for d in DType}
@@ -131,8 +132,10 @@ class _LineCursor(Cursor):
             return PLACEMENTS[word]
         if found := _DIM.fullmatch(word):
             dim = int(found[2])
-            return Grouped(dim) if found[1] == "G" else Shard(dim, self.blocks() if self.accept("/") else (1,))
-        raise self.error(f"{word} is not a placement: {', '.join(PLACEMENTS)}, or S or G and a dim", start)
+            if found[1] == "S":
+                return Shard(dim, self.blocks() if self.accept("/") else (1,))
+            return Grouped(dim) if found[1] == "G" else Own(dim)
+        raise self.error(f"{word} is not a placement: {', '.join(PLACEMENTS)}, or S, G or O and a dim", start)
 
     def blocks(self) -> tuple[int, ...]:
         """The blocks of a dim: how many of one size, or their sizes to one another."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from zgraph.ir.layout import is_contiguous
 from zgraph.ir.symbols import Dim, simplify
-from zgraph.ir.types import Placement, Replicate, Shard, TensorType
+from zgraph.ir.types import Own, Placement, Replicate, Shard, TensorType
 
 __all__ = ["part_along", "part_shape", "placed_along", "whole_along", "whole_shape"]
 
@@ -37,9 +37,10 @@ def part_along(kind: TensorType, index: int, num_ranks: int, place: Placement) -
         ValueError: the dim does not divide.
     """
     made = placed_along(kind, index, place)
-    if not isinstance(place, Shard):
+    if not isinstance(place, Shard | Own):
         return made
-    if place.dim >= len(kind.shape) or not place.divides(kind.shape[place.dim], num_ranks):
+    as_shard = place if isinstance(place, Shard) else Shard(place.dim)
+    if place.dim >= len(kind.shape) or not as_shard.divides(kind.shape[place.dim], num_ranks):
         raise ValueError(f"{kind} does not divide into {place} on {num_ranks} ranks")
     return _resized(made, place.dim, 1, num_ranks)
 
@@ -48,7 +49,7 @@ def whole_along(kind: TensorType, index: int, num_ranks: int) -> TensorType:
     """The type of a tensor whose parts along a model axis are put together."""
     place = kind.placement[index]
     made = placed_along(kind, index, Replicate())
-    return _resized(made, place.dim, num_ranks, 1) if isinstance(place, Shard) else made
+    return _resized(made, place.dim, num_ranks, 1) if isinstance(place, Shard | Own) else made
 
 
 def part_shape(shape: tuple[Dim, ...], place: Placement, num_ranks: int) -> tuple[Dim, ...]:

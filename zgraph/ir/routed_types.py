@@ -16,12 +16,15 @@ from collections.abc import Mapping
 from zgraph.ir.axis_rules import TypeRuleError, axis_of
 from zgraph.ir.graph import Node
 from zgraph.ir.layout import concrete
+from zgraph.ir.rules.own import routed_in_order
 from zgraph.ir.symbols import simplify
 from zgraph.ir.type_rules import tensor
 from zgraph.ir.types import (
     DType,
     Grouped,
     Mesh,
+    Own,
+    Partial,
     Placement,
     Replicate,
     Shard,
@@ -57,7 +60,7 @@ def routed(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     for kind in (at, ends):
         if kind.dtype not in _INTEGERS or len(kind.shape) != 1 or kind.placement[index] != Replicate():
             raise TypeRuleError(f"finds rows by indices that all ranks of the axis have, and not by {kind}")
-    own = _beside(kinds, index, mesh)
+    own = _beside(node, kinds, index, mesh)
     old = moved.placement[index]
     if old not in (BY_POSITION, BY_GROUP) or not moved.shape:
         raise TypeRuleError(f"moves rows that are placed {BY_POSITION} or {BY_GROUP}, not {moved}")
@@ -83,13 +86,22 @@ def _moved_at(node: Node) -> int:
     return 2 if node.op == "put_rows_start" else 0
 
 
-def _beside(kinds: list[TensorType], index: int, mesh: Mesh) -> list[Placement]:
-    """The placement of a result along the other axes: whole along model axes, a rank's own along those of data."""
+def _beside(node: Node, kinds: list[TensorType], index: int, mesh: Mesh) -> list[Placement]:
+    """The placement of a result along the other axes: whole along model axes, or in a rank's own order, or put back
+    from that; a rank's own along those of data.
+    """
     num_model = len(model_axes(mesh))
     found: list[Placement] = []
     for number in range(len(mesh)):
-        places = {kind.placement[number] for kind in kinds} if number != index else set()
+        listed = [kind.placement[number] for kind in kinds]
+        places = set(listed) if number != index else set()
         allowed = {Replicate()} if number < num_model else {Replicate(), Varying()}
+        if number < num_model and any(isinstance(place, Own) for place in places):
+            ways = routed_in_order(is_put=node.op == "put_rows_start", places=listed[:-1])
+            if not ways or listed[-1] not in (Replicate(), Partial("sum")):
+                raise TypeRuleError("moves rows in a rank's own order to others in it, or from these, by own counts")
+            found.append(ways[0])
+            continue
         if places - allowed:
             raise TypeRuleError("moves values that are whole along other model axes, and no sums")
         found.append(Varying() if Varying() in places else Replicate())

@@ -22,6 +22,7 @@ __all__ = [
     "Grouped",
     "Mesh",
     "NoneType",
+    "Own",
     "Partial",
     "Placement",
     "Reduction",
@@ -161,7 +162,24 @@ class Grouped:
         return f"G{self.dim}"
 
 
-Placement = Replicate | Shard | Partial | Varying | Grouped
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Rank r of a model axis holds the slices that it would have of dim `dim` as a shard, in an order of its own.
+
+    The order depends on the data, as that of tokens by expert does. Of integers that number slices, each numbers one
+    among the rank's own. Nothing moves such a value: it is put back in place by what is read by the inverse order.
+
+    Args:
+        dim: the tensor dim.
+    """
+
+    dim: int
+
+    def __str__(self) -> str:
+        return f"O{self.dim}"
+
+
+Placement = Replicate | Shard | Partial | Varying | Grouped | Own
 
 _WHOLE: tuple[Placement, ...] = (Replicate(), Varying(), *(Partial(r) for r in REDUCTIONS), Partial("max"))
 PLACEMENTS: Mapping[str, Placement] = {str(p): p for p in _WHOLE}

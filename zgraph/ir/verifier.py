@@ -11,6 +11,7 @@ from zgraph.ir.arena import ALIGN_BYTES, Buffer, buffers, clashes, offsets, runs
 from zgraph.ir.graph import PROGRAMS, Arg, Graph, Input, InputKind, Node, Output, OutputKind, Phase, graphs_in
 from zgraph.ir.names import COLLECTIVES, HIGHER_ORDER
 from zgraph.ir.ops import OPS
+from zgraph.ir.orders import orders
 from zgraph.ir.printer import print_arg, print_node
 from zgraph.ir.rules.kept import broken_rule
 from zgraph.ir.symbols import Dim, simplify
@@ -20,6 +21,7 @@ from zgraph.ir.types import (
     HOST,
     Grouped,
     Mesh,
+    Own,
     Partial,
     Replicate,
     Shard,
@@ -166,10 +168,10 @@ def placements(graph: Graph) -> Iterator[Fault]:
             continue
         kinds = [v.type.placement[num_model:] for v in node.operands if isinstance(v.type, TensorType)]
         made = [(r, r.type.placement[num_model:]) for r in node.results if isinstance(r.type, TensorType)]
-        if any(isinstance(p, Shard | Partial | Grouped) for own in kinds for p in own):
+        if any(isinstance(p, Shard | Partial | Grouped | Own) for own in kinds for p in own):
             yield position, f"{node.op} computes on one rank alone, so a sharded or partial operand must be resharded"
         for result, own in made:
-            if any(isinstance(p, Shard | Partial | Grouped) for p in own):
+            if any(isinstance(p, Shard | Partial | Grouped | Own) for p in own):
                 yield position, f"%{result.name} is called {result.type}, but {node.op} computes on one rank alone"
         varies = any(isinstance(p, Varying) for own in kinds for p in own)
         for result, own in made:
@@ -340,6 +342,7 @@ CHECKS: tuple[Callable[[Graph], Iterator[Fault]], ...] = (
     types,
     subgraphs,
     placements,
+    orders,
     spaces,
     futures,
     lifetimes,

@@ -29,7 +29,9 @@ def like(call: Call) -> Rule:
 def counted(call: Call) -> Rule:
     """A range, whole."""
     operands = ", ".join("*" for shape in call.ins if shape is not None)
-    return written(call, f"{operands} -> {' '.join(letters(call.out(), whole=range(len(call.out()))))}")
+    names = " ".join(letters(call.out(), whole=range(len(call.out()))))
+    local = ((0, "made 0"),) if call.op == "aten.arange.default" else ()
+    return written(call, f"{operands} -> {names}", local=local)
 
 
 _FILLED = ("new_zeros", "new_ones", "new_full", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like")

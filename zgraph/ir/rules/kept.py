@@ -9,6 +9,7 @@ from zgraph.ir.graph import Graph, Node, map_values
 from zgraph.ir.rules.factors import Call, Cut, Rule, Strategy
 from zgraph.ir.rules.grouped import placed_by_groups
 from zgraph.ir.rules.local import localised, whole_node
+from zgraph.ir.rules.own import own_ways
 from zgraph.ir.rules.table import rule_of
 from zgraph.ir.types import Grouped, Mesh, Placement, Replicate, Shard, TensorType
 
@@ -44,22 +45,29 @@ def broken_rule(node: Node, mesh: Mesh, index: int, *, knows_rank: bool = False)
     wanted += _listed(places[: len(node.operands)])
     try:
         whole = whole_node(node, index, num_ranks)
-        rule = rule_of(Call.of(whole))
+        rule = rule_of(call := Call.of(whole))
+        in_order = [] if knows_rank else own_ways(call, rule, places, num_ranks)
     except ValueError as error:
         return f"{wanted}: {error}"
-    if rule is None:
+    if rule is None and not in_order:
         return f"{wanted}: it has no sharding rule, so its operands must be whole"
-    count = len(node.operands)
-    cuts = [c for c in cuts_of(rule, places, num_ranks) if (c[0] in rule.ranked) is knows_rank]
-    ways = [rule.with_cut(num_ranks, cut) for cut in cuts] if knows_rank else rule.strategies(num_ranks, cuts)
-    if any(isinstance(p, Grouped) for d, p in zip((*rule.ins, *rule.outs), places, strict=True) if d is not None):
-        ways = [placed_by_groups(rule, places)] if knows_rank is (rule.groups is not None) else []
-    if not any(way is not None and _fits(way, places, count) for way in ways):
+    ways = [*in_order, *(_ways(rule, places, num_ranks, knows_rank=knows_rank) if rule is not None else ())]
+    if not any(way is not None and _fits(way, places, len(node.operands)) for way in ways):
         return f"{wanted} by its sharding rule"
     own = {v.name: v for v in node.operands}
     if tuple(map_values(a, own) for a in localised(whole, rule, places, num_ranks)) != node.args:
         return f"has sizes among its arguments that are not those of a rank's part along {mesh[index].name}"
     return ""
+
+
+def _ways(
+    rule: Rule, places: tuple[Placement | None, ...], num_ranks: int, *, knows_rank: bool
+) -> Sequence[Strategy | None]:
+    """The strategies of a rule by which tensors may be placed so."""
+    if any(isinstance(p, Grouped) for d, p in zip((*rule.ins, *rule.outs), places, strict=True) if d is not None):
+        return [placed_by_groups(rule, places)] if knows_rank is (rule.groups is not None) else []
+    cuts = [c for c in cuts_of(rule, places, num_ranks) if (c[0] in rule.ranked) is knows_rank]
+    return [rule.with_cut(num_ranks, cut) for cut in cuts] if knows_rank else rule.strategies(num_ranks, cuts)
 
 
 def gathered_for(graph: Graph) -> Mapping[str, int]:

@@ -15,7 +15,7 @@ from zgraph.ir.parts import whole_along
 from zgraph.ir.rules.factors import Call, Rule
 from zgraph.ir.rules.pieces import FAR
 from zgraph.ir.rules.table import rule_of
-from zgraph.ir.types import Placement, Shard, TensorType
+from zgraph.ir.types import Own, Placement, Shard, TensorType
 
 __all__ = ["localised", "whole_node"]
 
@@ -48,7 +48,7 @@ def whole_node(node: Node, index: int, num_ranks: int) -> Node:
     places = tuple(
         v.type.placement[index] if isinstance(v.type, TensorType) else None for v in (*node.operands, *node.results)
     )
-    if not any(isinstance(place, Shard) for place in places):
+    if not any(isinstance(place, Shard | Own) for place in places):
         return node
     made = replace(node.substitute({v.name: whole(v) for v in node.operands}), results=tuple(map(whole, node.results)))
     return replace(made, args=_resized(made, rule_of(Call.of(made)), places, num_ranks, 1))
@@ -61,7 +61,7 @@ def _resized(
     cut = {
         (side, place.dim)
         for number, place in enumerate(places)
-        if isinstance(place, Shard)
+        if isinstance(place, Shard | Own)
         for side in ("in" if number < len(node.operands) else "out",)
     }
     for position, what in rule.local if rule is not None else ():
