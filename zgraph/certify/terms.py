@@ -339,8 +339,8 @@ class Reader:
     def foreign(self, node: Node, operands: list[int]) -> Sequence[int]:
         unknown = ExternalOp(opaque=not node.op.startswith("aten."))  # of an op that another stands for
         row = self.graph.foreign.get(node.op, unknown)
-        for index, axis in enumerate(model_axes(self.graph.mesh)):
-            node = whole_node(node, index, axis.size)
+        for index in reversed(range(len(model_axes(self.graph.mesh)))):
+            node = whole_node(node, index, self.graph.mesh[index].size)
         if ZERO in operands and (zero := self.carried(node, operands)) is not None:
             return zero
         if steps := defined(node, self.fresh):

@@ -85,8 +85,8 @@ class _Follower:
 
     def whole(self, node: Node) -> Node:
         """A node on the tensors of all ranks of all model axes."""
-        for index, axis in enumerate(model_axes(self.graph.mesh)):
-            node = whole_node(node, index, axis.size)
+        for index in reversed(range(len(model_axes(self.graph.mesh)))):
+            node = whole_node(node, index, self.graph.mesh[index].size)
         return node
 
     def call(self, node: Node) -> Call:
@@ -103,7 +103,8 @@ class _Follower:
         if node.op in OPS and node.op not in _KNOW_RANKS:
             return self.carry(node)
         if node.op in ROUTED.values():
-            counts, places = roles.pop(), (*places[: len(roles) - 1], *places[len(roles) :])
+            counts = roles.pop()
+            places = (*places[: len(roles)], *places[len(roles) + 1 :])
             roles_here = [role for role in roles if role is not None and role.word != "ids"]
             if roles_here and (counts is None or counts.word != "counts" or counts.order != roles_here[0].order):
                 return "sends rows in an order of the rank's own by counts of another"

@@ -11,7 +11,7 @@ from zgraph.ir.rules.grouped import placed_by_groups
 from zgraph.ir.rules.local import localised, whole_node
 from zgraph.ir.rules.own import own_ways
 from zgraph.ir.rules.table import rule_of
-from zgraph.ir.types import Grouped, Mesh, Placement, Replicate, Shard, TensorType
+from zgraph.ir.types import Grouped, Mesh, Placement, Replicate, Shard, TensorType, model_axes
 
 __all__ = ["broken_rule", "cuts_of", "gathered_for", "places_of"]
 
@@ -44,6 +44,8 @@ def broken_rule(node: Node, mesh: Mesh, index: int, *, knows_rank: bool = False)
     wanted = f"along {mesh[index].name}, {node.op} cannot make {_listed(places[len(node.operands) :])} of "
     wanted += _listed(places[: len(node.operands)])
     try:
+        for inner in range(len(model_axes(mesh)) - 1, index, -1):  # these cut what this axis has left
+            node = whole_node(node, inner, mesh[inner].size)
         whole = whole_node(node, index, num_ranks)
         rule = rule_of(call := Call.of(whole))
         in_order = [] if knows_rank else own_ways(call, rule, places, num_ranks)
