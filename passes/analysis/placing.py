@@ -191,7 +191,9 @@ def _of_reshard(node: Node) -> Rule:
     pairs = zip(call.shape(0), call.out(), strict=True)
     names = [name if old == new else f"_{name}" for name, (old, new) in zip(letters(call.out()), pairs, strict=True)]
     given = " ".join(n if n[0] != "_" else f"{n}_given" for n in names)
-    return written(call, f"{given} -> {' '.join(names)}")
+    old, new = node.operands[0].tensor, node.results[0].tensor
+    adds = P not in (*old.placement, *new.placement) or Partial("max") in old.placement
+    return written(call, f"{given} -> {' '.join(names)}", linear=() if adds else ((0,),))
 
 
 def whole(node: Node) -> Strategy:

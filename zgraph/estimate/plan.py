@@ -25,7 +25,7 @@ from zgraph.options.compression import Compress, planned_codes
 from zgraph.options.experts import experts_of, of_all_ranks
 from zgraph.options.model_plans import Placements
 from zgraph.options.offload import Offload
-from zgraph.options.parallel import AXES, check_axes, cuts_of
+from zgraph.options.parallel import cuts_of
 from zgraph.options.searched import FoundPlacements
 from zgraph.options.settings import RECOMPUTES, Recompute, check_recompute
 from zgraph.options.validate import Compute, Kernels, check_compute, check_kernels
@@ -306,4 +306,3 @@ def _check_parallel(together: Mapping[str, int], compute: Compute | None, mesh: 
             raise UsageError("ranks that compute together are planned for with shards over all others: leave mesh= out")
         if count > 1 and compute is not None:
             raise UsageError(f"float8 takes its scales from whole matrices: leave compute={compute!r} or {name}= out")
-    check_axes({axis: together[f"{axis}_parallel"] for axis in AXES})

@@ -22,6 +22,7 @@ from zgraph.estimate.reservation import scaled_footprint
 from zgraph.estimate.stage_figures import StagePlan
 from zgraph.ir import Axis, DType, Graph, Input, InputKind, Mesh, Placement, Shard, model_axes
 from zgraph.options.compression import Codes
+from zgraph.options.parallel import cuts_at_rest, rest_axes
 from zgraph.options.validate import Compute, Kernels
 from zgraph.passes import RECIPES, Context, along_model_axes, compressing, parse_recipe, recipe_for
 from zgraph.passes.analysis.lookahead import step_memory
@@ -245,14 +246,15 @@ class _Shape:
         planner, cut = self.planner, self.planner.placed.get(entry.target)
         if cut is not None:
             entry = replace(entry, cuts=(*entry.cuts, ("tensor", cut)))
-        axis = "expert" if planner.expert > 1 else "context"
-        count, is_expert = planner.context * planner.expert, entry.target in planner.experts
-        if count == 1 or ((not self.stage or entry.target in self.whole) and not is_expert):
-            return entry.cuts
-        shape = entry.value.tensor.shape
+        sizes = {"tensor": planner.tensor, "context": planner.context, "expert": planner.expert}
+        sharded, is_expert = bool(self.stage) and entry.target not in self.whole, entry.target in planner.experts
+        rest = rest_axes(sizes, sharded=sharded, is_expert=is_expert)
         in_blocks = cut.dim if cut is not None and len(cut.blocks) > 1 else None
-        dims = [d for d in range(len(shape)) if d != in_blocks and Shard(d).divides(shape[d], count * planner.tensor)]
-        return ((*entry.cuts, (axis, Shard(dims[0])))) if dims else entry.cuts
+        left = tuple(
+            size // planner.tensor if d != in_blocks and isinstance(size, int) and size % planner.tensor == 0 else 0
+            for d, size in enumerate(entry.value.tensor.shape)
+        )
+        return (*entry.cuts, *cuts_at_rest(left, (), sizes, rest))
 
     @cached_property
     def shares(self) -> list[float]:

@@ -20,7 +20,7 @@ from zgraph.environment import environment
 from zgraph.errors import UsageError
 from zgraph.ir import Axis, Graph, OutputKind
 from zgraph.options.experts import of_all_ranks
-from zgraph.options.parallel import AXIS, CONTEXT, EXPERT, check_axes, cuts_of
+from zgraph.options.parallel import AXIS, CONTEXT, EXPERT, cuts_of
 from zgraph.options.parallel import at_rest as at_rest_over
 from zgraph.passes import Context, Pipeline
 from zgraph.passes.partition import Partition
@@ -68,7 +68,6 @@ def traced(
     _, inputs = of_all_ranks((), inputs, expert_parallel)
     graph, how = capture_deep(model, inputs, dtype, capability_of(costs.hardware))
     sizes = {AXIS: tensor_parallel, CONTEXT: context_parallel, EXPERT: expert_parallel}
-    check_axes(sizes)
     if count % (together := math.prod(sizes.values())):
         raise UsageError(f"{together} ranks that compute together do not divide {count} ranks; take a multiple of them")
     model_axes = tuple(Axis(name, size) for name, size in sizes.items() if size > 1)

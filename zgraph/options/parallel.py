@@ -70,19 +70,6 @@ def mesh_of(device: torch.device, mesh: DeviceMesh | None, sizes: Mapping[str, i
     return DeviceMesh(mesh.device_type, ranks.contiguous(), mesh_dim_names=(*own, "shard"))
 
 
-def check_axes(sizes: Mapping[str, int]) -> None:
-    """Refuse axes that do not go together.
-
-    Raises:
-        UsageError: rows of a batch are divided over ranks, and sequences too.
-    """
-    if sizes[EXPERT] > 1 and sizes[CONTEXT] > 1:
-        raise UsageError(
-            f"expert_parallel={sizes[EXPERT]} divides the rows of a batch, and context_parallel={sizes[CONTEXT]} its "
-            "sequences, which does not go together; leave one of them out. tensor_parallel= goes beside either"
-        )
-
-
 def _of_all_ranks(device: torch.device, sizes: Mapping[str, int]) -> DeviceMesh:
     count, together = dist.get_world_size() if dist.is_initialized() else 1, math.prod(sizes.values())
     if count % together:
@@ -194,7 +181,8 @@ def at_rest(
 
     Ranks that share a sequence, or experts, have the whole of a parameter where they use it, so that it is sharded over
     them as over data ranks: along the first dim that divides and is not cut in blocks already. One of stage 0, or
-    without such a dim, is whole. The matrices of experts are cut along the first dim at any stage, and are used so.
+    without such a dim, is whole. The matrices of experts are cut along the first dim at any stage, and are used so;
+    ranks that share a sequence shard these along another.
 
     Args:
         model: the model.
@@ -205,16 +193,48 @@ def at_rest(
     Raises:
         PlacementError: experts are to be divided, and there are none, or they do not divide.
     """
-    axis = EXPERT if sizes[EXPERT] > 1 else CONTEXT
-    if sizes[axis] == 1:
-        return cuts
+    experts = experts_of(model, sizes[EXPERT]) if sizes[EXPERT] > 1 else frozenset[str]()
     found = dict(cuts)
-    experts = experts_of(model, sizes[EXPERT]) if axis == EXPERT else frozenset()
     for name, parameter in model.named_parameters():
-        shape = list(parameter.shape)
-        for _, place in cuts.get(name, ()):
-            shape[place.dim] = shape[place.dim] // sizes[AXIS] if len(place.blocks) == 1 else 0
-        dims = [dim for dim, size in enumerate(shape) if size and size % sizes[axis] == 0]
-        if dims and (stage_of(name) or name in experts):
-            found[name] = (*cuts.get(name, ()), (axis, Shard(dims[0])))
+        rest = rest_axes(sizes, sharded=bool(stage_of(name)), is_expert=name in experts)
+        if own := cuts_at_rest(tuple(parameter.shape), cuts.get(name, ()), sizes, rest):
+            found[name] = own
     return found
+
+
+def rest_axes(sizes: Mapping[str, int], *, sharded: bool, is_expert: bool) -> Mapping[str, tuple[int, ...] | None]:
+    """The axes of ranks with parts of a batch over which a parameter is sharded at rest, and the dims that may be cut.
+
+    Args:
+        sizes: ranks along each axis.
+        sharded: whether its stage shards it.
+        is_expert: whether it has the matrices of experts that are divided.
+    """
+    found: dict[str, tuple[int, ...] | None] = {}
+    if sizes[CONTEXT] > 1 and sharded:
+        found[CONTEXT] = (1, 2) if is_expert else None
+    if sizes[EXPERT] > 1 and (sharded or is_expert):
+        found[EXPERT] = (0,) if is_expert else None
+    return found
+
+
+def cuts_at_rest(
+    shape: tuple[int, ...], cuts: Cuts, sizes: Mapping[str, int], rest: Mapping[str, tuple[int, ...] | None]
+) -> Cuts:
+    """The cuts of a parameter with those at rest, each along the first dim that divides and is in no blocks.
+
+    Args:
+        shape: of the whole parameter.
+        cuts: those along other axes.
+        sizes: ranks along each axis.
+        rest: as `rest_axes` has it.
+    """
+    left = list(shape)
+    for axis, place in cuts:
+        left[place.dim] = left[place.dim] // sizes[axis] if len(place.blocks) == 1 else 0
+    for axis, allowed in rest.items():
+        dims = [d for d in (range(len(left)) if allowed is None else allowed) if left[d] and left[d] % sizes[axis] == 0]
+        if dims:
+            left[dims[0]] //= sizes[axis]
+            cuts = (*cuts, (axis, Shard(dims[0])))
+    return cuts

@@ -29,7 +29,6 @@ from zgraph.options.parallel import (
     CONTEXT,
     EXPERT,
     at_rest,
-    check_axes,
     check_parallel,
     check_sequence,
     cuts_of,
@@ -246,7 +245,6 @@ def resolve(
         data = parallel.size() // tensor
         placements = searched(model, (), usual_inputs(model), costs, tensor, data, computed)
     sizes = sizes_of(parallel)
-    check_axes(sizes)
     cuts = cuts_of(model, placements, sizes[AXIS], parallel.size(-1)) if parallel is not None else {}
     if parallel is None and placements is not None:
         raise UsageError("placements= says how parameters are cut; give tensor_parallel= too")

@@ -259,11 +259,6 @@ def _data_ranks(reading: Reading, keys: EngineConfig, world_size: int) -> int:
     """Ranks that each compute rows of their own."""
     tensor, context, expert = max(keys.tensor_parallel.autotp_size, 1), keys.sequence_parallel_size, _experts(keys)
     together = tensor * context * expert
-    if expert > 1 and context > 1:
-        reading.problems.append(
-            "expert_parallel.autoep_size: it divides the rows of a batch, and sequence_parallel_size its sequences, "
-            "which does not go together; leave one of them out"
-        )
     if world_size % together:
         named = ["tensor_parallel.autotp_size"] * (tensor > 1) + ["sequence_parallel_size"] * (context > 1)
         named += ["expert_parallel.autoep_size"] * (expert > 1)
