@@ -33,9 +33,7 @@ class OwnRows:
     counts: set[str] = field(default_factory=set)
 
 
-def own_rows(
-    graph: Graph, rules: Sequence[Rule | None], where: Mapping[str, Placement], num_ranks: int
-) -> OwnRows:
+def own_rows(graph: Graph, rules: Sequence[Rule | None], where: Mapping[str, Placement], num_ranks: int) -> OwnRows:
     """The strategies of nodes that read tokens in an order of each rank's own.
 
     Args:
@@ -65,10 +63,9 @@ def own_rows(
 class _Follower:
     """One walk over a graph, with one sort."""
 
-    def __init__(
-        self, graph: Graph, rules: Sequence[Rule | None], num_ranks: int, ids: Value, role: Role
-    ) -> None:
+    def __init__(self, graph: Graph, rules: Sequence[Rule | None], num_ranks: int, ids: Value, role: Role) -> None:
         self.graph, self.rules, self.num_ranks = graph, rules, num_ranks
+        self.made_by = {node.name: rule for node, rule in zip(graph.nodes, rules, strict=True)}
         self.roles = {ids.name: role}
         self.found = OwnRows()
         self.unread: set[str] = set()
@@ -112,7 +109,8 @@ class _Follower:
                 self.unread.add(result.name)
             if role is not None and role.word == "counts":
                 self.found.counts.add(result.name)
-        self.has_product |= any(role is not None and role.word == "counts" for role in roles) and "grouped_mm" in node.op
+        has_counts = any(role is not None and role.word == "counts" for role in roles)
+        self.has_product |= has_counts and "grouped_mm" in node.op
 
     def leave(self, node: Node, rule: Rule | None, roles: Sequence[Role | None]) -> None:
         """Leave a node that has no part in the order as it is, if it can read what it does there."""
@@ -134,8 +132,7 @@ class _Follower:
             self.unread.discard(value.name)
             return
         maker = self.graph.producers.get(value.name)
-        at = self.graph.nodes.index(maker) if maker is not None else -1
-        rule = self.rules[at] if maker is not None else None
+        rule = self.made_by.get(maker.name) if maker is not None else None
         if maker is None or len(self.graph.users.get(value.name, ())) > 1 or rule is None or any(rule.ins):
             raise Mixed(f"%{value.name} is not in the order of what is written to it")
         self.found.ways[maker.name] = Strategy(tuple(None for _ in maker.operands), (place,))

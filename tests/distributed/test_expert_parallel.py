@@ -18,7 +18,6 @@ import zgraph
 from tests.deep import DEEP, deep
 from zgraph.compiler.compiled_model import compiled_model
 from zgraph.errors import BatchMismatchError, PeerError, PlacementError, UsageError
-from zgraph.options.parallel import check_axes
 
 from . import tensor_zoo as zoo
 from .nets import built
@@ -58,11 +57,13 @@ def own_rows(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     return {key: tensor.chunk(2)[number] for key, tensor in zoo.batch("mixtral", seed).items()}
 
 
-def train(mesh: DeviceMesh, name: str, stage: int, num_micro: int, tensor: int = 1) -> tuple[float, float, float]:
+def train(
+    mesh: DeviceMesh, name: str, stage: int, num_micro: int, tensor: int = 1, context: int = 1
+) -> tuple[float, float, float]:
     """The largest relative errors of a loss and of a gradient's norm, and the largest of a parameter in the end."""
     plain, ours = (built(MODELS[name])() for _ in range(2))
-    ours = zgraph.compile(ours, stage=stage, expert_parallel=2, tensor_parallel=tensor)
-    together = 2 * tensor
+    ours = zgraph.compile(ours, stage=stage, expert_parallel=2, tensor_parallel=tensor, context_parallel=context)
+    together = 2 * tensor * context
     num_data, mine = mesh.size() // together, mesh.get_local_rank() // together
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (plain, ours)]
     worst_loss = worst_norm = 0.0
@@ -105,19 +106,23 @@ def test_two_ranks(pair: Pool, name: str, stage: int, num_micro: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "num_micro", "tensor"),
+    ("name", "stage", "num_micro", "tensor", "context"),
     [
-        deep("mixtral", 3, 1, 2),
-        deep("mixtral", 3, 1, 1),
-        deep("qwen3_moe", 1, 2, 1),
-        deep("mixtral", 0, 2, 1),
-        deep("lopsided", 2, 1, 1),
-        deep("qwen3_moe", 2, 2, 2),
-        deep("lopsided", 3, 1, 2),
+        deep("mixtral", 3, 1, 2, 1),
+        deep("mixtral", 3, 1, 1, 1),
+        deep("qwen3_moe", 1, 2, 1, 1),
+        deep("mixtral", 0, 2, 1, 1),
+        deep("lopsided", 2, 1, 1, 1),
+        deep("qwen3_moe", 2, 2, 2, 1),
+        deep("lopsided", 3, 1, 2, 1),
+        deep("mixtral", 3, 1, 1, 2),
+        deep("qwen3_moe", 2, 2, 1, 2),
+        deep("lopsided", 1, 2, 1, 2),
+        deep("mixtral", 0, 1, 1, 2),
     ],
 )
-def test_two_by_two_ranks(pool: Pool, name: str, stage: int, num_micro: int, tensor: int) -> None:
-    assert_close(pool.run(train, 4, name, stage, num_micro, tensor, limit_s=600 if DEEP else 90))
+def test_two_by_two_ranks(pool: Pool, name: str, stage: int, num_micro: int, tensor: int, context: int) -> None:
+    assert_close(pool.run(train, 4, name, stage, num_micro, tensor, context, limit_s=600 if DEEP else 90))
 
 
 def own_losses(mesh: DeviceMesh) -> tuple[list[int], float, float]:
@@ -233,10 +238,6 @@ def refused(mesh: DeviceMesh) -> dict[str, str]:
     except (BatchMismatchError, PeerError) as error:
         found["batch"] = str(error)
     try:
-        check_axes({"tensor": 1, "expert": 2, "context": 2})
-    except UsageError as error:
-        found["context"] = str(error)
-    try:
         with zgraph.join(model):
             pass
     except UsageError as error:
@@ -249,7 +250,6 @@ def test_what_is_wrong_is_said(pair: Pool) -> None:
         "experts": "has 3 experts, which do not divide over 2 ranks; take an expert_parallel= that divides 3",
         "none": "LlamaForCausalLM has no experts that can be divided over ranks",
         "ranks": "expert_parallel=3, but there are 2 ranks; start a multiple of 3",
-        "context": "context_parallel=2 its sequences, which does not go together",
         "pieces": "fullgraph must be True",
         "batch": "share experts, but were given batches of other shapes",
         "join": "give them loaders of one length",

@@ -161,8 +161,8 @@ def test_ranks_that_share_experts_have_batches_of_their_own():
     assert read_config({**keys, "expert_parallel": {"autoep_size": 2}}, world_size=8).together == 1
     beside = read_config({**keys, "tensor_parallel": {"autotp_size": 2}}, world_size=8)
     assert (beside.world_size, beside.together, beside.alike) == (4, 4, 2)
-    with pytest.raises(ConfigError, match="which does not go together; leave one of them out"):
-        read_config({**keys, "sequence_parallel_size": 2}, world_size=8)
+    beside = read_config({**keys, "sequence_parallel_size": 2}, world_size=8)
+    assert (beside.world_size, beside.together, beside.alike) == (4, 4, 2)
 
 
 def test_what_a_configuration_may_say_as_it_is_so_anyhow():

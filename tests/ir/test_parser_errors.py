@@ -33,7 +33,7 @@ LINES = [
     ("input %z: future ^int", "not a type"),
     ("input %z: f32[4]<^Q>", "placement"),
     ("input %z: f32[4]<^S>", "placement"),
-    ("input %z: f32[4]<^P>", "P is not a placement: R, V, P(sum), P(mean), P(root), P(max), or S or G and a dim"),
+    ("input %z: f32[4]<^P>", "P is not a placement: R, V, P(sum), P(mean), P(root), P(max), or S, G or O and a dim"),
     ("input %z: f32[4]<^P()>", "placement"),
     ("input %z: f32[4]<^P(min)>", "placement"),
     ("input %z: f32[4]<^V(sum)>", "placement"),

@@ -117,13 +117,17 @@ def _patterns(call: Call) -> tuple[Pattern, ...]:
         position = 1 if call.op.endswith("default") else 2
         ways = call.arg(position, "dim", -1), call.arg(position + 1, "descending", False)
         return rows if len(call.shape(0)) == 1 and ways[0] in (0, -1) and ways[1] is False else ()
-    is_plain = {
-        "aten.index.Tensor": lambda: len(call.ins) == 2 and len(call.shape(1)) == 1,
-        "aten.histc.default": lambda: len(call.args) == 4 and call.integer(2, "min", 0) < call.integer(3, "max", 0),
-        "aten.cumsum.default": lambda: len(call.shape(0)) == 1,
-        "aten.floor_divide.default": lambda: len(call.ins) == 1 and call.integer(1, "other", 0) > 0,
-    }.get(call.op)
-    return rows if rows and (is_plain is None or is_plain()) else ()
+    is_plain = True
+    match call.name:
+        case "index":
+            is_plain = len(call.ins) == 2 and len(call.shape(1)) == 1
+        case "histc":
+            is_plain = len(call.args) == 4 and call.integer(2, "min", 0) < call.integer(3, "max", 0)
+        case "cumsum":
+            is_plain = len(call.shape(0)) == 1
+        case "floor_divide":
+            is_plain = len(call.ins) == 1 and call.integer(1, "other", 0) > 0
+    return rows if is_plain else ()
 
 
 def _place(word: str, blocks: tuple[int, ...]) -> Placement:
@@ -180,7 +184,7 @@ def _passed(rule: Rule, rows: str, num_ranks: int) -> Strategy | None:
     if rule.groups or rule.reduce != "sum" or rows in rule.ranked or rows in rule.joins:
         return None
     way = rule.with_cut(num_ranks, (rows, (1,)))
-    if way is None:
+    if way is None or R in way.outs:
         return None
     places = [*way.ins, *way.outs]
     if any(isinstance(place, Shard) and len(place.blocks) > 1 for place in places):
