@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from zgraph.ir import Graph, Node, Placement, Shard, TensorType, Value
 from zgraph.ir.orders import roles_read
 from zgraph.ir.rules import Call, Rule, Strategy, meant
-from zgraph.ir.rules.own import Mixed, Order, Role, begins_order, step_of
+from zgraph.ir.rules.own import begins_order, step_of
+from zgraph.ir.rules.roles import Mixed, Order, Role
 from zgraph.ir.types import Own
 
 __all__ = ["OwnRows", "own_rows"]

@@ -15,8 +15,13 @@ from zgraph.ir.rules import kept as kept_rules
 
 NUM_CASES = 40 if DEEP else 12
 
-RIGHT = {("aten._scaled_dot_product_flash_attention_for_cpu_backward.default", "cuts _s")}
-"""No mistake: with the whole log of sums, gradients of keys are those of their part, and those of queries add up."""
+RIGHT = {
+    ("aten._scaled_dot_product_flash_attention_for_cpu_backward.default", "cuts _s"),
+    ("aten.arange.default", "leaves sizes"),
+}
+"""No mistakes: with the whole log of sums, gradients of keys are those of their part, and those of queries add up; and
+no factor of a range is cut: one in an order of the rank's own has the size of its part (`tests/interp/test_own_rows`).
+"""
 
 
 def mutations(rule: Rule, case: Case) -> Iterator[tuple[str, Rule]]:

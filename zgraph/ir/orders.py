@@ -12,8 +12,9 @@ from zgraph.ir.graph import Arg, Graph, Node, Value
 from zgraph.ir.ops import OPS, is_pure
 from zgraph.ir.rules import Call, meant, rule_of, whole_node
 from zgraph.ir.rules.kept import places_of
-from zgraph.ir.rules.own import Mixed, Order, Role, begins_order, step_of
+from zgraph.ir.rules.own import begins_order, step_of
 from zgraph.ir.rules.ranked import PARTS, ROUTED
+from zgraph.ir.rules.roles import Mixed, Order, Role
 from zgraph.ir.types import Own, Shard, TensorType, model_axes
 
 __all__ = ["orders", "roles_read"]
@@ -24,7 +25,9 @@ _KNOW_RANKS = frozenset({*PARTS.values(), *ROUTED.values()})
 
 
 def orders(graph: Graph) -> Iterator[Fault]:
-    """What ranks have in an order of their own is read by that order alone, and put back by its inverse."""
+    """Rows in an order of a rank's own are read by that order alone, and put back by its inverse."""
+    if not model_axes(graph.mesh):
+        return
     kinds = [r.type for node in graph.nodes for r in node.results if isinstance(r.type, TensorType)]
     for index, axis in enumerate(model_axes(graph.mesh)):
         if any(len(kind.placement) > index and isinstance(kind.placement[index], Own) for kind in kinds):
