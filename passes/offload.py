@@ -114,15 +114,21 @@ class Saved:
             if isinstance(result.type, TensorType)
             and not result.type.is_on_host
             and not result.type.is_sharded
-            and result.name in read
-            and result.name not in fixed
+            and not result.type.future
+            and (root := self.root(node, result)) in read
+            and root not in fixed
         ]
+
+    def root(self, node: Node, result: Value) -> str:
+        """The name of the memory that a node makes for a result: of what is waited for, the start's."""
+        return node.operands[0].name if node.op == "wait" else result.name
 
     def offloading(self, values: Sequence[Value]) -> Graph:
         """The graph in which these values wait for the backward on the host."""
         if not values:
             return self.graph
-        graph = self._with_own_views({v.name for v in values})
+        roots = {v.name: self.root(self.graph.producers[v.name], v) for v in values}
+        graph = self._with_own_views(set(roots.values()))
         memory, builder = Memory(graph), Builder(graph, Offload.name)
         last: dict[str, int] = {}
         for position, node in enumerate(graph.nodes):
@@ -130,7 +136,7 @@ class Saved:
                 last.update((root, position) for v in (*node.operands, *node.results) for root in memory.roots(v.name))
         leaving: dict[int, list[Value]] = {}
         for value in values:
-            leaving.setdefault(last[value.name], []).append(value)
+            leaving.setdefault(last[roots[value.name]], []).append(value)
         moved = {v.name for v in values}
         on_host: dict[str, Value] = {}
         back: dict[str, Value] = {}

@@ -181,8 +181,9 @@ def rule_for(node: Node) -> Rule | None:
     """The rule of a node, of one that is placed along another axis already too; None where its operands are whole."""
     if node.op == "reshard":
         return _of_reshard(node)
-    node = meant(node)
-    return rule_of(Call.of(node)) if "." in node.op else None
+    call = meant(node)
+    rule = rule_of(Call.of(call)) if "." in call.op else None
+    return rule if rule is None or call is node else replace(rule, fixed=rule.ranked)
 
 
 def _of_reshard(node: Node) -> Rule:

@@ -31,6 +31,7 @@ from zgraph.ir.types import Own
 from zgraph.options.model_plans import planned
 from zgraph.options.parallel import cuts_at_rest, rest_axes
 from zgraph.passes import RECIPES, Context, along_model_axes, parse_recipe
+from zgraph.passes.analysis.placing import rule_for
 
 CPU = torch.device("cpu")
 
@@ -102,6 +103,27 @@ def test_every_stage_composes_with_both(stage: int) -> None:
     made = parse_recipe(recipe).run(divided(graph, sizes, sharded=stage > 0), Context(mesh=mesh))
     verify(made)
     assert error(made, Interpreter().run(made, inputs), known, Interpreter().run(known, inputs)) < 1e-12
+
+
+def test_what_ranks_are_looked_up_for_along_one_axis_is_not_cut_along_another() -> None:
+    words, graph = ("model.embed_tokens.weight", "lm_head.weight"), captured("mixtral")
+    cut = (replace(i, cuts=(("tensor", Shard(0)),)) if i.target in words else i for i in graph.inputs)
+    made = placed(replace(graph, inputs=tuple(cut)), {"tensor": 2})
+    found = [(node, rule) for node in made.nodes if node.op in PARTS.values() and (rule := rule_for(node)) is not None]
+    assert {"part_embedding", "part_nll_loss_backward"} <= {node.op for node, _ in found}
+    assert all(rule.ranked and not rule.allows((rule.ranked[0], (1,)), 2) for _, rule in found)
+
+
+def test_rows_that_were_sent_wait_on_the_host() -> None:
+    graph, sizes = captured("qwen3"), {"expert": 2}
+    mesh = (Axis("expert", 2), Axis("shard", 1))
+    recipe = along_model_axes(RECIPES[3], ["expert"]).replace("fit", "offload(num_bytes=1000000,min_bytes=1)")
+    made = parse_recipe(recipe).run(divided(graph, sizes), Context(mesh=mesh))
+    verify(made)
+    kinds = [str(n.operands[0].type) for n in made.nodes if n.op == "offload_start"]
+    assert any("G0" in kind for kind in kinds)
+    inputs = given(graph)
+    assert error(made, Interpreter().run(made, inputs), graph, Interpreter().run(graph, inputs)) < 1e-12
 
 
 class Mixture(nn.Module):

@@ -131,6 +131,7 @@ class Rule:
         ranked: factors that an op cuts which knows its rank (`zgraph.ir.rules.ranked`): whose index is a value.
         same: results that all ranks have the whole of where such a factor is cut; any factor, if there is none such.
         reduce: what results are pending that lack a factor which is cut.
+        fixed: factors that are not cut any more: those that the op knows its rank for along another axis.
         groups: the factor of rows that lie group by group, and that of the groups (`zgraph.ir.rules.grouped`).
     """
 
@@ -145,6 +146,7 @@ class Rule:
     same: tuple[int, ...] = ()
     reduce: Reduction = "sum"
     groups: tuple[str, str] | None = None
+    fixed: tuple[str, ...] = ()
 
     def place(self, dims: Dims | None, cut: Cut) -> Shard | None:
         """Where a cut of a factor is in a tensor of these dims; None if it does not have the factor."""
@@ -189,7 +191,7 @@ class Rule:
     def allows(self, cut: Cut, num_ranks: int) -> bool:
         """Whether a factor may be cut so."""
         factor, blocks = cut
-        if factor[0] == "_" or factor not in self.sizes:
+        if factor[0] == "_" or factor not in self.sizes or factor in self.fixed:
             return False
         if factor in self.ranked and len(blocks) > 1:
             return False  # a rank's indices follow one another
