@@ -75,11 +75,14 @@ class Place(Pass):
         search: what is searched for the least time on the hardware of the context, as an integer program: `all`, or
             with parameters where they are stated, `values`. Without it each node in order takes the way that sends the
             fewest bytes. It finds where activations lie cut along the sequence on its own.
+        ring: along `context`, whether keys and values of attention go round the ranks wherever they can, and not only
+            where heads do not divide.
     """
 
     axis: str = "tensor"
     sequence: bool = False
     search: str = ""
+    ring: bool = False
 
     name: ClassVar[str] = "place"
     numerics: ClassVar[Numerics] = Numerics.reassociates
@@ -93,6 +96,8 @@ class Place(Pass):
         if self.axis in PARTS_OF_BATCH and (self.search or self.sequence):
             what = "the sequence" if self.axis == "context" else "the batch"
             raise ValueError(f"along {self.axis}, what is cut is {what}: leave search and sequence out")
+        if self.ring and self.axis != "context":
+            raise ValueError("keys and values go round the ranks of context: leave ring out")
         if self.search and self.sequence:
             raise ValueError("what is searched decides where the sequence is cut: leave sequence out")
 
@@ -103,7 +108,7 @@ class Place(Pass):
         axis = Axis(self.axis, size)
         seeds = {i.value.name: place for i in graph.inputs for name, place in i.cuts if name == self.axis}
         search = partial(Search, context=context, free=self.search == "all") if self.search else None
-        return _Placer(graph, axis, seeds, search, sequence=self.sequence).run()
+        return _Placer(graph, axis, seeds, search, sequence=self.sequence, ring=self.ring).run()
 
 
 class _Placer:
@@ -117,6 +122,7 @@ class _Placer:
         search: Callable[..., Search] | None = None,
         *,
         sequence: bool = False,
+        ring: bool = False,
     ) -> None:
         if wrong := next((n for n in graph.nodes if n.op in graph.foreign and graph.foreign[n.op].writes), None):
             raise PlacementError(
@@ -130,7 +136,7 @@ class _Placer:
         self.seeds = {name: self.checked(graph, name, place, axis) for name, place in seeds.items()}
         self.has_parts = axis.name in PARTS_OF_BATCH
         if self.has_parts:
-            choose_parts = choose_by_experts if axis.name == "expert" else choose_along_sequence
+            choose_parts = choose_by_experts if axis.name == "expert" else partial(choose_along_sequence, ring=ring)
             self.choices = choose_parts(graph, self.seeds, axis.size)
         elif search is None:
             self.choices = choose(graph, self.seeds, axis.size, sequence=sequence)

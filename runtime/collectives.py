@@ -15,9 +15,10 @@ from zgraph.ir import DType, Node, Partial, Placement, TensorType
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import BucketLayout, bucket_layout, is_even
 from zgraph.ir.rules import PARTS, ROUTED
+from zgraph.ir.rules.ring import RING
 from zgraph.runtime import coded
 from zgraph.runtime.agreement import described
-from zgraph.runtime.exchanges import EXCHANGES, first_rank, ranked, routed, slice_
+from zgraph.runtime.exchanges import EXCHANGES, first_rank, ranked, ring_attention, routed, slice_
 from zgraph.runtime.futures import Future, Work
 from zgraph.runtime.gradients import with_unreduced
 from zgraph.runtime.host import Copy
@@ -302,6 +303,7 @@ EXECUTORS: Mapping[str, Callable[[Node, Session], Execute]] = {
     "slice": slice_,
     "first_rank": first_rank,
     **dict.fromkeys(PARTS.values(), ranked),
+    **dict.fromkeys(RING.values(), ring_attention),
     **dict.fromkeys(ROUTED.values(), routed),
     "offload_start": offload_start,
     "reload_start": reload_start,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from zgraph.bridge import parts
 from zgraph.bridge.ranked_ops import runs
+from zgraph.bridge.ring import runs as runs_ring
 from zgraph.bridge.routes import arrived, begun, route_of
 from zgraph.ir import Node, Partial, Shard, TensorType
 from zgraph.runtime.agreement import described
@@ -134,6 +135,29 @@ def ranked(node: Node, session: Session) -> Execute:
     """An op that knows which part of a dim this rank has."""
     _, size, rank = _of_axis(node, session)
     return runs(node, session.device, rank, size)
+
+
+def ring_attention(node: Node, session: Session) -> Execute:
+    """Attention to keys and values that go round the ranks of an axis; what is sent is on its way meanwhile."""
+    (group, size, rank), name, moved = _of_axis(node, session), described(node), session.moved(node)
+    run = runs_ring(node, rank, size)
+
+    def shift(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        sent, found = tensor.contiguous(), torch.empty_like(tensor)
+        to, of = ([tensor.numel() if (rank + step) % size == peer else 0 for peer in range(size)] for step in (1, -1))
+        session.enter("all-to-all", moved)
+        work = dist.all_to_all_single(found, sent, of, to, group=group, async_op=True)
+        assert work is not None, "this rank is of the group"
+        held = [sent]
+
+        def come() -> torch.Tensor:
+            session.peers.wait(work, name)
+            held.clear()
+            return found
+
+        return come
+
+    return lambda *tensors: run(shift, *tensors)
 
 
 def _laid(tensor: torch.Tensor, kind: TensorType) -> torch.Tensor:

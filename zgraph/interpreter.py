@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from zgraph.bridge import coded_ranks, float8
+from zgraph.bridge import coded_ranks, float8, ring
 from zgraph.bridge import processor_attention as _attention  # noqa: F401 - registers kernels
 from zgraph.bridge.aten import TO_TORCH, resolve, to_torch
 from zgraph.bridge.parts import from_chunks, moved, padded_chunks, part_of, together, total
@@ -41,6 +41,7 @@ from zgraph.ir import (
 from zgraph.ir.axis_rules import axis_of, changed_axis
 from zgraph.ir.layout import bucket_layout
 from zgraph.ir.rules import PARTS, ROUTED
+from zgraph.ir.rules.ring import RING
 
 Ranks = list[Any]
 """One value as each rank has it."""
@@ -381,6 +382,7 @@ RULES: Mapping[str, Rule] = {
     **coded_ranks.RULES,
     **dict.fromkeys(("slice", "first_rank", "offload_start", "reload_start"), _reshard),
     **dict.fromkeys(PARTS.values(), _ranked),
+    **dict.fromkeys(RING.values(), ring.on_ranks),
     **dict.fromkeys(ROUTED.values(), on_ranks),
     "wait": _same,
     "pending": _same,

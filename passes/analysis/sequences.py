@@ -15,9 +15,10 @@ from typing import ClassVar
 
 from zgraph.errors import PlacementError
 from zgraph.ir import Graph, InputKind, Node, Partial, Placement, Replicate, Shard, TensorType
-from zgraph.ir.rules import Rule, Strategy, attention, device_attention
+from zgraph.ir.rules import Call, Rule, Strategy, attention, device_attention
 from zgraph.ir.rules.factors import Cut
 from zgraph.ir.rules.kept import cuts_of
+from zgraph.ir.rules.ring import RING, ring_way
 from zgraph.passes.analysis.own_rows import OwnRows, own_rows
 from zgraph.passes.analysis.placing import Choices, Rules, Walk, chosen, trained_values, views_once
 
@@ -31,13 +32,16 @@ SEQUENCE = Shard(1)
 """Where the sequence is in the inputs of a model."""
 
 
-def choose_along_sequence(graph: Graph, seeds: Mapping[str, Placement], num_ranks: int) -> Choices:
+def choose_along_sequence(
+    graph: Graph, seeds: Mapping[str, Placement], num_ranks: int, *, ring: bool = False
+) -> Choices:
     """A strategy for every node of a graph on whole tensors, with the sequence cut.
 
     Args:
         graph: the graph.
         seeds: the placement of parameters at rest, by name; all others are whole.
         num_ranks: ranks along the axis.
+        ring: whether keys and values of attention go round the ranks wherever they can.
 
     Raises:
         PlacementError: the sequence does not divide, or heads of attention do not.
@@ -47,7 +51,7 @@ def choose_along_sequence(graph: Graph, seeds: Mapping[str, Placement], num_rank
     def walked(
         graph: Graph, rules: Rules, kept: frozenset[str] = frozenset(), sums: frozenset[str] = frozenset()
     ) -> SequenceWalk:
-        return SequenceWalk(graph, seeds, num_ranks, rules, kept, sums, followed(graph, rules, inputs))
+        return SequenceWalk(graph, seeds, num_ranks, rules, kept, sums, followed(graph, rules, inputs), ring=ring)
 
     found = chosen(views_once(graph), walked, walked)
     _check_attention(found, num_ranks)
@@ -123,15 +127,23 @@ class SequenceWalk(Walk):
         kept: frozenset[str],
         sums: frozenset[str],
         tokens: Mapping[str, Placement],
+        *,
+        ring: bool = False,
     ) -> None:
+        self.ring = ring
         self.trained, self.where = trained_values(graph), tokens
         self.shared = {name for name, users in graph.users.items() if len(users) > 1}
         self.own = own_rows(graph, rules, tokens, num_ranks) if self.keeps_orders else OwnRows()
         super().__init__(graph, seeds, num_ranks, rules, kept, tokens, sums)
 
     def best(self, node: Node, rule: Rule | None) -> Strategy:
-        """The way in an order of the rank's own, where a node has a part in one."""
-        return self.own.ways.get(node.name) or super().best(node, rule)
+        """The way in a rank's own order, where a node has a part in one; of attention whose heads do not divide, the
+        way in which keys and values go round.
+        """
+        way = self.own.ways.get(node.name) or super().best(node, rule)
+        if node.op in RING and (self.ring or not any(isinstance(place, Shard) for place in way.ins)):
+            return ring_way(Call.of(node), self.num_ranks) or way
+        return way
 
     def take(self, node: Node, strategy: Strategy) -> None:
         """Note what is there; counts of a rank's own rows stay its own."""
@@ -210,6 +222,7 @@ def _check_attention(found: Choices, num_ranks: int) -> None:
         queries, keys = (v.tensor.shape for v in node.operands[first : first + 2])
         raise PlacementError(
             f"{node.op} of {node.origin.module or 'the model'} has {queries[1]} heads of queries and {keys[1]} of "
-            f"keys, which do not divide over {num_ranks} ranks of context; take a context_parallel= that divides "
-            "them, or attention without dropout"
+            f"keys, which do not divide over {num_ranks} ranks of context, and keys and values do not go round them: "
+            "that is for attention of processors, of a sequence to itself; take a context_parallel= that divides the "
+            "heads, or attention without dropout"
         )

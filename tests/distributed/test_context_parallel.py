@@ -95,8 +95,9 @@ def test_two_ranks(pair: Pool, name: str, stage: int, num_micro: int) -> None:
 class Causal(nn.Module):
     """Layers of causal attention, and a loss that is all it returns."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_heads: int = 4) -> None:
         super().__init__()
+        self.num_heads = num_heads
         self.embed = nn.Embedding(zoo.WORDS, 32)
         self.layers = nn.ModuleList(
             nn.ModuleDict(
@@ -114,7 +115,7 @@ class Causal(nn.Module):
     def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         h = self.embed(ids)
         for layer in self.layers:
-            q, k, v = (t.view(*ids.shape, 4, 8).transpose(1, 2) for t in layer["qkv"](h).chunk(3, -1))
+            q, k, v = (t.view(*ids.shape, self.num_heads, -1).transpose(1, 2) for t in layer["qkv"](h).chunk(3, -1))
             mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             h = h + layer["out"](mixed.transpose(1, 2).flatten(2))
             h = h + layer["down"](layer["up"](h).relu())
@@ -137,6 +138,47 @@ def test_four_ranks_have_the_memory_of_three_and_a_half_sequences(pool: Pool) ->
     for one, four, off in pool.run(peaks, 4):
         assert four < 1.02 * one
         assert off < 2e-6
+
+
+def one_head() -> nn.Module:
+    return Causal(1)
+
+
+def go_round(mesh: DeviceMesh, dtype: str | None) -> tuple[float, float, int]:
+    """How far losses and gradients are off of a model of one head, whose keys go round; and passes of attention."""
+    plain, ours = built(one_head)(), zgraph.compile(built(one_head)(), context_parallel=mesh.size(), param_dtype=dtype)
+    worst = worst_gradient = 0.0
+    for step in range(2):
+        ids = torch.randint(zoo.WORDS, (2, 24), generator=torch.Generator().manual_seed(step))
+        losses = plain(ids, ids), ours(ids, ids)
+        for loss in losses:
+            loss.backward()
+        worst = max(worst, abs(losses[1].item() / losses[0].item() - 1))
+        wanted, found = (
+            torch.cat([full(p.grad).flatten() for p in model.parameters() if p.grad is not None])
+            for model in (plain, ours)
+        )
+        worst_gradient = max(worst_gradient, float((found - wanted).norm() / wanted.norm()))
+        plain.zero_grad()
+        ours.zero_grad()
+    nodes = zgraph.report(ours).entries[0].plan.graph.nodes
+    return worst, worst_gradient, sum(node.op.startswith("ring_attention") for node in nodes)
+
+
+def assert_goes_round(found: list[tuple[float, float, int]], dtype: str | None = None) -> None:
+    for loss, gradient, count in found:
+        assert loss < (2e-6 if dtype is None else 0.01)
+        assert gradient < (1e-5 if dtype is None else 0.05)
+        assert count == 8
+
+
+def test_keys_go_round_where_heads_do_not_divide(pair: Pool) -> None:
+    assert_goes_round(pair.run(go_round, 2, None, limit_s=90))
+
+
+@pytest.mark.parametrize("dtype", [deep(None), deep("bfloat16")])
+def test_keys_go_round_four_ranks(pool: Pool, dtype: str | None) -> None:
+    assert_goes_round(pool.run(go_round, 4, dtype, limit_s=300), dtype)
 
 
 def reshard(mesh: DeviceMesh, name: str, path: str) -> list[float]:

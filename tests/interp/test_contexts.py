@@ -13,14 +13,16 @@ import small
 import zgraph
 from tests.deep import deep
 from tests.interp.test_placed import TOKENS, VOCABULARY, captured, error, inputs, planned
+from zgraph.capture.fake import trace
 from zgraph.certify.certificate import certify
 from zgraph.debugging.dtypes import in_dtype
 from zgraph.errors import PlacementError
 from zgraph.interpreter import Interpreter
-from zgraph.ir import Axis, DType, Graph, InputKind, Mesh, Node, Shard, verify
+from zgraph.ir import OPS, Axis, DType, Graph, InputKind, Mesh, Node, Shard, verify
 from zgraph.ir.axis_rules import collective
 from zgraph.ir.parts import part_shape
 from zgraph.passes import Context, parse_recipe
+from zgraph.passes.place import Place
 
 
 class Loss(nn.Module):
@@ -132,22 +134,59 @@ def _how(node: Node) -> str:
 
 
 class Heads(nn.Module):
-    """Causal attention of three heads."""
+    """Attention of three heads."""
 
-    def __init__(self) -> None:
+    def __init__(self, mask: str = "causal") -> None:
         super().__init__()
-        self.qkv = nn.Linear(12, 36)
+        self.qkv, self.mask = nn.Linear(12, 36), mask
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (t.reshape(2, 12, 3, 4).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum()
+        at = torch.arange(12)
+        mask = {
+            "window": ((at - at.unsqueeze(1)).abs() < 2)[None, None],
+            "nothing": (at >= 4).unsqueeze(1).expand(12, 12),
+            "added": torch.linspace(-1, 1, 144).view(12, 12).masked_fill(at > at.unsqueeze(1), -torch.inf).to(x.dtype),
+        }.get(self.mask)
+        made = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=self.mask == "causal")
+        return made.square().sum()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("mask", ["causal", "window", "nothing", "added", "none"])
+def test_keys_and_values_go_round(mask: str, num_ranks: int) -> None:
+    graph = in_dtype(zgraph.trace(Heads(mask), torch.rand(2, 12, 12)), DType.f64)
+    context = Context(mesh=(Axis("context", num_ranks),))
+    steps = [("captured", graph)]
+    for step in parse_recipe("canonicalize,place(axis=context,ring=true)").passes:
+        steps.append((step.name, step.run(steps[-1][1], context)))
+    made = steps[-1][1]
+    verify(made)
+    certify(steps, context)
+    assert [n.op for n in made.nodes if "attention" in n.op] == ["ring_attention", "ring_attention_backward"]
+    assert not {"fwd all_to_all", "fwd all_gather", "bwd all_to_all", "bwd all_gather"} & moves(made, 0).keys()
+    given = {i.value.name: torch.randn([int(d) for d in i.value.tensor.shape]).double() for i in graph.inputs}
+    assert error(made, Interpreter().run(made, given), graph, Interpreter().run(graph, given)) < 1e-12
+
+
+def test_what_goes_round_is_counted() -> None:
+    graph = zgraph.trace(Heads(), torch.rand(2, 12, 12))
+    made = placed(graph, (Axis("context", 4),))
+    sent = {n.op: OPS[n.op].wire_bytes(n, made.mesh) for n in made.nodes if n.op.startswith("ring_")}
+    numbers = 2 * 2 * 12 * 12 // 4  # of a rank's keys and values
+    assert sent == {"ring_attention": 3 * 4 * numbers, "ring_attention_backward": 3 * 4 * numbers + 4 * 4 * numbers}
+
+
+def test_a_ring_is_of_contexts() -> None:
+    with pytest.raises(ValueError, match="leave ring out"):
+        Place(axis="tensor", ring=True)
 
 
 def test_what_does_not_divide_is_refused() -> None:
     graph = captured("llama")
     with pytest.raises(PlacementError, match=r"\(2, 12\) does not divide over 5 ranks of context; pad it"):
         placed(graph, (Axis("context", 5),))
-    heads = zgraph.trace(Heads(), torch.rand(2, 12, 12))
+    heads = trace(Heads(), torch.rand(2, 12, 12), capability=(9, 0))
     with pytest.raises(PlacementError, match=r"3 heads of queries and 3 of keys, which do not divide over 2 ranks"):
         placed(heads, (Axis("context", 2),))
     assert any(n.op == "reshard" and "all_to_all" in _how(n) for n in placed(heads, (Axis("context", 3),)).nodes)

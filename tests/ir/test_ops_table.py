@@ -7,6 +7,7 @@ from zgraph.interpreter import RULES
 from zgraph.ir import OPS, Axis, Graph, Node, TensorType, parse_graph, print_graph, verify
 from zgraph.ir.op_rows import LANES
 from zgraph.ir.ops import is_pure, views
+from zgraph.ir.ranked_rows import ROUNDS
 from zgraph.ir.type_rules import TypeRuleError
 from zgraph.runtime.collectives import EXECUTORS
 
@@ -60,6 +61,8 @@ input %matrices: f32[2, 6, 3]<S0, V>
 input %table: i8[2, 6]<S0, V>
 input %scale: f32[2, 1]<S0, V>
 input %one: f32[4, 1]<R, V>
+input %q: f32[1, 3, 2, 4]<S2, V>
+input %l: f32[1, 3, 2]<S2, V>
 """
 """Values along a model axis."""
 
@@ -141,6 +144,19 @@ AXIS_NODES = {
         "%a: f32[8, 6]<G0, V>, %b: f32[2, 6, 3]<R, V> = "
         'part_grouped_mm_fallback_backward(%rows, %matrices, %ends, %others, axis="tensor")',
         '%a: f32[8, 6]<G0, V> = part_grouped_mm_fallback_backward(%rows, %matrices, %ends, %others, axis="tensor")',
+    ),
+    "ring_attention": (
+        '%a: f32[1, 3, 2, 4]<S2, V>, %b: f32[1, 3, 2]<S2, V> = ring_attention(%q, %q, %q, 0.0, true, axis="tensor")',
+        '%a: f32[1, 3, 2, 4]<R, V>, %b: f32[1, 3, 2]<S2, V> = ring_attention(%q, %q, %q, 0.0, true, axis="tensor")',
+        '%a: f32[1, 3, 2, 4]<S2, V>, %b: f32[1, 3, 2]<S2, V> = ring_attention(%q, %q, %q, 0.5, true, axis="tensor")',
+        '%a: f32[1, 3, 2, 4]<S2, V> = ring_attention(%q, %q, %q, 0.0, true, axis="tensor")',
+        '%a: bf16[1, 3, 2, 4]<S2, V>, %b: f32[1, 3, 2]<S2, V> = ring_attention(%q, %q, %q, axis="tensor")',
+    ),
+    "ring_attention_backward": (
+        "%a: f32[1, 3, 2, 4]<S2, V>, %b: f32[1, 3, 2, 4]<S2, V>, %d: f32[1, 3, 2, 4]<S2, V> = "
+        'ring_attention_backward(%q, %q, %q, %q, %q, %l, 0.0, true, axis="tensor")',
+        "%a: f32[1, 3, 2, 4]<S2, V>, %b: f32[1, 3, 2, 4]<P(sum), V>, %d: f32[1, 3, 2, 4]<S2, V> = "
+        'ring_attention_backward(%q, %q, %q, %q, %q, %l, 0.0, true, axis="tensor")',
     ),
     "index_rows_start": (
         '%a: future f32[8, 6]<G0, V> = index_rows_start(%s, %at, %ends, axis="tensor")',
@@ -552,7 +568,7 @@ def test_the_costs_are_numbers(name):
     sent, scratch = OPS[name].wire_bytes(made, graph.mesh), OPS[name].scratch_bytes(made, graph.mesh)
     assert isinstance(sent, int)
     assert isinstance(scratch, int)
-    assert (sent > 0) == (OPS[name].lane == "comm")
+    assert (sent > 0) == (OPS[name].lane == "comm" or name in ROUNDS)
     assert scratch >= 0
 
 

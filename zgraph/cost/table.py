@@ -36,6 +36,7 @@ from zgraph.ir.external_ops import MATMUL
 from zgraph.ir.op_rows import Transfer
 from zgraph.ir.ops import moved_bytes, outer_bytes
 from zgraph.ir.ops import transfer as transfer_of
+from zgraph.ir.ranked_rows import ROUNDS
 from zgraph.ir.symbols import evaluate
 
 Us = Annotated[float, Field(ge=0)]
@@ -109,6 +110,9 @@ class CostTable(BaseModel):
         if flop:
             share = self._matmul_share(node, evaluate(done.size, hints))
             computing = (flop / share + device.matmul_half_flop) / device.rate(done.dtype)
+        if node.op in ROUNDS:  # what it sends is on its way while it computes
+            sent = OPS[node.op].wire_bytes(node, graph.mesh)
+            computing = max(computing, self.along(node, graph.mesh).direct_us(sent) / 1e6)
         return 1e6 * computing, 1e6 * moving
 
     def _matmul_share(self, node: Node, size: float) -> float:

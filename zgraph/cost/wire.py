@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zgraph.ir import OPS, Plan
+from zgraph.ir.ranked_rows import ROUNDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Traffic:
 def traffic(plan: Plan) -> tuple[Traffic, ...]:
     """The collectives of one step, by kind and phase, in the order in which they first occur."""
     found: dict[tuple[str, str], list[int]] = {}
-    for node in plan.collectives:
+    for node in (*plan.collectives, *(n for n in plan.graph.nodes if n.op in ROUNDS)):
         sent = OPS[node.op].wire_bytes(node, plan.graph.mesh)
         found.setdefault((node.op, node.phase.value), []).append(sent)
     return tuple(Traffic(op, phase, len(sent), sum(sent)) for (op, phase), sent in found.items())

@@ -15,6 +15,7 @@ from zgraph.ir.external_ops import SEED, facts
 from zgraph.ir.external_ops import Work as FlopRule
 from zgraph.ir.ops import views
 from zgraph.ir.rules import meant
+from zgraph.ir.rules.ring import RING
 from zgraph.ir.symbols import Dim
 
 
@@ -40,7 +41,9 @@ def work(graph: Graph, node: Node) -> Work:
     if node.op in OPS:
         row, whole = OPS[node.op], meant(node)
         if whole is not node and (flop := _flop(whole)) is not None:  # of rows by groups, a rank has its share
-            return Work(flop // axis_of(node, graph.mesh)[1], _bytes(node), _matmul_dtype(whole), _smallest(whole))
+            size = axis_of(node, graph.mesh)[1]
+            flop = flop * size if node.op in RING.values() else flop // size  # to the keys of every rank in turn
+            return Work(flop, _bytes(node), _matmul_dtype(whole), _smallest(whole))
         passes = codec_of(node).passes if node.op in ("encode", "decode") else 1
         return Work(0, passes * _bytes(node)) if row.is_work and not row.views(node) else Work()
     if node.op == SEED:

@@ -12,6 +12,7 @@ from zgraph.cost.memory import local_bytes
 from zgraph.cost.table import moved
 from zgraph.cost.work import work
 from zgraph.ir import OPS, Graph, Node, Phase, Plan
+from zgraph.ir.ranked_rows import ROUNDS
 from zgraph.passes import Context, Pass, Pipeline, make_plan
 from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.lookahead import step_memory
@@ -114,6 +115,7 @@ def _simulated(plan: Plan, context: Context, costs: CostTable, *, gathers: bool 
     timeline = simulate(plan, costs, context.hints)
     started = {span.node for span in timeline.spans if span.lane == "comm"}
     nodes = [node for node in plan.collectives if node.name in started and (gathers or not _gathers(node))]
+    nodes += [node for node in plan.graph.nodes if node.op in ROUNDS]
     sent = sum(OPS[node.op].wire_bytes(node, plan.graph.mesh) for node in nodes)
     return timeline.step_us, timeline.exposed_us, sent
 

@@ -14,7 +14,7 @@ from zgraph.ir.axis_rules import axis_of, moved_along
 from zgraph.ir.graph import Graph, Node, Value, values_in
 from zgraph.ir.layout import chunk_numel, concrete, is_even
 from zgraph.ir.op_rows import Op, Transfer
-from zgraph.ir.ranked_types import DOCS, OPAQUE, ranked
+from zgraph.ir.ranked_rows import RANKED
 from zgraph.ir.routed_types import ROUTED_DOCS, routed, routed_bytes
 from zgraph.ir.type_rules import tensor
 from zgraph.ir.types import (
@@ -276,10 +276,7 @@ _ROWS = (
         recomputable=True,
         is_work=True,
     ),
-    *(
-        Op(name, doc, ranked, pure=name not in OPAQUE, recomputable=name not in OPAQUE, is_work=True)
-        for name, doc in DOCS.items()
-    ),
+    *RANKED,
     Op(
         "offload_start",
         "Begin to copy a value from the device to its host.",

@@ -8,6 +8,7 @@ from zgraph.ir.axis_rules import TypeRuleError, axis_of
 from zgraph.ir.graph import Node
 from zgraph.ir.rules.kept import broken_rule
 from zgraph.ir.rules.ranked import meant
+from zgraph.ir.rules.ring import RING
 from zgraph.ir.symbols import Dim
 from zgraph.ir.types import DType, Grouped, Mesh, Partial, Replicate, Shard, TensorType, Type, Varying, model_axes
 
@@ -41,8 +42,11 @@ def ranked(node: Node, mesh: Mesh) -> tuple[Type, ...]:
     dtype = next((t.dtype for t in tensors if t.dtype.value.startswith(("f", "bf"))), None)
     if dtype is None:
         raise TypeRuleError("computes with floating-point numbers, and none of its tensors has any")
-    strides = [kind.strides if node.op in _BY_GROUPS else None for kind in made]
-    return tuple(TensorType(dtype, *laid) for laid in zip(shapes, strides, placements, strict=True))
+    strides = [kind.strides if node.op in _AS_TORCH else None for kind in made]
+    dtypes = [dtype] * len(made)
+    if node.op == "ring_attention" and dtype is not DType.f64:
+        dtypes[1] = DType.f32
+    return tuple(TensorType(*laid) for laid in zip(dtypes, shapes, strides, placements, strict=True))
 
 
 def _rows(node: Node, kinds: list[TensorType]) -> Shapes:
@@ -87,6 +91,15 @@ def _rows_by_groups(node: Node, kinds: list[TensorType]) -> Shapes:
     return ((made.shape[0], left[0], right[1]),)
 
 
+def _attended(node: Node, kinds: list[TensorType]) -> Shapes:
+    queries, values = kinds[0].shape, kinds[2].shape
+    return (*queries[:3], *values[3:]), queries[:3]
+
+
+def _attended_backward(node: Node, kinds: list[TensorType]) -> Shapes:
+    return kinds[1].shape, kinds[2].shape, kinds[3].shape
+
+
 def _as_given(node: Node, kinds: list[TensorType]) -> Shapes:
     return kinds[0].shape, kinds[1].shape
 
@@ -100,13 +113,18 @@ _SHAPES: Mapping[str, Callable[[Node, list[TensorType]], Shapes]] = {
     "part_grouped_mm": _rows_by_groups,
     "part_grouped_mm_fallback": _rows_by_groups,
     "part_grouped_mm_fallback_backward": _as_given,
+    "ring_attention": _attended,
+    "ring_attention_backward": _attended_backward,
 }
 
 _BY_GROUPS = frozenset(op for op in _SHAPES if op.startswith("part_grouped"))
-"""Products of groups, whose results lie in memory as the op of torch has them."""
+"""Products of groups."""
 
-OPAQUE = frozenset({"part_grouped_mm_fallback", "part_grouped_mm_fallback_backward"})
-"""Those that stand for ops that torch has from elsewhere: neither moved, merged nor removed."""
+_AS_TORCH = _BY_GROUPS | frozenset(RING.values())
+"""Those whose results lie in memory as the op of torch has them."""
+
+OPAQUE = frozenset({"part_grouped_mm_fallback", "part_grouped_mm_fallback_backward", *RING.values()})
+"""Those that stand for ops that torch has from elsewhere, or send to other ranks: neither moved, merged nor removed."""
 
 DOCS: Mapping[str, str] = {
     "part_embedding": "Look up rows of a table of which the rank has a part: zeros for rows of other ranks.",
@@ -117,5 +135,7 @@ DOCS: Mapping[str, str] = {
     "part_grouped_mm": "Rows times the matrix of their group, of the groups whose matrices the rank has.",
     "part_grouped_mm_fallback": "The same, as transformers has it for floats that torch has no kernel for.",
     "part_grouped_mm_fallback_backward": "The gradients of its rows, and of the rank's matrices.",
+    "ring_attention": "Attention of the rank's tokens to those of all ranks, whose keys and values go round.",
+    "ring_attention_backward": "The gradients of its queries, keys and values.",
 }
 """A line of what each op does."""

@@ -10,6 +10,7 @@ from zgraph.ir.rules.factors import Call, Cut, Rule, Strategy
 from zgraph.ir.rules.grouped import placed_by_groups
 from zgraph.ir.rules.local import localised, whole_node
 from zgraph.ir.rules.own import own_ways
+from zgraph.ir.rules.ring import ring_way
 from zgraph.ir.rules.table import rule_of
 from zgraph.ir.types import Grouped, Mesh, Placement, Replicate, Shard, TensorType, model_axes
 
@@ -48,12 +49,12 @@ def broken_rule(node: Node, mesh: Mesh, index: int, *, knows_rank: bool = False)
             node = whole_node(node, inner, mesh[inner].size)
         whole = whole_node(node, index, num_ranks)
         rule = rule_of(call := Call.of(whole))
-        in_order = [] if knows_rank else own_ways(call, rule, places, num_ranks)
+        special = [ring_way(call, num_ranks)] if knows_rank else own_ways(call, rule, places, num_ranks)
     except ValueError as error:
         return f"{wanted}: {error}"
-    if rule is None and not in_order:
+    if rule is None and not any(special):
         return f"{wanted}: it has no sharding rule, so its operands must be whole"
-    ways = [*in_order, *(_ways(rule, places, num_ranks, knows_rank=knows_rank) if rule is not None else ())]
+    ways = [*special, *(_ways(rule, places, num_ranks, knows_rank=knows_rank) if rule is not None else ())]
     if not any(way is not None and _fits(way, places, len(node.operands)) for way in ways):
         return f"{wanted} by its sharding rule"
     own = {v.name: v for v in node.operands}

@@ -19,8 +19,9 @@ from dataclasses import replace
 
 from zgraph.ir.external_ops import INT8_EMBEDDING
 from zgraph.ir.graph import Arg, Node
-from zgraph.ir.rules.factors import Rule, Strategy
+from zgraph.ir.rules.factors import Call, Rule, Strategy
 from zgraph.ir.rules.local import localised
+from zgraph.ir.rules.ring import RING, ring_way
 from zgraph.ir.types import Grouped, Placement
 
 __all__ = ["PARTS", "ROUTED", "is_ranked", "meant", "on_parts"]
@@ -34,6 +35,7 @@ PARTS: Mapping[str, str] = {
     "aten._grouped_mm.default": "part_grouped_mm",
     "transformers.grouped_mm_fallback.default": "part_grouped_mm_fallback",
     "transformers.grouped_mm_fallback_backward.default": "part_grouped_mm_fallback_backward",
+    **RING,
 }
 """The op on parts for each op of torch."""
 
@@ -86,6 +88,6 @@ def on_parts(
     """
     places = (*strategy.ins, *strategy.outs)
     args = localised(node, rule, places, num_ranks)
-    if not is_ranked(rule, places):
+    if strategy != ring_way(Call.of(node), num_ranks) and not is_ranked(rule, places):
         return node.op, args, node.kwargs
     return PARTS[node.op], args, (*node.kwargs, ("axis", axis))

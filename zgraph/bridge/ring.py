@@ -1,0 +1,222 @@
+"""Attention of one rank's queries to keys and values that go round the ranks, and its backward.
+
+At step s a rank has the part of the rank s places before. While it attends to that, it sends it on. Of a causal mask, a
+part of later tokens is skipped, and one's own is causal. Outputs are combined in fp32, by the logarithms of their sums;
+gradients of keys and values travel with these, in fp32 too, and come home after the last step.
+
+Source: `zgraph.ir.rules.ring`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import Queue
+from typing import Any
+
+import torch
+
+from zgraph.bridge.parts import laid_out
+from zgraph.ir import Mesh, Node, num_ranks
+from zgraph.ir.axis_rules import axis_of
+
+__all__ = ["Attention", "Pending", "Shift", "backward", "forward", "on_ranks", "runs"]
+
+Pending = Callable[[], torch.Tensor]
+"""What is on its way: called, it waits and gives what came."""
+
+Shift = Callable[[torch.Tensor], Pending]
+"""Sends a tensor to the next rank, and begins to take one like it from the rank before."""
+
+aten: Any = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One call of an attention, as one rank of several has it.
+
+    Args:
+        rank: this one.
+        num_ranks: ranks that have a part of the sequence each.
+        is_causal: whether tokens see those before them alone.
+        mask: None, or this rank's rows of what is added to all products, or bool: of those that count.
+        scale: of products; None for one over the root of a head's size.
+    """
+
+    rank: int
+    num_ranks: int
+    is_causal: bool = False
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+
+    def owner(self, step: int) -> int:
+        """Whose keys are here at a step."""
+        return (self.rank - step) % self.num_ranks
+
+    def is_hidden(self, owner: int) -> bool:
+        """Whether none of the rank's tokens sees those of an owner."""
+        return self.is_causal and owner > self.rank
+
+    def options(self, owner: int) -> tuple[bool, torch.Tensor | None]:
+        """Whether an owner's part is causal for this rank, and the mask for it."""
+        mask = self.mask
+        if mask is not None and mask.shape[-1] > 1:
+            mask = mask.chunk(self.num_ranks, -1)[owner].contiguous()
+        return self.is_causal and owner == self.rank, mask
+
+
+def forward(
+    call: Attention, shift: Shift, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the rank's queries make of all keys and values, and the logarithms of its sums.
+
+    Args:
+        call: the call.
+        shift: to the next rank.
+        q: [B, H, T / N, D], the rank's.
+        k: [B, K, T / N, D].
+        v: [B, K, T / N, E].
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=wide, device=q.device)
+    sums = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
+    packed = _packed(k, v)
+    for step in range(call.num_ranks):
+        coming = shift(packed) if step < call.num_ranks - 1 else None
+        owner = call.owner(step)
+        if not call.is_hidden(owner):
+            keys, values = _unpacked(packed, k, v)
+            is_causal, mask = call.options(owner)
+            made, logs = aten._scaled_dot_product_flash_attention_for_cpu(
+                q, keys, values, 0.0, is_causal, attn_mask=mask, scale=call.scale
+            )
+            logs = _without_hidden(logs.to(wide), mask)
+            total = torch.logaddexp(sums, logs)
+            seen = total > -torch.inf
+            for part, weighed in ((out, sums), (made.to(wide), logs)):
+                part.mul_(torch.where(seen, (weighed - total).exp(), 0.0).unsqueeze(-1))
+                if part is not out:
+                    out.add_(part)
+            sums = total
+        if coming is not None:
+            packed = coming()
+    sums.masked_fill_(sums == -torch.inf, 0.0)  # as the op of torch says of rows that see nothing
+    return out.to(q.dtype), sums
+
+
+def backward(
+    call: Attention,
+    shift: Shift,
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    sums: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the rank's queries, keys and values.
+
+    Args:
+        call: the call.
+        shift: to the next rank.
+        gradient: [B, H, T / N, E], of what the rank's queries made.
+        q, k, v: as for `forward`.
+        out, sums: what it made of them.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    of_q = torch.zeros(q.shape, dtype=wide, device=q.device)
+    packed, home = _packed(k, v), None
+    for step in range(call.num_ranks):
+        coming = shift(packed) if step < call.num_ranks - 1 else None
+        owner, made = call.owner(step), None
+        if not call.is_hidden(owner):
+            keys, values = _unpacked(packed, k, v)
+            is_causal, mask = call.options(owner)
+            of_queries, *others = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gradient, q, keys, values, out, sums, 0.0, is_causal, attn_mask=mask, scale=call.scale
+            )
+            of_q += of_queries
+            made = _packed(*others).to(wide)
+        gradients = home() if home is not None else torch.zeros(packed.numel(), dtype=wide, device=q.device)
+        home = shift(gradients if made is None else gradients.add_(made))
+        if coming is not None:
+            packed = coming()
+    assert home is not None, "there is one rank at least"
+    of_k, of_v = _unpacked(home(), k, v)
+    return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype)
+
+
+def _packed(*tensors: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _unpacked(packed: torch.Tensor, *like: torch.Tensor) -> Sequence[torch.Tensor]:
+    parts = torch.split(packed, [tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _without_hidden(logs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Logarithms of sums, minus infinity for rows that see none of the keys: torch says 0 of these."""
+    if mask is None:
+        return logs
+    is_hidden = ~mask.any(-1) if mask.dtype is torch.bool else (mask == -torch.inf).all(-1)
+    return logs.masked_fill(is_hidden, -torch.inf)
+
+
+def runs(node: Node, rank: int, size: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Runner of a node, which takes what shifts to the next rank, and the tensors that the node reads.
+
+    Args:
+        node: of an op of `zgraph.ir.rules.ring.RING`.
+        rank: this rank's number along its axis.
+        size: ranks along the axis.
+    """
+    is_backward = node.op.endswith("_backward")
+    num_plain, position = (6, 7) if is_backward else (3, 4)
+    is_causal = bool(node.args[position]) if position < len(node.args) else False
+    scale = node.option("scale")
+    compute: Callable[..., tuple[torch.Tensor, ...]] = backward if is_backward else forward
+    kinds = [result.tensor for result in node.results]
+
+    def execute(shift: Shift, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mask = tensors[num_plain] if len(tensors) > num_plain else None
+        call = Attention(rank, size, is_causal, mask, scale if isinstance(scale, float) else None)
+        made = compute(call, shift, *tensors[:num_plain])
+        return tuple(laid_out(tensor, kind) for tensor, kind in zip(made, kinds, strict=True))
+
+    return execute
+
+
+def on_ranks(node: Node, operands: Sequence[Sequence[torch.Tensor]], mesh: Mesh) -> list[list[torch.Tensor]]:
+    """Results of a node on all ranks of a mesh, each of which has to do with those along its axis alone.
+
+    Args:
+        node: of an op of `zgraph.ir.rules.ring.RING`.
+        operands: each of them as every rank has it.
+        mesh: of the graph.
+    """
+    index, size = axis_of(node, mesh)
+    step, count = num_ranks(mesh[index + 1 :]), num_ranks(mesh)
+    made: dict[int, tuple[torch.Tensor, ...]] = {}
+    for first in (rank for rank in range(count) if rank // step % size == 0):
+        made.update(_among(node, operands, range(first, first + step * size, step)))
+    return [[made[rank][number] for rank in range(count)] for number in range(len(node.results))]
+
+
+def _among(
+    node: Node, operands: Sequence[Sequence[torch.Tensor]], peers: Sequence[int]
+) -> Mapping[int, tuple[torch.Tensor, ...]]:
+    """Results of a node on the ranks of one axis, each on a thread of its own."""
+    size = len(peers)
+    on_the_way = [Queue[torch.Tensor]() for _ in peers]
+
+    def run(number: int) -> tuple[torch.Tensor, ...]:
+        def shift(tensor: torch.Tensor) -> Pending:
+            on_the_way[(number + 1) % size].put(tensor.clone())
+            return on_the_way[number].get
+
+        return runs(node, number, size)(shift, *(ranks[peers[number]] for ranks in operands))
+
+    with ThreadPoolExecutor(size) as pool:
+        return dict(zip(peers, pool.map(run, range(size)), strict=True))
