@@ -77,13 +77,65 @@ def encode_into(codec: Codec, x: Tensor, code: Tensor, rest: Tensor | None) -> T
     return code
 
 
+def encode_difference(codec: Codec, numbers: Tensor, before: Tensor, kept: Tensor, code: Tensor) -> tuple[float, float]:
+    """Write the code of what numbers have changed, in fp32, and the numbers to `kept`.
+
+    Args:
+        codec: how.
+        numbers, before: [numel], of one dtype.
+        kept: likewise, written.
+        code: [num_bytes], written.
+
+    Returns:
+        the norms of the change and of the numbers.
+    """
+    norms = compiled_codecs.encode_difference(codec, numbers, before, kept, code)
+    if norms is not None:
+        return norms
+    change, numbers_f32 = numbers.float() - before.float(), kept.copy_(numbers).float()
+    encode_into(codec, change[None], code[None], None)
+    of_change, of_numbers = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (change, numbers_f32))
+    return float(of_change), float(of_numbers)
+
+
+def add_difference(codec: Codec, code: Tensor, before: Tensor, out: Tensor) -> None:
+    """Write numbers as they were with what has changed, added in fp32.
+
+    Args:
+        codec: how the change was coded.
+        code: [num_bytes].
+        before: [numel].
+        out: [numel] of the same dtype, written.
+    """
+    if not compiled_codecs.add_difference(codec, code, before, out):
+        out.copy_(add_decoded(codec, code[None], before.to(torch.float32, copy=True)[None])[0])
+
+
 def decode(codec: Codec, code: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Numbers that the codes of rows stand for: [rows, num_bytes] to [rows, numel] in fp32; of `raw` in `dtype`."""
     if isinstance(codec, Raw):
         return code.contiguous().view(-1).clone().view(dtype).view(len(code), numel)
-    out = torch.zeros(len(code), numel, dtype=torch.float32, device=code.device)
-    add_decoded(codec, code, out)
+    out = torch.empty(len(code), numel, dtype=torch.float32, device=code.device)
+    for row, numbers in enumerate(out):
+        sum_decoded(codec, code[row : row + 1], numbers, 1)
     return out
+
+
+def sum_decoded(codec: Codec, codes: Tensor, out: Tensor, divisor: int) -> Tensor:
+    """Write the sum of what the codes of rows stand for, over a divisor.
+
+    Args:
+        codec: how they were made.
+        codes: [rows, num_bytes].
+        out: [numel] in fp32, of `raw` in its own dtype; written.
+        divisor: of the sum.
+    """
+    if not isinstance(codec, Raw) and compiled_codecs.sum_rows(codec, codes, out, divisor):
+        return out
+    out.zero_()
+    for row in range(len(codes)):
+        add_decoded(codec, codes[row : row + 1], out[None])
+    return out.div_(divisor)
 
 
 def add_decoded(codec: Codec, code: Tensor, out: Tensor) -> Tensor:
