@@ -127,15 +127,21 @@ void encode_steps(Numbers x, float* rest, Code code, int64_t size) {
     uint8_t* out = code.second + at * bits / 8;
     if (bits == 8) {
       std::memcpy(out, whole.data(), count);
-    } else {
+    } else if (bits == 4) {
       const int pairs = (count + 1) / 2;
       for (int i = 0; i < pairs; i++) out[i] = uint8_t((whole[2 * i] & 15) | (whole[2 * i + 1] << 4));
+    } else {
+      const int fours = (count + 3) / 4;
+      for (int i = 0; i < fours; i++) {
+        const int8_t* four = whole.data() + 4 * i;
+        out[i] = uint8_t((four[0] & 3) | (four[1] & 3) << 2 | (four[2] & 3) << 4 | (four[3] & 3) << 6);
+      }
     }
   }
 }
 
 void add_steps(Code code, float* total, int64_t size) {
-  std::vector<int8_t> whole(code.block + 1);
+  std::vector<int8_t> whole(code.block);
   for (int64_t at = 0; at < size; at += code.block) {
     const int count = int(std::min<int64_t>(code.block, size - at));
     const float scale = power(code.first[at / code.block]);
@@ -145,6 +151,11 @@ void add_steps(Code code, float* total, int64_t size) {
       for (int i = 0; i < (count + 1) / 2; i++) {
         whole[2 * i] = int8_t(int8_t(payload[i] << 4) >> 4);
         whole[2 * i + 1] = int8_t(int8_t(payload[i]) >> 4);
+      }
+      steps = whole.data();
+    } else if (code.bits == 2) {
+      for (int i = 0; i < (count + 3) / 4; i++) {
+        for (int j = 0; j < 4; j++) whole[4 * i + j] = int8_t(int8_t(payload[i] << (6 - 2 * j)) >> 6);
       }
       steps = whole.data();
     }
