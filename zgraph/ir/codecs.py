@@ -49,7 +49,8 @@ class Codec(abc.ABC):
     name: ClassVar[str]
     is_exact: ClassVar[bool] = False
     passes: ClassVar[int] = 1
-    """How many times longer coding takes than to read numbers and write codes once, on processors."""
+    """How many times longer coding takes than to read numbers and write codes once, on processors; decoding takes as
+    many times longer only where the codec is exact."""
 
     @abc.abstractmethod
     def num_bytes(self, numel: int, dtype: DType) -> int:
@@ -135,6 +136,7 @@ class TopK(Codec):
     chunk: int = 4096
 
     name: ClassVar[str] = "topk"
+    passes: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if not 0 < self.percent <= 100:
