@@ -10,7 +10,7 @@ from zgraph.passes import Context, parse_recipe
 NUMEL, RANKS = 64 * 64, 2
 Q4 = NUMEL // 2 + NUMEL // 128
 TOPK = 4 * 41 * 2
-"""Of the two parts of the parameter, half a chunk each: 2 % of 2048, rounded up."""
+"""Of the two parts of the parameter, a chunk each: 2 % of 2048, rounded up."""
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,8 @@ TOPK = 4 * 41 * 2
     ],
 )
 def test_coding_reads_and_writes_what_it_needs(recipe: str, expected: dict[tuple[str, str], int]) -> None:
-    graph = parse_recipe(f"canonicalize,partition(stage=2),{recipe}").run(step(((64, 64),)), Context((Axis("shard", RANKS),)))
-    found = {
-        (node.phase.value, node.op): work(graph, node).num_bytes for node in graph.nodes if "code" in node.op
-    }
+    graph = parse_recipe(f"canonicalize,partition(stage=2),{recipe}").run(
+        step(((64, 64),)), Context((Axis("shard", RANKS),))
+    )
+    found = {(node.phase.value, node.op): work(graph, node).num_bytes for node in graph.nodes if "code" in node.op}
     assert found == expected
