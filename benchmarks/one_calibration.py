@@ -67,6 +67,7 @@ def main(
     rate: Annotated[
         list[str] | None, typer.Option(help="As tc spells it; the first is the one to calibrate at.")
     ] = None,
+    compress: Annotated[str, typer.Option(help="Codec of gradients, and at stages 1 and 2 of parameters.")] = "",
     steps: Annotated[int, typer.Option(min=6, help="Steps at each rate, of which the first are not kept.")] = 40,
     timeout: Annotated[float, typer.Option(help="Seconds that one rate may take.")] = 300.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
@@ -80,7 +81,7 @@ def main(
             folder = Path(name)
             for one in rates:
                 for number in stages:
-                    record(model, number, one, steps, timeout, folder / f"{one}-{number}")
+                    record(model, number, one, compress, steps, timeout, folder / f"{one}-{number}")
                     typer.echo(f"{one}, stage {number}: recorded", err=True)
             fitted = calibrate(*(folder / f"{rates[0]}-{number}" for number in stages)).hardware
             for one in rates:
@@ -90,7 +91,7 @@ def main(
     except BenchmarkError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from error
-    options = {"model": model, "stages": stages, "rates": rates, "steps": steps}
+    options = {"model": model, "stages": stages, "rates": rates, "compress": compress, "steps": steps}
     write(json_file, options=options, profile=json.loads(fitted.model_dump_json()), results=[asdict(o) for o in found])
     Console().print(table(model, found))
     within = sum(abs(o.error) <= BOUND for o in found)
@@ -126,7 +127,7 @@ def outcome(folder: Path, stage: int, rate: str, told: Hardware, is_calibrated: 
     )
 
 
-def record(model: str, stage: int, rate: str, steps: int, timeout_s: float, folder: Path) -> None:
+def record(model: str, stage: int, rate: str, compress: str, steps: int, timeout_s: float, folder: Path) -> None:
     """Train on two emulated hosts, one rank on each, and keep what steps take.
 
     Raises:
@@ -134,7 +135,8 @@ def record(model: str, stage: int, rate: str, steps: int, timeout_s: float, fold
     """
     with emulated(2, rate) as hosts, tempfile.TemporaryDirectory() as meeting:
         ranks = [
-            _started(host, rank, hosts, model, stage, steps, folder, Path(meeting)) for rank, host in enumerate(hosts)
+            _started(host, rank, hosts, model, stage, compress, steps, folder, Path(meeting))
+            for rank, host in enumerate(hosts)
         ]
         try:
             for rank, process in enumerate(ranks):
@@ -155,9 +157,17 @@ def record(model: str, stage: int, rate: str, steps: int, timeout_s: float, fold
 
 
 def _started(
-    host: Host, rank: int, hosts: Sequence[Host], model: str, stage: int, steps: int, folder: Path, meeting: Path
+    host: Host,
+    rank: int,
+    hosts: Sequence[Host],
+    model: str,
+    stage: int,
+    compress: str,
+    steps: int,
+    folder: Path,
+    meeting: Path,
 ) -> subprocess.Popen[str]:
-    words = (str(rank), str(len(hosts)), model, str(stage), str(steps), str(folder), str(meeting))
+    words = (str(rank), str(len(hosts)), model, str(stage), compress, str(steps), str(folder), str(meeting))
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -174,14 +184,19 @@ def _started(
     )
 
 
-def train(rank: int, num_ranks: int, model: str, stage: int, steps: int, folder: Path, meeting: Path) -> None:
+def train(
+    rank: int, num_ranks: int, model: str, stage: int, compress: str, steps: int, folder: Path, meeting: Path
+) -> None:
     """One rank: train and record."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=num_ranks, timeout=timedelta(minutes=5)
     )
     device = torch.device("cpu")
-    compiled = zgraph.compile(models.build(model, device), stage=stage, record=folder)
+    codes = {"gradients": compress} | ({"parameters": compress} if stage in (1, 2) else {})
+    compiled = zgraph.compile(
+        models.build(model, device), stage=stage, compress=codes if compress else None, record=folder
+    )
     optimizer = torch.optim.AdamW(compiled.parameters(), lr=1e-4)
     for step in range(steps):
         tokens = models.batch(model, step=step, rank=rank, device=device)

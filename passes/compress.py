@@ -62,7 +62,7 @@ from zgraph.ir import (
     num_data_ranks,
     num_shards,
 )
-from zgraph.ir.codecs import LOSSY, Codec, Difference, Raw, Sign, TopK, parse_codec
+from zgraph.ir.codecs import LOSSY, Q2, Codec, Difference, Raw, Sign, TopK, parse_codec
 from zgraph.ir.coded_rules import CODED, outer_numel
 from zgraph.ir.layout import bucket_layout
 from zgraph.ir.ops import padded_bytes
@@ -171,7 +171,7 @@ class Compress(Pass):
         codec = parse_codec(self.parameters)
         for coding in (Difference(codec), codec):
             if names := coded_gathers.targets(graph, node, coding, self.at_least_bytes):
-                if isinstance(coding, Sign | TopK):
+                if isinstance(coding, Q2 | Sign | TopK):
                     raise ContractError(
                         f"{codec} codes what changed in a parameter that all ranks still have (stages 1 and 2), and "
                         f"{names[0]} is gathered again for the backward; take q8 or q4, or stage 2"

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from zgraph.bridge import private_runtime
 from zgraph.bridge.aten import TO_TORCH
-from zgraph.bridge.codecs import add_decoded, encode_into
 from zgraph.bridge.codecs import decode as decoded
+from zgraph.bridge.codecs import encode_into, sum_decoded
 from zgraph.bridge.sized_codes import all_same, decode_sized, encode_sized
 from zgraph.errors import UsageError
 from zgraph.ir import Node
@@ -153,10 +153,8 @@ def decode(node: Node, session: Session) -> Execute:
     divisor = makers if reduce == "mean" else 1
 
     def reduced(codes: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(1, chunk, dtype=total_dtype, device=codes.device)
-        for row in codes.view(makers, 1, -1):
-            add_decoded(codec, row, total)
-        return total.div_(divisor).view(-1).to(dtype)
+        total = torch.empty(chunk, dtype=total_dtype, device=codes.device)
+        return sum_decoded(codec, codes.view(makers, -1), total, divisor).to(dtype)
 
     def parts(codes: torch.Tensor) -> torch.Tensor:
         found = decoded(codec, codes.view(num_shards, -1), chunk, total_dtype)
@@ -182,18 +180,19 @@ def _encode_sized(node: Node, session: Session) -> Execute:
             "or the pass code-gathers"
         )
     names, size = _copied(node), codec.num_bytes(chunk_numel(kind.shape, session.num_shards), kind.dtype)
-    copies, shard = session.copies, session.store.shard
+    copies, shard, is_about = session.copies, session.store.shard, isinstance(codec, Difference)
 
     def execute(tensor: torch.Tensor) -> torch.Tensor:
         own, code = tensor.detach().reshape(-1), torch.empty(size, dtype=torch.uint8)
         before = copies.of(names, kind.dtype) if names else None
         copies.number_bytes += own.nbytes
+        kept = torch.empty_like(own) if is_about else None  # the copy has it but about, and the optimizer writes to it
         if before is None:
-            copies.code_bytes += encode_sized(codec, own, code)
+            copies.code_bytes += encode_sized(codec, own, code, kept=kept)
         else:
-            copies.code_bytes += encode_sized(codec, own, code, before.rows[shard], before.number, before.own)
+            copies.code_bytes += encode_sized(codec, own, code, before.rows[shard], before.number, before.own, kept)
         if names:
-            copies.began(names, before, own)
+            copies.began(names, before, own if kept is None else kept)
         return code
 
     return execute
@@ -222,7 +221,7 @@ def _decode_sized(node: Node, session: Session) -> Execute:
             else:
                 decode_sized(codec, code, row, before.rows[rank], before.number)
         if names:
-            copies.keep(names, kind.dtype, rows, own.clone() if is_about and own is not None else None)
+            copies.keep(names, kind.dtype, rows, own if is_about else None)
         return rows.view(-1)[:numel].view(shape)
 
     return execute

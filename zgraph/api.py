@@ -111,8 +111,9 @@ def compile(
             a matrix; "float8-rowwise" with one a row or column, which is more exact. An approximation, by torchao's
             recipes; None multiplies in `param_dtype`. Layers whose sizes are no multiples of 16, and the projection to
             the vocabulary, stay as they are; the report names them. GPUs need compute capability 8.9.
-        compress: a codec of gradients on the wire: "q8(block=256)", "q4(block=128)", "sign(block=256)" or
-            "topk(1%, chunk=4096)". Ranks exchange codes, and the owner of each part adds in fp32 what they stand for.
+        compress: a codec of gradients on the wire: "q8(block=256)", "q4(block=128)", "q2(block=128)",
+            "sign(block=256)" or "topk(1%, chunk=4096)". Ranks exchange codes, and the owner of each part adds in fp32
+            what they stand for.
             What a code leaves out is kept on the rank, in fp32 as large as the model, and sent with the next
             (`zgraph.feedback(model)` is what checkpoints save). "auto" takes the mildest of `q8` and `q4` that hides
             what is sent about as well as any, or none where that saves less than 5 % of the predicted step; the report

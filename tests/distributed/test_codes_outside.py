@@ -18,7 +18,7 @@ from .test_compress import net, step_of
 from .test_exact_codes import count
 
 NUM_STEPS = 40
-CODECS = ["q8(block=256)", "q4(block=128)", "sign(block=64)", "topk(5%, chunk=512)"]
+CODECS = ["q8(block=256)", "q4(block=128)", "q2(block=128)", "sign(block=64)", "topk(5%, chunk=512)"]
 
 
 def model_on(rows: DeviceMesh, stage: int, compress: Any) -> tuple[Any, torch.optim.Optimizer]:

@@ -15,7 +15,7 @@ from zgraph.compiler.compiled_model import compiled_model
 
 from .pool import Pool
 
-CODECS = ["q8(block=256)", "q4(block=128)", "sign(block=64)", "topk(5%, chunk=512)"]
+CODECS = ["q8(block=256)", "q4(block=128)", "q2(block=128)", "sign(block=64)", "topk(5%, chunk=512)"]
 NUM_STEPS = 40
 
 

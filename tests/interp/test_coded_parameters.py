@@ -68,7 +68,7 @@ def test_they_are_certified_and_checked_by_numbers(stage: int, codec: str) -> No
     assert check_graphs([n for n, _ in steps], steps, Context(mesh=graph.mesh), Options(micro_steps=1)).wrong is None
 
 
-@pytest.mark.parametrize("codec", ["sign", "topk(1%)"])
+@pytest.mark.parametrize("codec", ["q2", "sign", "topk(1%)"])
 def test_what_needs_the_copy_before_is_refused_at_stage_3(codec: str) -> None:
     with pytest.raises(ContractError, match="gathered again for the backward; take q8 or q4"):
         lowered(step(3, "shard=2"), codec)
@@ -77,7 +77,7 @@ def test_what_needs_the_copy_before_is_refused_at_stage_3(codec: str) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"parameters": "delta"}, "parameters must be coded by q8, q4, sign, topk, not by delta"),
+        ({"parameters": "delta"}, "parameters must be coded by q8, q4, q2, sign, topk, not by delta"),
         ({"parameters": "difference(q8)"}, "not by difference"),
         ({"parameters": "auto"}, "there is no codec called auto"),
         ({"gradients": "exponent"}, "gradients must be coded by"),

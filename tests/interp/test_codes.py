@@ -17,7 +17,7 @@ from zgraph.ir import Axis, Graph, Mesh, Node, parse_graph
 from zgraph.passes import RECIPES, Context, compressing, parse_recipe
 from zgraph.passes.compress import Compress
 
-CODECS = ["q8(block=16)", "q4(block=8)", "sign(block=8)", "topk(10%, chunk=40)"]
+CODECS = ["q8(block=16)", "q4(block=8)", "q2(block=8)", "sign(block=8)", "topk(10%, chunk=40)"]
 
 
 class Net(torch.nn.Module):

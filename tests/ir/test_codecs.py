@@ -11,8 +11,25 @@ from zgraph.errors import CodecError
 from zgraph.ir import DType
 from zgraph.ir.codecs import Q8, Codec, Sign, TopK, parse_codec
 
-TEXTS = ["q8(block=256)", "q8(block=8)", "q4(block=128)", "sign(block=256)", "topk(1%, chunk=4096)", "raw"]
-FEEDS = ["q8(block=256)", "q8(block=16)", "q4(block=128)", "q4(block=8)", "topk(1%, chunk=4096)", "topk(25%, chunk=9)"]
+TEXTS = [
+    "q8(block=256)",
+    "q8(block=8)",
+    "q4(block=128)",
+    "q2(block=128)",
+    "sign(block=256)",
+    "topk(1%, chunk=4096)",
+    "raw",
+]
+FEEDS = [
+    "q8(block=256)",
+    "q8(block=16)",
+    "q4(block=128)",
+    "q4(block=8)",
+    "q2(block=128)",
+    "q2(block=8)",
+    "topk(1%, chunk=4096)",
+    "topk(25%, chunk=9)",
+]
 SIZES = st.sampled_from([1, 2, 7, 8, 9, 127, 128, 129, 255, 257, 5000])
 EDGES = [0.0, -0.0, 1e-45, -1e-45, 1.1754944e-38, 3e-41, 1.0, -1.0, 3.4e38, -3.4e38]
 
@@ -133,7 +150,8 @@ def test_zeros_are_zeros(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "error"), [("q8(block=256)", 0.012), ("q4(block=128)", 0.2), ("sign(block=256)", 0.8)]
+    ("text", "error"),
+    [("q8(block=256)", 0.012), ("q4(block=128)", 0.2), ("q2(block=128)", 0.95), ("sign(block=256)", 0.8)],
 )
 def test_relative_errors_are_as_large_as_bits_make_them(text: str, error: float) -> None:
     torch.manual_seed(0)

@@ -14,7 +14,16 @@ from zgraph.codegen.fallback import failures_raised
 from zgraph.ir import DType
 from zgraph.ir.codecs import Codec, parse_codec
 
-TEXTS = ["q8(block=256)", "q8(block=8)", "q4(block=128)", "q4(block=16)", "sign(block=256)", "sign(block=8)"]
+TEXTS = [
+    "q8(block=256)",
+    "q8(block=8)",
+    "q4(block=128)",
+    "q4(block=16)",
+    "q2(block=128)",
+    "q2(block=8)",
+    "sign(block=256)",
+    "sign(block=8)",
+]
 
 
 def by_kernels(codec: Codec, x: torch.Tensor, rest: torch.Tensor | None) -> list[torch.Tensor]:

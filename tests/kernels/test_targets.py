@@ -47,7 +47,15 @@ def test_rotary_kernels_compile_without_spills(compiler):
 
 
 def test_kernels_of_codecs_compile_without_spills(compiler):
-    codecs = "q8(block=256)", "q4(block=128)", "sign(block=256)", "q8(block=8)", "q4(block=8192)", "sign(block=8192)"
+    codecs = (
+        "q8(block=256)",
+        "q4(block=128)",
+        "q2(block=128)",
+        "sign(block=256)",
+        "q8(block=8)",
+        "q4(block=8192)",
+        "sign(block=8192)",
+    )
     check(compiler, [f"{way} {codec}" for codec in codecs for way in ("encode", "decode")])
 
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from tests.codes import SPECIAL, are_alike, by_torch, coded, numbers
 from tests.deep import DEEP
 from zgraph.bridge import compiled_codecs
+from zgraph.bridge.codecs import add_decoded, add_difference, decode, encode, encode_difference, sum_decoded
+from zgraph.ir import DType
 from zgraph.ir.codecs import TopK, parse_codec
 
 TEXTS = [
@@ -21,6 +23,8 @@ TEXTS = [
     "q8(block=8)",
     "q4(block=128)",
     "q4(block=24)",
+    "q2(block=128)",
+    "q2(block=24)",
     "sign(block=256)",
     "sign(block=40)",
     "topk(1%, chunk=4096)",
@@ -52,6 +56,54 @@ def test_codes_are_those_of_torch(
         special, dtype = special[:1], torch.float32
     x, rest = numbers(numel, seed, special, has_rest=has_rest)
     assert are_alike(coded(codec, x.to(dtype), rest), by_torch(codec, x.to(dtype), rest))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("numel", [1, 130, 9001])
+def test_sums_are_those_of_torch(text: str, numel: int) -> None:
+    codec = parse_codec(text)
+    x, _ = numbers(numel, numel, SPECIAL[:1], has_rest=False)
+    codes, out = encode(codec, torch.cat([x, -x[:1] / 3])), torch.full((numel,), 5.0)
+    sum_decoded(codec, codes, out, 3)
+    expected = torch.zeros(1, numel)
+    for row in codes:
+        add_decoded(codec, row[None], expected)
+    assert torch.equal(out, expected[0] / 3)
+    assert torch.equal(decode(codec, codes, numel)[2], add_decoded(codec, codes[2:], torch.zeros(1, numel))[0])
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_differences_are_those_of_torch(text: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, before = parse_codec(text), torch.randn(9001)
+    now, before = (before * (1 + torch.linspace(0, 1e-2, 9001))).to(dtype), before.to(dtype)
+    monkeypatch.setattr(compiled_codecs, "SHARED_NUMEL", 1 << 11)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+    def change() -> tuple[list[torch.Tensor], tuple[float, float]]:
+        code = torch.empty(codec.num_bytes(9001, DType.f32), dtype=torch.uint8)
+        kept, out = torch.empty_like(now), torch.empty_like(now)
+        norms = encode_difference(codec, now, before, kept, code)
+        add_difference(codec, code, before, out)
+        assert torch.equal(kept, now)
+        return [code, out], norms
+
+    found, norms = change()
+    monkeypatch.setattr(compiled_codecs, "loaded", lambda: None)
+    by_operations, expected = change()
+    if not isinstance(codec, TopK):  # which of equal magnitudes are kept is left open
+        assert are_alike(found, by_operations)
+    assert norms == pytest.approx(expected, rel=1e-12)
+    of_change = (now.double() - before.double()).norm()
+    assert norms == pytest.approx((float(of_change), float(now.double().norm())), rel=1e-6)
+
+
+def test_a_number_that_is_not_finite_is_in_the_norms() -> None:
+    codec, now = parse_codec("q4"), torch.randn(300)
+    now[7] = torch.inf
+    code = torch.empty(codec.num_bytes(300, DType.f32), dtype=torch.uint8)
+    of_change, of_numbers = encode_difference(codec, now, torch.randn(300), torch.empty(300), code)
+    assert not of_change < of_numbers
 
 
 @pytest.mark.parametrize("text", TEXTS)

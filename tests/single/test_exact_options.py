@@ -58,12 +58,12 @@ def test_codecs_of_gradients_and_parameters_become_passes(compress: Any, recipe:
 @pytest.mark.parametrize(
     ("compress", "says"),
     [
-        ("raw", "takes q8, q4, sign, topk, auto, exact"),
+        ("raw", "takes q8, q4, q2, sign, topk, auto, exact"),
         ("difference(q8)", "not difference"),
         (8, "must be a codec"),
         ({"weights": "q8"}, "must be a codec"),
         ({"gradients": "exact"}, "there is no codec called exact"),
-        ({"gradients": "delta"}, "takes q8, q4, sign, topk, auto, not delta"),
+        ({"gradients": "delta"}, "takes q8, q4, q2, sign, topk, auto, not delta"),
         ({"parameters": "auto"}, "there is no codec called auto"),
         ({"parameters": 4}, "must be a codec"),
     ],

@@ -5,9 +5,9 @@ generated kernels do on GPUs (`zgraph.codegen.codes`). Which of equal magnitudes
 the same to the last bit.
 
 What a code stands for is a multiple of a power of two that is no finer than the last bit of the largest number of its
-block, or a number cut to its first bits. So the rest, which error feedback keeps, is exact in fp32 for `q8`, `q4` and
-`topk`: code and rest add up to the number, to the last bit. `sign` gives small numbers a large code; there the rest is
-rounded once, to half a unit in its last place.
+block, or a number cut to its first bits. So the rest, which error feedback keeps, is exact in fp32 for `q8`, `q4`,
+`q2` and `topk`: code and rest add up to the number, to the last bit. `sign` gives small numbers a large code; there the
+rest is rounded once, to half a unit in its last place.
 
 Scales are bytes as in the OCP Microscaling formats (E8M0, version 1.0, section 5.4.1): 2 to the power of the byte less
 127; 255 says that a number of the block is not finite, and 0 that all stand for zero. A block that is not finite
@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 
 from zgraph.bridge import compiled_codecs
 from zgraph.ir import DType
-from zgraph.ir.codecs import CODED_AT_A_TIME, Q4, Q8, Blockwise, Codec, Raw, Sign, TopK
+from zgraph.ir.codecs import CODED_AT_A_TIME, Q2, Q4, Q8, Blockwise, Codec, Raw, Sign, TopK
 
 Tensor = torch.Tensor
 
@@ -32,7 +32,6 @@ KERNELS: dict[str, tuple[Callable[..., bool], Callable[..., bool]]] = {}
 """Kernels of a type of device, which take what `encode_into` and `add_decoded` take, and say whether they ran."""
 
 _BIAS, _NOT_FINITE = 127, 255
-_LARGEST = {8: 127, 4: 7}
 
 
 def encode(codec: Codec, x: Tensor) -> Tensor:
@@ -77,13 +76,65 @@ def encode_into(codec: Codec, x: Tensor, code: Tensor, rest: Tensor | None) -> T
     return code
 
 
+def encode_difference(codec: Codec, numbers: Tensor, before: Tensor, kept: Tensor, code: Tensor) -> tuple[float, float]:
+    """Write the code of what numbers have changed, in fp32, and the numbers to `kept`.
+
+    Args:
+        codec: how.
+        numbers, before: [numel], of one dtype.
+        kept: likewise, written.
+        code: [num_bytes], written.
+
+    Returns:
+        the norms of the change and of the numbers.
+    """
+    norms = compiled_codecs.encode_difference(codec, numbers, before, kept, code)
+    if norms is not None:
+        return norms
+    change, numbers_f32 = numbers.float() - before.float(), kept.copy_(numbers).float()
+    encode_into(codec, change[None], code[None], None)
+    of_change, of_numbers = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (change, numbers_f32))
+    return float(of_change), float(of_numbers)
+
+
+def add_difference(codec: Codec, code: Tensor, before: Tensor, out: Tensor) -> None:
+    """Write numbers as they were with what has changed, added in fp32.
+
+    Args:
+        codec: how the change was coded.
+        code: [num_bytes].
+        before: [numel].
+        out: [numel] of the same dtype, written.
+    """
+    if not compiled_codecs.add_difference(codec, code, before, out):
+        out.copy_(add_decoded(codec, code[None], before.to(torch.float32, copy=True)[None])[0])
+
+
 def decode(codec: Codec, code: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Numbers that the codes of rows stand for: [rows, num_bytes] to [rows, numel] in fp32; of `raw` in `dtype`."""
     if isinstance(codec, Raw):
         return code.contiguous().view(-1).clone().view(dtype).view(len(code), numel)
-    out = torch.zeros(len(code), numel, dtype=torch.float32, device=code.device)
-    add_decoded(codec, code, out)
+    out = torch.empty(len(code), numel, dtype=torch.float32, device=code.device)
+    for row, numbers in enumerate(out):
+        sum_decoded(codec, code[row : row + 1], numbers, 1)
     return out
+
+
+def sum_decoded(codec: Codec, codes: Tensor, out: Tensor, divisor: int) -> Tensor:
+    """Write the sum of what the codes of rows stand for, over a divisor.
+
+    Args:
+        codec: how they were made.
+        codes: [rows, num_bytes].
+        out: [numel] in fp32, of `raw` in its own dtype; written.
+        divisor: of the sum.
+    """
+    if not isinstance(codec, Raw) and compiled_codecs.sum_rows(codec, codes, out, divisor):
+        return out
+    out.zero_()
+    for row in range(len(codes)):
+        add_decoded(codec, codes[row : row + 1], out[None])
+    return out.div_(divisor)
 
 
 def add_decoded(codec: Codec, code: Tensor, out: Tensor) -> Tensor:
@@ -155,7 +206,7 @@ def _exponent(largest: Tensor, most: float) -> Tensor:
 
 
 def _encode_steps(codec: Blockwise, y: Tensor, out: list[Tensor]) -> tuple[Tensor, Tensor]:
-    blocks, most = _blocks(codec, y), _LARGEST[codec.bits]
+    blocks, most = _blocks(codec, y), (1 << (codec.bits - 1)) - 1
     exponent = _exponent(blocks.abs().amax(1), most)
     scale = _power(exponent)[:, None]
     inverse = torch.where(scale > 0, 1 / scale, 0)
@@ -164,23 +215,30 @@ def _encode_steps(codec: Blockwise, y: Tensor, out: list[Tensor]) -> tuple[Tenso
     scales, payload = out
     scales.copy_(exponent)
     whole = steps.nan_to_num(0).to(torch.int8).view(-1)
-    if codec.bits == 8:
-        payload.copy_(whole[: y.numel()].view(torch.uint8))
-    else:
-        low, high = (whole[::2] & 15).view(torch.uint8), (whole[1::2] & 15).view(torch.uint8)
-        payload.copy_((low | (high << 4))[: payload.numel()])
+    payload.copy_(_packed(whole, codec.bits)[: payload.numel()])
     finite = (exponent != _NOT_FINITE)[:, None].expand_as(blocks)
     return _flat(steps * scale, y.numel()), _flat(finite, y.numel())
 
 
 def _decode_steps(codec: Blockwise, code: list[Tensor], total: Tensor) -> None:
     exponent, payload = code
-    if codec.bits == 8:
-        steps = payload.view(torch.int8)
-    else:
-        pairs = torch.stack([payload << 4, payload & 0xF0], 1).view(torch.int8)
-        steps = (pairs >> 4).view(-1)[: total.numel()]
+    steps = _unpacked(payload, codec.bits)[: total.numel()]
     total += _flat(_blocks(codec, steps.float()) * _power(exponent)[:, None], total.numel())
+
+
+def _packed(whole: Tensor, bits: int) -> Tensor:
+    """Integers of so many bits in bytes, the first in the lowest bits; as many as a byte holds, or more."""
+    low = whole.view(torch.uint8) & ((1 << bits) - 1)
+    found = low[:: 8 // bits].clone()
+    for place in range(1, 8 // bits):
+        found |= low[place :: 8 // bits] << (bits * place)
+    return found
+
+
+def _unpacked(payload: Tensor, bits: int) -> Tensor:
+    """The integers that bytes hold."""
+    shifted = [payload << (8 - bits * (place + 1)) for place in range(8 // bits)]
+    return (torch.stack(shifted, 1).view(torch.int8) >> (8 - bits)).view(-1)
 
 
 def _encode_signs(codec: Blockwise, y: Tensor, out: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -264,12 +322,14 @@ def _decode_largest(codec: TopK, code: list[Tensor], total: Tensor) -> None:
 _ENCODERS: Mapping[type[Codec], Callable[..., tuple[Tensor, Tensor]]] = {
     Q8: _encode_steps,
     Q4: _encode_steps,
+    Q2: _encode_steps,
     Sign: _encode_signs,
     TopK: _encode_largest,
 }
 _DECODERS: Mapping[type[Codec], Callable[..., None]] = {
     Q8: _decode_steps,
     Q4: _decode_steps,
+    Q2: _decode_steps,
     Sign: _decode_signs,
     TopK: _decode_largest,
 }

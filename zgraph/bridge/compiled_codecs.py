@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from zgraph.bridge.private_files import private_folder, read_sealed, write_seale
 from zgraph.bridge.processor import processor
 from zgraph.environment import cache_folder
 from zgraph.errors import CacheError, in_one_line
-from zgraph.ir.codecs import Blockwise, Codec, Sign, TopK
+from zgraph.ir.codecs import Blockwise, Codec, TopK
 
 SOURCE = Path(__file__).with_name("codecs.cpp")
 
@@ -43,8 +44,13 @@ SHARED_NUMEL = 1 << 20
 
 _DTYPES = {torch.float32: False, torch.bfloat16: True}
 
+Tensor = torch.Tensor
 
-def encode_row(codec: Codec, numbers: torch.Tensor, code: torch.Tensor, rest: torch.Tensor | None) -> bool:
+_Code = tuple[int, ...]
+"""Where the two parts of a code are, and how it was made: the first arguments of the library's functions."""
+
+
+def encode_row(codec: Codec, numbers: Tensor, code: Tensor, rest: Tensor | None) -> bool:
     """Code one row, as `zgraph.bridge.codecs.encode_into` does. False, and nothing is written, where C++ cannot.
 
     Args:
@@ -54,21 +60,18 @@ def encode_row(codec: Codec, numbers: torch.Tensor, code: torch.Tensor, rest: to
         rest: [numel] in fp32, added and written; None codes the numbers alone.
     """
     dense = (numbers, code) if rest is None else (numbers, code, rest)
-    if numbers.dtype not in _DTYPES or not _is_dense(*dense) or (library := loaded()) is None:
+    if numbers.dtype not in _DTYPES or (library := _library(*dense)) is None:
         return False
-    source, size = numbers.data_ptr(), numbers.element_size()
-    of_rest, is_short = (0 if rest is None else rest.data_ptr()), _DTYPES[numbers.dtype]
 
-    function = getattr(library, f"encode_{_kind(codec)}")
+    def part(begin: int, end: int, of: _Code) -> None:
+        left = None if rest is None else _at(rest, begin)
+        library.encode(*of, end - begin, _at(numbers, begin), _DTYPES[numbers.dtype], left)
 
-    def part(begin: int, end: int, first: int, second: int) -> None:
-        left = of_rest + 4 * begin if of_rest else None
-        function(source + size * begin, is_short, left, first, second, 0, end - begin, *_sizes(codec, end - begin))
-
-    return _in_parts(codec, numbers.numel(), code, part)
+    _in_parts(codec, numbers.numel(), code, part)
+    return True
 
 
-def add_row(codec: Codec, code: torch.Tensor, total: torch.Tensor) -> bool:
+def add_row(codec: Codec, code: Tensor, total: Tensor) -> bool:
     """Add what the code of a row stands for, as `add_decoded` does. False, and nothing is added, where C++ cannot.
 
     Args:
@@ -76,43 +79,118 @@ def add_row(codec: Codec, code: torch.Tensor, total: torch.Tensor) -> bool:
         code: [num_bytes].
         total: [numel] in fp32.
     """
-    if total.dtype != torch.float32 or not _is_dense(code, total) or (library := loaded()) is None:
+    if total.dtype != torch.float32 or (library := _library(code, total)) is None:
         return False
-    into, function = total.data_ptr(), getattr(library, f"decode_{_kind(codec)}")
-
-    def part(begin: int, end: int, first: int, second: int) -> None:
-        function(first, second, into + 4 * begin, 0, end - begin, *_sizes(codec, end - begin))
-
-    return _in_parts(codec, total.numel(), code, part)
+    _in_parts(codec, total.numel(), code, lambda begin, end, of: library.add(*of, end - begin, _at(total, begin)))
+    return True
 
 
-def _is_dense(*tensors: torch.Tensor) -> bool:
-    return all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
+def sum_rows(codec: Codec, codes: Tensor, out: Tensor, divisor: int) -> bool:
+    """Write the sum of what codes stand for, as `sum_decoded` does. False, and nothing is written, where C++ cannot.
+
+    Args:
+        codec: how they were made.
+        codes: [rows, num_bytes].
+        out: [numel] in fp32, written.
+        divisor: of the sum.
+    """
+    if out.dtype != torch.float32 or (library := _library(codes, out)) is None:
+        return False
+
+    def part(begin: int, end: int, of: _Code) -> None:
+        library.sum(*of, end - begin, _at(out, begin), codes.stride(0), len(codes), divisor)
+
+    _in_parts(codec, out.numel(), codes, part)
+    return True
 
 
-def _kind(codec: Codec) -> str:
-    """The end of the names of a codec's functions."""
-    return "topk" if isinstance(codec, TopK) else "sign" if isinstance(codec, Sign) else "q"
+def encode_difference(
+    codec: Codec, numbers: Tensor, before: Tensor, kept: Tensor, code: Tensor
+) -> tuple[float, float] | None:
+    """Code what numbers have changed, as `zgraph.bridge.codecs.encode_difference` does.
+
+    Args:
+        codec: how.
+        numbers, before: [numel].
+        kept: [numel], to which the numbers are written.
+        code: [num_bytes], written.
+
+    Returns:
+        the norms of the change and of the numbers; None, and nothing is written, where C++ cannot.
+    """
+    if numbers.dtype not in _DTYPES or (library := _library(numbers, before, kept, code)) is None:
+        return None
+    squares: list[ctypes.Array[ctypes.c_double]] = []
+
+    def part(begin: int, end: int, of: _Code) -> None:
+        squares.append((ctypes.c_double * 2)())
+        places = (_at(tensor, begin) for tensor in (numbers, before))
+        library.encode_difference(
+            *of, end - begin, *places, _DTYPES[numbers.dtype], _at(kept, begin), ctypes.addressof(squares[-1])
+        )
+
+    _in_parts(codec, numbers.numel(), code, part)
+    return math.sqrt(sum(one[0] for one in squares)), math.sqrt(sum(one[1] for one in squares))
 
 
-def _sizes(codec: Codec, numel: int) -> tuple[int, ...]:
-    """The last arguments of a codec's functions; of chunks also how many are kept, and of a last, shorter one."""
-    if isinstance(codec, TopK):
-        return codec.chunk, codec.kept(codec.chunk), codec.kept(numel % codec.chunk)
-    assert isinstance(codec, Blockwise)
-    return (codec.block,) if isinstance(codec, Sign) else (codec.block, codec.bits)
+def add_difference(codec: Codec, code: Tensor, before: Tensor, out: Tensor) -> bool:
+    """Write numbers that have changed, as `zgraph.bridge.codecs.add_difference` does.
+
+    False, and nothing is written, where C++ cannot.
+
+    Args:
+        codec: how the change was coded.
+        code: [num_bytes].
+        before: [numel], as they were.
+        out: [numel], likewise, written.
+    """
+    if out.dtype not in _DTYPES or (library := _library(code, before, out)) is None:
+        return False
+
+    def part(begin: int, end: int, of: _Code) -> None:
+        library.add_difference(*of, end - begin, _at(before, begin), _DTYPES[out.dtype], _at(out, begin))
+
+    _in_parts(codec, out.numel(), code, part)
+    return True
 
 
-def _in_parts(codec: Codec, numel: int, code: torch.Tensor, part: Callable[[int, int, int, int], None]) -> bool:
-    """Code or decode a row: on torch's threads, where it is a long one."""
-    at = code.data_ptr()
+def _library(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The library, if tensors are dense, and on a processor."""
+    is_dense = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
+    return loaded() if is_dense else None
+
+
+def _at(tensor: Tensor, index: int) -> int:
+    """Where a number of a dense tensor is in memory."""
+    return tensor.data_ptr() + index * tensor.element_size()
+
+
+def _in_parts(codec: Codec, numel: int, code: Tensor, part: Callable[[int, int, _Code], None]) -> None:
+    """Code or decode a row: on torch's threads, where it is a long one.
+
+    Args:
+        codec: how.
+        numel: numbers of the row.
+        code: of the row; or of rows, of which the first is meant.
+        part: does it for numbers from where to where, whose code is told as the library's functions take it.
+    """
     count = min(torch.get_num_threads(), numel // SHARED_NUMEL) or 1
-    parts = [(begin, end, at + first, at + second) for begin, end, first, second in _places(codec, numel, count)]
+    parts = [
+        (begin, end, (code.data_ptr() + first, code.data_ptr() + second, *_how(codec, end - begin)))
+        for begin, end, first, second in _places(codec, numel, count)
+    ]
     if len(parts) == 1:
         part(*parts[0])
     else:
         list(_threads(torch.get_num_threads()).map(lambda one: part(*one), parts))
-    return True
+
+
+def _how(codec: Codec, numel: int) -> tuple[int, int, int, int]:
+    """Bits of a number, and numbers of a block; of chunks also how many are kept, and of a last, shorter one."""
+    if isinstance(codec, TopK):
+        return 0, codec.chunk, codec.kept(codec.chunk), codec.kept(numel % codec.chunk)
+    assert isinstance(codec, Blockwise)
+    return codec.bits, codec.block, 0, 0
 
 
 def _places(codec: Codec, numel: int, count: int) -> Iterator[tuple[int, int, int, int]]:
@@ -178,14 +256,15 @@ def _opened(library: bytes) -> ctypes.CDLL:
         found = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    parts = pointer, pointer, number, number, ctypes.c_int
-    for name, more in (("q", 1), ("sign", 0), ("topk", 2)):
-        rest = (ctypes.c_int,) * more
-        for function, types in (
-            (f"encode_{name}", (pointer, ctypes.c_bool, pointer, *parts, *rest)),
-            (f"decode_{name}", (pointer, pointer, pointer, number, number, ctypes.c_int, *rest)),
-        ):
-            getattr(found, function).argtypes = types
-            getattr(found, function).restype = None
+    pointer, number, integer, truth = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_bool
+    code = (pointer, pointer, integer, integer, integer, integer, number)
+    for name, types in (
+        ("encode", (pointer, truth, pointer)),
+        ("add", (pointer,)),
+        ("sum", (pointer, number, integer, ctypes.c_float)),
+        ("encode_difference", (pointer, pointer, truth, pointer, pointer)),
+        ("add_difference", (pointer, truth, pointer)),
+    ):
+        getattr(found, name).argtypes = (*code, *types)
+        getattr(found, name).restype = None
     return found

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from zgraph.bridge.codecs import add_decoded, encode
+from zgraph.bridge.codecs import add_difference, encode_difference
 from zgraph.bridge.exact_codes import (
     Bytes,
     Shorts,
@@ -46,6 +46,7 @@ def encode_sized(
     before: Tensor | None = None,
     number: int = 0,
     last: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> int:
     """Write the code of numbers: raw where that is no longer. The bytes that it takes.
 
@@ -56,32 +57,43 @@ def encode_sized(
         before: the copy before, likewise; None where there is none.
         number: of that copy.
         last: the numbers of the code before; where they are the same, the copy stays.
+        kept: [numel], to which the numbers are written; or None.
     """
-    form, parts = _coded(codec, numbers, before, last)
+    if before is not None and _same(numbers, before if last is None else last):
+        form, parts = SAME, list[Bytes]()
+    elif before is not None and isinstance(codec, Difference):
+        size = codec.expected_bytes(numbers.numel())
+        if size < HEAD_BYTES + numbers.nbytes:
+            made = torch.empty_like(numbers) if kept is None else kept
+            of_change, of_numbers = encode_difference(codec.codec, numbers, before, made, code[HEAD_BYTES:size])
+            if of_change < FAR * of_numbers:
+                return _announced(code, size, DIFFERENCE, number)
+        form, parts = RAW, []  # numbers that were loaded; or not finite, so that copies are so again with the numbers
+    else:
+        form, parts = _coded(codec, numbers, before)
     if form == RAW or sum(map(len, parts)) >= numbers.nbytes > 0:
         form, parts = RAW, [_bytes(numbers)]
+    if kept is not None:
+        kept.copy_(numbers)
     size = HEAD_BYTES + sum(map(len, parts))
-    out = code.numpy()
-    out[:HEAD_BYTES] = np.array([size, form, number if form in _CHANGES else 0], "<i8").view(np.uint8)
     if parts:
-        np.concatenate(parts, out=out[HEAD_BYTES:size])
-    return size
+        np.concatenate(parts, out=code.numpy()[HEAD_BYTES:size])
+    return _announced(code, size, form, number)
 
 
-def _coded(codec: Sized, numbers: Tensor, before: Tensor | None, last: Tensor | None) -> tuple[int, list[Bytes]]:
-    """The form of a code, and what stands behind its head."""
-    if before is not None and np.array_equal(_bytes(numbers), _bytes(before if last is None else last)):
-        return SAME, []
+def _coded(codec: Sized, numbers: Tensor, before: Tensor | None) -> tuple[int, list[Bytes]]:
+    """The form of a code that loses nothing, and what stands behind its head."""
     if not codec.changes:
         return EXPONENT, encode_exponents(_patterns(numbers))
     if before is None:
         return RAW, []
-    if isinstance(codec, Difference):
-        difference = numbers.float() - before.float()
-        if not difference.norm() < FAR * numbers.float().norm():
-            return RAW, []  # numbers that were loaded; or not finite, so that copies are so again once the numbers are
-        return DIFFERENCE, [encode(codec.codec, difference[None]).view(-1).numpy()]
     return DELTA, encode_delta(_patterns(numbers), _patterns(before))
+
+
+def _announced(code: Tensor, size: int, form: int, number: int) -> int:
+    """Write the head of a code, and give its bytes."""
+    code.numpy()[:HEAD_BYTES] = np.array([size, form, number if form in _CHANGES else 0], "<i8").view(np.uint8)
+    return size
 
 
 def sized_bytes(code: Tensor) -> int:
@@ -135,11 +147,15 @@ def decode_sized(codec: Sized, code: Tensor, out: Tensor, before: Tensor | None 
     elif before is not None and form == SAME:
         out.copy_(before)
     elif before is not None and isinstance(codec, Difference):
-        total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-        add_decoded(codec.codec, payload[None], total.copy_(before)[None])
-        out.copy_(total)
+        add_difference(codec.codec, payload, before, out)
     elif before is not None:
         decode_delta(payload.numpy(), _patterns(before), _patterns(out))
+
+
+def _same(numbers: Tensor, others: Tensor) -> bool:
+    """Whether dense numbers have the same bit patterns."""
+    as_integers = torch.int32 if numbers.element_size() == 4 else torch.int16
+    return torch.equal(*(x.detach().view(-1).view(as_integers) for x in (numbers, others)))
 
 
 def _bytes(numbers: Tensor) -> Bytes:

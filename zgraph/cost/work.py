@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from zgraph.cost.functions import called_work, is_higher_order
-from zgraph.ir import OPS, Graph, Node, TensorType, Type
+from zgraph.ir import OPS, DType, Graph, Node, TensorType, Type
 from zgraph.ir.axis_rules import axis_of
+from zgraph.ir.codecs import Sized
 from zgraph.ir.coded_rules import codec_of
 from zgraph.ir.external_ops import SEED, facts
 from zgraph.ir.external_ops import Work as FlopRule
@@ -44,8 +45,9 @@ def work(graph: Graph, node: Node) -> Work:
             size = axis_of(node, graph.mesh)[1]
             flop = flop * size if node.op in RING.values() else flop // size  # to the keys of every rank in turn
             return Work(flop, _bytes(node), _matmul_dtype(whole), _smallest(whole))
-        passes = codec_of(node).passes if node.op in ("encode", "decode") else 1
-        return Work(0, passes * _bytes(node)) if row.is_work and not row.views(node) else Work()
+        if node.op in ("encode", "decode"):
+            return Work(0, _coding_bytes(graph, node))
+        return Work(0, _bytes(node)) if row.is_work and not row.views(node) else Work()
     if node.op == SEED:
         return Work()  # it reads nothing of the tensor whose device it draws on
     if is_higher_order(node):
@@ -93,6 +95,33 @@ def _matmul_dtype(node: Node) -> str:
 def _bytes(node: Node) -> Any:
     """Bytes read and written, each operand and result once."""
     return sum(_size(v.type) for v in (*node.operands, *node.results))
+
+
+def _coding_bytes(graph: Graph, node: Node) -> Any:
+    """Bytes that a rank reads and writes to code its numbers, or to make numbers of codes.
+
+    Numbers and codes once, as often as a codec takes. Beside them rests are read and written; of what changed, a code
+    reads the copy before and writes the numbers for the next one, and what it stands for is added to the copy before.
+    """
+    codec, is_encoded = codec_of(node), node.op == "encode"
+    if codec.is_exact:
+        return codec.passes * _bytes(node)
+    numbers, codes = (node.operands[0], node.results[0]) if is_encoded else (node.results[0], node.operands[0])
+    numel, itemsize = _own(numbers.tensor, graph), numbers.tensor.dtype.itemsize
+    coded = _own(codes.tensor, graph)
+    if isinstance(codec, Sized):  # the type has room for the most
+        coded = codec.expected_bytes(numel)
+    found = (codec.passes if is_encoded else 1) * (itemsize * numel + coded)
+    if node.option("copies") is not None:
+        found += (1 + is_encoded) * itemsize * numel
+    if is_encoded and node.option("feedback") is not None:
+        found += 2 * DType.f32.itemsize * numel
+    return found
+
+
+def _own(kind: TensorType, graph: Graph) -> Any:
+    """Elements of a tensor that a rank has."""
+    return kind.numel // graph.num_shards if kind.is_sharded else kind.numel
 
 
 def _size(kind: Type) -> Any:

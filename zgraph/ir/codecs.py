@@ -2,6 +2,7 @@
 
     q8(block=256)             8 bits a number, one exponent a block              about 1/4 of fp32
     q4(block=128)             4 bits a number, one exponent a block              about 1/8
+    q2(block=128)             2 bits a number, one exponent a block              about 1/16
     sign(block=256)           the sign of a number, one exponent a block         about 1/32
     topk(1%, chunk=4096)      the largest numbers of each chunk, in bf16         about 1/100
     delta                     what changed since the copy before, exactly       about 1/8 of bf16
@@ -48,7 +49,8 @@ class Codec(abc.ABC):
     name: ClassVar[str]
     is_exact: ClassVar[bool] = False
     passes: ClassVar[int] = 1
-    """How many times longer coding takes than to read numbers and write codes once, on processors."""
+    """How many times longer coding takes than to read numbers and write codes once, on processors; decoding takes as
+    many times longer only where the codec is exact."""
 
     @abc.abstractmethod
     def num_bytes(self, numel: int, dtype: DType) -> int:
@@ -97,6 +99,20 @@ class Q4(Blockwise):
 
 
 @dataclass(frozen=True)
+class Q2(Blockwise):
+    """2 bits a number: a power of two that no number of the block is above, or its negative, or zero.
+
+    Numbers below half of it are zero, and go on in what the code leaves out (TernGrad, Wen et al., 2017, with error
+    feedback in the place of chance).
+    """
+
+    block: int = 128
+
+    name: ClassVar[str] = "q2"
+    bits: ClassVar[int] = 2
+
+
+@dataclass(frozen=True)
 class Sign(Blockwise):
     """One bit a number: plus or minus a power of two near the mean magnitude of its block."""
 
@@ -120,6 +136,7 @@ class TopK(Codec):
     chunk: int = 4096
 
     name: ClassVar[str] = "topk"
+    passes: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if not 0 < self.percent <= 100:
@@ -248,10 +265,12 @@ class Difference(Sized):
         return f"{self.name}({self.codec})"
 
 
-LOSSY: Mapping[str, type[Codec]] = {kind.name: kind for kind in (Q8, Q4, Sign, TopK)}
+LOSSY: Mapping[str, type[Codec]] = {kind.name: kind for kind in (Q8, Q4, Q2, Sign, TopK)}
 """The codecs by name whose codes have a fixed length, and leave something out."""
 
-CODECS: Mapping[str, type[Codec]] = {kind.name: kind for kind in (Q8, Q4, Sign, TopK, Delta, Exponent, Difference, Raw)}
+CODECS: Mapping[str, type[Codec]] = {
+    kind.name: kind for kind in (Q8, Q4, Q2, Sign, TopK, Delta, Exponent, Difference, Raw)
+}
 """The codecs by name."""
 
 

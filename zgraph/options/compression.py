@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from zgraph.bridge.aten import FROM_TORCH, compute_dtype
 from zgraph.errors import UsageError
-from zgraph.ir.codecs import CODECS, LOSSY, Codec, Exact, Sign, TopK, parse_codec
+from zgraph.ir.codecs import CODECS, LOSSY, Q2, Codec, Exact, Sign, TopK, parse_codec
 from zgraph.ir.coded_rules import CODED
 from zgraph.options.parallel import AXES
 from zgraph.passes.core.recipes import EXACT, compressing
@@ -128,7 +128,7 @@ def check_parameters(
             "of them; leave parameters out"
         )
     again = next((name for name in kinds if stages[name] == 3), None)
-    if again is not None and isinstance(parse_codec(codes.parameters), Sign | TopK):
+    if again is not None and isinstance(parse_codec(codes.parameters), Q2 | Sign | TopK):
         raise UsageError(
             f"{codes} codes what changed in a parameter that all ranks still have (stages 1 and 2), and {again} is of "
             "stage 3; take q8 or q4, or stage 2"
@@ -154,7 +154,7 @@ def planned_codes(compress: Compress, stages: Collection[int], tensor_parallel: 
         return codes
     if 0 in stages:
         raise UsageError(f"{codes} codes parameters that are gathered, and at stage 0 none is: give stage=, without 0")
-    if 3 in stages and isinstance(parse_codec(codes.parameters), Sign | TopK):
+    if 3 in stages and isinstance(parse_codec(codes.parameters), Q2 | Sign | TopK):
         raise UsageError(
             f"{codes} codes what changed in parameters that all ranks still have: give stage=, of 1 and 2, or take q8 "
             "or q4"
