@@ -23,6 +23,9 @@ from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
 from zgraph.compiler.copying import Copier, refuse_sharing
 from zgraph.compiler.first_batch import agreeing
 from zgraph.compiler.narrator import Narrator
+from zgraph.compiler.plan_folder import plan_folder
+from zgraph.compiler.plan_key import settings_text
+from zgraph.compiler.plans import Plans
 from zgraph.compiler.replanning import FirstRun, replanning
 from zgraph.compiler.step_recorder import StepRecorder
 from zgraph.environment import environment
@@ -120,6 +123,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         region_calls=settings.regions,
         placements=settings.search,
         record=StepRecorder(settings.record, session) if settings.record is not None else None,
+        plans=Plans(session, settings_text(settings), plan_folder()),
     )
     if settings.remark:
         narrator.remark(settings.remark)
