@@ -19,11 +19,12 @@ from zgraph.compiler.call_guard import eager
 from zgraph.compiler.float8_layers import Float8Layers
 from zgraph.compiler.narrator import Narrator
 from zgraph.compiler.passed import Passed, PassRun, made_by
-from zgraph.compiler.plan_key import foreign, key_of
+from zgraph.compiler.plan_key import foreign, key_of, lines_of
 from zgraph.compiler.plans import Found, Plans
 from zgraph.compiler.recordings import Recordings, choose_calls
 from zgraph.compiler.report import Entry, Report, make_entry
 from zgraph.compiler.step_recorder import StepRecorder
+from zgraph.compiler.trace_folder import KeptTraces
 from zgraph.cost import memory_interval
 from zgraph.cost.workspace import NUM_THREADS, is_measured
 from zgraph.environment import environment
@@ -103,6 +104,7 @@ class CompiledModel:
         self.recordings: list[Recordings] = []
         self.placements, self.record, self.plans = placements, record, plans
         self.plain: Callable[[], nn.Module] | None = None
+        self.traces = KeptTraces(None, self.trace_salt)
         self.smaller_budget: int | None = None
         self.is_replanned = False
         self.entries: list[Entry] = []
@@ -206,12 +208,24 @@ class CompiledModel:
 
     def _key(self, graph: Graph, context: Context, paths: Sequence[Path]) -> str:
         """The key of a plan; empty where the passes must run, and where what they make follows from more than that."""
-        assert self.plans is not None
-        settings, is_replayed = environment(), self.replayed is not None and has_backward(graph)
-        asked = paths or is_replayed or settings.verify != 1 or settings.plans is False
-        if asked or not self.pipeline.passes or foreign(self.pipeline):
+        if paths or (self.replayed is not None and has_backward(graph)) or not self._may_keep:
             return ""
+        assert self.plans is not None
         return key_of(self.plans.options, self.pipeline, context, graph)
+
+    @property
+    def _may_keep(self) -> bool:
+        """Whether plans are kept: not where all is to be checked, nor with passes whose code no key knows."""
+        settings = environment()
+        wanted = settings.verify == 1 and settings.plans is not False and self.plans is not None
+        return wanted and bool(self.pipeline.passes) and not foreign(self.pipeline)
+
+    def trace_salt(self) -> str | None:
+        """Text of what a kept trace depends on beside its graph; None where none is kept."""
+        asked = self.save or self.record or self.replayed or environment().dump
+        if asked or not self._may_keep or self.plans is None:
+            return None
+        return "\n".join(lines_of(self.plans.options, self.pipeline, self.context))
 
     def plan_smaller(self) -> None:
         """Plan with the smaller budget from now on. What was planned before is forgotten."""
@@ -280,6 +294,12 @@ class CompiledModel:
         self.context = replace(self.context, costs=costs)
 
     @property
+    def _reused(self) -> str:
+        """Words on what was reused."""
+        traces, plans = self.traces.counts["reused"], str(self.plans or "")
+        return "; ".join(filter(None, (plans, f"{traces} traced in an earlier run" if traces else "")))
+
+    @property
     def report(self) -> Report:
         store = self.session.store
         buffers = buffer_bytes(self.model)
@@ -308,7 +328,7 @@ class CompiledModel:
             self.session.arenas.state,
             self.session.arenas.kept_bytes,
             self.placements,
-            str(self.plans or ""),
+            self._reused,
         )
 
 

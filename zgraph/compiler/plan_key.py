@@ -59,7 +59,7 @@ def key_of(options: str, pipeline: Pipeline, context: Context, graph: Graph) -> 
         graph: as captured.
     """
     made = hashlib.sha256()
-    for line in (*_lines(options, pipeline, context), print_graph(graph)):
+    for line in (*lines_of(options, pipeline, context), print_graph(graph)):
         made.update(f"{len(line)} {line}\n".encode())
     return made.hexdigest()
 
@@ -69,7 +69,8 @@ def foreign(pipeline: Pipeline) -> str:
     return next((p.name for p in pipeline.passes if type(p).__module__.partition(".")[0] != "zgraph"), "")
 
 
-def _lines(options: str, pipeline: Pipeline, context: Context) -> Iterator[str]:
+def lines_of(options: str, pipeline: Pipeline, context: Context) -> Iterator[str]:
+    """Lines of a key, but for the graph."""
     yield f"kept plan {FORMAT}"
     yield f"source {source_digest()}"
     yield from (f"{name} {version}" for name, version in _versions().items())
