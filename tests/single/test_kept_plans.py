@@ -76,7 +76,7 @@ def _no_warnings() -> Iterator[None]:
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*"))
+    return sorted(folder.glob("*.plan"))
 
 
 def reused(model: nn.Module) -> int:

@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,9 @@ _META = frozenset(
     ]
 )
 """What is noted at nodes of a graph without annotations. Where something else is, tracing may read it."""
+
+_SERIAL = re.compile(r"(?<=in zgraph_forward_)\d+")
+"""Of the function that is captured, in the names of frames: how many there were before in this process."""
 
 _NAMESPACES = frozenset({"aten", "prims", "zgraph"})
 
@@ -262,7 +266,8 @@ def _places(gm: fx.GraphModule) -> Iterator[str]:
     """Where each node comes from: its module and the lines of code, which the captured graph tells of."""
     for node in gm.graph.nodes:
         stack = [(path, f"{kind.__module__}.{kind.__qualname__}") for path, kind in _modules(node)]
-        yield f"{node.name} {node.op} {stack} {node.meta.get('stack_trace')}"
+        lines = _SERIAL.sub("", node.meta.get("stack_trace") or "")
+        yield f"{node.name} {node.op} {stack} {lines}"
 
 
 def _modules(node: fx.Node) -> Iterator[tuple[str, type]]:

@@ -131,7 +131,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         narrator.remark(settings.remark)
     if settings.compiles_regions and settings.is_gpu:
         warm()
-    compiled.traces = KeptTraces(folder, compiled.trace_salt)
+    compiled.traces = KeptTraces(folder and replace(folder, suffix=".trace"), compiled.trace_salt)
     copier = Copier(model, functools.partial(_again, settings))
     own_forward = forward = model.forward
     forget: Callable[[], None] | None = None

@@ -20,8 +20,6 @@ MAX_BYTES = 64 << 20
 MAX_FOLDER_BYTES = 512 << 20
 """Of all files of a folder; those that were not used for longest are removed."""
 
-_SUFFIX = ".plan"
-
 
 @dataclass(frozen=True)
 class PlanFolder:
@@ -29,13 +27,15 @@ class PlanFolder:
 
     Args:
         folder: in which they lie; it belongs to this user, and nobody else may look in.
+        suffix: of their files.
     """
 
     folder: Path
+    suffix: str = ".plan"
 
     def path(self, key: str) -> Path:
         """The file of a key."""
-        return self.folder / f"{key}{_SUFFIX}"
+        return self.folder / f"{key}{self.suffix}"
 
     def find(self, key: str) -> bytes | None:
         """What is kept for a key; None where nothing is. A file that is not whole is removed, with a warning."""
@@ -54,7 +54,7 @@ class PlanFolder:
         path = self.path(key)
         with suppress(OSError):
             path.unlink()
-        warnings.warn(f"the kept plan {path} is removed: {why}", KeptPlanWarning, stacklevel=2)
+        warnings.warn(f"the kept file {path} is removed: {why}", KeptPlanWarning, stacklevel=2)
 
     def keep(self, key: str, held: bytes) -> None:
         """Keep a plan, and make room for it. Where it cannot be written, a KeptPlanWarning says so."""
@@ -63,12 +63,12 @@ class PlanFolder:
         try:
             write_sealed(self.path(key), held, MAX_BYTES)
         except CacheError as error:
-            warnings.warn(f"a plan is not kept: {in_one_line(error)}", KeptPlanWarning, stacklevel=2)
+            warnings.warn(f"a plan or trace is not kept: {in_one_line(error)}", KeptPlanWarning, stacklevel=2)
         self._make_room()
 
     def _make_room(self) -> None:
         found = []
-        for path in self.folder.glob(f"*{_SUFFIX}"):
+        for path in self.folder.glob("[!.]*.*"):
             with suppress(OSError):
                 status = path.lstat()
                 found.append((status.st_mtime, status.st_size, path))
