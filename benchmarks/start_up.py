@@ -1,14 +1,15 @@
 """Start-up of a job with kept plans: python -m benchmarks.start_up
 
-A Llama of 29.9 M parameters, one of 80 narrow layers without and within a memory budget, and GPT-2, on several ranks at
-stage 3, each rank with a folder of plans of its own. Every run is a job of new processes:
+GPT-2, a Llama of 29.9 M parameters, and one of 80 narrow layers, on several ranks at stage 3, each rank with a folder
+of plans of its own. Every run is a job of new processes:
 
-    apart     plans are off: each rank runs the passes
+    apart     plans are off: each rank traces its graph and runs the passes
     cold      no rank has a plan: the first one runs the passes, the others are given its plan
-    warm      every rank has it
+    warm      every rank has it, and its trace
     missing   the last rank has lost its folder
 
-Each rank captures its model in every run. Told are how often the passes ran in the whole job, from `zgraph.compile` to
+Each rank captures its model with Dynamo in every run. Told are how often AOTAutograd traced and how often the passes
+ran in the whole job, from `zgraph.compile` to
 the end of the first step the seconds of the slowest rank and the CPU seconds of all ranks, and whether the losses of
 all steps are those of the run apart. The ranks share the processors of one machine.
 """
@@ -63,21 +64,17 @@ def gpt2(layers: int) -> nn.Module:
 
 
 MODELS = {
+    "gpt2": lambda: gpt2(12),
     "llama-29.9M": lambda: llama(4096, 512, 1408, 8, 8),
     "llama-80-layers": lambda: llama(256, 64, 128, 80, 4),
-    "llama-80-layers-budget": lambda: llama(256, 64, 128, 80, 4),
-    "gpt2": lambda: gpt2(12),
 }
-
-
-BUDGETS = {"llama-80-layers-budget": 26_000_000}
-"""Memory budgets in bytes of those models that have one."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One run of one model.
 
+    traced: how often AOTAutograd traced, one number a rank.
     passes: how often they ran, one number a rank.
     sources: where plans came from, one text a rank.
     passes_s: what the passes took where they ran, on the slowest rank.
@@ -91,6 +88,7 @@ class Row:
     model: str
     parameters: int
     run: str
+    traced: list[int]
     passes: list[int]
     sources: list[str]
     passes_s: float
@@ -116,7 +114,7 @@ def rank_main(model: str, folder: str) -> None:
     dist.barrier()
     began, began_cpu = time.perf_counter(), time.process_time()
     os.environ["ZGRAPH_PLANS"] = f"{folder}/rank{rank}" if folder else "0"
-    compiled = zgraph.compile(built, stage=3, memory_budget=BUDGETS.get(model))
+    compiled = zgraph.compile(built, stage=3)
     optimizer = torch.optim.AdamW(compiled.parameters(), lr=1e-3)
     losses, first = [], (0.0, 0.0)
     for step in range(STEPS):
@@ -131,7 +129,15 @@ def rank_main(model: str, folder: str) -> None:
     assert state.plans is not None
     ran = len(state.entries) - state.plans.counts.total()
     passes_s = sum(step.seconds for entry in state.entries for step in entry.steps) if ran else 0.0
-    found = {"parameters": parameters, "passes": ran, "passes_s": passes_s, "first": first, "losses": losses}
+    traced = len(state.entries) - state.traces.counts["reused"]
+    found = {
+        "parameters": parameters,
+        "traced": traced,
+        "passes": ran,
+        "passes_s": passes_s,
+        "first": first,
+        "losses": losses,
+    }
     print("FOUND", json.dumps({**found, "source": str(state.plans) or "the passes"}))
     dist.barrier()
     dist.destroy_process_group()
@@ -185,6 +191,7 @@ def measured(model: str, ranks: int) -> list[Row]:
                     model,
                     found[0]["parameters"],
                     run,
+                    [rank["traced"] for rank in found],
                     [rank["passes"] for rank in found],
                     [rank["source"] for rank in found],
                     max(rank["passes_s"] for rank in found),
@@ -212,7 +219,18 @@ def main(
         rank_main(rank_of, folder)
         return
     table = Table(title=f"first step on {ranks} ranks", title_justify="left")
-    for column in ("model", "run", "passes ran", "passes s", "first step s", "CPU s", "ratio", "of CPU", "losses"):
+    for column in (
+        "model",
+        "run",
+        "traced",
+        "passes ran",
+        "passes s",
+        "first step s",
+        "CPU s",
+        "ratio",
+        "of CPU",
+        "losses",
+    ):
         table.add_column(column, justify="left" if column in ("model", "run", "losses") else "right")
     rows: list[Row] = []
     for model in (model for model in MODELS if only in ("", model)):
@@ -220,7 +238,14 @@ def main(
             rows.append(row)
             times = f"{row.passes_s:.1f}", f"{row.first_step_s:.1f}", f"{row.cpu_s:.1f}"
             times += f"{row.ratio:.2f}", f"{row.ratio_cpu:.2f}"
-            table.add_row(model, row.run, str(sum(row.passes)), *times, "same" if row.losses_equal else "DIFFERENT")
+            table.add_row(
+                model,
+                row.run,
+                str(sum(row.traced)),
+                str(sum(row.passes)),
+                *times,
+                "same" if row.losses_equal else "DIFFERENT",
+            )
         write(json_file, ranks=ranks, batch=BATCH, length=LENGTH, rows=[asdict(row) for row in rows])
     Console().print(table)
 
