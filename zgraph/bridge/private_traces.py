@@ -32,7 +32,7 @@ from torch._inductor.output_code import OutputCode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["Code", "Keeping", "Unkeyed", "is_data", "keeping"]
+__all__ = ["Code", "Keeping", "Unkeyed", "as_torch_keeps", "is_data", "keeping"]
 
 Run = Callable[[list[Any]], Sequence[Any]]
 
@@ -203,22 +203,55 @@ def keeping(
     """
     _check(gm, examples)
     kept = Keeping(find, "\n".join([salt, *_state(), *_places(gm)]))
-    replaced: Any = AOTAutogradCache
-    tracing: Any = graph_compile
-    lookup, save, serialize = replaced._lookup, replaced.save, tracing.serialize_graph_module
-    replaced._lookup, replaced.save = staticmethod(kept.lookup), staticmethod(kept.save)
-    tracing.serialize_graph_module = lambda gm: None  # it would be written, with the code of the half
+    _settings_before.append({name: getattr(functorch_config, name) for name in _CONFIG})
     try:
-        with functorch_config.patch(
-            enable_autograd_cache=True,
-            enable_remote_autograd_cache=False,
-            bundled_autograd_cache=True,
-            force_non_lazy_backward_lowering=True,
-        ):
+        with _installed({"_lookup": kept.lookup, "save": kept.save}, lambda gm: None, _CONFIG):
             yield kept
     finally:
-        replaced._lookup, replaced.save = staticmethod(lookup), staticmethod(save)
-        tracing.serialize_graph_module = serialize
+        _settings_before.pop()
+
+
+_CONFIG = {
+    "enable_autograd_cache": True,
+    "enable_remote_autograd_cache": False,
+    "bundled_autograd_cache": True,
+    "force_non_lazy_backward_lowering": True,
+}
+"""Settings with which AOTAutograd asks for what is kept, and tells what it has made."""
+
+_settings_before: list[dict[str, Any]] = []
+"""Those of the user, while a graph is kept. Torch compiles one graph at a time."""
+
+_OWN: tuple[dict[str, Any], Any] = (
+    {name: getattr(AOTAutogradCache, name) for name in ("_lookup", "save")},
+    vars(graph_compile)["serialize_graph_module"],
+)
+"""What torch itself asks and tells, and how it writes the graph of a backward: with the code of zgraph's halves."""
+
+
+@contextmanager
+def as_torch_keeps() -> Iterator[None]:
+    """Have AOTAutograd ask and tell as it would by itself, for graphs that are compiled while another is."""
+    with _installed(*_OWN, _settings_before[-1] if _settings_before else {}):
+        yield
+
+
+@contextmanager
+def _installed(methods: dict[str, Any], serialize: Any, settings: dict[str, Any]) -> Iterator[None]:
+    """These methods of torch's cache and these settings."""
+    cache: Any = AOTAutogradCache
+    tracing: Any = graph_compile
+    before, serialized = {name: getattr(cache, name) for name in methods}, tracing.serialize_graph_module
+    for name, method in methods.items():
+        setattr(cache, name, staticmethod(method))
+    tracing.serialize_graph_module = serialize
+    try:
+        with functorch_config.patch(settings):
+            yield
+    finally:
+        for name, method in before.items():
+            setattr(cache, name, staticmethod(method))
+        tracing.serialize_graph_module = serialized
 
 
 def _check(gm: fx.GraphModule, examples: Sequence[Any]) -> None:

@@ -21,7 +21,7 @@ from torch import fx
 from zgraph.bridge import private_compile
 from zgraph.bridge.private_onednn import plain_recurrence
 from zgraph.bridge.private_ops import write_out_mutations
-from zgraph.bridge.private_traces import Unkeyed, keeping
+from zgraph.bridge.private_traces import Unkeyed, as_torch_keeps, keeping
 from zgraph.capture.failures import failure
 from zgraph.capture.halves import Runner, SavedNodes, backward_runner, boxed_runner, meta_of, opaque
 from zgraph.capture.importer import Importer, Leaf
@@ -293,7 +293,7 @@ class _OneCapture:
         for known, compiled in self.made:
             if known == graph:
                 return compiled
-        with private_compile.without_modes(), torch.no_grad():
+        with private_compile.without_modes(), torch.no_grad(), as_torch_keeps():
             compiled = self.frontend.compiler(graph, constants, hints)
         self.made.append((graph, compiled))
         return compiled
