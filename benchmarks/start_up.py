@@ -9,9 +9,9 @@ of plans of its own. Every run is a job of new processes:
     missing   the last rank has lost its folder
 
 Each rank captures its model with Dynamo in every run. Told are how often AOTAutograd traced and how often the passes
-ran in the whole job, from `zgraph.compile` to
-the end of the first step the seconds of the slowest rank and the CPU seconds of all ranks, and whether the losses of
-all steps are those of the run apart. The ranks share the processors of one machine.
+ran in the whole job; from `zgraph.compile` to the end of the first step the seconds of the slowest rank and the CPU
+seconds of all ranks; and whether the losses of all steps are those of the run apart. The ranks share the processors of
+one machine.
 """
 
 from __future__ import annotations
