@@ -1,4 +1,4 @@
-"""What AOTAutograd makes of a graph that torch.compile has captured, kept: by the key of torch's own cache of it.
+"""Results of AOTAutograd that are kept, by the key of torch's own cache of them.
 
 Torch keeps these results itself where Inductor compiles, in files of its own. Here they are bytes that the caller has.
 The key is torch's (`autograd_cache_key`: the graph's code, its inputs, modes, configurations and versions) with what
@@ -47,7 +47,7 @@ _META = frozenset(
         "creation_timestamp",
     ]
 )
-"""What is noted at nodes of a graph without annotations. Where something else is, tracing may read it."""
+"""Notes at nodes of a graph without annotations. Where there is another, tracing may read it."""
 
 _SERIAL = re.compile(r"(?<=in zgraph_forward_)\d+")
 """Of the function that is captured, in the names of frames: how many there were before in this process."""
@@ -131,7 +131,7 @@ class Code(OutputCode):
 
 @dataclass
 class Keeping:
-    """What becomes of one graph.
+    """State of one graph, for which a result is asked.
 
     Args:
         find: the bytes that are kept for a key; None where nothing is.
@@ -148,7 +148,7 @@ class Keeping:
     made: bytes = b""
 
     def lookup(self, own: str, *_: Any) -> tuple[Any, bytes] | None:
-        """What torch asks for by its own key."""
+        """Answer to what torch asks for by its own key."""
         self.key = hashlib.sha256(f"{own}\n{self.salt}".encode()).hexdigest()
         if (held := self.find(self.key)) is None:
             return None
@@ -157,7 +157,7 @@ class Keeping:
         return entry, held
 
     def save(self, _: str, entry: Any, remote: bool) -> None:
-        """What torch has made."""
+        """Take note of what torch has made."""
         del remote
         entry.pre_save()
         bare = dataclasses.replace(
@@ -226,7 +226,7 @@ _OWN: tuple[dict[str, Any], Any] = (
     {name: getattr(AOTAutogradCache, name) for name in ("_lookup", "save")},
     vars(graph_compile)["serialize_graph_module"],
 )
-"""What torch itself asks and tells, and how it writes the graph of a backward: with the code of zgraph's halves."""
+"""Methods by which torch itself asks and tells, and how it writes the graph of a backward: with the code of zgraph's halves."""
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class Traces(Protocol):
         """Text of all that the compiler of captured graphs depends on; None where no trace is kept."""
 
     def find(self, key: str) -> bytes | None:
-        """What is kept for a key."""
+        """Bytes that are kept for a key."""
 
     def keep(self, key: str, held: bytes) -> None:
         """Keep a trace."""

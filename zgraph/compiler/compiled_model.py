@@ -177,7 +177,7 @@ class CompiledModel:
         return Compiled(plan, forward, backward)
 
     def _planned_by(self, graph: Graph, context: Context, paths: Sequence[Path], *, together: bool) -> Passed:
-        """What the passes make of a graph, or have made of it in another run or on another rank.
+        """The plan that the passes make of a graph, or have made of it in another run or on another rank.
 
         Args:
             graph: as captured.

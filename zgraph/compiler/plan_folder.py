@@ -38,7 +38,7 @@ class PlanFolder:
         return self.folder / f"{key}{self.suffix}"
 
     def find(self, key: str) -> bytes | None:
-        """What is kept for a key; None where nothing is. A file that is not whole is removed, with a warning."""
+        """Bytes that are kept for a key; None where nothing is. A file that is not whole is removed, with a warning."""
         path = self.path(key)
         held = read_sealed(path, MAX_BYTES)
         if held is None:

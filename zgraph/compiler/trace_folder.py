@@ -43,7 +43,7 @@ class KeptTraces:
         return self.salted() if self.folder is not None and user_key() else None
 
     def find(self, key: str) -> bytes | None:
-        """What is kept for a key, if it has this user's mark."""
+        """Bytes that are kept for a key, if it has this user's mark."""
         assert self.folder is not None
         if (held := self.folder.find(key)) is None:
             return None

@@ -149,7 +149,7 @@ class Kept:
 
 
 def kept(key: str, certifier: Certifier, summaries: Sequence[PassSummary], timeline: Timeline, said: Said) -> Kept:
-    """What passes made, to be kept.
+    """The plan that passes have made, to be kept.
 
     Args:
         key: of what they read.
