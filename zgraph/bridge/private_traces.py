@@ -226,7 +226,7 @@ _OWN: tuple[dict[str, Any], Any] = (
     {name: getattr(AOTAutogradCache, name) for name in ("_lookup", "save")},
     vars(graph_compile)["serialize_graph_module"],
 )
-"""Methods by which torch itself asks and tells, and how it writes the graph of a backward: with the code of zgraph's halves."""
+"""Methods by which torch itself asks and tells, and how it writes the graph of a backward: with the code of halves."""
 
 
 @contextmanager

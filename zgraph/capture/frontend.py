@@ -190,7 +190,7 @@ class _OneCapture:
         return made
 
     def kept(self, gm: fx.GraphModule, examples: Sequence[Any], traces: Traces) -> Callable[..., Any] | None:
-        """The callable that runs a graph, by its kept trace or by a new one, which is kept; None where it has no key."""
+        """The callable of a graph, by its kept trace or by a new one, which is kept; None where it has no key."""
         if (salt := traces.salt()) is None:
             return None
         found: list[Trace] = []
