@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from math import inf
 from typing import Any, NoReturn
 
 from zgraph.errors import PeerError, PlanMismatchError
@@ -114,21 +115,33 @@ class Meetings(Circle):
         if gone or self.departed():
             self.blame(what, TimeoutError("no answer"), gone)
 
-    def told(self, key: str, what: str) -> str:
-        """The word that another of these ranks puts under a key of the store, however long it takes.
+    def tell(self, key: str, word: str) -> None:
+        """Put a word under a key of the store, for others of these ranks, unless one of them has put another there.
+
+        Raises PeerError if the store is gone.
+        """
+        with store_errors():
+            self.store.compare_set(key, "", word)
+
+    def told(self, key: str, what: str, limit_s: float = inf) -> str:
+        """The word that another of these ranks puts under a key of the store.
 
         Args:
             key: of the store, used for no other word.
             what: this rank waits for.
+            limit_s: how long; by default for ever.
 
         Raises:
-            PeerError: one failed, ended, or is gone, and the store with it, maybe.
+            PeerError: one failed, ended, is gone (and the store with it, maybe), or has not come in time.
         """
         self._at(what, waits=True)
+        until = time.monotonic() + limit_s
         with store_errors():
             with self.heart.ears.listen(key, f"{_OVER}rank {self.rank} has left, which waited for {what}") as ear:
                 while not ear.over.wait(ASK_AFTER_SECONDS):
                     self.check(what)
+                    if time.monotonic() > until:
+                        self.give_up(limit_s)
             word = ear.word()
         if word.startswith(_OVER):
             self._raise_what_ended(word.removeprefix(_OVER))

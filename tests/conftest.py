@@ -16,6 +16,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imp
 OF_TESTS = ("ZGRAPH_DEEP", "ZGRAPH_NEEDS_EMULATED", "ZGRAPH_TESTS_CACHE")
 for _name in [name for name in os.environ if name.startswith("ZGRAPH_") and name not in OF_TESTS]:
     del os.environ[_name]  # what the user set for zgraph changes no test
+os.environ["ZGRAPH_PLANS"] = "0"  # the passes run in each test, but for those of kept plans
 
 
 def pytest_configure() -> None:

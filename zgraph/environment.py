@@ -54,6 +54,8 @@ class Environment:
             commas, "all" or "none".
         arenas: ZGRAPH_ARENAS, the memory that collectives read and write on GPUs: "registered" with NCCL where that can
             be, "symmetric" as a window on all ranks too, or "plain".
+        plans: ZGRAPH_PLANS, where plans are kept between runs: a folder, or True for "1", that of this user; False for
+            "0" (the default) keeps none.
         config: ZGRAPH_CONFIG, the configuration file of `zgraph.hf.Trainer` where it is given none.
     """
 
@@ -65,6 +67,7 @@ class Environment:
     traceback: str = "short"
     logs: frozenset[str] = USUAL_LOGS
     arenas: str = "registered"
+    plans: Path | bool = False
 
 
 def environment() -> Environment:
@@ -94,7 +97,12 @@ def environment() -> Environment:
         traceback,
         _logs(),
         arenas,
+        _plans(os.environ.get("ZGRAPH_PLANS", "0")),
     )
+
+
+def _plans(text: str) -> Path | bool:
+    return text == "1" if text in ("", "0", "1") else Path(text).expanduser()
 
 
 def _logs() -> frozenset[str]:

@@ -217,6 +217,10 @@ class CacheError(ZgraphError):
     """A folder of the cache is not this user's own, or cannot be written. The message says what to do."""
 
 
+class KeptPlanWarning(UserWarning):
+    """A kept plan was damaged or is not right, or could not be kept: the passes run, as without it."""
+
+
 class KernelError(ZgraphError, ValueError):
     """A kernel's specification does not parse or does not hold together."""
 

@@ -16,22 +16,21 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from zgraph.bridge import private_compile
-from zgraph.bridge.aten import TO_TORCH
 from zgraph.bridge.private_onednn import plain_recurrence
 from zgraph.bridge.private_ops import write_out_mutations
+from zgraph.bridge.private_traces import Unkeyed, as_torch_keeps, keeping
 from zgraph.capture.failures import failure
+from zgraph.capture.halves import Runner, SavedNodes, backward_runner, boxed_runner, meta_of, opaque
 from zgraph.capture.importer import Importer, Leaf
-from zgraph.errors import CaptureError, EscapedParameterError
-from zgraph.ir import DType, Graph, InputKind, Phase, Placement, Plan, TensorType, Value
+from zgraph.capture.kept_traces import Trace, Traces, is_small, read_trace, saved_by
+from zgraph.errors import CaptureError, EscapedParameterError, RunFileError
+from zgraph.ir import DType, Graph, InputKind, Phase, Placement, Plan, TensorType
 from zgraph.ir.ops import views
 
 _serial = count()
-
-Runner = Callable[[list[Any]], Sequence[Any]]
-"""Takes its arguments in a list that it empties as it goes, and returns its results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +77,7 @@ class Frontend:
         rewrite: given each function that torch.compile has traced, before its graph is taken.
         inputs: the name of each tensor, by `id`, that the function is called with and is known by.
         returns_parts: whether what is run returns a part of what is captured, and is given gradients of that part.
+        traces: where traces are kept; None keeps none.
     """
 
     def __init__(
@@ -92,8 +92,9 @@ class Frontend:
         rewrite: Callable[[fx.GraphModule], None] | None = None,
         inputs: Mapping[int, str] = MappingProxyType({}),
         returns_parts: bool = False,
+        traces: Traces | None = None,
     ) -> None:
-        self.inputs, self.returns_parts = inputs, returns_parts
+        self.inputs, self.returns_parts, self.traces = inputs, returns_parts, traces
         self.params, self.buffers, self.compiler, self.name, self.attach = params, buffers, compiler, name, attach
         self.left_eager, self.ready, self.rewrite = left_eager, ready, rewrite
         self._codes: list[types.CodeType] = []
@@ -145,17 +146,11 @@ class Frontend:
         buffers = self.buffers()
         leaves = {index: self._leaf(example, buffers) for index, example in enumerate(examples)}
         capture = _OneCapture(self, leaves)
-        captured = private_compile.aot_autograd(
-            fw_compiler=capture.runner_of,
-            bw_compiler=capture.runner_of,
-            partition_fn=capture.partition,
-            inference_compiler=capture.inference,
-            decompositions=private_compile.DECOMPOSED,
-        )
         if self.rewrite is not None:
             self.rewrite(gm)
         with plain_recurrence(), private_compile.tangents_of_any_size(self.returns_parts):
-            run = captured(gm, examples)
+            run = capture.kept(gm, examples, self.traces) if self.traces is not None else None
+            run = run or capture.traced(capture.runner_of, capture.runner_of, capture.inference)(gm, examples)
         return self.attach(run, {i: leaf.target for i, leaf in leaves.items() if leaf.kind is InputKind.param})
 
     def _piece(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -179,6 +174,72 @@ class _OneCapture:
 
     def __init__(self, frontend: Frontend, leaves: Mapping[int, Leaf]) -> None:
         self.frontend, self.leaves = frontend, leaves
+        self.made: list[tuple[Graph, Compiled]] = []
+        self.constants: Mapping[str, torch.Tensor] = {}
+        self.can_be_kept = False
+
+    def traced(self, forward: Any, backward: Any, inference: Any) -> Callable[..., Any]:
+        """AOTAutograd, with these compilers of the two halves, and of a graph without a backward."""
+        made: Callable[..., Any] = private_compile.aot_autograd(
+            fw_compiler=forward,
+            bw_compiler=backward,
+            partition_fn=self.partition,
+            inference_compiler=inference,
+            decompositions=private_compile.DECOMPOSED,
+        )
+        return made
+
+    def kept(self, gm: fx.GraphModule, examples: Sequence[Any], traces: Traces) -> Callable[..., Any] | None:
+        """The callable of a graph, by its kept trace or by a new one, which is kept; None where it has no key."""
+        if (salt := traces.salt()) is None:
+            return None
+        found: list[Trace] = []
+
+        def find(key: str) -> bytes | None:
+            if (held := traces.find(key)) is None:
+                return None
+            try:
+                found.append(read_trace(held))
+            except RunFileError as error:
+                traces.refuse(key, str(error))
+                return None
+            return found[-1].result
+
+        phases = iter(("forward", "backward"))
+        salt = "\n".join(
+            [salt, self.frontend.name, str(self.frontend.returns_parts), repr(sorted(self.leaves.items()))]
+        )
+        try:
+            with keeping(gm, examples, salt, find) as state:
+                compiler = state.compiler(lambda: next(phases), self.runner_of)
+                run: Callable[..., Any] = self.traced(
+                    compiler, compiler, state.compiler(lambda: "inference", self.inference)
+                )(gm, examples)
+        except Unkeyed:
+            return None
+        if self.made:  # AOTAutograd has traced it
+            traces.count(found=False)
+            graph, compiled = self.made[0]
+            if len(self.made) == 1 and self.can_be_kept and state.made and state.key:
+                traces.keep(state.key, Trace(graph, self.constants, saved_by(compiled.plan), state.made).to_bytes())
+            return run
+        (trace,) = found
+        compiled = self._compiled(trace.captured, trace.constants, {})
+        if saved_by(compiled.plan) != trace.saved:
+            traces.refuse(state.key, "it is of a program that saves other values")
+            return None
+        traces.count(found=True)
+        for code in state.codes:
+            code.run = self._half(code.phase, compiled)
+        return run
+
+    def _half(self, phase: str, compiled: Compiled) -> Callable[..., Any]:
+        """One half of a program, as AOTAutograd calls it."""
+        if phase != "backward":
+            return boxed_runner(compiled.forward)
+        assert compiled.backward is not None
+        kinds = [isinstance(value.type, TensorType) for value in compiled.plan.saved]
+        return boxed_runner(backward_runner(compiled.backward, sum(kinds), len(kinds) - sum(kinds)))
 
     def partition(
         self, joint: fx.GraphModule, _inputs: Any, *, num_fwd_outputs: int, **_: Any
@@ -187,45 +248,55 @@ class _OneCapture:
         compiled = self._compile(joint, num_fwd_outputs)
         assert compiled.backward is not None
         plan = compiled.plan
-        saved = _SavedNodes(joint, plan)
+        saved = SavedNodes(joint, plan)
         outputs = joint.graph.output_node()
         descs = outputs.meta.get("desc")
         nodes: list[Any] = list(outputs.args[0])  # type: ignore[arg-type]
         first, second = nodes[:num_fwd_outputs], nodes[num_fwd_outputs:]
         placeholders = joint.graph.find_nodes(op="placeholder")
         tangents = {i.value.name for i in plan.graph.inputs if i.kind is InputKind.tangent}
-        forward = _opaque(
+        forward = opaque(
             compiled.forward,
             "zgraph_forward",
             [(p.name, p.meta) for p in placeholders if p.name not in tangents],
-            [*(_meta(o) for o in first), *(meta for _, meta in saved.tensors), *(meta for _, meta in saved.scalars)],
+            [*(meta_of(o) for o in first), *(meta for _, meta in saved.tensors), *(meta for _, meta in saved.scalars)],
             descs and [*descs[:num_fwd_outputs], *([None] * len(plan.saved))],
         )
-        backward = _opaque(
-            _backward_runner(compiled.backward, len(saved.tensors), len(saved.scalars)),
+        backward = opaque(
+            backward_runner(compiled.backward, len(saved.tensors), len(saved.scalars)),
             "zgraph_backward",
             [*saved.scalars, *saved.tensors, *((p.name, p.meta) for p in placeholders if p.name in tangents)],
-            [_meta(o) for o in second],
+            [meta_of(o) for o in second],
             descs and descs[num_fwd_outputs:],
         )
         return forward, backward
 
     def inference(self, gm: fx.GraphModule, _examples: Sequence[Any]) -> Callable[..., Any]:
         """A graph without a backward, compiled."""
-        return _boxed(self._compile(gm, None).forward)
+        return boxed_runner(self._compile(gm, None).forward)
 
     def runner_of(self, gm: fx.GraphModule, _examples: Sequence[Any]) -> Callable[..., Any]:
         """The runner inside an opaque half."""
         (call,) = (n for n in gm.graph.nodes if n.op == "call_function" and n.target is not operator.getitem)
-        return _boxed(call.target)
+        return boxed_runner(call.target)
 
     def _compile(self, gm: fx.GraphModule, num_forward_outputs: int | None) -> Compiled:
         write_out_mutations(gm, private_compile.fake_mode_of(gm))
         importer = Importer(gm, self.leaves, num_forward_outputs, self.frontend.name)
         graph = importer.run()
         _check_escapes(graph, {info.name for info in self.frontend.params.values() if info.is_placeholder})
-        with private_compile.without_modes(), torch.no_grad():
-            return self.frontend.compiler(graph, importer.constants, importer.hints)
+        self.constants, self.can_be_kept = importer.constants, not importer.hints and is_small(importer.constants)
+        return self._compiled(graph, importer.constants, importer.hints)
+
+    def _compiled(self, graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> Compiled:
+        """A captured graph, compiled: once, as all ranks compile together."""
+        for known, compiled in self.made:
+            if known == graph:
+                return compiled
+        with private_compile.without_modes(), torch.no_grad(), as_torch_keeps():
+            compiled = self.frontend.compiler(graph, constants, hints)
+        self.made.append((graph, compiled))
+        return compiled
 
 
 def _check_escapes(graph: Graph, placeholders: Set[str]) -> None:
@@ -244,43 +315,6 @@ def _check_escapes(graph: Graph, placeholders: Set[str]) -> None:
                 todo.extend(views(graph, graph.producers[name]))
 
 
-class _SavedNodes:
-    """The saved values as AOTAutograd wants to see them: tensors apart from scalars, each with a fake value."""
-
-    def __init__(self, joint: fx.GraphModule, plan: Plan) -> None:
-        self.metas = {n.name: n.meta for n in joint.graph.nodes}
-        self.producers = plan.graph.producers
-        self.mode = private_compile.fake_mode_of(joint)
-        device = next(
-            (v.device for n in joint.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)),
-            torch.device("cpu"),
-        )
-        self.device = device
-        self.tensors = [self._entry(v) for v in plan.saved if isinstance(v.type, TensorType)]
-        self.scalars = [self._entry(v) for v in plan.saved if not isinstance(v.type, TensorType)]
-
-    def _entry(self, value: Value) -> tuple[str, dict[str, Any]]:
-        if value.name in self.metas and "val" in self.metas[value.name]:
-            return value.name, self.metas[value.name]
-        kind = value.tensor
-        if kind.is_on_host and (source := self._offloaded(value)) is not None:
-            with self.mode:
-                return value.name, {"val": source.to("cpu")}
-        with self.mode:
-            fake = torch.empty([int(d) for d in kind.shape], dtype=TO_TORCH[kind.dtype], device=self.device)
-        return value.name, {"val": fake}
-
-    def _offloaded(self, value: Value) -> Any:
-        """The fake tensor of the device that a value of the host is a copy of."""
-        node = self.producers.get(value.name)
-        while node is not None and node.op in ("wait", "offload_start"):
-            name = node.operands[0].name
-            if "val" in self.metas.get(name, {}):
-                return self.metas[name]["val"]
-            node = self.producers.get(name)
-        return None
-
-
 def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` behind a separate code object.
 
@@ -292,61 +326,3 @@ def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
 
     code = forward.__code__.replace(co_name=f"zgraph_forward_{next(_serial)}")
     return types.FunctionType(code, forward.__globals__, code.co_name, forward.__defaults__, forward.__closure__)
-
-
-def _backward_runner(run: Runner, num_tensors: int, num_scalars: int) -> Runner:
-    """AOTAutograd hands over scalars, then tensors, then tangents; the plan has tensors, then scalars, first."""
-
-    def zgraph_backward(args: list[Any]) -> Sequence[Any]:
-        args[: num_scalars + num_tensors] = (
-            *args[num_scalars : num_scalars + num_tensors],
-            *args[:num_scalars],
-        )
-        return run(args)
-
-    return zgraph_backward
-
-
-def _opaque(
-    run: Runner, name: str, inputs: Sequence[tuple[str, dict[str, Any]]], outputs: Sequence[Any], descs: Any
-) -> fx.GraphModule:
-    """A module with these placeholders and outputs, whose body is one call of `run`."""
-
-    def body(*args: Any) -> Sequence[Any]:
-        return run(list(args))
-
-    body.__name__ = name
-    body.zgraph_runner = run  # type: ignore[attr-defined]
-    graph = fx.Graph()
-    placeholders = []
-    for label, meta in inputs:
-        node = graph.placeholder(label)
-        node.meta = dict(meta)
-        placeholders.append(node)
-    call = graph.call_function(body, tuple(placeholders))
-    results: list[Any] = []
-    for index, meta in enumerate(outputs):
-        if meta is None:
-            results.append(None)
-            continue
-        item = graph.call_function(operator.getitem, (call, index))
-        item.meta = dict(meta)
-        results.append(item)
-    output = graph.output(tuple(results))
-    output.meta = {"desc": descs} if descs else {}
-    return fx.GraphModule(nn.Module(), graph)
-
-
-def _meta(output: Any) -> dict[str, Any] | None:
-    return output.meta if isinstance(output, fx.Node) else None
-
-
-def _boxed(run: Any) -> Callable[..., Any]:
-    """`run` under the calling convention by which AOTAutograd lets go of its references to the arguments."""
-    target = getattr(run, "zgraph_runner", run)
-
-    def boxed(args: list[Any]) -> Sequence[Any]:
-        return target(args)  # type: ignore[no-any-return]
-
-    boxed._boxed_call = True  # type: ignore[attr-defined]
-    return boxed

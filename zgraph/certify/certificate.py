@@ -6,7 +6,7 @@ computes what was captured; what breaks a rule is a `VerifyError` that names the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from time import perf_counter
@@ -47,6 +47,30 @@ def _shape(mesh: Mesh) -> str:
     return " x ".join(f"{axis.name}={axis.size}" for axis in mesh)
 
 
+def landmarks(steps: Sequence[tuple[str, Graph]]) -> set[int]:
+    """Numbers of the graphs that `Certifier.finish` compares beside the first and the last: those on both sides of a
+    pass that puts kernels or products in float8 in the place of ops.
+
+    Args:
+        steps: the name of each pass with the graph after it, what was captured first.
+    """
+    found: set[int] = set()
+    for number, ((_, before), (_, graph)) in enumerate(pairwise(steps), 1):
+        if _fuses(before, graph) or _approximates(before, graph):
+            found |= {number - 1, number}
+    return found
+
+
+def _fuses(before: Graph, graph: Graph) -> bool:
+    """Whether a graph has other kernels in the place of ops than the one before it, and is not yet placed."""
+    return not graph.mesh and kernels(before) != kernels(graph)
+
+
+def _approximates(before: Graph, graph: Graph) -> bool:
+    """Whether other products are in float8 than in the graph before it, and it is not yet placed."""
+    return not graph.mesh and float8.products(before) != float8.products(graph)
+
+
 class Certifier:
     """Checks the graphs of a run. It is an instrument of a pipeline.
 
@@ -83,10 +107,10 @@ class Certifier:
         try:
             check.begin(*self.steps[0])
             for (before_step, before), (step, graph) in pairwise(self.steps):
-                if check.fuses(before, graph):
+                if _fuses(before, graph):
                     check.compare(before_step, before, places=True)
                     check.fused(step, before, graph)
-                elif check.approximates(before, graph):
+                elif _approximates(before, graph):
                     check.compare(before_step, before, places=True)
                     check.approximated(step, before, graph)
             check.compare(last_step, last, places=True)
@@ -119,9 +143,9 @@ class Certifier:
                 check.rules(graph)
             if placed and (changed or step == "release"):
                 check.placed(graph, released=released)
-            if changed and check.fuses(before, graph):
+            if changed and _fuses(before, graph):
                 check.fused(step, before, graph)
-            elif changed and check.approximates(before, graph):
+            elif changed and _approximates(before, graph):
                 check.approximated(step, before, graph)
             elif changed:
                 check.compare(step, graph)
@@ -157,19 +181,11 @@ class _Check:
         self.name, self.graph = step, graph
         self.known = self.equality.programs(graph)
 
-    def fuses(self, before: Graph, graph: Graph) -> bool:
-        """Whether a graph has other kernels in the place of ops than the one before it, and is not yet placed."""
-        return not graph.mesh and kernels(before) != kernels(graph)
-
     def fused(self, step: str, before: Graph, graph: Graph) -> None:
         """Whether the kernels compute what stood in their place; what follows is compared with this graph."""
         self.name = step
         self.run("kernels by their specification", graph, self.equality.fused(before, graph))
         self.begin_again(step, graph)
-
-    def approximates(self, before: Graph, graph: Graph) -> bool:
-        """Whether other products are in float8 than in the graph before it, and it is not yet placed."""
-        return not graph.mesh and float8.products(before) != float8.products(graph)
 
     def approximated(self, step: str, before: Graph, graph: Graph) -> None:
         """Whether a graph computes what the last one did but for float8; what follows is compared with this one."""

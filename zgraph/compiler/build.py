@@ -23,8 +23,12 @@ from zgraph.compiler.compiled_model import CompiledModel, buffer_bytes, enabled
 from zgraph.compiler.copying import Copier, refuse_sharing
 from zgraph.compiler.first_batch import agreeing
 from zgraph.compiler.narrator import Narrator
+from zgraph.compiler.plan_folder import plan_folder
+from zgraph.compiler.plan_key import settings_text
+from zgraph.compiler.plans import Plans
 from zgraph.compiler.replanning import FirstRun, replanning
 from zgraph.compiler.step_recorder import StepRecorder
+from zgraph.compiler.trace_folder import KeptTraces
 from zgraph.environment import environment
 from zgraph.ir import Axis, in_use
 from zgraph.options.settings import Settings
@@ -104,6 +108,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
     if (words := allocator_advice(session.device)) and words not in _advised:
         _advised.add(words)
         narrator.remark(words)
+    folder = plan_folder()
     compiled = CompiledModel(
         model,
         session,
@@ -120,11 +125,13 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
         region_calls=settings.regions,
         placements=settings.search,
         record=StepRecorder(settings.record, session) if settings.record is not None else None,
+        plans=Plans(session, settings_text(settings), folder),
     )
     if settings.remark:
         narrator.remark(settings.remark)
     if settings.compiles_regions and settings.is_gpu:
         warm()
+    compiled.traces = KeptTraces(folder and replace(folder, suffix=".trace"), compiled.trace_salt)
     copier = Copier(model, functools.partial(_again, settings))
     own_forward = forward = model.forward
     forget: Callable[[], None] | None = None
@@ -145,6 +152,7 @@ def attach(model: nn.Module, settings: Settings, session: Session) -> None:
             narrator.left_eager,
             lambda: _make_ready(model, structure),
             returns_parts=session.store.ranks.num_batches > session.num_ranks,
+            traces=compiled.traces if settings.fullgraph else None,
         )
         forward, forget = frontend.wrap(forward, settings.dynamic, fullgraph=settings.fullgraph), frontend.forget
         if not settings.fullgraph:

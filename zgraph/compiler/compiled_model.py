@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from zgraph.bridge.scratch import known_scratch, measured_scratch
 from zgraph.capture import Compiled
-from zgraph.certify.certificate import Certifier
 from zgraph.compiler.autotune import tuned
 from zgraph.compiler.call_guard import eager
-from zgraph.compiler.codec_choice import CodecChoice
 from zgraph.compiler.float8_layers import Float8Layers
 from zgraph.compiler.narrator import Narrator
+from zgraph.compiler.passed import Passed, PassRun, made_by
+from zgraph.compiler.plan_key import foreign, key_of, lines_of
+from zgraph.compiler.plans import Found, Plans
 from zgraph.compiler.recordings import Recordings, choose_calls
 from zgraph.compiler.report import Entry, Report, make_entry
 from zgraph.compiler.step_recorder import StepRecorder
+from zgraph.compiler.trace_folder import KeptTraces
 from zgraph.cost import memory_interval
 from zgraph.cost.workspace import NUM_THREADS, is_measured
 from zgraph.environment import environment
-from zgraph.errors import UsageError, VerifyError, did_you_mean
+from zgraph.errors import UsageError, did_you_mean
 from zgraph.ir import Graph, print_graph, verify
 from zgraph.ir.rules.kept import gathered_for
 from zgraph.options.validate import ATTRIBUTE, CudaGraphs, RegionCalls
 from zgraph.passes import Context, Pipeline, known_passes, make_plan
-from zgraph.passes.core.instruments import Dump, Log, Verify
 from zgraph.passes.fuse import Fuse
-from zgraph.runfile.format import Provenance, Recording, RunFile, has_backward, last_graph
+from zgraph.runfile.format import Recording, RunFile, has_backward
 from zgraph.runfile.sources import sources_of
 from zgraph.runtime import Session
 from zgraph.runtime.executor import Runner
@@ -70,6 +70,7 @@ class CompiledModel:
         region_calls: how new regions are called; "auto" has libraries of C++ where launching takes longer than running.
         placements: what a search for placements found, in words, for the report.
         record: keeps what the steps of the first training graph take; None keeps nothing.
+        plans: where plans come from beside the passes; None has every graph go through them.
 
     `smaller_budget` is the one to plan again with, once a first run was out of memory.
     """
@@ -92,6 +93,7 @@ class CompiledModel:
         region_calls: RegionCalls = "python",
         placements: str = "",
         record: StepRecorder | None = None,
+        plans: Plans | None = None,
     ) -> None:
         self.model, self.session, self.context = model, session, context
         self.save, self.replayed, self.regions, self.tunes = save, replayed, regions, tunes
@@ -100,8 +102,9 @@ class CompiledModel:
         self.narrator = narrator or Narrator(type(model).__name__, model.forward, (), "")
         self.trial, self.kernels, self.cuda_graphs, self.region_calls = trial, kernels, cuda_graphs, region_calls
         self.recordings: list[Recordings] = []
-        self.placements, self.record = placements, record
+        self.placements, self.record, self.plans = placements, record, plans
         self.plain: Callable[[], nn.Module] | None = None
+        self.traces = KeptTraces(None, self.trace_salt)
         self.smaller_budget: int | None = None
         self.is_replanned = False
         self.entries: list[Entry] = []
@@ -113,54 +116,31 @@ class CompiledModel:
     def compile_graph(self, graph: Graph, constants: Mapping[str, torch.Tensor], hints: Mapping[str, int]) -> Compiled:
         """A captured graph through the passes, planned, agreed on and linked."""
         settings = environment()
-        log = Log()
-        instruments: list[Any] = [log, self.narrator, self.float8]
-        is_general = bool(hints)
-        self.narrator.captured(graph, len(self.pipeline.passes), is_general=is_general)
+        self.narrator.captured(graph, len(self.pipeline.passes), is_general=bool(hints))
         if settings.verify:
             verify(graph)
-        if settings.verify == 2:
-            instruments.append(Verify())
-        if settings.dump:
-            instruments.append(Dump(settings.dump / f"rank{self.session.store.rank}"))
         text, behind = print_graph(graph, origins=False), tangents_behind(graph)
         graph = replace(graph, name=f"{graph.name}-{len(self.entries)}")
+        together = has_backward(graph) not in self._planned
         hints = self._agreed_hints(graph, hints)
         self.hints.update(hints)
         if self.tunes:
             self._tune(graph, hints)
         context = replace(self.context, hints=hints)
-        choice = CodecChoice(context)
-        instruments.append(choice)
         is_recorded = self.record is not None and not self.record.is_taken and has_backward(graph)
         paths = list(self._run_paths(graph.name, settings.dump))
         if self.record is not None and is_recorded and self.session.store.rank == 0:
             paths.append(self.record.run_path)
-        recording = Recording(graph, sources=sources_of(graph) if paths else {})
-        if paths:
-            instruments.append(recording)
-        is_replayed = self.replayed is not None and has_backward(graph)
-        certifier = Certifier(graph, context, thorough=settings.verify == 2 or is_replayed)
-        instruments.append(certifier)
-        if self.replayed is not None and is_replayed:
-            final = last_graph(self.replayed, graph, context)
-            for name in self.replayed.names[1:]:
-                certifier.add(name.partition("#")[0], self.replayed.graph(name))
-        else:
-            with _named_remedy():
-                final = self.pipeline.run(graph, context, instruments)
-        self.codec_choice = choice.said or self.codec_choice
-        with _named_remedy():
-            certificate = certifier.finish() if settings.verify else None
-        for path in paths:
-            recording.run_file(_made(type(self.model).__name__), context, certificate).save(path)
+        made = self._planned_by(graph, context, paths, together=together)
+        final, plan = made.final, made.plan
+        self.codec_choice = made.said.codecs or self.codec_choice
+        self.float8.add(made.said.float8, made.said.left_out)
         if whole := gathered_for(final):
             ops = ", ".join(f"{op} ({count})" for op, count in whole.items())
             self.narrator.remark(f"values are put together in each step for ops without a sharding rule: {ops}")
-        plan = make_plan(final)
         replayed = self.replayed if has_backward(graph) else None
         again = _Again(graph, context, self.pipeline, type(self.model).__name__, replayed)
-        entry = make_entry(plan, log.steps, context, again, certificate=certificate)
+        entry = make_entry(plan, made.steps, context, again, made.timeline, made.certificate)
         if waiting := entry.memory.host_peak_bytes:
             self.session.host.require(waiting, "the values that wait for the backward on the host")
         sizes = sorted(name for name in hints if not is_measured(name))
@@ -192,8 +172,60 @@ class CompiledModel:
         if self.record is not None and is_recorded and backward is not None:
             forward, backward = self.record.watched(plan, forward, backward)
         self.entries.append(entry)
-        self.narrator.compiled(graph, entry.steps, entry.time, memory_interval(peak_bytes, context.costs))
+        peak = memory_interval(peak_bytes, context.costs)
+        self.narrator.compiled(graph, entry.steps, entry.time, peak, made.source)
         return Compiled(plan, forward, backward)
+
+    def _planned_by(self, graph: Graph, context: Context, paths: Sequence[Path], *, together: bool) -> Passed:
+        """The plan that the passes make of a graph, or have made of it in another run or on another rank.
+
+        Args:
+            graph: as captured.
+            context: what they know.
+            paths: of run files to write, for which the passes must run.
+            together: whether all ranks are here with their first graph of this kind.
+        """
+        run = PassRun(
+            self.pipeline,
+            graph,
+            context,
+            self.replayed if has_backward(graph) else None,
+            type(self.model).__name__,
+            self.session.store.rank,
+            paths,
+        )
+        if self.plans is None:
+            return run(self.narrator, None)
+        found = self.plans.find(self._key(graph, context, paths), graph, context, together=together)
+        if isinstance(found, Found):
+            kept = found.plan
+            plan = make_plan(kept.final)
+            return Passed(kept.final, plan, kept.summaries, kept.timeline, found.certificate, kept.said, found.source)
+        try:
+            return run(self.narrator, found)
+        finally:
+            found.give(None)  # where there is one, it was given
+
+    def _key(self, graph: Graph, context: Context, paths: Sequence[Path]) -> str:
+        """The key of a plan; empty where the passes must run, and where what they make follows from more than that."""
+        if paths or (self.replayed is not None and has_backward(graph)) or not self._may_keep:
+            return ""
+        assert self.plans is not None
+        return key_of(self.plans.options, self.pipeline, context, graph)
+
+    @property
+    def _may_keep(self) -> bool:
+        """Whether plans are kept: not where all is to be checked, nor with passes whose code no key knows."""
+        settings = environment()
+        wanted = settings.verify == 1 and settings.plans is not False and self.plans is not None
+        return wanted and bool(self.pipeline.passes) and not foreign(self.pipeline)
+
+    def trace_salt(self) -> str | None:
+        """Text of what a kept trace depends on beside its graph; None where none is kept."""
+        asked = self.save or self.record or self.replayed or environment().dump
+        if asked or not self._may_keep or self.plans is None:
+            return None
+        return "\n".join(lines_of(self.plans.options, self.pipeline, self.context))
 
     def plan_smaller(self) -> None:
         """Plan with the smaller budget from now on. What was planned before is forgotten."""
@@ -262,6 +294,12 @@ class CompiledModel:
         self.context = replace(self.context, costs=costs)
 
     @property
+    def _reused(self) -> str:
+        """Words on what was reused."""
+        traces, plans = self.traces.counts["reused"], str(self.plans or "")
+        return "; ".join(filter(None, (plans, f"{traces} traced in an earlier run" if traces else "")))
+
+    @property
     def report(self) -> Report:
         store = self.session.store
         buffers = buffer_bytes(self.model)
@@ -290,6 +328,7 @@ class CompiledModel:
             self.session.arenas.state,
             self.session.arenas.kept_bytes,
             self.placements,
+            self._reused,
         )
 
 
@@ -308,24 +347,7 @@ class _Again:
             return self.replayed
         recording = Recording(self.captured, sources=sources_of(self.captured))
         self.pipeline.run(self.captured, self.context, [recording])
-        return recording.run_file(_made(self.model), self.context)
-
-
-@contextmanager
-def _named_remedy() -> Iterator[None]:
-    """Say what to do about a graph that is refused."""
-    try:
-        yield
-    except VerifyError as error:
-        raise VerifyError(
-            f'{error}\n\nNothing was run with it. The name behind "after" is the pass to look at: leave it out '
-            '(ZGRAPH_DISABLE), or find the rewrite (save="run.zg", then zgraph bisect run.zg). ZGRAPH_VERIFY=0 runs '
-            "the graph as it is, which may train on wrong numbers."
-        ) from None
-
-
-def _made(model: str) -> Provenance:
-    return Provenance(model=model, torch=torch.__version__)
+        return recording.run_file(made_by(self.model), self.context)
 
 
 def buffer_bytes(model: nn.Module) -> int:

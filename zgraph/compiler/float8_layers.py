@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from zgraph.ir import Graph
@@ -29,6 +30,11 @@ class Float8Layers:
         if isinstance(step, Float8):
             self.chosen.update(step.layers(before))
             self.left_out |= step.left_out(before)
+
+    def add(self, chosen: Iterable[str], left_out: Mapping[str, str]) -> None:
+        """Take note of what was chosen for another graph."""
+        self.chosen.update(chosen)
+        self.left_out |= left_out
 
     def __str__(self) -> str:
         """Text for people; empty if no pass chose."""

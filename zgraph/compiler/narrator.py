@@ -160,14 +160,27 @@ class Narrator:
             found = PassSummary.of(step.name, before, after, seconds)
             tell(f"{found.text}: {found.summary}; {found.num_nodes:,} nodes, {1e3 * seconds:,.0f} ms")
 
-    def compiled(self, graph: Graph, steps: Collection[PassSummary], step: Interval, peak: Interval) -> None:
-        """The graph is compiled: what was captured, the passes, and what a step is predicted to take."""
+    def compiled(
+        self, graph: Graph, steps: Collection[PassSummary], step: Interval, peak: Interval, source: str = ""
+    ) -> None:
+        """The graph is compiled: what was captured, the passes, and what a step is predicted to take.
+
+        Args:
+            graph: as captured.
+            steps: the passes.
+            step, peak: of time and of memory.
+            source: where the plan comes from; empty where the passes ran here.
+        """
         self._began = 0.0
         self._bar.stop()
         if "capture" in self.kinds:
+            seconds = sum(step.seconds for step in steps)
+            took = f"{len(steps)} passes in {seconds:.1f} s"
+            if source:
+                took = f"the plan is reused from {source}, which saves {took}"
             tell(
-                f"captured {self.model}, {len(graph.nodes):,} nodes in {self.seconds:.1f} s; {len(steps)} passes in "
-                f"{sum(step.seconds for step in steps):.1f} s; {self.where}; predicted step {time_text(step)}, "
+                f"captured {self.model}, {len(graph.nodes):,} nodes in {self.seconds:.1f} s; {took}; "
+                f"{self.where}; predicted step {time_text(step)}, "
                 f"peak {bytes_text(peak)}"
             )
 

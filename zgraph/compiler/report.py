@@ -149,8 +149,8 @@ class Report:
         recorded_bytes: bytes that recordings keep between steps, at most.
         arenas: whether NCCL knows the memory that collectives read and write, and why not; empty where there is none.
         arena_bytes: bytes of it that are kept between steps.
-        placements: what searches found: layouts and their speed; of placements the time, the lower bound and the gap.
-            Empty without a search.
+        placements: what searches found: layouts and their speed; of placements the time, the bound and the gap.
+        reused: how many plans were reused, and from where; empty where the passes ran for every graph.
     """
 
     model: str
@@ -176,6 +176,7 @@ class Report:
     arenas: str = ""
     arena_bytes: int = 0
     placements: str = ""
+    reused: str = ""
 
     @property
     def step_peak_bytes(self) -> int:
@@ -213,8 +214,8 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._rest()]
-        if self.placements:
-            parts.append(Text(f"placements: {self.placements}"))
+        words = {"placements": self.placements, "plans": self.reused}
+        parts += [Text(f"{what}: {said}") for what, said in words.items() if said]
         for entry, *others in alike(self.entries):
             parts += [Text(), _passes(entry), _peak(entry), _certified(entry)]
             if entry.traffic:
