@@ -112,7 +112,7 @@ def test_of_several_plans_stages_that_do_not_fit_may_be_left_out(share):
     (roomy,) = planning.sweep(llama(), **options)
     budget = int(share * min(p.total_bytes for p in roomy.stages))
     (whole,) = planning.sweep(llama(), **options, memory_budget=budget)
-    (few,) = planning.sweep(llama(), **options, memory_budget=budget, fitting_only=True)
+    (few,) = planning.sweep(llama(), **options, memory_budget=budget, best_only=True)
     assert few.best == whole.best
     assert few.stages == (tuple(p for p in whole.stages if p.fits) or whole.stages)
     assert len(few.stages) < len(whole.stages) or share != 1.0

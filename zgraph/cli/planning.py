@@ -232,7 +232,7 @@ def _combined(
             rows, items = _counted(inputs)
             for group in groups:
                 options = {**options, "tensor_parallel": group}
-                plans = _plans(given.model, tuple(tables.values()), options, inputs, fitting_only=is_table)
+                plans = _plans(given.model, tuple(tables.values()), options, inputs, best_only=is_table)
                 found += [
                     Combination(name, rows, items, peaks[name].get(dtype) or peaks[name]["f32"], plan)
                     for name, plan in zip(targets, plans, strict=True)
@@ -248,14 +248,14 @@ def _plans(
     options: Mapping[str, Any],
     inputs: Mapping[str, Any],
     *,
-    fitting_only: bool,
+    best_only: bool,
 ) -> tuple[TrainingPlan, ...]:
     """A plan for each kind of hardware: with the layout that is asked for, or the best of all."""
     from zgraph.estimate.plan import plan, sweep
 
     options = {**options}
     if options.pop("parallel") is None:
-        return sweep(model, hardware=tuple(targets), fitting_only=fitting_only, **options, **inputs)
+        return sweep(model, hardware=tuple(targets), best_only=best_only, **options, **inputs)
     return tuple(plan(model, hardware=target, parallel="auto", **options, **inputs) for target in targets)
 
 
