@@ -52,6 +52,12 @@ class Member:
             self._kept_at[us_per_byte] = self.forward.keeping(self.forward.choices_at(us_per_byte))
         return self._kept_at[us_per_byte]
 
+    def kept_bytes(self, us_per_byte: float | None) -> int:
+        """Bytes that the forward keeps at a price."""
+        forward = self.forward
+        choices = forward.choices(None) if us_per_byte is None else forward.choices_at(us_per_byte)
+        return sum(choice.num_bytes for choice in choices)
+
     def computing_us(self, us_per_byte: float | None) -> float:
         """Microseconds that the ops of a micro-step take at a price, but for what a loss alone spares."""
         if us_per_byte not in self._computing_us:

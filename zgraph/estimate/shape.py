@@ -188,6 +188,11 @@ class Shape:
         found = self.members[0].forward.prices()
         return [found[-1]] if self.planner.recomputes == "always" else [None, *found]
 
+    @property
+    def lowest_price(self) -> float | None:
+        """The first of the prices."""
+        return self.prices[0] if self.planner.recomputes == "always" else None
+
     def option(self, price: float | None, moved_share: float) -> Option:
         """Option at this price and moved share: its bytes, and whether it fits."""
         key = price, moved_share
@@ -204,16 +209,28 @@ class Shape:
 
     def fitted(self, moved_share: float) -> Option:
         """The way that computes as little again as the budget asks for."""
-        most = self.option(self.prices[0], moved_share)
+        most = self.option(self.lowest_price, moved_share)
         if most.fits:
             return most
         chosen = self.option(self.prices[-1], moved_share)
         low, high = 0, len(self.prices) - 1  # the first price at which it fits is in (low, high]
+        near = self._first_below(most.total_bytes, chosen.total_bytes) if chosen.fits else high
+        for middle in (near, near - 1, near + 1):
+            if chosen.fits and low < middle < high:
+                tried = self.option(self.prices[middle], moved_share)
+                low, high, chosen = (low, middle, tried) if tried.fits else (middle, high, chosen)
         while chosen.fits and high - low > 1:
             middle = (low + high) // 2
             tried = self.option(self.prices[middle], moved_share)
             low, high, chosen = (low, middle, tried) if tried.fits else (middle, high, chosen)
         return chosen
+
+    def _first_below(self, most_bytes: int, least_bytes: int) -> int:
+        """The first price at which the step probably fits, if its bytes go from most to least as those kept do."""
+        kept = [self.samples.scale([m.kept_bytes(price) for m in self.members]) for price in self.prices]
+        share = max(self.planner.budget - least_bytes, 0) / max(most_bytes - least_bytes, 1)
+        limit = kept[-1] + share * (kept[0] - kept[-1])
+        return next(i for i, num_bytes in enumerate(kept) if num_bytes <= limit or i == len(kept) - 1)
 
     def computing_us(self, price: float | None) -> float:
         """Microseconds that a step computes at a price, however well all else is hidden; 0 where gathers change it."""
@@ -226,7 +243,7 @@ class Shape:
         return self.computing_us(price) + self.update_us
 
     def finished(self, option: Option) -> StagePlan:
-        """The plan of one way to fit, with its times."""
+        """The plan of one way to fit, with its times, and without what it needs at least and reserves."""
         planner = self.planner
         figures = [m.figures(option.price, option.moved_share, planner.accumulation) for m in self.members]
         step_us, exposed_us, sent, flop = (self.samples.scale(f) for f in zip(*figures, strict=True))
@@ -240,7 +257,7 @@ class Shape:
             rest_bytes={name: self.rest[name] for name in RESTING},
             peak_bytes=option.peak_bytes,
             host_bytes=option.host_bytes,
-            needed_bytes=min(self.smallest.total_bytes, option.total_bytes),
+            needed_bytes=option.total_bytes,
             step_us=step_us,
             update_us=self.update_us,
             exposed_us=exposed_us,
@@ -266,9 +283,13 @@ class Shape:
         )
 
     def reserving(self, plan: StagePlan, option: Option) -> StagePlan:
-        """The plan of one way to fit with what is reserved for it. It fits if the device has room for what expandable
-        segments would reserve: where the others reserve more, they give it back, which takes time."""
+        """The plan of one way to fit with what is needed at least and what is reserved for it.
+
+        It fits if the device has room for what expandable segments would reserve: where the others reserve more, they
+        give it back, which takes time.
+        """
         planner = self.planner
+        plan = replace(plan, needed_bytes=min(self.smallest.total_bytes, option.total_bytes))
         if not planner.costs.hardware.has_host:
             return plan
         found = self.footprint(option, expandable=planner.expandable)
