@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,9 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1
+"""Of Linux' prctl: the signal that a process gets when its parent ends."""
 
 _TASKS: list[Callable[[], Any]] = []
 """What forked processes find of their parent: tasks are not sent to them, so they need not be picklable."""
@@ -59,8 +63,9 @@ def _told(future: Future[tuple[T] | None], task: Callable[[], T]) -> T:
 
 
 def _leave_interrupts() -> None:
-    """An interrupt is for the process that waits: it ends the others."""
+    """An interrupt is for the process that waits, which ends the others; they end with it, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _result(number: int) -> tuple[Any] | None:
