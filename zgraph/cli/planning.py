@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -215,31 +217,40 @@ def _combined(
     from zgraph.bridge.target import cost_table
     from zgraph.cli.models import subject, training_inputs
     from zgraph.estimate.sweep import Combination, Sweep
+    from zgraph.estimate.workers import side_by_side
 
     tables = {name: cost_table(target, torch.device("cpu")) for name, target in targets.items()}
     peaks = {name: table.hardware.device.peak_flops for name, table in tables.items()}
     dtype = FROM_TORCH[options["param_dtype"]].value
+    given = subject(model, asked[0] if asked else None, seq)
+    batches = usual[:1] if given.has_own_inputs else asked or usual
+    inputs = {b: given.inputs if given.has_own_inputs else training_inputs(given.model, b, seq) for b in batches}
+    is_table = len(batches) * len(groups) * len(tables) > 1  # which shows the best stage of each alone
+    parts = [(b, group, names) for b in batches for group in groups for names in _parts([*tables], len(batches))]
+
+    def task(batch: int, group: int, names: Sequence[str]) -> tuple[TrainingPlan, ...]:
+        chosen = {**options, "tensor_parallel": group}
+        return _plans(given.model, [tables[name] for name in names], chosen, inputs[batch], best_only=is_table)
+
     found: list[Combination] = []
-    with progress(BarColumn(), MofNCompleteColumn()) as shown:
-        task = shown.add_task(f"reading {model}")
-        given = subject(model, asked[0] if asked else None, seq)
-        batches = usual[:1] if given.has_own_inputs else asked or usual
-        shown.update(task, total=len(batches))
-        is_table = len(batches) * len(groups) * len(tables) > 1  # which shows the best stage of each alone
-        for batch in batches:
-            shown.update(task, description=f"capturing batch {batch}, planning {len(targets)} x {model}")
-            inputs = given.inputs if given.has_own_inputs else training_inputs(given.model, batch, seq)
-            rows, items = _counted(inputs)
-            for group in groups:
-                options = {**options, "tensor_parallel": group}
-                plans = _plans(given.model, tuple(tables.values()), options, inputs, fitting_only=is_table)
-                found += [
-                    Combination(name, rows, items, peaks[name].get(dtype) or peaks[name]["f32"], plan)
-                    for name, plan in zip(targets, plans, strict=True)
-                ]
-            shown.advance(task)
+    tasks = [partial(task, *part) for part in parts]
+    with side_by_side(tasks) as results, progress(BarColumn(), MofNCompleteColumn()) as shown:
+        of_all = shown.add_task(f"planning {model}", total=len(parts))
+        for (batch, _, names), plans in zip(parts, results, strict=True):
+            rows, items = _counted(inputs[batch])
+            found += [
+                Combination(name, rows, items, peaks[name].get(dtype) or peaks[name]["f32"], plan)
+                for name, plan in zip(names, plans, strict=True)
+            ]
+            shown.advance(of_all)
     found.sort(key=lambda c: list(targets).index(c.hardware))
-    return Sweep(tuple(found), "tokens" if "input_ids" in inputs else "rows")
+    return Sweep(tuple(found), "tokens" if "input_ids" in inputs[batches[0]] else "rows")
+
+
+def _parts(names: Sequence[str], num_batches: int) -> list[Sequence[str]]:
+    """Kinds of hardware in as many parts as keep all processors busy: each batch is captured once for each part."""
+    count = min(-(-len(os.sched_getaffinity(0)) // num_batches), len(names))
+    return [names[i * len(names) // count : (i + 1) * len(names) // count] for i in range(count)]
 
 
 def _plans(
@@ -248,14 +259,14 @@ def _plans(
     options: Mapping[str, Any],
     inputs: Mapping[str, Any],
     *,
-    fitting_only: bool,
+    best_only: bool,
 ) -> tuple[TrainingPlan, ...]:
     """A plan for each kind of hardware: with the layout that is asked for, or the best of all."""
     from zgraph.estimate.plan import plan, sweep
 
     options = {**options}
     if options.pop("parallel") is None:
-        return sweep(model, hardware=tuple(targets), fitting_only=fitting_only, **options, **inputs)
+        return sweep(model, hardware=tuple(targets), best_only=best_only, **options, **inputs)
     return tuple(plan(model, hardware=target, parallel="auto", **options, **inputs) for target in targets)
 
 

@@ -29,7 +29,7 @@ from zgraph.ir import (
 from zgraph.ir.aliases import Aliases
 from zgraph.ir.arena import offsets
 from zgraph.ir.layout import chunk_numel
-from zgraph.ir.ops import is_copied, num_chunks, padded_bytes, transfer, views
+from zgraph.ir.ops import is_copied, num_chunks, padded_bytes, transfer
 from zgraph.ir.symbols import evaluate
 
 ALLOCATION_BYTES = 64
@@ -171,8 +171,7 @@ class _Walk:
     def run(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
             node = instruction.node
-            self.aliases.add(node)
-            is_new = not views(self.graph, node) and not offsets(node)
+            is_new = not self.aliases.add(node) and not offsets(node)
             for result in node.results:
                 if is_new:
                     self.allocate(result.name, result.type, num_chunks(node, self.graph.mesh))

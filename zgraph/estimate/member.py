@@ -18,6 +18,7 @@ from zgraph.passes.analysis.forward import Forward
 from zgraph.passes.analysis.lookahead import step_memory
 from zgraph.passes.fit import Fit
 from zgraph.passes.offload import Saved
+from zgraph.passes.plan.zero_tangents import without_tangents, zero_tangents
 
 
 class Member:
@@ -29,6 +30,8 @@ class Member:
         self.tail = Pipeline(passes[at + 1 :])
         self.placed = Pipeline(passes[:at]).run(graph, context)
         self.forward = Forward(self.placed, context)
+        self._kept_at: dict[float, Graph] = {}
+        self._computing_us: dict[float | None, float] = {}
         self.plans: dict[tuple[float | None, float, int], Plan] = {}
 
     @cached_property
@@ -42,6 +45,29 @@ class Member:
         is_marked = any(node.checkpoint for node in self.placed.nodes)
         return self.forward.keeping(self.forward.choices(None)) if is_marked else self.placed
 
+    def kept_at(self, us_per_byte: float | None) -> Graph:
+        """The graph that keeps what is worth a price; at none, all but what the user marked."""
+        if us_per_byte is None:
+            return self.kept
+        if us_per_byte not in self._kept_at:
+            self._kept_at[us_per_byte] = self.forward.keeping(self.forward.choices_at(us_per_byte))
+        return self._kept_at[us_per_byte]
+
+    def kept_bytes(self, us_per_byte: float | None) -> int:
+        """Bytes that the forward keeps at a price."""
+        forward = self.forward
+        choices = forward.choices(None) if us_per_byte is None else forward.choices_at(us_per_byte)
+        return sum(choice.num_bytes for choice in choices)
+
+    def computing_us(self, us_per_byte: float | None) -> float:
+        """Microseconds that the ops of a micro-step take at a price, but for what a loss alone spares."""
+        if us_per_byte not in self._computing_us:
+            graph, context = self.kept_at(us_per_byte), self.context
+            graph = without_tangents(graph, zero_tangents(graph)) or graph
+            us = sum(context.costs.node_us(graph, node, context.hints) for node in graph.nodes)
+            self._computing_us[us_per_byte] = us
+        return self._computing_us[us_per_byte]
+
     @cached_property
     def accumulated_bytes(self) -> int:
         """Bytes of the gradients that a micro-step leaves under no_sync."""
@@ -53,7 +79,7 @@ class Member:
         """The placed graph without what the user marked to be computed again; at a price, without what is not worth its
         bytes; with a share of the rest on the host.
         """
-        kept = self.kept if us_per_byte is None else self.forward.keeping(self.forward.choices_at(us_per_byte))
+        kept = self.kept_at(us_per_byte)
         if not moved_share:
             return kept
         saved = Saved(kept, self.context)

@@ -172,14 +172,14 @@ def sweep(
     context_parallel: int = 1,
     expert_parallel: int = 1,
     placements: Placements | None = None,
-    fitting_only: bool = False,
+    best_only: bool = False,
     **kwargs: Any,
 ) -> tuple[TrainingPlan, ...]:
     """`plan` for several kinds of hardware, with the model captured once.
 
     Args:
         hardware: what to plan for, one plan each.
-        fitting_only: leave stages out that do not fit, where one does: that is quicker.
+        best_only: leave stages out that do not fit or are slower, where one fits: that is quicker.
         model, args, kwargs, num_ranks, memory_budget, stage, offload, param_dtype, kernels, compute, compress,
             recompute, reduce_dtype, accumulation, mesh, attention, tensor_parallel,
             context_parallel, expert_parallel, placements: as for `plan`.
@@ -232,7 +232,7 @@ def sweep(
             with chosen_attention(attention):
                 captured[kind] = capture_samples(model, *of_all_ranks(args, kwargs, expert_parallel), dtype, kind)
         planner = make(captured[kind])
-        found = planner.plans(stages, fitting_only=fitting_only)
+        found = planner.plans(stages, best_only=best_only)
         whole = TrainingPlan(
             type(model).__name__,
             num_parameters,

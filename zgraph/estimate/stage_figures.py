@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from zgraph.cost import Interval
 
+TIED = 1.01
+"""Of stages whose times differ by less than this factor, the lowest is taken."""
+
 
 @dataclass(frozen=True)
 class StagePlan:

@@ -11,7 +11,7 @@ from rich.text import Text
 from torch.distributed.tensor import Placement
 
 from zgraph.cost import Interval, bytes_text
-from zgraph.estimate.stage_figures import StagePlan
+from zgraph.estimate.stage_figures import TIED, StagePlan
 from zgraph.viz import as_text, gibibytes
 
 
@@ -64,7 +64,7 @@ class TrainingPlan:
         """The fastest that fits, the lowest stage among those within 1 %; None if none fits."""
         fitting = [s for s in self.stages if s.fits]
         fastest = min((s.total_us for s in fitting), default=0.0)
-        return next((s for s in fitting if s.total_us <= 1.01 * fastest), None)
+        return next((s for s in fitting if s.total_us <= TIED * fastest), None)
 
     @property
     def reason(self) -> str:

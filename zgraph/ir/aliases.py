@@ -18,11 +18,14 @@ class Aliases:
         self._graph = graph
         self._shared: dict[str, frozenset[str]] = {}
 
-    def add(self, node: Node) -> None:
-        """Take note of what the results of a node share. Nodes come in the order in which they run."""
+    def add(self, node: Node) -> bool:
+        """Take note of what the results of a node share, and say whether they do. Nodes come in the order in which they
+        run.
+        """
         if sources := views(self._graph, node):
             shared = self.roots(*sources)
             self._shared.update((result.name, shared) for result in node.results)
+        return bool(sources)
 
     def roots(self, *names: str) -> frozenset[str]:
         """The storages that the values of these names may be in; a value that shares none is in its own."""
