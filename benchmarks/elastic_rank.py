@@ -74,11 +74,10 @@ def train(folder: Path, disk: Path, until: int) -> None:
             loss = loss_of(model, step, run.replica, rank)
             loss.backward()
             time.sleep(NAP_S)
-            was_rehearsing = run.is_rehearsing
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            if was_rehearsing or run.step != step + 1:
+            if not run.has_taken:
                 continue
             found = [step, run.replicas, loss.item(), digest(model, optimizer), time.monotonic(), captures["all"]]
             told.write(json.dumps(found) + "\n")

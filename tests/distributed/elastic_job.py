@@ -128,14 +128,13 @@ def train(plan: Plan, variables: Mapping[str, str], pipe: Connection) -> None:
             for victim, at, fault in () if run.is_rehearsing else plan.faults:
                 if (rank, step) == (victim, at):
                     os.kill(os.getpid(), fault)
-            rehearsed = run.is_rehearsing
             if engine is None:
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
             else:
                 engine.step()
-            if not rehearsed and run.step == step + 1:
+            if run.has_taken:
                 states = [value for p in model.parameters() for _, value in sorted(optimizer.state[p].items())]
                 found = Step(step, run.replicas, loss.item(), digest(model.parameters()), digest([*states, drawn]))
                 pipe.send(("step", found))

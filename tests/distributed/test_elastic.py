@@ -246,12 +246,12 @@ def test_a_place_is_three_numbers() -> None:
 def test_a_state_goes_as_json() -> None:
     tensors: list[torch.Tensor] = []
     state = {"a": [1, 2.5, None], 3: ("x", True), "t": torch.arange(3)}
-    found = unpack(json.loads(json.dumps(pack(state, tensors))), tensors)
+    found = unpack(json.loads(json.dumps(pack(state, tensors, "it"))), tensors)
     assert isinstance(found["t"], Given)
     assert found["t"].tensor is tensors[0]
     assert {**found, "t": 0} == {**state, "t": 0}
-    with pytest.raises(StateDictError, match="has a set: leave it out"):
-        pack({"s": {1}}, [])
+    with pytest.raises(StateDictError, match=r"schedule has a set in its state.*leave it out"):
+        pack({"s": {1}}, [], "schedule")
 
 
 def test_the_environment_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,3 +187,15 @@ def test_what_does_not_fit(data):
             zgraph.initialize(model=net(), config=CONFIG, **keys)
     with pytest.raises(UsageError, match="a scheduler needs an optimizer"):
         zgraph.initialize(model=net(), config={"train_batch_size": 1, "scheduler": {"type": "WarmupLR"}})
+
+
+def test_a_joining_replica_takes_over_the_counts_of_an_engine(data):
+    engine = zgraph.initialize_engine(model=net(), config=CONFIG, training_data=data)[0]
+    other = zgraph.initialize_engine(model=net(), config=CONFIG, training_data=data)[0]
+    engine.global_steps, engine.micro_steps, engine.skipped_steps = 7, 14, 1
+    assert {*engine.elastic_state} == {"counts", "scale"}
+    for name, one in engine.elastic_state.items():
+        other.elastic_state[name].load_state_dict(one.state_dict())
+    assert (other.global_steps, other.micro_steps, other.skipped_steps) == (7, 14, 1)
+    with pytest.raises(ValueError, match="no counts"):
+        other.elastic_state["counts"].load_state_dict({"global_steps": -1, "micro_steps": 0, "skipped_steps": 0})
