@@ -17,6 +17,7 @@ import pytest
 from benchmarks.errors import HostsUnavailable
 from benchmarks.hosts import INTERFACE, SUBNET, Host, emulated
 from tests.deep import deep
+from zgraph.cli.ending import END_S
 
 SSHD = "/usr/sbin/sshd"
 SCRIPT = """
@@ -121,6 +122,32 @@ def test_ranks_on_two_hosts_meet(hosts: Hosts, fails: bool) -> None:
         assert f'{SUBNET}.{rank + 1}: rank {rank} of 2 has 3.0 in {network_of(host)} ["it\'s", ' in said, said
     assert running.returncode == (7 if fails else 0), said
     assert ("the others were ended" in said) == fails
+    nothing_is_left(hosts)
+
+
+def nothing_is_left(hosts: Hosts) -> None:
+    """See that all that runs in the folder has ended, launchers too, and kill it otherwise."""
+
+    def left() -> list[int]:
+        found = [
+            path for path in Path("/proc").glob("[0-9]*") if is_in(path, hosts.folder) and path.name != str(os.getpid())
+        ]
+        return [int(path.name) for path in found]
+
+    until = time.monotonic() + END_S + 20
+    while left() and time.monotonic() < until:
+        time.sleep(0.2)
+    found = left()
+    for number in found:
+        os.kill(number, signal.SIGKILL)
+    assert not found
+
+
+def is_in(process: Path, folder: Path) -> bool:
+    try:
+        return (process / "cwd").resolve() == folder
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("number", [deep(signal.SIGTERM), deep(signal.SIGINT)])
@@ -136,10 +163,7 @@ def test_what_runs_on_hosts_ends_with_the_launcher(hosts: Hosts, number: signal.
     os.killpg(running.pid, number)
     running.communicate(timeout=60)
     assert running.returncode != 0
-    until = time.monotonic() + 20
-    while ranks(hosts) and time.monotonic() < until:
-        time.sleep(0.2)
-    assert not ranks(hosts)
+    nothing_is_left(hosts)
 
 
 def ranks(hosts: Hosts, host: Host | None = None) -> list[int]:
@@ -193,10 +217,7 @@ def test_a_replica_on_another_host_is_started_again(hosts: Hosts, elastic: str) 
     until("with (0, 1)")
     os.killpg(running.pid, signal.SIGTERM)
     running.communicate(timeout=60)
-    end = time.monotonic() + 20
-    while ranks(hosts) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert not ranks(hosts)
+    nothing_is_left(hosts)
 
 
 @pytest.mark.parametrize("name", [deep(f"{SUBNET}.2")])

@@ -55,6 +55,19 @@ def test_who_fails_behind_the_end_is_not_started_again(
     assert ("what replica 1 was to write at the end may be missing" in said) == joins
 
 
+@pytest.mark.parametrize(("last_s", "is_told"), [(5.0, True), (-60.0, False)])
+def test_last_words_are_those_of_the_end(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, last_s: float, is_told: bool
+) -> None:
+    monkeypatch.setattr(elastic, "LAST_S", last_s)
+    launcher = launched("echo no luck; echo '  frame #3: start'; exit 3", 1)
+    launcher._max_restarts = 0
+    assert launcher.run() == 3
+    said = capfd.readouterr().err
+    assert ('having said "no luck"' in said) == is_told
+    assert "frame" not in said
+
+
 def processes_of(group: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):

@@ -26,8 +26,10 @@ from zgraph.runtime.pulse import PREFIX, Member, beat_key, say_gone
 from zgraph.runtime.questions import is_there, peek
 
 LOOK_S = 0.1
-WARNING = re.compile(r"\[W\d{4} ")
-"""How warnings of torch's C++ begin: they are no last words."""
+WARNING = re.compile(r"\[W\d{4} |frame #|<omitting python frames>|Exception raised from ")
+"""How warnings of torch's C++ and their stacks begin: they are no last words."""
+LAST_S = 5.0
+"""Words that were said longer before the end have nothing to do with it."""
 GRACE_S = 10.0
 """How long ranks have to end by themselves, when all are ended."""
 BACKOFF_S, MOST_BACKOFF_S = 0.5, 30.0
@@ -54,7 +56,7 @@ class Gang:
         processes: of its life; none while it waits to be started.
         began, due: when it was started, and when it is to be.
         num_deaths: one after another.
-        said: the last line of each of its processes.
+        said: the last line of each of its processes, and when it came.
         has_ended: whether it is not to be started any more.
         life: number of its last life before it was started.
         looked: when its beats were read last.
@@ -66,7 +68,7 @@ class Gang:
     began: float = 0.0
     due: float = 0.0
     num_deaths: int = 0
-    said: dict[int, str] = field(default_factory=dict)
+    said: dict[int, tuple[str, float]] = field(default_factory=dict)
     has_ended: bool = False
     life: int = 0
     looked: float = 0.0
@@ -220,7 +222,9 @@ class Launcher:
         gang.kill()
         for thread in gang.threads:
             thread.join(1.0)
-        if said := next((s for rank, s in gang.said.items() if f"rank {rank} " in why or len(gang.said) == 1), ""):
+        of_it = (words for rank, words in gang.said.items() if f"rank {rank} " in why or len(gang.processes) == 1)
+        said, when = next(of_it, ("", 0.0))
+        if said and now - when < LAST_S:
             why = f'{why}, having said "{said}"'
         self._say_gone(gang, why)
         gang.num_deaths = 1 if now - gang.began > HEALTHY_S else gang.num_deaths + 1
@@ -298,8 +302,8 @@ class Launcher:
         said = gang.said
         for line in process.stdout:
             text = line.decode(errors="replace").rstrip()
-            if text.strip() and not WARNING.match(text):
-                said[rank] = text.strip()[:300]
+            if text.strip() and not WARNING.match(text.strip()):
+                said[rank] = text.strip()[:300], time.monotonic()
             with self._write:
                 sys.stdout.write(f"replica {gang.replica}: {text}\n")
                 sys.stdout.flush()
