@@ -163,10 +163,10 @@ def test_torchrun_starts_a_replica_that_joins(job: Job, tmp_path: Path, steps: i
     assert job.steps(0, 1)[-1].replicas == (0, 1)
 
 
-@pytest.mark.parametrize("num_faults", [deep(6)])
-def test_faults_on_emulated_hosts(num_faults: int) -> None:
+@pytest.mark.parametrize(("num_faults", "num_replicas", "num_ranks"), [deep(6, 2, 2), deep(6, 3, 1)])
+def test_faults_on_emulated_hosts(num_faults: int, num_replicas: int, num_ranks: int) -> None:
     try:
-        outcome = elastic.run(num_faults, seed=5)
+        outcome = elastic.run(num_faults, seed=5, num_replicas=num_replicas, num_ranks=num_ranks)
     except HostsUnavailable as error:
         pytest.skip(str(error))
     assert sum(outcome.faults.values()) == num_faults

@@ -330,13 +330,15 @@ _RUNS: WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Elastic]] = WeakKeyD
 """Those whose steps are taken with other replicas."""
 
 
-def reduce_among_replicas(optimizer: torch.optim.Optimizer) -> None:
+def reduce_among_replicas(optimizer: torch.optim.Optimizer) -> bool:
     """Bring the mean over the replicas into `.grad`, where an optimizer's steps are taken with others: see
-    `Elastic.reduce`.
+    `Elastic.reduce`. Whether the step counts: not in a rehearsal, and not where this replica was left out.
     """
     run = found() if (found := _RUNS.get(optimizer)) is not None else None
-    if run is not None:
-        run.reduce()
+    if run is None:
+        return True
+    run.reduce()
+    return run.has_taken
 
 
 def _meetings(num_shards: int) -> Meetings:
