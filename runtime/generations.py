@@ -106,7 +106,7 @@ class Generations:
 
     def register(self, own: Member) -> None:
         """Ask to join, once all ranks of this replica have; this is another life of it."""
-        self.own, self.now = own, None
+        self.own, self.now, self._last_ballot = own, None, ""
         self.pulse.follow(beat_key(own, self.shard), self._mate())
         if self.line.ask(lambda store: store.add(f"ready/{own}", 1)) == self.num_shards:
             made = self.latest()
@@ -209,8 +209,8 @@ class Generations:
     def vote(self, ballot: str, problem: str = "") -> str:
         """Vote, and return the ruling: `YES`, `JOIN`, or the reason why not behind `NO`.
 
-        The last to vote removes the ballot before, which all that vote now have read. Who was left out meanwhile, and
-        votes on it again, is alone there, and finds that it was left out.
+        The last to vote removes the ballot before, which all that vote now have read, unless it was ruled no: whoever
+        was cut off then may have a yes on its way, which must come too late for ever.
 
         Args:
             ballot: named the same on all ranks of this generation, once.
@@ -219,9 +219,15 @@ class Generations:
         Raises:
             PeerError: the store is gone.
         """
+        before, self._last_ballot = self._last_ballot, ""
+        ruling = self._ruled(ballot, problem, before)
+        if not ruling.startswith(NO):
+            self._last_ballot = ballot
+        return ruling
+
+    def _ruled(self, ballot: str, problem: str, before: str) -> str:
         assert self.now is not None
         now, key = self.now, f"ruling/{ballot}"
-        before, self._last_ballot = self._last_ballot, ballot
         if problem:
             return self._rule(key, f"{NO}{problem[:2000]}")
         if self.line.ask(lambda store: store.add(f"votes/{ballot}", 1)) == len(now.members) * self.num_shards:

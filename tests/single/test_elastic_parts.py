@@ -23,7 +23,7 @@ from zgraph.optim.gradients import FlatBuffers
 from zgraph.optim.twins import Twins
 from zgraph.runtime.admission import FINISHED, Admission
 from zgraph.runtime.feedback import Feedback, forget_rests
-from zgraph.runtime.generations import JOINERS, Generation, Generations
+from zgraph.runtime.generations import JOINERS, NO, YES, Generation, Generations
 from zgraph.runtime.proposals import Proposals
 from zgraph.runtime.pulse import GONE, PREFIX, Line, Member, Pulse, beat_key, say_gone
 from zgraph.runtime.questions import claim
@@ -109,6 +109,35 @@ def test_the_last_generation_does_not_go_backwards(around: Around) -> None:
     generations.propose(second)
     around.store.set("latest", "1")  # said late, by one that was stopped
     assert generations.latest() == second
+
+
+def test_a_yes_that_comes_late_finds_the_no(around: Around) -> None:
+    """A replica is the last to vote, and cut off before it has said yes; the others go on without it, and far."""
+    cut, lives = (around.seen_by(replica) for replica in range(2))
+    members = (cut.own, lives.own)
+    for each in (cut, lives):
+        each.follow(made(1, members))
+    reaches, mended = threading.Event(), threading.Event()
+    rule = cut._rule
+
+    def late(key: str, word: str) -> str:
+        reaches.set()
+        assert mended.wait(10)
+        return rule(key, word)
+
+    with ThreadPoolExecutor(2) as pool, patch.object(cut, "_rule", late):
+        without = pool.submit(lives.vote, "1/0")
+        while not around.store.check(["votes/1/0"]):
+            time.sleep(0.01)
+        yes = pool.submit(cut.vote, "1/0")
+        assert reaches.wait(10)
+        lives.pulse.gone[cut.own] = "its link is cut"
+        assert without.result(10).startswith(NO)
+        lives.follow(made(2, (lives.own,)))
+        assert [lives.vote(ballot) for ballot in ("made/2", "2/0", "2/1")] == [YES] * 3
+        mended.set()
+        assert yes.result(10).startswith(NO)
+    assert not around.store.check(["ruling/2/0"]), "what was ruled yes is removed"
 
 
 @pytest.mark.parametrize("own_step", [0, 7])
