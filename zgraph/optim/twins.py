@@ -105,7 +105,7 @@ class Twins:
             state = {name: _plain(unpack(one, tensors)) for name, one in said["state"].items()}
             self._check(held)
             self._check_optimizer(optimizer)
-            if type(step) is not int or step < 0 or state.keys() != self.state.keys() or (rng is not None) != self.rng:
+            if type(step) is not int or step < 0 or state.keys() != self.state.keys() or (self.rng and rng is None):
                 raise ValueError(f"it has {[*state]} beside model and optimizer, and this rank {[*self.state]}")
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, RuntimeError) as error:
             raise StateDictError(f"a twin's state cannot be read ({error}); start all with the same zgraph") from None
