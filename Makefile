@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-deep test-ranks test-rest bench bench-gpu bench-gpu-long docs lint clean
+.PHONY: demo test test-deep test-ranks test-rest sshd slurm bench bench-gpu bench-gpu-long docs lint clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo
@@ -28,6 +28,13 @@ test-ranks: $(VENV)/.test
 
 test-rest: $(VENV)/.test $(VENV)/.chromium $(VENV)/.compiler
 	$(BIN)/python -m pytest tests $(addprefix --ignore ,$(WITH_RANKS))
+
+# Debian's sshd and SLURM's controller, for tests of `zgraph launch` that `make test-deep` runs where they are.
+sshd:
+	test -x /usr/sbin/sshd || { apt-get update && apt-get install --yes --no-install-recommends openssh-server; }
+
+slurm:
+	command -v slurmctld || { apt-get update && apt-get install --yes --no-install-recommends slurmctld slurm-client; }
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,9 +1,9 @@
 """Faults of replicas of an elastic job on emulated hosts, one after another, while the others train on.
 
-Two replicas of two ranks train at stage 3, each on a host of its own, started by `zgraph launch --elastic`'s launcher
-on a third. Every replica that lives must take every step, once; nothing may stand still for long; who lives on may
-capture nothing; the shards and the optimizer's states of all replicas must be equal to the last bit after each step;
-and so must the losses be to those of a run that took no other micro-batches.
+Two replicas of two ranks, or as many as are asked for, train at stage 3, each replica on a host of its own, started by
+`zgraph launch --elastic`'s launcher on another. Every replica that lives must take every step, once; nothing may stand
+still for long; who lives on may capture nothing; the shards and the optimizer's states of all replicas must be equal to
+the last bit after each step; and so must the losses be to those of a run that took no other micro-batches.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.elastic_rank import NAP_S, NUM_RANKS
-from benchmarks.hosts import INTERFACE, Host, emulated
+from benchmarks.elastic_rank import NAP_S
+from benchmarks.hosts import INTERFACE, SUBNET, Host, emulated
 from zgraph.cli.elastic_launching import Launcher, ranks_here
 
 FAULTS = ("kill", "stop", "cut", "slow", "disk", "host")
@@ -78,16 +78,20 @@ class Campaign:
         hosts: of the replicas.
         folder: where ranks write what they do.
         disks: of each host.
+        num_ranks: of each replica.
         seed: of the faults.
-        kinds: of faults.
+        address: under which the hosts reach the launcher.
     """
 
-    def __init__(self, hosts: Sequence[Host], folder: Path, disks: Sequence[Path], seed: int, address: str) -> None:
+    def __init__(
+        self, hosts: Sequence[Host], folder: Path, disks: Sequence[Path], num_ranks: int, seed: int, address: str
+    ) -> None:
+        self.num_ranks = num_ranks
         self.hosts, self.folder, self.disks, self.random = hosts, folder, disks, random.Random(seed)
         self.outcome = Outcome()
         command = ["bash", "-c", f'exec {sys.executable} -m benchmarks.elastic_rank {folder} "$DISK"']
         self.launcher = Launcher(
-            ranks_here(command, NUM_RANKS, prefix=lambda at: [*hosts[at].prefix, "env", f"DISK={disks[at]}"]),
+            ranks_here(command, num_ranks, prefix=lambda at: [*hosts[at].prefix, "env", f"DISK={disks[at]}"]),
             address,
             1,
             len(hosts),
@@ -112,7 +116,7 @@ class Campaign:
             Faulty: they have not.
         """
         until = time.monotonic() + BACK_S
-        all_ranks = {f"{at}-{rank}" for at in range(len(self.hosts)) for rank in range(NUM_RANKS)}
+        all_ranks = {f"{at}-{rank}" for at in range(len(self.hosts)) for rank in range(self.num_ranks)}
         while time.monotonic() < until:
             if self.code:
                 raise Faulty(f"the job has ended with exit code {self.code}")
@@ -129,7 +133,7 @@ class Campaign:
 
     def fault(self, kind: str) -> None:
         """One fault, and wait for both replicas to train together again."""
-        at, rank = self.random.randrange(len(self.hosts)), self.random.randrange(NUM_RANKS)
+        at, rank = self.random.randrange(len(self.hosts)), self.random.randrange(self.num_ranks)
         time.sleep(self.random.uniform(0.5, 1.5))
         for gang in self.launcher.gangs:
             gang.num_deaths = 0  # faults come faster here than a launcher would put up with
@@ -199,12 +203,12 @@ class Campaign:
         members, by_step = self._compare()
         path = self.folder / "members.json"
         path.write_text(json.dumps(members))
-        start = ranks_here([sys.executable, "-m", "benchmarks.elastic_rank", str(self.folder)], NUM_RANKS)
+        start = ranks_here([sys.executable, "-m", "benchmarks.elastic_rank", str(self.folder)], self.num_ranks)
         for process in start(0, {}):
             out, _ = process.communicate(timeout=600)
             if process.returncode:
                 raise Faulty(f"the reference ended: {out.decode()[-2000:]}")
-        for rank in range(NUM_RANKS):
+        for rank in range(self.num_ranks):
             lines = (self.folder / f"reference-{rank}.jsonl").read_text().splitlines()
             for step, line in enumerate(lines):
                 losses, held = json.loads(line)
@@ -267,8 +271,10 @@ def disks(folder: Path, count: int) -> Iterator[list[Path]]:
         yield found
 
 
-def run(num_faults: int, seed: int, seconds: float = float("inf")) -> Outcome:
-    """So many faults, or as many as so many seconds allow, and compare.
+def run(
+    num_faults: int, seed: int, seconds: float = float("inf"), num_replicas: int = 2, num_ranks: int = 2
+) -> Outcome:
+    """So many faults of replicas of so many ranks, or as many as so many seconds allow, and compare.
 
     Raises:
         Faulty: training did not go on as it must.
@@ -278,8 +284,12 @@ def run(num_faults: int, seed: int, seconds: float = float("inf")) -> Outcome:
     folder = Path(tempfile.mkdtemp())
     until = time.monotonic() + seconds
     try:
-        with emulated(3, RATE) as hosts, disks(folder, 2) as each, placed(hosts[2].prefix[-1]):
-            campaign = Campaign(hosts[:2], folder, each, seed, "10.66.0.3")
+        with (
+            emulated(num_replicas + 1, RATE) as hosts,
+            disks(folder, num_replicas) as each,
+            placed(hosts[-1].prefix[-1]),
+        ):
+            campaign = Campaign(hosts[:-1], folder, each, num_ranks, seed, f"{SUBNET}.{len(hosts)}")
             campaign.thread.start()
             try:
                 campaign.wait_together(0.0)
@@ -303,17 +313,20 @@ def run(num_faults: int, seed: int, seconds: float = float("inf")) -> Outcome:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, help="of each replica")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no other fault is begun")
     parser.add_argument("--json", type=Path, help="where to write what was found")
     options = parser.parse_args(arguments)
     began = time.monotonic()
-    outcome = run(options.faults, options.seed, options.seconds)
+    outcome = run(options.faults, options.seed, options.seconds, options.replicas, options.ranks)
     seconds = time.monotonic() - began
     slowest = max(stall for each in outcome.stalls_s.values() for stall in each)
     print(f"{sum(outcome.faults.values())} faults, {outcome.num_steps} steps as without them, {seconds:.0f} s")
     print(f"{outcome.num_lost_steps} steps lost, {outcome.num_recaptured} captured again, stood still {slowest:.1f} s")
-    results.write(options.json, seed=options.seed, slowest_stall_s=slowest, seconds=seconds, **asdict(outcome))
+    shape = {"num_replicas": options.replicas, "num_ranks": options.ranks}
+    results.write(options.json, seed=options.seed, **shape, slowest_stall_s=slowest, seconds=seconds, **asdict(outcome))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ import zgraph
 from zgraph.compiler.narrator import Narrator
 from zgraph.optim.runs import local
 
-NUM_RANKS, WIDTH, HIDDEN, ROWS = 2, 16, 64, 4
+WIDTH, HIDDEN, ROWS = 16, 64, 4
+MOST_RANKS = 64
+"""Of a replica: each draws rows of its own."""
 NAP_S = 0.15
 """How long a step takes at least."""
 SAVE_EVERY = 3
@@ -37,7 +39,7 @@ def parts() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
 
 
 def loss_of(model: nn.Module, step: int, replica: int, rank: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(step * 64 + replica * NUM_RANKS + rank)
+    generator = torch.Generator().manual_seed((step << 12) + replica * MOST_RANKS + rank)
     x = torch.randn(ROWS, WIDTH, generator=generator)
     return F.mse_loss(model(x), x.sum(1, keepdim=True).tanh())
 
@@ -72,11 +74,10 @@ def train(folder: Path, disk: Path, until: int) -> None:
             loss = loss_of(model, step, run.replica, rank)
             loss.backward()
             time.sleep(NAP_S)
-            was_rehearsing = run.is_rehearsing
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            if was_rehearsing or run.step != step + 1:
+            if not run.has_taken:
                 continue
             found = [step, run.replicas, loss.item(), digest(model, optimizer), time.monotonic(), captures["all"]]
             told.write(json.dumps(found) + "\n")

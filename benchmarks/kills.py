@@ -110,7 +110,7 @@ def train(
         pipe: takes pairs of a word and a number.
     """
     torch.set_num_threads(1)
-    copies = {"every": int(memory), "job": "kills", "folder": str(host_of(folder, rank)), "host": f"host {rank}"}
+    copies = {"every": int(memory), "job": "kills", "folder": str(host_of(folder, rank))}
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),

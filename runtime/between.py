@@ -20,6 +20,7 @@ from zgraph.runtime.pulse import Line
 
 PIECE_NUMEL = 1 << 22
 """Numbers that are sent at a time: 16 MB in fp32."""
+PIECE_BYTES = 1 << 24
 DAY_S = 86_400.0
 _FIRST_NAP, _LONGEST_NAP, _ASK_S = 2e-5, 1e-3, 0.75
 
@@ -83,19 +84,42 @@ class Between:
             parts.append(self._mean(piece) if self._group is not None else piece)
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
+    def of_first(self, pack: Callable[[int, int], torch.Tensor], num_bytes: int) -> torch.Tensor:
+        """Bytes of the first replica on all, [num_bytes] on the host: each hands on a part of them to the others.
+
+        Args:
+            pack: makes the bytes from one place to another; a new tensor each time. Asked on the first replica.
+            num_bytes: how many there are.
+
+        Raises:
+            BrokenError: a replica is gone, or does not come.
+        """
+        parts = [torch.empty(0, dtype=torch.uint8)]
+        for begin in range(0, num_bytes if self._group is not None else 0, PIECE_BYTES):
+            end = min(begin + PIECE_BYTES, num_bytes)
+            piece = pack(begin, end) if self.index == 0 else torch.zeros(end - begin, dtype=torch.uint8)
+            parts.append(self._shared(piece, lambda rows: rows[0], "buffers"))
+        return torch.cat(parts)
+
     def _mean(self, piece: torch.Tensor) -> torch.Tensor:
+        def mean(rows: torch.Tensor) -> torch.Tensor:
+            for row in rows[1:]:
+                rows[0].add_(row)
+            return rows[0].div_(self.size)
+
+        return self._shared(piece, mean, "gradients")
+
+    def _shared(self, piece: torch.Tensor, combine: Callable[[torch.Tensor], torch.Tensor], what: str) -> torch.Tensor:
+        """The combination of the pieces of all: each rank combines a part, [replicas, numbers], and all gather them."""
         group = self._group
         assert group is not None
         chunk = -(-piece.numel() // self.size)
         given = torch.nn.functional.pad(piece, (0, chunk * self.size - piece.numel()))
         came, whole = torch.empty_like(given), torch.empty_like(given)
-        self._wait(lambda: all_to_all(group, came, given), "gradients")
-        own = came[:chunk]
-        for row in came.view(self.size, chunk)[1:]:
-            own.add_(row)
-        own.div_(self.size)
-        self._wait(lambda: gather_parts(group, whole, own), "the mean of gradients")
-        self.sent_bytes += 2 * (self.size - 1) * chunk * piece.element_size()
+        self._wait(lambda: all_to_all(group, came, given), what)
+        own = combine(came.view(self.size, chunk))
+        self._wait(lambda: gather_parts(group, whole, own), what)
+        self.sent_bytes += 2 * (self.size - 1) * own.nbytes
         return whole[: piece.numel()]
 
     def send(self, tensor: torch.Tensor, to: int) -> None:

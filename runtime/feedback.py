@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,17 @@ class Owner(Protocol):
         """The divisor of the sum over all ranks, to reduce the gradient of a parameter."""
 
 
+_MADE: WeakSet[Feedback] = WeakSet()
+"""Those of all models of this process."""
+
+
+def forget_rests(model: object) -> None:
+    """Go on with nothing left out by the codes of a model's gradients, where it has any."""
+    for feedback in list(_MADE):
+        if feedback.session.store.model is model:
+            feedback.clear()
+
+
 class Feedback:
     """The rests of one model on this rank. They are zero until the first code.
 
@@ -79,6 +91,7 @@ class Feedback:
 
     def __init__(self, session: Owner) -> None:
         self.session = session
+        _MADE.add(self)
         self.errors: dict[Bucket, torch.Tensor] = {}
         self._flats: dict[Bucket, torch.Tensor] = {}
         self._homes: dict[tuple[str, bool], Bucket] = {}

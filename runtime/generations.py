@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass
 from zgraph.bridge.private_runtime import Store
 from zgraph.errors import PeerError, UsageError
 from zgraph.runtime.between import LATE
-from zgraph.runtime.pulse import Line, Member, Place, Pulse, beat_key, say_gone
-from zgraph.runtime.questions import is_there, read_all
+from zgraph.runtime.pulse import MOST_WORDS, Line, Member, Place, Pulse, beat_key, say_gone
+from zgraph.runtime.questions import claim, is_there, listed, read_all
 
 YES, JOIN, NO = "yes", "join", "no "
 """Rulings: go on; go on, and let others in before the next step; and do not go on, with the reason behind it."""
 
+JOINERS = "joiners"
 ASK_S = 0.2
 MOST_BYTES = 1 << 20
 """Of a generation's text."""
@@ -105,11 +106,12 @@ class Generations:
 
     def register(self, own: Member) -> None:
         """Ask to join, once all ranks of this replica have; this is another life of it."""
-        self.own, self.now = own, None
+        self.own, self.now, self._last_ballot = own, None, ""
         self.pulse.follow(beat_key(own, self.shard), self._mate())
         if self.line.ask(lambda store: store.add(f"ready/{own}", 1)) == self.num_shards:
-            place = self.line.ask(lambda store: store.add("joiners/count", 1))
-            self.line.ask(lambda store: store.set(f"joiners/{place}", json.dumps(list(own))))
+            made = self.latest()
+            heard = made.heard if made is not None else 0
+            place = self.line.ask(lambda store: claim(store, JOINERS, heard, json.dumps(list(own))))
             self.line.ask(lambda store: store.set(f"place/{own}", str(place)))
 
     def _mate(self) -> str:
@@ -120,30 +122,18 @@ class Generations:
     def latest(self) -> Generation | None:
         """The last generation that was made; None if none was. Raises PeerError if its text is none."""
 
-        def question(store: Store) -> bytes:
-            if not is_there(store, "latest"):
-                return b""
-            return bytes(store.get(f"generation/{int(store.get('latest'))}"))
-
-        return _parsed(found) if (found := self.line.ask(question)) else None
+        return _parsed(found) if (found := self.line.ask(latest_word)) else None
 
     def waiting(self, heard: int) -> tuple[list[Member], int]:
         """Members that have asked to join since `heard` had, and how many have by now."""
-
-        def question(store: Store) -> list[bytes]:
-            count = store.add("joiners/count", 0)
-            return read_all(store, [f"joiners/{number + 1}" for number in range(heard, min(count, heard + 4096))])
-
         found: list[Member] = []
-        for word in self.line.ask(question):
-            if not word:
-                break  # on its way in
-            heard += 1
+        words = self.line.ask(lambda store: listed(store, JOINERS, heard, MOST_WORDS))
+        for word in words:
             try:
                 found.append(Member.parse(json.loads(word[:4096])))
             except (ValueError, RecursionError):
                 continue
-        return found, heard
+        return found, heard + len(words)
 
     # --- making one --------------------------------------------------------------------------------------------------
 
@@ -175,6 +165,13 @@ class Generations:
                 raise PeerError(f"no replica said within {self.limit_s:g} s who goes on, after {what}")
             time.sleep(ASK_S)
         return _parsed(self.line.ask(lambda store: bytes(store.get(key))))
+
+    def steps_of(self, members: Sequence[Member]) -> dict[Member, int]:
+        """The step that comes next by the state of each member, as its rank with this one's shard has it."""
+        keys = [beat_key(member, self.shard) for member in members]
+        words = self.line.ask(lambda store: read_all(store, keys))
+        places = [Place.parse(word) for word in words]
+        return {member: place.step for member, place in zip(members, places, strict=True) if place is not None}
 
     def judge(self, members: Sequence[Member], late_step: int = -1) -> dict[Member, str]:
         """Members that have ended, and why. Waits for a beat of each of their ranks, three beats at most.
@@ -212,8 +209,8 @@ class Generations:
     def vote(self, ballot: str, problem: str = "") -> str:
         """Vote, and return the ruling: `YES`, `JOIN`, or the reason why not behind `NO`.
 
-        The last to vote removes the ballot before, which all that vote now have read. Who was left out meanwhile, and
-        votes on it again, is alone there, and finds that it was left out.
+        The last to vote removes the ballot before, which all that vote now have read, unless it was ruled no: whoever
+        was cut off then may have a yes on its way, which must come too late for ever.
 
         Args:
             ballot: named the same on all ranks of this generation, once.
@@ -222,15 +219,21 @@ class Generations:
         Raises:
             PeerError: the store is gone.
         """
+        before, self._last_ballot = self._last_ballot, ""
+        ruling = self._ruled(ballot, problem, before)
+        if not ruling.startswith(NO):
+            self._last_ballot = ballot
+        return ruling
+
+    def _ruled(self, ballot: str, problem: str, before: str) -> str:
         assert self.now is not None
         now, key = self.now, f"ruling/{ballot}"
-        before, self._last_ballot = self._last_ballot, ballot
         if problem:
             return self._rule(key, f"{NO}{problem[:2000]}")
         if self.line.ask(lambda store: store.add(f"votes/{ballot}", 1)) == len(now.members) * self.num_shards:
-            asked = self.line.ask(lambda store: store.add("joiners/count", 0))
+            asks = self.line.ask(lambda store: is_there(store, f"{JOINERS}/{now.heard + 1}"))
             self._forget(before)
-            return self._rule(key, JOIN if asked > now.heard else YES)
+            return self._rule(key, JOIN if asks else YES)
         until = time.monotonic() + self.limit_s
         ruling = self.line.when_set(key)
         while not _is_done(ruling, ASK_S):
@@ -288,6 +291,18 @@ class Generations:
             f"replica {self.own.replica} cannot join: the replicas that train have {first[:200]!r}, and this one "
             f"{own[:200]!r}. Start it with the same model, options, optimizer and number of ranks"
         )
+
+
+def latest_word(store: Store) -> bytes:
+    """The text of the last generation; empty if none was made.
+
+    What is said to be the last is where to begin: who has made one may have been stopped before it said so, or say so
+    when there are later ones.
+    """
+    number = int(store.get("latest")) if is_there(store, "latest") else 0
+    while is_there(store, f"generation/{number + 1}"):
+        number += 1
+    return bytes(store.get(f"generation/{number}")) if number else b""
 
 
 def _is_done(future: Future[bytes], seconds: float) -> bool:

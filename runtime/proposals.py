@@ -39,7 +39,11 @@ class Proposals:
         gone = generations.judge([*here.values()])
         members = tuple(sorted(member for member in here.values() if member not in gone))
         if len(members) >= self.least and generations.own in members:
-            generations.propose(Generation(1, members, members[1:], members[0], 0, heard, "the job begins"))
+            steps = generations.steps_of(members)
+            source = max(members, key=lambda member: steps.get(member, 0))  # the first of those that are the furthest
+            joining = tuple(member for member in members if member != source)
+            step = steps.get(source, 0)
+            generations.propose(Generation(1, members, joining, source, step, heard, "the job begins"))
 
     def next(self, step: int, why: str, joins: bool, carried: tuple[Member, ...]) -> None:
         """Propose the generation behind this one.
@@ -68,8 +72,10 @@ class Proposals:
             gone = {left_out: f"it could not be reached ({why})"}
         joining = tuple(sorted({*new, *(member for member in carried if member in members)}))
         able = [member for member in members if member not in joining]
-        if not able and step == 0:  # nobody has taken a step: any state is the beginning
-            able, joining = members[:1], joining[1:]
+        if not able:  # who has just begun, or was left out, may have the state of this step all the same
+            steps = generations.steps_of(joining)
+            able = [member for member in joining if steps.get(member) == step][:1]
+            joining = tuple(member for member in joining if member not in able)
         if not able:
             raise PeerError(f"no replica with the state of step {step} is left: {why}; load the last checkpoint")
         told = "; ".join(f"replica {member.replica}: {reason}" for member, reason in gone.items()) or why

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from zgraph.bridge.private_runtime import PrefixStore, Store, tcp_store
 from zgraph.errors import PeerError
-from zgraph.runtime.questions import is_there, peek
+from zgraph.runtime.questions import claim, is_there, listed, peek
 
 T = TypeVar("T")
 
@@ -29,6 +29,8 @@ STORE_LIMIT_S = 25.0
 _DAYS = timedelta(days=20)
 PREFIX = "zgraph/elastic"
 GONE = "gone"
+MOST_WORDS = 4096
+"""Of a list in the store that are read at a time."""
 
 
 class Member(NamedTuple):
@@ -127,8 +129,8 @@ def say_gone(store: Store, member: Member, why: str) -> None:
 
     Raises RuntimeError if the store is gone.
     """
-    number = store.add(f"{GONE}/count", 1)
-    store.set(f"{GONE}/{number}", json.dumps([list(member), why[:500]]))
+    claim(store, GONE, store.add(f"{GONE}/count", 0), json.dumps([list(member), why[:500]]))
+    store.add(f"{GONE}/count", 1)  # at which all look: it says that there is more to read
 
 
 def beat_key(member: Member, shard: int) -> str:
@@ -171,8 +173,8 @@ class Pulse(threading.Thread):
         self.step, self.waits = 0, False
         self.gone: dict[Member, str] = {}
         self.silent, self.lost = "", ""
-        self._num_gone, self._heard, self._beats, self._since = 0, b"", 0, time.monotonic()
-        self._is_counted = False
+        self._heard, self._beats, self._since = b"", 0, time.monotonic()
+        self._num_gone, self._count = 0, -1
         self._lock = threading.Lock()
         self.over = threading.Event()
         self.start()
@@ -218,16 +220,16 @@ class Pulse(threading.Thread):
         """A question: reads who has ended, and returns the twin's beat."""
 
         def question(store: Store) -> bytes:
-            if not self._is_counted:
-                self._is_counted = store.add(f"{GONE}/count", 0) >= 0
+            if self._count < 0:
+                store.add(f"{GONE}/count", 0)  # so that it is there to read
+                self._count = 0
             is_known = bool(twin and self._heard and twin == self.twin)
             words = store.multi_get([f"{GONE}/count", *([twin] if is_known else [])])
-            count = int(bytes(words[0]))
-            for number in range(self._num_gone + 1, count + 1):
-                if not (word := peek(store, f"{GONE}/{number}")):
-                    break  # on its way
-                self._note(word)
-                self._num_gone = number
+            if (count := int(bytes(words[0]))) != self._count:
+                for word in listed(store, GONE, self._num_gone, MOST_WORDS):
+                    self._note(word)
+                    self._num_gone += 1
+                self._count = count
             return bytes(words[1]) if is_known else peek(store, twin) if twin else b""
 
         return question

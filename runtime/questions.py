@@ -6,6 +6,7 @@ process, the heartbeat above all, go on meanwhile.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -40,6 +41,25 @@ def read_all(store: Store, keys: Sequence[str]) -> list[bytes]:
     if not keys or store.check(list(keys)):
         return [bytes(word) for word in store.multi_get(list(keys))] if keys else []
     return [peek(store, key) for key in keys]
+
+
+def claim(store: Store, name: str, after: int, word: str) -> int:
+    """Put a word at the first free place of a list behind some place, and return its number, from 1 on.
+
+    The place is taken and the word put in one step: who dies on the way leaves no place without a word.
+    """
+    for number in itertools.count(after + 1):
+        if bytes(store.compare_set(f"{name}/{number}", "", word)) == word.encode():
+            return number
+    raise AssertionError
+
+
+def listed(store: Store, name: str, after: int, most: int) -> list[bytes]:
+    """The words of a list behind some place, so many at most: a question for each, and one more."""
+    found: list[bytes] = []
+    while len(found) < most and (word := peek(store, f"{name}/{after + len(found) + 1}")):
+        found.append(word)
+    return found
 
 
 class Ears:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
+import time
 
 import pytest
 import yaml
@@ -66,6 +68,33 @@ def test_each_host_has_a_replica(ssh, zgraph_command, tmp_path, ends):
     ended, out, error = zgraph_command("launch", *arguments)
     assert (ended == 0) == ends, error
     assert f"replica 0: rank 0 of 1, {cores()} threads, ['x']" in out
+
+
+BLOCKED = """
+import os, signal, sys, threading, time
+from datetime import timedelta
+from zgraph.bridge.private_runtime import tcp_store
+from zgraph.cli.ending import ended_within
+
+def ask(number, _):
+    raise SystemExit(5)
+
+signal.signal(signal.SIGHUP, ask)
+store, _ = tcp_store("localhost", 0, timedelta(seconds=100), serves=True)
+with ended_within(float(sys.argv[1])):
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP)).start()
+    if sys.argv[2] == "blocked":
+        store.get("never")  # in C++, where no handler of Python runs
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("where", "code"), [deep("blocked", 129), deep("free", 5)])
+def test_a_launcher_that_waits_in_cpp_ends(where, code):
+    began = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", BLOCKED, "1.0", where], check=False, timeout=90, capture_output=True)
+    assert ended.returncode == code, ended.stderr.decode()
+    assert time.monotonic() - began < 60
 
 
 def test_the_first_host_is_where_they_meet(monkeypatch):

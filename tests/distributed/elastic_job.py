@@ -113,7 +113,7 @@ def train(plan: Plan, variables: Mapping[str, str], pipe: Connection) -> None:
         engine = engine_of(model, plan) if plan.engine else None
         if engine is not None:
             model, optimizer, schedule = engine.module, engine.optimizer, engine.lr_scheduler
-            state = {"schedule": schedule, "scale": engine.loss_scaler}
+            state = engine.elastic_state
         else:
             model, optimizer, schedule = parts(model, plan)
             state = {"schedule": schedule}
@@ -128,14 +128,14 @@ def train(plan: Plan, variables: Mapping[str, str], pipe: Connection) -> None:
             for victim, at, fault in () if run.is_rehearsing else plan.faults:
                 if (rank, step) == (victim, at):
                     os.kill(os.getpid(), fault)
-            rehearsed = run.is_rehearsing
             if engine is None:
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
             else:
                 engine.step()
-            if not rehearsed and run.step == step + 1:
+            if run.has_taken:
+                assert engine is None or engine.global_steps == run.step
                 states = [value for p in model.parameters() for _, value in sorted(optimizer.state[p].items())]
                 found = Step(step, run.replicas, loss.item(), digest(model.parameters()), digest([*states, drawn]))
                 pipe.send(("step", found))

@@ -163,10 +163,10 @@ def test_torchrun_starts_a_replica_that_joins(job: Job, tmp_path: Path, steps: i
     assert job.steps(0, 1)[-1].replicas == (0, 1)
 
 
-@pytest.mark.parametrize("num_faults", [deep(6)])
-def test_faults_on_emulated_hosts(num_faults: int) -> None:
+@pytest.mark.parametrize(("num_faults", "num_replicas", "num_ranks"), [deep(6, 2, 2), deep(6, 3, 1)])
+def test_faults_on_emulated_hosts(num_faults: int, num_replicas: int, num_ranks: int) -> None:
     try:
-        outcome = elastic.run(num_faults, seed=5)
+        outcome = elastic.run(num_faults, seed=5, num_replicas=num_replicas, num_ranks=num_ranks)
     except HostsUnavailable as error:
         pytest.skip(str(error))
     assert sum(outcome.faults.values()) == num_faults
@@ -246,12 +246,12 @@ def test_a_place_is_three_numbers() -> None:
 def test_a_state_goes_as_json() -> None:
     tensors: list[torch.Tensor] = []
     state = {"a": [1, 2.5, None], 3: ("x", True), "t": torch.arange(3)}
-    found = unpack(json.loads(json.dumps(pack(state, tensors))), tensors)
+    found = unpack(json.loads(json.dumps(pack(state, tensors, "it"))), tensors)
     assert isinstance(found["t"], Given)
     assert found["t"].tensor is tensors[0]
     assert {**found, "t": 0} == {**state, "t": 0}
-    with pytest.raises(StateDictError, match="has a set: leave it out"):
-        pack({"s": {1}}, [])
+    with pytest.raises(StateDictError, match=r"schedule has a set in its state.*leave it out"):
+        pack({"s": {1}}, [], "schedule")
 
 
 def test_the_environment_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ Damage = Callable[[Path], None]
 def engine_of(folder: Path, num_hosts: int, stage: int = 3, **memory: Any) -> Engine:
     """An engine on this rank of so many hosts, which are folders."""
     host = dist.get_rank() * num_hosts // dist.get_world_size()
-    keys = {"every": EVERY, "job": "a-job", "host": f"host {host}", "folder": str(folder / f"host{host}"), **memory}
+    keys = {"every": EVERY, "job": "a-job", "folder": str(folder / f"host{host}"), **memory}
     torch.manual_seed(5)
     return zgraph.initialize_engine(
         model=Odd(),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,8 @@ def test_the_mean_over_replicas_is_taken_before_gradients_are_clipped(data, monk
     norms = []
 
     class Run:
+        has_taken = True
+
         def reduce(self):
             norms.append(max(p.grad.norm().item() for p in engine.module.parameters()))
 
@@ -104,6 +107,20 @@ def test_the_mean_over_replicas_is_taken_before_gradients_are_clipped(data, monk
     steps(engine, loader)
     assert len(norms) == engine.global_steps > 0
     assert min(norms) > 2e-3
+
+
+@pytest.mark.parametrize("has_taken", [True, False])
+def test_a_step_that_does_not_count_is_not_copied(data, tmp_path, monkeypatch, has_taken):
+    memory = {"every": 1, "job": "one", "folder": str(tmp_path)}
+    engine, optimizer, loader, _ = zgraph.initialize(
+        model=net(), training_data=data, config={**CONFIG, "checkpoint": {"memory": memory}}
+    )
+    run = SimpleNamespace(reduce=lambda: None, has_taken=has_taken)
+    monkeypatch.setitem(elastic._RUNS, optimizer, lambda: run)
+    steps(engine, loader)
+    engine._checkpoints.copies.wait()
+    assert bool([*tmp_path.rglob("state.json")]) == has_taken
+    engine.destroy()
 
 
 def test_every_way_to_make_the_gradients_of_a_step(data):
@@ -187,3 +204,15 @@ def test_what_does_not_fit(data):
             zgraph.initialize(model=net(), config=CONFIG, **keys)
     with pytest.raises(UsageError, match="a scheduler needs an optimizer"):
         zgraph.initialize(model=net(), config={"train_batch_size": 1, "scheduler": {"type": "WarmupLR"}})
+
+
+def test_a_joining_replica_takes_over_the_counts_of_an_engine(data):
+    engine = zgraph.initialize_engine(model=net(), config=CONFIG, training_data=data)[0]
+    other = zgraph.initialize_engine(model=net(), config=CONFIG, training_data=data)[0]
+    engine.global_steps, engine.micro_steps, engine.skipped_steps = 7, 14, 1
+    assert {*engine.elastic_state} == {"counts", "scale"}
+    for name, one in engine.elastic_state.items():
+        other.elastic_state[name].load_state_dict(one.state_dict())
+    assert (other.global_steps, other.micro_steps, other.skipped_steps) == (7, 14, 1)
+    with pytest.raises(ValueError, match="no counts"):
+        other.elastic_state["counts"].load_state_dict({"global_steps": -1, "micro_steps": 0, "skipped_steps": 0})

@@ -68,6 +68,12 @@ def test_one_step_in_each_body_is_taken(alone: object) -> None:
     assert trained(lambda _, optimizer: optimizer.step()) == 2
 
 
+def test_a_step_before_the_first_is_refused(alone: object) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(UsageError, match="step is the number of steps that were taken, and not -1"):
+        zgraph.elastic(model, torch.optim.SGD(model.parameters(), lr=0.1), step=-1)
+
+
 def test_parameters_that_are_not_the_models_are_refused(alone: object) -> None:
     model, head = nn.Linear(2, 2), nn.Linear(2, 2)
     with pytest.raises(UsageError, match="not the model's"):

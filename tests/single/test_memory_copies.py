@@ -6,7 +6,13 @@ import json
 import random
 import socket
 import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,10 +22,14 @@ from torch import nn
 
 import zgraph
 from tests.deep import DEEP
+from zgraph.engine.checkpoint import background
 from zgraph.engine.checkpoint.memory import links
+from zgraph.engine.checkpoint.memory import shelf as shelf_module
 from zgraph.engine.checkpoint.memory.choice import Copy, choose, neighbours
+from zgraph.engine.checkpoint.memory.copies import Copies
 from zgraph.engine.checkpoint.memory.links import Address, Client, Server
 from zgraph.engine.checkpoint.memory.shelf import Mark, Shelf
+from zgraph.engine.checkpoint.ranks import Beside
 from zgraph.engine.engine import Engine
 from zgraph.errors import CheckpointError, UsageError
 
@@ -154,6 +164,145 @@ def test_a_folder_of_another_is_refused(tmp_path: Path) -> None:
     step(engine)
     with pytest.raises(CheckpointError, match=r"is a link.*give another checkpoint\.memory\.folder"):
         step(engine)
+
+
+# --- faults of one rank ----------------------------------------------------------------------------------------------
+
+
+def test_a_full_memory_leaves_nothing_half_written(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path)
+    full = OSError(28, "No space left on device")
+    with patch.object(background, "write_parts", side_effect=full):
+        for _ in range(2):
+            step(engine)
+        with pytest.raises(CheckpointError, match="No space"):
+            settled(engine)
+    assert not list(tmp_path.glob("zgraph-*/alone/rank_0/.[!l]*")), "no draft takes up what is left"
+    assert marks(tmp_path) == []
+
+
+def test_a_copy_that_others_could_not_make_is_removed(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path)
+    for _ in range(2):
+        step(engine)
+    settled(engine)
+    with patch.object(Beside, "gather", lambda _, problem: [problem, "no room"]):
+        for _ in range(2):
+            step(engine)
+        settled(engine)
+    assert marks(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("name", ["remove_but", "begin"])
+def test_a_snapshot_that_is_not_written_holds_up_nobody(tmp_path: Path, name: str) -> None:
+    """Training waits while the snapshot is larger than the memory that it may take, and somebody must take it."""
+    torch.manual_seed(0)
+    keys = {"every": 1, "job": "alone", "folder": str(tmp_path)}
+    config = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "AdamW"},
+        "checkpoint": {"memory": keys, "memory_limit": "64KiB"},
+    }
+    engine = zgraph.initialize_engine(model=nn.Linear(6, 20_000), config=config)[0]  # type: ignore[arg-type]
+    with patch.object(Shelf, name, side_effect=OSError(28, "No space left on device")):
+        trained = threading.Thread(target=step, args=(engine,), daemon=True)
+        trained.start()
+        trained.join(30)
+        assert not trained.is_alive(), "it waits for memory that nobody gives back"
+        with pytest.raises(CheckpointError, match="No space left"):
+            settled(engine)
+
+
+def test_what_nobody_foresaw_is_told_to_all(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path)
+    with patch.object(Shelf, "complete", side_effect=KeyError("what")):
+        for _ in range(2):
+            step(engine)
+        with pytest.raises(CheckpointError, match="'what'"):
+            settled(engine)
+
+
+def test_two_jobs_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf_module, "_PATIENCE_S", 0.2)
+    Shelf.of(tmp_path, "alone").hold(0)
+    Shelf.of(tmp_path, "alone").hold(0)  # of one process, one after another
+    path = Shelf.of(tmp_path, "alone").folder / "rank_1" / ".lock"
+    path.parent.mkdir(mode=0o700)
+    held = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", held, str(path)], **pipes) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(CheckpointError, match=r"same name runs here\. Give each its own checkpoint\.memory\.job"):
+            Shelf.of(tmp_path, "alone").hold(1)
+        other.kill()
+    Shelf.of(tmp_path, "alone").hold(1)  # a lock ends with its process
+    Shelf.of(tmp_path, "alone").remove([0, 1])
+
+
+def test_copies_of_another_run_are_refused_with_the_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = engine_of(tmp_path)
+    for _ in range(2):
+        step(engine)
+    settled(engine)
+    config = {"train_batch_size": 4, "optimizer": {"type": "AdamW"}}
+    memory = {"every": 2, "job": "alone", "folder": str(tmp_path)}
+    other = zgraph.initialize_engine(
+        model=nn.Linear(6, 7),
+        config={**config, "checkpoint": {"memory": memory}},  # type: ignore[arg-type]
+    )[0]
+    with pytest.raises(CheckpointError, match=r"(?s)job alone, step 2: .*give another checkpoint\.memory\.job"):
+        other.load_checkpoint(tmp_path / "none")
+    assert "of job alone, made " in caplog.text
+
+
+def test_the_end_leaves_no_copies_of_other_numbers_of_ranks(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path)
+    for _ in range(2):
+        step(engine)
+    settled(engine)
+    shelf = Shelf.of(tmp_path, "alone")
+    draft = shelf.draft(3, MARK)
+    shelf.begin(draft)
+    shelf.complete(draft, 3, MARK)
+    engine.destroy()
+    assert not list(tmp_path.glob("zgraph-*/*"))
+
+
+def test_replicas_of_an_elastic_job_have_copies_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZGRAPH_ELASTIC_REPLICA", "1")
+    copies = engine_of(tmp_path)._checkpoints.copies
+    assert copies is not None
+    assert copies.job == "alone.replica_1"
+
+
+def test_ranks_that_share_a_folder_are_on_one_host(tmp_path: Path) -> None:
+    """As those of two containers are, which share the memory of one machine."""
+    here, told = threading.Barrier(3), dict[int, Any]()
+
+    class Told:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def together(self, action: Callable[[], Any]) -> Any:
+            return action()
+
+        def gather(self, value: Any) -> list[Any]:
+            told[self.rank] = value
+            here.wait(10)
+            found = [told[rank] for rank in range(3)]
+            here.wait(10)
+            return found
+
+    shelves = [Shelf.of(tmp_path / name, "alone") for name in ("a", "b", "a")]
+    with ThreadPoolExecutor(3) as pool:
+        asked = [
+            pool.submit(Copies._hosts, SimpleNamespace(ranks=Told(rank)), shelf)  # type: ignore[arg-type]
+            for rank, shelf in enumerate(shelves)
+        ]
+        assert [one.result() for one in asked] == [["0", "1", "0"]] * 3
+    assert neighbours(["0", "1", "0"]) == {0: 1, 1: 0, 2: 1}
+    assert not list(tmp_path.rglob(".here_*"))
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------

@@ -21,13 +21,15 @@ from typing import Any
 from zgraph.bridge.private_runtime import PrefixStore, tcp_store
 from zgraph.environment import environment
 from zgraph.errors import UsageError
-from zgraph.runtime.generations import Generation
+from zgraph.runtime.generations import Generation, latest_word
 from zgraph.runtime.pulse import PREFIX, Member, beat_key, say_gone
 from zgraph.runtime.questions import is_there, peek
 
 LOOK_S = 0.1
-WARNING = re.compile(r"\[W\d{4} ")
-"""How warnings of torch's C++ begin: they are no last words."""
+WARNING = re.compile(r"\[W\d{4} |frame #|<omitting python frames>|Exception raised from ")
+"""How warnings of torch's C++ and their stacks begin: they are no last words."""
+LAST_S = 5.0
+"""Words that were said longer before the end have nothing to do with it."""
 GRACE_S = 10.0
 """How long ranks have to end by themselves, when all are ended."""
 BACKOFF_S, MOST_BACKOFF_S = 0.5, 30.0
@@ -38,8 +40,8 @@ HEALTHY_S = 60.0
 """How long a replica lives before earlier deaths are forgotten."""
 MOST_RESTARTS = 10
 """Of a replica, one after another, where `--max-restarts` is not given."""
-BEAT_LIMIT_S = 60.0
-"""How long the others may take to end by themselves once one replica has come to the end."""
+REAP_S = 5.0
+"""How long to wait until what was killed is gone: it may hold a device's memory until then."""
 
 Start = Callable[[int, dict[str, str]], list["subprocess.Popen[bytes]"]]
 """Starts the ranks of a replica, by its number and the variables that it needs beside the environment."""
@@ -54,7 +56,7 @@ class Gang:
         processes: of its life; none while it waits to be started.
         began, due: when it was started, and when it is to be.
         num_deaths: one after another.
-        said: the last line of each of its processes.
+        said: the last line of each of its processes, and when it came.
         has_ended: whether it is not to be started any more.
         life: number of its last life before it was started.
         looked: when its beats were read last.
@@ -66,7 +68,7 @@ class Gang:
     began: float = 0.0
     due: float = 0.0
     num_deaths: int = 0
-    said: dict[int, str] = field(default_factory=dict)
+    said: dict[int, tuple[str, float]] = field(default_factory=dict)
     has_ended: bool = False
     life: int = 0
     looked: float = 0.0
@@ -75,7 +77,7 @@ class Gang:
     def failure(self) -> tuple[str, int] | None:
         """Who of it has failed, how, and with which exit code."""
         for rank, process in enumerate(self.processes):
-            if code := process.poll():
+            if code := code_of(process):
                 how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 if len(self.processes) == 1:
                     return f"it {how}", code
@@ -84,14 +86,34 @@ class Gang:
 
     def is_over(self) -> bool:
         """Whether all of it has come to the end."""
-        return bool(self.processes) and all(process.poll() == 0 for process in self.processes)
+        return bool(self.processes) and all(code_of(process) == 0 for process in self.processes)
 
     def end(self, number: int) -> None:
-        """Send a signal to all of it that runs, and to what it has started."""
+        """Send a signal to all of it, and to what it has started: also of a process that has ended."""
         for process in self.processes:
-            if process.poll() is None or number == signal.SIGKILL:
+            if process.returncode is None:  # not waited for, so that the number is no other group's
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, number)
+
+    def kill(self) -> None:
+        """Kill all of it, and wait for its end."""
+        self.end(signal.SIGKILL)
+        until = time.monotonic() + REAP_S
+        for process in self.processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(until - time.monotonic(), 0.0))
+
+
+def code_of(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code of a process that has ended; None if it runs. It is not waited for, so that its number, which is
+    its group's, stays its own until the group is killed.
+    """
+    if process.returncode is not None:
+        return process.returncode
+    found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if found is None:
+        return None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
 class Launcher:
@@ -104,7 +126,7 @@ class Launcher:
         max_restarts: of a replica, one after another.
         command: to go on with.
         port: of the store; 0 takes a free one.
-        patience_s: for how long fewer than the least may run.
+        patience_s: for how long fewer than the least may run, and others after one has come to the end.
 
     Raises:
         UsageError: the port is taken.
@@ -133,14 +155,16 @@ class Launcher:
         self.address = f"{host}:{self.port}"
         self._store = PrefixStore(PREFIX, server)
         self.gangs = [Gang(replica) for replica in range(most)]
-        self.num_restarts = 0
+        self.num_restarts = self._torn = 0
         self._dead: set[Member] = set()
         self._write = threading.Lock()
         self._heard: dict[str, tuple[bytes, float]] = {}
 
     def run(self) -> int:
-        """Run to the end; the exit code: 0 if a replica has come to the end of the training."""
-        few_since, worst = time.monotonic(), 0
+        """Run to the end; the exit code: 0 if a replica has come to the end of the training, and all that trained with
+        it then have, too.
+        """
+        few_since, worst, done_since = time.monotonic(), 0, 0.0
         try:
             while not all(gang.has_ended for gang in self.gangs):
                 now = time.monotonic()
@@ -148,8 +172,9 @@ class Launcher:
                     worst = self._look(gang, now) or worst
                 living = sum(bool(gang.processes) and not gang.has_ended for gang in self.gangs)
                 if self._is_done():
-                    if not living or now - few_since > BEAT_LIMIT_S:
-                        return 0
+                    done_since = done_since or now
+                    if now - done_since > self._patience_s:
+                        return self._end_late(now - done_since)
                     time.sleep(LOOK_S)
                     continue
                 if living >= self.least:
@@ -160,9 +185,18 @@ class Launcher:
                     self._tell(f"go on from its last checkpoint with: {self._command}")
                     return worst if 0 < worst < 256 else 1
                 time.sleep(LOOK_S)
-            return 0 if self._is_done() else worst or 1
+            return self._torn if self._is_done() else worst or 1
         finally:
             self._end_all()
+
+    def _end_late(self, seconds: float) -> int:
+        """Say who had not come to the end in time, and is ended; the exit code."""
+        late = [gang.replica for gang in self.gangs if gang.processes and not gang.has_ended]
+        self._tell(
+            f"replicas {late} still ran {seconds:.0f} s after another had come to the end, and are ended: what they "
+            "wrote may be missing. Raise ZGRAPH_TIMEOUT if it takes so long"
+        )
+        return 1
 
     def _is_done(self) -> bool:
         """Whether some replica has come to the end of the training."""
@@ -185,15 +219,24 @@ class Launcher:
         if failure is None:
             return 0
         why, code = failure
-        gang.end(signal.SIGKILL)
+        gang.kill()
         for thread in gang.threads:
             thread.join(1.0)
-        if said := next((s for rank, s in gang.said.items() if f"rank {rank} " in why or len(gang.said) == 1), ""):
+        of_it = (words for rank, words in gang.said.items() if f"rank {rank} " in why or len(gang.processes) == 1)
+        said, when = next(of_it, ("", 0.0))
+        if said and now - when < LAST_S:
             why = f'{why}, having said "{said}"'
         self._say_gone(gang, why)
         gang.num_deaths = 1 if now - gang.began > HEALTHY_S else gang.num_deaths + 1
         gang.processes = []
-        if gang.num_deaths > self._max_restarts:
+        code = code if code > 0 else 128 - code
+        if self._is_done():
+            gang.has_ended = True
+            self._tell(f"replica {gang.replica}: {why}; it is not started again, as another has come to the end")
+            if self._has_trained(gang):
+                self._tell(f"what replica {gang.replica} was to write at the end may be missing")
+                self._torn = code
+        elif gang.num_deaths > self._max_restarts:
             gang.has_ended = True
             self._tell(f"replica {gang.replica} is given up after {gang.num_deaths} deaths: {why}")
         else:
@@ -201,7 +244,17 @@ class Launcher:
             gang.due = now + wait_s
             self._tell(f"replica {gang.replica}: {why}; it is started again in {wait_s:g} s")
             self.num_restarts += 1
-        return code if code > 0 else 128 - code
+        return code
+
+    def _has_trained(self, gang: Gang) -> bool:
+        """Whether the last life of a replica was in the last generation."""
+        made = self._latest()
+        return made is not None and self._member(gang) in made.members and self._member(gang).life > gang.life
+
+    def _latest(self) -> Generation | None:
+        with suppress(ValueError):
+            return Generation.parse(word) if (word := latest_word(self._store)) else None
+        return None
 
     def _silence(self, gang: Gang, now: float) -> tuple[str, int] | None:
         """Which rank of a replica has not been heard for long, since it has asked to join."""
@@ -213,7 +266,7 @@ class Launcher:
             key = beat_key(member, shard)
             if not is_there(self._store, key):
                 return None
-            if len(gang.processes) > 1 and shard < len(gang.processes) and gang.processes[shard].poll() == 0:
+            if len(gang.processes) > 1 and shard < len(gang.processes) and code_of(gang.processes[shard]) == 0:
                 continue  # it came to its end, while another still writes, maybe
             word = peek(self._store, key)
             if self._heard.get(key, (b"", 0.0))[0] != word:
@@ -249,8 +302,8 @@ class Launcher:
         said = gang.said
         for line in process.stdout:
             text = line.decode(errors="replace").rstrip()
-            if text.strip() and not WARNING.match(text):
-                said[rank] = text.strip()[:300]
+            if text.strip() and not WARNING.match(text.strip()):
+                said[rank] = text.strip()[:300], time.monotonic()
             with self._write:
                 sys.stdout.write(f"replica {gang.replica}: {text}\n")
                 sys.stdout.flush()
@@ -268,12 +321,9 @@ class Launcher:
             return f"{given_up} of {self.most} replicas are given up, and it takes {self.least}"
         if living < self.least and seconds > self._patience_s:
             return f"{living} of at least {self.least} replicas have run for {seconds:.0f} s"
-        if is_there(self._store, "latest"):
-            word = bytes(self._store.get(f"generation/{int(self._store.get('latest'))}"))
-            with suppress(ValueError):
-                made = Generation.parse(word)
-                if not any(self._lives(member) for member in made.members):
-                    return f"no replica is left that has the state of step {made.step} or later"
+        made = self._latest()
+        if made is not None and not any(self._lives(member) for member in made.members):
+            return f"no replica is left that has the state of step {made.step} or later"
         return ""
 
     def _lives(self, member: Member) -> bool:
@@ -291,13 +341,10 @@ class Launcher:
             gang.end(signal.SIGTERM)
             gang.end(signal.SIGCONT)
         until = time.monotonic() + GRACE_S
+        while any(code_of(one) is None for gang in self.gangs for one in gang.processes) and time.monotonic() < until:
+            time.sleep(LOOK_S)
         for gang in self.gangs:
-            for process in gang.processes:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(max(until - time.monotonic(), 0.0))
-            gang.end(signal.SIGKILL)
-            for process in gang.processes:
-                process.wait()
+            gang.kill()
 
 
 def ranks_here(

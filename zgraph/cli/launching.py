@@ -22,6 +22,7 @@ import typer
 
 from zgraph.cli.app import FAILED, AsJson, app, console, ended_by, print_json
 from zgraph.cli.clusters import PORT, WRITERS, Job
+from zgraph.cli.ending import END_S, ended_within
 from zgraph.cli.environment_report import cores
 from zgraph.errors import UsageError
 
@@ -173,7 +174,8 @@ def _here(options: Namespace) -> None:
     for name in ("agent.server.api", "multiprocessing.api"):  # which tell of every signal that is handed on
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
     try:
-        run(options)  # type: ignore[no-untyped-call]
+        with ended_within(END_S):
+            run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         sys.stderr.write(f"{error}\n")

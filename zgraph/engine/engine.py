@@ -180,7 +180,7 @@ class Engine(Queries):
         self.awaits_step = False
         if is_last := self.is_gradient_accumulation_boundary():
             with self.monitor.timed("step"):
-                reduce_among_replicas(optimizer)
+                counts = reduce_among_replicas(optimizer)
                 overflow = not self._scaled_back(optimizer)
                 self._was_applied = not overflow
                 if not overflow:
@@ -195,7 +195,7 @@ class Engine(Queries):
             self.global_steps += 1
             self.monitor.after_step(self)
         self.micro_steps += 1
-        if is_last:
+        if is_last and counts:
             self._checkpoints.after_step()
 
     def _scaled_back(self, optimizer: Optimizer) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,14 @@ from zgraph.compiler.compiled_model import compiled_model
 from zgraph.engine.checkpoint.ranks import Ranks
 from zgraph.engine.config.keys import Offload, Zero
 from zgraph.engine.config.read import Config
+from zgraph.engine.counts import Counts
 from zgraph.engine.loss_scale import LossScale
 from zgraph.engine.undecided import Later
 from zgraph.errors import UsageError
+from zgraph.optim.twins import Stateful
+
+if TYPE_CHECKING:
+    from zgraph.engine.protocol import Trains
 
 
 class Queries:
@@ -25,6 +30,7 @@ class Queries:
     module: nn.Module
     config: Config
     optimizer: Optimizer | None
+    lr_scheduler: Any
     loss_scaler: LossScale
     ranks: Ranks
     accumulation: int
@@ -78,6 +84,14 @@ class Queries:
     def train_micro_batch_size_per_gpu(self) -> int:
         """Rows of a micro-batch on one rank."""
         return self.config.micro_batch
+
+    @property
+    def elastic_state(self) -> dict[str, Stateful]:
+        """Parts of the engine beside model and optimizer that a replica takes over when it joins an elastic job:
+        `zgraph.elastic(engine.module, engine.optimizer, state=engine.elastic_state)`.
+        """
+        found: dict[str, Stateful] = {"counts": Counts(cast("Trains", self)), "scale": self.loss_scaler}
+        return found if self.lr_scheduler is None else {**found, "schedule": self.lr_scheduler}
 
     def train_batch_size(self) -> int:
         """Rows of a step, of all ranks."""

@@ -11,11 +11,10 @@ That the group across replicas is apart from the replicas' own, and small, is as
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,8 +25,9 @@ from zgraph.bridge import private_runtime
 from zgraph.environment import ElasticPlace, elastic_place, environment
 from zgraph.errors import PeerError, UsageError
 from zgraph.optim.elastic_checks import check_gradients, check_parameters, digest
-from zgraph.optim.gradients import FlatGradients
+from zgraph.optim.gradients import FlatBuffers, FlatGradients
 from zgraph.optim.twins import Stateful, Twins
+from zgraph.runtime.admission import FINISHED, Admission
 from zgraph.runtime.between import Between, BrokenError
 from zgraph.runtime.generations import ASK_S, JOIN, NO, Generation, Generations
 from zgraph.runtime.heartbeat import heartbeat
@@ -47,6 +47,8 @@ class Elastic:
         step: that comes next; the number of steps that all have taken.
         replica: number of this replica.
         is_rehearsing: whether the step under way is one that does not count, before this replica joins.
+        has_taken: whether the step under way has been taken, by this replica with the others: False until the
+            optimizer's step, in a rehearsal, and where this replica was left out of it and its weights are old ones.
         num_lost: replicas that were lost so far, as far as this one knows.
     """
 
@@ -57,27 +59,33 @@ class Elastic:
         place: ElasticPlace,
         state: Mapping[str, Stateful],
         rng: bool,
+        step: int = 0,
+        broadcast_buffers: bool = True,
     ) -> None:
-        self.step, self.replica, self.is_rehearsing, self.num_lost = 0, place.replica, False, 0
+        self.step, self.replica, self.is_rehearsing, self.num_lost = step, place.replica, False, 0
+        self.has_taken = False
         self._place, self._limit_s = place, environment().timeout_s
         has_ranks = dist.is_initialized() and dist.get_world_size() > 1
         shard, num_shards = (dist.get_rank(), dist.get_world_size()) if has_ranks else (0, 1)
-        self._meetings = _meetings(num_shards) if has_ranks else None
         self._line = Line(place.host, place.port)
         self._pulse = Pulse(self._line, place.gone_s)
         atexit.register(self._pulse.stop)
         self._generations = Generations(self._line, self._pulse, shard, num_shards, self._limit_s)
         self._proposals = Proposals(self._generations, place.least, place.most)
+        meetings = _meetings(num_shards) if has_ranks else None
+        self._admission = Admission(self._generations, self._proposals, place.replica, meetings)
         self._twins = Twins(model, optimizer, state, rng)
         self._gradients = FlatGradients([p for p in model.parameters() if p.requires_grad])
+        self._buffers = FlatBuffers(model if broadcast_buffers else None)
         self._between: Between | None = None
-        self._told = itertools.count()
         self._is_reduced, self._lets_in, self._sent = False, False, 0
+        self._is_checked = False
         self._generations.own = Member(place.replica, 0)
         self._generations.same(f"shard/{shard}", digest(model, optimizer, num_shards))
         self._optimizer, self._has_stepped = optimizer, False
         self._known = {id(p) for p in self._gradients.parameters}
         check_parameters(model, optimizer)
+        self._twins.check()
         optimizer.register_step_pre_hook(self._before_update)
         _RUNS[optimizer] = weakref.ref(self)
 
@@ -97,28 +105,18 @@ class Elastic:
             PeerError: too few replicas are left, or the store is gone.
             UsageError: the body of the loop has not called `optimizer.step()`.
         """
-        if self._generations.now is None and (under_way := self._under_way()) is not None:
+        if self._generations.now is None and (under_way := self._admission.under_way()) is not None:
             self.is_rehearsing = True
             yield from self._body(min(under_way, until - 1))
             self.is_rehearsing = False
+        if self._generations.now is not None and self.step < until:
+            self._line.ask(lambda store: store.delete_key(FINISHED))
         while self.step < until:
             self._boundary()
             if self.step < until:
                 yield from self._body(self.step)
         end = str(self.step)
-        self._line.ask(lambda store: store.set("finished", end))
-
-    def _under_way(self) -> int | None:
-        """The step that the job is at, as the first rank of this replica sees it; None where none has begun."""
-        word = self._of_first("under way", lambda: str(made.step) if (made := self._generations.latest()) else "")
-        return int(word) if word else None
-
-    def _of_first(self, what: str, word: Callable[[], str]) -> str:
-        """A word of this replica's first rank, on all of its ranks, which call this together."""
-        found = word() if self._generations.shard == 0 else ""
-        if self._meetings is not None:
-            found = self._meetings.exchange(f"{what}/{next(self._told)}", found)[0]
-        return found
+        self._line.ask(lambda store: store.set(FINISHED, end))
 
     def _before_update(self, _: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if any(map(callable, (*args, *kwargs.values()))):  # torch gives the optimizer, too, which is not
@@ -135,7 +133,7 @@ class Elastic:
         self._has_stepped = True
 
     def _body(self, step: int) -> Iterator[int]:
-        self._is_reduced = self._has_stepped = False
+        self._is_reduced = self._has_stepped = self.has_taken = False
         self._pulse.step, self._pulse.waits = step, False
         yield step
         if not self._is_reduced:
@@ -183,20 +181,24 @@ class Elastic:
             if generations.now is None or between is None:
                 raise UsageError("a step is taken within `for step in run.steps(...)`, where replicas have met")
             ballot = f"{generations.now.number}/{self.step}"
-            mean, problem = None, ""
+            mean, buffers, problem = None, None, ""
             try:
                 between.problem = lambda ballot=ballot: self._problem(ballot)  # type: ignore[misc]
                 mean = between.mean(self._gradients.piece, self._gradients.numel)
+                buffers = between.of_first(self._buffers.piece, self._buffers.num_bytes)
             except BrokenError as error:
                 problem = str(error)
             ruling = generations.vote(ballot, problem)
-            if not ruling.startswith(NO) and mean is not None:
+            if not ruling.startswith(NO) and mean is not None and buffers is not None:
                 break
             if not self._regroup(ruling.removeprefix(NO)):
                 self._gradients.drop()
                 return
         self._gradients.put(mean)
+        if between.index > 0:
+            self._buffers.put(buffers)
         self.step += 1
+        self.has_taken = True
         self._proposals.num_tries, self._lets_in = 0, ruling == JOIN
 
     def _problem(self, ballot: str) -> str:
@@ -208,20 +210,24 @@ class Elastic:
     def _boundary(self) -> None:
         """Let others in, or come in, or wait for as many as are needed."""
         self._pulse.step, self._pulse.waits = self.step, True
+        if self._generations.now is not None and not self._is_checked:
+            self._twins.check()  # again, now that the optimizer has its states
+            self._is_checked = True
         if self._generations.now is not None and self._lets_in and self._regroup("others join", joins=True):
             self._hand_over()
         self._lets_in = False
+        until = time.monotonic() + self._limit_s
         while self._generations.now is None or self.num_replicas < self._place.least:
             if self._generations.now is None:
                 self._come_in()
             else:
-                self._hold()
+                self._hold(until)
 
-    def _hold(self) -> None:
+    def _hold(self, until: float) -> None:
         """Wait for others to join: fewer are left than the job takes."""
         now, generations = self._generations.now, self._generations
         assert now is not None
-        until, key = time.monotonic() + self._limit_s, f"generation/{now.number + 1}"
+        key = f"generation/{now.number + 1}"
         if generations.shard == 0 and generations.index == 0:
             log.warning("%s at step %d: waiting for others", self._few(), self.step)
         while not self._line.ask(lambda store: is_there(store, key)):
@@ -296,41 +302,10 @@ class Elastic:
 
     def _come_in(self) -> None:
         """Ask to join, and take the state of a twin."""
-        made = None
-        while made is None:
-            self._generations.register(self._new_life())
-            made = self._admitted()
+        made = self._admission.come_in()
         why = self._connect(made)
         if not why or self._regroup(why, carried=made.joining):
             self._hand_over()
-
-    def _new_life(self) -> Member:
-        """Another life of this replica, the same on all its ranks."""
-        key = f"lives/{self.replica}"
-        life = self._of_first("life", lambda: str(self._line.ask(lambda store: store.add(key, 1))))
-        return Member(self.replica, int(life))
-
-    def _admitted(self) -> Generation | None:
-        """The generation that this life is in; None if there is one that has passed it over."""
-        generations, began = self._generations, time.monotonic()
-        place = f"place/{generations.own}"
-        while True:
-            made = generations.latest()
-            if made is None:
-                self._proposals.first(time.monotonic() - began)
-            elif generations.own in made.members:
-                return made
-            elif made.heard >= (
-                self._line.ask(lambda s: int(s.get(place)) if is_there(s, place) else 0) or made.heard + 1
-            ):
-                return None
-            if self._pulse.lost or self._pulse.silent:
-                raise PeerError(self._pulse.lost or f"a rank of this replica is gone ({self._pulse.silent})")
-            if self._line.ask(lambda store: is_there(store, "finished")):
-                raise PeerError(f"the training ended before replica {self.replica} could join")
-            if time.monotonic() - began > self._limit_s:
-                raise PeerError(f"replica {self.replica} was not let in within {self._limit_s:g} s")
-            time.sleep(ASK_S)
 
     def _hand_over(self) -> None:
         """Give this rank's state to those that join, or take it."""
@@ -355,13 +330,15 @@ _RUNS: WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Elastic]] = WeakKeyD
 """Those whose steps are taken with other replicas."""
 
 
-def reduce_among_replicas(optimizer: torch.optim.Optimizer) -> None:
+def reduce_among_replicas(optimizer: torch.optim.Optimizer) -> bool:
     """Bring the mean over the replicas into `.grad`, where an optimizer's steps are taken with others: see
-    `Elastic.reduce`.
+    `Elastic.reduce`. Whether the step counts: not in a rehearsal, and not where this replica was left out.
     """
     run = found() if (found := _RUNS.get(optimizer)) is not None else None
-    if run is not None:
-        run.reduce()
+    if run is None:
+        return True
+    run.reduce()
+    return run.has_taken
 
 
 def _meetings(num_shards: int) -> Meetings:
@@ -375,6 +352,8 @@ def elastic(
     *,
     state: Mapping[str, Stateful] | None = None,
     rng: bool = False,
+    step: int = 0,
+    broadcast_buffers: bool = True,
 ) -> Elastic:
     """Train as one of several replicas, which may die and join while the others go on.
 
@@ -389,7 +368,7 @@ def elastic(
             optimizer.step()
             optimizer.zero_grad()
 
-    All replicas begin with the state of the first.
+    All replicas begin with the state of the first: of those that the job begins with, whose `step` is the furthest.
 
     Args:
         model: compiled by `zgraph.compile` over the ranks of this replica; or a plain module on one rank.
@@ -397,9 +376,12 @@ def elastic(
         state: what else a replica that joins takes over: schedules and the like, with `state_dict` and
             `load_state_dict`, by name.
         rng: whether it takes over the states of torch's generators of random numbers.
+        step: that comes next, where the model was loaded from a checkpoint: the number of steps that were taken.
+        broadcast_buffers: whether all replicas take over the buffers of the first after each step, as in torch's DDP.
+            Without it, those of BatchNorm and the like are each replica's own.
 
     Returns:
-        The handle: `steps()`, `reduce()`, `step`, `replica`, `num_replicas`.
+        The handle: `steps()`, `reduce()`, `step`, `has_taken`, `replica`, `num_replicas`.
 
     Raises:
         UsageError: the environment says nothing of an elastic job, or the others train another model.
@@ -410,7 +392,9 @@ def elastic(
             "elastic takes a module and a torch optimizer: of an engine of zgraph.initialize give engine.module and "
             "engine.optimizer"
         )
-    return Elastic(model, optimizer, elastic_place(), state or {}, rng)
+    if step < 0:
+        raise UsageError(f"step is the number of steps that were taken, and not {step}")
+    return Elastic(model, optimizer, elastic_place(), state or {}, rng, step, broadcast_buffers)
 
 
 __all__ = ["Elastic", "elastic"]

@@ -1,4 +1,6 @@
-"""Gradients of a rank's shards as one run of numbers, of which any part can be made, and which can be written back."""
+"""Gradients of a rank's shards as one run of numbers, of which any part can be made, and which can be written back; and
+a model's buffers as one run of bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from zgraph.errors import UsageError
 from zgraph.optim.runs import like, local
 
 
@@ -60,3 +63,53 @@ class FlatGradients:
         """Leave no gradient, so that no parameter is updated."""
         for parameter in self.parameters:
             parameter.grad = None
+
+
+class FlatBuffers:
+    """Buffers of a model, one behind the other, as bytes: equal to the last bit, whatever their dtype.
+
+    Args:
+        model: whose buffers; None for none.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = model
+        self.num_bytes = sum(buffer.nbytes for buffer in self._held())
+
+    def _held(self) -> list[torch.Tensor]:
+        return [local(buffer) for buffer in self._model.buffers()] if self._model is not None else []
+
+    def piece(self, begin: int, end: int) -> torch.Tensor:
+        """A copy of the bytes from one place to another, on the host.
+
+        Raises:
+            UsageError: the model has other buffers than at the beginning.
+        """
+        held, at = self._held(), 0
+        if sum(buffer.nbytes for buffer in held) != self.num_bytes:
+            raise UsageError(
+                "the model's buffers have another size than when zgraph.elastic was called: make them before it, or "
+                "give broadcast_buffers=False"
+            )
+        parts = []
+        for buffer in held:
+            first, last = max(begin - at, 0), min(end - at, buffer.nbytes)
+            if first < last:
+                parts.append(raw_bytes(buffer)[first:last])
+            at += buffer.nbytes
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def put(self, flat: torch.Tensor) -> None:
+        """Write all back."""
+        at = 0
+        for buffer in self._held():
+            if buffer.nbytes:
+                found = flat[at : at + buffer.nbytes].clone().view(buffer.dtype).view(buffer.shape)
+                buffer.copy_(found)
+            at += buffer.nbytes
+
+
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, [numbers times their size] on the host; one memory where it is there already."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +66,11 @@ class Snapshot:
         if self.index is None:
             raise CheckpointError("it has no index")
         return self.index
+
+    def drop(self) -> None:
+        """Take all that comes, and write nothing of it: what has the tensors waits until somebody does."""
+        with suppress(CheckpointError):
+            self.pipe.finish()
 
 
 Finish = Callable[[Snapshot, Writer, Beside], None]

@@ -161,7 +161,10 @@ class Checkpoints:
         if tag is None and parts == Parts(strict=parts.strict) and self.copies is not None:
             step = self.ranks.first(lambda: _step_of(folder))
             if (found := self.copies.find(newer_than=step)) is not None:
-                return found.place, self._load(partial(self.copies.reader, found), parts)
+                try:
+                    return found.place, self._load(partial(self.copies.reader, found), parts)
+                except CheckpointError as error:
+                    raise self.copies.not_ours(found, error) from None
         if folder is None:
             if self.ranks.rank == 0:
                 what, there = "to go on from" if tag is None else tag, ", ".join(folders.tags()) or "nothing"

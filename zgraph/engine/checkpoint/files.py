@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from zgraph.engine.checkpoint.checksums import CHUNK_BYTES, checksum
+from zgraph.engine.checkpoint.direct import DirectFile
 from zgraph.engine.checkpoint.directory import check_plain, read_text, write_text
 from zgraph.errors import CheckpointError
 
@@ -88,15 +88,15 @@ def write_parts(path: Path, parts: Iterable[memoryview]) -> Written:
     Raises:
         OSError: it cannot be written.
     """
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "checksum") as thread:
+    with DirectFile(path) as file, ThreadPoolExecutor(1, "checksum") as thread:
         found, num_bytes = 0, 0
         for part in parts:
             summed = _summed(thread, part, found)
             try:
-                num_bytes += _write_all(file, part)
+                num_bytes += file.write(part)
             finally:
                 found = summed()
-        os.fsync(file.fileno())
+        file.finish()
     return Written(path.name, num_bytes, found)
 
 
@@ -142,13 +142,6 @@ def _parts(ordered: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
             whole = memoryview(numbers)
             for start in range(0, len(whole), CHUNK_BYTES):
                 yield whole[start : start + CHUNK_BYTES]
-
-
-def _write_all(file: BinaryIO, part: memoryview) -> int:
-    done = 0
-    while done < len(part):
-        done += file.write(part[done:])
-    return done
 
 
 def write_beside(path: Path, text: str) -> Written:

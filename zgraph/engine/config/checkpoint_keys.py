@@ -53,14 +53,12 @@ class MemoryKeys(Section):
         every: steps from one copy to the next; 0 makes none.
         folder: where hosts keep them.
         job: a name that the job keeps when its processes start again; by default what the launcher says.
-        host: the name of this host, where several are to be told apart on one machine.
         limit: of the memory that a rank's copies, and those that it keeps for another, may take.
     """
 
     every: Annotated[int, Field(ge=0)] = 0
     folder: Path = Path("/dev/shm")
     job: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")] | None = None
-    host: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     limit: Size | None = None
 
 

@@ -32,8 +32,7 @@ from zgraph.engine.checkpoint.rests import rests_of
 from zgraph.engine.checkpoint.state import tensors_of, texts_of
 from zgraph.engine.checkpoint.storage import INDEX, Writer
 from zgraph.environment import environment
-from zgraph.errors import CheckpointError, UsageError, ZgraphError
-from zgraph.runtime.hosts import host_name
+from zgraph.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from zgraph.engine.protocol import Trains
@@ -58,8 +57,8 @@ class Found(NamedTuple):
 class Keepers(NamedTuple):
     """The ranks that keep copies for one another.
 
-    `hosts` has the name of each rank's host, `addresses` where each serves, and `kept` the ranks whose copies this one
-    fetches; `mark` is that of this attempt, at step 0.
+    `hosts` has a name of each rank's host, `addresses` where each serves, and `kept` the ranks whose copies this one
+    fetches; `here` are all whose copies belong on this host. `mark` is that of this attempt, at step 0.
     """
 
     shelf: Shelf
@@ -67,6 +66,7 @@ class Keepers(NamedTuple):
     hosts: list[str]
     addresses: list[Address]
     kept: list[int]
+    here: set[int]
     mark: Mark
 
 
@@ -84,6 +84,8 @@ class Copies:
         self.engine, self.ranks = engine, engine.ranks
         self.keys = engine.config.keys.checkpoint.memory
         self.job = self.keys.job or job_name()
+        if (replica := os.environ.get("ZGRAPH_ELASTIC_REPLICA", "")).isdigit() and self.job:
+            self.job += f".replica_{replica}"
         if not self.job:
             raise UsageError(
                 "checkpoint.memory: no launcher says what this job is called, so that its copies would not be found "
@@ -140,23 +142,37 @@ class Copies:
     def _finish(self, snapshot: Snapshot, writer: Writer, beside: Beside) -> None:
         """Write this rank's copy, fetch that of the rank before, and agree with all that it is done."""
         keepers = self._joined()
-        mark, problem = self._making, ""
+        mark, problem, own = self._making, "", [self.ranks.rank, *keepers.kept]
         try:
-            keepers.shelf.remove_but(self.last, mark)
-            keepers.shelf.begin(writer.folder)
-            index = snapshot.write(writer)
-            self._check_limit(index, keepers)
-            write_text(writer.folder / INDEX, index.model_dump_json())
-            keepers.shelf.complete(writer.folder, self.ranks.rank, mark)
+            index = self._write(snapshot, writer, keepers, mark)
             for rank in keepers.kept:
                 check = partial(beside.check, f"the copy of rank {rank}")
                 retried(partial(self._fetch, keepers, rank, mark, index), check, environment().timeout_s)
-        except (OSError, RuntimeError, ZgraphError) as error:
+        except Exception as error:  # whatever it is, the others wait for a word
             problem = said(error)
             keepers.server.give_up(mark)
-        told = enumerate(beside.gather(problem))
-        raise_together({r: f"no copy in memory of step {mark.step}: {text}" for r, text in told if text})
+            for rank in own:  # at once: memory may be what was lacking
+                keepers.shelf.drop_drafts(rank)
+        told = dict(enumerate(beside.gather(problem)))
+        if any(told.values()):
+            keepers.shelf.remove_of(mark, own)
+        raise_together({r: f"no copy in memory of step {mark.step}: {text}" for r, text in told.items() if text})
         self.last, self._is_made = mark, True
+
+    def _write(self, snapshot: Snapshot, writer: Writer, keepers: Keepers, mark: Mark) -> Index:
+        """Write this rank's copy."""
+        try:
+            keepers.shelf.remove_but(self.last, mark)
+            if snapshot.index is not None:
+                self._check_limit(snapshot.index, keepers)
+            keepers.shelf.begin(writer.folder)
+        except BaseException:
+            snapshot.drop()
+            raise
+        index = snapshot.write(writer)
+        write_text(writer.folder / INDEX, index.model_dump_json())
+        keepers.shelf.complete(writer.folder, self.ranks.rank, mark)
+        return index
 
     def _fetch(self, keepers: Keepers, rank: int, mark: Mark, index: Index) -> bool:
         """Fetch a copy of another rank's shards; False if that rank has not written it yet."""
@@ -196,23 +212,33 @@ class Copies:
     def _join(self) -> Keepers:
         ranks = self.ranks
         shelf = ranks.together(lambda: Shelf.of(self.keys.folder, self.job or ""))
-        place = shelf.folder.stat()
-        host = f"{self.keys.host or host_name()} {place.st_dev}:{place.st_ino}"
-        told = ranks.gather((host, own_address(os.environ.get("MASTER_ADDR", "127.0.0.1"))))
-        own = told[ranks.rank][1]
+        ranks.together(lambda: shelf.hold(ranks.rank))
+        hosts = self._hosts(shelf)
+        told = ranks.gather(own_address(os.environ.get("MASTER_ADDR", "127.0.0.1")))
+        own = told[ranks.rank]
         if own.startswith("127."):
-            seen = next((address for _, address in told if not address.startswith("127.")), own)
-            own = own_address(seen)
+            own = own_address(next((address for address in told if not address.startswith("127.")), own))
         server = ranks.together(lambda: Server(shelf, own))
         addresses = ranks.gather(server.address)
-        hosts = [name for name, _ in told]
         beyond = neighbours(hosts)
         if not beyond and ranks.rank == 0:
             log.warning("checkpoint.memory: all ranks are on one host; copies outlive the processes, and not the host")
         attempts = ranks.gather((max((mark.attempt for mark, _ in shelf.copies()), default=0), secrets.token_hex(8)))
         mark = Mark(max(number for number, _ in attempts) + 1, 0, attempts[0][1])
         kept = [rank for rank, keeper in beyond.items() if keeper == ranks.rank]
-        return Keepers(shelf, server, hosts, addresses, kept, mark)
+        own_host = hosts[ranks.rank]
+        here = {rank for rank, host in enumerate(hosts) if own_host in (host, hosts[beyond.get(rank, rank)])}
+        return Keepers(shelf, server, hosts, addresses, kept, here, mark)
+
+    def _hosts(self, shelf: Shelf) -> list[str]:
+        """For each rank the first whose folder is the same: ranks that share one lose it together."""
+        ranks = self.ranks
+        mine = ranks.together(lambda: shelf.meeting(ranks.rank))
+        names = ranks.gather(mine.name)
+        seen = [rank for rank, name in enumerate(names) if (shelf.folder / name).exists()]
+        hosts = ranks.gather(str(min(seen)))  # all have looked then
+        mine.unlink()
+        return hosts
 
     # --- going on ----------------------------------------------------------------------------------------------------
 
@@ -230,7 +256,9 @@ class Copies:
         if ranks.rank == 0 and copies:
             from_disk = f"the checkpoint on disk of step {newer_than}" if newer_than >= 0 else "nothing on disk"
             if choice is not None and taken:
-                log.warning("goes on from step %d, by copies in memory%s", choice.mark.step, lack and f"; {lack}")
+                age_s = keepers.shelf.age_s(choice.mark)
+                what = f"by copies in memory of job {self.job}, made {age_s:.0f} s ago"
+                log.warning("goes on from step %d, %s%s", choice.mark.step, what, lack and f"; {lack}")
             else:
                 log.warning("goes on from %s: %s", from_disk, lack or "what is in memory is no newer")
         if choice is None or not taken:
@@ -275,7 +303,16 @@ class Copies:
         keepers, self._keepers = self._keepers, None
         if keepers is not None:
             keepers.server.close()
-            keepers.shelf.remove([self.ranks.rank, *keepers.kept])
+            is_first = keepers.hosts.index(keepers.hosts[self.ranks.rank]) == self.ranks.rank
+            left = keepers.shelf.ranks() - keepers.here if is_first else set()  # of other numbers of ranks
+            keepers.shelf.remove([self.ranks.rank, *keepers.kept, *left])
+
+    def not_ours(self, found: Found, error: CheckpointError) -> CheckpointError:
+        """An error of loading copies, with what to do if they are another run's."""
+        return CheckpointError(
+            f"copies in memory of job {self.job}, step {found.choice.mark.step}: {error}. If they are of another run, "
+            f"give another checkpoint.memory.job, or remove {Path(found.place).parent} on all hosts"
+        )
 
 
 def job_name() -> str | None:

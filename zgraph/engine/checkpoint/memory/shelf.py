@@ -7,10 +7,12 @@ are kept, so that one that is damaged is not the only one.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +27,11 @@ from zgraph.errors import CacheError, CheckpointError
 _MARK = re.compile(r"([0-9]{1,9})\.([0-9]{1,15})\.([0-9a-f]{16})")
 _RANK = re.compile(r"rank_([0-9]{1,7})")
 _REMEDY = "give another checkpoint.memory.folder"
+_LOCK = ".lock"
+_PATIENCE_S = 10.0
+"""How long one that was killed may take until it is gone."""
+_HELD: dict[Path, int] = {}
+"""Locks of this process, and the files that they are held by: a lock ends when any of its files is closed."""
 
 
 class Mark(NamedTuple):
@@ -76,6 +83,40 @@ class Shelf:
         except CacheError as error:
             raise CheckpointError(str(error)) from None
 
+    def hold(self, rank: int) -> None:
+        """Keep other processes from making copies of the same rank of a job of this name, while this one lives.
+
+        Raises:
+            CheckpointError: another does.
+        """
+        path = self.folder / f"rank_{rank}" / _LOCK
+        if path in _HELD:
+            return
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        until = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > until:
+                    os.close(held)
+                    raise CheckpointError(
+                        f"another process makes copies of rank {rank} in {self.folder} ({error.strerror}): a job "
+                        "of the same name runs here. Give each its own checkpoint.memory.job"
+                    ) from None
+            time.sleep(0.1)
+        _HELD[path] = held
+
+    def meeting(self, rank: int) -> Path:
+        """A new file that tells others, who see it, that they have the same folder. Raises OSError."""
+        for left in self.folder.glob(f".here_{rank}.*"):
+            left.unlink(missing_ok=True)
+        path = self.folder / f".here_{rank}.{secrets.token_hex(8)}"
+        path.touch(mode=0o600)
+        return path
+
     def place(self, rank: int, mark: Mark) -> Path:
         """The folder of a copy of a rank's shards."""
         return self.folder / f"rank_{rank}" / str(mark)
@@ -88,9 +129,14 @@ class Shelf:
         """Make a folder to write a copy in. Removes what was begun before. Raises OSError."""
         home = draft.parent
         home.mkdir(mode=0o700, exist_ok=True)
-        for left in home.glob(".*"):
-            shutil.rmtree(left, ignore_errors=True)
+        self.drop_drafts(int(home.name.removeprefix("rank_")))
         draft.mkdir(mode=0o700)
+
+    def drop_drafts(self, rank: int) -> None:
+        """Remove what was begun of a rank's copies, and is none."""
+        for left in (self.folder / f"rank_{rank}").glob(".*"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
 
     def complete(self, written: Path, rank: int, mark: Mark) -> None:
         """Make a folder whose files are all there a copy. Raises OSError."""
@@ -107,6 +153,15 @@ class Shelf:
             of, mark = _RANK.fullmatch(path.parent.name), Mark.parse(path.name)
             if of is not None and mark is not None and path.is_dir() and not path.is_symlink():
                 yield mark, int(of[1])
+
+    def ranks(self) -> set[int]:
+        """The ranks of which something is here."""
+        return {int(of[1]) for path in self.folder.glob("rank_*") if (of := _RANK.fullmatch(path.name))}
+
+    def age_s(self, mark: Mark) -> float:
+        """Seconds since the last of the copies with a mark was made, of those that are here; 0 if none is."""
+        made = [self.place(rank, mark).stat().st_mtime for found, rank in self.copies() if found == mark]
+        return max(time.time() - max(made), 0.0) if made else 0.0
 
     def check_in(self, folder: Path, rank: int) -> Index:
         """The index of a copy all of whose bytes are what was written.
@@ -130,9 +185,17 @@ class Shelf:
             if found not in marks:
                 shutil.rmtree(self.place(rank, found), ignore_errors=True)
 
+    def remove_of(self, mark: Mark, ranks: Sequence[int]) -> None:
+        """Remove the copies of some ranks with a mark."""
+        for rank in ranks:
+            shutil.rmtree(self.place(rank, mark), ignore_errors=True)
+
     def remove(self, ranks: Sequence[int]) -> None:
         """Remove everything of some ranks, and the job's folder if it is empty then."""
         for rank in ranks:
-            shutil.rmtree(self.folder / f"rank_{rank}", ignore_errors=True)
+            home = self.folder / f"rank_{rank}"
+            shutil.rmtree(home, ignore_errors=True)
+            if (held := _HELD.pop(home / _LOCK, None)) is not None:
+                os.close(held)
         with suppress(OSError):  # others have copies there
             self.folder.rmdir()
