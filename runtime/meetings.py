@@ -110,9 +110,9 @@ class Meetings(Circle):
             PeerError: one failed, ended, or is gone.
         """
         self.raise_failure()
-        gone = self.silent()
-        if gone or self.departed():
-            self.blame(what, TimeoutError("no answer"), gone)
+        self.look_for_silent(what, is_default=True)
+        if self.departed():
+            self.blame(what, TimeoutError("no answer"))
 
     def told(self, key: str, what: str) -> str:
         """The word that another of these ranks puts under a key of the store, however long it takes.
