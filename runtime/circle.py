@@ -30,6 +30,7 @@ MOST_PATIENT = 4.0
 """How many times longer who is gone is waited for where this rank's own heart is late: then others may be, too."""
 NAMED = 16
 """Of how many ranks a message says one by one where they are."""
+_SILENT = "no heartbeat came: the process has ended or was stopped, or its host does not answer"
 AGAIN = "Look why on that rank, then start the job again from its last checkpoint."
 
 
@@ -48,7 +49,8 @@ class Circle:
         limit_s: how long one waits for the others before it gives up.
 
     `doom` is set by whoever has found out that the ranks cannot go on; `failed_call` is the last call in which this
-    rank itself raised.
+    rank itself raised; `patience_s` is how much longer a rank that its neighbour calls silent is listened to, in any
+    wait: by default, waits for a collective go on until its connection breaks, as a process that was stopped may go on.
     """
 
     def __init__(self, heart: Heartbeat, ranks: tuple[int, ...], name: str, limit_s: float) -> None:
@@ -60,6 +62,7 @@ class Circle:
         self.compared = 0
         self.failed_call = -1
         self.doom: ZgraphError | None = None
+        self.patience_s: float | None = None
         self.journal: Journal | None = None
         self._suspects: dict[int, int] = {}
         self._suspected = 0.0
@@ -133,7 +136,20 @@ class Circle:
         with store_errors():
             if found := self.drifted(wait, seen):
                 self.raise_drift(self.say_drift(found))
-        if wait.comparison and (gone := self.silent()):  # where a rank is gone, a collective's connection breaks
+        self.look_for_silent(what, is_default=bool(wait.comparison))
+
+    def look_for_silent(self, what: str, *, is_default: bool = False) -> None:
+        """Look whether the heartbeat of a rank has stopped, if `patience_s` says for how long.
+
+        Args:
+            what: this rank waits for.
+            is_default: look also where nothing is said, with the patience of one beat. Where a rank is gone, the
+                connection of a collective breaks: no need to.
+
+        Raises:
+            PeerError: one has.
+        """
+        if (is_default or self.patience_s is not None) and (gone := self.silent(self.patience_s)):
             self.blame(what, TimeoutError("no answer"), gone)
 
     def drifted(self, wait: Wait, seen: Seen) -> str:
@@ -241,8 +257,9 @@ class Circle:
         elif gone:
             blame = PeerError(
                 f"{rank_names(gone)} of {_listed(self.ranks)} "
-                f"{'is' if len(gone) == 1 else 'are'} gone: rank {self.rank} waited for "
-                f"{what} and the connection broke. Start the job again from its last checkpoint."
+                f"{'is' if len(gone) == 1 else 'are'} gone: rank {self.rank} waited for {what} and "
+                f"{_SILENT if isinstance(error, TimeoutError) else 'the connection broke'}. Start the job again from "
+                "its last checkpoint."
             )
         else:
             blame = PeerError(f"rank {self.rank} waited for {what} and the communication failed: {error}")

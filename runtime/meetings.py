@@ -111,9 +111,9 @@ class Meetings(Circle):
             PeerError: one failed, ended, or is gone.
         """
         self.raise_failure()
-        gone = self.silent()
-        if gone or self.departed():
-            self.blame(what, TimeoutError("no answer"), gone)
+        self.look_for_silent(what, is_default=True)
+        if self.departed():
+            self.blame(what, TimeoutError("no answer"))
 
     def tell(self, key: str, word: str) -> None:
         """Put a word under a key of the store, for others of these ranks, unless one of them has put another there.

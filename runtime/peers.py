@@ -94,6 +94,7 @@ class Peers(Meetings):
                     else:
                         wait.looks += 1
                         self.raise_failure()
+                        self.look_for_silent(what)
                     if asked > until:
                         self.give_up(self.limit_s)
         finally:

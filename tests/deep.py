@@ -89,7 +89,6 @@ LEFT_OUT = (
     "distributed/test_fusion.py::test_training_with_kernels_is_that_of_ddp[llama-3]",
     "distributed/test_fusion.py::test_training_with_kernels_is_that_of_ddp[vit-2]",
     "distributed/test_higher_order.py::test_functions_train_as_eagerly[Branch-2]",
-    "distributed/test_inference.py::test_serving_within_training_leaves_losses_memory_and_programs_as_they_are",
     "distributed/test_inference.py::test_two_ranks_give_the_tokens_of_one_from_half_of_the_weights_and_of_the_cache[gpt2",
     "distributed/test_join.py::test_a_rank_that_left_the_loop_for_a_barrier_is_named",
     "distributed/test_joining.py::test_another_dies_and_a_late_rank_is_told_too",

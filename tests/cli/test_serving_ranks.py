@@ -125,6 +125,45 @@ def test_under_open_streams_too(saved):
         assert "rank 1" in running.stderr.read()
 
 
+@pytest.mark.parametrize("launcher", [(), ("launch", "--nproc-per-node", "2", "-m", "zgraph")])
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_rank_that_is_stopped_is_named_and_ends_the_server(saved, streams, launcher):
+    with serving(*launcher, "serve", saved, *SIZES, "--tensor-parallel", "2") as (running, url):
+        answer(url)
+        other = next(pid for pid in descendants(running.pid) if rank_of(pid) == "1")
+        body = {"model": "bytes", "prompt": ["a", "b"] * 8, "max_tokens": 90, "stream": True, "temperature": 1.0}
+        if streams:
+            with httpx2.stream("POST", f"{url}/completions", json=body, timeout=60) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                began = stopped(other)
+                rest = [line for line in lines if line]
+            assert "server_error" in rest[-1]
+            assert time.monotonic() - began < 10 * slowness()
+        else:
+            began = stopped(other)
+        code = running.wait(60 * slowness())
+        seconds = time.monotonic() - began
+        assert code == 1
+        assert "rank 1 of [0, 1] is gone" in (said := running.stderr.read())
+        assert "no heartbeat came" in said
+        assert seconds < (45 if launcher else 15) * slowness(), "a launcher gives its ranks 30 s to end"
+        assert are_gone([other])
+
+
+def rank_of(pid: int) -> str:
+    """The rank that a process was started as; empty if as none."""
+    with open(f"/proc/{pid}/environ", "rb") as file:
+        found = dict(entry.partition(b"=")[::2] for entry in file.read().split(b"\0"))
+    return found.get(b"RANK", b"").decode()
+
+
+def stopped(pid: int) -> float:
+    """Stop a process; when it was."""
+    os.kill(pid, signal.SIGSTOP)
+    return time.monotonic()
+
+
 def test_nothing_is_left_where_the_first_is_killed(saved):
     with serving("serve", saved, *SIZES, "--tensor-parallel", "2") as (running, url):
         answer(url)

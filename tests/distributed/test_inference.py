@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from zgraph.codegen import quantised
 from zgraph.errors import BatchMismatchError, PlacementError, UsageError
 from zgraph.inference.continuous import ContinuousBatch
 from zgraph.inference.orders import follow
+from zgraph.inference.programs import Programs
 from zgraph.passes.analysis.integers import int8_of, integers_of
 
 from .pool import Pool
@@ -33,6 +37,7 @@ LLAMA = {
 FAMILIES = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)),
     "tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA, tie_word_embeddings=True)),
+    "short": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**LLAMA, "num_hidden_layers": 1})),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=96)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLAMA, head_dim=8)),
 }
@@ -173,19 +178,20 @@ def test_mistakes_are_told_on_both_ranks_and_they_go_on(pair):
     assert "1 heads of keys and values do not divide" in first[8]
 
 
-def trained(_: DeviceMesh, tensor_parallel: int, rounds: int) -> dict[str, Any]:
+def trained(_: DeviceMesh, family: str, tensor_parallel: int, rounds: int) -> dict[str, Any]:
     """What a rank finds in rounds of generating and training, and in training alone."""
     ids = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(dist.get_rank()))
     prompt = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(7))
     losses: list[list[float]] = []
-    same, sizes, captured = True, [], []
+    same, sizes, residents, captured = True, [], [], []
     for serves in (False, True):
-        model = zgraph.compile(made("tied").train(), stage=3)
+        model = zgraph.compile(made(family).train(), stage=3)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         losses.append([])
         for _round in range(rounds):
             if serves:
-                with zgraph.serving(model, max_batch=2, max_len=32, tensor_parallel=tensor_parallel) as inference:
+                options = {"max_batch": 2, "max_len": 32, "tensor_parallel": tensor_parallel}
+                with captures() as programs, zgraph.serving(model, **options) as inference:
                     tokens = inference.generate(prompt, max_new_tokens=6, pad_token_id=0)
                 with zgraph.gathered(model):
                     mask = torch.ones_like(prompt)
@@ -193,14 +199,32 @@ def trained(_: DeviceMesh, tensor_parallel: int, rounds: int) -> dict[str, Any]:
                         prompt, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
                     )
                 same = same and torch.equal(tokens, wanted)
-                captured.append((len(inference.programs.all), len(zgraph.report(model).entries)))
+                captured.append((len(programs), len(zgraph.report(model).entries)))
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses[-1].append(loss.item())
-            sizes += [held()] if serves else []
-    return {"same": same, "losses": losses, "sizes": sizes, "captured": captured}
+            if serves:
+                sizes.append(held())
+                residents.append(resident())
+    return {"same": same, "losses": losses, "sizes": sizes, "residents": residents, "captured": captured}
+
+
+@contextmanager
+def captures() -> Iterator[list[str]]:
+    """The names of what is captured for inference within."""
+    whole, found = Programs.program, list[str]()
+
+    def program(*given: Any, **named: Any) -> Any:
+        found.append(given[4])
+        return whole(*given, **named)
+
+    Programs.program = program  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Programs.program = whole  # type: ignore[method-assign]
 
 
 def held() -> int:
@@ -210,14 +234,24 @@ def held() -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.is_cpu}.values())
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_serving_within_training_leaves_losses_memory_and_programs_as_they_are(pair, tensor_parallel):
-    for found in pair.run(trained, 2, tensor_parallel, 20 if DEEP else 4, limit_s=240):
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor_parallel", "rounds"), [("short", 1, 3), deep("tied", 1, 20), deep("tied", 2, 20)]
+)
+def test_serving_within_training_leaves_losses_memory_and_programs_as_they_are(
+    pair: Pool, family: str, tensor_parallel: int, rounds: int
+) -> None:
+    for found in pair.run(trained, 2, family, tensor_parallel, rounds, limit_s=240):
         assert found["same"]
         assert found["losses"][0] == found["losses"][1]
         assert len(set(found["losses"][0])) > 2
         assert len(set(found["sizes"][1:])) == 1, found["sizes"]
-        assert len(set(found["captured"][1:])) == 1
+        assert found["captured"] == [(2, 0)] + [(0, 1)] * (rounds - 1)
+        assert found["residents"][-1] - found["residents"][rounds // 2] < 4 * 2**20, found["residents"]
 
 
 def exported(_: DeviceMesh, path: str) -> dict[str, Any]:

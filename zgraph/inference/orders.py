@@ -27,6 +27,11 @@ FIRST_HAS_REQUESTS = (
 
 _WAKE, _END = "wake", "end"
 
+PATIENCE_S = 3.5
+"""How much longer than its neighbour does, the ranks listen to one that is silent, before they end: clients wait. With
+what a neighbour takes to say so, a process that is stopped is named within ten seconds.
+"""
+
 Piece = tuple[torch.Tensor, torch.Tensor]
 """Tokens of a prompt and their places, int64 [1, chunk]."""
 
@@ -46,6 +51,7 @@ class Orders:
 
     def __init__(self, calls: Calls) -> None:
         self.calls, self.peers = calls, calls.programs.session.peers
+        self.peers.patience_s = PATIENCE_S
         self.group = calls.programs.ranks.axis_group(AXIS)
         rows, chunk = calls.num_rows, calls.chunk
         sizes = [3, rows, rows, rows, chunk, chunk]
