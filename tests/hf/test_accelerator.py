@@ -116,6 +116,13 @@ def test_what_zgraph_takes_the_place_of_is_refused():
         Accelerator(cpu=True, mixed_precision="fp16")
 
 
+def test_copies_of_shards_are_refused_where_ranks_compute_together(monkeypatch):
+    for name, value in {**USUAL, "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="all others shard; choose FULL_SHARD"):
+        Accelerator(cpu=True, zgraph={"tensor_parallel": 2})
+
+
 SCRIPT = """
 import torch, zgraph
 from torch import nn

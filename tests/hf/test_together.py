@@ -160,6 +160,22 @@ def accelerated(mesh, theirs):
     return losses, rows
 
 
+def reduced(mesh):
+    """What ranks that share a batch reduce, as sums and means, and how many batches and which number they have."""
+    launched(mesh)
+    accelerator = Ours(cpu=True, zgraph={"tensor_parallel": 2})
+    given = {"a": torch.tensor([3.0, 5.0]), "b": [torch.tensor(7.0)]}
+    found = [accelerator.reduce(given), accelerator.reduce(given, "mean")]
+    return [(f["a"].tolist(), f["b"][0].item()) for f in found], accelerator.num_processes, accelerator.process_index
+
+
+def test_ranks_that_share_a_batch_reduce_it_once(pair):
+    for (summed, averaged), count, number in pair.run(reduced, 2):
+        assert summed == ([3.0, 5.0], 7)
+        assert averaged == ([3.0, 5.0], 7)
+        assert (count, number) == (1, 0)
+
+
 @pytest.mark.parametrize("num_ranks", [deep(2)])
 def test_an_accelerator_takes_a_parallelism_config(pair, num_ranks):
     (losses, rows), _ = pair.run(accelerated, num_ranks, ParallelismConfig(tp_size=2))
