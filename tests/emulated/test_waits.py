@@ -66,6 +66,7 @@ ELSEWHERE = {
     "_let_go.end": "gloo between replicas, in no case",
     "Line.ask": "the store of an elastic job, in no case",
     "Pulse.run": "the store of an elastic job, in no case",
+    "ring_attention.shift.come": "attention of processors: on GPUs keys do not go round",
     "Alike._finish": "tensor parallelism, in no case: the wait is the comparison's own",
 }
 """Functions that wait for no stream, or for one whose memory nobody reads, by what for."""

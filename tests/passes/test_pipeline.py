@@ -35,6 +35,7 @@ OPTIONS = {
     "at_least_bytes": st.integers(0, 2**50),
     "sequence": st.booleans(),
     "search": st.sampled_from(["", "values", "all"]),
+    "ring": st.booleans(),
     "matmuls": st.sampled_from(["never", "auto", "always"]),
     "recipe": st.sampled_from(["tensorwise", "rowwise"]),
     "exclude": st.sampled_from(["", "lm_head", "head+router"]),
@@ -58,6 +59,7 @@ def passes(draw, kind: type[Pass]) -> Pass:
     fields = [f.name for f in dataclasses.fields(kind)]
     given = {name: draw(OPTIONS[name]) for name in fields if draw(st.booleans())}
     assume(not (given.get("sequence") and given.get("search")))
+    assume(given.get("axis") == "context" or not given.get("ring"))
     assume(given.get("axis") not in ("context", "expert") or not (given.get("sequence") or given.get("search")))
     assume(not given.get("calibrated") or given.get("weights") == "int4")
     assume(not given.get("outliers") or given.get("activations") == "int8")
