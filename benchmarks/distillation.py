@@ -53,7 +53,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Course:
-    """What both students are given.
+    """Inputs of both students.
 
     Args:
         batches: [steps, B, S], the rows of each step.

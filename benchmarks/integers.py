@@ -1,4 +1,4 @@
-"""What weights in integers cost a text: python -m benchmarks.integers --json integers-smollm2.json
+"""Cost of weights in integers for a text: python -m benchmarks.integers --json integers-smollm2.json
 
 The perplexity of SmolLM2-135M on the first 60,000 characters of Python's manual, as `zgraph eval` counts it, with its
 weights as they are and in int8 and int4. What is calibrated is so on the last 60,000, none of which is scored. Needs
@@ -31,7 +31,7 @@ CALIBRATED = 8192
 
 @dataclass(frozen=True)
 class Kept:
-    """What weights are kept in, as options of `zgraph eval`.
+    """Kinds of weights, as options of `zgraph eval`.
 
     Args:
         weights, activations, group, wider: of those names.

@@ -24,7 +24,7 @@ from zgraph.ir.axis_rules import axis_of
 __all__ = ["Attention", "Pending", "Shift", "backward", "forward", "on_ranks", "runs"]
 
 Pending = Callable[[], torch.Tensor]
-"""What is on its way: called, it waits and gives what came."""
+"""A tensor on its way: called, it waits and gives what came."""
 
 Shift = Callable[[torch.Tensor], Pending]
 """Sends a tensor to the next rank, and begins to take one like it from the rank before."""
@@ -69,7 +69,7 @@ class Attention:
 def forward(
     call: Attention, shift: Shift, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the rank's queries make of all keys and values, and the logarithms of its sums.
+    """Attention of the rank's queries to all keys and values, and the logarithms of its sums.
 
     Args:
         call: the call.

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from zgraph.cost import memory_interval, time_interval
 from zgraph.cost.reserved import Footprint
 from zgraph.cost.rest import UPDATE_PASSES, at_rest, copies_bytes, feedback_bytes, update_scratch
 from zgraph.estimate.member import Member
+from zgraph.estimate.planned_job import PlannedJob
 from zgraph.estimate.reservation import scaled_footprint
 from zgraph.estimate.stage_figures import StagePlan
 from zgraph.ir import Graph, Input, InputKind, Placement, model_axes
@@ -27,9 +27,6 @@ from zgraph.passes.fuse import Fuse
 from zgraph.passes.fusion.loss import fused_losses
 from zgraph.passes.offload import Saved
 from zgraph.passes.partition import Partition
-
-if TYPE_CHECKING:
-    from zgraph.estimate.stage_plan import Planner
 
 RESTING = ("parameters", "optimizer", "buffers")
 CATEGORIES = (*RESTING, "gradients", "activations", "gathered", "temporaries", "buckets")
@@ -54,7 +51,7 @@ class Option:
 class Shape:
     """A model at one stage, with so much at rest on the host: what is left to choose is how values wait."""
 
-    def __init__(self, planner: Planner, stage: int, whole: frozenset[str], place: str) -> None:
+    def __init__(self, planner: PlannedJob, stage: int, whole: frozenset[str], place: str) -> None:
         self.planner, self.stage, self.whole, self.place = planner, stage, whole, place
         self.samples = planner.samples
         self._options: dict[tuple[float | None, float], Option] = {}

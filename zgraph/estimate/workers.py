@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG = 1
 """Of Linux' prctl: the signal that a process gets when its parent ends."""
 
 _TASKS: list[Callable[[], Any]] = []
-"""What forked processes find of their parent: tasks are not sent to them, so they need not be picklable."""
+"""Tasks as forked processes find them in memory: none is sent to them, so that they need not be picklable."""
 
 
 @contextmanager
