@@ -20,9 +20,10 @@ from zgraph.environment import environment
 from zgraph.ir import Graph, Node, Phase, Plan, Program, Value
 from zgraph.ir.ops import OPS
 from zgraph.ir.printer import fingerprint, print_graph, print_node
+from zgraph.ir.ranked_rows import ROUNDS
 from zgraph.version import __version__
 
-COLLECTIVES = frozenset(op.name for op in OPS.values() if op.lane == "comm")
+COLLECTIVES = frozenset(op.name for op in OPS.values() if op.lane == "comm" or op.name in ROUNDS)
 _MARK_BYTES = 8
 
 

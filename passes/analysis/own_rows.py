@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from zgraph.ir import Graph, Node, Placement, Shard, TensorType, Value
 from zgraph.ir.orders import roles_read
 from zgraph.ir.rules import Call, Rule, Strategy, meant
-from zgraph.ir.rules.own import begins_order, step_of
+from zgraph.ir.rules.own import FILLS, begins_order, step_of
 from zgraph.ir.rules.roles import Mixed, Order, Role
 from zgraph.ir.types import Own
 
@@ -102,7 +102,7 @@ class _Follower:
         self.found.ways[node.name] = step.way
         for value, role, place in zip(node.operands, roles, step.way.ins, strict=True):
             if isinstance(place, Own) and (role is None or role.word == "range"):
-                self.make(value, place)
+                self.make(value, place, is_range=role is not None)
         for result, role, place in zip(node.results, step.roles, step.way.outs, strict=True):
             if role is not None:
                 self.roles[result.name] = role
@@ -123,8 +123,8 @@ class _Follower:
             if value.name in self.unread or (is_counts and not is_sum):
                 raise Mixed(f"{node.op} reads what is in an order of the rank's own")
 
-    def make(self, value: Value, place: Placement) -> None:
-        """Have what is made of nothing made in the order: zeros that rows are added to, a range of numbers.
+    def make(self, value: Value, place: Placement, *, is_range: bool) -> None:
+        """Have what is alike in all rows made in the order: zeros that rows are added to; or a range of numbers.
 
         Raises:
             Mixed: it is made of something, or read by others.
@@ -132,8 +132,17 @@ class _Follower:
         if value.name in self.unread:
             self.unread.discard(value.name)
             return
+        if value.name in self.roles:  # a range that a sort has made
+            return
         maker = self.graph.producers.get(value.name)
         rule = self.made_by.get(maker.name) if maker is not None else None
-        if maker is None or len(self.graph.users.get(value.name, ())) > 1 or rule is None or any(rule.ins):
+        is_right = maker is not None and (is_range or maker.op in FILLS)
+        if (
+            maker is None
+            or not is_right
+            or len(self.graph.users.get(value.name, ())) > 1
+            or rule is None
+            or any(rule.ins)
+        ):
             raise Mixed(f"%{value.name} is not in the order of what is written to it")
         self.found.ways[maker.name] = Strategy(tuple(None for _ in maker.operands), (place,))

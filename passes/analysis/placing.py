@@ -193,8 +193,8 @@ def _of_reshard(node: Node) -> Rule:
     names = [name if old == new else f"_{name}" for name, (old, new) in zip(letters(call.out()), pairs, strict=True)]
     given = " ".join(n if n[0] != "_" else f"{n}_given" for n in names)
     old, new = node.operands[0].tensor, node.results[0].tensor
-    adds = P not in (*old.placement, *new.placement) or Partial("max") in old.placement
-    return written(call, f"{given} -> {' '.join(names)}", linear=() if adds else ((0,),))
+    adds = P in (*old.placement, *new.placement) and Partial("max") not in old.placement
+    return written(call, f"{given} -> {' '.join(names)}", linear=((0,),) if adds else ())
 
 
 def whole(node: Node) -> Strategy:
@@ -273,6 +273,9 @@ class Walk:
             {v.name for v in node.operands}
         ):
             return False
+        for value, place in zip(node.results, strategy.outs, strict=True):
+            if place == P and not value.tensor.dtype.value.startswith(("f", "bf", "c")):  # integers are not added up
+                return False
         for value, place in zip(node.operands, strategy.ins, strict=True):
             if place is None:
                 continue

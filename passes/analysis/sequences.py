@@ -137,8 +137,8 @@ class SequenceWalk(Walk):
         super().__init__(graph, seeds, num_ranks, rules, kept, tokens, sums)
 
     def best(self, node: Node, rule: Rule | None) -> Strategy:
-        """The way in a rank's own order, where a node has a part in one; of attention whose heads do not divide, the
-        way in which keys and values go round.
+        """The way in a rank's own order, where a node has a part in one; of attention that would be whole, the way in
+        which keys and values go round.
         """
         way = self.own.ways.get(node.name) or super().best(node, rule)
         if node.op in RING and (self.ring or not any(isinstance(place, Shard) for place in way.ins)):

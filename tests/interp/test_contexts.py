@@ -13,12 +13,14 @@ import small
 import zgraph
 from tests.deep import deep
 from tests.interp.test_placed import TOKENS, VOCABULARY, captured, error, inputs, planned
+from zgraph.bridge import ring
+from zgraph.bridge.aten import FROM_TORCH
 from zgraph.capture.fake import trace
 from zgraph.certify.certificate import certify
 from zgraph.debugging.dtypes import in_dtype
 from zgraph.errors import PlacementError
 from zgraph.interpreter import Interpreter
-from zgraph.ir import OPS, Axis, DType, Graph, InputKind, Mesh, Node, Shard, verify
+from zgraph.ir import OPS, Axis, DType, Graph, InputKind, Mesh, Node, Replicate, Shard, TensorType, Value, verify
 from zgraph.ir.axis_rules import collective
 from zgraph.ir.parts import part_shape
 from zgraph.passes import Context, parse_recipe
@@ -146,6 +148,7 @@ class Heads(nn.Module):
         mask = {
             "window": ((at - at.unsqueeze(1)).abs() < 2)[None, None],
             "nothing": (at >= 4).unsqueeze(1).expand(12, 12),
+            "large": torch.where(at.unsqueeze(1) < 4, -1e9, 0.0).expand(12, 12).to(torch.float32),
             "added": torch.linspace(-1, 1, 144).view(12, 12).masked_fill(at > at.unsqueeze(1), -torch.inf).to(x.dtype),
         }.get(self.mask)
         made = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=self.mask == "causal")
@@ -153,7 +156,7 @@ class Heads(nn.Module):
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
-@pytest.mark.parametrize("mask", ["causal", "window", "nothing", "added", "none"])
+@pytest.mark.parametrize("mask", ["causal", "window", "nothing", "large", "added", "none"])
 def test_keys_and_values_go_round(mask: str, num_ranks: int) -> None:
     graph = in_dtype(zgraph.trace(Heads(mask), torch.rand(2, 12, 12)), DType.f64)
     context = Context(mesh=(Axis("context", num_ranks),))
@@ -167,6 +170,46 @@ def test_keys_and_values_go_round(mask: str, num_ranks: int) -> None:
     assert not {"fwd all_to_all", "fwd all_gather", "bwd all_to_all", "bwd all_gather"} & moves(made, 0).keys()
     given = {i.value.name: torch.randn([int(d) for d in i.value.tensor.shape]).double() for i in graph.inputs}
     assert error(made, Interpreter().run(made, given), graph, Interpreter().run(graph, given)) < 1e-12
+
+
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e9, -1e4, 1e3, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_mask_of_large_numbers_hides_rows_as_on_one_rank(value: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v, gradient = torch.randn(4, 2, 4, 12, 8).to(dtype)
+    mask = torch.randn(2, 1, 12, 12).to(dtype)
+    mask[:, :, :5] = value
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    wanted = op(q, k, v, attn_mask=mask)
+    of_wanted = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, q, k, v, *wanted, 0.0, False, attn_mask=mask
+    )
+    placed_at = (Shard(2), Replicate())
+    kind, logs, of_mask = (
+        TensorType(FROM_TORCH[t.dtype], tuple(t.chunk(3, 2)[0].shape), None, placed_at) for t in (q, wanted[1], mask)
+    )
+    x, given = Value("x", kind), Value("m", of_mask)
+    options = (("attn_mask", given), ("axis", "context"))
+    made = Node("ring_attention", (x, x, x), (Value("y", kind), Value("l", logs)), options)
+    args = (x, x, x, x, x, Value("l", logs), 0.0, False)
+    back = Node("ring_attention_backward", args, tuple(Value(f"g{n}", kind) for n in range(3)), options)
+    mesh = (Axis("context", 3), Axis("shard", 1))
+    out, sums = ring.on_ranks(made, [t.chunk(3, 2) for t in (q, k, v, mask)], mesh)
+    tensors = [t.chunk(3, 2) for t in (gradient, q, k, v)]
+    found = ring.on_ranks(back, [*tensors, out, sums, mask.chunk(3, 2)], mesh)
+    near = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float64: 1e-11}[dtype]
+    assert torch.allclose(torch.cat(out, 2), wanted[0], rtol=near, atol=near)
+    for got, want in zip(found, of_wanted, strict=True):
+        assert torch.allclose(torch.cat(got, 2).double(), want.double(), rtol=near, atol=near * want.abs().max().item())
+
+
+def test_a_rank_that_fails_ends_the_others() -> None:
+    kind = TensorType(DType.f32, (1, 1, 4, 8), None, (Shard(2), Replicate()))
+    x = Value("x", kind)
+    node = Node("ring_attention", (x, x, x), (Value("y", kind), Value("z", kind)), (("axis", "context"),))
+    wrong = [torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 9)]
+    with pytest.raises(RuntimeError):
+        ring.on_ranks(node, [wrong] * 3, (Axis("context", 2), Axis("shard", 1)))
 
 
 def test_what_goes_round_is_counted() -> None:

@@ -126,6 +126,15 @@ def test_rows_that_were_sent_wait_on_the_host() -> None:
     assert error(made, Interpreter().run(made, inputs), graph, Interpreter().run(graph, inputs)) < 1e-12
 
 
+@pytest.mark.parametrize("keep_bytes", [1, 1000, 4000, *(deep(num) for num in (200, 600, 2000, 8000))])
+def test_an_order_that_is_computed_again_is_the_same(keep_bytes: int) -> None:
+    graph, mesh = captured("qwen3"), (Axis("context", 2), Axis("shard", 2))
+    recipe = along_model_axes(RECIPES[3], ["context"]).replace("fit", f"recompute(keep_bytes={keep_bytes})")
+    made = parse_recipe(recipe).run(divided(graph, {"context": 2}), Context(mesh=mesh))
+    verify(made)
+    assert any("O0" in str(r.type) for n in made.nodes for r in n.results)
+
+
 class Mixture(nn.Module):
     """Two experts for a sequence of tokens, and something between."""
 
@@ -139,11 +148,20 @@ class Mixture(nn.Module):
         ids = (tokens.sum(-1) > 0).long()
         order = torch.sort(ids, stable=self.between == "stable")[1]
         counted = 1 - ids if self.between == "miscounted" else ids
-        ends = torch.cumsum(torch.histc(counted.float(), 2, 0, 1), 0, dtype=torch.int32)
+        low, top = {"low": (-1, 1), "high": (1, 2)}.get(self.between, (0, 1))
+        ends = torch.cumsum(torch.histc(counted.float(), top - low + 1, low, top), 0, dtype=torch.int32)
         h = torch.ops.transformers.grouped_mm_fallback(tokens[order], self.up, ends)
-        h = {"mean": lambda: h - h.mean(0), "cumsum": lambda: h.cumsum(0), "flip": lambda: h.flip(0)}.get(
-            self.between, h.relu
-        )()
+        changed: dict[str, Callable[[], torch.Tensor]] = {
+            "mean": lambda: h - h.mean(0),
+            "cumsum": lambda: h.cumsum(0),
+            "flip": lambda: h.flip(0),
+            "places": lambda: h * torch.arange(len(order), dtype=h.dtype).unsqueeze(1),
+            "later": lambda: h * torch.arange(1, len(order) + 1, dtype=h.dtype).unsqueeze(1),
+            "ones": lambda: h * torch.ones(len(order), 1, dtype=h.dtype),
+            "columns": lambda: h + tokens.new_ones(len(order), len(order))[:, order].sum(1, keepdim=True),
+            "load": lambda: h * (ids[order] == 1).sum(),
+        }
+        h = changed.get(self.between, h.relu)()
         h = torch.ops.transformers.grouped_mm_fallback(h, self.down, ends)
         if self.between == "sorted":
             return h
@@ -161,6 +179,7 @@ def mixture(between: str) -> Graph:
     [
         *(("relu", True), ("stable", True), ("mean", False), ("cumsum", False), ("miscounted", False)),
         *(("flip", False), ("sorted", False), ("unordered", False), ("numbers", False), ("ends", False)),
+        *(("places", False), ("later", False), ("ones", False), ("columns", False), ("load", False), ("high", False)),
     ],
 )
 def test_what_mixes_rows_is_computed_whole(between: str, is_own: bool) -> None:

@@ -31,6 +31,9 @@ Shift = Callable[[torch.Tensor], Pending]
 
 aten: Any = torch.ops.aten
 
+FAR = 128.0
+"""Magnitude from which a logarithm of sums in fp32 says too little of them."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -80,7 +83,8 @@ def forward(
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=wide, device=q.device)
-    sums = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
+    largest = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
+    total = torch.zeros(q.shape[:3], dtype=wide, device=q.device)
     packed = _packed(k, v)
     for step in range(call.num_ranks):
         coming = shift(packed) if step < call.num_ranks - 1 else None
@@ -91,18 +95,48 @@ def forward(
             made, logs = aten._scaled_dot_product_flash_attention_for_cpu(
                 q, keys, values, 0.0, is_causal, attn_mask=mask, scale=call.scale
             )
-            logs = _without_hidden(logs.to(wide), mask)
-            total = torch.logaddexp(sums, logs)
-            seen = total > -torch.inf
-            for part, weighed in ((out, sums), (made.to(wide), logs)):
-                part.mul_(torch.where(seen, (weighed - total).exp(), 0.0).unsqueeze(-1))
-                if part is not out:
-                    out.add_(part)
-            sums = total
+            top, weight = _apart(_without_hidden(logs.to(wide), mask), call, q, keys, mask, is_causal=is_causal)
+            before, largest = largest, torch.maximum(largest, top)
+            seen = largest > -torch.inf
+            old, new = (torch.where(seen, (one - largest).exp(), 0.0) for one in (before, top))
+            new = new * weight
+            out.mul_(old.unsqueeze(-1)).add_(made.to(wide) * new.unsqueeze(-1))
+            total = total * old + new
         if coming is not None:
             packed = coming()
-    sums.masked_fill_(sums == -torch.inf, 0.0)  # as the op of torch says of rows that see nothing
+    is_seen = total > 0
+    out.div_(torch.where(is_seen, total, 1.0).unsqueeze(-1))
+    sums = torch.where(is_seen, largest + total.log(), 0.0)  # as the op of torch says of rows that see nothing
     return out.to(q.dtype), sums
+
+
+def _apart(
+    logs: torch.Tensor,
+    call: Attention,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logarithms of sums as the largest product of each row, and the sum of exponentials less that.
+
+    A mask of large numbers, -1e9 say in all of a row, leaves no digit of a logarithm for how many there are. Of such
+    rows products are computed again; of others the logarithm itself stands for the largest.
+    """
+    is_far = (logs.abs() > FAR) & (logs > -torch.inf)
+    if not is_far.any():
+        return logs, torch.ones_like(logs)
+    shared = q.shape[1] // keys.shape[1]
+    products = q.to(logs.dtype) @ keys.repeat_interleave(shared, 1).to(logs.dtype).transpose(-1, -2)
+    products *= q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    if mask is not None:
+        products = products.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else products + mask
+    if is_causal:
+        products.masked_fill_(torch.ones(products.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+    top = products.amax(-1)
+    weight = (products - torch.where(top > -torch.inf, top, 0.0).unsqueeze(-1)).exp().sum(-1)
+    return torch.where(is_far, top, logs), torch.where(is_far, weight, 1.0)
 
 
 def backward(
@@ -174,14 +208,14 @@ def runs(node: Node, rank: int, size: int) -> Callable[..., tuple[torch.Tensor, 
     """
     is_backward = node.op.endswith("_backward")
     num_plain, position = (6, 7) if is_backward else (3, 4)
-    is_causal = bool(node.args[position]) if position < len(node.args) else False
+    is_causal = bool(node.args[position] if position < len(node.args) else node.option("is_causal"))
     scale = node.option("scale")
     compute: Callable[..., tuple[torch.Tensor, ...]] = backward if is_backward else forward
     kinds = [result.tensor for result in node.results]
 
     def execute(shift: Shift, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         mask = tensors[num_plain] if len(tensors) > num_plain else None
-        call = Attention(rank, size, is_causal, mask, scale if isinstance(scale, float) else None)
+        call = Attention(rank, size, is_causal, mask, float(scale) if isinstance(scale, int | float) else None)
         made = compute(call, shift, *tensors[:num_plain])
         return tuple(laid_out(tensor, kind) for tensor, kind in zip(made, kinds, strict=True))
 
@@ -209,14 +243,26 @@ def _among(
 ) -> Mapping[int, tuple[torch.Tensor, ...]]:
     """Results of a node on the ranks of one axis, each on a thread of its own."""
     size = len(peers)
-    on_the_way = [Queue[torch.Tensor]() for _ in peers]
+    on_the_way = [Queue[torch.Tensor | Exception]() for _ in peers]
 
     def run(number: int) -> tuple[torch.Tensor, ...]:
-        def shift(tensor: torch.Tensor) -> Pending:
-            on_the_way[(number + 1) % size].put(tensor.clone())
-            return on_the_way[number].get
+        following = on_the_way[(number + 1) % size]
 
-        return runs(node, number, size)(shift, *(ranks[peers[number]] for ranks in operands))
+        def come() -> torch.Tensor:
+            found = on_the_way[number].get()
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        def shift(tensor: torch.Tensor) -> Pending:
+            following.put(tensor.clone())
+            return come
+
+        try:
+            return runs(node, number, size)(shift, *(ranks[peers[number]] for ranks in operands))
+        except Exception as error:
+            following.put(error)  # who waits for this rank ends with its error
+            raise
 
     with ThreadPoolExecutor(size) as pool:
         return dict(zip(peers, pool.map(run, range(size)), strict=True))

@@ -19,7 +19,7 @@ class Traffic:
 
 
 def traffic(plan: Plan) -> tuple[Traffic, ...]:
-    """The collectives of one step, by kind and phase, in the order in which they first occur."""
+    """The collectives of one step, by kind and phase, in the order in which they first occur, then rounds of keys."""
     found: dict[tuple[str, str], list[int]] = {}
     for node in (*plan.collectives, *(n for n in plan.graph.nodes if n.op in ROUNDS)):
         sent = OPS[node.op].wire_bytes(node, plan.graph.mesh)

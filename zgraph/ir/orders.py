@@ -12,7 +12,7 @@ from zgraph.ir.graph import Arg, Graph, Node, Value
 from zgraph.ir.ops import OPS, is_pure
 from zgraph.ir.rules import Call, meant, rule_of, whole_node
 from zgraph.ir.rules.kept import places_of
-from zgraph.ir.rules.own import begins_order, step_of
+from zgraph.ir.rules.own import FILLS, begins_order, step_of
 from zgraph.ir.rules.ranked import PARTS, ROUTED
 from zgraph.ir.rules.roles import Mixed, Order, Role
 from zgraph.ir.types import Own, Shard, TensorType, model_axes
@@ -20,6 +20,11 @@ from zgraph.ir.types import Own, Shard, TensorType, model_axes
 __all__ = ["orders", "roles_read"]
 
 Fault = tuple[int | None, str]
+
+_MOVES = frozenset({"reshard", "wait", "copy", "slice", "pending", *(n for n, row in OPS.items() if row.transfer)}) - {
+    *ROUTED.values()
+}
+"""Ops that leave a value what it is, wherever it goes."""
 
 _KNOW_RANKS = frozenset({*PARTS.values(), *ROUTED.values()})
 
@@ -122,10 +127,18 @@ class _Follower:
         wanted = (*step.way.ins, *step.way.outs)
         if any(w is not None and w != have for w, have in zip(wanted, places, strict=True)):
             return f"takes rows in an order of the rank's own as {list(map(str, places))}, not as {[*map(str, wanted)]}"
+        for value, role, place in zip(node.operands, roles, step.way.ins, strict=False):
+            if isinstance(place, Own) and role is None and not self.is_alike(value):
+                return f"reads %{value.name}, which is not in the order of the other rows"
         for result, role in zip(node.results, step.roles, strict=True):
             if role is not None:
                 self.roles[result.name] = role
         return ""
+
+    def is_alike(self, value: Value) -> bool:
+        """Whether all rows of a value are alike, so that it is in any order."""
+        maker = self.graph.producers.get(value.name)
+        return maker is not None and maker.op in FILLS
 
     def carry(self, node: Node) -> str:
         """Follow an op of zgraph's own, which leaves a value as it is, or moves it along another axis."""
@@ -142,6 +155,7 @@ def _numbers(graph: Graph) -> Mapping[str, int]:
     """A number for each value: the same where the same is computed of the same."""
     known: dict[Hashable, int] = {}
     found: dict[str, int] = {}
+    packed: dict[int, list[int]] = {}
 
     def of(*key: Hashable) -> int:
         return known.setdefault(key, len(known))
@@ -154,8 +168,20 @@ def _numbers(graph: Graph) -> Mapping[str, int]:
     for entry in graph.inputs:
         found[entry.value.name] = of("input", entry.value.name)
     for node in graph.nodes:
+        if node.op == "pack":
+            made = of("pack", *(found.get(v.name, -1) for v in node.operands))
+            packed[made] = [found.get(v.name, -1) for v in node.operands]
+            found[node.name] = made
+            continue
+        if node.op == "unpack" and (members := packed.get(found.get(node.operands[0].name, -1))):
+            found.update((result.name, number) for result, number in zip(node.results, members, strict=True))
+            continue
+        if node.op in _MOVES and len(node.operands) == len(node.results):  # what moves stays what it is
+            pairs = zip(node.results, node.operands, strict=True)
+            found.update((result.name, found.get(value.name, -1)) for result, value in pairs)
+            continue
         own = () if is_pure(graph, node) else (node.name,)
         kept = tuple(map(constant, node.args)), tuple((name, constant(arg)) for name, arg in node.kwargs)
         for number, result in enumerate(node.results):
-            found[result.name] = of(node.op, *own, kept, number, str(result.type))
+            found[result.name] = of(node.op, *own, kept, number)
     return found

@@ -8,7 +8,8 @@
     tokens, S0       %z = aten.index(%y, [%i])        O0, S0 -> S0
 
 What is sorted whole, computed row by row and put back is what each rank makes of its own part: no rank needs another's
-rows. That holds of the op of one order alone; `zgraph.ir.orders` follows the orders through a graph.
+rows. That holds of the op of one order alone; `zgraph.ir.orders` follows the orders through a graph. Ids are
+not negative, as numbers of experts are, so that counts from 0 on are of all rows in front.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from zgraph.ir.rules.grouped import row_factor
 from zgraph.ir.rules.roles import Mixed, Order, Role, Step
 from zgraph.ir.types import DType, Own, Partial, Placement, Replicate, Shard
 
-__all__ = ["begins_order", "own_ways", "routed_in_order", "step_of"]
+__all__ = ["FILLS", "begins_order", "own_ways", "routed_in_order", "step_of"]
 
 R, P = Replicate(), Partial("sum")
 
@@ -57,11 +58,19 @@ _NARROW = frozenset({DType.bool, DType.i8, DType.u8})
 
 _OWN = frozenset({"keys", "rows", "numbers", "range", "none"})
 
+_FLOATS = frozenset({DType.f64, DType.f32, DType.f16, DType.bf16})
+
+FILLS = frozenset(
+    f"aten.{op}.default"
+    for op in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like")
+)
+"""Ops whose rows are alike, so that they are right in any order."""
+
 
 def _patterns(call: Call) -> tuple[Pattern, ...]:
     """The patterns of an op; none where it has no row, or is called otherwise."""
     if call.op in _PUTS:
-        is_plain = len(call.ins) == 3 and len(call.shape(1)) == 1
+        is_plain = len(call.ins) == 3 and _is_by_rows(call)
         return () if not is_plain else _SUMMED if call.arg(3, "accumulate", False) is True else _WRITTEN
     if call.op.endswith("grouped_mm_fallback_backward.default"):
         return _BACKWARD
@@ -75,14 +84,19 @@ def _patterns(call: Call) -> tuple[Pattern, ...]:
     is_plain = True
     match call.name:
         case "index":
-            is_plain = len(call.ins) == 2 and len(call.shape(1)) == 1
+            is_plain = len(call.ins) == 2 and _is_by_rows(call)
         case "histc":
-            is_plain = len(call.args) == 4 and call.integer(2, "min", 0) < call.integer(3, "max", 0)
+            is_plain = len(call.args) == 4 and call.integer(2, "min", 1) <= 0 < call.integer(3, "max", 0)
         case "cumsum":
             is_plain = len(call.shape(0)) == 1
         case "floor_divide":
             is_plain = len(call.ins) == 1 and call.integer(1, "other", 0) > 0
     return rows if is_plain else ()
+
+
+def _is_by_rows(call: Call) -> bool:
+    """Whether the one index that a call has is of its first dim."""
+    return isinstance(call.args[1], tuple) and len(call.args[1]) == 1 and len(call.shape(1)) == 1
 
 
 def _place(word: str, blocks: tuple[int, ...]) -> Placement:
@@ -206,6 +220,8 @@ def _by_rows(call: Call, rule: Rule, roles: Sequence[Role | None], order: Order,
     way = _passed(rule, rows, num_ranks) if rows else None
     if way is None:
         raise Mixed(f"{call.name} mixes rows in an order of the rank's own")
+    if any(place == P and dtype not in _FLOATS for place, dtype in zip(way.outs, call.dtypes[1], strict=True)):
+        raise Mixed(f"{call.name} sums integers over rows, which ranks do not add up")
     made = tuple(Role("rows", order, place.dim) if isinstance(place, Own) else None for place in way.outs)
     return Step(way, made)
 
