@@ -112,7 +112,7 @@ def test_an_error_of_a_pass_is_shown_without_torchs_frames(monkeypatch: pytest.M
     def broken(*_: Any) -> Any:
         raise ZeroDivisionError("in a pass")
 
-    monkeypatch.setattr("zgraph.compiler.compiled_model.make_plan", broken)
+    monkeypatch.setattr("zgraph.compiler.passed.make_plan", broken)
     error = caught(zgraph.compile(Failing("")), torch.ones(2, 4))
     assert type(error) is ZeroDivisionError
     assert frames(error)[-1] == __file__
