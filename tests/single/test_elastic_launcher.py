@@ -130,9 +130,9 @@ def test_a_rank_that_has_ended_is_not_taken_for_a_silent_one() -> None:
         launcher._store.add("lives/0", 1)
         now = time.monotonic()
         for shard in range(2):
-            launcher._store.set(beat_key(Member(0, 1), shard), "3 7 0")
+            launcher._store.set(beat_key(Member(0, 1), shard), "3 7 0 1")
         assert launcher._silence(gang, now) is None
-        launcher._store.set(beat_key(Member(0, 1), 1), "9 7 0")
+        launcher._store.set(beat_key(Member(0, 1), 1), "9 7 0 1")
         assert launcher._silence(gang, now + elastic.SILENT_S + 2) is None, "the first has ended, the second is heard"
         found = launcher._silence(gang, now + 2 * elastic.SILENT_S + 4)
         assert found == ("rank 1 of it was silent for 20 s, and it was killed", 1)

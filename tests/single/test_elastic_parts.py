@@ -157,6 +157,40 @@ def test_who_lost_its_only_source_goes_on_with_the_state_of_that_step_alone(arou
     assert generations.latest() == Generation(4, (joiner,), (), joiner, 7, 0, "replica 0: killed")
 
 
+def test_who_has_rehearsed_founds_nothing_until_it_has_taken_a_state(around: Around) -> None:
+    """A replica starts again from the checkpoint of the very step that the others hold at, rehearses, and is let in;
+    the only one that has the state dies before it has sent it.
+    """
+    source = Member(0, 1)
+    generations = around.seen_by(0)
+    generations.pulse.follow(beat_key(source, 0), "")
+    generations.propose(Generation(1, (source,), (), source, 3, 0, "for a test"))
+    model = net()
+    run = around.replica(1, model, step=3)
+    loaded = [p.clone() for p in model.parameters()]
+    generator = run.steps(9)
+    assert next(generator) == 3
+    model(torch.randn(6, 4)).square().mean().backward()
+    run._optimizer.step()
+    assert not all(torch.equal(a, b) for a, b in zip(loaded, model.parameters(), strict=True))
+
+    def dies(made: Generation) -> str:
+        assert made.joining == (joiner,)
+        run._generations.follow(made)
+        run._pulse.gone[source] = "killed"
+        return "replica 0 does not answer"
+
+    joiner = Member(1, 1)
+    with ThreadPoolExecutor(1) as pool, patch.object(run, "_connect", dies):
+        ended = pool.submit(next, generator)
+        until = time.monotonic() + 5
+        while not generations.waiting(0)[0] and time.monotonic() < until:
+            time.sleep(0.01)
+        generations.propose(Generation(2, (source, joiner), (joiner,), source, 3, 1, "others join"))
+        with pytest.raises(PeerError, match="no replica with the state of step 3 is left"):
+            ended.result(10)
+
+
 def test_a_job_begins_with_the_state_that_is_the_furthest(around: Around) -> None:
     every = [around.seen_by(replica) for replica in range(3)]
     for generations, step in zip(every, (3, 5, 5), strict=True):
@@ -271,6 +305,7 @@ def test_the_training_goes_on_behind_a_first_end(around: Around) -> None:
         theirs = joined.result(60)
     assert steps == [*range(2, 60)]
     assert theirs == steps[theirs[0] - 2 :]
+    assert second._pulse.has_state, "it has taken that of the first"
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
 
 

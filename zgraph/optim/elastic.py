@@ -106,7 +106,7 @@ class Elastic:
             UsageError: the body of the loop has not called `optimizer.step()`.
         """
         if self._generations.now is None and (under_way := self._admission.under_way()) is not None:
-            self.is_rehearsing = True
+            self.is_rehearsing, self._pulse.has_state = True, False  # the optimizer steps by this replica's gradients
             yield from self._body(min(under_way, until - 1))
             self.is_rehearsing = False
         if self._generations.now is not None and self.step < until:
@@ -320,6 +320,8 @@ class Elastic:
                 self._twins.send(between, [now.members.index(member) for member in now.joining], self.step)
             else:
                 self.step = self._twins.take(between, now.members.index(now.source))
+                self._pulse.step = self.step
+                self._pulse.has_state = True
         except BrokenError as error:
             if own != now.source:
                 raise PeerError(f"replica {self.replica} did not get its state: {error}") from None
