@@ -281,6 +281,26 @@ def test_buffers_go_as_bytes() -> None:
         held.piece(0, held.num_bytes)
 
 
+def test_a_piece_of_the_buffers_moves_no_more_than_itself() -> None:
+    held = FlatBuffers(net())
+    moved: list[int] = []
+
+    def cpu(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(tensor.nbytes)
+        return tensor
+
+    with patch.object(torch.Tensor, "cpu", cpu):
+        assert held.piece(12, 20).numel() == 8
+    assert moved == [4, 4]
+
+
+def test_replicas_broadcast_the_same_buffers(around: Around) -> None:
+    around.replica(0, net())
+    around.replica(1, net())
+    with pytest.raises(UsageError, match=r"broadcast_buffers=.* \(0 bytes\)"):
+        around.replica(2, net(), broadcast_buffers=False)
+
+
 def test_the_training_goes_on_behind_a_first_end(around: Around) -> None:
     models = [net(), net()]
     first = around.replica(0, models[0])

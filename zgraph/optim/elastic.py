@@ -81,7 +81,9 @@ class Elastic:
         self._is_reduced, self._lets_in, self._sent = False, False, 0
         self._is_checked = False
         self._generations.own = Member(place.replica, 0)
-        self._generations.same(f"shard/{shard}", digest(model, optimizer, num_shards))
+        self._generations.same(
+            f"shard/{shard}", digest(model, optimizer, num_shards, broadcast_buffers, self._buffers.num_bytes)
+        )
         self._optimizer, self._has_stepped = optimizer, False
         self._known = {id(p) for p in self._gradients.parameters}
         check_parameters(model, optimizer)
