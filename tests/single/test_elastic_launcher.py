@@ -18,13 +18,14 @@ from zgraph.runtime.pulse import Member, beat_key
 
 
 def launched(script: str, most: int, patience_s: float = 20.0, joins: bool = False) -> Launcher:
-    """A launcher of replicas that run a script of the shell; where it joins, each has when it is started."""
+    """A launcher of replicas that run a script of the shell; where it joins, the first life of each has when it is
+    started.
+    """
     begin: Start = ranks_here(["sh", "-c", script], 1)
 
     def start(replica: int, variables: dict[str, str]) -> list[subprocess.Popen[bytes]]:
-        if joins:
-            life = launcher._store.add(f"lives/{replica}", 1)
-            members = tuple(Member(at, life) for at in range(most))
+        members = tuple(Member(at, 1) for at in range(most))
+        if joins and launcher._store.add(f"lives/{replica}", 1) == 1:
             launcher._store.set("generation/1", str(Generation(1, members, members[1:], members[0], 0, 2, "")))
         return begin(replica, variables)
 
@@ -53,6 +54,34 @@ def test_who_fails_behind_the_end_is_not_started_again(
     assert "replica 1: it ended with exit code 7; it is not started again" in said
     assert "it is started again" not in said
     assert ("what replica 1 was to write at the end may be missing" in said) == joins
+
+
+def test_who_dies_behind_the_last_step_is_missed_though_nobody_had_ended(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is started again, and has not joined when the other ends: it is ended at once, and what it wrote is missed."""
+    of_first = (
+        f'test "$ZGRAPH_ELASTIC_REPLICA" = 0 && {{ while ! test -e {tmp_path}/again; do sleep 0.05; done; exit 0; }}; '
+    )
+    script = (
+        f"{of_first} test -e {tmp_path}/died && {{ touch {tmp_path}/again; sleep 60; }}; touch {tmp_path}/died; exit 7"
+    )
+    began = time.monotonic()
+    assert launched(script, 2, patience_s=30, joins=True).run() == 7
+    assert time.monotonic() - began < 20
+    said = capfd.readouterr().err
+    assert "replica 1: it ended with exit code 7; it is started again" in said
+    assert "replica 1 is ended: the training ended before it could join" in said
+    assert "what replica 1 was to write at the end may be missing" in said
+
+
+def test_who_could_not_join_before_the_end_makes_no_job_fail(capfd: pytest.CaptureFixture[str]) -> None:
+    launcher = launched(FIRST + "sleep 60", 2, patience_s=30)
+    launcher._store.set("generation/1", str(Generation(1, (Member(0, 1),), (), Member(0, 1), 0, 1, "")))
+    began = time.monotonic()
+    assert launcher.run() == 0
+    assert time.monotonic() - began < 20
+    assert "replica 1 is ended: the training ended before it could join" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("last_s", "is_told"), [(5.0, True), (-60.0, False)])
