@@ -8,9 +8,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 
+from benchmarks.elastic import Campaign, Faulty
 from zgraph.cli import elastic_launching as elastic
 from zgraph.cli.elastic_launching import Gang, Launcher, Start, code_of, ranks_here
 from zgraph.runtime.generations import Generation
@@ -95,6 +98,17 @@ def test_last_words_are_those_of_the_end(
     said = capfd.readouterr().err
     assert ('having said "no luck"' in said) == is_told
     assert "frame" not in said
+
+
+@pytest.mark.parametrize(("code", "said"), [([1], "exit code 1"), ([], "does not end")])
+def test_faults_after_which_the_job_fails_are_told(tmp_path: Path, code: list[int], said: str) -> None:
+    campaign = Campaign([], tmp_path, [], 1, 0, "127.0.0.1")
+    campaign.code = code
+    rows: dict[Path, list[list[Any]]] = {tmp_path / "0-0-1.jsonl": [[3]]}
+    seen = patch.multiple(campaign, rows=lambda: rows, thread=Mock())
+    with seen, pytest.raises(Faulty, match=said):
+        campaign.finish()
+    assert (tmp_path / "stop").read_text() == "8"
 
 
 def processes_of(group: int) -> list[int]:
