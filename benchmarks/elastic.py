@@ -54,9 +54,9 @@ class Outcome:
     Args:
         faults: how many of each kind.
         num_steps: that were taken, each compared on all ranks.
-        num_alone: of these, those that one replica took without the other.
+        num_alone: of these, those that one replica took without the others.
         stalls_s: the longest time between two steps of those that lived on, of each fault.
-        back_s: the time until both replicas took a step together again, of each fault.
+        back_s: the time until all replicas took a step together again, of each fault.
         num_lost_steps: steps that a replica that lived, and was not left out, has not taken.
         num_recaptured: graphs that were captured after a rank's first step.
     """
@@ -110,7 +110,7 @@ class Campaign:
         return found
 
     def wait_together(self, behind: float) -> float:
-        """Wait until all ranks of both replicas have taken a step together after a moment; that step's time.
+        """Wait until all ranks of all replicas have taken a step together after a moment; that step's time.
 
         Raises:
             Faulty: they have not.
@@ -132,7 +132,7 @@ class Campaign:
         raise Faulty(f"the replicas were not together again within {BACK_S:g} s")
 
     def fault(self, kind: str) -> None:
-        """One fault, and wait for both replicas to train together again."""
+        """One fault, and wait for all replicas to train together again."""
         at, rank = self.random.randrange(len(self.hosts)), self.random.randrange(self.num_ranks)
         time.sleep(self.random.uniform(0.5, 1.5))
         for gang in self.launcher.gangs:
@@ -200,6 +200,8 @@ class Campaign:
         last = max(row[0] for rows in self.rows().values() for row in rows[-1:])
         (self.folder / "stop").write_text(str(last + 5))
         self.thread.join(60)
+        if self.code != [0]:
+            raise Faulty(f"the job has ended with exit code {self.code[0]}" if self.code else "the job does not end")
         members, by_step = self._compare()
         path = self.folder / "members.json"
         path.write_text(json.dumps(members))

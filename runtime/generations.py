@@ -167,11 +167,14 @@ class Generations:
         return _parsed(self.line.ask(lambda store: bytes(store.get(key))))
 
     def steps_of(self, members: Sequence[Member]) -> dict[Member, int]:
-        """The step that comes next by the state of each member, as its rank with this one's shard has it."""
+        """The step that comes next by the state of each member, as its rank with this one's shard has it. Members that
+        have rehearsed a step, and not taken a twin's state since, have that of none, and are left out.
+        """
         keys = [beat_key(member, self.shard) for member in members]
         words = self.line.ask(lambda store: read_all(store, keys))
         places = [Place.parse(word) for word in words]
-        return {member: place.step for member, place in zip(members, places, strict=True) if place is not None}
+        found = zip(members, places, strict=True)
+        return {member: place.step for member, place in found if place is not None and place.has_state}
 
     def judge(self, members: Sequence[Member], late_step: int = -1) -> dict[Member, str]:
         """Members that have ended, and why. Waits for a beat of each of their ranks, three beats at most.

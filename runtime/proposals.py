@@ -40,10 +40,12 @@ class Proposals:
         members = tuple(sorted(member for member in here.values() if member not in gone))
         if len(members) >= self.least and generations.own in members:
             steps = generations.steps_of(members)
-            source = max(members, key=lambda member: steps.get(member, 0))  # the first of those that are the furthest
+            able = [member for member in members if member in steps]
+            if not able:
+                raise PeerError("no replica has a state to begin with; start all again from the last checkpoint")
+            source = max(able, key=lambda member: steps[member])  # the first of those that are the furthest
             joining = tuple(member for member in members if member != source)
-            step = steps.get(source, 0)
-            generations.propose(Generation(1, members, joining, source, step, heard, "the job begins"))
+            generations.propose(Generation(1, members, joining, source, steps[source], heard, "the job begins"))
 
     def next(self, step: int, why: str, joins: bool, carried: tuple[Member, ...]) -> None:
         """Propose the generation behind this one.

@@ -139,19 +139,22 @@ def beat_key(member: Member, shard: int) -> str:
 
 
 class Place(NamedTuple):
-    """A rank's last word: the number of its beat, its step, and whether it waits there for other replicas."""
+    """A rank's last word: the number of its beat, its step, whether it waits there for other replicas, and whether it
+    has the state of that step: not behind a rehearsal, until it has taken that of a twin.
+    """
 
     beat: int
     step: int
     waits: bool
+    has_state: bool
 
     @staticmethod
     def parse(word: bytes) -> Place | None:
         """The place that a beat says; None where there is no beat, or what is there is none."""
         parts = word.split()
-        if len(parts) != 3 or not all(part.isdigit() and len(part) < 16 for part in parts):
+        if len(parts) != 4 or not all(part.isdigit() and len(part) < 16 for part in parts):
             return None
-        return Place(int(parts[0]), int(parts[1]), parts[2] == b"1")
+        return Place(int(parts[0]), int(parts[1]), parts[2] == b"1", parts[3] == b"1")
 
 
 class Pulse(threading.Thread):
@@ -170,7 +173,7 @@ class Pulse(threading.Thread):
         self._line = Line(*_host_and_port(line.place), limit_s=line.limit_s)
         self.gone_s, self.beat_s = gone_s, min(1.0, gone_s / 5)
         self.key, self.twin = "", ""
-        self.step, self.waits = 0, False
+        self.step, self.waits, self.has_state = 0, False, True
         self.gone: dict[Member, str] = {}
         self.silent, self.lost = "", ""
         self._heard, self._beats, self._since = b"", 0, time.monotonic()
@@ -199,7 +202,8 @@ class Pulse(threading.Thread):
     def beat(self, count: int) -> None:
         """One beat. Raises PeerError if the store does not answer."""
         key, twin = self.key, self.twin
-        word = f"{count} {self.step} {int(self.waits)}"
+        has_state = self.has_state  # read before the step, which is written before it
+        word = f"{count} {self.step} {int(self.waits)} {int(has_state)}"
         if key:
             self._line.ask(lambda store: store.set(key, word))
         heard = self._line.ask(self._listen(twin))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.deep import deep
+from zgraph.cli import ending
 from zgraph.cli.clusters import Job, job_set, pytorch_job, sbatch
 from zgraph.cli.environment_report import cores
 from zgraph.cli.launching import Host, _options, command_on, hosts_of
@@ -95,6 +99,45 @@ def test_a_launcher_that_waits_in_cpp_ends(where, code):
     ended = subprocess.run([sys.executable, "-c", BLOCKED, "1.0", where], check=False, timeout=90, capture_output=True)
     assert ended.returncode == code, ended.stderr.decode()
     assert time.monotonic() - began < 60
+
+
+LEFT = """
+import os, signal, subprocess, time
+from zgraph_ending import ended_within
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+own = ["sh", "-c", "sleep 60 & echo $!; sleep 60"]
+with ended_within(0.1):
+    for apart in (True, False):
+        child = subprocess.Popen(own, stdout=subprocess.PIPE, start_new_session=apart)
+        print(child.pid, child.stdout.readline().decode().strip(), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def test_a_launcher_that_is_ended_leaves_no_ranks(tmp_path):
+    (tmp_path / "zgraph_ending.py").write_text(Path(ending.__file__).read_text())
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", LEFT], cwd=tmp_path, start_new_session=True, **pipes) as launcher:
+        (leader, of_leader), (one, _) = (map(int, launcher.stdout.readline().split()) for _ in range(2))
+        try:
+            until = time.monotonic() + 10
+            while any(map(runs, (leader, of_leader, one))) and time.monotonic() < until:
+                time.sleep(0.02)
+            assert not any(map(runs, (leader, of_leader, one)))
+            assert launcher.wait(10) == 128 + signal.SIGTERM
+        finally:
+            os.killpg(launcher.pid, signal.SIGKILL)  # the child of the one in the launcher's own group
+            if runs(leader) or runs(of_leader):
+                os.killpg(leader, signal.SIGKILL)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_the_first_host_is_where_they_meet(monkeypatch):

@@ -239,8 +239,8 @@ def test_bytes_that_are_no_generation_are_refused(word: bytes) -> None:
 
 
 def test_a_place_is_three_numbers() -> None:
-    assert Place.parse(b"3 7 1") == Place(3, 7, True)
-    assert all(Place.parse(word) is None for word in (b"", b"1 2", b"a 2 1", b"1 -2 1", b"9" * 99 + b" 1 1"))
+    assert Place.parse(b"3 7 1 0") == Place(3, 7, True, False)
+    assert all(Place.parse(word) is None for word in (b"", b"1 2 1", b"a 2 1 1", b"1 -2 1 1", b"9" * 99 + b" 1 1 1"))
 
 
 def test_a_state_goes_as_json() -> None:

@@ -8,9 +8,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 
+from benchmarks.elastic import Campaign, Faulty
 from zgraph.cli import elastic_launching as elastic
 from zgraph.cli.elastic_launching import Gang, Launcher, Start, code_of, ranks_here
 from zgraph.runtime.generations import Generation
@@ -18,13 +21,14 @@ from zgraph.runtime.pulse import Member, beat_key
 
 
 def launched(script: str, most: int, patience_s: float = 20.0, joins: bool = False) -> Launcher:
-    """A launcher of replicas that run a script of the shell; where it joins, each has when it is started."""
+    """A launcher of replicas that run a script of the shell; where it joins, the first life of each has when it is
+    started.
+    """
     begin: Start = ranks_here(["sh", "-c", script], 1)
 
     def start(replica: int, variables: dict[str, str]) -> list[subprocess.Popen[bytes]]:
-        if joins:
-            life = launcher._store.add(f"lives/{replica}", 1)
-            members = tuple(Member(at, life) for at in range(most))
+        members = tuple(Member(at, 1) for at in range(most))
+        if joins and launcher._store.add(f"lives/{replica}", 1) == 1:
             launcher._store.set("generation/1", str(Generation(1, members, members[1:], members[0], 0, 2, "")))
         return begin(replica, variables)
 
@@ -55,6 +59,34 @@ def test_who_fails_behind_the_end_is_not_started_again(
     assert ("what replica 1 was to write at the end may be missing" in said) == joins
 
 
+def test_who_dies_behind_the_last_step_is_missed_though_nobody_had_ended(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is started again, and has not joined when the other ends: it is ended at once, and what it wrote is missed."""
+    of_first = (
+        f'test "$ZGRAPH_ELASTIC_REPLICA" = 0 && {{ while ! test -e {tmp_path}/again; do sleep 0.05; done; exit 0; }}; '
+    )
+    script = (
+        f"{of_first} test -e {tmp_path}/died && {{ touch {tmp_path}/again; sleep 60; }}; touch {tmp_path}/died; exit 7"
+    )
+    began = time.monotonic()
+    assert launched(script, 2, patience_s=30, joins=True).run() == 7
+    assert time.monotonic() - began < 20
+    said = capfd.readouterr().err
+    assert "replica 1: it ended with exit code 7; it is started again" in said
+    assert "replica 1 is ended: the training ended before it could join" in said
+    assert "what replica 1 was to write at the end may be missing" in said
+
+
+def test_who_could_not_join_before_the_end_makes_no_job_fail(capfd: pytest.CaptureFixture[str]) -> None:
+    launcher = launched(FIRST + "sleep 60", 2, patience_s=30)
+    launcher._store.set("generation/1", str(Generation(1, (Member(0, 1),), (), Member(0, 1), 0, 1, "")))
+    began = time.monotonic()
+    assert launcher.run() == 0
+    assert time.monotonic() - began < 20
+    assert "replica 1 is ended: the training ended before it could join" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("last_s", "is_told"), [(5.0, True), (-60.0, False)])
 def test_last_words_are_those_of_the_end(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, last_s: float, is_told: bool
@@ -66,6 +98,17 @@ def test_last_words_are_those_of_the_end(
     said = capfd.readouterr().err
     assert ('having said "no luck"' in said) == is_told
     assert "frame" not in said
+
+
+@pytest.mark.parametrize(("code", "said"), [([1], "exit code 1"), ([], "does not end")])
+def test_faults_after_which_the_job_fails_are_told(tmp_path: Path, code: list[int], said: str) -> None:
+    campaign = Campaign([], tmp_path, [], 1, 0, "127.0.0.1")
+    campaign.code = code
+    rows: dict[Path, list[list[Any]]] = {tmp_path / "0-0-1.jsonl": [[3]]}
+    seen = patch.multiple(campaign, rows=lambda: rows, thread=Mock())
+    with seen, pytest.raises(Faulty, match=said):
+        campaign.finish()
+    assert (tmp_path / "stop").read_text() == "8"
 
 
 def processes_of(group: int) -> list[int]:
@@ -130,9 +173,9 @@ def test_a_rank_that_has_ended_is_not_taken_for_a_silent_one() -> None:
         launcher._store.add("lives/0", 1)
         now = time.monotonic()
         for shard in range(2):
-            launcher._store.set(beat_key(Member(0, 1), shard), "3 7 0")
+            launcher._store.set(beat_key(Member(0, 1), shard), "3 7 0 1")
         assert launcher._silence(gang, now) is None
-        launcher._store.set(beat_key(Member(0, 1), 1), "9 7 0")
+        launcher._store.set(beat_key(Member(0, 1), 1), "9 7 0 1")
         assert launcher._silence(gang, now + elastic.SILENT_S + 2) is None, "the first has ended, the second is heard"
         found = launcher._silence(gang, now + 2 * elastic.SILENT_S + 4)
         assert found == ("rank 1 of it was silent for 20 s, and it was killed", 1)

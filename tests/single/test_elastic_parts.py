@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,14 +14,13 @@ import pytest
 import torch
 from torch import nn
 
+from tests.single.elastic_parts import Held, net
 from zgraph.bridge.private_runtime import PrefixStore, tcp_store
 from zgraph.environment import ElasticPlace
 from zgraph.errors import PeerError, StateDictError, UsageError
 from zgraph.optim.elastic import Elastic
 from zgraph.optim.gradients import FlatBuffers
-from zgraph.optim.twins import Twins
 from zgraph.runtime.admission import FINISHED, Admission
-from zgraph.runtime.feedback import Feedback, forget_rests
 from zgraph.runtime.generations import JOINERS, NO, YES, Generation, Generations
 from zgraph.runtime.proposals import Proposals
 from zgraph.runtime.pulse import GONE, PREFIX, Line, Member, Pulse, beat_key, say_gone
@@ -157,6 +155,40 @@ def test_who_lost_its_only_source_goes_on_with_the_state_of_that_step_alone(arou
     assert generations.latest() == Generation(4, (joiner,), (), joiner, 7, 0, "replica 0: killed")
 
 
+def test_who_has_rehearsed_founds_nothing_until_it_has_taken_a_state(around: Around) -> None:
+    """A replica starts again from the checkpoint of the very step that the others hold at, rehearses, and is let in;
+    the only one that has the state dies before it has sent it.
+    """
+    source = Member(0, 1)
+    generations = around.seen_by(0)
+    generations.pulse.follow(beat_key(source, 0), "")
+    generations.propose(Generation(1, (source,), (), source, 3, 0, "for a test"))
+    model = net()
+    run = around.replica(1, model, step=3)
+    loaded = [p.clone() for p in model.parameters()]
+    generator = run.steps(9)
+    assert next(generator) == 3
+    model(torch.randn(6, 4)).square().mean().backward()
+    run._optimizer.step()
+    assert not all(torch.equal(a, b) for a, b in zip(loaded, model.parameters(), strict=True))
+
+    def dies(made: Generation) -> str:
+        assert made.joining == (joiner,)
+        run._generations.follow(made)
+        run._pulse.gone[source] = "killed"
+        return "replica 0 does not answer"
+
+    joiner = Member(1, 1)
+    with ThreadPoolExecutor(1) as pool, patch.object(run, "_connect", dies):
+        ended = pool.submit(next, generator)
+        until = time.monotonic() + 5
+        while not generations.waiting(0)[0] and time.monotonic() < until:
+            time.sleep(0.01)
+        generations.propose(Generation(2, (source, joiner), (joiner,), source, 3, 1, "others join"))
+        with pytest.raises(PeerError, match="no replica with the state of step 3 is left"):
+            ended.result(10)
+
+
 def test_a_job_begins_with_the_state_that_is_the_furthest(around: Around) -> None:
     every = [around.seen_by(replica) for replica in range(3)]
     for generations, step in zip(every, (3, 5, 5), strict=True):
@@ -197,11 +229,6 @@ def test_the_ranks_of_a_replica_rehearse_together(around: Around) -> None:
 
 
 # --- a whole replica -------------------------------------------------------------------------------------------------
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
 
 
 def trained(run: Elastic, model: nn.Module, until: int, after: Callable[[int], None] = lambda _: None) -> list[int]:
@@ -254,6 +281,26 @@ def test_buffers_go_as_bytes() -> None:
         held.piece(0, held.num_bytes)
 
 
+def test_a_piece_of_the_buffers_moves_no_more_than_itself() -> None:
+    held = FlatBuffers(net())
+    moved: list[int] = []
+
+    def cpu(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(tensor.nbytes)
+        return tensor
+
+    with patch.object(torch.Tensor, "cpu", cpu):
+        assert held.piece(12, 20).numel() == 8
+    assert moved == [4, 4]
+
+
+def test_replicas_broadcast_the_same_buffers(around: Around) -> None:
+    around.replica(0, net())
+    around.replica(1, net())
+    with pytest.raises(UsageError, match=r"broadcast_buffers=.* \(0 bytes\)"):
+        around.replica(2, net(), broadcast_buffers=False)
+
+
 def test_the_training_goes_on_behind_a_first_end(around: Around) -> None:
     models = [net(), net()]
     first = around.replica(0, models[0])
@@ -271,6 +318,7 @@ def test_the_training_goes_on_behind_a_first_end(around: Around) -> None:
         theirs = joined.result(60)
     assert steps == [*range(2, 60)]
     assert theirs == steps[theirs[0] - 2 :]
+    assert second._pulse.has_state, "it has taken that of the first"
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
 
 
@@ -301,83 +349,6 @@ def test_what_waits_for_others_does_so_once(around: Around) -> None:
     assert len(set(seen)) == 1, "one that comes and dies again begins no new wait"
 
 
-# --- states ----------------------------------------------------------------------------------------------------------
-
-
-class Pipe:
-    """Messages of one twin to another, in order."""
-
-    def __init__(self) -> None:
-        self.held: list[torch.Tensor] = []
-
-    def send(self, tensor: torch.Tensor, _: int) -> None:
-        self.held.append(tensor.clone())
-
-    def receive(self, tensor: torch.Tensor, _: int) -> None:
-        tensor.copy_(self.held.pop(0))
-
-
-class Held:
-    """A state, which refuses some."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def state_dict(self) -> Any:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.value = state["value"]
-        if self.value == "bad":
-            raise AttributeError("not this one")
-
-
-def twin(lr: float, groups: int = 1, **state: Any) -> Twins:
-    model = net()
-    parameters = [*model.parameters()]
-    split = [{"params": parameters[:groups]}, {"params": parameters[groups:]}] if groups > 1 else parameters
-    optimizer = torch.optim.Adam(split, lr=lr)  # type: ignore[arg-type]
-    model(torch.randn(6, 4)).sum().backward()
-    optimizer.step()
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.mul_(1 + lr)
-    return Twins(model, optimizer, {name: Held(value) for name, value in state.items()}, rng=False)
-
-
-def bits(twins: Twins) -> list[Any]:
-    optimizer = [v.clone() for p in twins.model.parameters() for v in twins.optimizer.state[p].values()]
-    return [*(t.clone() for t in twins.model.state_dict().values()), *optimizer]
-
-
-def test_a_state_is_taken_over_to_the_last_bit(around: Around) -> None:
-    source, joiner, pipe = twin(0.5, a=1, b=[2.5]), twin(0.25, a=0, b=0), Pipe()
-    source.send(pipe, [1], 12)  # type: ignore[arg-type]
-    assert joiner.take(pipe, 0) == 12  # type: ignore[arg-type]
-    assert all(torch.equal(a, b) for a, b in zip(bits(source), bits(joiner), strict=True))
-    assert (joiner.state["a"].value, joiner.state["b"].value) == (1, [2.5])  # type: ignore[attr-defined]
-    assert joiner.optimizer.param_groups[0]["lr"] == 0.5
-
-
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        (lambda: twin(0.5, a=1, b="bad"), r"state\['b'\] does not take"),
-        (lambda: twin(0.5, a=1), "this rank .*'a', 'b'"),
-        (lambda: twin(0.5, groups=2, a=1, b=2), "other groups"),
-    ],
-)
-def test_a_state_that_does_not_fit_changes_nothing(source: Callable[[], Twins], said: str) -> None:
-    joiner, pipe = twin(0.25, a=0, b=0), Pipe()
-    before = bits(joiner)
-    source().send(pipe, [1], 12)  # type: ignore[arg-type]
-    with pytest.raises(StateDictError, match=said):
-        joiner.take(pipe, 0)  # type: ignore[arg-type]
-    assert all(torch.equal(a, b) for a, b in zip(before, bits(joiner), strict=True))
-    assert (joiner.state["a"].value, joiner.state["b"].value) == (0, 0)  # type: ignore[attr-defined]
-    assert joiner.optimizer.param_groups[0]["lr"] == 0.25
-
-
 def test_a_state_that_cannot_be_sent_is_refused_at_the_beginning(around: Around) -> None:
     with pytest.raises(StateDictError, match=r"sampler has a set in its state.*leave it out"):
         around.replica(0, net(), state={"sampler": Held({1, 2})})
@@ -386,18 +357,3 @@ def test_a_state_that_cannot_be_sent_is_refused_at_the_beginning(around: Around)
     run._proposals.most = 1
     with pytest.raises(StateDictError, match="sampler has a torch"):
         trained(run, run._twins.model, 3, lambda _: setattr(held, "value", torch.ones(2).to_sparse()))
-
-
-def test_codes_of_who_joins_begin_with_nothing_left_out() -> None:
-    models = [net(), net()]
-    all_of_them = [Feedback(SimpleNamespace(store=SimpleNamespace(model=model))) for model in models]  # type: ignore[arg-type]
-    for feedback in all_of_them:
-        feedback._flats["bucket"] = torch.ones(3)  # type: ignore[index]
-    source, joiner, pipe = twin(0.5), twin(0.25), Pipe()
-    joiner.model = models[0]
-    joiner.optimizer = torch.optim.Adam(models[0].parameters())
-    source.send(pipe, [1], 1)  # type: ignore[arg-type]
-    joiner.take(pipe, 0)  # type: ignore[arg-type]
-    assert [float(feedback._flats["bucket"].sum()) for feedback in all_of_them] == [0.0, 3.0]  # type: ignore[index]
-    forget_rests(models[1])
-    assert float(all_of_them[1]._flats["bucket"].sum()) == 0.0  # type: ignore[index]

@@ -6,8 +6,6 @@ import json
 import random
 import socket
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,44 +20,15 @@ from torch import nn
 
 import zgraph
 from tests.deep import DEEP
+from tests.single.memory_engines import MARK, engine_of, killed, marks, settled, step
 from zgraph.engine.checkpoint import background
 from zgraph.engine.checkpoint.memory import links
-from zgraph.engine.checkpoint.memory import shelf as shelf_module
 from zgraph.engine.checkpoint.memory.choice import Copy, choose, neighbours
 from zgraph.engine.checkpoint.memory.copies import Copies
 from zgraph.engine.checkpoint.memory.links import Address, Client, Server
 from zgraph.engine.checkpoint.memory.shelf import Mark, Shelf
 from zgraph.engine.checkpoint.ranks import Beside
-from zgraph.engine.engine import Engine
 from zgraph.errors import CheckpointError, UsageError
-
-MARK = Mark(1, 4, "0" * 16)
-
-
-def engine_of(folder: Path, **memory: Any) -> Engine:
-    torch.manual_seed(0)
-    keys = {"every": 2, "job": "alone", "folder": str(folder), **memory}
-    config = {"train_batch_size": 4, "optimizer": {"type": "AdamW"}, "checkpoint": {"memory": keys}}
-    return zgraph.initialize_engine(model=nn.Linear(6, 5), config=config)[0]  # type: ignore[arg-type]
-
-
-def step(engine: Engine) -> float:
-    loss = engine(torch.rand(4, 6)).square().mean()
-    engine.backward(loss)
-    engine.step()
-    return loss.item()
-
-
-def settled(engine: Engine) -> None:
-    kept = engine._checkpoints.copies
-    assert kept is not None
-    kept.wait()
-
-
-def marks(folder: Path) -> list[int]:
-    """The steps of the copies in a folder."""
-    return sorted(mark.step for mark, _ in Shelf.of(folder, "alone").copies())
-
 
 # --- one rank --------------------------------------------------------------------------------------------------------
 
@@ -77,6 +46,7 @@ def test_a_process_that_starts_again_goes_on_where_its_memory_is(tmp_path: Path)
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
     (_,) = tmp_path.glob("zgraph-*/alone/rank_0/*.10.*/state.json")
     next(tmp_path.glob("zgraph-*/alone/rank_0/*.10.*/state.json")).unlink()
+    killed()
     again = engine_of(tmp_path)
     where, client_state = again.load_checkpoint(tmp_path / "none")
     assert where is not None
@@ -94,6 +64,7 @@ def test_a_job_that_begins_anew_does_not_find_what_was_before(tmp_path: Path) ->
     for _ in range(4):
         step(first)
     settled(first)
+    killed()
     anew = engine_of(tmp_path)
     for _ in range(2):
         step(anew)
@@ -107,6 +78,7 @@ def test_a_checkpoint_on_disk_that_is_as_new_is_taken(tmp_path: Path) -> None:
     step(engine)
     engine.save_checkpoint(tmp_path / "disk", client_state={"on": "disk"})
     settled(engine)
+    killed()
     assert engine_of(tmp_path).load_checkpoint(tmp_path / "disk")[1] == {"on": "disk"}
     step(engine)
     step(engine)
@@ -222,29 +194,12 @@ def test_what_nobody_foresaw_is_told_to_all(tmp_path: Path) -> None:
             settled(engine)
 
 
-def test_two_jobs_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf_module, "_PATIENCE_S", 0.2)
-    Shelf.of(tmp_path, "alone").hold(0)
-    Shelf.of(tmp_path, "alone").hold(0)  # of one process, one after another
-    path = Shelf.of(tmp_path, "alone").folder / "rank_1" / ".lock"
-    path.parent.mkdir(mode=0o700)
-    held = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", held, str(path)], **pipes) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        with pytest.raises(CheckpointError, match=r"same name runs here\. Give each its own checkpoint\.memory\.job"):
-            Shelf.of(tmp_path, "alone").hold(1)
-        other.kill()
-    Shelf.of(tmp_path, "alone").hold(1)  # a lock ends with its process
-    Shelf.of(tmp_path, "alone").remove([0, 1])
-
-
 def test_copies_of_another_run_are_refused_with_the_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine = engine_of(tmp_path)
     for _ in range(2):
         step(engine)
     settled(engine)
+    killed()
     config = {"train_batch_size": 4, "optimizer": {"type": "AdamW"}}
     memory = {"every": 2, "job": "alone", "folder": str(tmp_path)}
     other = zgraph.initialize_engine(

@@ -155,8 +155,8 @@ class Launcher:
         self.address = f"{host}:{self.port}"
         self._store = PrefixStore(PREFIX, server)
         self.gangs = [Gang(replica) for replica in range(most)]
-        self.num_restarts = self._torn = 0
-        self._dead: set[Member] = set()
+        self.num_restarts = 0
+        self._dead: dict[Member, int] = {}
         self._write = threading.Lock()
         self._heard: dict[str, tuple[bytes, float]] = {}
 
@@ -172,6 +172,7 @@ class Launcher:
                     worst = self._look(gang, now) or worst
                 living = sum(bool(gang.processes) and not gang.has_ended for gang in self.gangs)
                 if self._is_done():
+                    self._end_untrained()
                     done_since = done_since or now
                     if now - done_since > self._patience_s:
                         return self._end_late(now - done_since)
@@ -185,7 +186,7 @@ class Launcher:
                     self._tell(f"go on from its last checkpoint with: {self._command}")
                     return worst if 0 < worst < 256 else 1
                 time.sleep(LOOK_S)
-            return self._torn if self._is_done() else worst or 1
+            return self._torn() if self._is_done() else worst or 1
         finally:
             self._end_all()
 
@@ -197,6 +198,24 @@ class Launcher:
             "wrote may be missing. Raise ZGRAPH_TIMEOUT if it takes so long"
         )
         return 1
+
+    def _end_untrained(self) -> None:
+        """End replicas that are not in the last generation: the training has ended before they could join."""
+        for gang in self.gangs if self._latest() is not None else ():
+            if gang.processes and not gang.has_ended and not self._has_trained(gang):
+                gang.kill()
+                gang.has_ended = True
+                self._tell(f"replica {gang.replica} is ended: the training ended before it could join")
+
+    def _torn(self) -> int:
+        """The exit code of a replica that died behind the last step; 0 if none did. It has taken that step: without
+        it the others would have gone on in another generation.
+        """
+        made = self._latest()
+        torn = [member for member in made.members if member in self._dead] if made is not None else []
+        for member in torn:
+            self._tell(f"what replica {member.replica} was to write at the end may be missing")
+        return self._dead[torn[-1]] if torn else 0
 
     def _is_done(self) -> bool:
         """Whether some replica has come to the end of the training."""
@@ -226,16 +245,13 @@ class Launcher:
         said, when = next(of_it, ("", 0.0))
         if said and now - when < LAST_S:
             why = f'{why}, having said "{said}"'
-        self._say_gone(gang, why)
+        code = code if code > 0 else 128 - code
+        self._say_gone(gang, why, code)
         gang.num_deaths = 1 if now - gang.began > HEALTHY_S else gang.num_deaths + 1
         gang.processes = []
-        code = code if code > 0 else 128 - code
         if self._is_done():
             gang.has_ended = True
             self._tell(f"replica {gang.replica}: {why}; it is not started again, as another has come to the end")
-            if self._has_trained(gang):
-                self._tell(f"what replica {gang.replica} was to write at the end may be missing")
-                self._torn = code
         elif gang.num_deaths > self._max_restarts:
             gang.has_ended = True
             self._tell(f"replica {gang.replica} is given up after {gang.num_deaths} deaths: {why}")
@@ -308,10 +324,10 @@ class Launcher:
                 sys.stdout.write(f"replica {gang.replica}: {text}\n")
                 sys.stdout.flush()
 
-    def _say_gone(self, gang: Gang, why: str) -> None:
+    def _say_gone(self, gang: Gang, why: str, code: int) -> None:
         """Tell the other replicas at once, which would else have to miss it."""
         if (member := self._member(gang)).life > gang.life:
-            self._dead.add(member)
+            self._dead[member] = code
             say_gone(self._store, member, why)
 
     def _why_not(self, living: int, seconds: float) -> str:

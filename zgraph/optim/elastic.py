@@ -81,7 +81,9 @@ class Elastic:
         self._is_reduced, self._lets_in, self._sent = False, False, 0
         self._is_checked = False
         self._generations.own = Member(place.replica, 0)
-        self._generations.same(f"shard/{shard}", digest(model, optimizer, num_shards))
+        self._generations.same(
+            f"shard/{shard}", digest(model, optimizer, num_shards, broadcast_buffers, self._buffers.num_bytes)
+        )
         self._optimizer, self._has_stepped = optimizer, False
         self._known = {id(p) for p in self._gradients.parameters}
         check_parameters(model, optimizer)
@@ -106,7 +108,7 @@ class Elastic:
             UsageError: the body of the loop has not called `optimizer.step()`.
         """
         if self._generations.now is None and (under_way := self._admission.under_way()) is not None:
-            self.is_rehearsing = True
+            self.is_rehearsing, self._pulse.has_state = True, False  # the optimizer steps by this replica's gradients
             yield from self._body(min(under_way, until - 1))
             self.is_rehearsing = False
         if self._generations.now is not None and self.step < until:
@@ -320,6 +322,8 @@ class Elastic:
                 self._twins.send(between, [now.members.index(member) for member in now.joining], self.step)
             else:
                 self.step = self._twins.take(between, now.members.index(now.source))
+                self._pulse.step = self.step
+                self._pulse.has_state = True
         except BrokenError as error:
             if own != now.source:
                 raise PeerError(f"replica {self.replica} did not get its state: {error}") from None

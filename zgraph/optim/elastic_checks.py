@@ -41,12 +41,23 @@ def check_gradients(optimizer: torch.optim.Optimizer, known: Collection[int]) ->
             raise UsageError("gradients of elastic replicas are dense: make embeddings with sparse=False")
 
 
-def digest(model: nn.Module, optimizer: torch.optim.Optimizer, num_shards: int) -> str:
-    """Text of what replicas must have alike."""
+def digest(
+    model: nn.Module, optimizer: torch.optim.Optimizer, num_shards: int, broadcast_buffers: bool, buffer_bytes: int
+) -> str:
+    """Text of what replicas must have alike.
+
+    Args:
+        model: that is trained.
+        optimizer: of its parameters.
+        num_shards: ranks of a replica.
+        broadcast_buffers: whether all take over the buffers of the first.
+        buffer_bytes: of those that are taken over, on this rank.
+    """
     parameters = [
         f"{name} {tuple(p.shape)}, of which {tuple(local(p).shape)} in {p.dtype}{'' if p.requires_grad else ', frozen'}"
         for name, p in model.named_parameters()
     ]
     buffers = [f"{name} {tuple(b.shape)} in {b.dtype}" for name, b in model.named_buffers()]
     groups = [f"{len(group['params'])} parameters of a group" for group in optimizer.param_groups]
-    return "\n".join([f"{num_shards} ranks", *parameters, *buffers, type(optimizer).__name__, *groups])
+    taken = f"broadcast_buffers={broadcast_buffers} ({buffer_bytes} bytes)"
+    return "\n".join([f"{num_shards} ranks", *parameters, *buffers, taken, type(optimizer).__name__, *groups])

@@ -95,7 +95,7 @@ class FlatBuffers:
         for buffer in held:
             first, last = max(begin - at, 0), min(end - at, buffer.nbytes)
             if first < last:
-                parts.append(raw_bytes(buffer)[first:last])
+                parts.append(_as_bytes(buffer)[first:last].cpu())
             at += buffer.nbytes
         return torch.cat(parts)
 
@@ -112,4 +112,9 @@ class FlatBuffers:
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor, [numbers times their size] on the host; one memory where it is there already."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return _as_bytes(tensor.detach().cpu())
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, where it is."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)

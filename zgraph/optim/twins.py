@@ -59,6 +59,8 @@ class Twins:
 
     def _said(self, tensors: list[torch.Tensor]) -> dict[str, Any]:
         """JSON of the state, and its tensors at the end of a list."""
+        for one in self.state.values():
+            one.state_dict()  # an engine's counts settle a step that the device left out, and change the others by it
         return {
             "held": pack([[name, tensor] for name, tensor in self._held()], tensors, "model"),
             "optimizer": pack(self.optimizer.state_dict(), tensors, "optimizer"),

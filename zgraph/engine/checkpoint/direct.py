@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -64,7 +65,13 @@ class DirectFile:
         done, filled, self._filled = 0, self._filled, 0
         with memoryview(self._block) as block:
             while done < filled:
-                done += self._file.write(block[done:filled])
+                try:
+                    done += self._file.write(block[done:filled])
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not self._is_direct:
+                        raise
+                    self._end_direct()  # its filesystem takes the flag, and not each multiple of a block
+                    continue
                 if done < filled:  # cut short within a block, maybe: the rest need not begin at one
                     self._end_direct()
 

@@ -212,7 +212,7 @@ class Copies:
     def _join(self) -> Keepers:
         ranks = self.ranks
         shelf = ranks.together(lambda: Shelf.of(self.keys.folder, self.job or ""))
-        ranks.together(lambda: shelf.hold(ranks.rank))
+        ranks.together(lambda: shelf.hold(ranks.rank, self))
         hosts = self._hosts(shelf)
         told = ranks.gather(own_address(os.environ.get("MASTER_ADDR", "127.0.0.1")))
         own = told[ranks.rank]

@@ -8,11 +8,13 @@ are kept, so that one that is damaged is not the only one.
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import re
 import secrets
 import shutil
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,8 +32,8 @@ _REMEDY = "give another checkpoint.memory.folder"
 _LOCK = ".lock"
 _PATIENCE_S = 10.0
 """How long one that was killed may take until it is gone."""
-_HELD: dict[Path, int] = {}
-"""Locks of this process, and the files that they are held by: a lock ends when any of its files is closed."""
+_HELD: dict[Path, tuple[int, weakref.ref[object]]] = {}
+"""Locks of this process, the files that they are held by, and for whom: a lock ends when any of its files is closed."""
 
 
 class Mark(NamedTuple):
@@ -83,31 +85,54 @@ class Shelf:
         except CacheError as error:
             raise CheckpointError(str(error)) from None
 
-    def hold(self, rank: int) -> None:
-        """Keep other processes from making copies of the same rank of a job of this name, while this one lives.
+    def hold(self, rank: int, owner: object) -> None:
+        """Keep others from making copies of the same rank of a job of this name: other processes while this one lives,
+        and others in this one while the owner does.
+
+        Args:
+            rank: whose copies are made.
+            owner: who makes them.
 
         Raises:
             CheckpointError: another does.
         """
         path = self.folder / f"rank_{rank}" / _LOCK
         if path in _HELD:
-            return
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            held, before = _HELD[path]
+            if before() not in (None, owner):
+                gc.collect()  # an engine is in a circle with its parts: one that nobody has any more may still be there
+            if before() not in (None, owner):
+                raise self._taken(rank, "another engine of this process")
+            if _is_at(held, path):
+                _HELD[path] = held, weakref.ref(owner)
+                return
+            os.close(_HELD.pop(path)[0])
+        _HELD[path] = self._locked(path, rank), weakref.ref(owner)
+
+    def _locked(self, path: Path, rank: int) -> int:
+        """A descriptor of the file of a rank's lock, which this process holds from now on. Raises CheckpointError."""
         until = time.monotonic() + _PATIENCE_S
         while True:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            why = "its file is removed again and again"
             try:
                 fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                if _is_at(held, path):  # and not removed meanwhile, by one that came to its end
+                    return held
             except OSError as error:
-                if time.monotonic() > until:
-                    os.close(held)
-                    raise CheckpointError(
-                        f"another process makes copies of rank {rank} in {self.folder} ({error.strerror}): a job "
-                        "of the same name runs here. Give each its own checkpoint.memory.job"
-                    ) from None
+                why = str(error.strerror)
+            os.close(held)
+            if time.monotonic() > until:
+                raise self._taken(rank, "another process", why)
             time.sleep(0.1)
-        _HELD[path] = held
+
+    def _taken(self, rank: int, by: str, why: str = "") -> CheckpointError:
+        why = f" ({why})" if why else ""
+        return CheckpointError(
+            f"{by} makes copies of rank {rank} in {self.folder}{why}: a job of the same name runs here. Give "
+            "each its own checkpoint.memory.job"
+        )
 
     def meeting(self, rank: int) -> Path:
         """A new file that tells others, who see it, that they have the same folder. Raises OSError."""
@@ -196,6 +221,13 @@ class Shelf:
             home = self.folder / f"rank_{rank}"
             shutil.rmtree(home, ignore_errors=True)
             if (held := _HELD.pop(home / _LOCK, None)) is not None:
-                os.close(held)
+                os.close(held[0])
         with suppress(OSError):  # others have copies there
             self.folder.rmdir()
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    return False
