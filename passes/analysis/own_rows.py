@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from zgraph.ir import Graph, Node, Placement, Shard, TensorType, Value
+from zgraph.ir import Graph, Node, Placement, Shard, Value
+from zgraph.ir.axis_rules import SUMMED
 from zgraph.ir.orders import roles_read
 from zgraph.ir.rules import Call, Rule, Strategy, meant
-from zgraph.ir.rules.own import FILLS, begins_order, step_of
+from zgraph.ir.rules.own import FILLS, SORTS, begins_order, step_of
 from zgraph.ir.rules.roles import Mixed, Order, Role
 from zgraph.ir.types import Own
 
@@ -43,16 +44,16 @@ def own_rows(graph: Graph, rules: Sequence[Rule | None], where: Mapping[str, Pla
         where: where the sequence is in values, by name.
         num_ranks: ranks along the axis.
     """
-    found = OwnRows()
+    found, made_by = OwnRows(), {node.name: rule for node, rule in zip(graph.nodes, rules, strict=True)}
     for node in graph.nodes:
-        if not begins_order(call := Call.of(node)):
+        if node.op not in SORTS or not begins_order(call := Call.of(node)):
             continue
         place, count = where.get(node.operands[0].name), call.shape(0)[0]
         if not isinstance(place, Shard) or not isinstance(count, int) or not place.divides(count, num_ranks):
             continue
         ids = Role("ids", Order(node.name, count, place.blocks))
         try:
-            made = _Follower(graph, rules, num_ranks, node.operands[0], ids).run()
+            made = _Follower(graph, rules, made_by, num_ranks, node.operands[0], ids).run()
         except Mixed:
             continue
         if not found.ways.keys() & made.ways.keys():
@@ -64,9 +65,16 @@ def own_rows(graph: Graph, rules: Sequence[Rule | None], where: Mapping[str, Pla
 class _Follower:
     """One walk over a graph, with one sort."""
 
-    def __init__(self, graph: Graph, rules: Sequence[Rule | None], num_ranks: int, ids: Value, role: Role) -> None:
-        self.graph, self.rules, self.num_ranks = graph, rules, num_ranks
-        self.made_by = {node.name: rule for node, rule in zip(graph.nodes, rules, strict=True)}
+    def __init__(
+        self,
+        graph: Graph,
+        rules: Sequence[Rule | None],
+        made_by: Mapping[str, Rule | None],
+        num_ranks: int,
+        ids: Value,
+        role: Role,
+    ) -> None:
+        self.graph, self.rules, self.made_by, self.num_ranks = graph, rules, made_by, num_ranks
         self.roles = {ids.name: role}
         self.found = OwnRows()
         self.unread: set[str] = set()
@@ -119,8 +127,7 @@ class _Follower:
             if rule is not None and rule.ins[number] is None:
                 continue
             is_counts = role is not None and role.word == "counts"
-            is_sum = isinstance(value.type, TensorType) and value.type.dtype.value.startswith(("f", "bf"))
-            if value.name in self.unread or (is_counts and not is_sum):
+            if value.name in self.unread or (is_counts and value.tensor.dtype not in SUMMED):
                 raise Mixed(f"{node.op} reads what is in an order of the rank's own")
 
     def make(self, value: Value, place: Placement, *, is_range: bool) -> None:
@@ -136,13 +143,7 @@ class _Follower:
             return
         maker = self.graph.producers.get(value.name)
         rule = self.made_by.get(maker.name) if maker is not None else None
-        is_right = maker is not None and (is_range or maker.op in FILLS)
-        if (
-            maker is None
-            or not is_right
-            or len(self.graph.users.get(value.name, ())) > 1
-            or rule is None
-            or any(rule.ins)
-        ):
+        is_alone = len(self.graph.users.get(value.name, ())) == 1
+        if maker is None or not (is_range or maker.op in FILLS) or not is_alone or rule is None or any(rule.ins):
             raise Mixed(f"%{value.name} is not in the order of what is written to it")
         self.found.ways[maker.name] = Strategy(tuple(None for _ in maker.operands), (place,))

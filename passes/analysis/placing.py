@@ -28,7 +28,7 @@ from zgraph.ir import (
     TensorType,
     Value,
 )
-from zgraph.ir.axis_rules import collective
+from zgraph.ir.axis_rules import SUMMED, collective
 from zgraph.ir.ops import views
 from zgraph.ir.rules import Call, Rule, Strategy, meant, rule_of
 from zgraph.ir.rules.definitions import DEFINED, defined, dim_of, spelled_out
@@ -274,7 +274,7 @@ class Walk:
         ):
             return False
         for value, place in zip(node.results, strategy.outs, strict=True):
-            if place == P and not value.tensor.dtype.value.startswith(("f", "bf", "c")):  # integers are not added up
+            if place == P and value.tensor.dtype not in SUMMED:  # integers are not added up
                 return False
         for value, place in zip(node.operands, strategy.ins, strict=True):
             if place is None:

@@ -161,7 +161,7 @@ def accelerated(mesh, theirs):
 
 
 def reduced(mesh):
-    """What ranks that share a batch reduce, as sums and means, and how many batches and which number they have."""
+    """Sums and means of ranks that share a batch, and how many batches and which number they have."""
     launched(mesh)
     accelerator = Ours(cpu=True, zgraph={"tensor_parallel": 2})
     given = {"a": torch.tensor([3.0, 5.0]), "b": [torch.tensor(7.0)]}

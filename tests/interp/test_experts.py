@@ -256,7 +256,11 @@ def _part(tensor: torch.Tensor, place: Placement | None, rank: int, first: int, 
 
 
 def _run(node: Node, rule: Rule, way: Strategy, parts: dict[str, torch.Tensor], rank: int) -> list[torch.Tensor]:
-    op, args, options = on_parts(node, rule, way, "expert", 2)
+    return computed(*on_parts(node, rule, way, "expert", 2), parts)
+
+
+def computed(op: str, args: Any, options: Any, parts: dict[str, torch.Tensor]) -> list[Any]:
+    """Results of an op of torch on these tensors."""
 
     def of(value: Value) -> torch.Tensor:
         return parts[value.name]

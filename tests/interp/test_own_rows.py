@@ -13,15 +13,14 @@ from torch import nn
 
 import zgraph
 from tests.deep import DEEP, deep
-from tests.interp.test_experts import BATCH, MODELS, TOP, captured, given
+from tests.interp.test_experts import BATCH, MODELS, TOP, captured, computed, given
 from tests.interp.test_placed import error
 from tests.rules.cases import random_case, tolerance
-from zgraph.bridge.aten import resolve, to_torch
 from zgraph.certify.certificate import certify
 from zgraph.debugging.dtypes import in_dtype
 from zgraph.errors import PlacementError, VerifyError
 from zgraph.interpreter import Interpreter
-from zgraph.ir import Axis, DType, Graph, InputKind, Partial, Phase, Shard, Value, verify
+from zgraph.ir import Axis, DType, Graph, InputKind, Partial, Phase, Shard, verify
 from zgraph.ir.parser import parse_graph
 from zgraph.ir.printer import print_graph
 from zgraph.ir.rules import PARTS, RULES, Call, localised
@@ -270,7 +269,8 @@ def rows_alone(op: str, seed: int) -> float | None:
             v.name: case.given[v.name].index_select(p.dim, mine) if isinstance(p, Own) else case.given[v.name]
             for v, p in zip(case.node.operands, way.ins, strict=True)
         }
-        made.append(_run(case.node, localised(case.node, rule, (*way.ins, *way.outs), 2), parts))
+        args = localised(case.node, rule, (*way.ins, *way.outs), 2)
+        made.append(computed(op, args, case.node.kwargs, parts))
     worst = 0.0
     for number, (want, place) in enumerate(zip(case.whole, way.outs, strict=True)):
         if place is None or not isinstance(want, torch.Tensor):
@@ -287,16 +287,6 @@ def rows_alone(op: str, seed: int) -> float | None:
                 off = (one.double() - other.double()).abs().max() / want.double().abs().max().clamp_min(1.0)
                 worst = max(worst, off.item())
     return worst / tolerance(case)
-
-
-def _run(node: Any, args: Any, parts: dict[str, torch.Tensor]) -> list[Any]:
-    def of(value: Value) -> torch.Tensor:
-        return parts[value.name]
-
-    made = resolve(node.op)(
-        *(to_torch(arg, CPU, of) for arg in args), **{key: to_torch(arg, CPU, of) for key, arg in node.kwargs}
-    )
-    return list(made) if isinstance(made, tuple | list) else [made]
 
 
 def test_an_op_that_passes_rows_makes_of_own_rows_what_the_whole_has_of_them() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -92,15 +92,25 @@ def part_of(tensor: torch.Tensor, kind: TensorType, mesh: Mesh, number: int) -> 
     return tensor
 
 
+def along_axis(index: int, mesh: Mesh) -> Iterator[range]:
+    """The ranks of a mesh in groups, those of each of which differ along one axis alone, in its order.
+
+    Args:
+        index: the number of the axis.
+        mesh: the mesh.
+    """
+    step, size = num_ranks(mesh[index + 1 :]), mesh[index].size
+    for first in (rank for rank in range(num_ranks(mesh)) if rank // step % size == 0):
+        yield range(first, first + step * size, step)
+
+
 def moved(
     ranks: Sequence[torch.Tensor], old: TensorType, new: TensorType, index: int, mesh: Mesh
 ) -> list[torch.Tensor]:
     """A value at another placement along a model axis: among the ranks that differ along it alone."""
-    step, size = num_ranks(mesh[index + 1 :]), mesh[index].size
-    place = new.placement[index]
+    size, place = mesh[index].size, new.placement[index]
     found = list(ranks)
-    for first in (r for r in range(len(ranks)) if r // step % size == 0):
-        peers = [first + step * number for number in range(size)]
+    for peers in along_axis(index, mesh):
         whole_tensor = together([ranks[peer] for peer in peers], old.placement[index])
         if isinstance(place, Shard):
             parts = cut(whole_tensor, place, size)

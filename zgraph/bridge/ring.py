@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from zgraph.bridge.parts import laid_out
+from zgraph.bridge.parts import along_axis, laid_out
 from zgraph.ir import Mesh, Node, num_ranks
 from zgraph.ir.axis_rules import axis_of
 
@@ -230,12 +230,10 @@ def on_ranks(node: Node, operands: Sequence[Sequence[torch.Tensor]], mesh: Mesh)
         operands: each of them as every rank has it.
         mesh: of the graph.
     """
-    index, size = axis_of(node, mesh)
-    step, count = num_ranks(mesh[index + 1 :]), num_ranks(mesh)
     made: dict[int, tuple[torch.Tensor, ...]] = {}
-    for first in (rank for rank in range(count) if rank // step % size == 0):
-        made.update(_among(node, operands, range(first, first + step * size, step)))
-    return [[made[rank][number] for rank in range(count)] for number in range(len(node.results))]
+    for peers in along_axis(axis_of(node, mesh)[0], mesh):
+        made.update(_among(node, operands, peers))
+    return [[made[rank][number] for rank in range(num_ranks(mesh))] for number in range(len(node.results))]
 
 
 def _among(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from zgraph.bridge.parts import along_axis
 from zgraph.ir import Grouped, Mesh, Node, num_ranks
 from zgraph.ir.axis_rules import axis_of
 
@@ -126,13 +127,10 @@ def on_ranks(node: Node, operands: Sequence[Sequence[torch.Tensor]], mesh: Mesh)
         operands: each of them as every rank has it.
         mesh: of the graph.
     """
-    index, size = axis_of(node, mesh)
-    step, count = num_ranks(mesh[index + 1 :]), num_ranks(mesh)
     made: dict[int, torch.Tensor] = {}
-    for first in (rank for rank in range(count) if rank // step % size == 0):
-        peers = range(first, first + step * size, step)
+    for peers in along_axis(axis_of(node, mesh)[0], mesh):
         made.update(zip(peers, _among(node, [[ranks[peer] for ranks in operands] for peer in peers]), strict=True))
-    return [[made[rank] for rank in range(count)]]
+    return [[made[rank] for rank in range(num_ranks(mesh))]]
 
 
 def _among(node: Node, ranks: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:

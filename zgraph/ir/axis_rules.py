@@ -27,11 +27,12 @@ from zgraph.ir.types import (
     Type,
 )
 
-__all__ = ["TypeRuleError", "axis_of", "changed_axis", "collective", "laid_as_stated", "moved", "moved_along"]
+__all__ = ["SUMMED", "TypeRuleError", "axis_of", "changed_axis", "collective", "laid_as_stated", "moved", "moved_along"]
 
 SUM = Partial("sum")
 
-_FLOATS = frozenset({DType.f64, DType.f32, DType.f16, DType.bf16, DType.f8e4m3, DType.f8e5m2, DType.c64, DType.c128})
+SUMMED = frozenset({DType.f64, DType.f32, DType.f16, DType.bf16, DType.f8e4m3, DType.f8e5m2, DType.c64, DType.c128})
+"""Dtypes of which partial sums are reduced."""
 
 
 class TypeRuleError(ValueError):
@@ -85,7 +86,7 @@ def moved(kind: TensorType, index: int, num_ranks: int, place: Placement) -> Ten
         raise TypeRuleError(f"nothing makes {place} of {kind} along a model axis")
     if kind.future or kind.is_on_host:
         raise TypeRuleError(f"moves what is on the device, not {kind}")
-    if SUM in (old, place) and kind.dtype not in _FLOATS:
+    if SUM in (old, place) and kind.dtype not in SUMMED:
         raise TypeRuleError(f"sums floating-point numbers, not {kind.dtype.value}")
     try:
         return part_along(whole_along(kind, index, num_ranks), index, num_ranks, place)

@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from zgraph.ir.axis_rules import SUMMED
 from zgraph.ir.external_ops import CAST
-from zgraph.ir.rules.factors import Call, Dims, Rule, Strategy
+from zgraph.ir.rules.factors import Call, Rule, Strategy
 from zgraph.ir.rules.grouped import row_factor
 from zgraph.ir.rules.roles import Mixed, Order, Role, Step
 from zgraph.ir.types import DType, Own, Partial, Placement, Replicate, Shard
 
-__all__ = ["FILLS", "begins_order", "own_ways", "routed_in_order", "step_of"]
+__all__ = ["FILLS", "SORTS", "begins_order", "own_ways", "routed_in_order", "step_of"]
 
 R, P = Replicate(), Partial("sum")
 
@@ -57,8 +58,6 @@ _PASSES = frozenset({CAST, "aten.clone.default", "aten.detach.default", "aten.al
 _NARROW = frozenset({DType.bool, DType.i8, DType.u8})
 
 _OWN = frozenset({"keys", "rows", "numbers", "range", "none"})
-
-_FLOATS = frozenset({DType.f64, DType.f32, DType.f16, DType.bf16})
 
 FILLS = frozenset(
     f"aten.{op}.default"
@@ -156,17 +155,11 @@ def _passed(rule: Rule, rows: str, num_ranks: int) -> Strategy | None:
     if way is None or R in way.outs:
         return None
     places = [*way.ins, *way.outs]
-    if any(isinstance(place, Shard) and len(place.blocks) > 1 for place in places):
+    tensors = zip((*rule.ins, *rule.outs), places, strict=True)
+    if any(isinstance(place, Shard) and row_factor(rule, dims, place.dim) != rows for dims, place in tensors):
         return None
-    for dims, place in zip((*rule.ins, *rule.outs), places, strict=True):
-        if isinstance(place, Shard) and not _is_alone(dims, rows, place.dim):
-            return None
     own = [Own(place.dim) if isinstance(place, Shard) else place for place in places]
     return Strategy(tuple(own[: len(way.ins)]), tuple(own[len(way.ins) :]))
-
-
-def _is_alone(dims: Dims | None, rows: str, dim: int) -> bool:
-    return dims is not None and dims[dim] == (rows,)
 
 
 def begins_order(call: Call) -> bool:
@@ -220,7 +213,7 @@ def _by_rows(call: Call, rule: Rule, roles: Sequence[Role | None], order: Order,
     way = _passed(rule, rows, num_ranks) if rows else None
     if way is None:
         raise Mixed(f"{call.name} mixes rows in an order of the rank's own")
-    if any(place == P and dtype not in _FLOATS for place, dtype in zip(way.outs, call.dtypes[1], strict=True)):
+    if any(place == P and dtype not in SUMMED for place, dtype in zip(way.outs, call.dtypes[1], strict=True)):
         raise Mixed(f"{call.name} sums integers over rows, which ranks do not add up")
     made = tuple(Role("rows", order, place.dim) if isinstance(place, Own) else None for place in way.outs)
     return Step(way, made)

@@ -88,6 +88,7 @@ def on_parts(
     """
     places = (*strategy.ins, *strategy.outs)
     args = localised(node, rule, places, num_ranks)
-    if strategy != ring_way(Call.of(node), num_ranks) and not is_ranked(rule, places):
+    goes_round = node.op in RING and strategy == ring_way(Call.of(node), num_ranks)
+    if not goes_round and not is_ranked(rule, places):
         return node.op, args, node.kwargs
     return PARTS[node.op], args, (*node.kwargs, ("axis", axis))
